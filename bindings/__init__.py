@@ -1,0 +1,1 @@
+"""libstars: the C ABI and its Python binding."""

@@ -1,0 +1,1 @@
+// arithmetic compiled once per instruction set

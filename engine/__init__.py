@@ -1,0 +1,1 @@
+"""STARS engine: alignment at decoding time, one language model and one reward model in one engine."""

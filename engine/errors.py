@@ -1,0 +1,34 @@
+"""The exceptions of the engine: every message is one sentence that names the culprit and says what to do."""
+
+
+class StarsError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class ModelError(StarsError):
+    """A model directory cannot be loaded as asked: missing or unexpected tensors, an unsupported architecture."""
+
+
+class TokenizerError(StarsError):
+    """A tokenizer or chat template is missing or cannot do what was asked."""
+
+
+class RewardError(StarsError):
+    """A reward model or callable cannot score: wrong vocabulary, wrong count, NaN, an exception of its own."""
+
+
+class RequestError(StarsError, ValueError):
+    """A request is not acceptable as it stands: empty or over-long prompt, bad sampling or policy parameters."""
+
+
+class OutOfPages(StarsError):
+    """The cache has too few free pages for what was asked; nothing was changed."""
+
+    def __init__(self, needed: int, free: int, advice: str = "wait for a request to finish or raise cache_tokens"):
+        super().__init__(f"the KV cache needs {needed} pages and has {free} free: {advice}")
+        self.needed = needed
+        self.free = free
+
+
+class IntegrityError(StarsError):
+    """The cache's books do not balance; this is a defect of the engine."""

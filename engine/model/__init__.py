@@ -1,0 +1,1 @@
+"""The model runtime: configuration, families, decoder, loader, tokenizer."""

@@ -1,0 +1,1 @@
+"""What scores a candidate: reward models and callables behind one contract."""

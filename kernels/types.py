@@ -1,0 +1,63 @@
+"""The hand-offs between the engine and the kernels: plain tensors with stated shapes, no behaviour."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LayerKV(NamedTuple):
+    """One layer's keys and values: committed history in pages, drafted segments in slabs (views, never copies)."""
+
+    k_pages: Tensor  # [num_pages * page_size, kv_heads, head_dim]
+    v_pages: Tensor  # [num_pages * page_size, kv_heads, head_dim]
+    k_slabs: Tensor  # [num_slabs * slab_len, kv_heads, head_dim]
+    v_slabs: Tensor  # [num_slabs * slab_len, kv_heads, head_dim]
+    page_size: int
+
+
+class Batch(NamedTuple):
+    """What one forward pass runs over: `rows` tokens of `sequences` sequences. All tensors are int32.
+
+    Rows of sequence s are row_start[s] .. row_start[s + 1] - 1. With `into_slab`, a row is written to the slab and sees
+    the sequence's first prefix_len page keys and its slab keys up to itself; without, it is written to the pages at
+    position prefix_len + i and sees the page keys up to itself.
+    """
+
+    token_ids: Tensor  # [rows]
+    positions: Tensor  # [rows]
+    slots: Tensor  # [rows] flat row of the slabs (into_slab) or of the pages; -1 writes nothing
+    into_slab: bool
+    row_start: Tensor  # [sequences + 1]
+    seq_group: Tensor  # [sequences] row of block_tables; sequences of one group are adjacent
+    block_tables: Tensor  # [groups, max_pages] page ids
+    prefix_len: Tensor  # [sequences] page keys every row of the sequence sees
+    slab_start: Tensor  # [sequences] flat slab row of slab key 0; unused when not into_slab
+    slab_used: Tensor  # [sequences] slab keys written before this pass; 0 when not into_slab
+
+
+class LaneState(NamedTuple):
+    """Everything `sample_step` reads and advances for the lanes of one draft, one entry a lane, changed in place.
+
+    A lane that is done (EOS or limit reached) is left as it is. After a draw that does not end the lane, token_ids,
+    positions, slots and slab_used are what the next forward pass needs.
+    """
+
+    token_ids: Tensor  # int32 [lanes] next input token
+    positions: Tensor  # int32 [lanes] its position
+    slots: Tensor  # int32 [lanes] its flat slab row
+    slab_used: Tensor  # int32 [lanes] slab keys written before the next pass
+    steps: Tensor  # int32 [lanes] tokens drawn so far; the position in the segment of the next draw
+    limits: Tensor  # int32 [lanes] tokens after which the lane is done
+    done: Tensor  # int32 [lanes] 0 or 1
+    out_tokens: Tensor  # int32 [lanes, max_steps]
+    out_logprobs: Tensor  # float32 [lanes, max_steps] log-probability under the raw LM (temperature 1, no filter)
+    seeds: Tensor  # int64 [lanes] the Philox key (bits of an unsigned 64-bit seed)
+    attempts: Tensor  # int32 [lanes] attempt number, from 1: counter word 2, with the kind of draw
+    streams: Tensor  # int32 [lanes] segment index and sample index: counter word 3
+    temperature: Tensor  # float32 [lanes]; 0 takes the argmax of the raw logits
+    top_k: Tensor  # int32 [lanes]; 0 is off
+    top_p: Tensor  # float32 [lanes]; 1 is off
+    min_p: Tensor  # float32 [lanes]; 0 is off
+    stop_ids: Tensor  # int32 [lanes, max_stop_ids]; token ids that end the lane, padded with -1

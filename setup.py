@@ -1,0 +1,61 @@
+"""Builds libstars through CMake and maps the checkout's folders to the import name `stars`.
+
+`stars` is engine/, `stars.kernels` is kernels/, `stars.bindings` is bindings/: nothing is ever importable as
+`engine` or `kernels` (transformers looks for a package of the second name).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Builds bindings/libstars.so. Without a working compiler the install goes on: every C++ function has a reference
+    in Python, slower (STARS_REQUIRE_LIBSTARS=1 turns that into a failure)."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        try:
+            subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+                            f"-DSTARS_OUTPUT_DIR={target}"], check=True)
+            subprocess.run(["cmake", "--build", str(build), "--target", "stars"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("STARS_REQUIRE_LIBSTARS") == "1":
+                raise
+            print(f"stars-engine: libstars was not built ({error}); the slower Python references will be used.",
+                  file=sys.stderr)
+
+
+setup(
+    name="stars-engine",
+    version="0.1.0",
+    description="Decodes with a language model while a reward model watches, segment by segment, by rejection sampling",
+    long_description=(ROOT / "README.md").read_text(encoding="utf8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"},
+    packages=["stars", "stars.model", "stars.reward", "stars.kernels", "stars.bindings"],
+    package_data={"stars": ["demo_models/*/*", "templates/*"], "stars.bindings": ["stars.h"]},
+    ext_modules=[Extension("stars.bindings.libstars", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    install_requires=["torch>=2.6", "numpy", "safetensors", "tokenizers", "jinja2>=3.1", "tqdm"],
+    extras_require={
+        "gpu": ["triton>=3.2"],
+        "flash": ["flash-attn"],
+        "hf": ["transformers>=4.51"],
+        "test": ["pytest>=8", "pytest-benchmark", "hypothesis", "transformers>=4.51"],
+    },
+    entry_points={"console_scripts": ["stars=stars.cli:main"]},
+    zip_safe=False,
+)
