@@ -1,0 +1,364 @@
+"""The KV cache of one model: committed history in pages, drafted segments in slabs."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stars.errors import IntegrityError, OutOfPages
+from stars.kernels.types import LayerKV
+from stars.page_pool import PagePool
+
+CLOSED = -1
+"""Capacity of a closed table."""
+
+
+class BlockTable:
+    """The pages of one hypothesis: key position p lies in pages[p // page_size], and `length` positions are valid.
+
+    `capacity` is the number of positions reserved. Whoever writes keys by itself (a prefill) sets `length` afterwards.
+    """
+
+    __slots__ = ("pages", "length", "capacity")
+
+    def __init__(self, pages: list[int], length: int, capacity: int):
+        self.pages = pages
+        self.length = length
+        self.capacity = capacity
+
+    def __repr__(self) -> str:
+        return f"BlockTable(pages={self.pages}, length={self.length}, capacity={self.capacity})"
+
+
+class CommitMove(NamedTuple):
+    """`count` slab rows from flat slab row `slab_start` become positions `at` .. `at + count - 1` of `table`."""
+
+    table: BlockTable
+    slab_start: int
+    count: int
+    at: int
+
+
+class PagedCache:
+    """Pages and slabs of one model, allocated once: addresses never change and nothing is zero-filled.
+
+    Rows that were not written hold arbitrary bytes; `length`, prefix_len and slab_used bound every read. All decisions
+    are taken on the host; tensors only receive rows. A table belongs to one holder, a page to any number of tables:
+    full pages are shared between forks and between requests whose tokens begin alike, and every writer gets a private
+    page first.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        page_size: int,
+        num_pages: int,
+        num_slabs: int,
+        slab_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        for name, value, least in (
+            ("page_size", page_size, 1),
+            ("num_pages", num_pages, 0),
+            ("num_slabs", num_slabs, 0),
+            ("slab_len", slab_len, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}: the cache needs at least {least}")
+        rows = max(num_pages * page_size, num_slabs * slab_len)
+        if rows > 2**31 - 1:
+            raise ValueError(f"the cache would have {rows} rows, numbered in int32: lower the cache budget")
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.num_slabs = num_slabs
+        self.slab_len = slab_len
+        self.device = torch.device(device)
+        self.pool = PagePool(num_pages)
+        row = (num_kv_heads, head_dim)
+        self.k_pages = torch.empty(num_layers, num_pages * page_size, *row, dtype=dtype, device=device)
+        self.v_pages = torch.empty_like(self.k_pages)  # [layers, num_pages * page_size, kv_heads, head_dim]
+        self.k_slabs = torch.empty(num_layers, num_slabs * slab_len, *row, dtype=dtype, device=device)
+        self.v_slabs = torch.empty_like(self.k_slabs)  # [layers, num_slabs * slab_len, kv_heads, head_dim]
+        self._layers = [
+            LayerKV(self.k_pages[i], self.v_pages[i], self.k_slabs[i], self.v_slabs[i], page_size)
+            for i in range(num_layers)
+        ]
+        self._tables: set[BlockTable] = set()
+        self._free_slabs = list(range(num_slabs - 1, -1, -1))
+        self._slab_taken = [False] * num_slabs
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that can be reserved now, those kept only for sharing included."""
+        return self.pool.num_available
+
+    @property
+    def num_free_slabs(self) -> int:
+        """Slabs that can be taken now."""
+        return len(self._free_slabs)
+
+    def layer(self, i: int) -> LayerKV:
+        """Views of layer `i`, always the same ones."""
+        return self._layers[i]
+
+    # -- tables ---------------------------------------------------------------------------------------------------
+
+    def open(self, token_ids: Sequence[int], capacity: int) -> BlockTable:
+        """Reserves pages for `capacity` positions and shares the full pages that hold a prefix of `token_ids` already.
+
+        The table's length is the number of positions shared: a multiple of page_size, at most len(token_ids).
+        Raises OutOfPages, and then has changed nothing.
+        """
+        shared, fresh = self._plan_open(token_ids, capacity)
+        free = self.pool.num_available - self.pool.cost(shared)
+        if fresh > free:
+            raise OutOfPages(fresh, free)
+        self.pool.share(shared)
+        table = BlockTable(shared + self.pool.alloc(fresh), len(shared) * self.page_size, capacity)
+        self._tables.add(table)
+        return table
+
+    def can_open(self, token_ids: Sequence[int], capacity: int) -> bool:
+        """Whether `open` with the same arguments would succeed now."""
+        shared, fresh = self._plan_open(token_ids, capacity)
+        return fresh <= self.pool.num_available - self.pool.cost(shared)
+
+    def publish(self, table: BlockTable, token_ids: Sequence[int]) -> None:
+        """Offers the full pages of `token_ids`, whose keys `table` now holds from position 0, for sharing.
+
+        The table's length becomes len(token_ids) where it was less.
+        """
+        self._check(table)
+        self._check_range(table, 0, len(token_ids))
+        table.length = max(table.length, len(token_ids))
+        self.pool.publish(table.pages, self._chunks(token_ids))
+
+    def fork(self, table: BlockTable, capacity: int) -> BlockTable:
+        """A second table with the same content and pages for `capacity` positions: shares full pages, copies the tail.
+
+        Raises OutOfPages, and then has changed nothing.
+        """
+        self._check(table)
+        if capacity < table.length:
+            raise IntegrityError(f"{table.length} positions do not fit in a fork of {capacity}: raise the capacity")
+        full, tail = divmod(table.length, self.page_size)
+        pages = self.pool.alloc(self._pages_for(capacity) - full)
+        self.pool.share(table.pages[:full])
+        if tail:
+            self._copy_pages([(table.pages[full], pages[0])])
+        forked = BlockTable(table.pages[:full] + pages, table.length, capacity)
+        self._tables.add(forked)
+        return forked
+
+    def grow(self, table: BlockTable, capacity: int) -> None:
+        """Reserves more pages, up to `capacity` positions; raises OutOfPages, and then has changed nothing."""
+        self._check(table)
+        table.pages += self.pool.alloc(max(0, self._pages_for(capacity) - len(table.pages)))
+        table.capacity = max(table.capacity, capacity)
+
+    def truncate(self, table: BlockTable, length: int) -> None:
+        """Rewinds to `length` valid positions; the pages stay reserved."""
+        self._check(table)
+        if not 0 <= length <= table.length:
+            raise IntegrityError(f"a table of {table.length} positions cannot be rewound to {length}: only shorten it")
+        table.length = length
+
+    def close(self, table: BlockTable) -> None:
+        """Gives the table's pages back; published ones stay shareable until they are needed."""
+        self._check(table)
+        self._tables.remove(table)
+        self.pool.free(table.pages)
+        table.pages, table.length, table.capacity = [], 0, CLOSED
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
+        """Page rows of positions start .. stop - 1, int32 [stop - start], for a caller about to write them.
+
+        Shared pages among them are replaced by private copies first; raises OutOfPages, and then has changed nothing.
+        """
+        self._check(table)
+        self._check_range(table, start, stop)
+        self._make_private([(table, start, stop)])
+        return self._to_device(self._rows(table, start, stop))
+
+    def commit(self, moves: Sequence[CommitMove]) -> None:
+        """Makes slab rows history: one copy for all moves and layers, then table.length = at + count for each.
+
+        An `at` below the table's length rewinds to it first. Shared pages are replaced by private copies first; raises
+        OutOfPages, and then has changed nothing.
+        """
+        lengths: dict[BlockTable, int] = {}
+        for table, slab_start, count, at in moves:
+            self._check(table)
+            self._check_range(table, at, at + count)
+            length = lengths.get(table, table.length)
+            if at > length:
+                raise IntegrityError(f"a commit at {at} leaves a gap after {length} positions: commit at the end")
+            lengths[table] = at + count
+            inside = 0 <= slab_start < self.num_slabs * self.slab_len
+            if not inside or slab_start % self.slab_len + count > self.slab_len:
+                raise IntegrityError(f"slab rows {slab_start} to {slab_start + count} lie in no one slab: check the id")
+        self._make_private([(move.table, move.at, move.at + move.count) for move in moves])
+        source, target = array("i"), array("i")
+        for table, slab_start, count, at in moves:
+            source.extend(range(slab_start, slab_start + count))
+            target.extend(self._rows(table, at, at + count))
+            table.length = at + count
+        if source:
+            self._copy_rows(self.k_slabs, self.v_slabs, source, target)
+
+    def block_tables(self, tables: Sequence[BlockTable], out: Tensor | None = None) -> Tensor:
+        """Page ids of `tables`, int32 [tables, most pages], padded with 0.
+
+        With `out`, an int32 buffer at least that large, its leading part is overwritten up to its full width and the
+        rows of `tables` are returned as a view.
+        """
+        for table in tables:
+            self._check(table)
+        width = max((len(table.pages) for table in tables), default=0)
+        if out is not None:
+            if out.dtype != torch.int32 or out.shape[0] < len(tables) or out.shape[1] < width:
+                raise IntegrityError(
+                    f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
+                    f"{width} pages: allocate it for the largest batch"
+                )
+            width = out.shape[1]
+        flat = array("i")
+        for table in tables:
+            flat.extend(table.pages)
+            flat.extend([0] * (width - len(table.pages)))
+        result = self._to_device(flat).view(len(tables), width)
+        if out is None:
+            return result
+        out[: len(tables)].copy_(result)
+        return out[: len(tables)]
+
+    # -- slabs ----------------------------------------------------------------------------------------------------
+
+    def take_slab(self) -> int:
+        """A free slab's id; its first flat row is id * slab_len."""
+        if not self._free_slabs:
+            raise IntegrityError(f"all {self.num_slabs} slabs are taken: return them or build the cache with more")
+        slab = self._free_slabs.pop()
+        self._slab_taken[slab] = True
+        return slab
+
+    def return_slab(self, slab: int) -> None:
+        """Gives slab `slab` back."""
+        if not 0 <= slab < self.num_slabs or not self._slab_taken[slab]:
+            raise IntegrityError(f"slab {slab} is not taken: return each slab once")
+        self._slab_taken[slab] = False
+        self._free_slabs.append(slab)
+
+    # -- books ----------------------------------------------------------------------------------------------------
+
+    def check_integrity(self, slabs_out: int | None = None) -> None:
+        """Raises IntegrityError, with the numbers, unless every page and slab is accounted for.
+
+        `slabs_out` is how many slabs the caller believes to hold; None does not compare.
+        """
+        self.pool.check_integrity(Counter(page for table in self._tables for page in table.pages))
+        for table in self._tables:
+            if not 0 <= table.length <= table.capacity <= len(table.pages) * self.page_size:
+                raise IntegrityError(f"{table} does not satisfy length <= capacity <= pages * {self.page_size}")
+        taken = sum(self._slab_taken)
+        if taken + len(self._free_slabs) != self.num_slabs or len(set(self._free_slabs)) != len(self._free_slabs):
+            counts = f"{len(self._free_slabs)} free + {taken} taken of {self.num_slabs}"
+            raise IntegrityError(f"slabs were lost or doubled: {counts}")
+        if slabs_out is not None and slabs_out != taken:
+            raise IntegrityError(f"{taken} slabs are taken and {slabs_out} are held: return a slab where its lane ends")
+
+    # -- internals ------------------------------------------------------------------------------------------------
+
+    def _pages_for(self, capacity: int) -> int:
+        return -(-capacity // self.page_size)
+
+    def _chunks(self, token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        size = self.page_size
+        return (tuple(token_ids[i : i + size]) for i in range(0, len(token_ids) - size + 1, size))
+
+    def _plan_open(self, token_ids: Sequence[int], capacity: int) -> tuple[list[int], int]:
+        """Pages to share and the number of fresh ones."""
+        if capacity < len(token_ids):
+            raise IntegrityError(f"{len(token_ids)} tokens do not fit in {capacity} positions: raise the capacity")
+        shared = self.pool.match(self._chunks(token_ids))
+        return shared, self._pages_for(capacity) - len(shared)
+
+    def _check(self, table: BlockTable) -> None:
+        if table not in self._tables:
+            state = "closed" if table.capacity == CLOSED else "of another cache"
+            raise IntegrityError(f"{table} is {state}: use a table only between its open and its close")
+
+    def _check_range(self, table: BlockTable, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= table.capacity:
+            raise IntegrityError(f"positions {start} to {stop} exceed a table of {table.capacity}: reserve more")
+
+    def _rows(self, table: BlockTable, start: int, stop: int) -> array:
+        rows = array("i")
+        size = self.page_size
+        while start < stop:
+            page, offset = divmod(start, size)
+            count = min(size - offset, stop - start)
+            first = table.pages[page] * size + offset
+            rows.extend(range(first, first + count))
+            start += count
+        return rows
+
+    def _make_private(self, writes: Sequence[tuple[BlockTable, int, int]]) -> None:
+        """Lets each table alone refer to its pages of positions start .. stop - 1, and no index entry name them."""
+        seen: set[tuple[BlockTable, int]] = set()
+        taken: Counter[int] = Counter()
+        replaced: list[tuple[BlockTable, int]] = []
+        published: list[int] = []
+        for table, start, stop in writes:
+            for i in range(start // self.page_size, self._pages_for(stop) if stop > start else 0):
+                if (table, i) in seen:
+                    continue
+                seen.add((table, i))
+                page = table.pages[i]
+                if self.pool.references(page) - taken[page] > 1:
+                    # The last holder to write keeps the page, the others before it leave with a copy.
+                    taken[page] += 1
+                    replaced.append((table, i))
+                elif self.pool.is_published(page):
+                    published.append(page)
+        fresh = self.pool.alloc(len(replaced))
+        # A sole holder overwrites in place: the index must forget the old content, and no page is needed for it.
+        for page in published:
+            self.pool.unpublish(page)
+        if replaced:
+            copies = [(table.pages[i], page) for (table, i), page in zip(replaced, fresh)]
+            self._copy_pages(copies)
+            for (table, i), page in zip(replaced, fresh):
+                self.pool.free([table.pages[i]])
+                table.pages[i] = page
+
+    def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        size = self.page_size
+        source, target = array("i"), array("i")
+        for old, new in copies:
+            source.extend(range(old * size, (old + 1) * size))
+            target.extend(range(new * size, (new + 1) * size))
+        self._copy_rows(self.k_pages, self.v_pages, source, target)
+
+    def _copy_rows(self, k_source: Tensor, v_source: Tensor, source: array, target: array) -> None:
+        """Copies rows `source` of k_source and v_source to page rows `target`, in every layer."""
+        src, dst = self._to_device(source).long(), self._to_device(target).long()  # [rows]
+        self.k_pages[:, dst] = k_source[:, src]
+        self.v_pages[:, dst] = v_source[:, src]
+
+    def _to_device(self, values: array) -> Tensor:
+        """int32 tensor of an int array, without a copy on the CPU."""
+        if not values:
+            return torch.empty(0, dtype=torch.int32, device=self.device)
+        return torch.frombuffer(values, dtype=torch.int32).to(self.device)

@@ -1,0 +1,175 @@
+"""Rotary position embeddings: the supported kinds, their parameters and the tables of cosines and sines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stars.errors import ModelError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+# What to do about the kinds that are refused. Keys already in the cache are rotated by the frequencies of the moment
+# they were written, so kinds whose frequencies change with the length of the text cannot be continued from a cache.
+_REFUSED = {
+    "dynamic": "its frequencies change with the text's length, which a KV cache cannot follow; use a checkpoint with "
+    "yarn, or remove rope_scaling and stay within max_position_embeddings",
+    "longrope": "its frequencies change with the text's length, which a KV cache cannot follow; use a checkpoint with "
+    "yarn or llama3 scaling",
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Parameters of the rotation, as in transformers' `rope_parameters`; what a kind does not use is left at None."""
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __str__(self) -> str:
+        scale = f", factor {self.factor:g}" if self.factor is not None else ""
+        return f"{self.rope_type} (theta {self.rope_theta:g}{scale})"
+
+
+def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str) -> RopeConfig:
+    """Reads the rotation from a config.json of either dialect.
+
+    The newer one has `rope_parameters` with everything inside; the older one `rope_theta` at the top and
+    `rope_scaling` with `rope_type` or `type`. Raises ModelError, naming `where`, for a kind that is not supported.
+    """
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise ModelError(f"{where} has rope parameters that are not an object: repair config.json")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ModelError(
+            f"{where} has rope parameters of its own for each layer type, which is not supported: "
+            "use a checkpoint with one set for all layers"
+        )
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in ROPE_TYPES:
+        advice = _REFUSED.get(rope_type, f"use a checkpoint with one of {', '.join(ROPE_TYPES)}")
+        raise ModelError(f"{where} uses rope type {rope_type!r}, which is not supported: {advice}")
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ModelError(
+            f"{where} rotates only a part of each head (partial_rotary_factor {partial}), which none of the supported "
+            "families does: use a checkpoint that rotates whole heads"
+        )
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    theta = 10000.0 if theta is None else theta
+    values: dict[str, Any] = {"rope_type": rope_type, "rope_theta": _number(theta, "rope_theta", where)}
+    if rope_type == "default":
+        return RopeConfig(**values)
+    original = None
+    if rope_type in ("llama3", "yarn"):
+        original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+        original = original or max_position_embeddings
+        values["original_max_position_embeddings"] = int(_number(original, "original_max_position_embeddings", where))
+    factor = parameters.get("factor")
+    if factor is None and rope_type == "yarn" and original:
+        factor = max_position_embeddings / original
+    values["factor"] = _number(factor, "factor", where)
+    if rope_type == "llama3":
+        for name in ("low_freq_factor", "high_freq_factor"):
+            values[name] = _number(parameters.get(name), name, where)
+        if values["low_freq_factor"] == values["high_freq_factor"]:
+            raise ModelError(f"{where} has rope low_freq_factor equal to high_freq_factor: repair config.json")
+    if rope_type == "yarn":
+        for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+            # transformers takes 0 for beta_fast and beta_slow as not given
+            if parameters.get(name) is not None and (parameters[name] or not name.startswith("beta")):
+                values[name] = _number(parameters[name], name, where, positive=not name.startswith("mscale"))
+        values["truncate"] = bool(parameters.get("truncate", True))
+    return RopeConfig(**values)
+
+
+def _number(value: Any, name: str, where: str, positive: bool = True) -> float:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or (positive and value <= 0):
+        raise ModelError(f"{where} has rope {name} = {value!r} where a positive number is needed: repair config.json")
+    return float(value)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
+    """Angle per position of each pair of dimensions, float32 [head_dim / 2], and the factor on cosines and sines.
+
+    Formulas and order of operations are those of transformers' modeling_rope_utils, so that the bits agree: linear is
+    position interpolation (Chen et al., arXiv 2306.15595), llama3 the rule published with Llama 3.1, yarn
+    Peng et al., arXiv 2309.00071.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim  # [head_dim / 2]
+    base_frequencies = 1.0 / (rope.rope_theta**exponents)  # [head_dim / 2]
+    if rope.rope_type == "linear":
+        return base_frequencies / rope.factor, 1.0
+    if rope.rope_type == "llama3":
+        return _llama3(rope, base_frequencies), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn(rope, head_dim, rope.rope_theta**exponents)
+    return base_frequencies, 1.0
+
+
+def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+    """Long wavelengths are stretched by the factor, short ones kept, those between blended."""
+    length, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    wavelengths = 2 * math.pi / frequencies
+    stretched = torch.where(wavelengths > length / low, frequencies / rope.factor, frequencies)
+    share = (length / wavelengths - low) / (high - low)
+    blended = (1 - share) * stretched / rope.factor + share * stretched
+    between = (wavelengths >= length / high) & (wavelengths <= length / low)
+    return torch.where(between, blended, stretched)
+
+
+def _yarn(rope: RopeConfig, head_dim: int, powers: Tensor) -> tuple[Tensor, float]:
+    """Interpolated and original frequencies blended by a ramp over the dimensions; cosines and sines are scaled."""
+    low = _rotations_to_dim(rope.beta_fast, rope, head_dim)
+    high = _rotations_to_dim(rope.beta_slow, rope, head_dim)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    keep = 1 - ramp
+    frequencies = 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep
+    if rope.attention_factor is not None:
+        return frequencies, rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return frequencies, _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return frequencies, _mscale(rope.factor, 1.0)
+
+
+def _rotations_to_dim(rotations: float, rope: RopeConfig, head_dim: int) -> float:
+    """The dimension whose wavelength turns `rotations` times within the original context length."""
+    length = rope.original_max_position_embeddings
+    return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, max_positions: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, float32 [max_positions, head_dim / 2] each, with yarn's factor in them."""
+    frequencies, scale = inverse_frequencies(rope, head_dim)
+    positions = torch.arange(max_positions, dtype=torch.float32)  # exact up to 2**24
+    angles = positions[:, None] * frequencies[None, :]  # [max_positions, head_dim / 2]
+    cos, sin = angles.cos(), angles.sin_()
+    if scale != 1.0:
+        cos, sin = cos.mul_(scale), sin.mul_(scale)
+    return cos.to(device), sin.to(device)

@@ -1,0 +1,66 @@
+"""What a user may give as a prompt, brought into one form and checked before any work."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from stars.errors import RequestError
+
+
+class Prompt(NamedTuple):
+    """One prompt: as given, and as the language model reads it."""
+
+    given: str | list[dict] | None  # text, messages, or None where token ids were given
+    token_ids: list[int]  # what the LM is fed
+    text: str | None  # the text of token_ids without special tokens; None where nothing can decode them
+
+
+def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
+    """Accepts text, {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}; RequestError otherwise.
+
+    Messages are rendered with the LM's chat template and encoded without special tokens, since the template holds them.
+    """
+    if isinstance(prompt, dict):
+        kinds = [key for key in ("prompt", "prompt_token_ids", "messages") if key in prompt]
+        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids", "messages"})
+        if len(kinds) != 1 or unknown:
+            raise RequestError('a prompt dictionary needs exactly one of "prompt", "prompt_token_ids" and "messages"'
+                               + (f' and does not take "{unknown[0]}"' if unknown else ""))
+        if kinds[0] == "prompt_token_ids":
+            return _from_ids(prompt["prompt_token_ids"], tokenizer, vocab_size)
+        if kinds[0] == "messages":
+            return _from_messages(prompt["messages"], tokenizer)
+        prompt = prompt["prompt"]
+    if not isinstance(prompt, str):
+        raise RequestError(f"a prompt is a string or a dictionary, not {type(prompt).__name__}")
+    if not prompt:
+        raise RequestError("the prompt is empty: give at least one character or token")
+    if tokenizer is None:
+        raise RequestError('the model directory has no tokenizer.json: give {"prompt_token_ids": [...]} instead of text')
+    return Prompt(prompt, tokenizer.encode(prompt, add_special_tokens=True), prompt)
+
+
+def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
+    try:
+        token_ids = [int(token) for token in token_ids]
+    except (TypeError, ValueError):
+        raise RequestError("prompt_token_ids must be a list of integers") from None
+    if not token_ids:
+        raise RequestError("the prompt is empty: give at least one character or token")
+    wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"prompt token id {wrong} is outside the model's vocabulary of {vocab_size}")
+    text = tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
+    return Prompt(None, token_ids, text)
+
+
+def _from_messages(messages, tokenizer) -> Prompt:
+    if not isinstance(messages, (list, tuple)) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise RequestError('messages must be a non-empty list of {"role": ..., "content": ...}')
+    if tokenizer is None or not tokenizer.has_chat_template:
+        raise RequestError("the model directory has no chat template: give the prompt as text")
+    rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+    token_ids = tokenizer.encode(rendered, add_special_tokens=False)
+    if not token_ids:
+        raise RequestError("the chat template renders these messages to an empty prompt")
+    return Prompt(list(messages), token_ids, rendered)

@@ -1,0 +1,142 @@
+"""The state of a request while it runs; what the user sees of it is built from this in `Request.output`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from stars.cache import BlockTable
+from stars.detokenizer import find_stop, hold_back
+from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
+from stars.policies import Plan, Policy
+from stars.prompt import Prompt
+from stars.sampling import SamplingParams
+
+
+@dataclass
+class Lane:
+    """One candidate of one segment: drafted, perhaps scored, then committed or gone."""
+
+    hypothesis: Hypothesis
+    attempt: int  # from 1, over all rounds of the segment
+    slab: int  # LM slab that holds its keys and values
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None  # if this candidate were committed
+    stop_reason: int | str | None = None
+    threshold: float | None = None
+    reward: float | None = None
+    accept_probability: float | None = None
+    accepted: bool = False
+    score_handle: Any = None  # what the reward keeps of it until it is committed or discarded
+
+    def attempt_record(self) -> Attempt:
+        """The user's view of this candidate."""
+        return Attempt(self.token_ids, self.reward, self.threshold, self.accept_probability, self.accepted,
+                       sum(self.logprobs))
+
+
+@dataclass(eq=False)
+class Hypothesis:
+    """One response in the making: its own history in both caches and its own random stream."""
+
+    request: Request
+    sample: int  # index of the random stream within the request
+    table: BlockTable | None = None
+    session: Any = None  # the reward's state of this response
+    token_ids: list[int] = field(default_factory=list)  # committed
+    segments: list[Segment] = field(default_factory=list)
+    attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
+    best: Lane | None = None  # best seen of the segment being decided; keeps its slabs
+    cumulative_logprob: float = 0.0
+    reward: float | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+
+    @property
+    def last_token(self) -> int:
+        """The token whose keys and values the LM cache does not hold yet."""
+        return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
+
+    def content_ids(self, extra: Lane | None = None) -> list[int]:
+        """Response ids with `extra` appended, without the EOS or stop token that ended them: what a reward reads."""
+        ids = self.token_ids + extra.token_ids if extra is not None else self.token_ids
+        if ids and ids[-1] in self.request.stop_ids:
+            return ids[:-1]
+        return ids
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with its parameters and its hypotheses."""
+
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams
+    policy: Policy
+    plan: Plan
+    seed: int
+    stop_ids: tuple[int, ...]  # token ids that end a response
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Any
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    prompt_reward: float | None = None
+    threshold_start: float = 0.0  # r0 of the law
+
+    def __post_init__(self):
+        self.hypotheses = [Hypothesis(self, sample) for sample in range(self.params.n * self.plan.candidates)]
+
+    @property
+    def finished(self) -> bool:
+        """True when every hypothesis has a finish reason."""
+        return all(hypothesis.finish_reason is not None for hypothesis in self.hypotheses)
+
+    def response_text(self, hypothesis: Hypothesis, extra: Lane | None = None) -> str | None:
+        """Text of the response (with `extra` appended), the stop string cut off; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        text = self.tokenizer.decode(hypothesis.content_ids(extra))
+        found = find_stop(text, self.params.stop) if self.params.stop else None
+        return text[: found[0]] if found else text
+
+    def output(self) -> RequestOutput:
+        """A snapshot: later rounds do not change it."""
+        groups = [self.hypotheses[i : i + self.plan.candidates]
+                  for i in range(0, len(self.hypotheses), self.plan.candidates)]
+        metrics = Metrics()
+        for hypothesis in self.hypotheses:
+            metrics.add(hypothesis.metrics)
+        given = self.prompt.given
+        return RequestOutput(self.request_id, given, list(self.prompt.token_ids),
+                             [self._completion(index, group) for index, group in enumerate(groups)],
+                             self.finished, self.seed, self.policy, self.prompt_reward, metrics)
+
+    def _completion(self, index: int, group: list[Hypothesis]) -> CompletionOutput:
+        if len(group) == 1:
+            return self._shown(index, group[0], group[0].segments, group[0].metrics)
+        # Best of several whole responses: nothing is shown before the winner is known.
+        metrics = Metrics()
+        for hypothesis in group:
+            metrics.add(hypothesis.metrics)
+        failed = next((h for h in group if h.finish_reason in ("error", "abort")), None)
+        if failed is not None:
+            return CompletionOutput(index, finish_reason=failed.finish_reason, error=failed.error, metrics=metrics,
+                                    text="" if self.tokenizer is not None else None)
+        if any(hypothesis.finish_reason is None for hypothesis in group):
+            return CompletionOutput(index, metrics=metrics, text="" if self.tokenizer is not None else None)
+        best = max(group, key=lambda hypothesis: hypothesis.reward)  # max keeps the earliest of equals
+        attempts = [Attempt(list(h.token_ids), h.reward, None, None, h is best, h.cumulative_logprob) for h in group]
+        segment = Segment(list(best.token_ids), best.reward, None, True, attempts)
+        metrics.lm_tokens_kept = len(best.token_ids)
+        return self._shown(index, best, [segment], metrics)
+
+    def _shown(self, index: int, hypothesis: Hypothesis, segments: list[Segment], metrics: Metrics) -> CompletionOutput:
+        text = self.response_text(hypothesis)
+        if text is not None and hypothesis.finish_reason is None:
+            text = hold_back(text, self.params.stop)
+        return CompletionOutput(index, text, list(hypothesis.token_ids), hypothesis.cumulative_logprob,
+                                hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.reward, list(segments),
+                                copy.copy(metrics), hypothesis.error)

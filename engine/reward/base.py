@@ -1,0 +1,95 @@
+"""The contract between the loop and whatever scores candidates."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from stars.errors import RewardError
+from stars.prompt import Prompt
+
+
+class Candidate(NamedTuple):
+    """What is scored: always the whole response so far, never a single segment."""
+
+    session: Any
+    token_ids: list[int]  # response with this candidate, without the EOS that ended it
+    text: str | None  # its text without a stop string; None unless the reward set `needs_text`
+
+
+class Scored(NamedTuple):
+    """The score of one candidate, in the order asked."""
+
+    reward: float | RewardError  # an error ends that candidate's request only
+    tokens_run: int = 0  # tokens the reward model processed for it
+    tokens_full: int = 0  # tokens a score from scratch would process
+    handle: Any = None  # kept until commit or discard
+
+
+class Limits(NamedTuple):
+    """What the engine sizes a reward model by."""
+
+    cache_tokens: int
+    page_size: int
+    max_num_seqs: int
+    max_lanes: int
+    max_segment_size: int
+    device: str
+    dtype: str
+    deterministic: bool
+
+
+class Reward(ABC):
+    """Scores responses. The engine opens a session per response, scores candidates, commits the winners.
+
+    A handle that `score` returned is valid until `commit` or `discard` takes it, or its session is closed with every
+    handle of the session discarded first.
+    """
+
+    needs_text = False  # whether `Candidate.text` must be filled
+
+    def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
+        """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not)."""
+
+    def check(self, prompt: Prompt, max_tokens: int) -> None:
+        """Raises RequestError or RewardError if this prompt could never be scored."""
+
+    def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
+        """Whether a session can be opened now; False means later."""
+        return True
+
+    @abstractmethod
+    def open(self, prompt: Prompt, max_tokens: int) -> Any:
+        """A session for one response to this prompt."""
+
+    def lanes_per_pass(self, tokens: int, responses: int) -> int:
+        """Candidates of one response worth scoring at once, each of `tokens` new tokens, beside others' candidates."""
+        return 1 << 30
+
+    @abstractmethod
+    def score(self, candidates: list[Candidate]) -> list[Scored]:
+        """One score per candidate, in order. Never raises for one candidate's sake: its reward is a RewardError."""
+
+    def commit(self, winners: list[tuple[Any, Any]]) -> None:
+        """(session, handle) pairs: the scored candidate becomes the session's history; handles are consumed."""
+
+    def discard(self, handle: Any) -> None:
+        """The scored candidate is gone."""
+
+    def close(self, session: Any) -> None:
+        """The response is finished."""
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError if the reward's books do not balance."""
+
+
+def reward_problem(reward: float | RewardError) -> str | None:
+    """Why a reward cannot be used: an error, NaN or +inf (-inf is allowed and rejects); None if it can."""
+    if isinstance(reward, RewardError):
+        return str(reward)
+    if math.isnan(reward):
+        return "the reward is NaN: the reward model or function must return a number"
+    if reward == math.inf:
+        return "the reward is +inf: the reward model or function must return a finite number or -inf"
+    return None

@@ -1,0 +1,298 @@
+"""A causal reward model in a cache of its own: only new tokens are scored, rejected ones cost nothing to forget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.detokenizer import REPLACEMENT
+from stars.errors import OutOfPages, RequestError, RewardError
+from stars.kernels.types import Batch
+from stars.model.loader import load_model
+from stars.model.tokenizer import load_tokenizer
+from stars.prefill import prefill
+from stars.prompt import Prompt
+from stars.reward.base import Candidate, Limits, Reward, Scored
+
+RIDGE_ROWS = 32  # rows after which a pass over the weights is bound by arithmetic rather than by reading them
+REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are grown
+
+
+class CausalReward(Reward):
+    """A sequence-classification model with one label: the raw logit at the last token, head in float32.
+
+    model: HF directory, or a Decoder with a reward head. template: "chat" renders prompt and response with the RM's
+    chat template (a plain prompt becomes one user turn), "raw" puts the response right behind the prompt, "auto" is
+    "chat" for messages and "raw" for text. close: what is scored behind every response and then dropped: "none",
+    "template" (what the chat template puts behind an assistant turn), "eos".
+
+    With the LM's vocabulary token ids are passed through; with another one the response is decoded, the whole text
+    is encoded again, and the cache is kept up to the longest common prefix. Ids that spell a stop string are scored
+    where ids are passed through and cut off where text is.
+    """
+
+    def __init__(self, model, *, tokenizer=None, template: Literal["auto", "chat", "raw"] = "auto",
+                 close: Literal["none", "template", "eos"] = "none", chat_template_kwargs: dict | None = None):
+        if template not in ("auto", "chat", "raw"):
+            raise RewardError(f'CausalReward.template is {template!r}, it must be "auto", "chat" or "raw"')
+        if close not in ("none", "template", "eos"):
+            raise RewardError(f'CausalReward.close is {close!r}, it must be "none", "template" or "eos"')
+        self.model = model
+        self.template = template
+        self.close_policy = close
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.tokenizer = tokenizer
+        self.decoder = None
+        self.cache: PagedCache | None = None
+        self.same_vocabulary = True
+
+    def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
+        """Loads the model, compares vocabularies, allocates the cache."""
+        if hasattr(self.model, "forward"):
+            self.decoder = self.model
+        else:
+            self.decoder = load_model(self.model, dtype=limits.dtype, device=limits.device, head="reward")
+            if self.tokenizer is None:
+                self.tokenizer = load_tokenizer(self.model)
+        config = self.decoder.config
+        self.lm_tokenizer = tokenizer
+        if tokenizer is not None and self.tokenizer is not None:
+            self.same_vocabulary = tokenizer.same_vocabulary(self.tokenizer)
+        elif tokenizer is None and self.tokenizer is None:
+            self.same_vocabulary = True
+        else:
+            side = "reward model" if self.tokenizer is None else "model"
+            raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
+                              "other's: add the tokenizer to both directories or to neither")
+        if self.same_vocabulary and config.vocab_size < vocab_size and self.tokenizer is None:
+            raise RewardError(f"the reward model's vocabulary of {config.vocab_size} does not match the model's of "
+                              f"{vocab_size}: use a reward model of the same vocabulary, or give both a tokenizer")
+        if self.close_policy == "template" and (self.tokenizer is None or not self.tokenizer.has_chat_template):
+            raise RewardError('close="template" needs a chat template, which the reward model does not have: '
+                              'use close="none" or "eos"')
+        self._eos = config.eos_token_ids[:1] if config.eos_token_ids else ()
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            self._eos = (self.tokenizer.eos_token_id,)
+        if self.close_policy == "eos" and not self._eos:
+            raise RewardError('close="eos" needs an EOS token, which the reward model does not name: use close="none"')
+        self.needs_text = not self.same_vocabulary
+        self.max_model_len = config.max_position_embeddings
+        self.cache = PagedCache(
+            config.num_layers, config.num_kv_heads, config.head_dim, page_size=limits.page_size,
+            num_pages=math.ceil(limits.cache_tokens / limits.page_size),
+            num_slabs=limits.max_lanes + limits.max_num_seqs, slab_len=2 * limits.max_segment_size + 32,
+            dtype=torch.float32, device=limits.device)
+
+    def check(self, prompt: Prompt, max_tokens: int) -> None:
+        """Refuses a prompt whose response could not fit the RM's context or its cache."""
+        prefix, _, closing = self._frame(prompt)
+        needed = len(prefix) + max_tokens + len(closing)
+        if needed > self.max_model_len:
+            raise RequestError(f"prompt and max_tokens make {needed} tokens for the reward model, whose context is "
+                               f"{self.max_model_len}: shorten the prompt or lower max_tokens")
+        if self._capacity(prefix, max_tokens) > self.cache.num_pages * self.cache.page_size:
+            raise RequestError(f"prompt and max_tokens need {self._capacity(prefix, max_tokens)} tokens of the reward "
+                               f"model's cache, which has {self.cache.num_pages * self.cache.page_size}: raise "
+                               "cache_tokens")
+
+    def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
+        """Whether the pages for this response are free."""
+        prefix, _, _ = self._frame(prompt)
+        return self.cache.can_open(prefix[:-1], self._capacity(prefix, max_tokens))
+
+    def open(self, prompt: Prompt, max_tokens: int) -> _Session:
+        """Reserves pages for the whole response and prefills the prompt, all but its last token."""
+        prefix, text, closing = self._frame(prompt)
+        # The last prompt token is left to the slab, so that every score has a row to read, r(prompt) too.
+        history = prefix[:-1]
+        table = self.cache.open(history, self._capacity(prefix, max_tokens))
+        prefill(self.decoder, self.cache, table, history, len(history))
+        self.cache.publish(table, history)
+        return _Session(table, prefix, text, closing, history)
+
+    def lanes_per_pass(self, tokens: int, responses: int) -> int:
+        """As many candidates as fill one pass over the weights."""
+        return max(1, math.ceil(RIDGE_ROWS / max(1, tokens * responses)))
+
+    def score(self, candidates: list[Candidate]) -> list[Scored]:
+        """One ragged forward over the new tokens of all candidates."""
+        results: list[Scored | None] = [None] * len(candidates)
+        rows: list[tuple[int, _Handle, list[int]]] = []
+        for index, candidate in enumerate(candidates):
+            ids, content = self._ids(candidate)
+            session = candidate.session
+            valid = min(_common(ids, session.committed, session.table.length), len(ids) - 1)
+            if len(ids) > self.max_model_len:
+                results[index] = Scored(RewardError(f"the response re-encodes to {len(ids)} tokens for the reward "
+                                                    f"model, whose context is {self.max_model_len}: lower max_tokens"))
+            elif len(ids) - valid > self.cache.slab_len:
+                results[index] = self._score_long(session, ids, content)
+            else:
+                rows.append((index, _Handle(session, self.cache.take_slab(), None, valid, content, ids), ids[valid:]))
+        if rows:
+            rewards = self._forward([(handle, new) for _, handle, new in rows])
+            for (index, handle, new), reward in zip(rows, rewards, strict=True):
+                results[index] = Scored(reward, len(new), len(handle.ids), handle)
+        return results
+
+    def commit(self, winners: list[tuple[_Session, _Handle]]) -> None:
+        """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped."""
+        moves = []
+        for session, handle in winners:
+            keep = handle.content - 1  # the last content token stays out: the next score starts with it
+            if handle.table is not None:
+                self.cache.close(session.table)
+                session.table = handle.table
+                session.table.length = keep
+            else:
+                count = max(0, keep - handle.valid)
+                if handle.valid + count > session.table.capacity:
+                    self.cache.grow(session.table, handle.valid + count + REENCODE_SLACK)
+                moves.append((session, handle, count))
+            session.committed = handle.ids[:keep]
+        if moves:
+            slab_len = self.cache.slab_len
+            self.cache.commit([CommitMove(session.table, handle.slab * slab_len, count,
+                                          min(handle.valid, len(session.committed)))
+                               for session, handle, count in moves])
+            for _, handle, _ in moves:
+                self.cache.return_slab(handle.slab)
+
+    def discard(self, handle: _Handle | None) -> None:
+        """Frees the slab (or the pages of an over-long candidate)."""
+        if handle is None:
+            return
+        if handle.table is not None:
+            self.cache.close(handle.table)
+        else:
+            self.cache.return_slab(handle.slab)
+
+    def close(self, session: _Session) -> None:
+        """Drops the response's pages."""
+        self.cache.close(session.table)
+
+    def check_integrity(self) -> None:
+        """The cache's books."""
+        self.cache.check_integrity()
+
+    def _capacity(self, prefix: list[int], max_tokens: int) -> int:
+        return len(prefix) + max_tokens + (0 if self.same_vocabulary else REENCODE_SLACK)
+
+    def _frame(self, prompt: Prompt) -> tuple[list[int], str | None, list[int]]:
+        """(prompt ids for the RM, their text if responses are re-encoded, closing ids)."""
+        messages = prompt.given if isinstance(prompt.given, list) else None
+        chat = self.template == "chat" or (self.template == "auto" and messages is not None)
+        closing: list[int] = list(self._eos) if self.close_policy == "eos" else []
+        if chat:
+            if self.tokenizer is None or not self.tokenizer.has_chat_template:
+                raise RequestError("the reward model has no chat template: give the prompt as text, or build "
+                                   'CausalReward with template="raw"')
+            if messages is None:
+                if prompt.text is None:
+                    raise RequestError("these prompt ids cannot be decoded for the reward model's chat template: give "
+                                       'the prompt as text, or use template="raw"')
+                messages = [{"role": "user", "content": prompt.text}]
+            prefix_text, closing_text = self.tokenizer.split_template(messages, **self.chat_template_kwargs)
+            ids = self.tokenizer.encode(prefix_text, add_special_tokens=False)
+            if self.close_policy == "template":
+                closing = self.tokenizer.encode(closing_text, add_special_tokens=False)
+            return ids, prefix_text, closing
+        if self.close_policy == "template":
+            raise RequestError('close="template" needs a chat prompt: give {"messages": [...]}, or use '
+                               'template="chat"')
+        if self.same_vocabulary:
+            return prompt.token_ids, None, closing
+        if prompt.text is None:
+            raise RequestError("these prompt ids cannot be decoded for the reward model's vocabulary: give the prompt "
+                               "as text")
+        return self.tokenizer.encode(prompt.text, add_special_tokens=messages is None), prompt.text, closing
+
+    def _ids(self, candidate: Candidate) -> tuple[list[int], int]:
+        """(RM ids of prompt, response and closing; how many of them are not closing)."""
+        session = candidate.session
+        if self.same_vocabulary:
+            content = session.prefix + candidate.token_ids
+        elif candidate.text:
+            # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
+            text = session.text + candidate.text.rstrip(REPLACEMENT)
+            special = session.prefix[:1] == [self.tokenizer.bos_token_id] and not session.text.startswith(
+                self.tokenizer.bos_token or "\0")
+            content = self.tokenizer.encode(text, add_special_tokens=special)
+        else:
+            content = session.prefix
+        return content + session.closing, len(content)
+
+    def _forward(self, lanes: list[tuple[_Handle, list[int]]]) -> list[float | RewardError]:
+        order = sorted(range(len(lanes)), key=lambda i: id(lanes[i][0].session))  # sequences of a group are adjacent
+        token_ids, positions, slots, row_start, groups, group_of, prefix, starts = [], [], [], [0], [], [], [], []
+        for i in order:
+            handle, new = lanes[i]
+            table = handle.session.table
+            if not groups or groups[-1] is not table:
+                groups.append(table)
+            group_of.append(len(groups) - 1)
+            start = handle.slab * self.cache.slab_len
+            token_ids += new
+            positions += range(handle.valid, handle.valid + len(new))
+            slots += range(start, start + len(new))
+            row_start.append(len(token_ids))
+            prefix.append(handle.valid)
+            starts.append(start)
+
+        def ints(values):
+            return torch.tensor(values, dtype=torch.int32)
+
+        batch = Batch(ints(token_ids), ints(positions), ints(slots), True, ints(row_start), ints(group_of),
+                      self.cache.block_tables(groups), ints(prefix), ints(starts), ints([0] * len(lanes)))
+        last = torch.tensor(row_start[1:]) - 1
+        rewards = self.decoder.score(self.decoder.forward(batch, self.cache, last)).tolist()
+        results: list[float | RewardError] = [0.0] * len(lanes)
+        for place, i in enumerate(order):
+            results[i] = rewards[place]
+        return results
+
+    def _score_long(self, session: _Session, ids: list[int], content: int) -> Scored:
+        """A candidate longer than a slab: its own pages, filled in chunks; shared with the session where it can be."""
+        try:
+            table = self.cache.open(ids, max(len(ids), session.table.capacity))
+        except OutOfPages as error:
+            return Scored(RewardError(f"a candidate re-encodes to {len(ids)} tokens for the reward model and {error}"))
+        table.length = min(table.length, len(ids) - 1)
+        run = len(ids) - table.length
+        hidden = prefill(self.decoder, self.cache, table, ids, len(ids), want_last=True)
+        return Scored(self.decoder.score(hidden).tolist()[0], run, len(ids),
+                      _Handle(session, -1, table, table.length, content, ids))
+
+
+class _Session:
+    """One response: its pages hold `committed`, which is everything but the last token of the text so far."""
+
+    __slots__ = ("table", "prefix", "text", "closing", "committed")
+
+    def __init__(self, table: BlockTable, prefix: list[int], text: str | None, closing: list[int],
+                 committed: list[int]):
+        self.table = table
+        self.prefix = prefix  # RM ids of the prompt
+        self.text = text  # the prompt's text where responses are re-encoded
+        self.closing = closing
+        self.committed = committed  # ids whose keys and values are in the pages
+
+
+class _Handle(NamedTuple):
+    session: Any
+    slab: int
+    table: BlockTable | None  # instead of the slab, for a candidate longer than one
+    valid: int  # tokens taken from the session's pages
+    content: int  # ids without the closing
+    ids: list[int]
+
+
+def _common(ids: list[int], committed: list[int], length: int) -> int:
+    """Length of the longest common prefix of ids and committed[:length]."""
+    most = min(len(ids), length)
+    if ids[:most] == committed[:most]:
+        return most
+    return next(i for i in range(most) if ids[i] != committed[i])

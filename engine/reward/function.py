@@ -1,0 +1,99 @@
+"""Any Python callable as a reward."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any, Literal
+
+from stars.errors import RequestError, RewardError
+from stars.prompt import Prompt
+from stars.reward.base import Candidate, Reward, Scored
+
+
+class FunctionReward(Reward):
+    """`fn(prompt, responses) -> list of floats`, each response whole so far (an empty one for r(prompt)).
+
+    inputs="text": prompt is the prompt as given (text or messages; decoded where ids were given), responses are texts.
+    inputs="ids": prompt and responses are lists of LM token ids, the EOS that ended a response left out.
+    batch_size: candidates of one response scored per call; the rest are skipped once one is accepted. None asks for
+    all candidates of a round in one call.
+    An exception, a wrong count or a value that is not a number ends the request it happened in and no other.
+    """
+
+    def __init__(self, fn: Callable[[Any, list], Any], inputs: Literal["text", "ids"] = "text",
+                 batch_size: int | None = None):
+        if not callable(fn):
+            raise RewardError(f"FunctionReward needs a callable fn(prompt, responses), not {type(fn).__name__}")
+        if inputs not in ("text", "ids"):
+            raise RewardError(f'FunctionReward.inputs is {inputs!r}, it must be "text" or "ids"')
+        if batch_size is not None and batch_size < 1:
+            raise RewardError(f"FunctionReward.batch_size is {batch_size}, it must be None or at least 1")
+        self.fn = fn
+        self.inputs = inputs
+        self.batch_size = batch_size
+        self.needs_text = inputs == "text"
+
+    def bind(self, tokenizer, vocab_size, limits) -> None:
+        """A text reward needs the LM's tokenizer."""
+        if self.needs_text and tokenizer is None:
+            raise RewardError('the model directory has no tokenizer.json, so the reward cannot be given text: '
+                              'use FunctionReward(fn, inputs="ids")')
+
+    def check(self, prompt: Prompt, max_tokens: int) -> None:
+        """Texts need a prompt that can be shown as text."""
+        if self.needs_text and prompt.given is None and prompt.text is None:
+            raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")
+
+    def open(self, prompt: Prompt, max_tokens: int) -> Any:
+        """The session is what the callable gets as its prompt."""
+        if self.inputs == "ids":
+            return _Session(list(prompt.token_ids))
+        return _Session(prompt.given if prompt.given is not None else prompt.text)
+
+    def lanes_per_pass(self, tokens: int, responses: int) -> int:
+        """`batch_size`, or all."""
+        return self.batch_size or 1 << 30
+
+    def score(self, candidates: list[Candidate]) -> list[Scored]:
+        """One call per response, so that a failing call fails one response."""
+        results: list[Scored | None] = [None] * len(candidates)
+        by_session: dict[int, list[int]] = {}
+        for index, candidate in enumerate(candidates):
+            by_session.setdefault(id(candidate.session), []).append(index)
+        for indices in by_session.values():
+            session = candidates[indices[0]].session
+            responses = [candidates[i].text if self.needs_text else list(candidates[i].token_ids) for i in indices]
+            rewards = self._call(session.prompt, responses)
+            for index, reward in zip(indices, rewards, strict=True):
+                results[index] = Scored(reward)
+        return results
+
+    def _call(self, prompt, responses: list) -> list[float | RewardError]:
+        try:
+            rewards = list(self.fn(prompt, responses))
+        except Exception as error:  # whatever a user's callable raises is that request's error
+            failure = RewardError(f"the reward function raised {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            return [failure] * len(responses)
+        if len(rewards) != len(responses):
+            failure = RewardError(f"the reward function returned {len(rewards)} values for {len(responses)} responses: "
+                                  "it must return one float for each")
+            return [failure] * len(responses)
+        return [_number(reward) for reward in rewards]
+
+
+class _Session:
+    def __init__(self, prompt):
+        self.prompt = prompt
+
+
+def _number(value) -> float | RewardError:
+    if hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError):
+            return RewardError("the reward function returned an array where one number per response is expected")
+    if not isinstance(value, numbers.Real):
+        return RewardError(f"the reward function returned {type(value).__name__} where a float is expected")
+    return float(value)

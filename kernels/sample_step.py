@@ -1,0 +1,102 @@
+"""One draw for every lane of a draft: filters, Gumbel argmax, log-probability, and the step to the next forward pass.
+
+Semantics, for every lane that is not done:
+
+1. The log-probability of a token is log_softmax(logits) of the raw logits: no temperature, no filter.
+2. temperature 0: the token is the argmax of the raw logits. Otherwise z = logits / temperature in float32 and, in
+   vLLM's order,
+   min_p keeps z >= z_max + log(min_p), which is p >= min_p * p_max of p = softmax(z);
+   top_k keeps z >= the k-th largest z of the kept, so that ties at the threshold stay;
+   top_p keeps a token if the probability of the strictly more probable kept tokens is below top_p of that of all kept
+   tokens, so that ties at the threshold stay and at least the most probable token does.
+   The token is the argmax over the kept of z + g, g the Gumbel noise of `stars.kernels.philox`. If temperature is so
+   small that z overflows, the token is the argmax of the raw logits.
+   Ties of an argmax go to the lowest token id. A logit of -inf forbids its token.
+3. The token and its log-probability go to column `steps`, and `steps` grows by one. If the token is one of the lane's
+   stop ids, or steps == limits, the lane is done; otherwise token_ids = token, and positions, slots and slab_used grow
+   by one.
+
+A lane whose logits contain NaN or +inf, or nothing but -inf, gets token -1 with log-probability NaN and is done.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stars.kernels import philox
+from stars.kernels.types import LaneState
+
+
+def sample_step_reference(logits: Tensor, lanes: LaneState) -> None:
+    """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab]; any device, one lane at a time."""
+    _check(logits, lanes)
+    done, steps, limits = lanes.done.tolist(), lanes.steps.tolist(), lanes.limits.tolist()
+    for lane, row in enumerate(logits):  # row [vocab]
+        if done[lane]:
+            continue
+        step = steps[lane]
+        if not math.isfinite(row.max().item()):  # max propagates NaN
+            token, logprob = -1, math.nan
+        else:
+            token = _draw(row, lanes, lane)
+            logprob = torch.log_softmax(row, dim=0)[token]
+        lanes.out_tokens[lane, step] = token
+        lanes.out_logprobs[lane, step] = logprob
+        lanes.steps[lane] += 1
+        if token < 0 or step + 1 >= limits[lane] or token in lanes.stop_ids[lane].tolist():
+            lanes.done[lane] = 1
+        else:
+            lanes.token_ids[lane] = token
+            for counter in (lanes.positions, lanes.slots, lanes.slab_used):
+                counter[lane] += 1
+
+
+def sampling_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> float:
+    """The smallest kept value of `scaled` float32 [vocab] (logits / temperature); every filter is such a threshold."""
+    highest = scaled.max()
+    threshold = torch.full_like(highest, -torch.inf)
+    if min_p > 0.0:
+        threshold = highest + torch.tensor(math.log(min_p), dtype=torch.float32, device=scaled.device)
+    if 0 < top_k < scaled.numel():
+        threshold = torch.maximum(threshold, scaled.topk(top_k).values[-1])
+    if top_p < 1.0:
+        values = scaled[scaled >= threshold].sort(descending=True).values.double()  # [kept]
+        mass = (values - highest.double()).exp()  # [kept]
+        first_equal = torch.searchsorted(-values, -values)  # [kept] rank of the first token with the same value
+        above = (mass.cumsum(0) - mass)[first_equal]  # [kept] mass of the strictly more probable
+        kept = (above < top_p * mass.sum()).sum().clamp(min=1)
+        threshold = values[kept - 1].float()
+    return threshold.item()
+
+
+def _draw(row: Tensor, lanes: LaneState, lane: int) -> int:
+    if lanes.temperature[lane] > 0:
+        scaled = row / lanes.temperature[lane : lane + 1]  # [vocab]
+        if math.isfinite(scaled.max().item()):
+            threshold = sampling_threshold(
+                scaled, int(lanes.top_k[lane]), float(lanes.top_p[lane]), float(lanes.min_p[lane])
+            )
+            words = philox.token_words(
+                int(lanes.seeds[lane]), int(lanes.steps[lane]), int(lanes.attempts[lane]), int(lanes.streams[lane]),
+                row.numel(),
+            )
+            noise = torch.from_numpy(philox.gumbel(words)).float().to(row.device)  # [vocab]
+            row = torch.where(scaled >= threshold, scaled + noise, -torch.inf)
+    return int((row == row.max()).nonzero()[0])
+
+
+def _check(logits: Tensor, lanes: LaneState) -> None:
+    if logits.dim() != 2 or logits.dtype != torch.float32 or logits.shape[0] != lanes.done.shape[0]:
+        raise ValueError(
+            f"sample_step: logits are {logits.dtype} {list(logits.shape)}, expected float32 "
+            f"[{lanes.done.shape[0]}, vocab]"
+        )
+    open_lanes = lanes.done == 0
+    if bool((open_lanes & ((lanes.steps < 0) | (lanes.steps >= lanes.out_tokens.shape[1]))).any()):
+        raise ValueError(
+            f"sample_step: a lane that is not done has no column left in out_tokens {list(lanes.out_tokens.shape)}; "
+            "set its limit to at most the number of columns"
+        )

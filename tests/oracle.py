@@ -1,0 +1,139 @@
+"""The whole algorithm on one page: no cache, no batch, one attempt at a time, everything recomputed.
+
+Written from the law alone, so that the engine and this page can only agree by both being right. It knows nothing of
+pages, lanes or widths: a width only decides how many attempts are drawn beyond the first accepted one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+TOKEN_DRAW, ACCEPT_DRAW = 0, 1  # kinds of draw, bits 24.. of the third counter word
+
+
+class OracleAttempt(NamedTuple):
+    """A candidate segment and what was decided about it."""
+
+    token_ids: list[int]
+    reward: float
+    threshold: float
+    accepted: bool
+    logprob: float  # nats under the raw LM
+
+
+class OracleSegment(NamedTuple):
+    """A committed segment and all attempts up to the decision."""
+
+    token_ids: list[int]
+    reward: float
+    accepted: bool
+    attempts: list[OracleAttempt]
+
+
+def philox(seed: int, c0: np.ndarray, c1: int, c2: int, c3: int) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al., 2011) words, uint64 [len(c0), 4], for the counters (c0[i], c1, c2, c3)."""
+    mask = np.uint64(0xFFFFFFFF)
+    counter = [np.asarray(c0, dtype=np.uint64)] + [np.full(len(c0), word, dtype=np.uint64) for word in (c1, c2, c3)]
+    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        product0, product1 = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
+        counter = [product1 >> np.uint64(32) ^ counter[1] ^ np.uint64(key[0]), product1 & mask,
+                   product0 >> np.uint64(32) ^ counter[3] ^ np.uint64(key[1]), product0 & mask]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(counter, axis=1)
+
+
+def uniforms(seed: int, count: int, position: int, attempt: int, kind: int, segment: int, sample: int) -> np.ndarray:
+    """`count` uniforms in (0, 1), float64: (k + 0.5) / 2^24 with k the high 24 bits of each Philox word."""
+    words = philox(seed, np.arange((count + 3) // 4), position, attempt | kind << 24, segment | sample << 20)
+    return ((words.reshape(-1)[:count] >> np.uint64(8)).astype(np.float64) + 0.5) / 2.0**24
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Float64 log-probabilities."""
+    shifted = np.asarray(logits, dtype=np.float64) - np.max(logits)
+    return shifted - math.log(np.exp(shifted).sum())
+
+
+def proposal(logits: np.ndarray, params) -> np.ndarray:
+    """Log-probabilities of the proposal: temperature, min_p, top_k, top_p in this order; -inf where filtered."""
+    z = log_softmax(np.asarray(logits, dtype=np.float64) / params.temperature)
+    if params.min_p > 0:
+        z = log_softmax(np.where(z >= z.max() + math.log(params.min_p), z, -np.inf))
+    if 0 < params.top_k < len(z):
+        z = log_softmax(np.where(z >= np.sort(z)[-params.top_k], z, -np.inf))
+    if params.top_p < 1:  # the fewest most probable tokens whose mass reaches top_p
+        order = np.argsort(-z, kind="stable")
+        mass_before = np.cumsum(np.exp(z[order])) - np.exp(z[order])
+        z = z.copy()
+        z[order[mass_before >= params.top_p]] = -np.inf
+    return z
+
+
+def draw_segment(lm: Callable, prefix: list[int], size: int, stop_ids: set[int], params, seed: int, attempt: int,
+                 segment: int, sample: int) -> tuple[list[int], float]:
+    """One candidate of at most `size` tokens, ended early by a stop id, and its log-probability under the raw LM."""
+    ids, logprob = [], 0.0
+    while len(ids) < size and not (ids and ids[-1] in stop_ids):
+        logits = np.asarray(lm(prefix + ids))
+        if params.temperature == 0:
+            token = int(np.argmax(logits))
+        else:
+            u = uniforms(seed, len(logits), len(ids), attempt, TOKEN_DRAW, segment, sample)
+            token = int(np.argmax(proposal(logits, params) - np.log(-np.log(u))))
+        logprob += log_softmax(logits)[token]
+        ids.append(token)
+    return ids, logprob
+
+
+def content(response: list[int], stop_ids: set[int]) -> list[int]:
+    """What a reward reads of a response: not the EOS or stop id that ended it."""
+    return response[:-1] if response and response[-1] in stop_ids else response
+
+
+def tau(tokens: int, params, policy, prompt_reward: float | None) -> float:
+    """The threshold at `tokens` response tokens, the candidate's included."""
+    target = policy.reward_threshold
+    if math.isinf(target):
+        return target
+    start = target if policy.alpha == 1 else (1 - policy.alpha) * prompt_reward + policy.alpha * target
+    return min(target, start + tokens / params.max_tokens * (target - start))
+
+
+def accepts(u: float, reward: float, threshold: float, beta: float) -> bool:
+    """log u < (reward - threshold) / beta; beta 0 is reward >= threshold; -inf never, and +inf admits nothing."""
+    if reward == -math.inf or threshold == math.inf:
+        return False
+    if threshold == -math.inf:
+        return True
+    return reward >= threshold if beta == 0 else math.log(u) < (reward - threshold) / beta
+
+
+def run(lm: Callable, reward: Callable, prompt: list[int], params, policy, seed: int, sample: int = 0,
+        eos_token_ids: tuple[int, ...] = ()) -> list[OracleSegment]:
+    """All committed segments of one response. lm(ids) -> logits [V]; reward(content ids of the response) -> float."""
+    stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
+    needs_start = policy.alpha != 1 and math.isfinite(policy.reward_threshold)
+    prompt_reward = reward([]) if needs_start else None
+    response, segments = [], []
+    while len(response) < params.max_tokens and not (response and response[-1] in stop_ids):
+        size = min(policy.segment_size, params.max_tokens - len(response))
+        attempts = []
+        for attempt in range(1, 2 if params.temperature == 0 else policy.max_attempts + 1):
+            ids, logprob = draw_segment(lm, prompt + response, size, stop_ids, params, seed, attempt, len(segments),
+                                        sample)
+            score = reward(content(response + ids, stop_ids))
+            threshold = tau(len(response) + len(ids), params, policy, prompt_reward)
+            u = uniforms(seed, 1, 0, attempt, ACCEPT_DRAW, len(segments), sample)[0]
+            accepted = accepts(u, score, threshold, policy.beta)
+            attempts.append(OracleAttempt(ids, score, threshold, accepted, logprob))
+            if accepted:
+                break
+        winner = attempts[-1] if attempts[-1].accepted else max(attempts, key=lambda one: one.reward)  # the earliest
+        segments.append(OracleSegment(winner.token_ids, winner.reward, winner.accepted, attempts))
+        response = response + winner.token_ids
+    return segments

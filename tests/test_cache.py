@@ -1,0 +1,627 @@
+"""Pages and slabs with their tensors: what is written is what is read, whoever shares pages with whom."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.errors import IntegrityError, OutOfPages
+
+LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 3
+
+
+def make_cache(page_size: int = 4, num_pages: int = 12, num_slabs: int = 3, slab_len: int = 9) -> PagedCache:
+    cache = PagedCache(
+        LAYERS, KV_HEADS, HEAD_DIM, page_size=page_size, num_pages=num_pages, num_slabs=num_slabs, slab_len=slab_len
+    )
+    for tensor in (cache.k_pages, cache.v_pages, cache.k_slabs, cache.v_slabs):
+        tensor.fill_(float("nan"))  # what was never written must never be read
+    return cache
+
+
+def rows_for(values: list[int]) -> torch.Tensor:
+    """Keys that name (value, layer, head, dim), all exact in float32: [layers, rows, kv_heads, head_dim]."""
+    base = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) * 64
+    inner = torch.arange(LAYERS * KV_HEADS * HEAD_DIM, dtype=torch.float32).view(LAYERS, 1, KV_HEADS, HEAD_DIM)
+    return base + inner
+
+
+def write(cache: PagedCache, table: BlockTable, start: int, values: list[int]) -> None:
+    """What a prefill does: asks for slots, writes rows, sets the length."""
+    slots = cache.slots(table, start, start + len(values)).long()
+    assert slots.shape == (len(values),)
+    cache.k_pages[:, slots] = rows_for(values)
+    cache.v_pages[:, slots] = -rows_for(values) - 1
+    table.length = start + len(values)
+
+
+def fill_slab(cache: PagedCache, slab: int, values: list[int], offset: int = 0) -> int:
+    """What a draft does; returns the flat row of the first value."""
+    start = slab * cache.slab_len + offset
+    cache.k_slabs[:, start : start + len(values)] = rows_for(values)
+    cache.v_slabs[:, start : start + len(values)] = -rows_for(values) - 1
+    return start
+
+
+def assert_holds(cache: PagedCache, table: BlockTable, values: list[int]) -> None:
+    """The table's valid rows, read through the block table as attention reads them, are `values` in every layer."""
+    assert table.length == len(values)
+    pages = cache.block_tables([table])[0].tolist()
+    size = cache.page_size
+    slots = torch.tensor([pages[p // size] * size + p % size for p in range(len(values))], dtype=torch.int64)
+    expected = rows_for(values)
+    for i in range(LAYERS):
+        assert torch.equal(cache.layer(i).k_pages[slots], expected[i])
+        assert torch.equal(cache.layer(i).v_pages[slots], -expected[i] - 1)
+
+
+def books(cache: PagedCache) -> tuple:
+    """Everything that a refused call must leave as it was."""
+    pool = cache.pool
+    return (
+        list(pool._free), list(pool._references), list(pool._cached), dict(pool._index), list(pool._keys),
+        [set(children) for children in pool._children],
+        sorted((list(table.pages), table.length, table.capacity) for table in cache._tables),
+        cache.k_pages.view(torch.int32).clone(), cache.v_pages.view(torch.int32).clone(),
+    )  # fmt: skip
+
+
+def assert_unchanged(cache: PagedCache, before: tuple) -> None:
+    now = books(cache)
+    assert now[:-2] == before[:-2]
+    assert torch.equal(now[-2], before[-2]) and torch.equal(now[-1], before[-1])
+    cache.check_integrity()
+
+
+# -- geometry -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("delta", ["zero", "one", "below", "page", "above", "two pages and one"])
+def test_write_read_share_at_page_boundaries(page_size, delta):
+    length = {"zero": 0, "one": 1, "below": page_size - 1, "page": page_size, "above": page_size + 1,
+              "two pages and one": 2 * page_size + 1}[delta]  # fmt: skip
+    cache = make_cache(page_size)
+    tokens = list(range(100, 100 + length))
+    first = cache.open(tokens, length)
+    assert first.length == 0 and len(first.pages) == -(-length // page_size)
+    write(cache, first, 0, tokens)
+    cache.publish(first, tokens)
+    assert_holds(cache, first, tokens)
+    free = cache.num_free_pages
+    second = cache.open(tokens, length + 1)
+    full = length // page_size
+    assert second.length == full * page_size and second.pages[:full] == first.pages[:full]
+    assert free - cache.num_free_pages == -(-(length + 1) // page_size) - full
+    write(cache, second, second.length, tokens[second.length :] + [7])
+    assert_holds(cache, second, tokens + [7])
+    assert_holds(cache, first, tokens)
+    cache.check_integrity()
+    cache.close(first)
+    cache.close(second)
+    cache.check_integrity()
+    assert cache.num_free_pages == cache.num_pages
+
+
+def test_layers_are_views_with_fixed_addresses():
+    cache = make_cache()
+    layer = cache.layer(1)
+    assert layer is cache.layer(1) and layer.page_size == 4
+    assert layer.k_pages.data_ptr() == cache.k_pages[1].data_ptr()
+    assert layer.k_pages.shape == (48, KV_HEADS, HEAD_DIM) and layer.v_slabs.shape == (27, KV_HEADS, HEAD_DIM)
+
+
+def test_slots_are_page_rows():
+    cache = make_cache()
+    table = cache.open([], 11)
+    table.pages[:] = table.pages[::-1]  # pages need not be in order
+    slots = cache.slots(table, 2, 9)
+    assert slots.dtype == torch.int32
+    assert slots.tolist() == [table.pages[p // 4] * 4 + p % 4 for p in range(2, 9)]
+    assert cache.slots(table, 5, 5).shape == (0,)
+
+
+def test_block_tables_are_padded_and_fit_a_given_buffer():
+    cache = make_cache()
+    tables = [cache.open([], 9), cache.open([], 0), cache.open([], 4)]
+    result = cache.block_tables(tables)
+    assert result.dtype == torch.int32
+    assert result.tolist() == [tables[0].pages, [0, 0, 0], tables[2].pages + [0, 0]]
+    assert cache.block_tables([]).shape == (0, 0)
+    out = torch.full((4, 5), 99, dtype=torch.int32)
+    view = cache.block_tables(tables, out=out)
+    assert view.data_ptr() == out.data_ptr() and view.shape == (3, 5) and view.is_contiguous()
+    assert view[:, :3].tolist() == result.tolist() and view[:, 3:].eq(0).all() and out[3].eq(99).all()
+    for bad in (torch.zeros(2, 5, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, 5).long()):
+        with pytest.raises(IntegrityError, match="cannot hold 3 tables of 3 pages"):
+            cache.block_tables(tables, out=bad)
+
+
+def test_a_cache_of_impossible_size_is_refused():
+    with pytest.raises(ValueError, match="page_size is 0"):
+        make_cache(page_size=0)
+    with pytest.raises(ValueError, match="int32"):
+        PagedCache(1, 1, 1, page_size=16, num_pages=2**28, num_slabs=0, slab_len=1)
+
+
+# -- sharing ------------------------------------------------------------------------------------------------------
+
+
+def test_only_full_published_pages_of_the_same_tokens_are_shared():
+    cache = make_cache()
+    tokens = list(range(10))
+    first = cache.open(tokens, 16)
+    write(cache, first, 0, tokens)
+    assert cache.open(tokens, 12).length == 0  # not published yet
+    cache.publish(first, tokens)
+    write(cache, first, 10, [50, 51])  # the page of positions 8 .. 11 is full now, but was not offered
+    assert cache.open(tokens + [50, 51], 12).length == 8
+    assert cache.open(tokens[:7], 8).length == 4
+    assert cache.open([9] + tokens[1:], 12).length == 0
+    cache.check_integrity()
+
+
+def test_sharers_diverge_after_the_prefix():
+    cache = make_cache()
+    prefix = [1, 2, 3, 4, 5]
+    first = cache.open(prefix, 12)
+    write(cache, first, 0, prefix)
+    cache.publish(first, prefix)
+    second = cache.open(prefix, 12)
+    write(cache, second, 4, [5])
+    assert second.pages[0] == first.pages[0]
+    slabs = [cache.take_slab(), cache.take_slab()]
+    starts = [fill_slab(cache, slabs[0], [60, 61, 62, 63]), fill_slab(cache, slabs[1], [70, 71, 72], offset=2)]
+    cache.commit([CommitMove(first, starts[0], 4, 5), CommitMove(second, starts[1], 3, 5)])
+    assert_holds(cache, first, prefix + [60, 61, 62, 63])
+    assert_holds(cache, second, prefix + [70, 71, 72])
+    assert second.pages[0] == first.pages[0]
+    cache.check_integrity(slabs_out=2)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8])
+def test_forks_are_isolated(length):
+    cache = make_cache()
+    values = list(range(10, 10 + length))
+    table = cache.open([], 12)
+    write(cache, table, 0, values)
+    forked = cache.fork(table, 10)
+    assert forked.pages[: length // 4] == table.pages[: length // 4]
+    assert not set(forked.pages[length // 4 :]) & set(table.pages[length // 4 :])
+    assert_holds(cache, forked, values)
+    write(cache, forked, length, [70, 71])
+    write(cache, table, length, [80])
+    assert_holds(cache, forked, values + [70, 71])
+    assert_holds(cache, table, values + [80])
+    # Rewound into shared pages, each still writes for itself.
+    cache.truncate(forked, 0)
+    write(cache, forked, 0, [90])
+    assert_holds(cache, table, values + [80])
+    assert_holds(cache, forked, [90])
+    cache.check_integrity()
+    cache.close(table)
+    assert_holds(cache, forked, [90])
+    cache.check_integrity()
+
+
+def test_one_commit_into_a_page_of_three_forks_copies_it_twice():
+    cache = make_cache(num_pages=6)
+    table = cache.open([], 8)
+    write(cache, table, 0, [1, 2, 3, 4])
+    tables = [table, cache.fork(table, 4), cache.fork(table, 4)]
+    for each in tables:
+        cache.truncate(each, 3)
+    start = fill_slab(cache, cache.take_slab(), [71, 72, 73])
+    assert cache.num_free_pages == 4
+    cache.commit([CommitMove(each, start + i, 1, 3) for i, each in enumerate(tables)])
+    for i, each in enumerate(tables):
+        assert_holds(cache, each, [1, 2, 3, 71 + i])
+    assert cache.num_free_pages == 2
+    cache.check_integrity()
+
+
+def test_overwriting_a_published_page_ends_its_sharing():
+    cache = make_cache()
+    tokens = list(range(12))
+    table = cache.open(tokens, 12)
+    write(cache, table, 0, tokens)
+    cache.publish(table, tokens)
+    cache.truncate(table, 6)
+    pages = list(table.pages)
+    write(cache, table, 6, [66])
+    assert table.pages == pages  # a sole holder overwrites in place
+    assert cache.open(tokens, 12).length == 4
+    assert_holds(cache, table, [0, 1, 2, 3, 4, 5, 66])
+    cache.check_integrity()
+
+
+def test_a_closed_prefix_is_found_until_its_pages_are_needed():
+    cache = make_cache(num_pages=6)
+    tokens = list(range(8))
+    table = cache.open(tokens, 8)
+    write(cache, table, 0, tokens)
+    cache.publish(table, tokens)
+    cache.close(table)
+    assert cache.num_free_pages == 6
+    again = cache.open(tokens, 8)
+    assert_holds(cache, again, tokens)
+    cache.close(again)
+    other = cache.open([], 20)  # five of six pages: the last page of the prefix goes first
+    write(cache, other, 0, [9] * 20)
+    assert not cache.can_open(tokens, 8)
+    short = cache.open(tokens[:4], 4)
+    assert_holds(cache, short, tokens[:4])
+    cache.close(other)
+    cache.check_integrity()
+
+
+def test_reuse_of_a_parent_page_gives_no_wrong_hit():
+    """Two requests computed one prompt at once, so the second's pages are published below the first's."""
+    cache = make_cache(num_pages=6)
+    prompt, other = [1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 5, 6, 7, 8]
+    first, second = cache.open(prompt[:4], 4), cache.open(prompt, 8)
+    write(cache, first, 0, prompt[:4])
+    write(cache, second, 0, prompt)
+    cache.publish(first, prompt[:4])
+    cache.publish(second, prompt)
+    parent = first.pages[0]
+    probe = cache.open(prompt, 8)
+    assert probe.pages == [parent, second.pages[1]]
+    assert_holds(cache, probe, prompt)
+    cache.close(probe)
+    cache.close(first)
+    table = cache.open(other, 16)  # takes every page left, the parent among them
+    assert parent in table.pages
+    write(cache, table, 0, other)
+    table.pages.insert(0, table.pages.pop(table.pages.index(parent)))
+    write(cache, table, 0, other)
+    cache.publish(table, other)
+    cache.close(second)
+    probe = cache.open(other, 8)
+    assert probe.pages[0] == parent
+    assert_holds(cache, probe, other)
+    assert cache.open(prompt, 8).length == 0
+    cache.check_integrity()
+
+
+def test_no_growth_over_time():
+    cache, rng, held = make_cache(num_pages=20, num_slabs=0), random.Random(3), []
+    for _ in range(4000):
+        if held and (len(held) > 3 or rng.random() < 0.4):
+            cache.close(held.pop(rng.randrange(len(held))))
+            continue
+        tokens = [rng.randrange(2) for _ in range(rng.randrange(20))]
+        if cache.can_open(tokens, len(tokens) + 5):
+            table = cache.open(tokens, len(tokens) + 5)
+            cache.publish(table, tokens)
+            held.append(table)
+        assert cache.pool.num_published <= cache.num_pages
+    cache.check_integrity()
+    for table in held:
+        cache.close(table)
+    assert cache.num_free_pages == 20 and not cache._tables
+    cache.check_integrity(slabs_out=0)
+
+
+# -- rewind -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("keep", [0, 1, 3, 4, 5, 15, 16, 17])
+def test_rewind_and_redo_equals_never_happened(page_size, keep):
+    caches = [make_cache(page_size, slab_len=9) for _ in range(2)]
+    base, segment = list(range(20)), [500, 501, 502, 503, 504]
+    tables = []
+    for detour, cache in zip((True, False), caches):
+        table = cache.open([], 40)
+        write(cache, table, 0, base if detour else base[:keep])
+        slab = cache.take_slab()
+        if detour:
+            cache.commit([CommitMove(table, fill_slab(cache, slab, [900] * 9), 9, 20)])
+            cache.truncate(table, keep)
+        cache.commit([CommitMove(table, fill_slab(cache, slab, segment), 5, keep)])
+        tables.append(table)
+    assert tables[0].pages == tables[1].pages
+    for cache, table in zip(caches, tables):
+        assert_holds(cache, table, base[:keep] + segment)
+    rows = [cache._rows(table, 0, keep + 5) for cache, table in zip(caches, tables)]
+    for name in ("k_pages", "v_pages"):
+        got = [getattr(cache, name)[:, list(r)].view(torch.int32) for cache, r in zip(caches, rows)]
+        assert torch.equal(*got)
+
+
+def test_a_commit_may_rewind_and_may_be_empty():
+    cache = make_cache()
+    table = cache.open([], 12)
+    write(cache, table, 0, [1, 2, 3, 4, 5, 6])
+    start = fill_slab(cache, cache.take_slab(), [70, 71, 72])
+    cache.commit([CommitMove(table, start, 2, 3)])
+    assert_holds(cache, table, [1, 2, 3, 70, 71])
+    cache.commit([CommitMove(table, start, 0, 4)])
+    assert_holds(cache, table, [1, 2, 3, 70])
+    cache.commit([CommitMove(table, start, 1, 4), CommitMove(table, start + 1, 2, 5)])
+    assert_holds(cache, table, [1, 2, 3, 70, 70, 71, 72])
+    cache.commit([])
+    cache.check_integrity()
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_out_of_pages_changes_nothing():
+    cache = make_cache(num_pages=6)
+    tokens = list(range(8))
+    closed = cache.open(tokens, 8)
+    write(cache, closed, 0, tokens)
+    cache.publish(closed, tokens)
+    cache.close(closed)
+    table = cache.open(tokens[:4], 12)  # one shared page and two fresh ones; one page of the prefix stays cached
+    write(cache, table, 4, [1, 2, 3])
+    before = books(cache)
+    assert cache.num_free_pages == 3
+    with pytest.raises(OutOfPages) as error:
+        cache.open([], 16)
+    assert (error.value.needed, error.value.free) == (4, 3)
+    assert not cache.can_open([], 16) and cache.can_open([], 12)
+    with pytest.raises(OutOfPages) as error:
+        cache.open(tokens, 20)  # shares the cached page too, so that only two are left for three
+    assert (error.value.needed, error.value.free) == (3, 2)
+    assert not cache.can_open(tokens, 20) and cache.can_open(tokens, 16)
+    with pytest.raises(OutOfPages):
+        cache.fork(table, 20)
+    with pytest.raises(OutOfPages):
+        cache.grow(table, 25)
+    assert_unchanged(cache, before)
+
+
+def test_a_private_copy_that_cannot_be_had_changes_nothing():
+    cache = make_cache(num_pages=3)
+    table = cache.open([], 8)
+    write(cache, table, 0, [1, 2, 3, 4, 5])
+    forked = cache.fork(table, 8)
+    start = fill_slab(cache, cache.take_slab(), [70, 71, 72])
+    before = books(cache)
+    with pytest.raises(OutOfPages):
+        cache.slots(forked, 2, 6)
+    with pytest.raises(OutOfPages):
+        cache.commit([CommitMove(table, start, 1, 5), CommitMove(forked, start + 1, 2, 3)])
+    assert_unchanged(cache, before)
+    cache.close(table)
+    cache.commit([CommitMove(forked, start + 1, 2, 3)])
+    assert_holds(cache, forked, [1, 2, 3, 71, 72])
+
+
+def test_grow_reserves_more():
+    cache = make_cache(num_pages=4)
+    table = cache.open([], 3)
+    write(cache, table, 0, [1, 2, 3])
+    cache.grow(table, 4)
+    assert len(table.pages) == 1 and table.capacity == 4
+    cache.grow(table, 9)
+    assert len(table.pages) == 3 and table.capacity == 9
+    cache.grow(table, 2)
+    assert len(table.pages) == 3 and table.capacity == 9
+    write(cache, table, 3, [4, 5, 6])
+    assert_holds(cache, table, [1, 2, 3, 4, 5, 6])
+    cache.check_integrity()
+
+
+def test_a_closed_table_is_refused_everywhere():
+    cache, other = make_cache(), make_cache()
+    closed, foreign = cache.open([], 4), other.open([], 4)
+    cache.close(closed)
+    for table, reason in ((closed, "is closed"), (foreign, "of another cache")):
+        for use in (
+            lambda: cache.close(table),
+            lambda: cache.slots(table, 0, 0),
+            lambda: cache.fork(table, 4),
+            lambda: cache.grow(table, 4),
+            lambda: cache.truncate(table, 0),
+            lambda: cache.publish(table, []),
+            lambda: cache.block_tables([table]),
+            lambda: cache.commit([CommitMove(table, 0, 1, 0)]),
+        ):
+            with pytest.raises(IntegrityError, match=reason):
+                use()
+    cache.check_integrity()
+
+
+def test_misuse_is_refused_before_anything_changes():
+    cache = make_cache()
+    table = cache.open([], 8)
+    write(cache, table, 0, [1, 2, 3])
+    before = books(cache)
+    for use, message in (
+        (lambda: cache.slots(table, 5, 9), "exceed a table of 8"),
+        (lambda: cache.slots(table, 3, 2), "exceed a table of 8"),
+        (lambda: cache.slots(table, -1, 2), "exceed a table of 8"),
+        (lambda: cache.truncate(table, 4), "cannot be rewound to 4"),
+        (lambda: cache.truncate(table, -1), "cannot be rewound to -1"),
+        (lambda: cache.fork(table, 2), "do not fit in a fork of 2"),
+        (lambda: cache.open([1, 2, 3], 2), "3 tokens do not fit in 2"),
+        (lambda: cache.publish(table, list(range(9))), "exceed a table of 8"),
+        (lambda: cache.commit([CommitMove(table, 0, 2, 4)]), "leaves a gap after 3"),
+        (lambda: cache.commit([CommitMove(table, 0, 6, 3)]), "exceed a table of 8"),
+        (lambda: cache.commit([CommitMove(table, 7, 3, 3)]), "lie in no one slab"),
+        (lambda: cache.commit([CommitMove(table, 27, 0, 3)]), "lie in no one slab"),
+        (lambda: cache.commit([CommitMove(table, -1, 1, 3)]), "lie in no one slab"),
+    ):
+        with pytest.raises(IntegrityError, match=message):
+            use()
+        assert_unchanged(cache, before)
+
+
+def test_slabs_are_counted():
+    cache = make_cache(num_slabs=2)
+    slabs = [cache.take_slab(), cache.take_slab()]
+    assert sorted(slabs) == [0, 1] and cache.num_free_slabs == 0
+    with pytest.raises(IntegrityError, match="all 2 slabs are taken"):
+        cache.take_slab()
+    cache.return_slab(1)
+    for bad in (1, 2, -1):
+        with pytest.raises(IntegrityError, match=f"slab {bad} is not taken"):
+            cache.return_slab(bad)
+    cache.check_integrity(slabs_out=1)
+    with pytest.raises(IntegrityError, match="1 slabs are taken and 0 are held"):
+        cache.check_integrity(slabs_out=0)
+    assert cache.take_slab() == 1
+
+
+def test_check_integrity_sees_planted_errors():
+    cache = make_cache()
+    table = cache.open([], 5)
+    table.length = 6
+    with pytest.raises(IntegrityError, match="does not satisfy"):
+        cache.check_integrity()
+    table.length = 5
+    cache.pool.share(table.pages)
+    with pytest.raises(IntegrityError, match="2 references and 1 holders"):
+        cache.check_integrity()
+    cache.pool.free(table.pages)
+    cache._free_slabs.pop()
+    with pytest.raises(IntegrityError, match="slabs were lost or doubled: 2 free \\+ 0 taken of 3"):
+        cache.check_integrity()
+
+
+# -- everything at once -------------------------------------------------------------------------------------------
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random calls on a small cache beside a model: for every open table the list of values it must hold.
+
+    Values are a function of the whole prefix, as keys are, so a page shared for the wrong prefix shows: the value at a
+    position numbers the prefix that ends there. Every table is read back after every step, and unwritten rows are NaN.
+    """
+
+    tables = Bundle("tables")
+
+    @initialize(page_size=st.sampled_from([1, 4, 5]), num_pages=st.sampled_from([5, 9, 14]))
+    def build(self, page_size, num_pages):
+        self.cache = make_cache(page_size, num_pages, num_slabs=5, slab_len=9)
+        self.tokens: dict[BlockTable, list[int]] = {}
+        self.numbers: dict[tuple[int, ...], int] = {}
+        self.slabs: list[int] = []
+
+    def values(self, tokens: list[int]) -> list[int]:
+        prefixes = [tuple(tokens[: i + 1]) for i in range(len(tokens))]
+        return [self.numbers.setdefault(prefix, len(self.numbers)) for prefix in prefixes]
+
+    def refused(self, call):
+        """Runs `call`; on OutOfPages checks that nothing changed and returns None."""
+        before = books(self.cache)
+        try:
+            return call()
+        except OutOfPages as error:
+            assert error.needed > error.free
+            assert_unchanged(self.cache, before)
+            return None
+
+    def opened(self, table: BlockTable | None, tokens: list[int]):
+        if table is None:
+            return multiple()
+        self.tokens[table] = tokens
+        return table
+
+    @rule(target=tables, tokens=st.lists(st.integers(0, 1), max_size=13), spare=st.integers(0, 9), offer=st.booleans())
+    def open(self, tokens, spare, offer):
+        can = self.cache.can_open(tokens, len(tokens) + spare)
+        table = self.refused(lambda: self.cache.open(tokens, len(tokens) + spare))
+        assert can == (table is not None)
+        if table is not None:
+            assert table.length % self.cache.page_size == 0 and table.length <= len(tokens)
+            assert_holds(self.cache, table, self.values(tokens)[: table.length])
+            write(self.cache, table, table.length, self.values(tokens)[table.length :])
+            if offer:
+                self.cache.publish(table, tokens)
+        return self.opened(table, tokens)
+
+    @rule(table=tables, share=st.integers(0, 20))
+    def publish(self, table, share):
+        self.cache.publish(table, self.tokens[table][:share])
+
+    @rule(target=tables, table=tables, spare=st.integers(0, 9))
+    def fork(self, table, spare):
+        return self.opened(
+            self.refused(lambda: self.cache.fork(table, table.length + spare)), list(self.tokens[table])
+        )
+
+    @rule(table=tables, back=st.integers(0, 6), more=st.lists(st.integers(0, 1), max_size=9))
+    def prefill(self, table, back, more):
+        start = max(0, table.length - back)
+        more = more[: table.capacity - start]
+        tokens = self.tokens[table][:start] + more
+        slots = self.refused(lambda: self.cache.slots(table, start, len(tokens)))
+        if slots is not None:
+            write(self.cache, table, start, self.values(tokens)[start:])
+            self.tokens[table] = tokens
+
+    @rule(
+        chosen=st.lists(tables, min_size=1, max_size=3, unique_by=id),
+        backs=st.lists(st.integers(0, 6), min_size=3, max_size=3),
+        segments=st.lists(st.lists(st.integers(0, 1), max_size=7), min_size=3, max_size=3),
+    )
+    def commit(self, chosen, backs, segments):
+        moves, results, slabs = [], [], []
+        for table, back, segment in zip(chosen, backs, segments):
+            if not self.cache.num_free_slabs:
+                break
+            at = max(0, table.length - back)
+            segment = segment[: table.capacity - at]
+            tokens = self.tokens[table][:at] + segment
+            slabs.append(self.cache.take_slab())
+            moves.append(CommitMove(table, fill_slab(self.cache, slabs[-1], self.values(tokens)[at:], 2), len(segment), at))
+            results.append(tokens)
+        if self.refused(lambda: self.cache.commit(moves) or True):
+            for move, tokens in zip(moves, results):
+                self.tokens[move.table] = tokens
+        for slab in slabs:
+            self.cache.return_slab(slab)
+
+    @rule(table=tables, length=st.integers(0, 13))
+    def truncate(self, table, length):
+        length = min(length, table.length)
+        self.cache.truncate(table, length)
+        self.tokens[table] = self.tokens[table][:length]
+
+    @rule(table=tables, more=st.integers(0, 9))
+    def grow(self, table, more):
+        self.refused(lambda: self.cache.grow(table, table.capacity + more))
+
+    @rule(table=consumes(tables))
+    def close(self, table):
+        self.cache.close(table)
+        del self.tokens[table]
+
+    @rule()
+    def slab(self):
+        if len(self.slabs) < 2:
+            self.slabs.append(self.cache.take_slab())
+        else:
+            self.cache.return_slab(self.slabs.pop(0))
+
+    @invariant()
+    def everything_is_as_it_must_be(self):
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check_integrity(slabs_out=len(self.slabs))
+        for table, tokens in self.tokens.items():
+            assert_holds(self.cache, table, self.values(tokens))
+
+    def teardown(self):
+        if not hasattr(self, "cache"):
+            return
+        for table in list(self.tokens):
+            self.cache.close(table)
+        self.cache.check_integrity(slabs_out=len(self.slabs))
+        assert self.cache.num_free_pages == self.cache.num_pages
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(
+    derandomize=True, deadline=None, database=None, max_examples=300, stateful_step_count=50
+)
