@@ -1,0 +1,194 @@
+/* libstars: the C interface. Plain data in, plain data out; no exception crosses, nothing here needs Python or torch.
+ *
+ * An operation is a struct of parameters and a number. stars_call runs one; a program is a list of them, recorded once
+ * over buffers at fixed addresses and replayed as one call (the CPU's counterpart of a captured CUDA graph). Lengths,
+ * positions and tokens are read from memory when an operation runs, never when it is recorded.
+ *
+ * All matrices are row-major and contiguous. Calls are made from one thread at a time; the library spreads the work
+ * over a pool of its own.
+ */
+#ifndef STARS_H
+#define STARS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define STARS_API __declspec(dllexport)
+#else
+#define STARS_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define STARS_ABI_VERSION 1
+
+typedef enum {
+  STARS_OK = 0,
+  STARS_INVALID = 1, /* a parameter is out of range; stars_last_error says which */
+} stars_status;
+
+typedef enum { STARS_F32 = 0, STARS_BF16 = 1 } stars_dtype;
+
+typedef enum {
+  STARS_OP_LINEAR = 0,
+  STARS_OP_EMBEDDING = 1,
+  STARS_OP_RMS_NORM = 2,
+  STARS_OP_SWIGLU = 3,
+  STARS_OP_TAKE_ROWS = 4,
+  STARS_OP_ROPE_WRITE = 5,
+  STARS_OP_ATTENTION = 6,
+  STARS_OP_SAMPLE_STEP = 7,
+} stars_op;
+
+/* out[rows, out_features] = x[rows, in_features] @ weight^T + bias. `weight` is what stars_pack made. The bits of a row
+ * of `out` do not depend on the number of rows. */
+typedef struct {
+  const float* x;
+  const void* weight;
+  const float* bias; /* or NULL */
+  float* out;
+  int64_t rows, in_features, out_features;
+  int32_t dtype; /* stars_dtype of the packed weight */
+} stars_linear_params;
+
+/* out[i] = row token_ids[i] of a packed weight [vocab, hidden]. */
+typedef struct {
+  const int32_t* token_ids;
+  const void* weight;
+  float* out;
+  int64_t rows, hidden, vocab;
+  int32_t dtype;
+} stars_embedding_params;
+
+/* residual += x where residual is not NULL; out = weight * y / sqrt(mean(y^2) + eps), y = residual or x. */
+typedef struct {
+  const float* x;
+  const float* weight;
+  float* residual; /* or NULL */
+  float* out;      /* may be x */
+  int64_t rows, hidden;
+  float eps;
+} stars_rms_norm_params;
+
+/* out[rows, intermediate] = silu(gate_up[:, :intermediate]) * gate_up[:, intermediate:]. */
+typedef struct {
+  const float* gate_up;
+  float* out;
+  int64_t rows, intermediate;
+} stars_swiglu_params;
+
+/* out[i] = x[index[i]], rows of `width` floats. */
+typedef struct {
+  const float* x;
+  const int32_t* index;
+  float* out;
+  int64_t rows, width;
+} stars_take_rows_params;
+
+/* One layer's keys and values, [rows, kv_heads, head_dim] float32 each. */
+typedef struct {
+  float* k_pages;
+  float* v_pages;
+  float* k_slabs;
+  float* v_slabs;
+  int64_t page_size, kv_heads, head_dim;
+} stars_layer_kv;
+
+/* A ragged batch; see kernels/types.py, Batch, which this mirrors. */
+typedef struct {
+  const int32_t* positions;    /* [rows] */
+  const int32_t* slots;        /* [rows], -1 writes nothing */
+  const int32_t* row_start;    /* [sequences + 1] */
+  const int32_t* seq_group;    /* [sequences] */
+  const int32_t* block_tables; /* [groups, block_table_stride] page ids */
+  const int32_t* prefix_len;   /* [sequences] */
+  const int32_t* slab_start;   /* [sequences] */
+  const int32_t* slab_used;    /* [sequences] */
+  int64_t rows, sequences, block_table_stride;
+  int32_t into_slab;
+} stars_batch;
+
+/* qkv[rows, (heads + 2 kv_heads) * head_dim] to rotated q_out[rows, heads, head_dim], keys and values at batch.slots. */
+typedef struct {
+  const float* qkv;
+  const float* cos; /* [positions, head_dim / 2] */
+  const float* sin;
+  const float* q_norm; /* [head_dim] or NULL */
+  const float* k_norm;
+  float* q_out;
+  stars_batch batch;
+  stars_layer_kv kv;
+  int64_t heads;
+  float eps;
+} stars_rope_write_params;
+
+/* Causal grouped-query attention over pages and slab. */
+typedef struct {
+  const float* q; /* [rows, heads, head_dim] */
+  float* out;     /* [rows, heads, head_dim] */
+  stars_batch batch;
+  stars_layer_kv kv;
+  int64_t heads;
+  int64_t window; /* 0: none */
+  float scale;
+  float softcap; /* 0: none */
+} stars_attention_params;
+
+/* One draw for every lane; see kernels/types.py, LaneState, and kernels/sample_step.py, which these mirror. */
+typedef struct {
+  const float* logits; /* [lanes, vocab] */
+  int32_t* token_ids;
+  int32_t* positions;
+  int32_t* slots;
+  int32_t* slab_used;
+  int32_t* steps;
+  const int32_t* limits;
+  int32_t* done;
+  int32_t* out_tokens; /* [lanes, max_steps] */
+  float* out_logprobs; /* [lanes, max_steps] */
+  const int64_t* seeds;
+  const int32_t* attempts;
+  const int32_t* streams;
+  const float* temperature;
+  const int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  const int32_t* stop_ids; /* [lanes, max_stop_ids], padded with -1 */
+  int64_t lanes, vocab, max_steps, max_stop_ids;
+} stars_sample_step_params;
+
+STARS_API int32_t stars_abi_version(void);
+STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */
+STARS_API const char* stars_isa(void);        /* the instruction set in use: "base", "avx2" or "avx512" */
+
+STARS_API int32_t stars_num_threads(void);
+STARS_API void stars_set_num_threads(int32_t count);
+
+/* Bytes of the packed form of a [out_features, in_features] matrix, and the packing itself (source in `dtype`). */
+STARS_API int64_t stars_packed_bytes(int64_t out_features, int64_t in_features, int32_t dtype);
+STARS_API int32_t stars_pack(const void* matrix, int64_t out_features, int64_t in_features, int32_t dtype, void* packed);
+STARS_API int32_t stars_unpack(const void* packed, int64_t out_features, int64_t in_features, int32_t dtype, void* matrix);
+
+/* The uniforms and words of the counter-based generator; see kernels/philox.py for the law. */
+STARS_API void stars_philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]);
+STARS_API double stars_accept_uniform(uint64_t seed, uint32_t attempt, uint32_t segment, uint32_t sample);
+/* float32 Gumbel noise of tokens 0 .. vocab - 1 of one draw, as sample_step uses it. */
+STARS_API void stars_gumbel(uint64_t seed, uint32_t position, uint32_t attempt, uint32_t stream, int64_t vocab, float* out);
+
+STARS_API int32_t stars_call(int32_t op, const void* params);
+
+typedef struct stars_program stars_program;
+STARS_API stars_program* stars_program_create(void);
+STARS_API int32_t stars_program_add(stars_program* program, int32_t op, const void* params); /* copies the parameters */
+/* Runs the program up to `times` times; stops early once done[0 .. done_count - 1] are all non-zero (done may be NULL).
+ * Returns how often it ran. */
+STARS_API int32_t stars_program_run(stars_program* program, int32_t times, const int32_t* done, int64_t done_count);
+STARS_API void stars_program_destroy(stars_program* program);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* STARS_H */

@@ -1,0 +1,12 @@
+"""Rows of the embedding table."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stars.kernels.linear import Weight
+
+
+def embedding_reference(token_ids: Tensor, weight: Weight, out: Tensor) -> None:
+    """out[i] = weight[token_ids[i]]. token_ids int32 [rows]; weight [vocab, hidden]; out [rows, hidden]."""
+    out.copy_(weight.dense()[token_ids.long()])
