@@ -1,0 +1,94 @@
+"""Chat templates: Jinja in a sandbox, since a template is code that came with a download."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from stars.errors import TokenizerError
+
+
+class ChatTemplate:
+    """One template of the model in `where`; compiled at the first use."""
+
+    def __init__(self, source: str, where: str):
+        self._source = source
+        self._where = where
+        self._compiled: jinja2.Template | None = None
+
+    def render(self, messages: list[dict], **variables: Any) -> str:
+        """The text of `messages`. Raises TokenizerError for whatever goes wrong in the template, forbidden code included."""
+        try:
+            # Only plain values reach the template: it cannot call methods of objects, nor change the caller's messages.
+            # Keys with None are left out, since templates test for a key and would write "None".
+            plain = json.loads(json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages]))
+            variables = json.loads(json.dumps(variables))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise TokenizerError(f"messages and template variables must be plain JSON values ({error})") from error
+        try:
+            if self._compiled is None:
+                self._compiled = _environment().from_string(self._source)
+            return self._compiled.render(messages=plain, **variables)
+        except jinja2.TemplateSyntaxError as error:
+            raise TokenizerError(f"the chat template of {self._where} is not valid ({error}): repair it") from error
+        except Exception as error:  # templates raise what they like: their own errors, type errors, forbidden access
+            raise TokenizerError(
+                f"the chat template of {self._where} does not render these messages ({error}): change the messages to "
+                "what it expects, or give the prompt as text"
+            ) from error
+
+
+class _Generation(Extension):
+    """{% generation %} marks the assistant's text for training: its body is rendered as it stands."""
+
+    tags = {"generation"}
+
+    def parse(self, parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace, without names that begin with an underscore: those reach into Python."""
+
+    def __init__(*args, **attributes):  # noqa: N805 a variable of the template may be called self
+        for name in attributes:
+            _Namespace._check(name)
+        jinja2.utils.Namespace.__init__(*args, **attributes)
+
+    def __setitem__(self, name, value):
+        _Namespace._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: str) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace)
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False) -> str:
+    """JSON without Jinja's escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

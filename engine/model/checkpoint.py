@@ -1,0 +1,94 @@
+"""The tensors of a model directory: safetensors files, their headers read at once and their contents when asked."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stars.errors import ModelError
+from stars.model.config import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+"""The element types a weight may have, by their safetensors names."""
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # a safetensors name such as "BF16"
+    shard: str  # the file's name
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+class Checkpoint:
+    """The safetensors files of DIRECTORY, each opened once; pickled weights are never read.
+
+    Raises ModelError where there are none, where an index and its files disagree and where a file is damaged.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.shards, mapped = _find_shards(self.directory)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._files = {}
+        for shard in self.shards:
+            path = self.directory / shard
+            if not path.is_file():
+                raise ModelError(f"{self.directory} lacks {shard}, which {INDEX} names: copy the model again")
+            try:
+                file = safe_open(path, framework="pt")
+                for name in file.keys():
+                    if name in self.tensors:
+                        raise ModelError(
+                            f"{name} is in both {self.tensors[name].shard} and {shard} of {self.directory}: "
+                            "copy the model again"
+                        )
+                    part = file.get_slice(name)
+                    self.tensors[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), shard)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} is damaged or cut short ({error}): copy the model again") from error
+            self._files[shard] = file
+        for name, shard in mapped.items():
+            if name not in self.tensors or self.tensors[name].shard != shard:
+                raise ModelError(f"{INDEX} of {self.directory} says {name} is in {shard}, which it is not: copy again")
+
+    def read(self, name: str) -> Tensor:
+        """Tensor `name` in the file's own type; it may be a view of the file, so keep only copies of it."""
+        shard = self.tensors[name].shard
+        try:
+            return self._files[shard].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ModelError(f"{name} cannot be read from {self.directory / shard} ({error}): copy again") from error
+
+
+def _find_shards(directory: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of the safetensors files, and the index's map of tensor to file where there is one."""
+    if (directory / SINGLE).is_file():
+        return [SINGLE], {}
+    if (directory / INDEX).is_file():
+        mapped = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
+            raise ModelError(f"{directory / INDEX} holds no weight_map of tensors to files: copy the model again")
+        for shard in mapped.values():
+            if Path(shard).name != shard:
+                raise ModelError(f"{directory / INDEX} names {shard!r}, which is not a file beside it: refused")
+        return sorted(set(mapped.values())), mapped
+    if (directory / "adapter_config.json").is_file():
+        raise ModelError(f"{directory} holds an adapter, not a model: merge it into its base model and save that")
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{directory} has its weights in {pickles[0]}, a pickle, which is never read: convert them to {SINGLE} "
+            "(transformers' save_pretrained does) and use that directory"
+        )
+    raise ModelError(f"{directory} has neither {SINGLE} nor {INDEX}: copy the model again with its weights")

@@ -1,0 +1,191 @@
+"""The decoder: one class for language models and reward models, a fixed list of operations over fixed buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stars import kernels
+from stars.cache import PagedCache
+from stars.errors import IntegrityError, ModelError
+from stars.kernels.linear import Weight
+from stars.kernels.types import Batch
+from stars.model.config import ModelConfig
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights; norms are float32."""
+
+    input_norm: Tensor  # [hidden]
+    qkv: Weight  # [(heads + 2 * kv_heads) * head_dim, hidden]: queries, keys, values
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None  # [head_dim]
+    o: Weight  # [hidden, heads * head_dim]
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Weight  # [2 * intermediate, hidden]: gate, up
+    down: Weight  # [hidden, intermediate]
+
+
+class Workspace(NamedTuple):
+    """Every intermediate of a pass, float32, allocated once; a pass of n rows uses the first n of each."""
+
+    residual: Tensor  # [max_rows, hidden]
+    picked: Tensor  # [max_rows, hidden] the residual stream of the selected rows
+    normed: Tensor  # [max_rows, hidden]
+    qkv: Tensor  # [max_rows, (heads + 2 * kv_heads) * head_dim]
+    q: Tensor  # [max_rows, heads * head_dim]
+    attended: Tensor  # [max_rows, heads * head_dim]
+    branch: Tensor  # [max_rows, hidden] what attention or MLP adds to the residual stream
+    gate_up: Tensor  # [max_rows, 2 * intermediate]
+    gated: Tensor  # [max_rows, intermediate]
+    hidden: Tensor  # [max_rows, hidden] after the final norm
+    logits: Tensor | None  # [max_rows, vocab]
+    scores: Tensor | None  # [max_rows, 1]
+
+
+class Decoder:
+    """Pre-norm decoder layers between an embedding and a head.
+
+    `head` gives logits (for tied embeddings it is the embedding's own Weight), `score_head` [1, hidden] rewards; either
+    may be None. cos, sin float32 [max_position_embeddings, head_dim / 2].
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Weight,
+        layers: Sequence[LayerWeights],
+        final_norm: Tensor,
+        head: Weight | None,
+        score_head: Weight | None,
+        cos: Tensor,
+        sin: Tensor,
+        max_rows: int,
+    ):
+        self.config = config
+        self.embedding = embedding
+        self.layers = tuple(layers)
+        self.final_norm = final_norm
+        self.head = head
+        self.score_head = score_head
+        self.cos = cos
+        self.sin = sin
+        self.max_rows = 0
+        self.reserve(max_rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and workspace are."""
+        return self.final_norm.device
+
+    def reserve(self, max_rows: int) -> None:
+        """Makes room for passes of `max_rows` rows; does nothing where there is room already.
+
+        Growing moves the buffers: passes recorded before must not be replayed after, and results read before are stale.
+        """
+        if max_rows <= self.max_rows:
+            return
+        config = self.config
+        heads_width = config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+
+        def buffer(width: int) -> Tensor:
+            return torch.empty(max_rows, width, dtype=torch.float32, device=self.device)
+
+        self._space = Workspace(
+            residual=buffer(config.hidden_size),
+            picked=buffer(config.hidden_size),
+            normed=buffer(config.hidden_size),
+            qkv=buffer(heads_width + 2 * kv_width),
+            q=buffer(heads_width),
+            attended=buffer(heads_width),
+            branch=buffer(config.hidden_size),
+            gate_up=buffer(2 * config.intermediate_size),
+            gated=buffer(config.intermediate_size),
+            hidden=buffer(config.hidden_size),
+            logits=buffer(config.vocab_size) if self.head is not None else None,
+            scores=buffer(1) if self.score_head is not None else None,
+        )
+        self.max_rows = max_rows
+
+    def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
+        """Runs all layers and writes the batch's keys and values; returns the hidden state after the final norm.
+
+        float32 [n, hidden], a view of the workspace that the next pass overwrites: of all rows, or of `rows` int32 [n]
+        (indices into the batch's rows), in whose case all after the last layer's attention runs for those rows only.
+        Raises IntegrityError for more rows than reserved.
+        """
+        count = batch.token_ids.shape[0]
+        wanted = count if rows is None else rows.shape[0]
+        self._check_rows(max(count, wanted))
+        config, space = self.config, self._space
+        eps = config.rms_norm_eps
+        residual = space.residual[:count]  # [count, hidden]
+        normed = space.normed[:count]  # [count, hidden]
+        qkv = space.qkv[:count]  # [count, (heads + 2 * kv_heads) * head_dim]
+        q = space.q[:count].view(count, config.num_heads, config.head_dim)
+        attended = space.attended[:count]  # [count, heads * head_dim]
+        attended_heads = attended.view(count, config.num_heads, config.head_dim)
+        branch, gate_up, gated = space.branch[:count], space.gate_up[:count], space.gated[:count]
+
+        kernels.embedding(batch.token_ids, self.embedding, residual)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            kv = cache.layer(index)
+            if index == 0:  # the stream holds the embedding, and no branch is to be added yet
+                kernels.rms_norm(residual, layer.input_norm, eps, normed)
+            else:
+                kernels.rms_norm(branch, layer.input_norm, eps, normed, residual)
+            kernels.linear(normed, layer.qkv, qkv)
+            kernels.rope_write(qkv, batch, self.cos, self.sin, kv, q, layer.q_norm, layer.k_norm, eps)
+            kernels.attention(
+                q, kv, batch, config.attention_scale, attended_heads, config.sliding_window[index],
+                config.attention_softcap,
+            )
+            if rows is not None and index == last:
+                picked_attended = space.q[:wanted]  # the queries are spent: their buffer takes the selected rows
+                kernels.take_rows(attended, rows, picked_attended)
+                kernels.take_rows(residual, rows, space.picked[:wanted])
+                attended, residual, normed = picked_attended, space.picked[:wanted], space.normed[:wanted]
+                branch, gate_up, gated = space.branch[:wanted], space.gate_up[:wanted], space.gated[:wanted]
+            kernels.linear(attended, layer.o, branch)
+            kernels.rms_norm(branch, layer.mlp_norm, eps, normed, residual)
+            kernels.linear(normed, layer.gate_up, gate_up)
+            kernels.swiglu(gate_up, gated)
+            kernels.linear(gated, layer.down, branch)
+        hidden = space.hidden[:wanted]  # [wanted, hidden]
+        kernels.rms_norm(branch, self.final_norm, eps, hidden, residual)
+        return hidden
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits of hidden float32 [n, hidden]: float32 [n, vocab] in `out`, or in the workspace.
+
+        Raises ModelError for a model without a language model head.
+        """
+        if self.head is None:
+            raise ModelError("this model has no language model head: load it with head='lm'")
+        if out is None:
+            self._check_rows(hidden.shape[0])
+            out = self._space.logits[: hidden.shape[0]]
+        kernels.linear(hidden, self.head, out)
+        return out
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Raw rewards of hidden float32 [n, hidden]: float32 [n], in the workspace.
+
+        Raises ModelError for a model without a reward head.
+        """
+        if self.score_head is None:
+            raise ModelError("this model has no reward head: load it with head='reward'")
+        count = hidden.shape[0]
+        self._check_rows(count)
+        out = self._space.scores[:count]  # [n, 1]
+        kernels.linear(hidden, self.score_head, out)
+        return out.view(count)
+
+    def _check_rows(self, rows: int) -> None:
+        if rows > self.max_rows:
+            raise IntegrityError(f"a pass of {rows} rows exceeds the {self.max_rows} reserved: reserve({rows}) first")

@@ -1,0 +1,293 @@
+"""From a directory in Hugging Face format to a Decoder: everything is checked before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stars import kernels
+from stars.errors import ModelError
+from stars.kernels.linear import Weight
+from stars.model.checkpoint import ITEM_BYTES, Checkpoint
+from stars.model.config import ModelConfig, load_config
+from stars.model.decoder import Decoder, LayerWeights
+from stars.model.families import FAMILIES
+from stars.model.rope import rope_tables
+from stars.model.tokenizer import has_chat_template
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEFAULT_MAX_ROWS = 256
+LM_HEAD, SCORE_HEAD = "lm_head.weight", "score.weight"
+NAMED = 3  # tensors an error names before it only counts
+
+
+class ModelSummary(NamedTuple):
+    """What a model directory holds, from its headers alone."""
+
+    config: ModelConfig
+    parameters: int  # a tied head is not counted twice
+    bytes: int  # of those parameters, as stored
+    shards: tuple[str, ...]
+    head: Literal["lm", "reward", "none"]
+    tied: bool
+    missing: list[str]
+    unexpected: list[str]
+    tokenizer: bool
+    chat_template: bool
+
+
+def load_model(
+    directory: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu",
+    head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS,
+) -> Decoder:
+    """The model in DIRECTORY with the head asked for, its matrices packed one at a time.
+
+    On the CPU arithmetic is always float32. "auto" and "float32" keep the checkpoint's values exactly, "bfloat16"
+    rounds the matrices to bfloat16; norms, biases and the reward head stay float32. Raises ModelError for whatever
+    does not fit: missing, unexpected or misshapen tensors, an absent head, more labels than one, damaged files.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    if head not in ("lm", "reward"):
+        raise ModelError(f"head {head!r} is not supported: use 'lm' or 'reward'")
+    device = _check_device(device)
+    config = load_config(directory)
+    checkpoint = Checkpoint(directory)
+    names = _check(checkpoint, config, head)
+    reader = _Reader(checkpoint, names, dtype, device)
+    embedding = reader.matrix("model.embed_tokens")
+    layers = [_layer(reader, config, f"model.layers.{index}.") for index in range(config.num_layers)]
+    lm_head = score_head = None
+    if head == "reward":
+        score_head = reader.score_head()
+    elif not config.tie_word_embeddings:
+        lm_head = reader.matrix("lm_head")
+    else:
+        reader.check_tied()
+        lm_head = embedding
+    cos, sin = rope_tables(config.rope, config.head_dim, config.max_position_embeddings, device)
+    return Decoder(
+        config, embedding, layers, reader.vector("model.norm.weight"), lm_head, score_head, cos, sin, max_rows
+    )
+
+
+def inspect_model(directory: str | Path) -> ModelSummary:
+    """What DIRECTORY holds, without reading weights; raises ModelError where config or headers cannot be read."""
+    directory = Path(directory)
+    config = load_config(directory)
+    checkpoint = Checkpoint(directory)
+    if SCORE_HEAD in checkpoint.tensors or _is_classifier(config):
+        head = "reward"
+    elif LM_HEAD in checkpoint.tensors or config.tie_word_embeddings or _is_causal(config):
+        head = "lm"
+    else:
+        head = "none"
+    names, missing, unexpected = _match(checkpoint, config, head)
+    held = [checkpoint.tensors[name] for name in names.values() if name in checkpoint.tensors]
+    return ModelSummary(
+        config=config,
+        parameters=sum(info.size for info in held),
+        bytes=sum(info.size * ITEM_BYTES.get(info.dtype, 0) for info in held),
+        shards=tuple(checkpoint.shards),
+        head=head,
+        tied=config.tie_word_embeddings,
+        missing=missing,
+        unexpected=unexpected,
+        tokenizer=(directory / "tokenizer.json").is_file(),
+        chat_template=has_chat_template(directory),
+    )
+
+
+def expected_tensors(config: ModelConfig, head: Literal["lm", "reward", "none"]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint of this configuration must have, by its full name."""
+    hidden, middle = config.hidden_size, config.intermediate_size
+    heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    matrices = (
+        ("self_attn.q_proj", heads_width, hidden, config.qkv_bias),
+        ("self_attn.k_proj", kv_width, hidden, config.qkv_bias),
+        ("self_attn.v_proj", kv_width, hidden, config.qkv_bias),
+        ("self_attn.o_proj", hidden, heads_width, config.o_bias),
+        ("mlp.gate_proj", middle, hidden, config.mlp_bias),
+        ("mlp.up_proj", middle, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, middle, config.mlp_bias),
+    )
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for index in range(config.num_layers):
+        layer = f"model.layers.{index}."
+        shapes[layer + "input_layernorm.weight"] = (hidden,)
+        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+        if config.qk_norm:
+            shapes[layer + "self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[layer + "self_attn.k_norm.weight"] = (config.head_dim,)
+        for name, rows, columns, bias in matrices:
+            shapes[f"{layer}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{layer}{name}.bias"] = (rows,)
+    shapes["model.norm.weight"] = (hidden,)
+    if head == "lm" and not config.tie_word_embeddings:
+        shapes[LM_HEAD] = (config.vocab_size, hidden)
+    if head == "reward":
+        shapes[SCORE_HEAD] = (1, hidden)
+    return shapes
+
+
+class _Reader:
+    """Takes tensors out of a checkpoint in the form the decoder keeps them in."""
+
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], dtype: str, device: torch.device):
+        self.checkpoint = checkpoint
+        self.names = names
+        self.rounded = dtype == "bfloat16"
+        self.device = device
+
+    def matrix(self, *layers: str) -> Weight:
+        """The weights of `layers`, one below the other, packed, with their biases where they have some."""
+        parts = [self._read(layer + ".weight") for layer in layers]
+        biases = [self.vector(layer + ".bias") for layer in layers if layer + ".bias" in self.names]
+        kinds = {part.dtype for part in parts}
+        # bfloat16 is kept as such: it is exact and half the bytes; all else becomes float32, which is exact too
+        keep = self.rounded or kinds == {torch.bfloat16}
+        kind = torch.bfloat16 if keep else torch.float32
+        rows = sum(part.shape[0] for part in parts)
+        joined = torch.empty(rows, parts[0].shape[1], dtype=kind, device=self.device)
+        torch.cat([part.to(self.device, kind) for part in parts], out=joined)
+        return kernels.pack(joined, torch.cat(biases) if biases else None)
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight or a bias, float32."""
+        return self._read(name).to(self.device, torch.float32, copy=True)
+
+    def score_head(self) -> Weight:
+        """The reward head [1, hidden], float32 whatever the dtype."""
+        return kernels.pack(self.vector(SCORE_HEAD))
+
+    def check_tied(self) -> None:
+        """Raises ModelError where the checkpoint has a head of its own although it should be the embedding."""
+        if LM_HEAD not in self.checkpoint.tensors:
+            return
+        if not torch.equal(self.checkpoint.read(LM_HEAD), self._read("model.embed_tokens.weight")):
+            raise ModelError(
+                f"{self.checkpoint.directory} has tie_word_embeddings but a {LM_HEAD} that differs from the embeddings: "
+                "set tie_word_embeddings to false in config.json if that head is wanted, or remove the tensor"
+            )
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read(self.names[name])
+
+
+def _layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    return LayerWeights(
+        input_norm=reader.vector(prefix + "input_layernorm.weight"),
+        qkv=reader.matrix(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
+        q_norm=reader.vector(attention + "q_norm.weight") if config.qk_norm else None,
+        k_norm=reader.vector(attention + "k_norm.weight") if config.qk_norm else None,
+        o=reader.matrix(attention + "o_proj"),
+        mlp_norm=reader.vector(prefix + "post_attention_layernorm.weight"),
+        gate_up=reader.matrix(mlp + "gate_proj", mlp + "up_proj"),
+        down=reader.matrix(mlp + "down_proj"),
+    )
+
+
+def _check(checkpoint: Checkpoint, config: ModelConfig, head: str) -> dict[str, str]:
+    """The checkpoint's name of every expected tensor, once all of them are there with the right shape and type."""
+    where = checkpoint.directory
+    prefix = FAMILIES[config.model_type].class_prefix
+    if head == "lm" and _is_classifier(config):
+        raise ModelError(
+            f"{where} is a reward model ({config.architectures[0]}) and has no language model head: use a checkpoint "
+            f"with architectures {prefix}ForCausalLM, or give this one as the reward model"
+        )
+    if head == "reward":
+        _check_score_head(checkpoint, config, f"{prefix}ForSequenceClassification")
+    names, missing, unexpected = _match(checkpoint, config, head)
+    if missing:
+        raise ModelError(
+            f"{where} lacks {_list(missing)}: copy the model again, or repair config.json if it is of another model"
+        )
+    if unexpected:
+        raise ModelError(
+            f"{where} has {_list(unexpected)} that a {config.model_type} model with this config.json does not have: "
+            "use config.json of the same checkpoint, or a model without them"
+        )
+    for name, shape in expected_tensors(config, head).items():
+        info = checkpoint.tensors[names[name]]
+        if info.shape != shape:
+            raise ModelError(
+                f"{names[name]} of {where} has shape {list(info.shape)} where config.json asks for {list(shape)}: "
+                "use config.json of the same checkpoint"
+            )
+        if info.dtype not in ITEM_BYTES:
+            raise ModelError(
+                f"{names[name]} of {where} is stored as {info.dtype}, which is not supported: "
+                "use the float32, bfloat16 or float16 model"
+            )
+    return names
+
+
+def _check_score_head(checkpoint: Checkpoint, config: ModelConfig, architecture: str) -> None:
+    where = checkpoint.directory
+    if SCORE_HEAD not in checkpoint.tensors:
+        raise ModelError(
+            f"{where} has no reward head {SCORE_HEAD}: use a checkpoint with architectures {architecture}"
+        )
+    shape = checkpoint.tensors[SCORE_HEAD].shape
+    rows = shape[0] if shape else 1
+    if rows != 1:
+        raise ModelError(
+            f"{where} gives {rows} labels ({SCORE_HEAD} is {list(shape)}) where a reward is one number: "
+            "use a model with num_labels = 1"
+        )
+    if config.num_labels != 1:
+        raise ModelError(
+            f"config.json of {where} gives {config.num_labels} labels (id2label, 2 where it is absent) but {SCORE_HEAD} "
+            'has 1 row: set id2label to {"0": "LABEL_0"} if that row is the reward'
+        )
+
+
+def _match(
+    checkpoint: Checkpoint, config: ModelConfig, head: Literal["lm", "reward", "none"]
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """(the checkpoint's name by full name, missing tensors, unexpected tensors).
+
+    Checkpoints of the bare model class leave the leading "model." out.
+    """
+    held = checkpoint.tensors
+    bare = not any(name.startswith("model.") for name in held)
+    names = {name: name.removeprefix("model.") if bare else name for name in expected_tensors(config, head)}
+    wanted = set(names.values())
+    missing = [name for name in names.values() if name not in held]
+    unexpected = [
+        name for name in held
+        if name not in wanted
+        and not name.endswith("rotary_emb.inv_freq")  # a table that old checkpoints carry along
+        and not (name.startswith("lm_head.") and head == "reward")  # left over from the model it was trained from
+        and not (name == LM_HEAD and config.tie_word_embeddings)  # compared with the embedding when read
+    ]
+    return names, missing, unexpected
+
+
+def _is_classifier(config: ModelConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures)
+
+
+def _is_causal(config: ModelConfig) -> bool:
+    return any(name.endswith("ForCausalLM") for name in config.architectures)
+
+
+def _list(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:NAMED])}{more})"
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {str(device)!r} cannot be used ({reason}): use 'cpu' or install torch for it") from error
