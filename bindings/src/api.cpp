@@ -1,2 +1,237 @@
+// The C interface: checks parameters, picks the instruction set, runs operations and programs.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "error.h"
+#include "ops.h"
 #include "parallel.h"
-extern "C" __attribute__((visibility("default"))) int stars_abi_version() { return 1; }
+#include "stars.h"
+
+namespace stars {
+
+namespace {
+
+thread_local char last_error[256] = "";
+
+struct isa {
+  const char* name;
+  const op_table* table;
+};
+
+isa choose_isa() {
+  isa best = {"base", &base::table};
+#ifdef STARS_X86
+  __builtin_cpu_init();
+  const isa wider[] = {{"avx2", &avx2::table}, {"avx512", &avx512::table}};
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool supported[] = {has_avx2, has_avx512};
+  const char* wanted = std::getenv("STARS_ISA");  // for tests: the best at most this wide
+  for (int i = 0; i < 2 && supported[i]; ++i) {
+    if (wanted && std::strcmp(wanted, best.name) == 0) break;
+    best = wider[i];
+  }
+#endif
+  return best;
+}
+
+const isa& chosen_isa() {
+  static const isa chosen = choose_isa();
+  return chosen;
+}
+
+#define STARS_FOR_EACH_OP(X)    \
+  X(LINEAR, linear)             \
+  X(EMBEDDING, embedding)       \
+  X(RMS_NORM, rms_norm)         \
+  X(SWIGLU, swiglu)             \
+  X(TAKE_ROWS, take_rows)       \
+  X(ROPE_WRITE, rope_write)     \
+  X(ATTENTION, attention)       \
+  X(SAMPLE_STEP, sample_step)
+
+// What each check says is what must hold; null when all of it does.
+#define STARS_REQUIRE(condition, text) \
+  if (!(condition)) return text
+
+const char* check(const stars_linear_params& p) {
+  STARS_REQUIRE(p.rows >= 0 && p.in_features > 0 && p.out_features > 0, "rows must be >= 0 and the features positive");
+  STARS_REQUIRE(p.dtype == STARS_F32 || p.dtype == STARS_BF16, "dtype must be 0 (float32) or 1 (bfloat16)");
+  STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_embedding_params& p) {
+  STARS_REQUIRE(p.rows >= 0 && p.hidden > 0 && p.vocab > 0, "rows must be >= 0, hidden and vocab positive");
+  STARS_REQUIRE(p.dtype == STARS_F32 || p.dtype == STARS_BF16, "dtype must be 0 (float32) or 1 (bfloat16)");
+  STARS_REQUIRE(p.rows == 0 || (p.token_ids && p.weight && p.out), "token_ids, weight and out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_rms_norm_params& p) {
+  STARS_REQUIRE(p.rows >= 0 && p.hidden > 0, "rows must be >= 0 and hidden positive");
+  STARS_REQUIRE(p.eps >= 0, "eps must not be negative");
+  STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_swiglu_params& p) {
+  STARS_REQUIRE(p.rows >= 0 && p.intermediate > 0, "rows must be >= 0 and intermediate positive");
+  STARS_REQUIRE(p.rows == 0 || (p.gate_up && p.out), "gate_up and out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_take_rows_params& p) {
+  STARS_REQUIRE(p.rows >= 0 && p.width > 0, "rows must be >= 0 and width positive");
+  STARS_REQUIRE(p.rows == 0 || (p.x && p.index && p.out), "x, index and out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_batch& b) {
+  STARS_REQUIRE(b.rows >= 0 && b.sequences >= 0, "rows and sequences of the batch must be >= 0");
+  STARS_REQUIRE(b.block_table_stride >= 0, "block_table_stride must be >= 0");
+  STARS_REQUIRE(b.rows == 0 || (b.positions && b.slots && b.row_start && b.seq_group && b.block_tables &&
+                                b.prefix_len && b.slab_start && b.slab_used),
+                "no array of the batch may be null");
+  return nullptr;
+}
+
+const char* check(const stars_layer_kv& kv, bool into_slab) {
+  STARS_REQUIRE(kv.page_size > 0 && kv.kv_heads > 0 && kv.head_dim > 0,
+                "page_size, kv_heads and head_dim must be positive");
+  STARS_REQUIRE(kv.k_pages && kv.v_pages, "pages must not be null");
+  STARS_REQUIRE(!into_slab || (kv.k_slabs && kv.v_slabs), "slabs must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_rope_write_params& p) {
+  if (const char* wrong = check(p.batch)) return wrong;
+  if (const char* wrong = check(p.kv, p.batch.into_slab)) return wrong;
+  STARS_REQUIRE(p.heads > 0, "heads must be positive");
+  STARS_REQUIRE(p.kv.head_dim % 2 == 0, "head_dim must be even");
+  STARS_REQUIRE(!p.q_norm == !p.k_norm, "q_norm and k_norm must both be given or both be null");
+  STARS_REQUIRE(p.batch.rows == 0 || (p.qkv && p.cos && p.sin && p.q_out), "qkv, cos, sin and q_out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_attention_params& p) {
+  if (const char* wrong = check(p.batch)) return wrong;
+  if (const char* wrong = check(p.kv, p.batch.into_slab)) return wrong;
+  STARS_REQUIRE(p.heads > 0 && p.heads % p.kv.kv_heads == 0, "heads must be a positive multiple of kv_heads");
+  STARS_REQUIRE(p.window >= 0 && p.softcap >= 0, "window and softcap must be >= 0 (0: none)");
+  STARS_REQUIRE(p.batch.rows == 0 || (p.q && p.out), "q and out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_sample_step_params& p) {
+  STARS_REQUIRE(p.lanes >= 0 && p.vocab > 0 && p.max_steps >= 0 && p.max_stop_ids >= 0,
+                "lanes, max_steps and max_stop_ids must be >= 0 and vocab positive");
+  STARS_REQUIRE(p.lanes == 0 || (p.logits && p.token_ids && p.positions && p.slots && p.slab_used && p.steps &&
+                                 p.limits && p.done && p.seeds && p.attempts && p.streams && p.temperature &&
+                                 p.top_k && p.top_p && p.min_p),
+                "no array of the lanes may be null");
+  STARS_REQUIRE(p.lanes == 0 || p.max_steps == 0 || (p.out_tokens && p.out_logprobs),
+                "out_tokens and out_logprobs must not be null");
+  STARS_REQUIRE(p.lanes == 0 || p.max_stop_ids == 0 || p.stop_ids, "stop_ids must not be null");
+  return nullptr;
+}
+
+#undef STARS_REQUIRE
+
+using run_function = void (*)(const op_table&, const void* params);
+
+// Checks the parameters and hands them to then(params, run), run being a function that knows their type.
+template <class Then>
+int32_t with_op(int32_t op, const void* params, Then&& then) {
+  if (!params) return fail("stars_call", "params must not be null");
+  switch (op) {
+#define STARS_CASE(NUMBER, name)                                                      \
+  case STARS_OP_##NUMBER: {                                                           \
+    using type = stars_##name##_params;                                               \
+    const type& typed = *static_cast<const type*>(params);                            \
+    if (const char* wrong = check(typed)) return fail(#name, wrong);                  \
+    const run_function run = [](const op_table& table, const void* p) { table.name(*static_cast<const type*>(p)); }; \
+    then(typed, run);                                                                 \
+    return STARS_OK;                                                                  \
+  }
+    STARS_FOR_EACH_OP(STARS_CASE)
+#undef STARS_CASE
+  }
+  return fail("stars_call", "the operation is unknown to this version of libstars");
+}
+
+}  // namespace
+
+int32_t fail(const char* where, const char* what) {
+  std::snprintf(last_error, sizeof last_error, "%s: %s", where, what);
+  return STARS_INVALID;
+}
+
+const op_table& ops() { return *chosen_isa().table; }
+
+}  // namespace stars
+
+struct stars_program {
+  struct step {
+    stars::run_function run;
+    union {
+#define STARS_MEMBER(NUMBER, name) stars_##name##_params name;
+      STARS_FOR_EACH_OP(STARS_MEMBER)
+#undef STARS_MEMBER
+    } params;
+  };
+  std::vector<step> steps;
+};
+
+namespace {
+
+bool all_set(const int32_t* done, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (!done[i]) return false;
+  return true;
+}
+
+}  // namespace
+
+int32_t stars_abi_version(void) { return STARS_ABI_VERSION; }
+const char* stars_last_error(void) { return stars::last_error; }
+const char* stars_isa(void) { return stars::chosen_isa().name; }
+
+int32_t stars_num_threads(void) { return stars::num_threads(); }
+void stars_set_num_threads(int32_t count) { stars::set_num_threads(count); }
+
+int32_t stars_call(int32_t op, const void* params) {
+  return stars::with_op(op, params, [](const auto& typed, auto run) { run(stars::ops(), &typed); });
+}
+
+stars_program* stars_program_create(void) { return new (std::nothrow) stars_program; }
+
+int32_t stars_program_add(stars_program* program, int32_t op, const void* params) {
+  if (!program) return stars::fail("stars_program_add", "program must not be null");
+  try {
+    return stars::with_op(op, params, [=](const auto& typed, auto run) {
+      stars_program::step& step = program->steps.emplace_back();
+      step.run = run;
+      std::memcpy(&step.params, &typed, sizeof typed);
+    });
+  } catch (const std::bad_alloc&) {
+    return stars::fail("stars_program_add", "out of memory");
+  }
+}
+
+int32_t stars_program_run(stars_program* program, int32_t times, const int32_t* done, int64_t done_count) {
+  if (!program) return stars::fail("stars_program_run", "program must not be null"), 0;
+  const stars::op_table& table = stars::ops();
+  for (int32_t ran = 1; ran <= times; ++ran) {
+    for (const stars_program::step& step : program->steps) step.run(table, &step.params);
+    if (done && all_set(done, done_count)) return ran;
+  }
+  return times > 0 ? times : 0;
+}
+
+void stars_program_destroy(stars_program* program) { delete program; }

@@ -1,1 +1,8 @@
-// arithmetic compiled once per instruction set
+// The table of one instruction set's operations.
+#include "ops.h"
+
+namespace stars::STARS_ISA {
+
+const op_table table = {linear, embedding, rms_norm, swiglu, take_rows, rope_write, attention, sample_step};
+
+}  // namespace stars::STARS_ISA

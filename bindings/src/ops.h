@@ -1,0 +1,48 @@
+// The operations, defined once per instruction set in a namespace of its own, and the table through which they are
+// called. Sources compiled per instruction set must keep every function that is not inlined inside that namespace (or
+// an anonymous one) and use no standard containers: the linker merges equal names, and a copy compiled for AVX-512
+// could end up serving a machine without it.
+#pragma once
+
+#include "stars.h"
+
+namespace stars {
+
+struct op_table {
+  void (*linear)(const stars_linear_params&);
+  void (*embedding)(const stars_embedding_params&);
+  void (*rms_norm)(const stars_rms_norm_params&);
+  void (*swiglu)(const stars_swiglu_params&);
+  void (*take_rows)(const stars_take_rows_params&);
+  void (*rope_write)(const stars_rope_write_params&);
+  void (*attention)(const stars_attention_params&);
+  void (*sample_step)(const stars_sample_step_params&);
+};
+
+namespace base {
+extern const op_table table;
+}
+namespace avx2 {
+extern const op_table table;
+}
+namespace avx512 {
+extern const op_table table;
+}
+
+// The table of the instruction set in use.
+const op_table& ops();
+
+#ifdef STARS_ISA
+namespace STARS_ISA {
+void linear(const stars_linear_params&);
+void embedding(const stars_embedding_params&);
+void rms_norm(const stars_rms_norm_params&);
+void swiglu(const stars_swiglu_params&);
+void take_rows(const stars_take_rows_params&);
+void rope_write(const stars_rope_write_params&);
+void attention(const stars_attention_params&);
+void sample_step(const stars_sample_step_params&);
+}  // namespace STARS_ISA
+#endif
+
+}  // namespace stars
