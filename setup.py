@@ -5,8 +5,10 @@
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,25 +18,37 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Builds bindings/libstars.so. Without a working compiler the install goes on: every C++ function has a reference
-    in Python, slower (STARS_REQUIRE_LIBSTARS=1 turns that into a failure)."""
+    """Builds bindings/lib/libstars.so. Without CMake or a working compiler the install goes on: every C++ function has
+    a reference in Python, slower (STARS_REQUIRE_LIBSTARS=1 turns that into a failure)."""
 
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext):
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         try:
-            subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
-                            f"-DSTARS_OUTPUT_DIR={target}"], check=True)
-            subprocess.run(["cmake", "--build", str(build), "--target", "stars"], check=True)
+            cmake = find_tool("cmake") or "cmake"
+            ninja = find_tool("ninja")
+            generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+            subprocess.run([cmake, *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+                            f"-DSTARS_OUTPUT_DIR={library.parent.parent}"], check=True)
+            subprocess.run([cmake, "--build", str(build), "--target", "stars", "--parallel"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("STARS_REQUIRE_LIBSTARS") == "1":
                 raise
             print(f"stars-engine: libstars was not built ({error}); the slower Python references will be used.",
                   file=sys.stderr)
+
+    def copy_extensions_to_source(self):
+        (ROOT / "bindings" / "lib").mkdir(exist_ok=True)  # an editable install copies the library there
+        super().copy_extensions_to_source()
+
+
+def find_tool(name):
+    """A program beside this Python (pip installs cmake and ninja there) or on the PATH; None if there is none."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
 setup(
@@ -47,7 +61,7 @@ setup(
     package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"},
     packages=["stars", "stars.model", "stars.reward", "stars.kernels", "stars.bindings"],
     package_data={"stars": ["demo_models/*/*", "templates/*"], "stars.bindings": ["stars.h"]},
-    ext_modules=[Extension("stars.bindings.libstars", sources=[], optional=True)],
+    ext_modules=[Extension("stars.bindings.lib.libstars", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
     install_requires=["torch>=2.6", "numpy", "safetensors", "tokenizers", "jinja2>=3.1", "tqdm"],
     extras_require={

@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stars.bindings import libstars
+from stars.kernels.dispatch import on_libstars
 from stars.kernels.types import Batch, LayerKV
+
+
+def attention(
+    q: Tensor, kv: LayerKV, batch: Batch, scale: float, out: Tensor,
+    window: int | None = None, softcap: float | None = None,
+) -> None:
+    """Causal grouped-query attention over committed pages and the slab; see `attention_reference`."""
+    if on_libstars(q):
+        libstars.attention(q, kv, batch, scale, out, window, softcap)
+    else:
+        attention_reference(q, kv, batch, scale, out, window, softcap)
 
 
 def attention_reference(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stars.bindings import libstars
+from stars.kernels.dispatch import on_libstars
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -21,15 +24,38 @@ class Weight:
     out_features: int
     in_features: int
     packed: bool = False
+    dtype: torch.dtype | None = None  # of the matrix that `values` holds, where packed
 
     def dense(self) -> Tensor:
         """The matrix [out_features, in_features]."""
-        return self.values
+        if not self.packed:
+            return self.values
+        return libstars.unpack(self.values, self.out_features, self.in_features, self.dtype)
 
 
 def pack(matrix: Tensor, bias: Tensor | None = None) -> Weight:
-    """A Weight of `matrix` [out_features, in_features]."""
-    return Weight(matrix, bias, matrix.shape[0], matrix.shape[1])
+    """A Weight of `matrix` [out_features, in_features].
+
+    On the CPU it is packed for libstars, as bfloat16 if that holds every value exactly (products are formed in float32
+    either way, so the results have the same bits for half the memory traffic) and as float32 otherwise.
+    """
+    out_features, in_features = matrix.shape
+    packable = matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) and matrix.numel() > 0
+    if not (packable and matrix.device.type == "cpu" and libstars.available()):
+        return Weight(matrix, bias, out_features, in_features)
+    narrow = matrix.to(torch.bfloat16)
+    wide = matrix.float()
+    stored = narrow if torch.equal(narrow.float(), wide) else wide
+    bias = None if bias is None else bias.float().contiguous()
+    return Weight(libstars.pack(stored.contiguous()), bias, out_features, in_features, True, stored.dtype)
+
+
+def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
+    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""
+    if on_libstars(x):
+        libstars.linear(x, weight, out)
+    else:
+        linear_reference(x, weight, out)
 
 
 def linear_reference(x: Tensor, weight: Weight, out: Tensor) -> None:

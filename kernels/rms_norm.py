@@ -5,6 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stars.bindings import libstars
+from stars.kernels.dispatch import on_libstars
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
+    """residual += x (where given); out = weight * y / sqrt(mean(y^2) + eps), y = residual or x. `out` may be `x`."""
+    if on_libstars(x):
+        libstars.rms_norm(x, weight, eps, out, residual)
+    else:
+        rms_norm_reference(x, weight, eps, out, residual)
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
     """residual += x (where given); out = weight * cast(y / sqrt(mean(y^2) + eps)), y = residual or x.

@@ -5,8 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stars.bindings import libstars
+from stars.kernels.dispatch import on_libstars
 from stars.kernels.rms_norm import rms_norm_reference
 from stars.kernels.types import Batch, LayerKV
+
+
+def rope_write(
+    qkv: Tensor, batch: Batch, cos: Tensor, sin: Tensor, kv: LayerKV, q_out: Tensor,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+) -> None:
+    """Splits qkv, normalises and rotates queries and keys, writes keys and values; see `rope_write_reference`."""
+    if on_libstars(qkv):
+        libstars.rope_write(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm, eps)
+    else:
+        rope_write_reference(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm, eps)
 
 
 def rope_write_reference(

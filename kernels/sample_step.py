@@ -26,8 +26,18 @@ import math
 import torch
 from torch import Tensor
 
+from stars.bindings import libstars
 from stars.kernels import philox
+from stars.kernels.dispatch import on_libstars
 from stars.kernels.types import LaneState
+
+
+def sample_step(logits: Tensor, lanes: LaneState) -> None:
+    """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab]."""
+    if on_libstars(logits):
+        libstars.sample_step(logits, lanes)
+    else:
+        sample_step_reference(logits, lanes)
 
 
 def sample_step_reference(logits: Tensor, lanes: LaneState) -> None:

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from stars.bindings import libstars
+from stars.kernels.dispatch import on_libstars
+
+
+def take_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """out[i] = x[index[i]]. x [rows, width]; index int32 [n]; out [n, width]."""
+    if on_libstars(x):
+        libstars.take_rows(x, index, out)
+    else:
+        take_rows_reference(x, index, out)
+
 
 def take_rows_reference(x: Tensor, index: Tensor, out: Tensor) -> None:
     """out[i] = x[index[i]]. x [rows, width]; index int32 [n]; out [n, width]."""

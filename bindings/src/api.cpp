@@ -95,8 +95,8 @@ const char* check(const stars_take_rows_params& p) {
 const char* check(const stars_batch& b) {
   STARS_REQUIRE(b.rows >= 0 && b.sequences >= 0, "rows and sequences of the batch must be >= 0");
   STARS_REQUIRE(b.block_table_stride >= 0, "block_table_stride must be >= 0");
-  STARS_REQUIRE(b.rows == 0 || (b.positions && b.slots && b.row_start && b.seq_group && b.block_tables &&
-                                b.prefix_len && b.slab_start && b.slab_used),
+  STARS_REQUIRE(b.rows == 0 || (b.positions && b.slots && b.row_start && b.seq_group &&
+                                (b.block_tables || b.block_table_stride == 0) && b.prefix_len && b.slab_start && b.slab_used),
                 "no array of the batch may be null");
   return nullptr;
 }
@@ -104,7 +104,7 @@ const char* check(const stars_batch& b) {
 const char* check(const stars_layer_kv& kv, bool into_slab) {
   STARS_REQUIRE(kv.page_size > 0 && kv.kv_heads > 0 && kv.head_dim > 0,
                 "page_size, kv_heads and head_dim must be positive");
-  STARS_REQUIRE(kv.k_pages && kv.v_pages, "pages must not be null");
+  STARS_REQUIRE(into_slab || (kv.k_pages && kv.v_pages), "pages must not be null");
   STARS_REQUIRE(!into_slab || (kv.k_slabs && kv.v_slabs), "slabs must not be null");
   return nullptr;
 }
