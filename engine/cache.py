@@ -220,19 +220,17 @@ class PagedCache:
     def block_tables(self, tables: Sequence[BlockTable], out: Tensor | None = None) -> Tensor:
         """Page ids of `tables`, int32 [tables, most pages], padded with 0.
 
-        With `out`, an int32 buffer at least that large, its leading part is overwritten up to its full width and the
-        rows of `tables` are returned as a view.
+        With `out`, an int32 buffer at least that large, the leading entries of its rows are overwritten, what lies
+        behind a table's pages is left as it is, and the rows of `tables` are returned as a view.
         """
         for table in tables:
             self._check(table)
         width = max((len(table.pages) for table in tables), default=0)
-        if out is not None:
-            if out.dtype != torch.int32 or out.shape[0] < len(tables) or out.shape[1] < width:
-                raise IntegrityError(
-                    f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
-                    f"{width} pages: allocate it for the largest batch"
-                )
-            width = out.shape[1]
+        if out is not None and (out.dtype != torch.int32 or out.shape[0] < len(tables) or out.shape[1] < width):
+            raise IntegrityError(
+                f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
+                f"{width} pages: allocate it for the largest batch"
+            )
         flat = array("i")
         for table in tables:
             flat.extend(table.pages)
@@ -240,7 +238,7 @@ class PagedCache:
         result = self._to_device(flat).view(len(tables), width)
         if out is None:
             return result
-        out[: len(tables)].copy_(result)
+        out[: len(tables), :width].copy_(result)
         return out[: len(tables)]
 
     # -- slabs ----------------------------------------------------------------------------------------------------

@@ -1,21 +1,21 @@
 """Drafting: all lanes of all requests decode one segment together, in slabs.
 
 The step is one fixed list of operations over buffers at fixed addresses: lengths, positions and tokens are read and
-advanced in memory. Where libstars is present it is recorded once per number of lanes and replayed as one call, the
-CPU's counterpart of a captured CUDA graph.
+advanced in memory. It is recorded once per number of lanes, and a whole segment is then one call.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from stars.bindings import libstars
 from stars.cache import BlockTable, PagedCache
-from stars.kernels import dispatch, sample_step
+from stars.kernels import sample_step
+from stars.kernels.graph import Graphs
 from stars.kernels.types import Batch, LaneState
 from stars.sampling import SamplingParams
 
@@ -37,7 +37,7 @@ class LaneSpec(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """What one lane drew; token -1 stands for logits that were NaN."""
+    """What one lane drew; token -1 stands for logits that were NaN or infinite."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -49,10 +49,9 @@ class Drafter:
     def __init__(self, decoder, cache: PagedCache, max_lanes: int, max_segment_size: int, max_model_len: int):
         self.decoder = decoder
         self.cache = cache
-        self.max_lanes = max_lanes
-        pages = math.ceil(max_model_len / cache.page_size)
+        decoder.reserve(max_lanes)
 
-        def ints(*shape, fill=0):
+        def ints(*shape: int, fill: int = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=torch.int32)
 
         self._state = LaneState(
@@ -63,33 +62,24 @@ class Drafter:
             temperature=torch.zeros(max_lanes), top_k=ints(max_lanes), top_p=torch.zeros(max_lanes),
             min_p=torch.zeros(max_lanes), stop_ids=ints(max_lanes, MAX_STOP_IDS, fill=-1))
         self._host = LaneState(*(tensor.numpy() for tensor in self._state))  # views of the same memory
-        self._row_start = torch.arange(max_lanes + 1, dtype=torch.int32)
-        self._seq_group = ints(max_lanes)
-        self._block_tables = ints(max_lanes, pages)
-        self._prefix_len = ints(max_lanes)
-        self._slab_start = ints(max_lanes)
-        self._views: dict[int, tuple[Batch, LaneState]] = {}
-        self._programs: dict[int, libstars.Program] = {}
+        self._row_start = torch.arange(max_lanes + 1, dtype=torch.int32)  # one row a lane
+        self._seq_group, self._prefix_len, self._slab_start = (ints(max_lanes) for _ in range(3))
+        self._block_tables = ints(max_lanes, math.ceil(max_model_len / cache.page_size))
+        self._graphs = Graphs()
 
     def draft(self, lanes: list[LaneSpec]) -> list[Drafted]:
         """Draws up to `limit` tokens for every lane; keys and values of their inputs are left in the slabs."""
-        self._fill(lanes)
         count = len(lanes)
-        done = self._host.done[:count]
-        for _ in range(max(lane.limit for lane in lanes)):
-            self._step(count)
-            if done.all():
-                break
+        self._fill(lanes)
+        self._run(count, max(lane.limit for lane in lanes))
         steps = self._host.steps[:count].tolist()
         tokens = self._host.out_tokens[:count].tolist()
         logprobs = self._host.out_logprobs[:count].tolist()
         return [Drafted(tokens[i][: steps[i]], logprobs[i][: steps[i]]) for i in range(count)]
 
-    def step_seconds(self, lanes: int, repeats: int = 3) -> float:
+    def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
-        import time
-
-        table = self.cache.open([0], 1)
+        table = self.cache.open([], 0)
         slabs = [self.cache.take_slab() for _ in range(lanes)]
         try:
             spec = LaneSpec(table, 0, 0, 1, 0, 1, 0, SamplingParams(), ())
@@ -97,7 +87,7 @@ class Drafter:
             for _ in range(repeats + 1):  # the first one also records
                 self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
-                self._step(lanes)
+                self._run(lanes, 1)
                 seconds = min(seconds, time.perf_counter() - begin)
             return seconds
         finally:
@@ -105,19 +95,31 @@ class Drafter:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
+    def _run(self, count: int, times: int) -> None:
+        state = LaneState(*(tensor[:count] for tensor in self._state))
+        batch = Batch(
+            state.token_ids, state.positions, state.slots, True, self._row_start[: count + 1], self._seq_group[:count],
+            self._block_tables, self._prefix_len[:count], self._slab_start[:count], state.slab_used)
+
+        def step() -> None:
+            hidden = self.decoder.forward(batch, self.cache)  # [lanes, hidden]
+            sample_step(self.decoder.logits(hidden), state)
+
+        self._graphs.run(count, step, state.done, times)
+
     def _fill(self, lanes: list[LaneSpec]) -> None:
         count = len(lanes)
         host = self._host
-        groups: list[BlockTable] = []
-        group_of = []
+        tables: list[BlockTable] = []
+        groups = []
         for lane in lanes:
-            if not groups or groups[-1] is not lane.table:
-                groups.append(lane.table)
-            group_of.append(len(groups) - 1)
-        self._seq_group[:count] = torch.tensor(group_of, dtype=torch.int32)
-        self.cache.block_tables(groups, out=self._block_tables)
+            if not tables or tables[-1] is not lane.table:
+                tables.append(lane.table)
+            groups.append(len(tables) - 1)
+        self.cache.block_tables(tables, out=self._block_tables)
         lengths = np.array([lane.table.length for lane in lanes], dtype=np.int32)
         slab_start = np.array([lane.slab for lane in lanes], dtype=np.int32) * self.cache.slab_len
+        self._seq_group.numpy()[:count] = groups
         self._prefix_len.numpy()[:count] = lengths
         self._slab_start.numpy()[:count] = slab_start
         host.token_ids[:count] = [lane.last_token for lane in lanes]
@@ -127,7 +129,7 @@ class Drafter:
         host.steps[:count] = 0
         host.limits[:count] = [lane.limit for lane in lanes]
         host.done[:count] = 0
-        host.seeds[:count] = [_signed64(lane.seed) for lane in lanes]
+        host.seeds[:count] = np.array([lane.seed & (1 << 64) - 1 for lane in lanes], dtype=np.uint64).view(np.int64)
         host.attempts[:count] = [lane.attempt for lane in lanes]
         host.streams[:count] = np.array([lane.stream for lane in lanes], dtype=np.uint32).view(np.int32)
         host.temperature[:count] = [lane.params.temperature for lane in lanes]
@@ -137,31 +139,3 @@ class Drafter:
         host.stop_ids[:count] = -1
         for index, lane in enumerate(lanes):
             host.stop_ids[index, : len(lane.stop_ids)] = lane.stop_ids
-
-    def _step(self, count: int) -> None:
-        program = self._programs.get(count)
-        if program is not None and not dispatch.reference_forced():
-            program.run()
-            return
-        if count not in self._views:
-            state = LaneState(*(tensor[:count] for tensor in self._state))
-            batch = Batch(state.token_ids, state.positions, state.slots, True, self._row_start[: count + 1],
-                          self._seq_group[:count], self._block_tables, self._prefix_len[:count],
-                          self._slab_start[:count], state.slab_used)
-            self._views[count] = (batch, state)
-        if libstars.available() and not dispatch.reference_forced():
-            with libstars.record() as program:
-                self._run(count)
-            self._programs[count] = program
-        else:
-            self._run(count)
-
-    def _run(self, count: int) -> None:
-        batch, state = self._views[count]
-        hidden = self.decoder.forward_all(batch, self.cache)  # [lanes, hidden]
-        sample_step(self.decoder.logits(hidden), state)
-
-
-def _signed64(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value

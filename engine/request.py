@@ -20,7 +20,7 @@ class Lane:
 
     hypothesis: Hypothesis
     attempt: int  # from 1, over all rounds of the segment
-    slab: int  # LM slab that holds its keys and values
+    slab: int | None  # LM slab that holds its keys and values; None once it was given back
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # if this candidate were committed

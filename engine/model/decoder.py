@@ -173,18 +173,19 @@ class Decoder:
         kernels.linear(hidden, self.head, out)
         return out
 
-    def score(self, hidden: Tensor) -> Tensor:
-        """Raw rewards of hidden float32 [n, hidden]: float32 [n], in the workspace.
+    def score(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Raw rewards of hidden float32 [n, hidden]: float32 [n] in `out`, or in the workspace.
 
         Raises ModelError for a model without a reward head.
         """
         if self.score_head is None:
             raise ModelError("this model has no reward head: load it with head='reward'")
         count = hidden.shape[0]
-        self._check_rows(count)
-        out = self._space.scores[:count]  # [n, 1]
-        kernels.linear(hidden, self.score_head, out)
-        return out.view(count)
+        if out is None:
+            self._check_rows(count)
+            out = self._space.scores[:count].view(count)
+        kernels.linear(hidden, self.score_head, out.view(count, 1))
+        return out
 
     def _check_rows(self, rows: int) -> None:
         if rows > self.max_rows:

@@ -1,1 +1,31 @@
 """What scores a candidate: reward models and callables behind one contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stars.errors import RewardError
+from stars.model.config import read_json
+from stars.model.families import FAMILIES
+from stars.reward.base import Reward
+from stars.reward.causal import CausalReward
+from stars.reward.encoder import EncoderReward
+from stars.reward.function import FunctionReward
+
+
+def resolve_reward(reward: Any) -> Reward | None:
+    """The Reward that `reward` stands for: itself, a callable, or a model directory of either kind.
+
+    Raises RewardError for anything else, ModelError for a directory that holds no model.
+    """
+    if reward is None or isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, (str, Path)):
+        path = Path(reward) / "config.json"
+        if path.is_file() and read_json(path).get("model_type") not in FAMILIES:
+            return EncoderReward(reward)
+        return CausalReward(reward)
+    if callable(reward):
+        return FunctionReward(reward)
+    raise RewardError(f"reward is {type(reward).__name__}, it must be a model directory, a callable or a stars.Reward")

@@ -16,6 +16,7 @@ class Candidate(NamedTuple):
     session: Any
     token_ids: list[int]  # response with this candidate, without the EOS that ended it
     text: str | None  # its text without a stop string; None unless the reward set `needs_text`
+    final: bool = False  # the finished response, which nothing competes with: its session may be written at once
 
 
 class Scored(NamedTuple):
@@ -32,8 +33,8 @@ class Limits(NamedTuple):
 
     cache_tokens: int
     page_size: int
-    max_num_seqs: int
-    max_lanes: int
+    max_num_seqs: int  # sessions open at once
+    max_num_lanes: int  # candidates kept at once, beside the best seen of each session
     max_segment_size: int
     device: str
     dtype: str
@@ -41,10 +42,9 @@ class Limits(NamedTuple):
 
 
 class Reward(ABC):
-    """Scores responses. The engine opens a session per response, scores candidates, commits the winners.
+    """Scores responses. The engine opens a session per response, starts it, scores candidates, commits the winners.
 
-    A handle that `score` returned is valid until `commit` or `discard` takes it, or its session is closed with every
-    handle of the session discarded first.
+    A handle that `score` returned is valid until `commit` or `discard` takes it; both come before its session's close.
     """
 
     needs_text = False  # whether `Candidate.text` must be filled
@@ -61,7 +61,10 @@ class Reward(ABC):
 
     @abstractmethod
     def open(self, prompt: Prompt, max_tokens: int) -> Any:
-        """A session for one response to this prompt."""
+        """A session for one response to this prompt, with everything reserved that it will need; no work yet."""
+
+    def start(self, sessions: list[Any]) -> None:
+        """Runs the prompts of newly opened sessions, all together. No two of them begin with the same page."""
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """Candidates of one response worth scoring at once, each of `tokens` new tokens, beside others' candidates."""

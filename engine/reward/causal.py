@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.detokenizer import REPLACEMENT
 from stars.errors import OutOfPages, RequestError, RewardError
-from stars.kernels.types import Batch
 from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
-from stars.prefill import prefill
+from stars.passes import Passes, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Limits, Reward, Scored
 
@@ -83,8 +80,9 @@ class CausalReward(Reward):
         self.cache = PagedCache(
             config.num_layers, config.num_kv_heads, config.head_dim, page_size=limits.page_size,
             num_pages=math.ceil(limits.cache_tokens / limits.page_size),
-            num_slabs=limits.max_lanes + limits.max_num_seqs, slab_len=2 * limits.max_segment_size + 32,
-            dtype=torch.float32, device=limits.device)
+            num_slabs=limits.max_num_lanes + limits.max_num_seqs, slab_len=2 * limits.max_segment_size + 32,
+            device=limits.device)
+        self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, self.max_model_len)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
@@ -104,14 +102,17 @@ class CausalReward(Reward):
         return self.cache.can_open(prefix[:-1], self._capacity(prefix, max_tokens))
 
     def open(self, prompt: Prompt, max_tokens: int) -> _Session:
-        """Reserves pages for the whole response and prefills the prompt, all but its last token."""
+        """Reserves pages for the whole response."""
         prefix, text, closing = self._frame(prompt)
         # The last prompt token is left to the slab, so that every score has a row to read, r(prompt) too.
         history = prefix[:-1]
-        table = self.cache.open(history, self._capacity(prefix, max_tokens))
-        prefill(self.decoder, self.cache, table, history, len(history))
-        self.cache.publish(table, history)
-        return _Session(table, prefix, text, closing, history)
+        return _Session(self.cache.open(history, self._capacity(prefix, max_tokens)), prefix, text, closing, history)
+
+    def start(self, sessions: list[_Session]) -> None:
+        """Prefills the prompts, all but their last tokens, and offers their pages for sharing."""
+        self._passes.prefill([(session.table, session.committed, len(session.committed)) for session in sessions])
+        for session in sessions:
+            self.cache.publish(session.table, session.committed)
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """As many candidates as fill one pass over the weights."""
@@ -120,22 +121,36 @@ class CausalReward(Reward):
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""
         results: list[Scored | None] = [None] * len(candidates)
-        rows: list[tuple[int, _Handle, list[int]]] = []
+        short: list[tuple[int, _Handle, int]] = []
         for index, candidate in enumerate(candidates):
-            ids, content = self._ids(candidate)
             session = candidate.session
-            valid = min(_common(ids, session.committed, session.table.length), len(ids) - 1)
+            ids, content = self._ids(candidate)
             if len(ids) > self.max_model_len:
                 results[index] = Scored(RewardError(f"the response re-encodes to {len(ids)} tokens for the reward "
                                                     f"model, whose context is {self.max_model_len}: lower max_tokens"))
-            elif len(ids) - valid > self.cache.slab_len:
+                continue
+            try:
+                self._reserve(session, content)
+            except OutOfPages as error:
+                results[index] = Scored(RewardError(f"the response re-encodes to {content} tokens for the reward model "
+                                                    f"and {error}"))
+                continue
+            valid = min(_common(ids, session.committed, session.table.length), len(ids) - 1)
+            new = len(ids) - valid
+            if candidate.final:
+                valid = self._advance(session, ids, valid, content - 1)
+            if len(ids) - valid > self.cache.slab_len:
                 results[index] = self._score_long(session, ids, content)
             else:
-                rows.append((index, _Handle(session, self.cache.take_slab(), None, valid, content, ids), ids[valid:]))
-        if rows:
-            rewards = self._forward([(handle, new) for _, handle, new in rows])
-            for (index, handle, new), reward in zip(rows, rewards, strict=True):
-                results[index] = Scored(reward, len(new), len(handle.ids), handle)
+                short.append((index, _Handle(session, self.cache.take_slab(), None, valid, content, ids), new))
+        # Spans of one table are made adjacent, so that its pages are read once for all of them.
+        first = {}
+        for index, handle, _ in short:
+            first.setdefault(id(handle.session), index)
+        short.sort(key=lambda entry: first[id(entry[1].session)])
+        rewards = self._passes.score([self._span(handle) for _, handle, _ in short]) if short else []
+        for (index, handle, new), reward in zip(short, rewards, strict=True):
+            results[index] = Scored(reward, new, len(handle.ids), handle)
         return results
 
     def commit(self, winners: list[tuple[_Session, _Handle]]) -> None:
@@ -148,10 +163,7 @@ class CausalReward(Reward):
                 session.table = handle.table
                 session.table.length = keep
             else:
-                count = max(0, keep - handle.valid)
-                if handle.valid + count > session.table.capacity:
-                    self.cache.grow(session.table, handle.valid + count + REENCODE_SLACK)
-                moves.append((session, handle, count))
+                moves.append((session, handle, max(0, keep - handle.valid)))
             session.committed = handle.ids[:keep]
         if moves:
             slab_len = self.cache.slab_len
@@ -179,7 +191,13 @@ class CausalReward(Reward):
         self.cache.check_integrity()
 
     def _capacity(self, prefix: list[int], max_tokens: int) -> int:
-        return len(prefix) + max_tokens + (0 if self.same_vocabulary else REENCODE_SLACK)
+        slack = 0 if self.same_vocabulary else REENCODE_SLACK
+        return min(len(prefix) + max_tokens + slack, self.max_model_len)
+
+    def _reserve(self, session: _Session, content: int) -> None:
+        """Room for a response that re-encodes to more tokens than were reserved; raises OutOfPages."""
+        if content > session.table.capacity:
+            self.cache.grow(session.table, min(content + REENCODE_SLACK, self.max_model_len))
 
     def _frame(self, prompt: Prompt) -> tuple[list[int], str | None, list[int]]:
         """(prompt ids for the RM, their text if responses are re-encoded, closing ids)."""
@@ -225,46 +243,33 @@ class CausalReward(Reward):
             content = session.prefix
         return content + session.closing, len(content)
 
-    def _forward(self, lanes: list[tuple[_Handle, list[int]]]) -> list[float | RewardError]:
-        order = sorted(range(len(lanes)), key=lambda i: id(lanes[i][0].session))  # sequences of a group are adjacent
-        token_ids, positions, slots, row_start, groups, group_of, prefix, starts = [], [], [], [0], [], [], [], []
-        for i in order:
-            handle, new = lanes[i]
-            table = handle.session.table
-            if not groups or groups[-1] is not table:
-                groups.append(table)
-            group_of.append(len(groups) - 1)
-            start = handle.slab * self.cache.slab_len
-            token_ids += new
-            positions += range(handle.valid, handle.valid + len(new))
-            slots += range(start, start + len(new))
-            row_start.append(len(token_ids))
-            prefix.append(handle.valid)
-            starts.append(start)
+    def _span(self, handle: _Handle) -> Span:
+        start = handle.slab * self.cache.slab_len
+        new = handle.ids[handle.valid:]
+        return Span(handle.session.table, new, handle.valid, range(start, start + len(new)), start)
 
-        def ints(values):
-            return torch.tensor(values, dtype=torch.int32)
-
-        batch = Batch(ints(token_ids), ints(positions), ints(slots), True, ints(row_start), ints(group_of),
-                      self.cache.block_tables(groups), ints(prefix), ints(starts), ints([0] * len(lanes)))
-        last = torch.tensor(row_start[1:]) - 1
-        rewards = self.decoder.score(self.decoder.forward(batch, self.cache, last)).tolist()
-        results: list[float | RewardError] = [0.0] * len(lanes)
-        for place, i in enumerate(order):
-            results[i] = rewards[place]
-        return results
+    def _advance(self, session: _Session, ids: list[int], valid: int, stop: int) -> int:
+        """Writes ids[valid:stop] into the session's own pages; the number of valid positions afterwards."""
+        if stop <= valid:
+            return valid
+        self.cache.truncate(session.table, valid)
+        self._passes.prefill([(session.table, ids, stop)])
+        session.committed = ids[:stop]
+        return stop
 
     def _score_long(self, session: _Session, ids: list[int], content: int) -> Scored:
-        """A candidate longer than a slab: its own pages, filled in chunks; shared with the session where it can be."""
+        """A candidate longer than a slab: its own pages, filled in chunks; shared with the prompt where they can be."""
         try:
-            table = self.cache.open(ids, max(len(ids), session.table.capacity))
+            table = self.cache.open(ids[:-1], max(len(ids), session.table.capacity))
         except OutOfPages as error:
             return Scored(RewardError(f"a candidate re-encodes to {len(ids)} tokens for the reward model and {error}"))
-        table.length = min(table.length, len(ids) - 1)
         run = len(ids) - table.length
-        hidden = prefill(self.decoder, self.cache, table, ids, len(ids), want_last=True)
-        return Scored(self.decoder.score(hidden).tolist()[0], run, len(ids),
-                      _Handle(session, -1, table, table.length, content, ids))
+        self._passes.prefill([(table, ids, len(ids) - 1)])
+        slab = self.cache.take_slab()
+        start = slab * self.cache.slab_len
+        reward = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start)])[0]
+        self.cache.return_slab(slab)
+        return Scored(reward, run, len(ids), _Handle(session, -1, table, table.length, content, ids))
 
 
 class _Session:

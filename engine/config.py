@@ -1,0 +1,66 @@
+"""The engine's own settings, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from stars.errors import RequestError
+from stars.model.config import ModelConfig
+
+DEFAULT_CACHE_TOKENS = 1 << 15
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes that are fixed when the engine is built. Names are vLLM's where it has one.
+
+    cache_tokens: the budget of each model's KV cache in tokens (default 32768); memory is touched only as it is used.
+    page_size: tokens of a page. max_model_len: most tokens of a prompt and its response together.
+    max_num_seqs: responses decoded at once. max_num_lanes: candidates drafted at once, over all responses.
+    max_segment_size: tokens of the longest segment a policy may ask for.
+    """
+
+    device: str
+    dtype: str
+    deterministic: bool
+    cache_tokens: int
+    page_size: int
+    max_model_len: int
+    max_model_len_from: str
+    max_num_seqs: int
+    max_num_lanes: int
+    max_segment_size: int
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of each model's cache."""
+        return self.cache_tokens // self.page_size
+
+    @classmethod
+    def resolve(cls, model: ModelConfig, device: str = "auto", dtype: str = "auto", deterministic: bool = False, *,
+                cache_tokens: int | None = None, page_size: int = 16, max_model_len: int | None = None,
+                max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128) -> EngineConfig:
+        """Fills in defaults and refuses what cannot work; RequestError."""
+        if device not in ("auto", "cpu"):
+            raise RequestError(f'device is {device!r}, it must be "auto" or "cpu"')
+        if dtype not in ("auto", "float32", "bfloat16"):
+            raise RequestError(f'dtype is {dtype!r}, it must be "auto", "float32" or "bfloat16"')
+        for name, value in (("cache_tokens", cache_tokens), ("page_size", page_size), ("max_model_len", max_model_len),
+                            ("max_num_seqs", max_num_seqs), ("max_num_lanes", max_num_lanes),
+                            ("max_segment_size", max_segment_size)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise RequestError(f"{name} is {value!r}, it must be an integer of at least 1")
+        if max_model_len is not None and max_model_len > model.max_position_embeddings:
+            raise RequestError(f"max_model_len is {max_model_len}, the model's context is "
+                               f"{model.max_position_embeddings}: lower it")
+        tokens = DEFAULT_CACHE_TOKENS if cache_tokens is None else cache_tokens
+        tokens = math.ceil(tokens / page_size) * page_size
+        limits = {"the model's context": model.max_position_embeddings, "cache_tokens": tokens}
+        if max_model_len is not None:
+            limits["max_model_len"] = max_model_len
+        source = min(limits, key=lambda name: limits[name])
+        return cls(device="cpu", dtype="float32" if dtype == "auto" else dtype, deterministic=deterministic,
+                   cache_tokens=tokens, page_size=page_size, max_model_len=limits[source], max_model_len_from=source,
+                   max_num_seqs=min(max_num_seqs, max_num_lanes), max_num_lanes=max_num_lanes,
+                   max_segment_size=max_segment_size)

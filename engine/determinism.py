@@ -1,0 +1,37 @@
+"""What `deterministic=True` rests on: a row's bits must not depend on how many rows it is computed with."""
+
+from __future__ import annotations
+
+import torch
+
+from stars.errors import ModelError
+from stars.kernels import linear
+from stars.kernels.linear import Weight
+
+ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64)
+
+
+def check_row_invariance(decoder) -> None:
+    """Runs the decoder's products on the same rows in batches of several sizes; ModelError unless the bits agree.
+
+    Attention, norms and the sampler work row by row in a fixed order in every implementation of `stars.kernels`.
+    """
+    layer = decoder.layers[0]
+    for name, weight in (("qkv", layer.qkv), ("o", layer.o), ("gate_up", layer.gate_up), ("down", layer.down),
+                         ("head", decoder.head)):
+        if weight is not None and not _invariant(weight):
+            raise ModelError(f"deterministic=True cannot be kept here, because the bits of a row of the {name} product "
+                             "change with the number of rows: install with a C++ compiler, so that libstars is built")
+
+
+def _invariant(weight: Weight) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(ROW_COUNTS), weight.in_features, generator=generator)  # [rows, in_features]
+    whole = torch.empty(max(ROW_COUNTS), weight.out_features)
+    linear(x, weight, whole)
+    for rows in ROW_COUNTS:
+        part = torch.empty(rows, weight.out_features)
+        linear(x[:rows].contiguous(), weight, part)
+        if not torch.equal(part, whole[:rows]):
+            return False
+    return True

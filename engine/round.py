@@ -1,0 +1,332 @@
+"""One round: propose, score, decide, commit. The loop of every policy, for all active hypotheses at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from stars import law
+from stars.cache import CommitMove, PagedCache
+from stars.detokenizer import cut_at_stop
+from stars.draft import Drafter, LaneSpec
+from stars.kernels.philox import accept_uniform, pack_stream
+from stars.outputs import Segment
+from stars.request import Hypothesis, Lane, Request
+from stars.reward.base import Candidate, Reward, Scored, reward_problem
+from stars.width import WidthChooser
+
+NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
+
+
+class Round:
+    """Advances hypotheses by one round each.
+
+    Every lane belongs to one hypothesis. At the end of a round a lane's slabs have been committed, returned, or are
+    kept by `hypothesis.best`, the best seen of a segment that goes on.
+    """
+
+    def __init__(self, drafter: Drafter, cache: PagedCache, reward: Reward | None, chooser: WidthChooser,
+                 max_num_lanes: int):
+        self.drafter = drafter
+        self.cache = cache
+        self.reward = reward
+        self.chooser = chooser
+        self.max_num_lanes = max_num_lanes
+
+    def run(self, active: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """One round for all of `active`; returns those whose response grew or ended."""
+        lanes: list[list[Lane]] = []
+        try:
+            self._propose(active, lanes)
+            self._draft([lane for group in lanes for lane in group])
+            winners = self._decide(lanes)
+            self._commit(winners)
+        except BaseException:
+            for group in lanes:  # an interrupted round never happened: its attempts will be drawn again
+                for lane in group:
+                    if lane in lane.hypothesis.attempts:
+                        lane.hypothesis.attempts.remove(lane)
+            raise
+        finally:
+            # After an interrupt too, nothing but the best seen outlives the round.
+            for group in lanes:
+                for lane in group:
+                    if lane is not lane.hypothesis.best or lane.hypothesis.finish_reason is not None:
+                        self._release(lane)
+        return [hypothesis for hypothesis in active
+                if hypothesis.finish_reason is not None or not hypothesis.attempts]
+
+    def fail(self, request: Request, message: str) -> None:
+        """Ends every unfinished response of `request` with an error."""
+        for hypothesis in request.hypotheses:
+            if hypothesis.finish_reason is None:
+                self.finish(hypothesis, "error", error=message)
+
+    def finish(self, hypothesis: Hypothesis, reason: str, stop_reason: int | str | None = None,
+               error: str | None = None) -> None:
+        """Ends a response; its pages and its reward session are for the engine to close once the round is over."""
+        hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.error = reason, stop_reason, error
+        if hypothesis.best is not None:
+            self._release(hypothesis.best)
+            hypothesis.best = None
+        hypothesis.attempts = []
+
+    def prompt_rewards(self, requests: Sequence[Request]) -> None:
+        """Scores the empty response of requests whose threshold starts from r(prompt), and sets where it starts."""
+        asked = []
+        for request in requests:
+            plan = request.plan
+            if plan.decision == "threshold" and plan.alpha != 1.0 and request.prompt_reward is None:
+                asked.append(request)
+            else:
+                request.threshold_start = plan.reward_threshold
+        if not asked:
+            return
+        holders = [next(h for h in request.hypotheses if h.session is not None) for request in asked]
+        for request, holder, result in zip(asked, holders, self._score(
+                [(holder, Candidate(holder.session, [], "")) for holder in holders]), strict=True):
+            if result.handle is not None:
+                self.reward.discard(result.handle)
+            problem = reward_problem(result.reward)
+            if problem is None and result.reward == float("-inf"):
+                problem = "the reward of the prompt alone is -inf: it must be finite, or set alpha=1"
+            if problem is not None:
+                self.fail(request, problem)
+                continue
+            request.prompt_reward = result.reward
+            request.threshold_start = law.threshold_start(result.reward, request.plan.alpha,
+                                                          request.plan.reward_threshold)
+
+    # -- propose --------------------------------------------------------------------------------------------------
+
+    def _propose(self, active: Sequence[Hypothesis], lanes: list[list[Lane]]) -> None:
+        """Appends the lanes of each hypothesis to `lanes` as their slabs are taken."""
+        for hypothesis, width in zip(active, self._widths(active), strict=True):
+            group: list[Lane] = []
+            lanes.append(group)
+            for attempt in range(len(hypothesis.attempts) + 1, len(hypothesis.attempts) + width + 1):
+                group.append(Lane(hypothesis, attempt, self.cache.take_slab()))
+            hypothesis.metrics.width = max(hypothesis.metrics.width, width)
+
+    def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
+        share = max(1, self.max_num_lanes // len(active))
+        widths = []
+        for hypothesis in active:
+            plan = hypothesis.request.plan
+            most = min(share, _max_attempts(hypothesis.request) - len(hypothesis.attempts))
+            if plan.width is not None:
+                widths.append(min(plan.width, most))
+            elif most == 1:
+                widths.append(1)
+            else:
+                seen = [h.metrics for h in hypothesis.request.hypotheses]
+                widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),
+                                                  len(active), most))
+        return widths
+
+    def _draft(self, lanes: Sequence[Lane]) -> None:
+        specs = []
+        for lane in lanes:
+            hypothesis = lane.hypothesis
+            request = hypothesis.request
+            limit = min(request.plan.segment_size, request.params.max_tokens - len(hypothesis.token_ids))
+            specs.append(LaneSpec(
+                hypothesis.table, hypothesis.last_token, lane.slab, limit, request.seed, lane.attempt,
+                pack_stream(len(hypothesis.segments), hypothesis.sample), request.params, request.stop_ids))
+        begin = time.perf_counter()
+        drafted = self.drafter.draft(specs)
+        seconds = (time.perf_counter() - begin) / len(lanes)
+        for lane, (token_ids, logprobs) in zip(lanes, drafted, strict=True):
+            lane.token_ids, lane.logprobs = token_ids, logprobs
+            metrics = lane.hypothesis.metrics
+            metrics.lm_seconds += seconds
+            metrics.attempts += 1
+            metrics.lm_tokens_drawn += len(token_ids)
+            if token_ids[-1] < 0:
+                self.fail(lane.hypothesis.request, NAN_LOGITS)
+            else:
+                _end(lane)
+
+    # -- score and decide -----------------------------------------------------------------------------------------
+
+    def _decide(self, lanes: Sequence[Sequence[Lane]]) -> list[Lane]:
+        """The winning lane of each hypothesis whose segment is decided."""
+        winners: dict[Hypothesis, Lane] = {}
+        waiting: dict[Hypothesis, list[Lane]] = {}
+        for group in lanes:
+            hypothesis = group[0].hypothesis
+            hypothesis.attempts += group
+            if hypothesis.finish_reason is not None:
+                continue
+            if hypothesis.request.plan.scoring == "segment":
+                waiting[hypothesis] = list(group)
+            else:
+                winners[hypothesis] = group[0]
+                hypothesis.metrics.attempts_counted += 1
+                hypothesis.metrics.accepted += 1
+                group[0].accepted = True
+        # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
+        while waiting:
+            batch = []
+            for hypothesis, group in waiting.items():
+                count = self.reward.lanes_per_pass(len(group[0].token_ids), len(waiting))
+                batch += group[:count]
+                waiting[hypothesis] = group[count:]
+            for lane, result in zip(batch, self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane))
+                                                        for lane in batch]), strict=True):
+                lane.score_handle = result.handle
+                if lane.hypothesis.finish_reason is None:
+                    self._judge(lane, result, winners)
+            waiting = {hypothesis: group for hypothesis, group in waiting.items()
+                       if group and hypothesis not in winners and hypothesis.finish_reason is None}
+        for group in lanes:
+            hypothesis = group[0].hypothesis
+            if hypothesis.finish_reason is None and hypothesis not in winners and (
+                    len(hypothesis.attempts) >= _max_attempts(hypothesis.request)):
+                winners[hypothesis] = hypothesis.best
+                if hypothesis.request.plan.decision == "argmax":
+                    hypothesis.best.accepted = True
+                    hypothesis.metrics.accepted += 1
+                else:
+                    hypothesis.metrics.fallbacks += 1
+        return [lane for hypothesis, lane in winners.items() if hypothesis.finish_reason is None]
+
+    def _judge(self, lane: Lane, result: Scored, winners: dict[Hypothesis, Lane]) -> None:
+        """Applies the law to one scored lane; lanes of a hypothesis come in attempt order."""
+        hypothesis = lane.hypothesis
+        request = hypothesis.request
+        plan = request.plan
+        decided = hypothesis in winners
+        problem = reward_problem(result.reward)
+        if problem is not None:
+            # What follows the winner was scored for nothing: a problem there must not depend on the width.
+            if not decided:
+                self.fail(request, problem)
+            return
+        lane.reward = result.reward
+        if plan.decision == "threshold":
+            lane.threshold = law.threshold(len(hypothesis.token_ids) + len(lane.token_ids), request.params.max_tokens,
+                                           request.threshold_start, plan.reward_threshold)
+            lane.accept_probability = law.accept_probability(lane.reward, lane.threshold, plan.beta)
+        if decided:
+            return
+        hypothesis.metrics.attempts_counted += 1
+        if plan.decision == "threshold":
+            uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
+            if law.accepts(uniform, lane.reward, lane.threshold, plan.beta):
+                lane.accepted = True
+                hypothesis.metrics.accepted += 1
+                winners[hypothesis] = lane
+                return
+        if hypothesis.best is None or lane.reward > hypothesis.best.reward:
+            if hypothesis.best is not None:
+                self._release(hypothesis.best)
+            hypothesis.best = lane
+        else:
+            self._release(lane)
+
+    def _candidate(self, hypothesis: Hypothesis, lane: Lane | None, final: bool = False) -> Candidate:
+        text = hypothesis.request.response_text(hypothesis, lane) if self.reward.needs_text else None
+        return Candidate(hypothesis.session, hypothesis.content_ids(lane), text, final)
+
+    def _score(self, candidates: Sequence[tuple[Hypothesis, Candidate]]) -> list[Scored]:
+        """Scores and keeps the counts and the time of each candidate's hypothesis."""
+        begin = time.perf_counter()
+        results = self.reward.score([candidate for _, candidate in candidates])
+        seconds = (time.perf_counter() - begin) / len(candidates)
+        for (hypothesis, _), result in zip(candidates, results, strict=True):
+            hypothesis.metrics.rm_seconds += seconds
+            hypothesis.metrics.rm_tokens_scored += result.tokens_run
+            hypothesis.metrics.rm_tokens_full_rescore += result.tokens_full
+        return results
+
+    # -- commit ---------------------------------------------------------------------------------------------------
+
+    def _commit(self, winners: Sequence[Lane]) -> None:
+        moves: list[CommitMove] = []
+        scored: list[tuple[Hypothesis, Lane]] = []
+        ended: list[Hypothesis] = []
+        for lane in winners:
+            hypothesis = lane.hypothesis
+            if lane.finish_reason is None:
+                # The slab holds the token before the segment and all of the segment but its last token.
+                moves.append(CommitMove(hypothesis.table, lane.slab * self.cache.slab_len, len(lane.token_ids),
+                                        hypothesis.table.length))
+                if lane.score_handle is not None:
+                    scored.append((hypothesis, lane))
+            elif hypothesis.request.plan.scoring == "end":
+                ended.append(hypothesis)
+        self.cache.commit(moves)
+        if scored:
+            self.reward.commit([(hypothesis.session, lane.score_handle) for hypothesis, lane in scored])
+            for _, lane in scored:
+                lane.score_handle = None
+        for lane in winners:
+            _append(lane)
+            if lane.hypothesis.best is not None and lane.hypothesis.best is not lane:
+                self._release(lane.hypothesis.best)
+            lane.hypothesis.best = None
+            self._release(lane)  # of a lane of an earlier round too, which the end of this round does not reach
+        self._score_ended(ended)
+        for lane in winners:
+            if lane.finish_reason is not None and lane.hypothesis.finish_reason is None:
+                self.finish(lane.hypothesis, lane.finish_reason, lane.stop_reason)
+
+    def _score_ended(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """The one reward of responses that are scored at their end."""
+        if not hypotheses:
+            return
+        results = self._score([(h, self._candidate(h, None, final=True)) for h in hypotheses])
+        for hypothesis, result in zip(hypotheses, results, strict=True):
+            if result.handle is not None:
+                self.reward.discard(result.handle)
+            problem = reward_problem(result.reward)
+            if problem is None:
+                hypothesis.reward = result.reward
+            else:
+                self.fail(hypothesis.request, problem)
+
+    def _release(self, lane: Lane) -> None:
+        if lane.slab is not None:
+            self.cache.return_slab(lane.slab)
+            lane.slab = None
+        if lane.score_handle is not None:
+            self.reward.discard(lane.score_handle)
+            lane.score_handle = None
+
+
+def _max_attempts(request: Request) -> int:
+    """At temperature 0 all attempts are equal: one is drawn."""
+    return 1 if request.params.temperature == 0 else request.plan.max_attempts
+
+
+def _end(lane: Lane) -> None:
+    """Cuts a drafted lane at a stop string and notes whether it would end the response, and why."""
+    hypothesis = lane.hypothesis
+    request = hypothesis.request
+    if request.params.stop:
+        cut = cut_at_stop(request.tokenizer, hypothesis.token_ids, lane.token_ids, request.params.stop)
+        if cut is not None:
+            count, lane.stop_reason = cut
+            lane.token_ids, lane.logprobs = lane.token_ids[:count], lane.logprobs[:count]
+            lane.finish_reason = "stop"
+            return
+    last = lane.token_ids[-1]
+    if last in request.stop_ids:
+        lane.finish_reason = "stop"
+        lane.stop_reason = None if last in request.eos_token_ids else last
+    elif len(hypothesis.token_ids) + len(lane.token_ids) >= request.params.max_tokens:
+        lane.finish_reason = "length"
+
+
+def _append(lane: Lane) -> None:
+    """Makes a winning lane the newest segment of its response."""
+    hypothesis = lane.hypothesis
+    attempts = [attempt.attempt_record() for attempt in hypothesis.attempts]
+    hypothesis.segments.append(Segment(lane.token_ids, lane.reward, lane.threshold, lane.accepted, attempts))
+    hypothesis.token_ids += lane.token_ids
+    hypothesis.cumulative_logprob += sum(lane.logprobs)
+    hypothesis.reward = lane.reward
+    hypothesis.attempts = []
+    hypothesis.metrics.segments += 1
+    hypothesis.metrics.lm_tokens_kept += len(lane.token_ids)
