@@ -236,7 +236,7 @@ def _check_score_head(checkpoint: Checkpoint, config: ModelConfig, architecture:
             f"{where} has no reward head {SCORE_HEAD}: use a checkpoint with architectures {architecture}"
         )
     shape = checkpoint.tensors[SCORE_HEAD].shape
-    rows = shape[0] if shape else 1
+    rows = shape[0] if len(shape) == 2 else 1  # other shapes are refused as such
     if rows != 1:
         raise ModelError(
             f"{where} gives {rows} labels ({SCORE_HEAD} is {list(shape)}) where a reward is one number: "

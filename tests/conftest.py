@@ -1,0 +1,37 @@
+"""Fixtures that several test files share: tiny checkpoints, each written once a session."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from stars.bindings import libstars
+from stars.kernels.dispatch import references_only
+from tiny_models import TinyModel, write_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Callable[..., Path]:
+    """tiny_model(family="qwen3", tied=True, …): the directory of that checkpoint. Treat it as read-only."""
+    written: dict[TinyModel, Path] = {}
+
+    def get(tiny: TinyModel | None = None, **options) -> Path:
+        tiny = TinyModel(**options) if tiny is None else tiny
+        if tiny not in written:
+            logging.getLogger("transformers").setLevel(logging.ERROR)
+            written[tiny] = write_model(tmp_path_factory.mktemp(f"{tiny.family}-{tiny.head}"), tiny)
+        return written[tiny]
+
+    return get
+
+
+@pytest.fixture(params=["libstars", "references"])
+def operations(request) -> Iterator[str]:
+    """Runs a test once with libstars, where it was built, and once with the torch references alone."""
+    if request.param == "libstars" and not libstars.available():
+        pytest.skip("libstars was not built")
+    with references_only() if request.param == "references" else nullcontext():
+        yield request.param
