@@ -127,8 +127,8 @@ STARS_INLINE bool any(ints mask) { return mask_bits(mask) != 0; }
 // Over the lanes, halves first: the same order on every call.
 STARS_INLINE float sum_of(floats v) {
 #if defined(__AVX512F__)
-  const __m512 x = (__m512)v;
-  const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  const __m256 y = _mm256_add_ps((__m256)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                                 (__m256)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 #elif defined(__AVX2__)
   const __m256 y = (__m256)v;
 #endif
@@ -143,8 +143,8 @@ STARS_INLINE float sum_of(floats v) {
 
 STARS_INLINE float max_of(floats v) {
 #if defined(__AVX512F__)
-  const __m512 x = (__m512)v;
-  const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  const __m256 y = _mm256_max_ps((__m256)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                                 (__m256)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 #elif defined(__AVX2__)
   const __m256 y = (__m256)v;
 #endif
