@@ -5,68 +5,29 @@
 // chain, so the bits of a row depend on nothing but the row and the weight. Breaking the chain at a block of k is
 // harmless: a float32 sum stored and loaded is the same sum.
 #include <algorithm>
-#include <cstring>
 
 #include "ops.h"
 #include "packing.h"
 #include "parallel.h"
-
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace stars::STARS_ISA {
 namespace {
 
 // A unit is what a tile holds of a panel at a time: one vector of columns of its lower half and one of its upper half.
-// kMostRows x 2 accumulators, two vectors of weights and a broadcast value fill the registers.
-#if defined(__AVX512F__)
-using Vector = __m512;
-constexpr int kWidth = 16, kMostRows = 12;
-inline Vector zero() { return _mm512_setzero_ps(); }
-inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
-inline Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
-inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-#elif defined(__AVX2__)
-using Vector = __m256;
-constexpr int kWidth = 8, kMostRows = 6;
-inline Vector zero() { return _mm256_setzero_ps(); }
-inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
-inline Vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-#else
-constexpr int kWidth = 4, kMostRows = 6;
-typedef float Vector __attribute__((vector_size(16)));
-inline Vector zero() { return Vector{}; }
-inline Vector load(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
-inline Vector broadcast(const float* p) { return Vector{*p, *p, *p, *p}; }
-inline Vector add(Vector a, Vector b) { return a + b; }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
-#endif
-
-typedef uint32_t Words __attribute__((vector_size(sizeof(Vector))));
-
-constexpr int64_t kUnitsPerPanel = kHalfPanel / kWidth;
+constexpr int64_t kUnitsPerPanel = kHalfPanel / vector_width;
+// kMostRows x 2 sums, two vectors of weights and a value of x fill the 32 or 16 registers.
+constexpr int kMostRows = vector_width == 16 ? 12 : 6;
 
 // Row k of a unit, given the address of its panel's row k and the first column of the unit.
-inline void load_unit(const float* row, int64_t column, Vector& low, Vector& high) {
+STARS_INLINE void load_unit(const float* row, int64_t column, floats& low, floats& high) {
   low = load(row + column);
   high = load(row + column + kHalfPanel);
 }
-inline void load_unit(const uint16_t* row, int64_t column, Vector& low, Vector& high) {
-  Words both;
-  std::memcpy(&both, row + 2 * column, sizeof both);
-  low = reinterpret_cast<Vector>(both << 16);
-  high = reinterpret_cast<Vector>(both & 0xFFFF0000u);
+STARS_INLINE void load_unit(const uint16_t* row, int64_t column, floats& low, floats& high) {
+  const words both = bits_as<words>(load(reinterpret_cast<const float*>(row + 2 * column)));
+  low = bits_as<floats>(both << 16);
+  high = bits_as<floats>(both & 0xFFFF0000u);
 }
 
 // Rows of x and out that one call works on, over a block of k.
@@ -81,50 +42,39 @@ struct Block {
 // ROWS rows by UNITS units, from unit `unit` on.
 template <int ROWS, int UNITS, class T>
 void tile(const Block& b, const T* weight, int64_t unit) {
-  Vector sum[ROWS][UNITS][2];
-  int64_t column[UNITS];     // first column of the unit in its panel
-  const T* panel[UNITS];     // its row k
-  float* out[UNITS];         // its columns of row 0; two vectors, kHalfPanel apart
-  int64_t columns[UNITS];    // how many of the panel's columns exist
+  floats sum[ROWS][UNITS][2];
+  const T* panel[UNITS];     // row k of the unit's panel
+  int64_t column[UNITS];     // the unit's first column in it
+  int64_t place[UNITS][2];   // and of its halves in `out`
+  int64_t columns[UNITS][2]; // how many of them exist
   for (int u = 0; u < UNITS; ++u) {
     const int64_t index = (unit + u) / kUnitsPerPanel;
-    column[u] = (unit + u) % kUnitsPerPanel * kWidth;
     panel[u] = weight + (index * b.x_stride + b.k_begin) * kPanel;
-    out[u] = b.out + index * kPanel + column[u];
-    columns[u] = std::min(b.out_stride - index * kPanel, kPanel) - column[u];
-  }
-  const auto columns_of_half = [&](int u, int half) { return columns[u] - half * kHalfPanel; };
-
-  for (int r = 0; r < ROWS; ++r) {
-    for (int u = 0; u < UNITS; ++u) {
-      for (int half = 0; half < 2; ++half) {
-        const float* from = out[u] + r * b.out_stride + half * kHalfPanel;
-        const int64_t count = columns_of_half(u, half);
-        if (b.k_begin == 0) {
-          sum[r][u][half] = zero();
-        } else if (count >= kWidth) {
-          sum[r][u][half] = load(from);
-        } else {
-          float some[kWidth] = {};
-          for (int64_t c = 0; c < count; ++c) some[c] = from[c];
-          sum[r][u][half] = load(some);
-        }
-      }
+    column[u] = (unit + u) % kUnitsPerPanel * vector_width;
+    for (int half = 0; half < 2; ++half) {
+      place[u][half] = index * kPanel + column[u] + half * kHalfPanel;
+      columns[u][half] = std::clamp<int64_t>(b.out_stride - place[u][half], 0, vector_width);
     }
   }
 
+  for (int r = 0; r < ROWS; ++r)
+    for (int u = 0; u < UNITS; ++u)
+      for (int half = 0; half < 2; ++half)
+        sum[r][u][half] = b.k_begin == 0 ? floats{}
+                                         : load_first(b.out + r * b.out_stride + place[u][half], columns[u][half]);
+
   const float* x = b.x;
   for (int64_t k = b.k_begin; k < b.k_end; ++k, ++x) {
-    Vector low[UNITS], high[UNITS];
+    floats low[UNITS], high[UNITS];
     for (int u = 0; u < UNITS; ++u) {
       load_unit(panel[u], column[u], low[u], high[u]);
       panel[u] += kPanel;
     }
     for (int r = 0; r < ROWS; ++r) {
-      const Vector value = broadcast(x + r * b.x_stride);
+      const floats value = splat(x[r * b.x_stride]);
       for (int u = 0; u < UNITS; ++u) {
-        sum[r][u][0] = multiply_add(value, low[u], sum[r][u][0]);
-        sum[r][u][1] = multiply_add(value, high[u], sum[r][u][1]);
+        sum[r][u][0] = fma(value, low[u], sum[r][u][0]);
+        sum[r][u][1] = fma(value, high[u], sum[r][u][1]);
       }
     }
   }
@@ -132,25 +82,12 @@ void tile(const Block& b, const T* weight, int64_t unit) {
   const bool add_bias = b.bias && b.k_end == b.x_stride;
   for (int u = 0; u < UNITS; ++u) {
     for (int half = 0; half < 2; ++half) {
-      const int64_t count = columns_of_half(u, half);
-      if (count <= 0) continue;
-      float* to = out[u] + half * kHalfPanel;
-      Vector bias = zero();
-      if (add_bias) {
-        float some[kWidth] = {};
-        const float* from = b.bias + (to - b.out);
-        for (int64_t c = 0; c < std::min<int64_t>(count, kWidth); ++c) some[c] = from[c];
-        bias = load(some);
-      }
+      const int64_t count = columns[u][half];
+      if (count == 0) continue;
+      const floats bias = add_bias ? load_first(b.bias + place[u][half], count) : floats{};
       for (int r = 0; r < ROWS; ++r) {
-        const Vector value = add_bias ? add(sum[r][u][half], bias) : sum[r][u][half];
-        if (count >= kWidth) {
-          store(to + r * b.out_stride, value);
-        } else {
-          float some[kWidth];
-          store(some, value);
-          for (int64_t c = 0; c < count; ++c) to[r * b.out_stride + c] = some[c];
-        }
+        const floats value = add_bias ? sum[r][u][half] + bias : sum[r][u][half];
+        store_first(b.out + r * b.out_stride + place[u][half], value, count);
       }
     }
   }
