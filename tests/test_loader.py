@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stars.cache import PagedCache
 from stars.errors import ModelError
 from stars.kernels.types import Batch
-from stars.cache import PagedCache
 from stars.model.checkpoint import Checkpoint
 from stars.model.config import load_config
 from stars.model.loader import inspect_model, load_model

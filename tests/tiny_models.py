@@ -89,12 +89,21 @@ def write_model(directory: Path, tiny: TinyModel) -> Path:
 
 
 def _config(transformers, tiny: TinyModel, vocab: int):
-    options: dict[str, Any] = dict(
-        vocab_size=vocab, hidden_size=tiny.hidden, num_hidden_layers=tiny.layers, num_attention_heads=tiny.heads,
-        num_key_value_heads=tiny.kv_heads, intermediate_size=tiny.intermediate, max_position_embeddings=MAX_POSITIONS,
-        rope_parameters=dict(ROPES[tiny.rope]), tie_word_embeddings=tiny.tied, bos_token_id=BOS, eos_token_id=EOS,
-        pad_token_id=PAD if tiny.head == "reward" else None, rms_norm_eps=1e-5,
-    )
+    options: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": tiny.hidden,
+        "num_hidden_layers": tiny.layers,
+        "num_attention_heads": tiny.heads,
+        "num_key_value_heads": tiny.kv_heads,
+        "intermediate_size": tiny.intermediate,
+        "max_position_embeddings": MAX_POSITIONS,
+        "rope_parameters": dict(ROPES[tiny.rope]),
+        "tie_word_embeddings": tiny.tied,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD if tiny.head == "reward" else None,
+        "rms_norm_eps": 1e-5,
+    }
     if tiny.head_dim is not None:
         options["head_dim"] = tiny.head_dim
     if tiny.family == "llama":

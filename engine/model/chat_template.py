@@ -23,7 +23,7 @@ class ChatTemplate:
         self._compiled: jinja2.Template | None = None
 
     def render(self, messages: list[dict], **variables: Any) -> str:
-        """The text of `messages`. Raises TokenizerError for whatever goes wrong in the template, forbidden code included."""
+        """The text of `messages`. Raises TokenizerError for whatever goes wrong in it, forbidden code included."""
         try:
             # Only plain values reach the template: it cannot call methods of objects, nor change the caller's messages.
             # Keys with None are left out, since templates test for a key and would write "None".
@@ -47,7 +47,7 @@ class ChatTemplate:
 class _Generation(Extension):
     """{% generation %} marks the assistant's text for training: its body is rendered as it stands."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -57,7 +57,7 @@ class _Generation(Extension):
 class _Namespace(jinja2.utils.Namespace):
     """Jinja's namespace, without names that begin with an underscore: those reach into Python."""
 
-    def __init__(*args, **attributes):  # noqa: N805 a variable of the template may be called self
+    def __init__(*args, **attributes):  # a variable of the template may be called self
         for name in attributes:
             _Namespace._check(name)
         jinja2.utils.Namespace.__init__(*args, **attributes)

@@ -47,7 +47,7 @@ class Checkpoint:
                 raise ModelError(f"{self.directory} lacks {shard}, which {INDEX} names: copy the model again")
             try:
                 file = safe_open(path, framework="pt")
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 it is no dictionary
                     if name in self.tensors:
                         raise ModelError(
                             f"{name} is in both {self.tensors[name].shard} and {shard} of {self.directory}: "

@@ -59,16 +59,16 @@ def load_model(
     checkpoint = Checkpoint(directory)
     names = _check(checkpoint, config, head)
     reader = _Reader(checkpoint, names, dtype, device)
+    tied = head == "lm" and config.tie_word_embeddings
+    if tied:
+        reader.check_tied()
     embedding = reader.matrix("model.embed_tokens")
     layers = [_layer(reader, config, f"model.layers.{index}.") for index in range(config.num_layers)]
     lm_head = score_head = None
     if head == "reward":
         score_head = reader.score_head()
-    elif not config.tie_word_embeddings:
-        lm_head = reader.matrix("lm_head")
     else:
-        reader.check_tied()
-        lm_head = embedding
+        lm_head = embedding if tied else reader.matrix("lm_head")
     cos, sin = rope_tables(config.rope, config.head_dim, config.max_position_embeddings, device)
     return Decoder(
         config, embedding, layers, reader.vector("model.norm.weight"), lm_head, score_head, cos, sin, max_rows
@@ -171,8 +171,8 @@ class _Reader:
             return
         if not torch.equal(self.checkpoint.read(LM_HEAD), self._read("model.embed_tokens.weight")):
             raise ModelError(
-                f"{self.checkpoint.directory} has tie_word_embeddings but a {LM_HEAD} that differs from the embeddings: "
-                "set tie_word_embeddings to false in config.json if that head is wanted, or remove the tensor"
+                f"{self.checkpoint.directory} has tie_word_embeddings but a {LM_HEAD} that differs from the "
+                "embeddings: set tie_word_embeddings to false in config.json if that head is wanted, else remove it"
             )
 
     def _read(self, name: str) -> Tensor:
@@ -244,8 +244,8 @@ def _check_score_head(checkpoint: Checkpoint, config: ModelConfig, architecture:
         )
     if config.num_labels != 1:
         raise ModelError(
-            f"config.json of {where} gives {config.num_labels} labels (id2label, 2 where it is absent) but {SCORE_HEAD} "
-            'has 1 row: set id2label to {"0": "LABEL_0"} if that row is the reward'
+            f"config.json of {where} gives {config.num_labels} labels (id2label, 2 where it is absent) but "
+            f'{SCORE_HEAD} has 1 row: set id2label to {{"0": "LABEL_0"}} if that row is the reward'
         )
 
 
@@ -290,4 +290,4 @@ def _check_device(device: torch.device | str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"device {str(device)!r} cannot be used ({reason}): use 'cpu' or install torch for it") from error
+        raise ModelError(f"device {str(device)!r} cannot be used ({reason}): use 'cpu'") from error

@@ -110,8 +110,8 @@ class Tokenizer:
         full = self.apply_chat_template([*messages, turn], add_generation_prompt=False, **kwargs)
         if full.count(SENTINEL) != 1:
             raise TokenizerError(
-                f"the chat template of {self._where} does not keep an assistant's text as it is, so responses cannot be "
-                "placed in it: use another template"
+                f"the chat template of {self._where} does not keep an assistant's text as it is, so responses cannot "
+                "be placed in it: use another template"
             )
         prefix, closing = full.split(SENTINEL)
         if prefix.startswith(prompt) and not prefix[len(prompt) :].strip():
@@ -181,10 +181,10 @@ def _add_tokens(backend: Backend, config: dict[str, Any], special_tokens: dict[s
                      if name in token}
             backend.add_tokens([AddedToken(token["content"], **flags)])
             known.add(token["content"])
-    for name in special_tokens:
-        if name in SPECIAL_TOKENS and special_tokens[name] not in known:
-            backend.add_special_tokens([AddedToken(special_tokens[name], special=True, normalized=False)])
-            known.add(special_tokens[name])
+    for name, token in special_tokens.items():
+        if name in SPECIAL_TOKENS and token not in known:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+            known.add(token)
 
 
 def _templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
