@@ -16,8 +16,9 @@ namespace {
 
 // A unit is what a tile holds of a panel at a time: one vector of columns of its lower half and one of its upper half.
 constexpr int64_t kUnitsPerPanel = kHalfPanel / vector_width;
-// kMostRows x 2 sums, two vectors of weights and a value of x fill the 32 or 16 registers.
-constexpr int kMostRows = vector_width == 16 ? 12 : 6;
+// Rows of a tile. With 16 registers, 6 x 2 sums, two vectors of weights and a value of x fill them. With 32, 8 rows
+// reached 112 GFLOP/s a core where 12 reached 108 and 14 100 (Zen 4, peak 118).
+constexpr int kMostRows = vector_width == 16 ? 8 : 6;
 
 // Row k of a unit, given the address of its panel's row k and the first column of the unit.
 STARS_INLINE void load_unit(const float* row, int64_t column, floats& low, floats& high) {
@@ -93,11 +94,18 @@ void tile(const Block& b, const T* weight, int64_t unit) {
   }
 }
 
-// All units of a range, as many at once as hide the latency of the sums: with one row, four units keep eight chains.
+// All units of a range, several at once with few rows: eight chains of sums hide the latency of the multiply-adds.
 template <int ROWS, class T>
 void row_block(const Block& b, const T* weight, int64_t unit, int64_t end) {
-  constexpr int kUnits = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  constexpr bool kManyRegisters = vector_width == 16;
+  constexpr int kUnits = ROWS == 1                     ? 4
+                         : ROWS == 2                   ? (kManyRegisters ? 4 : 2)
+                         : ROWS == 3 && sizeof(T) == 4 ? 2
+                         : ROWS <= 4 && kManyRegisters ? 2
+                                                       : 1;
   for (; unit + kUnits <= end; unit += kUnits) tile<ROWS, kUnits>(b, weight, unit);
+  if constexpr (kUnits > 2)
+    for (; unit + 2 <= end; unit += 2) tile<ROWS, 2>(b, weight, unit);
   if constexpr (kUnits > 1)
     for (; unit < end; ++unit) tile<ROWS, 1>(b, weight, unit);
 }
@@ -113,10 +121,11 @@ void row_block(int64_t rows, const Block& b, const T* weight, int64_t unit, int6
 }
 
 constexpr int64_t kBlockOfK = 256;  // rows of a panel that stay in the first-level cache while row blocks pass over them
+constexpr int64_t kRowsPerPass = 8 * kMostRows;  // whose x stays in the second, and whose pages in the first TLB
 
-// Rows begin .. end - 1 by units first_unit .. last_unit - 1.
+// Rows begin .. end - 1, at most kRowsPerPass, by units first_unit .. last_unit - 1.
 template <class T>
-void product(const stars_linear_params& p, int64_t begin, int64_t end, int64_t first_unit, int64_t last_unit) {
+void pass(const stars_linear_params& p, int64_t begin, int64_t end, int64_t first_unit, int64_t last_unit) {
   const T* weight = static_cast<const T*>(p.weight);
   const int64_t blocks = (end - begin + kMostRows - 1) / kMostRows;
   const auto block_at = [&](int64_t block) { return begin + (end - begin) * block / blocks; };
@@ -133,20 +142,33 @@ void product(const stars_linear_params& p, int64_t begin, int64_t end, int64_t f
         run(block, k, std::min(k + kBlockOfK, p.in_features), unit, std::min(unit + kUnitsPerPanel, last_unit));
 }
 
+// The same, of any number of rows.
+template <class T>
+void product(const stars_linear_params& p, int64_t begin, int64_t end, int64_t first_unit, int64_t last_unit) {
+  for (int64_t row = begin; row < end; row += kRowsPerPass)
+    pass<T>(p, row, std::min(row + kRowsPerPass, end), first_unit, last_unit);
+}
+
 }  // namespace
 
 void linear(const stars_linear_params& p) {
-  const int64_t panels = panel_count(p.out_features);
   const auto run = p.dtype == STARS_BF16 ? product<uint16_t> : product<float>;
-  if (p.rows * p.in_features * panels * kPanel < 32 * 1024)  // a barrier would cost more
-    return run(p, 0, p.rows, 0, panels * kUnitsPerPanel);
-  const int64_t threads = num_threads();
-  const int64_t column_tasks = std::min(panels, 4 * threads);
-  const int64_t row_tasks = std::clamp<int64_t>(p.rows / (4 * kMostRows), 1, std::max<int64_t>(4 * threads / panels, 1));
+  // A task is worth its barrier from about a microsecond on. More tasks than threads, so that a thread that is held up
+  // leaves work to the others.
+  constexpr int64_t kLeastTask = 32 * 1024;  // multiply-adds
+  const int64_t panels = panel_count(p.out_features), threads = num_threads();
+  const int64_t worth = p.rows * p.in_features * panels * kPanel / kLeastTask;
+  const int64_t tasks = std::clamp<int64_t>(worth / threads, 1, 4) * threads;
+  if (worth < 2 || threads == 1) return run(p, 0, p.rows, 0, panels * kUnitsPerPanel);
+  const int64_t column_tasks = std::min((panels + 1) / 2, tasks);
+  const int64_t row_tasks = std::clamp<int64_t>(tasks / column_tasks, 1, std::max<int64_t>(p.rows / kMostRows, 1));
+  const auto first_unit = [=](int64_t task) {  // of a pair of panels
+    return std::min((panels + 1) / 2 * task / column_tasks * 2, panels) * kUnitsPerPanel;
+  };
   parallel(column_tasks * row_tasks, [&](int64_t task) {
-    const int64_t row_task = task / column_tasks, column_task = task % column_tasks;
-    run(p, p.rows * row_task / row_tasks, p.rows * (row_task + 1) / row_tasks,
-        panels * column_task / column_tasks * kUnitsPerPanel, panels * (column_task + 1) / column_tasks * kUnitsPerPanel);
+    const int64_t row_task = task % row_tasks, column_task = task / row_tasks;
+    run(p, p.rows * row_task / row_tasks, p.rows * (row_task + 1) / row_tasks, first_unit(column_task),
+        first_unit(column_task + 1));
   });
 }
 

@@ -2,31 +2,43 @@
 #include <cmath>
 
 #include "ops.h"
-#include "parallel.h"
 #include "row_blocks.h"
+#include "simd.h"
 
 namespace stars::STARS_ISA {
 namespace {
 
-constexpr int kLanes = 32;  // partial sums, in a fixed order whatever the vector width
+// Calls f(first column, how many) for every vector of a row, the last of which may be a part.
+template <class F>
+STARS_INLINE void for_vectors(int64_t width, F&& f) {
+  int64_t k = 0;
+  for (; k + vector_width <= width; k += vector_width) f(k, int64_t{vector_width});
+  if (k < width) f(k, width - k);
+}
 
 void normalise_row(const stars_rms_norm_params& p, int64_t row) {
   const float* x = p.x + row * p.hidden;
   float* out = p.out + row * p.hidden;
+  floats squares = {};
   if (p.residual) {
     float* residual = p.residual + row * p.hidden;
-    for (int64_t k = 0; k < p.hidden; ++k) residual[k] += x[k];
+    for_vectors(p.hidden, [&](int64_t k, int64_t count) {
+      const floats y = load_first(residual + k, count) + load_first(x + k, count);
+      store_first(residual + k, y, count);
+      squares = fma(y, y, squares);
+    });
     x = residual;
+  } else {
+    for_vectors(p.hidden, [&](int64_t k, int64_t count) {
+      const floats y = load_first(x + k, count);
+      squares = fma(y, y, squares);
+    });
   }
-  float partial[kLanes] = {};
-  const int64_t whole = p.hidden / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) partial[lane] += x[k + lane] * x[k + lane];
-  for (int64_t k = whole; k < p.hidden; ++k) partial[k - whole] += x[k] * x[k];
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) partial[lane] += partial[lane + half];
-  const float scale = 1.0f / std::sqrt(partial[0] / static_cast<float>(p.hidden) + p.eps);
-  for (int64_t k = 0; k < p.hidden; ++k) out[k] = p.weight[k] * (x[k] * scale);
+  const float mean = sum_of(squares) / static_cast<float>(p.hidden);
+  const floats scale = splat(1.0f / std::sqrt(mean + p.eps));
+  for_vectors(p.hidden, [&](int64_t k, int64_t count) {
+    store_first(out + k, load_first(p.weight + k, count) * (load_first(x + k, count) * scale), count);
+  });
 }
 
 }  // namespace
