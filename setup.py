@@ -26,11 +26,11 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        ninja = find_tool("ninja")
+        build = Path(self.build_temp).resolve() / ("ninja" if ninja else "default")
         build.mkdir(parents=True, exist_ok=True)
         try:
             cmake = find_tool("cmake") or "cmake"
-            ninja = find_tool("ninja")
             generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
             subprocess.run([cmake, *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
                             f"-DSTARS_OUTPUT_DIR={library.parent.parent}"], check=True)
