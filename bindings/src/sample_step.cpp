@@ -24,7 +24,7 @@ STARS_INLINE float logit_below(double z, double temperature) {
 }
 
 // The argmax of z + noise over the tokens with z >= threshold, of those offered. Tokens are offered in blocks of four,
-// the blocks of the generator, in any order and as often as one likes.
+// the blocks of the generator, in rising order; run() ends a series and another may begin anywhere.
 class race {
  public:
   STARS_INLINE race(const logit_row& row, float temperature, float threshold, const noise_stream& noise)
@@ -41,7 +41,7 @@ class race {
 
   void run() {
     if (!waiting) return;
-    for (int i = waiting; i < vector_width; ++i) blocks[i] = blocks[waiting - 1];
+    for (int i = waiting; i < vector_width; ++i) blocks[i] = no_block;
     words in_order;
     for (int i = 0; i < vector_width; ++i) ordered[i] = (uint32_t)blocks[block_lane(i)];
     std::memcpy(&in_order, ordered, sizeof in_order);
@@ -87,18 +87,20 @@ class race {
     constexpr int quarter = vector_width / 4;
     const int64_t first = (int64_t)own[0] * 4;
     floats logits;
-    if (own[quarter - 1] == own[0] + quarter - 1 && first + vector_width <= row.vocab) {
+    if (own[quarter - 1] == own[0] + quarter - 1 && first >= 0 && first + vector_width <= row.vocab) {  // they rise
       logits = load(row.logits + first);
       tokens = lane_numbers() + (int32_t)first;
     } else {
       for (int i = 0; i < vector_width; ++i) {
         const int64_t token = (int64_t)own[i / 4] * 4 + i % 4;
-        logits[i] = token < row.vocab ? row.logits[token] : -infinity;
+        logits[i] = token >= 0 && token < row.vocab ? row.logits[token] : -infinity;
         tokens[i] = (int32_t)token;
       }
     }
     return temperature == 1.0f ? logits : logits / splat(temperature);
   }
+
+  static constexpr int32_t no_block = -1;
 
   const logit_row& row;
   const float temperature, threshold;

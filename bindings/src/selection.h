@@ -177,7 +177,8 @@ inline bool find_maxima(logit_row& row) {
   for (; first + block_size <= row.vocab; first += block_size, maxima += vector_width) {
     floats even = splat(-infinity), odd = splat(-infinity);
     for (int64_t i = 0; i < block_vectors; i += 2) {
-      const floats a = load(row.logits + first + i * vector_width), b = load(row.logits + first + (i + 1) * vector_width);
+      const float* from = row.logits + first + i * vector_width;
+      const floats a = load(from), b = load(from + vector_width);
       wrong |= ~((a <= splat(FLT_MAX)) & (b <= splat(FLT_MAX)));
       even = max(even, a);
       odd = max(odd, b);
@@ -269,7 +270,8 @@ inline float kth_largest(const logit_row& row, int64_t k, candidate_list& found)
 
 // The smallest z = value / temperature >= threshold such that the probability of the strictly larger ones is below
 // top_p of all >= threshold.
-inline float top_p_threshold(const candidate_list& found, float temperature, float highest, float threshold, float top_p) {
+inline float top_p_threshold(const candidate_list& found, float temperature, float highest, float threshold,
+                             float top_p) {
   if (!(top_p > 0.0f)) return highest;
   thread_local scratch memory;
   const int64_t room = found.count + 2 * vector_width;

@@ -162,7 +162,7 @@ STARS_INLINE float max_of(floats v) {
 STARS_INLINE floats exp(floats x) {
   x = x < splat(-110.0f) ? splat(-110.0f) : x;
   x = x > splat(100.0f) ? splat(100.0f) : x;
-  const floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+  const floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
   const floats shifted = fma(x, splat(1.44269504088896341f), magic);
   const floats n = shifted - magic;
   floats r = fma(n, splat(-0.693359375f), x);  // ln 2 in two parts, the first so short that n times it is exact
