@@ -1,21 +1,42 @@
 """STARS engine: alignment at decoding time, one language model and one reward model in one engine."""
 
-from stars.engine import Engine
-from stars.errors import (
-    IntegrityError,
-    ModelError,
-    OutOfPages,
-    RequestError,
-    RewardError,
-    StarsError,
-    TokenizerError,
-)
-from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-from stars.policies import STARS, BestOfN, BlockwiseBestOfK, Sample
-from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
-from stars.sampling import SamplingParams
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stars.engine import Engine
+    from stars.errors import (
+        IntegrityError,
+        ModelError,
+        OutOfPages,
+        RequestError,
+        RewardError,
+        StarsError,
+        TokenizerError,
+        TraceError,
+    )
+    from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
+    from stars.policies import STARS, BestOfN, BlockwiseBestOfK, Sample
+    from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
+    from stars.sampling import SamplingParams
+    from stars.trace import read_trace, write_trace
 
 __version__ = "0.1.0"
+
+# Names are imported when they are first used: the command line answers --help without loading torch.
+_HOMES = {
+    "engine": ("Engine",),
+    "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
+               "TokenizerError", "TraceError"),
+    "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
+    "policies": ("STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
+    "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
+    "sampling": ("SamplingParams",),
+    "trace": ("read_trace", "write_trace"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Attempt",
@@ -40,4 +61,19 @@ __all__ = [
     "Segment",
     "StarsError",
     "TokenizerError",
+    "TraceError",
+    "read_trace",
+    "write_trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'stars' has no attribute {name!r}")
+    value = getattr(import_module(f"stars.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

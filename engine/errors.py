@@ -21,6 +21,10 @@ class RequestError(StarsError, ValueError):
     """A request is not acceptable as it stands: empty or over-long prompt, bad sampling or policy parameters."""
 
 
+class TraceError(StarsError):
+    """A trace file cannot be read: another format, a damaged or missing line. The message names the line."""
+
+
 class OutOfPages(StarsError):
     """The cache has too few free pages for what was asked; nothing was changed."""
 

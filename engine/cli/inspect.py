@@ -1,0 +1,131 @@
+"""`stars inspect`: what a model directory holds and whether it would load, from its headers alone."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stars.errors import ModelError
+from stars.trace import dumps, plain
+
+if TYPE_CHECKING:
+    from stars.model.loader import ModelSummary
+
+SHOWN_TENSORS = 8
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Runs the command; 1 where tensors are missing or too many, so that it would not load."""
+    from stars.model.config import read_json
+    from stars.model.families import FAMILIES
+
+    path = Path(args.directory) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    architectures = config.get("architectures") or []
+    if config.get("model_type") not in (None, *FAMILIES) and any(
+            str(name).endswith("ForSequenceClassification") for name in architectures):
+        return _encoder(args, config, architectures)
+    facts = _facts(args.directory)
+    if args.json:
+        print(dumps(plain(facts)))
+    else:
+        _print(facts)
+    return 0 if facts["loads"] else 1
+
+
+def _facts(directory: str) -> dict[str, Any]:
+    from stars.model.loader import inspect_model
+
+    summary = inspect_model(directory)
+    config = summary.config
+    problem = _problem(directory, summary)
+    windows = [[window, len(list(group))] for window, group in groupby(config.sliding_window)]
+    return {
+        "directory": directory, "model_type": config.model_type, "architectures": list(config.architectures),
+        "head": summary.head, "loads": problem is None, "problem": problem,
+        "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype,
+        "layers": config.num_layers, "heads": config.num_heads, "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size, "context": config.max_position_embeddings, "rope": str(config.rope),
+        "windows": windows, "tied": summary.tied,
+        # The CPU's cache is float32 whatever the checkpoint's type.
+        "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4,
+        "eos_token_ids": list(config.eos_token_ids), "bos_token_id": config.bos_token_id,
+        "tokenizer": summary.tokenizer, "chat_template": summary.chat_template, "shards": list(summary.shards),
+        "missing": summary.missing, "unexpected": summary.unexpected,
+    }
+
+
+def _problem(directory: str, summary: ModelSummary) -> str | None:
+    """Why it would not load, in the loader's own words; None if it would."""
+    from stars.model.checkpoint import Checkpoint
+    from stars.model.loader import _check
+
+    if summary.head == "none":
+        return "it has neither a language model head nor a reward head: use a checkpoint with one of them"
+    try:
+        _check(Checkpoint(directory), summary.config, summary.head)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _print(facts: dict[str, Any]) -> None:
+    heads = {"lm": "language model", "reward": "reward (one score)", "none": "none: it can be neither of the two models"}
+    windows = "none" if all(window is None for window, _ in facts["windows"]) else ", ".join(
+        f"{count} layers {'full' if window is None else f'{window} tokens'}" for window, count in facts["windows"])
+    rows = [
+        ("directory", facts["directory"]),
+        ("model type", f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})"),
+        ("head", heads[facts["head"]] + (", tied to the embeddings" if facts["tied"] and facts["head"] == "lm" else "")),
+        ("parameters", f"{facts['parameters']:,} ({_size(facts['bytes'])} as {facts['dtype']})"),
+        ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
+        ("attention", f"{facts['heads']} heads, {facts['kv_heads']} KV heads, head_dim {facts['head_dim']}"),
+        ("vocabulary", f"{facts['vocab_size']:,}"),
+        ("context", f"{facts['context']:,} tokens"),
+        ("rope", facts["rope"]),
+        ("sliding window", windows),
+        ("KV cache", f"{_size(facts['kv_bytes_per_token'])} a token (float32)"),
+        ("EOS ids", ", ".join(map(str, facts["eos_token_ids"])) or "none"),
+        ("tokenizer", "yes" if facts["tokenizer"] else "none: prompts as token ids only"),
+        ("chat template", "yes" if facts["chat_template"] else "none"),
+        ("shards", f"{len(facts['shards'])} ({', '.join(facts['shards'][:3])}{', …' if len(facts['shards']) > 3 else ''})"),
+        ("missing", _names(facts["missing"])),
+        ("unexpected", _names(facts["unexpected"])),
+        ("loads", "yes" if facts["loads"] else f"no: {facts['problem']}"),
+    ]
+    for name, value in rows:
+        print(f"{name:<15} {value}")
+
+
+def _encoder(args: argparse.Namespace, config: dict[str, Any], architectures: list[Any]) -> int:
+    """A model that only transformers knows, which can be a reward model all the same."""
+    labels = len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
+    facts = {"directory": args.directory, "model_type": config["model_type"], "architectures": architectures,
+             "head": "reward", "labels": labels, "loads": labels == 1, "runtime": "transformers"}
+    if args.json:
+        print(dumps(plain(facts)))
+    else:
+        print(f"directory       {args.directory}")
+        print(f"model type      {config['model_type']} ({', '.join(map(str, architectures))})")
+        print(f"head            reward, {labels} label{'s' if labels != 1 else ''}"
+              + ("" if labels == 1 else ": choose one with stars.EncoderReward(model, label=...)"))
+        print("runtime         transformers (whole texts are scored again each time)")
+    return 0 if facts["loads"] else 1
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _names(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - SHOWN_TENSORS} more" if len(names) > SHOWN_TENSORS else ""
+    return f"{len(names)}: {', '.join(names[:SHOWN_TENSORS])}{more}"
