@@ -253,9 +253,10 @@ def test_types_of_what_is_kept(stored, dtype, kept, tiny_model):
     assert torch.equal(decoder.score_head.dense(), tensors["score.weight"].float())
 
 
-def test_nothing_refers_to_the_file(copy):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_refers_to_the_file(dtype, copy):
     """A training run that overwrites the file in place does not change a loaded model."""
-    directory = copy(dtype="bfloat16")
+    directory = copy(dtype=dtype, family="qwen2")
     decoder = load_model(directory)
     before = decoder.logits(last_hidden(decoder)).clone()
     path = directory / "model.safetensors"

@@ -226,6 +226,7 @@ QWEN3 = """{%- if tools %}
 {%- for message in messages %}
     {%- if message.role == 'skip' %}{% continue %}{% endif %}
     {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.tool_calls is defined %}{{- message.tool_calls | length }}{%- endif %}
     {%- if message.role == 'assistant' and loop.index0 > ns.last %}
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
