@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ABI_VERSION = 1
 
-_LINEAR, _EMBEDDING, _RMS_NORM, _SWIGLU, _TAKE_ROWS, _ROPE_WRITE, _ATTENTION, _SAMPLE_STEP = range(8)
+_LINEAR, _EMBEDDING, _RMS_NORM, _SWIGLU, _TAKE_ROWS, _ROPE_WRITE, _ATTENTION, _SAMPLE_STEP, _COPY_ROWS = range(9)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -52,6 +52,9 @@ _SampleStep = _structure("stars_sample_step_params", **dict.fromkeys(
     ("logits", "token_ids", "positions", "slots", "slab_used", "steps", "limits", "done", "out_tokens", "out_logprobs",
      "seeds", "attempts", "streams", "temperature", "top_k", "top_p", "min_p", "stop_ids"), c_void_p),
     lanes=c_int64, vocab=c_int64, max_steps=c_int64, max_stop_ids=c_int64)
+_CopyRows = _structure("stars_copy_rows_params", **dict.fromkeys(
+    ("k_source", "v_source", "k_target", "v_target", "source", "target"), c_void_p),
+    rows=c_int64, width=c_int64, layers=c_int64, source_rows=c_int64, target_rows=c_int64)
 
 
 def _load() -> ctypes.CDLL | None:
@@ -292,6 +295,24 @@ def gumbel(seed: int, position: int, attempt: int, stream: int, vocab_size: int)
     noise = torch.empty(vocab_size)
     _lib.stars_gumbel(seed & 0xFFFFFFFFFFFFFFFF, position, attempt, stream & 0xFFFFFFFF, vocab_size, noise.data_ptr())
     return noise
+
+
+def copy_rows(
+    k_source: Tensor, v_source: Tensor, source: Tensor, k_target: Tensor, v_target: Tensor, target: Tensor,
+) -> None:
+    """Rows source[i] of the sources [layers, rows, kv_heads, head_dim] to rows target[i] of the targets."""
+    layers, source_rows = k_source.shape[:2]
+    rows, target_rows = source.shape[0], k_target.shape[1]
+    width = k_source.shape[2] * k_source.shape[3]
+    params = _CopyRows(
+        *(_pointer("copy_rows", name, tensor, torch.float32, (layers, count, *k_source.shape[2:]))
+          for name, tensor, count in (("k_source", k_source, source_rows), ("v_source", v_source, source_rows),
+                                      ("k_target", k_target, target_rows), ("v_target", v_target, target_rows))),
+        _pointer("copy_rows", "source", source, torch.int32, (rows,)),
+        _pointer("copy_rows", "target", target, torch.int32, (rows,)),
+        rows, width, layers, source_rows, target_rows,
+    )
+    _call(_COPY_ROWS, params, k_source, v_source, source, k_target, v_target, target)
 
 
 def _call(op: int, params: ctypes.Structure, *kept: object) -> None:

@@ -40,6 +40,7 @@ typedef enum {
   STARS_OP_ROPE_WRITE = 5,
   STARS_OP_ATTENTION = 6,
   STARS_OP_SAMPLE_STEP = 7,
+  STARS_OP_COPY_ROWS = 8,
 } stars_op;
 
 /* out[rows, out_features] = x[rows, in_features] @ weight^T + bias. `weight` is what stars_pack made. The bits of a row
@@ -158,6 +159,18 @@ typedef struct {
   const int32_t* stop_ids; /* [lanes, max_stop_ids], padded with -1 */
   int64_t lanes, vocab, max_steps, max_stop_ids;
 } stars_sample_step_params;
+
+/* Rows source[i] of k_source and v_source to rows target[i] of k_target and v_target, in every layer. Arrays are
+ * [layers, source_rows or target_rows, width]; no target row is named twice, and none is a source row. */
+typedef struct {
+  const float* k_source;
+  const float* v_source;
+  float* k_target;
+  float* v_target;
+  const int32_t* source; /* [rows] */
+  const int32_t* target; /* [rows] */
+  int64_t rows, width, layers, source_rows, target_rows;
+} stars_copy_rows_params;
 
 STARS_API int32_t stars_abi_version(void);
 STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */

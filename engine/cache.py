@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stars.errors import IntegrityError, OutOfPages
+from stars.kernels.copy_rows import copy_rows
 from stars.kernels.types import LayerKV
 from stars.page_pool import PagePool
 
@@ -351,9 +352,7 @@ class PagedCache:
 
     def _copy_rows(self, k_source: Tensor, v_source: Tensor, source: array, target: array) -> None:
         """Copies rows `source` of k_source and v_source to page rows `target`, in every layer."""
-        src, dst = self._to_device(source).long(), self._to_device(target).long()  # [rows]
-        self.k_pages[:, dst] = k_source[:, src]
-        self.v_pages[:, dst] = v_source[:, src]
+        copy_rows(k_source, v_source, self._to_device(source), self.k_pages, self.v_pages, self._to_device(target))
 
     def _to_device(self, values: array) -> Tensor:
         """int32 tensor of an int array, without a copy on the CPU."""

@@ -1,6 +1,7 @@
 """The operations of the engine, one a file: a torch reference beside each faster version."""
 
 from stars.kernels.attention import attention
+from stars.kernels.copy_rows import copy_rows
 from stars.kernels.embedding import embedding
 from stars.kernels.linear import Weight, linear, pack
 from stars.kernels.rms_norm import rms_norm
@@ -9,5 +10,5 @@ from stars.kernels.sample_step import sample_step
 from stars.kernels.swiglu import swiglu
 from stars.kernels.take_rows import take_rows
 
-__all__ = ["Weight", "attention", "embedding", "linear", "pack", "rms_norm", "rope_write", "sample_step", "swiglu",
-           "take_rows"]
+__all__ = ["Weight", "attention", "copy_rows", "embedding", "linear", "pack", "rms_norm", "rope_write", "sample_step",
+           "swiglu", "take_rows"]

@@ -53,7 +53,8 @@ const isa& chosen_isa() {
   X(TAKE_ROWS, take_rows)       \
   X(ROPE_WRITE, rope_write)     \
   X(ATTENTION, attention)       \
-  X(SAMPLE_STEP, sample_step)
+  X(SAMPLE_STEP, sample_step)   \
+  X(COPY_ROWS, copy_rows)
 
 // What each check says is what must hold; null when all of it does.
 #define STARS_REQUIRE(condition, text) \
@@ -138,6 +139,14 @@ const char* check(const stars_sample_step_params& p) {
   STARS_REQUIRE(p.lanes == 0 || p.max_steps == 0 || (p.out_tokens && p.out_logprobs),
                 "out_tokens and out_logprobs must not be null");
   STARS_REQUIRE(p.lanes == 0 || p.max_stop_ids == 0 || p.stop_ids, "stop_ids must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_copy_rows_params& p) {
+  STARS_REQUIRE(p.rows >= 0 && p.layers >= 0 && p.width > 0, "rows and layers must be >= 0 and width positive");
+  STARS_REQUIRE(p.rows == 0 || p.layers == 0 ||
+                    (p.k_source && p.v_source && p.k_target && p.v_target && p.source && p.target),
+                "no array may be null");
   return nullptr;
 }
 

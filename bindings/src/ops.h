@@ -17,6 +17,7 @@ struct op_table {
   void (*rope_write)(const stars_rope_write_params&);
   void (*attention)(const stars_attention_params&);
   void (*sample_step)(const stars_sample_step_params&);
+  void (*copy_rows)(const stars_copy_rows_params&);
 };
 
 namespace base {
@@ -42,6 +43,7 @@ void take_rows(const stars_take_rows_params&);
 void rope_write(const stars_rope_write_params&);
 void attention(const stars_attention_params&);
 void sample_step(const stars_sample_step_params&);
+void copy_rows(const stars_copy_rows_params&);
 }  // namespace STARS_ISA
 #endif
 
