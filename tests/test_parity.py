@@ -270,6 +270,9 @@ def test_rewards_from_scratch(tiny_reward, tiny_model, reference, operations):
     for count in (1, 7, 31):
         hidden = runner.prefill(runner.open(), TEXT[:count], ints([count - 1]))
         assert_close(runner.rewards(hidden), reference(tiny_reward, TEXT[:count]))
+        out = torch.empty(1)
+        assert runner.decoder.score(hidden, out) is out
+        assert torch.equal(out, runner.rewards(hidden))
 
 
 def test_rewards_incremental(tiny_reward, tiny_model, reference, operations):

@@ -84,7 +84,7 @@ class Decoder:
     def reserve(self, max_rows: int) -> None:
         """Makes room for passes of `max_rows` rows; does nothing where there is room already.
 
-        Growing moves the buffers: passes recorded before must not be replayed after, and results read before are stale.
+        Growing takes new buffers; passes recorded before keep the old ones alive and go on with them.
         """
         if max_rows <= self.max_rows:
             return
