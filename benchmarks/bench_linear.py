@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from stars import kernels
 from stars.bindings import libstars
 

@@ -249,7 +249,8 @@ def attention(
     """Causal grouped-query attention over pages and slab; q, out [rows, heads, head_dim]."""
     rows, heads, head_dim = q.shape
     params = _Attention(
-        _pointer("attention", "q", q, torch.float32, q.shape), _pointer("attention", "out", out, torch.float32, q.shape),
+        _pointer("attention", "q", q, torch.float32, q.shape),
+        _pointer("attention", "out", out, torch.float32, q.shape),
         _batch("attention", batch, rows), _layer_kv("attention", kv, head_dim), heads, window or 0, scale,
         softcap or 0.0,
     )

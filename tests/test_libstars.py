@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+
 from stars import kernels
 from stars.bindings import libstars
 from stars.kernels.dispatch import references_only

@@ -61,7 +61,8 @@ const isa& chosen_isa() {
   if (!(condition)) return text
 
 const char* check(const stars_linear_params& p) {
-  STARS_REQUIRE(p.rows >= 0 && p.in_features > 0 && p.out_features > 0, "rows must be >= 0 and the features positive");
+  STARS_REQUIRE(p.rows >= 0 && p.in_features > 0 && p.out_features > 0,
+                "rows must be >= 0, in_features and out_features positive");
   STARS_REQUIRE(p.dtype == STARS_F32 || p.dtype == STARS_BF16, "dtype must be 0 (float32) or 1 (bfloat16)");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
   return nullptr;
@@ -96,8 +97,9 @@ const char* check(const stars_take_rows_params& p) {
 const char* check(const stars_batch& b) {
   STARS_REQUIRE(b.rows >= 0 && b.sequences >= 0, "rows and sequences of the batch must be >= 0");
   STARS_REQUIRE(b.block_table_stride >= 0, "block_table_stride must be >= 0");
-  STARS_REQUIRE(b.rows == 0 || (b.positions && b.slots && b.row_start && b.seq_group &&
-                                (b.block_tables || b.block_table_stride == 0) && b.prefix_len && b.slab_start && b.slab_used),
+  STARS_REQUIRE(b.rows == 0 || b.block_table_stride == 0 || b.block_tables, "block_tables must not be null");
+  STARS_REQUIRE(b.rows == 0 || (b.positions && b.slots && b.row_start && b.seq_group && b.prefix_len && b.slab_start &&
+                                b.slab_used),
                 "no array of the batch may be null");
   return nullptr;
 }

@@ -124,7 +124,7 @@ void row_block(int64_t rows, const Block& b, const T* weight, int64_t unit, int6
   }
 }
 
-constexpr int64_t kBlockOfK = 256;  // rows of a panel that stay in the first-level cache while row blocks pass over them
+constexpr int64_t kBlockOfK = 256;  // of a panel; stays in the first-level cache while row blocks pass over it
 constexpr int64_t kRowsPerPass = 8 * kMostRows;  // whose x stays in the second, and whose pages in the first TLB
 
 // Rows begin .. end - 1, at most kRowsPerPass, by units first_unit .. last_unit - 1.
