@@ -26,8 +26,8 @@ class _Record:
         if value is None and optional:
             return None
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-            raise TraceError(f"{self.where}: the {self.type} record has {name} = {_short(value)}, which does not belong "
-                             "there: write the trace again")
+            raise TraceError(f"{self.where}: the {self.type} record has {name} = {_short(value)}, which does not "
+                             "belong there: write the trace again")
         return value
 
     def number(self, name: str, optional: bool = False) -> float | None:
@@ -159,7 +159,8 @@ class TraceReader:
                 raise TraceError(f"{self._where}: this line is not JSON ({error}): the file is no trace, or it was "
                                  "damaged or cut short") from error
             if not isinstance(fields, dict):
-                raise TraceError(f"{self._where}: this line holds no JSON object: the file is no trace, or it was damaged")
+                raise TraceError(f"{self._where}: this line holds no JSON object: the file is no trace, or it was "
+                                 "damaged")
             yield _Record(fields, self._where)
 
 

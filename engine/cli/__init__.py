@@ -71,6 +71,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
         return generate(args)
 
+    parser.usage = "stars generate [--model DIR] [--reward DIR] [options] (PROMPT ... | --input FILE)"
     options.add_prompts(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", help="write one JSON row per prompt to FILE, - for stdout")
@@ -89,7 +90,7 @@ def _check_streaming(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if args.json and args.output:
         parser.error("--json writes to stdout: give it or --output")
     if args.stream and (args.json or args.output or args.input or len(args.prompts) != 1):
-        parser.error("--stream prints the text of one prompt given as an argument: leave out --input, --output and --json")
+        parser.error("--stream prints the text of one prompt argument: leave out --input, --output and --json")
     if args.stream and (args.n or 1) != 1:
         parser.error("--stream prints one completion: leave out --n")
 
@@ -101,9 +102,11 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         options.check_models(parser, args, needs_reward=True)
         return calibrate(args)
 
+    parser.usage = "stars calibrate [--model DIR --reward DIR] [options] (PROMPT ... | --input FILE)"
     options.add_prompts(parser)
     parser.add_argument("--quantile", type=float, default=0.9, help="of the rewards of plain samples (%(default)s)")
-    parser.add_argument("--num-samples", type=int, default=16, metavar="N", help="plain samples of each prompt (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=16, metavar="N",
+                        help="plain samples of each prompt (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     options.add_models(parser)
@@ -153,7 +156,8 @@ def _demo(parser: argparse.ArgumentParser) -> None:
         return demo(args)
 
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of each review (%(default)s)")
-    parser.add_argument("--quantile", type=float, default=0.9, help="of plain samples' rewards, taken as threshold (%(default)s)")
+    parser.add_argument("--quantile", type=float, default=0.9,
+                        help="of plain samples' rewards, taken as threshold (%(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of all random numbers (%(default)s)")
     parser.add_argument("--trace", metavar="FILE", help="write every attempt to FILE, for `stars trace`")
     parser.add_argument("--no-color", action="store_true", help="marks instead of colours")

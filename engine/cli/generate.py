@@ -71,7 +71,7 @@ def _run(engine, rows: list[Row], params, policy, finish, fail, progress: bool) 
                 try:
                     if row.error is not None:
                         raise RequestError(row.error)
-                    running[engine.add_request(row.prompt, params, policy)] = row
+                    running[engine.add_request(row.prompt, params, policy, request_id=str(row.index))] = row
                 except StarsError as error:
                     fail(row, str(error))
                     failed += 1
@@ -246,11 +246,11 @@ def _open(stack: contextlib.ExitStack, path: str | None) -> IO[str] | None:
 
 def _check_files(args: argparse.Namespace) -> None:
     """An output must not overwrite the input, nor the trace the output."""
-    named = [(flag, path) for flag, path in (("--input", args.input), ("--output", args.output), ("--trace", args.trace))
-             if path not in (None, "-")]
+    files = {"--input": args.input, "--output": args.output, "--trace": args.trace}
+    named = [(flag, path) for flag, path in files.items() if path not in (None, "-")]
     for index, (flag, path) in enumerate(named):
         for other, taken in named[:index]:
-            if Path(path).resolve() == Path(taken).resolve() and Path(path).is_file() | (other != "--input"):
+            if Path(path).resolve() == Path(taken).resolve() and (Path(path).is_file() or not Path(path).exists()):
                 raise RequestError(f"{flag} and {other} are both {path}: name another file")
 
 

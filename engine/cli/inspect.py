@@ -73,13 +73,15 @@ def _problem(directory: str, summary: ModelSummary) -> str | None:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    heads = {"lm": "language model", "reward": "reward (one score)", "none": "none: it can be neither of the two models"}
+    heads = {"lm": "language model", "reward": "reward (one score)", "none": "none"}
     windows = "none" if all(window is None for window, _ in facts["windows"]) else ", ".join(
         f"{count} layers {'full' if window is None else f'{window} tokens'}" for window, count in facts["windows"])
+    tied = ", tied to the embeddings" if facts["tied"] and facts["head"] == "lm" else ""
+    shards = facts["shards"]
     rows = [
         ("directory", facts["directory"]),
         ("model type", f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})"),
-        ("head", heads[facts["head"]] + (", tied to the embeddings" if facts["tied"] and facts["head"] == "lm" else "")),
+        ("head", heads[facts["head"]] + tied),
         ("parameters", f"{facts['parameters']:,} ({_size(facts['bytes'])} as {facts['dtype']})"),
         ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
         ("attention", f"{facts['heads']} heads, {facts['kv_heads']} KV heads, head_dim {facts['head_dim']}"),
@@ -91,7 +93,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("EOS ids", ", ".join(map(str, facts["eos_token_ids"])) or "none"),
         ("tokenizer", "yes" if facts["tokenizer"] else "none: prompts as token ids only"),
         ("chat template", "yes" if facts["chat_template"] else "none"),
-        ("shards", f"{len(facts['shards'])} ({', '.join(facts['shards'][:3])}{', …' if len(facts['shards']) > 3 else ''})"),
+        ("shards", f"{len(shards)} ({', '.join(shards[:3])}{', …' if len(shards) > 3 else ''})"),
         ("missing", _names(facts["missing"])),
         ("unexpected", _names(facts["unexpected"])),
         ("loads", "yes" if facts["loads"] else f"no: {facts['problem']}"),
