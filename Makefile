@@ -16,6 +16,9 @@ test: install
 slow: install
 	$(BIN)/python -m pytest -q -m slow
 
+bench: install
+	$(BIN)/python benchmarks/run_cpu.py
+
 install: $(VENV)/installed
 
 # torch comes first and pinned: left to a dependency's range, pip would fetch another build of several gigabytes.
