@@ -1,0 +1,351 @@
+"""The law of section "accept": committed segments against the exact distribution, by enumeration.
+
+A toy model of five tokens makes every segment countable: the probability of each candidate under the proposal, its
+reward, its threshold, and from those the exact law of the committed segment with the cap and the best-seen fallback.
+A chi-square test compares, for every prefix that occurred (so for first, middle, and clipped last segments), the
+segments that followed it, and a second one the attempt that won.
+
+False positives: a test compares two p-values with 5e-7, so that it fails a correct engine once in 1e6 choices of the
+seed (to the accuracy of the chi-square approximation at cells of 8 expected counts and more). Seeds are fixed: a test
+that passes always passes. Draws a test: 2048 responses with libstars and 768 without it, where a draw costs 30 times
+as much. That these are enough to see an error is shown by planting errors: with each, the same test must fail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import oracle
+import pytest
+import stars
+import stars.law
+import stars.round
+import torch
+from stars.bindings import libstars
+from toy import EOS, ToyModel, table_reward, toy_engine
+
+FALSE_POSITIVE_RATE = 1e-6
+LEAST_EXPECTED = 8.0  # counts of a cell; smaller cells are pooled
+DRAWS = 2048 if libstars.available() else 768
+PROMPT = [1, 2, 3]
+MODEL = ToyModel(vocab=5, seed=4, layers=1)
+REWARD = table_reward(seed=9)
+MAX_TOKENS = 5  # segments of 2, 2 and 1 tokens
+
+Prefix = tuple[int, ...]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """Threads cost more than they give at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Case(NamedTuple):
+    """What is drawn, and how."""
+
+    policy: stars.STARS
+    params: stars.SamplingParams
+    reward: Callable = REWARD
+
+
+def case(width: int = 3, beta: float = 0.5, alpha: float = 0.2, max_attempts: int = 4, threshold: float = 3.5,
+         segment_size: int = 2, reward: Callable = REWARD, seed: int = 11, **params) -> Case:
+    """Accept rates of 0.25 to 0.6 and thresholds that rise by 0.5 a token, unless told otherwise."""
+    policy = stars.STARS(segment_size, max_attempts, alpha, beta, threshold, width)
+    return Case(policy, stars.SamplingParams(max_tokens=MAX_TOKENS, n=DRAWS, seed=seed, **params), reward)
+
+
+def draw(drawn: Case) -> list[stars.CompletionOutput]:
+    """All responses of a case, in one call."""
+    fn = stars.FunctionReward(lambda prompt, responses: [drawn.reward(ids) for ids in responses], inputs="ids")
+    engine = toy_engine(MODEL, fn, max_num_seqs=512, max_num_lanes=4096, max_segment_size=4, cache_tokens=1 << 14)
+    [output] = engine.generate({"prompt_token_ids": PROMPT}, drawn.params, drawn.policy, use_tqdm=False)
+    assert [completion.error for completion in output.outputs] == [None] * DRAWS
+    return output.outputs
+
+
+# -- the exact law ------------------------------------------------------------------------------------------------
+
+
+def candidates(prefix: Prefix, size: int, params) -> Iterator[tuple[Prefix, float]]:
+    """Every segment of at most `size` tokens that can follow `prefix`, with its probability under the proposal."""
+    kept = oracle.log_softmax(oracle.proposal(MODEL.logits(PROMPT + list(prefix)), params))
+    for token, logprob in enumerate(kept):
+        if logprob == -math.inf:
+            continue
+        if size == 1 or token == EOS:
+            yield (token,), math.exp(logprob)
+        else:
+            for rest, probability in candidates(prefix + (token,), size - 1, params):
+                yield (token, *rest), math.exp(logprob) * probability
+
+
+def segment_law(prefix: Prefix, drawn: Case) -> tuple[dict[Prefix, float], dict[int, float]]:
+    """(probability of each committed segment, probability of each winning attempt, 0 for the fallback)."""
+    policy, params = drawn.policy, drawn.params
+    target, most = policy.reward_threshold, policy.max_attempts
+    r0 = (1 - policy.alpha) * drawn.reward([]) + policy.alpha * target
+    accepted, rejected, rewards = {}, {}, {}
+    for segment, probability in candidates(prefix, min(policy.segment_size, MAX_TOKENS - len(prefix)), params):
+        reward = drawn.reward([token for token in prefix + segment if token != EOS])
+        tau = min(target, r0 + (len(prefix) + len(segment)) / MAX_TOKENS * (target - r0))
+        if policy.beta == 0:
+            accept = float(reward >= tau)
+        else:
+            accept = min(1.0, math.exp((reward - tau) / policy.beta))
+        accepted[segment], rejected[segment] = probability * accept, probability * (1 - accept)
+        rewards[segment] = reward
+    once, again = sum(accepted.values()), sum(rejected.values())
+    attempts = {attempt: once * again ** (attempt - 1) for attempt in range(1, most + 1)} | {0: again**most}
+    tries = sum(again**attempt for attempt in range(most))
+    law = {segment: probability * tries for segment, probability in accepted.items()}
+    for segment, probability in rejected.items():
+        # All `most` attempts were rejected with rewards of at most this one's, and not all of them with less. Among
+        # those of equal reward the earliest wins, which is each of them in proportion to its probability.
+        equal = sum(p for other, p in rejected.items() if rewards[other] == rewards[segment])
+        below = sum(p for other, p in rejected.items() if rewards[other] < rewards[segment])
+        if probability > 0:
+            law[segment] += ((below + equal) ** most - below**most) * probability / equal
+    return law, attempts
+
+
+def p_value(observed: dict[Prefix, Counter], law: Callable[[Prefix], dict]) -> float:
+    """Chi-square of what followed each prefix, summed over prefixes: independent given how often each prefix came."""
+    statistic, degrees = 0.0, 0
+    for prefix, counts in observed.items():
+        total = sum(counts.values())
+        expected = {outcome: total * probability for outcome, probability in law(prefix).items()}
+        assert abs(sum(expected.values()) - total) < 1e-6 * total, "the exact law does not add up"
+        if any(expected.get(outcome, 0.0) == 0.0 for outcome in counts):
+            return 0.0  # something happened that cannot
+        cells: list[tuple[float, int]] = []
+        pool_expected, pool_count = 0.0, 0
+        for outcome, mean in sorted(expected.items(), key=lambda item: item[1]):
+            pool_expected, pool_count = pool_expected + mean, pool_count + counts[outcome]
+            if pool_expected >= LEAST_EXPECTED:
+                cells.append((pool_expected, pool_count))
+                pool_expected, pool_count = 0.0, 0
+        if len(cells) > 1:  # what is left in the pool is 0, since the largest comes last
+            statistic += sum((count - mean) ** 2 / mean for mean, count in cells)
+            degrees += len(cells) - 1
+    assert degrees >= 4, "hardly anything was compared"
+    half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
+    return torch.special.gammaincc(half[0], half[1]).item()
+
+
+def p_values(drawn: Case, outputs: list[stars.CompletionOutput]) -> tuple[float, float]:
+    """p of the committed segments and p of the winning attempts."""
+    segments: dict[Prefix, Counter] = defaultdict(Counter)
+    attempts: dict[Prefix, Counter] = defaultdict(Counter)
+    for output in outputs:
+        prefix: Prefix = ()
+        for segment in output.segments:
+            segments[prefix][tuple(segment.token_ids)] += 1
+            attempts[prefix][segment.winner + 1 if segment.accepted else 0] += 1
+            prefix += tuple(segment.token_ids)
+        assert list(prefix) == output.token_ids
+    return (p_value(segments, lambda prefix: segment_law(prefix, drawn)[0]),
+            p_value(attempts, lambda prefix: segment_law(prefix, drawn)[1]))
+
+
+def follows_the_law(drawn: Case, outputs: list[stars.CompletionOutput]) -> bool:
+    """The test of this file."""
+    return min(p_values(drawn, outputs)) > FALSE_POSITIVE_RATE / 2
+
+
+CASES = {
+    "soft, width 1": case(width=1),
+    "soft, width 3": case(width=3),
+    "soft, width 8": case(width=8, max_attempts=20, seed=12),
+    "soft, a round beyond the cap": case(width=8, max_attempts=5, seed=13),
+    "hard, width 1": case(width=1, beta=0.0, threshold=2.5, seed=14),
+    "hard, width 3": case(width=3, beta=0.0, threshold=2.5, seed=15),
+    "alpha 0": case(alpha=0.0, threshold=4.0, seed=16),
+    "alpha 0.5": case(alpha=0.5, threshold=3.0, seed=17),
+    "alpha 1": case(alpha=1.0, threshold=2.0, seed=18),
+    "a threshold that would fall": case(
+        alpha=0.0, threshold=2.5, seed=19, reward=lambda ids: REWARD(ids) + 5.0 * (not ids)),
+    "one attempt": case(max_attempts=1, seed=20),
+    "segments of 3, filtered proposal": case(
+        segment_size=3, threshold=2.8, temperature=0.8, top_k=4, top_p=0.95, seed=21),
+    "rewards that tie": case(reward=lambda ids: float(round(REWARD(ids))), beta=0.4, seed=22),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_committed_segments_follow_the_law(name):
+    """Any deviation of the sampler: a wrong threshold, order, cap or fallback, a biased draw, an EOS miscounted."""
+    drawn = CASES[name]
+    outputs = draw(drawn)
+    assert follows_the_law(drawn, outputs), p_values(drawn, outputs)
+
+
+def test_the_base_case_has_power():
+    """Accepting neither always nor hardly ever, EOS inside segments, thresholds that differ from reward_threshold."""
+    drawn = CASES["soft, width 3"]
+    outputs = draw(drawn)
+    metrics = [output.metrics for output in outputs]
+    rate = sum(m.accepted for m in metrics) / sum(m.attempts_counted for m in metrics)
+    assert 0.25 <= rate <= 0.6, rate
+    segments = [segment for output in outputs for segment in output.segments]
+    within = [s for s in segments if EOS in s.token_ids[:1]]
+    assert len(within) > 0.05 * len(segments)
+    below = [s for s in segments if s.threshold < drawn.policy.reward_threshold - 0.25]
+    assert len(below) > 0.5 * len(segments)
+    assert sum(not s.accepted for s in segments) > 0.05 * len(segments)
+
+
+# -- planted errors -----------------------------------------------------------------------------------------------
+
+
+def best_accepted(monkeypatch):
+    """The best of the accepted lanes of a round wins, instead of the first."""
+    judge = stars.round.Round._judge
+
+    def judge_and_replace(self, lane, result, winners):
+        judge(self, lane, result, winners)
+        first = winners.get(lane.hypothesis)
+        if first is None or first is lane or not lane.reward > first.reward:
+            return
+        request = lane.hypothesis.request
+        u = stars.round.accept_uniform(request.seed, lane.attempt, len(lane.hypothesis.segments), lane.hypothesis.sample)
+        if stars.law.accepts(u, lane.reward, lane.threshold, request.plan.beta):
+            first.accepted, lane.accepted = False, True
+            winners[lane.hypothesis] = lane
+
+    monkeypatch.setattr(stars.round.Round, "_judge", judge_and_replace)
+
+
+def prompt_reward_zero(monkeypatch):
+    """r(x) is taken to be 0."""
+    start = stars.law.threshold_start
+    monkeypatch.setattr(stars.law, "threshold_start", lambda prompt_reward, alpha, target: start(0.0, alpha, target))
+
+
+def prompt_reward_of_first_candidate(monkeypatch):
+    """r(x) is the reward of the first candidate that was ever drawn, instead of the empty response's."""
+    judge, first = stars.round.Round._judge, {}
+
+    def judge_with_first(self, lane, result, winners):
+        request = lane.hypothesis.request
+        reward = first.setdefault(lane.hypothesis, result.reward)
+        request.threshold_start = stars.law.threshold_start(reward, request.plan.alpha, request.plan.reward_threshold)
+        judge(self, lane, result, winners)
+
+    monkeypatch.setattr(stars.round.Round, "_judge", judge_with_first)
+
+
+def alpha_swapped(monkeypatch):
+    """alpha and 1 - alpha change places."""
+    start = stars.law.threshold_start
+    monkeypatch.setattr(stars.law, "threshold_start",
+                        lambda prompt_reward, alpha, target: start(prompt_reward, 1 - alpha, target))
+
+
+def cap_per_round(monkeypatch):
+    """max_attempts counts rounds instead of attempts."""
+    monkeypatch.setattr(stars.round, "_max_attempts",
+                        lambda request: request.plan.max_attempts * request.plan.width)
+
+
+def _shift_length(monkeypatch, less: Callable) -> None:
+    """The threshold is taken at `less(lane)` tokens fewer."""
+    judge, threshold = stars.round.Round._judge, stars.law.threshold
+    current = []
+
+    def judge_lane(self, lane, result, winners):
+        current[:] = [lane]
+        judge(self, lane, result, winners)
+
+    monkeypatch.setattr(stars.round.Round, "_judge", judge_lane)
+    monkeypatch.setattr(stars.law, "threshold", lambda tokens, *rest: threshold(tokens - less(current[0]), *rest))
+
+
+def threshold_without_candidate(monkeypatch):
+    """tau at the length of the committed response, without the candidate."""
+    _shift_length(monkeypatch, lambda lane: len(lane.token_ids))
+
+
+def eos_not_counted(monkeypatch):
+    """tau at a length that leaves EOS out."""
+    _shift_length(monkeypatch, lambda lane: lane.token_ids[-1] == EOS)
+
+
+def uniform_reused(monkeypatch):
+    """All attempts of a segment are tested with one uniform."""
+    uniform = stars.round.accept_uniform
+    monkeypatch.setattr(stars.round, "accept_uniform",
+                        lambda seed, attempt, segment, sample: uniform(seed, 1, segment, sample))
+
+
+def noise_reused(monkeypatch):
+    """Attempts of later segments repeat the noise of the first."""
+    monkeypatch.setattr(stars.round, "pack_stream", lambda segment, sample: sample << 20)
+
+
+@pytest.mark.parametrize("error", [
+    best_accepted, prompt_reward_zero, prompt_reward_of_first_candidate, alpha_swapped, cap_per_round,
+    threshold_without_candidate, eos_not_counted, uniform_reused, noise_reused,
+])
+def test_a_planted_error_is_seen(error, monkeypatch):
+    """The same case and the same seed as "soft, width 3" above, where the engine passes."""
+    drawn = CASES["soft, width 3"]
+    error(monkeypatch)
+    outputs = draw(drawn)
+    assert not follows_the_law(drawn, outputs), p_values(drawn, outputs)
+
+
+# -- plain sampling and the edges ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filters", [
+    {}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.25},
+    {"temperature": 1.5, "min_p": 0.1, "top_k": 4, "top_p": 0.85},
+], ids=str)
+def test_plain_sampling_follows_the_proposal(filters):
+    """Token by token, given what came before: the order of the filters, their edges, and the noise of each place."""
+    params = stars.SamplingParams(max_tokens=3, n=DRAWS, seed=31, **filters)
+    engine = toy_engine(MODEL, max_num_seqs=512, max_num_lanes=512, max_segment_size=16, cache_tokens=1 << 14)
+    [output] = engine.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
+    followers: dict[Prefix, Counter] = defaultdict(Counter)
+    for completion in output.outputs:
+        for place, token in enumerate(completion.token_ids):
+            followers[tuple(completion.token_ids[:place])][(token,)] += 1
+    p = p_value(followers, lambda prefix: dict(candidates(prefix, 1, params)))
+    assert p > FALSE_POSITIVE_RATE, p
+
+
+def test_threshold_of_minus_infinity_is_plain_sampling():
+    """Token for token, with the same seed, in segments of the plain draft's size."""
+    params = stars.SamplingParams(max_tokens=40, n=24, seed=5)
+    fn = stars.FunctionReward(lambda prompt, responses: [REWARD(ids) for ids in responses], inputs="ids")
+    engine = toy_engine(MODEL, fn)
+    prompt = {"prompt_token_ids": PROMPT}
+    [plain] = engine.generate(prompt, params, stars.Sample(), use_tqdm=False)
+    for width in (1, 4):
+        policy = stars.STARS(segment_size=16, reward_threshold=-math.inf, width=width)
+        [steered] = engine.generate(prompt, params, policy, use_tqdm=False)
+        assert [o.token_ids for o in steered.outputs] == [o.token_ids for o in plain.outputs]
+        assert all(segment.accepted for o in steered.outputs for segment in o.segments)
+    assert len({len(o.token_ids) for o in plain.outputs}) > 3, "EOS never came: the test shows little"
+
+
+def test_threshold_of_plus_infinity_is_blockwise_best_of_k():
+    """Token for token: every attempt is rejected, and the best seen wins."""
+    params = stars.SamplingParams(max_tokens=11, n=24, seed=6)
+    fn = stars.FunctionReward(lambda prompt, responses: [REWARD(ids) for ids in responses], inputs="ids")
+    engine = toy_engine(MODEL, fn)
+    prompt = {"prompt_token_ids": PROMPT}
+    [blockwise] = engine.generate(prompt, params, stars.BlockwiseBestOfK(k=5, segment_size=3), use_tqdm=False)
+    for width in (1, 2, 5, 8):
+        policy = stars.STARS(segment_size=3, max_attempts=5, reward_threshold=math.inf, width=width)
+        [steered] = engine.generate(prompt, params, policy, use_tqdm=False)
+        assert [o.token_ids for o in steered.outputs] == [o.token_ids for o in blockwise.outputs]
+        assert not any(segment.accepted for o in steered.outputs for segment in o.segments)
