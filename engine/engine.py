@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import warnings
 from collections import deque
@@ -87,9 +88,9 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Hypothesis] = deque()
         self._running: list[Hypothesis] = []
-        self._ready: list[RequestOutput] = []  # to be returned by the next step
-        self._boxes: dict[str, RequestOutput | None] = {}  # newest output of requests that generate or stream owns
-        self._next_id = 0
+        self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
+        self._owned: dict[str, Request | None] = {}  # those of generate and stream; None: no news since the last look
+        self._ids = itertools.count()
         self._warned: set[Policy] = set()
 
     # -- whole calls ----------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class Engine:
                 if bar is not None:
                     bar.update(done - finished)
                 finished = done
-            return [self._boxes[request_id] for request_id in ids]
+            return [request.output() for request in requests]
         finally:
             if bar is not None:
                 bar.close()
@@ -146,14 +147,14 @@ class Engine:
         try:
             self._enqueue(request, owned=True)
             while True:
-                output = self._boxes[request_id]
-                if output is not None:
-                    self._boxes[request_id] = None
-                    yield output
-                    if output.finished:
-                        return
-                else:
+                if self._owned[request_id] is None:
                     self._advance()
+                    continue
+                self._owned[request_id] = None
+                output = request.output()
+                yield output
+                if output.finished:
+                    return
         finally:
             self._disown([request_id])
 
@@ -193,8 +194,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Admits what fits, runs one round, and returns the outputs that changed since the last step."""
         self._advance()
-        ready, self._ready = self._ready, []
-        return ready
+        changed, self._changed = self._changed, {}
+        return [request.output() for request in changed.values()]
 
     def abort(self, request_id: str) -> bool:
         """Ends a request with finish_reason "abort", keeping what was committed; False if there is none of that id.
@@ -212,7 +213,7 @@ class Engine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to return."""
-        return bool(self._requests or self._ready)
+        return bool(self._requests or self._changed)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every page and slab of both models is accounted for."""
@@ -257,16 +258,18 @@ class Engine:
         if plan.scoring != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
-            request_id = str(self._next_id)
-            self._next_id += 1
-        if request_id in self._requests:
+            request_id = next(id for id in map(str, self._ids) if not self._in_use(id))
+        elif self._in_use(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer)
 
+    def _in_use(self, request_id: str) -> bool:
+        return request_id in self._requests or request_id in self._owned or request_id in self._changed
+
     def _enqueue(self, request: Request, owned: bool) -> None:
         if owned:
-            self._boxes[request.request_id] = None
+            self._owned[request.request_id] = None
         self._requests[request.request_id] = request
         self._waiting += request.hypotheses
 
@@ -274,7 +277,7 @@ class Engine:
         """Ends what is still unfinished of them and forgets their outputs."""
         for request_id in request_ids:
             self.abort(request_id)
-            self._boxes.pop(request_id, None)
+            self._owned.pop(request_id, None)
 
     def _advance(self) -> None:
         self._admit()
@@ -298,12 +301,10 @@ class Engine:
             if request.finished:
                 del self._requests[request.request_id]
                 self._warn_if_out_of_reach(request)
-            output = request.output()
-            if request.request_id in self._boxes:
-                self._boxes[request.request_id] = output
+            if request.request_id in self._owned:
+                self._owned[request.request_id] = request
             else:
-                # Outputs are cumulative: one that nobody has fetched yet is replaced.
-                self._ready = [ready for ready in self._ready if ready.request_id != output.request_id] + [output]
+                self._changed[request.request_id] = request
 
     def _close(self, hypothesis: Hypothesis) -> None:
         if hypothesis.table is not None:
@@ -317,19 +318,28 @@ class Engine:
         """Moves waiting hypotheses, in order, into the running ones as long as their pages can be reserved."""
         opened: list[Hypothesis] = []
         beginnings: set[tuple[int, ...]] = set()
-        while self._waiting and len(self._running) + len(opened) < self.config.max_num_seqs:
-            hypothesis = self._waiting[0]
-            beginning = tuple(hypothesis.request.prompt.token_ids[: self.config.page_size])
-            if beginning in beginnings:
-                # It can share pages with one that was opened a moment ago, once those are written.
-                self._start(opened)
-                opened, beginnings = [], set()
-            if not self._open(hypothesis):
-                break
-            self._waiting.popleft()
-            opened.append(hypothesis)
-            beginnings.add(beginning)
-        self._start(opened)
+        try:
+            while self._waiting and len(self._running) + len(opened) < self.config.max_num_seqs:
+                hypothesis = self._waiting[0]
+                beginning = tuple(hypothesis.request.prompt.token_ids[:-1][: self.config.page_size])
+                if len(beginning) == self.config.page_size and beginning in beginnings:
+                    # It can share pages with one that was opened a moment ago, once those are written.
+                    self._start(opened)
+                    opened, beginnings = [], set()
+                if not self._open(hypothesis):
+                    break
+                self._waiting.popleft()
+                opened.append(hypothesis)
+                beginnings.add(beginning)
+            self._start(opened)
+        except BaseException:
+            # An interrupted admission never happened: what was opened goes back to the head of the queue.
+            for hypothesis in opened:
+                self._close(hypothesis)
+            self._running = [hypothesis for hypothesis in self._running if hypothesis not in opened]
+            self._waiting.extendleft(h for h in reversed(opened) if h.finish_reason is None)
+            self._settle({h.request.request_id: h.request for h in opened if h.request.finished}.values())
+            raise
         if self._waiting and not self._running:
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
 
@@ -343,26 +353,31 @@ class Engine:
             return False
         if scored and not self.reward.can_open(request.prompt, request.params.max_tokens):
             return False
-        hypothesis.table = self._cache.open(history, capacity)
-        hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
-        if scored:
-            hypothesis.session = self.reward.open(request.prompt, request.params.max_tokens)
+        try:
+            hypothesis.table = self._cache.open(history, capacity)
+            hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
+            if scored:
+                hypothesis.session = self.reward.open(request.prompt, request.params.max_tokens)
+        except BaseException:
+            self._close(hypothesis)
+            raise
         return True
 
     def _start(self, opened: list[Hypothesis]) -> None:
         """Runs the prompts of newly opened hypotheses through both models."""
         if not opened:
             return
-        self._running += opened
         self._passes.prefill([(h.table, h.request.prompt.token_ids, len(h.request.prompt.token_ids) - 1) for h in opened])
         for hypothesis in opened:
             self._cache.publish(hypothesis.table, hypothesis.request.prompt.token_ids[:-1])
         scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
-        if not scored:
-            return
-        self.reward.start([hypothesis.session for hypothesis in scored])
-        requests = list({h.request.request_id: h.request for h in scored if h.request.prompt_reward is None}.values())
-        self._round.prompt_rewards(requests)
+        requests: list[Request] = []
+        if scored:
+            self.reward.start([hypothesis.session for hypothesis in scored])
+            requests = list({h.request.request_id: h.request for h in scored
+                             if h.request.prompt_reward is None}.values())
+            self._round.prompt_rewards(requests)
+        self._running += opened
         failed = [request for request in requests if request.finished]
         if failed:
             self._settle(failed)

@@ -42,10 +42,8 @@ class Round:
             winners = self._decide(lanes)
             self._commit(winners)
         except BaseException:
-            for group in lanes:  # an interrupted round never happened: its attempts will be drawn again
-                for lane in group:
-                    if lane in lane.hypothesis.attempts:
-                        lane.hypothesis.attempts.remove(lane)
+            for hypothesis in active:
+                self._start_over(hypothesis)
             raise
         finally:
             # After an interrupt too, nothing but the best seen outlives the round.
@@ -96,6 +94,13 @@ class Round:
             request.prompt_reward = result.reward
             request.threshold_start = law.threshold_start(result.reward, request.plan.alpha,
                                                           request.plan.reward_threshold)
+
+    def _start_over(self, hypothesis: Hypothesis) -> None:
+        """Forgets the segment being decided after an interrupt: it will be drawn again from the same random numbers."""
+        if hypothesis.best is not None:
+            self._release(hypothesis.best)
+            hypothesis.best = None
+        hypothesis.attempts = []
 
     # -- propose --------------------------------------------------------------------------------------------------
 
@@ -162,8 +167,6 @@ class Round:
                 waiting[hypothesis] = list(group)
             else:
                 winners[hypothesis] = group[0]
-                hypothesis.metrics.attempts_counted += 1
-                hypothesis.metrics.accepted += 1
                 group[0].accepted = True
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
         while waiting:
@@ -184,11 +187,7 @@ class Round:
             if hypothesis.finish_reason is None and hypothesis not in winners and (
                     len(hypothesis.attempts) >= _max_attempts(hypothesis.request)):
                 winners[hypothesis] = hypothesis.best
-                if hypothesis.request.plan.decision == "argmax":
-                    hypothesis.best.accepted = True
-                    hypothesis.metrics.accepted += 1
-                else:
-                    hypothesis.metrics.fallbacks += 1
+                hypothesis.best.accepted = hypothesis.request.plan.decision == "argmax"
         return [lane for hypothesis, lane in winners.items() if hypothesis.finish_reason is None]
 
     def _judge(self, lane: Lane, result: Scored, winners: dict[Hypothesis, Lane]) -> None:
@@ -210,12 +209,10 @@ class Round:
             lane.accept_probability = law.accept_probability(lane.reward, lane.threshold, plan.beta)
         if decided:
             return
-        hypothesis.metrics.attempts_counted += 1
         if plan.decision == "threshold":
             uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
             if law.accepts(uniform, lane.reward, lane.threshold, plan.beta):
                 lane.accepted = True
-                hypothesis.metrics.accepted += 1
                 winners[hypothesis] = lane
                 return
         if hypothesis.best is None or lane.reward > hypothesis.best.reward:
@@ -243,23 +240,16 @@ class Round:
     # -- commit ---------------------------------------------------------------------------------------------------
 
     def _commit(self, winners: Sequence[Lane]) -> None:
-        moves: list[CommitMove] = []
-        scored: list[tuple[Hypothesis, Lane]] = []
-        ended: list[Hypothesis] = []
-        for lane in winners:
-            hypothesis = lane.hypothesis
-            if lane.finish_reason is None:
-                # The slab holds the token before the segment and all of the segment but its last token.
-                moves.append(CommitMove(hypothesis.table, lane.slab * self.cache.slab_len, len(lane.token_ids),
-                                        hypothesis.table.length))
-                if lane.score_handle is not None:
-                    scored.append((hypothesis, lane))
-            elif hypothesis.request.plan.scoring == "end":
-                ended.append(hypothesis)
-        self.cache.commit(moves)
+        ended = [lane for lane in winners if lane.finish_reason is not None]
+        problems = self._score_ended([lane for lane in ended if lane.hypothesis.request.plan.scoring == "end"])
+        # The slab holds the token before the segment and all of the segment but its last token.
+        going_on = [lane for lane in winners if lane.finish_reason is None]
+        self.cache.commit([CommitMove(lane.hypothesis.table, lane.slab * self.cache.slab_len, len(lane.token_ids),
+                                      lane.hypothesis.table.length) for lane in going_on])
+        scored = [lane for lane in going_on if lane.score_handle is not None]
         if scored:
-            self.reward.commit([(hypothesis.session, lane.score_handle) for hypothesis, lane in scored])
-            for _, lane in scored:
+            self.reward.commit([(lane.hypothesis.session, lane.score_handle) for lane in scored])
+            for lane in scored:
                 lane.score_handle = None
         for lane in winners:
             _append(lane)
@@ -267,24 +257,27 @@ class Round:
                 self._release(lane.hypothesis.best)
             lane.hypothesis.best = None
             self._release(lane)  # of a lane of an earlier round too, which the end of this round does not reach
-        self._score_ended(ended)
-        for lane in winners:
-            if lane.finish_reason is not None and lane.hypothesis.finish_reason is None:
+        for request, problem in problems:
+            self.fail(request, problem)
+        for lane in ended:
+            if lane.hypothesis.finish_reason is None:
                 self.finish(lane.hypothesis, lane.finish_reason, lane.stop_reason)
 
-    def _score_ended(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """The one reward of responses that are scored at their end."""
-        if not hypotheses:
-            return
-        results = self._score([(h, self._candidate(h, None, final=True)) for h in hypotheses])
-        for hypothesis, result in zip(hypotheses, results, strict=True):
+    def _score_ended(self, lanes: Sequence[Lane]) -> list[tuple[Request, str]]:
+        """Gives the lanes that end a response the one reward it gets; returns the problems there were."""
+        if not lanes:
+            return []
+        results = self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane, final=True)) for lane in lanes])
+        problems = []
+        for lane, result in zip(lanes, results, strict=True):
             if result.handle is not None:
                 self.reward.discard(result.handle)
             problem = reward_problem(result.reward)
             if problem is None:
-                hypothesis.reward = result.reward
+                lane.reward = result.reward
             else:
-                self.fail(hypothesis.request, problem)
+                problems.append((lane.hypothesis.request, problem))
+        return problems
 
     def _release(self, lane: Lane) -> None:
         if lane.slab is not None:
@@ -327,6 +320,11 @@ def _append(lane: Lane) -> None:
     hypothesis.token_ids += lane.token_ids
     hypothesis.cumulative_logprob += sum(lane.logprobs)
     hypothesis.reward = lane.reward
+    metrics = hypothesis.metrics
+    metrics.segments += 1
+    metrics.lm_tokens_kept += len(lane.token_ids)
+    metrics.accepted += lane.accepted
+    metrics.fallbacks += not lane.accepted
+    all_count = not lane.accepted or hypothesis.request.plan.decision == "argmax"
+    metrics.attempts_counted += len(hypothesis.attempts) if all_count else lane.attempt
     hypothesis.attempts = []
-    hypothesis.metrics.segments += 1
-    hypothesis.metrics.lm_tokens_kept += len(lane.token_ids)
