@@ -13,12 +13,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import stars
 import torch
 from common import DEMO_LM, DEMO_RM, forced_accept, load_prompts, set_threads
 from hf_stars import HFStars
 from products import recorded
 from speed import SEED, Setup, directory, uniforms
+
+import stars
 
 TOKENS = int(os.environ.get("STARS_BENCH_TOKENS", "128"))
 ROUNDS = int(os.environ.get("STARS_BENCH_ROUNDS", "10"))

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import stars
 import torch
+
+import stars
 from stars import law
 from stars.bindings import libstars
 
@@ -31,8 +31,8 @@ OPENINGS = (
     "After the first ten minutes of this picture I was sure that I knew where the story was going, but",
     "The director is best known for his comedies, so it came as a surprise that",
     "What can I say about the acting?",
-    "My grandfather told me about this one when I was a child. He had seen it in a small cinema by the sea, twice in one "
-    "day, and he never forgot the last scene, in which",
+    "My grandfather told me about this one when I was a child. He had seen it in a small cinema by the sea, twice in "
+    "one day, and he never forgot the last scene, in which",
     "If you only watch one western this year,",
     "The book is one of my favourites and I had been waiting for a film of it since I was at school. Now that it is "
     "finally here, I have to admit that",
@@ -43,14 +43,14 @@ OPENINGS = (
     "I rented this on a rainy Sunday because the cover looked funny.",
     "Some sequels are better than the original. This one",
     "Her performance as the nurse is the reason to watch it, because",
-    "It is hard to believe that the same people who made the first season of the show, with all its wit and warmth, are "
-    "responsible for",
+    "It is hard to believe that the same people who made the first season of the show, with all its wit and warmth, "
+    "are responsible for",
 )
 """Openings of reviews, about 4 to 40 tokens each."""
 
 
 def load_prompts(path: str | None, count: int) -> list[str]:
-    """`count` prompts: the built-in openings, or the field "prompt" of a JSONL file (plain or .gz), repeated if short."""
+    """`count` prompts, repeated if there are fewer: the openings, or "prompt" of a JSONL file (plain or .gz)."""
     prompts = list(OPENINGS)
     if path is not None:
         opener = gzip.open if path.endswith(".gz") else open
@@ -74,7 +74,7 @@ def describe_machine() -> dict[str, Any]:
     import transformers
 
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
@@ -201,7 +201,7 @@ def _number(value: float | None) -> str:
 
 @contextmanager
 def forced_accept(rate: float) -> Iterator[None]:
-    """Inside, the engine accepts an attempt with probability `rate` whatever its reward, which is computed all the same.
+    """Inside, the engine accepts an attempt with probability `rate` whatever its reward; the reward is still computed.
 
     The attempt's own uniform decides, so equal seeds give equal numbers of attempts in every loop that uses it.
     """

@@ -95,8 +95,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    import stars
     from common import set_threads
+
+    import stars
 
     set_threads(options.threads)
     # All attempts of two rounds are rejected, so that every lane is drafted and scored and the best seen is committed.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from common import Figure
+
 from stars.bindings import libstars
 from stars.cache import BlockTable
 from stars.draft import LaneSpec
@@ -72,8 +73,8 @@ def operations(setup) -> Iterator[Figure]:
         table.length = history
         slabs = [cache.take_slab() for _ in range(count)]
         spans = [_span(table, slab * cache.slab_len, history) for slab in slabs]
-        yield from _timed(f"scoring pass, {count} x {len(spans[0].token_ids)} rows", passes, lambda: passes.score(spans),
-                          lambda: None, setup.repeats)
+        title = f"scoring pass, {count} x {len(spans[0].token_ids)} rows"
+        yield from _timed(title, passes, lambda: passes.score(spans), lambda: None, setup.repeats)
         for slab in slabs:
             cache.return_slab(slab)
         cache.close(table)

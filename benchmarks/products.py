@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+
 from stars import kernels
 from stars.kernels.graph import Graphs
 
 
 class Pass(NamedTuple):
-    """`times` passes of one shape: all layers at `rows` rows, the head (and what follows the last attention) at `wanted`."""
+    """`times` passes of one shape: all layers at `rows` rows, what follows the last attention at `wanted` of them."""
 
     model: str  # "lm" or "rm"
     rows: int

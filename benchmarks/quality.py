@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
-import stars
 from common import Figure
 from speed import Setup
+
+import stars
 
 
 def rewards_at_equal_tokens(setup: Setup, seeds: int = 3, prompts: int = 16) -> Iterator[Figure]:

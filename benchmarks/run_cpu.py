@@ -14,8 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import (DEMO_LM, DEMO_RM, RESULTS, Figure, describe_machine, load_prompts, print_table, set_threads,
-                    write_json)
+from common import (
+    DEMO_LM,
+    DEMO_RM,
+    RESULTS,
+    Figure,
+    describe_machine,
+    load_prompts,
+    print_table,
+    set_threads,
+    write_json,
+)
 from memory import memory_figures, start_up_figures
 from operations import operations
 from quality import QUALITY

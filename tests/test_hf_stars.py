@@ -10,8 +10,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import stars
 import torch
+
+import stars
 from stars.kernels.philox import accept_uniform, gumbel_noise
 
 PROMPT = [5, 17, 41, 8, 90, 33]
