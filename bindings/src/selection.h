@@ -304,12 +304,12 @@ inline float top_p_threshold(const candidate_list& found, float temperature, flo
     if (above + more >= target) {
       low = pivot;
       narrow(s, pivot, true);
-      if (adjacent && s.count == before) return high;  // all that is left are equal
     } else {
       above += more;
       high = pivot;
       narrow(s, pivot, false);
     }
+    if (adjacent && s.count == before) return high;  // all that is left are equal
   }
   sort_descending(s);
   float answer = s.z[0];
