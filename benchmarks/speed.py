@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from common import Figure, compare, forced_accept, interleave, speedup
 from hf_stars import HFOutput, HFStars, load_pair
-from products import Floor, recorded
+from products import Floor, Pass, recorded
 
 import stars
 from stars.kernels.philox import accept_uniform
@@ -295,6 +295,13 @@ def together_over_one_by_one(setup: Setup, count: int = 32) -> Iterator[Figure]:
         tokens = [count * setup.tokens] * repeats
         yield speedup(f"{count} prompts at once, {name}", tokens, seconds["together"], "one by one",
                       seconds["one by one"], ">= 3")
+    steps = min(setup.tokens, 32)
+    seconds = interleave({
+        "together": lambda _: setup.floor.run([Pass("lm", count, count, steps)]),
+        "one by one": lambda _: setup.floor.run([Pass("lm", 1, 1, count * steps)])}, setup.repeats)
+    tokens = [count * steps] * setup.repeats
+    yield speedup(f"{count} prompts at once, matrix products alone", tokens, seconds["together"], "one by one",
+                  seconds["one by one"], formula="the most that batching can bring here: products of a draft step")
 
 
 FIGURES: dict[str, Callable[[Setup], Iterator[Figure]]] = {
