@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,11 +69,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'stars' has no attribute {name!r}")
-    value = getattr(import_module(f"stars.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    if name in _HOME:
+        value = getattr(import_module(f"stars.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and find_spec(f"stars.{name}") is not None:
+        return import_module(f"stars.{name}")
+    raise AttributeError(f"module 'stars' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -96,9 +96,10 @@ def _completion(request: TraceRequest, completion: TraceCompletion, low: float, 
 <div class="card"><h3>{name}</h3>
 <div class="text"><span class="prompt">{escape(prompt_text(request))}{_gap(request)}</span>{text}</div>
 {_legend(segments, low, high) if scored else ""}{error}</div>
-{charts}</div>
-<aside class="card details" aria-live="polite" aria-label="attempts of the chosen segment">{details}</aside></div>
-<div class="figures">{"".join(figures)}</div><br></div>"""
+{charts}
+<div class="figures">{"".join(figures)}</div></div>
+<aside class="card details" aria-live="polite" aria-label="attempts of the chosen segment">{details}</aside>
+</div></div>"""
 
 
 def _gap(request: TraceRequest) -> str:

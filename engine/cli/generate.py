@@ -36,14 +36,17 @@ def generate(args: argparse.Namespace) -> int:
             trace_file.write(trace_header())
         sink = RowSink(rows_file) if rows_file is not None else TextSink(rows)
 
-        def finish(row: Row, output: RequestOutput) -> None:
-            sink.result(row, output)
+        def trace(output: RequestOutput) -> None:
             if trace_file is not None:
                 trace_file.write(trace_lines(output, engine.tokenizer, params))
                 trace_file.flush()
 
+        def finish(row: Row, output: RequestOutput) -> None:
+            sink.result(row, output)
+            trace(output)
+
         if args.stream:
-            interrupted, failed = _stream(engine, rows[0], params, policy, finish)
+            interrupted, failed = _stream(engine, rows[0], params, policy, trace)
             finished = 0
         else:
             interrupted, finished, failed = _run(engine, rows, params, policy, finish, sink.error, not args.no_progress)
@@ -90,7 +93,7 @@ def _run(engine, rows: list[Row], params, policy, finish, fail, progress: bool) 
         return bool(running), finished, failed
 
 
-def _stream(engine, row: Row, params, policy, finish) -> tuple[bool, int]:
+def _stream(engine, row: Row, params, policy, trace) -> tuple[bool, int]:
     """Prints committed text as it comes; (whether it was interrupted, 1 if it failed)."""
     written = 0
     output = None
@@ -107,7 +110,7 @@ def _stream(engine, row: Row, params, policy, finish) -> tuple[bool, int]:
     if not output.finished:
         print("stars: interrupted: the text above is what had been committed", file=sys.stderr)
         return True, 0
-    finish(row, output)
+    trace(output)
     error = output.outputs[0].error
     if error is not None:
         print(f"stars: error: {error}", file=sys.stderr)
