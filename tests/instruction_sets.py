@@ -1,0 +1,36 @@
+"""A fixture that runs a test once per instruction set that libstars was built for and this machine has."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from stars.bindings import libstars
+
+INSTRUCTION_SETS = ("base", "avx2", "avx512")
+
+
+def load_copy(name: str, folder: Path):
+    """A second libstars, which chose its instruction set under STARS_ISA=name; None if this machine lacks it."""
+    (folder / "lib").mkdir(exist_ok=True)
+    # The loader knows a library by its file: another file is another library, with choices of its own.
+    shutil.copy(Path(libstars.__file__).with_name("lib") / "libstars.so", folder / "lib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STARS_ISA", name)
+        patch.setattr(libstars, "__file__", str(folder / "libstars.py"))
+        library = libstars._load()
+        return library if library.stars_isa().decode() == name else None
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def instruction_set(request, tmp_path_factory):
+    """Replaces the library behind `stars.bindings.libstars` for the tests of a module."""
+    if not libstars.available():
+        pytest.skip("libstars was not built")
+    library = load_copy(request.param, tmp_path_factory.mktemp(request.param))
+    if library is None:
+        pytest.skip(f"this machine has no {request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(libstars, "_lib", library)
+        yield request.param

@@ -1,0 +1,268 @@
+"""The random numbers and the sampler: known answers, the law of a draw, and libstars against the references."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from instruction_sets import instruction_set  # noqa: F401  (a fixture)
+from stars.bindings import libstars
+from stars.kernels import philox
+from stars.kernels.sample_step import sample_step_reference, sampling_threshold
+from stars.kernels.types import LaneState
+
+needs_libstars = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
+
+# Random123's kat_vectors for philox4x32-10: counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+]
+
+# Two tokens closer than this may win the one here and the other there: z is below 2^5 and the noise below 2^5, so a
+# few roundings of each come to some 1e-5.
+TIE = 2e-5
+
+
+def make_lanes(count: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_steps=3, seed=0) -> LaneState:
+    def int32(value=0):
+        return torch.full((count,), value, dtype=torch.int32)
+
+    def float32(value):
+        return torch.full((count,), value, dtype=torch.float32)
+
+    return LaneState(
+        int32(5), int32(100), int32(200), int32(3), int32(), int32(max_steps), int32(),
+        torch.full((count, max_steps), -9, dtype=torch.int32), torch.full((count, max_steps), 9.0),
+        torch.arange(count) * 7919 + seed, int32(1), int32(philox.pack_stream(3, 1)), float32(temperature),
+        int32(top_k), float32(top_p), float32(min_p), torch.full((count, 2), -1, dtype=torch.int32),
+    )
+
+
+def copy_of(lanes: LaneState) -> LaneState:
+    return LaneState(*(tensor.clone() for tensor in lanes))
+
+
+def noise(lanes: LaneState, lane: int, vocab: int, step: int | None = None) -> torch.Tensor:
+    step = int(lanes.steps[lane]) if step is None else step
+    words = philox.token_words(
+        int(lanes.seeds[lane]), step, int(lanes.attempts[lane]), int(lanes.streams[lane]), vocab
+    )
+    return torch.from_numpy(philox.gumbel(words))
+
+
+def assert_same_step(logits: torch.Tensor, lanes: LaneState) -> int:
+    """Both sampler's steps from equal states; returns how many lanes were too close to call."""
+    ours, expected = copy_of(lanes), copy_of(lanes)
+    libstars.sample_step(logits, ours)
+    sample_step_reference(logits, expected)
+    ties = 0
+    for lane in range(logits.shape[0]):
+        step = int(lanes.steps[lane])
+        got, wanted = int(ours.out_tokens[lane, step]), int(expected.out_tokens[lane, step])
+        if got != wanted and got >= 0 and wanted >= 0:
+            z = logits[lane].double() / float(lanes.temperature[lane]) + noise(lanes, lane, logits.shape[1], step)
+            assert abs(float(z[got] - z[wanted])) < TIE, f"lane {lane}: token {got} instead of {wanted}"
+            ties += 1
+            continue
+        for name, a, b in zip(LaneState._fields, ours, expected):
+            if name == "out_logprobs":
+                torch.testing.assert_close(a[lane], b[lane], rtol=1e-6, atol=1e-5, equal_nan=True)
+            else:
+                assert torch.equal(a[lane], b[lane]), f"lane {lane}: {name} {a[lane]} instead of {b[lane]}"
+    return ties
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, words):
+    assert tuple(int(word) for word in philox.philox4x32(counter, key)) == words
+
+
+@needs_libstars
+@pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
+def test_philox_known_answers_of_libstars(counter, key, words):
+    assert libstars.philox(key[0] | key[1] << 32, *counter) == words
+
+
+@needs_libstars
+def test_accept_uniforms_are_equal_bit_for_bit():
+    draw = np.random.default_rng(0)
+    edges = [(0, 1, 0, 0), (2**64 - 1, philox.MAX_ATTEMPT, philox.MAX_SEGMENT, philox.MAX_SAMPLE)]
+    for seed, attempt, segment, sample in edges + [
+        (int(draw.integers(2**63)), int(draw.integers(1, 1 << 24)), int(draw.integers(1 << 20)),
+         int(draw.integers(1 << 12))) for _ in range(200)
+    ]:
+        uniform = philox.accept_uniform(seed, attempt, segment, sample)
+        assert libstars.accept_uniform(seed, attempt, segment, sample) == uniform and 0 < uniform < 1
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 17, 64, 8191, 1 << 20])
+def test_noise_is_within_two_ulp(instruction_set, vocab):  # noqa: F811
+    got = libstars.gumbel(2**63 + 12345, 7, 3, philox.pack_stream(5, 2), vocab).double().numpy()
+    wanted = philox.gumbel(philox.token_words(2**63 + 12345, 7, 3, philox.pack_stream(5, 2), vocab))
+    # Near 0 it is the uniform's logarithm that is rounded, which is near 1 there: an ulp of 1 is the smallest unit.
+    unit = np.spacing(np.maximum(np.abs(wanted), 1).astype(np.float32)).astype(np.float64)
+    assert (np.abs(got - wanted) <= 2 * unit).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 17, 37, 64, 257, 1021])
+def test_steps_equal_the_reference(instruction_set, vocab):  # noqa: F811
+    draw = torch.Generator().manual_seed(vocab)
+    ties = lanes_drawn = 0
+    for temperature, top_k, top_p, min_p in [
+        (0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.3, 0, 1.0, 0.0), (3.0, 1, 1.0, 0.0), (0.8, 5, 1.0, 0.0),
+        (0.8, 40, 1.0, 0.0), (1.0, 300, 1.0, 0.0), (1.5, 0, 0.9, 0.0), (1.0, 0, 0.999, 0.0), (1.0, 0, 1e-6, 0.0),
+        (1.0, 0, 1.0, 0.1), (1.0, 0, 1.0, 1.0), (2.0, 20, 0.7, 0.02), (0.7, 7, 0.5, 0.2), (5.0, 0, 0.99, 0.001),
+    ]:
+        logits = torch.randn(6, vocab, generator=draw) * 3
+        logits[1] = logits[1].round()  # many ties
+        logits[2, torch.randperm(vocab, generator=draw)[: vocab // 2]] = -math.inf
+        logits[3] = 0.0
+        logits[4] -= 1e4
+        lanes = make_lanes(6, temperature, top_k, top_p, min_p, seed=vocab)
+        lanes.steps[:] = torch.randint(3, (6,), generator=draw)
+        ties += assert_same_step(logits, lanes)
+        lanes_drawn += 6
+    assert ties <= lanes_drawn // 10
+
+
+@pytest.mark.parametrize("vocab", [8192, 128256])
+def test_large_vocabularies_equal_the_reference(instruction_set, vocab):  # noqa: F811
+    draw = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(2, vocab, generator=draw)
+    logits[0] *= 4
+    for top_k, top_p, min_p in [(0, 1.0, 0.0), (40, 1.0, 0.0), (5000, 0.95, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05)]:
+        assert assert_same_step(logits, make_lanes(2, 0.8, top_k, top_p, min_p, seed=top_k)) == 0
+
+
+@needs_libstars
+@pytest.mark.parametrize("top_k, top_p, min_p", [
+    (0, 1.0, 0.0), (1, 1.0, 0.0), (7, 1.0, 0.0), (60, 1.0, 0.0), (61, 1.0, 0.0), (0, 0.5, 0.0), (0, 0.97, 0.0),
+    (0, 0.01, 0.0), (0, 1.0, 0.5), (0, 1.0, 1.0), (20, 0.6, 0.0), (30, 0.9, 0.4), (0, 0.8, 0.3),
+])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_kept_tokens_are_those_of_the_reference(top_k, top_p, min_p, ties):
+    """All kept tokens are drawn in 8000 draws and no other: each is as probable as 1 in 350 at least, so the chance
+    that one of 61 is missed is below 61 * exp(-8000 / 350) = 1e-8."""
+    logits = torch.rand(61, generator=torch.Generator().manual_seed(4)) * 1.7
+    logits = (logits * 4).round() / 4 if ties else logits
+    lanes = make_lanes(8000, 1.0, top_k, top_p, min_p, max_steps=1)
+    libstars.sample_step(logits.expand(8000, 61).contiguous(), lanes)
+    threshold = sampling_threshold(logits, top_k, float(np.float32(top_p)), float(np.float32(min_p)))
+    kept = (logits >= threshold).nonzero()[:, 0].tolist()
+    assert sorted(set(lanes.out_tokens[:, 0].tolist())) == kept
+
+
+def test_draws_follow_the_softmax(operations):
+    """Chi-square over 11 tokens, 10 degrees of freedom; passes a right sampler but once in 10^6 seeds, this one fixed."""
+    count = 40000 if operations == "libstars" else 4000
+    logits = torch.linspace(-2, 2, 11)
+    lanes = make_lanes(count, 0.7, max_steps=1, seed=11)
+    step = libstars.sample_step if operations == "libstars" else sample_step_reference
+    step(logits.expand(count, 11).contiguous(), lanes)
+    seen = torch.bincount(lanes.out_tokens[:, 0], minlength=11).double()
+    expected = (logits.double() / 0.7).softmax(0) * count
+    half = float(((seen - expected) ** 2 / expected).sum()) / 2
+    # The survival function of chi-square with 10 degrees of freedom.
+    assert math.exp(-half) * sum(half**i / math.factorial(i) for i in range(5)) > 1e-6
+
+
+def test_forbidden_tokens_are_never_drawn(operations):
+    step = libstars.sample_step if operations == "libstars" else sample_step_reference
+    logits = torch.full((300, 37), -math.inf)
+    logits[:, [5, 36]] = torch.tensor([0.0, -3.0])
+    for top_k, top_p in [(0, 1.0), (20, 1.0), (0, 0.999999), (3, 0.99)]:
+        lanes = make_lanes(300, 2.0, top_k, top_p)
+        step(logits, lanes)
+        assert set(lanes.out_tokens[:, 0].tolist()) == {5, 36}
+    lanes = make_lanes(300, 2.0)
+    logits[:, 5] = -math.inf
+    step(logits, lanes)
+    assert set(lanes.out_tokens[:, 0].tolist()) == {36} and bool((lanes.out_logprobs[:, 0] == 0).all())
+
+
+def test_edges_of_temperature(operations):
+    step = libstars.sample_step if operations == "libstars" else sample_step_reference
+    logits = torch.zeros(4, 70)
+    logits[0, [9, 33, 69]] = 4.0  # ties go to the lowest id
+    logits[1, 69] = -1.0
+    logits[2] = -1e30
+    logits[2, 64] = -1e29
+    logits[3, 11] = 3e38
+    for temperature in (0.0, 1e-38, 1e-45):
+        lanes = make_lanes(4, temperature)
+        step(logits, lanes)
+        # Where z does not overflow, zeros stay zeros and the noise decides.
+        tokens = lanes.out_tokens[:, 0].tolist()
+        assert tokens[2:] == [64, 11] and tokens[0] in (9, 33, 69)
+        if temperature == 0.0:
+            assert tokens[:2] == [9, 0]
+
+
+def test_logits_that_are_no_distribution_end_the_lane(operations):
+    step = libstars.sample_step if operations == "libstars" else sample_step_reference
+    for vocab in (5, 64, 1000):
+        logits = torch.zeros(6, vocab)
+        logits[0, vocab - 1] = math.nan
+        logits[1, vocab // 2] = math.inf
+        logits[2] = -math.inf
+        logits[3, 0], logits[3, 3] = math.nan, -math.inf
+        logits[4] = math.nan
+        lanes = make_lanes(6, 0.8, 3)
+        before = copy_of(lanes)
+        step(logits, lanes)
+        assert lanes.out_tokens[:5, 0].tolist() == [-1] * 5 and bool(lanes.out_logprobs[:5, 0].isnan().all())
+        assert lanes.done.tolist() == [1] * 5 + [0] and lanes.steps.tolist() == [1] * 6
+        for name in ("token_ids", "positions", "slots", "slab_used"):
+            assert torch.equal(getattr(lanes, name)[:5], getattr(before, name)[:5])
+
+
+def test_lanes_end_at_stop_ids_and_limits_and_stay_ended(operations):
+    step = libstars.sample_step if operations == "libstars" else sample_step_reference
+    logits = torch.full((4, 17), -math.inf)
+    logits[:, 13] = 0.0
+    lanes = make_lanes(4, 1.0, max_steps=3)
+    lanes.stop_ids[1, 1] = 13
+    lanes.limits[2] = 2
+    lanes.done[3] = 1
+    ended = copy_of(lanes)
+    for _ in range(3):
+        step(logits, lanes)
+    assert lanes.steps.tolist() == [3, 1, 2, 0] and lanes.done.tolist() == [1, 1, 1, 1]
+    assert lanes.out_tokens.tolist() == [[13, 13, 13], [13, -9, -9], [13, 13, -9], [-9, -9, -9]]
+    assert lanes.token_ids.tolist() == [13, 5, 13, 5]
+    assert lanes.positions.tolist() == [102, 100, 101, 100] and lanes.slots.tolist() == [202, 200, 201, 200]
+    assert lanes.slab_used.tolist() == [5, 3, 4, 3]
+    for tensor, before in zip(lanes, ended):
+        assert torch.equal(tensor[3], before[3])
+
+
+@needs_libstars
+def test_a_lane_without_a_column_is_ended_and_writes_nothing():
+    logits = torch.zeros(3, 17)
+    for step in (-1, 3, 2**31 - 1):
+        lanes = make_lanes(3)
+        lanes.steps[1] = step
+        expected = copy_of(lanes)
+        libstars.sample_step(logits, lanes)
+        assert lanes.done.tolist() == [0, 1, 0]
+        for name in set(LaneState._fields) - {"done"}:
+            assert torch.equal(getattr(lanes, name)[1], getattr(expected, name)[1])
+
+
+@needs_libstars
+def test_a_lane_does_not_depend_on_its_company():
+    draw = torch.Generator().manual_seed(8)
+    logits = torch.randn(9, 1021, generator=draw) * 3
+    lanes = make_lanes(9, 0.9, 50, 0.95)
+    together, alone = copy_of(lanes), copy_of(lanes)
+    libstars.sample_step(logits, together)
+    for lane in range(9):
+        one = LaneState(*(tensor[lane : lane + 1] for tensor in alone))
+        libstars.sample_step(logits[lane : lane + 1], one)
+    for a, b in zip(together, alone):
+        assert torch.equal(a, b)
