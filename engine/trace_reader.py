@@ -50,7 +50,7 @@ class _Record:
     def metrics(self) -> dict[str, Any]:
         value = self.take("metrics", dict)
         for name, item in value.items():
-            if item is not None and (isinstance(item, bool) or not isinstance(item, (int, float))):
+            if item is not None and (isinstance(item, bool) or not isinstance(item, (int, float)) or abs(item) > 1e300):
                 raise TraceError(f"{self.where}: metrics.{name} is {_short(item)}, which is no number: "
                                  "write the trace again")
         return value

@@ -101,7 +101,7 @@ def completion_lines(completion: TraceCompletion, style: Style, width: int) -> l
                      + (f" (accept rate {rate:.2f})" if rate is not None else ""))
         if metrics.get("fallbacks"):
             parts.append(f"{metrics['fallbacks']} by fallback")
-    parts.append(f"LM {metrics.get('lm_seconds', 0):.2f} s, RM {metrics.get('rm_seconds', 0):.2f} s")
+    parts.append(f"LM {metrics.get('lm_seconds') or 0:.2f} s, RM {metrics.get('rm_seconds') or 0:.2f} s")
     lines = [style("bold", line) for line in wrapped("= " + ", ".join(parts), width)]
     if completion.error is not None:
         lines += [style("bad", line) for line in wrapped("error: " + completion.error, width, "  ")]
