@@ -136,7 +136,7 @@ DAMAGE = {
     "no number": (lambda lines: [*lines[:3], replaced(lines[3], reward="high")], "line 4.*reward"),
     "no token ids": (lambda lines: [*lines[:3], replaced(lines[3], token_ids=["a"])], "line 4.*token"),
     "huge number": (lambda lines: [*lines[:3], replaced(lines[3], reward=10**400)], "line 4.*reward"),
-    "huge count": (lambda lines: [lines[0], replaced(lines[1], metrics={"attempts": 10**400})], "line 2.*metrics"),
+    "huge count": (lambda lines: [lines[0], replaced(lines[1], metrics={"n": 10**400}), *lines[2:]], "line 2.*metrics"),
     "another request's": (lambda lines: [*lines[:3], replaced(lines[3], request_id="other")], "line 4.*belong"),
     "nobody committed": (lambda lines: [replaced(line, committed=False) if '"attempt"' in line and i > 2 else line
                                         for i, line in enumerate(lines)], "committed"),
