@@ -75,7 +75,6 @@ def main() -> None:
     machine["load_average_at_end"] = [round(load, 2) for load in os.getloadavg()]
     settings = {key: value for key, value in vars(options).items()} | {"model": model, "reward": reward}
     settings["prompts"] = options.prompts or "built-in openings"
-    settings["hf_options"] = first.__dict__.get("hf_options")  # as chosen, if it was needed
     for key in ("model", "reward"):
         settings[key] = "shipped pair" if settings[key] == directory(DEMO_LM if key == "model" else DEMO_RM) else \
             Path(settings[key]).name

@@ -74,21 +74,18 @@ class Setup:
     def sample(self, index: int) -> None:
         self.ours(index, stars.Sample())
 
-    @cached_property
-    def hf_options(self) -> dict:
+    def fastest_loop(self, width: int) -> HFStars:
         """The fastest form of the loop on transformers here: kind of cache, and lanes that the reward model reads."""
-        choices = product(("dynamic", "preallocated"), (1, 2, WIDTH))
-        forms = [{"cache": cache, "rm_lanes": lanes} for cache, lanes in choices]
-        loops = [HFStars(*self.hf_pair, width=WIDTH, **form) for form in forms]
+        choices = product(("dynamic", "preallocated"), sorted({min(lanes, width) for lanes in (1, 2, 8)}))
+        loops = [HFStars(*self.hf_pair, width=width, rm_lanes=lanes, cache=cache) for cache, lanes in choices]
         short = dataclasses.replace(self.params(0), max_tokens=min(self.tokens, 2 * SEGMENT))
         ids, uniform = self.prompt_ids(0), uniforms(SEED)
 
         def timed(loop: HFStars) -> Callable[[int], None]:
-            return lambda index: void(loop.generate(ids, short, self.policy(WIDTH), accept_rate=0.3, uniform=uniform))
+            return lambda index: void(loop.generate(ids, short, self.policy(width), accept_rate=0.3, uniform=uniform))
 
         seconds = interleave({str(i): timed(loop) for i, loop in enumerate(loops)}, max(2, self.repeats // 3))
-        best = min(range(len(forms)), key=lambda i: statistics.median(seconds[str(i)]))
-        return forms[best]
+        return loops[min(range(len(loops)), key=lambda i: statistics.median(seconds[str(i)]))]
 
 
 def void(_: object) -> None:
@@ -160,13 +157,13 @@ def sampling_over_generate(setup: Setup) -> Iterator[Figure]:
     """c. Plain sampling beside transformers' generate."""
     lm = setup.hf_pair[0]
 
-    @torch.inference_mode()
     def generate(index: int, **options) -> None:
         ids = torch.tensor([setup.prompt_ids(index)])
         torch.manual_seed(SEED + index)
-        output = lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.8, top_k=40,
-                             top_p=1.0, min_new_tokens=setup.tokens, max_new_tokens=setup.tokens, pad_token_id=0,
-                             **options)
+        with torch.inference_mode():
+            output = lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.8, top_k=40,
+                                 top_p=1.0, min_new_tokens=setup.tokens, max_new_tokens=setup.tokens, pad_token_id=0,
+                                 **options)
         assert output.shape[1] == ids.shape[1] + setup.tokens
 
     forms: dict[str, dict] = {"generate, dynamic cache": {}, "generate, static cache": {
@@ -184,7 +181,9 @@ def sampling_over_generate(setup: Setup) -> Iterator[Figure]:
         except Exception as error:  # whatever transformers raises where a form does not run on the CPU
             failed[name] = f"{type(error).__name__}: {error}"
             continue
-        functions[name] = lambda index, options=options: generate(index, **options)
+        # A compiled form compiles once more for every length of prompt: it keeps to the first one.
+        only = 0 if "compile_config" in options else None
+        functions[name] = lambda index, options=options, only=only: generate(index if only is None else only, **options)
     seconds = interleave(functions, setup.repeats)
     tokens = [setup.tokens] * setup.repeats
     for name in forms:
@@ -197,8 +196,7 @@ def sampling_over_generate(setup: Setup) -> Iterator[Figure]:
 
 def stars_over_loops(setup: Setup) -> Iterator[Figure]:
     """d. STARS beside the loop on transformers, at equal numbers of attempts and then under the real law."""
-    wide = HFStars(*setup.hf_pair, width=WIDTH, **setup.hf_options)
-    narrow = HFStars(*setup.hf_pair, width=1, **setup.hf_options)
+    wide, narrow = setup.fastest_loop(WIDTH), setup.fastest_loop(1)
     bare = HFStars(*setup.hf_pair, width=1, no_cache=True)
     repeats = setup.repeats
     tables = [uniforms(SEED + index) for index in range(max(repeats, 1))]
@@ -227,7 +225,8 @@ def stars_over_loops(setup: Setup) -> Iterator[Figure]:
     if len({tuple(attempts) for attempts in counts.values()}) != 1:
         raise RuntimeError(f"the loops drew different numbers of attempts ({counts}): the accept rate was not forced")
     tokens = [setup.tokens] * repeats
-    options = {"accept": 0.3, "hf": setup.hf_options}
+    options = {"accept": 0.3, "loop": f"{wide.cache_kind} cache, {wide.rm_lanes} candidates a scoring pass",
+               "loop_width_1": f"{narrow.cache_kind} cache"}
     yield speedup(f"STARS, width {WIDTH}, accept 0.3", tokens, seconds["ours"], f"loop on transformers, width {WIDTH}",
                   seconds["wide"], ">= 4", **options)
     yield speedup(f"STARS, width {WIDTH}, accept 0.3", tokens, seconds["ours"], "loop on transformers, width 1",
@@ -252,9 +251,11 @@ def _real_law(setup: Setup, loop: HFStars) -> Figure:
         "loop": lambda index: theirs.append(loop.generate(setup.prompt_ids(index), setup.params(index),
                                                           setup.policy(WIDTH)))}, setup.repeats)
     tokens = [setup.tokens] * setup.repeats
-    metrics = [output.metrics for output in ours]
+    metrics, theirs = [output.metrics for output in ours[-setup.repeats :]], theirs[-setup.repeats :]
+    drawn = [sum(m.lm_tokens_drawn for m in metrics), sum(output.lm_tokens_drawn for output in theirs)]
+    per_drawn = [sum(seconds[name]) / tokens for name, tokens in zip(("ours", "loop"), drawn, strict=True)]
     return speedup(f"STARS, width {WIDTH}, real law", tokens, seconds["ours"], f"loop on transformers, width {WIDTH}",
-                   seconds["loop"], threshold=setup.threshold,
+                   seconds["loop"], threshold=setup.threshold, ratio_per_lm_token_drawn=per_drawn[1] / per_drawn[0],
                    accept_rate=sum(m.accepted for m in metrics) / sum(m.attempts_counted for m in metrics),
                    loop_accept_rate=sum(o.accepted for o in theirs) / sum(o.attempts_counted for o in theirs))
 
