@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
 from stars.kernels import sample_step
 from stars.kernels.graph import Graphs
@@ -44,27 +45,30 @@ class Drafted(NamedTuple):
 
 
 class Drafter:
-    """Owns the lane buffers of one language model."""
+    """Owns the lane buffers of one language model.
 
-    def __init__(self, decoder, cache: PagedCache, max_lanes: int, max_segment_size: int, max_model_len: int):
+    With `padded`, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number.
+    """
+
+    def __init__(self, decoder, cache: PagedCache, max_lanes: int, max_segment_size: int, max_model_len: int,
+                 padded: bool = False):
         self.decoder = decoder
         self.cache = cache
-        decoder.reserve(max_lanes)
-
-        def ints(*shape: int, fill: int = 0) -> torch.Tensor:
-            return torch.full(shape, fill, dtype=torch.int32)
-
-        self._state = LaneState(
-            token_ids=ints(max_lanes), positions=ints(max_lanes), slots=ints(max_lanes), slab_used=ints(max_lanes),
-            steps=ints(max_lanes), limits=ints(max_lanes), done=ints(max_lanes),
-            out_tokens=ints(max_lanes, max_segment_size), out_logprobs=torch.zeros(max_lanes, max_segment_size),
-            seeds=torch.zeros(max_lanes, dtype=torch.int64), attempts=ints(max_lanes), streams=ints(max_lanes),
-            temperature=torch.zeros(max_lanes), top_k=ints(max_lanes), top_p=torch.zeros(max_lanes),
-            min_p=torch.zeros(max_lanes), stop_ids=ints(max_lanes, MAX_STOP_IDS, fill=-1))
-        self._host = LaneState(*(tensor.numpy() for tensor in self._state))  # views of the same memory
-        self._row_start = torch.arange(max_lanes + 1, dtype=torch.int32)  # one row a lane
-        self._seq_group, self._prefix_len, self._slab_start = (ints(max_lanes) for _ in range(3))
-        self._block_tables = ints(max_lanes, math.ceil(max_model_len / cache.page_size))
+        self.padded = padded
+        rows = bucket(max_lanes) if padded else max_lanes
+        decoder.reserve(rows)
+        one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
+        self._buffers = Buffers(
+            cache.device,
+            token_ids=one, positions=one, slots=one, slab_used=one, steps=one, limits=one, done=one,
+            out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
+            seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
+            min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one)
+        self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
+        self._host = LaneState(*(self._buffers.host(name) for name in LaneState._fields))
+        self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
+        self._block_tables = torch.zeros(rows, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
+                                         device=cache.device)
         self._graphs = Graphs()
 
     def draft(self, lanes: list[LaneSpec]) -> list[Drafted]:
@@ -96,19 +100,25 @@ class Drafter:
             self.cache.close(table)
 
     def _run(self, count: int, times: int) -> None:
-        state = LaneState(*(tensor[:count] for tensor in self._state))
+        """Sends the buffers, runs the steps, and fetches the buffers back."""
+        rows = bucket(count) if self.padded else count
+        state = LaneState(*(tensor[:rows] for tensor in self._state))
         batch = Batch(
-            state.token_ids, state.positions, state.slots, True, self._row_start[: count + 1], self._seq_group[:count],
-            self._block_tables, self._prefix_len[:count], self._slab_start[:count], state.slab_used)
+            state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
+            self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
+            self._buffers["slab_start"][:rows], state.slab_used)
 
         def step() -> None:
-            hidden = self.decoder.forward(batch, self.cache)  # [lanes, hidden]
+            hidden = self.decoder.forward(batch, self.cache)  # [rows, hidden]
             sample_step(self.decoder.logits(hidden), state)
 
-        self._graphs.run(count, step, state.done, times)
+        self._buffers.upload()
+        self._graphs.run(rows, step, state.done, times)
+        self._buffers.download()
 
     def _fill(self, lanes: list[LaneSpec]) -> None:
         count = len(lanes)
+        self._buffers.wait()
         host = self._host
         tables: list[BlockTable] = []
         groups = []
@@ -119,9 +129,9 @@ class Drafter:
         self.cache.block_tables(tables, out=self._block_tables)
         lengths = np.array([lane.table.length for lane in lanes], dtype=np.int32)
         slab_start = np.array([lane.slab for lane in lanes], dtype=np.int32) * self.cache.slab_len
-        self._seq_group.numpy()[:count] = groups
-        self._prefix_len.numpy()[:count] = lengths
-        self._slab_start.numpy()[:count] = slab_start
+        self._buffers.host("seq_group")[:count] = groups
+        self._buffers.host("prefix_len")[:count] = lengths
+        self._buffers.host("slab_start")[:count] = slab_start
         host.token_ids[:count] = [lane.last_token for lane in lanes]
         host.positions[:count] = lengths
         host.slots[:count] = slab_start
@@ -139,3 +149,13 @@ class Drafter:
         host.stop_ids[:count] = -1
         for index, lane in enumerate(lanes):
             host.stop_ids[index, : len(lane.stop_ids)] = lane.stop_ids
+        if self.padded:
+            self._idle(slice(count, bucket(count)), groups[-1])
+
+    def _idle(self, rows: slice, group: int) -> None:
+        """Lanes that are done before they start: they write nothing, and nobody reads what they compute."""
+        for name in ("token_ids", "positions", "slab_used", "prefix_len", "slab_start", "steps"):
+            self._buffers.host(name)[rows] = 0
+        self._buffers.host("seq_group")[rows] = group
+        self._host.slots[rows] = -1
+        self._host.done[rows] = 1

@@ -6,16 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
 from stars.kernels.graph import Graphs
 from stars.kernels.types import Batch
 
 CHUNK = 256
-"""Rows of a prefill pass: enough to be bound by arithmetic, few enough to keep activations in the processor's caches."""
+"""Rows of a prefill pass: enough to be bound by arithmetic, few enough to keep activations in a processor's caches."""
 
 
 class Span(NamedTuple):
@@ -29,27 +28,30 @@ class Span(NamedTuple):
 
 
 class Passes:
-    """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed."""
+    """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed.
 
-    def __init__(self, decoder, cache: PagedCache, max_sequences: int, max_model_len: int):
+    With `padded`, rows and sequences are filled up to buckets with idle ones, so that few captured shapes serve all.
+    """
+
+    def __init__(self, decoder, cache: PagedCache, max_sequences: int, max_model_len: int, padded: bool = False):
         self.decoder = decoder
         self.cache = cache
+        self.padded = padded
         self.max_rows = max(CHUNK, cache.slab_len)
         self.max_sequences = max_sequences
-        decoder.reserve(self.max_rows)
-        pages = math.ceil(max_model_len / cache.page_size)
-
-        def ints(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32)
-
-        self._token_ids, self._positions, self._slots = (ints(self.max_rows) for _ in range(3))
-        self._row_start, self._last = ints(max_sequences + 1), ints(max_sequences)
-        self._seq_group, self._prefix_len, self._slab_start = (ints(max_sequences) for _ in range(3))
-        self._slab_used = ints(max_sequences)  # stays 0: a pass fills a slab from its start
-        self._block_tables = ints(max_sequences, pages)
-        self._done = ints(1)
+        rows = bucket(self.max_rows) if padded else self.max_rows
+        sequences = bucket(max_sequences) if padded else max_sequences
+        decoder.reserve(rows)
+        row, sequence = (torch.int32, (rows,)), (torch.int32, (sequences,))
+        self._buffers = Buffers(
+            cache.device, token_ids=row, positions=row, slots=row, row_start=(torch.int32, (sequences + 1,)),
+            last=sequence, seq_group=sequence, prefix_len=sequence, slab_start=sequence,
+            slab_used=sequence)  # slab_used stays 0: a pass fills a slab from its start
+        self._block_tables = torch.zeros(sequences, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
+                                         device=cache.device)
+        self._scores = torch.zeros(sequences, device=cache.device)
+        self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         self._graphs = Graphs()
-        self._scores = torch.zeros(max_sequences)
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]) -> None:
         """For each (table, token_ids, stop): writes keys and values of token_ids[table.length:stop] into the pages.
@@ -97,20 +99,23 @@ class Passes:
 
     def _run(self, spans: Sequence[Span], into_slab: bool) -> None:
         rows, sequences = self._fill(spans)
+        buffers = self._buffers
         batch = Batch(
-            self._token_ids[:rows], self._positions[:rows], self._slots[:rows], into_slab,
-            self._row_start[: sequences + 1], self._seq_group[:sequences], self._block_tables,
-            self._prefix_len[:sequences], self._slab_start[:sequences], self._slab_used[:sequences])
+            buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
+            buffers["row_start"][: sequences + 1], buffers["seq_group"][:sequences], self._block_tables,
+            buffers["prefix_len"][:sequences], buffers["slab_start"][:sequences], buffers["slab_used"][:sequences])
 
         def step() -> None:
-            hidden = self.decoder.forward(batch, self.cache, self._last[:sequences])  # [sequences, hidden]
+            hidden = self.decoder.forward(batch, self.cache, buffers["last"][:sequences])  # [sequences, hidden]
             if into_slab:
                 self.decoder.score(hidden, self._scores[:sequences])
 
-        self._graphs.run((rows, sequences, into_slab), step, self._done)
+        buffers.upload()
+        self._graphs.run((rows, sequences, into_slab), step, self._never_done)
 
     def _fill(self, spans: Sequence[Span]) -> tuple[int, int]:
-        """Writes the spans into the buffers; (rows, sequences)."""
+        """Writes the spans into the buffers; (rows, sequences) of the pass, idle ones included."""
+        self._buffers.wait()
         tables: list[BlockTable] = []
         groups, token_ids, positions, slots, row_start = [], [], [], [], [0]
         for span in spans:
@@ -121,12 +126,19 @@ class Passes:
             positions += range(span.start, span.start + len(span.token_ids))
             slots += span.slots
             row_start.append(len(token_ids))
-        rows, sequences = len(token_ids), len(spans)
-        for buffer, values in ((self._token_ids, token_ids), (self._positions, positions), (self._slots, slots),
-                               (self._row_start, row_start), (self._seq_group, groups)):
-            buffer.numpy()[: len(values)] = values
-        self._last.numpy()[:sequences] = np.array(row_start[1:]) - 1
-        self._prefix_len.numpy()[:sequences] = [span.start for span in spans]
-        self._slab_start.numpy()[:sequences] = [span.slab_start for span in spans]
+        last = [stop - 1 for stop in row_start[1:]]
+        prefix_len, slab_start = [span.start for span in spans], [span.slab_start for span in spans]
+        if self.padded:
+            # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
+            idle = bucket(len(token_ids)) - len(token_ids)
+            token_ids, positions, slots = token_ids + [0] * idle, positions + [0] * idle, slots + [-1] * idle
+            idle = bucket(len(spans)) - len(spans)
+            row_start += row_start[-1:] * idle
+            groups, last = groups + groups[-1:] * idle, last + [0] * idle
+            prefix_len, slab_start = prefix_len + [0] * idle, slab_start + [0] * idle
+        for name, values in (("token_ids", token_ids), ("positions", positions), ("slots", slots),
+                             ("row_start", row_start), ("last", last), ("seq_group", groups),
+                             ("prefix_len", prefix_len), ("slab_start", slab_start)):
+            self._buffers.host(name)[: len(values)] = values
         self.cache.block_tables(tables, out=self._block_tables)
-        return rows, sequences
+        return len(token_ids), len(prefix_len)

@@ -1,0 +1,68 @@
+"""Tensors at fixed addresses on a device, filled on the host and moved in one transfer."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def bucket(count: int) -> int:
+    """The number of rows a pass of `count` rows is padded to where shapes are captured: few shapes serve all counts."""
+    return next((size for size in BUCKETS if size >= count), -(-count // 128) * 128)
+
+
+class Buffers:
+    """Named tensors in one block of memory on `device`, and numpy views of the same block on the host.
+
+    On the CPU both are the same memory, and `upload` and `download` do nothing. Elsewhere the host's block is pinned.
+    """
+
+    def __init__(self, device: torch.device | str, **fields: tuple[torch.dtype, tuple[int, ...]]):
+        device = torch.device(device)
+        places: dict[str, tuple[int, int]] = {}
+        total = 0
+        for name, (dtype, shape) in fields.items():
+            size = dtype.itemsize * math.prod(shape)
+            places[name] = (total, total + size)
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+        self._there = torch.zeros(total, dtype=torch.uint8, device=device)
+        self._here = self._there if device.type == "cpu" else torch.zeros(total, dtype=torch.uint8, pin_memory=True)
+        self._sent = None if device.type == "cpu" else torch.cuda.Event()
+        self._device: dict[str, Tensor] = {}
+        self._host: dict[str, np.ndarray] = {}
+        for name, (dtype, shape) in fields.items():
+            start, stop = places[name]
+            self._device[name] = self._there[start:stop].view(dtype).view(shape)
+            self._host[name] = self._here[start:stop].view(dtype).view(shape).numpy()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor on the device."""
+        return self._device[name]
+
+    def host(self, name: str) -> np.ndarray:
+        """The host's array of the same name."""
+        return self._host[name]
+
+    def wait(self) -> None:
+        """Returns once the host's block may be written again: the last upload has been read."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def upload(self) -> None:
+        """Host to device, in stream order."""
+        if self._sent is not None:
+            self._there.copy_(self._here, non_blocking=True)
+            self._sent.record()
+
+    def download(self) -> None:
+        """Device to host; returns when the values are there."""
+        if self._sent is not None:
+            self._here.copy_(self._there, non_blocking=True)
+            self._sent.record()
+            self._sent.synchronize()

@@ -1,0 +1,92 @@
+"""The shapes of a captured graph, run eagerly: idle lanes, rows and sequences must change nothing that anyone reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stars.buffers import BUCKETS, Buffers, bucket
+from stars.cache import PagedCache
+from stars.draft import Drafter, LaneSpec
+from stars.kernels.philox import pack_stream
+from stars.passes import Passes, Span
+from stars.sampling import SamplingParams
+from toy import ToyModel
+
+PROMPTS = [[1, 2, 3], [4, 1, 1, 2, 3, 4, 2, 1, 3, 4, 4, 1, 2, 2, 3, 1, 4]]
+
+
+def setting(model: ToyModel, padded: bool):
+    decoder = model.decoder()
+    config = decoder.config
+    cache = PagedCache(config.num_layers, config.num_kv_heads, config.head_dim, page_size=4, num_pages=64,
+                       num_slabs=32, slab_len=8)
+    # What an idle row might read by mistake must not go unnoticed.
+    for tensor in (cache.k_pages, cache.v_pages, cache.k_slabs, cache.v_slabs):
+        tensor.fill_(1e4)
+    passes = Passes(decoder, cache, 16, 64, padded=padded)
+    return decoder, cache, passes
+
+
+@pytest.mark.parametrize("counts", [(1, 0), (3, 2), (5, 6), (9, 4)])
+def test_drafts_with_idle_lanes_are_the_same(counts):
+    """Lanes are padded to a bucket: tokens, log-probabilities and slabs of the real ones keep their bits."""
+    results = []
+    for padded in (False, True):
+        decoder, cache, passes = setting(ToyModel(vocab=5, seed=3), padded)
+        drafter = Drafter(decoder, cache, 16, 6, 64, padded=padded)
+        tables = [cache.open(prompt[:-1], 40) for prompt in PROMPTS]
+        passes.prefill([(table, prompt, len(prompt) - 1) for table, prompt in zip(tables, PROMPTS, strict=True)])
+        lanes = [LaneSpec(tables[which], PROMPTS[which][-1], cache.take_slab(), 2 + attempt % 5, 11, attempt + 1,
+                          pack_stream(0, which), SamplingParams(), (0,))
+                 for which, count in enumerate(counts) for attempt in range(count)]
+        drafts = [drafter.draft(lanes) for _ in range(2)]  # recorded, then replayed
+        assert drafts[0] == drafts[1]
+        # Whatever idle lanes did, no slab but those of the lanes was written.
+        used = torch.zeros(cache.num_slabs * cache.slab_len, dtype=torch.bool)
+        for lane in lanes:
+            used[lane.slab * cache.slab_len : (lane.slab + 1) * cache.slab_len] = True
+        assert cache.k_slabs[:, ~used].eq(1e4).all() and cache.v_slabs[:, ~used].eq(1e4).all()
+        results.append((drafts[0], cache.k_slabs[:, used].clone()))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3, 5), (7, 7, 1, 2, 6)])
+def test_scores_with_idle_rows_are_the_same(sizes):
+    """Rows and sequences of a scoring pass are padded: rewards keep their bits and pages are left alone."""
+    results = []
+    for padded in (False, True):
+        _, cache, passes = setting(ToyModel(vocab=5, seed=4, head="reward"), padded)
+        table = cache.open(PROMPTS[1], 40)
+        passes.prefill([(table, PROMPTS[1], len(PROMPTS[1]))])
+        pages = cache.k_pages.clone()
+        spans = []
+        for size in sizes:
+            start = cache.take_slab() * cache.slab_len
+            ids = [1 + i % 4 for i in range(size)]
+            spans.append(Span(table, ids, len(PROMPTS[1]), range(start, start + size), start))
+        rewards = [passes.score(spans) for _ in range(2)]
+        assert rewards[0] == rewards[1]
+        assert torch.equal(cache.k_pages, pages)
+        results.append(rewards[0])
+    assert results[0] == results[1]
+
+
+def test_buckets_cover_every_count():
+    """A count is never padded to fewer rows than it has, and buckets do not shrink as counts grow."""
+    sizes = [bucket(count) for count in range(1, 700)]
+    assert all(size >= count for count, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert [bucket(size) for size in BUCKETS] == list(BUCKETS)
+
+
+def test_buffers_are_one_memory_on_the_cpu():
+    """What the host writes is what the operations read, without a transfer, and fields do not overlap."""
+    buffers = Buffers("cpu", a=(torch.int32, (3,)), b=(torch.float32, (2, 2)), c=(torch.int64, (5,)))
+    for name, value in (("a", 1), ("b", 2.5), ("c", -1)):
+        buffers.host(name)[:] = value
+    buffers.upload()
+    assert buffers["a"].tolist() == [1] * 3 and buffers["b"].tolist() == [[2.5] * 2] * 2
+    assert buffers["c"].tolist() == [-1] * 5 and buffers["c"].dtype == torch.int64
+    buffers.download()
+    assert buffers.host("a").tolist() == [1] * 3
