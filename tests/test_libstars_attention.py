@@ -201,7 +201,8 @@ def test_bits_do_not_depend_on_the_chunks_of_a_prefill(window, softcap):
             count = min(chunk, length - begin)
             part = make_batch([Sequence(0, begin, 0, count)], tables, False, [0])
             rows = q[begin : begin + count].contiguous()
-            assert torch.equal(run(rows, kv, part, window, softcap), whole[begin : begin + count]), f"{chunk} at {begin}"
+            got = run(rows, kv, part, window, softcap)
+            assert torch.equal(got, whole[begin : begin + count]), f"chunk {chunk} at {begin}"
 
 
 def test_unseen_memory_is_not_touched_by_the_result():

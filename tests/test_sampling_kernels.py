@@ -158,7 +158,7 @@ def test_the_kept_tokens_are_those_of_the_reference(top_k, top_p, min_p, ties):
 
 
 def test_draws_follow_the_softmax(operations):
-    """Chi-square over 11 tokens, 10 degrees of freedom; passes a right sampler but once in 10^6 seeds, this one fixed."""
+    """Chi-square over 11 tokens, 10 degrees of freedom: fails a right sampler once in 10^6 seeds, and this one is fixed."""
     count = 40000 if operations == "libstars" else 4000
     logits = torch.linspace(-2, 2, 11)
     lanes = make_lanes(count, 0.7, max_steps=1, seed=11)
@@ -252,6 +252,17 @@ def test_a_lane_without_a_column_is_ended_and_writes_nothing():
         assert lanes.done.tolist() == [0, 1, 0]
         for name in set(LaneState._fields) - {"done"}:
             assert torch.equal(getattr(lanes, name)[1], getattr(expected, name)[1])
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 20.0])
+def test_noise_that_is_left_out_could_not_have_won(instruction_set, spread):  # noqa: F811
+    """The winner is, exactly, the first argmax over the whole vocabulary, with all noise computed."""
+    logits = torch.randn(200, 4099, generator=torch.Generator().manual_seed(2)) * spread
+    lanes = make_lanes(200, 1.0)
+    libstars.sample_step(logits, lanes)
+    for lane in range(200):
+        z = logits[lane] + libstars.gumbel(int(lanes.seeds[lane]), 0, 1, int(lanes.streams[lane]), 4099)
+        assert int(lanes.out_tokens[lane, 0]) == int((z == z.max()).nonzero()[0])
 
 
 @needs_libstars

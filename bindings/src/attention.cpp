@@ -257,8 +257,6 @@ class worker {
       for (int64_t i = 0; i < run; ++i) tile.offset[j + i] = (at + i) * stride;
       j += run;
     }
-    for (int64_t j = tile.first; j % key_step != 0; --j) tile.offset[j - 1] = tile.offset[tile.first];
-    for (int64_t j = tile.last; j % key_step != 0; ++j) tile.offset[j] = tile.offset[tile.last - 1];
   }
 
   void write() const {

@@ -114,9 +114,12 @@ STARS_INLINE void score_block(const softmax_rows& s, int64_t row, const key_tile
     std::memcpy(out + r * tile_keys, reinterpret_cast<const float*>(&scores) + r * keys, sizeof(float) * keys);
 }
 
+// Keys in the outer loop: the queries stay in the nearest cache.
 template <int Rows>
-STARS_INLINE void score_rows(const softmax_rows& s, int64_t row, const key_tile& tile, int64_t begin, int64_t end) {
-  for (int64_t key = begin; key < end; key += vector_width / Rows) score_block<Rows>(s, row, tile, key);
+STARS_INLINE void score_rows(const softmax_rows& s, int64_t first, int64_t last, const key_tile& tile, int64_t begin,
+                             int64_t end) {
+  for (int64_t key = begin; key < end; key += vector_width / Rows)
+    for (int64_t row = first; row < last; row += Rows) score_block<Rows>(s, row, tile, key);
 }
 
 // sum = sum * decay + weights @ values, for `Rows` rows and `Vectors` vectors of the head from `d` on.
@@ -203,18 +206,24 @@ STARS_INLINE void softmax_tile(const softmax_rows& s, const key_tile& tile, int6
     store(s.denominator + row, fma(load(s.denominator + row), load(s.decay + row), load(s.fresh + row)));
 }
 
-// Adds one tile to the rows' softmax. Offsets must be set from first / key_step * key_step to the next multiple of
-// key_step after last - 1; those of keys outside first .. last - 1 may be of any readable key.
-inline void add_tile(const softmax_rows& s, const key_tile& tile, float softcap) {
+// Offsets of keys around first .. last - 1 that fill a step: any of these keys will do, for they are masked.
+inline void pad_offsets(key_tile& tile) {
+  for (int64_t j = tile.first; j % key_step != 0; --j) tile.offset[j - 1] = tile.offset[tile.first];
+  for (int64_t j = tile.last; j % key_step != 0; ++j) tile.offset[j] = tile.offset[tile.last - 1];
+}
+
+// Adds one tile, with offsets for first .. last - 1, to the rows' softmax.
+inline void add_tile(const softmax_rows& s, key_tile& tile, float softcap) {
+  pad_offsets(tile);
   const int64_t begin = tile.first / key_step * key_step, end = (tile.last + key_step - 1) / key_step * key_step;
-  int64_t row = 0;
-  for (; row + 4 <= s.rows; row += 4) score_rows<4>(s, row, tile, begin, end);
-  for (; row + 2 <= s.rows; row += 2) score_rows<2>(s, row, tile, begin, end);
-  if (row < s.rows) score_rows<1>(s, row, tile, begin, end);
+  const int64_t fours = s.rows / 4 * 4, twos = s.rows / 2 * 2;
+  score_rows<4>(s, 0, fours, tile, begin, end);
+  score_rows<2>(s, fours, twos, tile, begin, end);
+  score_rows<1>(s, twos, s.rows, tile, begin, end);
   softmax_tile(s, tile, begin, end, softcap);
-  for (row = 0; row + 4 <= s.rows; row += 4) value_rows<4>(s, row, tile);
-  for (; row + 2 <= s.rows; row += 2) value_rows<2>(s, row, tile);
-  if (row < s.rows) value_rows<1>(s, row, tile);
+  for (int64_t row = 0; row < fours; row += 4) value_rows<4>(s, row, tile);
+  for (int64_t row = fours; row < twos; row += 2) value_rows<2>(s, row, tile);
+  if (twos < s.rows) value_rows<1>(s, twos, tile);
 }
 
 }  // namespace stars::STARS_ISA

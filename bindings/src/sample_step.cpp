@@ -52,14 +52,15 @@ class race {
       if (part * (vector_width / 4) >= waiting) break;
       ints tokens;
       const floats z = scaled(own, tokens);
-      const floats noisy = z + gumbel(drawn[part]);
       const ints kept = (z >= splat(threshold)) & (z > splat(-infinity));
+      if (!any(kept & (z + gumbel_bound(drawn[part]) >= splat(leader)))) continue;
+      const floats noisy = z + gumbel(drawn[part]);
       const ints better = kept & ((noisy > best) | ((noisy == best) & (tokens < best_token)));
       best = better ? noisy : best;
       best_token = better ? tokens : best_token;
+      leader = max_of(best);
     }
     waiting = 0;
-    const float leader = max_of(best);
     if (leader > -infinity) {
       const double z = (double)leader - highest_noise - __builtin_fabsf(leader) * 0x1p-21;
       const float bound = logit_below(z, temperature);
@@ -105,7 +106,7 @@ class race {
   const logit_row& row;
   const float temperature, threshold;
   const noise_stream noise;
-  float lowest = -FLT_MAX;
+  float lowest = -FLT_MAX, leader = -infinity;
   floats best = splat(-infinity);
   ints best_token = splat((int32_t)-1);
   int waiting = 0;
