@@ -158,7 +158,7 @@ def test_the_kept_tokens_are_those_of_the_reference(top_k, top_p, min_p, ties):
 
 
 def test_draws_follow_the_softmax(operations):
-    """Chi-square over 11 tokens, 10 degrees of freedom: fails a right sampler once in 10^6 seeds, and this one is fixed."""
+    """Chi-square over 11 tokens, 10 degrees of freedom: fails a right sampler once in 10^6 seeds; this one is fixed."""
     count = 40000 if operations == "libstars" else 4000
     logits = torch.linspace(-2, 2, 11)
     lanes = make_lanes(count, 0.7, max_steps=1, seed=11)
