@@ -18,6 +18,7 @@ from common import (
     DEMO_LM,
     DEMO_RM,
     RESULTS,
+    ROOT,
     Figure,
     describe_machine,
     load_prompts,
@@ -109,7 +110,7 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.tokens = options.tokens or (32 if options.quick else 128)
     options.repeats = options.repeats or (2 if options.quick else 15)
-    options.output = options.output or str(RESULTS / ("cpu-quick.json" if options.quick else "cpu.json"))
+    options.output = options.output or str(ROOT / ".benchmarks" / "cpu-quick.json" if options.quick else RESULTS / "cpu.json")
     return options
 
 
