@@ -110,7 +110,8 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.tokens = options.tokens or (32 if options.quick else 128)
     options.repeats = options.repeats or (2 if options.quick else 15)
-    options.output = options.output or str(ROOT / ".benchmarks" / "cpu-quick.json" if options.quick else RESULTS / "cpu.json")
+    default = ROOT / ".benchmarks" / "cpu-quick.json" if options.quick else RESULTS / "cpu.json"
+    options.output = options.output or str(default)
     return options
 
 
