@@ -86,7 +86,13 @@ class CausalReward(Reward):
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
-        prefix, _, closing = self._frame(prompt)
+        prefix, _, _, closing = self._frame(prompt)
+        if not prefix:
+            raise RequestError("the prompt is empty for the reward model: give at least one character that is no special "
+                               "token")
+        outside = self._outside(prefix)
+        if outside is not None:
+            raise RequestError(outside)
         needed = len(prefix) + max_tokens + len(closing)
         if needed > self.max_model_len:
             raise RequestError(f"prompt and max_tokens make {needed} tokens for the reward model, whose context is "
@@ -98,15 +104,15 @@ class CausalReward(Reward):
 
     def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
         """Whether the pages for this response are free."""
-        prefix, _, _ = self._frame(prompt)
+        prefix = self._frame(prompt).prefix
         return self.cache.can_open(prefix[:-1], self._capacity(prefix, max_tokens))
 
     def open(self, prompt: Prompt, max_tokens: int) -> _Session:
         """Reserves pages for the whole response."""
-        prefix, text, closing = self._frame(prompt)
+        frame = self._frame(prompt)
         # The last prompt token is left to the slab, so that every score has a row to read, r(prompt) too.
-        history = prefix[:-1]
-        return _Session(self.cache.open(history, self._capacity(prefix, max_tokens)), prefix, text, closing, history)
+        history = frame.prefix[:-1]
+        return _Session(self.cache.open(history, self._capacity(frame.prefix, max_tokens)), *frame, history)
 
     def start(self, sessions: list[_Session]) -> None:
         """Prefills the prompts, all but their last tokens, and offers their pages for sharing."""
@@ -125,6 +131,10 @@ class CausalReward(Reward):
         for index, candidate in enumerate(candidates):
             session = candidate.session
             ids, content = self._ids(candidate)
+            outside = self._outside(ids)
+            if outside is not None:
+                results[index] = Scored(RewardError(outside))
+                continue
             if len(ids) > self.max_model_len:
                 results[index] = Scored(RewardError(f"the response re-encodes to {len(ids)} tokens for the reward "
                                                     f"model, whose context is {self.max_model_len}: lower max_tokens"))
@@ -148,7 +158,12 @@ class CausalReward(Reward):
         for index, handle, _ in short:
             first.setdefault(id(handle.session), index)
         short.sort(key=lambda entry: first[id(entry[1].session)])
-        rewards = self._passes.score([self._span(handle) for _, handle, _ in short]) if short else []
+        try:
+            rewards = self._passes.score([self._span(handle) for _, handle, _ in short]) if short else []
+        except BaseException:
+            for handle in [handle for _, handle, _ in short] + [r.handle for r in results if r is not None]:
+                self.discard(handle)
+            raise
         for (index, handle, new), reward in zip(short, rewards, strict=True):
             results[index] = Scored(reward, new, len(handle.ids), handle)
         return results
@@ -168,7 +183,7 @@ class CausalReward(Reward):
         if moves:
             slab_len = self.cache.slab_len
             self.cache.commit([CommitMove(session.table, handle.slab * slab_len, count,
-                                          min(handle.valid, len(session.committed)))
+                                          min(handle.valid, handle.content - 1))
                                for session, handle, count in moves])
             for _, handle, _ in moves:
                 self.cache.return_slab(handle.slab)
@@ -199,8 +214,15 @@ class CausalReward(Reward):
         if content > session.table.capacity:
             self.cache.grow(session.table, min(content + REENCODE_SLACK, self.max_model_len))
 
-    def _frame(self, prompt: Prompt) -> tuple[list[int], str | None, list[int]]:
-        """(prompt ids for the RM, their text if responses are re-encoded, closing ids)."""
+    def _outside(self, ids: list[int]) -> str | None:
+        """Why `ids` cannot be scored: a tokenizer may know more tokens than the model."""
+        size = self.decoder.config.vocab_size
+        if max(ids) < size:
+            return None
+        return f"token id {max(ids)} is outside the reward model's vocabulary of {size}: use the tokenizer it came with"
+
+    def _frame(self, prompt: Prompt) -> _Frame:
+        """How the RM reads this prompt and what stands around its responses."""
         messages = prompt.given if isinstance(prompt.given, list) else None
         chat = self.template == "chat" or (self.template == "auto" and messages is not None)
         closing: list[int] = list(self._eos) if self.close_policy == "eos" else []
@@ -217,16 +239,17 @@ class CausalReward(Reward):
             ids = self.tokenizer.encode(prefix_text, add_special_tokens=False)
             if self.close_policy == "template":
                 closing = self.tokenizer.encode(closing_text, add_special_tokens=False)
-            return ids, prefix_text, closing
+            return _Frame(ids, prefix_text, False, closing)
         if self.close_policy == "template":
             raise RequestError('close="template" needs a chat prompt: give {"messages": [...]}, or use '
                                'template="chat"')
         if self.same_vocabulary:
-            return prompt.token_ids, None, closing
+            return _Frame(prompt.token_ids, None, False, closing)
         if prompt.text is None:
             raise RequestError("these prompt ids cannot be decoded for the reward model's vocabulary: give the prompt "
                                "as text")
-        return self.tokenizer.encode(prompt.text, add_special_tokens=messages is None), prompt.text, closing
+        special = messages is None  # a rendered template holds its special tokens
+        return _Frame(self.tokenizer.encode(prompt.text, add_special_tokens=special), prompt.text, special, closing)
 
     def _ids(self, candidate: Candidate) -> tuple[list[int], int]:
         """(RM ids of prompt, response and closing; how many of them are not closing)."""
@@ -236,9 +259,7 @@ class CausalReward(Reward):
         elif candidate.text:
             # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
             text = session.text + candidate.text.rstrip(REPLACEMENT)
-            special = session.prefix[:1] == [self.tokenizer.bos_token_id] and not session.text.startswith(
-                self.tokenizer.bos_token or "\0")
-            content = self.tokenizer.encode(text, add_special_tokens=special)
+            content = self.tokenizer.encode(text, add_special_tokens=session.special)
         else:
             content = session.prefix
         return content + session.closing, len(content)
@@ -263,26 +284,37 @@ class CausalReward(Reward):
             table = self.cache.open(ids[:-1], max(len(ids), session.table.capacity))
         except OutOfPages as error:
             return Scored(RewardError(f"a candidate re-encodes to {len(ids)} tokens for the reward model and {error}"))
-        run = len(ids) - table.length
-        self._passes.prefill([(table, ids, len(ids) - 1)])
-        slab = self.cache.take_slab()
-        start = slab * self.cache.slab_len
-        reward = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start)])[0]
-        self.cache.return_slab(slab)
+        try:
+            run = len(ids) - table.length
+            self._passes.prefill([(table, ids, len(ids) - 1)])
+            slab = self.cache.take_slab()
+            try:
+                start = slab * self.cache.slab_len
+                reward = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start)])[0]
+            finally:
+                self.cache.return_slab(slab)
+        except BaseException:
+            self.cache.close(table)
+            raise
         return Scored(reward, run, len(ids), _Handle(session, -1, table, table.length, content, ids))
+
+
+class _Frame(NamedTuple):
+    prefix: list[int]  # RM ids of the prompt
+    text: str | None  # the prompt's text where responses are re-encoded
+    special: bool  # whether that text is encoded with special tokens around it
+    closing: list[int]  # ids behind every response
 
 
 class _Session:
     """One response: its pages hold `committed`, which is everything but the last token of the text so far."""
 
-    __slots__ = ("table", "prefix", "text", "closing", "committed")
+    __slots__ = ("table", "prefix", "text", "special", "closing", "committed")
 
-    def __init__(self, table: BlockTable, prefix: list[int], text: str | None, closing: list[int],
+    def __init__(self, table: BlockTable, prefix: list[int], text: str | None, special: bool, closing: list[int],
                  committed: list[int]):
         self.table = table
-        self.prefix = prefix  # RM ids of the prompt
-        self.text = text  # the prompt's text where responses are re-encoded
-        self.closing = closing
+        self.prefix, self.text, self.special, self.closing = prefix, text, special, closing  # as in _Frame
         self.committed = committed  # ids whose keys and values are in the pages
 
 
