@@ -16,7 +16,7 @@ from tqdm import tqdm
 from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.draft import MAX_STOP_IDS, Drafter
-from stars.errors import IntegrityError, RequestError, StarsError
+from stars.errors import IntegrityError, ModelError, RequestError, StarsError
 from stars.kernels.philox import MAX_SAMPLE
 from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
@@ -57,6 +57,8 @@ class Engine:
             self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
             decoder = model
         else:
+            if not isinstance(model, (str, Path)):
+                raise ModelError(f"model is {type(model).__name__}, it must be a model directory or a Decoder")
             from stars.model.config import load_config
 
             # Everything that can be refused is refused before any weight is read.
@@ -231,8 +233,9 @@ class Engine:
         policy = policy if policy is not None else Sample()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {type(params).__name__}, it must be a stars.SamplingParams")
-        if not hasattr(policy, "plan"):
-            raise RequestError(f"policy is {type(policy).__name__}, it must be a policy such as stars.STARS")
+        if isinstance(policy, type) or not hasattr(policy, "plan"):
+            name = policy.__name__ if isinstance(policy, type) else type(policy).__name__
+            raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
         plan = policy.plan()
         if plan.scoring != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, reward=...)")

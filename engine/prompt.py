@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 from stars.errors import RequestError
@@ -20,6 +21,15 @@ def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
 
     Messages are rendered with the LM's chat template and encoded without special tokens, since the template holds them.
     """
+    parsed = _parse(prompt, tokenizer)
+    wrong = next((token for token in parsed.token_ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"prompt token id {wrong} is outside the model's vocabulary of {vocab_size}: use the tokenizer "
+                           "that belongs to the model")
+    return parsed
+
+
+def _parse(prompt: Any, tokenizer) -> Prompt:
     if isinstance(prompt, dict):
         kinds = [key for key in ("prompt", "prompt_token_ids", "messages") if key in prompt]
         unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids", "messages"})
@@ -27,7 +37,7 @@ def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
             raise RequestError('a prompt dictionary needs exactly one of "prompt", "prompt_token_ids" and "messages"'
                                + (f' and does not take "{unknown[0]}"' if unknown else ""))
         if kinds[0] == "prompt_token_ids":
-            return _from_ids(prompt["prompt_token_ids"], tokenizer, vocab_size)
+            return _from_ids(prompt["prompt_token_ids"], tokenizer)
         if kinds[0] == "messages":
             return _from_messages(prompt["messages"], tokenizer)
         prompt = prompt["prompt"]
@@ -37,20 +47,23 @@ def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
         raise RequestError("the prompt is empty: give at least one character or token")
     if tokenizer is None:
         raise RequestError('the model directory has no tokenizer.json: give {"prompt_token_ids": [...]} instead of text')
-    return Prompt(prompt, tokenizer.encode(prompt, add_special_tokens=True), prompt)
+    token_ids = tokenizer.encode(prompt, add_special_tokens=True)
+    if not token_ids:
+        raise RequestError("the tokenizer makes nothing of this prompt: give at least one character that it knows")
+    return Prompt(prompt, token_ids, prompt)
 
 
-def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
+def _from_ids(token_ids, tokenizer) -> Prompt:
     try:
-        token_ids = [int(token) for token in token_ids]
-    except (TypeError, ValueError):
+        token_ids = [operator.index(token) for token in token_ids]
+    except TypeError:
         raise RequestError("prompt_token_ids must be a list of integers") from None
     if not token_ids:
         raise RequestError("the prompt is empty: give at least one character or token")
-    wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise RequestError(f"prompt token id {wrong} is outside the model's vocabulary of {vocab_size}")
-    text = tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
+    try:
+        text = tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
+    except OverflowError:  # an id that no vocabulary has
+        text = None
     return Prompt(None, token_ids, text)
 
 

@@ -175,9 +175,10 @@ class Round:
                 count = self.reward.lanes_per_pass(len(group[0].token_ids), len(waiting))
                 batch += group[:count]
                 waiting[hypothesis] = group[count:]
-            for lane, result in zip(batch, self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane))
-                                                        for lane in batch]), strict=True):
+            results = self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane)) for lane in batch])
+            for lane, result in zip(batch, results, strict=True):
                 lane.score_handle = result.handle
+            for lane, result in zip(batch, results, strict=True):
                 if lane.hypothesis.finish_reason is None:
                     self._judge(lane, result, winners)
             waiting = {hypothesis: group for hypothesis, group in waiting.items()
