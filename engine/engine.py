@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from stars.cache import PagedCache
@@ -51,6 +52,7 @@ class Engine:
     Calls are made from one thread. Raises ModelError, TokenizerError, RewardError or ValueError.
     """
 
+    @torch.inference_mode(False)  # what is allocated here is written outside the caller's inference mode, too
     def __init__(self, model: Any, reward: Any = None, *, tokenizer: Any = None, device: str = "auto",
                  dtype: str = "auto", deterministic: bool = False, **limits: int | None):
         if hasattr(model, "forward"):
@@ -238,7 +240,8 @@ class Engine:
             raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
         plan = policy.plan()
         if plan.scoring != "never" and self.reward is None:
-            raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, reward=...)")
+            raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
+                               "reward=...)")
         if plan.segment_size > self.config.max_segment_size:
             raise RequestError(f"segment_size is {plan.segment_size} and the engine's slabs hold "
                                f"{self.config.max_segment_size} tokens: build it with a larger max_segment_size")
@@ -250,14 +253,15 @@ class Engine:
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
         stop_ids = tuple(dict.fromkeys(eos + params.stop_token_ids))
         if len(stop_ids) > MAX_STOP_IDS:
-            raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: give fewer")
+            raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: "
+                               "give fewer")
         vocab_size = self.model_config.vocab_size
         prompt = parse_prompt(given, self.tokenizer, vocab_size)
         needed = len(prompt.token_ids) + params.max_tokens
         if needed > self.config.max_model_len:
             raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens={params.max_tokens} make "
-                               f"{needed}, the limit is {self.config.max_model_len} ({self.config.max_model_len_from}): "
-                               "shorten the prompt or lower max_tokens")
+                               f"{needed}, the limit is {self.config.max_model_len} "
+                               f"({self.config.max_model_len_from}): shorten the prompt or lower max_tokens")
         if plan.scoring != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
@@ -370,7 +374,9 @@ class Engine:
         """Runs the prompts of newly opened hypotheses through both models."""
         if not opened:
             return
-        self._passes.prefill([(h.table, h.request.prompt.token_ids, len(h.request.prompt.token_ids) - 1) for h in opened])
+        # The last prompt token is the first input of a draft.
+        self._passes.prefill([(hypothesis.table, ids, len(ids) - 1)
+                              for hypothesis in opened for ids in [hypothesis.request.prompt.token_ids]])
         for hypothesis in opened:
             self._cache.publish(hypothesis.table, hypothesis.request.prompt.token_ids[:-1])
         scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
