@@ -146,7 +146,8 @@ def test_requests_as_a_whole(engine):
     refused(stars.RequestError, "policy has 3 entries for 2 prompts", engine.generate, [PROMPT] * 2, None, [POLICY] * 3)
     refused(stars.RequestError, "sampling_params is dict", engine.generate, PROMPT, {"max_tokens": 3})
     refused(stars.RequestError, "policy is str", engine.generate, PROMPT, None, "STARS")
-    refused(stars.RequestError, "policy is Sample, it must be an object", engine.add_request, PROMPT, None, stars.Sample)
+    refused(stars.RequestError, "policy is Sample, it must be an object", engine.add_request, PROMPT, None,
+            stars.Sample)
     refused(stars.RequestError, "segment_size is 17 and the engine's slabs hold 16", engine.add_request, PROMPT, None,
             stars.STARS(segment_size=17, reward_threshold=1.0))
     refused(stars.RequestError, "n times the policy's candidates is 8000", engine.add_request, PROMPT,
@@ -233,7 +234,8 @@ def test_an_id_in_use(engine):
 def test_texts_that_cannot_be_read(tiny_model):
     """Half a surrogate pair is no text."""
     engine = stars.Engine(tiny_model(family="llama", tokenizer=True), cache_tokens=512)
-    refused(stars.TokenizerError, "cannot be encoded", engine.add_request, "a\ud800b", stars.SamplingParams(max_tokens=3))
+    refused(stars.TokenizerError, "cannot be encoded", engine.add_request, "a\ud800b",
+            stars.SamplingParams(max_tokens=3))
     with pytest.raises(stars.RequestError, match=r"^prompts\[0\]: this text cannot be encoded"):
         engine.generate("a\ud800b", stars.SamplingParams(max_tokens=3), use_tqdm=False)
 

@@ -12,7 +12,7 @@ import pytest
 import stars
 import torch
 from stars.detokenizer import hold_back
-from toy import ToyModel, ids, table_reward, toy_engine
+from toy import ToyModel, facts, ids, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1)
 REWARD = table_reward(seed=3)
@@ -103,7 +103,8 @@ def test_defaults_are_as_documented():
         1.0, 0, 1.0, 0.0, 128, 1, None)
     assert (params.stop, params.stop_token_ids, params.ignore_eos) == ((), (), False)
     policy = stars.STARS(reward_threshold=1.0)
-    assert (policy.segment_size, policy.max_attempts, policy.alpha, policy.beta, policy.width) == (16, 20, 0.5, 0.7, None)
+    assert (policy.segment_size, policy.max_attempts, policy.width) == (16, 20, None)
+    assert (policy.alpha, policy.beta) == (0.5, 0.7)
     assert stars.SamplingParams(top_k=-1).top_k == 0  # vLLM's other way to say off
     [output] = toy_engine(LM).generate(PROMPT, use_tqdm=False)
     assert output.policy == stars.Sample() and output.outputs[0].reward is None
@@ -271,7 +272,7 @@ def test_stream_equals_generate():
     [whole] = engine.generate(PROMPT, PARAMS, POLICY, use_tqdm=False)
     outputs = list(engine.stream(PROMPT, PARAMS, POLICY))
     assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
-    assert [o.segments for o in outputs[-1].outputs] == [o.segments for o in whole.outputs]
+    assert facts(outputs[-1]) == facts(whole)
     for earlier, later in zip(outputs, outputs[1:]):
         for a, b in zip(earlier.outputs, later.outputs, strict=True):
             assert b.token_ids[: len(a.token_ids)] == a.token_ids and b.segments[: len(a.segments)] == a.segments
@@ -301,8 +302,7 @@ def test_add_request_and_step():
             if output.finished:
                 finished[output.request_id] = output
     assert set(finished) == {mine, other}
-    assert all([o.segments for o in output.outputs] == [o.segments for o in whole.outputs]
-               for output in finished.values())
+    assert all(facts(output) == facts(whole) for output in finished.values())
     assert engine.step() == []
     assert engine.add_request(PROMPT, PARAMS, POLICY, request_id="mine") == "mine"
 
@@ -345,7 +345,7 @@ def test_calls_interleave():
         stepped += engine.step()
     assert [o.request_id for o in stepped] == [request_id] and stepped[-1].finished
     for output in (generated, streamed[-1], stepped[-1]):
-        assert [o.segments for o in output.outputs] == [o.segments for o in whole.outputs]
+        assert facts(output) == facts(whole)
 
 
 def test_one_failing_request_leaves_the_others_alone():
@@ -363,7 +363,7 @@ def test_one_failing_request_leaves_the_others_alone():
     outputs = engine.generate([PROMPT, {"prompt_token_ids": bad}, PROMPT], [PARAMS, params, PARAMS], POLICY,
                               use_tqdm=False)
     for output in (outputs[0], outputs[2]):
-        assert [o.segments for o in output.outputs] == [o.segments for o in alone.outputs]
+        assert facts(output) == facts(alone)
     for completion in outputs[1].outputs:
         assert completion.finish_reason == "error"
         assert completion.error == "the reward function raised ValueError: no opinion"

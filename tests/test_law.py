@@ -214,8 +214,8 @@ def best_accepted(monkeypatch):
         first = winners.get(lane.hypothesis)
         if first is None or first is lane or not lane.reward > first.reward:
             return
-        request = lane.hypothesis.request
-        u = stars.round.accept_uniform(request.seed, lane.attempt, len(lane.hypothesis.segments), lane.hypothesis.sample)
+        request, sample = lane.hypothesis.request, lane.hypothesis.sample
+        u = stars.round.accept_uniform(request.seed, lane.attempt, len(lane.hypothesis.segments), sample)
         if stars.law.accepts(u, lane.reward, lane.threshold, request.plan.beta):
             first.accepted, lane.accepted = False, True
             winners[lane.hypothesis] = lane

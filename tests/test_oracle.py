@@ -173,11 +173,12 @@ def test_larger_models_of_other_shapes(operations):
     engine = toy_engine(LARGER, stars.CausalReward(RM_LARGER.decoder()), page_size=16)
     for output in engine.generate(prompts, params, policy, use_tqdm=False):
         prompt = output.prompt_token_ids
-        equals_oracle(output, LARGER, lambda response: RM_LARGER.reward(prompt + response), policy, params)  # noqa: B023
+        equals_oracle(output, LARGER, lambda response, prompt=prompt: RM_LARGER.reward(prompt + response), policy,
+                      params)
 
 
 def test_eos_closing_is_scored_and_dropped():
-    """close="eos": every score reads an EOS behind the response, r(prompt) too, and no later score sees an earlier one."""
+    """close="eos": every score reads an EOS behind the response, r(prompt) too, and no score sees an earlier one."""
     policy = stars.STARS(3, 5, 0.5, 0.4, 0.8, 3)
     params = stars.SamplingParams(max_tokens=11, n=4, seed=12)
     engine = toy_engine(LM, stars.CausalReward(RM.decoder(), close="eos"))

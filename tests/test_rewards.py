@@ -257,7 +257,7 @@ def session_of(reward: stars.CausalReward, text: str, max_tokens: int = 30):
 
 
 def test_any_order_of_scoring_gives_the_same_score(lm, other, reference):
-    """Candidates scored beside each other, after rejections, after commits that end inside earlier ids: from scratch."""
+    """Candidates beside each other, after rejections, after commits that end inside earlier ids: as from scratch."""
     reward = stars.CausalReward(other)
     reward.bind(load_tokenizer(lm), 10**4, LIMITS)
     session = session_of(reward, "The dog")

@@ -17,6 +17,7 @@ from stars.engine import Engine
 from stars.model.config import ModelConfig, parse_config
 from stars.model.decoder import Decoder, LayerWeights
 from stars.model.rope import rope_tables
+from stars.outputs import RequestOutput
 
 EOS = 0
 """A token like any other, except that it ends a response."""
@@ -129,6 +130,15 @@ def table_reward(seed: int = 0, scale: float = 1.0) -> Callable[[Sequence[int]],
         return float(0.4 * scale + sum(table[place % 64, token] for place, token in enumerate(ids)))
 
     return reward
+
+
+def facts(output: RequestOutput) -> list:
+    """What two runs of one request must agree on outside deterministic mode: all but the last bits of log-probabilities
+    (rewards are a function of the tokens here)."""
+    return [(completion.token_ids, completion.finish_reason, completion.reward,
+             [(segment.token_ids, segment.reward, segment.threshold, segment.accepted,
+               [attempt._replace(logprob=0.0) for attempt in segment.attempts]) for segment in completion.segments])
+            for completion in output.outputs]
 
 
 def ids(length: int, vocab: int = 5, seed: int = 0) -> list[int]:
