@@ -24,8 +24,8 @@ def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
     parsed = _parse(prompt, tokenizer)
     wrong = next((token for token in parsed.token_ids if not 0 <= token < vocab_size), None)
     if wrong is not None:
-        raise RequestError(f"prompt token id {wrong} is outside the model's vocabulary of {vocab_size}: use the tokenizer "
-                           "that belongs to the model")
+        raise RequestError(f"prompt token id {wrong} is outside the model's vocabulary of {vocab_size}: use the "
+                           "tokenizer that belongs to the model")
     return parsed
 
 
@@ -46,7 +46,8 @@ def _parse(prompt: Any, tokenizer) -> Prompt:
     if not prompt:
         raise RequestError("the prompt is empty: give at least one character or token")
     if tokenizer is None:
-        raise RequestError('the model directory has no tokenizer.json: give {"prompt_token_ids": [...]} instead of text')
+        raise RequestError('the model directory has no tokenizer.json: give {"prompt_token_ids": [...]} instead of '
+                           "text")
     token_ids = tokenizer.encode(prompt, add_special_tokens=True)
     if not token_ids:
         raise RequestError("the tokenizer makes nothing of this prompt: give at least one character that it knows")

@@ -88,8 +88,8 @@ class CausalReward(Reward):
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
         prefix, _, _, closing = self._frame(prompt)
         if not prefix:
-            raise RequestError("the prompt is empty for the reward model: give at least one character that is no special "
-                               "token")
+            raise RequestError("the prompt is empty for the reward model: give at least one character that is no "
+                               "special token")
         outside = self._outside(prefix)
         if outside is not None:
             raise RequestError(outside)
