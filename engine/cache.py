@@ -182,15 +182,19 @@ class PagedCache:
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
-    def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
-        """Page rows of positions start .. stop - 1, int32 [stop - start], for a caller about to write them.
+    def rows(self, table: BlockTable, start: int, stop: int) -> array:
+        """Page rows of positions start .. stop - 1, for a caller about to write them.
 
         Shared pages among them are replaced by private copies first; raises OutOfPages, and then has changed nothing.
         """
         self._check(table)
         self._check_range(table, start, stop)
         self._make_private([(table, start, stop)])
-        return self._to_device(self._rows(table, start, stop))
+        return self._rows(table, start, stop)
+
+    def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
+        """`rows` as a tensor, int32 [stop - start]."""
+        return self._to_device(self.rows(table, start, stop))
 
     def commit(self, moves: Sequence[CommitMove]) -> None:
         """Makes slab rows history: one copy for all moves and layers, then table.length = at + count for each.

@@ -17,8 +17,9 @@ from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
 from stars.kernels import sample_step
 from stars.kernels.graph import Graphs
-from stars.kernels.types import Batch, LaneState
+from stars.kernels.types import Batch, LaneState, Tiles
 from stars.sampling import SamplingParams
+from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
 
@@ -47,11 +48,12 @@ class Drafted(NamedTuple):
 class Drafter:
     """Owns the lane buffers of one language model.
 
-    With `padded`, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number.
+    With `padded`, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number, and
+    attention gets its tiles.
     """
 
     def __init__(self, decoder, cache: PagedCache, max_lanes: int, max_segment_size: int, max_model_len: int,
-                 padded: bool = False):
+                 padded: bool = False, deterministic: bool = False):
         self.decoder = decoder
         self.cache = cache
         self.padded = padded
@@ -69,13 +71,17 @@ class Drafter:
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
         self._block_tables = torch.zeros(rows, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
                                          device=cache.device)
+        self._tiling = None
+        if padded:
+            config = decoder.config
+            self._tiling = Tiling(cache.device, rows, rows, config.num_heads, config.num_kv_heads, config.head_dim,
+                                  self._block_tables.shape[1] * cache.page_size, deterministic)
         self._graphs = Graphs()
 
     def draft(self, lanes: list[LaneSpec]) -> list[Drafted]:
         """Draws up to `limit` tokens for every lane; keys and values of their inputs are left in the slabs."""
         count = len(lanes)
-        self._fill(lanes)
-        self._run(count, max(lane.limit for lane in lanes))
+        self._run(self._fill(lanes), max(lane.limit for lane in lanes))
         steps = self._host.steps[:count].tolist()
         tokens = self._host.out_tokens[:count].tolist()
         logprobs = self._host.out_logprobs[:count].tolist()
@@ -89,9 +95,9 @@ class Drafter:
             spec = LaneSpec(table, 0, 0, 1, 0, 1, 0, SamplingParams(), ())
             seconds = math.inf
             for _ in range(repeats + 1):  # the first one also records
-                self._fill([spec._replace(slab=slab) for slab in slabs])
+                filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
-                self._run(lanes, 1)
+                self._run(filled, 1)
                 seconds = min(seconds, time.perf_counter() - begin)
             return seconds
         finally:
@@ -99,24 +105,25 @@ class Drafter:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
-    def _run(self, count: int, times: int) -> None:
+    def _run(self, filled: tuple[int, Tiles | None], times: int) -> None:
         """Sends the buffers, runs the steps, and fetches the buffers back."""
-        rows = bucket(count) if self.padded else count
+        rows, tiles = filled
         state = LaneState(*(tensor[:rows] for tensor in self._state))
         batch = Batch(
             state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
             self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
-            self._buffers["slab_start"][:rows], state.slab_used)
+            self._buffers["slab_start"][:rows], state.slab_used, tiles)
 
         def step() -> None:
             hidden = self.decoder.forward(batch, self.cache)  # [rows, hidden]
             sample_step(self.decoder.logits(hidden), state)
 
         self._buffers.upload()
-        self._graphs.run(rows, step, state.done, times)
+        self._graphs.run((rows, *shape(tiles)), step, state.done, times)
         self._buffers.download()
 
-    def _fill(self, lanes: list[LaneSpec]) -> None:
+    def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
+        """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""
         count = len(lanes)
         self._buffers.wait()
         host = self._host
@@ -149,8 +156,11 @@ class Drafter:
         host.stop_ids[:count] = -1
         for index, lane in enumerate(lanes):
             host.stop_ids[index, : len(lane.stop_ids)] = lane.stop_ids
-        if self.padded:
-            self._idle(slice(count, bucket(count)), groups[-1])
+        if not self.padded:
+            return count, None
+        rows = bucket(count)
+        self._idle(slice(count, rows), groups[-1])
+        return rows, self._tiling.fill(rows, range(count + 1), groups, True, int(lengths.max()))
 
     def _idle(self, rows: slice, group: int) -> None:
         """Lanes that are done before they start: they write nothing, and nobody reads what they compute."""

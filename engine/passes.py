@@ -11,7 +11,8 @@ import torch
 from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
 from stars.kernels.graph import Graphs
-from stars.kernels.types import Batch
+from stars.kernels.types import Batch, Tiles
+from stars.tiling import Tiling, shape
 
 CHUNK = 256
 """Rows of a prefill pass: enough to be bound by arithmetic, few enough to keep activations in a processor's caches."""
@@ -30,10 +31,12 @@ class Span(NamedTuple):
 class Passes:
     """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed.
 
-    With `padded`, rows and sequences are filled up to buckets with idle ones, so that few captured shapes serve all.
+    With `padded`, rows and sequences are filled up to buckets with idle ones, so that few captured shapes serve all,
+    and attention gets its tiles.
     """
 
-    def __init__(self, decoder, cache: PagedCache, max_sequences: int, max_model_len: int, padded: bool = False):
+    def __init__(self, decoder, cache: PagedCache, max_sequences: int, max_model_len: int, padded: bool = False,
+                 deterministic: bool = False):
         self.decoder = decoder
         self.cache = cache
         self.padded = padded
@@ -51,6 +54,11 @@ class Passes:
                                          device=cache.device)
         self._scores = torch.zeros(sequences, device=cache.device)
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
+        self._tiling = None
+        if padded:
+            config = decoder.config
+            self._tiling = Tiling(cache.device, rows, sequences, config.num_heads, config.num_kv_heads, config.head_dim,
+                                  self._block_tables.shape[1] * cache.page_size, deterministic)
         self._graphs = Graphs()
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]) -> None:
@@ -64,7 +72,7 @@ class Passes:
             for start in range(table.length, stop, CHUNK):
                 end = min(stop, start + CHUNK)
                 # Making shared pages private comes before any pass reads the block table.
-                slots = self.cache.slots(table, start, end).tolist()
+                slots = self.cache.rows(table, start, end)
                 spans.append(Span(table, token_ids[start:end], start, slots))
         for batch in self._batches(spans, into_slab=False):
             self._run(batch, into_slab=False)
@@ -98,12 +106,13 @@ class Passes:
             yield batch
 
     def _run(self, spans: Sequence[Span], into_slab: bool) -> None:
-        rows, sequences = self._fill(spans)
+        rows, sequences, tiles = self._fill(spans, into_slab)
         buffers = self._buffers
         batch = Batch(
             buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
             buffers["row_start"][: sequences + 1], buffers["seq_group"][:sequences], self._block_tables,
-            buffers["prefix_len"][:sequences], buffers["slab_start"][:sequences], buffers["slab_used"][:sequences])
+            buffers["prefix_len"][:sequences], buffers["slab_start"][:sequences], buffers["slab_used"][:sequences],
+            tiles)
 
         def step() -> None:
             hidden = self.decoder.forward(batch, self.cache, buffers["last"][:sequences])  # [sequences, hidden]
@@ -111,10 +120,11 @@ class Passes:
                 self.decoder.score(hidden, self._scores[:sequences])
 
         buffers.upload()
-        self._graphs.run((rows, sequences, into_slab), step, self._never_done)
+        # Shapes of scoring passes come again and again, those of prompts hardly do.
+        self._graphs.run((rows, sequences, into_slab, *shape(tiles)), step, self._never_done, rare=not into_slab)
 
-    def _fill(self, spans: Sequence[Span]) -> tuple[int, int]:
-        """Writes the spans into the buffers; (rows, sequences) of the pass, idle ones included."""
+    def _fill(self, spans: Sequence[Span], into_slab: bool) -> tuple[int, int, Tiles | None]:
+        """Writes the spans into the buffers; rows and sequences, idle ones included, and attention's tiles."""
         self._buffers.wait()
         tables: list[BlockTable] = []
         groups, token_ids, positions, slots, row_start = [], [], [], [], [0]
@@ -128,7 +138,10 @@ class Passes:
             row_start.append(len(token_ids))
         last = [stop - 1 for stop in row_start[1:]]
         prefix_len, slab_start = [span.start for span in spans], [span.slab_start for span in spans]
+        tiles = None
         if self.padded:
+            most_keys = max(span.start + (0 if into_slab else len(span.token_ids)) for span in spans)
+            tiles = self._tiling.fill(bucket(len(token_ids)), row_start, groups, into_slab, most_keys)
             # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
             idle = bucket(len(token_ids)) - len(token_ids)
             token_ids, positions, slots = token_ids + [0] * idle, positions + [0] * idle, slots + [-1] * idle
@@ -141,4 +154,4 @@ class Passes:
                              ("prefix_len", prefix_len), ("slab_start", slab_start)):
             self._buffers.host(name)[: len(values)] = values
         self.cache.block_tables(tables, out=self._block_tables)
-        return len(token_ids), len(prefix_len)
+        return len(token_ids), len(prefix_len), tiles

@@ -71,7 +71,7 @@ class STARS:
 
     def plan(self) -> Plan:
         """Soft or hard threshold, capped, best seen on exhaustion."""
-        # An infinite threshold swallows r(prompt) in the formula of r0, so alpha = 1 says the same without computing it.
+        # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
         alpha = self.alpha if math.isfinite(self.reward_threshold) else 1.0
         return Plan(self.segment_size, self.max_attempts, self.width, "segment", "threshold",
                     alpha=float(alpha), beta=float(self.beta), reward_threshold=float(self.reward_threshold))
