@@ -17,6 +17,22 @@ class LayerKV(NamedTuple):
     page_size: int
 
 
+class Tiles(NamedTuple):
+    """How attention on a GPU divides the rows of a batch among programs; built by `stars.kernels.triton.tiles`.
+
+    The tensors are read on the device, the numbers fix the shape of the launch. A tile with 0 rows is not used.
+    """
+
+    row_seq: Tensor  # int32 [rows] sequence of each row
+    prefix: Tensor  # int32 [tiles, 3] group, first row, rows: rows of one group, which read its pages together
+    slab: Tensor  # int32 [slab tiles, 3] sequence, first row, rows: rows of one sequence; unused when not into_slab
+    packed: int  # query rows times query heads per key head of a full prefix tile
+    packed_slab: int  # the same of a full slab tile
+    splits: int  # parts the page keys of a tile are divided into
+    split_keys: int  # keys of one part, counted from position 0; 0 divides what a tile sees evenly
+    workspace: Tensor | None = None  # float32 [at least `workspace_size`]; None takes the device's shared one
+
+
 class Batch(NamedTuple):
     """What one forward pass runs over: `rows` tokens of `sequences` sequences. All tensors are int32.
 
@@ -35,6 +51,7 @@ class Batch(NamedTuple):
     prefix_len: Tensor  # [sequences] page keys every row of the sequence sees
     slab_start: Tensor  # [sequences] flat slab row of slab key 0; unused when not into_slab
     slab_used: Tensor  # [sequences] slab keys written before this pass; 0 when not into_slab
+    tiles: Tiles | None = None  # read by attention on a GPU only, which builds them on the host where there are none
 
 
 class LaneState(NamedTuple):
@@ -61,3 +78,27 @@ class LaneState(NamedTuple):
     top_p: Tensor  # float32 [lanes]; 1 is off
     min_p: Tensor  # float32 [lanes]; 0 is off
     stop_ids: Tensor  # int32 [lanes, max_stop_ids]; token ids that end the lane, padded with -1
+
+
+class DecideState(NamedTuple):
+    """Everything `score_and_decide` reads and changes for the requests of one round. Lanes of a request are adjacent.
+
+    The host sets `record` to -1 at the start of a round and best_attempt to 0 at the start of a segment. A request may
+    be decided over several calls, a few lanes at a time in attempt order; a call leaves it alone once it is decided.
+    """
+
+    lane_start: Tensor  # int32 [requests + 1] lanes of request i are lane_start[i] .. lane_start[i + 1] - 1
+    seeds: Tensor  # int64 [requests] the Philox key (bits of an unsigned 64-bit seed)
+    streams: Tensor  # int32 [requests] segment index and sample index: counter word 3
+    max_tokens: Tensor  # int32 [requests] N of the threshold schedule
+    start: Tensor  # float64 [requests] r0, where the threshold starts
+    reward_threshold: Tensor  # float64 [requests]
+    beta: Tensor  # float64 [requests]; 0 is the hard rule
+    attempts: Tensor  # int32 [lanes] attempt number, from 1, rising within a request
+    tokens: Tensor  # int32 [lanes] n of the threshold schedule: response tokens, the candidate's included
+    slabs: Tensor  # int32 [pools, lanes] slab id of each lane in each cache; changed where a lane becomes the best
+    best_reward: Tensor  # float64 [requests] of the best seen over all rounds of the segment, where there is one
+    best_attempt: Tensor  # int32 [requests] its attempt number; 0: none yet
+    best_slab: Tensor  # int32 [pools, requests] its slab ids; a spare slab's where there is none yet
+    record: Tensor  # int32 [requests, 3] winner, best, error: a lane each, or -1
+    rewards: Tensor  # float32 [lanes] out
