@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from stars.errors import RequestError
+from stars.sampling import is_number
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 
@@ -61,12 +62,16 @@ class STARS:
         _integer("STARS", "max_attempts", self.max_attempts)
         if self.width is not None:
             _integer("STARS", "width", self.width)
+        for name in ("alpha", "beta", "reward_threshold"):
+            value = getattr(self, name)
+            if value is not None and not is_number(value):
+                raise RequestError(f"STARS.{name} is {value!r}, it must be a number")
         if self.reward_threshold is None or math.isnan(self.reward_threshold):
             raise RequestError("STARS needs a reward_threshold, which depends on the reward model: "
                                "measure one with engine.calibrate(prompts)")
-        if not 0.0 <= self.alpha <= 1.0:
+        if self.alpha is None or not 0.0 <= self.alpha <= 1.0:
             raise RequestError(f"STARS.alpha is {self.alpha}, it must be between 0 and 1")
-        if not 0.0 <= self.beta < math.inf:
+        if self.beta is None or not 0.0 <= self.beta < math.inf:
             raise RequestError(f"STARS.beta is {self.beta}, it must be 0 (the hard rule) or a positive number")
 
     def plan(self) -> Plan:

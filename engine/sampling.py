@@ -68,25 +68,38 @@ class SamplingParams:
         _integer_at_least("n", self.n, 1)
         if self.n > MAX_SAMPLES:
             raise RequestError(f"SamplingParams.n is {self.n}, the most is {MAX_SAMPLES}: split the request")
-        if not 0.0 < self.top_p <= 1.0:
-            raise RequestError(f"SamplingParams.top_p is {self.top_p}, it must be above 0 and at most 1")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise RequestError(f"SamplingParams.min_p is {self.min_p}, it must be between 0 and 1")
+        if not is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"SamplingParams.top_p is {self.top_p!r}, it must be above 0 and at most 1")
+        if not is_number(self.min_p) or not 0.0 <= self.min_p <= 1.0:
+            raise RequestError(f"SamplingParams.min_p is {self.min_p!r}, it must be between 0 and 1")
         if self.seed is not None and not (isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 64):
             raise RequestError(f"SamplingParams.seed is {self.seed!r}, it must be None or an integer of 64 bits")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = _items("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError("SamplingParams.stop must be a string or a list of strings, none of them empty")
         object.__setattr__(self, "stop", stop)
-        stop_token_ids = tuple(self.stop_token_ids or ())
-        if not all(isinstance(token, int) and token >= 0 for token in stop_token_ids):
+        stop_token_ids = _items("stop_token_ids", self.stop_token_ids)
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stop_token_ids):
             raise RequestError("SamplingParams.stop_token_ids must be a list of token ids, 0 or above")
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int or a float (a bool is neither)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise RequestError(f"SamplingParams.{name} is {value!r}, it must be a list")
+    return tuple(value)
+
+
 def _finite_at_least(name: str, value: float, least: float) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+    if not is_number(value) or not math.isfinite(value) or value < least:
         raise RequestError(f"SamplingParams.{name} is {value!r}, it must be a finite number of at least {least}")
 
 

@@ -250,3 +250,20 @@ def test_a_tokenizer_of_another_model(tiny_model, tmp_path):
     engine = stars.Engine(copy, cache_tokens=512)
     refused(stars.RequestError, "outside the model's vocabulary of 97: use the tokenizer that belongs to the model",
             engine.add_request, "The quick brown fox", stars.SamplingParams(max_tokens=3))
+
+
+@pytest.mark.parametrize("name, value", [("stop", 5), ("stop", [""]), ("stop_token_ids", 5), ("stop_token_ids", ["a"]),
+                                         ("top_p", "x"), ("min_p", None), ("temperature", "hot"), ("top_k", 1.5),
+                                         ("stop_token_ids", [True]), ("temperature", True)])
+def test_sampling_values_of_the_wrong_type_are_request_errors(name, value):
+    """A wrong type is refused by name like a wrong value, never a bare TypeError from somewhere inside."""
+    with pytest.raises(RequestError, match=f"SamplingParams.{name}"):
+        stars.SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("name, value", [("reward_threshold", "x"), ("alpha", "x"), ("beta", None), ("alpha", None),
+                                         ("width", 1.5), ("segment_size", "8"), ("max_attempts", True)])
+def test_policy_values_of_the_wrong_type_are_request_errors(name, value):
+    """The same for the parameters of a policy."""
+    with pytest.raises(RequestError, match=f"STARS.{name}"):
+        stars.STARS(**{"reward_threshold": 1.0, name: value})

@@ -1,0 +1,57 @@
+"""Whether a GPU can run what is asked of it: refused here, in one sentence, before any weight is read."""
+
+from __future__ import annotations
+
+import torch
+
+from stars.errors import ModelError
+from stars.model.config import ModelConfig
+
+LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
+LEAST_TRITON = (3, 2)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Head sizes that attention has kernels for."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_gpu() -> None:
+    """Raises ModelError unless there is a GPU of a supported capability and a Triton that is new enough."""
+    if not torch.cuda.is_available():
+        raise ModelError('device="cuda" needs an NVIDIA GPU and a CUDA build of torch, and torch finds none: use '
+                         'device="cpu"')
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        raise ModelError(f"the GPU has compute capability {capability[0]}.{capability[1]} and the kernels need "
+                         f'{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more: use device="cpu"')
+    try:
+        import triton
+    except ImportError:
+        raise ModelError('device="cuda" needs triton: pip install triton') from None
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < LEAST_TRITON:
+        raise ModelError(f"triton is {triton.__version__} and the kernels need {LEAST_TRITON[0]}.{LEAST_TRITON[1]} or "
+                         "more: pip install --upgrade triton")
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raises ModelError for a model whose shape the GPU's kernels do not serve."""
+    if config.head_dim not in HEAD_DIMS:
+        sizes = ", ".join(map(str, HEAD_DIMS))
+        raise ModelError(f"the model has head_dim {config.head_dim} and the GPU's attention has kernels for {sizes}: "
+                         'use device="cpu"')
+
+
+def check_memory(needed: dict[str, int], free: int) -> None:
+    """Raises ModelError unless `free` bytes hold what is needed, by name: how much is missing, and what to lower."""
+    missing = sum(needed.values()) - free
+    if missing <= 0:
+        return
+    parts = ", ".join(f"{size / 2**30:.1f} GiB for {name}" for name, size in needed.items())
+    raise ModelError(f"the GPU has {free / 2**30:.1f} GiB free and lacks {missing / 2**30:.1f} GiB ({parts}): lower "
+                     "cache_tokens, max_num_lanes or max_segment_size, or use smaller models")
+
+
+def cache_bytes(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
+    """Keys and values of `rows` page and slab rows, all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * rows * dtype.itemsize

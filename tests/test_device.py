@@ -1,0 +1,61 @@
+"""What a GPU cannot do is refused in one sentence before any weight is read; checked here without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stars import device
+from stars.errors import ModelError
+from toy import ToyModel
+
+
+def test_no_gpu(monkeypatch):
+    """The sentence names what is missing and what to use instead."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match='needs an NVIDIA GPU .* use device="cpu"'):
+        device.check_gpu()
+
+
+def test_old_gpu(monkeypatch):
+    """A card before Ampere is refused with its capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ModelError, match="capability 7.5 and the kernels need 8.0"):
+        device.check_gpu()
+
+
+def test_old_triton(monkeypatch):
+    """A Triton without what the kernels use is refused with its version."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    device.check_gpu()
+    monkeypatch.setattr(triton, "__version__", "3.1.0")
+    with pytest.raises(ModelError, match="triton is 3.1.0 and the kernels need 3.2"):
+        device.check_gpu()
+
+
+def test_head_dim_without_a_kernel():
+    """The toy's head_dim of 8 has no kernel."""
+    with pytest.raises(ModelError, match="head_dim 8 .* 64, 80, 96, 128, 256"):
+        device.check_model(ToyModel(vocab=5, seed=0).config)
+
+
+def test_too_little_memory():
+    """The sentence adds up: what is free, what is missing, for what, and which settings to lower."""
+    device.check_memory({"weights": 2 << 30, "caches": 1 << 30}, 3 << 30)
+    with pytest.raises(ModelError, match=r"4\.0 GiB free and lacks 2\.5 GiB \(6\.0 GiB for weights, 0\.5 GiB for caches"
+                                         r"\): lower cache_tokens"):
+        device.check_memory({"weights": 6 << 30, "caches": 1 << 29}, 4 << 30)
+
+
+def test_cache_bytes_are_those_of_the_cache():
+    """The estimate is what a cache of that many rows allocates."""
+    from stars.cache import PagedCache
+
+    config = ToyModel(vocab=5, seed=0).config
+    cache = PagedCache(config.num_layers, config.num_kv_heads, config.head_dim, page_size=4, num_pages=10, num_slabs=3,
+                       slab_len=8)
+    held = sum(t.numel() * t.element_size() for t in (cache.k_pages, cache.v_pages, cache.k_slabs, cache.v_slabs))
+    assert device.cache_bytes(config, 10 * 4 + 3 * 8, torch.float32) == held
