@@ -1,4 +1,4 @@
-"""The law of acceptance: threshold schedule and test, in float64.."""
+"""The law of acceptance: threshold schedule and test, in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def threshold(tokens: int, max_tokens: int, start: float, reward_threshold: floa
 
 
 def accept_probability(reward: float, tau: float, beta: float) -> float:
-    """P(log u < (reward - tau) / beta) = min(1, exp((reward - tau) / beta)); beta = 0 is the hard rule reward >= tau."""
+    """P(log u < (reward - tau) / beta) = min(1, exp((reward - tau) / beta)); beta = 0: the hard rule reward >= tau."""
     if reward == -math.inf or tau == math.inf:
         return 0.0
     if tau == -math.inf:

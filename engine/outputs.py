@@ -1,4 +1,4 @@
-"""What the engine returns: vLLM's RequestOutput and CompletionOutput, with the segments and attempts behind the text."""
+"""What the engine returns: vLLM's RequestOutput and CompletionOutput, with the segments and attempts behind them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ def is_number(value: Any) -> bool:
 def _items(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
-    if not isinstance(value, (list, tuple, set, frozenset)):
+    if not isinstance(value, Iterable):
         raise RequestError(f"SamplingParams.{name} is {value!r}, it must be a list")
     return tuple(value)
 

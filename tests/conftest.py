@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+
 from stars.bindings import libstars
 from stars.kernels.dispatch import references_only
 from tiny_models import TinyModel, write_model

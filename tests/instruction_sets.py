@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from stars.bindings import libstars
 
 INSTRUCTION_SETS = ("base", "avx2", "avx512")

@@ -6,8 +6,10 @@ import math
 import re
 
 import pytest
-import stars
 import torch
+
+import stars
+from stars.errors import RequestError
 from stars.round import NAN_LOGITS
 from toy import ToyModel, ids, table_reward, toy_engine
 

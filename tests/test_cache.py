@@ -9,9 +9,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
 from stars.cache import BlockTable, CommitMove, PagedCache
-from stars.kernels.copy_rows import copy_rows, copy_rows_reference
 from stars.errors import IntegrityError, OutOfPages
+from stars.kernels.copy_rows import copy_rows, copy_rows_reference
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 3
 
@@ -576,7 +577,8 @@ class CacheMachine(RuleBasedStateMachine):
             segment = segment[: table.capacity - at]
             tokens = self.tokens[table][:at] + segment
             slabs.append(self.cache.take_slab())
-            moves.append(CommitMove(table, fill_slab(self.cache, slabs[-1], self.values(tokens)[at:], 2), len(segment), at))
+            start = fill_slab(self.cache, slabs[-1], self.values(tokens)[at:], 2)
+            moves.append(CommitMove(table, start, len(segment), at))
             results.append(tokens)
         if self.refused(lambda: self.cache.commit(moves) or True):
             for move, tokens in zip(moves, results):

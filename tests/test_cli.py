@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stars
 from safetensors.torch import load_file, save_file
+
+import stars
 from stars.cli import main
 
 SAMPLING = ["--max-tokens", "9", "--seed", "3"]

@@ -7,11 +7,12 @@ import math
 import tracemalloc
 
 import pytest
-import stars
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import stars
 from toy import ToyModel, facts, ids, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1, layers=1, positions=96)

@@ -7,10 +7,11 @@ import math
 import warnings
 
 import numpy as np
-import oracle
 import pytest
-import stars
 import torch
+
+import oracle
+import stars
 from stars.detokenizer import hold_back
 from toy import ToyModel, facts, ids, table_reward, toy_engine
 

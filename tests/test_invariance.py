@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import pytest
-import stars
 import torch
+
+import stars
 from stars.bindings import libstars
 from stars.kernels.dispatch import references_only
 from toy import ToyModel, ids, toy_engine

@@ -18,12 +18,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import oracle
 import pytest
+import torch
+
+import oracle
 import stars
 import stars.law
 import stars.round
-import torch
 from stars.bindings import libstars
 from toy import EOS, ToyModel, table_reward, toy_engine
 

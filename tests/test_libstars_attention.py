@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from instruction_sets import instruction_set  # noqa: F401  (a fixture)
 from stars.bindings import libstars
 from stars.kernels.attention import attention_reference

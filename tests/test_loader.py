@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from stars.cache import PagedCache
 from stars.errors import ModelError
 from stars.kernels.types import Batch

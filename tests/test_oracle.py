@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import oracle
 import pytest
-import stars
 import torch
+
+import oracle
+import stars
 from toy import EOS, ToyModel, ids, table_reward, toy_engine
 
 TOLERANCE = 2e-4

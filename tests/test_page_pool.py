@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import pytest
+
 from stars.errors import IntegrityError, OutOfPages
 from stars.page_pool import PagePool
 

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.kernels.types import Batch
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
 from tiny_models import TinyModel
-from torch import Tensor
 
 PAGE, SLAB = 4, 8
 TOLERANCE = 1e-4  # absolute, with logits of order 1 to 10

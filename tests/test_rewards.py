@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stars
 import torch
+
+import stars
 from stars.model.tokenizer import load_tokenizer
 from stars.prompt import parse_prompt
 from stars.reward import resolve_reward

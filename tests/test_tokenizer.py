@@ -10,9 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import stars
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import stars
 from stars.errors import TokenizerError
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from tiny_models import CHAT_TEMPLATE, SENTENCES, SPECIAL_TOKENS, write_tokenizer

@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+
 import stars
 from stars.cli.terminal import Style, visible
 from stars.trace import TraceAttempt, TraceCompletion, TraceRequest, TraceSegment, request_trace, trace_records

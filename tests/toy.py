@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+
 from stars import kernels
 from stars.engine import Engine
 from stars.model.config import ModelConfig, parse_config
