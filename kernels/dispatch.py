@@ -21,6 +21,11 @@ def on_libstars(tensor: Tensor) -> bool:
     return not _references_only and tensor.device.type == "cpu" and libstars.available()
 
 
+def on_triton(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` runs as a Triton kernel."""
+    return not _references_only and tensor.is_cuda
+
+
 @contextmanager
 def references_only() -> Iterator[None]:
     """Inside, every operation runs as its torch reference."""

@@ -4,43 +4,77 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars
+from stars.kernels.dispatch import on_libstars, on_triton
 
 MOST_GRAPHS = 128
 """Shapes kept; the least recently used one makes room."""
 
 
 class Graphs:
-    """Recorded passes by shape. Without libstars the pass is simply run."""
+    """Recorded passes by shape: programs of libstars on the CPU, CUDA graphs on a GPU, plain calls otherwise."""
 
     def __init__(self):
-        self._programs: OrderedDict[Hashable, libstars.Program] = OrderedDict()
+        self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
+        self._seen: set[Hashable] = set()  # shapes that ran on a GPU without being captured
+        self._pool = None  # memory that the CUDA graphs share: they never run at the same time
 
-    def run(self, key: Hashable, step: Callable[[], None], done: Tensor, times: int = 1) -> int:
+    def run(self, key: Hashable, step: Callable[[], None], done: Tensor, times: int = 1, rare: bool = False) -> int:
         """Runs `step` up to `times` times, until all of `done` int32 [n] are non-zero; returns how often it ran.
 
         `step` is called on the first run of a `key` and replayed afterwards: it must touch the same addresses and have
-        the same shapes each time, and read everything else from memory.
+        the same shapes each time, and read everything else from memory. On a GPU all `times` steps are one graph, which
+        is captured at the second run of a shape and never ends early (steps of lanes that are done do nothing), and
+        `rare` shapes are not captured.
         """
-        if not on_libstars(done):
-            for ran in range(1, times + 1):
-                step()
-                if bool(done.all()):
-                    return ran
-            return times
-        program = self._programs.get(key)
+        if on_libstars(done):
+            return self._run_program(key, step, done, times)
+        if on_triton(done):
+            return self._run_graph((key, times), step, times, rare)
+        for ran in range(1, times + 1):
+            step()
+            if bool(done.all()):
+                return ran
+        return times
+
+    def _run_program(self, key: Hashable, step: Callable[[], None], done: Tensor, times: int) -> int:
+        program = self._recorded.get(key)
         if program is not None:
-            self._programs.move_to_end(key)
+            self._recorded.move_to_end(key)
             return program.run(times, done)
         with libstars.record() as program:
             step()
-        self._programs[key] = program
-        if len(self._programs) > MOST_GRAPHS:
-            self._programs.popitem(last=False)
+        self._keep(key, program)
         if times == 1 or bool(done.all()):
             return 1
         return 1 + program.run(times - 1, done)
+
+    def _run_graph(self, key: Hashable, step: Callable[[], None], times: int, rare: bool) -> int:
+        graph = self._recorded.get(key)
+        if graph is None and (rare or key not in self._seen):
+            # The first run compiles kernels and lets libraries allocate, which a capture does not permit.
+            for _ in range(times):
+                step()
+            self._seen.add(key)
+            return times
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool):
+                for _ in range(times):
+                    step()
+            self._keep(key, graph)
+        else:
+            self._recorded.move_to_end(key)
+        graph.replay()
+        return times
+
+    def _keep(self, key: Hashable, recorded: Any) -> None:
+        self._recorded[key] = recorded
+        if len(self._recorded) > MOST_GRAPHS:
+            self._recorded.popitem(last=False)

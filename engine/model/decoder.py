@@ -30,7 +30,7 @@ class LayerWeights(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Every intermediate of a pass, float32, allocated once; a pass of n rows uses the first n of each."""
+    """Every intermediate of a pass, in the decoder's dtype unless said otherwise; n rows use the first n of each."""
 
     residual: Tensor  # [max_rows, hidden]
     picked: Tensor  # [max_rows, hidden] the residual stream of the selected rows
@@ -41,16 +41,17 @@ class Workspace(NamedTuple):
     branch: Tensor  # [max_rows, hidden] what attention or MLP adds to the residual stream
     gate_up: Tensor  # [max_rows, 2 * intermediate]
     gated: Tensor  # [max_rows, intermediate]
-    hidden: Tensor  # [max_rows, hidden] after the final norm
+    hidden: Tensor  # [max_rows, hidden] after the final norm; float32 before a reward head
     logits: Tensor | None  # [max_rows, vocab]
-    scores: Tensor | None  # [max_rows, 1]
+    scores: Tensor | None  # float32 [max_rows, 1]
 
 
 class Decoder:
     """Pre-norm decoder layers between an embedding and a head.
 
     `head` gives logits (for tied embeddings it is the embedding's own Weight), `score_head` [1, hidden] rewards; either
-    may be None. cos, sin float32 [max_position_embeddings, head_dim / 2].
+    may be None. cos, sin float32 [max_position_embeddings, head_dim / 2]. dtype: of activations, keys and values;
+    float32 on the CPU.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Decoder:
         cos: Tensor,
         sin: Tensor,
         max_rows: int,
+        dtype: torch.dtype = torch.float32,
     ):
         self.config = config
         self.embedding = embedding
@@ -73,6 +75,7 @@ class Decoder:
         self.score_head = score_head
         self.cos = cos
         self.sin = sin
+        self.dtype = dtype
         self.max_rows = 0
         self.reserve(max_rows)
 
@@ -92,8 +95,8 @@ class Decoder:
         heads_width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
 
-        def buffer(width: int) -> Tensor:
-            return torch.empty(max_rows, width, dtype=torch.float32, device=self.device)
+        def buffer(width: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(max_rows, width, dtype=dtype, device=self.device)
 
         self._space = Workspace(
             residual=buffer(config.hidden_size),
@@ -105,16 +108,16 @@ class Decoder:
             branch=buffer(config.hidden_size),
             gate_up=buffer(2 * config.intermediate_size),
             gated=buffer(config.intermediate_size),
-            hidden=buffer(config.hidden_size),
+            hidden=buffer(config.hidden_size, self.dtype if self.score_head is None else torch.float32),
             logits=buffer(config.vocab_size) if self.head is not None else None,
-            scores=buffer(1) if self.score_head is not None else None,
+            scores=buffer(1, torch.float32) if self.score_head is not None else None,
         )
         self.max_rows = max_rows
 
     def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
         """Runs all layers and writes the batch's keys and values; returns the hidden state after the final norm.
 
-        float32 [n, hidden], a view of the workspace that the next pass overwrites: of all rows, or of `rows` int32 [n]
+        [n, hidden], a view of the workspace that the next pass overwrites: of all rows, or of `rows` int32 [n]
         (indices into the batch's rows), in whose case all after the last layer's attention runs for those rows only.
         Raises IntegrityError for more rows than reserved.
         """
@@ -161,7 +164,7 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits of hidden float32 [n, hidden]: float32 [n, vocab] in `out`, or in the workspace.
+        """Logits of hidden [n, hidden]: [n, vocab] in `out`, or in the workspace.
 
         Raises ModelError for a model without a language model head.
         """

@@ -1,0 +1,53 @@
+"""Attention's tiles in buffers at fixed addresses, for passes that a GPU captures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stars.buffers import Buffers
+from stars.kernels.triton import tiles
+from stars.kernels.types import Tiles
+
+
+class Tiling:
+    """One set of tile buffers: of the drafts, or of the passes, of one model.
+
+    capacity: keys a row of the block tables can hold. `deterministic` plans depend on the kind of a pass alone.
+    """
+
+    def __init__(self, device: torch.device | str, max_rows: int, max_sequences: int, heads: int, kv_heads: int,
+                 head_dim: int, capacity: int, deterministic: bool):
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.capacity = capacity
+        self.deterministic = deterministic
+        most = tiles.bucket(min(max_rows, max_rows + max_sequences))  # a tile has a row at least
+        self._buffers = Buffers(device, row_seq=(torch.int32, (max_rows,)), prefix=(torch.int32, (most, 3)),
+                                slab=(torch.int32, (most, 3)))
+        # For the most parts a plan can ask for: growing it later would move it under the graphs that use it.
+        size = (tiles.MOST_SPLITS + 1) * max_rows * heads * (head_dim + 1)
+        self._workspace = torch.empty(size, dtype=torch.float32, device=device)
+
+    def fill(self, rows: int, row_start: Sequence[int], seq_group: Sequence[int], into_slab: bool,
+             most_keys: int) -> Tiles:
+        """Tiles of a pass of `rows` rows (idle ones included) whose sequences begin at `row_start`, sent to the device.
+
+        most_keys: page keys of the longest context; only its power of two enters, so that few graphs serve all.
+        """
+        plan = tiles.plan(row_start, seq_group, into_slab, self.heads, self.kv_heads,
+                          min(self.capacity, tiles.bucket(max(1, most_keys))), self.capacity, self.deterministic)
+        self._buffers.wait()
+        used = tiles.fill(row_start, seq_group, into_slab, self.heads // self.kv_heads, plan,
+                          self._buffers.host("row_seq"), self._buffers.host("prefix"), self._buffers.host("slab"))
+        self._buffers.upload()
+        return Tiles(self._buffers["row_seq"][:rows], self._buffers["prefix"][: tiles.bucket(used[0])],
+                     self._buffers["slab"][: tiles.bucket(max(1, used[1]))], *plan, self._workspace)
+
+
+def shape(chosen: Tiles | None) -> tuple[int, ...]:
+    """What of the tiles is fixed in a captured graph: part of its key."""
+    if chosen is None:
+        return ()
+    return (len(chosen.prefix), len(chosen.slab), chosen.packed, chosen.packed_slab, chosen.splits, chosen.split_keys)
