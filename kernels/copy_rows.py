@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars
+from stars.kernels.dispatch import on_libstars, on_triton
 
 
 def copy_rows(
@@ -19,6 +19,10 @@ def copy_rows(
     """
     if on_libstars(k_source) and k_source.dtype == torch.float32:
         libstars.copy_rows(k_source, v_source, source, k_target, v_target, target)
+    elif on_triton(k_source):
+        from stars.kernels.triton.copy_rows import copy_rows as launch
+
+        launch(k_source, v_source, source, k_target, v_target, target)
     else:
         copy_rows_reference(k_source, v_source, source, k_target, v_target, target)
 

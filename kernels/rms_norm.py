@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars
+from stars.kernels.dispatch import on_libstars, on_triton
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
     """residual += x (where given); out = weight * y / sqrt(mean(y^2) + eps), y = residual or x. `out` may be `x`."""
     if on_libstars(x):
         libstars.rms_norm(x, weight, eps, out, residual)
+    elif on_triton(x):
+        from stars.kernels.triton.rms_norm import rms_norm as launch
+
+        launch(x, weight, eps, out, residual)
     else:
         rms_norm_reference(x, weight, eps, out, residual)
 
