@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars
+from stars.kernels.dispatch import on_libstars, on_triton
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Weight:
     in_features: int
     packed: bool = False
     dtype: torch.dtype | None = None  # of the matrix that `values` holds, where packed
+    deterministic: bool = False  # on a GPU: the bits of a row do not depend on the number of rows
 
     def dense(self) -> Tensor:
         """The matrix [out_features, in_features]."""
@@ -33,27 +34,42 @@ class Weight:
         return libstars.unpack(self.values, self.out_features, self.in_features, self.dtype)
 
 
-def pack(matrix: Tensor, bias: Tensor | None = None) -> Weight:
+def pack(matrix: Tensor, bias: Tensor | None = None, deterministic: bool = False) -> Weight:
     """A Weight of `matrix` [out_features, in_features].
+
+    On a GPU the bias takes the matrix's type, and with `deterministic` the product is formed in one order at any
+    number of rows, by a kernel of our own instead of cuBLAS.
 
     On the CPU it is packed for libstars, as bfloat16 if that holds every value exactly (products are formed in float32
     either way, so the results have the same bits for half the memory traffic) and as float32 otherwise.
     """
     out_features, in_features = matrix.shape
     packable = matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) and matrix.numel() > 0
+    if matrix.is_cuda:
+        bias = None if bias is None else bias.to(matrix.dtype).contiguous()
+        return Weight(matrix.contiguous(), bias, out_features, in_features, deterministic=deterministic)
     if not (packable and matrix.device.type == "cpu" and libstars.available()):
-        return Weight(matrix, bias, out_features, in_features)
-    narrow = matrix.to(torch.bfloat16)
-    wide = matrix.float()
-    stored = narrow if torch.equal(narrow.float(), wide) else wide
+        return Weight(matrix, bias, out_features, in_features, deterministic=deterministic)
+    stored = matrix if matrix.dtype == torch.bfloat16 else _narrowest(matrix)
     bias = None if bias is None else bias.float().contiguous()
-    return Weight(libstars.pack(stored.contiguous()), bias, out_features, in_features, True, stored.dtype)
+    return Weight(libstars.pack(stored.contiguous()), bias, out_features, in_features, True, stored.dtype,
+                  deterministic)
+
+
+def _narrowest(matrix: Tensor) -> Tensor:
+    """`matrix` as bfloat16 if that holds every value exactly, else as float32."""
+    wide, narrow = matrix.float(), matrix.to(torch.bfloat16)
+    return narrow if torch.equal(narrow.float(), wide) else wide
 
 
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""
     if on_libstars(x):
         libstars.linear(x, weight, out)
+    elif on_triton(x):
+        from stars.kernels.triton.linear import linear as launch
+
+        launch(x, weight, out)
     else:
         linear_reference(x, weight, out)
 
