@@ -28,7 +28,7 @@ from torch import Tensor
 
 from stars.bindings import libstars
 from stars.kernels import philox
-from stars.kernels.dispatch import on_libstars
+from stars.kernels.dispatch import on_libstars, on_triton
 from stars.kernels.types import LaneState
 
 
@@ -36,6 +36,10 @@ def sample_step(logits: Tensor, lanes: LaneState) -> None:
     """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab]."""
     if on_libstars(logits):
         libstars.sample_step(logits, lanes)
+    elif on_triton(logits):
+        from stars.kernels.triton.sample_step import sample_step as launch
+
+        launch(logits, lanes)
     else:
         sample_step_reference(logits, lanes)
 
