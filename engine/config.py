@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from stars.device import check_gpu, check_model
 from stars.errors import RequestError
 from stars.model.config import ModelConfig
 
@@ -37,15 +38,28 @@ class EngineConfig:
         """Pages of each model's cache."""
         return self.cache_tokens // self.page_size
 
+    @property
+    def padded(self) -> bool:
+        """Whether passes are padded to the shapes of captured graphs."""
+        return self.device != "cpu"
+
     @classmethod
     def resolve(cls, model: ModelConfig, device: str = "auto", dtype: str = "auto", deterministic: bool = False, *,
                 cache_tokens: int | None = None, page_size: int = 16, max_model_len: int | None = None,
                 max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128) -> EngineConfig:
         """Fills in defaults and refuses what cannot work; RequestError."""
-        if device not in ("auto", "cpu"):
-            raise RequestError(f'device is {device!r}, it must be "auto" or "cpu"')
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise RequestError(f'dtype is {dtype!r}, it must be "auto", "float32" or "bfloat16"')
+        if device not in ("auto", "cpu", "cuda"):
+            raise RequestError(f'device is {device!r}, it must be "auto", "cpu" or "cuda"')
+        device = "cpu" if device == "auto" else device
+        dtypes = ("float32", "bfloat16") + (("float16",) if device == "cuda" else ())
+        if dtype != "auto" and dtype not in dtypes:
+            choices = ", ".join(f'"{name}"' for name in dtypes)
+            raise RequestError(f'dtype is {dtype!r}, it must be "auto" or one of {choices} on device "{device}"')
+        if device == "cuda":
+            check_gpu()
+            check_model(model)
+        if dtype == "auto":
+            dtype = model.dtype if device == "cuda" else "float32"
         for name, value in (("cache_tokens", cache_tokens), ("page_size", page_size), ("max_model_len", max_model_len),
                             ("max_num_seqs", max_num_seqs), ("max_num_lanes", max_num_lanes),
                             ("max_segment_size", max_segment_size)):
@@ -60,7 +74,7 @@ class EngineConfig:
         if max_model_len is not None:
             limits["max_model_len"] = max_model_len
         source = min(limits, key=lambda name: limits[name])
-        return cls(device="cpu", dtype="float32" if dtype == "auto" else dtype, deterministic=deterministic,
+        return cls(device=device, dtype=dtype, deterministic=deterministic,
                    cache_tokens=tokens, page_size=page_size, max_model_len=limits[source], max_model_len_from=source,
                    max_num_seqs=min(max_num_seqs, max_num_lanes), max_num_lanes=max_num_lanes,
                    max_segment_size=max_segment_size)

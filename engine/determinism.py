@@ -19,18 +19,19 @@ def check_row_invariance(decoder) -> None:
     layer = decoder.layers[0]
     for name, weight in (("qkv", layer.qkv), ("o", layer.o), ("gate_up", layer.gate_up), ("down", layer.down),
                          ("head", decoder.head)):
-        if weight is not None and not _invariant(weight):
+        if weight is not None and not _invariant(weight, decoder.device, decoder.dtype):
             raise ModelError(f"deterministic=True cannot be kept here, because the bits of a row of the {name} product "
                              "change with the number of rows: install with a C++ compiler, so that libstars is built")
 
 
-def _invariant(weight: Weight) -> bool:
+def _invariant(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(ROW_COUNTS), weight.in_features, generator=generator)  # [rows, in_features]
-    whole = torch.empty(max(ROW_COUNTS), weight.out_features)
+    x = x.to(device, dtype)
+    whole = torch.empty(max(ROW_COUNTS), weight.out_features, device=device, dtype=dtype)
     linear(x, weight, whole)
     for rows in ROW_COUNTS:
-        part = torch.empty(rows, weight.out_features)
+        part = torch.empty(rows, weight.out_features, device=device, dtype=dtype)
         linear(x[:rows].contiguous(), weight, part)
         if not torch.equal(part, whole[:rows]):
             return False

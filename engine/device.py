@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 
 from stars.errors import ModelError
 from stars.model.config import ModelConfig
+from stars.model.loader import inspect_model
+from stars.reward.causal import slab_length
+
+if TYPE_CHECKING:
+    from stars.config import EngineConfig
+    from stars.reward.base import Reward
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
 LEAST_TRITON = (3, 2)
@@ -40,6 +49,24 @@ def check_model(config: ModelConfig) -> None:
         sizes = ", ".join(map(str, HEAD_DIMS))
         raise ModelError(f"the model has head_dim {config.head_dim} and the GPU's attention has kernels for {sizes}: "
                          'use device="cpu"')
+
+
+def check_fit(config: EngineConfig, model: str | Path, reward: Reward | None) -> None:
+    """Raises ModelError unless weights, caches and slabs of both models fit the GPU; does nothing on the CPU."""
+    if config.device == "cpu":
+        return
+    dtype = DTYPES[config.dtype]
+    directories = {"the language model": (model, config.max_segment_size)}
+    if isinstance(getattr(reward, "model", None), (str, Path)):
+        directories["the reward model"] = (reward.model, slab_length(config.max_segment_size))
+    needed = {}
+    for name, (directory, slab_len) in directories.items():
+        summary = inspect_model(directory)
+        check_model(summary.config)
+        slabs = config.max_num_lanes + config.max_num_seqs
+        needed[f"{name}'s weights"] = summary.parameters * dtype.itemsize
+        needed[f"{name}'s cache"] = cache_bytes(summary.config, config.cache_tokens + slabs * slab_len, dtype)
+    check_memory(needed, torch.cuda.mem_get_info()[0])
 
 
 def check_memory(needed: dict[str, int], free: int) -> None:

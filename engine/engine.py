@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from stars.cache import PagedCache
 from stars.config import EngineConfig
+from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, ModelError, RequestError, StarsError
 from stars.kernels.philox import MAX_SAMPLE
@@ -43,8 +44,9 @@ class Engine:
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
     reward: a directory of a one-label sequence-classification model, a Reward (`CausalReward`, `EncoderReward`,
         `FunctionReward`), a callable fn(prompt, responses) -> floats, or None for plain sampling only.
-    device: "auto" or "cpu". dtype: of the stored matrices, "auto" (as float32), "float32" or "bfloat16"; arithmetic,
-        activations and cache are float32 on the CPU.
+    device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
+        "float16". On the CPU it is that of the stored matrices ("auto" keeps the checkpoint's values), and activations
+        and caches are float32; on a GPU everything has it ("auto": the checkpoint's).
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
@@ -66,6 +68,7 @@ class Engine:
             # Everything that can be refused is refused before any weight is read.
             self.config = EngineConfig.resolve(load_config(model), device, dtype, deterministic, **limits)
             reward = resolve_reward(reward)
+            check_fit(self.config, model, reward)
             decoder = load_model(model, dtype=self.config.dtype, device=self.config.device, head="lm")
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         config = self.config
@@ -80,9 +83,11 @@ class Engine:
         self._cache = PagedCache(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, page_size=config.page_size,
             num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
-            slab_len=config.max_segment_size, device=config.device)
-        self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len)
-        drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_segment_size, config.max_model_len)
+            slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
+        self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
+                              deterministic)
+        drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_segment_size, config.max_model_len,
+                          config.padded, deterministic)
         if self.reward is not None:
             self.reward.bind(tokenizer, shape.vocab_size, Limits(
                 config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,

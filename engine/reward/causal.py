@@ -18,6 +18,11 @@ RIDGE_ROWS = 32  # rows after which a pass over the weights is bound by arithmet
 REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are grown
 
 
+def slab_length(max_segment_size: int) -> int:
+    """Tokens of a reward model's slab: a segment may re-encode to more tokens, and closing tokens come behind it."""
+    return 2 * max_segment_size + 32
+
+
 class CausalReward(Reward):
     """A sequence-classification model with one label: the raw logit at the last token, head in float32.
 
@@ -80,9 +85,10 @@ class CausalReward(Reward):
         self.cache = PagedCache(
             config.num_layers, config.num_kv_heads, config.head_dim, page_size=limits.page_size,
             num_pages=math.ceil(limits.cache_tokens / limits.page_size),
-            num_slabs=limits.max_num_lanes + limits.max_num_seqs, slab_len=2 * limits.max_segment_size + 32,
-            device=limits.device)
-        self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, self.max_model_len)
+            num_slabs=limits.max_num_lanes + limits.max_num_seqs, slab_len=slab_length(limits.max_segment_size),
+            dtype=self.decoder.dtype, device=limits.device)
+        self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, self.max_model_len,
+                              padded=limits.device != "cpu", deterministic=limits.deterministic)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
