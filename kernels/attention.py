@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars
+from stars.kernels.dispatch import on_libstars, on_triton
 from stars.kernels.types import Batch, LayerKV
 
 
@@ -17,6 +17,10 @@ def attention(
     """Causal grouped-query attention over committed pages and the slab; see `attention_reference`."""
     if on_libstars(q):
         libstars.attention(q, kv, batch, scale, out, window, softcap)
+    elif on_triton(q):
+        from stars.kernels.triton.attention import attention as launch
+
+        launch(q, kv, batch, scale, out, window, softcap)
     else:
         attention_reference(q, kv, batch, scale, out, window, softcap)
 
@@ -38,7 +42,7 @@ def attention_reference(
         rows = slice(starts[seq], starts[seq + 1])
         count, prefix = starts[seq + 1] - starts[seq], prefix_len[seq]
         in_pages = prefix if batch.into_slab else prefix + count  # page keys that some row of this sequence sees
-        at = torch.arange(in_pages)
+        at = torch.arange(in_pages, device=q.device)
         page_rows = batch.block_tables[group].long()[at // kv.page_size] * kv.page_size + at % kv.page_size
         keys, values = kv.k_pages[page_rows], kv.v_pages[page_rows]  # [keys, kv_heads, head_dim]
         if batch.into_slab:
@@ -49,8 +53,8 @@ def attention_reference(
         scores = torch.einsum("rhd,khd->hrk", q[rows].float(), keys) * scale  # [heads, rows, keys]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        key_position = torch.arange(keys.shape[0])
-        row_position = keys.shape[0] - count + torch.arange(count)
+        key_position = torch.arange(keys.shape[0], device=q.device)
+        row_position = keys.shape[0] - count + torch.arange(count, device=q.device)
         distance = row_position[:, None] - key_position[None, :]  # [rows, keys]
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         scores = scores.masked_fill(~seen, -torch.inf)

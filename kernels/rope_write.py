@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars
+from stars.kernels.dispatch import on_libstars, on_triton
 from stars.kernels.rms_norm import rms_norm_reference
 from stars.kernels.types import Batch, LayerKV
 
@@ -18,6 +18,10 @@ def rope_write(
     """Splits qkv, normalises and rotates queries and keys, writes keys and values; see `rope_write_reference`."""
     if on_libstars(qkv):
         libstars.rope_write(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm, eps)
+    elif on_triton(qkv):
+        from stars.kernels.triton.rope_write import rope_write as launch
+
+        launch(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm, eps)
     else:
         rope_write_reference(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm, eps)
 

@@ -180,7 +180,7 @@ def test_groups_that_do_not_divide_a_tile(repeat):
     assert_close(make_case(sequences, True, repeat, 1, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("window", [1, 16, 37, 101, 1000])
+@pytest.mark.parametrize("window", [1, 16, 101])
 def test_windows(window):
     assert_close(make_case(DRAFT, True, heads=2, kv_heads=1), window)
     assert_close(make_case(PREFILL[:2], False, heads=2, kv_heads=1), window)
@@ -195,7 +195,7 @@ def test_softcap_of_small_and_large_scores():
 
 @pytest.mark.parametrize("sequences, into_slab", [(DRAFT, True), (PREFILL, False)])
 def test_any_number_of_splits_agrees(sequences, into_slab):
-    case = make_case(sequences, into_slab)
+    case = make_case(sequences, into_slab, heads=2, kv_heads=1)
     one = run(with_plan(case, Plan(32, 16, 1, 0)))
     for plan in (Plan(32, 16, 2, 0), Plan(32, 16, 5, 0), Plan(64, 16, 3, 64)):
         torch.testing.assert_close(run(with_plan(case, plan)), one, rtol=0, atol=2e-6)

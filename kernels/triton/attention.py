@@ -57,13 +57,12 @@ from stars.kernels.triton.variant import ARCHES, Variant
 from stars.kernels.types import Batch, LayerKV
 
 LOG2_E = math.log2(math.e)
-MERGED_AT_A_TIME = 16
-"""Heads of rows that one program of the merge puts together."""
 
 
 class Settings(NamedTuple):
     """How a launch is compiled."""
 
+    piece: int  # query vectors a program takes; tiles that have more are shared between programs
     block_keys: int
     num_warps: int
     num_stages: int  # of the loop over pages
@@ -77,18 +76,25 @@ def settings(head_dim: int, dtype: torch.dtype, packed: int, capability: int = 9
     Half of the stages of the loop over pages hold keys and values in flight, since an address depends on an entry of
     the block table that was itself loaded stages before. A slab is a block or two, not worth buffers.
 
-    float32 is computed without tensor cores (they would round to 10 bits), from operands in registers: blocks are
-    small and nothing is prefetched, since this type is for tests and comparisons.
+    float32 is computed without tensor cores (they would round to 10 bits), from operands in registers: pieces and
+    blocks are small and nothing is prefetched, since this type is for tests and comparisons.
     """
     width = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
-        return Settings(16, 8 if packed * width > 64 * 64 else 4, 1, 1)
-    # The sums take packed * width / (32 * num_warps) registers a thread, at most 64 up to width 128.
-    num_warps = 8 if packed * width >= 128 * 128 else 4
-    if packed <= 64:  # bound by memory: small blocks, three in flight
-        return Settings(32, num_warps, 6, 2)
+        return Settings(16, 32, 8 if width > 64 else 4, 1, 1)
+    piece = min(packed, 64 if width > 128 else 128)
+    # The sums take piece * width / (32 * num_warps) registers a thread, at most 64. sm_100 needs them in passing from
+    # tensor memory, and masked columns (80, 96) then take the last ones.
+    num_warps = 8 if piece * width >= (64 if capability >= 100 else 128) * 128 else 4
+    if piece <= 64:  # bound by memory: small blocks, three in flight; or too wide for more: two
+        return Settings(piece, 32, num_warps, 6 if packed <= 64 else 4, 2)
     # Bound by arithmetic: wide products reread their left side less often. sm_80 holds a block in registers.
-    return Settings(32 if width > 128 or capability < 90 else 64, num_warps, 4, 2)
+    return Settings(piece, 32 if capability < 90 else 64, num_warps, 4, 2)
+
+
+def merged_at_a_time(head_dim: int, parts: int) -> int:
+    """Items per program of the merge: as many as keep 64 numbers of a thread in flight, at most 16."""
+    return max(1, min(16, triton.next_power_of_2(8192 // (parts * triton.next_power_of_2(head_dim)) + 1) // 2))
 
 
 @triton.jit
@@ -154,11 +160,12 @@ def attention_kernel(
     row_start, block_tables, prefix_len, slab_start, slab_used, row_seq, tiles, slab_tiles,
     rows, table_stride, tile_programs, splits, split_keys, window, scale, softcap_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    PACKED: tl.constexpr, PACKED_SLAB: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    INTO_SLAB: tl.constexpr, DIRECT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    SLAB_STAGES: tl.constexpr,
+    PACKED: tl.constexpr, PIECES: tl.constexpr, PACKED_SLAB: tl.constexpr, SLAB_PIECES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, INTO_SLAB: tl.constexpr, DIRECT: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, STAGES: tl.constexpr, SLAB_STAGES: tl.constexpr,
 ):
-    """One program: one tile, one KV head and one part of its page keys, or (from `tile_programs` on) its slab keys.
+    """One program: a piece of a tile, one KV head and one part of its page keys, or (from `tile_programs` on) its slab
+    keys. A tile has PIECES pieces of PACKED query vectors, a slab tile SLAB_PIECES of PACKED_SLAB.
 
     partial [parts, rows, HEADS, HEAD_DIM] and sizes [parts, rows, HEADS] (log2 of the sum of weights, -inf where no key
     was seen) are float32; the slab's part is the last one. DIRECT: one part, written to `out`.
@@ -169,13 +176,14 @@ def attention_kernel(
     kv_head = tl.program_id(0) % KV_HEADS
     program = tl.program_id(0) // KV_HEADS
     if program < tile_programs:
-        tile = tiles + (program // splits) * 3
+        tile = tiles + (program // splits // PIECES) * 3
+        begin_piece = program // splits % PIECES * PACKED
         split = program % splits
         group = tl.load(tile)
         first_row = tl.load(tile + 1)
         count = tl.load(tile + 2)
-        if count > 0:
-            packed = tl.arange(0, PACKED)
+        if count * PER_KV > begin_piece:
+            packed = begin_piece + tl.arange(0, PACKED)
             row = first_row + packed // PER_KV
             live = packed < count * PER_KV
             head = (row * HEADS + kv_head * PER_KV + packed % PER_KV).to(tl.int64)
@@ -214,12 +222,13 @@ def attention_kernel(
                 tl.store(partial + part * HEAD_DIM + at, output, mask=used)
                 tl.store(sizes + part + head, size, mask=live)
     elif INTO_SLAB:
-        tile = slab_tiles + (program - tile_programs) * 3
+        tile = slab_tiles + (program - tile_programs) // SLAB_PIECES * 3
+        begin_piece = (program - tile_programs) % SLAB_PIECES * PACKED_SLAB
         seq = tl.load(tile)
         first_row = tl.load(tile + 1)
         count = tl.load(tile + 2)
-        if count > 0:
-            packed = tl.arange(0, PACKED_SLAB)
+        if count * PER_KV > begin_piece:
+            packed = begin_piece + tl.arange(0, PACKED_SLAB)
             row = first_row + packed // PER_KV
             live = packed < count * PER_KV
             head = (row * HEADS + kv_head * PER_KV + packed % PER_KV).to(tl.int64)
@@ -303,8 +312,10 @@ def attention(
     _check(q, kv, batch, out)
     tiles = batch.tiles or build(batch, heads, kv_heads, kv.page_size)
     plan = Plan(tiles.packed, tiles.packed_slab, tiles.splits, tiles.split_keys)
-    block_keys, num_warps, num_stages, slab_stages = settings(
+    piece, block_keys, num_warps, num_stages, slab_stages = settings(
         head_dim, q.dtype, max(tiles.packed, tiles.packed_slab), _capability(q.device))
+    packed, packed_slab = min(tiles.packed, piece), min(tiles.packed_slab, piece)
+    pieces, slab_pieces = tiles.packed // packed, tiles.packed_slab // packed_slab
     if tiles.split_keys % block_keys:
         raise ValueError(f"split_keys is {tiles.split_keys}: it must be a multiple of {block_keys}")
     size = workspace_size(plan, batch.into_slab, rows, heads, head_dim)
@@ -316,8 +327,8 @@ def attention(
         sizes = workspace[parts * rows * heads * head_dim :]
     else:
         workspace = sizes = out
-    tile_programs = tiles.prefix.shape[0] * tiles.splits
-    programs = tile_programs + (tiles.slab.shape[0] if batch.into_slab else 0)
+    tile_programs = tiles.prefix.shape[0] * pieces * tiles.splits
+    programs = tile_programs + (tiles.slab.shape[0] * slab_pieces if batch.into_slab else 0)
     if softcap is not None:
         scale, softcap_scale = scale / softcap, softcap * LOG2_E
     else:
@@ -328,14 +339,15 @@ def attention(
         tiles.prefix, tiles.slab, rows, batch.block_tables.stride(0), tile_programs, tiles.splits, tiles.split_keys,
         window or 0, scale, softcap_scale,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-        PAGE_SIZE=kv.page_size, PACKED=tiles.packed, PACKED_SLAB=tiles.packed_slab, BLOCK_KEYS=block_keys,
-        INTO_SLAB=batch.into_slab, DIRECT=not size, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        STAGES=num_stages, SLAB_STAGES=slab_stages, num_warps=num_warps, num_stages=num_stages)
+        PAGE_SIZE=kv.page_size, PACKED=packed, PIECES=pieces, PACKED_SLAB=packed_slab, SLAB_PIECES=slab_pieces,
+        BLOCK_KEYS=block_keys, INTO_SLAB=batch.into_slab, DIRECT=not size, WINDOW=window is not None,
+        SOFTCAP=softcap is not None, STAGES=num_stages, SLAB_STAGES=slab_stages, num_warps=num_warps,
+        num_stages=num_stages)
     if size:
-        items = rows * heads
-        merge_kernel[(triton.cdiv(items, MERGED_AT_A_TIME),)](
+        items, at_a_time = rows * heads, merged_at_a_time(head_dim, parts)
+        merge_kernel[(triton.cdiv(items, at_a_time),)](
             workspace, sizes, out, items, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), PARTS=parts,
-            ITEMS=MERGED_AT_A_TIME, num_warps=4, num_stages=1)
+            ITEMS=at_a_time, num_warps=4, num_stages=1)
 
 
 @functools.cache
@@ -398,16 +410,19 @@ def variants() -> list[Variant]:
 
 
 def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = False) -> list[Variant]:
-    """One for all targets, or two where the settings differ; `limited` has a window and a softcap."""
+    """One for each group of targets that share settings; `limited` has a window and a softcap."""
     packed = max(case.packed, case.packed_slab)
-    older, newer = (settings(head_dim, dtype, packed, capability) for capability in (80, 90))
-    pairs = [(older, ARCHES)] if older == newer else [(older, (80,)), (newer, ARCHES[1:])]
+    chosen: dict[Settings, list[int]] = {}
+    for arch in ARCHES:
+        chosen.setdefault(settings(head_dim, dtype, packed, arch), []).append(arch)
     found = []
-    for (block_keys, num_warps, num_stages, slab_stages), arches in pairs:
+    for (piece, block_keys, num_warps, num_stages, slab_stages), arches in chosen.items():
         constexprs = dict(
             HEADS=32, KV_HEADS=8, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), PAGE_SIZE=16,
-            PACKED=case.packed, PACKED_SLAB=case.packed_slab, BLOCK_KEYS=block_keys, INTO_SLAB=case.into_slab,
-            DIRECT=not case.into_slab, WINDOW=limited, SOFTCAP=limited, STAGES=num_stages, SLAB_STAGES=slab_stages)
+            PACKED=min(case.packed, piece), PIECES=max(1, case.packed // piece),
+            PACKED_SLAB=min(case.packed_slab, piece), SLAB_PIECES=max(1, case.packed_slab // piece),
+            BLOCK_KEYS=block_keys, INTO_SLAB=case.into_slab, DIRECT=not case.into_slab, WINDOW=limited,
+            SOFTCAP=limited, STAGES=num_stages, SLAB_STAGES=slab_stages)
         number = "*" + _TYPES[dtype]
         pointers = dict.fromkeys(("q", "k_pages", "v_pages", "k_slabs", "v_slabs", "out"), number)
         pointers |= dict.fromkeys(("partial", "sizes"), "*fp32" if case.into_slab else number)
@@ -415,12 +430,13 @@ def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = Fa
                  "scale": "fp32", "softcap_scale": "fp32"}
         signature = {name: kinds.get(name, "*i32") for name in attention_kernel.arg_names}
         name = f"attention {case.name} {head_dim} {_TYPES[dtype]}{' limited' * limited}"
-        found.append(Variant(name, attention_kernel, signature, constexprs, num_warps, num_stages, arches))
+        found.append(Variant(name, attention_kernel, signature, constexprs, num_warps, num_stages, tuple(arches)))
     return found
 
 
 def _merge_variant(head_dim: int, dtype: torch.dtype, parts: int) -> Variant:
-    constexprs = dict(HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), PARTS=parts, ITEMS=MERGED_AT_A_TIME)
+    constexprs = dict(HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), PARTS=parts,
+                      ITEMS=merged_at_a_time(head_dim, parts))
     signature = {"partial": "*fp32", "sizes": "*fp32", "out": "*" + _TYPES[dtype], "items": "i32"}
     signature |= dict.fromkeys(constexprs, "constexpr")
     return Variant(f"merge {parts} parts {head_dim} {_TYPES[dtype]}", merge_kernel, signature, constexprs, 4, 1)
