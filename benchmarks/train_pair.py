@@ -1,4 +1,4 @@
-"""Train the demonstration pair: a small language model (LM) of film reviews and the reward model (RM) which scores them.
+"""Train the demonstration pair: a small language model (LM) of film reviews and a reward model (RM) which scores them.
 
     python benchmarks/train_pair.py lm --data IMDB --out PAIR [--init LM_DIRECTORY] [--minutes 50]
     python benchmarks/train_pair.py rm --data IMDB --out PAIR [--minutes 25]
@@ -43,7 +43,7 @@ VOCABULARY, CONTEXT = 8192, 256  # CONTEXT: tokens per training row, and the mos
 PAD, BOS, EOS = range(3)  # ids of <pad>, <s>, </s>
 SHORTEST_PREFIX = 12  # tokens; a shorter text says too little to be scored
 HELD_OUT_PER_LABEL = 1000  # reviews
-LONGEST_STEP = 10.0  # seconds; the rest of a longer step counts as a pause (a stopped process) and not against the budget
+LONGEST_STEP = 10.0  # seconds; what a step takes beyond this is a pause (a stopped process), not training
 WARM_UP = 0.02  # fraction of the budget
 
 
@@ -120,7 +120,7 @@ def window(text: str, chance: random.Random) -> str:
 
 
 def pad(rows: list[list[int]], width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int64 [rows, width or the longest], lengths int64 [rows]); pads at the right, where no token attends them."""
+    """(ids int64 [rows, width or longest], lengths int64 [rows]); pads at the right, where no token attends to them."""
     lengths = torch.tensor([len(row) for row in rows])
     width = width or int(lengths.max())
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows]), lengths
@@ -275,12 +275,11 @@ def train_language_model(options) -> dict:
     print(facts, flush=True)
     rows = packed_rows(texts, tokenizer, random.Random(options.seed), options.batch)
     batches = ((options.batch * CONTEXT, (row,)) for row in rows)
-    facts |= fit(model, language_loss, batches, options.minutes, options.rate or 7e-4)
+    facts |= fit(model, language_loss, batches, options.minutes, options.rate)
     model = model.to(torch.bfloat16)  # what ships is what is measured
     facts |= {"held_out_loss": evaluate_language(model, tokenizer, held_out)}
     model.generation_config = transformers.GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
-    model.save_pretrained(options.out / "lm")
-    tokenizer.save_pretrained(options.out / "lm")
+    save(model, tokenizer, options.out / "lm")
     return facts
 
 
@@ -305,30 +304,42 @@ def train_reward_model(options) -> dict:
                 ids, lengths = pad([row[:CONTEXT] for row in encoded], CONTEXT)  # one shape: one compilation
                 yield int(lengths.sum()), (ids, lengths, torch.tensor(labels))
 
-    facts = fit(model, reward_loss, batches(), options.minutes, options.rate or 5e-4)
+    facts = fit(model, reward_loss, batches(), options.minutes, options.rate)
     facts["passes"] = round(facts["steps"] * options.batch / len(training), 2)
     model = model.to(torch.bfloat16)
-    model.save_pretrained(options.out / "rm")
-    tokenizer.save_pretrained(options.out / "rm")
+    save(model, tokenizer, options.out / "rm")
     return facts | {"held_out_reviews": len(held_out)} | evaluate_reward(model, tokenizer, held_out)
 
 
 # ---------------------------------------------------------------- files
 
 
-def record(path: pathlib.Path, section: str, facts: dict) -> None:
-    """Put `facts` and where they came from into one section of the results file."""
+def save(model, tokenizer, directory: pathlib.Path) -> None:
+    """Write a Hugging Face directory which anybody may read."""
+    for key in ("is_local", "local_files_only"):  # how the tokenizer was found here; of no use elsewhere
+        tokenizer.init_kwargs.pop(key, None)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+
+
+def record(options, facts: dict) -> None:
+    """Put `facts` and where they came from into the model's section of the results file."""
     arguments = [pathlib.Path(word).name if word.startswith(("/", ".")) else word for word in sys.argv[1:]]
     models = re.findall(r"model name\s*:\s*(.*)", pathlib.Path("/proc/cpuinfo").read_text())
     origin = {
         "command": shlex.join(["python", "benchmarks/train_pair.py", *arguments]),  # folders by their last name only
         "date": datetime.date.today().isoformat(),
         "processor": models[0] if models else platform.processor(),
+        "batch_rows": options.batch,
+        "peak_learning_rate": options.rate,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+    path = options.results
     results = json.loads(path.read_text()) if path.exists() else {}
-    results[section] = origin | facts
+    results[options.model] = origin | facts
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -342,7 +353,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="rm only: keep this many of the language model's layers")
     parser.add_argument("--minutes", type=float, default=50.0, help="training time, pauses not counted")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
-    parser.add_argument("--rate", type=float, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=7e-4, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("benchmarks/results/train_pair.json"))
@@ -350,7 +361,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     facts = train_language_model(options) if options.model == "lm" else train_reward_model(options)
-    record(options.results, options.model, facts)
+    record(options, facts)
     print(json.dumps(facts, indent=2))
 
 
