@@ -40,6 +40,19 @@ def score_and_decide(
         score_and_decide_reference(residual, branch, rows, norm_weight, eps, head, head_bias, state)
 
 
+def score(
+    residual: Tensor, branch: Tensor | None, rows: Tensor, norm_weight: Tensor, eps: float, head: Tensor,
+    head_bias: Tensor | None, rewards: Tensor,
+) -> None:
+    """The rewards alone, float32 [lanes], of the lanes with a row: for r(prompt), and for what is decided elsewhere."""
+    if on_triton(residual):
+        from stars.kernels.triton.score_and_decide import score as launch
+
+        launch(residual, branch, rows, norm_weight, eps, head, head_bias, rewards)
+    else:
+        score_reference(residual, branch, rows, norm_weight, eps, head, head_bias, rewards)
+
+
 def score_and_decide_reference(
     residual: Tensor, branch: Tensor | None, rows: Tensor, norm_weight: Tensor, eps: float, head: Tensor,
     head_bias: Tensor | None, state: DecideState,
@@ -50,6 +63,15 @@ def score_and_decide_reference(
     [lanes] the last row of each lane, or -1 for a lane that is not scored in this call; norm_weight, head [hidden];
     head_bias [1] or None.
     """
+    score_reference(residual, branch, rows, norm_weight, eps, head, head_bias, state.rewards)
+    decide_reference(rows, state)
+
+
+def score_reference(
+    residual: Tensor, branch: Tensor | None, rows: Tensor, norm_weight: Tensor, eps: float, head: Tensor,
+    head_bias: Tensor | None, rewards: Tensor,
+) -> None:
+    """Writes rewards float32 [lanes] of the lanes with a row."""
     for lane, row in enumerate(rows.tolist()):
         if row >= 0:
             y = residual[row] if branch is None else (residual[row] + branch[row]).to(residual.dtype)  # [hidden]
@@ -57,8 +79,7 @@ def score_and_decide_reference(
             y = y * torch.rsqrt(y.square().mean() + eps)
             y = (norm_weight * y.to(norm_weight.dtype)).float()
             reward = (y * head.float()).sum()
-            state.rewards[lane] = reward if head_bias is None else reward + head_bias.float()[0]
-    decide_reference(rows, state)
+            rewards[lane] = reward if head_bias is None else reward + head_bias.float()[0]
 
 
 def decide_reference(rows: Tensor, state: DecideState) -> None:

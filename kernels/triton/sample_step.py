@@ -4,8 +4,8 @@ The vocabulary is divided into tiles of 4096 tokens, one program each. No row is
 
     scan      all lanes: maximum and sum of exponentials of the raw logits of a tile; of lanes without filters the
               largest z + g too. Lanes without filters are then done but for `finish`.
-    bracket   lanes with filters: min_p's threshold, which follows from the maximum; for top_k and top_p an interval of z
-              that holds the threshold, but for some six standard deviations, from 4096 logits at equal distances
+    bracket   lanes with filters: min_p's threshold, which follows from the maximum; for top_k and top_p an interval of
+              z that holds the threshold, by six standard deviations of an estimate from 4096 evenly spaced logits
     collect   the z inside the interval, listed, and the probability above it
     select    the exact threshold, by bisection over the float32 numbers, among those listed; where the interval did
               not hold it (which shows), among all
@@ -13,19 +13,21 @@ The vocabulary is divided into tiles of 4096 tokens, one program each. No row is
     finish    the winner over the tiles, its log-probability, and the lane's step
 
 Logits are read once for lanes without filters and three times with them. Probabilities are added up as multiples of
-2^-40 of the largest, in int64: sums do not depend on their order, nor on how the work was divided, so neither does a
-threshold. It differs from the reference's only where a sum of exponentials comes within 1e-5 of top_p.
+2^-40 of the largest, in int64, wherever the order of the summands may change from run to run (tiles, listed values), so
+a threshold is the same in every run and batch. It differs from the reference's only where a sum of exponentials comes
+within 1e-5 of top_p.
 
 Noise errs by less than 4e-6 (see `noise`), and z + g is rounded once: tokens whose scores differ by less than 2e-5 at
 |z| < 32 may change places with the reference's order. A token's bits do not depend on the number of lanes.
 
-Computed, not measured, for an H200 (132 processors, 1.7 GHz, 4.3 TB/s), 64 lanes of 128256 tokens. Reading float32 logits
-once is 32.8 MB or 7.6 us (bf16 half of that). `scan` takes some 50 instructions a token (15 for Philox, 12 for two
-logarithms, 8 for the sum of exponentials, the rest for scaling and the two maxima): 14 us of arithmetic, which hides the reading. With
-filters no noise is drawn in `scan` (6 us, memory), `collect` takes 30 instructions a token (9 us, most of the reading
-from the second-level cache where it holds the rows), `select` works in one program a lane on a few thousand values
-(10 us), `draw` skips tiles without a kept token (8 to 14 us). Six launches are 6 us more in a graph, and four of them
-leave at once where no lane has filters: `filters=False` leaves these out.
+Computed, not measured, for an H200 (132 processors, 1.7 GHz, 4.3 TB/s), 64 lanes of 128256 tokens. Reading float32
+logits once is 32.8 MB or 7.6 us (bf16 half of that). The binary of `scan` for sm_90 has some 65 instructions a token on
+the way without filters (20 of them Philox, 25 the noise made of its words), so it is bound by arithmetic: 19 us where
+every processor issues four a cycle, 25 us more likely. Few lanes are cheaper in proportion: 16 take 5 to 6 us. With
+filters `scan` draws no noise (9 us), `collect` takes 60 to 120 instructions a token (18 to 35 us, the most where a
+tile lists values), `bracket` and `select` work in one program a lane (8 us and 15 us for a few thousand values), `draw`
+takes 70 a token in tiles with a kept token and 15 in others (5 to 20 us). Launches in a graph add about a microsecond
+each; four leave at once where no lane has filters, and `filters=False` leaves them out.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stars.kernels.triton.noise import gumbel, token_words
+from stars.kernels.triton.noise import exp, gumbel, token_words
 from stars.kernels.triton.variant import Variant
 from stars.kernels.types import LaneState
 
@@ -65,7 +67,7 @@ class Workspace(NamedTuple):
     mode: Tensor  # int32 [lanes]
     bounds: Tensor  # float32 [lanes, 4] largest z, interval's low and high, threshold
     count: Tensor  # int32 [lanes] values listed
-    mass: Tensor  # int64 [lanes, 2] above the interval, and of all that min_p keeps
+    mass: Tensor  # int64 [lanes, 2] for top_p without top_k: above the interval, and of all that min_p keeps
     values: Tensor  # float32 [lanes, vocab] listed values of z
 
 
@@ -107,7 +109,7 @@ def _to_key(value):
 @triton.jit
 def _mass(z, highest):
     """exp(z - highest) in units of 2^-40, int64."""
-    return (tl.exp(z - highest) * _UNIT).to(tl.int64)
+    return (exp(z - highest) * _UNIT).to(tl.int64)
 
 
 @triton.jit
@@ -155,13 +157,14 @@ def scan_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top
         base = tl.where(largest > -_INFINITY, largest, 0.0)
         part = lane * TILES + tile
         tl.store(highest + part, tl.where(wrong > 0, float("nan"), largest))
-        tl.store(total + part, tl.sum(tl.sum(tl.exp(x - base), axis=1), axis=0))
+        tl.store(total + part, tl.sum(tl.sum(exp(x - base), axis=1), axis=0))
         if temperature > 0.0:
             z = _scaled(x, temperature)
             if filtered:
                 z_base = _scaled(base, temperature)
-                tl.store(score + part, tl.sum(tl.sum(tl.exp(z - z_base), axis=1), axis=0))
+                tl.store(score + part, tl.sum(tl.sum(exp(z - z_base), axis=1), axis=0))
             else:
+                z = x / temperature  # within two units of z, which no threshold is compared with here: half the price
                 best, first = _best(_noisy(z, seeds, steps, attempts, streams, lane, block), tokens)
                 tl.store(score + part, best)
                 tl.store(token + part, first)
@@ -213,7 +216,7 @@ def bracket_kernel(logits, logits_stride, done, steps, max_steps, temperatures, 
                             parts = _scaled(tl.where(parts > -_INFINITY, parts, 0.0), temperature)
                             sums = tl.load(score + lane * TILES + part, mask=there, other=0.0)
                             # A part of -inf alone is nothing times exp(0 - z_highest), which may overflow.
-                            parts = tl.where(sums > 0.0, sums * tl.exp(parts - z_highest), 0.0)
+                            parts = tl.where(sums > 0.0, sums * exp(parts - z_highest), 0.0)
                             low, high = _by_tail(z, z_highest, (1.0 - top_p) * tl.sum(parts, axis=0), VOCAB / SAMPLE)
                     low = tl.maximum(low, threshold)
                 else:
@@ -250,7 +253,7 @@ def _by_tail(z, z_highest, allowed, ratio):
 
     The sample's sum times `ratio` estimates the tail, with a variance of ratio^2 times the sum of squares.
     """
-    part = tl.exp(z - z_highest)
+    part = exp(z - z_highest)
     bottom = _to_key(z_highest * 0.0 - _INFINITY)
     top = _to_key(z_highest) + 1
     low = bottom
@@ -279,8 +282,8 @@ def _by_tail(z, z_highest, allowed, ratio):
 
 
 @triton.jit
-def collect_kernel(logits, logits_stride, temperatures, mode, bounds, count, mass, values, VOCAB: tl.constexpr,
-                   TILE: tl.constexpr):
+def collect_kernel(logits, logits_stride, temperatures, top_ks, top_ps, mode, bounds, count, mass, values,
+                   VOCAB: tl.constexpr, TILE: tl.constexpr):
     tile = tl.program_id(0)
     lane = tl.program_id(1)
     if tl.load(mode + lane) == _SEARCH:
@@ -298,9 +301,14 @@ def collect_kernel(logits, logits_stride, temperatures, mode, bounds, count, mas
             first = tl.atomic_add(count + lane, number)
             place = first + tl.cumsum(listed.to(tl.int32), axis=0) - 1
             tl.store(values + lane.to(tl.int64) * VOCAB + place, z, mask=listed)
-        weight = _mass(z, z_highest)
-        tl.atomic_add(mass + lane * 2, tl.sum(tl.where(z >= high, weight, 0), axis=0))
-        tl.atomic_add(mass + lane * 2 + 1, tl.sum(tl.where(z >= least, weight, 0), axis=0))
+        top_k = tl.load(top_ks + lane)
+        if ((top_k <= 0) | (top_k >= VOCAB)) & (tl.load(top_ps + lane) < 1.0):
+            # A tile's sum is formed in one order at any number of lanes; the order of tiles must not matter.
+            part = exp(z - z_highest)
+            above = tl.sum(tl.where(z >= high, part, 0.0), axis=0)
+            kept = tl.sum(tl.where(z >= least, part, 0.0), axis=0)
+            tl.atomic_add(mass + lane * 2, (above * _UNIT).to(tl.int64))
+            tl.atomic_add(mass + lane * 2 + 1, (kept * _UNIT).to(tl.int64))
 
 
 # -- select -----------------------------------------------------------------------------------------------------------
@@ -434,7 +442,7 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
         logprob = float("nan")
         if tl.abs(largest) < _INFINITY:
             sums = tl.load(total + lane * TILES + part, mask=there, other=0.0)
-            sums = tl.where(parts > -_INFINITY, sums * tl.exp(parts - largest), 0.0)
+            sums = tl.where(parts > -_INFINITY, sums * exp(parts - largest), 0.0)
             temperature = tl.load(temperatures + lane)
             z_highest = largest
             if temperature > 0.0:
@@ -444,6 +452,7 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
                 tokens = tl.load(token + lane * TILES + part, mask=there, other=_NO_TOKEN)
                 best = tl.max(scores, axis=0)
                 drawn = tl.min(tl.where(scores == best, tokens, _NO_TOKEN), axis=0)
+                drawn = tl.where(drawn < VOCAB, drawn, 0)  # a min_p above 1 keeps nothing
             else:  # so small a temperature that z overflows: the first of the largest logits
                 drawn = _NO_TOKEN
                 for start in range(0, VOCAB, TILE):
@@ -491,7 +500,8 @@ _shared: dict[tuple[torch.device, int], list[Workspace]] = {}
 def shared_workspace(lanes: int, vocab: int, device: torch.device) -> Workspace:
     """The workspace of a device and vocabulary, grown where it is too small. The outgrown are kept: graphs use them.
 
-    One stream at a time may use it. Growing allocates, which a graph cannot capture: run a step of the most lanes first.
+    One stream at a time may use it. Growing allocates, which a graph cannot capture: run a step of the most lanes
+    before.
     """
     kept = _shared.setdefault((device, vocab), [])
     if not kept or kept[-1].mode.shape[0] < lanes:
@@ -528,8 +538,8 @@ def sample_step(logits: Tensor, lanes: LaneState, workspace: Workspace | None = 
             lanes.min_p, space.highest, space.score, space.mode, space.bounds, space.count, space.mass,
             VOCAB=vocab, TILES=tiles, TILES_BLOCK=tiles_block, SAMPLE=SAMPLE, num_warps=8)
         collect_kernel[(tiles, count)](
-            logits, stride, lanes.temperature, space.mode, space.bounds, space.count, space.mass, space.values,
-            VOCAB=vocab, TILE=TILE, num_warps=8)
+            logits, stride, lanes.temperature, lanes.top_k, lanes.top_p, space.mode, space.bounds, space.count,
+            space.mass, space.values, VOCAB=vocab, TILE=TILE, num_warps=8)
         select_kernel[(count,)](
             logits, stride, lanes.temperature, lanes.top_k, lanes.top_p, space.mode, space.bounds, space.count,
             space.mass, space.values, VOCAB=vocab, BLOCK=_list_block(vocab), num_warps=8)

@@ -1,13 +1,13 @@
-"""Rewards of lanes, then the law's verdict on each request; what is computed is said in `stars.kernels.score_and_decide`.
+"""Rewards of lanes, then the verdict on each request; what is computed is said in `stars.kernels.score_and_decide`.
 
 `score` is one program a lane: gather, add, norm and dot product in float32. `decide` is one program a request, its
 lanes side by side: tau and the test in float64, compiled without fused multiply-adds, so that every operation rounds
 as it does in `stars.law`. (The logarithm of the uniform comes from the card's library, which errs by less than one unit
 in the last place, as the host's does: a verdict could differ from the host's only where the test is that close.)
 
-Bytes: lanes * hidden * (2 * itemsize) plus the head and the norm once a lane from the cache. Computed, not measured, for
-an H200: 64 lanes of 4096 in bf16 are 1 MB, 0.25 us at 4.3 TB/s; a lane's three dependent loads, two block sums and the
-store take about 3 us, as many again for the verdict, whose loads wait for one another: some 6 us in a graph.
+Bytes: lanes * hidden * (2 * itemsize) plus the head and the norm once a lane from the cache. Computed, not measured,
+for an H200: 64 lanes of 4096 in bf16 are 1 MB, 0.25 us at 4.3 TB/s; a lane's three dependent loads, two block sums and
+the store take about 3 us, as many again for the verdict, whose loads wait for one another: some 6 us in a graph.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def decide_kernel(rows, lane_start, seeds, streams, max_tokens, start, reward_th
         # tau(n) = min(t, r0 + n / N * (t - r0))
         final = tl.load(reward_threshold + request)
         r0 = tl.load(start + request)
-        share = tl.load(tokens + lane, mask=there, other=0).to(tl.float64) / tl.load(max_tokens + request).to(tl.float64)
+        share = tl.load(tokens + lane, mask=there, other=0).to(tl.float64)
+        share = share / tl.load(max_tokens + request).to(tl.float64)
         ramp = r0 + share * (final - r0)
         tau = tl.where(ramp < final, ramp, final)  # an infinite t: the ramp is that or NaN, and not below
 
@@ -104,22 +105,30 @@ def score_and_decide(
     head_bias: Tensor | None, state: DecideState,
 ) -> None:
     """As `stars.kernels.score_and_decide`."""
+    score(residual, branch, rows, norm_weight, eps, head, head_bias, state.rewards)
+    decide(rows, state)
+
+
+def score(
+    residual: Tensor, branch: Tensor | None, rows: Tensor, norm_weight: Tensor, eps: float, head: Tensor,
+    head_bias: Tensor | None, rewards: Tensor,
+) -> None:
+    """The rewards alone."""
     lanes, hidden = rows.shape[0], residual.shape[1]
     if hidden > MOST_HIDDEN or norm_weight.numel() != hidden or head.numel() != hidden:
         raise ValueError(f"score_and_decide: rows of {hidden}, a norm of {norm_weight.numel()} and a head of "
                          f"{head.numel()} must be equal and at most {MOST_HIDDEN}")
     added = residual if branch is None else branch
     if added.shape[1] != hidden or residual.stride(1) != 1 or added.stride(1) != 1:
-        raise ValueError(f"score_and_decide: the branch is {list(added.shape)} beside {list(residual.shape)}, or columns "
-                         "are not adjacent")
+        raise ValueError(f"score_and_decide: the branch is {list(added.shape)} beside {list(residual.shape)}, or "
+                         "columns are not adjacent")
     if lanes == 0:
         return
     block = triton.next_power_of_2(hidden)
     score_kernel[(lanes,)](
-        residual, added, rows, norm_weight, head, head if head_bias is None else head_bias, state.rewards,
+        residual, added, rows, norm_weight, head, head if head_bias is None else head_bias, rewards,
         residual.stride(0), added.stride(0), eps, HIDDEN=hidden, BLOCK=block, ADD=branch is not None,
         HAS_BIAS=head_bias is not None, num_warps=_warps(block))
-    decide(rows, state)
 
 
 def decide(rows: Tensor, state: DecideState) -> None:
