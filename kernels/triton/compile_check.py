@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB of shared memory a block may have, by compute capability (CUDA C++ programming guide, technical specifications)."""
+"""KiB of shared memory a block may have, by compute capability (CUDA C++ programming guide, table of limits)."""
 
 ARCHES = (80, 90, 100)
 
