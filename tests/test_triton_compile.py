@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for sm_80, sm_90 and sm_100, no GPU needed: nothing spills and shared memory suffices."""
+"""Kernels compiled ahead of time for sm_80, sm_90 and sm_100, no GPU needed: nothing spills, shared memory suffices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from triton_process import needs_triton
 
 pytestmark = needs_triton

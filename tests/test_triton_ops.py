@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -127,7 +128,8 @@ def test_rows_of_matrices(source, target):
 def test_copies_of_rows_are_exact(dtype):
     for layers, heads, head_dim, count in ((1, 1, 17, 1), (3, 2, 20, 17), (2, 3, 400, 5)):
         source, target = (torch.randperm(40, generator=generator(i))[:count].int() for i in (1, 2))
-        k_source, v_source = (torch.randn(layers, 40, heads, head_dim, generator=generator(i)).to(dtype) for i in (3, 4))
+        k_source, v_source = (torch.randn(layers, 40, heads, head_dim, generator=generator(i)).to(dtype)
+                              for i in (3, 4))
         wanted = [torch.randn(layers, 50, heads, head_dim, generator=generator(i)).to(dtype) for i in (5, 6)]
         got = [tensor.clone() for tensor in wanted]
         copy_rows_reference(k_source, v_source, source, *wanted, target)
@@ -168,6 +170,43 @@ def test_a_row_of_a_product_does_not_depend_on_its_company(dtype):
         part = torch.empty(rows, 45, dtype=dtype)
         linear.linear(x[first : first + rows], weight, part)
         assert torch.equal(part, whole[first : first + rows])
+
+
+def test_the_operations_reach_their_kernels(monkeypatch):
+    """What CUDA tensors would do, in the interpreter: each operation's own branch, with its arguments in order."""
+    from stars import kernels
+
+    names = ("copy_rows", "embedding", "linear", "rms_norm", "sample_step", "score_and_decide", "swiglu", "take_rows")
+    modules = [sys.modules[f"stars.kernels.{name}"] for name in names]
+    for module in modules:
+        monkeypatch.setattr(module, "on_triton", lambda tensor: True)
+        monkeypatch.setattr(module, "on_libstars", lambda tensor: False, raising=False)
+        for name in list(vars(module)):
+            if name.endswith("_reference"):
+                monkeypatch.setattr(module, name, None)
+    x = torch.randn(3, 20, generator=generator(0))
+    index = torch.tensor([2, 0], dtype=torch.int32)
+    weight = Weight(torch.randn(5, 20, generator=generator(1)), torch.randn(5, generator=generator(2)), 5, 20)
+    kernels.linear(x, weight, out := torch.empty(3, 5))
+    torch.testing.assert_close(out, x @ weight.values.T + weight.bias)
+    kernels.embedding(index, weight, out := torch.empty(2, 20))
+    assert torch.equal(out, weight.values[[2, 0]])
+    kernels.take_rows(x, index, out)
+    assert torch.equal(out, x[[2, 0]])
+    kernels.swiglu(x, out := torch.empty(3, 10))
+    torch.testing.assert_close(out, torch.nn.functional.silu(x[:, :10]) * x[:, 10:])
+    residual = x.clone()
+    kernels.rms_norm(x, torch.ones(20), 0.0, out := torch.empty(3, 20), residual)
+    torch.testing.assert_close(out, torch.nn.functional.rms_norm(2 * x, (20,)))
+    k, v = torch.randn(2, 1, 3, 1, 4, generator=generator(3))
+    kernels.copy_rows(k, v, index, k_out := torch.zeros(1, 3, 1, 4), v_out := torch.zeros(1, 3, 1, 4), index.flip(0))
+    assert torch.equal(k_out[0, 0], k[0, 2]) and torch.equal(v_out[0, 2], v[0, 0]) and bool((k_out[0, 1] == 0).all())
+    kernels.sample_step(x, lanes := make_lanes(3, temperature=0.0))
+    assert lanes.out_tokens[:, 0].tolist() == x.argmax(1).tolist()
+    state, rows = random_state(np.random.default_rng(1), 2)
+    rows[:] = 1
+    kernels.score_and_decide(x, None, rows, torch.ones(20), 0.0, torch.ones(20), None, state)
+    torch.testing.assert_close(state.rewards, torch.nn.functional.rms_norm(x[1], (20,)).sum().expand(rows.shape[0]))
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------
@@ -287,7 +326,7 @@ def random_logits(kind: int, count: int, vocab: int, dtype=torch.float32) -> tor
 @pytest.mark.parametrize("vocab", [1, 5, 100, 1000, 4097])
 def test_steps_equal_the_reference(vocab):
     ties = 0
-    for kind in range(5):
+    for kind in range(5 if vocab in (5, 4097) else 3):
         rows = FILTERS[kind % 3 :: 3]
         logits = random_logits(kind, len(rows), vocab, DTYPES[kind % 2])
         lanes = make_lanes(len(rows), seed=vocab)
@@ -362,10 +401,10 @@ def test_an_interval_of_a_sample_is_narrow():
 
 
 def test_forbidden_tokens_are_never_drawn():
-    logits = torch.full((9, 37), -math.inf)
+    logits = torch.full((7, 37), -math.inf)
     logits[:, [5, 36]] = torch.tensor([0.0, -0.1])
     for top_k, top_p in [(0, 1.0), (20, 1.0), (0, 0.999999), (3, 0.99)]:
-        lanes = make_lanes(9, 2.0, top_k, top_p)
+        lanes = make_lanes(7, 2.0, top_k, top_p)
         sample_step.sample_step(logits, lanes)
         assert set(lanes.out_tokens[:, 0].tolist()) == {5, 36}
 
@@ -492,7 +531,7 @@ def test_verdicts_are_those_of_the_law(seed):
 
 
 def test_the_law_at_its_own_thresholds():
-    """beta = 0 with a reward that equals tau exactly, as float64 forms it, is accepted; the next lower reward is not."""
+    """beta = 0 with a reward that equals tau exactly, as float64 forms it, is accepted, the next lower one is not."""
     from stars import law
 
     draw = np.random.default_rng(3)
@@ -552,8 +591,8 @@ def test_rewards(hidden, dtype):
             wanted = DecideState(*(tensor.clone() for tensor in state))
             verdicts.score_and_decide(residual, added, rows, weight, 1e-6, head, bias, ours)
             score_and_decide_reference(residual, added, rows, weight, 1e-6, head, bias, wanted)
-            # float32: sums of up to 1030 in another order. Otherwise casts in between may go the other way, by a unit in
-            # each of the terms, which add up to about 1.
+            # float32: sums of up to 1030 in another order. Otherwise casts in between may go the other way, by a unit
+            # in each of the terms, which add up to about 1.
             torch.testing.assert_close(ours.rewards, wanted.rewards, rtol=0, equal_nan=True,
                                        atol=1e-5 + (0 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps))
             assert torch.equal(ours.rewards[rows < 0], wanted.rewards[rows < 0]) or lanes == 0
