@@ -15,6 +15,12 @@ from stars.kernels.dispatch import on_libstars, on_triton
 MOST_GRAPHS = 128
 """Shapes kept; the least recently used one makes room."""
 
+STEPS_A_GRAPH = 1
+"""Steps that one CUDA graph holds; what is left of a run is replayed step by step. The driver keeps some 10 KB or more
+of a captured launch on the device, so 32 steps of an 8B model (10 000 launches) would be 0.1 GB for every shape, while
+replays of one step that follow each other without a pause on the host leave a gap of a microsecond or two between them.
+benchmarks/device measures both."""
+
 
 class Graphs:
     """Recorded passes by shape: programs of libstars on the CPU, CUDA graphs on a GPU, plain calls otherwise."""
@@ -28,14 +34,14 @@ class Graphs:
         """Runs `step` up to `times` times, until all of `done` int32 [n] are non-zero; returns how often it ran.
 
         `step` is called on the first run of a `key` and replayed afterwards: it must touch the same addresses and have
-        the same shapes each time, and read everything else from memory. On a GPU all `times` steps are one graph, which
-        is captured at the second run of a shape and never ends early (steps of lanes that are done do nothing), and
-        `rare` shapes are not captured.
+        the same shapes each time, and read everything else from memory. On a GPU a shape is captured once it is run a
+        second time (the later steps of a first run among them), all `times` steps are run without asking the device
+        (steps of lanes that are done do nothing), and `rare` shapes are not captured.
         """
         if on_libstars(done):
             return self._run_program(key, step, done, times)
         if on_triton(done):
-            return self._run_graph((key, times), step, times, rare)
+            return self._run_graph(key, step, times, rare)
         for ran in range(1, times + 1):
             step()
             if bool(done.all()):
@@ -55,24 +61,31 @@ class Graphs:
         return 1 + program.run(times - 1, done)
 
     def _run_graph(self, key: Hashable, step: Callable[[], None], times: int, rare: bool) -> int:
-        graph = self._recorded.get(key)
-        if graph is None and (rare or key not in self._seen):
-            # The first run compiles kernels and lets libraries allocate, which a capture does not permit.
-            for _ in range(times):
-                step()
-            self._seen.add(key)
-            return times
-        if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool):
-                for _ in range(times):
-                    step()
-            self._keep(key, graph)
-        else:
-            self._recorded.move_to_end(key)
-        graph.replay()
+        # The first step of a shape compiles kernels and lets libraries allocate, which a capture does not permit.
+        plain = times if rare else int(key not in self._seen)
+        self._seen.add(key)
+        for _ in range(plain):
+            step()
+        left = times - plain
+        while left:
+            steps = STEPS_A_GRAPH if left >= STEPS_A_GRAPH else 1
+            self._graph((key, steps), step, steps).replay()
+            left -= steps
         return times
+
+    def _graph(self, key: Hashable, step: Callable[[], None], steps: int) -> torch.cuda.CUDAGraph:
+        """The graph of `steps` steps of a shape, captured where there is none."""
+        graph = self._recorded.get(key)
+        if graph is not None:
+            self._recorded.move_to_end(key)
+            return graph
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            for _ in range(steps):
+                step()
+        self._keep(key, graph)
+        return graph
 
     def _keep(self, key: Hashable, recorded: Any) -> None:
         self._recorded[key] = recorded

@@ -1,0 +1,76 @@
+"""What is captured when, and that every step runs: the GPU's part of `Graphs`, with a stand-in for CUDA's graphs."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from stars.kernels import graph as graphs
+
+
+class Card:
+    """Counts what runs; while a capture is under way, steps are noted instead."""
+
+    def __init__(self):
+        self.ran, self.captured, self.noted = 0, 0, None
+
+    def step(self) -> None:
+        if self.noted is None:
+            self.ran += 1
+        else:
+            self.noted.steps += 1
+
+    @contextmanager
+    def capture(self, graph, pool):
+        self.noted, self.captured = graph, self.captured + 1
+        yield
+        self.noted = None
+
+
+@pytest.fixture
+def card(monkeypatch) -> Card:
+    card = Card()
+
+    class Graph:
+        steps = 0
+
+        def replay(self) -> None:
+            card.ran += self.steps
+
+    monkeypatch.setattr(graphs, "on_libstars", lambda done: False)
+    monkeypatch.setattr(graphs, "on_triton", lambda done: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", card.capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    return card
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("times", [1, 3, 4, 9])
+def test_every_step_runs_and_a_shape_is_captured_once(card, monkeypatch, steps, times):
+    monkeypatch.setattr(graphs, "STEPS_A_GRAPH", steps)
+    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+    for repeat in range(1, 4):
+        assert run.run("shape", card.step, done, times) == times
+        assert card.ran == repeat * times
+    assert card.captured <= (1 if steps == 1 else 2)
+
+
+def test_a_shape_seen_once_and_rare_shapes_are_not_captured(card):
+    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+    run.run("once", card.step, done)
+    for _ in range(3):
+        run.run("rare", card.step, done, rare=True)
+    assert (card.ran, card.captured) == (4, 0)
+    run.run("once", card.step, done)
+    assert (card.ran, card.captured) == (5, 1)
+
+
+def test_the_least_recently_used_shape_makes_room(card, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        run.run(key, card.step, done, 2)
+    assert card.captured == 4  # a, b, c, and b again
