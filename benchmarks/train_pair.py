@@ -1,11 +1,11 @@
 """Train the demonstration pair: a small language model (LM) of film reviews and a reward model (RM) which scores them.
 
     python benchmarks/train_pair.py lm --data IMDB --out PAIR [--init LM_DIRECTORY] [--minutes 50]
-    python benchmarks/train_pair.py rm --data IMDB --out PAIR [--minutes 25]
+    python benchmarks/train_pair.py rm --data IMDB --out PAIR [--init RM_DIRECTORY] [--minutes 25]
 
 IMDB is a folder with `unsup.jsonl.xz` and `train.jsonl.xz` (Large Movie Review Dataset, Maas et al., ACL 2011; one JSON
-object per line with `text` and `stars`). `lm` writes PAIR/lm, `rm` starts from PAIR/lm and writes PAIR/rm; both are
-Hugging Face directories in bfloat16. Each run puts its own section into the results file.
+object per line with `text` and `stars`). `lm` writes PAIR/lm; `rm` starts from PAIR/lm, or goes on from an RM, and
+writes PAIR/rm. Both are Hugging Face directories in bfloat16. Each run puts its own section into the results file.
 
 Budgets are minutes of training, and the learning rate follows the fraction of the budget which is spent. A machine that
 is slow, shared or paused for a while thus gives fewer tokens, never a schedule cut off in its middle.
@@ -286,14 +286,14 @@ def train_language_model(options) -> dict:
 def train_reward_model(options) -> dict:
     chance = random.Random(options.seed)
     training, held_out = labelled_reviews(options.data)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.out / "lm")
-    model = transformers.LlamaForSequenceClassification.from_pretrained(
-        options.out / "lm", dtype=torch.float32, num_labels=1
-    )
+    source = options.init or options.out / "lm"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = transformers.LlamaForSequenceClassification.from_pretrained(source, dtype=torch.float32, num_labels=1)
     if options.layers:  # sentiment needs less depth than text does, and a shallow scorer trains and serves faster
         del model.model.layers[options.layers :]
         model.config.num_hidden_layers = options.layers
-    torch.nn.init.zeros_(model.score.weight)  # all scores start at zero, whatever the body says
+    if not options.init:
+        torch.nn.init.zeros_(model.score.weight)  # all scores start at zero, whatever the body says
 
     def batches():
         while True:
@@ -304,7 +304,8 @@ def train_reward_model(options) -> dict:
                 ids, lengths = pad([row[:CONTEXT] for row in encoded], CONTEXT)  # one shape: one compilation
                 yield int(lengths.sum()), (ids, lengths, torch.tensor(labels))
 
-    facts = fit(model, reward_loss, batches(), options.minutes, options.rate)
+    facts = {"started_from": "an earlier reward model" if options.init else "the language model's body"}
+    facts |= fit(model, reward_loss, batches(), options.minutes, options.rate)
     facts["passes"] = round(facts["steps"] * options.batch / len(training), 2)
     model = model.to(torch.bfloat16)
     save(model, tokenizer, options.out / "rm")
@@ -349,7 +350,7 @@ def main() -> None:
     parser.add_argument("model", choices=["lm", "rm"])
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of the reviews")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pair, lm/ and rm/")
-    parser.add_argument("--init", type=pathlib.Path, help="lm only: start from this model's weights and tokenizer")
+    parser.add_argument("--init", type=pathlib.Path, help="start from this LM, or RM (with the same held-out reviews)")
     parser.add_argument("--layers", type=int, help="rm only: keep this many of the language model's layers")
     parser.add_argument("--minutes", type=float, default=50.0, help="training time, pauses not counted")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
