@@ -83,11 +83,14 @@ def settings(head_dim: int, dtype: torch.dtype, packed: int, capability: int = 9
     if dtype == torch.float32:
         return Settings(16, 32, 8 if width > 64 else 4, 1, 1)
     piece = min(packed, 64 if width > 128 else 128)
+    if capability >= 120:  # GeForce: the tensor cores of sm_80, and 99 KB of shared memory
+        capability = 80
     # The sums take piece * width / (32 * num_warps) registers a thread, at most 64. sm_100 needs them in passing from
     # tensor memory, and masked columns (80, 96) then take the last ones.
     num_warps = 8 if piece * width >= (64 if capability >= 100 else 128) * 128 else 4
-    if piece <= 64:  # bound by memory: small blocks, three in flight; or too wide for more: two
-        return Settings(piece, 32, num_warps, 6 if packed <= 64 else 4, 2)
+    if piece <= 64:  # bound by memory: small blocks, three in flight; or too wide for more than two
+        deep = packed <= 64 and (width <= 128 or capability >= 90)
+        return Settings(piece, 32, num_warps, 6 if deep else 4, 2)
     # Bound by arithmetic: wide products reread their left side less often. sm_80 holds a block in registers.
     return Settings(piece, 32 if capability < 90 else 64, num_warps, 4, 2)
 
