@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ ABI_VERSION = 1
 
 _LINEAR, _EMBEDDING, _RMS_NORM, _SWIGLU, _TAKE_ROWS, _ROPE_WRITE, _ATTENTION, _SAMPLE_STEP, _COPY_ROWS = range(9)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_BF16_DOT = 2  # of arithmetic "bfloat16"
 
 
 def _structure(name: str, **fields) -> type[ctypes.Structure]:
@@ -96,7 +97,7 @@ def available() -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: "base", "avx2" or "avx512"."""
+    """The instruction set in use: "base", "avx2", "avx512" or "avx512_bf16"."""
     return _lib.stars_isa().decode()
 
 
@@ -144,22 +145,31 @@ def record() -> Iterator[Program]:
         _recording = None
 
 
-def pack(matrix: Tensor) -> Tensor:
-    """The packed form, a uint8 vector, of a float32 or bfloat16 `matrix` [out_features, in_features]."""
-    if matrix.dim() != 2 or matrix.dtype not in _DTYPES:
-        raise ValueError(f"pack: matrix is {_describe(matrix)}, expected a float32 or bfloat16 matrix")
+def pack(matrix: Tensor, arithmetic: Literal["float32", "bfloat16"] = "float32") -> Tensor:
+    """The packed form, a uint8 vector, of a float32 or bfloat16 `matrix` [out_features, in_features].
+
+    With `arithmetic` "bfloat16", for bfloat16 matrices only, in the order in which pairs of its values are multiplied.
+    """
+    if matrix.dim() != 2 or matrix.dtype not in _DTYPES or (
+        arithmetic == "bfloat16" and matrix.dtype != torch.bfloat16
+    ):
+        expected = "bfloat16" if arithmetic == "bfloat16" else "float32 or bfloat16"
+        raise ValueError(f"pack: matrix is {_describe(matrix)}, expected a {expected} matrix")
     pointer = _pointer("pack", "matrix", matrix, matrix.dtype, matrix.shape)
-    shape = (*matrix.shape, _DTYPES[matrix.dtype])
+    shape = (*matrix.shape, _kind(matrix.dtype, arithmetic))
     packed = torch.empty(_lib.stars_packed_bytes(*shape), dtype=torch.uint8)  # torch aligns to 64 bytes
     _check_status(_lib.stars_pack(pointer, *shape, packed.data_ptr()))
     return packed
 
 
-def unpack(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+def unpack(
+    packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype,
+    arithmetic: Literal["float32", "bfloat16"] = "float32",
+) -> Tensor:
     """The matrix [out_features, in_features] that `pack` was given."""
     if dtype not in _DTYPES:
         raise ValueError(f"unpack: dtype is {dtype}, expected float32 or bfloat16")
-    shape = (out_features, in_features, _DTYPES[dtype])
+    shape = (out_features, in_features, _kind(dtype, arithmetic))
     pointer = _pointer("unpack", "packed", packed, torch.uint8, (_lib.stars_packed_bytes(*shape),))
     matrix = torch.empty(out_features, in_features, dtype=dtype)
     _check_status(_lib.stars_unpack(pointer, *shape, matrix.data_ptr()))
@@ -167,13 +177,16 @@ def unpack(packed: Tensor, out_features: int, in_features: int, dtype: torch.dty
 
 
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """out [rows, out_features] = x [rows, in_features] @ weight.T + bias; a row's bits do not depend on the others."""
+    """out [rows, out_features] = x [rows, in_features] @ weight.T + bias; a row's bits do not depend on the others.
+
+    Where the weight's arithmetic is "bfloat16" and `isa()` is "avx512_bf16", x is rounded to bfloat16 before.
+    """
     rows = x.shape[0]
     params = _Linear(
         _pointer("linear", "x", x, torch.float32, (rows, weight.in_features)), _weight_pointer("linear", weight),
         _optional_pointer("linear", "bias", weight.bias, torch.float32, (weight.out_features,)),
         _pointer("linear", "out", out, torch.float32, (rows, weight.out_features)),
-        rows, weight.in_features, weight.out_features, _DTYPES[weight.dtype],
+        rows, weight.in_features, weight.out_features, _kind(weight.dtype, weight.arithmetic),
     )
     _call(_LINEAR, params, x, weight, out)
 
@@ -184,7 +197,7 @@ def embedding(token_ids: Tensor, weight: Weight, out: Tensor) -> None:
     params = _Embedding(
         _pointer("embedding", "token_ids", token_ids, torch.int32, (rows,)), _weight_pointer("embedding", weight),
         _pointer("embedding", "out", out, torch.float32, (rows, weight.in_features)),
-        rows, weight.in_features, weight.out_features, _DTYPES[weight.dtype],
+        rows, weight.in_features, weight.out_features, _kind(weight.dtype, weight.arithmetic),
     )
     _call(_EMBEDDING, params, token_ids, weight, out)
 
@@ -325,6 +338,11 @@ def _call(op: int, params: ctypes.Structure, *kept: object) -> None:
 def _check_status(status: int) -> None:
     if status != 0:
         raise ValueError(_lib.stars_last_error().decode())
+
+
+def _kind(dtype: torch.dtype, arithmetic: str) -> int:
+    """The stars_dtype of a packed matrix."""
+    return _BF16_DOT if arithmetic == "bfloat16" else _DTYPES[dtype]
 
 
 def _describe(tensor: Tensor) -> str:

@@ -29,7 +29,14 @@ typedef enum {
   STARS_INVALID = 1, /* a parameter is out of range; stars_last_error says which */
 } stars_status;
 
-typedef enum { STARS_F32 = 0, STARS_BF16 = 1 } stars_dtype;
+/* How a matrix is stored, and how products with it are formed. */
+typedef enum {
+  STARS_F32 = 0,
+  STARS_BF16 = 1, /* widened to float32, so the bits are those of the same matrix in float32 */
+  /* bfloat16 in pairs of inputs. With the instruction set "avx512_bf16" x is rounded to bfloat16 too (to nearest even,
+   * subnormals to zero), pairs of products are added up in float32. Others form the same products as of STARS_BF16. */
+  STARS_BF16_DOT = 2,
+} stars_dtype;
 
 typedef enum {
   STARS_OP_LINEAR = 0,
@@ -174,7 +181,7 @@ typedef struct {
 
 STARS_API int32_t stars_abi_version(void);
 STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */
-STARS_API const char* stars_isa(void);        /* the instruction set in use: "base", "avx2" or "avx512" */
+STARS_API const char* stars_isa(void);        /* the one in use: "base", "avx2", "avx512" or "avx512_bf16" */
 
 STARS_API int32_t stars_num_threads(void);
 STARS_API void stars_set_num_threads(int32_t count);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,15 +27,19 @@ class Weight:
     packed: bool = False
     dtype: torch.dtype | None = None  # of the matrix that `values` holds, where packed
     deterministic: bool = False  # on a GPU: the bits of a row do not depend on the number of rows
+    arithmetic: Literal["float32", "bfloat16"] = "float32"  # of libstars' products, see `pack`
 
     def dense(self) -> Tensor:
         """The matrix [out_features, in_features]."""
         if not self.packed:
             return self.values
-        return libstars.unpack(self.values, self.out_features, self.in_features, self.dtype)
+        return libstars.unpack(self.values, self.out_features, self.in_features, self.dtype, self.arithmetic)
 
 
-def pack(matrix: Tensor, bias: Tensor | None = None, deterministic: bool = False) -> Weight:
+def pack(
+    matrix: Tensor, bias: Tensor | None = None, deterministic: bool = False,
+    arithmetic: Literal["float32", "bfloat16"] = "float32",
+) -> Weight:
     """A Weight of `matrix` [out_features, in_features].
 
     On a GPU the bias takes the matrix's type, and with `deterministic` the product is formed in one order at any
@@ -42,7 +47,13 @@ def pack(matrix: Tensor, bias: Tensor | None = None, deterministic: bool = False
 
     On the CPU it is packed for libstars, as bfloat16 if that holds every value exactly (products are formed in float32
     either way, so the results have the same bits for half the memory traffic) and as float32 otherwise.
+
+    With `arithmetic` "bfloat16" the matrix is rounded to bfloat16, and on a CPU that multiplies bfloat16 pairs
+    (`libstars.isa()` is "avx512_bf16") so are the activations of every product; sums are float32 still. Other CPUs,
+    and the references, multiply the rounded matrix in float32.
     """
+    if arithmetic == "bfloat16":
+        matrix = matrix.to(torch.bfloat16)
     out_features, in_features = matrix.shape
     packable = matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) and matrix.numel() > 0
     if matrix.is_cuda:
@@ -52,8 +63,8 @@ def pack(matrix: Tensor, bias: Tensor | None = None, deterministic: bool = False
         return Weight(matrix, bias, out_features, in_features, deterministic=deterministic)
     stored = matrix if matrix.dtype == torch.bfloat16 else _narrowest(matrix)
     bias = None if bias is None else bias.float().contiguous()
-    return Weight(libstars.pack(stored.contiguous()), bias, out_features, in_features, True, stored.dtype,
-                  deterministic)
+    packed = libstars.pack(stored.contiguous(), arithmetic)
+    return Weight(packed, bias, out_features, in_features, True, stored.dtype, deterministic, arithmetic)
 
 
 def _narrowest(matrix: Tensor) -> Tensor:

@@ -25,14 +25,19 @@ isa choose_isa() {
   isa best = {"base", &base::table};
 #ifdef STARS_X86
   __builtin_cpu_init();
-  const isa wider[] = {{"avx2", &avx2::table}, {"avx512", &avx512::table}};
+  static const op_table avx512_bf16_table = [] {
+    op_table table = avx512::table;
+    table.linear = avx512_bf16::linear;
+    return table;
+  }();
+  const isa wider[] = {{"avx2", &avx2::table}, {"avx512", &avx512::table}, {"avx512_bf16", &avx512_bf16_table}};
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool supported[] = {has_avx2, has_avx512};
+  const bool supported[] = {has_avx2, has_avx512, has_avx512 && __builtin_cpu_supports("avx512bf16")};
   const char* wanted = std::getenv("STARS_ISA");  // for tests: the best at most this wide
-  for (int i = 0; i < 2 && supported[i]; ++i) {
+  for (int i = 0; i < 3 && supported[i]; ++i) {
     if (wanted && std::strcmp(wanted, best.name) == 0) break;
     best = wider[i];
   }
@@ -63,14 +68,14 @@ const isa& chosen_isa() {
 const char* check(const stars_linear_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.in_features > 0 && p.out_features > 0,
                 "rows must be >= 0, in_features and out_features positive");
-  STARS_REQUIRE(p.dtype == STARS_F32 || p.dtype == STARS_BF16, "dtype must be 0 (float32) or 1 (bfloat16)");
+  STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= STARS_BF16_DOT, "dtype must be 0 (float32), 1 or 2 (bfloat16)");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
   return nullptr;
 }
 
 const char* check(const stars_embedding_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.hidden > 0 && p.vocab > 0, "rows must be >= 0, hidden and vocab positive");
-  STARS_REQUIRE(p.dtype == STARS_F32 || p.dtype == STARS_BF16, "dtype must be 0 (float32) or 1 (bfloat16)");
+  STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= STARS_BF16_DOT, "dtype must be 0 (float32), 1 or 2 (bfloat16)");
   STARS_REQUIRE(p.rows == 0 || (p.token_ids && p.weight && p.out), "token_ids, weight and out must not be null");
   return nullptr;
 }

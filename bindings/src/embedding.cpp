@@ -7,6 +7,22 @@
 #include "row_blocks.h"
 
 namespace stars::STARS_ISA {
+namespace {
+
+template <int32_t DTYPE>
+void take_row(const stars_embedding_params& p, int64_t token, float* out) {
+  const int64_t start = token / kPanel * panel_size(p.hidden, DTYPE), column = token % kPanel;
+  if constexpr (DTYPE == STARS_F32) {
+    const float* from = static_cast<const float*>(p.weight) + start;
+    for (int64_t k = 0; k < p.hidden; ++k) out[k] = from[panel_place<DTYPE>(column, k)];
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(p.weight) + start;
+    for (int64_t k = 0; k < p.hidden; ++k)
+      out[k] = std::bit_cast<float>(uint32_t{from[panel_place<DTYPE>(column, k)]} << 16);
+  }
+}
+
+}  // namespace
 
 void embedding(const stars_embedding_params& p) {
   // Every value of a row lies in a cache line of its own (in order, so that they are prefetched).
@@ -17,14 +33,12 @@ void embedding(const stars_embedding_params& p) {
       for (int64_t k = 0; k < p.hidden; ++k) out[k] = std::numeric_limits<float>::quiet_NaN();
       return;
     }
-    const int64_t start = token / kPanel * kPanel * p.hidden, column = token % kPanel;
-    if (p.dtype == STARS_BF16) {
-      const uint16_t* from = static_cast<const uint16_t*>(p.weight) + start + bf16_place(column);
-      for (int64_t k = 0; k < p.hidden; ++k) out[k] = std::bit_cast<float>(uint32_t{from[k * kPanel]} << 16);
-    } else {
-      const float* from = static_cast<const float*>(p.weight) + start + column;
-      for (int64_t k = 0; k < p.hidden; ++k) out[k] = from[k * kPanel];
-    }
+    if (p.dtype == STARS_F32)
+      take_row<STARS_F32>(p, token, out);
+    else if (p.dtype == STARS_BF16)
+      take_row<STARS_BF16>(p, token, out);
+    else
+      take_row<STARS_BF16_DOT>(p, token, out);
   });
 }
 

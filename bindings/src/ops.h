@@ -29,6 +29,9 @@ extern const op_table table;
 namespace avx512 {
 extern const op_table table;
 }
+namespace avx512_bf16 {  // all else is avx512's
+void linear(const stars_linear_params&);
+}
 
 // The table of the instruction set in use.
 const op_table& ops();
