@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stars.bindings import libstars
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.kernels.types import Batch
 from stars.model.decoder import Decoder
@@ -300,7 +301,7 @@ def test_sharded_equals_single(tiny_model, operations):
 
 
 def test_rounded_to_bfloat16(tiny_model, operations):
-    """dtype="bfloat16" rounds matrices alone; arithmetic stays float32."""
+    """dtype="bfloat16" rounds the matrices and, where bfloat16 pairs are multiplied, what they are multiplied with."""
     import transformers
 
     directory = tiny_model(MODELS["llama-bias-tied"])
@@ -314,8 +315,13 @@ def test_rounded_to_bfloat16(tiny_model, operations):
     exact = runner.logits(runner.prefill(runner.open(), TEXT))
     runner.decoder = load_model(directory, dtype="bfloat16", max_rows=64)
     rounded = runner.logits(runner.prefill(runner.open(), TEXT))
-    assert_close(rounded, expected)
-    assert (rounded - exact).abs().max() > 10 * TOLERANCE
+    difference = (expected - exact).abs()  # what rounding the matrices does
+    assert difference.max() > 10 * TOLERANCE
+    if operations == "libstars" and libstars.isa() == "avx512_bf16":
+        # Both factors of a product are rounded to the same relative error: as large a difference again.
+        assert 0 < (rounded - expected).abs().mean() < 2 * difference.mean()
+    else:
+        assert_close(rounded, expected)
 
 
 def test_buffers_stay_where_they_are(tiny_model, operations):
