@@ -36,7 +36,7 @@ class _Catch:
     def __init__(self):
         self.split = _Split()
 
-    def run(self, key, step: Callable[[], None], done, times: int = 1) -> int:
+    def run(self, key, step: Callable[[], None], done, times: int = 1, rare: bool = False) -> int:
         libstars._recording = self.split
         try:
             step()

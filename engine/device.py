@@ -9,7 +9,7 @@ import torch
 
 from stars.errors import ModelError
 from stars.model.config import ModelConfig
-from stars.model.loader import inspect_model
+from stars.model.loader import DTYPES, inspect_model
 from stars.reward.causal import slab_length
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
 LEAST_TRITON = (3, 2)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that attention has kernels for."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_gpu() -> None:

@@ -19,7 +19,7 @@ from stars.model.families import FAMILIES
 from stars.model.rope import rope_tables
 from stars.model.tokenizer import has_chat_template
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_ROWS = 256
 LM_HEAD, SCORE_HEAD = "lm_head.weight", "score.weight"
 NAMED = 3  # tensors an error names before it only counts
@@ -42,25 +42,30 @@ class ModelSummary(NamedTuple):
 
 def load_model(
     directory: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu",
-    head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS,
+    head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS, deterministic: bool = False,
 ) -> Decoder:
     """The model in DIRECTORY with the head asked for, its matrices packed one at a time.
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
     them too: about twice as fast with many rows. Sums, norms, biases, attention, the cache and the reward head stay
-    float32. Raises ModelError for whatever does not fit: missing, unexpected or misshapen tensors, an absent head,
+    float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and with
+    `deterministic` products have one order. Raises ModelError for whatever does not fit: missing, unexpected or misshapen tensors, an absent head,
     more labels than one, damaged files.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    device = _check_device(device)
+    if dtype not in _dtypes(device):
+        raise ModelError(f"dtype {dtype!r} is not supported: use one of {', '.join(_dtypes(device))}")
     if head not in ("lm", "reward"):
         raise ModelError(f"head {head!r} is not supported: use 'lm' or 'reward'")
-    device = _check_device(device)
     config = load_config(directory)
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else config.dtype
+        if dtype not in DTYPES:
+            raise ModelError(f"{directory} is stored as {dtype}, which is not supported: choose a dtype")
     checkpoint = Checkpoint(directory)
     names = _check(checkpoint, config, head)
-    reader = _Reader(checkpoint, names, dtype, device)
+    reader = _Reader(checkpoint, names, dtype, device, deterministic)
     tied = head == "lm" and config.tie_word_embeddings
     if tied:
         reader.check_tied()
@@ -73,7 +78,8 @@ def load_model(
         lm_head = embedding if tied else reader.matrix("lm_head")
     cos, sin = rope_tables(config.rope, config.head_dim, config.max_position_embeddings, device)
     return Decoder(
-        config, embedding, layers, reader.vector("model.norm.weight"), lm_head, score_head, cos, sin, max_rows
+        config, embedding, layers, reader.vector("model.norm.weight"), lm_head, score_head, cos, sin, max_rows,
+        reader.activations,
     )
 
 
@@ -140,25 +146,29 @@ def expected_tensors(config: ModelConfig, head: Literal["lm", "reward", "none"])
 class _Reader:
     """Takes tensors out of a checkpoint in the form the decoder keeps them in."""
 
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], dtype: str, device: torch.device):
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], dtype: str, device: torch.device,
+                 deterministic: bool):
         self.checkpoint = checkpoint
         self.names = names
-        self.rounded = dtype == "bfloat16"
         self.device = device
+        self.deterministic = deterministic
+        on_cpu = device.type == "cpu"
+        self.rounded = on_cpu and dtype == "bfloat16"
+        self.activations = torch.float32 if on_cpu else DTYPES[dtype]  # of keys and values, too
+        self.kind = None if on_cpu else self.activations  # of matrices; None: the narrowest that is exact
 
     def matrix(self, *layers: str) -> Weight:
         """The weights of `layers`, one below the other, packed, with their biases where they have some."""
         parts = [self._read(layer + ".weight") for layer in layers]
         biases = [self.vector(layer + ".bias") for layer in layers if layer + ".bias" in self.names]
-        kinds = {part.dtype for part in parts}
         # bfloat16 is kept as such: it is exact and half the bytes; all else becomes float32, which is exact too
-        keep = self.rounded or kinds == {torch.bfloat16}
-        kind = torch.bfloat16 if keep else torch.float32
+        keep = self.rounded or {part.dtype for part in parts} == {torch.bfloat16}
+        kind = self.kind or (torch.bfloat16 if keep else torch.float32)
         rows = sum(part.shape[0] for part in parts)
         joined = torch.empty(rows, parts[0].shape[1], dtype=kind, device=self.device)
         torch.cat([part.to(self.device, kind) for part in parts], out=joined)
         bias = torch.cat(biases) if biases else None
-        return kernels.pack(joined, bias, arithmetic="bfloat16" if self.rounded else "float32")
+        return kernels.pack(joined, bias, self.deterministic, "bfloat16" if self.rounded else "float32")
 
     def vector(self, name: str) -> Tensor:
         """A norm's weight or a bias, float32."""
@@ -286,6 +296,10 @@ def _list(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:NAMED])}{more})"
+
+
+def _dtypes(device: torch.device) -> tuple[str, ...]:
+    return ("auto", "float32", "bfloat16") + (() if device.type == "cpu" else ("float16",))
 
 
 def _check_device(device: torch.device | str) -> torch.device:

@@ -56,7 +56,8 @@ class CausalReward(Reward):
         if hasattr(self.model, "forward"):
             self.decoder = self.model
         else:
-            self.decoder = load_model(self.model, dtype=limits.dtype, device=limits.device, head="reward")
+            self.decoder = load_model(self.model, dtype=limits.dtype, device=limits.device, head="reward",
+                                      deterministic=limits.deterministic)
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(self.model)
         config = self.decoder.config
