@@ -72,7 +72,8 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Sizes and arithmetic of the engine."""
     group = parser.add_argument_group("engine (defaults are those of stars.Engine)")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="of the stored matrices; bfloat16 also of their products, where the CPU has them")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+                       help="of the stored matrices; bfloat16 also of their products, where the CPU has them")
     group.add_argument("--deterministic", action="store_true", default=None,
                        help="the same text for a seed at any width and in any batch")
     group.add_argument("--cache-tokens", type=int, metavar="N", help="budget of each model's KV cache")
