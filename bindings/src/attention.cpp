@@ -15,7 +15,7 @@ namespace {
 
 constexpr float infinity = __builtin_inff();
 constexpr int64_t most_rows = 64;                // of a unit, where a token has fewer query heads per KV head
-constexpr int64_t serial_work = 48 * 1024;       // products below which waking other threads costs more than it saves
+constexpr int64_t serial_work = 12 * 1024;       // products below which waking other threads costs more than it saves
 
 struct unit {
   int64_t first_sequence;
