@@ -214,6 +214,9 @@ inline void pad_offsets(key_tile& tile) {
 
 // Adds one tile, with offsets for first .. last - 1, to the rows' softmax.
 inline void add_tile(const softmax_rows& s, key_tile& tile, float softcap) {
+  // Values are fetched while scores are formed: after a step's weights went through the caches they lie far away.
+  for (int64_t j = tile.first; j < tile.last; ++j)
+    for (int64_t d = 0; d < s.head_dim; d += 16) __builtin_prefetch(tile.v + tile.offset[j] + d, 0, 2);
   pad_offsets(tile);
   const int64_t begin = tile.first / key_step * key_step, end = (tile.last + key_step - 1) / key_step * key_step;
   const int64_t fours = s.rows / 4 * 4, twos = s.rows / 2 * 2;
