@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine with Python 3.10 to 3.12 and a C++ compiler:
 #   make demo    makes the environment, installs, and decodes on the shipped pair of models
 #   make test    the same set-up, then all tests
+# and one more on a machine with a GPU, with what is installed there (no network, no environment):
+#   make device  kernels and engine checked on the card, then timed; OPTIONS=--quick for two minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -18,6 +20,9 @@ slow: install
 
 bench: install
 	$(BIN)/python benchmarks/run_cpu.py
+
+device:
+	$(PYTHON) benchmarks/device/run.py $(OPTIONS)
 
 install: $(VENV)/installed
 

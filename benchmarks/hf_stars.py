@@ -86,12 +86,13 @@ class HFStars:
         random numbers.
         """
         seed = params.seed if params.seed is not None else random.getrandbits(63)
-        draw = draw if draw is not None else _sampler(params, seed)
+        device = next(self.lm.parameters()).device
+        draw = draw if draw is not None else _sampler(params, seed, device)
         uniform = uniform if uniform is not None else _uniforms(seed)
         total = params.max_tokens
         lm = self._history(self.lm.model, self.width, len(prompt) + total)
         rm = self._history(self.rm.model, self.rm_lanes, len(prompt) + total)
-        ids = torch.tensor([prompt])  # [1, prompt]
+        ids = torch.tensor([prompt], device=device)  # [1, prompt]
         if len(prompt) > 1:
             lm.extend(ids[:, :-1])
             lm.expand()
@@ -142,7 +143,7 @@ class HFStars:
         output.fallbacks += 1
         lm.set_rows(1)
         rm.set_rows(1)
-        lm.extend(torch.cat([torch.tensor([last]), tokens[:-1]])[None])
+        lm.extend(torch.cat([tokens.new_tensor([last]), tokens[:-1]])[None])
         rm.extend(tokens[None])
         lm.keep(0, size)
         rm.keep(0, size)
@@ -152,8 +153,8 @@ class HFStars:
         """[lanes, size] token ids; the history then holds the inputs, so all of them but the last."""
         lm.set_rows(lanes)
         head = self.lm.lm_head
-        token = torch.full((lanes,), last)
-        drafted = torch.empty(lanes, size, dtype=torch.int64)
+        token = torch.full((lanes,), last, device=head.weight.device)
+        drafted = torch.empty(lanes, size, dtype=torch.int64, device=head.weight.device)
         for position in range(size):
             logits = head(lm.extend(token[:, None])).float()  # [lanes, vocab]
             token = draw(logits, segment, attempt, position)
@@ -175,6 +176,7 @@ class _Cached:
 
     def __init__(self, backbone, rows: int, capacity: int, kind: CacheKind):
         self.backbone = backbone
+        self.device = next(backbone.parameters()).device
         self.rows = rows
         self.in_place = kind == "preallocated"
         if self.in_place:
@@ -200,7 +202,7 @@ class _Cached:
         """The next `extend` brings this many rows; all histories are equal now."""
         current = rows if self.in_place or not self.cache.is_initialized else self.cache.batch_size
         if current != rows:
-            self.cache.batch_select_indices(torch.arange(rows) % current)
+            self.cache.batch_select_indices(torch.arange(rows, device=self.device) % current)
 
     def rewind(self, tokens: int) -> None:
         """Forgets the last `tokens` of every row."""
@@ -215,7 +217,7 @@ class _Cached:
             for layer in self.cache.layers:
                 layer.spread(row, tokens)
         elif self.rows > 1:
-            self.cache.batch_select_indices(torch.full((self.rows,), row))
+            self.cache.batch_select_indices(torch.full((self.rows,), row, device=self.device))
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -257,7 +259,7 @@ class _Recomputed:
     def __init__(self, backbone, rows: int):
         self.backbone = backbone
         self.rows = rows
-        self.ids = torch.empty(1, 0, dtype=torch.int64)  # [rows, length]
+        self.ids = torch.empty(1, 0, dtype=torch.int64, device=next(backbone.parameters()).device)  # [rows, length]
 
     def extend(self, ids: Tensor) -> Tensor:
         self.ids = torch.cat([self.ids, ids], dim=1)
@@ -292,11 +294,11 @@ def _accepts(uniform: float, reward: float, tau: float, beta: float) -> bool:
     return reward >= tau if beta == 0 else math.log(uniform) < (reward - tau) / beta
 
 
-def _sampler(params, seed: int) -> Draw:
+def _sampler(params, seed: int, device: torch.device | str = "cpu") -> Draw:
     """Temperature and top-k: the softmax is over the kept logits alone."""
     if params.top_p != 1.0 or params.min_p != 0.0:
         raise ValueError("this loop samples with temperature and top_k only")
-    generator = torch.Generator().manual_seed(seed & (1 << 63) - 1)
+    generator = torch.Generator(device).manual_seed(seed & (1 << 63) - 1)
     temperature, top_k = params.temperature, params.top_k
 
     def draw(logits: Tensor, segment: int, attempt: int, position: int) -> Tensor:

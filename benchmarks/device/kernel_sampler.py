@@ -1,0 +1,201 @@
+"""The sampler and the verdict on the device: the CPU's random words bit for bit, its tokens, and the law."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from compare import within
+from launchers import launchers
+from record import Record, Settings
+from torch import Tensor
+
+from stars.kernels import philox
+from stars.kernels.sample_step import sample_step_reference, sampling_threshold
+from stars.kernels.score_and_decide import decide_reference
+from stars.kernels.types import DecideState, LaneState
+
+TIE = 4e-5  # scores closer than this, at |z| < 32, may change places: twice what kernels/triton/sample_step.py states
+
+
+def run(record: Record, settings: Settings) -> None:
+    """Words, draws at small and real vocabularies with every filter, ends of lanes, verdicts."""
+    ops = launchers(settings.dry)
+    if not settings.dry:
+        with record.checking("philox words"):
+            _words(record)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    # Every size and type is compiled anew, six kernels each; the last ones are those of a real model.
+    sizes = [(37, 9, fp32), (1000, 17, bf16)]
+    sizes += [] if settings.dry else [(5003, 33, fp32)]
+    sizes += [] if settings.quick else [(128256, 64, bf16), (128256, 64, fp32)]
+    for vocab, lanes, dtype in sizes:
+        with record.checking(f"sample_step {vocab} {dtype}"):
+            _draws(record, ops, settings.device, vocab, lanes, dtype)
+    with record.checking("sample_step, bad logits and ends"):
+        _ends(record, ops, settings.device)
+    for seed in range(2 if settings.quick else 6):
+        for dtype, hidden in ((torch.float32, 64), (torch.bfloat16, 64 if settings.dry else 4096)):
+            with record.checking(f"score_and_decide {seed} {dtype}"):
+                _verdicts(record, ops, settings.device, seed, dtype, hidden)
+
+
+def _words(record: Record) -> None:
+    from words import words_kernel
+
+    for seed, position, attempt, stream in ((1, 0, 1, 0), (-5, 31, 7, 1 << 20), (2**63 - 1, 127, 2**24 - 1, -1)):
+        given = [torch.tensor([value], dtype=kind, device="cuda") for value, kind in (
+            (seed, torch.int64), (position, torch.int32), (attempt, torch.int32), (stream, torch.int32))]
+        count = 1 << 17
+        words = torch.empty(count, dtype=torch.int32, device="cuda")
+        noise = torch.empty(count, device="cuda")
+        words_kernel[(count // 4 // 256,)](words, noise, *given, BLOCKS=256)
+        wanted = philox.token_words(seed, position, attempt, stream, count)
+        record.check(f"philox words, seed {seed}", np.array_equal(words.cpu().numpy().view(np.uint32), wanted))
+        error = np.abs(noise.cpu().numpy() - philox.gumbel(wanted)).max()
+        record.check(f"Gumbel noise, seed {seed}", bool(error < 1e-5), error=float(error))
+
+
+def lane_state(lanes: int, device: str, steps: int = 4, seed: int = 0) -> LaneState:
+    """Lanes with every combination of filters, none of them done."""
+    draw = np.random.default_rng(seed)
+
+    def ints(values, kind=torch.int32) -> Tensor:
+        return torch.tensor(np.asarray(values), dtype=kind, device=device)
+
+    index = np.arange(lanes)
+    zero = np.zeros(lanes, dtype=np.int32)
+    return LaneState(
+        ints(zero), ints(index), ints(index), ints(zero), ints(zero), ints(zero + steps), ints(zero),
+        torch.zeros(lanes, steps, dtype=torch.int32, device=device), torch.zeros(lanes, steps, device=device),
+        ints(draw.integers(-(2**62), 2**62, lanes), torch.int64), ints(1 + index), ints(index * 3),
+        ints(np.where(index % 8 == 7, 0.0, 0.5 + index % 3 * 0.5), torch.float32),
+        ints(np.where(index % 4 == 1, 11, np.where(index % 16 == 6, 40, 0))),
+        ints(np.where(index % 4 == 2, 0.9, 1.0), torch.float32),
+        ints(np.where(index % 8 == 3, 0.05, 0.0), torch.float32),
+        torch.full((lanes, 16), -1, dtype=torch.int32, device=device))
+
+
+def on_cpu(state):
+    """A copy of all its tensors on the CPU."""
+    return type(state)(*(tensor.cpu().clone() for tensor in state))
+
+
+def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torch.dtype) -> None:
+    """Tokens of several steps; another token than the reference's is explained by a tie, or is wrong."""
+    state = lane_state(lanes, device, seed=vocab)
+    generator = torch.Generator().manual_seed(vocab)
+    wrong, ties, worst = [], 0, 0.0
+    for step in range(2):
+        logits = (3 * torch.randn(lanes, vocab, generator=generator)).to(dtype)
+        before = on_cpu(state)
+        wanted = on_cpu(state)
+        sample_step_reference(logits.float(), wanted)
+        ops.sample_step(logits.to(device), state)
+        tokens, theirs = state.out_tokens[:, step].tolist(), wanted.out_tokens[:, step].tolist()
+        logprobs = torch.log_softmax(logits.float(), -1)
+        for lane, (token, other) in enumerate(zip(tokens, theirs, strict=True)):
+            if token != other:
+                if 0 <= token < vocab and _tied(logits[lane].float(), before, lane, token, other):
+                    ties += 1
+                else:
+                    wrong.append((step, lane, token, other))
+                    continue
+            worst = max(worst, abs(float(state.out_logprobs[lane, step]) - float(logprobs[lane, token])))
+        if device != "cpu":  # go on from the reference's state
+            for mine, right in zip(state, wanted, strict=True):
+                mine.copy_(right)
+    name = f"sample_step {vocab} {str(dtype)[6:]}"
+    record.check(f"{name}, tokens", not wrong and ties <= 1 + lanes // 16, wrong=wrong[:8], ties=ties, draws=2 * lanes)
+    record.check(f"{name}, log-probabilities", worst < 1e-4, worst=worst)
+
+
+def _tied(row: Tensor, state: LaneState, lane: int, token: int, other: int) -> bool:
+    """Whether the two tokens' scores are too close to tell apart, or one of them lies on a filter's threshold."""
+    temperature = float(state.temperature[lane])
+    if temperature == 0:
+        return bool(row[token] == row[other])
+    z = row / temperature
+    words = philox.token_words(int(state.seeds[lane]), int(state.steps[lane]), int(state.attempts[lane]),
+                               int(state.streams[lane]), len(row))
+    scores = z.double() + torch.from_numpy(philox.gumbel(words))
+    tie = TIE * max(1.0, float(z.abs().max()) / 32)
+    if abs(float(scores[token] - scores[other])) < tie:
+        return True
+    if float(state.top_p[lane]) == 1.0 and float(state.min_p[lane]) == 0.0:
+        return False
+    threshold = sampling_threshold(z, int(state.top_k[lane]), float(state.top_p[lane]), float(state.min_p[lane]))
+    # A sum of exponentials within 1e-5 of top_p moves the threshold by one value: the nearest one beside it.
+    order = z.sort().values
+    place = int(torch.searchsorted(order, torch.tensor(threshold)))
+    near = {float(order[i]) for i in range(max(0, place - 1), min(len(order), place + 2))}
+    return float(z[token]) in near or float(z[other]) in near
+
+
+def _ends(record: Record, ops, device: str) -> None:
+    """NaN, +inf and nothing but -inf end a lane with token -1; stop ids and limits end it; done lanes stay."""
+    vocab, lanes = 50, 8
+    logits = torch.randn(lanes, vocab, generator=torch.Generator().manual_seed(1))
+    logits[0, 7], logits[1, 7], logits[2] = math.nan, math.inf, -math.inf
+    logits[3, 20] = 100.0
+    state = lane_state(lanes, device)
+    state.temperature.fill_(1.0)
+    for name in ("top_k", "min_p"):
+        getattr(state, name).zero_()
+    state.top_p.fill_(1.0)
+    state.stop_ids[3, 0] = 20
+    state.limits[4] = 1
+    state.done[5] = 1
+    wanted = on_cpu(state)
+    sample_step_reference(logits, wanted)
+    ops.sample_step(logits.to(device), state)
+    for field, mine, right in zip(LaneState._fields, state, wanted, strict=True):
+        equal = torch.equal(mine.cpu(), right) if mine.dtype != torch.float32 else torch.allclose(
+            mine.cpu(), right, atol=1e-5, equal_nan=True)
+        record.check(f"sample_step, ends of lanes: {field}", equal)
+
+
+def _verdicts(record: Record, ops, device: str, seed: int, dtype: torch.dtype, hidden: int) -> None:
+    """Rewards against float64; then the verdicts over these rewards against `stars.law`, every field equal."""
+    draw = np.random.default_rng(seed)
+    requests = 7
+    counts = draw.integers(1, 12, requests)
+    lanes = int(counts.sum())
+    generator = torch.Generator().manual_seed(seed)
+    residual, branch = ((torch.randn(lanes + 3, hidden, generator=generator)).to(device, dtype) for _ in range(2))
+    norm_weight = (1 + 0.1 * torch.randn(hidden, generator=generator)).to(device)
+    head = (torch.randn(hidden, generator=generator) / math.sqrt(hidden)).to(device)
+    bias = torch.tensor([0.25], device=device)
+    rows = draw.permutation(lanes + 3)[:lanes].astype(np.int32)
+    rows[draw.random(lanes) < 0.2] = -1
+    rows = torch.from_numpy(rows).to(device)
+
+    def make(values, kind) -> Tensor:
+        return torch.tensor(np.asarray(values), dtype=kind, device=device)
+
+    number = np.arange(lanes) - np.repeat(np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + 1
+    state = DecideState(
+        make(np.concatenate(([0], np.cumsum(counts))), torch.int32),
+        make(draw.integers(-9, 2**62, requests), torch.int64),
+        make(draw.integers(0, 2**20, requests), torch.int32), make([128] * requests, torch.int32),
+        make(draw.normal(size=requests), torch.float64),
+        make(np.where(np.arange(requests) == 5, np.inf, 1 + draw.normal(size=requests)), torch.float64),
+        make(np.where(np.arange(requests) % 3 == 0, 0.0, 0.3), torch.float64), make(number, torch.int32),
+        make(draw.integers(1, 128, lanes), torch.int32), make([np.arange(lanes), 100 + np.arange(lanes)], torch.int32),
+        make(draw.normal(size=requests), torch.float64), make(np.arange(requests) % 2, torch.int32),
+        make([500 + np.arange(requests), 600 + np.arange(requests)], torch.int32),
+        make(np.full((requests, 3), -1), torch.int32), make(np.full(lanes, -77.0), torch.float32))
+    wanted = on_cpu(state)
+    ops.score_and_decide(residual, branch, rows, norm_weight, 1e-6, head, bias, state)
+    scored = rows >= 0
+    at = rows[scored].long()
+    y = (residual[at] + branch[at]).double()
+    exact = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_weight.double() @ head.double() + 0.25
+    name = f"score_and_decide {seed} {str(dtype)[6:]}"
+    within(record, f"{name}, rewards", state.rewards[scored], exact.float(), exact, 8.0)
+    wanted.rewards.copy_(state.rewards)
+    decide_reference(rows.cpu(), wanted)
+    for field, mine, right in zip(DecideState._fields, state, wanted, strict=True):
+        if field != "rewards":
+            record.check(f"{name}, {field}", torch.equal(mine.cpu(), right))

@@ -1,0 +1,42 @@
+"""The functions under test: Triton's on a card, the torch references in a dry run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+
+def launchers(dry: bool) -> SimpleNamespace:
+    """One namespace of functions with the signatures of `stars.kernels`."""
+    if dry:
+        from stars.kernels.attention import attention_reference
+        from stars.kernels.copy_rows import copy_rows_reference
+        from stars.kernels.embedding import embedding_reference
+        from stars.kernels.linear import linear_reference
+        from stars.kernels.rms_norm import rms_norm_reference
+        from stars.kernels.rope_write import rope_write_reference
+        from stars.kernels.sample_step import sample_step_reference
+        from stars.kernels.score_and_decide import score_and_decide_reference
+        from stars.kernels.swiglu import swiglu_reference
+        from stars.kernels.take_rows import take_rows_reference
+
+        return SimpleNamespace(
+            attention=attention_reference, copy_rows=copy_rows_reference, embedding=embedding_reference,
+            linear=linear_reference, linear_invariant=linear_reference, rms_norm=rms_norm_reference,
+            rope_write=rope_write_reference, sample_step=lambda logits, lanes, **_: sample_step_reference(
+                logits.float(), lanes),
+            score_and_decide=score_and_decide_reference, swiglu=swiglu_reference, take_rows=take_rows_reference)
+    from stars.kernels.triton.attention import attention
+    from stars.kernels.triton.copy_rows import copy_rows
+    from stars.kernels.triton.embedding import embedding
+    from stars.kernels.triton.linear import linear, linear_invariant
+    from stars.kernels.triton.rms_norm import rms_norm
+    from stars.kernels.triton.rope_write import rope_write
+    from stars.kernels.triton.sample_step import sample_step
+    from stars.kernels.triton.score_and_decide import score_and_decide
+    from stars.kernels.triton.swiglu import swiglu
+    from stars.kernels.triton.take_rows import take_rows
+
+    return SimpleNamespace(
+        attention=attention, copy_rows=copy_rows, embedding=embedding, linear=linear, linear_invariant=linear_invariant,
+        rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step, score_and_decide=score_and_decide,
+        swiglu=swiglu, take_rows=take_rows)

@@ -1,0 +1,227 @@
+"""Every kernel at the shapes of an 8B model: microseconds, bytes, and the share of the measured copy bandwidth.
+
+Launches are captured in a graph and rotate through buffers that hold 256 MB together (at most 64 sets, so that small
+ones, which real passes find in the cache too, still do: `beyond_l2` says which).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from kernel_attention import SLAB_LEN, Span, make_case
+from kernel_sampler import lane_state
+from launchers import launchers
+from record import Record, Settings
+from timing import seconds_a_call, sets
+
+from stars.kernels.linear import Weight
+from stars.kernels.triton import tiles as tiling
+from stars.kernels.types import Batch, DecideState, LayerKV
+
+L2_BYTES = 60 << 20
+
+
+class Shape(SimpleNamespace):
+    """Sizes of the model whose kernels are measured."""
+
+
+REAL = Shape(hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336, layers=32, vocab=128256, lanes=64)
+TOY = Shape(hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, layers=2, vocab=1000, lanes=4)
+
+
+def run(record: Record, settings: Settings) -> None:
+    """All of them; one that fails is a note, and the others go on."""
+    ops, shape = launchers(settings.dry), TOY if settings.dry else REAL
+    for measure in (_products, _attention, _sampler, _verdict, _commit, _rows):
+        try:
+            measure(record, settings, ops, shape)
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise
+            record.note(f"{measure.__name__.strip('_')} failed: {type(error).__name__}: {str(error)[:600]}")
+
+
+def _time(record: Record, settings: Settings, name: str, make: Callable[[int], Callable[[], object]], read: float,
+          aim: str = "", passes: float = 1.0, **detail) -> None:
+    """Times `make(i)` over sets of buffers; `read` bytes move at least, `passes` scales the limit."""
+    count = sets(read, settings.dry)
+    seconds = seconds_a_call([make(index) for index in range(count)], settings.device)
+    limit = None if settings.bandwidth is None else passes * read / settings.bandwidth
+    record.figure(name, 1e6 * seconds, "us", None if limit is None else 1e6 * limit, "its bytes at copy bandwidth",
+                  aim, bytes=read, gb_s=read / seconds / 1e9, beyond_l2=count * read > L2_BYTES, sets=count,
+                  percent_of_copy=None if limit is None else 100 * limit / seconds / passes, **detail)
+
+
+def _products(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    kv = shape.kv_heads * shape.head_dim
+    queries = shape.heads * shape.head_dim
+    shapes = {"qkv": (queries + 2 * kv, shape.hidden), "o": (shape.hidden, queries),
+              "gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate),
+              "head": (shape.vocab, shape.hidden)}
+    for name, (out_features, in_features) in shapes.items():
+        size = 2 * out_features * in_features
+        weights = [torch.randn(out_features, in_features, device=settings.device).mul_(in_features**-0.5).bfloat16()
+                   for _ in range(min(8, sets(size, settings.dry)))]
+        for rows in (1, 64) if settings.quick else (1, 16, 64):
+            x = torch.randn(rows, in_features, device=settings.device).bfloat16()
+            out = torch.empty(rows, out_features, device=settings.device, dtype=torch.bfloat16)
+            for kind, launch in (("cuBLAS", ops.linear), ("fixed order", ops.linear_invariant)):
+                if settings.quick and kind != "cuBLAS" and name != "gate_up":
+                    continue
+
+                def make(index: int, launch=launch, x=x, out=out, weights=weights) -> Callable[[], object]:
+                    weight = Weight(weights[index % len(weights)], None, out_features, in_features)
+                    return lambda: launch(x, weight, out)
+
+                _time(record, settings, f"product {name}, {rows} rows, {kind}", make, size + x.nbytes + out.nbytes,
+                      flops=2 * rows * out_features * in_features)
+
+
+def _attention(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    contexts = (64, 100) if settings.dry else (1024, 16384) if settings.quick else (1024, 4096, 16384)
+    for lanes in (1, 4) if settings.dry else (1, 16, 64):
+        for context in contexts:
+            _drafts(record, settings, ops, shape, lanes, context, True)
+    if not settings.quick or settings.dry:
+        _drafts(record, settings, ops, shape, 4 if settings.dry else 16, contexts[0], False)
+    # One scoring pass: a candidate, and four of them, of 32 rows.
+    for candidates in (1, 4):
+        for context in contexts:
+            rows = 4 if settings.dry else 32
+            _attend(record, settings, ops, shape, [Span(0, context, 0, rows)] * candidates, True,
+                    f"attention, scoring {candidates} x {rows} rows after {context}")
+    chunk = 16 if settings.dry else 256
+    _attend(record, settings, ops, shape, [Span(0, contexts[0], 0, chunk)], False,
+            f"attention, prefill {chunk} rows after {contexts[0]}")
+
+
+def _drafts(record: Record, settings: Settings, ops, shape: Shape, lanes: int, context: int, shared: bool) -> None:
+    spans = [Span(0 if shared else lane, context, 15, 1) for lane in range(lanes)]
+    _attend(record, settings, ops, shape, spans, True,
+            f"attention, {lanes} lanes, {context} {'shared' if shared else 'own'} keys")
+
+
+def _attend(record: Record, settings: Settings, ops, shape: Shape, spans: list[Span], into_slab: bool,
+            name: str) -> None:
+    groups = len({span.group for span in spans})
+    in_pages = sum(max(s.prefix + (0 if into_slab else s.count) for s in spans if s.group == g) for g in range(groups))
+    in_slabs = sum(span.slab_used + span.count for span in spans) if into_slab else 0
+    rows = sum(span.count for span in spans)
+    row = 2 * shape.heads * shape.head_dim
+    read = 4 * shape.kv_heads * shape.head_dim * (in_pages + in_slabs) + 2 * rows * row
+    case = make_case(spans, into_slab, shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16, settings.device)
+    count = min(sets(read, settings.dry), 24)
+    caches = [LayerKV(*(tensor.clone() for tensor in case.kv[:4]), case.kv.page_size) for _ in range(count)]
+    starts, owners = case.batch.row_start.tolist(), case.batch.seq_group.tolist()
+    most = max(span.prefix + (0 if into_slab else span.count) for span in spans)
+    plan = tiling.plan(starts, owners, into_slab, shape.heads, shape.kv_heads, tiling.bucket(most), 1 << 17)
+    batch = case.batch._replace(tiles=tiling.build_as(plan, starts, owners, into_slab, shape.heads // shape.kv_heads,
+                                                      settings.device))
+    out = torch.empty_like(case.q)
+    flops = sum(4 * shape.heads * shape.head_dim * span.count * (span.prefix + span.slab_used + span.count / 2)
+                for span in spans)
+    peak = settings.facts.get("matmul_tflop_s")
+    _time(record, settings, name, lambda index: lambda: ops.attention(
+        case.q, caches[index % count], batch, shape.head_dim**-0.5, out), read, flops=flops, splits=plan.splits,
+        packed=plan.packed, arithmetic_us=None if not peak else flops / peak / 1e6, slab_len=SLAB_LEN)
+
+
+def _sampler(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    for dtype in (torch.bfloat16,) if settings.quick else (torch.bfloat16, torch.float32):
+        size = shape.lanes * shape.vocab * dtype.itemsize
+        rows = [(3 * torch.randn(shape.lanes, shape.vocab, device=settings.device)).to(dtype)
+                for _ in range(min(16, sets(size, settings.dry)))]
+        for name, top_k, top_p, aim in (("temperature", 0, 1.0, "<= 2"), ("top-k 50", 50, 1.0, "<= 4"),
+                                        ("top-p 0.9", 0, 0.9, "<= 4"), ("top-k 50 and top-p 0.9", 50, 0.9, "<= 4")):
+            state = lane_state(shape.lanes, settings.device, steps=1 << 12)
+            state.temperature.fill_(0.8)
+            state.top_k.fill_(top_k)
+            state.top_p.fill_(top_p)
+            state.min_p.zero_()
+            _time(record, settings, f"sample_step, {shape.lanes} lanes, {shape.vocab} tokens, {str(dtype)[6:]}, {name}",
+                  lambda index, state=state, rows=rows: lambda: ops.sample_step(rows[index % len(rows)], state), size,
+                  aim)
+        if not settings.dry:
+            state.top_k.zero_()
+            state.top_p.fill_(1.0)
+            _time(record, settings, f"sample_step, {shape.lanes} lanes, {str(dtype)[6:]}, temperature, filters=False",
+                  lambda index, state=state, rows=rows: lambda: ops.sample_step(rows[index % len(rows)], state,
+                                                                               filters=False), size)
+
+
+def _verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    lanes, requests, device = shape.lanes, 4, settings.device
+    size = 2 * lanes * shape.hidden * 2
+    count = sets(size, settings.dry)
+    pairs = [[torch.randn(lanes, shape.hidden, device=device).bfloat16() for _ in range(2)] for _ in range(count)]
+    weight, head = (torch.randn(shape.hidden, device=device) for _ in range(2))
+    rows = torch.arange(lanes, dtype=torch.int32, device=device)
+
+    def ints(*shape_of: int) -> torch.Tensor:
+        return torch.zeros(shape_of, dtype=torch.int32, device=device)
+
+    def wide(value: float) -> torch.Tensor:
+        return torch.full((requests,), value, dtype=torch.float64, device=device)
+
+    state = DecideState(
+        torch.arange(0, lanes + 1, lanes // requests, dtype=torch.int32, device=device),
+        torch.zeros(requests, dtype=torch.int64, device=device), ints(requests), ints(requests) + 128, wide(0.0),
+        wide(1e9), wide(0.5), ints(lanes) + 1, ints(lanes) + 5, ints(2, lanes), wide(0.0), ints(requests),
+        ints(2, requests), ints(requests, 3) - 1, torch.zeros(lanes, device=device))
+    seconds = seconds_a_call([lambda pair=pair: ops.score_and_decide(*pair, rows, weight, 1e-6, head, None, state)
+                              for pair in pairs], device)
+    record.figure(f"score_and_decide, {lanes} lanes of {shape.hidden}", 1e6 * seconds, "us", 10.0, "10 us", "<= 1",
+                  bytes=size)
+
+
+def _commit(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    tokens, size = 32, 1024
+    moved = 4 * shape.layers * tokens * shape.kv_heads * shape.head_dim * 2
+    pairs = [[torch.randn(shape.layers, size, shape.kv_heads, shape.head_dim, device=settings.device).bfloat16()
+              for _ in range(4)] for _ in range(2)]
+
+    def make(index: int) -> Callable[[], object]:
+        k_source, v_source, k_target, v_target = pairs[index % 2]
+        order = torch.Generator().manual_seed(index)
+        source, target = (torch.randperm(size, generator=order)[:tokens].int().to(settings.device) for _ in range(2))
+        return lambda: ops.copy_rows(k_source, v_source, source, k_target, v_target, target)
+
+    seconds = seconds_a_call([make(index) for index in range(2 if settings.dry else 16)], settings.device)
+    record.figure(f"commit of {tokens} tokens, {shape.layers} layers", 1e6 * seconds, "us", 10.0, "10 us", "<= 1",
+                  bytes=moved, gb_s=moved / seconds / 1e9)
+
+
+def _rows(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    device = settings.device
+    weight = torch.ones(shape.hidden, device=device)
+    width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    angles = torch.randn(4096, shape.head_dim // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    for rows in (1, 64) if settings.quick else (1, 64, 256):
+        def some(columns: int, read: float, rows: int = rows) -> list[torch.Tensor]:
+            return [torch.randn(rows, columns, device=device).bfloat16() for _ in range(sets(read, settings.dry))]
+
+        size = 4 * rows * shape.hidden * 2
+        x, residual = some(shape.hidden, size), some(shape.hidden, size)
+        out = torch.empty_like(x[0])
+        _time(record, settings, f"rms_norm with residual, {rows} rows",
+              lambda i, x=x, r=residual, out=out: lambda: ops.rms_norm(x[i], weight, 1e-5, out, r[i]), size)
+        size = 3 * rows * shape.intermediate * 2
+        gate_up = some(2 * shape.intermediate, size)
+        gated = torch.empty(rows, shape.intermediate, device=device, dtype=torch.bfloat16)
+        _time(record, settings, f"swiglu, {rows} rows",
+              lambda i, g=gate_up, out=gated: lambda: ops.swiglu(g[i], out), size)
+        size = 2 * rows * width * 2
+        qkv = some(width, size)
+        at = torch.arange(rows, dtype=torch.int32, device=device)
+        batch = Batch(at, at, at, True, at, at, at[None], at, at, at)
+        cache = LayerKV(*(torch.empty(512, shape.kv_heads, shape.head_dim, device=device, dtype=torch.bfloat16)
+                          for _ in range(4)), 16)
+        q = torch.empty(rows, shape.heads, shape.head_dim, device=device, dtype=torch.bfloat16)
+
+        def rope(index: int, qkv=qkv, batch=batch, q=q, cache=cache) -> Callable[[], object]:
+            return lambda: ops.rope_write(qkv[index], batch, cos, sin, cache, q)
+
+        _time(record, settings, f"rope_write, {rows} rows", rope, size)

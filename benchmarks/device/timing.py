@@ -1,0 +1,71 @@
+"""Time on the device: launches captured in a graph, over rotated buffers, so caches and the host stay out of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+ROTATED_BYTES = 256 << 20
+"""What the rotated buffers hold together: five times the second-level cache of an H100 or H200 (50 MB)."""
+MOST_SETS = 64
+
+
+def sets(bytes_a_set: float, dry: bool) -> int:
+    """How many sets of buffers to rotate through for honest figures of memory."""
+    return 2 if dry else int(min(MOST_SETS, max(2, ROTATED_BYTES // max(1, bytes_a_set))))
+
+
+def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: int = 7, least: int = 20) -> float:
+    """Median seconds of one of `calls`, which do the same work on different buffers.
+
+    On a GPU every call runs once (which compiles), then all of them are captured in one graph, at least `least`
+    launches, whose replays are timed with events. On the CPU they are called.
+    """
+    if device == "cpu":
+        calls[0]()
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - begin) / len(calls)
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    rounds = max(1, -(-least // len(calls)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    times = [_between(graph.replay) for _ in range(repeats)]
+    return statistics.median(times) / (rounds * len(calls))
+
+
+def seconds_each(call: Callable[[], object], device: str, repeats: int = 5, warmups: int = 1) -> list[float]:
+    """Seconds of whole calls that end with the device idle, host time included."""
+    times = []
+    for index in range(warmups + repeats):
+        begin = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        if index >= warmups:
+            times.append(time.perf_counter() - begin)
+    return times
+
+
+def median_seconds(call: Callable[[], object], device: str, repeats: int = 5, warmups: int = 1) -> float:
+    """The median of `seconds_each`."""
+    return statistics.median(seconds_each(call, device, repeats, warmups))
+
+
+def _between(call: Callable[[], object]) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
