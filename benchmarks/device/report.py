@@ -49,7 +49,7 @@ def print_table(whole: dict[str, Any]) -> None:
         passed = sum(check["passed"] for check in stage["checks"])
         checks = f"{passed}/{len(stage['checks'])} checks" if stage["checks"] else ""
         why = f"  ({stage['notes'][-1]})" if stage["status"] == "skipped" and stage["notes"] else ""
-        print(f"{stage['stage']:<22}{stage['status']:<11}{stage['seconds']:>6.0f} s  {checks:<15}"
+        print(f"{stage['stage']:<24}{stage['status']:<11}{stage['seconds']:>6.0f} s  {checks:<15}"
               f"{len(stage['figures'])} figures{why}")
     print(f"\n{'figure':<62}{'value':>9} {'unit':<9}{'ratio':>6} {'of':<36}aim")
     for stage in whole["stages"]:

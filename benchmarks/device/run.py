@@ -37,7 +37,7 @@ def main() -> int:
     chosen = [stage for stage in STAGES if _wanted(stage, options)]
     found: list[dict] = []
     target = None
-    with tempfile.TemporaryDirectory(prefix="stars-device-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="stars-device-", ignore_cleanup_errors=True) as scratch:
         environment = os.environ | {
             "STARS_CHECKOUT": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false"}

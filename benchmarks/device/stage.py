@@ -36,8 +36,8 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(1 if settings.dry else min(8, os.cpu_count() or 1))
-        if not settings.dry:
-            torch.cuda.init()
+        if not settings.dry and not torch.cuda.is_available():
+            raise RuntimeError("torch finds no GPU here: use a CUDA build of torch on a machine with one, or --dry-run")
         with torch.no_grad():
             getattr(importlib.import_module(module), function or "run")(record, settings)
     except BaseException as error:
