@@ -74,12 +74,13 @@ def main() -> None:
         for name, figure in QUALITY.items():
             measure(name, lambda figure=figure: figure(first))
     machine["load_average_at_end"] = [round(load, 2) for load in os.getloadavg()]
-    settings = {key: value for key, value in vars(options).items()} | {"model": model, "reward": reward}
+    settings = vars(options) | {"model": model, "reward": reward}
+    output = Path(settings.pop("output"))
     settings["prompts"] = options.prompts or "built-in openings"
     for key in ("model", "reward"):
         settings[key] = "shipped pair" if settings[key] == directory(DEMO_LM if key == "model" else DEMO_RM) else \
             Path(settings[key]).name
-    write_json(Path(options.output), machine, settings, figures)
+    write_json(output, machine, settings, figures)
     print_table(figures)
     print(f"\nwritten to {options.output}")
 

@@ -55,16 +55,18 @@ class EngineConfig:
         if dtype != "auto" and dtype not in dtypes:
             choices = ", ".join(f'"{name}"' for name in dtypes)
             raise RequestError(f'dtype is {dtype!r}, it must be "auto" or one of {choices} on device "{device}"')
-        if device == "cuda":
-            check_gpu()
-            check_model(model)
-        if dtype == "auto":
-            dtype = model.dtype if device == "cuda" else "float32"
         for name, value in (("cache_tokens", cache_tokens), ("page_size", page_size), ("max_model_len", max_model_len),
                             ("max_num_seqs", max_num_seqs), ("max_num_lanes", max_num_lanes),
                             ("max_segment_size", max_segment_size)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RequestError(f"{name} is {value!r}, it must be an integer of at least 1")
+        if device == "cuda":
+            check_gpu()
+            check_model(model)
+            if page_size < 16 or page_size & (page_size - 1):
+                raise RequestError(f"page_size is {page_size}, on a GPU it must be a power of two of at least 16")
+        if dtype == "auto":
+            dtype = model.dtype if device == "cuda" else "float32"
         if max_model_len is not None and max_model_len > model.max_position_embeddings:
             raise RequestError(f"max_model_len is {max_model_len}, the model's context is "
                                f"{model.max_position_embeddings}: lower it")

@@ -16,10 +16,13 @@ def check_row_invariance(decoder) -> None:
 
     Attention, norms and the sampler work row by row in a fixed order in every implementation of `stars.kernels`.
     """
-    layer = decoder.layers[0]
-    for name, weight in (("qkv", layer.qkv), ("o", layer.o), ("gate_up", layer.gate_up), ("down", layer.down),
-                         ("head", decoder.head)):
-        if weight is not None and not _invariant(weight, decoder.device, decoder.dtype):
+    layer = decoder.layers[0]  # the others have the same shapes
+    for name, weight, dtype in (
+        ("qkv", layer.qkv, decoder.dtype), ("o", layer.o, decoder.dtype), ("gate_up", layer.gate_up, decoder.dtype),
+        ("down", layer.down, decoder.dtype), ("head", decoder.head, decoder.dtype),
+        ("reward head", decoder.score_head, torch.float32),
+    ):
+        if weight is not None and not _invariant(weight, decoder.device, dtype):
             raise ModelError(f"deterministic=True cannot be kept here, because the bits of a row of the {name} product "
                              "change with the number of rows: install with a C++ compiler, so that libstars is built")
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from stars.cache import PagedCache
 from stars.config import EngineConfig
+from stars.determinism import check_row_invariance
 from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, ModelError, RequestError, StarsError
@@ -76,8 +77,6 @@ class Engine:
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         config = self.config
         if deterministic:
-            from stars.determinism import check_row_invariance
-
             check_row_invariance(decoder)
         self.model_config = decoder.config
         self.tokenizer = tokenizer

@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.determinism import check_row_invariance
 from stars.detokenizer import REPLACEMENT
 from stars.errors import OutOfPages, RequestError, RewardError
 from stars.model.loader import load_model
@@ -60,6 +61,8 @@ class CausalReward(Reward):
                                       deterministic=limits.deterministic)
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(self.model)
+        if limits.deterministic:
+            check_row_invariance(self.decoder)
         config = self.decoder.config
         self.lm_tokenizer = tokenizer
         if tokenizer is not None and self.tokenizer is not None:
