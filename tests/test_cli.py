@@ -312,3 +312,10 @@ def test_a_reader_that_goes_away_is_silent(pair, tmp_path):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 141
+
+
+def test_policy_values_are_refused_before_anything_is_measured(run):
+    """A bad segment size is known at once: no model is loaded and no threshold measured first."""
+    code, _, error = run("generate", "x", "--segment-size", "0")
+    assert code == 1 and error.count("\n") == 1
+    assert "STARS.segment_size is 0" in error

@@ -23,8 +23,7 @@ CALIBRATION_PROMPTS, CALIBRATION_SAMPLES, CALIBRATION_QUANTILE = 8, 16, 0.9
 def generate(args: argparse.Namespace) -> int:
     """Runs the command; 1 if any row failed, 130 after Ctrl-C, with the rows that had finished kept."""
     params = options.sampling_params(args)
-    if not options.needs_threshold(args):
-        options.policy(args)  # refused before any file is touched
+    options.policy(args, reward_threshold=0.0)  # refused before any file is touched; a measured threshold comes later
     _check_files(args)
     rows = rows_of_file(args.input, args.chat) if args.input else rows_of_arguments(args.prompts, args.chat)
     with contextlib.ExitStack() as stack:
