@@ -108,18 +108,18 @@ class Drafter:
     def _run(self, filled: tuple[int, Tiles | None], times: int) -> None:
         """Sends the buffers, runs the steps, and fetches the buffers back."""
         rows, tiles = filled
-        state = LaneState(*(tensor[:rows] for tensor in self._state))
-        batch = Batch(
-            state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
-            self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
-            self._buffers["slab_start"][:rows], state.slab_used, tiles)
 
-        def step() -> None:
+        def step() -> None:  # not called where a recorded step is replayed: the views are made here
+            state = LaneState(*(tensor[:rows] for tensor in self._state))
+            batch = Batch(
+                state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
+                self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
+                self._buffers["slab_start"][:rows], state.slab_used, tiles)
             hidden = self.decoder.forward(batch, self.cache)  # [rows, hidden]
             sample_step(self.decoder.logits(hidden), state)
 
         self._buffers.upload()
-        self._graphs.run((rows, *shape(tiles)), step, state.done, times)
+        self._graphs.run((rows, *shape(tiles)), step, self._state.done[:rows], times)
         self._buffers.download()
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:

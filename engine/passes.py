@@ -108,13 +108,13 @@ class Passes:
     def _run(self, spans: Sequence[Span], into_slab: bool) -> None:
         rows, sequences, tiles = self._fill(spans, into_slab)
         buffers = self._buffers
-        batch = Batch(
-            buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
-            buffers["row_start"][: sequences + 1], buffers["seq_group"][:sequences], self._block_tables,
-            buffers["prefix_len"][:sequences], buffers["slab_start"][:sequences], buffers["slab_used"][:sequences],
-            tiles)
 
-        def step() -> None:
+        def step() -> None:  # not called where a recorded pass is replayed: the views are made here
+            batch = Batch(
+                buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
+                buffers["row_start"][: sequences + 1], buffers["seq_group"][:sequences], self._block_tables,
+                buffers["prefix_len"][:sequences], buffers["slab_start"][:sequences],
+                buffers["slab_used"][:sequences], tiles)
             hidden = self.decoder.forward(batch, self.cache, buffers["last"][:sequences])  # [sequences, hidden]
             if into_slab:
                 self.decoder.score(hidden, self._scores[:sequences])
