@@ -19,9 +19,11 @@ class _Record:
 
     @property
     def type(self) -> Any:
+        """What the record says it is."""
         return self.fields.get("type")
 
     def take(self, name: str, *kinds: type, optional: bool = False) -> Any:
+        """The field `name`, of one of `kinds`; TraceError otherwise."""
         value = self.fields.get(name)
         if value is None and optional:
             return None
@@ -31,6 +33,7 @@ class _Record:
         return value
 
     def number(self, name: str, optional: bool = False) -> float | None:
+        """A number, infinities written as strings; TraceError otherwise."""
         value = self.take(name, int, float, str, optional=optional)
         try:
             if not isinstance(value, str) or value in ("inf", "-inf", "nan"):
@@ -41,6 +44,7 @@ class _Record:
                          "write the trace again")
 
     def token_ids(self, name: str) -> list[int]:
+        """A list of token ids; TraceError otherwise."""
         value = self.take(name, list)
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in value):
             raise TraceError(f"{self.where}: {name} of the {self.type} record holds something other than token ids: "
@@ -48,6 +52,7 @@ class _Record:
         return value
 
     def metrics(self) -> dict[str, Any]:
+        """The record's counts and times; TraceError for anything that is no number."""
         value = self.take("metrics", dict)
         for name, item in value.items():
             if item is not None and (isinstance(item, bool) or not isinstance(item, (int, float)) or abs(item) > 1e300):

@@ -50,6 +50,7 @@ class _Generation(Extension):
     tags = frozenset({"generation"})
 
     def parse(self, parser) -> list[nodes.Node]:
+        """The nodes between the tag and its end."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
