@@ -74,7 +74,7 @@ class Drafter:
         self._tiling = None
         if padded:
             config = decoder.config
-            self._tiling = Tiling(cache.device, rows, rows, config.num_heads, config.num_kv_heads, config.head_dim,
+            self._tiling = Tiling(cache.device, rows, config.num_heads, config.num_kv_heads, config.head_dim,
                                   self._block_tables.shape[1] * cache.page_size, deterministic)
         self._graphs = Graphs()
 

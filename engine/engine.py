@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import secrets
 import warnings
@@ -21,6 +22,7 @@ from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, ModelError, RequestError, StarsError
 from stars.kernels.philox import MAX_SAMPLE
+from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
 from stars.outputs import RequestOutput
@@ -66,8 +68,6 @@ class Engine:
         else:
             if not isinstance(model, (str, Path)):
                 raise ModelError(f"model is {type(model).__name__}, it must be a model directory or a Decoder")
-            from stars.model.config import load_config
-
             # Everything that can be refused is refused before any weight is read.
             self.config = EngineConfig.resolve(load_config(model), device, dtype, deterministic, **limits)
             reward = resolve_reward(reward)
@@ -183,8 +183,6 @@ class Engine:
     def sample_rewards(self, prompts: Any, sampling_params: SamplingParams | None = None, num_samples: int = 16,
                        use_tqdm: bool | Callable[..., tqdm] = False) -> list[float]:
         """Rewards of `num_samples` finished plain samples of every prompt; what `calibrate` takes its quantile of."""
-        import dataclasses
-
         params = dataclasses.replace(sampling_params or SamplingParams(), n=num_samples)
         outputs = self.generate(prompts, params, Sample(score=True), use_tqdm=use_tqdm)
         for output in outputs:

@@ -57,7 +57,7 @@ class Passes:
         self._tiling = None
         if padded:
             config = decoder.config
-            self._tiling = Tiling(cache.device, rows, sequences, config.num_heads, config.num_kv_heads, config.head_dim,
+            self._tiling = Tiling(cache.device, rows, config.num_heads, config.num_kv_heads, config.head_dim,
                                   self._block_tables.shape[1] * cache.page_size, deterministic)
         self._graphs = Graphs()
 

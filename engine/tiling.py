@@ -17,13 +17,13 @@ class Tiling:
     capacity: keys a row of the block tables can hold. `deterministic` plans depend on the kind of a pass alone.
     """
 
-    def __init__(self, device: torch.device | str, max_rows: int, max_sequences: int, heads: int, kv_heads: int,
-                 head_dim: int, capacity: int, deterministic: bool):
+    def __init__(self, device: torch.device | str, max_rows: int, heads: int, kv_heads: int, head_dim: int,
+                 capacity: int, deterministic: bool):
         self.heads = heads
         self.kv_heads = kv_heads
         self.capacity = capacity
         self.deterministic = deterministic
-        most = tiles.bucket(min(max_rows, max_rows + max_sequences))  # a tile has a row at least
+        most = tiles.bucket(max_rows)  # a tile has a row at least
         self._buffers = Buffers(device, row_seq=(torch.int32, (max_rows,)), prefix=(torch.int32, (most, 3)),
                                 slab=(torch.int32, (most, 3)))
         # For the most parts a plan can ask for: growing it later would move it under the graphs that use it.

@@ -35,8 +35,3 @@ def references_only() -> Iterator[None]:
         yield
     finally:
         _references_only = before
-
-
-def references_forced() -> bool:
-    """Whether `references_only` is in force."""
-    return _references_only

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from instruction_sets import instruction_set  # noqa: F401  (a fixture)
+from sampler_lanes import assert_same_step as same_step
+from sampler_lanes import copy_of, make_lanes
 from stars.bindings import libstars
 from stars.kernels import philox
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
@@ -24,58 +27,7 @@ KNOWN_ANSWERS = [
      (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 
-# Two tokens closer than this may win the one here and the other there: z is below 2^5 and the noise below 2^5, so a
-# few roundings of each come to some 1e-5.
-TIE = 2e-5
-
-
-def make_lanes(count: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_steps=3, seed=0) -> LaneState:
-    def int32(value=0):
-        return torch.full((count,), value, dtype=torch.int32)
-
-    def float32(value):
-        return torch.full((count,), value, dtype=torch.float32)
-
-    return LaneState(
-        int32(5), int32(100), int32(200), int32(3), int32(), int32(max_steps), int32(),
-        torch.full((count, max_steps), -9, dtype=torch.int32), torch.full((count, max_steps), 9.0),
-        torch.arange(count) * 7919 + seed, int32(1), int32(philox.pack_stream(3, 1)), float32(temperature),
-        int32(top_k), float32(top_p), float32(min_p), torch.full((count, 2), -1, dtype=torch.int32),
-    )
-
-
-def copy_of(lanes: LaneState) -> LaneState:
-    return LaneState(*(tensor.clone() for tensor in lanes))
-
-
-def noise(lanes: LaneState, lane: int, vocab: int, step: int | None = None) -> torch.Tensor:
-    step = int(lanes.steps[lane]) if step is None else step
-    words = philox.token_words(
-        int(lanes.seeds[lane]), step, int(lanes.attempts[lane]), int(lanes.streams[lane]), vocab
-    )
-    return torch.from_numpy(philox.gumbel(words))
-
-
-def assert_same_step(logits: torch.Tensor, lanes: LaneState) -> int:
-    """Both sampler's steps from equal states; returns how many lanes were too close to call."""
-    ours, expected = copy_of(lanes), copy_of(lanes)
-    libstars.sample_step(logits, ours)
-    sample_step_reference(logits, expected)
-    ties = 0
-    for lane in range(logits.shape[0]):
-        step = int(lanes.steps[lane])
-        got, wanted = int(ours.out_tokens[lane, step]), int(expected.out_tokens[lane, step])
-        if got != wanted and got >= 0 and wanted >= 0:
-            z = logits[lane].double() / float(lanes.temperature[lane]) + noise(lanes, lane, logits.shape[1], step)
-            assert abs(float(z[got] - z[wanted])) < TIE, f"lane {lane}: token {got} instead of {wanted}"
-            ties += 1
-            continue
-        for name, a, b in zip(LaneState._fields, ours, expected):
-            if name == "out_logprobs":
-                torch.testing.assert_close(a[lane], b[lane], rtol=1e-6, atol=1e-5, equal_nan=True)
-            else:
-                assert torch.equal(a[lane], b[lane]), f"lane {lane}: {name} {a[lane]} instead of {b[lane]}"
-    return ties
+assert_same_step = partial(same_step, libstars.sample_step)
 
 
 @pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)

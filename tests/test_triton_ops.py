@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from sampler_lanes import assert_same_step as same_step
+from sampler_lanes import copy_of
+from sampler_lanes import make_lanes as fresh_lanes
 from stars.kernels import philox
 from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.embedding import embedding_reference
 from stars.kernels.linear import Weight, linear_reference
 from stars.kernels.rms_norm import rms_norm_reference
-from stars.kernels.sample_step import sample_step_reference, sampling_threshold
+from stars.kernels.sample_step import sampling_threshold
 from stars.kernels.score_and_decide import decide_reference, score_and_decide_reference
 from stars.kernels.swiglu import swiglu_reference
 from stars.kernels.take_rows import take_rows_reference
@@ -42,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 
 ROWS = (1, 3, 17, 37)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TIE = 2e-5  # scores closer than this may change places; see kernels/triton/sample_step.py
+make_lanes = partial(fresh_lanes, sample=4001, stop_ids=3)  # a stream whose highest bit is set
 
 
 def generator(seed: int) -> torch.Generator:
@@ -250,26 +254,6 @@ def test_noise_of_all_kinds_of_words():
 # -- the sampler ------------------------------------------------------------------------------------------------------
 
 
-def make_lanes(count: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_steps=3, seed=0) -> LaneState:
-    def int32(value=0):
-        return torch.full((count,), value, dtype=torch.int32)
-
-    def float32(value):
-        return torch.full((count,), value, dtype=torch.float32)
-
-    return LaneState(
-        int32(5), int32(100), int32(200), int32(3), int32(), int32(max_steps), int32(),
-        torch.full((count, max_steps), -9, dtype=torch.int32), torch.full((count, max_steps), 9.0),
-        torch.arange(count) * 7919 + seed, int32(1), int32(philox.pack_stream(3, 4001) - (1 << 32)),
-        float32(temperature),
-        int32(top_k), float32(top_p), float32(min_p), torch.full((count, 3), -1, dtype=torch.int32),
-    )
-
-
-def copy_of(lanes: LaneState) -> LaneState:
-    return LaneState(*(tensor.clone() for tensor in lanes))
-
-
 def set_filters(lanes: LaneState, rows: list[tuple[float, int, float, float]]) -> None:
     for lane, row in enumerate(rows):
         for tensor, value in zip((lanes.temperature, lanes.top_k, lanes.top_p, lanes.min_p), row):
@@ -277,28 +261,7 @@ def set_filters(lanes: LaneState, rows: list[tuple[float, int, float, float]]) -
 
 
 def assert_same_step(logits: torch.Tensor, lanes: LaneState, **options) -> int:
-    """Both samplers' steps from equal states; returns how many lanes were too close to call."""
-    ours, expected = copy_of(lanes), copy_of(lanes)
-    sample_step.sample_step(logits, ours, **options)
-    wide = logits.float()
-    sample_step_reference(wide, expected)
-    ties = 0
-    for lane in range(logits.shape[0]):
-        step = int(lanes.steps[lane])
-        got, wanted = int(ours.out_tokens[lane, step]), int(expected.out_tokens[lane, step])
-        if got != wanted and got >= 0 and wanted >= 0:
-            words = philox.token_words(int(lanes.seeds[lane]), step, int(lanes.attempts[lane]),
-                                       int(lanes.streams[lane]), logits.shape[1])
-            score = wide[lane].double() / float(lanes.temperature[lane]) + torch.from_numpy(philox.gumbel(words))
-            assert abs(float(score[got] - score[wanted])) < TIE, f"lane {lane}: token {got} instead of {wanted}"
-            ties += 1
-            continue
-        for name, a, b in zip(LaneState._fields, ours, expected):
-            if name == "out_logprobs":
-                torch.testing.assert_close(a[lane], b[lane], rtol=1e-6, atol=1e-5, equal_nan=True)
-            else:
-                assert torch.equal(a[lane], b[lane]), f"lane {lane}: {name} {a[lane]} instead of {b[lane]}"
-    return ties
+    return same_step(sample_step.sample_step, logits, lanes, **options)
 
 
 FILTERS = [

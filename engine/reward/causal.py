@@ -85,6 +85,7 @@ class CausalReward(Reward):
         if self.close_policy == "eos" and not self._eos:
             raise RewardError('close="eos" needs an EOS token, which the reward model does not name: use close="none"')
         self.needs_text = not self.same_vocabulary
+        self._framed: tuple[Prompt, _Frame] | None = None
         self.max_model_len = config.max_position_embeddings
         self.cache = PagedCache(
             config.num_layers, config.num_kv_heads, config.head_dim, page_size=limits.page_size,
@@ -232,7 +233,15 @@ class CausalReward(Reward):
         return f"token id {max(ids)} is outside the reward model's vocabulary of {size}: use the tokenizer it came with"
 
     def _frame(self, prompt: Prompt) -> _Frame:
-        """How the RM reads this prompt and what stands around its responses."""
+        """How the RM reads this prompt and what stands around its responses; the newest prompt's is kept.
+
+        A request is checked, asked for room at every step it waits and opened once a sample, always with one prompt.
+        """
+        if self._framed is None or self._framed[0] is not prompt:
+            self._framed = prompt, self._new_frame(prompt)
+        return self._framed[1]
+
+    def _new_frame(self, prompt: Prompt) -> _Frame:
         messages = prompt.given if isinstance(prompt.given, list) else None
         chat = self.template == "chat" or (self.template == "auto" and messages is not None)
         closing: list[int] = list(self._eos) if self.close_policy == "eos" else []

@@ -1,0 +1,71 @@
+"""Lanes for tests of the sampler, and the comparison of a faster sampler with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from stars.kernels import philox
+from stars.kernels.sample_step import sample_step_reference
+from stars.kernels.types import LaneState
+
+# Two tokens closer than this may win the one here and the other there: z is below 2^5 and the noise below 2^5, so a
+# few roundings of each come to some 1e-5.
+TIE = 2e-5
+
+
+def make_lanes(count: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_steps=3, seed=0, sample=1,
+               stop_ids=2) -> LaneState:
+    """`count` fresh lanes with room for `max_steps` tokens and `stop_ids` stop ids, all of stream (3, sample)."""
+    def int32(value=0):
+        return torch.full((count,), value, dtype=torch.int32)
+
+    def float32(value):
+        return torch.full((count,), value, dtype=torch.float32)
+
+    stream = philox.pack_stream(3, sample)
+    return LaneState(
+        int32(5), int32(100), int32(200), int32(3), int32(), int32(max_steps), int32(),
+        torch.full((count, max_steps), -9, dtype=torch.int32), torch.full((count, max_steps), 9.0),
+        torch.arange(count) * 7919 + seed, int32(1), int32(stream - (1 << 32) if stream >> 31 else stream),
+        float32(temperature), int32(top_k), float32(top_p), float32(min_p),
+        torch.full((count, stop_ids), -1, dtype=torch.int32),
+    )
+
+
+def copy_of(lanes: LaneState) -> LaneState:
+    """The same values in memory of their own."""
+    return LaneState(*(tensor.clone() for tensor in lanes))
+
+
+def noise(lanes: LaneState, lane: int, vocab: int, step: int | None = None) -> torch.Tensor:
+    """float64 [vocab] noise of a lane's draw at `step`, its next one by default."""
+    step = int(lanes.steps[lane]) if step is None else step
+    words = philox.token_words(
+        int(lanes.seeds[lane]), step, int(lanes.attempts[lane]), int(lanes.streams[lane]), vocab
+    )
+    return torch.from_numpy(philox.gumbel(words))
+
+
+def assert_same_step(sample_step: Callable, logits: torch.Tensor, lanes: LaneState, **options) -> int:
+    """Steps of `sample_step` and of the reference from equal states; how many lanes were too close to call."""
+    ours, expected = copy_of(lanes), copy_of(lanes)
+    sample_step(logits, ours, **options)
+    wide = logits.float()
+    sample_step_reference(wide, expected)
+    ties = 0
+    for lane in range(logits.shape[0]):
+        step = int(lanes.steps[lane])
+        got, wanted = int(ours.out_tokens[lane, step]), int(expected.out_tokens[lane, step])
+        if got != wanted and got >= 0 and wanted >= 0:
+            z = wide[lane].double() / float(lanes.temperature[lane]) + noise(lanes, lane, logits.shape[1], step)
+            assert abs(float(z[got] - z[wanted])) < TIE, f"lane {lane}: token {got} instead of {wanted}"
+            ties += 1
+            continue
+        for name, a, b in zip(LaneState._fields, ours, expected, strict=True):
+            if name == "out_logprobs":
+                torch.testing.assert_close(a[lane], b[lane], rtol=1e-6, atol=1e-5, equal_nan=True)
+            else:
+                assert torch.equal(a[lane], b[lane]), f"lane {lane}: {name} {a[lane]} instead of {b[lane]}"
+    return ties
