@@ -19,11 +19,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from stars.kernels.linear import Weight
-    from stars.kernels.types import Batch, LaneState, LayerKV
+    from stars.kernels.types import Batch, DecideState, Draft, Followers, LaneState, LayerKV
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
-_LINEAR, _EMBEDDING, _RMS_NORM, _SWIGLU, _TAKE_ROWS, _ROPE_WRITE, _ATTENTION, _SAMPLE_STEP, _COPY_ROWS = range(9)
+(_LINEAR, _EMBEDDING, _RMS_NORM, _SWIGLU, _TAKE_ROWS, _ROPE_WRITE, _ATTENTION, _SAMPLE_STEP, _COPY_ROWS, _DECIDE,
+ _APPEND_DRAFT) = range(11)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BF16_DOT = 2  # of arithmetic "bfloat16"
 
@@ -56,6 +57,12 @@ _SampleStep = _structure("stars_sample_step_params", **dict.fromkeys(
 _CopyRows = _structure("stars_copy_rows_params", **dict.fromkeys(
     ("k_source", "v_source", "k_target", "v_target", "source", "target"), c_void_p),
     rows=c_int64, width=c_int64, layers=c_int64, source_rows=c_int64, target_rows=c_int64)
+_Decide = _structure("stars_decide_params", **dict.fromkeys(
+    ("seeds", "streams", "attempts", "tokens", "max_tokens", "start", "reward_threshold", "beta", "rewards",
+     "accepted"), c_void_p), lanes=c_int64)
+_AppendDraft = _structure("stars_append_draft_params", **dict.fromkeys(
+    ("out_tokens", "steps", "stop_ids", "lanes", "row_start", "closing", "token_ids", "last", "tokens"), c_void_p),
+    sequences=c_int64, max_steps=c_int64, max_stop_ids=c_int64, max_closing=c_int64, vocab=c_int64)
 
 
 def _load() -> ctypes.CDLL | None:
@@ -290,6 +297,44 @@ def sample_step(logits: Tensor, lanes: LaneState) -> None:
         count, logits.shape[-1], max_steps, max_stop_ids,
     )
     _call(_SAMPLE_STEP, params, logits, lanes)
+
+
+def decide(state: DecideState) -> None:
+    """Writes the law's verdict on state.rewards into state.accepted, in float64 as `stars.law`, bit for bit."""
+    lanes = state.rewards.shape[0]
+
+    def vector(name: str, dtype: torch.dtype = torch.int32) -> int:
+        return _pointer("decide", name, getattr(state, name), dtype, (lanes,))
+
+    params = _Decide(
+        vector("seeds", torch.int64), vector("streams"), vector("attempts"), vector("tokens"), vector("max_tokens"),
+        vector("start", torch.float64), vector("reward_threshold", torch.float64), vector("beta", torch.float64),
+        vector("rewards", torch.float32), vector("accepted"), lanes,
+    )
+    _call(_DECIDE, params, state)
+
+
+def append_draft(draft: Draft, followers: Followers, vocab_size: int) -> None:
+    """Writes segments and closing tokens behind the first row of every sequence that follows a lane.
+
+    They must fit the rows of their sequences, and the lanes the draft: neither is checked.
+    """
+    (lanes, max_steps), max_stop_ids = draft.out_tokens.shape, draft.stop_ids.shape[1]
+    sequences, max_closing = followers.closing.shape
+
+    def tensor(of: Draft | Followers, name: str, *shape: int) -> int:
+        return _pointer("append_draft", name, getattr(of, name), torch.int32, shape)
+
+    params = _AppendDraft(
+        tensor(draft, "out_tokens", lanes, max_steps), tensor(draft, "steps", lanes),
+        tensor(draft, "stop_ids", lanes, max_stop_ids),
+        tensor(followers, "lanes", sequences), tensor(followers, "row_start", sequences + 1),
+        tensor(followers, "closing", sequences, max_closing),
+        tensor(followers, "token_ids", followers.token_ids.numel()), tensor(followers, "last", sequences),
+        tensor(followers, "tokens", sequences),
+        sequences, max_steps, max_stop_ids, max_closing, vocab_size,
+    )
+    _call(_APPEND_DRAFT, params, draft, followers)
 
 
 def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 1
+#define STARS_ABI_VERSION 2
 
 typedef enum {
   STARS_OK = 0,
@@ -48,6 +48,8 @@ typedef enum {
   STARS_OP_ATTENTION = 6,
   STARS_OP_SAMPLE_STEP = 7,
   STARS_OP_COPY_ROWS = 8,
+  STARS_OP_DECIDE = 9,
+  STARS_OP_APPEND_DRAFT = 10,
 } stars_op;
 
 /* out[rows, out_features] = x[rows, in_features] @ weight^T + bias. `weight` is what stars_pack made. The bits of a row
@@ -178,6 +180,37 @@ typedef struct {
   const int32_t* target; /* [rows] */
   int64_t rows, width, layers, source_rows, target_rows;
 } stars_copy_rows_params;
+
+/* accepted[i] = 1 where the law accepts rewards[i], else 0; see engine/law.py, whose float64 this repeats bit for bit,
+ * and kernels/types.py, DecideState, which this mirrors. */
+typedef struct {
+  const int64_t* seeds;
+  const int32_t* streams;
+  const int32_t* attempts;
+  const int32_t* tokens;
+  const int32_t* max_tokens; /* not 0 */
+  const double* start;
+  const double* reward_threshold;
+  const double* beta;
+  const float* rewards;
+  int32_t* accepted;
+  int64_t lanes;
+} stars_decide_params;
+
+/* Drafted segments, less the stop token that ended them, and closing tokens behind the first row of every sequence that
+ * follows a lane; see kernels/append_draft.py. They must fit the rows that the sequence has. */
+typedef struct {
+  const int32_t* out_tokens; /* [lanes, max_steps] */
+  const int32_t* steps;      /* [lanes] */
+  const int32_t* stop_ids;   /* [lanes, max_stop_ids], padded with -1 */
+  const int32_t* lanes;      /* [sequences], -1 leaves the sequence alone */
+  const int32_t* row_start;  /* [sequences + 1] */
+  const int32_t* closing;    /* [sequences, max_closing], padded with -1 */
+  int32_t* token_ids;        /* [rows] */
+  int32_t* last;             /* [sequences] */
+  int32_t* tokens;           /* [sequences] */
+  int64_t sequences, max_steps, max_stop_ids, max_closing, vocab;
+} stars_append_draft_params;
 
 STARS_API int32_t stars_abi_version(void);
 STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 144, 160, 192, 256)
 
 
 def bucket(count: int) -> int:
@@ -50,7 +50,7 @@ class Buffers:
         return self._host[name]
 
     def wait(self) -> None:
-        """Returns once the host's block may be written again: the last upload has been read."""
+        """Returns once the last upload was read and the last `fetch` is there: the host's block is the host's again."""
         if self._sent is not None:
             self._sent.synchronize()
 
@@ -60,9 +60,8 @@ class Buffers:
             self._there.copy_(self._here, non_blocking=True)
             self._sent.record()
 
-    def download(self) -> None:
-        """Device to host; returns when the values are there."""
+    def fetch(self) -> None:
+        """Device to host, in stream order; the values are there after `wait`."""
         if self._sent is not None:
             self._here.copy_(self._there, non_blocking=True)
             self._sent.record()
-            self._sent.synchronize()

@@ -359,7 +359,9 @@ class PagedCache:
         copy_rows(k_source, v_source, self._to_device(source), self.k_pages, self.v_pages, self._to_device(target))
 
     def _to_device(self, values: array) -> Tensor:
-        """int32 tensor of an int array, without a copy on the CPU."""
+        """int32 tensor of an int array, without a copy on the CPU and without waiting for a GPU."""
         if not values:
             return torch.empty(0, dtype=torch.int32, device=self.device)
-        return torch.frombuffer(values, dtype=torch.int32).to(self.device)
+        tensor = torch.frombuffer(values, dtype=torch.int32)
+        # A copy from memory that is not pinned would wait for everything the GPU still has to do.
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from stars.device import check_gpu, check_model
 from stars.errors import RequestError
 from stars.model.config import ModelConfig
+from stars.model.loader import DTYPES
+from stars.prefill import choose_prefill
 
 DEFAULT_CACHE_TOKENS = 1 << 15
 
@@ -20,6 +22,8 @@ class EngineConfig:
     page_size: tokens of a page. max_model_len: most tokens of a prompt and its response together.
     max_num_seqs: responses decoded at once. max_num_lanes: candidates drafted at once, over all responses.
     max_segment_size: tokens of the longest segment a policy may ask for.
+    prefill_backend: on a GPU, whose attention runs prompts of more than 256 tokens: "flash-attn-4", "flash-attn-2",
+        "varlen" or "sdpa" (both torch's), "triton" (our own), or "auto", the first of these that suits the model.
     """
 
     device: str
@@ -32,6 +36,7 @@ class EngineConfig:
     max_num_seqs: int
     max_num_lanes: int
     max_segment_size: int
+    prefill_backend: str
 
     @property
     def num_pages(self) -> int:
@@ -46,7 +51,8 @@ class EngineConfig:
     @classmethod
     def resolve(cls, model: ModelConfig, device: str = "auto", dtype: str = "auto", deterministic: bool = False, *,
                 cache_tokens: int | None = None, page_size: int = 16, max_model_len: int | None = None,
-                max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128) -> EngineConfig:
+                max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
+                prefill_backend: str = "auto") -> EngineConfig:
         """Fills in defaults and refuses what cannot work; RequestError."""
         if device not in ("auto", "cpu", "cuda"):
             raise RequestError(f'device is {device!r}, it must be "auto", "cpu" or "cuda"')
@@ -67,6 +73,7 @@ class EngineConfig:
                 raise RequestError(f"page_size is {page_size}, on a GPU it must be a power of two of at least 16")
         if dtype == "auto":
             dtype = model.dtype if device == "cuda" else "float32"
+        choose_prefill(model, DTYPES[dtype], device, prefill_backend, deterministic)
         if max_model_len is not None and max_model_len > model.max_position_embeddings:
             raise RequestError(f"max_model_len is {max_model_len}, the model's context is "
                                f"{model.max_position_embeddings}: lower it")
@@ -79,4 +86,4 @@ class EngineConfig:
         return cls(device=device, dtype=dtype, deterministic=deterministic,
                    cache_tokens=tokens, page_size=page_size, max_model_len=limits[source], max_model_len_from=source,
                    max_num_seqs=min(max_num_seqs, max_num_lanes), max_num_lanes=max_num_lanes,
-                   max_segment_size=max_segment_size)
+                   max_segment_size=max_segment_size, prefill_backend=prefill_backend)

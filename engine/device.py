@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stars.buffers import bucket
 from stars.errors import ModelError
+from stars.kernels.triton.tiles import most_workspace
 from stars.model.config import ModelConfig
+from stars.model.decoder import workspace_bytes
 from stars.model.loader import DTYPES, inspect_model
+from stars.passes import CAPTURED_CHUNK
+from stars.prefill import choose_prefill
 from stars.reward.causal import slab_length
 
 if TYPE_CHECKING:
@@ -50,20 +55,27 @@ def check_model(config: ModelConfig) -> None:
 
 
 def check_fit(config: EngineConfig, model: str | Path, reward: Reward | None) -> None:
-    """Raises ModelError unless weights, caches and slabs of both models fit the GPU; does nothing on the CPU."""
+    """Raises ModelError unless weights, caches, slabs and activations of both models fit the GPU; the CPU is not asked.
+    """
     if config.device == "cpu":
         return
     dtype = DTYPES[config.dtype]
-    directories = {"the language model": (model, config.max_segment_size)}
+    lanes = bucket(config.max_num_lanes)
+    directories = {"the language model": (model, config.max_segment_size, lanes)}
     if isinstance(getattr(reward, "model", None), (str, Path)):
-        directories["the reward model"] = (reward.model, slab_length(config.max_segment_size))
+        directories["the reward model"] = (reward.model, slab_length(config.max_segment_size), 0)
     needed = {}
-    for name, (directory, slab_len) in directories.items():
+    for name, (directory, slab_len, drafted) in directories.items():
         summary = inspect_model(directory)
-        check_model(summary.config)
+        shape = summary.config
+        check_model(shape)
+        choose_prefill(shape, dtype, config.device, config.prefill_backend, config.deterministic)
         slabs = config.max_num_lanes + config.max_num_seqs
+        rows = bucket(max(CAPTURED_CHUNK, slab_len, drafted))
         needed[f"{name}'s weights"] = summary.parameters * dtype.itemsize
-        needed[f"{name}'s cache"] = cache_bytes(summary.config, config.cache_tokens + slabs * slab_len, dtype)
+        needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + slabs * slab_len, dtype)
+        needed[f"{name}'s activations"] = workspace_bytes(shape, rows, drafted, dtype) + 4 * sum(
+            most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, drafted))
     check_memory(needed, torch.cuda.mem_get_info()[0])
 
 

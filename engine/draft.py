@@ -17,7 +17,7 @@ from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
 from stars.kernels import sample_step
 from stars.kernels.graph import Graphs
-from stars.kernels.types import Batch, LaneState, Tiles
+from stars.kernels.types import Batch, Draft, LaneState, Tiles
 from stars.sampling import SamplingParams
 from stars.tiling import Tiling, shape
 
@@ -59,6 +59,7 @@ class Drafter:
         self.padded = padded
         rows = bucket(max_lanes) if padded else max_lanes
         decoder.reserve(rows)
+        decoder.reserve_logits(rows)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
             cache.device,
@@ -71,17 +72,28 @@ class Drafter:
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
         self._block_tables = torch.zeros(rows, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
                                          device=cache.device)
-        self._tiling = None
-        if padded:
-            config = decoder.config
-            self._tiling = Tiling(cache.device, rows, config.num_heads, config.num_kv_heads, config.head_dim,
-                                  self._block_tables.shape[1] * cache.page_size, deterministic)
+        capacity = self._block_tables.shape[1] * cache.page_size
+        self._tiling = Tiling(decoder.config, cache.device, rows, capacity, deterministic) if padded else None
         self._graphs = Graphs()
+
+    @property
+    def device_draft(self) -> Draft:
+        """What a pass that is run behind a draft reads of it."""
+        return Draft(self._state.out_tokens, self._state.steps, self._state.stop_ids)
 
     def draft(self, lanes: list[LaneSpec]) -> list[Drafted]:
         """Draws up to `limit` tokens for every lane; keys and values of their inputs are left in the slabs."""
-        count = len(lanes)
-        self._run(self._fill(lanes), max(lane.limit for lane in lanes))
+        self.launch(lanes)
+        return self.drafted(len(lanes))
+
+    def launch(self, lanes: list[LaneSpec]) -> None:
+        """Starts a draft, without waiting for a GPU; its results must be taken before the next."""
+        filters = any(lane.params.filters for lane in lanes)
+        self._run(self._fill(lanes), max(lane.limit for lane in lanes), filters)
+
+    def drafted(self, count: int) -> list[Drafted]:
+        """The results of the draft of `count` lanes that was started, once they are there."""
+        self._buffers.wait()
         steps = self._host.steps[:count].tolist()
         tokens = self._host.out_tokens[:count].tolist()
         logprobs = self._host.out_logprobs[:count].tolist()
@@ -97,7 +109,8 @@ class Drafter:
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
-                self._run(filled, 1)
+                self._run(filled, 1, False)
+                self._buffers.wait()
                 seconds = min(seconds, time.perf_counter() - begin)
             return seconds
         finally:
@@ -105,8 +118,8 @@ class Drafter:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
-    def _run(self, filled: tuple[int, Tiles | None], times: int) -> None:
-        """Sends the buffers, runs the steps, and fetches the buffers back."""
+    def _run(self, filled: tuple[int, Tiles | None], times: int, filters: bool) -> None:
+        """Sends the buffers, runs the steps, and fetches the buffers back, all in stream order."""
         rows, tiles = filled
 
         def step() -> None:  # not called where a recorded step is replayed: the views are made here
@@ -116,51 +129,46 @@ class Drafter:
                 self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
                 self._buffers["slab_start"][:rows], state.slab_used, tiles)
             hidden = self.decoder.forward(batch, self.cache)  # [rows, hidden]
-            sample_step(self.decoder.logits(hidden), state)
+            sample_step(self.decoder.logits(hidden), state, filters=filters)
 
         self._buffers.upload()
-        self._graphs.run((rows, *shape(tiles)), step, self._state.done[:rows], times)
-        self._buffers.download()
+        self._graphs.run((rows, filters, *shape(tiles)), step, self._state.done[:rows], times)
+        self._buffers.fetch()
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
         """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""
-        count = len(lanes)
         self._buffers.wait()
-        host = self._host
+        host, seq_group, prefix_len, slab_start = self._host, *map(
+            self._buffers.host, ("seq_group", "prefix_len", "slab_start"))
         tables: list[BlockTable] = []
-        groups = []
-        for lane in lanes:
-            if not tables or tables[-1] is not lane.table:
-                tables.append(lane.table)
-            groups.append(len(tables) - 1)
-        self.cache.block_tables(tables, out=self._block_tables)
-        lengths = np.array([lane.table.length for lane in lanes], dtype=np.int32)
-        slab_start = np.array([lane.slab for lane in lanes], dtype=np.int32) * self.cache.slab_len
-        self._buffers.host("seq_group")[:count] = groups
-        self._buffers.host("prefix_len")[:count] = lengths
-        self._buffers.host("slab_start")[:count] = slab_start
-        host.token_ids[:count] = [lane.last_token for lane in lanes]
-        host.positions[:count] = lengths
-        host.slots[:count] = slab_start
-        host.slab_used[:count] = 0
-        host.steps[:count] = 0
-        host.limits[:count] = [lane.limit for lane in lanes]
-        host.done[:count] = 0
-        host.seeds[:count] = np.array([lane.seed & (1 << 64) - 1 for lane in lanes], dtype=np.uint64).view(np.int64)
-        host.attempts[:count] = [lane.attempt for lane in lanes]
-        host.streams[:count] = np.array([lane.stream for lane in lanes], dtype=np.uint32).view(np.int32)
-        host.temperature[:count] = [lane.params.temperature for lane in lanes]
-        host.top_k[:count] = [lane.params.top_k for lane in lanes]
-        host.top_p[:count] = [lane.params.top_p for lane in lanes]
-        host.min_p[:count] = [lane.params.min_p for lane in lanes]
-        host.stop_ids[:count] = -1
-        for index, lane in enumerate(lanes):
-            host.stop_ids[index, : len(lane.stop_ids)] = lane.stop_ids
+        # Entry by entry: behind a draft all of this code has left the caches, and numpy's conversions of whole lists
+        # touch several times as much of it.
+        for row, lane in enumerate(lanes):
+            table, params = lane.table, lane.params
+            if not tables or tables[-1] is not table:
+                tables.append(table)
+            seq_group[row] = len(tables) - 1
+            prefix_len[row] = host.positions[row] = table.length
+            slab_start[row] = host.slots[row] = lane.slab * self.cache.slab_len
+            host.token_ids[row] = lane.last_token
+            host.limits[row] = lane.limit
+            host.slab_used[row] = host.steps[row] = host.done[row] = 0
+            host.seeds[row] = _signed(lane.seed, 64)
+            host.streams[row] = _signed(lane.stream, 32)
+            host.attempts[row] = lane.attempt
+            host.temperature[row] = params.temperature
+            host.top_k[row] = params.top_k
+            host.top_p[row] = params.top_p
+            host.min_p[row] = params.min_p
+            host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
+        self._fill_tables(tables)
+        count, last_group = len(lanes), len(tables) - 1
         if not self.padded:
             return count, None
         rows = bucket(count)
-        self._idle(slice(count, rows), groups[-1])
-        return rows, self._tiling.fill(rows, range(count + 1), groups, True, int(lengths.max()))
+        self._idle(slice(count, rows), last_group)
+        groups = seq_group[:count].tolist()
+        return rows, self._tiling.fill(rows, range(count + 1), groups, True, int(prefix_len[:count].max()))
 
     def _idle(self, rows: slice, group: int) -> None:
         """Lanes that are done before they start: they write nothing, and nobody reads what they compute."""

@@ -61,7 +61,7 @@ class Engine:
 
     @torch.inference_mode(False)  # what is allocated here is written outside the caller's inference mode, too
     def __init__(self, model: Any, reward: Any = None, *, tokenizer: Any = None, device: str = "auto",
-                 dtype: str = "auto", deterministic: bool = False, **limits: int | None):
+                 dtype: str = "auto", deterministic: bool = False, **limits: int | str | None):
         if hasattr(model, "forward"):
             self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
             decoder = model
@@ -87,15 +87,20 @@ class Engine:
             num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
             slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
         self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
-                              deterministic)
+                              deterministic, config.prefill_backend)
         drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_segment_size, config.max_model_len,
                           config.padded, deterministic)
         if self.reward is not None:
             self.reward.bind(tokenizer, shape.vocab_size, Limits(
                 config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,
-                config.max_segment_size, config.device, config.dtype, deterministic))
-        self._round = Round(drafter, self._cache, self.reward, WidthChooser(drafter.step_seconds, config.max_num_lanes),
-                            config.max_num_lanes)
+                config.max_segment_size, config.device, config.dtype, deterministic, config.padded,
+                config.prefill_backend))
+        chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
+        if self.reward is not None and config.padded:
+            # At start-up on a GPU, which also compiles and captures steps. On the CPU a step of a large model can take
+            # seconds: there each count waits until a policy leaves its width to the engine.
+            chooser.measure()
+        self._round = Round(drafter, self._cache, self.reward, chooser, config.max_num_lanes)
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Hypothesis] = deque()
         self._running: list[Hypothesis] = []

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
+
+
+class Terms(NamedTuple):
+    """What the law needs to know of a candidate beside its reward."""
+
+    seed: int
+    stream: int  # philox.pack_stream(segment, sample)
+    attempt: int  # from 1
+    tokens: int  # n: response tokens, the candidate's included (what a draft under way will add left out)
+    max_tokens: int  # N
+    start: float  # r0
+    reward_threshold: float
+    beta: float
 
 
 def threshold_start(prompt_reward: float | None, alpha: float, reward_threshold: float) -> float:

@@ -10,55 +10,89 @@ import torch
 
 from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
+from stars.kernels import append_draft, prefill_attention
 from stars.kernels.graph import Graphs
-from stars.kernels.types import Batch, Tiles
+from stars.kernels.philox import signed_seed, signed_stream
+from stars.kernels.types import Batch, DecideState, Draft, Followers, Tiles
+from stars.law import Terms
+from stars.prefill import choose_prefill
 from stars.tiling import Tiling, shape
 
-CHUNK = 256
-"""Rows of a prefill pass: enough to be bound by arithmetic, few enough to keep activations in a processor's caches."""
+CHUNK, CAPTURED_CHUNK = 256, 2048
+"""Rows of a prefill pass: enough to be bound by arithmetic, few enough to keep activations in a processor's caches; and
+on a GPU, whose products need more rows to be bound by arithmetic."""
+
+CAPTURED_PREFILL = 256
+"""Rows up to which a GPU's prefill passes are captured: prompts of a few hundred tokens, whose passes would otherwise
+take the host longer to launch than the GPU to run. Longer ones are launched one by one, and may use a library."""
+
+MOST_CLOSING = 32
+"""Closing tokens that a span which follows a draft may have."""
+
+TERMS, VERDICT = DecideState._fields[: len(Terms._fields)], DecideState._fields[len(Terms._fields) :]
+"""What the host fills of a DecideState, in the order of `Terms`, and what it reads."""
+
+NO_VERDICT = Terms(0, 0, 1, 0, 1, 0.0, 0.0, 0.0)
 
 
 class Span(NamedTuple):
-    """The rows of one sequence in a pass: token_ids at positions start .. start + len(token_ids) - 1."""
+    """The rows of one sequence in a pass: token_ids at positions start .. start + len(token_ids) - 1.
+
+    A span that follows lane `lane` of a draft has the token before the segment in token_ids, and zeros in the place of
+    the segment and of the `closing` tokens.
+    """
 
     table: BlockTable
     token_ids: Sequence[int]
     start: int
     slots: Sequence[int]  # flat row of the slabs or of the pages for each token
     slab_start: int = 0  # flat slab row of the first token, for rows into a slab
+    terms: Terms = NO_VERDICT  # where rewards are computed
+    lane: int = -1
+    closing: Sequence[int] = ()
+
+
+class Verdict(NamedTuple):
+    """The reward at a span's last token, and whether the law accepts it under the span's terms."""
+
+    reward: float
+    accepted: bool
 
 
 class Passes:
     """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed.
 
     With `padded`, rows and sequences are filled up to buckets with idle ones, so that few captured shapes serve all,
-    and attention gets its tiles.
+    and attention gets its tiles. prefill_backend: of passes that are too long to capture, as in `EngineConfig`.
     """
 
     def __init__(self, decoder, cache: PagedCache, max_sequences: int, max_model_len: int, padded: bool = False,
-                 deterministic: bool = False):
+                 deterministic: bool = False, prefill_backend: str = "auto"):
         self.decoder = decoder
         self.cache = cache
         self.padded = padded
-        self.max_rows = max(CHUNK, cache.slab_len)
+        self.prefill_backend = choose_prefill(decoder.config, decoder.dtype, cache.device.type, prefill_backend,
+                                              deterministic)
+        self.chunk = CAPTURED_CHUNK if padded else CHUNK
+        self.max_rows = max(self.chunk, cache.slab_len)
         self.max_sequences = max_sequences
         rows = bucket(self.max_rows) if padded else self.max_rows
         sequences = bucket(max_sequences) if padded else max_sequences
         decoder.reserve(rows)
-        row, sequence = (torch.int32, (rows,)), (torch.int32, (sequences,))
+        row, sequence, real = (torch.int32, (rows,)), (torch.int32, (sequences,)), (torch.float64, (sequences,))
         self._buffers = Buffers(
             cache.device, token_ids=row, positions=row, slots=row, row_start=(torch.int32, (sequences + 1,)),
             last=sequence, seq_group=sequence, prefix_len=sequence, slab_start=sequence,
-            slab_used=sequence)  # slab_used stays 0: a pass fills a slab from its start
+            slab_used=sequence,  # stays 0: a pass fills a slab from its start
+            seeds=(torch.int64, (sequences,)), streams=sequence, attempts=sequence, tokens=sequence,
+            max_tokens=sequence, start=real, reward_threshold=real, beta=real,
+            lanes=sequence, closing=(torch.int32, (sequences, MOST_CLOSING)))
+        self._verdicts = Buffers(cache.device, rewards=(torch.float32, (sequences,)), accepted=sequence)
         self._block_tables = torch.zeros(sequences, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
                                          device=cache.device)
-        self._scores = torch.zeros(sequences, device=cache.device)
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
-        self._tiling = None
-        if padded:
-            config = decoder.config
-            self._tiling = Tiling(cache.device, rows, config.num_heads, config.num_kv_heads, config.head_dim,
-                                  self._block_tables.shape[1] * cache.page_size, deterministic)
+        capacity = self._block_tables.shape[1] * cache.page_size
+        self._tiling = Tiling(decoder.config, cache.device, rows, capacity, deterministic) if padded else None
         self._graphs = Graphs()
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]) -> None:
@@ -69,8 +103,8 @@ class Passes:
         spans = []
         for table, token_ids, stop in tables:
             # Chunk boundaries are fixed by position, not by what else is in the batch.
-            for start in range(table.length, stop, CHUNK):
-                end = min(stop, start + CHUNK)
+            for start in range(table.length, stop, self.chunk):
+                end = min(stop, start + self.chunk)
                 # Making shared pages private comes before any pass reads the block table.
                 slots = self.cache.rows(table, start, end)
                 spans.append(Span(table, token_ids[start:end], start, slots))
@@ -79,16 +113,34 @@ class Passes:
             for span in batch:
                 span.table.length = span.start + len(span.token_ids)
 
-    def score(self, spans: Sequence[Span]) -> list[float]:
-        """Runs the spans into their slabs and returns the reward at the last row of each.
+    def score(self, spans: Sequence[Span]) -> list[Verdict]:
+        """Runs the spans into their slabs; the verdict on each.
 
         Spans of one table should be adjacent, so that its pages are read once for all of them.
         """
-        rewards: list[float] = []
+        verdicts: list[Verdict] = []
         for batch in self._batches(spans, into_slab=True):
             self._run(batch, into_slab=True)
-            rewards += self._scores[: len(batch)].tolist()
-        return rewards
+            verdicts += self.verdicts(len(batch))
+        return verdicts
+
+    def fits(self, rows: Sequence[int]) -> bool:
+        """Whether one pass holds spans of so many rows each."""
+        return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
+
+    def follow(self, draft: Draft, spans: Sequence[Span]) -> None:
+        """As `score`, for spans that follow a draft and fit one pass, behind that draft and without waiting for it.
+
+        Their results are taken with `verdicts`, before the next pass.
+        """
+        self._run(spans, into_slab=True, draft=draft)
+
+    def verdicts(self, count: int) -> list[Verdict]:
+        """Those of the last scoring pass, of `count` spans, once they are there."""
+        self._verdicts.wait()
+        rewards, accepted = self._verdicts.host("rewards"), self._verdicts.host("accepted")
+        return [Verdict(reward, bool(yes)) for reward, yes in
+                zip(rewards[:count].tolist(), accepted[:count].tolist(), strict=True)]
 
     def _batches(self, spans: Sequence[Span], into_slab: bool) -> Iterator[list[Span]]:
         """Splits into passes; a later chunk of a table comes in a later pass than the chunks it attends to."""
@@ -105,23 +157,44 @@ class Passes:
         if batch:
             yield batch
 
-    def _run(self, spans: Sequence[Span], into_slab: bool) -> None:
+    def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None) -> None:
         rows, sequences, tiles = self._fill(spans, into_slab)
+        captured = into_slab or rows <= CAPTURED_PREFILL
+        prefill = None
+        if not captured and self.padded and self.prefill_backend != "triton":
+            prefill = prefill_attention.build(
+                self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
+                [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
+        if into_slab:
+            self._fill_terms(spans, sequences)
+        if draft is not None:
+            self._fill_followers(spans, sequences)
         buffers = self._buffers
 
         def step() -> None:  # not called where a recorded pass is replayed: the views are made here
-            batch = Batch(
-                buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
-                buffers["row_start"][: sequences + 1], buffers["seq_group"][:sequences], self._block_tables,
-                buffers["prefix_len"][:sequences], buffers["slab_start"][:sequences],
-                buffers["slab_used"][:sequences], tiles)
-            hidden = self.decoder.forward(batch, self.cache, buffers["last"][:sequences])  # [sequences, hidden]
+            def first(name: str) -> torch.Tensor:
+                return buffers[name][:sequences]
+
+            token_ids, row_start = buffers["token_ids"][:rows], buffers["row_start"][: sequences + 1]
+            last = first("last")
+            if draft is not None:
+                append_draft(draft, Followers(first("lanes"), row_start, first("closing"), token_ids, last,
+                                              first("tokens")), self.decoder.config.vocab_size)
+            batch = Batch(token_ids, buffers["positions"][:rows], buffers["slots"][:rows], into_slab, row_start,
+                          first("seq_group"), self._block_tables, first("prefix_len"), first("slab_start"),
+                          first("slab_used"), tiles, prefill)
             if into_slab:
-                self.decoder.score(hidden, self._scores[:sequences])
+                state = DecideState(*(first(name) for name in TERMS),
+                                    *(self._verdicts[name][:sequences] for name in VERDICT))
+                self.decoder.score_and_decide(batch, self.cache, last, state)
+            else:
+                self.decoder.forward(batch, self.cache, last)
 
         buffers.upload()
-        # Shapes of scoring passes come again and again, those of prompts hardly do.
-        self._graphs.run((rows, sequences, into_slab, *shape(tiles)), step, self._never_done, rare=not into_slab)
+        self._graphs.run((rows, sequences, into_slab, draft is not None, *shape(tiles)), step, self._never_done,
+                         rare=not captured)
+        if into_slab:
+            self._verdicts.fetch()
 
     def _fill(self, spans: Sequence[Span], into_slab: bool) -> tuple[int, int, Tiles | None]:
         """Writes the spans into the buffers; rows and sequences, idle ones included, and attention's tiles."""
@@ -149,9 +222,24 @@ class Passes:
             row_start += row_start[-1:] * idle
             groups, last = groups + groups[-1:] * idle, last + [0] * idle
             prefix_len, slab_start = prefix_len + [0] * idle, slab_start + [0] * idle
-        for name, values in (("token_ids", token_ids), ("positions", positions), ("slots", slots),
-                             ("row_start", row_start), ("last", last), ("seq_group", groups),
-                             ("prefix_len", prefix_len), ("slab_start", slab_start)):
-            self._buffers.host(name)[: len(values)] = values
+        self._write(token_ids=token_ids, positions=positions, slots=slots, row_start=row_start, last=last,
+                    seq_group=groups, prefix_len=prefix_len, slab_start=slab_start)
         self.cache.block_tables(tables, out=self._block_tables)
         return len(token_ids), len(prefix_len), tiles
+
+    def _fill_terms(self, spans: Sequence[Span], sequences: int) -> None:
+        terms = [span.terms for span in spans] + [NO_VERDICT] * (sequences - len(spans))
+        seeds, streams, *others = zip(*terms, strict=True)
+        columns = [[signed_seed(seed) for seed in seeds], [signed_stream(stream) for stream in streams], *others]
+        self._write(**dict(zip(TERMS, columns, strict=True)))
+
+    def _fill_followers(self, spans: Sequence[Span], sequences: int) -> None:
+        self._write(lanes=[span.lane for span in spans] + [-1] * (sequences - len(spans)))
+        closing = self._buffers.host("closing")
+        closing[: len(spans)] = -1
+        for row, span in zip(closing, spans, strict=False):
+            row[: len(span.closing)] = span.closing
+
+    def _write(self, **columns: Sequence[int | float]) -> None:
+        for name, values in columns.items():
+            self._buffers.host(name)[: len(values)] = values

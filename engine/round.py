@@ -10,9 +10,10 @@ from stars.cache import CommitMove, PagedCache
 from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import accept_uniform, pack_stream
+from stars.law import Terms
 from stars.outputs import Segment
 from stars.request import Hypothesis, Lane, Request
-from stars.reward.base import Candidate, Reward, Scored, reward_problem
+from stars.reward.base import Candidate, Follower, Following, Reward, Scored, reward_problem
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -32,16 +33,20 @@ class Round:
         self.reward = reward
         self.chooser = chooser
         self.max_num_lanes = max_num_lanes
+        self._following: tuple[list[Lane], Following] | None = None  # what is scored behind the draft, until it is read
 
     def run(self, active: Sequence[Hypothesis]) -> list[Hypothesis]:
         """One round for all of `active`; returns those whose response grew or ended."""
         lanes: list[list[Lane]] = []
         try:
             self._propose(active, lanes)
-            self._draft([lane for group in lanes for lane in group])
+            self._draft(lanes)
             winners = self._decide(lanes)
             self._commit(winners)
         except BaseException:
+            if self._following is not None:
+                self._following[1].cancel()
+                self._following = None
             for hypothesis in active:
                 self._start_over(hypothesis)
             raise
@@ -129,17 +134,19 @@ class Round:
                                                   len(active), most))
         return widths
 
-    def _draft(self, lanes: Sequence[Lane]) -> None:
+    def _draft(self, groups: Sequence[Sequence[Lane]]) -> None:
+        lanes = [lane for group in groups for lane in group]
         specs = []
         for lane in lanes:
             hypothesis = lane.hypothesis
             request = hypothesis.request
-            limit = min(request.plan.segment_size, request.params.max_tokens - len(hypothesis.token_ids))
-            specs.append(LaneSpec(
-                hypothesis.table, hypothesis.last_token, lane.slab, limit, request.seed, lane.attempt,
-                pack_stream(len(hypothesis.segments), hypothesis.sample), request.params, request.stop_ids))
+            specs.append(LaneSpec(hypothesis.table, hypothesis.last_token, lane.slab, _limit(hypothesis), request.seed,
+                                  lane.attempt, _stream(hypothesis), request.params, request.stop_ids))
         begin = time.perf_counter()
-        drafted = self.drafter.draft(specs)
+        self.drafter.launch(specs)
+        if self.drafter.padded:  # on a GPU, which drafts while the host prepares what follows
+            self._follow(groups)
+        drafted = self.drafter.drafted(len(lanes))
         seconds = (time.perf_counter() - begin) / len(lanes)
         for lane, (token_ids, logprobs) in zip(lanes, drafted, strict=True):
             lane.token_ids, lane.logprobs = token_ids, logprobs
@@ -151,6 +158,26 @@ class Round:
                 self.fail(lane.hypothesis.request, NAN_LOGITS)
             else:
                 _end(lane)
+
+    def _follow(self, groups: Sequence[Sequence[Lane]]) -> None:
+        """Starts the first scoring pass behind the draft: the device hands the tokens on, the host reads them later."""
+        scored, first = [], 0  # groups and the places of their first lanes in the draft
+        for group in groups:
+            request = group[0].hypothesis.request
+            if request.plan.scoring == "segment" and not request.params.stop:  # stop strings are for the host to find
+                scored.append((group, first))
+            first += len(group)
+        batch, followers = [], []
+        for group, first in scored:
+            hypothesis = group[0].hypothesis
+            limit = _limit(hypothesis)
+            for index, lane in enumerate(group[: self.reward.lanes_per_pass(limit, len(scored))], first):
+                batch.append(lane)
+                followers.append(Follower(hypothesis.session, hypothesis.token_ids, index, limit,
+                                          _terms(lane, len(hypothesis.token_ids))))
+        following = self.reward.follow(self.drafter.device_draft, followers) if followers else None
+        if following is not None:
+            self._following = batch, following
 
     # -- score and decide -----------------------------------------------------------------------------------------
 
@@ -169,20 +196,22 @@ class Round:
                 winners[hypothesis] = group[0]
                 group[0].accepted = True
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
+        batch, results = self._followed()
         while waiting:
-            batch = []
-            for hypothesis, group in waiting.items():
-                count = self.reward.lanes_per_pass(len(group[0].token_ids), len(waiting))
-                batch += group[:count]
-                waiting[hypothesis] = group[count:]
-            results = self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane)) for lane in batch])
+            if not batch:
+                for hypothesis, group in waiting.items():
+                    batch += group[: self.reward.lanes_per_pass(len(group[0].token_ids), len(waiting))]
+                results = self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane)) for lane in batch])
+                for lane, result in zip(batch, results, strict=True):
+                    lane.score_handle = result.handle
             for lane, result in zip(batch, results, strict=True):
-                lane.score_handle = result.handle
-            for lane, result in zip(batch, results, strict=True):
-                if lane.hypothesis.finish_reason is None:
+                hypothesis = lane.hypothesis
+                if hypothesis.finish_reason is None:
+                    waiting[hypothesis] = waiting[hypothesis][1:]
                     self._judge(lane, result, winners)
             waiting = {hypothesis: group for hypothesis, group in waiting.items()
                        if group and hypothesis not in winners and hypothesis.finish_reason is None}
+            batch = []
         for group in lanes:
             hypothesis = group[0].hypothesis
             if hypothesis.finish_reason is None and hypothesis not in winners and (
@@ -211,8 +240,11 @@ class Round:
         if decided:
             return
         if plan.decision == "threshold":
-            uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
-            if law.accepts(uniform, lane.reward, lane.threshold, plan.beta):
+            accepted = result.accepted
+            if accepted is None:
+                uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
+                accepted = law.accepts(uniform, lane.reward, lane.threshold, plan.beta)
+            if accepted:
                 lane.accepted = True
                 winners[hypothesis] = lane
                 return
@@ -225,18 +257,28 @@ class Round:
 
     def _candidate(self, hypothesis: Hypothesis, lane: Lane | None, final: bool = False) -> Candidate:
         text = hypothesis.request.response_text(hypothesis, lane) if self.reward.needs_text else None
-        return Candidate(hypothesis.session, hypothesis.content_ids(lane), text, final)
+        terms = None if final else _terms(lane, len(hypothesis.token_ids) + len(lane.token_ids))
+        return Candidate(hypothesis.session, hypothesis.content_ids(lane), text, final, terms)
 
     def _score(self, candidates: Sequence[tuple[Hypothesis, Candidate]]) -> list[Scored]:
         """Scores and keeps the counts and the time of each candidate's hypothesis."""
         begin = time.perf_counter()
         results = self.reward.score([candidate for _, candidate in candidates])
-        seconds = (time.perf_counter() - begin) / len(candidates)
-        for (hypothesis, _), result in zip(candidates, results, strict=True):
-            hypothesis.metrics.rm_seconds += seconds
-            hypothesis.metrics.rm_tokens_scored += result.tokens_run
-            hypothesis.metrics.rm_tokens_full_rescore += result.tokens_full
+        _count([hypothesis for hypothesis, _ in candidates], results, time.perf_counter() - begin)
         return results
+
+    def _followed(self) -> tuple[list[Lane], list[Scored]]:
+        """The lanes that were scored behind the draft, with their scores."""
+        if self._following is None:
+            return [], []
+        begin = time.perf_counter()
+        batch, following = self._following
+        results = following.results([lane.hypothesis.content_ids(lane) for lane in batch])
+        self._following = None
+        for lane, result in zip(batch, results, strict=True):
+            lane.score_handle = result.handle
+        _count([lane.hypothesis for lane in batch], results, time.perf_counter() - begin)
+        return batch, results
 
     # -- commit ---------------------------------------------------------------------------------------------------
 
@@ -287,6 +329,35 @@ class Round:
         if lane.score_handle is not None:
             self.reward.discard(lane.score_handle)
             lane.score_handle = None
+
+
+def _limit(hypothesis: Hypothesis) -> int:
+    """Most tokens of the next segment."""
+    request = hypothesis.request
+    return min(request.plan.segment_size, request.params.max_tokens - len(hypothesis.token_ids))
+
+
+def _stream(hypothesis: Hypothesis) -> int:
+    """The random stream of the next segment."""
+    return pack_stream(len(hypothesis.segments), hypothesis.sample)
+
+
+def _terms(lane: Lane, tokens: int) -> Terms | None:
+    """What the law is applied to `lane` under, `tokens` being n; None for a policy without a threshold."""
+    request = lane.hypothesis.request
+    plan = request.plan
+    if plan.decision != "threshold":
+        return None
+    return Terms(request.seed, _stream(lane.hypothesis), lane.attempt, tokens, request.params.max_tokens,
+                 request.threshold_start, plan.reward_threshold, plan.beta)
+
+
+def _count(hypotheses: Sequence[Hypothesis], results: Sequence[Scored], seconds: float) -> None:
+    """Adds scores that took `seconds` to the metrics of each candidate's response."""
+    for hypothesis, result in zip(hypotheses, results, strict=True):
+        hypothesis.metrics.rm_seconds += seconds / len(results)
+        hypothesis.metrics.rm_tokens_scored += result.tokens_run
+        hypothesis.metrics.rm_tokens_full_rescore += result.tokens_full
 
 
 def _max_attempts(request: Request) -> int:

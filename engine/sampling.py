@@ -84,6 +84,11 @@ class SamplingParams:
             raise RequestError("SamplingParams.stop_token_ids must be a list of token ids, 0 or above")
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
 
+    @property
+    def filters(self) -> bool:
+        """Whether top_k, top_p or min_p is on."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
 
 def is_number(value: Any) -> bool:
     """Whether `value` is an int or a float (a bool is neither)."""

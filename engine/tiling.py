@@ -9,25 +9,26 @@ import torch
 from stars.buffers import Buffers
 from stars.kernels.triton import tiles
 from stars.kernels.types import Tiles
+from stars.model.config import ModelConfig
 
 
 class Tiling:
-    """One set of tile buffers: of the drafts, or of the passes, of one model.
+    """One set of tile buffers: of the drafts, or of the passes, of one model, for at most `max_rows` rows.
 
     capacity: keys a row of the block tables can hold. `deterministic` plans depend on the kind of a pass alone.
     """
 
-    def __init__(self, device: torch.device | str, max_rows: int, heads: int, kv_heads: int, head_dim: int,
-                 capacity: int, deterministic: bool):
-        self.heads = heads
-        self.kv_heads = kv_heads
+    def __init__(self, config: ModelConfig, device: torch.device | str, max_rows: int, capacity: int,
+                 deterministic: bool):
+        self.heads = config.num_heads
+        self.kv_heads = config.num_kv_heads
         self.capacity = capacity
         self.deterministic = deterministic
         most = tiles.bucket(max_rows)  # a tile has a row at least
         self._buffers = Buffers(device, row_seq=(torch.int32, (max_rows,)), prefix=(torch.int32, (most, 3)),
                                 slab=(torch.int32, (most, 3)))
-        # For the most parts a plan can ask for: growing it later would move it under the graphs that use it.
-        size = (tiles.MOST_SPLITS + 1) * max_rows * heads * (head_dim + 1)
+        # For the most that a plan can ask for: growing it later would move it under the graphs that use it.
+        size = tiles.most_workspace(max_rows, config.num_heads, config.head_dim, deterministic)
         self._workspace = torch.empty(size, dtype=torch.float32, device=device)
 
     def fill(self, rows: int, row_start: Sequence[int], seq_group: Sequence[int], into_slab: bool,

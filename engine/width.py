@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+MEASURED = (1, 2, 4, 8, 16, 32, 64, 128)  # counts of lanes, between which times are interpolated
 PRIOR_ACCEPTED, PRIOR_COUNTED = 1.0, 4.0  # a weak belief in an accept rate of a quarter, until attempts say otherwise
 
 
@@ -13,13 +14,19 @@ class WidthChooser:
 
     A round of width w costs B steps at w lanes per request and ends the segment with probability 1 - (1 - p)^w, p the
     accept rate. The reward model reads candidates in attempt order and stops at the first accepted, so its expected
-    work does not depend on w. `step_seconds(lanes)` measures one step; each count is measured once.
+    work does not depend on w. `step_seconds(lanes)` measures one step; each count is measured once, by `measure` or
+    where it is first needed.
     """
 
     def __init__(self, step_seconds: Callable[[int], float], max_lanes: int):
         self._measure = step_seconds
-        self._max_lanes = max_lanes
+        self._grid = [count for count in MEASURED if count <= max_lanes]
         self._seconds: dict[int, float] = {}
+
+    def measure(self) -> None:
+        """Measures every count now."""
+        for count in self._grid:
+            self._seconds_at(count)
 
     def choose(self, accepted: int, counted: int, responses: int, most: int) -> int:
         """accepted of counted attempts so far, `responses` drafting side by side, at most `most` lanes each."""
@@ -34,9 +41,8 @@ class WidthChooser:
         return best
 
     def _step(self, lanes: int) -> float:
-        grid = [count for count in (1, 2, 4, 8, 16, 32, 64, 128) if count <= self._max_lanes]
-        below = max(count for count in grid if count <= lanes)
-        above = min((count for count in grid if count >= lanes), default=below)
+        below = max(count for count in self._grid if count <= lanes)
+        above = min((count for count in self._grid if count >= lanes), default=below)
         low, high = self._seconds_at(below), self._seconds_at(above)
         if above == below:
             return low * max(1.0, lanes / below)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stars.bindings import libstars
 from stars.kernels.dispatch import on_libstars, on_triton
+from stars.kernels.prefill_attention import prefill_attention
 from stars.kernels.types import Batch, LayerKV
 
 
@@ -15,7 +16,9 @@ def attention(
     window: int | None = None, softcap: float | None = None,
 ) -> None:
     """Causal grouped-query attention over committed pages and the slab; see `attention_reference`."""
-    if on_libstars(q):
+    if batch.prefill is not None:
+        prefill_attention(q, kv, batch.prefill, scale, out, window, softcap)
+    elif on_libstars(q):
         libstars.attention(q, kv, batch, scale, out, window, softcap)
     elif on_triton(q):
         from stars.kernels.triton.attention import attention as launch

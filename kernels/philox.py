@@ -104,6 +104,22 @@ def pack_stream(segment: int, sample: int) -> int:
     return segment | sample << 20
 
 
+def signed_seed(seed: int) -> int:
+    """The int64 with the bits of a seed, for a tensor."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def signed_stream(stream: int) -> int:
+    """The int32 with the bits of counter word 3, for a tensor."""
+    return stream - (1 << 32) if stream >> 31 else stream
+
+
+def unpack_stream(stream: int) -> tuple[int, int]:
+    """(segment, sample) of counter word 3, signed or not."""
+    return stream & MAX_SEGMENT, (stream & 0xFFFFFFFF) >> 20
+
+
 def accept_uniform(seed: int, attempt: int, segment: int, sample: int) -> float:
     """The uniform of the accept test of one attempt: a float64, the same bits in every implementation."""
     if libstars.available():  # a scalar costs a microsecond there and a tenth of a millisecond in numpy

@@ -32,21 +32,27 @@ from stars.kernels.dispatch import on_libstars, on_triton
 from stars.kernels.types import LaneState
 
 
-def sample_step(logits: Tensor, lanes: LaneState) -> None:
-    """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab]."""
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
+    """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab].
+
+    With filters=False the caller knows that no lane has top_k, top_p or min_p: a GPU then leaves out four launches.
+    """
     if on_libstars(logits):
         libstars.sample_step(logits, lanes)
     elif on_triton(logits):
         from stars.kernels.triton.sample_step import sample_step as launch
 
-        launch(logits, lanes)
+        launch(logits, lanes, filters=filters)
     else:
-        sample_step_reference(logits, lanes)
+        sample_step_reference(logits, lanes, filters)
 
 
-def sample_step_reference(logits: Tensor, lanes: LaneState) -> None:
-    """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab]; any device, one lane at a time."""
+def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
+    """As `sample_step`; any device, one lane at a time. ValueError if filters=False and a lane has a filter."""
     _check(logits, lanes)
+    filtered = (lanes.top_k > 0) | (lanes.top_p < 1.0) | (lanes.min_p > 0.0)
+    if not filters and bool((filtered & (lanes.done == 0)).any()):
+        raise ValueError("sample_step: a lane has top_k, top_p or min_p: call it with filters=True")
     done, steps, limits = lanes.done.tolist(), lanes.steps.tolist(), lanes.limits.tolist()
     for lane, row in enumerate(logits):  # row [vocab]
         if done[lane]:

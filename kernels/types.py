@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from stars.kernels.prefill_attention import Prefill
 
 
 class LayerKV(NamedTuple):
@@ -52,6 +55,7 @@ class Batch(NamedTuple):
     slab_start: Tensor  # [sequences] flat slab row of slab key 0; unused when not into_slab
     slab_used: Tensor  # [sequences] slab keys written before this pass; 0 when not into_slab
     tiles: Tiles | None = None  # read by attention on a GPU only, which builds them on the host where there are none
+    prefill: Prefill | None = None  # not into_slab: a library's attention instead of our own
 
 
 class LaneState(NamedTuple):
@@ -81,24 +85,38 @@ class LaneState(NamedTuple):
 
 
 class DecideState(NamedTuple):
-    """Everything `score_and_decide` reads and changes for the requests of one round. Lanes of a request are adjacent.
+    """Everything `score_and_decide` reads and writes, one entry a lane: the law's terms, and its verdict."""
 
-    The host sets `record` to -1 at the start of a round and best_attempt to 0 at the start of a segment. A request may
-    be decided over several calls, a few lanes at a time in attempt order; a call leaves it alone once it is decided.
+    seeds: Tensor  # int64 [lanes] the Philox key (bits of an unsigned 64-bit seed)
+    streams: Tensor  # int32 [lanes] segment index and sample index: counter word 3
+    attempts: Tensor  # int32 [lanes] attempt number, from 1: counter word 2, with the kind of draw
+    tokens: Tensor  # int32 [lanes] n of the threshold schedule: response tokens, the candidate's included
+    max_tokens: Tensor  # int32 [lanes] N of the threshold schedule
+    start: Tensor  # float64 [lanes] r0, where the threshold starts
+    reward_threshold: Tensor  # float64 [lanes]
+    beta: Tensor  # float64 [lanes]; 0 is the hard rule
+    rewards: Tensor  # float32 [lanes] out
+    accepted: Tensor  # int32 [lanes] out: 0 or 1; 0 for a reward of NaN or +inf, which is an error
+
+
+class Draft(NamedTuple):
+    """What a finished draft leaves on the device for a pass that follows it; parts of `LaneState`."""
+
+    out_tokens: Tensor  # int32 [lanes, max_steps]
+    steps: Tensor  # int32 [lanes] tokens drawn
+    stop_ids: Tensor  # int32 [lanes, max_stop_ids] padded with -1
+
+
+class Followers(NamedTuple):
+    """The sequences of a pass that take their tokens from a draft; changed by `append_draft`.
+
+    Row row_start[s] of a sequence holds the token before the segment, the rows behind it are for the segment and the
+    closing tokens; what they do not need stays 0 and is run for nothing.
     """
 
-    lane_start: Tensor  # int32 [requests + 1] lanes of request i are lane_start[i] .. lane_start[i + 1] - 1
-    seeds: Tensor  # int64 [requests] the Philox key (bits of an unsigned 64-bit seed)
-    streams: Tensor  # int32 [requests] segment index and sample index: counter word 3
-    max_tokens: Tensor  # int32 [requests] N of the threshold schedule
-    start: Tensor  # float64 [requests] r0, where the threshold starts
-    reward_threshold: Tensor  # float64 [requests]
-    beta: Tensor  # float64 [requests]; 0 is the hard rule
-    attempts: Tensor  # int32 [lanes] attempt number, from 1, rising within a request
-    tokens: Tensor  # int32 [lanes] n of the threshold schedule: response tokens, the candidate's included
-    slabs: Tensor  # int32 [pools, lanes] slab id of each lane in each cache; changed where a lane becomes the best
-    best_reward: Tensor  # float64 [requests] of the best seen over all rounds of the segment, where there is one
-    best_attempt: Tensor  # int32 [requests] its attempt number; 0: none yet
-    best_slab: Tensor  # int32 [pools, requests] its slab ids; a spare slab's where there is none yet
-    record: Tensor  # int32 [requests, 3] winner, best, error: a lane each, or -1
-    rewards: Tensor  # float32 [lanes] out
+    lanes: Tensor  # int32 [sequences] lane of the draft, or -1: the sequence is left alone
+    row_start: Tensor  # int32 [sequences + 1] as in Batch
+    closing: Tensor  # int32 [sequences, most closing tokens] ids behind the segment, padded with -1
+    token_ids: Tensor  # int32 [rows] out: segment and closing tokens
+    last: Tensor  # int32 [sequences] out: row of the last token
+    tokens: Tensor  # int32 [sequences] n of the threshold schedule: the tokens drawn are added to it

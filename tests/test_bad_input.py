@@ -181,7 +181,8 @@ def test_limits_of_the_cache():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(device="cuda:7"), "device is 'cuda:7'"), (dict(dtype="int8"), "dtype is 'int8'"),
+    (dict(device="cuda:7"), "device is 'cuda:7'"),
+    (dict(prefill_backend="sdpa"), "on the CPU there is no choice"), (dict(dtype="int8"), "dtype is 'int8'"),
     (dict(cache_tokens=0), "cache_tokens is 0"), (dict(page_size=-4), "page_size is -4"),
     (dict(max_num_lanes=1.5), "max_num_lanes is 1.5"), (dict(max_num_seqs=True), "max_num_seqs is True"),
     (dict(max_model_len=65), "max_model_len is 65, the model's context is 64"),

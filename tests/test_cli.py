@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import stars
 from stars.cli import main
+from stars.kernels import prefill_attention
 
 SAMPLING = ["--max-tokens", "9", "--seed", "3"]
 SMALL = ["--max-num-lanes", "8", "--max-num-seqs", "4"]
@@ -267,12 +271,44 @@ def test_trace_views(run, pair, tmp_path):
     assert code == 1 and "the trace itself" in err and stars.read_trace(trace)
 
 
-def test_info(run):
+def test_info(run, monkeypatch):
+    """Without a GPU, nothing but the CPU's attention serves a prefill; what is wrong with each library is said."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, _ = run("info", "--json")
     (facts,) = rows(out)
     assert code == 0 and facts["stars"] == stars.__version__ and facts["cores"] >= 1
+    assert facts["gpu"] is None and facts["prefill"]["chosen"] is None
+    assert list(facts["prefill"]["backends"]) == ["flash-attn-4", "flash-attn-2", "varlen", "sdpa"]
+    assert facts["prefill"]["backends"]["sdpa"] == {"version": facts["torch"], "problem": None}
     code, out, _ = run("info")
     assert code == 0 and "libstars" in out
+    assert re.search(r"^gpu +none that torch can use$", out, re.M)
+    assert re.search(r"^prefill +the CPU's own attention", out, re.M)
+
+
+def test_info_with_a_gpu(run, monkeypatch):
+    """The GPU, the library that prefill would take on it, and why not a preferred one; a GPU that is refused."""
+    pytest.importorskip("triton")
+    fields = {"name": "NVIDIA H100", "major": 9, "minor": 0, "total_memory": 80 << 30}
+    problems = {"flash-attn-4": "is not installed", "flash-attn-2": "is not importable (undefined symbol)"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (fields["major"], fields["minor"]))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**fields))
+    monkeypatch.setattr(prefill_attention, "problem", problems.get)
+    code, out, _ = run("info", "--json")
+    (facts,) = rows(out)
+    assert facts["gpu"] == {"name": "NVIDIA H100", "capability": "9.0", "memory_bytes": 80 << 30}
+    assert code == 0 and facts["prefill"]["chosen"] == "varlen"
+    assert facts["prefill"]["backends"]["flash-attn-4"]["problem"] == "is not installed"
+    code, out, _ = run("info")
+    assert code == 0 and re.search(r"^gpu +NVIDIA H100, compute capability 9.0, 80.0 GiB$", out, re.M)
+    (line,) = (line for line in out.splitlines() if line.startswith("prefill "))
+    assert line.endswith(f"varlen {facts['torch']} for a bfloat16 model (flash-attn-4 is not installed, flash-attn-2 "
+                         "is not importable (undefined symbol))")
+    fields["major"] = 7
+    code, out, _ = run("info")
+    assert code == 0 and re.search(r"^prefill +the CPU's own attention, as device=\"cuda\" is refused here", out, re.M)
 
 
 def test_demo(run, tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from stars import device
+from stars.buffers import bucket
 from stars.errors import ModelError
+from stars.kernels.triton import tiles
+from stars.model.decoder import workspace_bytes
 from toy import ToyModel
 
 
@@ -48,6 +52,34 @@ def test_too_little_memory():
     with pytest.raises(ModelError, match=r"4\.0 GiB free and lacks 2\.5 GiB \(6\.0 GiB for weights, 0\.5 GiB for caches"
                                          r"\): lower cache_tokens"):
         device.check_memory({"weights": 6 << 30, "caches": 1 << 29}, 4 << 30)
+
+
+def test_activations_are_those_of_the_decoder():
+    """The estimate is what a decoder of that many rows allocates."""
+    model = ToyModel(vocab=5, seed=0)
+    decoder = model.decoder()
+    decoder.reserve(100)
+    decoder.reserve_logits(70)
+    held = sum(t.numel() * t.element_size() for t in (*decoder._space, decoder._logits) if t is not None)
+    assert workspace_bytes(model.config, 100, 70, torch.float32) == held
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_plan_needs_more_attention_workspace_than_was_reserved(deterministic):
+    """Every shape of pass the engine could run, in 400 random ones: drafts, scores, prefill, idle rows included."""
+    draw = np.random.default_rng(0)
+    for _ in range(400):
+        kv_heads, heads_per_kv = int(draw.choice([1, 2, 8])), int(draw.choice([1, 3, 4, 7, 8, 16]))
+        heads, into_slab = kv_heads * heads_per_kv, bool(draw.random() < 0.7)
+        counts = draw.integers(1, draw.choice([2, 34, 600]), draw.integers(1, 40))
+        groups = np.sort(draw.integers(0, len(counts), len(counts)))
+        groups = np.unique(groups, return_inverse=True)[1]
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        plan = tiles.plan(starts, groups, into_slab, heads, kv_heads, int(draw.choice([1, 300, 20000])), 32768,
+                          deterministic)
+        rows = bucket(int(starts[-1]))
+        needed = tiles.workspace_size(plan, into_slab, rows, heads, 64)
+        assert needed <= tiles.most_workspace(rows, heads, 64, deterministic)
 
 
 def test_cache_bytes_are_those_of_the_cache():

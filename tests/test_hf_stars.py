@@ -22,15 +22,19 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def hf() -> ModuleType:
-    """benchmarks/hf_stars.py, which lies on no path."""
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "hf_stars.py"
-    spec = importlib.util.spec_from_file_location("hf_stars", path)
+def benchmark(name: str) -> ModuleType:
+    """A module of benchmarks/, which lies on no path."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["hf_stars"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hf() -> ModuleType:
+    return benchmark("hf_stars")
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +111,12 @@ def test_with_the_same_random_numbers_it_is_our_engine(hf, pair, engine, thresho
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("accept_rate", [0.0, 0.3, 1.0])
-def test_a_forced_accept_rate_means_the_same_in_both_loops(hf, pair, engine, monkeypatch, form, accept_rate):
-    monkeypatch.setattr("stars.law.accepts", lambda uniform, *law: uniform < accept_rate)
+def test_a_forced_accept_rate_means_the_same_in_both_loops(hf, pair, engine, form, accept_rate):
     policy = stars.STARS(segment_size=5, max_attempts=6, reward_threshold=0.0, width=4)
     loop = hf.HFStars(*pair, width=4, **FORMS[form])
     for seed in range(3):
-        ours, theirs = run_both(engine, loop, sampling(seed), policy, accept_rate)
+        with benchmark("common").forced_accept(accept_rate):
+            ours, theirs = run_both(engine, loop, sampling(seed), policy, accept_rate)
         assert_same(ours, theirs)
         if accept_rate == 1.0:
             assert theirs.attempts_counted == len(theirs.segments) and theirs.fallbacks == 0

@@ -9,12 +9,12 @@ import pytest
 import stars
 from stars.config import EngineConfig
 from stars.kernels.linear import Weight
-from stars.reward import CausalReward, causal
+from stars.reward import CausalReward
 from toy import ToyModel, ids
 from triton_process import INTERPRETED, run_in_interpreter
 
-OPERATIONS = ("attention", "copy_rows", "embedding", "linear", "rms_norm", "rope_write", "sample_step", "swiglu",
-              "take_rows")
+OPERATIONS = ("append_draft", "attention", "copy_rows", "embedding", "linear", "rms_norm", "rope_write", "sample_step",
+              "score_and_decide", "swiglu", "take_rows")
 SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=40, layers=2)
 
 if INTERPRETED:
@@ -66,8 +66,6 @@ def test_the_engine_over_triton_gives_the_text_of_the_cpu(monkeypatch):
         monkeypatch.setattr(module, "on_libstars", lambda tensor: False)
     monkeypatch.setattr(importlib.import_module("stars.kernels.graph"), "on_libstars", lambda done: False)
     monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
-    passes = causal.Passes
-    monkeypatch.setattr(causal, "Passes", lambda *given, padded, **named: passes(*given, padded=True, **named))
     ours = completions(on_triton=True)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.error is None and mine.token_ids == other.token_ids

@@ -50,16 +50,19 @@ const isa& chosen_isa() {
   return chosen;
 }
 
-#define STARS_FOR_EACH_OP(X)    \
-  X(LINEAR, linear)             \
-  X(EMBEDDING, embedding)       \
-  X(RMS_NORM, rms_norm)         \
-  X(SWIGLU, swiglu)             \
-  X(TAKE_ROWS, take_rows)       \
-  X(ROPE_WRITE, rope_write)     \
-  X(ATTENTION, attention)       \
-  X(SAMPLE_STEP, sample_step)   \
-  X(COPY_ROWS, copy_rows)
+// The number of an operation, its name, and what runs it, given a table.
+#define STARS_FOR_EACH_OP(X)                     \
+  X(LINEAR, linear, table.linear)                \
+  X(EMBEDDING, embedding, table.embedding)       \
+  X(RMS_NORM, rms_norm, table.rms_norm)          \
+  X(SWIGLU, swiglu, table.swiglu)                \
+  X(TAKE_ROWS, take_rows, table.take_rows)       \
+  X(ROPE_WRITE, rope_write, table.rope_write)    \
+  X(ATTENTION, attention, table.attention)       \
+  X(SAMPLE_STEP, sample_step, table.sample_step) \
+  X(COPY_ROWS, copy_rows, table.copy_rows)       \
+  X(DECIDE, decide, decide)                      \
+  X(APPEND_DRAFT, append_draft, append_draft)
 
 // What each check says is what must hold; null when all of it does.
 #define STARS_REQUIRE(condition, text) \
@@ -157,6 +160,25 @@ const char* check(const stars_copy_rows_params& p) {
   return nullptr;
 }
 
+const char* check(const stars_decide_params& p) {
+  STARS_REQUIRE(p.lanes >= 0, "lanes must be >= 0");
+  STARS_REQUIRE(p.lanes == 0 || (p.seeds && p.streams && p.attempts && p.tokens && p.max_tokens && p.start &&
+                                 p.reward_threshold && p.beta && p.rewards && p.accepted),
+                "no array may be null");
+  return nullptr;
+}
+
+const char* check(const stars_append_draft_params& p) {
+  STARS_REQUIRE(p.sequences >= 0 && p.max_steps >= 0 && p.max_stop_ids >= 0 && p.max_closing >= 0 && p.vocab > 0,
+                "sequences, max_steps, max_stop_ids and max_closing must be >= 0 and vocab positive");
+  STARS_REQUIRE(p.sequences == 0 || (p.steps && p.lanes && p.row_start && p.token_ids && p.last && p.tokens),
+                "steps, lanes, row_start, token_ids, last and tokens must not be null");
+  STARS_REQUIRE(p.sequences == 0 || ((p.max_steps == 0 || p.out_tokens) && (p.max_stop_ids == 0 || p.stop_ids) &&
+                                     (p.max_closing == 0 || p.closing)),
+                "out_tokens, stop_ids and closing must not be null");
+  return nullptr;
+}
+
 #undef STARS_REQUIRE
 
 using run_function = void (*)(const op_table&, const void* params);
@@ -166,14 +188,16 @@ template <class Then>
 int32_t with_op(int32_t op, const void* params, Then&& then) {
   if (!params) return fail("stars_call", "params must not be null");
   switch (op) {
-#define STARS_CASE(NUMBER, name)                                                      \
-  case STARS_OP_##NUMBER: {                                                           \
-    using type = stars_##name##_params;                                               \
-    const type& typed = *static_cast<const type*>(params);                            \
-    if (const char* wrong = check(typed)) return fail(#name, wrong);                  \
-    const run_function run = [](const op_table& table, const void* p) { table.name(*static_cast<const type*>(p)); }; \
-    then(typed, run);                                                                 \
-    return STARS_OK;                                                                  \
+#define STARS_CASE(NUMBER, name, function)                                               \
+  case STARS_OP_##NUMBER: {                                                              \
+    using type = stars_##name##_params;                                                  \
+    const type& typed = *static_cast<const type*>(params);                               \
+    if (const char* wrong = check(typed)) return fail(#name, wrong);                     \
+    const run_function run = []([[maybe_unused]] const op_table& table, const void* p) { \
+      function(*static_cast<const type*>(p));                                            \
+    };                                                                                   \
+    then(typed, run);                                                                    \
+    return STARS_OK;                                                                     \
   }
     STARS_FOR_EACH_OP(STARS_CASE)
 #undef STARS_CASE
@@ -196,7 +220,7 @@ struct stars_program {
   struct step {
     stars::run_function run;
     union {
-#define STARS_MEMBER(NUMBER, name) stars_##name##_params name;
+#define STARS_MEMBER(NUMBER, name, function) stars_##name##_params name;
       STARS_FOR_EACH_OP(STARS_MEMBER)
 #undef STARS_MEMBER
     } params;

@@ -1,5 +1,5 @@
 // The operations, defined once per instruction set in a namespace of its own, and the table through which they are
-// called. Sources compiled per instruction set must keep every function that is not inlined inside that namespace (or
+// called; below it those that have no vectors in them and are compiled once. Sources compiled per instruction set must keep every function that is not inlined inside that namespace (or
 // an anonymous one) and use no standard containers: the linker merges equal names, and a copy compiled for AVX-512
 // could end up serving a machine without it.
 #pragma once
@@ -35,6 +35,9 @@ void linear(const stars_linear_params&);
 
 // The table of the instruction set in use.
 const op_table& ops();
+
+void decide(const stars_decide_params&);
+void append_draft(const stars_append_draft_params&);
 
 #ifdef STARS_ISA
 namespace STARS_ISA {

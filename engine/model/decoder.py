@@ -12,7 +12,7 @@ from stars import kernels
 from stars.cache import PagedCache
 from stars.errors import IntegrityError, ModelError
 from stars.kernels.linear import Weight
-from stars.kernels.types import Batch
+from stars.kernels.types import Batch, DecideState
 from stars.model.config import ModelConfig
 
 
@@ -42,8 +42,14 @@ class Workspace(NamedTuple):
     gate_up: Tensor  # [max_rows, 2 * intermediate]
     gated: Tensor  # [max_rows, intermediate]
     hidden: Tensor  # [max_rows, hidden] after the final norm; float32 before a reward head
-    logits: Tensor | None  # [max_rows, vocab]
     scores: Tensor | None  # float32 [max_rows, 1]
+
+
+def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype) -> int:
+    """Bytes that a language model's decoder reserves for passes of `rows` rows and logits of `logits_rows`."""
+    heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    width = 5 * config.hidden_size + 3 * heads_width + 2 * kv_width + 3 * config.intermediate_size
+    return (rows * width + logits_rows * config.vocab_size) * dtype.itemsize
 
 
 class Decoder:
@@ -76,8 +82,10 @@ class Decoder:
         self.cos = cos
         self.sin = sin
         self.dtype = dtype
-        self.max_rows = 0
+        self.max_rows = self.max_logits = 0
         self.reserve(max_rows)
+        if head is not None:
+            self.reserve_logits(max_rows)
 
     @property
     def device(self) -> torch.device:
@@ -109,10 +117,15 @@ class Decoder:
             gate_up=buffer(2 * config.intermediate_size),
             gated=buffer(config.intermediate_size),
             hidden=buffer(config.hidden_size, self.dtype if self.score_head is None else torch.float32),
-            logits=buffer(config.vocab_size) if self.head is not None else None,
             scores=buffer(1, torch.float32) if self.score_head is not None else None,
         )
         self.max_rows = max_rows
+
+    def reserve_logits(self, rows: int) -> None:
+        """Makes room for the logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows."""
+        if rows > self.max_logits:
+            self._logits = torch.empty(rows, self.config.vocab_size, dtype=self.dtype, device=self.device)
+            self.max_logits = rows
 
     def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
         """Runs all layers and writes the batch's keys and values; returns the hidden state after the final norm.
@@ -121,6 +134,24 @@ class Decoder:
         (indices into the batch's rows), in whose case all after the last layer's attention runs for those rows only.
         Raises IntegrityError for more rows than reserved.
         """
+        residual, branch = self._layers(batch, cache, rows)
+        hidden = self._space.hidden[: residual.shape[0]]  # [n, hidden]
+        kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
+        return hidden
+
+    def score_and_decide(self, batch: Batch, cache: PagedCache, rows: Tensor, state: DecideState) -> None:
+        """As `forward` for the rows `rows` int32 [n], and then their rewards and verdicts, into `state` of n lanes.
+
+        Raises ModelError for a model without a reward head.
+        """
+        if self.score_head is None:
+            raise ModelError("this model has no reward head: load it with head='reward'")
+        residual, branch = self._layers(batch, cache, rows)
+        kernels.score_and_decide(residual, branch, self.final_norm, self.config.rms_norm_eps, self.score_head,
+                                 self._space.hidden[: residual.shape[0]], state)
+
+    def _layers(self, batch: Batch, cache: PagedCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream and the last branch, not added to it yet, of all rows or of `rows`: both [n, hidden]."""
         count = batch.token_ids.shape[0]
         wanted = count if rows is None else rows.shape[0]
         self._check_rows(max(count, wanted))
@@ -159,9 +190,7 @@ class Decoder:
             kernels.linear(normed, layer.gate_up, gate_up)
             kernels.swiglu(gate_up, gated)
             kernels.linear(gated, layer.down, branch)
-        hidden = space.hidden[:wanted]  # [wanted, hidden]
-        kernels.rms_norm(branch, self.final_norm, eps, hidden, residual)
-        return hidden
+        return residual, branch
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits of hidden [n, hidden]: [n, vocab] in `out`, or in the workspace.
@@ -171,8 +200,10 @@ class Decoder:
         if self.head is None:
             raise ModelError("this model has no language model head: load it with head='lm'")
         if out is None:
-            self._check_rows(hidden.shape[0])
-            out = self._space.logits[: hidden.shape[0]]
+            if hidden.shape[0] > self.max_logits:
+                raise IntegrityError(f"logits of {hidden.shape[0]} rows exceed the {self.max_logits} reserved: "
+                                     f"reserve_logits({hidden.shape[0]}) first")
+            out = self._logits[: hidden.shape[0]]
         kernels.linear(hidden, self.head, out)
         return out
 

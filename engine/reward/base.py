@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from stars.errors import RewardError
+from stars.kernels.types import Draft
+from stars.law import Terms
 from stars.prompt import Prompt
 
 
@@ -17,6 +20,7 @@ class Candidate(NamedTuple):
     token_ids: list[int]  # response with this candidate, without the EOS that ended it
     text: str | None  # its text without a stop string; None unless the reward set `needs_text`
     final: bool = False  # the finished response, which nothing competes with: its session may be written at once
+    terms: Terms | None = None  # what a verdict is asked under
 
 
 class Scored(NamedTuple):
@@ -26,6 +30,27 @@ class Scored(NamedTuple):
     tokens_run: int = 0  # tokens the reward model processed for it
     tokens_full: int = 0  # tokens a score from scratch would process
     handle: Any = None  # kept until commit or discard
+    accepted: bool | None = None  # the law's verdict, where it was taken beside the reward; None leaves it to the loop
+
+
+class Follower(NamedTuple):
+    """A candidate that is still being drafted."""
+
+    session: Any
+    token_ids: list[int]  # the response without it
+    lane: int  # of the draft
+    limit: int  # most tokens it will have
+    terms: Terms | None
+
+
+class Following(Protocol):
+    """The scoring of followers, under way."""
+
+    def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
+        """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
+
+    def cancel(self) -> None:
+        """Instead of `results`: the scores are not wanted any more."""
 
 
 class Limits(NamedTuple):
@@ -39,6 +64,8 @@ class Limits(NamedTuple):
     device: str
     dtype: str
     deterministic: bool
+    padded: bool = False  # whether passes are padded to the shapes of captured graphs
+    prefill_backend: str = "auto"  # as in EngineConfig
 
 
 class Reward(ABC):
@@ -73,6 +100,14 @@ class Reward(ABC):
     @abstractmethod
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One score per candidate, in order. Never raises for one candidate's sake: its reward is a RewardError."""
+
+    def follow(self, draft: Draft, followers: Sequence[Follower]) -> Following | None:
+        """Starts to score candidates behind the draft that is under way, without waiting for it.
+
+        Nothing else is asked of the reward before the results are taken. None, and nothing done, where the reward needs
+        the host to see the drafts first (which is what a reward that is a function does).
+        """
+        return None
 
     def commit(self, winners: list[tuple[Any, Any]]) -> None:
         """(session, handle) pairs: the scored candidate becomes the session's history; handles are consumed."""

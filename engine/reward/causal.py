@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.determinism import check_row_invariance
 from stars.detokenizer import REPLACEMENT
 from stars.errors import OutOfPages, RequestError, RewardError
+from stars.kernels.types import Draft
+from stars.law import Terms
 from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
-from stars.passes import Passes, Span
+from stars.passes import MOST_CLOSING, NO_VERDICT, Passes, Span, Verdict
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Limits, Reward, Scored
+from stars.reward.base import Candidate, Follower, Limits, Reward, Scored
 
-RIDGE_ROWS = 32  # rows after which a pass over the weights is bound by arithmetic rather than by reading them
+RIDGE_ROWS = {"cpu": 32, "cuda": 128}
+"""Rows from which on a pass over the weights is bound by arithmetic rather than by reading them. On the CPU measured;
+on a GPU computed (an H100 has 295 operations for each byte it reads, a row of bfloat16 weights needs one, and products
+reach about half of the first at these sizes), not measured."""
 REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are grown
 
 
@@ -93,7 +99,7 @@ class CausalReward(Reward):
             num_slabs=limits.max_num_lanes + limits.max_num_seqs, slab_len=slab_length(limits.max_segment_size),
             dtype=self.decoder.dtype, device=limits.device)
         self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, self.max_model_len,
-                              padded=limits.device != "cpu", deterministic=limits.deterministic)
+                              limits.padded, limits.deterministic, limits.prefill_backend)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
@@ -101,7 +107,7 @@ class CausalReward(Reward):
         if not prefix:
             raise RequestError("the prompt is empty for the reward model: give at least one character that is no "
                                "special token")
-        outside = self._outside(prefix)
+        outside = self.outside(prefix)
         if outside is not None:
             raise RequestError(outside)
         needed = len(prefix) + max_tokens + len(closing)
@@ -133,7 +139,7 @@ class CausalReward(Reward):
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """As many candidates as fill one pass over the weights."""
-        return max(1, math.ceil(RIDGE_ROWS / max(1, tokens * responses)))
+        return max(1, math.ceil(RIDGE_ROWS[self.cache.device.type] / max(1, tokens * responses)))
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""
@@ -142,7 +148,7 @@ class CausalReward(Reward):
         for index, candidate in enumerate(candidates):
             session = candidate.session
             ids, content = self._ids(candidate)
-            outside = self._outside(ids)
+            outside = self.outside(ids)
             if outside is not None:
                 results[index] = Scored(RewardError(outside))
                 continue
@@ -161,7 +167,7 @@ class CausalReward(Reward):
             if candidate.final:
                 valid = self._advance(session, ids, valid, content - 1)
             if len(ids) - valid > self.cache.slab_len:
-                results[index] = self._score_long(session, ids, content)
+                results[index] = self._score_long(session, ids, content, candidate.terms)
             else:
                 short.append((index, _Handle(session, self.cache.take_slab(), None, valid, content, ids), new))
         # Spans of one table are made adjacent, so that its pages are read once for all of them.
@@ -170,14 +176,38 @@ class CausalReward(Reward):
             first.setdefault(id(handle.session), index)
         short.sort(key=lambda entry: first[id(entry[1].session)])
         try:
-            rewards = self._passes.score([self._span(handle) for _, handle, _ in short]) if short else []
+            verdicts = self._passes.score([self._span(handle, candidates[index].terms)
+                                           for index, handle, _ in short]) if short else []
         except BaseException:
             for handle in [handle for _, handle, _ in short] + [r.handle for r in results if r is not None]:
                 self.discard(handle)
             raise
-        for (index, handle, new), reward in zip(short, rewards, strict=True):
-            results[index] = Scored(reward, new, len(handle.ids), handle)
+        for (index, handle, new), verdict in zip(short, verdicts, strict=True):
+            results[index] = _scored(verdict, candidates[index].terms, new, handle)
         return results
+
+    def follow(self, draft: Draft, followers: Sequence[Follower]) -> _Following | None:
+        """A pass behind the draft, where the language model's ids are passed through and all fit a slab and a pass."""
+        rows = [1 + follower.limit + len(follower.session.closing) for follower in followers]
+        if not self.same_vocabulary or max(rows) > self.cache.slab_len or not self._passes.fits(rows) or any(
+                len(follower.session.closing) > MOST_CLOSING for follower in followers):
+            return None
+        following = _Following(self, self._passes, followers)
+        try:
+            spans = []
+            for follower, count in zip(followers, rows, strict=True):
+                session, slab = follower.session, self.cache.take_slab()
+                following.slabs.append(slab)
+                start = slab * self.cache.slab_len
+                # The pages hold all of the response but its last token.
+                ids = [(follower.token_ids or session.prefix)[-1]] + [0] * (count - 1)
+                spans.append(Span(session.table, ids, session.table.length, range(start, start + count), start,
+                                  follower.terms or NO_VERDICT, follower.lane, session.closing))
+            self._passes.follow(draft, spans)
+        except BaseException:
+            following.cancel()
+            raise
+        return following
 
     def commit(self, winners: list[tuple[_Session, _Handle]]) -> None:
         """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped."""
@@ -225,7 +255,7 @@ class CausalReward(Reward):
         if content > session.table.capacity:
             self.cache.grow(session.table, min(content + REENCODE_SLACK, self.max_model_len))
 
-    def _outside(self, ids: list[int]) -> str | None:
+    def outside(self, ids: list[int]) -> str | None:
         """Why `ids` cannot be scored: a tokenizer may know more tokens than the model."""
         size = self.decoder.config.vocab_size
         if max(ids) < size:
@@ -283,10 +313,10 @@ class CausalReward(Reward):
             content = session.prefix
         return content + session.closing, len(content)
 
-    def _span(self, handle: _Handle) -> Span:
+    def _span(self, handle: _Handle, terms: Terms | None) -> Span:
         start = handle.slab * self.cache.slab_len
         new = handle.ids[handle.valid:]
-        return Span(handle.session.table, new, handle.valid, range(start, start + len(new)), start)
+        return Span(handle.session.table, new, handle.valid, range(start, start + len(new)), start, terms or NO_VERDICT)
 
     def _advance(self, session: _Session, ids: list[int], valid: int, stop: int) -> int:
         """Writes ids[valid:stop] into the session's own pages; the number of valid positions afterwards."""
@@ -297,7 +327,7 @@ class CausalReward(Reward):
         session.committed = ids[:stop]
         return stop
 
-    def _score_long(self, session: _Session, ids: list[int], content: int) -> Scored:
+    def _score_long(self, session: _Session, ids: list[int], content: int, terms: Terms | None) -> Scored:
         """A candidate longer than a slab: its own pages, filled in chunks; shared with the prompt where they can be."""
         try:
             table = self.cache.open(ids[:-1], max(len(ids), session.table.capacity))
@@ -309,13 +339,41 @@ class CausalReward(Reward):
             slab = self.cache.take_slab()
             try:
                 start = slab * self.cache.slab_len
-                reward = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start)])[0]
+                [verdict] = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start,
+                                                     terms or NO_VERDICT)])
             finally:
                 self.cache.return_slab(slab)
         except BaseException:
             self.cache.close(table)
             raise
-        return Scored(reward, run, len(ids), _Handle(session, -1, table, table.length, content, ids))
+        return _scored(verdict, terms, run, _Handle(session, -1, table, table.length, content, ids))
+
+
+class _Following:
+    """The scoring of candidates behind their draft: `stars.reward.base.Following`."""
+
+    def __init__(self, reward: CausalReward, passes: Passes, followers: Sequence[Follower]):
+        self.slabs: list[int] = []  # of the followers, in order
+        self._reward, self._passes, self._followers = reward, passes, followers
+
+    def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
+        """Waits for the pass; the same results as `CausalReward.score` gives."""
+        results = []
+        verdicts = self._passes.verdicts(len(self._followers))
+        for follower, response, slab, verdict in zip(self._followers, token_ids, self.slabs, verdicts, strict=True):
+            session, valid = follower.session, follower.session.table.length
+            ids = session.prefix + response + session.closing
+            handle = _Handle(session, slab, None, valid, len(ids) - len(session.closing), ids)
+            outside = self._reward.outside(ids)
+            if outside is not None:
+                verdict = verdict._replace(reward=RewardError(outside))
+            results.append(_scored(verdict, follower.terms, len(ids) - valid, handle))
+        return results
+
+    def cancel(self) -> None:
+        """Gives the slabs back; a pass under way writes them before any later pass does."""
+        for slab in self.slabs:
+            self._reward.cache.return_slab(slab)
 
 
 class _Frame(NamedTuple):
@@ -344,6 +402,10 @@ class _Handle(NamedTuple):
     valid: int  # tokens taken from the session's pages
     content: int  # ids without the closing
     ids: list[int]
+
+
+def _scored(verdict: Verdict, terms: Terms | None, run: int, handle: _Handle) -> Scored:
+    return Scored(verdict.reward, run, len(handle.ids), handle, verdict.accepted if terms is not None else None)
 
 
 def _common(ids: list[int], committed: list[int], length: int) -> int:

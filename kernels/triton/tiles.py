@@ -127,6 +127,16 @@ def workspace_size(plan: Plan, into_slab: bool, rows: int, heads: int, head_dim:
     return 0 if parts == 1 else parts * rows * heads * (head_dim + 1)
 
 
+def most_workspace(rows: int, heads: int, head_dim: int, deterministic: bool) -> int:
+    """`workspace_size` of the largest plan for at most `rows` rows, idle ones included."""
+    most = (MOST_SPLITS + 1) * rows * heads
+    if not deterministic:
+        # Contexts are divided while tiles are too few to fill the card, which bounds rows times parts: a tile has at
+        # most 128 query vectors, `bucket` at most doubles the parts, idle rows at most the rows.
+        most = min(most, 4 * PROGRAMS_WANTED * 128 + 2 * rows * heads)
+    return most * (head_dim + 1)
+
+
 def build(batch: Batch, heads: int, kv_heads: int, page_size: int, deterministic: bool = False) -> Tiles:
     """Tiles of a batch whose contents are read back from its device: for single calls, not for captured graphs."""
     row_start, seq_group = batch.row_start.tolist(), batch.seq_group.tolist()
