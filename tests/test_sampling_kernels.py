@@ -14,7 +14,7 @@ from sampler_lanes import assert_same_step as same_step
 from sampler_lanes import copy_of, make_lanes
 from stars.bindings import libstars
 from stars.kernels import philox
-from stars.kernels.sample_step import sample_step_reference, sampling_threshold
+from stars.kernels.sample_step import sample_step, sample_step_reference, sampling_threshold
 from stars.kernels.types import LaneState
 
 needs_libstars = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
@@ -122,6 +122,25 @@ def test_draws_follow_the_softmax(operations):
     half = float(((seen - expected) ** 2 / expected).sum()) / 2
     # The survival function of chi-square with 10 degrees of freedom.
     assert math.exp(-half) * sum(half**i / math.factorial(i) for i in range(5)) > 1e-6
+
+
+def test_lanes_known_to_have_no_filter(operations):
+    """filters=False changes nothing for them; the reference refuses a lane that has one all the same."""
+    logits = torch.randn(4, 37, generator=torch.Generator().manual_seed(1))
+    lanes = make_lanes(4, 0.8)
+    lanes.temperature[0] = 0.0
+    known, unknown = copy_of(lanes), copy_of(lanes)
+    sample_step(logits, known, filters=False)
+    sample_step(logits, unknown)
+    for a, b in zip(known, unknown):
+        assert torch.equal(a, b)
+    for name, value in (("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)):
+        filtered = copy_of(lanes)
+        getattr(filtered, name)[1] = value
+        with pytest.raises(ValueError, match="filters=True"):
+            sample_step_reference(logits, filtered, filters=False)
+        filtered.done[1] = 1  # an idle lane has whatever was left in the buffers
+        sample_step_reference(logits, filtered, filters=False)
 
 
 def test_forbidden_tokens_are_never_drawn(operations):

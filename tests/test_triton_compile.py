@@ -17,8 +17,9 @@ pytestmark = needs_triton
 REPRESENTATIVE = [
     "rms_norm bf16 4096 weight bf16 add", "swiglu bf16 14336", "take_rows bf16 bf16", "copy_rows bf16 1024",
     "linear bf16 bf16 bf16 4096 bias", "linear fp32 fp32 fp32 4096 bias", "sample_step scan bf16 128256",
-    "sample_step bracket bf16 128256", "sample_step collect bf16 128256", "sample_step select bf16 128256",
-    "sample_step draw bf16 128256", "sample_step finish bf16 128256", "score bf16 weight bf16 4096", "decide 64 lanes"]
+    "sample_step scan filters bf16 128256", "sample_step bracket bf16 128256", "sample_step collect bf16 128256",
+    "sample_step select bf16 128256", "sample_step draw bf16 128256", "sample_step finish bf16 128256",
+    "sample_step finish filters bf16 128256", "score_and_decide bf16 weight fp32 4096", "append_draft 32"]
 
 
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:

@@ -14,24 +14,27 @@ from sampler_lanes import assert_same_step as same_step
 from sampler_lanes import copy_of
 from sampler_lanes import make_lanes as fresh_lanes
 from stars.kernels import philox
+from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.embedding import embedding_reference
 from stars.kernels.linear import Weight, linear_reference
 from stars.kernels.rms_norm import rms_norm_reference
 from stars.kernels.sample_step import sampling_threshold
-from stars.kernels.score_and_decide import decide_reference, score_and_decide_reference
+from stars.kernels.score_and_decide import decide_reference
 from stars.kernels.swiglu import swiglu_reference
 from stars.kernels.take_rows import take_rows_reference
-from stars.kernels.types import DecideState, LaneState
+from stars.kernels.types import DecideState, Draft, Followers, LaneState
+from test_libstars_verdict import VOCAB, make_draft, make_followers, make_state, random_state
 from triton_process import INTERPRETED, run_in_interpreter
 
 if INTERPRETED:
     import triton
     import triton.language as tl
 
+    from stars.kernels.triton import append_draft as drafts
     from stars.kernels.triton import copy_rows, embedding, linear, rms_norm, sample_step, swiglu, take_rows
     from stars.kernels.triton import score_and_decide as verdicts
-    from stars.kernels.triton.noise import gumbel, token_words
+    from stars.kernels.triton.noise import gumbel, log2_short, token_words
 
     @triton.jit
     def noise_kernel(words_out, noise_out, seed, position, attempt, stream, BLOCKS: tl.constexpr):
@@ -180,7 +183,8 @@ def test_the_operations_reach_their_kernels(monkeypatch):
     """What CUDA tensors would do, in the interpreter: each operation's own branch, with its arguments in order."""
     from stars import kernels
 
-    names = ("copy_rows", "embedding", "linear", "rms_norm", "sample_step", "score_and_decide", "swiglu", "take_rows")
+    names = ("append_draft", "copy_rows", "embedding", "linear", "rms_norm", "sample_step", "score_and_decide",
+             "swiglu", "take_rows")
     modules = [sys.modules[f"stars.kernels.{name}"] for name in names]
     for module in modules:
         monkeypatch.setattr(module, "on_triton", lambda tensor: True)
@@ -207,10 +211,15 @@ def test_the_operations_reach_their_kernels(monkeypatch):
     assert torch.equal(k_out[0, 0], k[0, 2]) and torch.equal(v_out[0, 2], v[0, 0]) and bool((k_out[0, 1] == 0).all())
     kernels.sample_step(x, lanes := make_lanes(3, temperature=0.0))
     assert lanes.out_tokens[:, 0].tolist() == x.argmax(1).tolist()
-    state, rows = random_state(np.random.default_rng(1), 2)
-    rows[:] = 1
-    kernels.score_and_decide(x, None, rows, torch.ones(20), 0.0, torch.ones(20), None, state)
-    torch.testing.assert_close(state.rewards, torch.nn.functional.rms_norm(x[1], (20,)).sum().expand(rows.shape[0]))
+    state = random_state(np.random.default_rng(1), 3)
+    head = Weight(torch.ones(1, 20), None, 1, 20)
+    kernels.score_and_decide(x, x, torch.ones(20), 0.0, head, torch.empty(3, 20), state)
+    torch.testing.assert_close(state.rewards, torch.nn.functional.rms_norm(x, (20,)).sum(1))
+    draft = make_draft(np.random.default_rng(1), 3, 4, 2)
+    followers = make_followers(np.random.default_rng(1), draft, 5, 1)
+    append_draft_reference(draft, wanted := copy_of(followers), VOCAB)
+    kernels.append_draft(draft, followers, VOCAB)
+    assert torch.equal(followers.token_ids, wanted.token_ids)
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------
@@ -239,16 +248,22 @@ def test_noise_of_all_kinds_of_words():
         [np.clip(edge + np.arange(-40, 40), 0, 2**24 - 1) for edge in
          [0, 2**24 - 1, 2**23, 15 * 2**20] + [2**i for i in range(24)] + [2**24 - 2**i for i in range(24)]]))
     numerators = np.resize(numerators, 4096)
-    words = torch.from_numpy((numerators.astype(np.uint32) << 8).view(np.int32))
-    noise = torch.empty(4096)
+    words = torch.from_numpy((numerators.astype(np.uint32) << 8).view(np.int32)) | torch.arange(4096).int() % 256
+    noise, short = torch.empty(2, 4096)
 
     @triton.jit
-    def kernel(source, target):
+    def kernel(source, noise_out, short_out):
         at = tl.arange(0, 4096)
-        tl.store(target + at, gumbel(tl.load(source + at).to(tl.uint32, bitcast=True)))
+        words = tl.load(source + at).to(tl.uint32, bitcast=True)
+        tl.store(noise_out + at, gumbel(words))
+        tl.store(short_out + at, log2_short(words))
 
-    kernel[(1,)](words, noise)
-    assert np.abs(noise.double().numpy() - philox.gumbel(words.numpy().view(np.uint32))).max() < 4e-6
+    kernel[(1,)](words, noise, short)
+    wanted = philox.gumbel(words.numpy().view(np.uint32))
+    assert np.abs(noise.double().numpy() - wanted).max() < 4e-6
+    assert (wanted <= -math.log(2) * short.double().numpy() + 1e-6).all()  # no noise exceeds its bound
+    away = (2.0**24 - 0.5 - numerators) / 2**24 - 2.0 ** short.double().numpy()
+    assert -1e-6 < away.min() and away.max() < 2.0**-23 + 1e-6
 
 
 # -- the sampler ------------------------------------------------------------------------------------------------------
@@ -302,12 +317,56 @@ def test_steps_equal_the_reference(vocab):
 def test_steps_without_filters_leave_their_launches_out():
     logits = random_logits(0, 4, 5000, torch.float16)
     lanes = make_lanes(4)
-    set_filters(lanes, [(0.0, 7, 0.5, 0.3), (1.0, 0, 1.0, 0.0), (0.6, 0, 1.0, 0.0), (2.0, 5000, 1.0, 0.0)])
+    set_filters(lanes, [(temperature, 0, 1.0, 0.0) for temperature in (0.0, 1.0, 0.6, 2.0)])
     assert assert_same_step(logits, lanes, filters=False) == 0
     space = sample_step.make_workspace(4, 5000, logits.device, filters=False)
     assert assert_same_step(logits, lanes, filters=False, workspace=space) == 0
     with pytest.raises(ValueError, match="workspace"):
         sample_step.sample_step(logits, lanes, space)
+
+
+def all_scores(logits: torch.Tensor, lanes: LaneState, lane: int) -> torch.Tensor:
+    """float32 [vocab] z + g of a lane, with the noise of the kernels for every token."""
+    vocab = logits.shape[1]
+    blocks = triton.next_power_of_2(triton.cdiv(vocab, 4))
+    words, noise = torch.empty(4 * blocks, dtype=torch.int32), torch.empty(4 * blocks)
+    counter = (tensor[lane : lane + 1] for tensor in (lanes.seeds, lanes.steps, lanes.attempts, lanes.streams))
+    noise_kernel[(1,)](words, noise, *counter, BLOCKS=blocks)
+    return logits[lane].float() / lanes.temperature[lane] + noise[:vocab]
+
+
+@pytest.mark.parametrize("vocab", [37, 2049, 9001])
+@pytest.mark.parametrize("spread, offset", [(0.0, 0.0), (0.1, 9.0), (3.0, -30.0), (20.0, 0.0), (3.0, 1e4), (3.0, -1e6)])
+def test_noise_that_is_left_out_could_not_have_won(vocab, spread, offset):
+    """The winner is, exactly, the first argmax over the whole vocabulary, with all noise computed."""
+    logits = torch.randn(8, vocab, generator=generator(2)) * spread + offset
+    logits[::2, vocab // 2] += 4 * spread  # a token that has most of the probability
+    lanes = make_lanes(8, seed=vocab)
+    lanes.temperature[:] = torch.tensor([1.0, 1.0, 0.6, 0.6, 30.0, 0.01, 1e-31, 1e9])
+    space = sample_step.make_workspace(8, vocab, logits.device, filters=False)
+    sample_step.sample_step(logits, after := copy_of(lanes), space, filters=False)
+    for lane in range(8):
+        scores = all_scores(logits, lanes, lane)
+        if not scores.isfinite().all():
+            continue  # z overflows: another rule, tested elsewhere
+        assert int(after.out_tokens[lane, 0]) == int((scores == scores.max()).nonzero()[0])
+        of_tiles = torch.nn.functional.pad(scores, (0, -vocab % sample_step.TILE), value=-math.inf)
+        of_tiles = of_tiles.view(-1, sample_step.TILE).amax(1)
+        assert bool((of_tiles <= space.ceiling[lane]).all())
+
+
+def test_few_tiles_need_their_noise():
+    """Those whose bound reaches the winner's score: hardly more than the winner's, whatever the logits are like."""
+    vocab, lanes = 12289, make_lanes(16, 0.7)
+    logits = torch.randn(16, vocab, generator=generator(3)) * torch.tensor([0.0, 1.0, 3.0, 6.0]).repeat(4)[:, None]
+    logits[8:, 999] = 6.0 + logits[8:].logsumexp(1)  # one token has all the probability
+    space = sample_step.make_workspace(16, vocab, logits.device)
+    reached = 0
+    for _ in range(2):
+        scores = torch.stack([all_scores(logits, lanes, lane).max() for lane in range(16)])
+        sample_step.sample_step(logits, lanes, space)
+        reached += int((space.ceiling >= scores[:, None]).sum())
+    assert 32 <= reached <= 1.5 * 32
 
 
 @pytest.mark.parametrize("vocab, kinds", [(5, (1, 2)), (100, (0, 3)), (1000, (1, 4)), (4097, (0, 2)), (9001, (0, 1)),
@@ -439,128 +498,132 @@ def test_a_lane_does_not_depend_on_its_company():
             assert torch.equal(a[lane], b[0])
 
 
-# -- rewards and verdicts ---------------------------------------------------------------------------------------------
-
-EDGES = (0.0, 1.0, -1.0, 0.5, 1e300, -1e300, 1e-300)
+# -- rewards, verdicts, drafts that a scoring pass follows ------------------------------------------------------------
 
 
-def random_state(draw: np.random.Generator, requests: int) -> tuple[DecideState, torch.Tensor]:
-    """Requests of 0 to 5 lanes with common values and all edges mixed, so that equal rewards and bounds occur."""
-    counts = draw.integers(0, 6, requests)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    lanes = int(starts[-1])
+def lanes_with_rewards(rewards: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Residual, branch, norm weight and head that give exactly these rewards (up to 1024) where eps is 0.
 
-    def pick(values, size, edges, chance):
-        return np.where(draw.random(size) < chance, draw.choice(np.array(edges), size), draw.choice(values, size))
-
-    common = np.concatenate((draw.normal(size=20), [0.0, 1.0, 1.0]))
-    rewards = pick(common, lanes, (math.nan, math.inf, -math.inf, 0.0, 3e38), 0.25)
-    max_tokens = draw.integers(1, 200, requests)
-    tokens = np.concatenate([draw.integers(1, n + 1, c) for n, c in zip(max_tokens, counts)] + [[]])
-    attempts = np.concatenate([draw.integers(1, 1 << 20) + np.arange(c) for c in counts] + [[]])
-    streams = np.array([philox.pack_stream(int(draw.integers(1 << 20)), int(draw.integers(1 << 12)))
-                        for _ in range(requests)], dtype=np.uint32).view(np.int32)
-    record = np.full((requests, 3), -1)
-    record[draw.random(requests) < 0.1, 0] = 0  # decided before
-    record[draw.random(requests) < 0.1, 2] = 0
-    best_attempt = draw.integers(0, 2, requests) * 3
-    state = DecideState(
-        lane_start=torch.tensor(starts, dtype=torch.int32),
-        seeds=torch.tensor(draw.integers(-2**63, 2**63, requests)),
-        streams=torch.tensor(streams), max_tokens=torch.tensor(max_tokens, dtype=torch.int32),
-        start=torch.tensor(pick(common, requests, EDGES, 0.2)),
-        reward_threshold=torch.tensor(pick(common, requests, EDGES + (math.inf, -math.inf), 0.4)),
-        beta=torch.tensor(pick(np.array([0.1, 1.0, 3.0]), requests, (0.0, 1e-300, 1e300), 0.4)),
-        attempts=torch.tensor(attempts, dtype=torch.int32), tokens=torch.tensor(tokens, dtype=torch.int32),
-        slabs=torch.arange(2 * lanes, dtype=torch.int32).view(2, lanes),
-        best_reward=torch.tensor(pick(common, requests, (-math.inf,), 0.2)),
-        best_attempt=torch.tensor(best_attempt, dtype=torch.int32),
-        best_slab=torch.arange(1000, 1000 + 2 * requests, dtype=torch.int32).view(2, requests),
-        record=torch.tensor(record, dtype=torch.int32), rewards=torch.tensor(rewards, dtype=torch.float32))
-    scored = torch.tensor(np.where(draw.random(lanes) < 0.8, np.arange(lanes), -1), dtype=torch.int32)
-    return state, scored
+    Lane i is 32 at column i of 1024 and else 0, so that its mean square is 1, and its reward 32 times the head there.
+    """
+    residual = torch.eye(1024)[: len(rewards)] * 32
+    residual[rewards.isnan()] = math.nan
+    head = torch.zeros(1, 1024)
+    # 32 times 3e38 is infinite; an infinity in the head would be NaN in all lanes.
+    head[0, : len(rewards)] = torch.where(rewards.isinf(), 3e38 * rewards.sign(), rewards / 32).nan_to_num(0.0)
+    return residual, torch.zeros_like(residual), torch.ones(1024), head
 
 
-@pytest.mark.parametrize("seed", range(5))
+def assert_verdicts_of_the_law(state: DecideState) -> list[int]:
+    """Judges state.rewards, and compares with the law; the verdicts."""
+    ours, expected = copy_of(state), copy_of(state)
+    residual, branch, weight, head = lanes_with_rewards(state.rewards)
+    ours.rewards.fill_(-9.0)
+    verdicts.score_and_decide(residual, branch, weight, 0.0, head, ours)
+    decide_reference(expected)
+    for name, got, wanted in zip(DecideState._fields, ours, expected, strict=True):
+        assert torch.equal(got.nan_to_num(-7.0), wanted.nan_to_num(-7.0)), name
+    return ours.accepted.tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_verdicts_are_those_of_the_law(seed):
-    state, rows = random_state(np.random.default_rng(seed), 100)
-    expected = DecideState(*(tensor.clone() for tensor in state))
-    verdicts.decide(rows, state)
-    decide_reference(rows, expected)
-    for name, got, wanted in zip(DecideState._fields, state, expected):
-        assert torch.equal(got, wanted) or name == "rewards", f"{name}: {got[got != wanted]} {wanted[got != wanted]}"
-    if seed == 0:  # all kinds of ends occur
-        assert all(bool((state.record[:, column] > 0).any()) for column in range(3))
+    accepted = assert_verdicts_of_the_law(random_state(np.random.default_rng(seed), 500))
+    assert 50 < sum(accepted) < 450
 
 
 def test_the_law_at_its_own_thresholds():
-    """beta = 0 with a reward that equals tau exactly, as float64 forms it, is accepted, the next lower one is not."""
+    """The hard rule accepts tau itself, as float64 forms it from the schedule, and nothing below."""
     from stars import law
 
     draw = np.random.default_rng(3)
-    state, _ = random_state(draw, 60)
-    lanes = state.rewards.shape[0]
-    state.beta[:] = 0.0
-    state.record[:] = -1
-    request_of = torch.repeat_interleave(torch.arange(60), state.lane_start.diff())
-    for lane in range(lanes):
-        request = int(request_of[lane])
-        reward = float(np.float32(draw.normal()))
-        if lane == int(state.lane_start[request]):  # tau(n) = reward at this lane: start there, end higher
-            state.start[request], state.reward_threshold[request] = reward, reward
-        state.rewards[lane] = reward if draw.random() < 0.5 else float(np.nextafter(np.float32(reward), np.float32(-9)))
-    expected = DecideState(*(tensor.clone() for tensor in state))
-    rows = torch.arange(lanes, dtype=torch.int32)
-    verdicts.decide(rows, state)
-    decide_reference(rows, expected)
-    for got, wanted in zip(state, expected):
-        assert torch.equal(got, wanted)
-    assert law.accepts(0.5, 1.0, 1.0, 0.0) and bool((state.record[:, 0] >= 0).any())
+    state = make_state(150)
+    for lane in range(150):
+        tokens, start, end = int(draw.integers(1, 128)), int(draw.integers(-9, 9)), int(draw.integers(-9, 9))
+        tau = np.float32(law.threshold(tokens, 128, start, end))  # exact: 128 is a power of two
+        state.tokens[lane], state.max_tokens[lane], state.start[lane], state.reward_threshold[lane] = (
+            tokens, 128, start, end)
+        unit = max(np.spacing(abs(tau)), np.float32(1e-30))  # no denormal numbers, which a card may not keep
+        state.rewards[lane] = float((tau, tau - unit, tau + unit)[lane % 3])
+    assert assert_verdicts_of_the_law(state) == [1, 0, 1] * 50
 
 
-def test_a_round_in_two_calls_equals_one():
-    for seed in range(2):
-        state, _ = random_state(np.random.default_rng(100 + seed), 20)
-        state.record[:] = -1
-        apart = DecideState(*(tensor.clone() for tensor in state))
-        lanes = torch.arange(state.rewards.shape[0], dtype=torch.int32)
-        first = torch.repeat_interleave(state.lane_start[:-1], state.lane_start.diff())
-        early = lanes - first < 2
-        verdicts.decide(lanes, state)
-        verdicts.decide(torch.where(early, lanes, -1), apart)
-        verdicts.decide(torch.where(early, -1, lanes), apart)
-        undecided = state.record[:, [0, 2]].max(dim=1).values < 0
-        for name in ("record", "best_reward", "best_attempt"):
-            assert torch.equal(getattr(state, name)[undecided], getattr(apart, name)[undecided])
-        assert torch.equal(state.record[:, [0, 2]], apart.record[:, [0, 2]])
-        for pool in range(2):  # slab ids are moved, never lost
-            ids = torch.cat((apart.slabs[pool], apart.best_slab[pool]))
-            assert ids.unique().numel() == ids.numel()
+def test_the_law_at_the_logarithm_of_the_uniform():
+    """log u < (reward - tau) / beta, a few units on either side, which is what logarithms may differ by."""
+    state = make_state(100)
+    state.beta[:] = 1.0
+    for lane in range(100):
+        luck = math.log(philox.accept_uniform(int(state.seeds[lane]), 1, 3, 4001))
+        state.start[lane] = state.reward_threshold[lane] = -luck * (1 + (-4, 4)[lane % 2] * 2.0**-52)  # reward 0
+    assert assert_verdicts_of_the_law(state) == [1, 0] * 50
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [17, 64, 1030])
 def test_rewards(hidden, dtype):
-    for requests, weight_dtype in ((1, torch.float32), (7, dtype)):
-        state, _ = random_state(np.random.default_rng(hidden), requests)
-        lanes = state.rewards.shape[0]
-        rows = torch.randperm(50, generator=generator(1))[:lanes].int()
-        rows[lanes // 2 : lanes // 2 + 1] = -1
-        residual, branch = (torch.randn(50, hidden, generator=generator(i)).to(dtype) for i in (2, 3))
+    for lanes, weight_dtype in ((1, torch.float32), (7, dtype), (37, torch.float32)):
+        residual, branch = (torch.randn(lanes, 2 * hidden, generator=generator(i)).to(dtype)[:, :hidden]  # rows apart
+                            for i in (2, 3))
         weight = (torch.rand(hidden, generator=generator(4)) + 0.5).to(weight_dtype)
-        head = torch.randn(hidden, generator=generator(5)) / hidden**0.5
-        for added, bias in ((branch, None), (None, torch.tensor([0.25]))):
-            ours = DecideState(*(tensor.clone() for tensor in state))
-            wanted = DecideState(*(tensor.clone() for tensor in state))
-            verdicts.score_and_decide(residual, added, rows, weight, 1e-6, head, bias, ours)
-            score_and_decide_reference(residual, added, rows, weight, 1e-6, head, bias, wanted)
-            # float32: sums of up to 1030 in another order. Otherwise casts in between may go the other way, by a unit
-            # in each of the terms, which add up to about 1.
-            torch.testing.assert_close(ours.rewards, wanted.rewards, rtol=0, equal_nan=True,
-                                       atol=1e-5 + (0 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps))
-            assert torch.equal(ours.rewards[rows < 0], wanted.rewards[rows < 0]) or lanes == 0
-            if dtype == torch.float32:
-                assert torch.equal(ours.record, wanted.record)
+        head = torch.randn(1, hidden, generator=generator(5)) / hidden**0.5
+        ours = random_state(np.random.default_rng(hidden), lanes)
+        wanted, given = copy_of(ours), residual.clone()
+        verdicts.score_and_decide(residual, branch, weight, 1e-6, head, ours)
+        assert torch.equal(residual, given)
+        rms_norm_reference(branch, weight, 1e-6, normed := torch.empty(lanes, hidden), given)
+        linear_reference(normed, Weight(head, None, 1, hidden), wanted.rewards.unsqueeze(1))
+        # float32: sums of up to 1030 in another order. Otherwise casts in between may go the other way, by a unit
+        # in each of the terms, which add up to about 1.
+        torch.testing.assert_close(ours.rewards, wanted.rewards, rtol=0, atol=1e-5 + (
+            0 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps))
+        wanted.rewards.copy_(ours.rewards)
+        decide_reference(wanted)
+        assert torch.equal(ours.accepted, wanted.accepted)
+        one = DecideState(*(tensor[lanes // 2 :][:1].clone() for tensor in ours))
+        one.rewards[:], one.accepted[:] = 0, -9
+        verdicts.score_and_decide(residual[lanes // 2 :][:1], branch[lanes // 2 :][:1], weight, 1e-6, head, one)
+        for got, together in zip(one, ours, strict=True):
+            assert torch.equal(got[0], together[lanes // 2]), "a lane depends on its company"
+
+
+def test_what_follows_a_draft():
+    """By hand, of a vocabulary of 50: who is left alone, what is dropped, what becomes 0."""
+    draft = Draft(*(torch.tensor(values, dtype=torch.int32) for values in (
+        [[7, 8, 9], [7, 2, 9], [7, -1, 9], [7, 50, -3], [-1, 9, 9], [3, 4, 2]], [3, 2, 2, 3, 0, 3],
+        [[2, -1], [2, -1], [2, -1], [2, 1], [2, -1], [9, 8]])))
+    cases = [  # lane, closing, what is written
+        (0, [11, 12], [7, 8, 9, 11, 12]), (1, [11, -1], [7, 11]), (2, [-1, -1], [7]), (3, [11, -1], [7, 0, 0, 11]),
+        (4, [11, 12], [11, 12]), (4, [-1, -1], []), (5, [-1, -1], [3, 4, 2]), (-1, [11, 12], []),
+        (0, [-1, -1], [7, 8, 9])]
+    starts = torch.arange(len(cases) + 1) * 7 + 2
+    followers = Followers(
+        torch.tensor([case[0] for case in cases], dtype=torch.int32), starts.int(),
+        torch.tensor([case[1] for case in cases], dtype=torch.int32), torch.full((int(starts[-1]),), -9).int(),
+        torch.full((len(cases),), -9).int(), torch.full((len(cases),), 100).int())
+    drafts.append_draft(draft, followers, 50)
+    rows = followers.token_ids[2:].view(-1, 7)
+    for sequence, (lane, _, written) in enumerate(cases):
+        assert rows[sequence].tolist() == [-9, *written] + [-9] * (6 - len(written)), sequence
+        followed = lane >= 0
+        assert int(followers.last[sequence]) == (starts[sequence] + len(written) if followed else -9)
+        assert int(followers.tokens[sequence]) == 100 + (int(draft.steps[lane]) if followed else 0)
+    assert followers.token_ids[:2].tolist() == [-9, -9]
+
+
+@pytest.mark.parametrize("lanes, max_steps, stop_ids, sequences, most_closing", [
+    (1, 1, 1, 1, 0), (4, 16, 16, 7, 4), (37, 5, 3, 37, 3), (3, 300, 2, 7, 1), (5, 3, 0, 37, 2), (3, 0, 2, 4, 2),
+    (4, 6, 2, 0, 1)])
+def test_drafts_are_appended_as_the_reference_does(lanes, max_steps, stop_ids, sequences, most_closing):
+    draw = np.random.default_rng(max_steps)
+    for _ in range(3):
+        draft = make_draft(draw, lanes, max_steps, stop_ids)
+        followers = make_followers(draw, draft, sequences, most_closing)
+        expected, given = copy_of(followers), copy_of(draft)
+        drafts.append_draft(draft, followers, VOCAB)
+        append_draft_reference(draft, expected, VOCAB)
+        for name, got, wanted in zip(Followers._fields, followers, expected, strict=True):
+            assert torch.equal(got, wanted), name
+        assert all(torch.equal(a, b) for a, b in zip(draft, given, strict=True))
 
 
 run_in_interpreter(globals())

@@ -145,12 +145,13 @@ class Bench:
                            1e12 * peak / flops if peak else None, "measured bf16 product", higher_is_better=True)
 
     def aligned(self, rates: tuple[float, ...], widths: tuple[int | None, ...], against_plain: bool = True) -> None:
-        """STARS at forced accept rates beside plain sampling; then with more candidates in a scoring pass."""
-        base = causal.RIDGE_ROWS
+        """STARS at forced accept rates beside plain sampling; then with fewer candidates in a scoring pass."""
+        device = self.settings.device
+        base = causal.RIDGE_ROWS[device]
         for rate in rates:
             for width in widths:
-                for ridge in (base, 4 * base) if width is None and not self.settings.dry else (base,):
-                    causal.RIDGE_ROWS = ridge
+                for ridge in (base, base // 4) if width is None and not self.settings.dry else (base,):
+                    causal.RIDGE_ROWS[device] = ridge
                     seen: list = []
                     seconds = self._generate_seconds(self.policy(width), rate, seen=seen)
                     metrics = seen[-1].metrics
@@ -165,7 +166,7 @@ class Bench:
                             f"{self.name}: aligned over plain, accept {rate}, {ridge} rows a scoring pass",
                             1e3 * seconds / self.tokens, "ms", 1e3 * self.plain_seconds / self.tokens, "a plain token",
                             "<= 1.15" if rate == 0.3 and ridge == base else "")
-        causal.RIDGE_ROWS = base
+        causal.RIDGE_ROWS[device] = base
 
     def together(self) -> None:
         """32 prompts at once over one by one."""

@@ -34,6 +34,7 @@ def run(record: Record, settings: Settings) -> None:
         with record.checking(f"copy_rows {kind}"):
             _copies(record, ops, device, dtype)
 
+
 def draw_from(device: str, seed: int):
     """draw(*shape): normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The sampler and the verdict on the device: the CPU's random words bit for bit, its tokens, and the law."""
+"""The sampler, what follows a draft, and the verdict: the CPU's random words bit for bit, its tokens, and the law."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ import math
 
 import numpy as np
 import torch
-from compare import within
+from compare import same, within
 from launchers import launchers
 from record import Record, Settings
 from torch import Tensor
 
 from stars.kernels import philox
+from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.score_and_decide import decide_reference
-from stars.kernels.types import DecideState, LaneState
+from stars.kernels.types import DecideState, Draft, Followers, LaneState
 
 TIE = 4e-5  # scores closer than this, at |z| < 32, may change places: twice what kernels/triton/sample_step.py states
 
 
 def run(record: Record, settings: Settings) -> None:
-    """Words, draws at small and real vocabularies with every filter, ends of lanes, verdicts."""
+    """Words, draws at small and real vocabularies, with every filter and without, ends, followers, verdicts."""
     ops = launchers(settings.dry)
     if not settings.dry:
         with record.checking("philox words"):
             _words(record)
     bf16, fp32 = torch.bfloat16, torch.float32
-    # Every size and type is compiled anew, six kernels each; the last ones are those of a real model.
+    # Every size and type is compiled anew, eight kernels each; the last ones are those of a real model.
     sizes = [(37, 9, fp32), (1000, 17, bf16)]
     sizes += [] if settings.dry else [(5003, 33, fp32)]
     sizes += [] if settings.quick else [(128256, 64, bf16), (128256, 64, fp32)]
     for vocab, lanes, dtype in sizes:
         with record.checking(f"sample_step {vocab} {dtype}"):
             _draws(record, ops, settings.device, vocab, lanes, dtype)
+            _draws(record, ops, settings.device, vocab, lanes, dtype, filters=False)
+    with record.checking("append_draft"):
+        _followers(record, ops, settings.device)
     with record.checking("sample_step, bad logits and ends"):
         _ends(record, ops, settings.device)
     for seed in range(2 if settings.quick else 6):
@@ -77,14 +81,22 @@ def lane_state(lanes: int, device: str, steps: int = 4, seed: int = 0) -> LaneSt
         torch.full((lanes, 16), -1, dtype=torch.int32, device=device))
 
 
+def _drop_filters(state: LaneState) -> None:
+    state.top_k.zero_()
+    state.min_p.zero_()
+    state.top_p.fill_(1.0)
+
+
 def on_cpu(state):
     """A copy of all its tensors on the CPU."""
     return type(state)(*(tensor.cpu().clone() for tensor in state))
 
 
-def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torch.dtype) -> None:
+def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torch.dtype, filters: bool = True) -> None:
     """Tokens of several steps; another token than the reference's is explained by a tie, or is wrong."""
     state = lane_state(lanes, device, seed=vocab)
+    if not filters:
+        _drop_filters(state)
     generator = torch.Generator().manual_seed(vocab)
     wrong, ties, worst = [], 0, 0.0
     for step in range(2):
@@ -92,7 +104,7 @@ def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torc
         before = on_cpu(state)
         wanted = on_cpu(state)
         sample_step_reference(logits.float(), wanted)
-        ops.sample_step(logits.to(device), state)
+        ops.sample_step(logits.to(device), state, filters=filters)
         tokens, theirs = state.out_tokens[:, step].tolist(), wanted.out_tokens[:, step].tolist()
         logprobs = torch.log_softmax(logits.float(), -1)
         for lane, (token, other) in enumerate(zip(tokens, theirs, strict=True)):
@@ -106,7 +118,7 @@ def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torc
         if device != "cpu":  # go on from the reference's state
             for mine, right in zip(state, wanted, strict=True):
                 mine.copy_(right)
-    name = f"sample_step {vocab} {str(dtype)[6:]}"
+    name = f"sample_step {vocab} {str(dtype)[6:]}{'' if filters else ', no filters'}"
     record.check(f"{name}, tokens", not wrong and ties <= 1 + lanes // 16, wrong=wrong[:8], ties=ties, draws=2 * lanes)
     record.check(f"{name}, log-probabilities", worst < 1e-4, worst=worst)
 
@@ -141,9 +153,7 @@ def _ends(record: Record, ops, device: str) -> None:
     logits[3, 20] = 100.0
     state = lane_state(lanes, device)
     state.temperature.fill_(1.0)
-    for name in ("top_k", "min_p"):
-        getattr(state, name).zero_()
-    state.top_p.fill_(1.0)
+    _drop_filters(state)
     state.stop_ids[3, 0] = 20
     state.limits[4] = 1
     state.done[5] = 1
@@ -156,46 +166,60 @@ def _ends(record: Record, ops, device: str) -> None:
         record.check(f"sample_step, ends of lanes: {field}", equal)
 
 
+def _followers(record: Record, ops, device: str) -> None:
+    """Segments that ended with a stop token, with NaN, empty, full, of lanes in any order and of none."""
+    draw = np.random.default_rng(0)
+    lanes, steps, vocab, sequences = 20, 70, 500, 37
+
+    def make(values) -> Tensor:
+        return torch.tensor(np.asarray(values), dtype=torch.int32, device=device)
+
+    drawn = draw.integers(-2, vocab + 3, (lanes, steps))
+    count = np.where(np.arange(lanes) % 5 == 0, steps, draw.integers(0, steps, lanes))
+    stop_ids = np.full((lanes, 16), -1)
+    stop_ids[:, 0] = 7
+    for lane in np.flatnonzero(count):
+        drawn[lane, count[lane] - 1] = (7, -1, 8)[lane % 3]
+    closing = np.where(np.arange(3) < draw.integers(0, 4, (sequences, 1)), draw.integers(0, vocab, (sequences, 3)), -1)
+    starts = np.arange(sequences + 1) * (steps + 5)
+    draft = Draft(make(drawn), make(count), make(stop_ids))
+    followers = Followers(make(draw.integers(-1, lanes, sequences)), make(starts), make(closing),
+                          make(draw.integers(0, vocab, starts[-1])), make(np.full(sequences, -9)),
+                          make(draw.integers(0, 100, sequences)))
+    wanted = on_cpu(followers)
+    append_draft_reference(on_cpu(draft), wanted, vocab)
+    ops.append_draft(draft, followers, vocab)
+    for field, mine, right in zip(Followers._fields, followers, wanted, strict=True):
+        same(record, f"append_draft, {field}", mine, right)
+
+
 def _verdicts(record: Record, ops, device: str, seed: int, dtype: torch.dtype, hidden: int) -> None:
-    """Rewards against float64; then the verdicts over these rewards against `stars.law`, every field equal."""
+    """Rewards against float64; then the verdicts over these rewards against `stars.law`."""
     draw = np.random.default_rng(seed)
-    requests = 7
-    counts = draw.integers(1, 12, requests)
-    lanes = int(counts.sum())
+    lanes = 45
     generator = torch.Generator().manual_seed(seed)
-    residual, branch = ((torch.randn(lanes + 3, hidden, generator=generator)).to(device, dtype) for _ in range(2))
+    residual, branch = ((torch.randn(lanes, hidden, generator=generator)).to(device, dtype) for _ in range(2))
     norm_weight = (1 + 0.1 * torch.randn(hidden, generator=generator)).to(device)
-    head = (torch.randn(hidden, generator=generator) / math.sqrt(hidden)).to(device)
-    bias = torch.tensor([0.25], device=device)
-    rows = draw.permutation(lanes + 3)[:lanes].astype(np.int32)
-    rows[draw.random(lanes) < 0.2] = -1
-    rows = torch.from_numpy(rows).to(device)
+    head = (torch.randn(1, hidden, generator=generator) / math.sqrt(hidden)).to(device)
 
     def make(values, kind) -> Tensor:
         return torch.tensor(np.asarray(values), dtype=kind, device=device)
 
-    number = np.arange(lanes) - np.repeat(np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + 1
+    index = np.arange(lanes)
     state = DecideState(
-        make(np.concatenate(([0], np.cumsum(counts))), torch.int32),
-        make(draw.integers(-9, 2**62, requests), torch.int64),
-        make(draw.integers(0, 2**20, requests), torch.int32), make([128] * requests, torch.int32),
-        make(draw.normal(size=requests), torch.float64),
-        make(np.where(np.arange(requests) == 5, np.inf, 1 + draw.normal(size=requests)), torch.float64),
-        make(np.where(np.arange(requests) % 3 == 0, 0.0, 0.3), torch.float64), make(number, torch.int32),
-        make(draw.integers(1, 128, lanes), torch.int32), make([np.arange(lanes), 100 + np.arange(lanes)], torch.int32),
-        make(draw.normal(size=requests), torch.float64), make(np.arange(requests) % 2, torch.int32),
-        make([500 + np.arange(requests), 600 + np.arange(requests)], torch.int32),
-        make(np.full((requests, 3), -1), torch.int32), make(np.full(lanes, -77.0), torch.float32))
+        make(draw.integers(-9, 2**62, lanes), torch.int64), make(draw.integers(0, 2**20, lanes), torch.int32),
+        make(1 + index, torch.int32), make(draw.integers(1, 128, lanes), torch.int32),
+        make([128] * lanes, torch.int32), make(draw.normal(size=lanes), torch.float64),
+        make(np.where(index % 9 == 5, np.inf, 1 + draw.normal(size=lanes)), torch.float64),
+        make(np.where(index % 3 == 0, 0.0, 0.3), torch.float64), make(np.full(lanes, -77.0), torch.float32),
+        make([-9] * lanes, torch.int32))
     wanted = on_cpu(state)
-    ops.score_and_decide(residual, branch, rows, norm_weight, 1e-6, head, bias, state)
-    scored = rows >= 0
-    at = rows[scored].long()
-    y = (residual[at] + branch[at]).double()
-    exact = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_weight.double() @ head.double() + 0.25
+    y = (residual + branch).double()
+    ops.score_and_decide(residual, branch, norm_weight, 1e-6, head, state)
+    exact = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_weight.double() @ head[0].double()
     name = f"score_and_decide {seed} {str(dtype)[6:]}"
-    within(record, f"{name}, rewards", state.rewards[scored], exact.float(), exact, 8.0)
+    within(record, f"{name}, rewards", state.rewards, exact.float(), exact, 8.0)
     wanted.rewards.copy_(state.rewards)
-    decide_reference(rows.cpu(), wanted)
-    for field, mine, right in zip(DecideState._fields, state, wanted, strict=True):
-        if field != "rewards":
-            record.check(f"{name}, {field}", torch.equal(mine.cpu(), right))
+    decide_reference(wanted)
+    record.check(f"{name}, verdicts", torch.equal(state.accepted.cpu(), wanted.accepted) and
+                 0 < int(wanted.accepted.sum()) < lanes)

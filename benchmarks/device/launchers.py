@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 
 def launchers(dry: bool) -> SimpleNamespace:
-    """One namespace of functions with the signatures of `stars.kernels`."""
+    """One namespace of functions with the signatures of `stars.kernels.triton`."""
     if dry:
+        from stars.kernels.append_draft import append_draft_reference
         from stars.kernels.attention import attention_reference
         from stars.kernels.copy_rows import copy_rows_reference
         from stars.kernels.embedding import embedding_reference
@@ -15,16 +16,16 @@ def launchers(dry: bool) -> SimpleNamespace:
         from stars.kernels.rms_norm import rms_norm_reference
         from stars.kernels.rope_write import rope_write_reference
         from stars.kernels.sample_step import sample_step_reference
-        from stars.kernels.score_and_decide import score_and_decide_reference
         from stars.kernels.swiglu import swiglu_reference
         from stars.kernels.take_rows import take_rows_reference
 
         return SimpleNamespace(
-            attention=attention_reference, copy_rows=copy_rows_reference, embedding=embedding_reference,
-            linear=linear_reference, linear_invariant=linear_reference, rms_norm=rms_norm_reference,
-            rope_write=rope_write_reference, sample_step=lambda logits, lanes, **_: sample_step_reference(
-                logits.float(), lanes),
-            score_and_decide=score_and_decide_reference, swiglu=swiglu_reference, take_rows=take_rows_reference)
+            append_draft=append_draft_reference, attention=attention_reference, copy_rows=copy_rows_reference,
+            embedding=embedding_reference, linear=linear_reference, linear_invariant=linear_reference,
+            rms_norm=rms_norm_reference, rope_write=rope_write_reference,
+            sample_step=lambda logits, lanes, filters=True: sample_step_reference(logits.float(), lanes, filters),
+            score_and_decide=_score_and_decide, swiglu=swiglu_reference, take_rows=take_rows_reference)
+    from stars.kernels.triton.append_draft import append_draft
     from stars.kernels.triton.attention import attention
     from stars.kernels.triton.copy_rows import copy_rows
     from stars.kernels.triton.embedding import embedding
@@ -37,6 +38,18 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.take_rows import take_rows
 
     return SimpleNamespace(
-        attention=attention, copy_rows=copy_rows, embedding=embedding, linear=linear, linear_invariant=linear_invariant,
-        rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step, score_and_decide=score_and_decide,
-        swiglu=swiglu, take_rows=take_rows)
+        append_draft=append_draft, attention=attention, copy_rows=copy_rows, embedding=embedding, linear=linear,
+        linear_invariant=linear_invariant, rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step,
+        score_and_decide=score_and_decide, swiglu=swiglu, take_rows=take_rows)
+
+
+def _score_and_decide(residual, branch, norm_weight, eps, head, state) -> None:
+    import torch
+
+    from stars.kernels.dispatch import references_only
+    from stars.kernels.linear import Weight
+    from stars.kernels.score_and_decide import score_and_decide
+
+    with references_only():
+        score_and_decide(residual.clone(), branch, norm_weight, eps, Weight(head, None, *head.shape),
+                         torch.empty(residual.shape), state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import kernel_prefill
 import torch
 from kernel_attention import SLAB_LEN, Span, make_case
 from kernel_sampler import lane_state
@@ -18,7 +19,7 @@ from timing import seconds_a_call, sets
 
 from stars.kernels.linear import Weight
 from stars.kernels.triton import tiles as tiling
-from stars.kernels.types import Batch, DecideState, LayerKV
+from stars.kernels.types import Batch, DecideState, Draft, Followers, LayerKV
 
 L2_BYTES = 60 << 20
 
@@ -34,7 +35,7 @@ TOY = Shape(hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, layers
 def run(record: Record, settings: Settings) -> None:
     """All of them; one that fails is a note, and the others go on."""
     ops, shape = launchers(settings.dry), TOY if settings.dry else REAL
-    for measure in (_products, _attention, _sampler, _verdict, _commit, _rows):
+    for measure in (_products, _attention, _prefill, _sampler, _verdict, _follow, _commit, _rows):
         try:
             measure(record, settings, ops, shape)
         except Exception as error:
@@ -128,6 +129,10 @@ def _attend(record: Record, settings: Settings, ops, shape: Shape, spans: list[S
         packed=plan.packed, arithmetic_us=None if not peak else flops / peak / 1e6, slab_len=SLAB_LEN)
 
 
+def _prefill(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    kernel_prefill.times(record, settings, ops, shape.heads, shape.kv_heads, shape.head_dim)
+
+
 def _sampler(record: Record, settings: Settings, ops, shape: Shape) -> None:
     for dtype in (torch.bfloat16,) if settings.quick else (torch.bfloat16, torch.float32):
         size = shape.lanes * shape.vocab * dtype.itemsize
@@ -140,40 +145,43 @@ def _sampler(record: Record, settings: Settings, ops, shape: Shape) -> None:
             state.top_k.fill_(top_k)
             state.top_p.fill_(top_p)
             state.min_p.zero_()
+            filters = name != "temperature"  # as the engine calls it
             _time(record, settings, f"sample_step, {shape.lanes} lanes, {shape.vocab} tokens, {str(dtype)[6:]}, {name}",
-                  lambda index, state=state, rows=rows: lambda: ops.sample_step(rows[index % len(rows)], state), size,
-                  aim)
-        if not settings.dry:
-            state.top_k.zero_()
-            state.top_p.fill_(1.0)
-            _time(record, settings, f"sample_step, {shape.lanes} lanes, {str(dtype)[6:]}, temperature, filters=False",
-                  lambda index, state=state, rows=rows: lambda: ops.sample_step(rows[index % len(rows)], state,
-                                                                               filters=False), size)
+                  lambda index, state=state, rows=rows, filters=filters: lambda: ops.sample_step(
+                      rows[index % len(rows)], state, filters=filters), size, aim)
 
 
 def _verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
-    lanes, requests, device = shape.lanes, 4, settings.device
+    lanes, device = shape.lanes, settings.device
     size = 2 * lanes * shape.hidden * 2
     count = sets(size, settings.dry)
     pairs = [[torch.randn(lanes, shape.hidden, device=device).bfloat16() for _ in range(2)] for _ in range(count)]
-    weight, head = (torch.randn(shape.hidden, device=device) for _ in range(2))
-    rows = torch.arange(lanes, dtype=torch.int32, device=device)
+    weight, head = torch.randn(shape.hidden, device=device), torch.randn(1, shape.hidden, device=device)
+
+    def full(value: float, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.full((lanes,), value, dtype=dtype, device=device)
+
+    double = torch.float64
+    state = DecideState(full(0, torch.int64), full(0), full(1), full(5), full(128), full(0.0, double),
+                        full(1e9, double), full(0.5, double), full(0.0, torch.float32), full(0))
+    seconds = seconds_a_call([lambda pair=pair: ops.score_and_decide(*pair, weight, 1e-6, head, state)
+                              for pair in pairs], device)
+    record.figure(f"score_and_decide, {lanes} lanes of {shape.hidden}", 1e6 * seconds, "us", 10.0, "10 us", "<= 1",
+                  bytes=size)
+
+
+def _follow(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    lanes, tokens, device = shape.lanes, 32, settings.device
 
     def ints(*shape_of: int) -> torch.Tensor:
         return torch.zeros(shape_of, dtype=torch.int32, device=device)
 
-    def wide(value: float) -> torch.Tensor:
-        return torch.full((requests,), value, dtype=torch.float64, device=device)
-
-    state = DecideState(
-        torch.arange(0, lanes + 1, lanes // requests, dtype=torch.int32, device=device),
-        torch.zeros(requests, dtype=torch.int64, device=device), ints(requests), ints(requests) + 128, wide(0.0),
-        wide(1e9), wide(0.5), ints(lanes) + 1, ints(lanes) + 5, ints(2, lanes), wide(0.0), ints(requests),
-        ints(2, requests), ints(requests, 3) - 1, torch.zeros(lanes, device=device))
-    seconds = seconds_a_call([lambda pair=pair: ops.score_and_decide(*pair, rows, weight, 1e-6, head, None, state)
-                              for pair in pairs], device)
-    record.figure(f"score_and_decide, {lanes} lanes of {shape.hidden}", 1e6 * seconds, "us", 10.0, "10 us", "<= 1",
-                  bytes=size)
+    draft = Draft(ints(lanes, tokens), ints(lanes) + tokens, ints(lanes, 16) - 1)
+    starts = torch.arange(0, lanes * (tokens + 2) + 1, tokens + 2, dtype=torch.int32, device=device)
+    followers = Followers(torch.arange(lanes, dtype=torch.int32, device=device), starts, ints(lanes, 1),
+                          ints(lanes * (tokens + 2)), ints(lanes), ints(lanes))
+    seconds = seconds_a_call([lambda: ops.append_draft(draft, followers, shape.vocab)], device)
+    record.figure(f"append_draft, {lanes} segments of {tokens}", 1e6 * seconds, "us")
 
 
 def _commit(record: Record, settings: Settings, ops, shape: Shape) -> None:

@@ -24,6 +24,7 @@ STAGES = (
     Stage("kernels-products", "kernel_products", 110, 45, "correctness", True),
     Stage("kernels-attention", "kernel_attention", 110, 45, "correctness", True),
     Stage("kernels-attention-more", "kernel_attention:more", 110, 0, "correctness", True, quick=False),
+    Stage("kernels-prefill", "kernel_prefill", 110, 45, "correctness", True),
     Stage("kernels-sampler", "kernel_sampler", 110, 45, "correctness", True),
     Stage("engine", "engine_checks", 110, 45, "correctness", True),
     Stage("sanitizer", "sanitizer", 110, 45, "correctness", True, dry=False),

@@ -78,7 +78,8 @@ def compile_variant(module: str, index: int, arch: int) -> Usage:
         if kind in ("i32", "i64") and name.endswith("_stride")  # as the widths of models are, and as a launch finds out
     }
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs, aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages,
+               "enable_fp_fusion": variant.fp_fusion}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         registers, spills, stack, static = _resources(compiled.asm["ptx"], arch)

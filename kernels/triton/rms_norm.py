@@ -22,22 +22,27 @@ MOST_HIDDEN = 16384
 
 
 @triton.jit
+def normed(y, scale, eps, HIDDEN: tl.constexpr):
+    """The row y float32 [block], zero behind HIDDEN, normalised and scaled, in the type of `scale` [block]."""
+    y = y * tl.rsqrt(tl.sum(y * y, axis=0) / HIDDEN + eps)
+    return (y.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)).to(scale.dtype)
+
+
+@triton.jit
 def rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, out_stride, eps, HIDDEN: tl.constexpr,
                     BLOCK: tl.constexpr, ADD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     y = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0)  # no load is moved across the barrier of the sum
     if ADD:
         stream = residual + row * residual_stride + column
         total = tl.load(stream, mask=inside, other=0.0).to(tl.float32) + y
         rounded = total.to(residual.dtype.element_ty)
         tl.store(stream, rounded, mask=inside)
         y = rounded.to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, axis=0) / HIDDEN + eps)
-    scale = tl.load(weight + column, mask=inside, other=0.0)
-    y = y.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)
-    tl.store(out + row * out_stride + column, y.to(scale.dtype).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + column, normed(y, scale, eps, HIDDEN).to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
@@ -56,10 +61,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tenso
     stream = x if residual is None else residual
     block = triton.next_power_of_2(hidden)
     rms_norm_kernel[(rows,)](x, stream, weight, out, x.stride(0), stream.stride(0), out.stride(0), eps, HIDDEN=hidden,
-                             BLOCK=block, ADD=residual is not None, num_warps=_warps(block))
+                             BLOCK=block, ADD=residual is not None, num_warps=warps(block))
 
 
-def _warps(block: int) -> int:
+def warps(block: int) -> int:
     """Sixteen elements a thread up to 4096, thirty-two beyond: 16 warps at 8192 took 4 bytes too many on sm_80."""
     return min(max(8, block // 1024), max(1, block // 512))
 
@@ -76,5 +81,5 @@ def variants() -> list[Variant]:
                     {"x": f"*{kind}", "residual": f"*{kind}", "weight": f"*{weight}", "out": f"*{kind}",
                      "x_stride": "i32", "residual_stride": "i32", "out_stride": "i32", "eps": "fp32",
                      "HIDDEN": "constexpr", "BLOCK": "constexpr", "ADD": "constexpr"},
-                    {"HIDDEN": hidden, "BLOCK": block, "ADD": add}, _warps(block), 1))
+                    {"HIDDEN": hidden, "BLOCK": block, "ADD": add}, warps(block), 1))
     return found

@@ -1,16 +1,17 @@
 """One draft step for all lanes, in place on the device; what is computed is said in `stars.kernels.sample_step`.
 
-The vocabulary is divided into tiles of 4096 tokens, one program each. No row is sorted: every filter is a threshold.
+The vocabulary is divided into tiles of 2048 tokens, one program each. No row is sorted: every filter is a threshold.
 
-    scan      all lanes: maximum and sum of exponentials of the raw logits of a tile; of lanes without filters the
-              largest z + g too. Lanes without filters are then done but for `finish`.
+    scan      all lanes: maximum and sum of exponentials of the raw logits of a tile; of lanes without filters also a
+              bound on the largest z + g. Lanes without filters are then done but for `finish`.
     bracket   lanes with filters: min_p's threshold, which follows from the maximum; for top_k and top_p an interval of
               z that holds the threshold, by six standard deviations of an estimate from 4096 evenly spaced logits
     collect   the z inside the interval, listed, and the probability above it
     select    the exact threshold, by bisection over the float32 numbers, among those listed; where the interval did
               not hold it (which shows), among all
-    draw      the largest z + g of those that reach the threshold, a tile at a time
-    finish    the winner over the tiles, its log-probability, and the lane's step
+    draw      a bound on the largest z + g of those that reach the threshold, a tile at a time
+    finish    z + g itself in the tile with the highest bound, and in others whose bound it does not reach (few: see
+              `_ceiling`); the winner, its log-probability, and the lane's step
 
 Logits are read once for lanes without filters and three times with them. Probabilities are added up as multiples of
 2^-40 of the largest, in int64, wherever the order of the summands may change from run to run (tiles, listed values), so
@@ -21,13 +22,14 @@ Noise errs by less than 4e-6 (see `noise`), and z + g is rounded once: tokens wh
 |z| < 32 may change places with the reference's order. A token's bits do not depend on the number of lanes.
 
 Computed, not measured, for an H200 (132 processors, 1.7 GHz, 4.3 TB/s), 64 lanes of 128256 tokens. Reading float32
-logits once is 32.8 MB or 7.6 us (bf16 half of that). The binary of `scan` for sm_90 has some 65 instructions a token on
-the way without filters (20 of them Philox, 25 the noise made of its words), so it is bound by arithmetic: 19 us where
-every processor issues four a cycle, 25 us more likely. Few lanes are cheaper in proportion: 16 take 5 to 6 us. With
-filters `scan` draws no noise (9 us), `collect` takes 60 to 120 instructions a token (18 to 35 us, the most where a
-tile lists values), `bracket` and `select` work in one program a lane (8 us and 15 us for a few thousand values), `draw`
-takes 70 a token in tiles with a kept token and 15 in others (5 to 20 us). Launches in a graph add about a microsecond
-each; four leave at once where no lane has filters, and `filters=False` leaves them out.
+logits once is 32.8 MB or 7.6 us (bf16 half of that). The binary of `scan` for sm_90 has 27 instructions a token on the
+way without filters (bf16: 28; with the noise of every token it was 66), 10 of them Philox, so it is bound by
+arithmetic: 8 us where every processor issues four a cycle, 10 us more likely. Few lanes are cheaper in proportion, down
+to 2 us. `finish` takes 3 us with one tile to look at, and 1.3 us for each further one. With filters `scan` draws no
+noise (8 us), `collect` takes 60 to 120 instructions a token (18 to 35 us, the most where a tile lists values),
+`bracket` and `select` work in one program a lane (8 us and 15 us for a few thousand values), `draw` takes 40 a token in
+tiles with a kept token and 20 in others (6 to 12 us). Launches in a graph add about a microsecond each; four leave at
+once where no lane has filters, and `filters=False` leaves them out.
 """
 
 from __future__ import annotations
@@ -39,16 +41,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stars.kernels.triton.noise import exp, gumbel, token_words
+from stars.kernels.triton.noise import exp, gumbel, log2_short, token_words
 from stars.kernels.triton.variant import Variant
 from stars.kernels.types import LaneState
 
-TILE = 4096  # tokens a program
+TILE = 2048  # tokens a program
 SAMPLE = 4096  # logits an interval is estimated from
 LIST_BLOCK = 4096  # listed values at a time
+FINISH_WARPS = 16  # with 8, and so 8 tokens a thread, the loop over tiles spilled on sm_90 and sm_100
+SCAN_WARPS = 2  # of scan and draw: with 32 tokens a thread, the sums over a tile cost an instruction a token
 
 _INFINITY = tl.constexpr(float("inf"))
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _UNIT = tl.constexpr(2.0**40)  # 2^18 tokens of the largest probability are 2^58
 
 # What `bracket` found, in `mode`.
@@ -62,8 +68,7 @@ class Workspace(NamedTuple):
 
     highest: Tensor  # float32 [lanes, tiles] largest raw logit; NaN where a logit is NaN or +inf
     total: Tensor  # float32 [lanes, tiles] sum of exp(logit - highest)
-    score: Tensor  # float32 [lanes, tiles] largest z + g; of lanes with filters first the sum of exp(z - largest z)
-    token: Tensor  # int32 [lanes, tiles] and its token
+    ceiling: Tensor  # float32 [lanes, tiles] no z + g exceeds it; with filters first the sum of exp(z - largest z)
     mode: Tensor  # int32 [lanes]
     bounds: Tensor  # float32 [lanes, 4] largest z, interval's low and high, threshold
     count: Tensor  # int32 [lanes] values listed
@@ -75,8 +80,7 @@ class Workspace(NamedTuple):
 
 
 @triton.jit
-def _is_open(done, steps, lane, max_steps):
-    step = tl.load(steps + lane)
+def _is_open(done, step, lane, max_steps):
     return (tl.load(done + lane) == 0) & (step >= 0) & (step < max_steps)
 
 
@@ -121,17 +125,28 @@ def _best(score, token):
 
 
 @triton.jit
-def _noisy(z, seeds, steps, attempts, streams, lane, block):
-    words = token_words(tl.load(seeds + lane), tl.load(steps + lane), tl.load(attempts + lane),
-                        tl.load(streams + lane), block)
-    return z + gumbel(words)
+def _counter(seeds, steps, attempts, streams, lane):
+    """What `token_words` takes of a lane."""
+    return tl.load(seeds + lane), tl.load(steps + lane), tl.load(attempts + lane), tl.load(streams + lane)
 
 
 @triton.jit
-def _row_maximum(highest, lane, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr):
-    """The largest logit of a lane; NaN if one is NaN or +inf."""
-    at = tl.arange(0, TILES_BLOCK)
-    parts = tl.load(highest + lane * TILES + at, mask=at < TILES, other=-_INFINITY)
+def _ceiling(terms):
+    """A bound on the largest z + g of a tile, by the least of `terms`, log2_short(words) - z * log2(e).
+
+    z + g falls short of it by log(-log u / (1 - u)), which is nothing for an improbable winner and 0.4 on average for a
+    certain one. In simulated draws (normal logits, and such as a language model's at temperatures of 0.6 to 1) `finish`
+    looked at 1.0 to 1.3 tiles on average, and the slowest of 64 lanes at 3.
+
+    What is added is four times what rounding may take away: 2^-21 of z and of the bound, 2e-5 in logarithms and noise.
+    """
+    bound = -_LN_2 * tl.min(tl.min(terms, axis=1), axis=0)
+    return bound + tl.where(tl.abs(bound) < _INFINITY, tl.abs(bound) * 1.9073486328125e-06 + 1e-4, 0.0)
+
+
+@triton.jit
+def _row_maximum(parts):
+    """The largest of the maxima of a lane's tiles; NaN if one is NaN."""
     wrong = tl.max((parts != parts).to(tl.int32), axis=0)
     largest = tl.max(tl.where(parts != parts, -_INFINITY, parts), axis=0)
     return tl.where(wrong != 0, float("nan"), largest)
@@ -142,54 +157,55 @@ def _row_maximum(highest, lane, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr):
 
 @triton.jit
 def scan_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top_ks, top_ps, min_ps, seeds, attempts,
-                streams, highest, total, score, token, VOCAB: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
+                streams, highest, total, ceiling, VOCAB: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+                FILTERS: tl.constexpr):
     tile = tl.program_id(0)
     lane = tl.program_id(1)
-    if _is_open(done, steps, lane, max_steps):
-        temperature = tl.load(temperatures + lane)
-        filtered = _filtered(temperature, tl.load(top_ks + lane), tl.load(top_ps + lane), tl.load(min_ps + lane), VOCAB)
+    seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
+    temperature = tl.load(temperatures + lane)
+    if _is_open(done, step, lane, max_steps):
         block = tile * (TILE // 4) + tl.arange(0, TILE // 4)
         tokens = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TILE / 4, 4]
         x = tl.load(logits + lane.to(tl.int64) * logits_stride + tokens, mask=tokens < VOCAB,
                     other=-_INFINITY).to(tl.float32)
-        wrong = tl.sum(tl.sum(tl.where(x < _INFINITY, 0, 1), axis=1), axis=0)  # NaN compares as false
         largest = tl.max(tl.max(x, axis=1), axis=0)
         base = tl.where(largest > -_INFINITY, largest, 0.0)
+        sums = tl.sum(tl.sum(exp(x - base), axis=1), axis=0)  # NaN where a logit is NaN or +inf
         part = lane * TILES + tile
-        tl.store(highest + part, tl.where(wrong > 0, float("nan"), largest))
-        tl.store(total + part, tl.sum(tl.sum(exp(x - base), axis=1), axis=0))
-        if temperature > 0.0:
-            z = _scaled(x, temperature)
+        tl.store(highest + part, tl.where(sums == sums, largest, float("nan")))
+        tl.store(total + part, sums)
+        filtered = False
+        if FILTERS:
+            filtered = _filtered(temperature, tl.load(top_ks + lane), tl.load(top_ps + lane), tl.load(min_ps + lane),
+                                 VOCAB)
             if filtered:
                 z_base = _scaled(base, temperature)
-                tl.store(score + part, tl.sum(tl.sum(exp(z - z_base), axis=1), axis=0))
-            else:
-                z = x / temperature  # within two units of z, which no threshold is compared with here: half the price
-                best, first = _best(_noisy(z, seeds, steps, attempts, streams, lane, block), tokens)
-                tl.store(score + part, best)
-                tl.store(token + part, first)
-        else:
-            best, first = _best(x, tokens)
-            tl.store(score + part, best)
-            tl.store(token + part, first)
+                tl.store(ceiling + part, tl.sum(tl.sum(exp(_scaled(x, temperature) - z_base), axis=1), axis=0))
+        if (temperature > 0.0) & (not filtered):
+            short = log2_short(token_words(seed, step, attempt, stream, block))
+            reach = _ceiling(x * (-_LOG2_E / temperature) + short)
+            tl.store(ceiling + part, tl.where(temperature < 1e-30, _INFINITY, reach))  # 1 / temperature may overflow
 
 
 # -- bracket ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def bracket_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top_ks, top_ps, min_ps, highest, score,
-                   mode, bounds, count, mass, VOCAB: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr,
-                   SAMPLE: tl.constexpr):
+def bracket_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top_ks, top_ps, min_ps, highest,
+                   ceiling, mode, bounds, count, mass, VOCAB: tl.constexpr, TILES: tl.constexpr,
+                   TILES_BLOCK: tl.constexpr, SAMPLE: tl.constexpr):
     lane = tl.program_id(0)
     chosen = _UNFILTERED
-    if _is_open(done, steps, lane, max_steps):
+    if _is_open(done, tl.load(steps + lane), lane, max_steps):
         temperature = tl.load(temperatures + lane)
         top_k = tl.load(top_ks + lane)
         top_p = tl.load(top_ps + lane)
         min_p = tl.load(min_ps + lane)
         if _filtered(temperature, top_k, top_p, min_p, VOCAB):
-            z_highest = _scaled(_row_maximum(highest, lane, TILES, TILES_BLOCK), temperature)
+            part = tl.arange(0, TILES_BLOCK)
+            there = part < TILES
+            parts = tl.load(highest + lane * TILES + part, mask=there, other=-_INFINITY)
+            z_highest = _scaled(_row_maximum(parts), temperature)
             if tl.abs(z_highest) < _INFINITY:
                 low = -_INFINITY
                 high = _INFINITY
@@ -210,11 +226,8 @@ def bracket_kernel(logits, logits_stride, done, steps, max_steps, temperatures, 
                         if counted:
                             low = _low_by_count(z, z_highest, top_k.to(tl.float32) * (SAMPLE / VOCAB), SAMPLE)
                         elif min_p == 0.0:
-                            part = tl.arange(0, TILES_BLOCK)
-                            there = part < TILES
-                            parts = tl.load(highest + lane * TILES + part, mask=there, other=-_INFINITY)
                             parts = _scaled(tl.where(parts > -_INFINITY, parts, 0.0), temperature)
-                            sums = tl.load(score + lane * TILES + part, mask=there, other=0.0)
+                            sums = tl.load(ceiling + lane * TILES + part, mask=there, other=0.0)
                             # A part of -inf alone is nothing times exp(0 - z_highest), which may overflow.
                             parts = tl.where(sums > 0.0, sums * exp(parts - z_highest), 0.0)
                             low, high = _by_tail(z, z_highest, (1.0 - top_p) * tl.sum(parts, axis=0), VOCAB / SAMPLE)
@@ -403,71 +416,87 @@ def select_kernel(logits, logits_stride, temperatures, top_ks, top_ps, mode, bou
 
 
 @triton.jit
-def draw_kernel(logits, logits_stride, temperatures, steps, seeds, attempts, streams, mode, bounds, score, token,
+def draw_kernel(logits, logits_stride, temperatures, steps, seeds, attempts, streams, mode, bounds, ceiling,
                 VOCAB: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
     tile = tl.program_id(0)
     lane = tl.program_id(1)
     if tl.load(mode + lane) != _UNFILTERED:
         threshold = tl.load(bounds + lane * 4 + 3)
+        seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
         block = tile * (TILE // 4) + tl.arange(0, TILE // 4)
         tokens = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TILE / 4, 4]
         x = tl.load(logits + lane.to(tl.int64) * logits_stride + tokens, mask=tokens < VOCAB,
                     other=-_INFINITY).to(tl.float32)
         z = _scaled(x, tl.load(temperatures + lane))
-        best = tl.max(tl.max(z, axis=1), axis=0)
-        first = _NO_TOKEN
-        if best >= threshold:
-            noisy = _noisy(z, seeds, steps, attempts, streams, lane, block)
-            best, first = _best(tl.where(z >= threshold, noisy, -_INFINITY), tokens)
-        else:
-            best = best * 0.0 - _INFINITY
-        tl.store(score + lane * TILES + tile, best)
-        tl.store(token + lane * TILES + tile, first)
+        reach = threshold * 0.0 - _INFINITY
+        if tl.max(tl.max(z, axis=1), axis=0) >= threshold:
+            short = log2_short(token_words(seed, step, attempt, stream, block))
+            reach = _ceiling(tl.where(z >= threshold, short - z * _LOG2_E, _INFINITY))
+        tl.store(ceiling + lane * TILES + tile, reach)
+
+
+@triton.jit
+def _leader(left, part):
+    """(the largest of `left`, its tile; the first of equal ones)."""
+    top = tl.max(left, axis=0)
+    return top, tl.min(tl.where(left == top, part, _NO_TOKEN), axis=0)
 
 
 @triton.jit
 def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used, steps, limits, done, out_tokens,
-                  out_logprobs, max_steps, temperatures, stop_ids, highest, total, score, token, VOCAB: tl.constexpr,
-                  TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, TILE: tl.constexpr, STOPS: tl.constexpr,
-                  STOPS_BLOCK: tl.constexpr):
+                  out_logprobs, max_steps, temperatures, seeds, attempts, streams, stop_ids, highest, total, ceiling,
+                  mode, bounds, VOCAB: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, TILE: tl.constexpr,
+                  STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr, FILTERS: tl.constexpr):
     lane = tl.program_id(0)
-    step = tl.load(steps + lane)
-    if _is_open(done, steps, lane, max_steps):
+    # All that can be found without waiting is asked for first.
+    seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
+    part = tl.arange(0, TILES_BLOCK)
+    there = part < TILES
+    highest_logit = tl.load(highest + lane * TILES + part, mask=there, other=-_INFINITY)
+    reach = tl.load(ceiling + lane * TILES + part, mask=there, other=-_INFINITY)
+    sums = tl.load(total + lane * TILES + part, mask=there, other=0.0)
+    temperature = tl.load(temperatures + lane)
+    stop = tl.arange(0, STOPS_BLOCK)
+    ids = tl.load(stop_ids + lane * STOPS + stop, mask=stop < STOPS, other=-1)
+    limit = tl.load(limits + lane)
+    threshold = temperature * 0.0 - _INFINITY
+    if FILTERS:
+        if tl.load(mode + lane) != _UNFILTERED:
+            threshold = tl.load(bounds + lane * 4 + 3)
+    if _is_open(done, step, lane, max_steps):
         row = logits + lane.to(tl.int64) * logits_stride
-        part = tl.arange(0, TILES_BLOCK)
-        there = part < TILES
-        parts = tl.load(highest + lane * TILES + part, mask=there, other=-_INFINITY)
-        largest = _row_maximum(highest, lane, TILES, TILES_BLOCK)
+        largest = _row_maximum(highest_logit)
         drawn = -1
         logprob = float("nan")
         if tl.abs(largest) < _INFINITY:
-            sums = tl.load(total + lane * TILES + part, mask=there, other=0.0)
-            sums = tl.where(parts > -_INFINITY, sums * exp(parts - largest), 0.0)
-            temperature = tl.load(temperatures + lane)
-            z_highest = largest
-            if temperature > 0.0:
-                z_highest = tl.div_rn(largest, temperature)
-            if tl.abs(z_highest) < _INFINITY:
-                scores = tl.load(score + lane * TILES + part, mask=there, other=-_INFINITY)
-                tokens = tl.load(token + lane * TILES + part, mask=there, other=_NO_TOKEN)
-                best = tl.max(scores, axis=0)
-                drawn = tl.min(tl.where(scores == best, tokens, _NO_TOKEN), axis=0)
-                drawn = tl.where(drawn < VOCAB, drawn, 0)  # a min_p above 1 keeps nothing
-            else:  # so small a temperature that z overflows: the first of the largest logits
-                drawn = _NO_TOKEN
-                for start in range(0, VOCAB, TILE):
-                    at = start + tl.arange(0, TILE)
-                    x = tl.load(row + at, mask=at < VOCAB, other=-_INFINITY).to(tl.float32)
-                    drawn = tl.minimum(drawn, tl.min(tl.where(x == largest, at, _NO_TOKEN), axis=0))
-            x = tl.load(row + drawn).to(tl.float32)
-            logprob = x - largest - tl.log(tl.sum(sums, axis=0))
+            greedy = temperature == 0.0
+            if temperature > 0.0:  # or so small that z overflows
+                greedy = tl.abs(tl.div_rn(largest, temperature)) == _INFINITY
+            drawn = _NO_TOKEN
+            best = largest * 0.0 - _INFINITY
+            left = tl.where(greedy, highest_logit, reach)
+            top, tile = _leader(left, part)
+            while (top > best) | ((top == best) & (tile * TILE < drawn)):
+                block = tile * (TILE // 4) + tl.arange(0, TILE // 4)
+                tokens = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TILE / 4, 4]
+                scores = tl.load(row + tokens, mask=tokens < VOCAB, other=-_INFINITY).to(tl.float32)
+                if not greedy:
+                    z = _scaled(scores, temperature)
+                    noise = gumbel(token_words(seed, step, attempt, stream, block))
+                    scores = tl.where(z >= threshold, z + noise, -_INFINITY)
+                score, token = _best(scores, tokens)
+                better = (score > best) | ((score == best) & (token < drawn))
+                best = tl.where(better, score, best)
+                drawn = tl.where(better, token, drawn)
+                left = tl.where(part == tile, -_INFINITY, left)
+                top, tile = _leader(left, part)
+            sums = tl.where(highest_logit > -_INFINITY, sums * exp(highest_logit - largest), 0.0)
+            logprob = tl.load(row + drawn).to(tl.float32) - largest - tl.log(tl.sum(sums, axis=0))
         tl.store(out_tokens + lane * max_steps + step, drawn)
         tl.store(out_logprobs + lane * max_steps + step, logprob)
         tl.store(steps + lane, step + 1)
-        stop = tl.arange(0, STOPS_BLOCK)
-        ids = tl.load(stop_ids + lane * STOPS + stop, mask=stop < STOPS, other=-1)
         stopped = tl.max((ids == drawn).to(tl.int32), axis=0)
-        if (drawn < 0) | (step + 1 >= tl.load(limits + lane)) | (stopped != 0):
+        if (drawn < 0) | (step + 1 >= limit) | (stopped != 0):
             tl.store(done + lane, 1)
         else:
             tl.store(token_ids + lane, drawn)
@@ -490,8 +519,8 @@ def make_workspace(lanes: int, vocab: int, device: torch.device, filters: bool =
 
     return Workspace(
         room(torch.float32, lanes, tiles), room(torch.float32, lanes, tiles), room(torch.float32, lanes, tiles),
-        room(torch.int32, lanes, tiles), room(torch.int32, lanes), room(torch.float32, lanes, 4),
-        room(torch.int32, lanes), room(torch.int64, lanes, 2), room(torch.float32, lanes if filters else 0, vocab))
+        room(torch.int32, lanes), room(torch.float32, lanes, 4), room(torch.int32, lanes),
+        room(torch.int64, lanes, 2), room(torch.float32, lanes if filters else 0, vocab))
 
 
 _shared: dict[tuple[torch.device, int], list[Workspace]] = {}
@@ -516,7 +545,7 @@ def sample_step(logits: Tensor, lanes: LaneState, workspace: Workspace | None = 
     """As `stars.kernels.sample_step`, for logits of float32, bfloat16 or float16 with adjacent columns.
 
     With filters=False the caller knows that no lane has top_k, top_p or min_p, and four launches are left out; a lane
-    that has them all the same would draw from scratch memory. A lane without a column for its token is ended.
+    that has them all the same draws without them. A lane without a column for its token is ended.
     """
     count, vocab = logits.shape
     _check(logits, lanes)
@@ -530,28 +559,28 @@ def sample_step(logits: Tensor, lanes: LaneState, workspace: Workspace | None = 
     stride, max_steps = logits.stride(0), lanes.out_tokens.shape[1]
     scan_kernel[(tiles, count)](
         logits, stride, lanes.done, lanes.steps, max_steps, lanes.temperature, lanes.top_k, lanes.top_p, lanes.min_p,
-        lanes.seeds, lanes.attempts, lanes.streams, space.highest, space.total, space.score, space.token,
-        VOCAB=vocab, TILES=tiles, TILE=TILE, num_warps=8)
+        lanes.seeds, lanes.attempts, lanes.streams, space.highest, space.total, space.ceiling,
+        VOCAB=vocab, TILES=tiles, TILE=TILE, FILTERS=filters, num_warps=SCAN_WARPS)
     if filters:
         bracket_kernel[(count,)](
             logits, stride, lanes.done, lanes.steps, max_steps, lanes.temperature, lanes.top_k, lanes.top_p,
-            lanes.min_p, space.highest, space.score, space.mode, space.bounds, space.count, space.mass,
+            lanes.min_p, space.highest, space.ceiling, space.mode, space.bounds, space.count, space.mass,
             VOCAB=vocab, TILES=tiles, TILES_BLOCK=tiles_block, SAMPLE=SAMPLE, num_warps=8)
         collect_kernel[(tiles, count)](
             logits, stride, lanes.temperature, lanes.top_k, lanes.top_p, space.mode, space.bounds, space.count,
-            space.mass, space.values, VOCAB=vocab, TILE=TILE, num_warps=8)
+            space.mass, space.values, VOCAB=vocab, TILE=TILE, num_warps=4)
         select_kernel[(count,)](
             logits, stride, lanes.temperature, lanes.top_k, lanes.top_p, space.mode, space.bounds, space.count,
             space.mass, space.values, VOCAB=vocab, BLOCK=_list_block(vocab), num_warps=8)
         draw_kernel[(tiles, count)](
             logits, stride, lanes.temperature, lanes.steps, lanes.seeds, lanes.attempts, lanes.streams, space.mode,
-            space.bounds, space.score, space.token, VOCAB=vocab, TILES=tiles, TILE=TILE, num_warps=8)
+            space.bounds, space.ceiling, VOCAB=vocab, TILES=tiles, TILE=TILE, num_warps=SCAN_WARPS)
     finish_kernel[(count,)](
         logits, stride, lanes.token_ids, lanes.positions, lanes.slots, lanes.slab_used, lanes.steps, lanes.limits,
-        lanes.done, lanes.out_tokens, lanes.out_logprobs, max_steps, lanes.temperature, lanes.stop_ids, space.highest,
-        space.total, space.score, space.token, VOCAB=vocab, TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE,
-        STOPS=lanes.stop_ids.shape[1], STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])),
-        num_warps=4)
+        lanes.done, lanes.out_tokens, lanes.out_logprobs, max_steps, lanes.temperature, lanes.seeds, lanes.attempts,
+        lanes.streams, lanes.stop_ids, space.highest, space.total, space.ceiling, space.mode, space.bounds, VOCAB=vocab,
+        TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE, STOPS=lanes.stop_ids.shape[1],
+        STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])), FILTERS=filters, num_warps=FINISH_WARPS)
 
 
 def _list_block(vocab: int) -> int:
@@ -573,16 +602,19 @@ def _check(logits: Tensor, lanes: LaneState) -> None:
 
 
 def variants() -> list[Variant]:
-    """Every kernel at a Llama 3 vocabulary in the three types, and at a small one."""
+    """Every kernel at a Llama 3 vocabulary in the three types, and at a small one; with filters and without."""
     found = []
     for kind, vocab in (("bf16", 128256), ("fp16", 128256), ("fp32", 128256), ("fp32", 262144), ("bf16", 1000)):
-        for name, (kernel, warps) in {
-            "scan": (scan_kernel, 8), "bracket": (bracket_kernel, 8), "collect": (collect_kernel, 8),
-            "select": (select_kernel, 8), "draw": (draw_kernel, 8), "finish": (finish_kernel, 4),
+        for name, (kernel, warps, filters) in {
+            "scan": (scan_kernel, SCAN_WARPS, False), "scan filters": (scan_kernel, SCAN_WARPS, True),
+            "bracket": (bracket_kernel, 8, True), "collect": (collect_kernel, 4, True),
+            "select": (select_kernel, 8, True), "draw": (draw_kernel, SCAN_WARPS, True),
+            "finish": (finish_kernel, FINISH_WARPS, False), "finish filters": (finish_kernel, FINISH_WARPS, True),
         }.items():
             tiles = triton.cdiv(vocab, TILE)
             constexprs = {"VOCAB": vocab, "TILES": tiles, "TILES_BLOCK": triton.next_power_of_2(tiles), "TILE": TILE,
-                          "SAMPLE": SAMPLE, "BLOCK": _list_block(vocab), "STOPS": 16, "STOPS_BLOCK": 16}
+                          "SAMPLE": SAMPLE, "BLOCK": _list_block(vocab), "STOPS": 16, "STOPS_BLOCK": 16,
+                          "FILTERS": filters}
             kinds = {"logits": f"*{kind}"} | _KINDS
             signature = {argument: "constexpr" if argument in constexprs else kinds.get(argument, "*i32")
                          for argument in kernel.arg_names}
@@ -592,4 +624,4 @@ def variants() -> list[Variant]:
 
 
 _KINDS = {"logits_stride": "i32", "max_steps": "i32", "seeds": "*i64", "mass": "*i64"} | dict.fromkeys(
-    ("temperatures", "top_ps", "min_ps", "highest", "total", "score", "bounds", "values", "out_logprobs"), "*fp32")
+    ("temperatures", "top_ps", "min_ps", "highest", "total", "ceiling", "bounds", "values", "out_logprobs"), "*fp32")

@@ -20,6 +20,7 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     arches: tuple[int, ...] = ARCHES  # those it is chosen on
+    fp_fusion: bool = True  # the launch's enable_fp_fusion: whether a product and a sum may round once
 
 
 def attributes(variant: Variant) -> dict[tuple[int], list[list]]:
