@@ -98,10 +98,10 @@ def recorded(engine) -> Iterator[Record]:
     """
     record = Record()
     round_, drafter, reward = engine._round, engine._round.drafter, engine.reward
-    run, draft = round_.run, drafter.draft
+    run, launch, drafted = round_.run, drafter.launch, drafter.drafted
     score = reward.score if reward is not None else None
 
-    inside = False
+    inside, begun = False, 0.0
 
     def timed_run(active):
         nonlocal inside
@@ -114,12 +114,16 @@ def recorded(engine) -> Iterator[Record]:
             record.rounds += 1
             inside = False
 
-    def noted_draft(lanes):
-        begin = time.perf_counter()
-        drafted = draft(lanes)
-        record.lm_seconds += time.perf_counter() - begin
-        record.passes.append(Pass("lm", len(lanes), len(lanes), max(len(one.token_ids) for one in drafted)))
-        return drafted
+    def noted_launch(lanes):
+        nonlocal begun
+        begun = time.perf_counter()
+        launch(lanes)
+
+    def noted_drafted(count):
+        results = drafted(count)
+        record.lm_seconds += time.perf_counter() - begun
+        record.passes.append(Pass("lm", count, count, max(len(one.token_ids) for one in results)))
+        return results
 
     def noted_score(candidates):
         begin = time.perf_counter()
@@ -132,12 +136,12 @@ def recorded(engine) -> Iterator[Record]:
         record.passes.append(Pass("rm", rows, len(candidates), 1))
         return results
 
-    round_.run, drafter.draft = timed_run, noted_draft
+    round_.run, drafter.launch, drafter.drafted = timed_run, noted_launch, noted_drafted
     if reward is not None:
         reward.score = noted_score
     try:
         yield record
     finally:
-        del round_.run, drafter.draft
+        del round_.run, drafter.launch, drafter.drafted
         if reward is not None:
             del reward.score
