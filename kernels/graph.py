@@ -17,9 +17,10 @@ MOST_GRAPHS = 128
 
 STEPS_A_GRAPH = 1
 """Steps that one CUDA graph holds; what is left of a run is replayed step by step. The driver keeps some 10 KB or more
-of a captured launch on the device, so 32 steps of an 8B model (10 000 launches) would be 0.1 GB for every shape, while
-replays of one step that follow each other without a pause on the host leave a gap of a microsecond or two between them.
-benchmarks/device measures both."""
+of a captured launch on the device, so 32 steps of an 8B model (10 000 launches) would be 0.1 GB for every shape, and
+capturing them would take the host some half a second in the middle of somebody's request; replays of one step that
+follow each other without a pause on the host leave a gap of a microsecond or two between them. benchmarks/device
+measures both."""
 
 
 class Graphs:
