@@ -10,7 +10,6 @@ import math
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from stars.buffers import Buffers, bucket
@@ -138,8 +137,8 @@ class Drafter:
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
         """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""
         self._buffers.wait()
-        host, seq_group, prefix_len, slab_start = self._host, *map(
-            self._buffers.host, ("seq_group", "prefix_len", "slab_start"))
+        host, seq_group = self._host, self._buffers.host("seq_group")
+        prefix_len, slab_start = self._buffers.host("prefix_len"), self._buffers.host("slab_start")
         tables: list[BlockTable] = []
         # Entry by entry: behind a draft all of this code has left the caches, and numpy's conversions of whole lists
         # touch several times as much of it.
@@ -161,12 +160,18 @@ class Drafter:
             host.top_p[row] = params.top_p
             host.min_p[row] = params.min_p
             host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
-        self._fill_tables(tables)
-        count, last_group = len(lanes), len(tables) - 1
+        if self._block_tables.is_cpu:  # here torch's view and copy would cost more than all of the above
+            page_ids = self._block_tables.numpy()
+            for group, table in enumerate(tables):
+                self.cache._check(table)
+                page_ids[group, : len(table.pages)] = table.pages
+        else:
+            self.cache.block_tables(tables, out=self._block_tables)
+        count = len(lanes)
         if not self.padded:
             return count, None
         rows = bucket(count)
-        self._idle(slice(count, rows), last_group)
+        self._idle(slice(count, rows), len(tables) - 1)
         groups = seq_group[:count].tolist()
         return rows, self._tiling.fill(rows, range(count + 1), groups, True, int(prefix_len[:count].max()))
 
@@ -177,3 +182,9 @@ class Drafter:
         self._buffers.host("seq_group")[rows] = group
         self._host.slots[rows] = -1
         self._host.done[rows] = 1
+
+
+def _signed(value: int, bits: int) -> int:
+    """The signed integer with the lowest `bits` bits of `value`."""
+    half = 1 << bits - 1
+    return (value + half & 2 * half - 1) - half

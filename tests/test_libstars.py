@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -314,6 +315,19 @@ def test_threads_can_be_set_and_restored():
     assert libstars.num_threads() == 3
     libstars.set_num_threads(0)
     assert libstars.num_threads() == (int(os.environ.get("STARS_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)))
+    libstars.set_num_threads(before)
+
+
+def test_workers_that_fall_asleep_miss_nothing():
+    before = libstars.num_threads()
+    libstars.set_num_threads(3)
+    x, matrix, bias = random_case(256, 2048, torch.float32, 1)
+    weight = kernels.pack(matrix, bias)
+    expected = run_linear(x, weight)
+    for turn in range(400):
+        if turn % 4 == 0:
+            time.sleep(1e-6 * (turn % 50) * 10)  # around the time for which they spin
+        assert torch.equal(run_linear(x, weight), expected)
     libstars.set_num_threads(before)
 
 

@@ -375,7 +375,7 @@ void attention(const stars_attention_params& p) {
   } else if (count < threads && longest > split_keys) {
     run_side_by_side(c, units, count);
   } else {
-    parallel(count, [&](int64_t i) { worker(c, units[i]).run_all(); });
+    parallel(count, [c, units](int64_t i) { worker(c, units[i]).run_all(); });
   }
 }
 

@@ -269,12 +269,13 @@ void linear(const stars_linear_params& p) {
   if (worth < 2 || threads == 1) return run(p, 0, p.rows, 0, panels * kUnitsPerPanel);
   const int64_t column_tasks = std::min((panels + 1) / 2, tasks);
   const int64_t row_tasks = std::clamp<int64_t>(tasks / column_tasks, 1, std::max<int64_t>(p.rows / kMostRows, 1));
-  const auto first_unit = [=](int64_t task) {  // of a pair of panels
-    return std::min((panels + 1) / 2 * task / column_tasks * 2, panels) * kUnitsPerPanel;
-  };
-  parallel(column_tasks * row_tasks, [&](int64_t task) {
+  parallel(column_tasks * row_tasks, [run, column_tasks, row_tasks, params = &p](int64_t task) {
     const int64_t row_task = task % row_tasks, column_task = task / row_tasks;
-    run(p, p.rows * row_task / row_tasks, p.rows * (row_task + 1) / row_tasks, first_unit(column_task),
+    const int64_t panels = panel_count(params->out_features), rows = params->rows;
+    const auto first_unit = [=](int64_t task) {  // of a pair of panels
+      return std::min((panels + 1) / 2 * task / column_tasks * 2, panels) * kUnitsPerPanel;
+    };
+    run(*params, rows * row_task / row_tasks, rows * (row_task + 1) / row_tasks, first_unit(column_task),
         first_unit(column_task + 1));
   });
 }

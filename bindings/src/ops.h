@@ -1,7 +1,7 @@
 // The operations, defined once per instruction set in a namespace of its own, and the table through which they are
-// called; below it those that have no vectors in them and are compiled once. Sources compiled per instruction set must keep every function that is not inlined inside that namespace (or
-// an anonymous one) and use no standard containers: the linker merges equal names, and a copy compiled for AVX-512
-// could end up serving a machine without it.
+// called; below it those that have no vectors in them and are compiled once. Sources compiled per instruction set must
+// keep every function that is not inlined inside that namespace (or an anonymous one) and use no standard containers:
+// the linker merges equal names, and a copy compiled for AVX-512 could end up serving a machine without it.
 #pragma once
 
 #include "stars.h"

@@ -180,9 +180,20 @@ void step_lane(const stars_sample_step_params& p, int64_t lane) {
   if (find_maxima(row) && row.highest > -infinity) {
     const noise_stream noise = {(uint64_t)p.seeds[lane], (uint32_t)step, (uint32_t)p.attempts[lane],
                                 (uint32_t)p.streams[lane]};
-    token = draw(row, {p.temperature[lane], p.top_p[lane], p.min_p[lane], p.top_k[lane]}, noise);
-    const double above = (double)row.logits[token] - row.highest;
-    logprob = (float)(above - __builtin_log(sum_of_exponentials(row, nothing_below)));
+    double sum = 0.0;
+    const auto halves = [&](int64_t half) {  // neither needs the other
+      if (half == 0)
+        token = draw(row, {p.temperature[lane], p.top_p[lane], p.min_p[lane], p.top_k[lane]}, noise);
+      else
+        sum = sum_of_exponentials(row, nothing_below);
+    };
+    if (p.lanes == 1) {
+      parallel(2, halves);
+    } else {
+      halves(0);
+      halves(1);
+    }
+    logprob = (float)((double)row.logits[token] - row.highest - __builtin_log(sum));
   }
   p.out_tokens[lane * p.max_steps + step] = token;
   p.out_logprobs[lane * p.max_steps + step] = logprob;
