@@ -14,8 +14,8 @@ from stars.cache import BlockTable
 from stars.draft import LaneSpec
 from stars.passes import Span
 
-NAMES = ("linear", "embedding", "rms_norm", "swiglu", "take_rows", "rope_write", "attention", "sample_step", "copy_rows",
-         "decide", "append_draft")
+NAMES = ("linear", "embedding", "rms_norm", "swiglu", "take_rows", "rope_write", "attention", "sample_step",
+         "copy_rows", "decide", "append_draft")
 """By the numbers that the library gives its operations."""
 TIMES = 16  # passes of one timing: as many draws as a segment has
 

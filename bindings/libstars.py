@@ -125,6 +125,10 @@ class Program:
         self._handle = _lib.stars_program_create()
         self._kept = []  # every tensor of a recorded operation: their memory must outlive the program
 
+    def __len__(self) -> int:
+        """Operations recorded."""
+        return len(self._kept)
+
     def run(self, times: int, done: Tensor) -> int:
         """Runs the operations up to `times` times, until all of `done` int32 are non-zero; returns how often."""
         pointer = _pointer("run", "done", done, torch.int32, done.shape)

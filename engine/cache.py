@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stars.buffers import Buffers, bucket
 from stars.errors import IntegrityError, OutOfPages
 from stars.kernels.copy_rows import copy_rows
+from stars.kernels.graph import Graphs
 from stars.kernels.types import LayerKV
 from stars.page_pool import PagePool
 
@@ -93,6 +95,11 @@ class PagedCache:
             LayerKV(self.k_pages[i], self.v_pages[i], self.k_slabs[i], self.v_slabs[i], page_size)
             for i in range(num_layers)
         ]
+        self._most_moves = max(1, num_slabs * slab_len)
+        moves = (torch.int32, (self._most_moves,))
+        self._moves = Buffers(self.device, source=moves, target=moves)
+        self._graphs = Graphs()
+        self._never_done = torch.zeros(1, dtype=torch.int32, device=device)
         self._tables: set[BlockTable] = set()
         self._free_slabs = list(range(num_slabs - 1, -1, -1))
         self._slab_taken = [False] * num_slabs
@@ -219,8 +226,8 @@ class PagedCache:
             source.extend(range(slab_start, slab_start + count))
             target.extend(self._rows(table, at, at + count))
             table.length = at + count
-        if source:
-            self._copy_rows(self.k_slabs, self.v_slabs, source, target)
+        for start in range(0, len(source), self._most_moves):
+            self._run_moves(source[start : start + self._most_moves], target[start : start + self._most_moves])
 
     def block_tables(self, tables: Sequence[BlockTable], out: Tensor | None = None) -> Tensor:
         """Page ids of `tables`, int32 [tables, most pages], padded with 0.
@@ -236,6 +243,12 @@ class PagedCache:
                 f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
                 f"{width} pages: allocate it for the largest batch"
             )
+        if out is not None and out.is_cpu:
+            # Written in place: after a draft, views and copies of torch have left the caches and cost more than this.
+            rows = out.numpy()
+            for row, table in zip(rows, tables, strict=False):
+                row[:width] = table.pages + [0] * (width - len(table.pages))
+            return out[: len(tables)]
         flat = array("i")
         for table in tables:
             flat.extend(table.pages)
@@ -319,6 +332,9 @@ class PagedCache:
 
     def _make_private(self, writes: Sequence[tuple[BlockTable, int, int]]) -> None:
         """Lets each table alone refer to its pages of positions start .. stop - 1, and no index entry name them."""
+        if not any(self.pool.references(page) > 1 or self.pool.is_published(page) for table, start, stop in writes
+                   for page in table.pages[start // self.page_size : self._pages_for(stop) if stop > start else 0]):
+            return
         seen: set[tuple[BlockTable, int]] = set()
         taken: Counter[int] = Counter()
         replaced: list[tuple[BlockTable, int]] = []
@@ -345,6 +361,23 @@ class PagedCache:
             for (table, i), page in zip(replaced, fresh):
                 self.pool.free([table.pages[i]])
                 table.pages[i] = page
+
+    def _run_moves(self, source: array, target: array) -> None:
+        """Copies slab rows `source` to page rows `target` in every layer, from buffers at fixed addresses: replayed."""
+        count = rows = len(source)
+        self._moves.wait()
+        places = self._moves.host("source"), self._moves.host("target")
+        places[0][:count], places[1][:count] = source, target
+        if self.device.type != "cpu":  # few captured shapes; a row -1 copies nothing
+            rows = min(bucket(count), self._most_moves)
+            places[0][count:rows] = places[1][count:rows] = -1
+        self._moves.upload()
+
+        def step() -> None:
+            copy_rows(self.k_slabs, self.v_slabs, self._moves["source"][:rows], self.k_pages, self.v_pages,
+                      self._moves["target"][:rows])
+
+        self._graphs.run(rows, step, self._never_done)
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         size = self.page_size

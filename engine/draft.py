@@ -16,6 +16,7 @@ from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
 from stars.kernels import sample_step
 from stars.kernels.graph import Graphs
+from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Tiles
 from stars.sampling import SamplingParams
 from stars.tiling import Tiling, shape
@@ -94,8 +95,9 @@ class Drafter:
         """The results of the draft of `count` lanes that was started, once they are there."""
         self._buffers.wait()
         steps = self._host.steps[:count].tolist()
-        tokens = self._host.out_tokens[:count].tolist()
-        logprobs = self._host.out_logprobs[:count].tolist()
+        longest = max(steps)
+        tokens = self._host.out_tokens[:count, :longest].tolist()
+        logprobs = self._host.out_logprobs[:count, :longest].tolist()
         return [Drafted(tokens[i][: steps[i]], logprobs[i][: steps[i]]) for i in range(count)]
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
@@ -152,21 +154,15 @@ class Drafter:
             host.token_ids[row] = lane.last_token
             host.limits[row] = lane.limit
             host.slab_used[row] = host.steps[row] = host.done[row] = 0
-            host.seeds[row] = _signed(lane.seed, 64)
-            host.streams[row] = _signed(lane.stream, 32)
+            host.seeds[row] = signed_seed(lane.seed)
+            host.streams[row] = signed_stream(lane.stream)
             host.attempts[row] = lane.attempt
             host.temperature[row] = params.temperature
             host.top_k[row] = params.top_k
             host.top_p[row] = params.top_p
             host.min_p[row] = params.min_p
             host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
-        if self._block_tables.is_cpu:  # here torch's view and copy would cost more than all of the above
-            page_ids = self._block_tables.numpy()
-            for group, table in enumerate(tables):
-                self.cache._check(table)
-                page_ids[group, : len(table.pages)] = table.pages
-        else:
-            self.cache.block_tables(tables, out=self._block_tables)
+        self.cache.block_tables(tables, out=self._block_tables)
         count = len(lanes)
         if not self.padded:
             return count, None
@@ -182,9 +178,3 @@ class Drafter:
         self._buffers.host("seq_group")[rows] = group
         self._host.slots[rows] = -1
         self._host.done[rows] = 1
-
-
-def _signed(value: int, bits: int) -> int:
-    """The signed integer with the lowest `bits` bits of `value`."""
-    half = 1 << bits - 1
-    return (value + half & 2 * half - 1) - half

@@ -43,6 +43,9 @@ class Graphs:
             return self._run_program(key, step, done, times)
         if on_triton(done):
             return self._run_graph(key, step, times, rare)
+        return self._run_plainly(step, done, times)
+
+    def _run_plainly(self, step: Callable[[], None], done: Tensor, times: int) -> int:
         for ran in range(1, times + 1):
             step()
             if bool(done.all()):
@@ -56,10 +59,11 @@ class Graphs:
             return program.run(times, done)
         with libstars.record() as program:
             step()
-        self._keep(key, program)
+        if len(program):  # none where libstars has no operation for the tensors' type
+            self._keep(key, program)
         if times == 1 or bool(done.all()):
             return 1
-        return 1 + program.run(times - 1, done)
+        return 1 + (program.run(times - 1, done) if len(program) else self._run_plainly(step, done, times - 1))
 
     def _run_graph(self, key: Hashable, step: Callable[[], None], times: int, rare: bool) -> int:
         # The first step of a shape compiles kernels and lets libraries allocate, which a capture does not permit.

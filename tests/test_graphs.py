@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from stars.bindings import libstars
 from stars.kernels import graph as graphs
 
 
@@ -74,3 +75,13 @@ def test_the_least_recently_used_shape_makes_room(card, monkeypatch):
     for key in ("a", "b", "a", "c", "a", "b"):
         run.run(key, card.step, done, 2)
     assert card.captured == 4  # a, b, c, and b again
+
+
+@pytest.mark.skipif(not libstars.available(), reason="libstars is not built")
+def test_a_step_that_records_nothing_runs_every_time():
+    """Such as a copy of a type that libstars has no operation for."""
+    ran = []
+    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+    for times in (1, 3, 2):
+        assert run.run("shape", lambda: ran.append(1), done, times) == times
+    assert len(ran) == 6
