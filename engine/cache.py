@@ -78,8 +78,9 @@ class PagedCache:
             if value < least:
                 raise ValueError(f"{name} is {value}: the cache needs at least {least}")
         rows = max(num_pages * page_size, num_slabs * slab_len)
-        if rows > 2**31 - 1:
-            raise ValueError(f"the cache would have {rows} rows, numbered in int32: lower the cache budget")
+        if rows * num_kv_heads > 2**31 - 1:
+            raise ValueError(f"the cache would have {rows} rows of {num_kv_heads} heads, numbered in int32: lower the "
+                             "cache budget")
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_slabs = num_slabs

@@ -150,6 +150,8 @@ def test_a_cache_of_impossible_size_is_refused():
         make_cache(page_size=0)
     with pytest.raises(ValueError, match="int32"):
         PagedCache(1, 1, 1, page_size=16, num_pages=2**28, num_slabs=0, slab_len=1)
+    with pytest.raises(ValueError, match="8 heads, numbered in int32"):  # heads of rows are numbered, too
+        PagedCache(1, 8, 1, page_size=16, num_pages=2**24, num_slabs=0, slab_len=1)
 
 
 # -- sharing ------------------------------------------------------------------------------------------------------
