@@ -87,6 +87,7 @@ class Passes:
             seeds=(torch.int64, (sequences,)), streams=sequence, attempts=sequence, tokens=sequence,
             max_tokens=sequence, start=real, reward_threshold=real, beta=real,
             lanes=sequence, closing=(torch.int32, (sequences, MOST_CLOSING)))
+        self._terms = [self._buffers.host(name) for name in TERMS]
         self._verdicts = Buffers(cache.device, rewards=(torch.float32, (sequences,)), accepted=sequence)
         self._block_tables = torch.zeros(sequences, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
                                          device=cache.device)
@@ -228,10 +229,13 @@ class Passes:
         return len(token_ids), len(prefix_len), tiles
 
     def _fill_terms(self, spans: Sequence[Span], sequences: int) -> None:
-        terms = [span.terms for span in spans] + [NO_VERDICT] * (sequences - len(spans))
-        seeds, streams, *others = zip(*terms, strict=True)
-        columns = [[signed_seed(seed) for seed in seeds], [signed_stream(stream) for stream in streams], *others]
-        self._write(**dict(zip(TERMS, columns, strict=True)))
+        # Entry by entry, as in a draft: few values, and numpy's conversions of lists are not in the caches any more.
+        seeds, streams, *others = self._terms
+        for row in range(sequences):
+            seed, stream, *values = spans[row].terms if row < len(spans) else NO_VERDICT
+            seeds[row], streams[row] = signed_seed(seed), signed_stream(stream)
+            for column, value in zip(others, values, strict=True):
+                column[row] = value
 
     def _fill_followers(self, spans: Sequence[Span], sequences: int) -> None:
         self._write(lanes=[span.lane for span in spans] + [-1] * (sequences - len(spans)))
