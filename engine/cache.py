@@ -17,6 +17,9 @@ from stars.kernels.graph import Graphs
 from stars.kernels.types import LayerKV
 from stars.page_pool import PagePool
 
+MOST_MOVES = 2048
+"""Rows of one replayed copy: 64 responses that commit 32 tokens each. More are copied in parts."""
+
 CLOSED = -1
 """Capacity of a closed table."""
 
@@ -96,7 +99,7 @@ class PagedCache:
             LayerKV(self.k_pages[i], self.v_pages[i], self.k_slabs[i], self.v_slabs[i], page_size)
             for i in range(num_layers)
         ]
-        self._most_moves = max(1, num_slabs * slab_len)
+        self._most_moves = max(1, min(num_slabs * slab_len, MOST_MOVES))
         moves = (torch.int32, (self._most_moves,))
         self._moves = Buffers(self.device, source=moves, target=moves)
         self._graphs = Graphs()

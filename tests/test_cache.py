@@ -647,3 +647,26 @@ def test_copy_rows_agrees_with_its_reference_bit_for_bit():
         results.append(after)
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert torch.equal(results[0][0][:, 36], source[0][:, 16]) and torch.equal(results[0][1][:, 2], before[1][:, 2])
+
+
+def test_a_commit_of_more_rows_than_one_copy_holds(monkeypatch):
+    """In parts, and replayed: every row arrives."""
+    monkeypatch.setattr("stars.cache.MOST_MOVES", 5)
+    cache = make_cache()
+    for _ in range(2):
+        tables, moves = [], []
+        for index in range(3):
+            table, slab = cache.open([], 12), cache.take_slab()
+            rows = slice(slab * cache.slab_len, slab * cache.slab_len + 4)
+            cache.k_slabs[:, rows] = torch.randn(cache.k_slabs[:, rows].shape)
+            cache.v_slabs[:, rows] = -cache.k_slabs[:, rows]
+            tables.append((table, slab, rows))
+            moves.append(CommitMove(table, rows.start, 4, 0))
+        cache.commit(moves)
+        for table, slab, rows in tables:
+            places = cache.slots(table, 0, 4).long()
+            assert torch.equal(cache.k_pages[:, places], cache.k_slabs[:, rows])
+            assert torch.equal(cache.v_pages[:, places], cache.v_slabs[:, rows])
+            cache.return_slab(slab)
+            cache.close(table)
+    cache.check_integrity(slabs_out=0)

@@ -67,6 +67,7 @@ class Settings(NamedTuple):
     num_warps: int
     num_stages: int  # of the loop over pages
     slab_stages: int
+    most_registers: int | None = None  # of a thread; None leaves it to the assembler
 
 
 def settings(head_dim: int, dtype: torch.dtype, packed: int, capability: int = 90) -> Settings:
@@ -77,11 +78,12 @@ def settings(head_dim: int, dtype: torch.dtype, packed: int, capability: int = 9
     the block table that was itself loaded stages before. A slab is a block or two, not worth buffers.
 
     float32 is computed without tensor cores (they would round to 10 bits), from operands in registers: pieces and
-    blocks are small and nothing is prefetched, since this type is for tests and comparisons.
+    blocks are small and nothing is prefetched, since this type is for tests and comparisons. The assembler is to use
+    all registers of two programs of 8 warps a processor: left to itself it settled for 64 or 72, and spilled two.
     """
     width = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
-        return Settings(16, 32, 8 if width > 64 else 4, 1, 1)
+        return Settings(16, 32, 8 if width > 64 else 4, 1, 1, 128)
     piece = min(packed, 64 if width > 128 else 128)
     if capability >= 120:  # GeForce: the tensor cores of sm_80, and 99 KB of shared memory
         capability = 80
@@ -189,10 +191,13 @@ def attention_kernel(
             packed = begin_piece + tl.arange(0, PACKED)
             row = first_row + packed // PER_KV
             live = packed < count * PER_KV
-            head = (row * HEADS + kv_head * PER_KV + packed % PER_KV).to(tl.int64)
+            # In 64 bits where the tile begins, in 32 bits from there: places are held through the loop for the output,
+            # and as pairs of registers they were the few numbers too many that some compilers spilled.
+            base = first_row.to(tl.int64) * HEADS + kv_head * PER_KV
+            head = packed // PER_KV * HEADS + packed % PER_KV
             at = (head * HEAD_DIM)[:, None] + column[None, :]
             used = live[:, None] & (column < HEAD_DIM)[None, :]
-            queries = tl.load(q + at, mask=used, other=0.0)
+            queries = tl.load(q + base * HEAD_DIM + at, mask=used, other=0.0)
             seq = tl.load(row_seq + row, mask=live, other=0)
             prefix = tl.load(prefix_len + seq, mask=live, other=0)
             position = prefix + row - tl.load(row_start + seq, mask=live, other=0)
@@ -219,9 +224,9 @@ def attention_kernel(
                 kv_head, scale, softcap_scale, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, WINDOW,
                 SOFTCAP, STAGES)
             if DIRECT:
-                tl.store(out + at, output.to(out.dtype.element_ty), mask=used)
+                tl.store(out + base * HEAD_DIM + at, output.to(out.dtype.element_ty), mask=used)
             else:
-                part = split.to(tl.int64) * rows * HEADS
+                part = split.to(tl.int64) * rows * HEADS + base
                 tl.store(partial + part * HEAD_DIM + at, output, mask=used)
                 tl.store(sizes + part + head, size, mask=live)
     elif INTO_SLAB:
@@ -234,10 +239,11 @@ def attention_kernel(
             packed = begin_piece + tl.arange(0, PACKED_SLAB)
             row = first_row + packed // PER_KV
             live = packed < count * PER_KV
-            head = (row * HEADS + kv_head * PER_KV + packed % PER_KV).to(tl.int64)
+            base = first_row.to(tl.int64) * HEADS + kv_head * PER_KV
+            head = packed // PER_KV * HEADS + packed % PER_KV
             at = (head * HEAD_DIM)[:, None] + column[None, :]
             used = live[:, None] & (column < HEAD_DIM)[None, :]
-            queries = tl.load(q + at, mask=used, other=0.0)
+            queries = tl.load(q + base * HEAD_DIM + at, mask=used, other=0.0)
             slab_position = row - tl.load(row_start + seq) + tl.load(slab_used + seq)
             limit = tl.where(live, slab_position + 1, 0)
             first = slab_position - window + 1
@@ -248,7 +254,7 @@ def attention_kernel(
                 queries, k_slabs, v_slabs, tl.load(slab_start + seq), begin, tl.max(limit, 0), first, limit,
                 kv_head, scale, softcap_scale, KV_HEADS, HEAD_DIM, WIDTH, 0, PACKED_SLAB, BLOCK_KEYS, WINDOW, SOFTCAP,
                 SLAB_STAGES)
-            part = splits.to(tl.int64) * rows * HEADS
+            part = splits.to(tl.int64) * rows * HEADS + base
             tl.store(partial + part * HEAD_DIM + at, output, mask=used)
             tl.store(sizes + part + head, size, mask=live)
 
@@ -315,7 +321,7 @@ def attention(
     _check(q, kv, batch, out)
     tiles = batch.tiles or build(batch, heads, kv_heads, kv.page_size)
     plan = Plan(tiles.packed, tiles.packed_slab, tiles.splits, tiles.split_keys)
-    piece, block_keys, num_warps, num_stages, slab_stages = settings(
+    piece, block_keys, num_warps, num_stages, slab_stages, most_registers = settings(
         head_dim, q.dtype, max(tiles.packed, tiles.packed_slab), _capability(q.device))
     packed, packed_slab = min(tiles.packed, piece), min(tiles.packed_slab, piece)
     pieces, slab_pieces = tiles.packed // packed, tiles.packed_slab // packed_slab
@@ -345,7 +351,7 @@ def attention(
         PAGE_SIZE=kv.page_size, PACKED=packed, PIECES=pieces, PACKED_SLAB=packed_slab, SLAB_PIECES=slab_pieces,
         BLOCK_KEYS=block_keys, INTO_SLAB=batch.into_slab, DIRECT=not size, WINDOW=window is not None,
         SOFTCAP=softcap is not None, STAGES=num_stages, SLAB_STAGES=slab_stages, num_warps=num_warps,
-        num_stages=num_stages)
+        num_stages=num_stages, maxnreg=most_registers)
     if size:
         items, at_a_time = rows * heads, merged_at_a_time(head_dim, parts)
         merge_kernel[(triton.cdiv(items, at_a_time),)](
@@ -419,7 +425,7 @@ def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = Fa
     for arch in ARCHES:
         chosen.setdefault(settings(head_dim, dtype, packed, arch), []).append(arch)
     found = []
-    for (piece, block_keys, num_warps, num_stages, slab_stages), arches in chosen.items():
+    for (piece, block_keys, num_warps, num_stages, slab_stages, most_registers), arches in chosen.items():
         constexprs = dict(
             HEADS=32, KV_HEADS=8, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), PAGE_SIZE=16,
             PACKED=min(case.packed, piece), PIECES=max(1, case.packed // piece),
@@ -433,7 +439,8 @@ def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = Fa
                  "scale": "fp32", "softcap_scale": "fp32"}
         signature = {name: kinds.get(name, "*i32") for name in attention_kernel.arg_names}
         name = f"attention {case.name} {head_dim} {_TYPES[dtype]}{' limited' * limited}"
-        found.append(Variant(name, attention_kernel, signature, constexprs, num_warps, num_stages, tuple(arches)))
+        found.append(Variant(name, attention_kernel, signature, constexprs, num_warps, num_stages, tuple(arches),
+                             most_registers=most_registers))
     return found
 
 

@@ -9,17 +9,16 @@ replaces the compiler when a kernel is decorated. Binaries are kept in Triton's 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -79,32 +78,38 @@ def compile_variant(module: str, index: int, arch: int) -> Usage:
     }
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs, aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages,
-               "enable_fp_fusion": variant.fp_fusion}
+               "enable_fp_fusion": variant.fp_fusion, "maxnreg": variant.most_registers}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        registers, spills, stack, static = _resources(compiled.asm["ptx"], arch)
+        registers, spills, stack, static = _resources(compiled.asm["ptx"], arch, options)
     except Exception as error:  # whatever the compiler raises is this variant's result, and the others go on
         return Usage(variant.name, arch, 0, 0, 0, 0, variant.num_warps, f"{type(error).__name__}: {error}"[:300])
     # Tensor memory (sm_100) and global scratch are no concern of these kernels.
     return Usage(variant.name, arch, registers, spills, stack, max(static, compiled.metadata.shared), variant.num_warps)
 
 
-def _resources(ptx: str, arch: int) -> tuple[int, int, int, int]:
-    """(registers, bytes of spill stores, bytes of stack, bytes of static shared memory), from ptxas -v."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+def _resources(ptx: str, arch: int, options: dict[str, object]) -> tuple[int, int, int, int]:
+    """(registers, bytes of spill stores, bytes of stack, bytes of static shared memory), from ptxas -v.
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        done = subprocess.run([get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", str(path),
-                               "-o", str(path.with_suffix(".cubin"))], capture_output=True, text=True, check=True)
+    Triton runs the assembler once more, since what it passes differs between versions (from 3.7 on another level of
+    register allocation, under which other kernels spill) and its cache keeps no log.
+    """
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(ptx, {}, backend.parse_options(dict(options)), arch)
+    said = log.getvalue()
 
     def number(pattern: str) -> int:
-        found = re.findall(pattern, done.stderr)
+        found = re.findall(pattern, said)
         return max(map(int, found), default=0)
 
-    if "registers" not in done.stderr:
-        raise RuntimeError(f"ptxas -v said nothing of registers: {done.stderr[:200]}")
+    if "registers" not in said:
+        raise RuntimeError(f"ptxas -v said nothing of registers: {said[:200]}")
     return (number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes stack frame"),
             number(r"(\d+) bytes smem"))
 

@@ -95,12 +95,19 @@ def linear_invariant(x: Tensor, weight: Weight, out: Tensor) -> None:
         x, matrix, matrix if weight.bias is None else weight.bias, out, rows, x.stride(0), out.stride(0),
         OUT_FEATURES=weight.out_features, IN_FEATURES=weight.in_features, HAS_BIAS=weight.bias is not None,
         BLOCK_ROWS=BLOCK_ROWS, BLOCK_FEATURES=BLOCK_FEATURES, BLOCK_INNER=_inner(x.element_size()),
-        PRECISION="ieee", num_warps=4, num_stages=4)
+        PRECISION="ieee", num_warps=4, num_stages=4, maxnreg=_registers(matrix.element_size()))
 
 
 def _inner(itemsize: int) -> int:
     """24 KB a stage and 96 KB in flight a program in 16 bits; float32, whose products take registers, half of that."""
     return 128 if itemsize == 2 else 32
+
+
+def _registers(itemsize: int) -> int | None:
+    """Most registers of a thread, by the weight's type; None leaves it to the assembler, which with float32 settled for
+    80 or 96 and spilled one or two numbers (sm_90 and sm_100, Triton 3.7 and 3.8). 168 are three programs a processor,
+    where a float32 weight beside short rows has shared memory for one, and two floats' products had it for six."""
+    return None if itemsize == 2 else 168
 
 
 def variants() -> list[Variant]:
@@ -117,5 +124,6 @@ def variants() -> list[Variant]:
                  **dict.fromkeys(("OUT_FEATURES", "IN_FEATURES", "HAS_BIAS", "BLOCK_ROWS", "BLOCK_FEATURES",
                                   "BLOCK_INNER", "PRECISION"), "constexpr")},
                 {"OUT_FEATURES": 4096, "IN_FEATURES": inner, "HAS_BIAS": has_bias, "BLOCK_ROWS": BLOCK_ROWS,
-                 "BLOCK_FEATURES": BLOCK_FEATURES, "BLOCK_INNER": _inner(size), "PRECISION": "ieee"}, 4, 4))
+                 "BLOCK_FEATURES": BLOCK_FEATURES, "BLOCK_INNER": _inner(size), "PRECISION": "ieee"}, 4, 4,
+                most_registers=_registers(4 if weight == "fp32" else 2)))
     return found

@@ -49,6 +49,11 @@ TILE = 2048  # tokens a program
 SAMPLE = 4096  # logits an interval is estimated from
 LIST_BLOCK = 4096  # listed values at a time
 FINISH_WARPS = 16  # with 8, and so 8 tokens a thread, the loop over tiles spilled on sm_90 and sm_100
+FINISH_REGISTERS = 128
+"""Most registers of a thread of `finish`: all that its threads can have, and not what the assembler would settle for.
+Left to itself it stays below 40 or 64, so that a processor may hold two or three programs, and then spills one to three
+numbers (sm_80 with Triton 3.7, sm_100 with 3.8). It now takes 80, one program a processor: a lane waits for no other
+up to as many lanes as there are processors."""
 SCAN_WARPS = 2  # of scan and draw: with 32 tokens a thread, the sums over a tile cost an instruction a token
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -580,7 +585,8 @@ def sample_step(logits: Tensor, lanes: LaneState, workspace: Workspace | None = 
         lanes.done, lanes.out_tokens, lanes.out_logprobs, max_steps, lanes.temperature, lanes.seeds, lanes.attempts,
         lanes.streams, lanes.stop_ids, space.highest, space.total, space.ceiling, space.mode, space.bounds, VOCAB=vocab,
         TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE, STOPS=lanes.stop_ids.shape[1],
-        STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])), FILTERS=filters, num_warps=FINISH_WARPS)
+        STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])), FILTERS=filters, num_warps=FINISH_WARPS,
+        maxnreg=FINISH_REGISTERS)
 
 
 def _list_block(vocab: int) -> int:
@@ -619,7 +625,8 @@ def variants() -> list[Variant]:
             signature = {argument: "constexpr" if argument in constexprs else kinds.get(argument, "*i32")
                          for argument in kernel.arg_names}
             found.append(Variant(f"sample_step {name} {kind} {vocab}", kernel, signature,
-                                 {key: value for key, value in constexprs.items() if key in signature}, warps, 1))
+                                 {key: value for key, value in constexprs.items() if key in signature}, warps, 1,
+                                 most_registers=FINISH_REGISTERS if kernel is finish_kernel else None))
     return found
 
 

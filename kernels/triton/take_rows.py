@@ -25,8 +25,10 @@ def take_rows_kernel(x, index, out, rows, x_stride, out_stride, WIDTH: tl.conste
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     row = tl.load(index + i)
-    known = (row >= 0) & (row < rows)
-    values = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside & known, other=float("nan"))
+    # A width, not `inside & known`: the interpreter takes a scalar beside a block of booleans for an int32, and from
+    # Triton 3.9 on no such mask.
+    known = tl.where((row >= 0) & (row < rows), WIDTH, 0)
+    values = tl.load(x + row.to(tl.int64) * x_stride + column, mask=column < known, other=float("nan"))
     tl.store(out + i.to(tl.int64) * out_stride + column, values.to(out.dtype.element_ty), mask=inside)
 
 
