@@ -23,7 +23,7 @@ if INTERPRETED:
     _patch_tensor = interpreter._patch_lang_tensor
 
     def _patch_tensor_for_this_numpy(tensor, scope) -> None:
-        """NumPy from 2.4 on does not convert arrays of one element by int(), which computed loop bounds need."""
+        """NumPy from 2.4 on converts no array of one element by int(), as Triton 3.6 does for computed loop bounds."""
         _patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

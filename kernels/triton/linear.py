@@ -104,9 +104,11 @@ def _inner(itemsize: int) -> int:
 
 
 def _registers(itemsize: int) -> int | None:
-    """Most registers of a thread, by the weight's type; None leaves it to the assembler, which with float32 settled for
-    80 or 96 and spilled one or two numbers (sm_90 and sm_100, Triton 3.7 and 3.8). 168 are three programs a processor,
-    where a float32 weight beside short rows has shared memory for one, and two floats' products had it for six."""
+    """Most registers of a thread, by the size of a weight; None leaves it to the assembler, which with float32 settled
+    for 80 or 96 and spilled one or two numbers (sm_90 and sm_100 with Triton 3.7, sm_100 with 3.8).
+
+    168 are three programs a processor instead of four or five. Beside a 16-bit x, shared memory has room for one.
+    """
     return None if itemsize == 2 else 168
 
 

@@ -35,7 +35,7 @@ def score_and_decide_kernel(residual, branch, norm_weight, head, seeds, streams,
     y = tl.load(residual + lane.to(tl.int64) * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     y += tl.load(branch + lane.to(tl.int64) * branch_stride + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(norm_weight + column, mask=inside, other=0.0)
-    if BLOCK <= 8192:  # a longer row's norm and head, held together, leave no register for the rest
+    if BLOCK <= 8192:  # held beside a longer row and its norm, it was more than the registers (sm_90, Triton 3.9)
         direction = tl.load(head + column, mask=inside, other=0.0)
 
     # tau and the uniform before the sums: no load is moved across a barrier, so these would wait on their own behind.
