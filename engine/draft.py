@@ -15,13 +15,14 @@ import torch
 from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
 from stars.kernels import sample_step
-from stars.kernels.graph import Graphs
+from stars.kernels.graph import Graphs, steps_a_graph
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Tiles
 from stars.sampling import SamplingParams
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
+STEP_LAUNCHES = 7  # on a GPU, at most: the logits and their draw
 
 
 class LaneSpec(NamedTuple):
@@ -74,7 +75,7 @@ class Drafter:
                                          device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, cache.device, rows, capacity, deterministic) if padded else None
-        self._graphs = Graphs()
+        self._graphs = Graphs(steps_a_graph(decoder.launches + STEP_LAUNCHES))
 
     @property
     def device_draft(self) -> Draft:

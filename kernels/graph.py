@@ -15,18 +15,27 @@ from stars.kernels.dispatch import on_libstars, on_triton
 MOST_GRAPHS = 128
 """Shapes kept; the least recently used one makes room."""
 
-STEPS_A_GRAPH = 1
-"""Steps that one CUDA graph holds; what is left of a run is replayed step by step. The driver keeps some 10 KB or more
-of a captured launch on the device, so 32 steps of an 8B model (10 000 launches) would be 0.1 GB for every shape, and
-capturing them would take the host some half a second in the middle of somebody's request; replays of one step that
-follow each other without a pause on the host leave a gap of a microsecond or two between them. benchmarks/device
-measures both."""
+LAUNCHES_A_GRAPH = 1024
+"""Launches that one CUDA graph may hold, and so the draft steps: a whole segment of a small model, whose short steps
+would feel the microsecond or two between one graph and the next; two or four steps of a large one, which would not.
+More cost more than they save: the driver keeps 10 to 64 KB of a captured launch on the device for every shape, and
+capturing takes the host some 20 us a launch in the middle of somebody's request. Computed, not measured:
+benchmarks/device measures graphs of 1, 8 and 32 steps."""
+
+
+def steps_a_graph(launches: int) -> int:
+    """Steps of `launches` launches that one CUDA graph may hold."""
+    return max(1, LAUNCHES_A_GRAPH // launches)
 
 
 class Graphs:
-    """Recorded passes by shape: programs of libstars on the CPU, CUDA graphs on a GPU, plain calls otherwise."""
+    """Recorded passes by shape: programs of libstars on the CPU, CUDA graphs on a GPU, plain calls otherwise.
 
-    def __init__(self):
+    most_steps: that one CUDA graph may hold.
+    """
+
+    def __init__(self, most_steps: int = 1):
+        self.most_steps = most_steps
         self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
         self._seen: set[Hashable] = set()  # shapes that ran on a GPU without being captured
         self._pool = None  # memory that the CUDA graphs share: they never run at the same time
@@ -36,8 +45,8 @@ class Graphs:
 
         `step` is called on the first run of a `key` and replayed afterwards: it must touch the same addresses and have
         the same shapes each time, and read everything else from memory. On a GPU a shape is captured once it is run a
-        second time (the later steps of a first run among them), all `times` steps are run without asking the device
-        (steps of lanes that are done do nothing), and `rare` shapes are not captured.
+        second time (the later steps of a first run among them, one by one), all `times` steps are run without asking
+        the device (steps of lanes that are done do nothing), and `rare` shapes are not captured.
         """
         if on_libstars(done):
             return self._run_program(key, step, done, times)
@@ -67,13 +76,16 @@ class Graphs:
 
     def _run_graph(self, key: Hashable, step: Callable[[], None], times: int, rare: bool) -> int:
         # The first step of a shape compiles kernels and lets libraries allocate, which a capture does not permit.
-        plain = times if rare else int(key not in self._seen)
+        first = key not in self._seen
+        plain = times if rare else int(first)
         self._seen.add(key)
         for _ in range(plain):
             step()
         left = times - plain
         while left:
-            steps = STEPS_A_GRAPH if left >= STEPS_A_GRAPH else 1
+            # Powers of two, so that the few graphs of a shape make up segments of any length. A shape that may never
+            # come again is worth one step's capture only.
+            steps = 1 if first else 1 << (min(left, self.most_steps).bit_length() - 1)
             self._graph((key, steps), step, steps).replay()
             left -= steps
         return times

@@ -15,7 +15,7 @@ class Card:
     """Counts what runs; while a capture is under way, steps are noted instead."""
 
     def __init__(self):
-        self.ran, self.captured, self.noted = 0, 0, None
+        self.ran, self.captured, self.replays, self.noted = 0, 0, 0, None
 
     def step(self) -> None:
         if self.noted is None:
@@ -39,6 +39,7 @@ def card(monkeypatch) -> Card:
 
         def replay(self) -> None:
             card.ran += self.steps
+            card.replays += 1
 
     monkeypatch.setattr(graphs, "on_libstars", lambda done: False)
     monkeypatch.setattr(graphs, "on_triton", lambda done: True)
@@ -48,15 +49,30 @@ def card(monkeypatch) -> Card:
     return card
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("times", [1, 3, 4, 9])
-def test_every_step_runs_and_a_shape_is_captured_once(card, monkeypatch, steps, times):
-    monkeypatch.setattr(graphs, "STEPS_A_GRAPH", steps)
-    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
-    for repeat in range(1, 4):
+@pytest.mark.parametrize("most_steps", [1, 4, 7, 32])
+@pytest.mark.parametrize("times", [1, 3, 4, 9, 32])
+def test_every_step_runs_and_a_shape_is_captured_once(card, most_steps, times):
+    run, done = graphs.Graphs(most_steps), torch.zeros(1, dtype=torch.int32)
+    captured = []
+    for repeat in range(1, 5):
         assert run.run("shape", card.step, done, times) == times
         assert card.ran == repeat * times
-    assert card.captured <= (1 if steps == 1 else 2)
+        captured.append(card.captured)
+    assert captured[0] == (times > 1)  # one step: the shape may never come again
+    assert captured[1] == captured[-1] <= 1 + min(most_steps, times).bit_length()
+
+
+def test_a_segment_that_fits_is_one_replay(card):
+    run, done = graphs.Graphs(most_steps=32), torch.zeros(1, dtype=torch.int32)
+    for _ in range(2):
+        run.run("shape", card.step, done, 32)
+    card.replays = 0
+    run.run("shape", card.step, done, 32)
+    assert card.replays == 1
+
+
+def test_graphs_hold_as_many_steps_as_their_launches_allow():
+    assert [graphs.steps_a_graph(launches) for launches in (30, 64, 329, 5000)] == [34, 16, 3, 1]
 
 
 def test_a_shape_seen_once_and_rare_shapes_are_not_captured(card):

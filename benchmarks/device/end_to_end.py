@@ -19,7 +19,7 @@ from timing import median_seconds, seconds_each
 
 import stars
 from stars.draft import LaneSpec
-from stars.kernels import graph
+from stars.kernels.graph import Graphs
 from stars.kernels.philox import accept_uniform
 from stars.passes import Span
 from stars.reward import CausalReward, causal
@@ -249,11 +249,9 @@ class Bench:
 
     def graph_lengths(self) -> None:
         """Graphs of one step, of eight, and of a whole segment: time of a step, and memory the driver takes."""
-        base = graph.STEPS_A_GRAPH
         for steps in (1, 8, SEGMENT):
-            graph.STEPS_A_GRAPH = steps
             drafter = self.engine._round.drafter
-            kept, drafter._graphs = drafter._graphs, graph.Graphs()
+            kept, drafter._graphs = drafter._graphs, Graphs(steps)
             before = None if self.settings.dry else torch.cuda.mem_get_info()[0]
             begin = time.perf_counter()
             seconds = self.step_seconds(self.engine, 1 if self.settings.dry else 8)
@@ -261,7 +259,6 @@ class Bench:
             self.record.figure(f"{self.name}: step at 8 lanes, graphs of {steps} steps", 1e3 * seconds, "ms",
                                memory_mib=taken, seconds_with_capture=time.perf_counter() - begin)
             drafter._graphs = kept
-        graph.STEPS_A_GRAPH = base
 
     def deterministic(self) -> None:
         """What one fixed order of sums costs."""

@@ -92,6 +92,11 @@ class Decoder:
         """Where weights and workspace are."""
         return self.final_norm.device
 
+    @property
+    def launches(self) -> int:
+        """Kernels that one pass launches on a GPU: ten a layer, the embedding and the final norm."""
+        return 10 * len(self.layers) + 2
+
     def reserve(self, max_rows: int) -> None:
         """Makes room for passes of `max_rows` rows; does nothing where there is room already.
 
