@@ -19,12 +19,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from stars.kernels.linear import Weight
-    from stars.kernels.types import Batch, DecideState, Draft, Followers, LaneState, LayerKV
+    from stars.kernels.types import Batch, DecideState, Draft, Followers, LaneState, LayerKV, Penalties
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 (_LINEAR, _EMBEDDING, _RMS_NORM, _SWIGLU, _TAKE_ROWS, _ROPE_WRITE, _ATTENTION, _SAMPLE_STEP, _COPY_ROWS, _DECIDE,
- _APPEND_DRAFT) = range(11)
+ _APPEND_DRAFT, _APPLY_PENALTIES) = range(12)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BF16_DOT = 2  # of arithmetic "bfloat16"
 
@@ -63,6 +63,10 @@ _Decide = _structure("stars_decide_params", **dict.fromkeys(
 _AppendDraft = _structure("stars_append_draft_params", **dict.fromkeys(
     ("out_tokens", "steps", "stop_ids", "lanes", "row_start", "closing", "token_ids", "last", "tokens"), c_void_p),
     sequences=c_int64, max_steps=c_int64, max_stop_ids=c_int64, max_closing=c_int64, vocab=c_int64)
+
+_ApplyPenalties = _structure("stars_apply_penalties_params", **dict.fromkeys(
+    ("logits", "done", "steps", "out_tokens", "history", "start", "count", "repetition", "frequency", "presence"),
+    c_void_p), lanes=c_int64, vocab=c_int64, max_steps=c_int64, entries=c_int64)
 
 
 def _load() -> ctypes.CDLL | None:
@@ -339,6 +343,25 @@ def append_draft(draft: Draft, followers: Followers, vocab_size: int) -> None:
         sequences, max_steps, max_stop_ids, max_closing, vocab_size,
     )
     _call(_APPEND_DRAFT, params, draft, followers)
+
+
+def apply_penalties(logits: Tensor, lanes: LaneState, penalties: Penalties) -> None:
+    """Penalises logits float32 [lanes, vocab] in place; entries outside the vocabulary are passed over."""
+    (count, max_steps), (entries, _) = lanes.out_tokens.shape, penalties.history.shape
+
+    def vector(name: str, tensor: Tensor, dtype: torch.dtype = torch.int32) -> int:
+        return _pointer("apply_penalties", name, tensor, dtype, (count,))
+
+    params = _ApplyPenalties(
+        _pointer("apply_penalties", "logits", logits, torch.float32, (count, logits.shape[-1])),
+        vector("done", lanes.done), vector("steps", lanes.steps),
+        _pointer("apply_penalties", "out_tokens", lanes.out_tokens, torch.int32, (count, max_steps)),
+        _pointer("apply_penalties", "history", penalties.history, torch.int32, (entries, 2)),
+        vector("start", penalties.start), vector("count", penalties.count),
+        *(vector(name, getattr(penalties, name), torch.float32) for name in ("repetition", "frequency", "presence")),
+        count, logits.shape[-1], max_steps, entries,
+    )
+    _call(_APPLY_PENALTIES, params, logits, lanes, penalties)
 
 
 def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 2
+#define STARS_ABI_VERSION 3
 
 typedef enum {
   STARS_OK = 0,
@@ -50,6 +50,7 @@ typedef enum {
   STARS_OP_COPY_ROWS = 8,
   STARS_OP_DECIDE = 9,
   STARS_OP_APPEND_DRAFT = 10,
+  STARS_OP_APPLY_PENALTIES = 11,
 } stars_op;
 
 /* out[rows, out_features] = x[rows, in_features] @ weight^T + bias. `weight` is what stars_pack made. The bits of a row
@@ -211,6 +212,22 @@ typedef struct {
   int32_t* tokens;           /* [sequences] */
   int64_t sequences, max_steps, max_stop_ids, max_closing, vocab;
 } stars_append_draft_params;
+
+/* Penalties on what was said already, on logits in place; see kernels/apply_penalties.py, and kernels/types.py,
+ * Penalties, which these mirror. Token ids below 0 or beyond the vocabulary are passed over. */
+typedef struct {
+  float* logits;             /* [lanes, vocab] */
+  const int32_t* done;       /* [lanes] */
+  const int32_t* steps;      /* [lanes] */
+  const int32_t* out_tokens; /* [lanes, max_steps] */
+  const int32_t* history;    /* [entries, 2] */
+  const int32_t* start;      /* [lanes] */
+  const int32_t* count;      /* [lanes] */
+  const float* repetition;   /* [lanes] */
+  const float* frequency;    /* [lanes] */
+  const float* presence;     /* [lanes] */
+  int64_t lanes, vocab, max_steps, entries;
+} stars_apply_penalties_params;
 
 STARS_API int32_t stars_abi_version(void);
 STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */

@@ -54,10 +54,10 @@ class Buffers:
         if self._sent is not None:
             self._sent.synchronize()
 
-    def upload(self) -> None:
-        """Host to device, in stream order."""
+    def upload(self, size: int | None = None) -> None:
+        """Host to device, in stream order; the first `size` bytes only, where given."""
         if self._sent is not None:
-            self._there.copy_(self._here, non_blocking=True)
+            self._there[:size].copy_(self._here[:size], non_blocking=True)
             self._sent.record()
 
     def fetch(self) -> None:

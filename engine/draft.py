@@ -10,19 +10,23 @@ import math
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
-from stars.kernels import sample_step
+from stars.kernels import apply_penalties, sample_step
 from stars.kernels.graph import Graphs, steps_a_graph
 from stars.kernels.philox import signed_seed, signed_stream
-from stars.kernels.types import Batch, Draft, LaneState, Tiles
+from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
 from stars.sampling import SamplingParams
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
-STEP_LAUNCHES = 7  # on a GPU, at most: the logits and their draw
+STEP_LAUNCHES = 8  # on a GPU, at most: the logits, their penalties and their draw
+
+PENALTIES = ("history_start", "history_count", "repetition", "frequency", "presence")
+"""The buffers behind the entries of a Penalties, in its order."""
 
 
 class LaneSpec(NamedTuple):
@@ -37,6 +41,7 @@ class LaneSpec(NamedTuple):
     stream: int  # philox.pack_stream(segment, sample)
     params: SamplingParams
     stop_ids: tuple[int, ...]
+    history: np.ndarray | None = None  # as of Hypothesis.history; needed where params have penalties
 
 
 class Drafted(NamedTuple):
@@ -50,11 +55,11 @@ class Drafter:
     """Owns the lane buffers of one language model.
 
     With `padded`, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number, and
-    attention gets its tiles.
+    attention gets its tiles. max_sequences: responses, whose histories are kept for penalties.
     """
 
-    def __init__(self, decoder, cache: PagedCache, max_lanes: int, max_segment_size: int, max_model_len: int,
-                 padded: bool = False, deterministic: bool = False):
+    def __init__(self, decoder, cache: PagedCache, max_lanes: int, max_sequences: int, max_segment_size: int,
+                 max_model_len: int, padded: bool = False, deterministic: bool = False):
         self.decoder = decoder
         self.cache = cache
         self.padded = padded
@@ -67,7 +72,11 @@ class Drafter:
             token_ids=one, positions=one, slots=one, slab_used=one, steps=one, limits=one, done=one,
             out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
-            min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one)
+            min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
+            history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
+        # Apart, as it is long and seldom needed: sent as far as it is filled. Untouched memory costs nothing on a CPU.
+        most_entries = max_sequences * min(max_model_len, decoder.config.vocab_size)
+        self._history = Buffers(cache.device, entries=(torch.int32, (most_entries, 2)))
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = LaneState(*(self._buffers.host(name) for name in LaneState._fields))
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
@@ -89,8 +98,11 @@ class Drafter:
 
     def launch(self, lanes: list[LaneSpec]) -> None:
         """Starts a draft, without waiting for a GPU; its results must be taken before the next."""
-        filters = any(lane.params.filters for lane in lanes)
-        self._run(self._fill(lanes), max(lane.limit for lane in lanes), filters)
+        filters, penalties = any(lane.params.filters for lane in lanes), any(lane.params.penalties for lane in lanes)
+        filled = self._fill(lanes)
+        if penalties:
+            self._fill_penalties(lanes)
+        self._run(filled, max(lane.limit for lane in lanes), filters, penalties)
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
@@ -120,7 +132,7 @@ class Drafter:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
-    def _run(self, filled: tuple[int, Tiles | None], times: int, filters: bool) -> None:
+    def _run(self, filled: tuple[int, Tiles | None], times: int, filters: bool, penalties: bool = False) -> None:
         """Sends the buffers, runs the steps, and fetches the buffers back, all in stream order."""
         rows, tiles = filled
 
@@ -130,11 +142,14 @@ class Drafter:
                 state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
                 self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
                 self._buffers["slab_start"][:rows], state.slab_used, tiles)
-            hidden = self.decoder.forward(batch, self.cache)  # [rows, hidden]
-            sample_step(self.decoder.logits(hidden), state, filters=filters)
+            logits = self.decoder.logits(self.decoder.forward(batch, self.cache))  # [rows, vocab]
+            if penalties:
+                apply_penalties(logits, state, Penalties(self._history["entries"], *(
+                    self._buffers[name][:rows] for name in PENALTIES)))
+            sample_step(logits, state, filters=filters)
 
         self._buffers.upload()
-        self._graphs.run((rows, filters, *shape(tiles)), step, self._state.done[:rows], times)
+        self._graphs.run((rows, filters, penalties, *shape(tiles)), step, self._state.done[:rows], times)
         self._buffers.fetch()
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
@@ -171,6 +186,24 @@ class Drafter:
         self._idle(slice(count, rows), len(tables) - 1)
         groups = seq_group[:count].tolist()
         return rows, self._tiling.fill(rows, range(count + 1), groups, True, int(prefix_len[:count].max()))
+
+    def _fill_penalties(self, lanes: list[LaneSpec]) -> None:
+        """Writes every lane's penalties, and the history of each response that has some."""
+        self._history.wait()
+        entries = self._history.host("entries")
+        start, count, repetition, frequency, presence = (self._buffers.host(name) for name in PENALTIES)
+        first = stop = 0
+        table = None
+        for row, lane in enumerate(lanes):
+            if lane.table is not table:
+                table, first = lane.table, stop
+                if lane.params.penalties:
+                    stop += len(lane.history)
+                    entries[first:stop] = lane.history
+            start[row], count[row] = first, stop - first
+            repetition[row] = lane.params.repetition_penalty
+            frequency[row], presence[row] = lane.params.frequency_penalty, lane.params.presence_penalty
+        self._history.upload(stop * entries.strides[0])
 
     def _idle(self, rows: slice, group: int) -> None:
         """Lanes that are done before they start: they write nothing, and nobody reads what they compute."""

@@ -88,8 +88,8 @@ class Engine:
             slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
         self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
                               deterministic, config.prefill_backend)
-        drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_segment_size, config.max_model_len,
-                          config.padded, deterministic)
+        drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_num_seqs, config.max_segment_size,
+                          config.max_model_len, config.padded, deterministic)
         if self.reward is not None:
             self.reward.bind(tokenizer, shape.vocab_size, Limits(
                 config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,

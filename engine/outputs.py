@@ -16,7 +16,7 @@ class Attempt(NamedTuple):
     threshold: float | None  # tau at this candidate's length; None where the policy has none
     accept_probability: float | None  # min(1, exp((reward - threshold) / beta))
     accepted: bool
-    logprob: float  # of the candidate under the raw LM, nats
+    logprob: float  # of the candidate under the LM with its penalties, nats
 
 
 class Segment(NamedTuple):
@@ -77,7 +77,7 @@ class CompletionOutput:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
-    cumulative_logprob: float = 0.0  # under the raw LM (temperature 1, no filter), nats
+    cumulative_logprob: float = 0.0  # under the LM with its penalties (temperature 1, no filter), nats
     finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS
     reward: float | None = None  # of the whole response so far; None where the policy does not score

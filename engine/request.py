@@ -6,6 +6,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from stars.cache import BlockTable
 from stars.detokenizer import find_stop, hold_back
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
@@ -55,11 +57,23 @@ class Hypothesis:
     stop_reason: int | str | None = None
     error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
     @property
     def last_token(self) -> int:
         """The token whose keys and values the LM cache does not hold yet."""
         return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
+
+    def history(self) -> np.ndarray:
+        """int32 [n, 2]: the distinct tokens of prompt and response, rising, each with its count in the response."""
+        if self._history is None or self._history[0] != len(self.token_ids):
+            words, counts = np.unique(np.array(self.token_ids, np.int32), return_counts=True)
+            tokens = np.union1d(np.array(self.request.prompt.token_ids, np.int32), words)
+            entries = np.zeros((len(tokens), 2), np.int32)
+            entries[:, 0] = tokens
+            entries[np.searchsorted(tokens, words), 1] = counts
+            self._history = len(self.token_ids), entries
+        return self._history[1]
 
     def content_ids(self, extra: Lane | None = None) -> list[int]:
         """Response ids with `extra` appended, without the EOS or stop token that ended them: what a reward reads."""

@@ -141,7 +141,8 @@ class Round:
             hypothesis = lane.hypothesis
             request = hypothesis.request
             specs.append(LaneSpec(hypothesis.table, hypothesis.last_token, lane.slab, _limit(hypothesis), request.seed,
-                                  lane.attempt, _stream(hypothesis), request.params, request.stop_ids))
+                                  lane.attempt, _stream(hypothesis), request.params, request.stop_ids,
+                                  hypothesis.history() if request.params.penalties else None))
         begin = time.perf_counter()
         self.drafter.launch(specs)
         if self.drafter.padded:  # on a GPU, which drafts while the host prepares what follows

@@ -10,6 +10,7 @@ from typing import Any
 
 from stars.errors import RequestError
 
+LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # beyond, penalised logits would lose all meaning or overflow
 MAX_SAMPLES = 1 << 12  # the sample index has 12 bits of the random counter
 
 
@@ -27,8 +28,12 @@ class SamplingParams:
     stop: strings that end the response and are left out of its text.
     stop_token_ids: token ids that end the response beside the model's EOS ids.
     seed: 64 bits; None draws one, which the output reports.
+    presence_penalty, frequency_penalty: -2 to 2, subtracted from the logit of a token of the response, once and as
+        often as it is there; 0 is off. A candidate's own tokens count, those of other candidates do not.
+    repetition_penalty: above 0; divides the positive logits of tokens of prompt and response, multiplies the others; 1
+        is off. Penalties come before temperature and filters.
 
-    The fields from presence_penalty on exist in vLLM and not here: any value but the default is refused by name.
+    The fields from min_tokens on exist in vLLM and not here: any value but the default is refused by name.
     """
 
     temperature: float = 1.0
@@ -41,10 +46,10 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
-
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -59,7 +64,7 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self):
-        for field in dataclasses.fields(self)[10:]:
+        for field in dataclasses.fields(self)[13:]:
             if getattr(self, field.name) != field.default:
                 raise RequestError(f"SamplingParams.{field.name} is not implemented: leave it at {field.default!r}")
         _finite_at_least("temperature", self.temperature, 0.0)
@@ -72,6 +77,13 @@ class SamplingParams:
             raise RequestError(f"SamplingParams.top_p is {self.top_p!r}, it must be above 0 and at most 1")
         if not is_number(self.min_p) or not 0.0 <= self.min_p <= 1.0:
             raise RequestError(f"SamplingParams.min_p is {self.min_p!r}, it must be between 0 and 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not is_number(value) or not -2.0 <= value <= 2.0:
+                raise RequestError(f"SamplingParams.{name} is {value!r}, it must be between -2 and 2")
+        if not is_number(self.repetition_penalty) or not LEAST_REPETITION <= self.repetition_penalty <= MOST_REPETITION:
+            raise RequestError(f"SamplingParams.repetition_penalty is {self.repetition_penalty!r}, it must be between "
+                               f"{LEAST_REPETITION} and {MOST_REPETITION:g}; 1.0 switches it off")
         if self.seed is not None and not (isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 64):
             raise RequestError(f"SamplingParams.seed is {self.seed!r}, it must be None or an integer of 64 bits")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
@@ -88,6 +100,11 @@ class SamplingParams:
     def filters(self) -> bool:
         """Whether top_k, top_p or min_p is on."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def penalties(self) -> bool:
+        """Whether one of the penalties is on."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
 def is_number(value: Any) -> bool:

@@ -31,7 +31,7 @@ class TraceAttempt(NamedTuple):
     attempt: int  # from 1
     text: str | None  # None where the model has no tokenizer
     token_ids: list[int]
-    logprob: float  # under the raw LM, nats
+    logprob: float  # under the LM with its penalties, nats
     reward: float | None  # None where it was not needed
     threshold: float | None
     accept_probability: float | None

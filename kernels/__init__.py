@@ -1,6 +1,7 @@
 """The operations of the engine, one a file: a torch reference beside each faster version."""
 
 from stars.kernels.append_draft import append_draft
+from stars.kernels.apply_penalties import apply_penalties
 from stars.kernels.attention import attention
 from stars.kernels.copy_rows import copy_rows
 from stars.kernels.embedding import embedding
@@ -12,5 +13,5 @@ from stars.kernels.score_and_decide import score_and_decide
 from stars.kernels.swiglu import swiglu
 from stars.kernels.take_rows import take_rows
 
-__all__ = ["Weight", "append_draft", "attention", "copy_rows", "embedding", "linear", "pack", "rms_norm", "rope_write",
-           "sample_step", "score_and_decide", "swiglu", "take_rows"]
+__all__ = ["Weight", "append_draft", "apply_penalties", "attention", "copy_rows", "embedding", "linear", "pack",
+           "rms_norm", "rope_write", "sample_step", "score_and_decide", "swiglu", "take_rows"]

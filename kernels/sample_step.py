@@ -2,7 +2,8 @@
 
 Semantics, for every lane that is not done:
 
-1. The log-probability of a token is log_softmax(logits) of the raw logits: no temperature, no filter.
+1. The log-probability of a token is log_softmax(logits) of the logits given (penalised, if they were): no temperature,
+   no filter.
 2. temperature 0: the token is the argmax of the raw logits. Otherwise z = logits / temperature in float32 and, in
    vLLM's order,
    min_p keeps z >= z_max + log(min_p), which is p >= min_p * p_max of p = softmax(z);

@@ -73,7 +73,7 @@ class LaneState(NamedTuple):
     limits: Tensor  # int32 [lanes] tokens after which the lane is done
     done: Tensor  # int32 [lanes] 0 or 1
     out_tokens: Tensor  # int32 [lanes, max_steps]
-    out_logprobs: Tensor  # float32 [lanes, max_steps] log-probability under the raw LM (temperature 1, no filter)
+    out_logprobs: Tensor  # float32 [lanes, max_steps] log-probability under the logits given (temperature 1, no filter)
     seeds: Tensor  # int64 [lanes] the Philox key (bits of an unsigned 64-bit seed)
     attempts: Tensor  # int32 [lanes] attempt number, from 1: counter word 2, with the kind of draw
     streams: Tensor  # int32 [lanes] segment index and sample index: counter word 3
@@ -82,6 +82,17 @@ class LaneState(NamedTuple):
     top_p: Tensor  # float32 [lanes]; 1 is off
     min_p: Tensor  # float32 [lanes]; 0 is off
     stop_ids: Tensor  # int32 [lanes, max_stop_ids]; token ids that end the lane, padded with -1
+
+
+class Penalties(NamedTuple):
+    """What `apply_penalties` takes of every lane; lanes of one response share its entries of the history."""
+
+    history: Tensor  # int32 [entries, 2] token id, and how often the committed response has it; 0: only the prompt
+    start: Tensor  # int32 [lanes] first entry of a lane
+    count: Tensor  # int32 [lanes] its entries, of distinct tokens in rising order
+    repetition: Tensor  # float32 [lanes] above 0; 1 is off
+    frequency: Tensor  # float32 [lanes]; 0 is off
+    presence: Tensor  # float32 [lanes]; 0 is off
 
 
 class DecideState(NamedTuple):

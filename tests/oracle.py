@@ -22,7 +22,7 @@ class OracleAttempt(NamedTuple):
     reward: float
     threshold: float
     accepted: bool
-    logprob: float  # nats under the raw LM
+    logprob: float  # nats under the LM with its penalties
 
 
 class OracleSegment(NamedTuple):
@@ -74,12 +74,22 @@ def proposal(logits: np.ndarray, params) -> np.ndarray:
     return z
 
 
-def draw_segment(lm: Callable, prefix: list[int], size: int, stop_ids: set[int], params, seed: int, attempt: int,
-                 segment: int, sample: int) -> tuple[list[int], float]:
-    """One candidate of at most `size` tokens, ended early by a stop id, and its log-probability under the raw LM."""
+def penalised(logits: np.ndarray, prompt: list[int], response: list[int], params) -> np.ndarray:
+    """Logits after the penalties on every token of prompt and response."""
+    z = np.asarray(logits, dtype=np.float64).copy()
+    for token in set(prompt) | set(response):
+        z[token] = z[token] / params.repetition_penalty if z[token] > 0 else z[token] * params.repetition_penalty
+    for token in set(response):
+        z[token] -= params.frequency_penalty * response.count(token) + params.presence_penalty
+    return z
+
+
+def draw_segment(lm: Callable, prompt: list[int], response: list[int], size: int, stop_ids: set[int], params, seed: int,
+                 attempt: int, segment: int, sample: int) -> tuple[list[int], float]:
+    """One candidate of at most `size` tokens, ended early by a stop id, and its log-probability before filters."""
     ids, logprob = [], 0.0
     while len(ids) < size and not (ids and ids[-1] in stop_ids):
-        logits = np.asarray(lm(prefix + ids))
+        logits = penalised(lm(prompt + response + ids), prompt, response + ids, params)
         if params.temperature == 0:
             token = int(np.argmax(logits))
         else:
@@ -124,7 +134,7 @@ def run(lm: Callable, reward: Callable, prompt: list[int], params, policy, seed:
         size = min(policy.segment_size, params.max_tokens - len(response))
         attempts = []
         for attempt in range(1, 2 if params.temperature == 0 else policy.max_attempts + 1):
-            ids, logprob = draw_segment(lm, prompt + response, size, stop_ids, params, seed, attempt, len(segments),
+            ids, logprob = draw_segment(lm, prompt, response, size, stop_ids, params, seed, attempt, len(segments),
                                         sample)
             score = reward(content(response + ids, stop_ids))
             threshold = tau(len(response) + len(ids), params, policy, prompt_reward)

@@ -59,6 +59,11 @@ def refused(error: type, message: str, call, *args, **kwargs) -> None:
     (dict(top_p=0.0), "SamplingParams.top_p is 0.0"),
     (dict(top_p=1.1), "SamplingParams.top_p is 1.1"),
     (dict(min_p=-0.1), "SamplingParams.min_p is -0.1"),
+    (dict(presence_penalty=2.1), "SamplingParams.presence_penalty is 2.1, it must be between -2 and 2"),
+    (dict(frequency_penalty=math.nan), "SamplingParams.frequency_penalty is nan"),
+    (dict(frequency_penalty="1"), "SamplingParams.frequency_penalty is '1'"),
+    (dict(repetition_penalty=0.0), "SamplingParams.repetition_penalty is 0.0, it must be between 0.01 and 100; 1.0"),
+    (dict(repetition_penalty=math.inf), "SamplingParams.repetition_penalty is inf"),
     (dict(max_tokens=0), "SamplingParams.max_tokens is 0"),
     (dict(max_tokens=None), "SamplingParams.max_tokens is None"),
     (dict(n=0), "SamplingParams.n is 0"),
@@ -74,7 +79,7 @@ def test_sampling_parameters(options, message):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("presence_penalty", 0.5), ("frequency_penalty", 0.5), ("repetition_penalty", 1.1), ("min_tokens", 3),
+    ("min_tokens", 3),
     ("logprobs", 1), ("prompt_logprobs", 0), ("logit_bias", {1: 2.0}), ("bad_words", ["x"]), ("allowed_token_ids", [1]),
     ("logits_processors", [len]), ("structured_outputs", {}), ("truncate_prompt_tokens", 5),
     ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("detokenize", False),

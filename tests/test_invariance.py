@@ -38,8 +38,9 @@ def requests() -> list[tuple]:
                PREFIX + [5]]
     policies = [stars_policy, dataclasses.replace(stars_policy, beta=0.0), stars.BlockwiseBestOfK(3, 4), stars_policy,
                 dataclasses.replace(stars_policy, reward_threshold=9.0), stars.Sample(score=True)]
-    return [({"prompt_token_ids": prompt}, dataclasses.replace(params, seed=90 + index), policy)
-            for index, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))]
+    penalties = [{}, dict(frequency_penalty=0.4, repetition_penalty=1.2), {}, dict(presence_penalty=0.8), {}, {}]
+    return [({"prompt_token_ids": prompt}, dataclasses.replace(params, seed=90 + index, **more), policy)
+            for index, (prompt, policy, more) in enumerate(zip(prompts, policies, penalties, strict=True))]
 
 
 def engine(deterministic: bool = True, **options) -> stars.Engine:

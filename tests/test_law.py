@@ -77,7 +77,8 @@ def draw(drawn: Case) -> list[stars.CompletionOutput]:
 
 def candidates(prefix: Prefix, size: int, params) -> Iterator[tuple[Prefix, float]]:
     """Every segment of at most `size` tokens that can follow `prefix`, with its probability under the proposal."""
-    kept = oracle.log_softmax(oracle.proposal(MODEL.logits(PROMPT + list(prefix)), params))
+    logits = oracle.penalised(MODEL.logits(PROMPT + list(prefix)), PROMPT, list(prefix), params)
+    kept = oracle.log_softmax(oracle.proposal(logits, params))
     for token, logprob in enumerate(kept):
         if logprob == -math.inf:
             continue
@@ -176,6 +177,8 @@ CASES = {
     "one attempt": case(max_attempts=1, seed=20),
     "segments of 3, filtered proposal": case(
         segment_size=3, threshold=2.8, temperature=0.8, top_k=4, top_p=0.95, seed=21),
+    "penalties": case(
+        segment_size=3, threshold=2.8, presence_penalty=0.6, frequency_penalty=0.5, repetition_penalty=0.7, seed=23),
     "rewards that tie": case(reward=lambda ids: float(round(REWARD(ids))), beta=0.4, seed=22),
 }
 
@@ -309,6 +312,7 @@ def test_a_planted_error_is_seen(error, monkeypatch):
 @pytest.mark.parametrize("filters", [
     {}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.25},
     {"temperature": 1.5, "min_p": 0.1, "top_k": 4, "top_p": 0.85},
+    {"presence_penalty": 1.0, "frequency_penalty": -0.8, "repetition_penalty": 1.5, "temperature": 0.8},
 ], ids=str)
 def test_plain_sampling_follows_the_proposal(filters):
     """Token by token, given what came before: the order of the filters, their edges, and the noise of each place."""

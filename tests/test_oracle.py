@@ -118,6 +118,12 @@ CASES = {
     "all -inf": (dict(segment_size=2, max_attempts=5, reward_threshold=1.5), {}, always_rejecting),
     "ties": (dict(segment_size=2, max_attempts=7, beta=0.2, reward_threshold=2.5), {},
              lambda response: float(round(FUNCTION(response)))),
+    "penalties": (dict(segment_size=3, max_attempts=5, reward_threshold=1.5),
+                  dict(presence_penalty=0.7, frequency_penalty=-0.4, repetition_penalty=1.3), FUNCTION),
+    "penalties and filters": (dict(segment_size=5, max_attempts=5, reward_threshold=1.5),
+                              dict(temperature=0.7, top_k=3, frequency_penalty=1.1), FUNCTION),
+    "penalties at temperature 0": (dict(segment_size=4, max_attempts=3, reward_threshold=1.5),
+                                   dict(temperature=0.0, repetition_penalty=0.8, presence_penalty=2.0), FUNCTION),
 }
 
 
@@ -203,7 +209,9 @@ def test_many_seeds(seed):
         params.append(stars.SamplingParams(
             max_tokens=rng.randint(1, 25), n=rng.randint(1, 3), seed=rng.getrandbits(63), ignore_eos=rng.random() < 0.3,
             temperature=rng.choice([0.0, 0.5, 1.0, 1.5]), stop_token_ids=rng.choice([None, [2], [3, 4]]),
-            top_k=rng.choice([0, 0, 3]), top_p=rng.choice([1.0, 1.0, 0.8]), min_p=rng.choice([0.0, 0.0, 0.1])))
+            top_k=rng.choice([0, 0, 3]), top_p=rng.choice([1.0, 1.0, 0.8]), min_p=rng.choice([0.0, 0.0, 0.1]),
+            presence_penalty=rng.choice([0.0, 0.0, 0.9]), frequency_penalty=rng.choice([0.0, 0.0, -0.7]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.4])))
         policies.append(stars.STARS(
             rng.randint(1, 8), rng.randint(1, 9), rng.choice([0.0, 0.3, 1.0]), rng.choice([0.0, 0.2, 1.0]),
             rng.choice([-math.inf, 0.0, 1.0, 3.0, math.inf]), rng.choice([None, 1, 2, 3, 5, 8])))

@@ -35,7 +35,7 @@ def test_drafts_with_idle_lanes_are_the_same(counts):
     results = []
     for padded in (False, True):
         decoder, cache, passes = setting(ToyModel(vocab=5, seed=3), padded)
-        drafter = Drafter(decoder, cache, 16, 6, 64, padded=padded)
+        drafter = Drafter(decoder, cache, 16, 2, 6, 64, padded=padded)
         tables = [cache.open(prompt[:-1], 40) for prompt in PROMPTS]
         passes.prefill([(table, prompt, len(prompt) - 1) for table, prompt in zip(tables, PROMPTS, strict=True)])
         lanes = [LaneSpec(tables[which], PROMPTS[which][-1], cache.take_slab(), 2 + attempt % 5, 11, attempt + 1,

@@ -13,8 +13,8 @@ from stars.reward import CausalReward
 from toy import ToyModel, ids
 from triton_process import INTERPRETED, run_in_interpreter
 
-OPERATIONS = ("append_draft", "attention", "copy_rows", "embedding", "linear", "rms_norm", "rope_write", "sample_step",
-              "score_and_decide", "swiglu", "take_rows")
+OPERATIONS = ("append_draft", "apply_penalties", "attention", "copy_rows", "embedding", "linear", "rms_norm",
+              "rope_write", "sample_step", "score_and_decide", "swiglu", "take_rows")
 SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=40, layers=2)
 
 if INTERPRETED:
@@ -49,7 +49,8 @@ def completions(on_triton: bool) -> list[stars.CompletionOutput]:
         pair.append(decoder)
     engine = stars.Engine(pair[0], CausalReward(pair[1]), cache_tokens=512, page_size=16, max_num_seqs=4,
                           max_num_lanes=8, max_segment_size=4)
-    params = [stars.SamplingParams(max_tokens=7, seed=5, top_k=top_k) for top_k in (0, 9)]
+    params = [stars.SamplingParams(max_tokens=7, seed=5),
+              stars.SamplingParams(max_tokens=7, seed=5, top_k=9, presence_penalty=0.5, repetition_penalty=1.3)]
     policy = stars.STARS(segment_size=4, max_attempts=4, beta=0.3, reward_threshold=1.0, width=2)
     outputs = engine.generate([{"prompt_token_ids": ids(length, 23, length)} for length in (5, 20)], params, policy,
                               use_tqdm=False)

@@ -62,7 +62,8 @@ const isa& chosen_isa() {
   X(SAMPLE_STEP, sample_step, table.sample_step) \
   X(COPY_ROWS, copy_rows, table.copy_rows)       \
   X(DECIDE, decide, decide)                      \
-  X(APPEND_DRAFT, append_draft, append_draft)
+  X(APPEND_DRAFT, append_draft, append_draft)    \
+  X(APPLY_PENALTIES, apply_penalties, apply_penalties)
 
 // What each check says is what must hold; null when all of it does.
 #define STARS_REQUIRE(condition, text) \
@@ -176,6 +177,17 @@ const char* check(const stars_append_draft_params& p) {
   STARS_REQUIRE(p.sequences == 0 || ((p.max_steps == 0 || p.out_tokens) && (p.max_stop_ids == 0 || p.stop_ids) &&
                                      (p.max_closing == 0 || p.closing)),
                 "out_tokens, stop_ids and closing must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_apply_penalties_params& p) {
+  STARS_REQUIRE(p.lanes >= 0 && p.vocab > 0 && p.max_steps >= 0 && p.entries >= 0,
+                "lanes, max_steps and entries must be >= 0 and vocab positive");
+  STARS_REQUIRE(p.lanes == 0 || (p.logits && p.done && p.steps && p.start && p.count && p.repetition && p.frequency &&
+                                 p.presence),
+                "no array of the lanes may be null");
+  STARS_REQUIRE(p.lanes == 0 || ((p.max_steps == 0 || p.out_tokens) && (p.entries == 0 || p.history)),
+                "out_tokens and history must not be null");
   return nullptr;
 }
 

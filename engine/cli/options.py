@@ -10,7 +10,8 @@ from typing import Any
 
 from stars.errors import ModelError, RequestError
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
+            "presence_penalty", "frequency_penalty", "repetition_penalty")
 ENGINE = ("dtype", "deterministic", "cache_tokens", "max_model_len", "max_num_seqs", "max_num_lanes")
 POLICY_FLAGS = {
     "stars": ("segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width"),
@@ -45,6 +46,9 @@ def add_sampling(parser: argparse.ArgumentParser, with_n: bool) -> None:
     group.add_argument("--top-k", type=int, metavar="K")
     group.add_argument("--top-p", type=float, metavar="P")
     group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="of tokens the response has already")
+    group.add_argument("--frequency-penalty", type=float, metavar="P", help="the same, as often as it has them")
+    group.add_argument("--repetition-penalty", type=float, metavar="P", help="of tokens of prompt and response")
     group.add_argument("--max-tokens", type=int, metavar="N", help="tokens of a response at most")
     if with_n:
         group.add_argument("--n", type=int, metavar="N", help="completions of each prompt")
