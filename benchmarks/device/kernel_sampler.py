@@ -13,9 +13,10 @@ from torch import Tensor
 
 from stars.kernels import philox
 from stars.kernels.append_draft import append_draft_reference
+from stars.kernels.apply_penalties import apply_penalties_reference
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.score_and_decide import decide_reference
-from stars.kernels.types import DecideState, Draft, Followers, LaneState
+from stars.kernels.types import DecideState, Draft, Followers, LaneState, Penalties
 
 TIE = 4e-5  # scores closer than this, at |z| < 32, may change places: twice what kernels/triton/sample_step.py states
 
@@ -35,6 +36,8 @@ def run(record: Record, settings: Settings) -> None:
         with record.checking(f"sample_step {vocab} {dtype}"):
             _draws(record, ops, settings.device, vocab, lanes, dtype)
             _draws(record, ops, settings.device, vocab, lanes, dtype, filters=False)
+    with record.checking("apply_penalties"):
+        _penalised(record, ops, settings.device)
     with record.checking("append_draft"):
         _followers(record, ops, settings.device)
     with record.checking("sample_step, bad logits and ends"):
@@ -191,6 +194,30 @@ def _followers(record: Record, ops, device: str) -> None:
     ops.append_draft(draft, followers, vocab)
     for field, mine, right in zip(Followers._fields, followers, wanted, strict=True):
         same(record, f"append_draft, {field}", mine, right)
+
+
+def _penalised(record: Record, ops, device: str) -> None:
+    """Histories of no, few and a thousand words, drawn words in them and not: the reference's bits."""
+    draw, lanes, vocab = np.random.default_rng(5), 33, 5003
+    state = lane_state(lanes, device)
+    state.steps.copy_(torch.tensor(np.arange(lanes) % (state.out_tokens.shape[1] + 1)))
+    state.out_tokens.copy_(torch.tensor(draw.integers(0, 40, state.out_tokens.shape)))
+    words = [np.flatnonzero(draw.random(vocab) < (0.0, 0.002, 0.2)[lane % 3]) for lane in range(lanes)]
+    count = np.array([len(one) for one in words])
+    history = np.stack((np.concatenate(words), draw.integers(0, 4, count.sum())), axis=1)
+
+    def make(values, kind=torch.float32) -> Tensor:
+        return torch.tensor(np.asarray(values), dtype=kind, device=device)
+
+    penalties = Penalties(
+        make(history, torch.int32), make(np.cumsum(count) - count, torch.int32), make(count, torch.int32),
+        make(draw.choice([1.0, 0.7, 1.3], lanes)), make(draw.choice([0.0, 0.3, -1.1], lanes)),
+        make(draw.choice([0.0, -0.4, 1.7], lanes)))
+    logits = 3 * torch.randn(lanes, vocab, generator=torch.Generator().manual_seed(5))
+    got = logits.to(device)
+    ops.apply_penalties(got, state, penalties)
+    apply_penalties_reference(logits, on_cpu(state), on_cpu(penalties))
+    same(record, "apply_penalties", got, logits)
 
 
 def _verdicts(record: Record, ops, device: str, seed: int, dtype: torch.dtype, hidden: int) -> None:

@@ -9,6 +9,7 @@ def launchers(dry: bool) -> SimpleNamespace:
     """One namespace of functions with the signatures of `stars.kernels.triton`."""
     if dry:
         from stars.kernels.append_draft import append_draft_reference
+        from stars.kernels.apply_penalties import apply_penalties_reference
         from stars.kernels.attention import attention_reference
         from stars.kernels.copy_rows import copy_rows_reference
         from stars.kernels.embedding import embedding_reference
@@ -20,12 +21,14 @@ def launchers(dry: bool) -> SimpleNamespace:
         from stars.kernels.take_rows import take_rows_reference
 
         return SimpleNamespace(
-            append_draft=append_draft_reference, attention=attention_reference, copy_rows=copy_rows_reference,
-            embedding=embedding_reference, linear=linear_reference, linear_invariant=linear_reference,
-            rms_norm=rms_norm_reference, rope_write=rope_write_reference,
+            append_draft=append_draft_reference, apply_penalties=apply_penalties_reference,
+            attention=attention_reference, copy_rows=copy_rows_reference, embedding=embedding_reference,
+            linear=linear_reference, linear_invariant=linear_reference, rms_norm=rms_norm_reference,
+            rope_write=rope_write_reference,
             sample_step=lambda logits, lanes, filters=True: sample_step_reference(logits.float(), lanes, filters),
             score_and_decide=_score_and_decide, swiglu=swiglu_reference, take_rows=take_rows_reference)
     from stars.kernels.triton.append_draft import append_draft
+    from stars.kernels.triton.apply_penalties import apply_penalties
     from stars.kernels.triton.attention import attention
     from stars.kernels.triton.copy_rows import copy_rows
     from stars.kernels.triton.embedding import embedding
@@ -38,9 +41,9 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.take_rows import take_rows
 
     return SimpleNamespace(
-        append_draft=append_draft, attention=attention, copy_rows=copy_rows, embedding=embedding, linear=linear,
-        linear_invariant=linear_invariant, rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step,
-        score_and_decide=score_and_decide, swiglu=swiglu, take_rows=take_rows)
+        append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, copy_rows=copy_rows,
+        embedding=embedding, linear=linear, linear_invariant=linear_invariant, rms_norm=rms_norm,
+        rope_write=rope_write, sample_step=sample_step, score_and_decide=score_and_decide, swiglu=swiglu, take_rows=take_rows)
 
 
 def _score_and_decide(residual, branch, norm_weight, eps, head, state) -> None:
