@@ -43,7 +43,8 @@ def launchers(dry: bool) -> SimpleNamespace:
     return SimpleNamespace(
         append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, copy_rows=copy_rows,
         embedding=embedding, linear=linear, linear_invariant=linear_invariant, rms_norm=rms_norm,
-        rope_write=rope_write, sample_step=sample_step, score_and_decide=score_and_decide, swiglu=swiglu, take_rows=take_rows)
+        rope_write=rope_write, sample_step=sample_step, score_and_decide=score_and_decide, swiglu=swiglu,
+        take_rows=take_rows)
 
 
 def _score_and_decide(residual, branch, norm_weight, eps, head, state) -> None:
