@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stars.buffers import bucket
+from stars.draft import history_entries
 from stars.errors import ModelError
 from stars.kernels.triton.tiles import most_workspace
 from stars.model.config import ModelConfig
@@ -76,6 +77,9 @@ def check_fit(config: EngineConfig, model: str | Path, reward: Reward | None) ->
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + slabs * slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, rows, drafted, dtype) + 4 * sum(
             most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, drafted))
+        if drafted:
+            needed["the words that penalties count"] = 8 * history_entries(
+                config.max_num_seqs, config.max_model_len, shape.vocab_size)
     check_memory(needed, torch.cuda.mem_get_info()[0])
 
 

@@ -29,6 +29,11 @@ PENALTIES = ("history_start", "history_count", "repetition", "frequency", "prese
 """The buffers behind the entries of a Penalties, in its order."""
 
 
+def history_entries(max_sequences: int, max_model_len: int, vocab_size: int) -> int:
+    """Distinct words that the histories of all responses may have; two int32 each."""
+    return max_sequences * min(max_model_len, vocab_size)
+
+
 class LaneSpec(NamedTuple):
     """One lane of a draft. Lanes that share a table must be adjacent."""
 
@@ -75,8 +80,8 @@ class Drafter:
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
         # Apart, as it is long and seldom needed: sent as far as it is filled. Untouched memory costs nothing on a CPU.
-        most_entries = max_sequences * min(max_model_len, decoder.config.vocab_size)
-        self._history = Buffers(cache.device, entries=(torch.int32, (most_entries, 2)))
+        entries = history_entries(max_sequences, max_model_len, decoder.config.vocab_size)
+        self._history = Buffers(cache.device, entries=(torch.int32, (entries, 2)))
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = LaneState(*(self._buffers.host(name) for name in LaneState._fields))
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
