@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import stars
 from stars import device
 from stars.buffers import bucket
+from stars.config import EngineConfig
 from stars.errors import ModelError
 from stars.kernels.triton import tiles
 from stars.model.decoder import workspace_bytes
+from stars.model.loader import inspect_model
+from stars.reward import CausalReward
 from toy import ToyModel
 
 
@@ -52,6 +59,20 @@ def test_too_little_memory():
     with pytest.raises(ModelError, match=r"4\.0 GiB free and lacks 2\.5 GiB \(6\.0 GiB for weights, 0\.5 GiB for caches"
                                          r"\): lower cache_tokens"):
         device.check_memory({"weights": 6 << 30, "caches": 1 << 29}, 4 << 30)
+
+
+def test_a_pair_that_does_not_fit(monkeypatch):
+    """All that the two models need is named, from their directories alone."""
+    models = Path(stars.__file__).parent / "demo_models"
+    config = dataclasses.replace(EngineConfig.resolve(inspect_model(models / "lm").config), device="cuda")
+    monkeypatch.setattr(device, "choose_prefill", lambda *settings: "triton")  # which asks the card
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
+    parts = ".*".join(f"the {model} model's {part}" for model in ("language", "reward")
+                      for part in ("weights", "cache", "activations"))
+    with pytest.raises(ModelError, match=f"lacks 0[.]. GiB .*{parts}.*: lower cache_tokens"):
+        device.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    device.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
 
 
 def test_activations_are_those_of_the_decoder():
