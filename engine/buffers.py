@@ -20,10 +20,11 @@ def bucket(count: int) -> int:
 class Buffers:
     """Named tensors in one block of memory on `device`, and numpy views of the same block on the host.
 
-    On the CPU both are the same memory, and `upload` and `download` do nothing. Elsewhere the host's block is pinned.
+    On the CPU both are the same memory, and `upload` and `fetch` do nothing. Elsewhere the host's block is pinned. All
+    is 0 at first, unless `zeroed` is False: then it is what was there, and on the CPU not touched before it is used.
     """
 
-    def __init__(self, device: torch.device | str, **fields: tuple[torch.dtype, tuple[int, ...]]):
+    def __init__(self, device: torch.device | str, zeroed: bool = True, **fields: tuple[torch.dtype, tuple[int, ...]]):
         device = torch.device(device)
         places: dict[str, tuple[int, int]] = {}
         total = 0
@@ -31,8 +32,9 @@ class Buffers:
             size = dtype.itemsize * math.prod(shape)
             places[name] = (total, total + size)
             total += -(-size // ALIGNMENT) * ALIGNMENT
-        self._there = torch.zeros(total, dtype=torch.uint8, device=device)
-        self._here = self._there if device.type == "cpu" else torch.zeros(total, dtype=torch.uint8, pin_memory=True)
+        block = torch.zeros if zeroed else torch.empty
+        self._there = block(total, dtype=torch.uint8, device=device)
+        self._here = self._there if device.type == "cpu" else block(total, dtype=torch.uint8, pin_memory=True)
         self._sent = None if device.type == "cpu" else torch.cuda.Event()
         self._device: dict[str, Tensor] = {}
         self._host: dict[str, np.ndarray] = {}

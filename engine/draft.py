@@ -79,9 +79,9 @@ class Drafter:
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
-        # Apart, as it is long and seldom needed: sent as far as it is filled. Untouched memory costs nothing on a CPU.
+        # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(max_sequences, max_model_len, decoder.config.vocab_size)
-        self._history = Buffers(cache.device, entries=(torch.int32, (entries, 2)))
+        self._history = Buffers(cache.device, zeroed=False, entries=(torch.int32, (entries, 2)))
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = LaneState(*(self._buffers.host(name) for name in LaneState._fields))
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
