@@ -46,3 +46,15 @@ def make_case(seed: int, lanes: int, vocab: int, steps: int = 7,
     logits = torch.tensor(draw.normal(size=(lanes, vocab)) * 3, dtype=torch.float32)
     logits[draw.random((lanes, vocab)) < 0.05] = -torch.inf
     return logits, state, penalties
+
+
+def make_strange_case() -> tuple[torch.Tensor, LaneState, Penalties]:
+    """Two lanes of a vocabulary of 11 whose histories and drawn tokens lie outside it, but for token 3 of each."""
+    logits, state, penalties = make_case(0, lanes=2, vocab=11)
+    state.done.zero_()
+    state.steps.fill_(2)
+    state.out_tokens[:, :2] = torch.tensor([[-1, 11], [1 << 30, 3]])
+    return logits, state, penalties._replace(
+        history=torch.tensor([[-5, 1], [3, 1], [99, 2]], dtype=torch.int32),
+        start=torch.tensor([0, 1], dtype=torch.int32), count=torch.tensor([3, 2], dtype=torch.int32),
+        frequency=torch.tensor([1.0, 2.0]))

@@ -1,11 +1,11 @@
-"""Penalties on what was said already: the formula, libstars bit for bit, and the engine beside the oracle."""
+"""Penalties on what was said already: the formula, and libstars bit for bit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from penalty_cases import make_case
+from penalty_cases import make_case, make_strange_case
 from stars.bindings import libstars
 from stars.kernels.apply_penalties import apply_penalties_reference
 from stars.kernels.types import LaneState, Penalties
@@ -53,14 +53,8 @@ def test_libstars_forms_the_same_bits(seed, lanes, vocab, steps, most_entries):
 
 @pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 def test_libstars_passes_over_what_is_not_in_the_vocabulary():
-    logits, state, penalties = make_case(0, lanes=2, vocab=11)
-    state.done.zero_()
-    state.steps.fill_(2)
-    state.out_tokens[:, :2] = torch.tensor([[-1, 11], [1 << 30, 3]])
-    penalties = penalties._replace(history=torch.tensor([[-5, 1], [3, 1], [99, 2]], dtype=torch.int32),
-                                   start=torch.tensor([0, 1], dtype=torch.int32),
-                                   count=torch.tensor([3, 1 << 20], dtype=torch.int32),
-                                   frequency=torch.tensor([1.0, 2.0]))
+    logits, state, penalties = make_strange_case()
+    penalties.count[1] = 1 << 20  # nor beyond the entries
     got = logits.clone()
     libstars.apply_penalties(got, state, penalties)
     changed = (got != logits).nonzero().tolist()

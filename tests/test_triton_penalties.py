@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from penalty_cases import make_case
+from penalty_cases import make_case, make_strange_case
 from stars.kernels.apply_penalties import apply_penalties_reference
 from triton_process import INTERPRETED, run_in_interpreter
 
@@ -40,13 +40,7 @@ def test_short_floats(dtype):
 
 
 def test_what_is_not_in_the_vocabulary_is_passed_over():
-    logits, state, penalties = make_case(0, lanes=2, vocab=11)
-    state.done.zero_()
-    state.steps.fill_(2)
-    state.out_tokens[:, :2] = torch.tensor([[-1, 11], [1 << 30, 3]])
-    penalties = penalties._replace(history=torch.tensor([[-5, 1], [3, 1], [99, 2]], dtype=torch.int32),
-                                   start=torch.tensor([0, 1], dtype=torch.int32),
-                                   count=torch.tensor([3, 2], dtype=torch.int32), frequency=torch.tensor([1.0, 2.0]))
+    logits, state, penalties = make_strange_case()
     got = logits.clone()
     penalties_kernel.apply_penalties(got, state, penalties)
     assert (got != logits).nonzero().tolist() == [[0, 3], [1, 3]]
