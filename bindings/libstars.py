@@ -63,7 +63,6 @@ _Decide = _structure("stars_decide_params", **dict.fromkeys(
 _AppendDraft = _structure("stars_append_draft_params", **dict.fromkeys(
     ("out_tokens", "steps", "stop_ids", "lanes", "row_start", "closing", "token_ids", "last", "tokens"), c_void_p),
     sequences=c_int64, max_steps=c_int64, max_stop_ids=c_int64, max_closing=c_int64, vocab=c_int64)
-
 _ApplyPenalties = _structure("stars_apply_penalties_params", **dict.fromkeys(
     ("logits", "done", "steps", "out_tokens", "history", "start", "count", "repetition", "frequency", "presence"),
     c_void_p), lanes=c_int64, vocab=c_int64, max_steps=c_int64, entries=c_int64)

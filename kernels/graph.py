@@ -13,11 +13,11 @@ from stars.bindings import libstars
 from stars.kernels.dispatch import on_libstars, on_triton
 
 MOST_GRAPHS = 128
-"""Shapes kept; the least recently used one makes room."""
+"""Recordings kept, on a GPU several of a shape; the least recently used one makes room."""
 
 LAUNCHES_A_GRAPH = 1024
-"""Launches that one CUDA graph may hold, and so the draft steps: a whole segment of a small model, whose short steps
-would feel the microsecond or two between one graph and the next; two or four steps of a large one, which would not.
+"""Launches that one CUDA graph may hold, and so the draft steps: 32 of two layers and 8 of six, whose short steps
+would feel the microsecond or two between one graph and the next; 4 of sixteen layers and 2 of 32, which would not.
 More cost more than they save: the driver keeps 10 to 64 KB of a captured launch on the device for every shape, and
 capturing takes the host some 20 us a launch in the middle of somebody's request. Computed, not measured:
 benchmarks/device measures graphs of 1, 8 and 32 steps."""
