@@ -120,21 +120,23 @@ class Request:
         """A snapshot: later rounds do not change it."""
         groups = [self.hypotheses[i : i + self.plan.candidates]
                   for i in range(0, len(self.hypotheses), self.plan.candidates)]
+        completions = [self._completion(index, group) for index, group in enumerate(groups)]
         metrics = Metrics()
-        for hypothesis in self.hypotheses:
-            metrics.add(hypothesis.metrics)
-        given = self.prompt.given
-        return RequestOutput(self.request_id, given, list(self.prompt.token_ids),
-                             [self._completion(index, group) for index, group in enumerate(groups)],
+        for completion in completions:
+            metrics.add(completion.metrics)
+        return RequestOutput(self.request_id, self.prompt.given, list(self.prompt.token_ids), completions,
                              self.finished, self.seed, self.policy, self.prompt_reward, metrics)
 
     def _completion(self, index: int, group: list[Hypothesis]) -> CompletionOutput:
         if len(group) == 1:
             return self._shown(index, group[0], group[0].segments, group[0].metrics)
-        # Best of several whole responses: nothing is shown before the winner is known.
+        # Best of several whole responses: nothing is shown before the winner is known. Each response is one attempt,
+        # in however many pieces it was drafted.
         metrics = Metrics()
         for hypothesis in group:
             metrics.add(hypothesis.metrics)
+        metrics.segments = metrics.accepted = metrics.attempts_counted = metrics.lm_tokens_kept = 0
+        metrics.attempts = len(group)
         failed = next((h for h in group if h.finish_reason in ("error", "abort")), None)
         if failed is not None:
             return CompletionOutput(index, finish_reason=failed.finish_reason, error=failed.error, metrics=metrics,
@@ -144,6 +146,8 @@ class Request:
         best = max(group, key=lambda hypothesis: hypothesis.reward)  # max keeps the earliest of equals
         attempts = [Attempt(list(h.token_ids), h.reward, None, None, h is best, h.cumulative_logprob) for h in group]
         segment = Segment(list(best.token_ids), best.reward, None, True, attempts)
+        metrics.segments = metrics.accepted = 1
+        metrics.attempts_counted = len(group)
         metrics.lm_tokens_kept = len(best.token_ids)
         return self._shown(index, best, [segment], metrics)
 

@@ -390,6 +390,9 @@ def test_best_of_n_by_brute_force():
         assert completion.segments[0].winner == rewards.index(max(rewards))
         assert completion.metrics.lm_tokens_drawn == sum(len(s.token_ids) for s in samples)
         assert completion.metrics.lm_tokens_kept == len(completion.token_ids)
+        assert (completion.metrics.segments, completion.metrics.attempts) == (1, 3)
+        assert completion.metrics.accept_rate == 1 / 3
+    assert best.metrics.segments == 2 and best.metrics.attempts == best.metrics.attempts_counted == 6
 
 
 def test_blockwise_best_of_k_by_brute_force():
