@@ -66,13 +66,13 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     install_requires=["torch>=2.6", "numpy", "safetensors", "tokenizers", "jinja2>=3.1", "tqdm"],
     extras_require={
-        "gpu": ["triton>=3.2"],
+        "gpu": ["triton>=3.6"],
         # Extras, since no torch has wheels of both: without them prefill runs through torch's attention or our own.
         "flash": ["flash-attn>=2.6"],  # where there is no wheel for the installed torch, pip compiles it for long
         "flash4": ["flash-attn-4>=4.0.0b4"],  # there are pre-releases only; naming one lets pip take them
         "hf": ["transformers>=4.51"],
         "test": ["pytest>=8", "pytest-benchmark", "hypothesis", "transformers>=4.51",
-                 'triton>=3.2; platform_system == "Linux"'],
+                 'triton>=3.6; platform_system == "Linux"'],
     },
     entry_points={"console_scripts": ["stars=stars.cli:main"]},
     zip_safe=False,

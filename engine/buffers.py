@@ -34,7 +34,9 @@ class Buffers:
             total += -(-size // ALIGNMENT) * ALIGNMENT
         block = torch.zeros if zeroed else torch.empty
         self._there = block(total, dtype=torch.uint8, device=device)
-        self._here = self._there if device.type == "cpu" else block(total, dtype=torch.uint8, pin_memory=True)
+        self._here = self._there
+        if device.type != "cpu":
+            self._here = block(total, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._sent = None if device.type == "cpu" else torch.cuda.Event()
         self._device: dict[str, Tensor] = {}
         self._host: dict[str, np.ndarray] = {}

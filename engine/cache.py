@@ -144,6 +144,10 @@ class PagedCache:
         shared, fresh = self._plan_open(token_ids, capacity)
         return fresh <= self.pool.num_available - self.pool.cost(shared)
 
+    def shared_length(self, token_ids: Sequence[int]) -> int:
+        """Leading positions of `token_ids` that `open` would find in published pages now."""
+        return len(self.pool.match(self._chunks(token_ids))) * self.page_size
+
     def publish(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         """Offers the full pages of `token_ids`, whose keys `table` now holds from position 0, for sharing.
 

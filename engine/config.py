@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from stars.device import check_gpu, check_model
-from stars.errors import RequestError
+from stars.errors import ModelError, RequestError
 from stars.model.config import ModelConfig
 from stars.model.loader import DTYPES
 from stars.prefill import choose_prefill
@@ -73,6 +73,8 @@ class EngineConfig:
                 raise RequestError(f"page_size is {page_size}, on a GPU it must be a power of two of at least 16")
         if dtype == "auto":
             dtype = model.dtype if device == "cuda" else "float32"
+            if dtype not in DTYPES:
+                raise ModelError(f"the model is stored as {dtype}, which is not supported: choose a dtype")
         choose_prefill(model, DTYPES[dtype], device, prefill_backend, deterministic)
         if max_model_len is not None and max_model_len > model.max_position_embeddings:
             raise RequestError(f"max_model_len is {max_model_len}, the model's context is "

@@ -23,8 +23,10 @@ def check_row_invariance(decoder) -> None:
         ("reward head", decoder.score_head, torch.float32),
     ):
         if weight is not None and not _invariant(weight, decoder.device, dtype):
+            advice = ("install with a C++ compiler, so that libstars is built" if decoder.device.type == "cpu" else
+                      "load the model with deterministic=True too")
             raise ModelError(f"deterministic=True cannot be kept here, because the bits of a row of the {name} product "
-                             "change with the number of rows: install with a C++ compiler, so that libstars is built")
+                             f"change with the number of rows: {advice}")
 
 
 def _invariant(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:

@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from stars.reward.base import Reward
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
-LEAST_TRITON = (3, 2)
+LEAST_TRITON = (3, 6)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that attention has kernels for."""
+MOST_HEADS_A_KEY, MOST_HIDDEN, MOST_VOCAB = 16, 16384, 1 << 18
+"""Query heads of one key head, columns of a row, tokens of a vocabulary: the most that the kernels take."""
+RESERVE = 2 << 30
+"""Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, captured graphs, torch's allocator."""
 
 
 def check_gpu() -> None:
@@ -47,12 +51,18 @@ def check_gpu() -> None:
                          "more: pip install --upgrade triton")
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raises ModelError for a model whose shape the GPU's kernels do not serve."""
+def check_model(config: ModelConfig, sampled: bool = True) -> None:
+    """Raises ModelError for a model whose shape the GPU's kernels do not serve; `sampled`: a language model's."""
     if config.head_dim not in HEAD_DIMS:
         sizes = ", ".join(map(str, HEAD_DIMS))
         raise ModelError(f"the model has head_dim {config.head_dim} and the GPU's attention has kernels for {sizes}: "
                          'use device="cpu"')
+    for name, size, most in (("query heads for each key head", config.num_heads // config.num_kv_heads,
+                              MOST_HEADS_A_KEY),
+                             ("hidden columns", config.hidden_size, MOST_HIDDEN),
+                             ("tokens in its vocabulary", config.vocab_size if sampled else 0, MOST_VOCAB)):
+        if size > most:
+            raise ModelError(f'the model has {size} {name} and the GPU\'s kernels take {most}: use device="cpu"')
 
 
 def check_fit(config: EngineConfig, model: str | Path, reward: Reward | None) -> None:
@@ -69,17 +79,24 @@ def check_fit(config: EngineConfig, model: str | Path, reward: Reward | None) ->
     for name, (directory, slab_len, drafted) in directories.items():
         summary = inspect_model(directory)
         shape = summary.config
-        check_model(shape)
-        choose_prefill(shape, dtype, config.device, config.prefill_backend, config.deterministic)
+        check_model(shape, sampled=bool(drafted))
+        prefill = choose_prefill(shape, dtype, config.device, config.prefill_backend, config.deterministic)
         slabs = config.max_num_lanes + config.max_num_seqs
         rows = bucket(max(CAPTURED_CHUNK, slab_len, drafted))
         needed[f"{name}'s weights"] = summary.parameters * dtype.itemsize
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + slabs * slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, rows, drafted, dtype) + 4 * sum(
             most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, drafted))
+        # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
+        needed[f"{name}'s activations"] += 4 * (shape.max_position_embeddings * shape.head_dim
+                                                + drafted * shape.vocab_size)
+        if prefill != "triton":
+            needed[f"{name}'s activations"] += cache_bytes(shape, config.cache_tokens, dtype) // shape.num_layers
         if drafted:
             needed["the words that penalties count"] = 8 * history_entries(
                 config.max_num_seqs, config.max_model_len, shape.vocab_size)
+    needed["libraries and captured graphs"] = RESERVE
+    torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
     check_memory(needed, torch.cuda.mem_get_info()[0])
 
 

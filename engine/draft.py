@@ -190,7 +190,7 @@ class Drafter:
         rows = bucket(count)
         self._idle(slice(count, rows), len(tables) - 1)
         groups = seq_group[:count].tolist()
-        return rows, self._tiling.fill(rows, range(count + 1), groups, True, int(prefix_len[:count].max()))
+        return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", prefix_len[:count])
 
     def _fill_penalties(self, lanes: list[LaneSpec]) -> None:
         """Writes every lane's penalties, and the history of each response that has some."""

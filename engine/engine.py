@@ -76,6 +76,9 @@ class Engine:
                                  deterministic=deterministic)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         config = self.config
+        if decoder.device.type != config.device:
+            raise ModelError(f"the model given is on {decoder.device.type} and the engine on {config.device}: load it "
+                             f"with device={config.device!r}")
         if deterministic:
             check_row_invariance(decoder)
         self.model_config = decoder.config
@@ -338,16 +341,18 @@ class Engine:
         try:
             while self._waiting and len(self._running) + len(opened) < self.config.max_num_seqs:
                 hypothesis = self._waiting[0]
-                beginning = tuple(hypothesis.request.prompt.token_ids[:-1][: self.config.page_size])
-                if len(beginning) == self.config.page_size and beginning in beginnings:
+                beginning = self._beginning(hypothesis)
+                if beginning in beginnings:
                     # It can share pages with one that was opened a moment ago, once those are written.
                     self._start(opened)
                     opened, beginnings = [], set()
+                    beginning = self._beginning(hypothesis)
                 if not self._open(hypothesis):
                     break
                 self._waiting.popleft()
                 opened.append(hypothesis)
-                beginnings.add(beginning)
+                if beginning is not None:
+                    beginnings.add(beginning)
             self._start(opened)
         except BaseException:
             # An interrupted admission never happened: what was opened goes back to the head of the queue.
@@ -359,6 +364,12 @@ class Engine:
             raise
         if self._waiting and not self._running:
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
+
+    def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
+        """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
+        history = hypothesis.request.prompt.token_ids[:-1]
+        stop = self._cache.shared_length(history) + self.config.page_size
+        return tuple(history[:stop]) if len(history) >= stop else None
 
     def _open(self, hypothesis: Hypothesis) -> bool:
         """Reserves the pages of a whole response in both models; False, and nothing changed, if they are not free."""

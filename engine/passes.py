@@ -26,6 +26,11 @@ CAPTURED_PREFILL = 256
 """Rows up to which a GPU's prefill passes are captured: prompts of a few hundred tokens, whose passes would otherwise
 take the host longer to launch than the GPU to run. Longer ones are launched one by one, and may use a library."""
 
+GATHERED_ROWS = 128
+"""Rows of a sequence, on average, from which on a library may run a prefill pass: it has the keys gathered first, a
+shared beginning once for every sequence, which takes as long as the arithmetic of some 90 rows. Computed, not measured
+(8 key heads of 128 in bfloat16: 12 KB moved a key, 16 KFLOP a row and key, 4.3 TB/s and 500 TFLOP/s)."""
+
 MOST_CLOSING = 32
 """Closing tokens that a span which follows a draft may have."""
 
@@ -162,7 +167,7 @@ class Passes:
         rows, sequences, tiles = self._fill(spans, into_slab)
         captured = into_slab or rows <= CAPTURED_PREFILL
         prefill = None
-        if not captured and self.padded and self.prefill_backend != "triton":
+        if not captured and self._gathers(spans):
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
@@ -197,6 +202,12 @@ class Passes:
         if into_slab:
             self._verdicts.fetch()
 
+    def _gathers(self, spans: Sequence[Span]) -> bool:
+        """Whether a library runs this prefill: few long sequences, with no more keys than the memory check counted."""
+        rows, keys = sum(len(span.token_ids) for span in spans), sum(span.start + len(span.token_ids) for span in spans)
+        return (self.padded and self.prefill_backend != "triton" and rows >= GATHERED_ROWS * len(spans)
+                and keys <= self.cache.num_pages * self.cache.page_size)
+
     def _fill(self, spans: Sequence[Span], into_slab: bool) -> tuple[int, int, Tiles | None]:
         """Writes the spans into the buffers; rows and sequences, idle ones included, and attention's tiles."""
         self._buffers.wait()
@@ -214,8 +225,9 @@ class Passes:
         prefix_len, slab_start = [span.start for span in spans], [span.slab_start for span in spans]
         tiles = None
         if self.padded:
-            most_keys = max(span.start + (0 if into_slab else len(span.token_ids)) for span in spans)
-            tiles = self._tiling.fill(bucket(len(token_ids)), row_start, groups, into_slab, most_keys)
+            keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
+            tiles = self._tiling.fill(bucket(len(token_ids)), row_start, groups, "score" if into_slab else "prefill",
+                                      keys)
             # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
             idle = bucket(len(token_ids)) - len(token_ids)
             token_ids, positions, slots = token_ids + [0] * idle, positions + [0] * idle, slots + [-1] * idle

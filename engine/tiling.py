@@ -31,16 +31,16 @@ class Tiling:
         size = tiles.most_workspace(max_rows, config.num_heads, config.head_dim, deterministic)
         self._workspace = torch.empty(size, dtype=torch.float32, device=device)
 
-    def fill(self, rows: int, row_start: Sequence[int], seq_group: Sequence[int], into_slab: bool,
-             most_keys: int) -> Tiles:
+    def fill(self, rows: int, row_start: Sequence[int], seq_group: Sequence[int], kind: tiles.Kind,
+             keys: Sequence[int]) -> Tiles:
         """Tiles of a pass of `rows` rows (idle ones included) whose sequences begin at `row_start`, sent to the device.
 
-        most_keys: page keys of the longest context; only its power of two enters, so that few graphs serve all.
+        keys: page keys that each sequence sees.
         """
-        plan = tiles.plan(row_start, seq_group, into_slab, self.heads, self.kv_heads,
-                          min(self.capacity, tiles.bucket(max(1, most_keys))), self.capacity, self.deterministic)
+        plan = tiles.plan(row_start, seq_group, kind, self.heads, self.kv_heads, keys, self.capacity,
+                          self.deterministic)
         self._buffers.wait()
-        used = tiles.fill(row_start, seq_group, into_slab, self.heads // self.kv_heads, plan,
+        used = tiles.fill(row_start, seq_group, kind != "prefill", self.heads // self.kv_heads, plan,
                           self._buffers.host("row_seq"), self._buffers.host("prefix"), self._buffers.host("slab"))
         self._buffers.upload()
         return Tiles(self._buffers["row_seq"][:rows], self._buffers["prefix"][: tiles.bucket(used[0])],

@@ -24,8 +24,8 @@ class WidthChooser:
         self._seconds: dict[int, float] = {}
 
     def measure(self) -> None:
-        """Measures every count now."""
-        for count in self._grid:
+        """Measures every count now; the largest first, as workspaces that grow later are held twice."""
+        for count in reversed(self._grid):
             self._seconds_at(count)
 
     def choose(self, accepted: int, counted: int, responses: int, most: int) -> int:

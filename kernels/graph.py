@@ -39,6 +39,7 @@ class Graphs:
         self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
         self._seen: set[Hashable] = set()  # shapes that ran on a GPU without being captured
         self._pool = None  # memory that the CUDA graphs share: they never run at the same time
+        self._stream = None  # that they are captured on, see `_capture`
 
     def run(self, key: Hashable, step: Callable[[], None], done: Tensor, times: int = 1, rare: bool = False) -> int:
         """Runs `step` up to `times` times, until all of `done` int32 [n] are non-zero; returns how often it ran.
@@ -78,9 +79,9 @@ class Graphs:
         # The first step of a shape compiles kernels and lets libraries allocate, which a capture does not permit.
         first = key not in self._seen
         plain = times if rare else int(first)
-        self._seen.add(key)
         for _ in range(plain):
             step()
+        self._seen.add(key)  # not before: a step that was interrupted while it compiled must not be captured next
         left = times - plain
         while left:
             # Powers of two, so that the few graphs of a shape make up segments of any length. A shape that may never
@@ -96,12 +97,34 @@ class Graphs:
         if graph is not None:
             self._recorded.move_to_end(key)
             return graph
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            for _ in range(steps):
-                step()
+        graph = self._capture(step, steps)
+        if len(self._recorded) == MOST_GRAPHS:  # the one that makes room may be running
+            torch.cuda.synchronize()
         self._keep(key, graph)
+        return graph
+
+    def _capture(self, step: Callable[[], None], steps: int) -> torch.cuda.CUDAGraph:
+        """A graph of `steps` steps.
+
+        On a stream of its own: cuBLAS keeps one workspace for each stream, and the first graph that is captured there
+        owns it. On torch's common capture stream that may be another engine's graph, which goes away with that engine.
+        """
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Not by torch.cuda.graph, which waits for the device and gives back all memory that torch keeps at hand: a
+            # shape may come up in the midst of requests.
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    for _ in range(steps):
+                        step()
+                finally:
+                    graph.capture_end()
+        except BaseException:
+            self._pool = None  # torch may still take it for one that is being filled
+            raise
         return graph
 
     def _keep(self, key: Hashable, recorded: Any) -> None:

@@ -43,7 +43,7 @@ def test_old_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     device.check_gpu()
     monkeypatch.setattr(triton, "__version__", "3.1.0")
-    with pytest.raises(ModelError, match="triton is 3.1.0 and the kernels need 3.2"):
+    with pytest.raises(ModelError, match="triton is 3.1.0 and the kernels need 3.6"):
         device.check_gpu()
 
 
@@ -51,6 +51,46 @@ def test_head_dim_without_a_kernel():
     """The toy's head_dim of 8 has no kernel."""
     with pytest.raises(ModelError, match="head_dim 8 .* 64, 80, 96, 128, 256"):
         device.check_model(ToyModel(vocab=5, seed=0).config)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(num_heads=34, num_kv_heads=2), "17 query heads for each key head"),
+    (dict(hidden_size=16392), "16392 hidden columns"), (dict(vocab_size=262145), "262145 tokens in its vocabulary"),
+])
+def test_shapes_without_a_kernel(changes, words):
+    """What a kernel would refuse at its first launch is refused before."""
+    config = dataclasses.replace(ToyModel(vocab=5, seed=0).config, head_dim=64, num_heads=32, num_kv_heads=2,
+                                 vocab_size=262144, hidden_size=16384)
+    device.check_model(config)
+    with pytest.raises(ModelError, match=f"the model has {words} and the GPU's kernels take"):
+        device.check_model(dataclasses.replace(config, **changes))
+    device.check_model(dataclasses.replace(config, vocab_size=300000), sampled=False)  # nothing is drawn from rewards
+
+
+def test_limits_are_those_of_the_kernels():
+    pytest.importorskip("triton")
+    from stars.kernels.triton import rms_norm
+
+    assert device.MOST_HIDDEN == rms_norm.MOST_HIDDEN
+
+
+def test_an_unusual_stored_type(monkeypatch):
+    """On a GPU, where the checkpoint's type is the default."""
+    monkeypatch.setattr("stars.config.check_gpu", lambda: None)
+    config = dataclasses.replace(ToyModel(vocab=5, seed=0).config, head_dim=64, dtype="float64")
+    with pytest.raises(ModelError, match="stored as float64, which is not supported: choose a dtype"):
+        EngineConfig.resolve(config, "cuda")
+
+
+def test_a_model_on_another_device():
+    """The meta device stands for a GPU."""
+    model = ToyModel(vocab=5, seed=0)
+    elsewhere = model.decoder()
+    elsewhere.final_norm = elsewhere.final_norm.to("meta")
+    with pytest.raises(ModelError, match="the model given is on meta and the engine on cpu: load it with device='cpu'"):
+        stars.Engine(elsewhere)
+    with pytest.raises(ModelError, match="the reward model given is on meta"):
+        stars.Engine(model.decoder(), CausalReward(elsewhere))
 
 
 def test_too_little_memory():
@@ -69,9 +109,9 @@ def test_a_pair_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
     parts = ".*".join(f"the {model} model's {part}" for model in ("language", "reward")
                       for part in ("weights", "cache", "activations"))
-    with pytest.raises(ModelError, match=f"lacks 0[.]. GiB .*{parts}.*: lower cache_tokens"):
+    with pytest.raises(ModelError, match=f"lacks 2[.]. GiB .*{parts}.*, 2.0 GiB for libraries .*: lower cache_tokens"):
         device.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 3 << 30))
     device.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
 
 
@@ -96,8 +136,9 @@ def test_no_plan_needs_more_attention_workspace_than_was_reserved(deterministic)
         groups = np.sort(draw.integers(0, len(counts), len(counts)))
         groups = np.unique(groups, return_inverse=True)[1]
         starts = np.concatenate(([0], np.cumsum(counts)))
-        plan = tiles.plan(starts, groups, into_slab, heads, kv_heads, int(draw.choice([1, 300, 20000])), 32768,
-                          deterministic)
+        keys = np.minimum(draw.lognormal(6, draw.choice([0, 1, 3]), len(counts)), 32768).astype(int)
+        kind = "prefill" if not into_slab else "draft" if max(counts) == 1 else "score"
+        plan = tiles.plan(starts, groups, kind, heads, kv_heads, keys, 32768, deterministic)
         rows = bucket(int(starts[-1]))
         needed = tiles.workspace_size(plan, into_slab, rows, heads, 64)
         assert needed <= tiles.most_workspace(rows, heads, 64, deterministic)

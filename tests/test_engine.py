@@ -372,6 +372,24 @@ def test_one_failing_request_leaves_the_others_alone():
     engine.check_integrity()
 
 
+@pytest.mark.parametrize(("common", "own", "waves"), [
+    (40, 30, [1, 5]),  # all but the first share two pages, and go on apart
+    (0, 40, [6]), (10, 30, [6]),  # nothing to share
+    (48, 5, [1, 5]), (48, 0, [1, 5]),  # whole pages, and less than a page behind them
+])
+def test_prompts_with_a_common_beginning_wait_for_it_once(monkeypatch, common, own, waves):
+    """Chat templates give all prompts the same first page: one at a time, each would cost a pass of few rows."""
+    engine = toy_engine(LM, max_num_seqs=8, page_size=16)
+    started = []
+    prefill = engine._passes.prefill
+    monkeypatch.setattr(engine._passes, "prefill", lambda tables: (started.append(len(tables)), prefill(tables)))
+    draw = np.random.default_rng(1)
+    head = draw.integers(1, 5, common).tolist()
+    prompts = [{"prompt_token_ids": [*head, *draw.integers(1, 5, own).tolist(), 1]} for _ in range(6)]
+    engine.generate(prompts, stars.SamplingParams(max_tokens=2), use_tqdm=False)
+    assert started == waves
+
+
 # -- policies -----------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,16 @@ class Card:
 
     def __init__(self):
         self.ran, self.captured, self.replays, self.noted = 0, 0, 0, None
+        self.pools, self.broken, self.fault, self.stream, self.waits = [], [], None, None, 0
+
+    def faulty_step(self) -> None:
+        """A step that raises once `fault` says where: "run" or "capture"."""
+        if self.fault == ("run" if self.noted is None else "capture"):
+            if self.noted is not None:
+                self.broken.append(self.pools[-1][0])
+            self.fault = None
+            raise KeyboardInterrupt
+        self.step()
 
     def step(self) -> None:
         if self.noted is None:
@@ -24,10 +34,12 @@ class Card:
             self.noted.steps += 1
 
     @contextmanager
-    def capture(self, graph, pool):
-        self.noted, self.captured = graph, self.captured + 1
-        yield
-        self.noted = None
+    def on(self, stream):
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
 
 
 @pytest.fixture
@@ -37,15 +49,27 @@ def card(monkeypatch) -> Card:
     class Graph:
         steps = 0
 
+        def capture_begin(self, pool, capture_error_mode) -> None:
+            assert pool not in card.broken and card.stream is not None and card.noted is None
+            card.noted, card.captured = self, card.captured + 1
+            card.pools.append((pool, card.stream))
+
+        def capture_end(self) -> None:
+            assert card.noted is self
+            card.noted = None
+
         def replay(self) -> None:
+            assert card.noted is None and card.stream is None
             card.ran += self.steps
             card.replays += 1
 
     monkeypatch.setattr(graphs, "on_libstars", lambda done: False)
     monkeypatch.setattr(graphs, "on_triton", lambda done: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", card.capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "stream", card.on)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(card, "waits", card.waits + 1))
     return card
 
 
@@ -91,6 +115,39 @@ def test_the_least_recently_used_shape_makes_room(card, monkeypatch):
     for key in ("a", "b", "a", "c", "a", "b"):
         run.run(key, card.step, done, 2)
     assert card.captured == 4  # a, b, c, and b again
+    assert card.waits == 2  # the one that makes room may be running still
+
+
+def test_an_interrupted_first_step_is_run_plainly_again(card):
+    """It may have been compiling kernels, which a capture does not permit."""
+    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+    card.fault = "run"
+    with pytest.raises(KeyboardInterrupt):
+        run.run("shape", card.faulty_step, done)
+    run.run("shape", card.faulty_step, done)
+    assert (card.ran, card.captured) == (1, 0)
+
+
+def test_a_failed_capture_is_tried_again_in_new_memory(card):
+    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+    run.run("other", card.faulty_step, done, 2)
+    run.run("shape", card.faulty_step, done)
+    card.fault = "capture"
+    with pytest.raises(KeyboardInterrupt):
+        run.run("shape", card.faulty_step, done)
+    ran = card.ran
+    run.run("shape", card.faulty_step, done)
+    run.run("other", card.faulty_step, done)
+    assert card.ran == ran + 2 and len({pool for pool, _ in card.pools}) == 2
+
+
+def test_graphs_of_one_owner_share_memory_and_those_of_two_do_not(card):
+    done = torch.zeros(1, dtype=torch.int32)
+    for run in (graphs.Graphs(), graphs.Graphs()):
+        for key in ("a", "b"):
+            run.run(key, card.step, done, 2)
+    assert card.pools[0] == card.pools[1] and card.pools[2] == card.pools[3]
+    assert not set(card.pools[0]) & set(card.pools[2])
 
 
 @pytest.mark.skipif(not libstars.available(), reason="libstars is not built")

@@ -404,3 +404,12 @@ def test_inspect_of_broken_and_headless_models(copy, tiny_model):
     edit_tensors(directory, score__weight=...)
     summary = inspect_model(directory)
     assert summary.head == "reward" and summary.missing == ["score.weight"]
+
+
+@pytest.mark.parametrize("head", ["lm", "reward"])
+def test_every_product_is_as_deterministic_as_asked(tiny_model, head):
+    """On a GPU one that is not would be cuBLAS', whose bits depend on the number of rows."""
+    decoder = load_model(tiny_model(head=head), head=head, deterministic=True)
+    weights = [weight for layer in decoder.layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    heads = [weight for weight in (decoder.head, decoder.score_head) if weight is not None]
+    assert len(heads) == 1 and all(weight.deterministic for weight in weights + heads)

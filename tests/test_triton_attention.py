@@ -320,6 +320,22 @@ def exact_rope(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm) -> None:
                 (keys if head < heads + kv_heads else values)[slot, (head - heads) % kv_heads] = y
 
 
+def test_a_score_of_one_row_has_the_same_bits_beside_longer_ones():
+    """A candidate that is an EOS alone, say: under the plan of drafts its sums would run in another order."""
+    long = [Sequence(0, 700, 0, 1), Sequence(0, 700, 0, 3)]
+    alone, beside = (make_case(spans, True, 8, 2, dtype=torch.float16, seed=3) for spans in (long[:1], long))
+    alone = alone._replace(q=beside.q[:1].contiguous())
+    for cached, other in zip(alone.kv[:4], beside.kv[:4], strict=True):
+        cached.copy_(other[: len(cached)])
+    alone.batch.block_tables.copy_(beside.batch.block_tables)
+    results = []
+    for case in (alone, beside):
+        starts, groups = case.row_start, case.batch.seq_group.tolist()
+        plan = tiling.plan(starts, groups, "score", 8, 2, [700] * len(groups), 4096, deterministic=True)
+        results.append(run(with_plan(case, plan))[0])
+    assert torch.equal(*results)
+
+
 # -- tiles -------------------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +347,8 @@ def test_tiles_cover_every_row_once_and_cross_no_group():
         seq_group = np.cumsum(draw.integers(0, 2, len(counts)))
         seq_group = (seq_group - seq_group[0]).tolist()
         per_kv = int(draw.choice([1, 2, 3, 4, 7, 8, 16]))
-        plan = tiling.plan(row_start, seq_group, True, per_kv * 2, 2, 1000, 2048, bool(draw.integers(2)))
+        keys = draw.integers(0, 2049, len(counts))
+        plan = tiling.plan(row_start, seq_group, "score", per_kv * 2, 2, keys, 2048, bool(draw.integers(2)))
         rows, sequences = row_start[-1], len(counts)
         buffers = [np.full(shape, -1, np.int32) for shape in (
             rows + 3, (tiling.most_tiles(rows, sequences, plan.packed, per_kv), 3),
@@ -356,20 +373,34 @@ def test_too_short_a_buffer_of_tiles_is_refused():
 
 
 def test_deterministic_plans_do_not_depend_on_the_batch():
-    plans = {tiling.plan(list(range(lanes + 1)), [0] * lanes, True, 32, 8, keys, 8192, deterministic=True)
-             for lanes in (1, 3, 64) for keys in (1, 500, 8000)}
-    assert len(plans) == 1
-    plan = plans.pop()
-    assert plan.splits * plan.split_keys >= 8192 and plan.split_keys % tiling.SPLIT_MULTIPLE == 0
+    for kind, rows in (("draft", (1,)), ("score", (1, 2, 33)), ("prefill", (1, 2, 500))):
+        plans = {tiling.plan(list(range(0, lanes * count + 1, count)), [0] * lanes, kind, 32, 8, [keys] * lanes, 8192,
+                             deterministic=True)
+                 for lanes in (1, 3, 64) for keys in (1, 500, 8000) for count in rows}
+        assert len(plans) == 1
+        plan = plans.pop()
+        if kind != "prefill":
+            assert plan.splits * plan.split_keys >= 8192 and plan.split_keys % tiling.SPLIT_MULTIPLE == 0
 
 
 def test_plans_fill_a_card_at_short_batches_and_stay_small_at_long_ones():
-    one_request = tiling.plan(list(range(17)), [0] * 16, True, 32, 8, 1024, 8192)
+    one_request = tiling.plan(list(range(17)), [0] * 16, "draft", 32, 8, [1024] * 16, 8192)
     assert one_request == Plan(64, 16, 8, 0)
-    scoring = tiling.plan(list(range(0, 513, 32)), [0] * 16, True, 32, 8, 1024, 8192)
+    scoring = tiling.plan(list(range(0, 513, 32)), [0] * 16, "score", 32, 8, [1024] * 16, 8192)
     assert scoring == Plan(128, 128, 1, 0)
-    prefill = tiling.plan([0, 512], [0], False, 32, 8, 1024, 8192)
+    prefill = tiling.plan([0, 512], [0], "prefill", 32, 8, [1024], 8192)
     assert prefill == Plan(128, 128, 1, 0)
+    many = tiling.plan(list(range(33)), range(32), "draft", 32, 8, [1000] * 32, 32768)
+    assert many == Plan(16, 16, 1, 0)
+
+
+def test_one_long_context_among_many_is_divided():
+    """Eight programs, one a key head, would read it while the rest of the card waits."""
+    keys = [100] * 31 + [16384]
+    plan = tiling.plan(list(range(33)), range(32), "draft", 32, 8, keys, 32768)
+    assert plan == Plan(16, 16, 16, 0)
+    longer = tiling.plan(list(range(0, 32 * 33 + 1, 33)), range(32), "score", 32, 8, keys, 32768)
+    assert longer.splits * 32 * 33 * 32 <= tiling.MOST_PARTIAL and longer.splits == 1
 
 
 if DEVICE == "cpu":

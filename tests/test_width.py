@@ -47,6 +47,6 @@ def test_each_count_is_measured_once_at_start_up_or_at_first_use():
     chooser = WidthChooser(step_seconds, 24)
     assert not measured
     chooser.measure()
-    assert measured == [1, 2, 4, 8, 16]
+    assert measured == [16, 8, 4, 2, 1]
     chooser.choose(1, 4, 2, 12)  # 24 lanes: beyond the grid, in proportion to the last
-    assert measured == [1, 2, 4, 8, 16]
+    assert measured == [16, 8, 4, 2, 1]

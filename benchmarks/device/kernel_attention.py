@@ -33,6 +33,7 @@ LONG = [Span(0, 1500, 20, 1)] * 5 + [Span(1, 777, 0, 1)]
 SCORING = [Span(0, 37, 0, 3), Span(0, 33, 2, 17), Span(1, 1, 0, 1), Span(2, 64, 15, 5)]
 PREFILL = [Span(0, 0, 0, 37), Span(1, 17, 0, 15), Span(2, 63, 0, 1), Span(3, 0, 0, 1)]
 KINDS = {"draft": (DRAFT, True), "draft, long": (LONG, True), "scoring": (SCORING, True), "prefill": (PREFILL, False)}
+PASSES = {"draft": "draft", "draft, long": "draft", "scoring": "score", "prefill": "prefill"}
 
 
 class Case(NamedTuple):
@@ -172,7 +173,7 @@ def _bits(record: Record, ops, kind: str, device: str) -> None:
         tiles = tiling.build_as(plan, starts, groups, into_slab, 4, device)
         out = launched(ops, case._replace(batch=case.batch._replace(tiles=tiles)))
         within(record, f"attention {kind}, {splits} splits", out, theirs, exact)
-    plan = tiling.plan(starts, groups, into_slab, 8, 2, 2048, 4096, deterministic=True)
+    plan = tiling.plan(starts, groups, PASSES[kind], 8, 2, [span.prefix for span in spans], 4096, deterministic=True)
     tiles = tiling.build_as(plan, starts, groups, into_slab, 4, device)
     together = launched(ops, case._replace(batch=case.batch._replace(tiles=tiles)))
     for index, span in enumerate(spans):

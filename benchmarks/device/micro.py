@@ -116,8 +116,9 @@ def _attend(record: Record, settings: Settings, ops, shape: Shape, spans: list[S
     count = min(sets(read, settings.dry), 24)
     caches = [LayerKV(*(tensor.clone() for tensor in case.kv[:4]), case.kv.page_size) for _ in range(count)]
     starts, owners = case.batch.row_start.tolist(), case.batch.seq_group.tolist()
-    most = max(span.prefix + (0 if into_slab else span.count) for span in spans)
-    plan = tiling.plan(starts, owners, into_slab, shape.heads, shape.kv_heads, tiling.bucket(most), 1 << 17)
+    keys = [span.prefix + (0 if into_slab else span.count) for span in spans]
+    kind = "score" if into_slab else "prefill"
+    plan = tiling.plan(starts, owners, kind, shape.heads, shape.kv_heads, keys, 1 << 17)
     batch = case.batch._replace(tiles=tiling.build_as(plan, starts, owners, into_slab, shape.heads // shape.kv_heads,
                                                       settings.device))
     out = torch.empty_like(case.q)

@@ -83,6 +83,9 @@ class Decoder:
         self.sin = sin
         self.dtype = dtype
         self.max_rows = self.max_logits = 0
+        self._space: Workspace | None = None
+        self._logits: Tensor | None = None
+        self._outgrown: list[Workspace | Tensor] = []
         self.reserve(max_rows)
         if head is not None:
             self.reserve_logits(max_rows)
@@ -100,10 +103,11 @@ class Decoder:
     def reserve(self, max_rows: int) -> None:
         """Makes room for passes of `max_rows` rows; does nothing where there is room already.
 
-        Growing takes new buffers; passes recorded before keep the old ones alive and go on with them.
+        Growing takes new buffers; passes recorded before go on with the old ones, which are kept for them.
         """
         if max_rows <= self.max_rows:
             return
+        self._outgrow(self._space)
         config = self.config
         heads_width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
@@ -129,8 +133,14 @@ class Decoder:
     def reserve_logits(self, rows: int) -> None:
         """Makes room for the logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows."""
         if rows > self.max_logits:
+            self._outgrow(self._logits)
             self._logits = torch.empty(rows, self.config.vocab_size, dtype=self.dtype, device=self.device)
             self.max_logits = rows
+
+    def _outgrow(self, buffers: Workspace | Tensor | None) -> None:
+        """Programs of libstars hold what they use; a CUDA graph, of another engine perhaps, holds addresses only."""
+        if buffers is not None and self.device.type != "cpu":
+            self._outgrown.append(buffers)
 
     def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
         """Runs all layers and writes the batch's keys and values; returns the hidden state after the final norm.

@@ -176,7 +176,7 @@ class _Reader:
 
     def score_head(self) -> Weight:
         """The reward head [1, hidden], float32 whatever the dtype."""
-        return kernels.pack(self.vector(SCORE_HEAD))
+        return kernels.pack(self.vector(SCORE_HEAD), deterministic=self.deterministic)
 
     def check_tied(self) -> None:
         """Raises ModelError where the checkpoint has a head of its own although it should be the embedding."""

@@ -58,7 +58,7 @@ class EncoderReward(Reward):
         if missing:
             raise ModelError(f"{self.model_path} lacks the tensors {', '.join(missing[:4])}: use a checkpoint with a "
                              "trained reward head")
-        self.model.eval()
+        self.model.eval().to(limits.device)
         labels = self.model.config.num_labels
         if self.label is None and labels != 1:
             raise RewardError(f"{self.model_path} has {labels} labels: choose the one whose logit is the reward with "
@@ -105,7 +105,7 @@ class EncoderReward(Reward):
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = self.tokenizer.pad({key: [values[i] for i in chosen] for key, values in encoded.items()},
-                                       return_tensors="pt")
+                                       return_tensors="pt").to(self.model.device)
             with torch.inference_mode():
                 logits = self.model(**batch).logits[:, self._column].tolist()  # [texts]
             for i, logit in zip(chosen, logits, strict=True):

@@ -13,7 +13,7 @@ graph is best keyed by `bucket(number of tiles)`, beside the number of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,12 @@ SPLIT_MULTIPLE = 256
 
 PROGRAMS_WANTED = 132
 """Programs that fill a card once: the processors of an H100 or H200 (an A100 has 108, a B200 148)."""
+
+MOST_PARTIAL = 2 * PROGRAMS_WANTED * 128
+"""Query vectors whose partial results a plan may ask for, over all splits: twice a card full of the largest tiles."""
+
+Kind = Literal["draft", "score", "prefill"]
+"""Of a pass: one row a sequence behind its slab, rows into slabs, rows into pages."""
 
 
 class Plan(NamedTuple):
@@ -53,34 +59,40 @@ def packing(most_rows: int, heads_per_kv: int) -> int:
 
 
 def plan(
-    row_start: Sequence[int], seq_group: Sequence[int], into_slab: bool, heads: int, kv_heads: int,
-    most_keys: int, capacity: int, deterministic: bool = False,
+    row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, heads: int, kv_heads: int, keys: Sequence[int],
+    capacity: int, deterministic: bool = False,
 ) -> Plan:
-    """How to divide a batch of this shape. most_keys: the longest context (or its bucket); capacity: keys a row of the
-    block tables can hold, a constant of the engine.
+    """How to divide a batch of this shape. keys: page keys that each sequence sees; capacity: keys a row of the block
+    tables can hold, a constant of the engine.
 
-    Deterministic plans depend on the kind of the pass alone (drafts of one row a sequence, scoring, prefill), never on
-    how many sequences there are or how long they are, so that the bits of a row do not either.
+    Deterministic plans depend on the kind of the pass alone, which is given and not seen (a score of one row is no
+    draft), never on how many sequences there are or how long they are, so that the bits of a row do not either.
     """
     heads_per_kv = heads // kv_heads
-    starts = np.asarray(row_start)
-    counts = np.diff(starts)
-    most_in_sequence = int(counts.max())
     if deterministic:
         split_keys = -(-capacity // MOST_SPLITS)
         split_keys = -(-split_keys // SPLIT_MULTIPLE) * SPLIT_MULTIPLE
-        if not into_slab:  # partial results of long chunks would be large, and their programs fill a card as they are
+        if kind == "prefill":  # partial results of long chunks would be large; their programs fill a card as they are
             return Plan(128, 128, 1, 0)
-        draft = most_in_sequence == 1
+        draft = kind == "draft"
         return Plan(64 if draft else 128, packing(1, heads_per_kv) if draft else 128, -(-capacity // split_keys),
                     split_keys)
+    counts = np.diff(np.asarray(row_start))
     in_group = np.bincount(np.asarray(seq_group), weights=counts)
     packed = packing(int(in_group.max()), heads_per_kv)
-    rows_per_tile = packed // heads_per_kv
-    tiles = int(np.ceil(in_group / rows_per_tile).sum())
-    # Parts of fewer than 128 keys spend more time on their partial results than on their keys.
-    splits = max(1, min(MOST_SPLITS, PROGRAMS_WANTED // (tiles * kv_heads), most_keys // 128))
-    return Plan(packed, packing(most_in_sequence, heads_per_kv), bucket(splits), 0)
+    tiles = np.ceil(in_group / (packed // heads_per_kv))  # [groups]
+    seen = np.zeros(len(in_group))
+    np.maximum.at(seen, seq_group, keys)
+    longest = max(1.0, seen.max())
+    # As many parts of the longest context as make one program's share of all keys of one of them: where one context is
+    # long, its programs would read on after all others have ended.
+    share = max(1.0, float((tiles * seen).sum())) * kv_heads / PROGRAMS_WANTED
+    # Parts of fewer than 128 keys spend more time on their partial results than on their keys. The length enters by its
+    # power of two, so that few graphs serve all.
+    splits = bucket(max(1, int(min(MOST_SPLITS, longest / share, min(capacity, bucket(int(longest))) // 128))))
+    while splits > 1 and splits * row_start[-1] * heads > MOST_PARTIAL:
+        splits //= 2
+    return Plan(packed, packing(int(counts.max()), heads_per_kv), splits, 0)
 
 
 def tile_table(row_start: Sequence[int], owner: Sequence[int], rows_per_tile: int) -> np.ndarray:
@@ -131,19 +143,20 @@ def most_workspace(rows: int, heads: int, head_dim: int, deterministic: bool) ->
     """`workspace_size` of the largest plan for at most `rows` rows, idle ones included."""
     most = (MOST_SPLITS + 1) * rows * heads
     if not deterministic:
-        # Contexts are divided while tiles are too few to fill the card, which bounds rows times parts: a tile has at
-        # most 128 query vectors, `bucket` at most doubles the parts, idle rows at most the rows.
-        most = min(most, 4 * PROGRAMS_WANTED * 128 + 2 * rows * heads)
+        most = min(most, 2 * MOST_PARTIAL + 2 * rows * heads)  # idle rows at most double the rows; and the slab's part
     return most * (head_dim + 1)
 
 
 def build(batch: Batch, heads: int, kv_heads: int, page_size: int, deterministic: bool = False) -> Tiles:
-    """Tiles of a batch whose contents are read back from its device: for single calls, not for captured graphs."""
+    """Tiles of a batch whose contents are read back from its device: for single calls, not for captured graphs.
+
+    Rows into a slab are taken for scores.
+    """
     row_start, seq_group = batch.row_start.tolist(), batch.seq_group.tolist()
-    counts = np.diff(row_start)
-    most_keys = int((np.array(batch.prefix_len.tolist()) + (0 if batch.into_slab else counts)).max())
+    keys = np.array(batch.prefix_len.tolist()) + (0 if batch.into_slab else np.diff(row_start))
     capacity = batch.block_tables.shape[1] * page_size
-    chosen = plan(row_start, seq_group, batch.into_slab, heads, kv_heads, most_keys, capacity, deterministic)
+    chosen = plan(row_start, seq_group, "score" if batch.into_slab else "prefill", heads, kv_heads, keys, capacity,
+                  deterministic)
     return build_as(chosen, row_start, seq_group, batch.into_slab, heads // kv_heads, batch.row_start.device)
 
 
