@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ def run(out: Path, *options: str, broken: str = "", timeout: int = 170) -> tuple
     return done.returncode, done.stdout, json.loads(files[0].read_text())
 
 
-def python(code: str, cwd: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=cwd)
+def python(code: str, cwd: Path, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=cwd,
+                          env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -67,6 +69,26 @@ def test_a_stage_that_breaks_costs_that_stage_only(tmp_path):
     assert "RuntimeError: broken on purpose" in output and "NOT CORRECT: kernels-rows, kernels-products" in output
 
 
+def test_a_measurement_that_fails_costs_its_own_figures(tmp_path):
+    """The others of the stage are there, and the stage does not pass for whole."""
+    code = (f"import sys; sys.path.insert(0, {str(DEVICE)!r})\n"
+            "import importable; importable.install()\n"
+            "import end_to_end, micro; from record import Record, Settings\n"
+            "def broken(*given): raise RuntimeError('broken on purpose')\n"
+            "settings = Settings(dry=True, quick=True)\n"
+            "record = Record('record.json', 'micro')\n"
+            "broken.__name__ = '_sampler'\n"
+            "micro._sampler = broken\n"
+            "micro.run(record, settings)\n"
+            "bench = Record('bench.json', 'end-to-end-1b')\n"
+            "end_to_end.Bench.plain = broken\n"
+            "end_to_end.llama_1b(bench, settings)\n"
+            "figures = [[one['name'] for one in kept.content['figures']] for kept in (record, bench)]\n"
+            "print(record.lost, bench.lost, any('commit' in name for name in figures[0]), "
+            "any('at once' in name for name in figures[1]))")
+    assert python(code, tmp_path).splitlines()[-1] == "['sampler'] ['plain'] True True"
+
+
 @pytest.mark.slow
 def test_the_whole_dry_run(tmp_path):
     """Beside transformers, too."""
@@ -90,7 +112,8 @@ def test_the_checkout_is_importable_without_an_installation(tmp_path):
 
 
 def test_the_sanitizer_stage_reads_what_the_tool_says(tmp_path):
-    """A stand-in for compute-sanitizer: a clean report passes, an invalid access fails, no tool is only noted."""
+    """A stand-in for compute-sanitizer: a clean report over checks passes, an invalid access fails; a tool that refuses
+    the card, one that hangs, and none at all are only noted: they say nothing of the kernels."""
     tool = tmp_path / "compute-sanitizer"
     code = (f"import os, sys; sys.path.insert(0, {str(DEVICE)!r})\n"
             "import importable; importable.install()\n"
@@ -99,10 +122,19 @@ def test_the_sanitizer_stage_reads_what_the_tool_says(tmp_path):
             "sanitizer.run(record, Settings())\n"
             "print([check['passed'] for check in record.content['checks']], len(record.content['notes']))")
     path = f"{str(tmp_path)!r} + ':/usr/bin:/bin'"
-    reports = (("ERROR SUMMARY: 0 errors", 0, True), ("Invalid __global__ read of size 2", 77, False))
-    for text, status, wanted in reports:
-        tool.write_text(f"#!/bin/sh\necho '========= {text}'\nexit {status}\n")
+    # The stage under the tool writes what it checked to the file behind --out.
+    wrote = 'for last; do :; done; echo \'{"checks": [1, 2]}\' > "$last"\n'
+    reports = ((f"{wrote}echo '===== ERROR SUMMARY: 0 errors'\n", "[True, True, True, True] 0"),
+               ("echo '===== Invalid __global__ read of size 2'\nexit 77\n", "[False, False, False, False] 0"),
+               ("echo 'Error: Device not supported'\nexit 1\n", "[] 4"),
+               ("echo '===== ERROR SUMMARY: 0 errors'\n", "[] 4"),  # nothing had run
+               (f"{wrote}exec sleep 60\n", "[] 4"))
+    for script, wanted in reports:
+        tool.write_text(f"#!/bin/sh\n{script}")
         tool.chmod(0o755)
-        assert python(code.format(path=path), tmp_path).splitlines()[-1] == f"{[wanted] * 4} 0"
+        for file in tmp_path.glob("sanitized-*.json"):
+            file.unlink()
+        environment = os.environ | {"STARS_STAGE_DEADLINE": f"{time.monotonic() + 13}"}
+        assert python(code.format(path=path), tmp_path, environment).splitlines()[-1] == wanted
     tool.unlink()
     assert python(code.format(path="'/nowhere'"), tmp_path).splitlines()[-1] == "[] 1"

@@ -7,9 +7,9 @@ run. The limit of a step is its bytes (weights, the shared prefix once, each lan
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from common import forced_accept
@@ -40,9 +40,7 @@ def llama_8b(record: Record, settings: Settings) -> None:
 def qwen3_8b(record: Record, settings: Settings) -> None:
     """Another family: steps, and STARS at one accept rate."""
     bench = Bench(record, settings, "Qwen3-8B", "Qwen3-8B")
-    bench.steps()
-    bench.plain()
-    bench.aligned(rates=(0.3,), widths=(None,))
+    bench.run(steps=bench.steps, plain=bench.plain, aligned=lambda: bench.aligned(rates=(0.3,), widths=(None,)))
 
 
 class Bench:
@@ -57,6 +55,7 @@ class Bench:
         self.lm = random_decoder(config_of(lm), settings.device, dtype, "lm", seed=1)
         self.rm = random_decoder(config_of(rm, "reward"), settings.device, dtype, "reward", seed=2)
         self.context = 32 if settings.dry else 1024
+        self.plain_seconds: float | None = None  # until measured
         self.tokens = 2 * SEGMENT if settings.quick else 4 * SEGMENT
         self.engine = self.build(self.lm, self.rm)
         self._sync()
@@ -65,16 +64,18 @@ class Bench:
 
     def all(self, graphs: bool) -> None:
         """In the order of what matters most, should the time not suffice."""
-        self.steps()
-        self.plain()
-        self.aligned(rates=(0.1, 0.3, 0.7), widths=(None,))
-        self.reward_passes()
-        self.aligned(rates=(0.3,), widths=(1, 8, 16), against_plain=False)
-        self.together()
-        if graphs:
-            self.graph_lengths()
-        self._memory("at the end")
-        self.deterministic()
+        self.run(
+            steps=self.steps, plain=self.plain, aligned=lambda: self.aligned(rates=(0.3, 0.1, 0.7), widths=(None,)),
+            reward_passes=self.reward_passes, together=self.together,
+            widths=lambda: self.aligned(rates=(0.3,), widths=(1, 8, 16), against_plain=False),
+            graph_lengths=self.graph_lengths if graphs else lambda: None, memory=lambda: self._memory("at the end"),
+            deterministic=self.deterministic)
+
+    def run(self, **measurements: Callable[[], None]) -> None:
+        """One after the other; one that fails costs its own figures."""
+        for name, measure in measurements.items():
+            with self.record.measuring(name):
+                measure()
 
     def build(self, lm, rm, deterministic: bool = False) -> stars.Engine:
         """An engine with room for a context of 16k beside 32 short ones."""
@@ -150,7 +151,8 @@ class Bench:
         base = causal.RIDGE_ROWS[device]
         for rate in rates:
             for width in widths:
-                for ridge in (base, base // 4) if width is None and not self.settings.dry else (base,):
+                fewer = width is None and rate == 0.3 and not self.settings.dry
+                for ridge in (base, base // 4) if fewer else (base,):
                     causal.RIDGE_ROWS[device] = ridge
                     seen: list = []
                     seconds = self._generate_seconds(self.policy(width), rate, seen=seen)
@@ -161,7 +163,7 @@ class Bench:
                         self.tokens / seconds, "token/s", higher_is_better=True, width=metrics.width,
                         attempts=metrics.attempts, counted=metrics.attempts_counted, lm_seconds=metrics.lm_seconds,
                         rm_seconds=metrics.rm_seconds, rm_tokens=metrics.rm_tokens_scored)
-                    if against_plain:
+                    if against_plain and self.plain_seconds is not None:
                         self.record.figure(
                             f"{self.name}: aligned over plain, accept {rate}, {ridge} rows a scoring pass",
                             1e3 * seconds / self.tokens, "ms", 1e3 * self.plain_seconds / self.tokens, "a plain token",
@@ -172,9 +174,10 @@ class Bench:
         """32 prompts at once over one by one."""
         count, short, few = (4, 16, 2) if self.settings.dry else (32, 64, 4)
         for name, policy, rate in (("plain", stars.Sample(), None), ("STARS, accept 0.3", self.policy(None), 0.3)):
-            at_once = self._generate_seconds(policy, rate, prompts=count, context=short, warmups=1)
-            alone = self._generate_seconds(policy, rate, prompts=few, context=short, one_by_one=True,
-                                           warmups=1) / few * count
+            # Twice before: a shape is captured at its second run.
+            at_once = self._generate_seconds(policy, rate, prompts=range(count), context=short)
+            alone = self._generate_seconds(policy, rate, prompts=self._typical(rate, count, few), context=short,
+                                           one_by_one=True, warmups=1) / few * count
             tokens = count * self.tokens
             self.record.figure(f"{self.name}: {count} prompts at once, {name}", tokens / at_once, "token/s",
                                tokens / alone, "one by one", ">= 8", higher_is_better=True)
@@ -188,20 +191,20 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, self.lm.config.vocab_size, (length,), generator=generator).tolist()
 
-    def _generate_seconds(self, policy, rate: float | None, *, engine: stars.Engine | None = None, prompts: int = 1,
+    def _generate_seconds(self, policy, rate: float | None, *, prompts: Sequence[int] = (0,),
                           context: int | None = None, one_by_one: bool = False, warmups: int = 2,
                           seen: list | None = None) -> float:
-        engine = engine or self.engine
+        engine = self.engine
         context = self.context if context is None else context
         runs = iter(range(1, 1000))
         seed = typical_seed(rate, self.tokens // SEGMENT)
 
         def call() -> None:
             run = next(runs)  # other prompts each time: no page of an earlier run is shared
-            asked = [{"prompt_token_ids": self.prompt(context, 100 * run + index)} for index in range(prompts)]
+            asked = [{"prompt_token_ids": self.prompt(context, 100 * run + index)} for index in prompts]
             # The same seeds each time, so that equal numbers of attempts are compared.
             params = [stars.SamplingParams(temperature=0.8, max_tokens=self.tokens, seed=seed + index)
-                      for index in range(prompts)]
+                      for index in prompts]
             with forced_accept(1.0 if rate is None else rate):
                 if one_by_one:
                     outputs = [engine.generate(one, own, policy, use_tqdm=False)[0]
@@ -214,8 +217,14 @@ class Bench:
             if seen is not None:
                 seen.append(outputs[0])
 
-        repeats = 1 if self.settings.dry else 2 if prompts > 1 else 3
+        repeats = 1 if self.settings.dry else 2 if len(prompts) > 1 else 3
         return statistics.median(seconds_each(call, self.settings.device, repeats, 1 if self.settings.dry else warmups))
+
+    def _typical(self, rate: float | None, count: int, few: int) -> list[int]:
+        """`few` of `count` prompts, which take as many attempts as all of them do on average: one of each quantile."""
+        seed, segments = typical_seed(rate, self.tokens // SEGMENT), self.tokens // SEGMENT
+        order = sorted(range(count), key=lambda index: sum(attempts(seed + index, rate, segments)))
+        return [order[(2 * index + 1) * count // (2 * few)] for index in range(few)]
 
     # -- the reward model -------------------------------------------------------------------------------------------
 
@@ -252,6 +261,8 @@ class Bench:
         for steps in (1, 8, SEGMENT):
             drafter = self.engine._round.drafter
             kept, drafter._graphs = drafter._graphs, Graphs(steps)
+            if not self.settings.dry:
+                torch.cuda.empty_cache()
             before = None if self.settings.dry else torch.cuda.mem_get_info()[0]
             begin = time.perf_counter()
             seconds = self.step_seconds(self.engine, 1 if self.settings.dry else 8)
@@ -293,15 +304,12 @@ def typical_seed(rate: float | None, segments: int) -> int:
     """A seed whose accept uniforms cost about segments / rate attempts: few segments of any seed would be luck."""
     if rate is None:
         return 1000
-
-    def attempts(seed: int) -> int:
-        return sum(next((attempt for attempt in range(1, MAX_ATTEMPTS + 1)
-                         if accept_uniform(seed, attempt, segment, 0) < rate), MAX_ATTEMPTS)
-                   for segment in range(segments))
-
-    return min(range(1000, 1020), key=lambda seed: abs(attempts(seed) - segments / rate))
+    return min(range(1000, 1020), key=lambda seed: abs(sum(attempts(seed, rate, segments)) - segments / rate))
 
 
-def seconds_left(begin: float) -> float:
-    """Of this stage's limit, since `begin` of time.monotonic()."""
-    return float(os.environ.get("STARS_STAGE_SECONDS", 60)) - (time.monotonic() - begin)
+def attempts(seed: int, rate: float | None, segments: int) -> list[int]:
+    """Attempts of each segment where the accept rate is forced; None is plain sampling."""
+    if rate is None:
+        return [1] * segments
+    return [next((attempt for attempt in range(1, MAX_ATTEMPTS + 1)
+                  if accept_uniform(seed, attempt, segment, 0) < rate), MAX_ATTEMPTS) for segment in range(segments)]

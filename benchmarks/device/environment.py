@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -17,9 +19,20 @@ QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clock
 
 
 def run(record: Record, settings: Settings) -> None:
-    """Describes the machine, builds libstars where it can be, measures copy bandwidth and the bf16 product."""
+    """Describes the machine, measures copy bandwidth and the bf16 product, builds libstars where it can be."""
     record.fact("machine", _machine(settings))
+    with record.measuring("copy bandwidth and product"):
+        _ceilings(record, settings)
     _libstars(record, settings)
+
+
+def _ceilings(record: Record, settings: Settings) -> None:
+    if not settings.dry:  # an idle card runs at a fraction of its clock
+        heat = torch.randn(4096, 4096, device=settings.device).bfloat16()
+        until = time.perf_counter() + 0.5
+        while time.perf_counter() < until:
+            torch.mm(heat, heat)
+            torch.cuda.synchronize()
     size = (1 << 20) if settings.dry else (1 << 30)
     source = torch.randn(size // 4, device=settings.device).view(torch.uint8)
     target = torch.empty_like(source)
@@ -40,7 +53,10 @@ def run(record: Record, settings: Settings) -> None:
 
 def _machine(settings: Settings) -> dict:
     def version(name: str) -> str | None:
-        return getattr(__import__(name), "__version__", None) if importlib.util.find_spec(name) else None
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
 
     machine = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
                "triton": version("triton"), "transformers": version("transformers"), "numpy": version("numpy"),
@@ -54,9 +70,12 @@ def _machine(settings: Settings) -> dict:
     machine |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "processors": card.multi_processor_count,
                 "l2_mb": getattr(card, "L2_cache_size", 0) / 1e6, "memory_gib": total / 2**30, "free_gib": free / 2**30}
     if shutil.which("nvidia-smi"):
-        done = subprocess.run(["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=20)
-        values = [value.strip() for value in done.stdout.strip().splitlines()[0].split(",")] if done.stdout else []
+        try:
+            said = subprocess.run(["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True,
+                                  text=True, timeout=10).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            said = ""
+        values = [value.strip() for value in said.strip().splitlines()[0].split(",")] if said.strip() else []
         machine["nvidia_smi"] = dict(zip(QUERY.split(","), values, strict=False))
         machine["driver"] = machine["nvidia_smi"].get("driver_version")
     return machine

@@ -37,6 +37,7 @@ class Record:
     def __init__(self, path: str | Path, stage: str, with_aims: bool = True):
         self.path = Path(path)
         self.with_aims = with_aims  # a dry run has figures, but none that could reach an aim
+        self.lost: list[str] = []  # measurements that failed
         self.begin = time.perf_counter()
         self.content: dict[str, Any] = {"stage": stage, "status": "running", "seconds": 0.0, "error": None,
                                         "checks": [], "figures": [], "facts": {}, "notes": []}
@@ -52,15 +53,25 @@ class Record:
 
     @contextmanager
     def checking(self, name: str):
-        """An exception inside is a failed check of this name, and the stage goes on.
-
-        A CUDA error leaves the context unusable: that ends the stage."""
+        """An exception inside is a failed check of this name, and the stage goes on; a CUDA error ends it."""
         try:
             yield
         except Exception as error:
             lines = "".join(traceback.format_exception(error)).strip().splitlines()
             self.check(name, False, error=lines[-12:])
-            if "CUDA error" in str(error) or "device-side assert" in str(error):
+            if _ends_the_process(error):
+                raise
+
+    @contextmanager
+    def measuring(self, name: str):
+        """An exception inside loses the figures of this name, and the stage goes on to the others; it is failed."""
+        try:
+            yield
+        except Exception as error:
+            self.lost.append(name)
+            traceback.print_exc()
+            self.note(f"{name} failed: {type(error).__name__}: {str(error)[:600]}")
+            if _ends_the_process(error):
                 raise
 
     def figure(self, name: str, value: float | None, unit: str, limit: float | None = None, of: str = "",
@@ -104,6 +115,17 @@ class Record:
         beside = self.path.with_suffix(".part")
         beside.write_text(json.dumps(self.content, default=str))
         os.replace(beside, self.path)
+
+
+def seconds_left(before: float = 10.0) -> float:
+    """Until `before` seconds ahead of the stage's deadline; an hour where there is none."""
+    deadline = os.environ.get("STARS_STAGE_DEADLINE")
+    return 3600.0 if deadline is None else float(deadline) - before - time.monotonic()
+
+
+def _ends_the_process(error: Exception) -> bool:
+    """A CUDA error leaves the context unusable."""
+    return "CUDA error" in str(error) or "device-side assert" in str(error)
 
 
 def number(value: float | None) -> str:

@@ -26,10 +26,10 @@ def result(stages: list[dict], options: argparse.Namespace, seconds: float) -> d
 
 
 def file_name(whole: dict[str, Any]) -> str:
-    """device-<gpu>-<date>.json, "dry" in place of the GPU in a dry run."""
+    """device-<gpu>-<date>-<time>.json, "dry" in place of the GPU in a dry run: no run replaces another."""
     gpu = "dry" if whole["dry_run"] else whole["machine"].get("gpu", "unknown")
     gpu = re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-")
-    return f"device-{gpu}-{whole['date'][:10]}{'-quick' if whole['quick'] else ''}.json"
+    return f"device-{gpu}-{whole['date'][:16].replace(':', '').replace('T', '-')}{'-quick' * whole['quick']}.json"
 
 
 def print_errors(stages: list[dict]) -> None:
@@ -48,16 +48,16 @@ def print_table(whole: dict[str, Any]) -> None:
     for stage in whole["stages"]:
         passed = sum(check["passed"] for check in stage["checks"])
         checks = f"{passed}/{len(stage['checks'])} checks" if stage["checks"] else ""
-        why = f"  ({stage['notes'][-1]})" if stage["status"] == "skipped" and stage["notes"] else ""
+        why = f"  ({stage['notes'][-1]})" if stage["notes"] else ""
         print(f"{stage['stage']:<24}{stage['status']:<11}{stage['seconds']:>6.0f} s  {checks:<15}"
               f"{len(stage['figures'])} figures{why}")
-    print(f"\n{'figure':<62}{'value':>9} {'unit':<9}{'ratio':>6} {'of':<36}aim")
+    print(f"\n{'figure':<76}{'value':>9} {'unit':<9}{'ratio':>6} {'of':<36}aim")
     for stage in whole["stages"]:
         for one in stage["figures"]:
             if one["aim"] or whole["dry_run"]:
                 ratio = "" if one["ratio"] is None else f"{one['ratio']:.2f}"
                 met = {None: "", True: " ok", False: " MISSED"}[one["reached"]]
-                print(f"{one['name'][:61]:<62}{number(one['value']):>9} {one['unit']:<9}{ratio:>6} "
+                print(f"{one['name'][:75]:<76}{number(one['value']):>9} {one['unit']:<9}{ratio:>6} "
                       f"{one['of'][:35]:<36}{one['aim']}{met}")
     for name in whole["failed_checks"]:
         print(f"FAILED: {name}")

@@ -5,7 +5,7 @@
 
 Every stage is a process with a time limit, so that a crash or a hang loses that stage and no other. --quick takes about
 two minutes. --dry-run runs on the CPU: toy shapes, torch references instead of kernels, no graphs; it shows that the
-script works, and its figures mean nothing. Writes device-<gpu>-<date>.json to DIR (or $OUT, or benchmarks/results),
+script works, and its figures mean nothing. Writes device-<gpu>-<time>.json to DIR (or $OUT, or benchmarks/results),
 prints a table last, and exits with 1 if a check of correctness failed.
 """
 
@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     options = _parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the stages are ended, too
     begin = time.monotonic()
     total = options.seconds or (QUICK_SECONDS if options.quick else TOTAL_SECONDS)
     chosen = [stage for stage in STAGES if _wanted(stage, options)]
@@ -50,8 +51,8 @@ def main() -> int:
                 found += [_never_ran(stage, "the time of the run was used up") for stage in group]
                 continue
             found += _run(group, left, options, Path(scratch), environment, found)
-            if group[0].name == "environment" and found[0]["status"] != "ok" and not options.dry_run:
-                print_errors(found)  # no GPU, most likely: nothing else could run
+            if found[0]["facts"].get("gpu") is False:  # nothing else could run
+                print_errors(found)
                 return 1
             whole = result(found, options, time.monotonic() - begin)
             target = target or Path(options.out) / file_name(whole)
@@ -86,9 +87,10 @@ def _run(group: list[Stage], left: float, options: argparse.Namespace, scratch: 
         command += ["--quick"] * options.quick + ["--dry-run"] * options.dry_run
         print(f"{stage.name} (at most {limit:.0f} s)", flush=True)
         log = (scratch / f"{stage.name}.log").open("wb")
-        process = subprocess.Popen(command, env=environment | {"STARS_STAGE_SECONDS": f"{limit:.0f}"}, cwd=scratch,
+        deadline = time.monotonic() + limit  # of a clock that all processes share
+        process = subprocess.Popen(command, env=environment | {"STARS_STAGE_DEADLINE": f"{deadline:.1f}"}, cwd=scratch,
                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        started.append((stage, process, log, out, time.monotonic() + limit))
+        started.append((stage, process, log, out, deadline))
     found = []
     try:
         for stage, process, log, out, deadline in started:

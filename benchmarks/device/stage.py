@@ -37,6 +37,7 @@ def main() -> int:
 
         torch.set_num_threads(1 if settings.dry else min(8, os.cpu_count() or 1))
         if not settings.dry and not torch.cuda.is_available():
+            record.fact("gpu", False)
             raise RuntimeError("torch finds no GPU here: use a CUDA build of torch on a machine with one, or --dry-run")
         with torch.no_grad():
             getattr(importlib.import_module(module), function or "run")(record, settings)
@@ -45,9 +46,10 @@ def main() -> int:
         lines = "".join(traceback.format_exception(error)).strip().splitlines()
         record.finish("failed", "\n".join(lines[-12:]))
         return 1
-    passed = all(check["passed"] for check in record.content["checks"])
-    record.finish("ok" if passed else "failed", None if passed else "a check failed")
-    return 0 if passed else 1
+    problems = ["a check failed"] * any(not check["passed"] for check in record.content["checks"])
+    problems += [f"lost: {', '.join(record.lost)}"] if record.lost else []
+    record.finish("failed" if problems else "ok", "; ".join(problems) or None)
+    return 1 if problems else 0
 
 
 def _break_for_a_test(name: str) -> None:

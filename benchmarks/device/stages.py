@@ -19,7 +19,7 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("environment", "environment", 45, 25),
+    Stage("environment", "environment", 90, 60),
     Stage("kernels-rows", "kernel_rows", 110, 45, "correctness", True),
     Stage("kernels-products", "kernel_products", 110, 45, "correctness", True),
     Stage("kernels-attention", "kernel_attention", 110, 45, "correctness", True),
@@ -27,18 +27,19 @@ STAGES = (
     Stage("kernels-prefill", "kernel_prefill", 110, 45, "correctness", True),
     Stage("kernels-sampler", "kernel_sampler", 110, 45, "correctness", True),
     Stage("engine", "engine_checks", 110, 45, "correctness", True),
-    Stage("sanitizer", "sanitizer", 110, 45, "correctness", True, dry=False),
-    Stage("micro", "micro", 90, 30),
-    Stage("end-to-end-1b", "end_to_end:llama_1b", 75, 30),
-    Stage("end-to-end-8b", "end_to_end:llama_8b", 110, 0, quick=False),
-    Stage("side-by-side-1b", "side_by_side:llama_1b", 60, 25),
-    Stage("compiled-1b", "side_by_side:compiled_1b", 75, 0, quick=False),
+    # Its checks count where they fail; that it has no time for all of them is no fault of the kernels.
+    Stage("sanitizer", "sanitizer", 60, 0, "correctness", dry=False, quick=False),
+    Stage("micro", "micro", 90, 25),
+    Stage("end-to-end-1b", "end_to_end:llama_1b", 80, 35),
+    Stage("end-to-end-8b", "end_to_end:llama_8b", 120, 0, quick=False),
+    Stage("side-by-side-1b", "side_by_side:llama_1b", 70, 30),
+    Stage("side-by-side-8b", "side_by_side:llama_8b", 80, 0, quick=False),
+    Stage("compiled-1b", "side_by_side:compiled_1b", 100, 0, quick=False),
     Stage("end-to-end-qwen3-8b", "end_to_end:qwen3_8b", 60, 0, quick=False),
-    Stage("side-by-side-8b", "side_by_side:llama_8b", 75, 0, quick=False),
 )
 """The most telling first: what no longer fits in the time of the run is left out and said to be."""
 
-TOTAL_SECONDS, QUICK_SECONDS = 525, 125
+TOTAL_SECONDS, QUICK_SECONDS = 525, 140
 LEAST_SECONDS = 15  # a stage is not begun with less
 
 

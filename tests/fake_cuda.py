@@ -1,0 +1,222 @@
+"""A GPU that computes nothing: fake CUDA tensors (torch's FakeTensorMode), and stand-ins for graphs, events and Triton.
+
+What the engine does on a GPU's host side runs as it is, and what only a card would complain of is noted in `faults`:
+a launch that mixes devices or types it cannot take, a kernel that would be compiled while a graph is captured, an
+operation that a capture forbids, a host buffer that is touched before its transfer has ended. Draws and verdicts are
+made up. It patches torch for good, so it belongs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from stars import buffers
+from stars.model.checkpoint import Checkpoint
+
+CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.select.int", "aten.mm.out",
+              "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default", "aten.alias.default"}
+"""Operations of torch that a capture may meet: views, and products into given memory."""
+LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
+
+faults: list[str] = []
+events: Counter[str] = Counter()  # launches, replays, captures, waits, transfers
+mode = FakeTensorMode(allow_non_fake_inputs=True)
+draw = np.random.default_rng(0)
+_capturing = False
+_compiled: set = set()
+
+
+class Event:
+    """Every stretch of work is over as soon as it is waited for."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        events["wait"] += 1
+
+
+class Graph:
+    """Counts captures and replays."""
+
+    def capture_begin(self, pool, capture_error_mode) -> None:
+        global _capturing
+        assert not _capturing
+        _capturing = True
+        events["capture"] += 1
+
+    def capture_end(self) -> None:
+        global _capturing
+        _capturing = False
+
+    def replay(self) -> None:
+        events["replay"] += 1
+
+
+class Operations(TorchDispatchMode):
+    """Watches what torch is asked for during a capture."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if _capturing and str(function) not in CAPTURABLE:
+            faults.append(f"{function} during a capture")
+        return function(*args, **(kwargs or {}))
+
+
+def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
+    """In place of a kernel's launch: its arguments are all there, on the device, and compiled for before a capture."""
+    name, parameters = self.fn.__name__, {parameter.name: parameter for parameter in self.params}
+    given = dict(zip(parameters, args, strict=False)) | {key: kwargs[key] for key in kwargs if key in parameters}
+    if set(parameters) - set(given) or set(kwargs) - set(parameters) - LAUNCH_OPTIONS:
+        faults.append(f"{name} was given {sorted(given)} and {sorted(kwargs)}")
+    special = []
+    for key, value in given.items():
+        parameter = parameters[key]
+        if isinstance(value, torch.Tensor):
+            offset = value.storage_offset() * value.element_size()
+            if value.device.type != "cuda" or offset % 16:
+                faults.append(f"{name}: {key} is on {value.device}, {offset % 16} bytes from a multiple of 16")
+            special.append((key, value.dtype))
+        elif parameter.is_constexpr:
+            special.append((key, value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            special.append((key, "int") if parameter.do_not_specialize else (key, value == 1, value % 16 == 0))
+        elif not isinstance(value, float):
+            faults.append(f"{name}: {key} is {type(value).__name__}")
+    sizes = grid(given) if callable(grid) else grid
+    if not all(isinstance(size, int) and 0 < size < limit for size, limit in zip(sizes, (2**31, 65536, 65536))):
+        faults.append(f"{name}: a grid of {sizes}")
+    kind = (name, tuple(special), kwargs.get("num_warps"))
+    if _capturing and kind not in _compiled:
+        faults.append(f"{name} is compiled during a capture")
+    _compiled.add(kind)
+    events["launch"] += not _capturing
+
+
+class FakeBuffers(buffers.Buffers):
+    """Real memory on the host, fake memory on the device, and a note of who may touch the host's."""
+
+    def __init__(self, device, zeroed=True, **fields):
+        self._sent, self._busy, self._fetched = Event(), False, False
+        with unset_fake_temporarily():
+            super_fields = buffers.Buffers("cpu", **fields)
+        self._host, self._device = super_fields._host, {}
+        for name, (dtype, shape) in fields.items():
+            self._device[name] = torch.empty(shape, dtype=dtype, device=device)
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in fields.values())
+        self._there = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def host(self, name: str) -> np.ndarray:
+        if self._busy:
+            faults.append(f"the host touches {name} before its transfer has ended")
+        return self._host[name]
+
+    def wait(self) -> None:
+        self._sent.synchronize()
+        self._busy = False
+        if self._fetched:
+            self._fetched = False
+            self._make_up()
+
+    def upload(self, size: int | None = None) -> None:
+        events["upload"] += 1
+        self._busy = True
+
+    def fetch(self) -> None:
+        events["fetch"] += 1
+        self._busy = self._fetched = True
+
+    def _make_up(self) -> None:
+        host = self._host
+        if "out_tokens" in host:
+            host["steps"][:], host["done"][:] = host["limits"], 1
+            host["out_tokens"][:] = draw.integers(20, 200, host["out_tokens"].shape)
+            host["out_logprobs"][:] = -1.0
+        if "rewards" in host:
+            host["rewards"][:] = draw.normal(size=host["rewards"].shape)
+            host["accepted"][:] = draw.random(host["accepted"].shape) < 0.3
+
+
+def install() -> None:
+    """Replaces what talks to a card, for the rest of the process."""
+    fake_tensor.init_gpu_context = lambda *device: None
+    cuda = torch.cuda
+    cuda.is_available, cuda.current_device = lambda: True, lambda: 0
+    cuda.get_device_capability, cuda.mem_get_info = lambda *device: (9, 0), lambda *device: (70 << 30, 80 << 30)
+    cuda.is_current_stream_capturing = lambda: _capturing
+    cuda.Event, cuda.CUDAGraph, cuda.Stream, cuda.graph_pool_handle = Event, Graph, object, object
+    cuda.stream, cuda.synchronize, cuda.empty_cache = (lambda stream: nullcontext()), _synchronize, lambda: None
+    JITFunction.run = launch
+    for module in ("cache", "draft", "passes", "tiling"):
+        __import__(f"stars.{module}", fromlist=["Buffers"]).Buffers = FakeBuffers
+    torch.Tensor.pin_memory = lambda self: self
+    torch.frombuffer, torch.from_numpy = _faked(torch.frombuffer), _faked(torch.from_numpy)
+    Checkpoint.read = _faked(Checkpoint.read)
+    # Without a driver, torch's own indexing and copies of such tensors end in its CUDA code.
+    FakeTensor.__getitem__, FakeTensor.copy_, FakeTensor.to = _getitem, _copy, _to
+    FakeTensor.__setitem__ = lambda self, index, value: _getitem(self, index).copy_(value)
+
+
+@contextmanager
+def gpu():
+    """Inside, tensors are fake."""
+    with mode, Operations():
+        yield
+
+
+def _synchronize() -> None:
+    events["synchronize"] += 1
+
+
+def _faked(function):
+    def made(*args, **kwargs):
+        with unset_fake_temporarily():
+            real = function(*args, **kwargs)
+        return mode.from_tensor(real)
+
+    return made
+
+
+def _getitem(self: torch.Tensor, index) -> torch.Tensor:
+    out, dim = self, 0
+    for part in index if isinstance(index, tuple) else (index,):
+        if part is None:
+            out, dim = out.unsqueeze(dim), dim + 1
+        elif isinstance(part, slice):
+            start, stop, step = part.indices(out.shape[dim])
+            out, dim = torch.ops.aten.slice.Tensor(out, dim, start, max(start, stop), step), dim + 1
+        else:
+            out = torch.ops.aten.select.int(out, dim, part)
+    return out
+
+
+def _copy(self: torch.Tensor, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    assert self.shape == torch.broadcast_shapes(self.shape, other.shape), (self.shape, other.shape)
+    _note_transfer(self.device, other.device, non_blocking)
+    return self
+
+
+def _to(self: torch.Tensor, *args, copy: bool = False, non_blocking: bool = False, device=None, dtype=None):
+    for value in args:
+        if isinstance(value, torch.dtype):
+            dtype = value
+        else:
+            device = value
+    device = self.device if device is None else torch.device(device)
+    _note_transfer(device, self.device, non_blocking)
+    return torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
+
+
+def _note_transfer(to: torch.device, come_from: torch.device, non_blocking: bool) -> None:
+    if to.type != come_from.type:
+        events["transfer" if non_blocking else "blocking transfer"] += 1
+        if _capturing:
+            faults.append("a transfer during a capture")

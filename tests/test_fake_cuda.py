@@ -1,0 +1,83 @@
+"""The host's side of the GPU path, without a GPU: see `fake_cuda`. What kernels compute is not looked at here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import stars
+from stars.kernels import prefill_attention
+from triton_process import needs_triton, run_pytest
+
+FAKED = os.environ.get("STARS_TEST_FAKE_CUDA") == "1"
+MODELS = Path(stars.__file__).parent / "demo_models"
+PROMPTS = ["This film was" + " very good and" * count for count in (0, 5, 40, 120)]
+LONG = "I saw it" + " again and again and" * 80  # more rows than are captured
+
+if FAKED:
+    import fake_cuda
+
+    fake_cuda.install()
+
+    @pytest.fixture(autouse=True)
+    def no_fault():
+        fake_cuda.faults.clear()
+        yield
+        assert not fake_cuda.faults, fake_cuda.faults[:10]
+
+    def decode(engine, top_k: int, presence: float) -> None:
+        params = [stars.SamplingParams(max_tokens=64, seed=3, top_k=top_k, presence_penalty=presence)] * len(PROMPTS)
+        policy = stars.STARS(segment_size=16, max_attempts=8, reward_threshold=0.3, width=4)
+        outputs = engine.generate(PROMPTS, params, policy, use_tqdm=False)
+        assert [output.outputs[0].error for output in outputs] == [None] * len(PROMPTS)
+
+    @pytest.mark.parametrize(("dtype", "backend", "deterministic"), [
+        ("bfloat16", "triton", False), ("float16", "triton", False), ("bfloat16", "sdpa", False),
+        ("float32", "triton", True),
+    ])
+    def test_requests_of_every_kind(monkeypatch, dtype, backend, deterministic):
+        """Drafts with filters and penalties and without, scores behind them, commits, prompts short and long."""
+        gathered = []  # what a library would be called with; torch's own call does not take fake tensors
+        monkeypatch.setitem(prefill_attention.BACKENDS, "sdpa", lambda *given: gathered.append(given))
+        seen = []  # whether products keep their order
+        for module in ("engine", "reward.causal"):
+            monkeypatch.setattr(f"stars.{module}.check_row_invariance", lambda decoder: seen.append(
+                all(weight is None or weight.deterministic for weight in (decoder.head, decoder.score_head))))
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype=dtype, prefill_backend=backend,
+                                  deterministic=deterministic, cache_tokens=8192, max_num_seqs=16, max_num_lanes=64,
+                                  max_segment_size=32)
+            assert seen == [True, True] * deterministic and engine._passes.prefill_backend == backend
+            for top_k, presence in ((0, 0.0), (40, 0.2), (0, 0.0), (40, 0.2)):
+                decode(engine, top_k, presence)
+            engine.generate(LONG, stars.SamplingParams(max_tokens=4), use_tqdm=False)
+            engine.check_integrity()
+        assert fake_cuda.events["capture"] > 10 and bool(gathered) == (backend == "sdpa")
+        for q, keys, values, prefill, _, out, *_ in gathered:
+            assert {tensor.device.type for tensor in (q, keys, values, out, *prefill[1:4])} == {"cuda"}
+            assert len(keys) == len(values) == sum(prefill.k_lengths) and len(q) == len(out) == prefill.rows
+
+    def test_a_round_that_was_seen_before_launches_nothing_by_itself():
+        """Its draft, scores and commits are replays, and nothing but events is waited for."""
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton")
+            params = stars.SamplingParams(max_tokens=160, seed=3)
+            policy = stars.STARS(segment_size=16, max_attempts=8, reward_threshold=0.3, width=4)
+            engine.add_request(PROMPTS[0], params, policy)
+            rounds = []
+            while engine.has_unfinished_requests():
+                before = fake_cuda.events.copy()
+                engine.step()
+                rounds.append(fake_cuda.events - before)
+        replayed = [found for found in rounds if not found["launch"] and not found["capture"]]
+        assert len(replayed) >= 3, rounds
+        for found in replayed:
+            assert found["replay"] and not found["synchronize"] and not found["blocking transfer"], found
+else:
+
+    @needs_triton
+    def test_in_a_process_of_its_own():
+        run_pytest(Path(__file__), {"STARS_TEST_FAKE_CUDA": "1"}, 600)
