@@ -4,19 +4,14 @@ The vocabulary is divided into tiles of 2048 tokens, one program each. No row is
 
     scan      all lanes: maximum and sum of exponentials of the raw logits of a tile; of lanes without filters also a
               bound on the largest z + g. Lanes without filters are then done but for `finish`.
-    bracket   lanes with filters: min_p's threshold, which follows from the maximum; for top_k and top_p an interval of
-              z that holds the threshold, by six standard deviations of an estimate from 4096 evenly spaced logits
-    collect   the z inside the interval, listed, and the probability above it
-    select    the exact threshold, by bisection over the float32 numbers, among those listed; where the interval did
-              not hold it (which shows), among all
+    bracket, collect, select
+              lanes with filters: the least z that is kept, see `sample_filters`
     draw      a bound on the largest z + g of those that reach the threshold, a tile at a time
     finish    z + g itself in the tile with the highest bound, and in others whose bound it does not reach (few: see
               `_ceiling`); the winner, its log-probability, and the lane's step
 
-Logits are read once for lanes without filters and three times with them. Probabilities are added up as multiples of
-2^-40 of the largest, in int64, wherever the order of the summands may change from run to run (tiles, listed values), so
-a threshold is the same in every run and batch. It differs from the reference's only where a sum of exponentials comes
-within 1e-5 of top_p.
+Logits are read once for lanes without filters and three times with them. A threshold is the same in every run and
+batch, and differs from the reference's only where a sum of exponentials comes within 1e-5 of top_p.
 
 Noise errs by less than 4e-6 (see `noise`), and z + g is rounded once: tokens whose scores differ by less than 2e-5 at
 |z| < 32 may change places with the reference's order. A token's bits do not depend on the number of lanes.
@@ -42,12 +37,12 @@ import triton.language as tl
 from torch import Tensor
 
 from stars.kernels.triton.noise import exp, gumbel, log2_short, token_words
+from stars.kernels.triton.sample_filters import SAMPLE, bracket_kernel, collect_kernel, list_block, select_kernel
+from stars.kernels.triton.sample_lane import INFINITY, UNFILTERED, has_filters, is_open, row_maximum, scaled
 from stars.kernels.triton.variant import Variant
 from stars.kernels.types import LaneState
 
 TILE = 2048  # tokens a program
-SAMPLE = 4096  # logits an interval is estimated from
-LIST_BLOCK = 4096  # listed values at a time
 FINISH_WARPS = 16  # with 8, and so 8 tokens a thread, the loop over tiles spilled on sm_90 and sm_100
 FINISH_REGISTERS = 128
 """Most registers of a thread of `finish`: all that its threads can have, and not what the assembler would settle for.
@@ -56,16 +51,9 @@ numbers (sm_80 with Triton 3.7, sm_100 with 3.8). It now takes 80, one program a
 up to as many lanes as there are processors."""
 SCAN_WARPS = 2  # of scan and draw: with 32 tokens a thread, the sums over a tile cost an instruction a token
 
-_INFINITY = tl.constexpr(float("inf"))
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_UNIT = tl.constexpr(2.0**40)  # 2^18 tokens of the largest probability are 2^58
-
-# What `bracket` found, in `mode`.
-_UNFILTERED = tl.constexpr(0)
-_KNOWN = tl.constexpr(1)  # the threshold is in `threshold`
-_SEARCH = tl.constexpr(2)  # it is to be looked for
 
 
 class Workspace(NamedTuple):
@@ -82,43 +70,6 @@ class Workspace(NamedTuple):
 
 
 # -- what lanes and tiles have in common ------------------------------------------------------------------------------
-
-
-@triton.jit
-def _is_open(done, step, lane, max_steps):
-    return (tl.load(done + lane) == 0) & (step >= 0) & (step < max_steps)
-
-
-@triton.jit
-def _filtered(temperature, top_k, top_p, min_p, VOCAB: tl.constexpr):
-    return (temperature > 0.0) & (((top_k > 0) & (top_k < VOCAB)) | (top_p < 1.0) | (min_p > 0.0))
-
-
-@triton.jit
-def _scaled(logits, temperature):
-    z = logits
-    if temperature != 1.0:
-        z = tl.div_rn(logits, temperature)
-    return z
-
-
-@triton.jit
-def _from_key(key):
-    """The float32 at place `key` (int32) in the order of the float32 numbers."""
-    key = key.to(tl.int32)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _to_key(value):
-    bits = value.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-
-
-@triton.jit
-def _mass(z, highest):
-    """exp(z - highest) in units of 2^-40, int64."""
-    return (exp(z - highest) * _UNIT).to(tl.int64)
 
 
 @triton.jit
@@ -146,15 +97,7 @@ def _ceiling(terms):
     What is added is four times what rounding may take away: 2^-21 of z and of the bound, 2e-5 in logarithms and noise.
     """
     bound = -_LN_2 * tl.min(tl.min(terms, axis=1), axis=0)
-    return bound + tl.where(tl.abs(bound) < _INFINITY, tl.abs(bound) * 1.9073486328125e-06 + 1e-4, 0.0)
-
-
-@triton.jit
-def _row_maximum(parts):
-    """The largest of the maxima of a lane's tiles; NaN if one is NaN."""
-    wrong = tl.max((parts != parts).to(tl.int32), axis=0)
-    largest = tl.max(tl.where(parts != parts, -_INFINITY, parts), axis=0)
-    return tl.where(wrong != 0, float("nan"), largest)
+    return bound + tl.where(tl.abs(bound) < INFINITY, tl.abs(bound) * 1.9073486328125e-06 + 1e-4, 0.0)
 
 
 # -- scan -------------------------------------------------------------------------------------------------------------
@@ -168,253 +111,28 @@ def scan_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top
     lane = tl.program_id(1)
     seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
     temperature = tl.load(temperatures + lane)
-    if _is_open(done, step, lane, max_steps):
+    if is_open(done, step, lane, max_steps):
         block = tile * (TILE // 4) + tl.arange(0, TILE // 4)
         tokens = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TILE / 4, 4]
         x = tl.load(logits + lane.to(tl.int64) * logits_stride + tokens, mask=tokens < VOCAB,
-                    other=-_INFINITY).to(tl.float32)
+                    other=-INFINITY).to(tl.float32)
         largest = tl.max(tl.max(x, axis=1), axis=0)
-        base = tl.where(largest > -_INFINITY, largest, 0.0)
+        base = tl.where(largest > -INFINITY, largest, 0.0)
         sums = tl.sum(tl.sum(exp(x - base), axis=1), axis=0)  # NaN where a logit is NaN or +inf
         part = lane * TILES + tile
         tl.store(highest + part, tl.where(sums == sums, largest, float("nan")))
         tl.store(total + part, sums)
         filtered = False
         if FILTERS:
-            filtered = _filtered(temperature, tl.load(top_ks + lane), tl.load(top_ps + lane), tl.load(min_ps + lane),
+            filtered = has_filters(temperature, tl.load(top_ks + lane), tl.load(top_ps + lane), tl.load(min_ps + lane),
                                  VOCAB)
             if filtered:
-                z_base = _scaled(base, temperature)
-                tl.store(ceiling + part, tl.sum(tl.sum(exp(_scaled(x, temperature) - z_base), axis=1), axis=0))
+                z_base = scaled(base, temperature)
+                tl.store(ceiling + part, tl.sum(tl.sum(exp(scaled(x, temperature) - z_base), axis=1), axis=0))
         if (temperature > 0.0) & (not filtered):
             short = log2_short(token_words(seed, step, attempt, stream, block))
             reach = _ceiling(x * (-_LOG2_E / temperature) + short)
-            tl.store(ceiling + part, tl.where(temperature < 1e-30, _INFINITY, reach))  # 1 / temperature may overflow
-
-
-# -- bracket ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def bracket_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top_ks, top_ps, min_ps, highest,
-                   ceiling, mode, bounds, count, mass, VOCAB: tl.constexpr, TILES: tl.constexpr,
-                   TILES_BLOCK: tl.constexpr, SAMPLE: tl.constexpr):
-    lane = tl.program_id(0)
-    chosen = _UNFILTERED
-    if _is_open(done, tl.load(steps + lane), lane, max_steps):
-        temperature = tl.load(temperatures + lane)
-        top_k = tl.load(top_ks + lane)
-        top_p = tl.load(top_ps + lane)
-        min_p = tl.load(min_ps + lane)
-        if _filtered(temperature, top_k, top_p, min_p, VOCAB):
-            part = tl.arange(0, TILES_BLOCK)
-            there = part < TILES
-            parts = tl.load(highest + lane * TILES + part, mask=there, other=-_INFINITY)
-            z_highest = _scaled(_row_maximum(parts), temperature)
-            if tl.abs(z_highest) < _INFINITY:
-                low = -_INFINITY
-                high = _INFINITY
-                threshold = -_INFINITY
-                if min_p > 0.0:
-                    threshold = z_highest + tl.log(min_p.to(tl.float64)).to(tl.float32)
-                counted = (top_k > 0) & (top_k < VOCAB)
-                if top_p <= 0.0:
-                    threshold = tl.maximum(threshold, z_highest)
-                    chosen = _KNOWN
-                elif counted | (top_p < 1.0):
-                    chosen = _SEARCH
-                    if VOCAB > SAMPLE:
-                        at = tl.arange(0, SAMPLE)
-                        index = ((at.to(tl.int64) * VOCAB) // SAMPLE).to(tl.int32)
-                        x = tl.load(logits + lane.to(tl.int64) * logits_stride + index).to(tl.float32)
-                        z = _scaled(x, temperature)
-                        if counted:
-                            low = _low_by_count(z, z_highest, top_k.to(tl.float32) * (SAMPLE / VOCAB), SAMPLE)
-                        elif min_p == 0.0:
-                            parts = _scaled(tl.where(parts > -_INFINITY, parts, 0.0), temperature)
-                            sums = tl.load(ceiling + lane * TILES + part, mask=there, other=0.0)
-                            # A part of -inf alone is nothing times exp(0 - z_highest), which may overflow.
-                            parts = tl.where(sums > 0.0, sums * exp(parts - z_highest), 0.0)
-                            low, high = _by_tail(z, z_highest, (1.0 - top_p) * tl.sum(parts, axis=0), VOCAB / SAMPLE)
-                    low = tl.maximum(low, threshold)
-                else:
-                    chosen = _KNOWN
-                tl.store(bounds + lane * 4, z_highest)
-                tl.store(bounds + lane * 4 + 1, low)
-                tl.store(bounds + lane * 4 + 2, high)
-                tl.store(bounds + lane * 4 + 3, threshold)
-                tl.store(count + lane, 0)
-                tl.store(mass + lane * 2, tl.zeros((), tl.int64))
-                tl.store(mass + lane * 2 + 1, tl.zeros((), tl.int64))
-    tl.store(mode + lane, chosen)
-
-
-@triton.jit
-def _low_by_count(z, z_highest, expected, SAMPLE: tl.constexpr):
-    """A value that more of the sample reach than the k largest of all should, by six standard deviations and eight."""
-    wanted = expected + 6.0 * tl.sqrt(expected) + 8.0
-    low = _to_key(z_highest * 0.0 - _INFINITY)
-    high = _to_key(z_highest) + 1
-    if wanted < SAMPLE:
-        for _ in range(20):  # to some 2^12 neighbouring numbers
-            middle = low + (high - low) // 2
-            reach = tl.sum((z >= _from_key(middle)).to(tl.int32), axis=0).to(tl.float32)
-            enough = reach >= wanted
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-    return _from_key(low)
-
-
-@triton.jit
-def _by_tail(z, z_highest, allowed, ratio):
-    """(low, high): the probability below `low` is under `allowed` and that below `high` is over it, by six deviations.
-
-    The sample's sum times `ratio` estimates the tail, with a variance of ratio^2 times the sum of squares.
-    """
-    part = exp(z - z_highest)
-    bottom = _to_key(z_highest * 0.0 - _INFINITY)
-    top = _to_key(z_highest) + 1
-    low = bottom
-    high = top
-    for _ in range(20):
-        middle = low + (high - low) // 2
-        below = tl.where(z < _from_key(middle), part, 0.0)
-        estimate = ratio * (tl.sum(below, axis=0) + 6.0 * tl.sqrt(tl.sum(below * below, axis=0)))
-        under = estimate < allowed
-        low = tl.where(under, middle, low)
-        high = tl.where(under, high, middle)
-    found = low
-    low = bottom
-    high = top
-    for _ in range(20):
-        middle = low + (high - low) // 2
-        below = tl.where(z < _from_key(middle), part, 0.0)
-        estimate = ratio * (tl.sum(below, axis=0) - 6.0 * tl.sqrt(tl.sum(below * below, axis=0)))
-        over = estimate > allowed
-        high = tl.where(over, middle, high)
-        low = tl.where(over, low, middle)
-    return _from_key(found), tl.where(high < top, _from_key(high), _INFINITY)
-
-
-# -- collect ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def collect_kernel(logits, logits_stride, temperatures, top_ks, top_ps, mode, bounds, count, mass, values,
-                   VOCAB: tl.constexpr, TILE: tl.constexpr):
-    tile = tl.program_id(0)
-    lane = tl.program_id(1)
-    if tl.load(mode + lane) == _SEARCH:
-        z_highest = tl.load(bounds + lane * 4)
-        low = tl.load(bounds + lane * 4 + 1)
-        high = tl.load(bounds + lane * 4 + 2)
-        least = tl.load(bounds + lane * 4 + 3)
-        tokens = tile * TILE + tl.arange(0, TILE)
-        inside = tokens < VOCAB
-        x = tl.load(logits + lane.to(tl.int64) * logits_stride + tokens, mask=inside, other=-_INFINITY).to(tl.float32)
-        z = _scaled(x, tl.load(temperatures + lane))
-        listed = inside & (z >= low) & (z < high)
-        number = tl.sum(listed.to(tl.int32), axis=0)
-        if number > 0:
-            first = tl.atomic_add(count + lane, number)
-            place = first + tl.cumsum(listed.to(tl.int32), axis=0) - 1
-            tl.store(values + lane.to(tl.int64) * VOCAB + place, z, mask=listed)
-        top_k = tl.load(top_ks + lane)
-        if ((top_k <= 0) | (top_k >= VOCAB)) & (tl.load(top_ps + lane) < 1.0):
-            # A tile's sum is formed in one order at any number of lanes; the order of tiles must not matter.
-            part = exp(z - z_highest)
-            above = tl.sum(tl.where(z >= high, part, 0.0), axis=0)
-            kept = tl.sum(tl.where(z >= least, part, 0.0), axis=0)
-            tl.atomic_add(mass + lane * 2, (above * _UNIT).to(tl.int64))
-            tl.atomic_add(mass + lane * 2 + 1, (kept * _UNIT).to(tl.int64))
-
-
-# -- select -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _count_reaching(values, number, bound, BLOCK: tl.constexpr):
-    reach = 0
-    start = 0
-    while start < number:
-        at = start + tl.arange(0, BLOCK)
-        z = tl.load(values + at, mask=at < number, other=-_INFINITY)
-        reach += tl.sum(((z >= bound) & (at < number)).to(tl.int32), axis=0)
-        start += BLOCK
-    return reach
-
-
-@triton.jit
-def _mass_above(values, number, least, bound, z_highest, BLOCK: tl.constexpr):
-    """Of those that reach `least` and are above `bound`."""
-    above = tl.zeros((), tl.int64)
-    start = 0
-    while start < number:
-        at = start + tl.arange(0, BLOCK)
-        z = tl.load(values + at, mask=at < number, other=-_INFINITY)
-        above += tl.sum(tl.where((z >= least) & (z > bound), _mass(z, z_highest), 0), axis=0)
-        start += BLOCK
-    return above
-
-
-@triton.jit
-def select_kernel(logits, logits_stride, temperatures, top_ks, top_ps, mode, bounds, count, mass, values,
-                  VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    lane = tl.program_id(0)
-    if tl.load(mode + lane) == _SEARCH:
-        top_k = tl.load(top_ks + lane)
-        top_p = tl.load(top_ps + lane).to(tl.float64)
-        counted = (top_k > 0) & (top_k < VOCAB)
-        z_highest = tl.load(bounds + lane * 4)
-        low = tl.load(bounds + lane * 4 + 1)
-        least = tl.load(bounds + lane * 4 + 3)
-        number = tl.load(count + lane)
-        above = tl.load(mass + lane * 2)  # nothing where top_k counts: the interval has no upper end then
-        total = tl.load(mass + lane * 2 + 1)
-        listed = values + lane.to(tl.int64) * VOCAB
-
-        # Did the interval hold the threshold? What min_p drops needs no holding.
-        missed = False
-        if counted:
-            missed = (number < top_k) & (low > least)
-        else:
-            short = top_p * total.to(tl.float64)
-            held = above + _mass_above(listed, number, low, -_INFINITY, z_highest, BLOCK)
-            missed = (above.to(tl.float64) >= short) | ((held.to(tl.float64) < short) & (low > least))
-        if missed:
-            for start in range(0, VOCAB, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                x = tl.load(logits + lane.to(tl.int64) * logits_stride + at, mask=at < VOCAB, other=-_INFINITY)
-                tl.store(listed + at, _scaled(x.to(tl.float32), tl.load(temperatures + lane)), mask=at < VOCAB)
-            tl.debug_barrier()  # what one thread wrote, others read
-            number = VOCAB
-            above = tl.zeros((), tl.int64)
-
-        bottom = _to_key(z_highest * 0.0 - _INFINITY)
-        threshold = least
-        if counted:
-            smallest = bottom  # top_k or more reach it
-            largest = _to_key(z_highest) + 1  # fewer reach it
-            while largest - smallest > 1:
-                middle = smallest + (largest - smallest) // 2
-                enough = _count_reaching(listed, number, _from_key(middle), BLOCK) >= top_k
-                smallest = tl.where(enough, middle, smallest)
-                largest = tl.where(enough, largest, middle)
-            threshold = tl.maximum(threshold, _from_key(smallest))
-            total = _mass_above(listed, number, threshold, -_INFINITY, z_highest, BLOCK)
-        if top_p < 1.0:
-            # The least number that the probability above falls short of top_p at.
-            short = top_p * total.to(tl.float64)
-            smallest = _to_key(threshold) - 1
-            largest = _to_key(z_highest)
-            while largest - smallest > 1:
-                middle = smallest + (largest - smallest) // 2
-                over = above + _mass_above(listed, number, threshold, _from_key(middle), z_highest, BLOCK)
-                falls_short = over.to(tl.float64) < short
-                largest = tl.where(falls_short, middle, largest)
-                smallest = tl.where(falls_short, smallest, middle)
-            threshold = tl.maximum(threshold, _from_key(largest))
-        tl.store(bounds + lane * 4 + 3, threshold)
+            tl.store(ceiling + part, tl.where(temperature < 1e-30, INFINITY, reach))  # 1 / temperature may overflow
 
 
 # -- draw and finish --------------------------------------------------------------------------------------------------
@@ -425,18 +143,18 @@ def draw_kernel(logits, logits_stride, temperatures, steps, seeds, attempts, str
                 VOCAB: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
     tile = tl.program_id(0)
     lane = tl.program_id(1)
-    if tl.load(mode + lane) != _UNFILTERED:
+    if tl.load(mode + lane) != UNFILTERED:
         threshold = tl.load(bounds + lane * 4 + 3)
         seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
         block = tile * (TILE // 4) + tl.arange(0, TILE // 4)
         tokens = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TILE / 4, 4]
         x = tl.load(logits + lane.to(tl.int64) * logits_stride + tokens, mask=tokens < VOCAB,
-                    other=-_INFINITY).to(tl.float32)
-        z = _scaled(x, tl.load(temperatures + lane))
-        reach = threshold * 0.0 - _INFINITY
+                    other=-INFINITY).to(tl.float32)
+        z = scaled(x, tl.load(temperatures + lane))
+        reach = threshold * 0.0 - INFINITY
         if tl.max(tl.max(z, axis=1), axis=0) >= threshold:
             short = log2_short(token_words(seed, step, attempt, stream, block))
-            reach = _ceiling(tl.where(z >= threshold, short - z * _LOG2_E, _INFINITY))
+            reach = _ceiling(tl.where(z >= threshold, short - z * _LOG2_E, INFINITY))
         tl.store(ceiling + lane * TILES + tile, reach)
 
 
@@ -457,45 +175,45 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
     seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
     part = tl.arange(0, TILES_BLOCK)
     there = part < TILES
-    highest_logit = tl.load(highest + lane * TILES + part, mask=there, other=-_INFINITY)
-    reach = tl.load(ceiling + lane * TILES + part, mask=there, other=-_INFINITY)
+    highest_logit = tl.load(highest + lane * TILES + part, mask=there, other=-INFINITY)
+    reach = tl.load(ceiling + lane * TILES + part, mask=there, other=-INFINITY)
     sums = tl.load(total + lane * TILES + part, mask=there, other=0.0)
     temperature = tl.load(temperatures + lane)
     stop = tl.arange(0, STOPS_BLOCK)
     ids = tl.load(stop_ids + lane * STOPS + stop, mask=stop < STOPS, other=-1)
     limit = tl.load(limits + lane)
-    threshold = temperature * 0.0 - _INFINITY
+    threshold = temperature * 0.0 - INFINITY
     if FILTERS:
-        if tl.load(mode + lane) != _UNFILTERED:
+        if tl.load(mode + lane) != UNFILTERED:
             threshold = tl.load(bounds + lane * 4 + 3)
-    if _is_open(done, step, lane, max_steps):
+    if is_open(done, step, lane, max_steps):
         row = logits + lane.to(tl.int64) * logits_stride
-        largest = _row_maximum(highest_logit)
+        largest = row_maximum(highest_logit)
         drawn = -1
         logprob = float("nan")
-        if tl.abs(largest) < _INFINITY:
+        if tl.abs(largest) < INFINITY:
             greedy = temperature == 0.0
             if temperature > 0.0:  # or so small that z overflows
-                greedy = tl.abs(tl.div_rn(largest, temperature)) == _INFINITY
+                greedy = tl.abs(tl.div_rn(largest, temperature)) == INFINITY
             drawn = _NO_TOKEN
-            best = largest * 0.0 - _INFINITY
+            best = largest * 0.0 - INFINITY
             left = tl.where(greedy, highest_logit, reach)
             top, tile = _leader(left, part)
             while (top > best) | ((top == best) & (tile * TILE < drawn)):
                 block = tile * (TILE // 4) + tl.arange(0, TILE // 4)
                 tokens = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TILE / 4, 4]
-                scores = tl.load(row + tokens, mask=tokens < VOCAB, other=-_INFINITY).to(tl.float32)
+                scores = tl.load(row + tokens, mask=tokens < VOCAB, other=-INFINITY).to(tl.float32)
                 if not greedy:
-                    z = _scaled(scores, temperature)
+                    z = scaled(scores, temperature)
                     noise = gumbel(token_words(seed, step, attempt, stream, block))
-                    scores = tl.where(z >= threshold, z + noise, -_INFINITY)
+                    scores = tl.where(z >= threshold, z + noise, -INFINITY)
                 score, token = _best(scores, tokens)
                 better = (score > best) | ((score == best) & (token < drawn))
                 best = tl.where(better, score, best)
                 drawn = tl.where(better, token, drawn)
-                left = tl.where(part == tile, -_INFINITY, left)
+                left = tl.where(part == tile, -INFINITY, left)
                 top, tile = _leader(left, part)
-            sums = tl.where(highest_logit > -_INFINITY, sums * exp(highest_logit - largest), 0.0)
+            sums = tl.where(highest_logit > -INFINITY, sums * exp(highest_logit - largest), 0.0)
             logprob = tl.load(row + drawn).to(tl.float32) - largest - tl.log(tl.sum(sums, axis=0))
         tl.store(out_tokens + lane * max_steps + step, drawn)
         tl.store(out_logprobs + lane * max_steps + step, logprob)
@@ -576,7 +294,7 @@ def sample_step(logits: Tensor, lanes: LaneState, workspace: Workspace | None = 
             space.mass, space.values, VOCAB=vocab, TILE=TILE, num_warps=4)
         select_kernel[(count,)](
             logits, stride, lanes.temperature, lanes.top_k, lanes.top_p, space.mode, space.bounds, space.count,
-            space.mass, space.values, VOCAB=vocab, BLOCK=_list_block(vocab), num_warps=8)
+            space.mass, space.values, VOCAB=vocab, BLOCK=list_block(vocab), num_warps=8)
         draw_kernel[(tiles, count)](
             logits, stride, lanes.temperature, lanes.steps, lanes.seeds, lanes.attempts, lanes.streams, space.mode,
             space.bounds, space.ceiling, VOCAB=vocab, TILES=tiles, TILE=TILE, num_warps=SCAN_WARPS)
@@ -587,10 +305,6 @@ def sample_step(logits: Tensor, lanes: LaneState, workspace: Workspace | None = 
         TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE, STOPS=lanes.stop_ids.shape[1],
         STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])), FILTERS=filters, num_warps=FINISH_WARPS,
         maxnreg=FINISH_REGISTERS)
-
-
-def _list_block(vocab: int) -> int:
-    return min(LIST_BLOCK, triton.next_power_of_2(vocab))
 
 
 def _check(logits: Tensor, lanes: LaneState) -> None:
@@ -619,7 +333,7 @@ def variants() -> list[Variant]:
         }.items():
             tiles = triton.cdiv(vocab, TILE)
             constexprs = {"VOCAB": vocab, "TILES": tiles, "TILES_BLOCK": triton.next_power_of_2(tiles), "TILE": TILE,
-                          "SAMPLE": SAMPLE, "BLOCK": _list_block(vocab), "STOPS": 16, "STOPS_BLOCK": 16,
+                          "SAMPLE": SAMPLE, "BLOCK": list_block(vocab), "STOPS": 16, "STOPS_BLOCK": 16,
                           "FILTERS": filters}
             kinds = {"logits": f"*{kind}"} | _KINDS
             signature = {argument: "constexpr" if argument in constexprs else kinds.get(argument, "*i32")
