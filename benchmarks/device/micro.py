@@ -83,6 +83,10 @@ def _attention(record: Record, settings: Settings, ops, shape: Shape) -> None:
             _drafts(record, settings, ops, shape, lanes, context, True)
     if not settings.quick or settings.dry:
         _drafts(record, settings, ops, shape, 4 if settings.dry else 16, contexts[0], False)
+        short, long = (7, contexts[0]) if settings.dry else (100, contexts[-1])
+        spans = [Span(lane, short, 15, 1) for lane in range(3 if settings.dry else 15)]
+        _attend(record, settings, ops, shape, [*spans, Span(len(spans), long, 15, 1)], True,
+                f"attention, {len(spans)} lanes of {short} keys and one of {long}")
     # One scoring pass: a candidate, and four of them, of 32 rows.
     for candidates in (1, 4):
         for context in contexts:
