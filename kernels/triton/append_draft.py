@@ -17,6 +17,7 @@ from stars.kernels.types import Draft, Followers
 def append_draft_kernel(out_tokens, steps, stop_ids, lanes, row_start, closing, token_ids, last, tokens, vocab_size,
                         STEPS: tl.constexpr, STEPS_BLOCK: tl.constexpr, STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr,
                         CLOSING: tl.constexpr, CLOSING_BLOCK: tl.constexpr):
+    """One program a sequence: its lane's tokens without a stop token, and its closing tokens behind them."""
     sequence = tl.program_id(0)
     lane = tl.load(lanes + sequence)
     if lane >= 0:

@@ -37,6 +37,7 @@ def _penalised(logits, token, there, count, repetition, frequency, presence):
 def apply_penalties_kernel(logits, logits_stride, done, steps, out_tokens, max_steps, history, starts, counts,
                            repetitions, frequencies, presences, VOCAB: tl.constexpr, PROGRAMS: tl.constexpr,
                            BLOCK: tl.constexpr, STEPS_BLOCK: tl.constexpr):
+    """Grid (PROGRAMS, lanes): they share out the entries of the history; the first one has what the draft adds."""
     program = tl.program_id(0)
     lane = tl.program_id(1)
     repetition = tl.load(repetitions + lane).to(tl.float64)

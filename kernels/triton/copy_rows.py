@@ -22,6 +22,7 @@ from stars.kernels.triton.variant import Variant
 @triton.jit
 def copy_rows_kernel(k_source, v_source, source, k_target, v_target, target, source_stride, target_stride,
                      WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (rows, layers, blocks of a row): keys and values of row source[i] to row target[i]; -1 copies nothing."""
     i = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     from_row = tl.load(source + i).to(tl.int64)

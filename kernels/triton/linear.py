@@ -34,6 +34,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def linear_kernel(x, weight, bias, out, rows, x_stride, out_stride, OUT_FEATURES: tl.constexpr,
                   IN_FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                   BLOCK_FEATURES: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr):
+    """Grid (blocks of rows, blocks of features): one tile of out, over the whole inner dimension in order."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     inner = tl.arange(0, BLOCK_INNER)

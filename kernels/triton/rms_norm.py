@@ -31,6 +31,7 @@ def normed(y, scale, eps, HIDDEN: tl.constexpr):
 @triton.jit
 def rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, out_stride, eps, HIDDEN: tl.constexpr,
                     BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """One program a row, which it holds whole; ADD: with the residual stream."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN

@@ -60,6 +60,7 @@ def _mass(z, highest):
 def bracket_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top_ks, top_ps, min_ps, highest,
                    ceiling, mode, bounds, count, mass, VOCAB: tl.constexpr, TILES: tl.constexpr,
                    TILES_BLOCK: tl.constexpr, SAMPLE: tl.constexpr):
+    """One program a lane: mode, and in bounds the largest z, the interval, and min_p's threshold."""
     lane = tl.program_id(0)
     chosen = UNFILTERED
     if is_open(done, tl.load(steps + lane), lane, max_steps):
@@ -163,6 +164,7 @@ def _by_tail(z, z_highest, allowed, ratio):
 @triton.jit
 def collect_kernel(logits, logits_stride, temperatures, top_ks, top_ps, mode, bounds, count, mass, values,
                    VOCAB: tl.constexpr, TILE: tl.constexpr):
+    """Grid (tiles, lanes): appends the tile's z inside the interval to `values`, adds up the probability above it."""
     tile = tl.program_id(0)
     lane = tl.program_id(1)
     if tl.load(mode + lane) == SEARCH:
@@ -221,6 +223,7 @@ def _mass_above(values, number, least, bound, z_highest, BLOCK: tl.constexpr):
 @triton.jit
 def select_kernel(logits, logits_stride, temperatures, top_ks, top_ps, mode, bounds, count, mass, values,
                   VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a lane: the exact threshold into bounds, from what is listed."""
     lane = tl.program_id(0)
     if tl.load(mode + lane) == SEARCH:
         top_k = tl.load(top_ks + lane)

@@ -107,6 +107,7 @@ def _ceiling(terms):
 def scan_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top_ks, top_ps, min_ps, seeds, attempts,
                 streams, highest, total, ceiling, VOCAB: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
                 FILTERS: tl.constexpr):
+    """Grid (tiles, lanes): the tile's maximum and sum of exponentials, and, without filters, a bound on its z + g."""
     tile = tl.program_id(0)
     lane = tl.program_id(1)
     seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
@@ -141,6 +142,7 @@ def scan_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top
 @triton.jit
 def draw_kernel(logits, logits_stride, temperatures, steps, seeds, attempts, streams, mode, bounds, ceiling,
                 VOCAB: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
+    """Grid (tiles, lanes): of lanes with filters, a bound on z + g of the tile's tokens that reach the threshold."""
     tile = tl.program_id(0)
     lane = tl.program_id(1)
     if tl.load(mode + lane) != UNFILTERED:
@@ -170,6 +172,7 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
                   out_logprobs, max_steps, temperatures, seeds, attempts, streams, stop_ids, highest, total, ceiling,
                   mode, bounds, VOCAB: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, TILE: tl.constexpr,
                   STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr, FILTERS: tl.constexpr):
+    """One program a lane: draws the token from the tiles that may hold it, and advances the lane."""
     lane = tl.program_id(0)
     # All that can be found without waiting is asked for first.
     seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)

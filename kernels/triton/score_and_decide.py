@@ -29,6 +29,7 @@ _KIND = tl.constexpr(KIND_ACCEPT << 24)
 def score_and_decide_kernel(residual, branch, norm_weight, head, seeds, streams, attempts, tokens, max_tokens, start,
                             reward_threshold, beta, rewards, accepted, residual_stride, branch_stride, eps,
                             HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a lane: reward, threshold and test."""
     lane = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN

@@ -19,6 +19,7 @@ BLOCK = 1024
 
 @triton.jit
 def swiglu_kernel(gate_up, out, gate_up_stride, out_stride, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (rows, blocks of a row)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < INTERMEDIATE

@@ -21,6 +21,7 @@ BLOCK = 1024
 
 @triton.jit
 def take_rows_kernel(x, index, out, rows, x_stride, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (rows taken, blocks of a row); an index outside x gives NaN."""
     i = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
