@@ -48,9 +48,9 @@ def load_model(
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
-    them too: about twice as fast with many rows. Sums, norms, biases, attention, the cache and the reward head stay
-    float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and with
-    `deterministic` products have one order. Raises ModelError for whatever does not fit: missing, unexpected or
+    them too: about twice as fast with many rows on a Zen 4. Sums, norms, biases, attention, the cache and the reward
+    head stay float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and
+    with `deterministic` products have one order. Raises ModelError for whatever does not fit: missing, unexpected or
     misshapen tensors, an absent head, more labels than one, damaged files.
     """
     device = _check_device(device)
