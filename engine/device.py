@@ -10,6 +10,7 @@ import torch
 from stars.buffers import bucket
 from stars.draft import history_entries
 from stars.errors import ModelError
+from stars.kernels.limits import MOST_HEADS_A_KEY, MOST_HIDDEN, MOST_VOCAB
 from stars.kernels.triton.tiles import most_workspace
 from stars.model.config import ModelConfig
 from stars.model.decoder import workspace_bytes
@@ -26,8 +27,6 @@ LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
 LEAST_TRITON = (3, 6)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that attention has kernels for."""
-MOST_HEADS_A_KEY, MOST_HIDDEN, MOST_VOCAB = 16, 16384, 1 << 18
-"""Query heads of one key head, columns of a row, tokens of a vocabulary: the most that the kernels take."""
 RESERVE = 2 << 30
 """Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, captured graphs, torch's allocator."""
 

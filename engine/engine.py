@@ -76,9 +76,7 @@ class Engine:
                                  deterministic=deterministic)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         config = self.config
-        if decoder.device.type != config.device:
-            raise ModelError(f"the model given is on {decoder.device.type} and the engine on {config.device}: load it "
-                             f"with device={config.device!r}")
+        decoder.check_device(config.device, "the model")
         if deterministic:
             check_row_invariance(decoder)
         self.model_config = decoder.config
@@ -341,16 +339,15 @@ class Engine:
         try:
             while self._waiting and len(self._running) + len(opened) < self.config.max_num_seqs:
                 hypothesis = self._waiting[0]
-                beginning = self._beginning(hypothesis)
-                if beginning in beginnings:
+                if beginnings and self._beginning(hypothesis) in beginnings:
                     # It can share pages with one that was opened a moment ago, once those are written.
                     self._start(opened)
                     opened, beginnings = [], set()
-                    beginning = self._beginning(hypothesis)
                 if not self._open(hypothesis):
                     break
                 self._waiting.popleft()
                 opened.append(hypothesis)
+                beginning = self._beginning(hypothesis)
                 if beginning is not None:
                     beginnings.add(beginning)
             self._start(opened)

@@ -8,7 +8,6 @@ made up. It patches torch for good, so it belongs in a process of its own.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 
@@ -107,12 +106,9 @@ class FakeBuffers(buffers.Buffers):
     def __init__(self, device, zeroed=True, **fields):
         self._sent, self._busy, self._fetched = Event(), False, False
         with unset_fake_temporarily():
-            super_fields = buffers.Buffers("cpu", **fields)
-        self._host, self._device = super_fields._host, {}
-        for name, (dtype, shape) in fields.items():
-            self._device[name] = torch.empty(shape, dtype=dtype, device=device)
-        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in fields.values())
-        self._there = torch.empty(size, dtype=torch.uint8, device=device)
+            self._host = buffers.Buffers("cpu", **fields)._host
+        self._device = {name: torch.empty(shape, dtype=dtype, device=device)
+                        for name, (dtype, shape) in fields.items()}
 
     def host(self, name: str) -> np.ndarray:
         if self._busy:

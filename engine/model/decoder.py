@@ -95,6 +95,12 @@ class Decoder:
         """Where weights and workspace are."""
         return self.final_norm.device
 
+    def check_device(self, device: str, name: str) -> None:
+        """Raises ModelError unless `name`, this decoder, is on an engine's `device`: "cpu" or "cuda"."""
+        if self.device.type != device:
+            raise ModelError(f"{name} given is on {self.device.type} and the engine on {device}: load it with "
+                             f"device={device!r}")
+
     @property
     def launches(self) -> int:
         """Kernels that one pass launches on a GPU: ten a layer, the embedding and the final norm."""

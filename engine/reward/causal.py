@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.determinism import check_row_invariance
 from stars.detokenizer import REPLACEMENT
-from stars.errors import ModelError, OutOfPages, RequestError, RewardError
+from stars.errors import OutOfPages, RequestError, RewardError
 from stars.kernels.types import Draft
 from stars.law import Terms
 from stars.model.loader import load_model
@@ -67,9 +67,7 @@ class CausalReward(Reward):
                                       deterministic=limits.deterministic)
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(self.model)
-        if self.decoder.device.type != limits.device:
-            raise ModelError(f"the reward model given is on {self.decoder.device.type} and the engine on "
-                             f"{limits.device}: load it with device={limits.device!r}")
+        self.decoder.check_device(limits.device, "the reward model")
         if limits.deterministic:
             check_row_invariance(self.decoder)
         config = self.decoder.config

@@ -52,6 +52,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stars.kernels.limits import MOST_HEADS_A_KEY
 from stars.kernels.triton.tiles import Plan, build, workspace_size
 from stars.kernels.triton.variant import ARCHES, Variant
 from stars.kernels.types import Batch, LayerKV
@@ -377,8 +378,9 @@ def _check(q: Tensor, kv: LayerKV, batch: Batch, out: Tensor) -> None:
                         f"the output {out.dtype}")
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("attention on a GPU takes contiguous queries, output and cache layers")
-    if heads % kv_heads or heads // kv_heads > 16:
-        raise ValueError(f"{heads} query heads over {kv_heads} key heads: attention on a GPU takes 1 to 16 a key head")
+    if heads % kv_heads or heads // kv_heads > MOST_HEADS_A_KEY:
+        raise ValueError(f"{heads} query heads over {kv_heads} key heads: attention on a GPU takes 1 to "
+                         f"{MOST_HEADS_A_KEY} a key head")
     if not 16 <= head_dim <= 256 or head_dim % 8:
         raise ValueError(f"head_dim is {head_dim}: attention on a GPU takes multiples of 8 from 16 to 256")
     if kv.page_size < 16 or kv.page_size & (kv.page_size - 1):

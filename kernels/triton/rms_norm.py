@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stars.kernels.limits import MOST_HIDDEN
 from stars.kernels.triton.variant import Variant
-
-MOST_HIDDEN = 16384
 
 
 @triton.jit

@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stars.kernels.limits import MOST_VOCAB
 from stars.kernels.triton.noise import exp, gumbel, log2_short, token_words
 from stars.kernels.triton.sample_filters import SAMPLE, bracket_kernel, collect_kernel, list_block, select_kernel
 from stars.kernels.triton.sample_lane import INFINITY, UNFILTERED, has_filters, is_open, row_maximum, scaled
@@ -315,8 +316,8 @@ def _check(logits: Tensor, lanes: LaneState) -> None:
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16) or logits.stride(1) != 1:
         raise ValueError(f"sample_step: logits are {logits.dtype} with strides {logits.stride()}, expected float32, "
                          "bfloat16 or float16 with adjacent columns")
-    if logits.shape[1] > 1 << 18:
-        raise ValueError(f"sample_step: a vocabulary of {logits.shape[1]} exceeds the {1 << 18} whose probabilities "
+    if logits.shape[1] > MOST_VOCAB:
+        raise ValueError(f"sample_step: a vocabulary of {logits.shape[1]} exceeds the {MOST_VOCAB} whose probabilities "
                          "can be added up exactly")
     count = logits.shape[0]
     for name, tensor in zip(LaneState._fields, lanes, strict=True):
