@@ -4,6 +4,8 @@ The language model and the reward model each keep a KV cache. A round drafts `wi
 prefix that is copied once per accepted segment, and the reward model reads only the new tokens, `rm_lanes` candidates
 at a time in attempt order, until one is accepted. Rejected tokens are cropped. Logits are computed for the last
 position alone. `no_cache=True` is the published peers' way instead: every token and every score runs the whole text.
+`cache="captured"` is the loop at its fastest: static buffers, and on a GPU every step of a draft and every scoring pass
+a replayed CUDA graph (`hf_captured.py`).
 
 One request at a time, full attention only, and no EOS: the loop exists to be timed at fixed lengths. Parameters are
 read from objects with the fields of `stars.SamplingParams` and `stars.STARS`.
@@ -13,16 +15,18 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
+from hf_captured import CapturedHistory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-CacheKind = Literal["dynamic", "preallocated"]
+CacheKind = Literal["dynamic", "preallocated", "captured"]
 Draw = Callable[[Tensor, int, int, int], Tensor]
 """(logits [rows, vocab], segment, attempt of row 0, position in the segment) -> token ids [rows]."""
 
@@ -48,6 +52,8 @@ class HFOutput:
     fallbacks: int = 0
     lm_tokens_drawn: int = 0
     rm_tokens_scored: int = 0
+    prompt_seconds: float = 0.0  # of the prompt's passes
+    seconds: float = 0.0  # of the tokens alone
 
 
 def load_pair(model: str, reward: str, dtype: str = "float32"):
@@ -62,7 +68,9 @@ class HFStars:
     """The loop over one pair of transformers models.
 
     width: candidates drafted at once. rm_lanes: candidates the reward model reads at once. cache: transformers' own
-    DynamicCache, which copies the history at every step, or buffers of the final size, which are appended to in place.
+    DynamicCache, which copies the history at every step, or buffers of the final size, which are appended to in place, or
+    those read whole under a mask, in captured graphs: then the loop may be used again and again for prompts and responses
+    of one length, and captures once.
     """
 
     def __init__(self, lm, rm, *, width: int = 8, rm_lanes: int = 2, cache: CacheKind = "preallocated",
@@ -75,6 +83,7 @@ class HFStars:
         self.rm_lanes = min(rm_lanes, width)
         self.cache_kind = cache
         self.no_cache = no_cache
+        self._captured: dict = {}  # histories, by model and size
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], params, policy, *, accept_rate: float | None = None, draw: Draw | None = None,
@@ -85,9 +94,11 @@ class HFStars:
         loops can be timed over the same number of attempts. draw and uniform(segment, attempt) replace the loop's own
         random numbers.
         """
+        begin = time.perf_counter()
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         device = next(self.lm.parameters()).device
-        draw = draw if draw is not None else _sampler(params, seed, device)
+        if draw is None:
+            draw = _captured_sampler(params) if self.cache_kind == "captured" else _sampler(params, seed, device)
         uniform = uniform if uniform is not None else _uniforms(seed)
         total = params.max_tokens
         lm = self._history(self.lm.model, self.width, len(prompt) + total)
@@ -100,13 +111,19 @@ class HFStars:
         prompt_reward = self._rewards(rm.extend(ids))[0]
         rm.expand()
         start = target if alpha == 1.0 or math.isinf(target) else (1.0 - alpha) * prompt_reward + alpha * target
-        output = HFOutput()
+        if device.type != "cpu":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        output = HFOutput(prompt_seconds=started - begin)
         last = prompt[-1]
         while len(output.token_ids) < total:
             size = min(policy.segment_size, total - len(output.token_ids))
             length = len(output.token_ids) + size
             tau = target if math.isinf(target) else min(target, start + length / total * (target - start))
             last = self._segment(lm, rm, last, size, tau, params, policy, accept_rate, draw, uniform, output)
+        if device.type != "cpu":
+            torch.cuda.synchronize()
+        output.seconds = time.perf_counter() - started
         return output
 
     def _segment(self, lm, rm, last: int, size: int, tau: float, params, policy, accept_rate: float | None, draw: Draw,
@@ -153,6 +170,8 @@ class HFStars:
         """[lanes, size] token ids; the history then holds the inputs, so all of them but the last."""
         lm.set_rows(lanes)
         head = self.lm.lm_head
+        if self.cache_kind == "captured" and not self.no_cache:
+            return lm.draft(head, last, lanes, size, lambda logits, position: draw(logits, segment, attempt, position))
         token = torch.full((lanes,), last, device=head.weight.device)
         drafted = torch.empty(lanes, size, dtype=torch.int64, device=head.weight.device)
         for position in range(size):
@@ -165,9 +184,15 @@ class HFStars:
         """Raw rewards of hidden [rows, hidden] at the last tokens."""
         return self.rm.score(hidden)[:, 0].float().tolist()
 
-    def _history(self, backbone, rows: int, capacity: int) -> _Cached | _Recomputed:
+    def _history(self, backbone, rows: int, capacity: int) -> _Cached | _Recomputed | CapturedHistory:
         if self.no_cache:
             return _Recomputed(backbone, rows)
+        if self.cache_kind == "captured":
+            key = (id(backbone), rows, capacity)
+            if key not in self._captured:
+                self._captured[key] = CapturedHistory(backbone, rows, capacity)
+            self._captured[key].clear()
+            return self._captured[key]
         return _Cached(backbone, rows, capacity, self.cache_kind)
 
 
@@ -309,6 +334,22 @@ def _sampler(params, seed: int, device: torch.device | str = "cpu") -> Draw:
         values, ids = logits.topk(top_k, dim=1, sorted=False)  # [rows, top_k]
         chosen = torch.multinomial((values / temperature).softmax(dim=1), 1, generator=generator)
         return ids.gather(1, chosen)[:, 0]
+
+    return draw
+
+
+def _captured_sampler(params) -> Draw:
+    """As `_sampler`, by numbers of the device's own generator: nothing that a capture forbids."""
+    _sampler(params, 0)  # whose refusals are these, too
+
+    def draw(logits: Tensor, segment: int, attempt: int, position: int) -> Tensor:
+        if params.temperature == 0:
+            return logits.argmax(dim=1)
+        top_k = params.top_k if 0 < params.top_k < logits.shape[1] else 0
+        values, ids = logits.topk(top_k, dim=1, sorted=False) if top_k else (logits, None)
+        odds = (values / params.temperature).softmax(dim=1)
+        chosen = (odds / torch.empty_like(odds).exponential_()).argmax(dim=1, keepdim=True)
+        return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
 
     return draw
 

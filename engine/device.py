@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -64,25 +64,43 @@ def check_model(config: ModelConfig, sampled: bool = True) -> None:
             raise ModelError(f'the model has {size} {name} and the GPU\'s kernels take {most}: use device="cpu"')
 
 
+class Occupant(NamedTuple):
+    """A model that is to be held on the GPU."""
+
+    config: ModelConfig
+    parameters: int
+    drafts: bool  # whether tokens are drawn from it
+
+
 def check_fit(config: EngineConfig, model: str | Path, reward: Reward | None) -> None:
     """Raises ModelError unless weights, caches, slabs and activations of both models fit the GPU; the CPU is not asked.
     """
     if config.device == "cpu":
         return
+    directories = {"the language model": model}
+    if isinstance(getattr(reward, "model", None), (str, Path)):
+        directories["the reward model"] = reward.model
+    models = {}
+    for name, directory in directories.items():
+        summary = inspect_model(directory)
+        models[name] = Occupant(summary.config, summary.parameters, name == "the language model")
+        check_model(summary.config, sampled=models[name].drafts)
+    torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
+    check_memory(needed_bytes(config, models), torch.cuda.mem_get_info()[0])
+
+
+def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str, int]:
+    """Bytes of GPU memory that an engine over `models` takes, by what for."""
     dtype = DTYPES[config.dtype]
     lanes = bucket(config.max_num_lanes)
-    directories = {"the language model": (model, config.max_segment_size, lanes)}
-    if isinstance(getattr(reward, "model", None), (str, Path)):
-        directories["the reward model"] = (reward.model, slab_length(config.max_segment_size), 0)
     needed = {}
-    for name, (directory, slab_len, drafted) in directories.items():
-        summary = inspect_model(directory)
-        shape = summary.config
-        check_model(shape, sampled=bool(drafted))
+    for name, (shape, parameters, drafts) in models.items():
+        slab_len = config.max_segment_size if drafts else slab_length(config.max_segment_size)
+        drafted = lanes if drafts else 0
         prefill = choose_prefill(shape, dtype, config.device, config.prefill_backend, config.deterministic)
         slabs = config.max_num_lanes + config.max_num_seqs
         rows = bucket(max(CAPTURED_CHUNK, slab_len, drafted))
-        needed[f"{name}'s weights"] = summary.parameters * dtype.itemsize
+        needed[f"{name}'s weights"] = parameters * dtype.itemsize
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + slabs * slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, rows, drafted, dtype) + 4 * sum(
             most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, drafted))
@@ -91,12 +109,11 @@ def check_fit(config: EngineConfig, model: str | Path, reward: Reward | None) ->
                                                 + drafted * shape.vocab_size)
         if prefill != "triton":
             needed[f"{name}'s activations"] += cache_bytes(shape, config.cache_tokens, dtype) // shape.num_layers
-        if drafted:
+        if drafts:
             needed["the words that penalties count"] = 8 * history_entries(
                 config.max_num_seqs, config.max_model_len, shape.vocab_size)
     needed["libraries and captured graphs"] = RESERVE
-    torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
-    check_memory(needed, torch.cuda.mem_get_info()[0])
+    return needed
 
 
 def check_memory(needed: dict[str, int], free: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ PROMPTS = ["This film was" + " very good and" * count for count in (0, 5, 40, 12
 LONG = "I saw it" + " again and again and" * 80  # more rows than are captured
 
 if FAKED:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "device"))
+    import importable
+
+    importable.install()
     import fake_cuda
 
     fake_cuda.install()

@@ -19,6 +19,7 @@ PROMPT = [5, 17, 41, 8, 90, 33]
 VOCAB = 97
 FORMS = {
     "dynamic": {"cache": "dynamic"}, "preallocated": {"cache": "preallocated"}, "no cache": {"no_cache": True},
+    "captured": {"cache": "captured"},
 }
 
 
@@ -34,6 +35,7 @@ def benchmark(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def hf() -> ModuleType:
+    benchmark("hf_captured")
     return benchmark("hf_stars")
 
 

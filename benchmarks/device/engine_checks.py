@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from compare import same
 from models import config_of, random_decoder
+from parallel import run_apart
 from record import Record, Settings
 
 import stars
@@ -24,15 +26,13 @@ LIMITS = dict(cache_tokens=8192, page_size=16, max_model_len=512, max_num_seqs=1
 
 def run(record: Record, settings: Settings) -> None:
     """float32 everywhere, so that the device and the CPU differ by the order of sums alone; bits in bfloat16, too."""
-    shapes = ("toy",) if settings.quick else ("toy", "toy-qwen3")
-    for shape in shapes:
-        with record.checking(f"{shape}: device and CPU agree"):
-            _parity(record, settings, shape)
+    parts = {}
     for dtype in (torch.float32,) if settings.dry else (torch.bfloat16, torch.float32):
-        with record.checking(f"replay and rewind, {dtype}"):
-            _replay_and_rewind(record, settings, dtype)
-        with record.checking(f"deterministic, {dtype}"):
-            _same_text(record, settings, dtype)
+        parts |= {f"replay and rewind, {dtype}": partial(replay_and_rewind, dtype=dtype),
+                  f"deterministic, {dtype}": partial(same_text, dtype=dtype)}
+    for shape in ("toy",) if settings.quick else ("toy", "toy-qwen3"):
+        parts[f"{shape} beside the CPU"] = partial(parity, shape=shape)
+    run_apart(record, settings, parts, most=2)
 
 
 def engine(device: str, shape: str, dtype: torch.dtype, deterministic: bool = False) -> stars.Engine:
@@ -55,7 +55,7 @@ def complete(of: stars.Engine, prompts: list[list[int]], width: int | None = 3, 
     return [output.outputs[0] for output in outputs]
 
 
-def _parity(record: Record, settings: Settings, shape: str) -> None:
+def parity(record: Record, settings: Settings, shape: str) -> None:
     prompts = PROMPTS[:3] if settings.dry else PROMPTS
     ours = complete(engine(settings.device, shape, torch.float32), prompts)
     theirs = complete(engine("cpu", shape, torch.float32), prompts)
@@ -79,6 +79,16 @@ def _parity(record: Record, settings: Settings, shape: str) -> None:
                  accepted=accepted, rejected=rejected)
 
 
+def runs_in_bfloat16(record: Record, settings: Settings) -> None:
+    """No request fails in the type of the large models, and the same engine gives the same texts twice."""
+    of = engine(settings.device, "toy", torch.float32 if settings.dry else torch.bfloat16)
+    first, second = complete(of, PROMPTS[:3]), complete(of, PROMPTS[:3])
+    record.check("toy, bfloat16: no request failed", not any(one.error for one in (*first, *second)),
+                 errors=[one.error for one in (*first, *second) if one.error])
+    record.check("toy, bfloat16: the same texts again", [one.token_ids for one in first] == [
+        one.token_ids for one in second])
+
+
 def _lanes(of: stars.Engine, table, token: int, slabs: list[int], attempts: range, segment: int) -> list[LaneSpec]:
     return [LaneSpec(table, token, slab, 8, 77, attempt, pack_stream(segment, 0), SamplingParams(top_k=50), ())
             for slab, attempt in zip(slabs, attempts, strict=True)]
@@ -93,7 +103,7 @@ class _Eager:
         return times
 
 
-def _replay_and_rewind(record: Record, settings: Settings, dtype: torch.dtype) -> None:
+def replay_and_rewind(record: Record, settings: Settings, dtype: torch.dtype) -> None:
     of = engine(settings.device, "toy", dtype)
     drafter, cache, passes = of._round.drafter, of._cache, of._passes
     prompt = PROMPTS[1]
@@ -144,7 +154,7 @@ def _replay_and_rewind(record: Record, settings: Settings, dtype: torch.dtype) -
     of.check_integrity()
 
 
-def _same_text(record: Record, settings: Settings, dtype: torch.dtype) -> None:
+def same_text(record: Record, settings: Settings, dtype: torch.dtype) -> None:
     """deterministic=True: every width and every batch mix gives the same tokens, rewards and verdicts."""
     name = str(dtype)[6:]
     try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from compare import same, within
 from launchers import launchers
+from parallel import run_apart
 from record import Record, Settings
 from torch import Tensor
 
@@ -113,36 +115,40 @@ def launched(ops, case: Case, window: int | None = None, softcap: float | None =
 
 def run(record: Record, settings: Settings) -> None:
     """The kinds of pass in bfloat16 at the usual head sizes, ratios of heads, windows and softcaps; float32; bits."""
-    ops = launchers(settings.dry)
     bf16, fp32 = torch.bfloat16, torch.float32
-    cases = [_Launch(kind, bf16, 128) for kind in KINDS]
-    cases += [_Launch("draft", bf16, 128, heads) for heads in ((4, 4), (32, 8), (16, 1))]
-    cases += [_Launch(kind, bf16, 128, window=33, softcap=50.0) for kind in KINDS]
-    cases += [_Launch(kind, fp32, 64) for kind in ("draft", "scoring")]
+    parts = {
+        "bfloat16, 128": [Launch(kind, bf16, 128, (32, 8)) for kind in KINDS],
+        "ratios of heads": [Launch("draft", bf16, 128, heads) for heads in ((4, 4), (8, 2), (16, 1))],
+        "windows and softcaps": [Launch(kind, bf16, 128, window=33, softcap=50.0) for kind in KINDS],
+        "float32": [Launch(kind, fp32, 64) for kind in ("draft", "scoring")]}
     if not settings.quick:
-        cases += [_Launch(kind, bf16, 64) for kind in KINDS]
-        cases += [_Launch(kind, bf16, 128, window=20) for kind in KINDS]
-    for case in cases:
-        _check(record, settings, ops, case)
+        parts |= {"64": [Launch(kind, bf16, 64) for kind in KINDS],
+                  "windows": [Launch(kind, bf16, 128, window=20) for kind in KINDS]}
+    checks = {name: partial(_check_all, launches=launches) for name, launches in parts.items()}
     if not settings.dry:
-        for kind in ("draft", "draft, long", "scoring"):
-            with record.checking(f"attention bits, {kind}"):
-                _bits(record, ops, kind, settings.device)
+        checks |= {f"bits, {kind}": partial(_bits, kind=kind) for kind in ("draft", "draft, long", "scoring")}
+    run_apart(record, settings, checks, most=3)
 
 
 def more(record: Record, settings: Settings) -> None:
     """The other head sizes and types, softcaps alone, float32 with everything."""
-    ops = launchers(settings.dry)
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    cases = [_Launch(kind, bf16, head_dim) for head_dim in (80, 256, 96) for kind in KINDS]
-    cases += [_Launch(kind, fp16, 128) for kind in KINDS] + [_Launch(kind, fp32, 128) for kind in KINDS]
-    cases += [_Launch("scoring", fp32, head_dim, (4, 2), 20, 30.0) for head_dim in (80, 256)]
-    cases += [_Launch(kind, bf16, 128, softcap=30.0) for kind in KINDS]
-    for case in cases:
-        _check(record, settings, ops, case)
+    parts = {str(head_dim): [Launch(kind, bf16, head_dim) for kind in KINDS] for head_dim in (80, 256, 96)}
+    parts["float16"] = [Launch(kind, fp16, 128) for kind in KINDS]
+    parts["float32"] = [Launch(kind, fp32, 128) for kind in KINDS]
+    parts["float32 with all"] = [Launch("scoring", fp32, head_dim, (4, 2), 20, 30.0) for head_dim in (80, 256)]
+    parts["softcaps"] = [Launch(kind, bf16, 128, softcap=30.0) for kind in KINDS]
+    run_apart(record, settings, {name: partial(_check_all, launches=launches) for name, launches in parts.items()},
+              most=4)
 
 
-class _Launch(NamedTuple):
+def _check_all(record: Record, settings: Settings, launches: list[Launch]) -> None:
+    ops = launchers(settings.dry)
+    for launch in launches:
+        check(record, settings, ops, launch)
+
+
+class Launch(NamedTuple):
     kind: str
     dtype: torch.dtype
     head_dim: int
@@ -151,7 +157,7 @@ class _Launch(NamedTuple):
     softcap: float | None = None
 
 
-def _check(record: Record, settings: Settings, ops, launch: _Launch) -> None:
+def check(record: Record, settings: Settings, ops, launch: Launch) -> None:
     kind, dtype, head_dim, heads, window, softcap = launch
     name = f"attention {kind}, {str(dtype)[6:]}, {head_dim}, heads {heads[0]}/{heads[1]}"
     name += "" if window is None else f", window {window}"
@@ -162,8 +168,9 @@ def _check(record: Record, settings: Settings, ops, launch: _Launch) -> None:
         within(record, name, launched(ops, case, window, softcap), theirs, exact)
 
 
-def _bits(record: Record, ops, kind: str, device: str) -> None:
+def _bits(record: Record, settings: Settings, kind: str) -> None:
     """Under one deterministic plan: splits 1, 2, 4, 16 agree with float64, and a sequence alone has the same bits."""
+    ops, device = launchers(settings.dry), settings.device
     spans, into_slab = KINDS[kind]
     case = make_case(spans, into_slab, 8, 2, 128, torch.bfloat16, device)
     starts, groups = case.batch.row_start.tolist(), case.batch.seq_group.tolist()

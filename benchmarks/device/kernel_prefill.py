@@ -21,9 +21,13 @@ CHUNKS = [Span(0, 0, 0, 300), Span(1, 130, 0, 129), Span(2, 511, 0, 2)]
 
 def run(record: Record, settings: Settings) -> None:
     """Ragged prompts, later chunks, windows and softcaps in each backend that takes them."""
-    backends = usable(record, settings)
+    record.part("backends", backends, record, settings)
+
+
+def backends(record: Record, settings: Settings) -> None:
+    """Those that are here."""
     heads = ((8, 2),) if settings.quick else ((8, 2), (4, 4))
-    for backend in backends:
+    for backend in usable(record, settings):
         for spans in (PREFILL, CHUNKS):
             for window, softcap in ((None, None), (40, None), (None, 30.0)):
                 if softcap is not None and not backend.startswith("flash"):
@@ -36,6 +40,7 @@ def run(record: Record, settings: Settings) -> None:
                         exact, theirs = (plain(case, window, softcap, dtype) for dtype in (torch.float64,
                                                                                          torch.bfloat16))
                         within(record, name, attended(case, backend, window, softcap), theirs, exact)
+
 
 def usable(record: Record, settings: Settings) -> list[str]:
     """The libraries that are here and serve this card; torch's SDPA also without one."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from compare import same, within
 from kernel_rows import DTYPES, draw_from
 from launchers import launchers
+from parallel import run_apart
 from record import Record, Settings
 from torch import Tensor
 
@@ -20,22 +22,29 @@ MOST_ROWS = 70
 
 def run(record: Record, settings: Settings) -> None:
     """Every type; odd sizes and those of an 8B model; every head size, with and without norms."""
+    run_apart(record, settings, {f"{name} {str(dtype).removeprefix('torch.')}": partial(of_type, dtype=dtype)
+                                 for dtype in DTYPES for name, of_type in (("linear", _linears), ("rope_write", _ropes))
+                                 }, most=2)
+
+
+def _linears(record: Record, settings: Settings, dtype: torch.dtype) -> None:
     ops = launchers(settings.dry)
-    device, real = settings.device, not settings.dry
-    for dtype in DTYPES:
-        kind = str(dtype).removeprefix("torch.")
-        for rows, out_features, in_features in ((1, 17, 40), (37, 40, 304)) + (
-                ((1, 6144, 4096), (MOST_ROWS, 4096, 4096)) if real else ()):
-            with record.checking(f"linear {kind} {rows} x {out_features} x {in_features}"):
-                _linear(record, ops, device, dtype, rows, out_features, in_features)
-        for head_dim in (64, 80, 96, 128, 256) if not settings.quick else (64, 80, 128):
-            for norm in (False, True):
-                with record.checking(f"rope_write {kind} {head_dim}{' norm' * norm}"):
-                    _rope(record, ops, device, dtype, head_dim, norm)
+    real = () if settings.dry else ((1, 6144, 4096), (MOST_ROWS, 4096, 4096))
+    for rows, out_features, in_features in (*real, (1, 17, 40), (37, 40, 304)):
+        with record.checking(f"linear {str(dtype)[6:]} {rows} x {out_features} x {in_features}"):
+            linear(record, ops, settings.device, dtype, rows, out_features, in_features)
 
 
-def _linear(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, rows: int, out_features: int,
-            in_features: int) -> None:
+def _ropes(record: Record, settings: Settings, dtype: torch.dtype) -> None:
+    ops = launchers(settings.dry)
+    for head_dim in (128, 64, 80) if settings.quick else (128, 64, 80, 96, 256):
+        for norm in (False, True):
+            with record.checking(f"rope_write {str(dtype)[6:]} {head_dim}{' norm' * norm}"):
+                rope_write(record, ops, settings.device, dtype, head_dim, norm)
+
+
+def linear(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, rows: int, out_features: int,
+           in_features: int) -> None:
     name = f"{str(dtype)[6:]} {rows} x {out_features} x {in_features}"
     draw = draw_from(device, rows)
     x, matrix = draw(rows, in_features).to(dtype), draw(out_features, in_features).to(dtype)
@@ -53,7 +62,7 @@ def _linear(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtyp
         same(record, f"linear_invariant {name}, a row alone", part[0], got[rows // 2])
 
 
-def _rope(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, head_dim: int, norm: bool) -> None:
+def rope_write(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, head_dim: int, norm: bool) -> None:
     name = f"rope_write {str(dtype)[6:]} {head_dim}{' norm' * norm}"
     rows, heads, kv_heads, positions = 19, 6, 2, 200
     draw = draw_from(device, head_dim)

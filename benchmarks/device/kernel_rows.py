@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from compare import same, within
 from launchers import launchers
+from parallel import run_apart
 from record import Record, Settings
 
 from stars.kernels.linear import Weight
@@ -18,21 +20,24 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def run(record: Record, settings: Settings) -> None:
     """Every kernel in every type, at odd sizes and at those of real models."""
+    run_apart(record, settings, {str(dtype).removeprefix("torch."): partial(_of_type, dtype=dtype)
+                                 for dtype in DTYPES}, most=2)
+
+
+def _of_type(record: Record, settings: Settings, dtype: torch.dtype) -> None:
     ops = launchers(settings.dry)
-    device = settings.device
-    real = not settings.dry
-    for dtype in DTYPES:
-        kind = str(dtype).removeprefix("torch.")
-        for hidden in (17, 257) + ((2048, 4096) if real else ()):
-            with record.checking(f"rms_norm {kind} {hidden}"):
-                _rms_norm(record, ops, device, dtype, 37, hidden)
-        for intermediate in (17, 1025) + ((14336,) if real else ()):
-            with record.checking(f"swiglu {kind} {intermediate}"):
-                _swiglu(record, ops, device, dtype, 17, intermediate)
-        with record.checking(f"take_rows {kind}"):
-            _rows(record, ops, device, dtype)
-        with record.checking(f"copy_rows {kind}"):
-            _copies(record, ops, device, dtype)
+    device, real = settings.device, not settings.dry
+    kind = str(dtype).removeprefix("torch.")
+    for hidden in ((4096, 2048) if real else ()) + (17, 257):
+        with record.checking(f"rms_norm {kind} {hidden}"):
+            rms_norm(record, ops, device, dtype, 37, hidden)
+    for intermediate in ((14336,) if real else ()) + (17, 1025):
+        with record.checking(f"swiglu {kind} {intermediate}"):
+            swiglu(record, ops, device, dtype, 17, intermediate)
+    with record.checking(f"take_rows {kind}"):
+        rows(record, ops, device, dtype)
+    with record.checking(f"copy_rows {kind}"):
+        copies(record, ops, device, dtype)
 
 
 def draw_from(device: str, seed: int):
@@ -41,7 +46,7 @@ def draw_from(device: str, seed: int):
     return lambda *shape: torch.randn(*shape, generator=generator).to(device)
 
 
-def _rms_norm(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, rows: int, hidden: int) -> None:
+def rms_norm(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, rows: int, hidden: int) -> None:
     name = f"rms_norm {str(dtype)[6:]} {hidden}"
     draw = draw_from(device, hidden)
     for weight_dtype in {dtype, torch.float32}:
@@ -60,7 +65,7 @@ def _rms_norm(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dt
     same(record, f"{name}, a row alone", alone[0], got[5])
 
 
-def _swiglu(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, rows: int,
+def swiglu(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, rows: int,
             intermediate: int) -> None:
     gate_up = (4 * draw_from(device, intermediate)(rows, 2 * intermediate)).to(dtype)
     got, plain = (torch.full((rows, intermediate), torch.nan, dtype=dtype, device=device) for _ in range(2))
@@ -70,7 +75,7 @@ def _swiglu(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtyp
     within(record, f"swiglu {str(dtype)[6:]} {intermediate}", got, plain, gate / (1 + (-gate).exp()) * up)
 
 
-def _rows(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype) -> None:
+def rows(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype) -> None:
     matrix = draw_from(device, 0)(101, 1027).to(dtype)
     index = torch.tensor([3, 0, 100, 3, 57] * 4 + [1], dtype=torch.int32, device=device)
     for target in {dtype, torch.float32}:
@@ -81,7 +86,7 @@ def _rows(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype)
         same(record, f"embedding {str(dtype)[6:]} to {str(target)[6:]}", got, matrix[index.long()].to(target))
 
 
-def _copies(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype) -> None:
+def copies(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype) -> None:
     for layers, heads, head_dim, count in ((1, 1, 17, 1), (3, 2, 20, 17), (5, 8, 128, 32)):
         draw = draw_from(device, count)
         k_source, v_source = (draw(layers, 40, heads, head_dim).to(dtype) for _ in range(2))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
 from compare import same, within
 from launchers import launchers
+from parallel import run_apart
 from record import Record, Settings
 from torch import Tensor
 
@@ -23,33 +25,20 @@ TIE = 4e-5  # scores closer than this, at |z| < 32, may change places: twice wha
 
 def run(record: Record, settings: Settings) -> None:
     """Words, draws at small and real vocabularies, with every filter and without, ends, followers, verdicts."""
-    ops = launchers(settings.dry)
-    if not settings.dry:
-        with record.checking("philox words"):
-            _words(record)
     bf16, fp32 = torch.bfloat16, torch.float32
-    # Every size and type is compiled anew, eight kernels each; the last ones are those of a real model.
-    sizes = [(37, 9, fp32), (1000, 17, bf16)]
-    sizes += [] if settings.dry else [(5003, 33, fp32)]
-    # 16 lanes have every filter; the reference takes a second for each million logits.
-    sizes += [] if settings.quick else [(128256, 16, bf16), (128256, 16, fp32)]
-    for vocab, lanes, dtype in sizes:
-        with record.checking(f"sample_step {vocab} {dtype}"):
-            _draws(record, ops, settings.device, vocab, lanes, dtype)
-            _draws(record, ops, settings.device, vocab, lanes, dtype, filters=False)
-    with record.checking("apply_penalties"):
-        _penalised(record, ops, settings.device)
-    with record.checking("append_draft"):
-        _followers(record, ops, settings.device)
-    with record.checking("sample_step, bad logits and ends"):
-        _ends(record, ops, settings.device)
-    for seed in range(2 if settings.quick else 6):
-        for dtype, hidden in ((torch.float32, 64), (torch.bfloat16, 64 if settings.dry else 4096)):
-            with record.checking(f"score_and_decide {seed} {dtype}"):
-                _verdicts(record, ops, settings.device, seed, dtype, hidden)
+    parts = {} if settings.dry else {"philox words": words}
+    # Every size and type is compiled anew, eight kernels each. 16 lanes have every filter; the reference takes a second
+    # for each million logits.
+    sizes = [] if settings.quick else [(128256, 16, bf16), (128256, 16, fp32)]
+    sizes += [(37, 9, fp32), (1000, 17, bf16)] + ([] if settings.dry else [(5003, 33, fp32)])
+    parts |= {f"draws of {vocab}, {str(dtype)[6:]}": partial(draws, vocab=vocab, lanes=lanes, dtype=dtype)
+              for vocab, lanes, dtype in sizes}
+    parts |= {"penalties": penalised, "followers": followed, "ends": ends, "verdicts": verdicts}
+    run_apart(record, settings, parts, most=3)
 
 
-def _words(record: Record) -> None:
+def words(record: Record, settings: Settings) -> None:
+    """Random123's words and the noise made of them, beside the host's."""
     from words import words_kernel
 
     for seed, position, attempt, stream in ((1, 0, 1, 0), (-5, 31, 7, 1 << 20), (2**63 - 1, 127, 2**24 - 1, -1)):
@@ -96,7 +85,14 @@ def on_cpu(state):
     return type(state)(*(tensor.cpu().clone() for tensor in state))
 
 
-def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torch.dtype, filters: bool = True) -> None:
+def draws(record: Record, settings: Settings, vocab: int, lanes: int, dtype: torch.dtype) -> None:
+    """Two steps with every filter and two without."""
+    for filters in (True, False):
+        with record.checking(f"sample_step {vocab} {dtype}"):
+            _draws(record, launchers(settings.dry), settings.device, vocab, lanes, dtype, filters)
+
+
+def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torch.dtype, filters: bool) -> None:
     """Tokens of several steps; another token than the reference's is explained by a tie, or is wrong."""
     state = lane_state(lanes, device, seed=vocab)
     if not filters:
@@ -149,9 +145,9 @@ def _tied(row: Tensor, state: LaneState, lane: int, token: int, other: int) -> b
     return float(z[token]) in near or float(z[other]) in near
 
 
-def _ends(record: Record, ops, device: str) -> None:
+def ends(record: Record, settings: Settings) -> None:
     """NaN, +inf and nothing but -inf end a lane with token -1; stop ids and limits end it; done lanes stay."""
-    vocab, lanes = 50, 8
+    ops, device, vocab, lanes = launchers(settings.dry), settings.device, 50, 8
     logits = torch.randn(lanes, vocab, generator=torch.Generator().manual_seed(1))
     logits[0, 7], logits[1, 7], logits[2] = math.nan, math.inf, -math.inf
     logits[3, 20] = 100.0
@@ -170,8 +166,9 @@ def _ends(record: Record, ops, device: str) -> None:
         record.check(f"sample_step, ends of lanes: {field}", equal)
 
 
-def _followers(record: Record, ops, device: str) -> None:
+def followed(record: Record, settings: Settings) -> None:
     """Segments that ended with a stop token, with NaN, empty, full, of lanes in any order and of none."""
+    ops, device = launchers(settings.dry), settings.device
     draw = np.random.default_rng(0)
     lanes, steps, vocab, sequences = 20, 70, 500, 37
 
@@ -197,8 +194,9 @@ def _followers(record: Record, ops, device: str) -> None:
         same(record, f"append_draft, {field}", mine, right)
 
 
-def _penalised(record: Record, ops, device: str) -> None:
+def penalised(record: Record, settings: Settings) -> None:
     """Histories of no, few and a thousand words, drawn words in them and not: the reference's bits."""
+    ops, device = launchers(settings.dry), settings.device
     draw, lanes, vocab = np.random.default_rng(5), 33, 5003
     state = lane_state(lanes, device)
     state.steps.copy_(torch.tensor(np.arange(lanes) % (state.out_tokens.shape[1] + 1)))
@@ -219,6 +217,14 @@ def _penalised(record: Record, ops, device: str) -> None:
     ops.apply_penalties(got, state, penalties)
     apply_penalties_reference(logits, on_cpu(state), on_cpu(penalties))
     same(record, "apply_penalties", got, logits)
+
+
+def verdicts(record: Record, settings: Settings) -> None:
+    """Six seeds, small and large."""
+    for seed in range(2 if settings.quick else 6):
+        for dtype, hidden in ((torch.float32, 64), (torch.bfloat16, 64 if settings.dry else 4096)):
+            with record.checking(f"score_and_decide {seed} {dtype}"):
+                _verdicts(record, launchers(settings.dry), settings.device, seed, dtype, hidden)
 
 
 def _verdicts(record: Record, ops, device: str, seed: int, dtype: torch.dtype, hidden: int) -> None:

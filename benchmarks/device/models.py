@@ -1,4 +1,4 @@
-"""Decoders of real shapes with random weights, made on the device; or of the tensors of a transformers model."""
+"""Decoders of real shapes with random weights, made on the device, and transformers models over the same tensors."""
 
 from __future__ import annotations
 
@@ -44,20 +44,23 @@ LOGIT_SPREAD = 2.0  # standard deviation of the logits, about
 Head = Literal["lm", "reward"]
 
 
-def config_of(shape: str, head: Head = "lm", dtype: str = "bfloat16") -> ModelConfig:
-    """The configuration of a shape. Nothing ends a response: there is no EOS."""
-    return parse_config(SHAPES[shape] | {"id2label": {"0": "reward"}, "dtype": dtype}, {}, f"the shape {shape}")
+def config_of(shape: str, head: Head = "lm", dtype: str = "bfloat16", layers: int | None = None) -> ModelConfig:
+    """The configuration of a shape, with fewer layers if asked. Nothing ends a response: there is no EOS."""
+    fewer = {} if layers is None else {"num_hidden_layers": layers}
+    return parse_config(SHAPES[shape] | fewer | {"id2label": {"0": "reward"}, "dtype": dtype}, {}, f"the shape {shape}")
 
 
 def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch.dtype, head: Head = "lm", *,
-                   seed: int = 0, deterministic: bool = False, made_on: torch.device | str | None = None) -> Decoder:
+                   seed: int | None = 0, deterministic: bool = False,
+                   made_on: torch.device | str | None = None) -> Decoder:
     """A decoder with random weights, scaled so that activations stay near 1 and the head's outputs are spread.
 
     Drawn in float32 or, for the large ones, in `dtype`, on `made_on` (the device itself, unless the same weights are
-    wanted on two devices).
+    wanted on two devices). Every number is one that bfloat16 has, so that a model of another library holds the same.
+    seed None leaves the drawing to torch's own generator.
     """
     made_on = torch.device(made_on if made_on is not None else device)
-    generator = torch.Generator(made_on).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(made_on).manual_seed(seed)
     drawn_in = torch.float32 if made_on.type == "cpu" else dtype
 
     def normal(rows: int, columns: int, scale: float) -> Tensor:
@@ -69,7 +72,7 @@ def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch
 
     def norm(size: int) -> Tensor:
         values = torch.empty(size, device=made_on).normal_(1.0, 0.1, generator=generator)
-        return values.to(device)
+        return values.bfloat16().float().to(device)
 
     hidden = config.hidden_size
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -83,7 +86,7 @@ def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch
     out = score = None
     if head == "reward":
         values = torch.empty(1, hidden, device=made_on).normal_(0.0, 1 / math.sqrt(hidden), generator=generator)
-        score = pack(values.to(device), deterministic=deterministic)
+        score = pack(values.bfloat16().float().to(device), deterministic=deterministic)
     else:
         out = embedding if config.tie_word_embeddings else matrix(config.vocab_size, hidden, LOGIT_SPREAD)
     cos, sin = rope_tables(config.rope, config.head_dim, config.max_position_embeddings, device)
@@ -114,57 +117,58 @@ def kv_bytes_a_token(decoder: Decoder) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * decoder.dtype.itemsize
 
 
-def hf_model(shape: str, head: Head, device: str, dtype: torch.dtype, seed: int = 0):
-    """A transformers model of a llama or qwen3 shape with random weights, made on the device."""
+def parameters(config: ModelConfig, head: Head) -> int:
+    """Numbers that a model of this shape has, as its checkpoint would."""
+    hidden, kv = config.hidden_size, config.num_kv_heads * config.head_dim
+    queries = config.num_heads * config.head_dim
+    layer = hidden * (2 * queries + 2 * kv + 3 * config.intermediate_size + 2)
+    layer += 2 * config.head_dim * config.qk_norm
+    tables = 1 if head == "reward" or config.tie_word_embeddings else 2
+    return config.num_layers * layer + hidden * (tables * config.vocab_size + 1 + (head == "reward"))
+
+
+def hf_over(decoder: Decoder, shape: str, head: Head):
+    """A transformers model of a llama or qwen3 shape over the decoder's own tensors: none is copied but the norms."""
     import transformers
 
     given = {name: value for name, value in SHAPES[shape].items() if name not in ("model_type", "rope_scaling",
                                                                                   "rope_theta")}
+    given["num_hidden_layers"] = len(decoder.layers)
     given["rope_parameters"] = {"rope_theta": SHAPES[shape]["rope_theta"]} | (
         SHAPES[shape].get("rope_scaling") or {"rope_type": "default"})
     prefix = {"llama": "Llama", "qwen3": "Qwen3"}[SHAPES[shape]["model_type"]]
     config = getattr(transformers, f"{prefix}Config")(
         **given, bos_token_id=None, eos_token_id=None, pad_token_id=None, num_labels=1, attn_implementation="sdpa")
     kind = getattr(transformers, prefix + ("ForCausalLM" if head == "lm" else "ForSequenceClassification"))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = kind(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.tie_weights()
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            spread = LOGIT_SPREAD if "embed_tokens" in name or "lm_head" in name else 1.0
-            parameter.normal_(0.0, spread / math.sqrt(parameter.shape[1]), generator=generator)
-    return model.eval()
-
-
-def decoder_of(model, shape: str, head: Head) -> Decoder:
-    """The engine's decoder over the tensors of `hf_model`; only the fused ones are copies."""
-    config = config_of(shape, head)
+    dtype, device = decoder.dtype, decoder.device
+    with torch.device("meta"):
+        model = kind(config)
     backbone = model.model
+    backbone.rotary_emb = type(backbone.rotary_emb)(config=config).to(device)  # its table is no parameter
 
-    def weight(*parts) -> Weight:
-        return pack(parts[0].weight.data if len(parts) == 1 else torch.cat([part.weight.data for part in parts]))
+    def set_weight(module, values: Tensor) -> None:
+        module.weight = torch.nn.Parameter(values.to(dtype), requires_grad=False)
 
-    embedding = weight(backbone.embed_tokens)
-    layers = [LayerWeights(
-        layer.input_layernorm.weight.float(),
-        weight(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-        layer.self_attn.q_norm.weight.float() if config.qk_norm else None,
-        layer.self_attn.k_norm.weight.float() if config.qk_norm else None,
-        weight(layer.self_attn.o_proj), layer.post_attention_layernorm.weight.float(),
-        weight(layer.mlp.gate_proj, layer.mlp.up_proj), weight(layer.mlp.down_proj)) for layer in backbone.layers]
-    out = score = None
+    set_weight(backbone.embed_tokens, decoder.embedding.dense())
+    set_weight(backbone.norm, decoder.final_norm)
+    kv = decoder.config.num_kv_heads * decoder.config.head_dim
+    queries = decoder.config.num_heads * decoder.config.head_dim
+    for ours, theirs in zip(decoder.layers, backbone.layers, strict=True):
+        set_weight(theirs.input_layernorm, ours.input_norm)
+        set_weight(theirs.post_attention_layernorm, ours.mlp_norm)
+        attention, mlp = theirs.self_attn, theirs.mlp
+        for module, part in zip((attention.q_proj, attention.k_proj, attention.v_proj),
+                                ours.qkv.dense().split((queries, kv, kv)), strict=True):
+            set_weight(module, part)
+        for module, part in zip((mlp.gate_proj, mlp.up_proj), ours.gate_up.dense().chunk(2), strict=True):
+            set_weight(module, part)
+        set_weight(attention.o_proj, ours.o.dense())
+        set_weight(mlp.down_proj, ours.down.dense())
+        if ours.q_norm is not None:
+            set_weight(attention.q_norm, ours.q_norm)
+            set_weight(attention.k_norm, ours.k_norm)
     if head == "reward":
-        score = pack(model.score.weight.data.float())
+        set_weight(model.score, decoder.score_head.dense())
     else:
-        out = embedding if config.tie_word_embeddings else weight(model.lm_head)
-    device, dtype = backbone.embed_tokens.weight.device, backbone.embed_tokens.weight.dtype
-    cos, sin = rope_tables(config.rope, config.head_dim, config.max_position_embeddings, device)
-    return Decoder(config, embedding, layers, backbone.norm.weight.float(), out, score, cos, sin, 64, dtype)
+        set_weight(model.lm_head, decoder.head.dense())
+    return model.eval()

@@ -1,64 +1,188 @@
-"""The JSON of a run, and the table at its end."""
+"""What a run has found so far, on disk at any time; the table at its end, and the block for NOTES.md."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
+import shutil
+import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from record import number
+from aims import AIMS, Aim
+from record import OK, number
 
-FORMAT = 1  # of the JSON file; raised when a field changes its meaning
-
-
-def result(stages: list[dict], options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Everything a run found."""
-    facts = {name: value for stage in stages for name, value in stage["facts"].items()}
-    failed = [check["name"] for stage in stages for check in stage["checks"] if not check["passed"]]
-    broken = [stage["stage"] for stage in stages
-              if stage["correctness"] and stage["status"] in ("failed", "crashed", "timed out")]
-    return {
-        "format": FORMAT, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": round(seconds, 1),
-        "dry_run": options.dry_run, "quick": options.quick, "machine": facts.get("machine", {}),
-        "copy_gb_s": facts.get("copy_gb_s"), "matmul_tflop_s": facts.get("matmul_tflop_s"),
-        "correct": not failed and not broken, "failed_checks": failed, "failed_stages": broken, "stages": stages}
+FORMAT = 2  # of the JSON file; raised when a field changes its meaning
+MOST_LINES = 60  # of the table
+KEEP = "products"  # the fact that is a table of its own, to be committed as defaults
 
 
-def file_name(whole: dict[str, Any]) -> str:
-    """device-<gpu>-<date>-<time>.json, "dry" in place of the GPU in a dry run: no run replaces another."""
-    gpu = "dry" if whole["dry_run"] else whole["machine"].get("gpu", "unknown")
-    gpu = re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-")
-    return f"device-{gpu}-{whole['date'][:16].replace(':', '').replace('T', '-')}{'-quick' * whole['quick']}.json"
+class Report:
+    """The result's file, its log and its tables: five files at most, each replaced in one step."""
+
+    def __init__(self, options: argparse.Namespace, before: dict[str, Any]):
+        self.options = options
+        self.stages: dict[str, dict] = {stage["stage"]: stage for stage in before.get("stages", [])}
+        self.runs: list[dict] = before.get("runs", [])
+        self.folder = Path(options.out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.target = self._free_name()
+        self.seconds = 0.0
+        self._log = self.target.with_suffix(".log").open("a")
+
+    def _free_name(self) -> Path:
+        """device-<gpu>-<date>-<time>.json, "dry" in place of the GPU in a dry run: no run replaces another."""
+        gpu = "dry" if self.options.dry_run else re.sub(r"[^a-z0-9]+", "-", _gpu_name().lower()).strip("-")
+        stem = f"device-{gpu}-{self.date[:16].replace(':', '').replace('T', '-')}{'-quick' * self.options.quick}"
+        names = (self.folder / f"{stem}{f'-{count}' if count else ''}.json" for count in range(1000))
+        return next(name for name in names if not name.exists())
+
+    def stage(self, found: dict, save: bool = True) -> None:
+        """What a stage has found, at its end or while it runs."""
+        self.stages[found["stage"]] = found
+        if save:
+            self.save()
+
+    def facts(self) -> dict[str, Any]:
+        """What the stages so far have to say to later ones."""
+        return {name: value for stage in self.stages.values() for name, value in stage["facts"].items()}
+
+    def log(self, text: str) -> None:
+        """A stage's output: the end of it on the screen, all of it in the log."""
+        self._log.write(text + "\n")
+        self._log.flush()
+        print(text[:200] if len(text) < 200 else f"{text.splitlines()[0]}\n{text[-1500:]}", flush=True)
+
+    @property
+    def failed_checks(self) -> list[str]:
+        return [check["name"] for stage in self.stages.values() for check in stage["checks"] if not check["passed"]]
+
+    @property
+    def failed_stages(self) -> list[str]:
+        return [name for name, stage in self.stages.items()
+                if stage["correctness"] and stage["status"] in ("failed", "crashed", "timed out")]
+
+    @property
+    def correct(self) -> bool:
+        no_gpu = self.facts().get("gpu") is False
+        return not no_gpu and not self.failed_checks and not self.failed_stages
+
+    def whole(self) -> dict[str, Any]:
+        """Everything, as it stands."""
+        facts = self.facts()
+        return {
+            "format": FORMAT, "date": self.date, "seconds": round(self.seconds, 1), "dry_run": self.options.dry_run,
+            "quick": self.options.quick, "machine": facts.get("machine", {}), "read_gb_s": facts.get("read_gb_s"),
+            "copy_gb_s": facts.get("copy_gb_s"), "matmul_tflop_s": facts.get("matmul_tflop_s"),
+            "correct": self.correct, "failed_checks": self.failed_checks, "failed_stages": self.failed_stages,
+            "runs": self.runs, "stages": list(self.stages.values())}
+
+    def save(self, seconds: float | None = None) -> None:
+        self.seconds = self.seconds if seconds is None else seconds
+        _replace(self.target, json.dumps(self.whole(), indent=1) + "\n")
+
+    def end(self, seconds: float) -> None:
+        """The last state, and what is made of it."""
+        facts = self.facts()
+        self.runs = [*self.runs, {"date": self.date, "seconds": round(seconds, 1), "machine": facts.get("machine", {})}]
+        self.save(seconds)
+        if not self.options.dry_run and facts.get("gpu") is not False:
+            _replace(self.target.with_name(f"{self.target.stem}-notes.md"), self.notes() + "\n")
+        if facts.get(KEEP):
+            _replace(self.target.with_name(f"{self.target.stem}-{KEEP}.json"), json.dumps(facts[KEEP], indent=1) + "\n")
+        self._log.close()
+        if facts.get("gpu") is False:  # nothing was found, and nothing is left behind
+            self.target.unlink()
+            self.target.with_suffix(".log").unlink()
+
+    # -- tables -----------------------------------------------------------------------------------------------------
+
+    def aimed(self) -> Iterator[tuple[Aim, dict | None]]:
+        """Every row with each figure that stands for it, or None."""
+        figures = [figure for stage in self.stages.values() for figure in stage["figures"]]
+        for aim in AIMS:
+            yield from [(aim, figure) for figure in figures if figure["aim"] == aim.key] or [(aim, None)]
+
+    def lines(self) -> list[str]:
+        """At most MOST_LINES: the machine, a line a stage, the rows, what failed, and what room is left for."""
+        whole = self.whole()
+        machine = whole["machine"]
+        lines = [f"{machine.get('gpu', 'CPU, dry run: figures mean nothing')}, torch {machine.get('torch')}, commit "
+                 f"{machine.get('commit')}, read {number(whole['read_gb_s'])} and copy {number(whole['copy_gb_s'])} "
+                 f"GB/s, bf16 product {number(whole['matmul_tflop_s'])} TFLOP/s"]
+        for stage in self.stages.values():
+            passed = sum(check["passed"] for check in stage["checks"])
+            checks = f"{passed}/{len(stage['checks'])} checks" if stage["checks"] else ""
+            why = stage["notes"][-1] if stage["notes"] else (stage["error"] or "").strip().splitlines()[-1:]
+            why = why if isinstance(why, str) else " ".join(why)
+            lines.append(f"{stage['stage']:<24}{stage['status']:<10}{stage['seconds']:>5.0f} s  {checks:<15}"
+                         f"{len(stage['figures']):>3} figures  {why[:70]}".rstrip())
+        lines.append(f"{'row':<74}{'value':>8} {'unit':<8}{'ratio':>6}  aim")
+        for aim, figure in self.aimed():
+            if figure is None:
+                lines.append(f"{aim.row[:73]:<74}{'':>8} {'':<8}{'':>6}  {aim.bound:<8} not measured")
+                continue
+            met = {None: "", True: " met", False: " MISSED"}[aim.met(figure["ratio"])]
+            ratio = "" if figure["ratio"] is None else f"{figure['ratio']:.2f}"
+            lines.append(f"{figure['name'][:73]:<74}{number(figure['value']):>8} {figure['unit']:<8}{ratio:>6}  "
+                         f"{aim.bound:<8}{met}".rstrip())
+        last = [f"FAILED: {name[:100]}" for name in self.failed_checks[:8]]
+        last += [f"… and {len(self.failed_checks) - 8} more"] * (len(self.failed_checks) > 8)
+        last.append("correct" if self.correct else f"NOT CORRECT: {', '.join(self.failed_stages) or 'see above'}")
+        last.append(f"{whole['seconds']:.0f} s, written to {self.target}")
+        others = [figure for stage in self.stages.values() for figure in stage["figures"] if not figure["aim"]]
+        for figure in others[: max(0, MOST_LINES - len(lines) - len(last))]:
+            ratio = "" if figure["ratio"] is None else f"{figure['ratio']:.2f}"
+            of = f"  of {figure['of']}" if figure["of"] and ratio else ""
+            lines.append(f"{figure['name'][:73]:<74}{number(figure['value']):>8} {figure['unit']:<8}{ratio:>6}{of}"[:140])
+        return lines[: MOST_LINES - len(last)] + last
+
+    def print(self) -> None:
+        """What went wrong, then the table."""
+        if self.facts().get("gpu") is False:
+            print(next(stage["error"] for stage in self.stages.values() if "gpu" in stage["facts"]).splitlines()[-1])
+            return
+        for stage in self.stages.values():
+            if stage["status"] not in (OK, "skipped"):
+                print(f"\n{stage['stage']} {stage['status']}: {(stage['error'] or '').strip()[-600:]}")
+        print("\n" + "\n".join(self.lines()), flush=True)
+
+    def notes(self) -> str:
+        """A block for benchmarks/NOTES.md: the prediction beside the outcome."""
+        machine = self.whole()["machine"]
+        kind = "h200" if "H200" in str(machine.get("gpu")) else "h100"
+        lines = [f"### {self.date[:10]}, {machine.get('gpu', 'no GPU')}, torch {machine.get('torch')}, Triton "
+                 f"{machine.get('triton')}, commit {machine.get('commit')} (`results/{self.target.name}`)", "",
+                 f"Read {number(self.whole()['read_gb_s'])} GB/s, copy {number(self.whole()['copy_gb_s'])} GB/s, bf16 "
+                 f"product {number(self.whole()['matmul_tflop_s'])} TFLOP/s.", "",
+                 "| row | aim | prediction | outcome | |", "|---|---|---|---|---|"]
+        for aim, figure in self.aimed():
+            met = {None: "", True: "met", False: "missed"}[aim.met(figure["ratio"])] if figure else "not measured"
+            ratio = "" if figure is None or figure["ratio"] is None else f"{figure['ratio']:.3g}"
+            value = "" if figure is None else f" ({number(figure['value'])} {figure['unit']})"
+            lines.append(f"| {figure['name'] if figure else aim.row} | {aim.bound} | {getattr(aim, kind)} | "
+                         f"{ratio}{value} | {met} |")
+        return "\n".join(lines)
 
 
-def print_errors(stages: list[dict]) -> None:
-    """The last lines of what went wrong."""
-    for stage in stages:
-        if stage["status"] not in ("ok", "skipped"):
-            print(f"\n{stage['stage']} {stage['status']}: {(stage['error'] or '').strip()[-1200:]}")
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_suffix(".part")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
-def print_table(whole: dict[str, Any]) -> None:
-    """One line a stage, then every figure that has an aim, then what failed."""
-    machine = whole["machine"]
-    print(f"\n{machine.get('gpu', 'CPU, dry run: figures mean nothing')}, torch {machine.get('torch')}, "
-          f"commit {machine.get('commit')}, copy {number(whole['copy_gb_s'])} GB/s, "
-          f"bf16 product {number(whole['matmul_tflop_s'])} TFLOP/s")
-    for stage in whole["stages"]:
-        passed = sum(check["passed"] for check in stage["checks"])
-        checks = f"{passed}/{len(stage['checks'])} checks" if stage["checks"] else ""
-        why = f"  ({stage['notes'][-1]})" if stage["notes"] else ""
-        print(f"{stage['stage']:<24}{stage['status']:<11}{stage['seconds']:>6.0f} s  {checks:<15}"
-              f"{len(stage['figures'])} figures{why}")
-    print(f"\n{'figure':<76}{'value':>9} {'unit':<9}{'ratio':>6} {'of':<36}aim")
-    for stage in whole["stages"]:
-        for one in stage["figures"]:
-            if one["aim"] or whole["dry_run"]:
-                ratio = "" if one["ratio"] is None else f"{one['ratio']:.2f}"
-                met = {None: "", True: " ok", False: " MISSED"}[one["reached"]]
-                print(f"{one['name'][:75]:<76}{number(one['value']):>9} {one['unit']:<9}{ratio:>6} "
-                      f"{one['of'][:35]:<36}{one['aim']}{met}")
-    for name in whole["failed_checks"]:
-        print(f"FAILED: {name}")
-    print("correct" if whole["correct"] else f"NOT CORRECT: {', '.join(whole['failed_stages']) or 'see above'}")
+def _gpu_name() -> str:
+    """Asked of the driver's tool, before any stage has begun."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    try:
+        said = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
+                              text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
+    return said.splitlines()[0].replace("NVIDIA", "") if said else "unknown"

@@ -1,12 +1,14 @@
-"""Everything there is to learn on a GPU, in one command and under nine minutes; needs no network and no installation.
+"""Everything there is to learn on a GPU in one call of 300 seconds, the most certain knowledge first.
 
     make device                                        or, with options:
-    python benchmarks/device/run.py [--quick] [--out DIR] [--only kernels-rows,micro] [--dry-run]
+    python benchmarks/device/run.py [--quick] [--only micro,products] [--rerun FOLDER] [--out DIR] [--dry-run]
 
-Every stage is a process with a time limit, so that a crash or a hang loses that stage and no other. --quick takes about
-two minutes. --dry-run runs on the CPU: toy shapes, torch references instead of kernels, no graphs; it shows that the
-script works, and its figures mean nothing. Writes device-<gpu>-<time>.json to DIR (or $OUT, or benchmarks/results),
-prints a table last, and exits with 1 if a check of correctness failed.
+Every stage is a process with a time limit of its own, so that a crash or a hang loses that stage and no other. What is
+found goes to DIR (or $OUT, or benchmarks/results) as it is found, so that a run that is stopped anywhere keeps what it
+had: device-<gpu>-<time>.json, its log, and at the end a block for NOTES.md. --quick takes two minutes: first light and
+the 8B headline. --rerun takes the newest JSON of FOLDER and runs what failed or is missing there. --dry-run runs on the
+CPU: toy shapes, torch references instead of kernels, no graphs; it shows that the script works, and its figures mean
+nothing. A table comes last; exit status 1 means that something was not correct.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,123 +27,210 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from importable import ROOT
-from report import file_name, print_errors, print_table, result
+from record import OK, empty, kept
+from report import Report
 from stages import LEAST_SECONDS, QUICK_SECONDS, STAGES, TOTAL_SECONDS, Stage, groups
 
 HERE = Path(__file__).resolve().parent
+POLL_SECONDS = 0.1
+SAVE_SECONDS = 0.5
 
 
 def main() -> int:
     options = _parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the stages are ended, too
-    begin = time.monotonic()
-    total = options.seconds or (QUICK_SECONDS if options.quick else TOTAL_SECONDS)
-    chosen = [stage for stage in STAGES if _wanted(stage, options)]
-    found: list[dict] = []
-    target = None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = _newest(Path(options.rerun)) if options.rerun else {}
+    chosen = [stage for stage in STAGES if _wanted(stage, options, before)]
     with tempfile.TemporaryDirectory(prefix="stars-device-", ignore_cleanup_errors=True) as scratch:
-        environment = os.environ | {
+        run = Run(options, Path(scratch), before)
+        try:
+            run.all(chosen)
+        finally:
+            run.end()
+    run.report.print()
+    return 0 if run.report.correct else 1
+
+
+class Running:
+    """A stage's process: in standby first, then with the device."""
+
+    def __init__(self, stage: Stage, options: argparse.Namespace, scratch: Path, environment: dict[str, str],
+                 before: dict | None):
+        self.stage = stage
+        self.out, self.log = scratch / f"{stage.name}.json", scratch / f"{stage.name}.log"
+        command = [sys.executable, str(HERE / "stage.py"), stage.name, "--standby", "--out", str(self.out)]
+        command += ["--quick"] * options.quick + ["--dry-run"] * options.dry_run
+        if before is not None:
+            parts = scratch / f"{stage.name}-before.json"
+            parts.write_text(json.dumps(kept(before)))
+            command += ["--parts", str(parts)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=environment, cwd=scratch, stdin=subprocess.PIPE, stdout=log,
+                                            stderr=subprocess.STDOUT, start_new_session=True)
+        self.deadline = 0.0
+        self.timed_out = False
+
+    def go(self, seconds: float, facts: dict) -> None:
+        """The device is this stage's, for so long."""
+        self.deadline = time.monotonic() + seconds  # of a clock that all processes share
+        try:
+            self.process.stdin.write((json.dumps({"deadline": self.deadline, "facts": facts}) + "\n").encode())
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has ended already, and its log says why
+
+    def ended(self) -> bool:
+        """Whether it has ended, or has just been ended because its time is up."""
+        if self.process.poll() is None and time.monotonic() > self.deadline:
+            self.timed_out = True
+            self.stop()
+        return self.process.poll() is not None
+
+    def stop(self) -> None:
+        """Ends the stage and what it started: they are a session of their own."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def found(self) -> dict:
+        """What the stage has written so far, and how it ended, if it has."""
+        found = json.loads(self.out.read_text()) if self.out.exists() else empty(self.stage.name)
+        code = self.process.poll()
+        if self.timed_out:
+            found["status"], found["error"] = "timed out", f"stopped after its time limit\n{self.output()[-800:]}"
+        elif code is not None and code != 0 and found["status"] in ("running", OK):
+            found["status"], found["error"] = "crashed", f"exit status {code}\n{self.output()[-1500:]}"
+        return found | {"correctness": self.stage.correctness}
+
+
+class Run:
+    """One call: its stages, what helps them in the background, and what it has found."""
+
+    def __init__(self, options: argparse.Namespace, scratch: Path, before: dict):
+        self.options, self.scratch = options, scratch
+        self.before = {stage["stage"]: stage for stage in before.get("stages", [])}
+        self.begin = time.monotonic()
+        self.total = options.seconds or (QUICK_SECONDS if options.quick else TOTAL_SECONDS)
+        self.report = Report(options, before)
+        self.environment = os.environ | {
             "STARS_CHECKOUT": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false"}
         # One cache for all stages of this run, and of no other: nothing stale is measured.
-        environment.setdefault("TRITON_CACHE_DIR", str(Path(scratch) / "triton"))
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(scratch) / "inductor"))
-        for group in groups(chosen):
-            left = total - (time.monotonic() - begin)
+        self.environment.setdefault("TRITON_CACHE_DIR", str(scratch / "triton"))
+        self.environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))
+        self.running: list[Running] = []  # with the device, and in standby
+        self.background: list[subprocess.Popen] = []
+
+    def all(self, chosen: list[Stage]) -> None:
+        """The groups of stages one after the other; the next one imports while one runs."""
+        waiting = groups(chosen)
+        standby = self._prepare(waiting[0]) if waiting else []
+        if not self.options.dry_run:
+            for script in ("ahead.py", "build_libstars.py"):
+                self._help(script)
+        while waiting:
+            group, now = waiting.pop(0), standby
+            left = self.total - (time.monotonic() - self.begin)
             if left < LEAST_SECONDS:
-                found += [_never_ran(stage, "the time of the run was used up") for stage in group]
-                continue
-            found += _run(group, left, options, Path(scratch), environment, found)
-            if found[0]["facts"].get("gpu") is False:  # nothing else could run
-                print_errors(found)
-                return 1
-            whole = result(found, options, time.monotonic() - begin)
-            target = target or Path(options.out) / file_name(whole)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(whole, indent=1) + "\n")
-    whole = result(found, options, time.monotonic() - begin)
-    if target is not None:
-        target.write_text(json.dumps(whole, indent=1) + "\n")
-    print_errors(found)
-    print_table(whole)
-    print(f"\n{whole['seconds']:.0f} s, written to {target}")
-    return 0 if whole["correct"] else 1
+                for stage in (stage for rest in [group, *waiting] for stage in rest):
+                    self.report.stage(self._missing(stage, "skipped", "the time of the run was used up"))
+                break
+            facts = self.report.facts()
+            for one in now:
+                limit = min(left, one.stage.seconds, self.options.stage_seconds or one.stage.seconds)
+                print(f"{one.stage.name} (at most {limit:.0f} s)", flush=True)
+                one.go(limit, facts)
+            standby = self._prepare(waiting[0]) if waiting else []
+            self._watch(now)
+            if self.report.facts().get("gpu") is False:  # nothing else could run
+                break
 
+    def _prepare(self, group: list[Stage]) -> list[Running]:
+        started = [Running(stage, self.options, self.scratch, self.environment,
+                           None if stage.name == "machine" else self.before.get(stage.name)) for stage in group]
+        self.running += started
+        return started
 
-def _wanted(stage: Stage, options: argparse.Namespace) -> bool:
-    if options.only:
-        return stage.name in options.only or (stage.name == "environment" and not options.dry_run)
-    return (stage.dry or not options.dry_run) and (stage.quick or not options.quick)
+    def _watch(self, group: list[Running]) -> None:
+        """Until all of them have ended; what they have found is written down meanwhile."""
+        going, saved = list(group), 0.0
+        while going:
+            for one in [one for one in going if one.ended()]:
+                going.remove(one)
+                self.report.log(f"-- {one.stage.name}\n{one.output()}")
+                self.report.stage(one.found())
+            if going:
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    for one in going:
+                        self.report.stage(one.found(), save=False)
+                    self.report.save(time.monotonic() - self.begin)
+                    saved = time.monotonic()
+                time.sleep(POLL_SECONDS)
+        self.report.save(time.monotonic() - self.begin)
 
+    def _help(self, script: str) -> None:
+        log = (self.scratch / f"{script}.log").open("wb")
+        nice = ["nice", "-n", "10"] if shutil.which("nice") else []
+        self.background.append(subprocess.Popen(
+            [*nice, sys.executable, str(HERE / script)], env=self.environment, cwd=self.scratch, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True))
 
-def _run(group: list[Stage], left: float, options: argparse.Namespace, scratch: Path, environment: dict[str, str],
-         before: list[dict]) -> list[dict]:
-    """Runs the stages of a group side by side and returns what they wrote, in order."""
-    facts = scratch / "facts.json"
-    facts.write_text(json.dumps({name: value for stage in before for name, value in stage["facts"].items()}))
-    started = []
-    for stage in group:
-        limit = min(left, (stage.quick_seconds or stage.seconds) if options.quick else stage.seconds)
-        limit = min(limit, options.stage_seconds or limit)
-        out = scratch / f"{stage.name}.json"
-        command = [sys.executable, str(HERE / "stage.py"), stage.name, "--out", str(out), "--facts", str(facts)]
-        command += ["--quick"] * options.quick + ["--dry-run"] * options.dry_run
-        print(f"{stage.name} (at most {limit:.0f} s)", flush=True)
-        log = (scratch / f"{stage.name}.log").open("wb")
-        deadline = time.monotonic() + limit  # of a clock that all processes share
-        process = subprocess.Popen(command, env=environment | {"STARS_STAGE_DEADLINE": f"{deadline:.1f}"}, cwd=scratch,
-                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        started.append((stage, process, log, out, deadline))
-    found = []
-    try:
-        for stage, process, log, out, deadline in started:
-            timed_out = False
+    def _missing(self, stage: Stage, status: str, why: str) -> dict:
+        return empty(stage.name) | {"status": status, "notes": [why], "correctness": stage.correctness}
+
+    def end(self) -> None:
+        """Stops whatever runs, and writes down what it had found."""
+        for process in self.background:
             try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                timed_out = True
-            _stop(process)
-            log.close()
-            output = Path(log.name).read_text(errors="replace")
-            print(f"-- {stage.name}\n{output[-3000:]}", flush=True)
-            found.append(_collect(stage, process.returncode, timed_out, out, output))
-    finally:
-        for _, process, *_ in started:
-            _stop(process)
-    return found
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        for log in sorted(self.scratch.glob("*.py.log")):
+            self.report.log(f"-- {log.stem}, in the background\n{log.read_text(errors='replace')[-4000:]}")
+        for one in self.running:
+            cut_off = one.deadline and one.process.poll() is None
+            one.stop()
+            if cut_off:
+                self.report.stage(one.found() | {"status": "cut off", "error": "the run was stopped"})
+        self.report.end(time.monotonic() - self.begin)
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """Ends a stage and what it started: they are a session of their own."""
+def _wanted(stage: Stage, options: argparse.Namespace, before: dict) -> bool:
+    if stage.name == "machine" and not (options.only and options.dry_run):
+        return True  # the others are measured against this card, and nothing runs where there is none
+    if options.only:
+        return stage.name in options.only
+    if options.rerun and any(found["stage"] == stage.name and found["status"] == OK for found in before["stages"]):
+        return False
+    return stage.always and (stage.dry or not options.dry_run) and (stage.quick or not options.quick)
+
+
+def _newest(folder: Path) -> dict:
+    """The newest result in a folder; where there is none it says so and ends."""
+    files = sorted(folder.glob("device-*.json"), key=lambda path: path.stat().st_mtime)
+    files = [file for file in files if not file.stem.endswith("-products")]
+    if not files:
+        sys.exit(f"run.py: there is no device-*.json in {folder}: give the folder that an earlier run wrote to")
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-
-
-def _collect(stage: Stage, code: int, timed_out: bool, out: Path, output: str) -> dict:
-    """What a stage wrote before it ended, and how it ended."""
-    found = json.loads(out.read_text()) if out.exists() else _never_ran(stage, "it wrote nothing")
-    if timed_out:
-        found["status"], found["error"] = "timed out", f"stopped after its time limit\n{output[-1500:]}"
-    elif found["status"] in ("running", "skipped") and code != 0:
-        found["status"], found["error"] = "crashed", f"exit status {code}\n{output[-1500:]}"
-    return found | {"correctness": stage.correctness}
-
-
-def _never_ran(stage: Stage, why: str) -> dict:
-    return {"stage": stage.name, "status": "skipped", "seconds": 0.0, "error": None, "checks": [], "figures": [],
-            "facts": {}, "notes": [why], "correctness": stage.correctness}
+        found = json.loads(files[-1].read_text())
+        return found if isinstance(found["stages"], list) else sys.exit(f"run.py: {files[-1]} is no result of this runner")
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"run.py: {files[-1]} is no result of this runner")
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="about two minutes: fewer cases, the small model only")
+    parser.add_argument("--quick", action="store_true", help="two minutes: first light and the 8B headline")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, toy shapes: whether the script works")
-    parser.add_argument("--out", help="folder of the JSON file ($OUT, else benchmarks/results)")
+    parser.add_argument("--out", help="folder of the results ($OUT, else benchmarks/results)")
     parser.add_argument("--only", type=lambda text: text.split(","), help=(
-        f"comma-separated, after the environment: {', '.join(stage.name for stage in STAGES[1:])}"))
+        f"comma-separated, after the machine: {', '.join(stage.name for stage in STAGES[1:])}"))
+    parser.add_argument("--rerun", metavar="FOLDER", help="run what failed or is missing in the newest result there")
     parser.add_argument("--seconds", type=float, help=f"of the whole run ({TOTAL_SECONDS}, quick {QUICK_SECONDS})")
     parser.add_argument("--stage-seconds", type=float, help="upper bound on every stage's own limit")
     options = parser.parse_args()

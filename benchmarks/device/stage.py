@@ -1,11 +1,18 @@
-"""One stage in a process of its own: stage.py NAME --out FILE [--facts FILE] [--quick] [--dry-run]."""
+"""One stage in a process of its own: stage.py NAME --out FILE [--standby] [--dry-run] [--quick] [--parts FILE].
+
+With --standby it imports what is slow to import and then waits for one line on its standard input, the JSON of
+{"deadline": of time.monotonic(), "facts": {…}}: so the imports of a stage fall into the time of the one before it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -19,49 +26,77 @@ from stages import STAGES
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--facts")
+    parser.add_argument("--parts", help="JSON of what a run before found in this stage: its good parts are not repeated")
+    parser.add_argument("--standby", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
+    die_with_the_runner()
     importable.install()
-    record = Record(options.out, options.name, with_aims=not options.dry_run)
-    facts = json.loads(Path(options.facts).read_text()) if options.facts else {}
+    stage = next(stage for stage in STAGES if stage.name == options.name)
+    facts = {}
+    how = broken_for_a_test(options.name)
+    if options.standby:
+        if how != "pass":  # whose stage is not run
+            for module in stage.imports.split(","):
+                with contextlib.suppress(ImportError):  # the stage says what it lacks
+                    importlib.import_module(module)
+        line = sys.stdin.readline()
+        if not line:  # the runner is gone, or the time is up
+            return 1
+        given = json.loads(line)
+        os.environ["STARS_STAGE_DEADLINE"], facts = str(given["deadline"]), given["facts"]
+    before = json.loads(Path(options.parts).read_text()) if options.parts else None
+    record = Record(options.out, options.name, with_aims=not options.dry_run, content=before)
     settings = Settings(options.dry_run, options.quick or options.dry_run, facts)
     try:
-        _break_for_a_test(options.name)
-        module, _, function = next(stage.module for stage in STAGES if stage.name == options.name).partition(":")
-        import torch
-
-        torch.set_num_threads(1 if settings.dry else min(8, os.cpu_count() or 1))
-        if not settings.dry and not torch.cuda.is_available():
-            record.fact("gpu", False)
-            raise RuntimeError("torch finds no GPU here: use a CUDA build of torch on a machine with one, or --dry-run")
-        with torch.no_grad():
-            getattr(importlib.import_module(module), function or "run")(record, settings)
+        if how:
+            record.part("before it breaks", lambda: record.figure("of a stage that breaks", 1.0, "s"))
+            break_for_a_test(how)
+        else:
+            run(stage.module, record, settings)
     except BaseException as error:
         traceback.print_exc()
-        lines = "".join(traceback.format_exception(error)).strip().splitlines()
-        record.finish("failed", "\n".join(lines[-12:]))
+        record.finish("\n".join("".join(traceback.format_exception(error)).strip().splitlines()[-12:]))
         return 1
-    problems = ["a check failed"] * any(not check["passed"] for check in record.content["checks"])
-    problems += [f"lost: {', '.join(record.lost)}"] if record.lost else []
-    record.finish("failed" if problems else "ok", "; ".join(problems) or None)
-    return 1 if problems else 0
+    return 0 if record.finish() else 1
 
 
-def _break_for_a_test(name: str) -> None:
+def run(module: str, record: Record, settings: Settings) -> None:
+    """Calls the stage's function."""
+    import torch
+
+    torch.set_num_threads(1 if settings.dry else min(8, os.cpu_count() or 1))
+    name, _, function = module.partition(":")
+    with torch.no_grad():
+        getattr(importlib.import_module(name), function or "run")(record, settings)
+
+
+def die_with_the_runner() -> None:
+    """Linux ends this process when the one that started it ends, however that ends."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        pass  # not Linux: a killed runner leaves its stage to its own limit
+
+
+def broken_for_a_test(name: str) -> str:
     """STARS_DEVICE_BREAK="micro=raise,engine=hang": how the runner's isolation of stages is tested."""
-    for entry in os.environ.get("STARS_DEVICE_BREAK", "").split(","):
-        stage, _, how = entry.partition("=")
-        if stage == name and how == "raise":
-            raise RuntimeError("broken on purpose")
-        if stage == name and how == "hang":
-            time.sleep(3600)
-        if stage == name and how == "crash":
-            os.abort()
+    entries = dict(entry.split("=") for entry in os.environ.get("STARS_DEVICE_BREAK", "").split(",") if entry)
+    return entries.get(name, "")
+
+
+def break_for_a_test(how: str) -> None:
+    """pass does nothing at all, in no time."""
+    if how == "raise":
+        raise RuntimeError("broken on purpose")
+    if how == "hang":
+        time.sleep(3600)
+    if how == "crash":
+        os.abort()
 
 
 if __name__ == "__main__":

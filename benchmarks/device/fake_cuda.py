@@ -9,6 +9,7 @@ made up. It patches torch for good, so it belongs in a process of its own.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -30,6 +31,7 @@ faults: list[str] = []
 events: Counter[str] = Counter()  # launches, replays, captures, waits, transfers
 mode = FakeTensorMode(allow_non_fake_inputs=True)
 draw = np.random.default_rng(0)
+on_variant: Callable[[JITFunction, tuple, dict], None] | None = None  # told of every kernel to be compiled
 _capturing = False
 _compiled: set = set()
 
@@ -37,8 +39,14 @@ _compiled: set = set()
 class Event:
     """Every stretch of work is over as soon as it is waited for."""
 
+    def __init__(self, enable_timing: bool = False):
+        pass
+
     def record(self) -> None:
         pass
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1.0
 
     def synchronize(self) -> None:
         events["wait"] += 1
@@ -96,6 +104,8 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
     kind = (name, tuple(special), kwargs.get("num_warps"))
     if _capturing and kind not in _compiled:
         faults.append(f"{name} is compiled during a capture")
+    if on_variant is not None and kind not in _compiled:
+        on_variant(self, args, kwargs)
     _compiled.add(kind)
     events["launch"] += not _capturing
 
