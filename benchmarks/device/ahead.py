@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,6 +25,9 @@ import importable
 
 importable.install()
 
+from triton.runtime.jit import JITFunction
+
+LAUNCH = JITFunction.run  # Triton's own, before anything pretends
 SPARE_CORES = 3  # for the stages that run meanwhile
 
 
@@ -55,41 +59,56 @@ class Pointer:
         return self.offset
 
 
-class Recorder:
-    """Turns the launches of fake tensors into Triton's own description of what is to be compiled.
+class Pool:
+    """Worker processes that compile what they are told of. To be made before the GPU is touched: they are forked."""
 
-    `submit(module, name, description)` is called once for each.
-    """
+    def __init__(self, workers: int | None = None, arch: int = 90):
+        self.workers = workers or max(1, (os.cpu_count() or 2) - SPARE_CORES)
+        self.arch = arch
+        self.tasks: dict[tuple[str, str, str], Future] = {}
+        self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("fork"))
+        self._pool.submit(os.getpid).result()  # all of them are there now
 
-    def __init__(self, arch: int, submit):
+    @contextmanager
+    def recording(self):
+        """Inside, no kernel that is not compiled yet is launched: it goes to the workers."""
         from triton import knobs
-        from triton.runtime import driver
-        from triton.runtime.jit import JITFunction
-
-        driver.set_active(Driver(arch))
-        self.submit, self._run, self._seen = submit, JITFunction.run, set()
-        self._knobs = knobs
-
-    def __call__(self, function, args: tuple, kwargs: dict) -> None:
-        """One launch: `function` a JITFunction, its arguments with fake tensors among them."""
-        import torch
-
-        def plain(value):
-            if not isinstance(value, torch.Tensor):
-                return value
-            return Pointer(value.dtype, value.storage_offset() * value.element_size())
 
         def described(*, fn, compile, **_) -> bool:
             key = fn.module, fn.name, compile["specialization_data"]
-            if key not in self._seen:
-                self._seen.add(key)
-                self.submit(*key)
-            return True  # compiled elsewhere, and not launched
+            if key not in self.tasks:
+                self.tasks[key] = self._pool.submit(compile_one, *key, self.arch)
+            return True
 
-        with self._knobs.runtime.scope():
-            self._knobs.runtime.jit_cache_hook = described
-            self._run(function, *map(plain, args), grid=None, warmup=True,
-                      **{name: plain(value) for name, value in kwargs.items()})
+        with knobs.runtime.scope():
+            knobs.runtime.jit_cache_hook = described
+            yield
+
+    def wait(self) -> dict[str, list[float]]:
+        """Until all is compiled: seconds of each, by kernel. What could not be compiled is printed."""
+        seconds: dict[str, list[float]] = {}
+        for (_, name, _), task in self.tasks.items():
+            error = task.exception()
+            if error is None:
+                seconds.setdefault(name, []).append(round(task.result(), 3))
+            else:
+                print(f"{name} was not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        return seconds
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def describe(function, args: tuple, kwargs: dict) -> None:
+    """Asks for a kernel as its launch with fake tensors among the arguments would, inside `Pool.recording`."""
+    import torch
+
+    def plain(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return Pointer(value.dtype, value.storage_offset() * value.element_size())
+
+    LAUNCH(function, *map(plain, args), grid=None, warmup=True, **{name: plain(value) for name, value in kwargs.items()})
 
 
 def compile_one(module: str, name: str, description: str, arch: int) -> float:
@@ -136,37 +155,29 @@ def main() -> int:
     parser.add_argument("--json", help="file for the seconds of every kernel")
     options = parser.parse_args()
     import torch  # before the workers are forked, so that they need not
+    from triton.runtime import driver
 
     import stars  # noqa: F401
 
     begin = time.perf_counter()
     torch.set_num_threads(1)
-    tasks: list[tuple[str, str, Future]] = []
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("fork")) as pool:
-        pool.submit(os.getpid).result()  # all workers are started before torch is made to pretend
-        import fake_cuda
+    pool = Pool(options.workers, options.arch)
+    import fake_cuda
 
-        def submit(module: str, name: str, description: str) -> None:
-            tasks.append((name, description, pool.submit(compile_one, module, name, description, options.arch)))
-
-        recorder = Recorder(options.arch, submit)
-        fake_cuda.install()
-        fake_cuda.on_variant = recorder
-        try:
+    fake_cuda.install()
+    fake_cuda.on_variant = describe
+    driver.set_active(Driver(options.arch))
+    try:
+        with pool.recording():
             rehearse(options.shape)
-        finally:
-            recorded = time.perf_counter() - begin
-            seconds: dict[str, list[float]] = {}
-            for name, description, task in tasks:
-                error = task.exception()
-                if error is not None:
-                    print(f"{name} was not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                else:
-                    seconds.setdefault(name, []).append(round(task.result(), 3))
-            print(f"{len(tasks)} kernels for sm_{options.arch}: {sum(map(sum, seconds.values())):.1f} s of compiling by "
-                  f"{options.workers} workers, {time.perf_counter() - begin:.1f} s in all ({recorded:.1f} to find them)")
-            if options.json:
-                Path(options.json).write_text(json.dumps({"kernels": len(tasks), "seconds": seconds}, indent=1))
+    finally:
+        recorded = time.perf_counter() - begin
+        seconds = pool.wait()
+        print(f"{len(pool.tasks)} kernels for sm_{options.arch}: {sum(map(sum, seconds.values())):.1f} s of compiling by "
+              f"{options.workers} workers, {time.perf_counter() - begin:.1f} s in all ({recorded:.1f} to find them)")
+        if options.json:
+            Path(options.json).write_text(json.dumps({"kernels": len(pool.tasks), "seconds": seconds}, indent=1))
+        pool.close()
     return 0
 
 

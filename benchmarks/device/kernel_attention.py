@@ -48,27 +48,27 @@ class Case(NamedTuple):
 
 
 def make_case(spans: list[Span], into_slab: bool, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
-              device: str, page_size: int = 16, seed: int = 0) -> Case:
-    """Queries, a cache with shuffled pages, and a batch."""
-    draw = torch.Generator().manual_seed(seed)
+              device: str, page_size: int = 16, seed: int = 0, made_on: str = "cpu") -> Case:
+    """Queries, a cache with shuffled pages, and a batch. made_on: where the numbers are drawn."""
+    shuffle, draw = torch.Generator().manual_seed(seed), torch.Generator(made_on).manual_seed(seed)
     longest = max(span.prefix + (0 if into_slab else span.count) for span in spans)
     groups, pages = max(span.group for span in spans) + 1, longest // page_size + 1
-    tables = torch.randperm(groups * pages, generator=draw).int().view(groups, pages)
-    cache = [torch.full((groups * pages * page_size, kv_heads, head_dim), math.nan) for _ in range(2)]
-    cache += [torch.full((len(spans) * SLAB_LEN, kv_heads, head_dim), math.nan) for _ in range(2)]
+    tables = torch.randperm(groups * pages, generator=shuffle).int().view(groups, pages)
+    cache = [torch.full((groups * pages * page_size, kv_heads, head_dim), math.nan, device=made_on) for _ in range(2)]
+    cache += [torch.full((len(spans) * SLAB_LEN, kv_heads, head_dim), math.nan, device=made_on) for _ in range(2)]
     starts = [0]
     for group in range(groups):
         at = torch.arange(max(span.prefix + (0 if into_slab else span.count) for span in spans if span.group == group))
         rows = tables[group].long()[at // page_size] * page_size + at % page_size
         for pages_of in cache[:2]:
-            pages_of[rows] = torch.randn(len(at), kv_heads, head_dim, generator=draw)
+            pages_of[rows.to(made_on)] = torch.randn(len(at), kv_heads, head_dim, generator=draw, device=made_on)
     for index, span in enumerate(spans):
         starts.append(starts[-1] + span.count)
         if into_slab:
             slab = slice(index * SLAB_LEN, index * SLAB_LEN + span.slab_used + span.count)
             for slabs in cache[2:]:
-                slabs[slab] = torch.randn(slab.stop - slab.start, kv_heads, head_dim, generator=draw)
-    q = torch.randn(starts[-1], heads, head_dim, generator=draw)
+                slabs[slab] = torch.randn(slab.stop - slab.start, kv_heads, head_dim, generator=draw, device=made_on)
+    q = torch.randn(starts[-1], heads, head_dim, generator=draw, device=made_on)
 
     def ints(values) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)

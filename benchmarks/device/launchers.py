@@ -23,7 +23,8 @@ def launchers(dry: bool) -> SimpleNamespace:
         return SimpleNamespace(
             append_draft=append_draft_reference, apply_penalties=apply_penalties_reference,
             attention=attention_reference, copy_rows=copy_rows_reference, embedding=embedding_reference,
-            linear=linear_reference, linear_invariant=linear_reference, rms_norm=rms_norm_reference,
+            linear=linear_reference, linear_invariant=linear_reference,
+            product=lambda x, weight, out, tile: linear_reference(x, weight, out), rms_norm=rms_norm_reference,
             rope_write=rope_write_reference,
             sample_step=lambda logits, lanes, filters=True: sample_step_reference(logits.float(), lanes, filters),
             score_and_decide=_score_and_decide, swiglu=swiglu_reference, take_rows=take_rows_reference)
@@ -32,7 +33,7 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.attention import attention
     from stars.kernels.triton.copy_rows import copy_rows
     from stars.kernels.triton.embedding import embedding
-    from stars.kernels.triton.linear import linear, linear_invariant
+    from stars.kernels.triton.linear import launch, linear, linear_invariant
     from stars.kernels.triton.rms_norm import rms_norm
     from stars.kernels.triton.rope_write import rope_write
     from stars.kernels.triton.sample_step import sample_step
@@ -42,7 +43,7 @@ def launchers(dry: bool) -> SimpleNamespace:
 
     return SimpleNamespace(
         append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, copy_rows=copy_rows,
-        embedding=embedding, linear=linear, linear_invariant=linear_invariant, rms_norm=rms_norm,
+        embedding=embedding, linear=linear, linear_invariant=linear_invariant, product=launch, rms_norm=rms_norm,
         rope_write=rope_write, sample_step=sample_step, score_and_decide=score_and_decide, swiglu=swiglu,
         take_rows=take_rows)
 

@@ -1,4 +1,4 @@
-"""Every kernel at the shapes of an 8B model: microseconds, bytes, and the share of the measured copy bandwidth.
+"""Every kernel but the products at the shapes of an 8B model: microseconds, bytes, and its share of the bandwidth.
 
 Launches are captured in a graph and rotate through buffers that hold 256 MB together (at most 64 sets, so that small
 ones, which real passes find in the cache too, still do: `beyond_l2` says which).
@@ -15,9 +15,9 @@ from kernel_attention import SLAB_LEN, Span, make_case
 from kernel_sampler import lane_state
 from launchers import launchers
 from record import Record, Settings
+from rehearse import compile_first
 from timing import seconds_a_call, sets
 
-from stars.kernels.linear import Weight
 from stars.kernels.triton import tiles as tiling
 from stars.kernels.types import Batch, DecideState, Draft, Followers, LayerKV
 
@@ -33,51 +33,29 @@ TOY = Shape(hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, layers
 
 
 def run(record: Record, settings: Settings) -> None:
-    """All of them; where one fails, the others go on."""
-    ops, shape = launchers(settings.dry), TOY if settings.dry else REAL
-    for measure in (_products, _attention, _prefill, _sampler, _verdict, _follow, _commit, _rows):
-        with record.measuring(measure.__name__.strip("_")):
-            measure(record, settings, ops, shape)
+    """All of them, what has an aim first; where one fails, the others go on."""
+    shape = TOY if settings.dry else REAL
+    measures = (sampler, verdict, commit, attention, row_kernels, follow, prefill)
+    compile_first(record, settings, [
+        lambda silent, measure=measure: measure(silent, settings, launchers(settings.dry), shape)
+        for measure in measures])
+    for measure in measures:
+        record.part(measure.__name__, measure, record, settings, launchers(settings.dry), shape, least=1)
 
 
-def _time(record: Record, settings: Settings, name: str, make: Callable[[int], Callable[[], object]], read: float,
-          aim: str = "", passes: float = 1.0, **detail) -> None:
-    """Times `make(i)` over sets of buffers; `read` bytes move at least, `passes` scales the limit."""
-    count = sets(read, settings.dry)
+def _time(record: Record, settings: Settings, name: str, make: Callable[[int], Callable[[], object]], moved: float,
+          aim: str = "", writes: bool = False, **detail) -> None:
+    """Times `make(i)` over sets of buffers; `moved` bytes at least, which it reads, or with `writes` also writes."""
+    count = sets(moved, settings.dry)
     seconds = seconds_a_call([make(index) for index in range(count)], settings.device)
-    limit = None if settings.bandwidth is None else passes * read / settings.bandwidth
-    record.figure(name, 1e6 * seconds, "us", None if limit is None else 1e6 * limit, "its bytes at copy bandwidth",
-                  aim, bytes=read, gb_s=read / seconds / 1e9, beyond_l2=count * read > L2_BYTES, sets=count,
-                  percent_of_copy=None if limit is None else 100 * limit / seconds / passes, **detail)
+    bandwidth, kind = (settings.copy_bandwidth, "copy") if writes else (settings.bandwidth, "read")
+    record.figure(name, 1e6 * seconds, "us", None if bandwidth is None else 1e6 * moved / bandwidth,
+                  f"its bytes at {kind} bandwidth", aim, bytes=moved, gb_s=moved / seconds / 1e9,
+                  beyond_l2=count * moved > L2_BYTES, sets=count, **detail)
 
 
-def _products(record: Record, settings: Settings, ops, shape: Shape) -> None:
-    kv = shape.kv_heads * shape.head_dim
-    queries = shape.heads * shape.head_dim
-    shapes = {"qkv": (queries + 2 * kv, shape.hidden), "o": (shape.hidden, queries),
-              "gate_up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate),
-              "head": (shape.vocab, shape.hidden)}
-    for name, (out_features, in_features) in shapes.items():
-        size = 2 * out_features * in_features
-        weights = [torch.randn(out_features, in_features, device=settings.device).mul_(in_features**-0.5).bfloat16()
-                   for _ in range(min(8, sets(size, settings.dry)))]
-        for rows in (1, 64) if settings.quick else (1, 16, 64):
-            x = torch.randn(rows, in_features, device=settings.device).bfloat16()
-            out = torch.empty(rows, out_features, device=settings.device, dtype=torch.bfloat16)
-            for kind, launch in (("cuBLAS", ops.linear), ("fixed order", ops.linear_invariant)):
-                if settings.quick and kind != "cuBLAS" and name != "gate_up":
-                    continue
-
-                def make(index: int, launch=launch, x=x, out=out, weights=weights) -> Callable[[], object]:
-                    weight = Weight(weights[index % len(weights)], None, out_features, in_features)
-                    return lambda: launch(x, weight, out)
-
-                _time(record, settings, f"product {name}, {rows} rows, {kind}", make, size + x.nbytes + out.nbytes,
-                      flops=2 * rows * out_features * in_features)
-
-
-def _attention(record: Record, settings: Settings, ops, shape: Shape) -> None:
-    contexts = (64, 100) if settings.dry else (1024, 16384) if settings.quick else (1024, 4096, 16384)
+def attention(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    contexts = (64, 100) if settings.dry else (1024, 16384)
     for lanes in (1, 4) if settings.dry else (1, 16, 64):
         for context in contexts:
             _drafts(record, settings, ops, shape, lanes, context, True)
@@ -87,10 +65,10 @@ def _attention(record: Record, settings: Settings, ops, shape: Shape) -> None:
         spans = [Span(lane, short, 15, 1) for lane in range(3 if settings.dry else 15)]
         _attend(record, settings, ops, shape, [*spans, Span(len(spans), long, 15, 1)], True,
                 f"attention, {len(spans)} lanes of {short} keys and one of {long}")
-    # One scoring pass: a candidate, and four of them, of 32 rows.
+    # One scoring pass: a candidate, and four of them, of the token before the segment and its 32.
     for candidates in (1, 4):
         for context in contexts:
-            rows = 4 if settings.dry else 32
+            rows = 4 if settings.dry else 33
             _attend(record, settings, ops, shape, [Span(0, context, 0, rows)] * candidates, True,
                     f"attention, scoring {candidates} x {rows} rows after {context}")
     chunk = 16 if settings.dry else 256
@@ -112,7 +90,8 @@ def _attend(record: Record, settings: Settings, ops, shape: Shape, spans: list[S
     rows = sum(span.count for span in spans)
     row = 2 * shape.heads * shape.head_dim
     read = 4 * shape.kv_heads * shape.head_dim * (in_pages + in_slabs) + 2 * rows * row
-    case = make_case(spans, into_slab, shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16, settings.device)
+    case = make_case(spans, into_slab, shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16, settings.device,
+                     made_on=settings.device)
     count = min(sets(read, settings.dry), 24)
     caches = [LayerKV(*(tensor.clone() for tensor in case.kv[:4]), case.kv.page_size) for _ in range(count)]
     starts, owners = case.batch.row_start.tolist(), case.batch.seq_group.tolist()
@@ -130,17 +109,18 @@ def _attend(record: Record, settings: Settings, ops, shape: Shape, spans: list[S
         packed=plan.packed, arithmetic_us=None if not peak else flops / peak / 1e6, slab_len=SLAB_LEN)
 
 
-def _prefill(record: Record, settings: Settings, ops, shape: Shape) -> None:
+def prefill(record: Record, settings: Settings, ops, shape: Shape) -> None:
     kernel_prefill.times(record, settings, ops, shape.heads, shape.kv_heads, shape.head_dim)
 
 
-def _sampler(record: Record, settings: Settings, ops, shape: Shape) -> None:
+def sampler(record: Record, settings: Settings, ops, shape: Shape) -> None:
     for dtype in (torch.bfloat16,) if settings.quick else (torch.bfloat16, torch.float32):
         size = shape.lanes * shape.vocab * dtype.itemsize
         rows = [(3 * torch.randn(shape.lanes, shape.vocab, device=settings.device)).to(dtype)
                 for _ in range(min(16, sets(size, settings.dry)))]
-        for name, top_k, top_p, aim in (("temperature", 0, 1.0, "<= 2"), ("top-k 50", 50, 1.0, "<= 4"),
-                                        ("top-p 0.9", 0, 0.9, "<= 4"), ("top-k 50 and top-p 0.9", 50, 0.9, "<= 4")):
+        for name, top_k, top_p, aim in (
+                ("temperature", 0, 1.0, "sampler"), ("top-k 50 and top-p 0.9", 50, 0.9, "sampler-filters"),
+                ("top-k 50", 50, 1.0, ""), ("top-p 0.9", 0, 0.9, "")):
             state = lane_state(shape.lanes, settings.device, steps=1 << 12)
             state.temperature.fill_(0.8)
             state.top_k.fill_(top_k)
@@ -152,7 +132,7 @@ def _sampler(record: Record, settings: Settings, ops, shape: Shape) -> None:
                       rows[index % len(rows)], state, filters=filters), size, aim)
 
 
-def _verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
+def verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
     lanes, device = shape.lanes, settings.device
     size = 2 * lanes * shape.hidden * 2
     count = sets(size, settings.dry)
@@ -167,11 +147,11 @@ def _verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
                         full(1e9, double), full(0.5, double), full(0.0, torch.float32), full(0))
     seconds = seconds_a_call([lambda pair=pair: ops.score_and_decide(*pair, weight, 1e-6, head, state)
                               for pair in pairs], device)
-    record.figure(f"score_and_decide, {lanes} lanes of {shape.hidden}", 1e6 * seconds, "us", 10.0, "10 us", "<= 1",
+    record.figure(f"score_and_decide, {lanes} lanes of {shape.hidden}", 1e6 * seconds, "us", 10.0, "10 us", "score",
                   bytes=size)
 
 
-def _follow(record: Record, settings: Settings, ops, shape: Shape) -> None:
+def follow(record: Record, settings: Settings, ops, shape: Shape) -> None:
     lanes, tokens, device = shape.lanes, 32, settings.device
 
     def ints(*shape_of: int) -> torch.Tensor:
@@ -185,7 +165,7 @@ def _follow(record: Record, settings: Settings, ops, shape: Shape) -> None:
     record.figure(f"append_draft, {lanes} segments of {tokens}", 1e6 * seconds, "us")
 
 
-def _commit(record: Record, settings: Settings, ops, shape: Shape) -> None:
+def commit(record: Record, settings: Settings, ops, shape: Shape) -> None:
     tokens, size = 32, 1024
     moved = 4 * shape.layers * tokens * shape.kv_heads * shape.head_dim * 2
     pairs = [[torch.randn(shape.layers, size, shape.kv_heads, shape.head_dim, device=settings.device).bfloat16()
@@ -198,11 +178,11 @@ def _commit(record: Record, settings: Settings, ops, shape: Shape) -> None:
         return lambda: ops.copy_rows(k_source, v_source, source, k_target, v_target, target)
 
     seconds = seconds_a_call([make(index) for index in range(2 if settings.dry else 16)], settings.device)
-    record.figure(f"commit of {tokens} tokens, {shape.layers} layers", 1e6 * seconds, "us", 10.0, "10 us", "<= 1",
+    record.figure(f"commit of {tokens} tokens, {shape.layers} layers", 1e6 * seconds, "us", 10.0, "10 us", "commit",
                   bytes=moved, gb_s=moved / seconds / 1e9)
 
 
-def _rows(record: Record, settings: Settings, ops, shape: Shape) -> None:
+def row_kernels(record: Record, settings: Settings, ops, shape: Shape) -> None:
     device = settings.device
     weight = torch.ones(shape.hidden, device=device)
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
@@ -216,12 +196,13 @@ def _rows(record: Record, settings: Settings, ops, shape: Shape) -> None:
         x, residual = some(shape.hidden, size), some(shape.hidden, size)
         out = torch.empty_like(x[0])
         _time(record, settings, f"rms_norm with residual, {rows} rows",
-              lambda i, x=x, r=residual, out=out: lambda: ops.rms_norm(x[i], weight, 1e-5, out, r[i]), size)
+              lambda i, x=x, r=residual, out=out: lambda: ops.rms_norm(x[i], weight, 1e-5, out, r[i]), size,
+              writes=True)
         size = 3 * rows * shape.intermediate * 2
         gate_up = some(2 * shape.intermediate, size)
         gated = torch.empty(rows, shape.intermediate, device=device, dtype=torch.bfloat16)
         _time(record, settings, f"swiglu, {rows} rows",
-              lambda i, g=gate_up, out=gated: lambda: ops.swiglu(g[i], out), size)
+              lambda i, g=gate_up, out=gated: lambda: ops.swiglu(g[i], out), size, writes=True)
         size = 2 * rows * width * 2
         qkv = some(width, size)
         at = torch.arange(rows, dtype=torch.int32, device=device)
@@ -233,4 +214,4 @@ def _rows(record: Record, settings: Settings, ops, shape: Shape) -> None:
         def rope(index: int, qkv=qkv, batch=batch, q=q, cache=cache) -> Callable[[], object]:
             return lambda: ops.rope_write(qkv[index], batch, cos, sin, cache, q)
 
-        _time(record, settings, f"rope_write, {rows} rows", rope, size)
+        _time(record, settings, f"rope_write, {rows} rows", rope, size, writes=True)

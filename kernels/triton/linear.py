@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from stars.kernels.linear import Weight
+from stars.kernels.triton import product_table
+from stars.kernels.triton.product_table import Tile
 from stars.kernels.triton.variant import Variant
 
 BLOCK_ROWS = 64  # the least that Hopper's matrix instruction takes
@@ -64,11 +66,15 @@ def linear_kernel(x, weight, bias, out, rows, x_stride, out_stride, OUT_FEATURES
 
 
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """As `stars.kernels.linear`. A weight packed as deterministic, and tensors of different types, take the kernel."""
+    """As `stars.kernels.linear`. A weight packed as deterministic, and tensors of different types, take the kernel; so do
+    shapes for which the card's table says that it is faster."""
     matrix, bias = weight.values, weight.bias
     same = x.dtype == matrix.dtype == out.dtype and (bias is None or bias.dtype == x.dtype)
+    measured = product_table.tile(x.shape[0], *matrix.shape) if same and x.element_size() == 2 else None
     if weight.deterministic or not same:
         linear_invariant(x, weight, out)
+    elif measured is not None:
+        launch(x, weight, out, measured)
     elif bias is None:
         torch.mm(x, matrix.t(), out=out)
     else:
@@ -80,6 +86,11 @@ def linear_invariant(x: Tensor, weight: Weight, out: Tensor) -> None:
 
     A weight of another type is rounded to x's, as in the reference; out may have any type.
     """
+    launch(x, weight, out, Tile(BLOCK_ROWS, BLOCK_FEATURES, _inner(x.element_size()), 4, 4))
+
+
+def launch(x: Tensor, weight: Weight, out: Tensor, tile: Tile) -> None:
+    """As `linear_invariant`, in given tiles: bits of a row are the same for the same tile, and for no other."""
     rows = x.shape[0]
     matrix = weight.values
     if x.shape[1] != weight.in_features or out.shape != (rows, weight.out_features):
@@ -91,12 +102,12 @@ def linear_invariant(x: Tensor, weight: Weight, out: Tensor) -> None:
         raise ValueError("linear: the weight must be contiguous, x and out must have adjacent columns")
     if rows == 0:
         return
-    grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(weight.out_features, BLOCK_FEATURES))
+    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(weight.out_features, tile.features))
     linear_kernel[grid](
         x, matrix, matrix if weight.bias is None else weight.bias, out, rows, x.stride(0), out.stride(0),
         OUT_FEATURES=weight.out_features, IN_FEATURES=weight.in_features, HAS_BIAS=weight.bias is not None,
-        BLOCK_ROWS=BLOCK_ROWS, BLOCK_FEATURES=BLOCK_FEATURES, BLOCK_INNER=_inner(x.element_size()),
-        PRECISION="ieee", num_warps=4, num_stages=4, maxnreg=_registers(matrix.element_size()))
+        BLOCK_ROWS=tile.rows, BLOCK_FEATURES=tile.features, BLOCK_INNER=tile.inner, PRECISION="ieee",
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=_registers(matrix.element_size()))
 
 
 def _inner(itemsize: int) -> int:

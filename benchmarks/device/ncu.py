@@ -1,0 +1,101 @@
+"""What limits the longest kernels of a step: Nsight Compute's bandwidth and stall reasons, the card's clocks left alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from record import Record, Settings, seconds_left
+
+PLACES = ("/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute/2025.3.1/ncu")
+FALLBACK = ["gate_up", "down", "qkv"]
+METRICS = {
+    "gpu__time_duration.sum": "us", "dram__bytes_read.sum": "bytes read",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of memory's peak",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "% of warps active",
+    "launch__registers_per_thread": "registers", "launch__grid_size": "programs"}
+STALLS = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+REASONS = ("long_scoreboard", "short_scoreboard", "barrier", "membar", "math_pipe_throttle", "mio_throttle",
+           "lg_throttle", "wait", "no_instruction", "not_selected", "dispatch_stall", "sleeping")
+
+
+def run(record: Record, settings: Settings) -> None:
+    """One part. A tool that is missing, or refuses the card, is a note."""
+    tool = shutil.which("ncu") or next((place for place in PLACES if os.access(place, os.X_OK)), None)
+    if tool is None:
+        record.note("ncu was not found: left out")
+        return
+    record.part("stall reasons", profile, record, settings, tool)
+
+
+def profile(record: Record, settings: Settings, tool: str) -> None:
+    """Profiles a step of two layers of the headline's shape, whose kernels are those of 32."""
+    metrics = [*METRICS, *(STALLS.format(reason) for reason in REASONS)]
+    command = [tool, "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(metrics),
+               "--profile-from-start", "off", "--target-processes", "application-only", "--print-units", "base",
+               sys.executable, str(Path(__file__).resolve().parent / "ncu_target.py")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, seconds_left()))
+    except subprocess.TimeoutExpired as error:
+        record.note(f"ncu did not end in time: {_tail(error.stdout)} {_tail(error.stderr)}")
+        return
+    rows = parse(done.stdout)
+    if not rows:
+        record.note(f"ncu ended with {done.returncode} and no table: {_tail(done.stdout)} {_tail(done.stderr)}")
+        return
+    record.fact("ncu", rows)
+    wanted = settings.facts.get("longest kernels") or FALLBACK
+    record.fact("ncu: longest kernels", wanted)
+    # The longest ones of the profiled step are the same as those of the headline's table; each once.
+    seen: set[str] = set()
+    for row in sorted(rows, key=lambda row: -row.get("us", 0.0)):
+        if row["kernel"] in seen or len(seen) == 3:
+            continue
+        seen.add(row["kernel"])
+        worst = sorted(row["stalls"].items(), key=lambda entry: -entry[1])[:3]
+        peak = row.get("bytes read", 0.0) / row["us"] / 1e3 if row.get("us") else None
+        record.figure(f"ncu: {row['kernel'][:44]}, {', '.join(f'{name} {share:.1f}' for name, share in worst)}"[:110],
+                      peak, "GB/s", None if settings.bandwidth is None else settings.bandwidth / 1e9, "read bandwidth",
+                      higher_is_better=True, **{name: value for name, value in row.items() if name != "kernel"})
+
+
+def parse(text: str) -> list[dict]:
+    """Rows of {kernel, us, bytes read, …, stalls} from what `ncu --csv --page raw` prints; none where it printed none."""
+    lines = text.splitlines()
+    begin = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if begin is None:
+        return []
+    table = list(csv.DictReader(io.StringIO("\n".join(lines[begin:]))))
+    rows = []
+    for entry in table:
+        if not (entry.get("ID") or "").strip().isdigit():
+            continue  # the line of units
+        row: dict = {"kernel": re.sub(r"\s+", " ", entry.get("Kernel Name") or "?"), "stalls": {}}
+        for metric, name in METRICS.items():
+            value = _number(entry.get(metric))
+            if value is not None:
+                row[name] = value / 1e3 if name == "us" else value  # ncu's base unit is the nanosecond
+        for reason in REASONS:
+            value = _number(entry.get(STALLS.format(reason)))
+            if value is not None:
+                row["stalls"][reason] = value
+        rows.append(row)
+    return rows
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _tail(said: str | bytes | None) -> str:
+    text = said.decode(errors="replace") if isinstance(said, bytes) else said or ""
+    return " ".join(text.strip().splitlines()[-3:])[-300:]
