@@ -1,22 +1,22 @@
-"""Compiles, before the card is asked for it, what the engine will launch at the shapes of an 8B pair: ahead.py [--arch 90]
+"""Compiles what stages will launch before the card is asked for it, without a card: ahead.py [--only STAGES] [--cold]
 
-The engine runs over fake tensors on the CPU (`fake_cuda`), with two layers instead of 32, which launch the same kernels;
-every specialisation it asks for goes to worker processes, which compile it into Triton's cache. Where the launches of
-the card's own run find them depends on nothing but Triton's own key, so that a miss costs time and nothing else.
+An engine runs over fake CUDA tensors (`fake_cuda`), with two layers instead of 32, which launch the same kernels; other
+stages run over CPU tensors of the real shapes. Nothing is launched: every specialisation asked for goes to workers, which
+compile it into Triton's cache. A kernel is counted for the first stage that needs it. With --cold the cache is a new
+one, and what is printed is how long a stage's kernels take to compile; on the card that is divided by its cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
+import platform
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -25,100 +25,80 @@ import importable
 
 importable.install()
 
-from triton.runtime.jit import JITFunction
-
-LAUNCH = JITFunction.run  # Triton's own, before anything pretends
-SPARE_CORES = 3  # for the stages that run meanwhile
+from compile_pool import SPARE_CORES, Driver, Pool, describe
 
 
-class Driver:
-    """What Triton's front end asks of a driver, for a card that need not be there."""
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(STAGES), help=", ".join(STAGES))
+    parser.add_argument("--cold", action="store_true", help="into a cache of its own, which is thrown away")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability of the card: 90 is an H100 or H200")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - SPARE_CORES))
+    parser.add_argument("--out", help="JSON file")
+    options = parser.parse_args()
+    import torch  # before anything is forked, so that it is imported once
+    import triton
 
-    def __init__(self, arch: int):
-        from triton.backends.compiler import GPUTarget
+    import stars  # noqa: F401
 
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class Pointer:
-    """Stands for a tensor: its type and its alignment, all that a specialisation knows of it."""
-
-    def __init__(self, dtype, offset: int):
-        self.dtype, self.offset = dtype, offset
-
-    def data_ptr(self) -> int:
-        return self.offset
-
-
-class Pool:
-    """Worker processes that compile what they are told of. To be made before the GPU is touched: they are forked."""
-
-    def __init__(self, workers: int | None = None, arch: int = 90):
-        self.workers = workers or max(1, (os.cpu_count() or 2) - SPARE_CORES)
-        self.arch = arch
-        self.tasks: dict[tuple[str, str, str], Future] = {}
-        self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("fork"))
-        self._pool.submit(os.getpid).result()  # all of them are there now
-
-    @contextmanager
-    def recording(self):
-        """Inside, no kernel that is not compiled yet is launched: it goes to the workers."""
-        from triton import knobs
-
-        def described(*, fn, compile, **_) -> bool:
-            key = fn.module, fn.name, compile["specialization_data"]
-            if key not in self.tasks:
-                self.tasks[key] = self._pool.submit(compile_one, *key, self.arch)
-            return True
-
-        with knobs.runtime.scope():
-            knobs.runtime.jit_cache_hook = described
-            yield
-
-    def wait(self) -> dict[str, list[float]]:
-        """Until all is compiled: seconds of each, by kernel. What could not be compiled is printed."""
-        seconds: dict[str, list[float]] = {}
-        for (_, name, _), task in self.tasks.items():
-            error = task.exception()
-            if error is None:
-                seconds.setdefault(name, []).append(round(task.result(), 3))
-            else:
-                print(f"{name} was not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
-        return seconds
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    torch.set_num_threads(1)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.cold:
+            os.environ["TRITON_CACHE_DIR"] = folder
+        for name in options.only:
+            one = found[name] = _apart(name, options)
+            print(f"{name:<24}{one['kernels']:>4} kernels {one['seconds']:>7.1f} s of compiling, the longest "
+                  f"{one['longest']:.1f} s, {one['failed']} failed, {one['wall']:.1f} s by {options.workers} workers",
+                  flush=True)
+    if options.out:
+        whole = {"arch": options.arch, "triton": triton.__version__, "torch": torch.__version__,
+                 "python": platform.python_version(), "workers": options.workers,
+                 "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stages": found}
+        Path(options.out).write_text(json.dumps(whole, indent=1) + "\n")
+    return 1 if any(one["failed"] for one in found.values()) else 0
 
 
-def describe(function, args: tuple, kwargs: dict) -> None:
-    """Asks for a kernel as its launch with fake tensors among the arguments would, inside `Pool.recording`."""
-    import torch
+def _apart(name: str, options: argparse.Namespace) -> dict:
+    """In a process of its own: what records an engine's launches changes torch for good."""
+    begin = time.perf_counter()
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reading)
+        code = 1
+        try:
+            with os.fdopen(writing, "w") as out:
+                json.dump(_recorded(STAGES[name], options), out)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as source:
+        text = source.read()
+    os.waitpid(pid, 0)
+    found = json.loads(text) if text else {"kernels": 0, "seconds": 0.0, "longest": 0.0, "failed": 1}
+    return found | {"wall": round(time.perf_counter() - begin, 1)}
 
-    def plain(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        return Pointer(value.dtype, value.storage_offset() * value.element_size())
 
-    LAUNCH(function, *map(plain, args), grid=None, warmup=True, **{name: plain(value) for name, value in kwargs.items()})
-
-
-def compile_one(module: str, name: str, description: str, arch: int) -> float:
-    """In a worker: compiles into the cache; seconds it took."""
+def _recorded(record: Callable[[], None], options: argparse.Namespace) -> dict:
     from triton.runtime import driver
 
-    driver.set_active(Driver(arch))
-    begin = time.perf_counter()
-    getattr(importlib.import_module(module), name).preload(description)
-    return time.perf_counter() - begin
+    pool = Pool(options.workers, options.arch)
+    driver.set_active(Driver(options.arch))
+    with open(os.devnull, "w") as nowhere, pool.recording():
+        stdout, sys.stdout = sys.stdout, nowhere
+        try:
+            record()
+        finally:
+            sys.stdout = stdout
+    times = [seconds for one in pool.wait().values() for seconds in one]
+    fresh = [seconds for seconds in times if seconds > 0.05]  # the others were in the cache
+    pool.close()
+    return {"kernels": len(fresh), "seconds": round(sum(fresh), 1), "longest": max(fresh, default=0.0),
+            "failed": len(pool.tasks) - len(times)}
 
 
 def rehearse(shape: str) -> None:
@@ -147,39 +127,67 @@ def rehearse(shape: str) -> None:
                     bench.complete(bench.policy(width), rate)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, default=90, help="compute capability of the card: 90 is an H100 or H200")
-    parser.add_argument("--shape", default="Llama-3.1-8B")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - SPARE_CORES))
-    parser.add_argument("--json", help="file for the seconds of every kernel")
-    options = parser.parse_args()
-    import torch  # before the workers are forked, so that they need not
-    from triton.runtime import driver
+def _on_cpu(module: str, function: str = "run") -> Callable[[], None]:
+    """A stage of kernels, its parts one after the other in this process, its tensors on the CPU."""
+    def record() -> None:
+        import importlib
 
-    import stars  # noqa: F401
+        import torch
+        from record import Record, Settings
+        from timing import rehearsal
+        from triton.runtime.jit import JITFunction
 
-    begin = time.perf_counter()
-    torch.set_num_threads(1)
-    pool = Pool(options.workers, options.arch)
-    import fake_cuda
+        class OnCPU(Settings):
+            @property
+            def device(self) -> str:
+                return "cpu"
 
-    fake_cuda.install()
-    fake_cuda.on_variant = describe
-    driver.set_active(Driver(options.arch))
-    try:
-        with pool.recording():
-            rehearse(options.shape)
-    finally:
-        recorded = time.perf_counter() - begin
-        seconds = pool.wait()
-        print(f"{len(pool.tasks)} kernels for sm_{options.arch}: {sum(map(sum, seconds.values())):.1f} s of compiling by "
-              f"{options.workers} workers, {time.perf_counter() - begin:.1f} s in all ({recorded:.1f} to find them)")
-        if options.json:
-            Path(options.json).write_text(json.dumps({"kernels": len(pool.tasks), "seconds": seconds}, indent=1))
-        pool.close()
-    return 0
+        JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
+        stage = importlib.import_module(module)
+        for name in ("kernel_rows", "kernel_products", "kernel_attention", "kernel_sampler", "first_light"):
+            importlib.import_module(name).run_apart = _inline
+        for name in ("micro", "tune_products"):
+            importlib.import_module(name).compile_first = lambda *given: None
+        torch.cuda.get_device_name, torch.mm = lambda: "none", lambda *given, out: out
+        with tempfile.TemporaryDirectory() as folder, rehearsal(), torch.no_grad():
+            getattr(stage, function)(Record(Path(folder) / "record.json", module), OnCPU())
 
+    return record
+
+
+def _inline(record, settings, parts, most) -> None:
+    for name, part in parts.items():
+        record.part(name, part, record, settings)
+
+
+def _engine_of(record: Callable[[], None]) -> Callable[[], None]:
+    """On fake CUDA tensors."""
+    def faked() -> None:
+        import fake_cuda
+
+        fake_cuda.install()
+        fake_cuda.on_variant = describe
+        record()
+
+    return faked
+
+
+def _headline() -> None:
+    rehearse("Llama-3.1-8B")
+
+
+STAGES: dict[str, Callable[[], None]] = {
+    "headline-8b": _engine_of(_headline),
+    "first-kernels": _on_cpu("first_light", "kernels"),
+    "products": _on_cpu("tune_products"),
+    "micro": _on_cpu("micro"),
+    "kernels-rows": _on_cpu("kernel_rows"),
+    "kernels-products": _on_cpu("kernel_products"),
+    "kernels-attention": _on_cpu("kernel_attention"),
+    "kernels-attention-more": _on_cpu("kernel_attention", "more"),
+    "kernels-sampler": _on_cpu("kernel_sampler"),
+}
+"""What each launches. Those of correctness compile in processes of their own on the card as well."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ahead import Pool
+from compile_pool import Pool
 from record import Record, Settings
 from timing import rehearsal
 

@@ -1,0 +1,109 @@
+"""Worker processes that compile Triton kernels into its cache, for a card that need not be there.
+
+Whatever is launched inside `Pool.recording` is described by Triton itself and sent to the workers, not launched. Whether
+the card's own launches find it depends on nothing but Triton's own key: a miss costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+from triton.runtime.jit import JITFunction
+
+LAUNCH = JITFunction.run  # Triton's own, before anything pretends
+SPARE_CORES = 3  # for the stages that run meanwhile
+
+
+class Driver:
+    """What Triton's front end asks of a driver, for a card that need not be there."""
+
+    def __init__(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Pointer:
+    """Stands for a tensor: its type and its alignment, all that a specialisation knows of it."""
+
+    def __init__(self, dtype, offset: int):
+        self.dtype, self.offset = dtype, offset
+
+    def data_ptr(self) -> int:
+        return self.offset
+
+
+class Pool:
+    """Worker processes that compile what they are told of. To be made before the GPU is touched: they are forked."""
+
+    def __init__(self, workers: int | None = None, arch: int = 90):
+        self.workers = workers or max(1, (os.cpu_count() or 2) - SPARE_CORES)
+        self.arch = arch
+        self.tasks: dict[tuple[str, str, str], Future] = {}
+        self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("fork"))
+        self._pool.submit(os.getpid).result()  # all of them are there now
+
+    @contextmanager
+    def recording(self):
+        """Inside, no kernel that is not compiled yet is launched: it goes to the workers."""
+        from triton import knobs
+
+        def described(*, fn, compile, **_) -> bool:
+            key = fn.module, fn.name, compile["specialization_data"]
+            if key not in self.tasks:
+                self.tasks[key] = self._pool.submit(compile_one, *key, self.arch)
+            return True
+
+        with knobs.runtime.scope():
+            knobs.runtime.jit_cache_hook = described
+            yield
+
+    def wait(self) -> dict[str, list[float]]:
+        """Until all is compiled: seconds of each, by kernel. What could not be compiled is printed."""
+        seconds: dict[str, list[float]] = {}
+        for (_, name, _), task in self.tasks.items():
+            error = task.exception()
+            if error is None:
+                seconds.setdefault(name, []).append(round(task.result(), 3))
+            else:
+                print(f"{name} was not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        return seconds
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def describe(function, args: tuple, kwargs: dict) -> None:
+    """Asks for a kernel as its launch with fake tensors among the arguments would, inside `Pool.recording`."""
+    import torch
+
+    def plain(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return Pointer(value.dtype, value.storage_offset() * value.element_size())
+
+    LAUNCH(function, *map(plain, args), grid=None, warmup=True, **{name: plain(value) for name, value in kwargs.items()})
+
+
+def compile_one(module: str, name: str, description: str, arch: int) -> float:
+    """In a worker: compiles into the cache; seconds it took."""
+    from triton.runtime import driver
+
+    driver.set_active(Driver(arch))
+    begin = time.perf_counter()
+    getattr(importlib.import_module(module), name).preload(description)
+    return time.perf_counter() - begin
