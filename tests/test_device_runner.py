@@ -1,29 +1,53 @@
-"""benchmarks/device without a GPU: its dry run works from end to end, and a stage that breaks costs that stage only."""
+"""benchmarks/device without a GPU: its dry run works from end to end, and whatever breaks or kills it costs little."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "benchmarks" / "device"
+sys.path.insert(0, str(DEVICE))
+
+import aims  # noqa: E402
+import record as records  # noqa: E402
+import report  # noqa: E402
+import stages  # noqa: E402
+
+ALWAYS = [stage for stage in stages.STAGES if stage.always and stage.dry]
+FIELDS = {"name", "part", "value", "unit", "limit", "of", "ratio", "aim", "higher_is_better", "detail"}
+
+
+def start(out: Path, *options: str, broken: str = "", mark: str = "") -> subprocess.Popen:
+    environment = os.environ | {"STARS_DEVICE_BREAK": broken, "STARS_TEST_MARK": mark}
+    environment.pop("OUT", None)
+    return subprocess.Popen([sys.executable, str(DEVICE / "run.py"), "--dry-run", "--out", str(out), *options],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def run(out: Path, *options: str, broken: str = "", timeout: int = 170) -> tuple[int, str, dict]:
-    """(exit status, output, the JSON) of a dry run."""
-    environment = os.environ | {"STARS_DEVICE_BREAK": broken}
-    environment.pop("OUT", None)
-    done = subprocess.run([sys.executable, str(DEVICE / "run.py"), "--dry-run", "--out", str(out), *options],
-                          capture_output=True, text=True, timeout=timeout, env=environment, cwd=out)
-    files = list(out.glob("device-dry-*.json"))
-    assert len(files) == 1, done.stdout + done.stderr
-    return done.returncode, done.stdout, json.loads(files[0].read_text())
+    """(exit status, output, the newest JSON) of a dry run."""
+    process = start(out, *options, broken=broken)
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output, newest(out)
+
+
+def newest(out: Path) -> dict:
+    files = [file for file in out.glob("device-*.json") if not file.stem.endswith("-products")]
+    return json.loads(max(files, key=lambda file: file.stat().st_mtime_ns).read_text())
+
+
+def by_name(found: dict) -> dict[str, dict]:
+    return {stage["stage"]: stage for stage in found["stages"]}
 
 
 def python(code: str, cwd: Path, environment: dict[str, str] | None = None) -> str:
@@ -33,71 +57,268 @@ def python(code: str, cwd: Path, environment: dict[str, str] | None = None) -> s
     return done.stdout.strip()
 
 
-def test_a_reduced_dry_run(tmp_path):
-    """Every kind of stage but the slow comparison with transformers: checks pass, figures and facts are there."""
-    stages = ["environment", "kernels-rows", "kernels-attention", "kernels-sampler", "engine", "micro", "end-to-end-1b"]
-    code, output, found = run(tmp_path, "--only", ",".join(stages))
+def test_the_whole_dry_run(tmp_path):
+    """Every stage of a whole run: checks pass, figures and facts are there, the table is short and comes last."""
+    code, output, found = run(tmp_path)
     assert code == 0, output
-    assert [stage["stage"] for stage in found["stages"]] == stages
+    assert [stage["stage"] for stage in found["stages"]] == [stage.name for stage in ALWAYS]
     assert all(stage["status"] == "ok" for stage in found["stages"]), output
     assert found["correct"] and found["dry_run"] and not found["failed_checks"]
-    assert found["copy_gb_s"] > 0 and found["machine"]["torch"] and found["machine"]["commit"]
-    by_name = {stage["stage"]: stage for stage in found["stages"]}
-    for name in ("kernels-rows", "kernels-attention", "kernels-sampler", "engine"):
-        assert len(by_name[name]["checks"]) >= 10, name
-    for name in ("micro", "end-to-end-1b"):
-        assert not by_name[name]["notes"] or name == "end-to-end-1b", by_name[name]["notes"]
-        assert len(by_name[name]["figures"]) >= 20, name
-        for one in by_name[name]["figures"]:
-            assert set(one) == {"name", "value", "unit", "limit", "of", "ratio", "aim", "reached", "higher_is_better",
-                                "detail"}
-            assert one["value"] > 0 and not one["aim"]
-    table = output[output.rindex("CPU, dry run") :]
-    assert all(stage in table for stage in stages) and table.rstrip().endswith(".json") and "correct" in table
+    assert found["read_gb_s"] > 0 and found["copy_gb_s"] > 0 and found["machine"]["torch"]
+    for stage in found["stages"]:
+        assert stage["parts"] and set(stage["parts"].values()) == {"ok"}, stage["stage"]
+        assert {one["part"] for one in stage["figures"] + stage["checks"]} <= set(stage["parts"])
+        for one in stage["figures"]:
+            assert set(one) == FIELDS and not one["aim"], one
+            assert one["value"] > 0 or one["unit"] == "rounds", one
+    counts = {name: (len(stage["checks"]), len(stage["figures"])) for name, stage in by_name(found).items()}
+    assert all(counts[stage.name][0] >= 4 for stage in ALWAYS if stage.correctness), counts
+    least = {"machine": 5, "headline-8b": 15, "beside-8b": 8, "products": 4, "micro": 20, "serving": 6}
+    assert all(counts[name][1] >= count for name, count in least.items()), counts
+    assert {"logits", "aligned", "steps", "reward passes"} <= set(by_name(found)["headline-8b"]["parts"])
+    table = output[output.rindex("CPU, dry run") :].rstrip().splitlines()
+    assert len(table) <= report.MOST_LINES and table[-1].endswith(".json") and "correct" in table[-2]
+    products = json.loads(next(tmp_path.glob("*-products.json")).read_text())
+    assert {entry["name"] for entry in products["products"]} == {"gate_up", "o"}
 
 
 def test_a_stage_that_breaks_costs_that_stage_only(tmp_path):
     """One raises, one hangs, one dies; the others finish, and the run says what happened and fails."""
     code, output, found = run(
-        tmp_path, "--only", "kernels-rows,kernels-products,kernels-sampler,micro,end-to-end-qwen3-8b",
-        "--stage-seconds", "12", broken="kernels-rows=hang,kernels-products=crash,micro=raise")
+        tmp_path, "--only", "kernels-rows,kernels-products,kernels-sampler,micro,serving", "--stage-seconds", "12",
+        broken="kernels-rows=hang,kernels-products=crash,micro=raise")
     assert code == 1
     status = {stage["stage"]: stage["status"] for stage in found["stages"]}
     assert status == {"kernels-rows": "timed out", "kernels-products": "crashed", "kernels-sampler": "ok",
-                      "micro": "failed", "end-to-end-qwen3-8b": "ok"}, output
+                      "micro": "failed", "serving": "ok"}, output
     assert not found["correct"] and found["failed_stages"] == ["kernels-rows", "kernels-products"]
     assert "RuntimeError: broken on purpose" in output and "NOT CORRECT: kernels-rows, kernels-products" in output
+    for name in ("kernels-rows", "kernels-products", "micro"):  # what they had found is there
+        assert [one["name"] for one in by_name(found)[name]["figures"]] == ["of a stage that breaks"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_killed_keeps_what_it_had(tmp_path, how):
+    """In every stage: all earlier ones are there, and what this one had found; and no process is left."""
+    def killed(index: int) -> str | None:
+        stage, out, mark = ALWAYS[index], tmp_path / str(index), uuid.uuid4().hex
+        out.mkdir()
+        broken = ",".join(f"{other.name}={'hang' if other is stage else 'pass'}" for other in ALWAYS)
+        process = start(out, broken=broken, mark=mark)
+        try:
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                found = by_name(newest(out)) if list(out.glob("device-*.json")) else {}
+                if found.get(stage.name, {"figures": []})["figures"]:
+                    break
+                time.sleep(0.05)
+            process.send_signal(how)
+            output, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        whole = newest(out)
+        found = by_name(whole)
+        before = [other.name for other in ALWAYS[:index] if not stage.group or other.group != stage.group]
+        if [found[name]["status"] for name in before] != ["ok"] * len(before):
+            return f"{stage.name}: {[(name, found.get(name, {}).get('status')) for name in before]}"
+        if [one["name"] for one in found[stage.name]["figures"]] != ["of a stage that breaks"]:
+            return f"{stage.name} lost its figures: {found[stage.name]}"
+        wanted = "cut off" if how == signal.SIGTERM else "running"
+        if found[stage.name]["status"] != wanted or process.returncode == 0:
+            return f"{stage.name} is {found[stage.name]['status']}, exit status {process.returncode}"
+        if how == signal.SIGTERM and "written to" not in output:
+            return f"{stage.name}: no table came: {output[-500:]}"
+        until = time.monotonic() + 10
+        while marked(mark):
+            if time.monotonic() > until:
+                return f"{stage.name} left processes: {marked(mark)}"
+            time.sleep(0.05)
+        return None
+
+    with ThreadPoolExecutor(3) as pool:
+        problems = [problem for problem in pool.map(killed, range(len(ALWAYS))) if problem]
+    assert not problems, "\n".join(problems)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that were started with this mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            pass  # it has just ended
+    return found
+
+
+def test_a_rerun_repeats_what_failed_or_is_missing(tmp_path):
+    """The machine is looked at again; what was well is kept with its figures, also inside a stage."""
+    rest = ",".join(f"{stage.name}=pass" for stage in ALWAYS if stage.name not in ("machine", "products", "serving"))
+    _, _, first = run(tmp_path, "--only", ",".join(stage.name for stage in ALWAYS if stage.name != "serving"),
+                      broken=f"{rest},products=raise")
+    assert by_name(first)["products"]["status"] == "failed" and "serving" not in by_name(first)
+    time.sleep(0.05)
+    code, output, second = run(tmp_path, "--rerun", str(tmp_path), broken=rest.replace("=pass", "=raise"))
+    assert code == 0, output
+    ran = {line.split(" ")[0] for line in output.splitlines() if "(at most" in line}
+    assert ran == {"machine", "products", "serving"}
+    assert all(stage["status"] == "ok" for stage in second["stages"]) and len(second["runs"]) == 2
+    assert list(by_name(second)) == [stage.name for stage in ALWAYS]
+    figures = [one["name"] for one in by_name(second)["products"]["figures"]]
+    assert figures[0] == "of a stage that breaks" and len(figures) == 5  # its good part was kept, and not repeated
+
+
+def test_parts_that_were_well_are_not_run_again(tmp_path):
+    """A part that raises, one with a failed check, one without time and one that is well; then the others again."""
+    def bad() -> None:
+        raise ValueError("on purpose")
+
+    first = records.Record(tmp_path / "stage.json", "stage")
+    first.part("good", lambda: first.figure("good figure", 2.0, "s", 4.0))
+    first.part("raises", bad)
+    first.part("wrong", lambda: first.check("wrong check", False))
+    first.part("late", bad, least=1e9)
+    assert first.content["parts"] == {"good": "ok", "raises": "failed", "wrong": "failed", "late": "no time"}
+    assert not first.finish() and first.content["status"] == "failed"
+    assert "1 checks failed" in first.content["error"] and "ValueError: on purpose" in " ".join(first.content["notes"])
+    second = records.Record(tmp_path / "again.json", "stage", content=records.kept(first.content))
+    second.part("good", bad)
+    for name in ("raises", "wrong", "late"):
+        second.part(name, lambda name=name: second.figure(name, 1.0, "s"))
+    assert second.finish() and set(second.content["parts"].values()) == {"ok"}
+    assert [one["name"] for one in second.content["figures"]] == ["good figure", "raises", "wrong", "late"]
+    assert second.content["figures"][0]["ratio"] == 0.5 and not second.content["checks"]
+    assert json.loads((tmp_path / "again.json").read_text())["status"] == "ok"
 
 
 def test_a_measurement_that_fails_costs_its_own_figures(tmp_path):
     """The others of the stage are there, and the stage does not pass for whole."""
     code = (f"import sys; sys.path.insert(0, {str(DEVICE)!r})\n"
             "import importable; importable.install()\n"
-            "import end_to_end, micro; from record import Record, Settings\n"
+            "import bench, headline, micro; from record import Record, Settings\n"
             "def broken(*given): raise RuntimeError('broken on purpose')\n"
             "settings = Settings(dry=True, quick=True)\n"
             "record = Record('record.json', 'micro')\n"
-            "broken.__name__ = '_sampler'\n"
-            "micro._sampler = broken\n"
+            "broken.__name__ = 'sampler'\n"
+            "micro.sampler = broken\n"
             "micro.run(record, settings)\n"
-            "bench = Record('bench.json', 'end-to-end-1b')\n"
-            "end_to_end.Bench.plain = broken\n"
-            "end_to_end.llama_1b(bench, settings)\n"
-            "figures = [[one['name'] for one in kept.content['figures']] for kept in (record, bench)]\n"
-            "print(record.lost, bench.lost, any('commit' in name for name in figures[0]), "
-            "any('at once' in name for name in figures[1]))")
-    assert python(code, tmp_path).splitlines()[-1] == "['sampler'] ['plain'] True True"
+            "other = Record('bench.json', 'headline-8b')\n"
+            "bench.Bench.plain = broken\n"
+            "headline.llama_8b(other, settings)\n"
+            "print([name for name, how in [*record.content['parts'].items(), *other.content['parts'].items()] "
+            "if how != 'ok'], record.finish(), other.finish())")
+    assert python(code, tmp_path).splitlines()[-1] == "['sampler', 'plain tokens'] False False"
 
 
-@pytest.mark.slow
-def test_the_whole_dry_run(tmp_path):
-    """Beside transformers, too."""
-    code, output, found = run(tmp_path)
-    assert code == 0, output
-    by_name = {stage["stage"]: stage for stage in found["stages"]}
-    assert "sanitizer" not in by_name
-    assert by_name["side-by-side-1b"]["status"] == by_name["compiled-1b"]["status"] == "ok"
-    assert any("loop on transformers, width 1" in one["name"] for one in by_name["side-by-side-1b"]["figures"])
+def test_parts_in_processes_of_their_own(tmp_path):
+    """One that kills its process costs itself; what the others find comes together, in the order of the parts."""
+    code = (f"import sys; sys.path.insert(0, {str(DEVICE)!r})\n"
+            "import os, time, parallel; from record import Record, Settings\n"
+            "def dies(record, settings):\n"
+            "    record.figure('before', 1.0, 's'); os.kill(os.getpid(), 9)\n"
+            "def raises(record, settings): raise ValueError('on purpose')\n"
+            "def slow(record, settings): time.sleep(0.5); record.check('slow', True); record.fact('seen', 1)\n"
+            "record = Record('record.json', 'stage')\n"
+            "parts = {'slow': slow, 'dies': dies, 'raises': raises, 'also': slow}\n"
+            "parallel.run_apart(record, Settings(dry=True), parts, most=2)\n"
+            "content = record.content\n"
+            "print(content['parts'], [one['name'] for one in content['figures']], len(content['checks']), "
+            "content['facts'], os.listdir('.'), record.finish())")
+    assert python(code, tmp_path).splitlines()[-1] == (
+        "{'slow': 'ok', 'dies': 'failed', 'raises': 'failed', 'also': 'ok'} ['before'] 2 {'seen': 1} "
+        "['record.json'] False")
+
+
+def test_the_limits_add_up():
+    """300 seconds for a whole run and 120 for a quick one, each kind of knowledge within its own."""
+    assert stages.sum_of_limits([stage for stage in stages.STAGES if stage.always]) <= stages.TOTAL_SECONDS == 300
+    assert stages.sum_of_limits([stage for stage in stages.STAGES if stage.quick]) <= stages.QUICK_SECONDS == 120
+    most = {"first light": 35, "headline": 90, "beside": 40, "kernels": 50, "products": 30, "limits": 30, "serving": 25}
+    kinds = {"first light": ("machine", "first-kernels", "first-engine"), "headline": ("headline-8b",),
+             "beside": ("beside-8b",), "products": ("products",), "limits": ("micro", "ncu"), "serving": ("serving",)}
+    kinds["kernels"] = tuple(stage.name for stage in stages.STAGES if stage.group == "kernels")
+    assert {name for names in kinds.values() for name in names} == {
+        stage.name for stage in stages.STAGES if stage.always}
+    for kind, names in kinds.items():
+        assert stages.sum_of_limits([stage for stage in stages.STAGES if stage.name in names]) <= most[kind], kind
+    assert all(stage.quick for stage in stages.STAGES if stage.name in (*kinds["first light"], "headline-8b"))
+
+
+def test_rows_and_bounds():
+    """A row without a figure is not measured; a figure meets its bound or misses it."""
+    aim = aims.BY_KEY["step-16"]
+    assert [aim.met(ratio) for ratio in (None, 1.0, 1.08, 1.09)] == [None, True, True, False]
+    assert [aims.BY_KEY["together"].met(ratio) for ratio in (7.9, 8.0)] == [False, True]
+    assert aims.BY_KEY["aligned-0.1"].met(1.0) is None
+    options = type("Options", (), dict(out="/nonexistent", dry_run=False, quick=False))
+    made = report.Report.__new__(report.Report)
+    made.options, made.runs, made.seconds, made.date = options, [], 1.0, "2026-01-01T00:00:00Z"
+    made.target = Path("device-h100.json")
+    figures = [{"name": f"figure {index}", "part": "p", "value": 1.0, "unit": "ms", "limit": 1.0, "of": "it",
+                "ratio": 1.0, "aim": "step-16" if index == 90 else "", "higher_is_better": False, "detail": {}}
+               for index in range(100)]
+    stage = records.empty("headline-8b") | {"figures": figures, "status": "ok", "correctness": False, "checks": [
+        {"name": f"check {index}", "part": "p", "passed": False, "detail": {}} for index in range(30)]}
+    made.stages = {name.name: stage | {"stage": name.name, "figures": figures if index == 0 else []}
+                   for index, name in enumerate(stages.STAGES)}
+    lines = made.lines()
+    assert len(lines) == report.MOST_LINES
+    assert sum("not measured" in line for line in lines) == len(aims.AIMS) - 1
+    assert any(line.startswith("figure 90 ") and line.endswith("met") for line in lines)
+    block = made.notes()
+    assert block.count("not measured") == len(aims.AIMS) - 1 and "| figure 90 | <= 1.08 | 1.06 | 1 (1 ms) | met |" in block
+
+
+def test_no_gpu_is_one_line(tmp_path):
+    """Nothing runs, nothing is left behind, and the exit status says so."""
+    done = subprocess.run([sys.executable, str(DEVICE / "run.py"), "--out", str(tmp_path)], capture_output=True,
+                          text=True, timeout=120, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1 and not list(tmp_path.iterdir()), done.stdout
+    assert done.stdout.strip().splitlines()[-1].endswith(
+        "torch finds no GPU here: use a CUDA build of torch on a machine with one, or --dry-run")
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--only", "micro,unknown"], "there is no stage unknown"), (["--rerun", "."], "there is no device-*.json in ."),
+])
+def test_arguments_that_cannot_be(tmp_path, options, words):
+    done = subprocess.run([sys.executable, str(DEVICE / "run.py"), "--dry-run", *options], capture_output=True,
+                          text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode != 0 and words in done.stderr
+
+
+def test_a_pair_that_does_not_fit_the_card(tmp_path):
+    """It says what it would need and a 1B pair takes its place; on an 80 GB card the 8B pair has room to spare."""
+    code = (f"import sys; sys.path.insert(0, {str(DEVICE)!r})\n"
+            "import importable; importable.install()\n"
+            "import torch, bench; from record import Record, Settings\n"
+            "from stars import prefill\n"
+            "torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *given: (9, 0)\n"
+            "needed = bench.needs('Llama-3.1-8B')\n"
+            "record = Record('record.json', 'headline-8b')\n"
+            "for free in (75e9, 40e9):\n"
+            "    torch.cuda.mem_get_info = lambda: (int(free), 80 << 30)\n"
+            "    print(bench.fitting(record, Settings(), 'Llama-3.1-8B', 'Llama-3.2-1B'))\n"
+            "print(record.content['notes'], sum(needed.values()) < 75e9, len(needed))")
+    lines = python(code, tmp_path).splitlines()
+    assert lines[0] == "Llama-3.1-8B" and lines[-2] == "Llama-3.2-1B"
+    assert "a pair of Llama-3.1-8B needs" in lines[-1] and lines[-1].endswith("Llama-3.2-1B instead'] True 8")
+
+
+def test_parameters_are_those_of_a_checkpoint():
+    """The formula against real decoders of the toy shapes, and the published sizes."""
+    code = (f"import sys; sys.path.insert(0, {str(DEVICE)!r})\n"
+            "import importable; importable.install()\n"
+            "import torch; from models import config_of, hf_over, parameters, random_decoder\n"
+            "for shape in ('toy', 'toy-qwen3'):\n"
+            "    for head in ('lm', 'reward'):\n"
+            "        config = config_of(shape, head)\n"
+            "        model = hf_over(random_decoder(config, 'cpu', torch.float32, head), shape, head)\n"
+            "        print(sum(p.numel() for p in model.parameters()) == parameters(config, head))\n"
+            "print(parameters(config_of('Llama-3.1-8B'), 'lm'), parameters(config_of('Llama-3.2-1B'), 'lm'))")
+    lines = python(code, ROOT / "tests").splitlines()
+    assert lines == ["True"] * 4 + ["8030261248 1235814400"]
 
 
 def test_the_checkout_is_importable_without_an_installation(tmp_path):
@@ -109,32 +330,3 @@ def test_the_checkout_is_importable_without_an_installation(tmp_path):
             "print([stars.__file__, stars.kernels.types.__file__, stars.bindings.__file__], names)")
     wanted = [str(ROOT / place) for place in ("engine/__init__.py", "kernels/types.py", "bindings/__init__.py")]
     assert python(code, tmp_path) == f"{wanted} [None, None, None]"
-
-
-def test_the_sanitizer_stage_reads_what_the_tool_says(tmp_path):
-    """A stand-in for compute-sanitizer: a clean report over checks passes, an invalid access fails; a tool that refuses
-    the card, one that hangs, and none at all are only noted: they say nothing of the kernels."""
-    tool = tmp_path / "compute-sanitizer"
-    code = (f"import os, sys; sys.path.insert(0, {str(DEVICE)!r})\n"
-            "import importable; importable.install()\n"
-            "import sanitizer; from record import Record, Settings\n"
-            f"sanitizer.PLACES = ()\nrecord = Record('record.json', 'sanitizer')\nos.environ['PATH'] = {{path}}\n"
-            "sanitizer.run(record, Settings())\n"
-            "print([check['passed'] for check in record.content['checks']], len(record.content['notes']))")
-    path = f"{str(tmp_path)!r} + ':/usr/bin:/bin'"
-    # The stage under the tool writes what it checked to the file behind --out.
-    wrote = 'for last; do :; done; echo \'{"checks": [1, 2]}\' > "$last"\n'
-    reports = ((f"{wrote}echo '===== ERROR SUMMARY: 0 errors'\n", "[True, True, True, True] 0"),
-               ("echo '===== Invalid __global__ read of size 2'\nexit 77\n", "[False, False, False, False] 0"),
-               ("echo 'Error: Device not supported'\nexit 1\n", "[] 4"),
-               ("echo '===== ERROR SUMMARY: 0 errors'\n", "[] 4"),  # nothing had run
-               (f"{wrote}exec sleep 60\n", "[] 4"))
-    for script, wanted in reports:
-        tool.write_text(f"#!/bin/sh\n{script}")
-        tool.chmod(0o755)
-        for file in tmp_path.glob("sanitized-*.json"):
-            file.unlink()
-        environment = os.environ | {"STARS_STAGE_DEADLINE": f"{time.monotonic() + 13}"}
-        assert python(code.format(path=path), tmp_path, environment).splitlines()[-1] == wanted
-    tool.unlink()
-    assert python(code.format(path="'/nowhere'"), tmp_path).splitlines()[-1] == "[] 1"

@@ -30,7 +30,8 @@ def llama_8b(record: Record, settings: Settings) -> None:
 
 def qwen3_8b(record: Record, settings: Settings) -> None:
     """Another family: steps, and STARS at one accept rate."""
-    headline = Headline(record, settings, fitting(record, settings, "Qwen3-8B", "Llama-3.2-1B"))
+    name = fitting(record, settings, "Qwen3-8B", "Llama-3.2-1B")
+    headline = Headline(record, settings, Bench(record, settings, name))
     record.part("steps", headline.steps)
     record.part("logits", headline.same_function)
     record.part("aligned", headline.bench.aligned, 0.3)
@@ -38,8 +39,8 @@ def qwen3_8b(record: Record, settings: Settings) -> None:
 
 def whole(record: Record, settings: Settings, name: str) -> None:
     """In the order of what matters most, should the time not suffice."""
-    headline = Headline(record, settings, name)
-    bench = headline.bench
+    bench = Bench(record, settings, name)
+    headline = Headline(record, settings, bench)
     record.part("steps", headline.steps)
     record.part("plain tokens", bench.plain)
     for rate in (0.3, 0.1, 0.7):

@@ -20,7 +20,7 @@ STEP_LANES = (1, 16, 8, 4)
 def llama_8b(record: Record, settings: Settings) -> None:
     """On a card with less memory a 1B pair takes its place."""
     name = fitting(record, settings, "Llama-3.1-8B", "Llama-3.2-1B")
-    headline = Headline(record, settings, name)
+    headline = Headline(record, settings, Bench(record, settings, name))
     record.part("steps", headline.steps, least=4)
     record.part("aligned", headline.bench.aligned, 0.3, None, "aligned-0.3", least=6)
     record.part("logits", headline.same_function, least=3)
@@ -37,9 +37,8 @@ def llama_8b(record: Record, settings: Settings) -> None:
 class Headline:
     """The parts, over one Bench."""
 
-    def __init__(self, record: Record, settings: Settings, name: str):
-        self.bench = Bench(record, settings, name)
-        self.record, self.settings = record, settings
+    def __init__(self, record: Record, settings: Settings, bench: Bench):
+        self.record, self.settings, self.bench = record, settings, bench
 
     def steps(self) -> None:
         """A decode step at 1, 4, 8 and 16 lanes over a shared prefix, and its share of read bandwidth."""

@@ -43,12 +43,15 @@ def main() -> int:
     chosen = [stage for stage in STAGES if _wanted(stage, options, before)]
     with tempfile.TemporaryDirectory(prefix="stars-device-", ignore_cleanup_errors=True) as scratch:
         run = Run(options, Path(scratch), before)
+        stopped = False
         try:
             run.all(chosen)
+        except KeyboardInterrupt:  # SIGTERM too: what was found until now is worth its table
+            stopped = True
         finally:
             run.end()
     run.report.print()
-    return 0 if run.report.correct else 1
+    return 0 if run.report.correct and not stopped else 1
 
 
 class Running:

@@ -40,7 +40,7 @@ def main() -> int:
     facts = {}
     how = broken_for_a_test(options.name)
     if options.standby:
-        if how != "pass":  # whose stage is not run
+        if not how:
             for module in stage.imports.split(","):
                 with contextlib.suppress(ImportError):  # the stage says what it lacks
                     importlib.import_module(module)
