@@ -81,6 +81,48 @@ if FAKED:
         assert len(replayed) >= 3, rounds
         for found in replayed:
             assert found["replay"] and not found["synchronize"] and not found["blocking transfer"], found
+
+    def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
+        """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them
+        run to their end, on replays, and nothing that a card would complain of."""
+        import end_to_end
+        import serving
+        from bench import Bench
+        from headline import Headline
+        from record import Record, Settings
+
+        for library in prefill_attention.BACKENDS:
+            monkeypatch.setitem(prefill_attention.BACKENDS, library, lambda *given: None)
+        record = Record(tmp_path / "record.json", "headline-8b")
+        settings = Settings(facts={"read_gb_s": 3000.0, "copy_gb_s": 3000.0, "matmul_tflop_s": 800.0})
+        with fake_cuda.gpu():
+            bench = Bench(record, settings, "Llama-3.1-8B", layers=2, seed=None)
+            headline = Headline(record, settings, bench)
+            record.part("steps", headline.steps)
+            record.part("aligned", bench.aligned, 0.3, None, "aligned-0.3")
+            record.part("plain tokens", bench.plain)
+            record.part("reward passes", headline.reward_passes)
+            record.part("prefill", bench.prefill)
+            record.part("fewer rows", headline.fewer_rows)
+            record.part("memory", bench.memory, "at the end")
+            bench.tokens = 64
+            record.part("arrivals", serving.arrivals, record, bench)
+            record.part("together", end_to_end.together, record, bench)
+            record.part("lengths of graphs", end_to_end.graph_lengths, record, bench)
+            bench.engine.check_integrity()
+        assert record.finish(), record.content["notes"]
+        figures = {one["name"]: one for one in record.content["figures"]}
+        # An event's millisecond over a segment of 32 steps, beside the bytes of two layers and the head.
+        step = figures["8B: step, 1 lane over 1024 shared keys"]
+        assert step["value"] == 1 / 32 and step["detail"]["bytes"] == bench.step_bytes(1) > 2 * 436e6 + 1050e6
+        aims = [one["aim"] for one in record.content["figures"] if one["aim"]]
+        assert aims[:3] == ["step", "step-16", "aligned-0.3"] and {"rm-4k", "rm-16k", "together"} <= set(aims)
+        passes = [name for name in figures if name.startswith("8B: RM pass, 4 x 33 rows after 16352")]
+        assert passes == ["8B: RM pass, 4 x 33 rows after 16352", "8B: RM pass, 4 x 33 rows after 16352, over 1024"]
+        arrived = figures["8B: time to first segment at random arrivals, median"]
+        assert arrived["detail"]["requests"] == serving.PROMPTS
+        counted = [figures[name]["detail"]["events"] for name in figures if name.startswith("8B: rounds with")]
+        assert counted[0] > 0 and counted[1] > 0  # new lengths of prompts bring new shapes: that is what it looks for
 else:
 
     @needs_triton

@@ -1,0 +1,187 @@
+"""What `make device` reads from other tools, and what it makes of it: profiles, sanitizer reports, product tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+DEVICE = Path(__file__).resolve().parents[1] / "benchmarks" / "device"
+sys.path.insert(0, str(DEVICE))
+
+import ncu  # noqa: E402
+import record as records  # noqa: E402
+
+from stars.kernels.triton import product_table  # noqa: E402
+
+SETUP = f"import sys; sys.path.insert(0, {str(DEVICE)!r})\nimport importable; importable.install()\n"
+
+
+def python(code: str, cwd: Path, environment: dict[str, str] | None = None) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", SETUP + code], capture_output=True, text=True, timeout=300, cwd=cwd,
+                          env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()
+
+
+def test_the_sanitizer_stage_reads_what_the_tool_says(tmp_path):
+    """A stand-in for compute-sanitizer: a clean report over checks passes, an invalid access fails; a tool that refuses
+    the card, one that hangs, and none at all are only noted: they say nothing of the kernels."""
+    tool = tmp_path / "compute-sanitizer"
+    code = ("import os, sanitizer; from record import Record, Settings\n"
+            "sanitizer.PLACES = ()\nrecord = Record('record.json', 'sanitizer')\nos.environ['PATH'] = {path}\n"
+            "sanitizer.run(record, Settings())\n"
+            "print([check['passed'] for check in record.content['checks']], len(record.content['notes']))")
+    path = f"{str(tmp_path)!r} + ':/usr/bin:/bin'"
+    # The stage under the tool writes what it checked to the file behind --out.
+    wrote = 'for last; do :; done; echo \'{"checks": [1, 2]}\' > "$last"\n'
+    reports = ((f"{wrote}echo '===== ERROR SUMMARY: 0 errors'\n", "[True, True, True, True] 0"),
+               ("echo '===== Invalid __global__ read of size 2'\nexit 77\n", "[False, False, False, False] 0"),
+               ("echo 'Error: Device not supported'\nexit 1\n", "[] 4"),
+               ("echo '===== ERROR SUMMARY: 0 errors'\n", "[] 4"),  # nothing had run
+               (f"{wrote}exec sleep 60\n", "[] 4"))
+    for script, wanted in reports:
+        tool.write_text(f"#!/bin/sh\n{script}")
+        tool.chmod(0o755)
+        for file in tmp_path.glob("sanitized-*.json"):
+            file.unlink()
+        environment = os.environ | {"STARS_STAGE_DEADLINE": f"{time.monotonic() + 14}"}
+        assert python(code.format(path=path), tmp_path, environment)[-1] == wanted
+    tool.unlink()
+    assert python(code.format(path="'/nowhere'"), tmp_path)[-1] == "[] 1"
+
+
+NCU_CSV = '''==PROF== Connected to process 77
+==PROF== Profiling "gemv": 0%....100% - 3 passes
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"dram__bytes_read.sum","gpu__time_duration.sum","launch__grid_size",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
+"","","","","","","","","","","","byte","ns","","inst","inst"
+"0","77","python3","127.0.0.1","gemv(float)","1","7","(128,1,1)","(8,1,1)","0","9.0","234,881,024","90,112","1,024",\
+"11.5","2.25"
+"1","77","python3","127.0.0.1","swiglu_kernel","1","7","(128,1,1)","(8,1,1)","0","9.0","524288","2048","8","n/a","3.0"
+'''
+
+
+def test_what_ncu_prints_is_read(tmp_path, monkeypatch):
+    """Numbers with separators, units' line and prose left out, one that is no number; and no table at all."""
+    rows = ncu.parse(NCU_CSV)
+    assert rows == [
+        {"kernel": "gemv(float)", "us": 90.112, "bytes read": 234881024.0, "programs": 1024.0,
+         "stalls": {"long_scoreboard": 11.5, "wait": 2.25}},
+        {"kernel": "swiglu_kernel", "us": 2.048, "bytes read": 524288.0, "programs": 8.0, "stalls": {"wait": 3.0}}]
+    assert ncu.parse("==ERROR== no permission to use performance counters\n") == [] == ncu.parse("")
+    tool = tmp_path / "ncu"
+    monkeypatch.setattr(ncu, "PLACES", (str(tool),))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{NCU_CSV}END\n")
+    tool.chmod(0o755)
+    record = records.Record(tmp_path / "record.json", "ncu")
+    ncu.run(record, records.Settings(facts={"read_gb_s": 3000.0}))
+    figures = record.content["figures"]
+    assert [one["name"] for one in figures] == ["ncu: gemv(float), long_scoreboard 11.5, wait 2.2",
+                                                "ncu: swiglu_kernel, wait 3.0"]
+    assert figures[0]["value"] == pytest.approx(234881024 / 90.112e-6 / 1e9) and figures[0]["limit"] == 3000.0
+    for script, words in (("echo refused; exit 3", "ended with 3 and no table"), ("exec sleep 30", "did not end in")):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        monkeypatch.setenv("STARS_STAGE_DEADLINE", f"{time.monotonic() + 2}")
+        other = records.Record(tmp_path / "other.json", "ncu")
+        ncu.run(other, records.Settings())
+        assert words in other.content["notes"][0] and other.finish() and not other.content["figures"]
+    tool.unlink()
+    missing = records.Record(tmp_path / "missing.json", "ncu")
+    ncu.run(missing, records.Settings())
+    assert missing.content["notes"] == ["ncu was not found: left out"] and missing.finish()
+
+
+def test_a_step_is_taken_apart(tmp_path):
+    """Launches of three steps of two layers, behind a prompt's: sums by kernel, a library's named by its neighbours."""
+    code = """
+import json
+from step_table import Launch, table
+layer = [("rms_norm_kernel", 2), ("gemv<a>", 17), ("rope_write_kernel", 2), ("attention_kernel", 4), ("merge_kernel", 1),
+         ("gemv<a>", 11), ("rms_norm_kernel", 2), ("nvjet<b>", 80), ("swiglu_kernel", 3), ("gemv<c>", 40),
+         ("splitKreduce_kernel<d>", 1)]
+step = [("take_rows_kernel", 1), *layer, *layer, ("rms_norm_kernel", 2), ("gemv<e>", 350), ("scan_kernel", 5),
+        ("finish_kernel", 2)]
+prompt = [("take_rows_kernel", 9), ("rms_norm_kernel", 9), ("take_rows_kernel", 5)]
+launches, at = [], 0.0
+for name, us in [*prompt, *step, *step, *step, ("take_rows_kernel", 1)]:
+    launches.append(Launch(name, at, at + us))
+    at += us + 1
+print(json.dumps(table(launches, 2, {"gate_up": 235e6, "attention_kernel": 4e6})))
+print(table([], 2, {}))
+"""
+    first, empty = python(code, tmp_path)
+    rows = {row["kernel"]: row for row in json.loads(first)}
+    assert rows["gate_up (nvjet)"] == {"kernel": "gate_up (nvjet)", "launches": 2, "us_a_step": 160, "us": 80,
+                                       "bytes": 235e6, "gb_s": pytest.approx(2937.5)}
+    assert {name: rows[name]["us_a_step"] for name in ("qkv (gemv)", "o (gemv)", "down (gemv)", "head (gemv)")} == {
+        "qkv (gemv)": 34, "o (gemv)": 22, "down (gemv)": 80, "head (gemv)": 350}
+    assert rows["down (splitKreduce_kernel)"]["launches"] == 2 and rows["rms_norm_kernel"]["launches"] == 5
+    assert rows["all, from the first launch to the end of the last"]["us_a_step"] == 1 + 2 * 163 + 359 + 26
+    assert list(rows)[0].startswith("all") and empty == "[]"
+
+
+def test_a_measured_table_says_which_products_are_ours(tmp_path, monkeypatch):
+    """What the products' stage writes is what `linear` reads: by the next larger number of rows, None where cuBLAS won."""
+    monkeypatch.setattr(product_table, "TABLES", tmp_path / "none")
+    product_table._measured.cache_clear()
+    assert product_table.tile(1, 6144, 4096) is None  # and the card, which is not there, was not asked
+    best = {"name": "qkv", "out_features": 6144, "in_features": 4096}
+    entries = [best | {"rows": 16, "best": "ours", "tile": [16, 32, 256, 4, 4]},
+               best | {"rows": 1, "best": "cublas", "tile": [16, 16, 512, 4, 4]},
+               best | {"rows": 144, "best": "ours", "tile": [128, 64, 64, 4, 4]}]
+    (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text(json.dumps({"products": entries}))
+    monkeypatch.setattr(product_table, "TABLES", tmp_path)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    product_table._measured.cache_clear()
+    try:
+        small, tall = product_table.Tile(16, 32, 256, 4, 4), product_table.Tile(128, 64, 64, 4, 4)
+        assert [product_table.tile(rows, 6144, 4096) for rows in (1, 2, 16, 17, 132, 144, 145)] == [
+            None, small, small, tall, tall, tall, None]
+        assert product_table.tile(16, 4096, 4096) is None
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another card")
+        product_table._measured.cache_clear()
+        assert product_table.tile(16, 6144, 4096) is None
+    finally:
+        product_table._measured.cache_clear()
+
+
+def test_kernels_compiled_ahead_are_found_by_their_launch(tmp_path):
+    """The engine's kernels over fake tensors, a few of them compiled for sm_90 by workers; the launch of one on its own
+    then finds it in Triton's cache."""
+    code = """
+import os
+from compile_pool import Driver, Pointer, Pool, describe
+import torch
+from triton import knobs
+from triton.runtime import driver
+from stars.kernels.triton.swiglu import swiglu, swiglu_kernel
+pool = Pool(2, 90)
+driver.set_active(Driver(90))
+from triton.runtime.jit import JITFunction
+launch = JITFunction.run
+JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
+gate_up, out = torch.zeros(17, 2048, dtype=torch.bfloat16), torch.zeros(17, 1024, dtype=torch.bfloat16)
+with pool.recording():
+    swiglu(gate_up, out)
+    swiglu(gate_up[:1], out[:1])
+print({name: len(seconds) for name, seconds in pool.wait().items()}, len(pool.tasks))
+pool.close()
+hits = []
+knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+swiglu(gate_up, out)
+print(hits)
+"""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    compiled, hits = python(code, tmp_path, environment)
+    assert compiled == "{'swiglu_kernel': 1} 1" and hits == "[True]"
