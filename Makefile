@@ -2,7 +2,7 @@
 #   make demo    makes the environment, installs, and decodes on the shipped pair of models
 #   make test    the same set-up, then all tests
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
-#   make device  kernels and engine checked on the card, then timed; OPTIONS=--quick for two minutes
+#   make device  the engine on the card, checked and timed, in 300 seconds; OPTIONS=--quick for 120
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

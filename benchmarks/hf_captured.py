@@ -1,7 +1,7 @@
-"""transformers over static buffers, its passes captured by hand as CUDA graphs: the fastest that it runs without a compiler.
+"""transformers over static buffers, its passes captured by hand as CUDA graphs: as fast as it is without a compiler.
 
 Keys and values lie in buffers of the final size and are read whole, under a mask that is made from the length on the
-device, so that one graph serves every length. Without a GPU the same calls run as they are, which is how they are tested.
+device, so that one graph serves every length. Without a GPU the same calls run as they are, and so they are tested.
 """
 
 from __future__ import annotations

@@ -68,9 +68,9 @@ class HFStars:
     """The loop over one pair of transformers models.
 
     width: candidates drafted at once. rm_lanes: candidates the reward model reads at once. cache: transformers' own
-    DynamicCache, which copies the history at every step, or buffers of the final size, which are appended to in place, or
-    those read whole under a mask, in captured graphs: then the loop may be used again and again for prompts and responses
-    of one length, and captures once.
+    DynamicCache, which copies the history at every step, or buffers of the final size, which are appended to in place,
+    or those read whole under a mask, in captured graphs: then a loop may be used again and again for prompts and
+    responses of one length, and captures once.
     """
 
     def __init__(self, lm, rm, *, width: int = 8, rm_lanes: int = 2, cache: CacheKind = "preallocated",

@@ -107,9 +107,9 @@ def test_a_step_is_taken_apart(tmp_path):
     code = """
 import json
 from step_table import Launch, table
-layer = [("rms_norm_kernel", 2), ("gemv<a>", 17), ("rope_write_kernel", 2), ("attention_kernel", 4), ("merge_kernel", 1),
-         ("gemv<a>", 11), ("rms_norm_kernel", 2), ("nvjet<b>", 80), ("swiglu_kernel", 3), ("gemv<c>", 40),
-         ("splitKreduce_kernel<d>", 1)]
+layer = [("rms_norm_kernel", 2), ("gemv<a>", 17), ("rope_write_kernel", 2), ("attention_kernel", 4),
+         ("merge_kernel", 1), ("gemv<a>", 11), ("rms_norm_kernel", 2), ("nvjet<b>", 80), ("swiglu_kernel", 3),
+         ("gemv<c>", 40), ("splitKreduce_kernel<d>", 1)]
 step = [("take_rows_kernel", 1), *layer, *layer, ("rms_norm_kernel", 2), ("gemv<e>", 350), ("scan_kernel", 5),
         ("finish_kernel", 2)]
 prompt = [("take_rows_kernel", 9), ("rms_norm_kernel", 9), ("take_rows_kernel", 5)]
@@ -132,7 +132,7 @@ print(table([], 2, {}))
 
 
 def test_a_measured_table_says_which_products_are_ours(tmp_path, monkeypatch):
-    """What the products' stage writes is what `linear` reads: by the next larger number of rows, None where cuBLAS won."""
+    """What the products' stage writes is what `linear` reads: the next larger number of rows, None where cuBLAS won."""
     monkeypatch.setattr(product_table, "TABLES", tmp_path / "none")
     product_table._measured.cache_clear()
     assert product_table.tile(1, 6144, 4096) is None  # and the card, which is not there, was not asked

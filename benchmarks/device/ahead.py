@@ -1,9 +1,9 @@
 """Compiles what stages will launch before the card is asked for it, without a card: ahead.py [--only STAGES] [--cold]
 
 An engine runs over fake CUDA tensors (`fake_cuda`), with two layers instead of 32, which launch the same kernels; other
-stages run over CPU tensors of the real shapes. Nothing is launched: every specialisation asked for goes to workers, which
-compile it into Triton's cache. A kernel is counted for the first stage that needs it. With --cold the cache is a new
-one, and what is printed is how long a stage's kernels take to compile; on the card that is divided by its cores.
+stages run over CPU tensors of the real shapes. Nothing is launched: every specialisation asked for goes to workers,
+which compile it into Triton's cache. A kernel is counted for the first stage that needs it. With --cold the cache is a
+new one, and what is printed is how long a stage's kernels take to compile; on the card its cores share that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import importable
 
 importable.install()
 
-from compile_pool import SPARE_CORES, Driver, Pool, describe
+from compile_pool import SPARE_CORES, Driver, Pool, describe  # noqa: E402
 
 
 def main() -> int:

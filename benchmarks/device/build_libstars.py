@@ -1,4 +1,4 @@
-"""Builds the C++ library in the background, where a compiler is there: optional, the host's references serve as well."""
+"""Builds the C++ library in the background, where there is a compiler: the host's references serve as well."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Worker processes that compile Triton kernels into its cache, for a card that need not be there.
 
-Whatever is launched inside `Pool.recording` is described by Triton itself and sent to the workers, not launched. Whether
-the card's own launches find it depends on nothing but Triton's own key: a miss costs time and nothing else.
+Whatever is launched inside `Pool.recording` is described by Triton itself and sent to the workers, not launched.
+Whether the card's own launches find it depends on nothing but Triton's own key: a miss costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def describe(function, args: tuple, kwargs: dict) -> None:
             return value
         return Pointer(value.dtype, value.storage_offset() * value.element_size())
 
-    LAUNCH(function, *map(plain, args), grid=None, warmup=True, **{name: plain(value) for name, value in kwargs.items()})
+    named = {name: plain(value) for name, value in kwargs.items()}
+    LAUNCH(function, *map(plain, args), grid=None, warmup=True, **named)
 
 
 def compile_one(module: str, name: str, description: str, arch: int) -> float:

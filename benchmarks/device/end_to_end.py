@@ -1,4 +1,4 @@
-"""More of the engine at real sizes, asked for by name: other models, widths, batches, lengths of graphs, determinism."""
+"""More of the engine at real sizes, asked for by name: other models, widths, batches, graphs, determinism."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def graph_lengths(record: Record, bench: Bench) -> None:
 
 def deterministic(record: Record, bench: Bench) -> None:
     """What one fixed order of sums costs."""
-    before = {lanes: statistics.median(bench.step_seconds(lanes)) for lanes in ((1,) if bench.settings.dry else (1, 16))}
+    counts = (1,) if bench.settings.dry else (1, 16)
+    before = {lanes: statistics.median(bench.step_seconds(lanes)) for lanes in counts}
     bench.engine = None
     gc.collect()
     if not bench.settings.dry:

@@ -1,4 +1,4 @@
-"""The pair of the aims, 8B and 8B: the same function as transformers, a step, its kernels, aligned over plain tokens."""
+"""The pair of the aims, 8B and 8B: a step and its kernels, aligned over plain tokens, the logits of transformers."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def linear(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype
         same(record, f"linear_invariant {name}, a row alone", part[0], got[rows // 2])
 
 
-def rope_write(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, head_dim: int, norm: bool) -> None:
+def rope_write(record: Record, ops: SimpleNamespace, device: str, dtype: torch.dtype, head_dim: int,
+               norm: bool) -> None:
     name = f"rope_write {str(dtype)[6:]} {head_dim}{' norm' * norm}"
     rows, heads, kv_heads, positions = 19, 6, 2, 200
     draw = draw_from(device, head_dim)

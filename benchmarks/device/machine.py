@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
 import torch
 from importable import ROOT

@@ -1,4 +1,4 @@
-"""What limits the longest kernels of a step: Nsight Compute's bandwidth and stall reasons, the card's clocks left alone."""
+"""What limits the longest kernels of a step: Nsight Compute's stall reasons, the card's clocks left alone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def profile(record: Record, settings: Settings, tool: str) -> None:
 
 
 def parse(text: str) -> list[dict]:
-    """Rows of {kernel, us, bytes read, …, stalls} from what `ncu --csv --page raw` prints; none where it printed none."""
+    """Rows of {kernel, us, bytes read, …, stalls} from what `ncu --csv --page raw` prints; none without a table."""
     lines = text.splitlines()
     begin = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), None)
     if begin is None:

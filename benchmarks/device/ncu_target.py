@@ -11,11 +11,11 @@ import importable
 
 importable.install()
 
-import torch
-from models import config_of, random_decoder
+import torch  # noqa: E402
+from models import config_of, random_decoder  # noqa: E402
 
-import stars
-from stars.draft import LaneSpec
+import stars  # noqa: E402
+from stars.draft import LaneSpec  # noqa: E402
 
 CONTEXT, LANES = 1024, 8
 

@@ -1,5 +1,7 @@
-"""Parts of a stage in forked processes of their own: what breaks the device breaks it for one part, and they compile side
-by side. The stage's own process must not have touched the GPU before, and does not touch it."""
+"""Parts of a stage in forked processes: what breaks the device breaks it for one part, and they compile side by side.
+
+The stage's own process must not have touched the GPU before, and does not touch it.
+"""
 
 from __future__ import annotations
 

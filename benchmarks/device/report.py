@@ -139,7 +139,7 @@ class Report:
         for figure in others[: max(0, MOST_LINES - len(lines) - len(last))]:
             ratio = "" if figure["ratio"] is None else f"{figure['ratio']:.2f}"
             of = f"  of {figure['of']}" if figure["of"] and ratio else ""
-            lines.append(f"{figure['name'][:73]:<74}{number(figure['value']):>8} {figure['unit']:<8}{ratio:>6}{of}"[:140])
+            lines.append(f"{figure['name'][:73]:<74}{number(figure['value']):>8} {figure['unit']:<8}{ratio:>6}{of}")
         return lines[: MOST_LINES - len(last)] + last
 
     def print(self) -> None:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from importable import ROOT
 from record import OK, empty, kept
-from report import Report
+from report import FORMAT, Report
 from stages import LEAST_SECONDS, QUICK_SECONDS, STAGES, TOTAL_SECONDS, Stage, groups
 
 HERE = Path(__file__).resolve().parent
@@ -222,9 +222,11 @@ def _newest(folder: Path) -> dict:
         sys.exit(f"run.py: there is no device-*.json in {folder}: give the folder that an earlier run wrote to")
     try:
         found = json.loads(files[-1].read_text())
-        return found if isinstance(found["stages"], list) else sys.exit(f"run.py: {files[-1]} is no result of this runner")
+        if found["format"] == FORMAT and isinstance(found["stages"], list):
+            return found
     except (ValueError, KeyError, TypeError):
-        sys.exit(f"run.py: {files[-1]} is no result of this runner")
+        pass
+    sys.exit(f"run.py: {files[-1]} is no result of this runner: give the folder of another")
 
 
 def _parse() -> argparse.Namespace:

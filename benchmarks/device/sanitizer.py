@@ -27,7 +27,8 @@ def run(record: Record, settings: Settings) -> None:
         out = Path(f"sanitized-{name}.json").resolve()
         # Without the errors of API calls: libraries provoke some on purpose, to see what a driver can do.
         command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "77", "--print-limit",
-                   "5", "--target-processes", "all", sys.executable, str(HERE / "stage.py"), name, "--quick", "--out", str(out)]
+                   "5", "--target-processes", "all", sys.executable, str(HERE / "stage.py"), name, "--quick", "--out",
+                   str(out)]
         log = Path(f"sanitized-{name}.log").open("wb+")
         # Without torch's cache of blocks, every tensor is an allocation of its own whose end is watched.
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

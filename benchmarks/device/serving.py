@@ -1,4 +1,4 @@
-"""32 prompts that arrive at random: how long the first segment takes, and which rounds had work that was not captured."""
+"""32 prompts that arrive at random: the time to the first segment, and the rounds with work that was not captured."""
 
 from __future__ import annotations
 

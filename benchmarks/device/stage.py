@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--parts", help="JSON of what a run before found in this stage: its good parts are not repeated")
+    parser.add_argument("--parts", help="JSON of what a run before found in this stage: what is good is kept")
     parser.add_argument("--standby", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dry-run", action="store_true")

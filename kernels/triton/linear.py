@@ -66,8 +66,8 @@ def linear_kernel(x, weight, bias, out, rows, x_stride, out_stride, OUT_FEATURES
 
 
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """As `stars.kernels.linear`. A weight packed as deterministic, and tensors of different types, take the kernel; so do
-    shapes for which the card's table says that it is faster."""
+    """As `stars.kernels.linear`. The kernel takes weights packed as deterministic, tensors of different types, and what
+    the card's table says that it is faster at."""
     matrix, bias = weight.values, weight.bias
     same = x.dtype == matrix.dtype == out.dtype and (bias is None or bias.dtype == x.dtype)
     measured = product_table.tile(x.shape[0], *matrix.shape) if same and x.element_size() == 2 else None
