@@ -97,6 +97,17 @@ def test_a_stage_that_breaks_costs_that_stage_only(tmp_path):
         assert [one["name"] for one in by_name(found)[name]["figures"]] == ["of a stage that breaks"]
 
 
+def test_a_part_that_ends_its_process_costs_no_other(tmp_path):
+    """The stage is started again for what lies behind it, and does not pass for whole."""
+    code, output, found = run(tmp_path, "--only", "serving,micro", broken="serving=die,micro=pass")
+    stage = by_name(found)["serving"]
+    assert stage["parts"] == {"before it breaks": "ok", "dies": "failed", "behind it": "ok"}, output
+    assert [one["name"] for one in stage["figures"]] == ["of a stage that breaks", "of a part behind one that dies"]
+    assert stage["status"] == "failed" and stage["error"] == "failed: dies" and code == 0  # no stage of correctness
+    assert stage["notes"] == ["dies ended the process: the parts behind it ran in another"]
+    assert output.count("Fatal Python error: Aborted") <= 1 and "serving again, behind dies" in output
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_killed_keeps_what_it_had(tmp_path, how):
     """In every stage: all earlier ones are there, and what this one had found; and no process is left."""

@@ -128,16 +128,16 @@ class Bench:
 
     # -- one step, one pass -----------------------------------------------------------------------------------------
 
-    def step_seconds(self, lanes: int, repeats: int = 7, engine: stars.Engine | None = None) -> list[float]:
-        """Seconds of one step of a whole segment over a shared prefix, of each repeat."""
-        engine = engine or self.engine
+    def step_seconds(self, lanes: int, repeats: int = 7, steps: int = SEGMENT) -> list[float]:
+        """Seconds of one step of a segment of `steps` over a shared prefix, of each repeat."""
+        engine = self.engine
         cache, drafter = engine._cache, engine._round.drafter
         table = cache.open([], self.context + SEGMENT)
         slabs = [cache.take_slab() for _ in range(lanes)]
         try:
             engine._passes.prefill([(table, self.prompt(self.context), self.context)])
             params = stars.SamplingParams(temperature=0.8)
-            specs = [LaneSpec(table, 5, slab, SEGMENT, 1, index + 1, 0, params, ())
+            specs = [LaneSpec(table, 5, slab, steps, 1, index + 1, 0, params, ())
                      for index, slab in enumerate(slabs)]
             for _ in range(2):  # compiled at the first, captured at the second
                 drafter.draft(specs)
@@ -147,7 +147,7 @@ class Bench:
                     drafter.draft(specs)
             finally:
                 drafter._graphs = timed.graphs
-            return [seconds / SEGMENT for seconds in timed.seconds()]
+            return [seconds / steps for seconds in timed.seconds()]
         finally:
             for slab in slabs:
                 cache.return_slab(slab)

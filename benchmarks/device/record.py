@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -54,13 +55,14 @@ class Record:
         self.path = Path(path)
         self.with_aims = with_aims  # a dry run has figures, but none that could reach an aim
         self.begin = time.perf_counter()
-        self.content = empty(stage) if content is None else content
+        self.content = empty(stage) if content is None else content | {"status": RUNNING, "error": None}
         self.done: Collection[str] = frozenset(self.content["parts"])
         self.part_name = ""
         self.save()
 
     def part(self, name: str, function: Callable[..., object], *arguments: Any, least: float = 0.0) -> None:
-        """Runs one part of the stage. An exception costs that part and no other, unless it leaves the device unusable.
+        """Runs one part of the stage. An exception costs that part and no other, unless it leaves the device unusable:
+        then the part's name is noted as what has ended the process, and DeviceLost is raised.
 
         least: seconds it needs; with fewer left it is not begun.
         """
@@ -80,14 +82,17 @@ class Record:
             print("\n".join(lines), flush=True)
             self.content["parts"][name] = FAILED
             self.note(f"{name} failed: {' | '.join(line.strip() for line in lines[-6:])[-600:]}")
-            if _ends_the_process(error):
-                raise
         else:
             now = sum(not check["passed"] for check in self.content["checks"])
             self.content["parts"][name] = OK if now == failed else FAILED
         finally:
             self.part_name = ""
             self.save()
+        lost = device_lost()  # also by a kernel that was still running when the part had ended
+        if lost is not None:
+            self.content["parts"][name], self.content["ended_by"] = FAILED, name
+            self.note(f"{name} left the device unusable: {lost[:300]}")
+            raise DeviceLost(lost)
 
     def check(self, name: str, passed: bool, **detail: Any) -> bool:
         """A correctness check and the numbers behind it."""
@@ -99,13 +104,13 @@ class Record:
 
     @contextmanager
     def checking(self, name: str):
-        """An exception inside is a failed check of this name, and the stage goes on; a CUDA error ends it."""
+        """An exception inside is a failed check of this name, and the part goes on; a lost device ends it."""
         try:
             yield
         except Exception as error:
             lines = "".join(traceback.format_exception(error)).strip().splitlines()
             self.check(name, False, error=lines[-12:])
-            if _ends_the_process(error):
+            if device_lost() is not None:
                 raise
 
     def figure(self, name: str, value: float | None, unit: str, limit: float | None = None, of: str = "",
@@ -169,9 +174,20 @@ def seconds_left(before: float = 1.0) -> float:
     return 3600.0 if deadline is None else float(deadline) - before - time.monotonic()
 
 
-def _ends_the_process(error: Exception) -> bool:
-    """A CUDA error leaves the context unusable."""
-    return "CUDA error" in str(error) or "device-side assert" in str(error)
+class DeviceLost(RuntimeError):
+    """Nothing more can be run on the device by this process."""
+
+
+def device_lost() -> str | None:
+    """The error that the device answers every call with from now on, if there is one: an illegal access, say."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:  # of whatever class a version of torch gives it
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def number(value: float | None) -> str:

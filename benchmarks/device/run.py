@@ -27,12 +27,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from importable import ROOT
-from record import OK, empty, kept
+from record import FAILED, OK, RUNNING, empty
 from report import FORMAT, Report
 from stages import LEAST_SECONDS, QUICK_SECONDS, STAGES, TOTAL_SECONDS, Stage, groups
 
 HERE = Path(__file__).resolve().parent
 POLL_SECONDS = 0.1
+IMPORT_SECONDS = 60.0  # from a cold disk
+AGAIN_SECONDS, MOST_TIMES = 12.0, 3  # what is left for it to be worth starting a stage again; how often it is started
 SAVE_SECONDS = 0.5
 
 
@@ -58,20 +60,28 @@ class Running:
     """A stage's process: in standby first, then with the device."""
 
     def __init__(self, stage: Stage, options: argparse.Namespace, scratch: Path, environment: dict[str, str],
-                 before: dict | None):
-        self.stage = stage
+                 before: dict | None, times: int = 1):
+        self.stage, self.times = stage, times
         self.out, self.log = scratch / f"{stage.name}.json", scratch / f"{stage.name}.log"
+        self.ready = self.out.with_suffix(".ready")
+        self.ready.unlink(missing_ok=True)
         command = [sys.executable, str(HERE / "stage.py"), stage.name, "--standby", "--out", str(self.out)]
-        command += ["--quick"] * options.quick + ["--dry-run"] * options.dry_run
+        command += ["--quick"] * options.quick + ["--dry-run"] * options.dry_run + ["--again"] * (times > 1)
         if before is not None:
             parts = scratch / f"{stage.name}-before.json"
-            parts.write_text(json.dumps(kept(before)))
+            parts.write_text(json.dumps(before))
             command += ["--parts", str(parts)]
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, cwd=scratch, stdin=subprocess.PIPE, stdout=log,
                                             stderr=subprocess.STDOUT, start_new_session=True)
         self.deadline = 0.0
         self.timed_out = False
+
+    def await_imports(self) -> None:
+        """Until it has imported what is slow to import, or has ended; not for ever."""
+        until = time.monotonic() + IMPORT_SECONDS
+        while not self.ready.exists() and self.process.poll() is None and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
 
     def go(self, seconds: float, facts: dict) -> None:
         """The device is this stage's, for so long."""
@@ -139,6 +149,8 @@ class Run:
             self._help("build_libstars.py")
         while waiting:
             group, now = waiting.pop(0), standby
+            for one in now:
+                one.await_imports()
             left = self.total - (time.monotonic() - self.begin)
             if left < LEAST_SECONDS:
                 for stage in (stage for rest in [group, *waiting] for stage in rest):
@@ -166,6 +178,10 @@ class Run:
         while going:
             for one in [one for one in going if one.ended()]:
                 going.remove(one)
+                again = self._again(one)
+                if again is not None:
+                    going.append(again)
+                    continue
                 self.report.log(f"-- {one.stage.name}\n{one.output()}")
                 self.report.stage(one.found())
             if going:
@@ -176,6 +192,21 @@ class Run:
                     saved = time.monotonic()
                 time.sleep(POLL_SECONDS)
         self.report.save(time.monotonic() - self.begin)
+
+    def _again(self, ended: Running) -> Running | None:
+        """A stage that one of its parts has ended, for the parts behind that one, in what is left of its time."""
+        found, left = ended.found(), ended.deadline - time.monotonic()
+        culprits = [name for name, how in found["parts"].items() if how == RUNNING or name == found.get("ended_by")]
+        if ended.timed_out or not culprits or left < AGAIN_SECONDS or ended.times == MOST_TIMES:
+            return None
+        found["parts"] |= dict.fromkeys(culprits, FAILED)
+        found["notes"].append(f"{', '.join(culprits)} ended the process: the parts behind it ran in another")
+        print(f"{ended.stage.name} again, behind {', '.join(culprits)} ({left:.0f} s)", flush=True)
+        content = {name: value for name, value in found.items() if name not in ("correctness", "ended_by")}
+        again = Running(ended.stage, self.options, self.scratch, self.environment, content, ended.times + 1)
+        self.running.append(again)
+        again.go(left, self.report.facts())
+        return again
 
     def _help(self, script: str, *arguments: str) -> None:
         log = (self.scratch / f"{script}.log").open("wb")

@@ -1,7 +1,8 @@
 """One stage in a process of its own: stage.py NAME --out FILE [--standby] [--dry-run] [--quick] [--parts FILE].
 
-With --standby it imports what is slow to import and then waits for one line on its standard input, the JSON of
-{"deadline": of time.monotonic(), "facts": {…}}: so the imports of a stage fall into the time of the one before it.
+With --standby it imports what is slow to import, says so by an empty file FILE with the suffix .ready, and then waits
+for one line on its standard input, the JSON of {"deadline": of time.monotonic(), "facts": {…}}: so the imports of a
+stage fall into the time of the one before it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import importable
-from record import Record, Settings
+from record import Record, Settings, kept
 from stages import STAGES
 
 
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("name")
     parser.add_argument("--out", required=True)
     parser.add_argument("--parts", help="JSON of what a run before found in this stage: what is good is kept")
+    parser.add_argument("--again", action="store_true", help="the parts that were not well are not repeated either")
     parser.add_argument("--standby", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
@@ -44,18 +46,21 @@ def main() -> int:
             for module in stage.imports.split(","):
                 with contextlib.suppress(ImportError):  # the stage says what it lacks
                     importlib.import_module(module)
+        Path(options.out).with_suffix(".ready").touch()
         line = sys.stdin.readline()
         if not line:  # the runner is gone, or the time is up
             return 1
         given = json.loads(line)
         os.environ["STARS_STAGE_DEADLINE"], facts = str(given["deadline"]), given["facts"]
     before = json.loads(Path(options.parts).read_text()) if options.parts else None
+    if before is not None and not options.again:
+        before = kept(before)
     record = Record(options.out, options.name, with_aims=not options.dry_run, content=before)
     settings = Settings(options.dry_run, options.quick or options.dry_run, facts)
     try:
         if how:
             record.part("before it breaks", lambda: record.figure("of a stage that breaks", 1.0, "s"))
-            break_for_a_test(how)
+            break_for_a_test(how, record)
         else:
             run(stage.module, record, settings)
     except BaseException as error:
@@ -89,8 +94,11 @@ def broken_for_a_test(name: str) -> str:
     return entries.get(name, "")
 
 
-def break_for_a_test(how: str) -> None:
-    """pass does nothing at all, in no time."""
+def break_for_a_test(how: str, record: Record) -> None:
+    """pass does nothing at all, in no time; die is one part that takes the process with it."""
+    if how == "die":
+        record.part("dies", os.abort)
+        record.part("behind it", lambda: record.figure("of a part behind one that dies", 1.0, "s"))
     if how == "raise":
         raise RuntimeError("broken on purpose")
     if how == "hang":

@@ -34,8 +34,8 @@ STAGES = (
     Stage("kernels-sampler", "kernel_sampler", 50, "kernels", True),
     Stage("engine", "engine_checks", 50, "kernels", True),
     Stage("products", "tune_products", 30),
-    Stage("micro", "micro", 16),
-    Stage("ncu", "ncu", 14, dry=False),
+    Stage("micro", "micro", 15),
+    Stage("ncu", "ncu", 15, dry=False),
     Stage("serving", "serving:llama_8b", 25),
     # Asked for by name.
     Stage("end-to-end-1b", "end_to_end:llama_1b", 80, always=False),

@@ -6,12 +6,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
 ROTATED_BYTES = 256 << 20
 """What the rotated buffers hold together: five times the second-level cache of an H100 or H200 (50 MB)."""
 MOST_SETS = 64
+
+
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures, as libraries keep a workspace for every stream."""
+    return torch.cuda.Stream()
 
 
 _rehearsing = False
@@ -58,13 +65,15 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: 
     torch.cuda.synchronize()
     rounds = max(1, -(-least // len(calls)))
     # Not by torch.cuda.graph, which collects garbage and gives memory back: hundreds of figures are captured.
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(_capture_stream()):
         graph.capture_begin()
-        for _ in range(rounds):
-            for call in calls:
-                call()
-        graph.capture_end()
+        try:
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        finally:
+            graph.capture_end()
     torch.cuda.synchronize()
     times = [_between(graph.replay) for _ in range(repeats)]
     return statistics.median(times) / (rounds * len(calls))
