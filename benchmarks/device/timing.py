@@ -67,7 +67,7 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: 
     # Not by torch.cuda.graph, which collects garbage and gives memory back: hundreds of figures are captured.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(_capture_stream()):
-        graph.capture_begin()
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
             for _ in range(rounds):
                 for call in calls:
