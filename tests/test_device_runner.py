@@ -282,6 +282,24 @@ def test_rows_and_bounds():
     assert "| figure 90 | <= 1.08 | 1.06 | 1 (1 ms) | met |" in block
 
 
+def test_without_transformers_there_is_a_note(tmp_path):
+    """What does not need it runs."""
+    stub = tmp_path / "stub" / "transformers"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("raise ImportError('not here')\n")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(stub.parent)
+    try:
+        code, output, found = run(tmp_path, "--only", "headline-8b,beside-8b")
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    assert code == 0, output
+    headline, beside = found["stages"]
+    assert headline["notes"] == ["transformers is not installed: logits were compared with nothing"]
+    assert beside["notes"] == ["transformers is not installed: nothing to stand beside"] and not beside["figures"]
+    assert len(headline["figures"]) >= 15 and headline["status"] == beside["status"] == "ok"
+
+
 def test_no_gpu_is_one_line(tmp_path):
     """Nothing runs, nothing is left behind, and the exit status says so."""
     done = subprocess.run([sys.executable, str(DEVICE / "run.py"), "--out", str(tmp_path)], capture_output=True,

@@ -3,7 +3,6 @@ looped over its caches in both ways. Prompts' passes, compiles and captures are 
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import torch
@@ -11,6 +10,7 @@ from bench import SEGMENT, Bench, Plain, attempts, fitting, median, typical_seed
 from headline import same_function
 from models import hf_over
 from record import Record, Settings, seconds_left
+from timing import Seconds
 
 import stars
 from stars.kernels.philox import accept_uniform
@@ -85,10 +85,11 @@ class Pair:
         return self._ours[width]
 
     def compare(self, what: str, width: int | None | str, theirs: float, aim: str = "", **detail) -> None:
-        """Tokens a second of ours over theirs, both over equally many tokens."""
+        """Tokens a second of ours over theirs, both over equally many tokens; the spread is of theirs."""
         tokens, ours = self.bench.tokens, self.ours(width)
         self.record.figure(f"{self.bench.name}: {what}", tokens / ours, "token/s", tokens / theirs, "transformers", aim,
-                           higher_is_better=True, **detail)
+                           higher_is_better=True, spread=[tokens / one for one in reversed(getattr(
+                               theirs, "spread", (theirs, theirs)))], **detail)
 
     def captured_generate(self) -> None:
         """A static cache and a step captured in a CUDA graph: forward, head and draw."""
@@ -118,7 +119,7 @@ class Pair:
         """transformers' own generate, from the plain distribution (its default of top-k 50 is switched off)."""
         tokens = self.bench.tokens
         self.generate(2)
-        seconds = self._repeat(lambda: self._timed(tokens) - self._timed(1), repeats=2) * tokens / (tokens - 1)
+        seconds = self._repeat(lambda: (self._timed(tokens) - self._timed(1)) * tokens / (tokens - 1), repeats=2)
         self.compare("plain over generate, eager", "plain", seconds)
         self.compare(f"aligned, accept {RATE}, over generate's unaligned, eager", None, seconds, "over-eager")
 
@@ -190,7 +191,7 @@ class Pair:
         self.bench.sync()
         return time.perf_counter() - begin
 
-    def _repeat(self, run, repeats: int = 3, warmups: int = 0) -> float:
+    def _repeat(self, run, repeats: int = 3, warmups: int = 0) -> Seconds:
         for _ in range(0 if self.settings.dry else warmups):
             run()
-        return statistics.median(run() for _ in range(1 if self.settings.dry else repeats))
+        return Seconds.of([run() for _ in range(1 if self.settings.dry else repeats)])

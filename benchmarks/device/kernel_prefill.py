@@ -95,4 +95,5 @@ def times(record: Record, settings: Settings, ops: SimpleNamespace, heads: int, 
         for name, call in ({"triton": ours} | {name: through(name) for name in backends}).items():
             seconds = median_seconds(call, settings.device, 5, 2)
             record.figure(f"attention of {rows} prompt rows after {prefix}, {name}", 1e6 * seconds, "us",
-                          flops / peak / 1e6 if peak else None, "measured bf16 product", flops=flops)
+                          flops / peak / 1e6 if peak else None, "measured bf16 product", flops=flops,
+                          spread=[1e6 * one for one in seconds.spread])

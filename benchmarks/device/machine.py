@@ -51,7 +51,8 @@ def _copy(record: Record, settings: Settings) -> None:
         target = torch.empty_like(source)
         seconds = seconds_a_call([lambda source=source, target=target: target.copy_(source)], settings.device, least=4)
         best = max(best, 2 * size / seconds / 1e9)
-        record.figure(f"copy of {size >> 20} MiB, read and written", 2 * size / seconds / 1e9, "GB/s", bytes=2 * size)
+        record.figure(f"copy of {size >> 20} MiB, read and written", 2 * size / seconds / 1e9, "GB/s", bytes=2 * size,
+                      spread=[2 * size / one / 1e9 for one in reversed(seconds.spread)])
     record.fact("copy_gb_s", best)
 
 

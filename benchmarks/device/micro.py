@@ -16,7 +16,7 @@ from kernel_sampler import lane_state
 from launchers import launchers
 from record import Record, Settings
 from rehearse import compile_first
-from timing import seconds_a_call, sets
+from timing import Seconds, seconds_a_call, sets
 
 from stars.kernels.triton import tiles as tiling
 from stars.kernels.types import Batch, DecideState, Draft, Followers, LayerKV
@@ -51,7 +51,12 @@ def _time(record: Record, settings: Settings, name: str, make: Callable[[int], C
     bandwidth, kind = (settings.copy_bandwidth, "copy") if writes else (settings.bandwidth, "read")
     record.figure(name, 1e6 * seconds, "us", None if bandwidth is None else 1e6 * moved / bandwidth,
                   f"its bytes at {kind} bandwidth", aim, bytes=moved, gb_s=moved / seconds / 1e9,
-                  beyond_l2=count * moved > L2_BYTES, sets=count, **detail)
+                  beyond_l2=count * moved > L2_BYTES, sets=count, spread=_us(seconds), **detail)
+
+
+def _us(seconds: Seconds) -> list[float]:
+    """The spread in microseconds."""
+    return [1e6 * one for one in seconds.spread]
 
 
 def attention(record: Record, settings: Settings, ops, shape: Shape) -> None:
@@ -148,7 +153,7 @@ def verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
     seconds = seconds_a_call([lambda pair=pair: ops.score_and_decide(*pair, weight, 1e-6, head, state)
                               for pair in pairs], device)
     record.figure(f"score_and_decide, {lanes} lanes of {shape.hidden}", 1e6 * seconds, "us", 10.0, "10 us", "score",
-                  bytes=size)
+                  bytes=size, spread=_us(seconds))
 
 
 def follow(record: Record, settings: Settings, ops, shape: Shape) -> None:
@@ -162,7 +167,8 @@ def follow(record: Record, settings: Settings, ops, shape: Shape) -> None:
     followers = Followers(torch.arange(lanes, dtype=torch.int32, device=device), starts, ints(lanes, 1),
                           ints(lanes * (tokens + 2)), ints(lanes), ints(lanes))
     seconds = seconds_a_call([lambda: ops.append_draft(draft, followers, shape.vocab)], device)
-    record.figure(f"append_draft, {lanes} segments of {tokens}", 1e6 * seconds, "us")
+    record.figure(f"append_draft, {lanes} segments of {tokens}", 1e6 * seconds, "us",
+                  spread=_us(seconds))
 
 
 def commit(record: Record, settings: Settings, ops, shape: Shape) -> None:
@@ -179,7 +185,7 @@ def commit(record: Record, settings: Settings, ops, shape: Shape) -> None:
 
     seconds = seconds_a_call([make(index) for index in range(2 if settings.dry else 16)], settings.device)
     record.figure(f"commit of {tokens} tokens, {shape.layers} layers", 1e6 * seconds, "us", 10.0, "10 us", "commit",
-                  bytes=moved, gb_s=moved / seconds / 1e9)
+                  bytes=moved, spread=_us(seconds), gb_s=moved / seconds / 1e9)
 
 
 def row_kernels(record: Record, settings: Settings, ops, shape: Shape) -> None:

@@ -45,7 +45,19 @@ def sets(bytes_a_set: float, dry: bool) -> int:
     return 2 if dry or _rehearsing else int(min(MOST_SETS, max(2, ROTATED_BYTES // max(1, bytes_a_set))))
 
 
-def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: int = 7, least: int = 20) -> float:
+class Seconds(float):
+    """The median of some repeats, and their smallest and largest."""
+
+    spread: tuple[float, float]
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Seconds:
+        made = cls(statistics.median(times))
+        made.spread = (min(times), max(times))
+        return made
+
+
+def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: int = 7, least: int = 20) -> Seconds:
     """Median seconds of one of `calls`, which do the same work on different buffers.
 
     On a GPU every call runs once (which compiles), then all of them are captured in one graph, at least `least`
@@ -56,10 +68,10 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: 
         begin = time.perf_counter()
         for call in calls:
             call()
-        return (time.perf_counter() - begin) / len(calls)
+        return Seconds.of([(time.perf_counter() - begin) / len(calls)])
     if rehearsing():
         calls[0]()
-        return 1.0
+        return Seconds.of([1.0])
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -76,7 +88,7 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: 
             graph.capture_end()
     torch.cuda.synchronize()
     times = [_between(graph.replay) for _ in range(repeats)]
-    return statistics.median(times) / (rounds * len(calls))
+    return Seconds.of([seconds / (rounds * len(calls)) for seconds in times])
 
 
 def seconds_each(call: Callable[[], object], device: str, repeats: int = 5, warmups: int = 1) -> list[float]:
@@ -94,9 +106,9 @@ def seconds_each(call: Callable[[], object], device: str, repeats: int = 5, warm
     return times
 
 
-def median_seconds(call: Callable[[], object], device: str, repeats: int = 5, warmups: int = 1) -> float:
+def median_seconds(call: Callable[[], object], device: str, repeats: int = 5, warmups: int = 1) -> Seconds:
     """The median of `seconds_each`."""
-    return statistics.median(seconds_each(call, device, repeats, warmups))
+    return Seconds.of(seconds_each(call, device, repeats, warmups))
 
 
 def _between(call: Callable[[], object]) -> float:

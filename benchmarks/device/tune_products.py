@@ -14,7 +14,7 @@ from compare import within
 from launchers import launchers
 from record import Record, Settings
 from rehearse import compile_first
-from timing import ROTATED_BYTES, rehearsing, seconds_a_call, sets
+from timing import ROTATED_BYTES, Seconds, rehearsing, seconds_a_call, sets
 
 from stars.kernels.linear import Weight
 from stars.kernels.triton.product_table import Tile, slug
@@ -79,14 +79,14 @@ def _measure(record: Record, settings: Settings, rows: int, product: Product, st
     x = torch.randn(rows, in_features, device=settings.device).bfloat16()
     out = torch.empty(rows, out_features, device=settings.device, dtype=torch.bfloat16)
 
-    def timed(one: Callable[[Weight], object]) -> float:
+    def timed(one: Callable[[Weight], object]) -> Seconds:
         return seconds_a_call([lambda weight=weight: one(weight) for weight in weights], settings.device, repeats=5,
                               least=6)
 
     def library(weight: Weight) -> None:
         torch.mm(x, weight.values.t(), out=out)
 
-    found: dict[str, float | None] = {}
+    found: dict[str, Seconds | None] = {}
     for kind in ("cublas", "cublaslt"):
         if settings.dry:
             found[kind] = timed(library)
@@ -119,6 +119,7 @@ def _measure(record: Record, settings: Settings, rows: int, product: Product, st
     limit = None if settings.bandwidth is None else 2 * size / settings.bandwidth
     record.figure(f"product {name}, {rows} rows, {fastest}", 1e6 * found[fastest], "us",
                   None if limit is None else 1e6 * limit, "its weights at read bandwidth", tile=best_tile,
+                  spread=[1e6 * one for one in found[fastest].spread],
                   **{kind: None if seconds is None else 1e6 * seconds for kind, seconds in found.items()})
     return {"name": name, "rows": rows, "out_features": out_features, "in_features": in_features, "best": fastest,
             "tile": best_tile, "us": {kind: None if seconds is None else round(1e6 * seconds, 2)
