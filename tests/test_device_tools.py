@@ -65,6 +65,7 @@ NCU_CSV = '''==PROF== Connected to process 77
 "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
 "","","","","","","","","","","","byte","ns","","inst","inst"
+"9","77","python3","127.0.0.1","rms_norm_kernel","1","7","(128,1,1)","(8,1,1)","0","9.0","65536","1500","8","1.0","1.0"
 "0","77","python3","127.0.0.1","gemv(float)","1","7","(128,1,1)","(8,1,1)","0","9.0","234,881,024","90,112","1,024",\
 "11.5","2.25"
 "1","77","python3","127.0.0.1","swiglu_kernel","1","7","(128,1,1)","(8,1,1)","0","9.0","524288","2048","8","n/a","3.0"
@@ -74,7 +75,7 @@ NCU_CSV = '''==PROF== Connected to process 77
 def test_what_ncu_prints_is_read(tmp_path, monkeypatch):
     """Numbers with separators, units' line and prose left out, one that is no number; and no table at all."""
     rows = ncu.parse(NCU_CSV)
-    assert rows == [
+    assert rows.pop(0)["kernel"] == "rms_norm_kernel" and rows == [
         {"kernel": "gemv(float)", "us": 90.112, "bytes read": 234881024.0, "programs": 1024.0,
          "stalls": {"long_scoreboard": 11.5, "wait": 2.25}},
         {"kernel": "swiglu_kernel", "us": 2.048, "bytes read": 524288.0, "programs": 8.0, "stalls": {"wait": 3.0}}]
@@ -85,10 +86,12 @@ def test_what_ncu_prints_is_read(tmp_path, monkeypatch):
     tool.write_text(f"#!/bin/sh\ncat <<'END'\n{NCU_CSV}END\n")
     tool.chmod(0o755)
     record = records.Record(tmp_path / "record.json", "ncu")
-    ncu.run(record, records.Settings(facts={"read_gb_s": 3000.0}))
+    facts = {"read_gb_s": 3000.0, "longest kernels": ["gate_up", "swiglu_kernel", "down"]}
+    ncu.run(record, records.Settings(facts=facts))
     figures = record.content["figures"]
-    assert [one["name"] for one in figures] == ["ncu: gemv(float), long_scoreboard 11.5, wait 2.2",
+    assert [one["name"] for one in figures] == ["ncu: gate_up, long_scoreboard 11.5, wait 2.2",
                                                 "ncu: swiglu_kernel, wait 3.0"]
+    assert record.content["notes"] == ["ncu has seen no down"]
     assert figures[0]["value"] == pytest.approx(234881024 / 90.112e-6 / 1e9) and figures[0]["limit"] == 3000.0
     for script, words in (("echo refused; exit 3", "ended with 3 and no table"), ("exec sleep 30", "did not end in")):
         tool.write_text(f"#!/bin/sh\n{script}\n")
@@ -96,6 +99,7 @@ def test_what_ncu_prints_is_read(tmp_path, monkeypatch):
         other = records.Record(tmp_path / "other.json", "ncu")
         ncu.run(other, records.Settings())
         assert words in other.content["notes"][0] and other.finish() and not other.content["figures"]
+        assert records.complete(other.content) == ("no table" in words)  # what found no time is to be repeated
     tool.unlink()
     missing = records.Record(tmp_path / "missing.json", "ncu")
     ncu.run(missing, records.Settings())

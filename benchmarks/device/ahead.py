@@ -25,7 +25,8 @@ import importable
 
 importable.install()
 
-from compile_pool import SPARE_CORES, Driver, Pool, describe  # noqa: E402
+from compile_pool import Driver, Pool, describe, usual_workers  # noqa: E402
+from stage import die_with_the_runner  # noqa: E402
 
 
 def main() -> int:
@@ -33,9 +34,10 @@ def main() -> int:
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(STAGES), help=", ".join(STAGES))
     parser.add_argument("--cold", action="store_true", help="into a cache of its own, which is thrown away")
     parser.add_argument("--arch", type=int, default=90, help="compute capability of the card: 90 is an H100 or H200")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - SPARE_CORES))
+    parser.add_argument("--workers", type=int, default=usual_workers())
     parser.add_argument("--out", help="JSON file")
     options = parser.parse_args()
+    die_with_the_runner()
     import torch  # before anything is forked, so that it is imported once
     import triton
 
@@ -65,6 +67,7 @@ def _apart(name: str, options: argparse.Namespace) -> dict:
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
+        die_with_the_runner()
         os.close(reading)
         code = 1
         try:
@@ -176,6 +179,39 @@ def _headline() -> None:
     rehearse("Llama-3.1-8B")
 
 
+def _engines() -> None:
+    """The small ones that are held against the CPU's."""
+    import engine_checks
+    import fake_cuda
+    import torch
+
+    from stars import engine, reward
+
+    for module in (engine, reward.causal):  # no bits to compare
+        module.check_row_invariance = lambda decoder: None
+    with fake_cuda.gpu():
+        for shape in ("toy", "toy-qwen3"):
+            for dtype in (torch.float32, torch.bfloat16):
+                for deterministic in (False, True):
+                    one = engine_checks.engine("cuda", shape, dtype, deterministic)
+                    for width in (1, 3, 8):
+                        for prompts in ([prompt] for prompt in engine_checks.PROMPTS):
+                            engine_checks.complete(one, prompts, width)
+                    engine_checks.complete(one, engine_checks.PROMPTS)
+
+
+def _reader() -> None:
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
+    import reader
+
+    words = torch.zeros(1 << 16, dtype=torch.int32)
+    for choice in reader.CHOICES:
+        reader.read(words, words, choice)
+
+
 STAGES: dict[str, Callable[[], None]] = {
     "headline-8b": _engine_of(_headline),
     "first-kernels": _on_cpu("first_light", "kernels"),
@@ -186,8 +222,11 @@ STAGES: dict[str, Callable[[], None]] = {
     "kernels-attention": _on_cpu("kernel_attention"),
     "kernels-attention-more": _on_cpu("kernel_attention", "more"),
     "kernels-sampler": _on_cpu("kernel_sampler"),
+    "engine": _engine_of(_engines),
+    "machine": _reader,
 }
-"""What each launches. Those of correctness compile in processes of their own on the card as well."""
+"""What each launches. Those of correctness compile in processes of their own on the card as well; `beside-8b`,
+`serving` and `ncu` launch the headline's, `first-engine` some of `engine`'s, `kernels-prefill` none of ours."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -53,8 +53,8 @@ def compiled_1b(record: Record, settings: Settings) -> None:
 def _transformers(record: Record):
     try:
         import transformers
-    except ImportError:
-        record.note("transformers is not installed: nothing to stand beside")
+    except Exception as error:
+        record.note(f"transformers cannot be imported ({error}): nothing to stand beside")
         return None
     transformers.logging.set_verbosity_error()
     return transformers
@@ -87,7 +87,8 @@ class Pair:
     def compare(self, what: str, width: int | None | str, theirs: float, aim: str = "", **detail) -> None:
         """Tokens a second of ours over theirs, both over equally many tokens; the spread is of theirs."""
         tokens, ours = self.bench.tokens, self.ours(width)
-        self.record.figure(f"{self.bench.name}: {what}", tokens / ours, "token/s", tokens / theirs, "transformers", aim,
+        self.record.figure(f"{self.bench.name}: {what}", tokens / ours, "token/s", tokens / theirs, "transformers",
+                           self.bench.aim(aim),
                            higher_is_better=True, spread=[tokens / one for one in reversed(getattr(
                                theirs, "spread", (theirs, theirs)))], **detail)
 
@@ -135,7 +136,7 @@ class Pair:
         def uniform(segment: int, attempt: int) -> float:
             return accept_uniform(self.params.seed, attempt, segment, 0)
 
-        if width > 1 and cache != "captured" and not self.settings.dry:  # a short one, so that libraries are loaded
+        if cache != "captured" and not self.settings.dry:  # a short one, so that libraries are loaded
             self._warm(loop, width)
         rounds = sum(-(-count // width) for count in attempts(self.params.seed, RATE, self.bench.tokens // SEGMENT))
         seconds = self._repeat(run, repeats=2 if cache == "captured" else 1, warmups=2 if cache == "captured" else 0)

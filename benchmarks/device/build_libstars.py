@@ -12,11 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from importable import ROOT
+from stage import die_with_the_runner
 
 LIBRARY = ROOT / "bindings" / "lib" / "libstars.so"
 
 
 def main() -> int:
+    die_with_the_runner()
     missing = [tool for tool in ("cmake", "g++") if shutil.which(tool) is None]
     if LIBRARY.exists() or missing:
         print(f"nothing to build: {'it is there' if LIBRARY.exists() else ', '.join(missing) + ' not found'}")

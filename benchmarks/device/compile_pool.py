@@ -10,13 +10,20 @@ import importlib
 import os
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 
+from stage import die_with_the_runner
 from triton.runtime.jit import JITFunction
 
 LAUNCH = JITFunction.run  # Triton's own, before anything pretends
 SPARE_CORES = 3  # for the stages that run meanwhile
+
+
+def usual_workers() -> int:
+    """All cores that are this process's, but a few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return max(1, min(16, cores) - SPARE_CORES)
 
 
 class Driver:
@@ -51,10 +58,10 @@ class Pool:
     """Worker processes that compile what they are told of. To be made before the GPU is touched: they are forked."""
 
     def __init__(self, workers: int | None = None, arch: int = 90):
-        self.workers = workers or max(1, (os.cpu_count() or 2) - SPARE_CORES)
+        self.workers = workers or usual_workers()
         self.arch = arch
         self.tasks: dict[tuple[str, str, str], Future] = {}
-        self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("fork"))
+        self._pool = ProcessPoolExecutor(self.workers, get_context("fork"), die_with_the_runner)
         self._pool.submit(os.getpid).result()  # all of them are there now
 
     @contextmanager
@@ -106,5 +113,9 @@ def compile_one(module: str, name: str, description: str, arch: int) -> float:
 
     driver.set_active(Driver(arch))
     begin = time.perf_counter()
-    getattr(importlib.import_module(module), name).preload(description)
+    compiled = getattr(importlib.import_module(module), name).preload(description)
+    with suppress(Exception):  # what launches it is C, and compiled as well; where there is no driver it does not load
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(compiled.src, compiled.metadata)
     return time.perf_counter() - begin

@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from record import Record, Settings, seconds_left
+from record import OutOfTime, Record, Settings, seconds_left
+from step_table import labels, short
 
-PLACES = ("/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute/2025.3.1/ncu")
+PLACES = ("/usr/local/cuda/bin/ncu", *map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"), reverse=True)))
 FALLBACK = ["gate_up", "down", "qkv"]
 METRICS = {
     "gpu__time_duration.sum": "us", "dram__bytes_read.sum": "bytes read",
@@ -43,26 +44,25 @@ def profile(record: Record, settings: Settings, tool: str) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, seconds_left()))
     except subprocess.TimeoutExpired as error:
-        record.note(f"ncu did not end in time: {_tail(error.stdout)} {_tail(error.stderr)}")
-        return
+        raise OutOfTime(f"ncu did not end in time: {_tail(error.stdout)} {_tail(error.stderr)}") from None
     rows = parse(done.stdout)
     if not rows:
         record.note(f"ncu ended with {done.returncode} and no table: {_tail(done.stdout)} {_tail(done.stderr)}")
         return
     record.fact("ncu", rows)
-    wanted = settings.facts.get("longest kernels") or FALLBACK
-    record.fact("ncu: longest kernels", wanted)
-    # The longest ones of the profiled step are the same as those of the headline's table; each once.
-    seen: set[str] = set()
-    for row in sorted(rows, key=lambda row: -row.get("us", 0.0)):
-        if row["kernel"] in seen or len(seen) == 3:
+    # Those of the headline's table of a step at 8 lanes: two layers and one head say nothing of their shares.
+    named = [short(label) for label in labels([row["kernel"] for row in rows])]
+    for wanted in settings.facts.get("longest kernels") or FALLBACK:
+        of_it = [row for row, name in zip(rows, named, strict=True) if name == wanted]
+        if not of_it:
+            record.note(f"ncu has seen no {wanted}")
             continue
-        seen.add(row["kernel"])
+        row = max(of_it, key=lambda row: row.get("us", 0.0))
         worst = sorted(row["stalls"].items(), key=lambda entry: -entry[1])[:3]
         peak = row.get("bytes read", 0.0) / row["us"] / 1e3 if row.get("us") else None
-        record.figure(f"ncu: {row['kernel'][:44]}, {', '.join(f'{name} {share:.1f}' for name, share in worst)}"[:110],
-                      peak, "GB/s", None if settings.bandwidth is None else settings.bandwidth / 1e9, "read bandwidth",
-                      higher_is_better=True, **{name: value for name, value in row.items() if name != "kernel"})
+        record.figure(f"ncu: {wanted}, {', '.join(f'{name} {share:.1f}' for name, share in worst)}", peak, "GB/s",
+                      None if settings.bandwidth is None else settings.bandwidth / 1e9, "read bandwidth",
+                      higher_is_better=True, **row)
 
 
 def parse(text: str) -> list[dict]:

@@ -73,10 +73,14 @@ class Record:
             self.note(f"no time was left for {name}")
             return
         self.content["parts"][name], self.part_name = RUNNING, name
+        self.content["part_began"] = time.monotonic()
         self.save()
         failed = sum(not check["passed"] for check in self.content["checks"])
         try:
             function(*arguments)
+        except OutOfTime as error:
+            self.content["parts"][name] = NO_TIME
+            self.note(str(error))
         except Exception as error:
             lines = "".join(traceback.format_exception(error)).strip().splitlines()
             print("\n".join(lines), flush=True)
@@ -159,6 +163,11 @@ class Record:
         os.replace(beside, self.path)
 
 
+def complete(content: dict[str, Any]) -> bool:
+    """Whether a stage has nothing left to repeat."""
+    return content["status"] == OK and all(how == OK for how in content["parts"].values())
+
+
 def kept(content: dict[str, Any]) -> dict[str, Any]:
     """A stage's content with its good parts alone, for a run that repeats the others."""
     good = {name for name, how in content["parts"].items() if how == OK}
@@ -172,6 +181,10 @@ def seconds_left(before: float = 1.0) -> float:
     """Until `before` seconds ahead of the stage's deadline; an hour where there is none."""
     deadline = os.environ.get("STARS_STAGE_DEADLINE")
     return 3600.0 if deadline is None else float(deadline) - before - time.monotonic()
+
+
+class OutOfTime(Exception):
+    """A part that found no time for all of its work: what it has found counts, and it is to be repeated."""
 
 
 class DeviceLost(RuntimeError):

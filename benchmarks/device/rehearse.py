@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compile_pool import Pool
 from record import Record, Settings
 from timing import rehearsal
 
@@ -20,6 +19,8 @@ def compile_first(record: Record, settings: Settings, measures: Sequence[Callabl
     """
     if settings.dry:
         return
+    from compile_pool import Pool  # which needs Triton
+
     begin = time.perf_counter()
     pool = Pool()
     try:

@@ -9,13 +9,16 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from aims import AIMS, Aim
 from record import OK, number
+from stages import STAGES
 
+ORDER = [stage.name for stage in STAGES]
 FORMAT = 2  # of the JSON file; raised when a field changes its meaning
 MOST_LINES = 60  # of the table
 KEEP = "products"  # the fact that is a table of its own, to be committed as defaults
@@ -33,18 +36,22 @@ class Report:
         self.date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.target = self._free_name()
         self.seconds = 0.0
+        self.background: dict[str, float] = {}  # seconds after which what ran beside the stages had ended
+        self._complained = False
         self._log = self.target.with_suffix(".log").open("a")
 
     def _free_name(self) -> Path:
         """device-<gpu>-<date>-<time>.json, "dry" in place of the GPU in a dry run: no run replaces another."""
-        gpu = "dry" if self.options.dry_run else re.sub(r"[^a-z0-9]+", "-", _gpu_name().lower()).strip("-")
+        gpu = "dry" if self.options.dry_run else gpu_slug()
         stem = f"device-{gpu}-{self.date[:16].replace(':', '').replace('T', '-')}{'-quick' * self.options.quick}"
         names = (self.folder / f"{stem}{f'-{count}' if count else ''}.json" for count in range(1000))
         return next(name for name in names if not name.exists())
 
     def stage(self, found: dict, save: bool = True) -> None:
         """What a stage has found, at its end or while it runs."""
-        self.stages[found["stage"]] = found
+        before = {name: stage for name, stage in self.stages.items() if name != found["stage"]}
+        before[found["stage"]] = {"date": self.date} | found
+        self.stages = {name: before[name] for name in ORDER if name in before}
         if save:
             self.save()
 
@@ -54,8 +61,7 @@ class Report:
 
     def log(self, text: str) -> None:
         """A stage's output: the end of it on the screen, all of it in the log."""
-        self._log.write(text + "\n")
-        self._log.flush()
+        self._guard(lambda: (self._log.write(text + "\n"), self._log.flush()))
         print(text[:200] if len(text) < 200 else f"{text.splitlines()[0]}\n{text[-1500:]}", flush=True)
 
     @property
@@ -80,11 +86,20 @@ class Report:
             "quick": self.options.quick, "machine": facts.get("machine", {}), "read_gb_s": facts.get("read_gb_s"),
             "copy_gb_s": facts.get("copy_gb_s"), "matmul_tflop_s": facts.get("matmul_tflop_s"),
             "correct": self.correct, "failed_checks": self.failed_checks, "failed_stages": self.failed_stages,
-            "runs": self.runs, "stages": list(self.stages.values())}
+            "background": self.background, "runs": self.runs, "stages": list(self.stages.values())}
 
     def save(self, seconds: float | None = None) -> None:
         self.seconds = self.seconds if seconds is None else seconds
-        _replace(self.target, json.dumps(self.whole(), indent=1) + "\n")
+        self._guard(lambda: _replace(self.target, json.dumps(self.whole(), indent=1) + "\n"))
+
+    def _guard(self, write: Callable[[], object]) -> None:
+        """A disk that is full ends no run: the table still comes."""
+        try:
+            write()
+        except OSError as error:
+            if not self._complained:
+                print(f"could not write: {error}", flush=True)
+            self._complained = True
 
     def end(self, seconds: float) -> None:
         """The last state, and what is made of it."""
@@ -92,10 +107,11 @@ class Report:
         self.runs = [*self.runs, {"date": self.date, "seconds": round(seconds, 1), "machine": facts.get("machine", {})}]
         self.save(seconds)
         if not self.options.dry_run and facts.get("gpu") is not False:
-            _replace(self.target.with_name(f"{self.target.stem}-notes.md"), self.notes() + "\n")
+            self._guard(lambda: _replace(self.target.with_name(f"{self.target.stem}-notes.md"), self.notes() + "\n"))
         if facts.get(KEEP):
-            _replace(self.target.with_name(f"{self.target.stem}-{KEEP}.json"), json.dumps(facts[KEEP], indent=1) + "\n")
-        self._log.close()
+            self._guard(lambda: _replace(self.target.with_name(f"{self.target.stem}-{KEEP}.json"),
+                                         json.dumps(facts[KEEP], indent=1) + "\n"))
+        self._guard(self._log.close)
         if facts.get("gpu") is False:  # nothing was found, and nothing is left behind
             self.target.unlink()
             self.target.with_suffix(".log").unlink()
@@ -127,7 +143,8 @@ class Report:
             if figure is None:
                 lines.append(f"{aim.row[:73]:<74}{'':>8} {'':<8}{'':>6}  {aim.bound:<8} not measured")
                 continue
-            met = {None: "", True: " met", False: " MISSED"}[aim.met(figure["ratio"])]
+            met = {None: " nothing to compare with" if aim.bound else "", True: " met", False: " MISSED"}[
+                aim.met(figure["ratio"])]
             ratio = "" if figure["ratio"] is None else f"{figure['ratio']:.2f}"
             lines.append(f"{figure['name'][:73]:<74}{number(figure['value']):>8} {figure['unit']:<8}{ratio:>6}  "
                          f"{aim.bound:<8}{met}".rstrip())
@@ -149,13 +166,14 @@ class Report:
             return
         for stage in self.stages.values():
             if stage["status"] not in (OK, "skipped"):
-                print(f"\n{stage['stage']} {stage['status']}: {(stage['error'] or '').strip()[-600:]}")
+                said = [(stage["error"] or "").strip()[-600:], *stage["notes"][-3:]]
+                print(f"\n{stage['stage']} {stage['status']}: " + "\n    ".join(said))
         print("\n" + "\n".join(self.lines()), flush=True)
 
     def notes(self) -> str:
         """A block for benchmarks/NOTES.md: the prediction beside the outcome."""
         machine = self.whole()["machine"]
-        kind = "h200" if "H200" in str(machine.get("gpu")) else "h100"
+        kind = next((kind for kind in ("h100", "h200") if kind.upper() in str(machine.get("gpu"))), None)
         lines = [f"### {self.date[:10]}, {machine.get('gpu', 'no GPU')}, torch {machine.get('torch')}, Triton "
                  f"{machine.get('triton')}, commit {machine.get('commit')} (`results/{self.target.name}`)", "",
                  f"Read {number(self.whole()['read_gb_s'])} GB/s, copy {number(self.whole()['copy_gb_s'])} GB/s, bf16 "
@@ -165,7 +183,8 @@ class Report:
             met = {None: "", True: "met", False: "missed"}[aim.met(figure["ratio"])] if figure else "not measured"
             ratio = "" if figure is None or figure["ratio"] is None else f"{figure['ratio']:.3g}"
             value = "" if figure is None else f" ({number(figure['value'])} {figure['unit']})"
-            lines.append(f"| {figure['name'] if figure else aim.row} | {aim.bound} | {getattr(aim, kind)} | "
+            lines.append(f"| {figure['name'] if figure else aim.row} | {aim.bound} | "
+                         f"{getattr(aim, kind) if kind else 'none'} | "
                          f"{ratio}{value} | {met} |")
         return "\n".join(lines)
 
@@ -176,6 +195,12 @@ def _replace(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def gpu_slug() -> str:
+    """The card's name as it stands in a file's: "h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", _gpu_name().lower()).strip("-")
+
+
+@cache
 def _gpu_name() -> str:
     """Asked of the driver's tool, before any stage has begun."""
     if shutil.which("nvidia-smi") is None:

@@ -14,6 +14,7 @@ nothing. A table comes last; exit status 1 means that something was not correct.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -27,8 +28,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from importable import ROOT
-from record import FAILED, OK, RUNNING, empty
-from report import FORMAT, Report
+from record import FAILED, OK, RUNNING, complete, empty
+from report import FORMAT, Report, gpu_slug
 from stages import LEAST_SECONDS, QUICK_SECONDS, STAGES, TOTAL_SECONDS, Stage, groups
 
 HERE = Path(__file__).resolve().parent
@@ -40,8 +41,11 @@ SAVE_SECONDS = 0.5
 
 def main() -> int:
     options = _parse()
+    if not options.dry_run and options.arch is None:
+        print("run.py: there is no GPU here: run it on a machine with one, or with --dry-run")
+        return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    before = _newest(Path(options.rerun)) if options.rerun else {}
+    before = _newest(Path(options.rerun), options.dry_run) if options.rerun else {}
     chosen = [stage for stage in STAGES if _wanted(stage, options, before)]
     with tempfile.TemporaryDirectory(prefix="stars-device-", ignore_cleanup_errors=True) as scratch:
         run = Run(options, Path(scratch), before)
@@ -93,11 +97,13 @@ class Running:
             pass  # it has ended already, and its log says why
 
     def ended(self) -> bool:
-        """Whether it has ended, or has just been ended because its time is up."""
+        """Whether it has ended, or has just been ended because its time is up; what it started has ended with it."""
         if self.process.poll() is None and time.monotonic() > self.deadline:
             self.timed_out = True
-            self.stop()
-        return self.process.poll() is not None
+        elif self.process.poll() is None:
+            return False
+        self.stop()
+        return True
 
     def stop(self) -> None:
         """Ends the stage and what it started: they are a session of their own."""
@@ -137,16 +143,12 @@ class Run:
         self.environment.setdefault("TRITON_CACHE_DIR", str(scratch / "triton"))
         self.environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))
         self.running: list[Running] = []  # with the device, and in standby
-        self.background: list[subprocess.Popen] = []
+        self.background: dict[str, subprocess.Popen] = {}
 
     def all(self, chosen: list[Stage]) -> None:
         """The groups of stages one after the other; the next one imports while one runs."""
         waiting = groups(chosen)
         standby = self._prepare(waiting[0]) if waiting else []
-        if not self.options.dry_run:
-            # The kernels of correctness are left to their stages, which compile side by side themselves.
-            self._help("ahead.py", "--only", "headline-8b,products,micro")
-            self._help("build_libstars.py")
         while waiting:
             group, now = waiting.pop(0), standby
             for one in now:
@@ -154,7 +156,8 @@ class Run:
             left = self.total - (time.monotonic() - self.begin)
             if left < LEAST_SECONDS:
                 for stage in (stage for rest in [group, *waiting] for stage in rest):
-                    self.report.stage(self._missing(stage, "skipped", "the time of the run was used up"))
+                    if stage.name not in self.report.stages:
+                        self.report.stage(self._missing(stage, "skipped", "the time of the run was used up"))
                 break
             facts = self.report.facts()
             for one in now:
@@ -165,6 +168,16 @@ class Run:
             self._watch(now)
             if self.report.facts().get("gpu") is False:  # nothing else could run
                 break
+            self._help_once(chosen)
+
+    def _help_once(self, chosen: list[Stage]) -> None:
+        """Behind the first stage, whose figures every ratio rests on: it has the machine to itself."""
+        if not self.options.dry_run and not self.background:
+            # The kernels of correctness are left to their stages, which compile side by side themselves.
+            ahead = [stage.name for stage in chosen if stage.name in ("headline-8b", "products", "micro")]
+            if ahead:
+                self._help("ahead.py", "--only", ",".join(ahead), "--arch", str(self.options.arch))
+            self._help("build_libstars.py")
 
     def _prepare(self, group: list[Stage]) -> list[Running]:
         started = [Running(stage, self.options, self.scratch, self.environment,
@@ -187,11 +200,27 @@ class Run:
             if going:
                 if time.monotonic() - saved > SAVE_SECONDS:
                     for one in going:
-                        self.report.stage(one.found(), save=False)
+                        found = one.found()
+                        self.report.stage(found, save=False)
+                        if self._stuck(one, found):
+                            one.stop()  # and what lies behind that part runs in another process
+                    self._note_background()
                     self.report.save(time.monotonic() - self.begin)
                     saved = time.monotonic()
                 time.sleep(POLL_SECONDS)
         self.report.save(time.monotonic() - self.begin)
+
+    def _stuck(self, one: Running, found: dict) -> bool:
+        """Whether one of its parts takes too long, while there is time for others."""
+        most = self.options.part_seconds or one.stage.part_seconds
+        return RUNNING in found["parts"].values() and time.monotonic() - found.get("part_began", 1e18) > most and (
+            one.deadline - time.monotonic() > AGAIN_SECONDS and one.times < MOST_TIMES)
+
+    def _note_background(self) -> None:
+        """When what runs beside the stages had ended: until then it shared the cores with what was timed."""
+        for name, process in self.background.items():
+            if process.poll() is not None:
+                self.report.background.setdefault(name, round(time.monotonic() - self.begin, 1))
 
     def _again(self, ended: Running) -> Running | None:
         """A stage that one of its parts has ended, for the parts behind that one, in what is left of its time."""
@@ -211,16 +240,17 @@ class Run:
     def _help(self, script: str, *arguments: str) -> None:
         log = (self.scratch / f"{script}.log").open("wb")
         nice = ["nice", "-n", "10"] if shutil.which("nice") else []
-        self.background.append(subprocess.Popen(
+        self.background[script] = subprocess.Popen(
             [*nice, sys.executable, str(HERE / script), *arguments], env=self.environment, cwd=self.scratch, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True))
+            stderr=subprocess.STDOUT, start_new_session=True)
 
     def _missing(self, stage: Stage, status: str, why: str) -> dict:
         return empty(stage.name) | {"status": status, "notes": [why], "correctness": stage.correctness}
 
     def end(self) -> None:
         """Stops whatever runs, and writes down what it had found."""
-        for process in self.background:
+        self._note_background()
+        for process in self.background.values():
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -240,24 +270,41 @@ def _wanted(stage: Stage, options: argparse.Namespace, before: dict) -> bool:
         return True  # the others are measured against this card, and nothing runs where there is none
     if options.only:
         return stage.name in options.only
-    if options.rerun and any(found["stage"] == stage.name and found["status"] == OK for found in before["stages"]):
+    found = next((found for found in before.get("stages", ()) if found["stage"] == stage.name), None)
+    if found is not None and complete(found):
         return False
-    return stage.always and (stage.dry or not options.dry_run) and (stage.quick or not options.quick)
+    return (stage.always or found is not None) and (stage.dry or not options.dry_run) and (
+        stage.quick or not options.quick)
 
 
-def _newest(folder: Path) -> dict:
-    """The newest result in a folder; where there is none it says so and ends."""
-    files = sorted(folder.glob("device-*.json"), key=lambda path: path.stat().st_mtime)
+def _newest(folder: Path, dry: bool) -> dict:
+    """The newest result of this card in a folder; where there is none it says so and ends."""
+    gpu = "dry" if dry else gpu_slug()
+    files = sorted(folder.glob(f"device-{gpu}-*.json"), key=lambda path: path.stat().st_mtime)
     files = [file for file in files if not file.stem.endswith("-products")]
     if not files:
-        sys.exit(f"run.py: there is no device-*.json in {folder}: give the folder that an earlier run wrote to")
+        sys.exit(f"run.py: there is no device-{gpu}-*.json in {folder}: give the folder that an earlier run wrote to")
     try:
         found = json.loads(files[-1].read_text())
-        if found["format"] == FORMAT and isinstance(found["stages"], list):
+        if found["format"] == FORMAT and all(set(empty("")) <= set(stage) for stage in found["stages"]):
             return found
     except (ValueError, KeyError, TypeError):
         pass
     sys.exit(f"run.py: {files[-1]} is no result of this runner: give the folder of another")
+
+
+def _compute_capability() -> int | None:
+    """90 for 9.0, of the first GPU; None where the driver finds none. Without torch, which takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    driver.cuDeviceGetAttribute(ctypes.byref(major), 75, 0)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, 0)
+    return 10 * major.value + minor.value
 
 
 def _parse() -> argparse.Namespace:
@@ -270,12 +317,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rerun", metavar="FOLDER", help="run what failed or is missing in the newest result there")
     parser.add_argument("--seconds", type=float, help=f"of the whole run ({TOTAL_SECONDS}, quick {QUICK_SECONDS})")
     parser.add_argument("--stage-seconds", type=float, help="upper bound on every stage's own limit")
+    parser.add_argument("--part-seconds", type=float, help="upper bound on every part's")
     options = parser.parse_args()
     unknown = set(options.only or ()) - {stage.name for stage in STAGES}
     if unknown:
         parser.error(f"there is no stage {', '.join(sorted(unknown))}")
     home = ROOT / (".benchmarks" if options.dry_run else "benchmarks/results")
     options.out = options.out or os.environ.get("OUT") or str(home)
+    if Path(options.out).exists() and not Path(options.out).is_dir():
+        parser.error(f"{options.out} is no folder: give one for the results")
+    options.arch = None if options.dry_run else _compute_capability()
     return options
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import end_to_end
 from bench import SEGMENT, Bench, fitting
 from common import forced_accept
-from record import Record, Settings, seconds_left
+from record import OutOfTime, Record, Settings, seconds_left
 
 import stars
 from stars.kernels.graph import Graphs
@@ -93,8 +93,7 @@ def arrivals(record: Record, bench: Bench) -> None:
                 time.sleep(0.001)
                 continue
             if seconds_left() < 1:
-                record.note(f"no time was left for {len(prompts)} of the prompts")
-                break
+                raise OutOfTime(f"no time was left for {len(prompts)} of the prompts")
             before, start = seen.copy(), time.perf_counter()
             for output in engine.step():
                 if output.outputs[0].error:

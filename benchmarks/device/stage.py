@@ -44,7 +44,7 @@ def main() -> int:
     if options.standby:
         if not how:
             for module in stage.imports.split(","):
-                with contextlib.suppress(ImportError):  # the stage says what it lacks
+                with contextlib.suppress(Exception):  # the stage says what it lacks
                     importlib.import_module(module)
         Path(options.out).with_suffix(".ready").touch()
         line = sys.stdin.readline()
@@ -96,6 +96,16 @@ def broken_for_a_test(name: str) -> str:
 
 def break_for_a_test(how: str, record: Record) -> None:
     """pass does nothing at all, in no time; die is one part that takes the process with it."""
+    if how == "apart":
+        from parallel import run_apart
+
+        def quick(record: Record, settings: Settings) -> None:
+            record.figure("of a part in a process of its own", 1.0, "s")
+
+        run_apart(record, Settings(dry=True), {"quick": quick, "hangs": lambda *given: time.sleep(3600)}, most=2)
+    if how == "stuck":
+        record.part("stuck", time.sleep, 3600)
+        record.part("behind it", lambda: record.figure("of a part behind one that is stuck", 1.0, "s"))
     if how == "die":
         record.part("dies", os.abort)
         record.part("behind it", lambda: record.figure("of a part behind one that dies", 1.0, "s"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from bench import SEGMENT, Bench
-from models import kv_bytes_a_token
+if TYPE_CHECKING:
+    from bench import Bench
 
 PRODUCTS = {("rms_norm_kernel", "rope_write_kernel"): "qkv", ("attention_kernel", "rms_norm_kernel"): "o",
             ("merge_kernel", "rms_norm_kernel"): "o", ("rms_norm_kernel", "swiglu_kernel"): "gate_up",
@@ -14,6 +14,7 @@ PRODUCTS = {("rms_norm_kernel", "rope_write_kernel"): "qkv", ("attention_kernel"
 """Which product stands between two kernels of ours: a library's own names do not say."""
 
 PROFILED_STEPS = 4  # of a draft: the profiler takes as long over a launch as the card
+PRODUCT = "linear_kernel"  # our own, which is named by its neighbours as a library's is
 FIRST = "take_rows_kernel"  # of a step: the embedding
 
 
@@ -58,7 +59,7 @@ def table(all_launches: list[Launch], layers: int, bytes_of: dict[str, float]) -
     rows = []
     for label, (number, total) in sums.items():
         us = total / number
-        size = bytes_of.get(label.split(" ")[0])
+        size = bytes_of.get(short(label))
         rows.append({"kernel": label, "launches": number / len(steps), "us_a_step": total / len(steps), "us": us,
                      "bytes": size, "gb_s": None if size is None else size / us / 1e3})
     wall = [step[-1].stop - step[0].start for step in steps]
@@ -91,15 +92,29 @@ def labels(names: list[str]) -> list[str]:
 def own_name(name: str) -> str:
     """The kernel's name if it is one of Triton's of this project, else nothing."""
     plain = name.split("(")[0]
-    return plain if plain.endswith("_kernel") and "::" not in plain and "<" not in plain else ""
+    ours = plain.endswith("_kernel") and "::" not in plain and "<" not in plain and plain != PRODUCT
+    return plain if ours else ""
+
+
+def short(label: str) -> str:
+    """A label without the library's own name: "gate_up"."""
+    return label.split(" (")[0]
 
 
 def bytes_of(bench: Bench, lanes: int) -> dict[str, float]:
-    """What one launch has to move, by label: weights once, the prefix once, half a slab a lane."""
+    """What one launch has to move, by label: weights once, the prefix once, half a slab a lane, rows in and out.
+
+    Not what a product's second launch (a sum over parts) or the merge of partial results moves, which plans decide.
+    """
+    from bench import SEGMENT
+    from models import kv_bytes_a_token
+
     layer, config = bench.lm.layers[0], bench.lm.config
     size = bench.lm.dtype.itemsize
     of = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down, "head": bench.lm.head}
     found = {name: float(weight.values.numel() * weight.values.element_size()) for name, weight in of.items()}
     keys = kv_bytes_a_token(bench.lm) / config.num_layers * (bench.context + lanes * SEGMENT / 2)
     hidden, intermediate = lanes * config.hidden_size * size, lanes * config.intermediate_size * size
-    return found | {"attention_kernel": keys, "rms_norm_kernel": 4 * hidden, "swiglu_kernel": 3 * intermediate}
+    qkv, logits = lanes * layer.qkv.out_features * size, lanes * config.vocab_size * size
+    return found | {"attention_kernel": keys, "rms_norm_kernel": 4 * hidden, "swiglu_kernel": 3 * intermediate,
+                    "rope_write_kernel": 2 * qkv, "take_rows_kernel": 2 * hidden, "scan_kernel": logits}
