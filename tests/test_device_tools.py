@@ -121,8 +121,8 @@ launches, at = [], 0.0
 for name, us in [*prompt, *step, *step, *step, ("take_rows_kernel", 1)]:
     launches.append(Launch(name, at, at + us))
     at += us + 1
-print(json.dumps(table(launches, 2, {"gate_up": 235e6, "attention_kernel": 4e6})))
-print(table([], 2, {}))
+print(json.dumps(table(launches, {"gate_up": 235e6, "attention_kernel": 4e6})))
+print(table([], {}))
 """
     first, empty = python(code, tmp_path)
     rows = {row["kernel"]: row for row in json.loads(first)}
@@ -189,3 +189,40 @@ print(hits)
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     compiled, hits = python(code, tmp_path, environment)
     assert compiled == "{'swiglu_kernel': 1} 1" and hits == "[True]"
+
+
+def test_what_a_stage_launches_is_compiled_before_it_is_timed(tmp_path):
+    """`compile_first` calls the parts with nothing launched; one that fails there is left to its turn."""
+    code = """
+import torch
+from record import Record, Settings
+from rehearse import compile_first
+from timing import rehearsing, seconds_a_call
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+import compile_pool
+from compile_pool import Driver, describe
+from stars.kernels.triton.swiglu import swiglu
+driver.set_active(Driver(90))
+torch.cuda.get_device_capability = lambda: (9, 0)
+JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
+compile_pool.usual_workers = lambda: 2
+gate_up, out = torch.zeros(17, 96, dtype=torch.bfloat16), torch.zeros(17, 48, dtype=torch.bfloat16)
+seen = []
+def part(record):
+    seen.append((rehearsing(), record.path.name))
+    assert seconds_a_call([lambda: swiglu(gate_up, out)] * 3, "cuda") == 1.0
+def fails(record):
+    raise ValueError("on purpose")
+record = Record("record.json", "micro")
+compile_first(record, Settings(), [part, fails])
+hits = []
+knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+swiglu(gate_up, out)
+facts = record.content["facts"]["micro: kernels compiled ahead"]
+print(seen, facts["kernels"], hits, rehearsing(), record.content["figures"])
+compile_first(record, Settings(dry=True), [fails])
+"""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    assert python(code, tmp_path, environment)[-1] == "[(True, 'rehearsal.json')] 1 [True] False []"

@@ -108,14 +108,15 @@ def describe(function, args: tuple, kwargs: dict) -> None:
 
 
 def compile_one(module: str, name: str, description: str, arch: int) -> float:
-    """In a worker: compiles into the cache; seconds it took."""
+    """In a worker: compiles into the cache; seconds that the kernel took."""
     from triton.runtime import driver
 
     driver.set_active(Driver(arch))
     begin = time.perf_counter()
     compiled = getattr(importlib.import_module(module), name).preload(description)
+    seconds = time.perf_counter() - begin
     with suppress(Exception):  # what launches it is C, and compiled as well; where there is no driver it does not load
         from triton.backends.nvidia.driver import CudaLauncher
 
         CudaLauncher(compiled.src, compiled.metadata)
-    return time.perf_counter() - begin
+    return seconds

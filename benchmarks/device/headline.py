@@ -65,13 +65,12 @@ class Headline:
                                    spread=[1e3 * min(repeats), 1e3 * max(repeats)])
 
     def kernels(self) -> None:
-        """The table of kernels at 1 and at 8 lanes, and the three longest, for the profiler that asks why."""
+        """The table of kernels at each number of lanes, and the three longest, for the profiler that asks why."""
         if self.settings.dry:
             return
         bench = self.bench
-        for lanes in (1, 8):  # the last one's longest are those that `ncu` looks at
-            rows = step_table.table(step_table.launches(bench, lanes), bench.lm.config.num_layers,
-                                    step_table.bytes_of(bench, lanes))
+        for lanes in (1, 16, 4, 8):  # the last one's longest are those that `ncu` looks at
+            rows = step_table.table(step_table.launches(bench, lanes), step_table.bytes_of(bench, lanes))
             if not rows:
                 raise RuntimeError("the profiler has seen no step: CUPTI may be missing or refused")
             self.record.fact(f"{bench.name}: kernels of a step at {lanes} lanes", rows)

@@ -39,7 +39,7 @@ def launches(bench: Bench, lanes: int) -> list[Launch]:
     return sorted(found, key=lambda launch: launch.start)
 
 
-def table(all_launches: list[Launch], layers: int, bytes_of: dict[str, float]) -> list[dict]:
+def table(all_launches: list[Launch], bytes_of: dict[str, float]) -> list[dict]:
     """Rows of {kernel, launches a step, us a step, us a launch, bytes a launch, gb_s}, the longest first.
 
     Steps of the median number of launches stand for all: the others are the prompt's pass and the last one, which is
