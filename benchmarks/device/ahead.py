@@ -179,8 +179,22 @@ def _headline() -> None:
     rehearse("Llama-3.1-8B")
 
 
+def _small_engine() -> None:
+    """The one of first light, in both of its types. Verdicts are made up, so it runs a few times."""
+    import engine_checks
+    import fake_cuda
+    import torch
+
+    with fake_cuda.gpu():
+        for dtype in (torch.float32, torch.bfloat16):
+            one = engine_checks.engine("cuda", "toy", dtype)
+            for _ in range(4):
+                engine_checks.complete(one, engine_checks.PROMPTS)
+                engine_checks.complete(one, engine_checks.PROMPTS[:3])
+
+
 def _engines() -> None:
-    """The small ones that are held against the CPU's."""
+    """The small ones that are held against the CPU's, alone and together."""
     import engine_checks
     import fake_cuda
     import torch
@@ -215,6 +229,7 @@ def _reader() -> None:
 STAGES: dict[str, Callable[[], None]] = {
     "headline-8b": _engine_of(_headline),
     "first-kernels": _on_cpu("first_light", "kernels"),
+    "first-engine": _engine_of(_small_engine),
     "products": _on_cpu("tune_products"),
     "micro": _on_cpu("micro"),
     "kernels-rows": _on_cpu("kernel_rows"),
@@ -226,7 +241,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "machine": _reader,
 }
 """What each launches. Those of correctness compile in processes of their own on the card as well; `beside-8b`,
-`serving` and `ncu` launch the headline's, `first-engine` some of `engine`'s, `kernels-prefill` none of ours."""
+`serving` and `ncu` launch the headline's, `kernels-prefill` none of ours."""
 
 if __name__ == "__main__":
     sys.exit(main())

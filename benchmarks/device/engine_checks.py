@@ -32,7 +32,7 @@ def run(record: Record, settings: Settings) -> None:
                   f"deterministic, {dtype}": partial(same_text, dtype=dtype)}
     for shape in ("toy",) if settings.quick else ("toy", "toy-qwen3"):
         parts[f"{shape} beside the CPU"] = partial(parity, shape=shape)
-    run_apart(record, settings, parts, most=2)
+    run_apart(record, settings, parts, most=6)  # a minute and a half of compiling, for two cores
 
 
 def engine(device: str, shape: str, dtype: torch.dtype, deterministic: bool = False) -> stars.Engine:

@@ -149,6 +149,9 @@ class Run:
         """The groups of stages one after the other; the next one imports while one runs."""
         waiting = groups(chosen)
         standby = self._prepare(waiting[0]) if waiting else []
+        if any(stage.name == "first-engine" for stage in chosen):
+            # At once, by a few: its kernels would take one process as long as the stage may.
+            self._help("ahead.py", "--only", "first-engine", "--workers", "5")
         while waiting:
             group, now = waiting.pop(0), standby
             for one in now:
@@ -168,16 +171,13 @@ class Run:
             self._watch(now)
             if self.report.facts().get("gpu") is False:  # nothing else could run
                 break
-            self._help_once(chosen)
-
-    def _help_once(self, chosen: list[Stage]) -> None:
-        """Behind the first stage, whose figures every ratio rests on: it has the machine to itself."""
-        if not self.options.dry_run and not self.background:
-            # The kernels of correctness are left to their stages, which compile side by side themselves.
-            ahead = [stage.name for stage in chosen if stage.name in ("headline-8b", "products", "micro")]
-            if ahead:
-                self._help("ahead.py", "--only", ",".join(ahead), "--arch", str(self.options.arch))
-            self._help("build_libstars.py")
+            if group[0].name == "machine":
+                # Behind the stage whose figures every ratio rests on. The kernels of correctness are left to their
+                # stages, which compile side by side themselves.
+                ahead = [stage.name for stage in chosen if stage.name in ("headline-8b", "products", "micro")]
+                if ahead:
+                    self._help("ahead.py", "--only", ",".join(ahead))
+                self._help("build_libstars.py")
 
     def _prepare(self, group: list[Stage]) -> list[Running]:
         started = [Running(stage, self.options, self.scratch, self.environment,
@@ -238,9 +238,14 @@ class Run:
         return again
 
     def _help(self, script: str, *arguments: str) -> None:
-        log = (self.scratch / f"{script}.log").open("wb")
+        """Starts a script beside the stages, at low priority; not in a dry run, where nothing is compiled."""
+        if self.options.dry_run:
+            return
+        arguments = (*arguments, "--arch", str(self.options.arch)) if script == "ahead.py" else arguments
+        name = " ".join((script, *arguments[:2]))
+        log = (self.scratch / f"help-{len(self.background)}.log").open("wb")
         nice = ["nice", "-n", "10"] if shutil.which("nice") else []
-        self.background[script] = subprocess.Popen(
+        self.background[name] = subprocess.Popen(
             [*nice, sys.executable, str(HERE / script), *arguments], env=self.environment, cwd=self.scratch, stdout=log,
             stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -255,8 +260,8 @@ class Run:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        for log in sorted(self.scratch.glob("*.py.log")):
-            self.report.log(f"-- {log.stem}, in the background\n{log.read_text(errors='replace')[-4000:]}")
+        for name, log in zip(self.background, sorted(self.scratch.glob("help-*.log")), strict=False):
+            self.report.log(f"-- {name}, in the background\n{log.read_text(errors='replace')[-4000:]}")
         for one in self.running:
             cut_off = one.deadline and one.process.poll() is None
             one.stop()
