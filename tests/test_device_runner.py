@@ -113,7 +113,7 @@ def test_a_part_that_is_stuck_costs_no_other(tmp_path):
     stage = by_name(found)["serving"]
     assert stage["parts"] == {"before it breaks": "ok", "stuck": "failed", "behind it": "ok"}, output
     assert [one["name"] for one in stage["figures"]][-1] == "of a part behind one that is stuck"
-    assert stage["seconds"] < 20 and stage["status"] == "failed"
+    assert stage["seconds"] < 20 and stage["status"] == "failed" and output.count("serving again") == 1
 
 
 def test_the_time_of_a_run_is_kept(tmp_path):
@@ -262,6 +262,21 @@ def test_a_rerun_repeats_what_failed_or_is_missing(tmp_path):
     assert list(by_name(second)) == [stage.name for stage in ALWAYS]
     figures = [one["name"] for one in by_name(second)["products"]["figures"]]
     assert figures[0] == "of a stage that breaks" and len(figures) == 5  # its good part was kept, and not repeated
+
+
+def test_a_rerun_keeps_the_rest_of_a_table(tmp_path):
+    """The products' table has the rows of both runs."""
+    _, _, first = run(tmp_path, "--only", "products")
+    file = next(file for file in tmp_path.glob("device-*.json") if not file.stem.endswith("-products"))
+    by_name(first)["products"]["parts"]["8 rows"] = "no time"
+    file.write_text(json.dumps(first))
+    for table in tmp_path.glob("*-products.json"):
+        table.unlink()
+    run(tmp_path, "--rerun", str(tmp_path), broken=",".join(
+        f"{stage.name}=pass" for stage in ALWAYS if stage.name not in ("machine", "products")))
+    table = json.loads(next(tmp_path.glob("*-products.json")).read_text())["products"]
+    assert sorted((entry["rows"], entry["name"]) for entry in table) == [
+        (1, "gate_up"), (1, "o"), (8, "gate_up"), (8, "o")]
 
 
 def test_parts_that_were_well_are_not_run_again(tmp_path):

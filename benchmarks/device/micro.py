@@ -38,7 +38,7 @@ def run(record: Record, settings: Settings) -> None:
     measures = (sampler, verdict, commit, attention, row_kernels, follow, prefill)
     compile_first(record, settings, [
         lambda silent, measure=measure: measure(silent, settings, launchers(settings.dry), shape)
-        for measure in measures])
+        for measure in measures if measure.__name__ not in record.done])
     for measure in measures:
         record.part(measure.__name__, measure, record, settings, launchers(settings.dry), shape, least=1)
 

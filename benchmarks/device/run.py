@@ -14,6 +14,7 @@ nothing. A table comes last; exit status 1 means that something was not correct.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -40,6 +41,7 @@ SAVE_SECONDS = 0.5
 
 
 def main() -> int:
+    begin = time.monotonic()
     options = _parse()
     if not options.dry_run and options.arch is None:
         print("run.py: there is no GPU here: run it on a machine with one, or with --dry-run")
@@ -48,7 +50,7 @@ def main() -> int:
     before = _newest(Path(options.rerun), options.dry_run) if options.rerun else {}
     chosen = [stage for stage in STAGES if _wanted(stage, options, before)]
     with tempfile.TemporaryDirectory(prefix="stars-device-", ignore_cleanup_errors=True) as scratch:
-        run = Run(options, Path(scratch), before)
+        run = Run(options, Path(scratch), before, begin)
         stopped = False
         try:
             run.all(chosen)
@@ -81,9 +83,9 @@ class Running:
         self.deadline = 0.0
         self.timed_out = False
 
-    def await_imports(self) -> None:
+    def await_imports(self, until: float) -> None:
         """Until it has imported what is slow to import, or has ended; not for ever."""
-        until = time.monotonic() + IMPORT_SECONDS
+        until = min(until, time.monotonic() + IMPORT_SECONDS)
         while not self.ready.exists() and self.process.poll() is None and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
 
@@ -111,7 +113,8 @@ class Running:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver is left to it
+            self.process.wait(3)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
@@ -130,10 +133,10 @@ class Running:
 class Run:
     """One call: its stages, what helps them in the background, and what it has found."""
 
-    def __init__(self, options: argparse.Namespace, scratch: Path, before: dict):
+    def __init__(self, options: argparse.Namespace, scratch: Path, before: dict, begin: float):
         self.options, self.scratch = options, scratch
         self.before = {stage["stage"]: stage for stage in before.get("stages", [])}
-        self.begin = time.monotonic()
+        self.begin = begin
         self.total = options.seconds or (QUICK_SECONDS if options.quick else TOTAL_SECONDS)
         self.report = Report(options, before)
         self.environment = os.environ | {
@@ -155,7 +158,7 @@ class Run:
         while waiting:
             group, now = waiting.pop(0), standby
             for one in now:
-                one.await_imports()
+                one.await_imports(self.begin + self.total)
             left = self.total - (time.monotonic() - self.begin)
             if left < LEAST_SECONDS:
                 for stage in (stage for rest in [group, *waiting] for stage in rest):
@@ -214,7 +217,7 @@ class Run:
         """Whether one of its parts takes too long, while there is time for others."""
         most = self.options.part_seconds or one.stage.part_seconds
         return RUNNING in found["parts"].values() and time.monotonic() - found.get("part_began", 1e18) > most and (
-            one.deadline - time.monotonic() > AGAIN_SECONDS and one.times < MOST_TIMES)
+            one.deadline - time.monotonic() > _worth(one.stage) and one.times < MOST_TIMES)
 
     def _note_background(self) -> None:
         """When what runs beside the stages had ended: until then it shared the cores with what was timed."""
@@ -226,12 +229,13 @@ class Run:
         """A stage that one of its parts has ended, for the parts behind that one, in what is left of its time."""
         found, left = ended.found(), ended.deadline - time.monotonic()
         culprits = [name for name, how in found["parts"].items() if how == RUNNING or name == found.get("ended_by")]
-        if ended.timed_out or not culprits or left < AGAIN_SECONDS or ended.times == MOST_TIMES:
+        if ended.timed_out or not culprits or left < _worth(ended.stage) or ended.times == MOST_TIMES:
             return None
         found["parts"] |= dict.fromkeys(culprits, FAILED)
         found["notes"].append(f"{', '.join(culprits)} ended the process: the parts behind it ran in another")
         print(f"{ended.stage.name} again, behind {', '.join(culprits)} ({left:.0f} s)", flush=True)
         content = {name: value for name, value in found.items() if name not in ("correctness", "ended_by")}
+        ended.out.write_text(json.dumps(content))  # what is read of it until the new process writes
         again = Running(ended.stage, self.options, self.scratch, self.environment, content, ended.times + 1)
         self.running.append(again)
         again.go(left, self.report.facts())
@@ -268,6 +272,11 @@ class Run:
             if cut_off:
                 self.report.stage(one.found() | {"status": "cut off", "error": "the run was stopped"})
         self.report.end(time.monotonic() - self.begin)
+
+
+def _worth(stage: Stage) -> float:
+    """Seconds that have to be left for a stage to be started again."""
+    return min(AGAIN_SECONDS, stage.seconds / 2)
 
 
 def _wanted(stage: Stage, options: argparse.Namespace, before: dict) -> bool:

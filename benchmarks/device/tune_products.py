@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from compare import within
 from launchers import launchers
-from record import Record, Settings
+from record import Record, Settings, device_lost
 from rehearse import compile_first
 from timing import ROTATED_BYTES, Seconds, rehearsing, seconds_a_call, sets
 
@@ -50,10 +50,17 @@ def run(record: Record, settings: Settings) -> None:
     """One part for each number of rows; the table grows with each."""
     products, counts = (TOY, (1, 8)) if settings.dry else (REAL, ROWS)
     compile_first(record, settings, [
-        lambda silent, rows=rows: _of_rows(silent, settings, rows, products, []) for rows in counts])
-    table: list[dict] = []
+        lambda silent, rows=rows: _of_rows(silent, settings, rows, products, []) for rows in counts
+        if _part(rows) not in record.done])
+    # What a process before this one has measured stays in the table.
+    before = record.content["facts"].get("products", {"products": []})["products"]
+    table = [entry for entry in before if _part(entry["rows"]) in record.done]
     for rows in counts:
-        record.part(f"{rows} rows", _of_rows, record, settings, rows, products, table, least=1.5)
+        record.part(_part(rows), _of_rows, record, settings, rows, products, table, least=1.5)
+
+
+def _part(rows: int) -> str:
+    return f"{rows} rows"
 
 
 def _of_rows(record: Record, settings: Settings, rows: int, products: tuple[Product, ...], table: list[dict]) -> None:
@@ -102,7 +109,7 @@ def _measure(record: Record, settings: Settings, rows: int, product: Product, st
         try:
             seconds = timed(lambda weight, tile=tile: launchers(settings.dry).product(x, weight, out, tile))
         except Exception as error:  # a tile that one card does not take is no reason to lose the others
-            if "CUDA error" in str(error):
+            if device_lost() is not None:
                 raise
             record.note(f"{name}, {rows} rows, {tuple(tile)}: {type(error).__name__}: {str(error)[:120]}")
             continue
