@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,17 @@ class Timed:
             return [stop - start for start, stop in self.stretches]
         torch.cuda.synchronize()
         return [start.elapsed_time(stop) / 1e3 for start, stop in self.stretches]
+
+
+@contextmanager
+def timing(owner, device: str) -> Iterator[Timed]:
+    """Inside, everything that `owner`, a drafter or passes, runs through its graphs is timed."""
+    kept = owner._graphs
+    owner._graphs = Timed(kept, device)
+    try:
+        yield owner._graphs
+    finally:
+        owner._graphs = kept
 
 
 class Tokens(NamedTuple):
@@ -146,12 +158,9 @@ class Bench:
                      for index, slab in enumerate(slabs)]
             for _ in range(2):  # compiled at the first, captured at the second
                 drafter.draft(specs)
-            timed = drafter._graphs = Timed(drafter._graphs, self.settings.device)
-            try:
+            with timing(drafter, self.settings.device) as timed:
                 for _ in range(1 if self.settings.rehearsing else repeats):
                     drafter.draft(specs)
-            finally:
-                drafter._graphs = timed.graphs
             return [seconds / steps for seconds in timed.seconds()]
         finally:
             for slab in slabs:
@@ -175,12 +184,9 @@ class Bench:
                      for start in (slab * cache.slab_len for slab in slabs)]
             for _ in range(2):
                 passes.score(spans)
-            timed = passes._graphs = Timed(passes._graphs, self.settings.device)
-            try:
+            with timing(passes, self.settings.device) as timed:
                 for _ in range(1 if self.settings.rehearsing else repeats):
                     passes.score(spans)
-            finally:
-                passes._graphs = timed.graphs
             return timed.seconds()
         finally:
             for slab in slabs:
