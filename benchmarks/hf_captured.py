@@ -28,7 +28,6 @@ class CapturedHistory:
         self.cache = Cache(layers=self.layers)
         self.at = torch.arange(capacity, device=self.device)
         self._passes: dict[tuple, _Pass] = {}
-        self._wanted = 1
 
     def clear(self) -> None:
         """An empty history."""

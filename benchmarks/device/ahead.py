@@ -109,14 +109,14 @@ def rehearse(shape: str) -> None:
     import fake_cuda
     from bench import SEGMENT, Bench, Plain
     from record import Record, Settings
+    from timing import rehearsal
 
     from stars.kernels import prefill_attention
 
     for library in prefill_attention.BACKENDS:  # they bring kernels of their own
         prefill_attention.BACKENDS[library] = lambda *given: None
-    with tempfile.TemporaryDirectory() as folder, fake_cuda.gpu():
-        settings = Settings(rehearsing=True)
-        bench = Bench(Record(Path(folder) / "ahead.json", "ahead"), settings, shape, layers=2, seed=None)
+    with tempfile.TemporaryDirectory() as folder, fake_cuda.gpu(), rehearsal():
+        bench = Bench(Record(Path(folder) / "ahead.json", "ahead"), Settings(), shape, layers=2, seed=None)
         for lanes in (1, 16, 8, 4):
             bench.step_seconds(lanes)
         for context in (1024, 4096, (1 << 14) - SEGMENT):

@@ -18,7 +18,7 @@ import torch
 from common import forced_accept
 from models import SHAPES, config_of, kv_bytes_a_token, parameters, random_decoder, weight_bytes
 from record import Record, Settings
-from timing import Seconds
+from timing import Seconds, rehearsing
 
 import stars
 from stars.config import EngineConfig
@@ -159,7 +159,7 @@ class Bench:
             for _ in range(2):  # compiled at the first, captured at the second
                 drafter.draft(specs)
             with timing(drafter, self.settings.device) as timed:
-                for _ in range(1 if self.settings.rehearsing else repeats):
+                for _ in range(1 if rehearsing() else repeats):
                     drafter.draft(specs)
             return [seconds / steps for seconds in timed.seconds()]
         finally:
@@ -185,7 +185,7 @@ class Bench:
             for _ in range(2):
                 passes.score(spans)
             with timing(passes, self.settings.device) as timed:
-                for _ in range(1 if self.settings.rehearsing else repeats):
+                for _ in range(1 if rehearsing() else repeats):
                     passes.score(spans)
             return timed.seconds()
         finally:
@@ -225,7 +225,7 @@ class Bench:
     def side_by_side(self, *runs: Callable[[], Tokens], repeats: int | None = None) -> list[list[Tokens]]:
         """Each of `runs` in turn, A B A B …, after two of each that compile and capture: all of their results."""
         if repeats is None:
-            repeats = 1 if self.settings.dry or self.settings.rehearsing else 3
+            repeats = 1 if self.settings.dry or rehearsing() else 3
         for run in runs:
             for _ in range(1 if self.settings.dry else 2):
                 run()
@@ -265,7 +265,7 @@ class Bench:
         """A prompt's pass through the language model."""
         table = self.engine._cache.open([], self.context)
         seconds = []
-        for _ in range(2 if self.settings.rehearsing else 6):
+        for _ in range(2 if rehearsing() else 6):
             table.length = 0
             self.sync()
             begin = time.perf_counter()
@@ -293,7 +293,7 @@ class Bench:
 
     def memory(self, when: str) -> None:
         """What is taken on the card."""
-        if self.settings.dry or self.settings.rehearsing:
+        if self.settings.dry or rehearsing():
             return
         free, total = torch.cuda.mem_get_info()
         self.record.fact(f"{self.name}: GiB {when}", {

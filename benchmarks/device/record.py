@@ -25,7 +25,6 @@ class Settings:
     dry: bool = False
     quick: bool = False
     facts: dict[str, Any] = field(default_factory=dict)  # of the stages before
-    rehearsing: bool = False  # everything is launched once, so that it is compiled, and nothing is timed
 
     @property
     def device(self) -> str:
