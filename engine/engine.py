@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import secrets
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,21 +22,24 @@ from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
-from stars.errors import IntegrityError, ModelError, RequestError, StarsError
+from stars.errors import IntegrityError, ModelError, RequestError, StarsError, describe
 from stars.kernels.philox import MAX_SAMPLE
 from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
 from stars.outputs import RequestOutput
 from stars.passes import Passes
-from stars.policies import Policy, Sample
+from stars.policies import Plan, Policy, Sample, checked_plan
 from stars.prompt import parse_prompt
 from stars.request import Hypothesis, Request
 from stars.reward import resolve_reward
 from stars.reward.base import Limits
 from stars.round import Round
 from stars.sampling import SamplingParams
+from stars.turns import Turns, one_at_a_time
 from stars.width import WidthChooser
+
+logger = logging.getLogger("stars")
 
 LOW_ACCEPT_RATE = 0.02
 """Below this, over at least LOW_ACCEPT_ATTEMPTS attempts, the threshold is reported as out of the reward's reach."""
@@ -56,7 +61,12 @@ class Engine:
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
 
-    Construction and calls are made from one thread. Raises ModelError, TokenizerError, RewardError or ValueError.
+    Any thread may call: one runs, the others wait their turn in the order they came (requests of several threads share
+    rounds). A reward may not call the engine that asks it: RequestError. What stops a call in the middle, an exception
+    or an interrupt, undoes the round it was in: the next call draws it again from the same random numbers, and nothing
+    is lost. An exception that one request alone causes ends that request with finish_reason "error".
+
+    Construction raises ModelError, TokenizerError, RewardError or ValueError.
     """
 
     @torch.inference_mode(False)  # what is allocated here is written outside the caller's inference mode, too
@@ -102,13 +112,18 @@ class Engine:
             # seconds: there each count waits until a policy leaves its width to the engine.
             chooser.measure()
         self._round = Round(drafter, self._cache, self.reward, chooser, config.max_num_lanes)
-        self._requests: dict[str, Request] = {}
+        self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
+        # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
+        self._requests: dict[str, Request] = {}  # unfinished, in the order they came
         self._waiting: deque[Hypothesis] = deque()
         self._running: list[Hypothesis] = []
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
-        self._owned: dict[str, Request | None] = {}  # those of generate and stream; None: no news since the last look
+        self._orphans: deque[str] = deque()  # ids of requests whose owner went away
+        self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
+        self._in_round: Sequence[Hypothesis] = ()  # whose round has begun and does not stand yet
         self._ids = itertools.count()
-        self._warned: set[Policy] = set()
+        self._warnings: list[str] = []  # to be shown once the books are closed
+        self._warned: set[Plan] = set()
 
     # -- whole calls ----------------------------------------------------------------------------------------------
 
@@ -124,22 +139,17 @@ class Engine:
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         params = _one_each("sampling_params", sampling_params, len(prompts))
         policies = _one_each("policy", policy, len(prompts))
-        requests = []
-        for index, prompt in enumerate(prompts):
-            try:
-                requests.append(self._parse(prompt, params[index], policies[index], None))
-            except StarsError as error:
-                raise RequestError(f"prompts[{index}]: {error}") from error
-        progress = tqdm if use_tqdm is True else use_tqdm
-        bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
-        ids = [request.request_id for request in requests]
-        finished = 0
+        owner = _Owner()
+        requests: list[Request] = []
+        bar = None
         try:
-            for request in requests:
-                self._enqueue(request, owned=True)
-            while any(request_id in self._requests for request_id in ids):
-                self._advance()
-                done = sum(request_id not in self._requests for request_id in ids)
+            self._submit(zip(prompts, params, policies, strict=True), owner, requests)
+            progress = tqdm if use_tqdm is True else use_tqdm
+            bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
+            finished = 0
+            while owner.waits_for:
+                self._advance_for(lambda: bool(owner.waits_for))
+                done = len(requests) - len(owner.waits_for)
                 if bar is not None:
                     bar.update(done - finished)
                 finished = done
@@ -147,7 +157,7 @@ class Engine:
         finally:
             if bar is not None:
                 bar.close()
-            self._disown(ids)
+            self._disown(requests)
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None,
                policy: Policy | None = None) -> Iterator[RequestOutput]:
@@ -156,24 +166,23 @@ class Engine:
         Text that may still change is held back: an incomplete character, a possible start of a stop string. The prompt
         is checked at the call (RequestError); closing the iterator early aborts the request.
         """
-        request = self._parse(prompt, sampling_params, policy, None)
-        return self._stream(request)
+        return self._stream(self._check(prompt, sampling_params, policy))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
-        request_id = request.request_id
+        owner = _Owner()
         try:
-            self._enqueue(request, owned=True)
+            self._join(request, owner)
             while True:
-                if self._owned[request_id] is None:
-                    self._advance()
+                self._advance_for(lambda: not owner.news)
+                if not owner.news:
                     continue
-                self._owned[request_id] = None
+                owner.news = False
                 output = request.output()
                 yield output
                 if output.finished:
                     return
         finally:
-            self._disown([request_id])
+            self._disown([request])
 
     def calibrate(self, prompts: Any, sampling_params: SamplingParams | None = None, quantile: float = 0.9,
                   num_samples: int = 16, use_tqdm: bool | Callable[..., tqdm] = False) -> float:
@@ -199,39 +208,41 @@ class Engine:
 
     # -- step by step ---------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def add_request(self, prompt: Any, sampling_params: SamplingParams | None = None, policy: Policy | None = None,
                     *, request_id: str | None = None) -> str:
         """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands."""
         request = self._parse(prompt, sampling_params, policy, request_id)
-        self._enqueue(request, owned=False)
+        self._enqueue(request)
         return request.request_id
 
+    @one_at_a_time
     def step(self) -> list[RequestOutput]:
         """Admits what fits, runs one round, and returns the outputs that changed since the last step."""
         self._advance()
-        changed, self._changed = self._changed, {}
-        return [request.output() for request in changed.values()]
+        outputs = [request.output() for request in self._changed.values()]
+        self._changed = {}
+        return outputs
 
+    @one_at_a_time
     def abort(self, request_id: str) -> bool:
         """Ends a request with finish_reason "abort", keeping what was committed; False if there is none of that id.
 
         The next `step` returns its last output.
         """
         request = self._requests.get(request_id)
-        if request is None:
-            return False
-        for hypothesis in request.hypotheses:
-            if hypothesis.finish_reason is None:
-                self._round.finish(hypothesis, "abort")
-        self._settle([request])
-        return True
+        if request is not None:
+            self._abort([request])
+        return request is not None
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to return."""
         return bool(self._requests or self._changed)
 
+    @one_at_a_time
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every page and slab of both models is accounted for."""
+        self._recover()
         held = sum(1 for hypothesis in self._running if hypothesis.best is not None)
         self._cache.check_integrity(slabs_out=held)
         if self.reward is not None:
@@ -249,7 +260,7 @@ class Engine:
         if isinstance(policy, type) or not hasattr(policy, "plan"):
             name = policy.__name__ if isinstance(policy, type) else type(policy).__name__
             raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
-        plan = policy.plan()
+        plan = checked_plan(policy)
         if plan.scoring != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
@@ -282,27 +293,148 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer)
 
+    @one_at_a_time
+    def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:
+        return self._parse(given, params, policy, None)
+
     def _in_use(self, request_id: str) -> bool:
-        return request_id in self._requests or request_id in self._owned or request_id in self._changed
+        return request_id in self._requests or request_id in self._changed
 
-    def _enqueue(self, request: Request, owned: bool) -> None:
-        if owned:
-            self._owned[request.request_id] = None
-        self._requests[request.request_id] = request
+    @one_at_a_time
+    def _submit(self, asked: Iterable[tuple[Any, SamplingParams | None, Policy | None]], owner: _Owner,
+                requests: list[Request]) -> None:
+        """Appends a request for each (prompt, params, policy) to `requests`, and queues them once all were checked."""
+        for index, (prompt, params, policy) in enumerate(asked):
+            try:
+                requests.append(self._parse(prompt, params, policy, None))
+            except StarsError as error:
+                raise RequestError(f"prompts[{index}]: {error}") from error
+        for request in requests:
+            self._enqueue(request, owner)
+
+    @one_at_a_time
+    def _join(self, request: Request, owner: _Owner) -> None:
+        self._enqueue(request, owner)
+
+    def _enqueue(self, request: Request, owner: _Owner | None = None) -> None:
+        request_id = request.request_id
+        if self._in_use(request_id):
+            raise RequestError(f"request id {request_id!r} is in use: choose another")
+        self._recover()
+        if owner is not None:
+            owner.waits_for.add(request_id)
+            request.owner = weakref.ref(owner, lambda _, orphans=self._orphans: orphans.append(request_id))
+        self._changing = True
+        self._requests[request_id] = request
         self._waiting += request.hypotheses
+        self._changing = False
 
-    def _disown(self, request_ids: Sequence[str]) -> None:
-        """Ends what is still unfinished of them and forgets their outputs."""
-        for request_id in request_ids:
-            self.abort(request_id)
-            self._owned.pop(request_id, None)
+    @one_at_a_time
+    def _disown(self, requests: Sequence[Request]) -> None:
+        """Ends what is still unfinished of them."""
+        self._abort([request for request in requests if self._requests.get(request.request_id) is request])
+        for request in requests:
+            request.owner = None
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        self._recover()
+        if not requests:
+            return
+        self._changing = True
+        for request in requests:
+            for hypothesis in request.hypotheses:
+                if hypothesis.finish_reason is None:
+                    self._round.finish(hypothesis, "abort")
+        self._settle(requests)
+        self._changing = False
+
+    @one_at_a_time
+    def _advance_for(self, wanted: Callable[[], bool]) -> None:
+        """Advances, unless another thread has brought what this one waited for meanwhile."""
+        if wanted():
+            self._advance()
 
     def _advance(self) -> None:
-        self._admit()
-        if not self._running:
+        """Admits what fits and runs one round, or, after an exception, one round for each request by itself."""
+        self._recover()
+        while self._orphans:
+            if self._orphans[0] in self._requests:
+                self._abort([self._requests[self._orphans[0]]])
+            self._orphans.popleft()
+        try:
+            self._admit()
+            self._run_round(self._running)
+        except IntegrityError:
+            raise
+        except Exception as error:
+            self._one_by_one(error)
+        self._show_warnings()
+
+    def _run_round(self, hypotheses: Sequence[Hypothesis]) -> None:
+        if not hypotheses:
             return
-        changed = self._round.run(self._running)
+        for hypothesis in hypotheses:
+            if not hypothesis.attempts:
+                hypothesis.mark_boundary()
+        self._changing, self._in_round = True, hypotheses
+        changed = self._round.run(hypotheses)
+        self._in_round = ()  # from here on it stands
         self._settle({hypothesis.request.request_id: hypothesis.request for hypothesis in changed}.values())
+        self._changing = False
+
+    def _one_by_one(self, error: Exception) -> None:
+        """Gives every request that was at work when `error` was raised a round of its own: who fails alone ends."""
+        held = [hypothesis.request for request in self._requests.values() for hypothesis in request.hypotheses
+                if hypothesis.table is not None]
+        requests = list({request.request_id: request for request in held}.values())
+        if not requests:
+            raise error
+        self._recover()
+        if len(requests) == 1:
+            self._fail(requests[0], error)
+            return
+        logger.warning("a round raised %s: each of its %d requests gets one of its own", describe(error), len(requests),
+                       exc_info=error)
+        for request in requests:
+            try:
+                self._admit(request)
+                self._run_round([hypothesis for hypothesis in self._running if hypothesis.request is request])
+            except IntegrityError:
+                raise
+            except Exception as alone:
+                self._recover()
+                self._fail(request, alone)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        logger.warning("request %s ends with an error: %s", request.request_id, describe(error), exc_info=error)
+        self._changing = True
+        self._round.fail(request, describe(error))
+        self._settle([request])
+        self._changing = False
+
+    def _recover(self) -> None:
+        """After a call that was stopped in the middle: back to what was committed, with empty caches."""
+        if not self._changing:
+            return
+        if self._cache.device.type != "cpu":
+            torch.cuda.synchronize()  # what the stopped call had launched may still read what the host fills next
+        for hypothesis in self._running:
+            # A round that did not end never happened; behind one, a segment that goes on is begun again.
+            if hypothesis.attempts or hypothesis in self._in_round:
+                hypothesis.go_back()
+        self._in_round = ()
+        self._round.reset()
+        self._cache.reset()
+        if self.reward is not None:
+            self.reward.reset()
+        requests = list(self._requests.values())
+        hypotheses = [hypothesis for request in requests for hypothesis in request.hypotheses]
+        for hypothesis in hypotheses:
+            hypothesis.let_go()
+        self._running = []
+        self._waiting = deque(hypothesis for hypothesis in hypotheses if hypothesis.finish_reason is None)
+        self._settle([request for request in requests if request.finished])
+        self._changing = False
 
     def _settle(self, requests: Any) -> None:
         """Closes what finished hypotheses held and hands out the outputs of `requests`."""
@@ -317,12 +449,15 @@ class Engine:
             if request.request_id not in self._requests:
                 continue
             if request.finished:
-                del self._requests[request.request_id]
-                self._warn_if_out_of_reach(request)
-            if request.request_id in self._owned:
-                self._owned[request.request_id] = request
-            else:
+                self._note_out_of_reach(request)
+            if request.owner is None:
                 self._changed[request.request_id] = request
+            elif (owner := request.owner()) is not None:
+                owner.news = True
+                if request.finished:
+                    owner.waits_for.discard(request.request_id)
+            if request.finished:
+                del self._requests[request.request_id]
 
     def _close(self, hypothesis: Hypothesis) -> None:
         if hypothesis.table is not None:
@@ -332,35 +467,35 @@ class Engine:
             self.reward.close(hypothesis.session)
             hypothesis.session = None
 
-    def _admit(self) -> None:
-        """Moves waiting hypotheses, in order, into the running ones as long as their pages can be reserved."""
-        opened: list[Hypothesis] = []
-        beginnings: set[tuple[int, ...]] = set()
-        try:
-            while self._waiting and len(self._running) + len(opened) < self.config.max_num_seqs:
-                hypothesis = self._waiting[0]
-                if beginnings and self._beginning(hypothesis) in beginnings:
-                    # It can share pages with one that was opened a moment ago, once those are written.
-                    self._start(opened)
-                    opened, beginnings = [], set()
+    def _admit(self, only: Request | None = None) -> None:
+        """Moves waiting hypotheses, in order, into the running ones as long as their pages can be reserved.
+
+        With `only`, those of one request.
+        """
+        self._changing = True
+        while True:
+            opened: list[Hypothesis] = []
+            beginnings: set[tuple[int, ...]] = set()
+            while len(self._running) + len(opened) < self.config.max_num_seqs:
+                hypothesis = next((h for h in self._waiting if only is None or h.request is only), None)
+                if hypothesis is None or self._beginning(hypothesis) in beginnings:
+                    break  # the latter can share pages with one that was opened a moment ago, once those are written
                 if not self._open(hypothesis):
                     break
-                self._waiting.popleft()
+                if hypothesis.finish_reason is not None:  # it failed, and with it what was opened of its request
+                    opened = [other for other in opened if other.finish_reason is None]
+                    continue
+                self._waiting.remove(hypothesis)
                 opened.append(hypothesis)
                 beginning = self._beginning(hypothesis)
                 if beginning is not None:
                     beginnings.add(beginning)
+            if not opened:
+                break
             self._start(opened)
-        except BaseException:
-            # An interrupted admission never happened: what was opened goes back to the head of the queue.
-            for hypothesis in opened:
-                self._close(hypothesis)
-            self._running = [hypothesis for hypothesis in self._running if hypothesis not in opened]
-            self._waiting.extendleft(h for h in reversed(opened) if h.finish_reason is None)
-            self._settle({h.request.request_id: h.request for h in opened if h.request.finished}.values())
-            raise
-        if self._waiting and not self._running:
+        if self._waiting and not self._running and (only is None or any(h.request is only for h in self._waiting)):
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
+        self._changing = False
 
     def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
         """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
@@ -369,38 +504,45 @@ class Engine:
         return tuple(history[:stop]) if len(history) >= stop else None
 
     def _open(self, hypothesis: Hypothesis) -> bool:
-        """Reserves the pages of a whole response in both models; False, and nothing changed, if they are not free."""
+        """Reserves the pages of a whole response in both models; False, and nothing changed, if they are not free.
+
+        Where that fails otherwise, the request has ended with an error.
+        """
         request = hypothesis.request
-        history = request.prompt.token_ids[:-1]
-        capacity = len(history) + request.params.max_tokens
+        ids = request.prompt.token_ids
+        capacity = len(ids) - 1 + request.params.max_tokens
         scored = request.plan.scoring != "never"
-        if not self._cache.can_open(history, capacity):
-            return False
-        if scored and not self.reward.can_open(request.prompt, request.params.max_tokens):
+        if not self._cache.can_open(ids[:-1], capacity):
             return False
         try:
-            hypothesis.table = self._cache.open(history, capacity)
-            hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
+            if scored and not self.reward.can_open(request.prompt, request.params.max_tokens):
+                return False
+            hypothesis.table = self._cache.open(ids[:-1], capacity)
             if scored:
                 hypothesis.session = self.reward.open(request.prompt, request.params.max_tokens)
-        except BaseException:
-            self._close(hypothesis)
-            raise
+        except Exception as error:
+            self._fail(request, error)
+            self._changing = True  # still
+            return True
+        if hypothesis.boundary is None:  # else it has run before, and was interrupted
+            hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
         return True
 
     def _start(self, opened: list[Hypothesis]) -> None:
-        """Runs the prompts of newly opened hypotheses through both models."""
-        if not opened:
-            return
-        # The last prompt token is the first input of a draft.
-        self._passes.prefill([(hypothesis.table, ids, len(ids) - 1)
-                              for hypothesis in opened for ids in [hypothesis.request.prompt.token_ids]])
+        """Runs the prompts of newly opened hypotheses, and what they had committed before, through both models."""
+        # The last token is the first input of a draft.
+        self._passes.prefill([(hypothesis.table, ids, len(ids) - 1) for hypothesis in opened
+                              for ids in [hypothesis.request.prompt.token_ids + hypothesis.token_ids]])
         for hypothesis in opened:
             self._cache.publish(hypothesis.table, hypothesis.request.prompt.token_ids[:-1])
         scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
         requests: list[Request] = []
         if scored:
             self.reward.start([hypothesis.session for hypothesis in scored])
+            for hypothesis in scored:
+                if hypothesis.token_ids:
+                    text = hypothesis.request.response_text(hypothesis) if self.reward.needs_text else None
+                    self.reward.resume(hypothesis.session, hypothesis.content_ids(), text)
             requests = list({h.request.request_id: h.request for h in scored
                              if h.request.prompt_reward is None}.values())
             self._round.prompt_rewards(requests)
@@ -409,23 +551,42 @@ class Engine:
         if failed:
             self._settle(failed)
 
-    def _warn_if_out_of_reach(self, request: Request) -> None:
-        """Says so, once a policy, when the threshold lies far outside the rewards that were seen."""
-        if request.plan.decision != "threshold" or request.policy in self._warned:
+    def _note_out_of_reach(self, request: Request) -> None:
+        """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
+        plan = request.plan
+        if plan.decision != "threshold" or plan in self._warned:
             return
         metrics = [hypothesis.metrics for hypothesis in request.hypotheses]
         counted, accepted = sum(m.attempts_counted for m in metrics), sum(m.accepted for m in metrics)
-        threshold = request.plan.reward_threshold
+        threshold = plan.reward_threshold
         if threshold == float("inf") or counted < LOW_ACCEPT_ATTEMPTS or accepted > LOW_ACCEPT_RATE * counted:
             return
         seen = [attempt.reward for hypothesis in request.hypotheses for segment in hypothesis.segments
                 for attempt in segment.attempts if attempt.reward is not None]
         if not seen:
             return
-        self._warned.add(request.policy)
-        warnings.warn(f"reward_threshold={threshold:g} accepted {accepted} of {counted} attempts (the rewards seen lie "
-                      f"between {min(seen):.3g} and {max(seen):.3g}): measure one with engine.calibrate(prompts)",
-                      stacklevel=2)
+        self._warned.add(plan)
+        self._warnings.append(f"reward_threshold={threshold:g} accepted {accepted} of {counted} attempts (the rewards "
+                              f"seen lie between {min(seen):.3g} and {max(seen):.3g}): measure one with "
+                              "engine.calibrate(prompts)")
+
+    def _show_warnings(self) -> None:
+        while self._warnings:
+            message = self._warnings.pop()
+            try:
+                warnings.warn(message, stacklevel=2)
+            except Warning:  # made an error by a filter; whoever runs this round may have nothing to do with it
+                logger.warning(message)
+
+
+class _Owner:
+    """Whoever waits in `generate` or `stream`: the requests made for it end once it is gone."""
+
+    __slots__ = ("news", "waits_for", "__weakref__")
+
+    def __init__(self):
+        self.news = False  # whether a request of it has changed since it looked
+        self.waits_for: set[str] = set()  # ids of its unfinished requests
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -36,3 +36,15 @@ class OutOfPages(StarsError):
 
 class IntegrityError(StarsError):
     """The cache's books do not balance; this is a defect of the engine."""
+
+
+def describe(error: BaseException) -> str:
+    """`error` for a message: a StarsError's own sentence, otherwise its type and its text, where it has one that can be
+    read."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a user's exception may do anything
+        text = ""
+    if isinstance(error, StarsError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from stars.errors import RequestError
+from stars.errors import RequestError, describe
 from stars.sampling import is_number
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
@@ -35,6 +35,30 @@ class Policy(Protocol):
 
     def plan(self) -> Plan:
         """The method in the loop's terms."""
+
+
+def checked_plan(policy: Policy) -> Plan:
+    """What `policy` plans, which may be an object of the user's; RequestError where the loop could not follow it."""
+    name = type(policy).__name__
+    try:
+        plan = policy.plan()
+    except Exception as error:
+        raise RequestError(f"{name}.plan() raised {describe(error)}") from error
+    if not isinstance(plan, Plan):
+        raise RequestError(f"{name}.plan() returned {type(plan).__name__}, it must return a stars.policies.Plan")
+    for field in ("segment_size", "max_attempts", "width", "candidates"):
+        value = getattr(plan, field)
+        if not (field == "width" and value is None):
+            _integer(f"{name}.plan()", field, value)
+    for field, known in (("scoring", ("segment", "end", "never")), ("decision", ("threshold", "argmax", "always"))):
+        if getattr(plan, field) not in known:
+            raise RequestError(f"{name}.plan() has {field} = {getattr(plan, field)!r}, it must be one of "
+                               f"{', '.join(known)}")
+    for field in ("alpha", "beta", "reward_threshold"):
+        value = getattr(plan, field)
+        if not isinstance(value, float) or math.isnan(value):
+            raise RequestError(f"{name}.plan() has {field} = {value!r}, it must be a float")
+    return plan
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,16 @@ class Lane:
                        sum(self.logprobs))
 
 
+class Boundary(NamedTuple):
+    """A response as it was when its newest segment began: what an interrupted round goes back to."""
+
+    tokens: int
+    segments: int
+    cumulative_logprob: float
+    reward: float | None
+    metrics: Metrics
+
+
 @dataclass(eq=False)
 class Hypothesis:
     """One response in the making: its own history in both caches and its own random stream."""
@@ -57,12 +68,34 @@ class Hypothesis:
     stop_reason: int | str | None = None
     error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    boundary: Boundary | None = None  # None before its first round
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
     @property
     def last_token(self) -> int:
         """The token whose keys and values the LM cache does not hold yet."""
         return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
+
+    def mark_boundary(self) -> None:
+        """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
+        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.cumulative_logprob, self.reward,
+                                 copy.copy(self.metrics))
+
+    def go_back(self) -> None:
+        """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
+        called again."""
+        if self.boundary is not None:
+            del self.token_ids[self.boundary.tokens :]
+            del self.segments[self.boundary.segments :]
+            self.cumulative_logprob, self.reward = self.boundary.cumulative_logprob, self.boundary.reward
+            self.metrics = copy.copy(self.boundary.metrics)
+            self._history = None
+        self.finish_reason = self.stop_reason = self.error = None
+
+    def let_go(self) -> None:
+        """Forgets its places in caches that were emptied, and the attempts that stood there."""
+        self.table = self.session = self.best = None
+        self.attempts = []
 
     def history(self) -> np.ndarray:
         """int32 [n, 2]: the distinct tokens of prompt and response, rising, each with its count in the response."""
@@ -99,6 +132,7 @@ class Request:
     hypotheses: list[Hypothesis] = field(default_factory=list)
     prompt_reward: float | None = None
     threshold_start: float = 0.0  # r0 of the law
+    owner: weakref.ref | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self):
         self.hypotheses = [Hypothesis(self, sample) for sample in range(self.params.n * self.plan.candidates)]

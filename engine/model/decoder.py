@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ class Decoder:
         max_rows: int,
         dtype: torch.dtype = torch.float32,
     ):
+        self.lock = threading.RLock()  # for the engines that share this decoder, and with it the workspace
         self.config = config
         self.embedding = embedding
         self.layers = tuple(layers)
