@@ -355,7 +355,7 @@ class Engine:
             self._advance()
 
     def _advance(self) -> None:
-        """Admits what fits and runs one round, or, after an exception, one round for each request by itself."""
+        """Admits what fits and runs one round, or, after an exception, a segment of each request by itself."""
         self._recover()
         while self._orphans:
             if self._orphans[0] in self._requests:
@@ -383,7 +383,7 @@ class Engine:
         self._changing = False
 
     def _one_by_one(self, error: Exception) -> None:
-        """Gives every request that was at work when `error` was raised a round of its own: who fails alone ends."""
+        """Gives every request that was at work when `error` was raised a segment by itself: who fails alone ends."""
         held = [hypothesis.request for request in self._requests.values() for hypothesis in request.hypotheses
                 if hypothesis.table is not None]
         requests = list({request.request_id: request for request in held}.values())
@@ -393,12 +393,15 @@ class Engine:
         if len(requests) == 1:
             self._fail(requests[0], error)
             return
-        logger.warning("a round raised %s: each of its %d requests gets one of its own", describe(error), len(requests),
+        logger.warning("a round raised %s: each of its %d requests is run by itself", describe(error), len(requests),
                        exc_info=error)
         for request in requests:
             try:
                 self._admit(request)
-                self._run_round([hypothesis for hypothesis in self._running if hypothesis.request is request])
+                mine = [hypothesis for hypothesis in self._running if hypothesis.request is request]
+                while mine:  # to the end of a segment: the round that failed may be a later one of it
+                    self._run_round(mine)
+                    mine = [hypothesis for hypothesis in mine if hypothesis.attempts]
             except IntegrityError:
                 raise
             except Exception as alone:
