@@ -410,10 +410,10 @@ class Engine:
 
     def _fail(self, request: Request, error: Exception) -> None:
         logger.warning("request %s ends with an error: %s", request.request_id, describe(error), exc_info=error)
-        self._changing = True
+        before, self._changing = self._changing, True
         self._round.fail(request, describe(error))
         self._settle([request])
-        self._changing = False
+        self._changing = before
 
     def _recover(self) -> None:
         """After a call that was stopped in the middle: back to what was committed, with empty caches."""
@@ -525,7 +525,6 @@ class Engine:
                 hypothesis.session = self.reward.open(request.prompt, request.params.max_tokens)
         except Exception as error:
             self._fail(request, error)
-            self._changing = True  # still
             return True
         if hypothesis.boundary is None:  # else it has run before, and was interrupted
             hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length

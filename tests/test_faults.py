@@ -437,6 +437,11 @@ def interrupt_at(causal: bool, chosen: list[tuple[tuple, int]]) -> None:
         assert facts(got) == wanted, f"after an interrupt at {place}"
 
 
+IGNORED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""An interrupt in a finaliser is reported and dropped by the interpreter."""
+
+
+@IGNORED
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "function"])
 def test_an_interrupt_at_a_bytecode_loses_nothing(causal):
     """Every ninth of all bytecodes; all of them are for the slow test."""
@@ -446,6 +451,7 @@ def test_an_interrupt_at_a_bytecode_loses_nothing(causal):
 
 
 @pytest.mark.slow
+@IGNORED
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "function"])
 def test_an_interrupt_at_any_bytecode_loses_nothing(causal):
     """At the first and at the last run of each."""
@@ -464,6 +470,7 @@ HEALTHY = [(prompt(1, length, seed), stars.SamplingParams(max_tokens=tokens, n=n
 OPERATIONS = 20_000
 
 
+@IGNORED
 def test_twenty_thousand_operations():
     """Adds, steps, aborts, failures and interrupts at random places, in a cache of two or three requests: every healthy
     request gets the text it has alone, every other one ends, and nothing leaks."""
