@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import stars
-from stars.policies import Plan
 from stars.reward.base import Reward, Scored
 from test_conservation import nothing_is_held
 from toy import ToyModel, ids, table_reward, toy_engine
@@ -326,7 +325,7 @@ def test_a_warning_made_an_error_stops_nobody(caplog):
     assert "reward_threshold=99 accepted 0 of" in caplog.text
 
 
-# -- interrupts ---------------------------------------------------------------------------------------------------------
+# -- interrupts -------------------------------------------------------------------------------------------------------
 
 
 ROOT = str(Path(stars.__file__).parent)
@@ -459,7 +458,7 @@ def test_an_interrupt_at_any_bytecode_loses_nothing(causal):
     interrupt_at(causal, [(place, count) for place in sorted(seen) for count in sorted({1, seen[place]})])
 
 
-# -- all together -------------------------------------------------------------------------------------------------------
+# -- all together -----------------------------------------------------------------------------------------------------
 
 
 HEALTHY = [(prompt(1, length, seed), stars.SamplingParams(max_tokens=tokens, n=n, seed=seed, ignore_eos=ends), policy)

@@ -143,7 +143,8 @@ class CausalReward(Reward):
         """Writes the response into the session's pages, all but its last token."""
         ids, content = self._ids(Candidate(session, token_ids, text))
         self._reserve(session, content)
-        self._advance(session, ids, min(_common(ids, session.committed, session.table.length), content - 1), content - 1)
+        valid = min(_common(ids, session.committed, session.table.length), content - 1)
+        self._advance(session, ids, valid, content - 1)
 
     def reset(self) -> None:
         """Empties the cache."""

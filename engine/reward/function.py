@@ -83,8 +83,8 @@ class FunctionReward(Reward):
             failure.__cause__ = error
             return [failure] * count
         if len(rewards) != count:
-            failure = RewardError(f"the reward function returned {returned or len(rewards)} values for {count} responses: it must "
-                                  "return one float for each")
+            failure = RewardError(f"the reward function returned {returned or len(rewards)} values for {count} "
+                                  "responses: it must return one float for each")
             return [failure] * count
         return [_number(reward) for reward in rewards]
 
