@@ -194,6 +194,10 @@ def loads(line: bytes | str) -> Any:
         return json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        if str(error).startswith("Exceeds the limit"):  # advice for programmers follows
+            raise ValueError("it has a number of too many digits") from None
+        raise
 
 
 def too_deep(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import warnings
@@ -18,6 +19,7 @@ from stars import __version__
 from stars.cli import options
 from stars.cli.signals import Terminated, termination
 from stars.errors import StarsError
+from stars.line_file import FULL
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
 
@@ -82,9 +84,16 @@ def _settle(stream: TextIO) -> None:
             os.close(nowhere)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that does not pass over a reader that went away, or a disk that is full."""
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        (file or sys.stderr).write(message or "")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their flags; `args.run(args)` is the command's body."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stars", description="Decodes with a language model while a reward model watches, segment by segment.")
     parser.add_argument("--version", action="version", version=f"stars {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -227,6 +236,8 @@ def _fail(message: str) -> int:
 
 
 def _in_words(error: OSError) -> str:
+    if error.filename is None and error.errno in (*FULL, errno.EBADF):  # only what print wrote has no name
+        return f"stdout: {error.strerror}"
     return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
 

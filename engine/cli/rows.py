@@ -103,18 +103,28 @@ def _parse_line(index: int, number: int, line: bytes, chat: bool) -> Row:
     given: dict[str, Any] = {}
     try:
         value = loads(line)
+        if too_deep(value):
+            raise ValueError(f"it is nested more than {MAX_NESTING} deep")
         if isinstance(value, dict):
             given = {key: item for key, item in value.items() if key not in RESULT_KEYS}
         elif isinstance(value, str):
             given = {"prompt": value}
-        if too_deep(value):
-            given = {"id": given["id"]} if key_of(given, index)[0] == "id" else {}
-            raise RequestError(f"it is nested more than {MAX_NESTING} deep: give a string or a flatter object")
         return Row(index, given, _prompt_of(value, chat))
     except RequestError as error:
         return Row(index, given, None, f"line {number}: {error}")
     except ValueError as error:
-        return Row(index, given, None, f"line {number} cannot be read as JSON ({error}): give a string or an object")
+        return Row(index, _identity_of(line), None,
+                   f"line {number} is no row of JSON ({error}): give a string or an object")
+
+
+def _identity_of(line: bytes) -> dict[str, Any]:
+    """The id of a row that is refused for something else in it, where it can be read all the same."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    is_named = isinstance(value, dict) and key_of(value, 0)[0] == "id" and value["id"] == plain(value["id"])
+    return {"id": value["id"]} if is_named else {}
 
 
 def _prompt_of(value: Any, chat: bool) -> Any:
