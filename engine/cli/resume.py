@@ -47,10 +47,10 @@ class Resumption:
         if output.size() != self.size:
             raise RequestError(f"{output.name} has changed since it was read, so another run is writing to it: wait "
                                "for it, and run again")
-        if not self.clean:
-            output.replace(self._kept_rows())
         if trace is not None and trace.size():
             trace.replace(self._kept_records())
+        if not self.clean:
+            output.replace(self._kept_rows())
 
     def _read(self, number: int, line: bytes) -> None:
         whole = line.endswith(b"\n")
