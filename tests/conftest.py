@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from stars.bindings import libstars
+from stars.cli import main
 from stars.kernels.dispatch import references_only
 from tiny_models import TinyModel, write_model
 
@@ -36,3 +37,25 @@ def operations(request) -> Iterator[str]:
         pytest.skip("libstars was not built")
     with references_only() if request.param == "references" else nullcontext():
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def pair(tiny_model) -> list[str]:
+    """The command line's flags for a language model and a reward model of its vocabulary."""
+    lm = tiny_model(tokenizer=True, chat_template=True)
+    return ["--model", str(lm), "--reward", str(tiny_model(tokenizer=True, chat_template=True, head="reward"))]
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., tuple[int, str, str]]:
+    """run(*arguments) of the command line: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
