@@ -52,7 +52,8 @@ namespace {
 
 void* allocate(size_t size, size_t alignment) {
   if (fails()) return nullptr;
-  return alignment <= 16 ? std::malloc(size) : __real_aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+  if (alignment <= 16) return std::malloc(size);
+  return __real_aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
 }
 
 void* allocate_or_throw(size_t size, size_t alignment) {
@@ -178,9 +179,9 @@ Case attention_case(int64_t lanes, int32_t prefix, bool shared) {
   d.row_start.push_back(static_cast<int32_t>(lanes));
   d.params.q = d.q.data();
   d.params.out = d.out.data();
-  d.params.batch = {d.positions.data(),  d.slots.data(),      d.row_start.data(), d.seq_group.data(), d.block_tables.data(),
-                    d.prefix_len.data(), d.slab_start.data(), d.slab_used.data(), lanes,              lanes,
-                    pages,               1};
+  d.params.batch = {d.positions.data(),    d.slots.data(),      d.row_start.data(),  d.seq_group.data(),
+                    d.block_tables.data(), d.prefix_len.data(), d.slab_start.data(), d.slab_used.data(),
+                    lanes,                 lanes,               pages,               1};
   d.params.kv = {d.k_pages.data(), d.v_pages.data(), d.k_slabs.data(), d.v_slabs.data(), page_size, kv_heads, head_dim};
   d.params.heads = heads;
   d.params.window = 0;
@@ -206,7 +207,8 @@ Case sample_case(int64_t lanes) {
   auto data = std::make_shared<Data>();
   Data& d = *data;
   d.logits = numbers.floats(lanes * vocab);
-  for (auto* list : {&d.ids, &d.positions, &d.slots, &d.used, &d.steps, &d.done, &d.attempts, &d.streams}) list->resize(lanes);
+  for (auto* list : {&d.ids, &d.positions, &d.slots, &d.used, &d.steps, &d.done, &d.attempts, &d.streams})
+    list->resize(lanes);
   d.limits.assign(lanes, 100);
   d.tokens.resize(lanes * max_steps);
   d.logprobs.resize(lanes * max_steps);
