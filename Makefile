@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow bench device install clean
+.PHONY: demo test slow bench device sanitize install clean
 
 demo: install
 	$(BIN)/stars demo
@@ -23,6 +23,23 @@ bench: install
 
 device:
 	$(PYTHON) benchmarks/device/run.py $(OPTIONS)
+
+# libstars and its tests once more, built with gcc's sanitizers: addresses and undefined behaviour in all of them, data
+# races in the driver that is C++ throughout. Needs g++, as LD_PRELOAD names its libraries.
+SANITIZERS = $(subst $() ,:,$(foreach name,libasan libubsan libstdc++,$(shell g++ -print-file-name=$(name).so)))
+
+sanitize: install
+	export PATH="$(abspath $(BIN)):$$PATH"; command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet cmake; \
+	for kind in address,undefined thread; do \
+	  cmake -S . -B build/sanitize/$$kind -DCMAKE_CXX_COMPILER=g++ -DSTARS_SANITIZE=$$kind && \
+	  cmake --build build/sanitize/$$kind --target stars stars_stress --parallel || exit 1; \
+	done
+	for what in memory threads fork; do build/sanitize/address,undefined/stars_stress $$what || exit 1; done
+	build/sanitize/thread/stars_stress threads
+	LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 \
+	  STARS_LIBRARY=$(abspath build/sanitize/address,undefined)/libstars.so \
+	  $(BIN)/python -m pytest -q $(wildcard tests/test_libstars*.py) tests/test_recording_threads.py \
+	  tests/test_bf16_products.py tests/test_penalties.py tests/test_sampling_kernels.py
 
 install: $(VENV)/installed
 
