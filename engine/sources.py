@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
+
 from stars.errors import ModelError, RewardError, StarsError, TokenizerError
 from stars.model.decoder import Decoder
 from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.reward import CausalReward, EncoderReward
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -25,7 +28,14 @@ def check_model(model: Any) -> None:
 
 
 def check_reward(reward: Any) -> None:
-    """Raises ModelError for a reward given as a path that is none, RewardError for a model of transformers."""
+    """Raises ModelError for a reward given as a path that is none, RewardError for a model of transformers.
+
+    The same for the model inside a CausalReward or EncoderReward.
+    """
+    if isinstance(reward, CausalReward):
+        reward = reward.model
+    elif isinstance(reward, EncoderReward):
+        reward = reward.model_path
     if isinstance(reward, (str, Path)):
         check_directory("reward model", reward, ModelError)
     elif hasattr(reward, "save_pretrained"):
@@ -70,6 +80,9 @@ def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
         if loaded is None:
             raise TokenizerError(f"{tokenizer} has no tokenizer.json: give the directory of a fast tokenizer")
         return loaded
+    if isinstance(tokenizer, Backend):
+        raise TokenizerError("tokenizer is a tokenizers.Tokenizer, and only directories are loaded: write it with "
+                             "save(DIR + '/tokenizer.json') and give DIR")
     if hasattr(tokenizer, "save_pretrained") or not all(
             callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
         raise TokenizerError(_object("tokenizer", tokenizer, "a directory with a tokenizer.json"))

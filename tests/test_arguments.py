@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import stars
@@ -354,6 +355,13 @@ def test_what_is_given_for_a_model(given, message, monkeypatch, tmp_path):
         assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_is_given_inside_a_reward(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    refused(stars.ModelError, "run `hf download org/rm --local-dir DIR`", toy_engine, LM, stars.CausalReward("org/rm"))
+    refused(stars.ModelError, "run `hf download org/rm --local-dir DIR`", toy_engine, LM, stars.EncoderReward("org/rm"))
+    refused(stars.RewardError, "is a Pretrained of transformers", toy_engine, LM, stars.CausalReward(Pretrained()))
+
+
 def test_a_tokenizer_by_its_path(tmp_path):
     ids = stars.Engine(PAIR / "lm", cache_tokens=64).tokenizer.encode("This film was")
     for given in (PAIR / "rm", str(PAIR / "rm"), PAIR / "rm" / "tokenizer.json"):
@@ -361,6 +369,8 @@ def test_a_tokenizer_by_its_path(tmp_path):
         assert engine.tokenizer.encode("This film was") == ids == [1, 967, 347, 338]
     refused(stars.TokenizerError, "has no tokenizer.json", toy_engine, LM, tokenizer=tmp_path)
     refused(stars.TokenizerError, "tokenizer is int", toy_engine, LM, tokenizer=3)
+    refused(stars.TokenizerError, "is a tokenizers.Tokenizer, and only directories are loaded", toy_engine, LM,
+            tokenizer=tokenizers.Tokenizer.from_file(str(PAIR / "lm" / "tokenizer.json")))
 
 
 @pytest.mark.parametrize("given, name", [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -83,7 +84,10 @@ def test_the_wheel(tmp_path):
     """Builds it as a user would, and runs what was built from a directory of its own."""
     if find_spec("pip") is None:
         pytest.skip("pip is not installed")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet", "-w", str(tmp_path)],
+    # From a copy: a build folder left in the checkout would put its old files into the wheel.
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(
+        ".*", "build", "*.egg-info", "__pycache__", "*.so"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--quiet", "-w", str(tmp_path)],
                    check=True, env={**os.environ, "STARS_REQUIRE_LIBSTARS": "1"})
     [wheel] = tmp_path.glob("*.whl")
     assert re.fullmatch(r"stars_engine-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)  # any Python 3, this platform only
