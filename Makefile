@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with Python 3.10 to 3.12 and a C++ compiler:
+# Two commands do everything on a fresh machine with Python 3.10 to 3.13 and a C++ compiler:
 #   make demo    makes the environment, installs, and decodes on the shipped pair of models
 #   make test    the same set-up, then all tests
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
@@ -43,7 +43,7 @@ sanitize: install
 
 install: $(VENV)/installed
 
-# torch comes first and pinned: left to a dependency's range, pip would fetch another build of several gigabytes.
+# Everything is pinned and comes before the package: what its ranges ask for is then there.
 $(VENV)/installed: requirements.txt setup.py pyproject.toml CMakeLists.txt $(wildcard bindings/*.h bindings/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import secrets
-import warnings
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,29 +17,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from stars.arguments import known_keywords, real, refuse_bare_prompt
 from stars.cache import PagedCache
-from stars.config import EngineConfig
+from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
-from stars.errors import IntegrityError, ModelError, RequestError, StarsError, describe
-from stars.kernels.philox import MAX_SAMPLE
+from stars.errors import IntegrityError, RequestError, StarsError, describe, warn
+from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
 from stars.model.loader import load_model
-from stars.model.tokenizer import load_tokenizer
-from stars.outputs import RequestOutput
+from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.policies import Plan, Policy, Sample, checked_plan
+from stars.policies import Plan, Policy, Sample, plan_of
 from stars.prompt import parse_prompt
 from stars.request import Hypothesis, Request
 from stars.reward import resolve_reward
 from stars.reward.base import Limits
 from stars.round import Round
 from stars.sampling import SamplingParams
+from stars.sources import check_model, check_reward, resolve_tokenizer
 from stars.turns import Turns, one_at_a_time
+from stars.vllm_names import ENGINE
 from stars.width import WidthChooser
 
-logger = logging.getLogger("stars")
+logger = logging.getLogger(__name__)
 
 LOW_ACCEPT_RATE = 0.02
 """Below this, over at least LOW_ACCEPT_ATTEMPTS attempts, the threshold is reported as out of the reward's reach."""
@@ -50,13 +52,15 @@ class Engine:
     """A language model and whatever scores it, decoding any number of requests together.
 
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
+    tokenizer: a directory with a tokenizer.json; None: the model directory's own.
     reward: a directory of a one-label sequence-classification model, a Reward (`CausalReward`, `EncoderReward`,
         `FunctionReward`), a callable fn(prompt, responses) -> floats, or None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
-        "float16". On the CPU it is that of the stored matrices ("auto" keeps the checkpoint's values); "bfloat16" also
-        rounds the activations of their products where the CPU multiplies bfloat16 pairs (AVX512-BF16): about twice as
-        fast at many rows on a Zen 4, slower than float32 on the Xeon that was measured. Sums, attention, norms and
-        caches are float32. On a GPU everything has the dtype ("auto": the checkpoint's).
+        "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"
+        keeps the checkpoint's values); "bfloat16" also rounds the activations of their products where the CPU
+        multiplies bfloat16 pairs (AVX512-BF16): about twice as fast at many rows on a Zen 4, slower than float32 on the
+        Xeon that was measured. Sums, attention, norms and caches are float32. On a GPU everything has the dtype
+        ("auto": the checkpoint's).
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
@@ -66,25 +70,28 @@ class Engine:
     or an interrupt, undoes the round it was in: the next call draws it again from the same random numbers, and nothing
     is lost. An exception that one request alone causes ends that request with finish_reason "error".
 
-    Construction raises ModelError, TokenizerError, RewardError or ValueError.
+    Construction raises ModelError, TokenizerError, RewardError or RequestError.
     """
 
     @torch.inference_mode(False)  # what is allocated here is written outside the caller's inference mode, too
     def __init__(self, model: Any, reward: Any = None, *, tokenizer: Any = None, device: str = "auto",
                  dtype: str = "auto", deterministic: bool = False, **limits: int | str | None):
-        if hasattr(model, "forward"):
-            self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
-            decoder = model
-        else:
-            if not isinstance(model, (str, Path)):
-                raise ModelError(f"model is {type(model).__name__}, it must be a model directory or a Decoder")
+        begin = time.perf_counter()
+        limits = known_keywords("Engine", limits, EngineConfig.resolve, ENGINE)
+        check_model(model)
+        check_reward(reward)
+        if isinstance(model, (str, Path)):
             # Everything that can be refused is refused before any weight is read.
             self.config = EngineConfig.resolve(load_config(model), device, dtype, deterministic, **limits)
             reward = resolve_reward(reward)
             check_fit(self.config, model, reward)
+            tokenizer = resolve_tokenizer(tokenizer, model)
             decoder = load_model(model, dtype=self.config.dtype, device=self.config.device, head="lm",
-                                 deterministic=deterministic)
-            tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+                                 deterministic=self.config.deterministic)
+        else:
+            self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
+            tokenizer = resolve_tokenizer(tokenizer, model)
+            decoder = model
         config = self.config
         decoder.check_device(config.device, "the model")
         if deterministic:
@@ -93,19 +100,21 @@ class Engine:
         self.tokenizer = tokenizer
         self.reward = resolve_reward(reward)
         shape = self.model_config
-        self._cache = PagedCache(
-            shape.num_layers, shape.num_kv_heads, shape.head_dim, page_size=config.page_size,
-            num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
-            slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
+        with allocation(config):
+            self._cache = PagedCache(
+                shape.num_layers, shape.num_kv_heads, shape.head_dim, page_size=config.page_size,
+                num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
+                slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
         self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
                               deterministic, config.prefill_backend)
         drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_num_seqs, config.max_segment_size,
                           config.max_model_len, config.padded, deterministic)
         if self.reward is not None:
-            self.reward.bind(tokenizer, shape.vocab_size, Limits(
-                config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,
-                config.max_segment_size, config.device, config.dtype, deterministic, config.padded,
-                config.prefill_backend))
+            with allocation(config):
+                self.reward.bind(tokenizer, shape.vocab_size, Limits(
+                    config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,
+                    config.max_segment_size, config.device, config.dtype, deterministic, config.padded,
+                    config.prefill_backend))
         chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
         if self.reward is not None and config.padded:
             # At start-up on a GPU, which also compiles and captures steps. On the CPU a step of a large model can take
@@ -124,6 +133,18 @@ class Engine:
         self._ids = itertools.count()
         self._warnings: list[str] = []  # to be shown once the books are closed
         self._warned: set[Plan] = set()
+        logger.info("%r from %s, in %.1f s", self, model if isinstance(model, (str, Path)) else "a Decoder",
+                    time.perf_counter() - begin)
+
+    def __repr__(self) -> str:
+        if "_warned" not in vars(self):
+            return "Engine(not built)"
+        shape, config = self.model_config, self.config
+        running = len({hypothesis.request.request_id for hypothesis in self._running})
+        return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
+                f"{shape.vocab_size}; reward {type(self.reward).__name__ if self.reward is not None else None}; "
+                f"{config.device}, {config.dtype}; max_model_len {config.max_model_len}, cache_tokens "
+                f"{config.cache_tokens}; requests: {running} running, {len(self._requests) - running} waiting)")
 
     # -- whole calls ----------------------------------------------------------------------------------------------
 
@@ -134,8 +155,10 @@ class Engine:
 
         prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those. sampling_params and
         policy: one for all, or a list with one for each prompt. Every input is checked before any work: RequestError
-        names the index of the prompt at fault. What fails later ends that request with finish_reason "error".
+        names the index of the prompt at fault. What fails later ends that request with finish_reason "error", and one
+        warning says of how many.
         """
+        refuse_bare_prompt(prompts)
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         params = _one_each("sampling_params", sampling_params, len(prompts))
         policies = _one_each("policy", policy, len(prompts))
@@ -153,11 +176,13 @@ class Engine:
                 if bar is not None:
                     bar.update(done - finished)
                 finished = done
-            return [request.output() for request in requests]
+            outputs = [request.output() for request in requests]
         finally:
             if bar is not None:
                 bar.close()
             self._disown(requests)
+        warn_of_errors(outputs, stacklevel=3)
+        return outputs
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None,
                policy: Policy | None = None) -> Iterator[RequestOutput]:
@@ -190,8 +215,7 @@ class Engine:
 
         sampling_params: as for the run to come; its `n` is replaced by `num_samples`.
         """
-        if not 0.0 <= quantile <= 1.0:
-            raise RequestError(f"quantile is {quantile}, it must be between 0 and 1")
+        quantile = real("quantile", quantile, "between 0 and 1", lambda value: 0.0 <= value <= 1.0)
         rewards = self.sample_rewards(prompts, sampling_params, num_samples, use_tqdm)
         return float(np.quantile(rewards, quantile))
 
@@ -257,10 +281,8 @@ class Engine:
         policy = policy if policy is not None else Sample()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {type(params).__name__}, it must be a stars.SamplingParams")
-        if isinstance(policy, type) or not hasattr(policy, "plan"):
-            name = policy.__name__ if isinstance(policy, type) else type(policy).__name__
-            raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
-        plan = checked_plan(policy)
+        refuse_bare_prompt(given)
+        plan = plan_of(policy)
         if plan.scoring != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
@@ -272,22 +294,30 @@ class Engine:
                                f"{MAX_SAMPLE + 1}: split the request")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
-        eos = () if params.ignore_eos else self.model_config.eos_token_ids
+        # Configurations name ids that the model does not have (copied from a larger one); they can never be drawn.
+        eos = () if params.ignore_eos else tuple(token for token in self.model_config.eos_token_ids
+                                                 if token < self.model_config.vocab_size)
         stop_ids = tuple(dict.fromkeys(eos + params.stop_token_ids))
         if len(stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: "
                                "give fewer")
         vocab_size = self.model_config.vocab_size
         prompt = parse_prompt(given, self.tokenizer, vocab_size)
+        params = params.settle(len(prompt.token_ids), self.config.max_model_len, vocab_size)
         needed = len(prompt.token_ids) + params.max_tokens
         if needed > self.config.max_model_len:
             raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens={params.max_tokens} make "
                                f"{needed}, the limit is {self.config.max_model_len} "
                                f"({self.config.max_model_len_from}): shorten the prompt or lower max_tokens")
+        if params.max_tokens > plan.segment_size * (MAX_SEGMENT + 1):
+            raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
+                               f"{plan.segment_size} tokens: use longer segments or fewer tokens")
         if plan.scoring != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
             request_id = next(id for id in map(str, self._ids) if not self._in_use(id))
+        elif not isinstance(request_id, (str, int)):
+            raise RequestError(f"request_id is {type(request_id).__name__}, it must be a string")
         elif self._in_use(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -574,11 +604,7 @@ class Engine:
 
     def _show_warnings(self) -> None:
         while self._warnings:
-            message = self._warnings.pop()
-            try:
-                warnings.warn(message, stacklevel=2)
-            except Warning:  # made an error by a filter; whoever runs this round may have nothing to do with it
-                logger.warning(message)
+            warn(self._warnings.pop(), stacklevel=2)
 
 
 class _Owner:
