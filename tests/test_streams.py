@@ -6,7 +6,7 @@ And the sampler where noise decides alone: one peak over a flat tail of a large 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -184,7 +184,7 @@ def peak_rows() -> torch.Tensor:
 FILTERS = ((0, 1.0, 0.0), (2, 1.0, 0.0), (1, 1.0, 0.0), (0, 0.4, 0.0), (0, 0.6, 0.0), (0, 1.0, 1e-6), (0, 1.0, 1e-4))
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference_of_peaks(filters: tuple) -> LaneState:
     lanes = make_lanes(len(PEAKS), 1.0, *filters, max_steps=1, seed=filters[0])
     sample_step_reference(peak_rows(), lanes)
