@@ -67,7 +67,7 @@ def test_counts_of_a_threshold():
 
 
 def test_counts_of_two_completions():
-    """One is accepted at once, the other exhausted a round later; the request's are their sums, its width the larger."""
+    """One is accepted at once, the other exhausted a round later; the request has their sums, and the larger width."""
     output = run(Script([1.2, 0.0], [0.1, 0.2], [0.15]), params(4, n=2), hard(4, 3, 2))
     first, second = output.outputs
     assert counts(first.metrics) == dict(width=2, segments=1, attempts=2, attempts_counted=1, accepted=1,
@@ -111,9 +111,8 @@ def test_counts_of_the_best_of_whole_responses():
 def test_counts_of_the_best_of_every_block(lanes, width):
     """All three attempts count, in one round or, where two responses share four lanes, in two."""
     blocks = [[0.1, 0.3, 0.2], [0.7, 0.6, 0.7], [0.2, 0.1, 0.3], [1.0, 2.0, 3.0]]  # of both, then of both again
-    first, second = blocks[:2], blocks[2:]
-    calls = blocks if width == 3 else [
-        part for pair in (first, second) for half in (slice(2), slice(2, 3)) for part in (block[half] for block in pair)]
+    calls = blocks if width == 3 else [block[part] for pair in (blocks[:2], blocks[2:])
+                                       for part in (slice(2), slice(2, 3)) for block in pair]
     output = run(Script(*calls), params(8, n=2), stars.BlockwiseBestOfK(k=3, segment_size=4), max_num_lanes=lanes)
     for index, (completion, winners, rewards) in enumerate(zip(
             output.outputs, ([1, 2], [0, 2]), ([0.3, 0.3], [0.7, 3.0]), strict=True)):

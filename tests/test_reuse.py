@@ -96,9 +96,10 @@ def test_filters_and_penalties_in_turn(gpu, alone):
 
 
 def test_large_batches_then_small_ones(gpu, alone):
-    """Lanes that a large batch left are idle in a small one, whatever they were: nothing of theirs is written or read."""
+    """Lanes of a large batch are idle in a small one, whatever was left in them: none of it is written or read."""
     for names in (("large and mixed", "one plain"), ("large and mixed", "one filtered"), ("large and plain", "narrow"),
-                  ("large and mixed", "one penalised"), ("large and plain", "one plain"), ("large and mixed", "narrow")):
+                  ("large and mixed", "one penalised"), ("large and plain", "one plain"),
+                  ("large and mixed", "narrow")):
         for name in names:
             assert texts(gpu.engine, BATCHES[name]) == alone(BATCHES[name]), (names, name)
 
