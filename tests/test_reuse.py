@@ -78,6 +78,7 @@ BATCHES = {
     "one plain": requests(1, [PLAIN]), "one filtered": requests(1, [FILTERED], 20),
     "one penalised": requests(1, [PENALISED], 40), "one of both": requests(1, [BOTH], 60),
     "large and plain": requests(6, [PLAIN], 120), "large and mixed": requests(7, KINDS, 140),
+    "all penalised": requests(5, [PENALISED, dict(repetition_penalty=3.0)], 180),
     "narrow": requests(2, KINDS[1::2], 200, stars.STARS(5, 4, 0.5, 0.5, 1.0, 1)),
     "long segments": requests(3, KINDS, 220, stars.STARS(8, 2, 0.5, 0.5, 1.0, 2), 20),
     "samples": requests(5, KINDS, 240, stars.Sample()),
@@ -98,7 +99,7 @@ def test_filters_and_penalties_in_turn(gpu, alone):
 def test_large_batches_then_small_ones(gpu, alone):
     """Lanes of a large batch are idle in a small one, whatever was left in them: none of it is written or read."""
     for names in (("large and mixed", "one plain"), ("large and mixed", "one filtered"), ("large and plain", "narrow"),
-                  ("large and mixed", "one penalised"), ("large and plain", "one plain"),
+                  ("large and mixed", "one penalised"), ("large and plain", "all penalised"),
                   ("large and mixed", "narrow")):
         for name in names:
             assert texts(gpu.engine, BATCHES[name]) == alone(BATCHES[name]), (names, name)

@@ -1,4 +1,4 @@
-"""Random streams to their ends, flat tails and ties in the Triton sampler, in the interpreter; as in test_streams.py."""
+"""Random streams to their ends, flat tails and ties in the Triton sampler and interpreter; as in test_streams.py."""
 
 from __future__ import annotations
 
