@@ -65,7 +65,7 @@ def test_errors_are_caught_or_survive(checkout, tmp_path, capsys):
     before = {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
     (tmp_path / "home").mkdir()
     runner = Runner(checkout, 2, tmp_path / "home")
-    runner.trees.queue[0].check_imports()
+    runner.trees[0].check_imports()
     rows = [GOOD, GOOD._replace(tests="nothing"), GOOD._replace(text="def add", replacement="1 / 0\ndef add")]
     seconds = runner.baseline(rows)
     assert set(seconds) == {"sums", "nothing"} and min(seconds.values()) > 0
@@ -80,13 +80,13 @@ def test_errors_are_caught_or_survive(checkout, tmp_path, capsys):
         "survived: engine/sums.py: the sum is a difference (nothing)",
         "2 of 3 errors caught (66.7%; 90% are needed) in 1.0 minutes",
         "3 of 3 errors caught (100.0%; 90% are needed) in 1.0 minutes"]
-    for tree in runner.trees.queue:  # the errors were taken out again, and the checkout was never touched
+    for tree in runner.trees:  # the errors were taken out again, and the checkout was never touched
         assert tree.read("engine/sums.py").encode() == before[checkout / "engine/sums.py"]
     assert before == {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
 
 
 def test_an_error_without_an_end_is_caught(checkout, tmp_path):
-    result = Tree(checkout, tmp_path / "copy").plant(GOOD._replace(text="x += 9", replacement="x += 0"), limit=1.0)
+    result = Tree(checkout, tmp_path / "copy", 1).plant(GOOD._replace(text="x += 9", replacement="x += 0"), limit=1.0)
     assert (result.caught, result.how) == (True, "took too long")
 
 
@@ -98,7 +98,7 @@ def test_a_test_that_fails_without_any_error_is_refused(checkout, tmp_path):
 
 
 def test_a_copy_that_is_not_imported_is_refused(checkout, tmp_path):
-    tree = Tree(checkout, tmp_path / "copy")
+    tree = Tree(checkout, tmp_path / "copy", 1)
     (tmp_path / "copy" / "import_hook" / "sitecustomize.py").write_text(HOOK.format(root=str(checkout)))
     with pytest.raises(Refused, match="and not the copy"):
         tree.check_imports()

@@ -12,6 +12,7 @@ fail without any error, a change does not compile.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import queue
@@ -94,7 +95,7 @@ class Result(NamedTuple):
 class Tree:
     """A copy of the checkout, in which an error can be planted and the tests be run."""
 
-    def __init__(self, root: Path, home: Path):
+    def __init__(self, root: Path, home: Path, threads: int):
         self.path = home
         home.mkdir()
         ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "results")
@@ -108,8 +109,12 @@ class Tree:
         hook.mkdir()
         (hook / "sitecustomize.py").write_text(HOOK.format(root=str(home)), encoding="utf8")
         path = os.pathsep.join(filter(None, (str(hook), os.environ.get("PYTHONPATH"))))
-        self._environment = {**os.environ, "PYTHONPATH": path}
+        # Jobs side by side whose threads wait for each other's processors take many times as long.
+        self._environment = {"STARS_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), **os.environ,
+                             "PYTHONPATH": path}
         self._library = home / "bindings" / "lib" / "libstars.so"
+        self._process: subprocess.Popen | None = None
+        self._stopped = False
 
     def write(self, file: str, text: str) -> None:
         """Replaces a file's text. Compiled Python is told apart by seconds and sizes alone: it is removed."""
@@ -126,20 +131,25 @@ class Tree:
         """Runs test files until the first failure, and no longer than `limit` seconds."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-rfE", *files]
         begin = time.monotonic()
-        process = subprocess.Popen(command, cwd=self.path, env=self._environment, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = self._process = subprocess.Popen(
+            command, cwd=self.path, env=self._environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             output, _ = process.communicate(timeout=limit)
             code = process.returncode
         except subprocess.TimeoutExpired:
             code, output = None, ""
-        finally:  # what the tests started ends with them, after an interrupt too
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
+        _kill(process)  # and what the tests have left running
+        process.wait()
+        if self._stopped:
+            raise Refused("interrupted")
         return Ran(code, time.monotonic() - begin, output)
+
+    def stop(self) -> None:
+        """Ends the tests that run now, and those of another thread that would be next."""
+        self._stopped = True
+        if self._process is not None:
+            _kill(self._process)
 
     def check_imports(self) -> None:
         """Raises Refused unless the tests of this copy import this copy."""
@@ -186,9 +196,11 @@ class Runner:
 
     def __init__(self, root: Path, jobs: int, home: Path):
         self.jobs = jobs
-        self.trees: queue.Queue[Tree] = queue.Queue()
-        for job in range(jobs):
-            self.trees.put(Tree(root, home / f"job{job}"))
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.trees = [Tree(root, home / f"job{job}", threads) for job in range(jobs)]
+        self._free: queue.Queue[Tree] = queue.Queue()
+        for tree in self.trees:
+            self._free.put(tree)
 
     def baseline(self, mutants: Sequence[Mutant]) -> dict[str, float]:
         """Seconds of every test file that a row names; Refused if one fails as it is."""
@@ -225,16 +237,20 @@ class Runner:
     def _each(self, call: Callable[[Tree, T], Out], items: Iterable[T]) -> Iterator[Out]:
         """call(tree, item) for every item, each with a tree of its own; the results as they come."""
         def in_a_tree(item: T) -> Out:
-            tree = self.trees.get()
+            tree = self._free.get()
             try:
                 return call(tree, item)
             finally:
-                self.trees.put(tree)
+                self._free.put(tree)
 
         pool = ThreadPoolExecutor(self.jobs)
         try:
             for future in as_completed([pool.submit(in_a_tree, item) for item in items]):
                 yield future.result()
+        except BaseException:
+            for tree in self.trees:
+                tree.stop()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -269,11 +285,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise Refused(wrong)
         with tempfile.TemporaryDirectory(prefix="mutate-") as home:
             runner = Runner(ROOT, options.jobs, Path(home).resolve())
-            runner.trees.queue[0].check_imports()
+            runner.trees[0].check_imports()
             results = runner.run(chosen, runner.baseline(chosen), report)
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return summary(results, time.monotonic() - begin)
 
 
@@ -291,6 +310,12 @@ def summary(results: Sequence[Result], seconds: float) -> int:
 def _tool(name: str) -> str | None:
     """A program beside this Python or on the PATH."""
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a process with all that it started in its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _quiet(command: Sequence[str | Path]) -> None:
