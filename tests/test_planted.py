@@ -10,6 +10,7 @@ import torch
 import stars
 from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
+from stars.detokenizer import find_stop
 from stars.errors import IntegrityError
 from stars.width import WidthChooser
 from toy import ToyModel, toy_engine
@@ -51,8 +52,8 @@ def test_an_infinite_threshold_does_not_ask_for_the_prompts_reward(threshold):
 
     engine = toy_engine(ToyModel(seed=3), stars.FunctionReward(reward, inputs="ids"))
     policy = stars.STARS(segment_size=2, max_attempts=2, alpha=0.5, beta=0.5, reward_threshold=threshold, width=1)
-    [output] = engine.generate({"prompt_token_ids": [1, 2]}, stars.SamplingParams(max_tokens=4, seed=1, ignore_eos=True),
-                               policy, use_tqdm=False)
+    params = stars.SamplingParams(max_tokens=4, seed=1, ignore_eos=True)
+    [output] = engine.generate({"prompt_token_ids": [1, 2]}, params, policy, use_tqdm=False)
     assert output.outputs[0].error is None and output.prompt_reward is None
     assert asked and all(asked)
     assert [segment.accepted for segment in output.outputs[0].segments] == [threshold < 0] * 2
@@ -67,7 +68,40 @@ def test_what_pads_a_packed_matrix_is_zero(monkeypatch, dtype, arithmetic):
     matrix = torch.ones(33, 3, dtype=dtype)
     packed = []
     for filling in (0, 255):
-        monkeypatch.setattr(torch, "empty", lambda *shape, filling=filling, **kind: empty(*shape, **kind).fill_(filling))
+        monkeypatch.setattr(torch, "empty", lambda *shape, value=filling, **kind: empty(*shape, **kind).fill_(value))
         packed.append(libstars.pack(matrix, arithmetic).view(dtype))
     assert packed[0].equal(packed[1])
     assert packed[1].count_nonzero() == matrix.numel() < packed[1].numel()
+
+
+OWN = [
+    dict(temperature=0.3), dict(temperature=0.0), dict(top_k=3), dict(top_p=0.4), dict(min_p=0.3), dict(seed=99),
+    dict(max_tokens=5), dict(stop_token_ids=[7, 3]), dict(presence_penalty=1.9), dict(frequency_penalty=1.5),
+    dict(repetition_penalty=3.0), dict(n=2),
+]
+
+
+def test_every_request_of_a_batch_has_parameters_of_its_own():
+    """Beside requests that differ in one parameter each, a request draws what it draws alone; 40 words, 2 prompts."""
+    model = ToyModel(vocab=40, seed=8, sharpness=2.0)
+    common = dict(seed=5, max_tokens=12, ignore_eos=True)
+    params = [stars.SamplingParams(**(common | own)) for own in [{}, *OWN]]
+    prompts = [{"prompt_token_ids": [1 + place % 2, 3, 9]} for place in range(len(params))]
+
+    def drawn(prompts, params):
+        outputs = toy_engine(model).generate(prompts, params, use_tqdm=False)
+        return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+    alone = [drawn([prompt], [own])[0] for prompt, own in zip(prompts, params, strict=True)]
+    for order in (slice(None), slice(None, None, -1)):  # each is behind and before each other
+        assert drawn(prompts[order], params[order]) == alone[order]
+    # The parameters matter here: all but the second completion of n = 2 differ from the plain request of their prompt.
+    plain = [drawn([{"prompt_token_ids": [1 + place, 3, 9]}], [params[0]])[0][0] for place in (0, 1)]
+    assert [own[0] == plain[place % 2] for place, own in enumerate(alone)] == [
+        place in (0, len(OWN)) for place in range(len(alone))]
+
+
+def test_the_earliest_stop_string_counts_and_of_two_at_one_place_the_shorter():
+    assert find_stop("abcdef", ["ef", "bc"]) == (1, "bc") == find_stop("abcdef", ["bc", "ef"])
+    assert find_stop("abcdef", ["bcd", "bc"]) == (1, "bc") == find_stop("abcdef", ["bc", "bcd"])
+    assert find_stop("abcabc", ["b"], 2) == (4, "b") and find_stop("abc", ["x"]) is None
