@@ -107,7 +107,8 @@ MUTANTS = [
            "a prior of its own", "width"),
     Mutant("engine/width.py", "* (lanes - below) / (above - below)", "* (lanes - below) / above",
            "interpolation by the wrong distance", "width"),
-    Mutant("engine/width.py", "low * max(1.0, lanes / below)", "low * 1.0", "lanes beyond the grid are free", "width planted"),
+    Mutant("engine/width.py", "low * max(1.0, lanes / below)", "low * 1.0", "lanes beyond the grid are free",
+           "planted width"),
     Mutant("engine/round.py", "sum(m.attempts_counted for m in seen)", "sum(m.attempts for m in seen)",
            "the accept rate falls with the width", "width engine"),
     # -- pages --------------------------------------------------------------------------------------------------------
@@ -348,8 +349,6 @@ MUTANTS = [
            "the noise of the first tokens is the accept uniform's", "sampling_kernels"),
     Mutant("kernels/sample_step.py", "values = scaled[scaled >= threshold].sort", "values = scaled.sort",
            "top_p counts what top_k left out", "sampling_kernels"),
-    Mutant("kernels/sample_step.py", "(above < top_p * mass.sum()).sum()", "(above <= top_p * mass.sum()).sum()",
-           "top_p keeps a token too many at its edge", "sampling_kernels"),
     Mutant("kernels/sample_step.py", "if 0 < top_k < scaled.numel():", "if 1 < top_k < scaled.numel():",
            "top_k = 1 is off", "sampling_kernels"),
     Mutant("kernels/sample_step.py", "logprob = torch.log_softmax(row, dim=0)[token]",
