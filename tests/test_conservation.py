@@ -204,7 +204,7 @@ def test_long_traffic():
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(Traffic, settings=settings(
-        max_examples=400, stateful_step_count=60, deadline=None, database=None,
+        max_examples=400, stateful_step_count=60, deadline=None, derandomize=False, database=None,
         suppress_health_check=list(HealthCheck)))
 
 
