@@ -12,6 +12,8 @@ from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
 from stars.detokenizer import find_stop
 from stars.errors import IntegrityError
+from stars.kernels.graph import Graphs
+from stars.kernels.rms_norm import rms_norm
 from stars.width import WidthChooser
 from toy import ToyModel, toy_engine
 
@@ -105,3 +107,35 @@ def test_the_earliest_stop_string_counts_and_of_two_at_one_place_the_shorter():
     assert find_stop("abcdef", ["ef", "bc"]) == (1, "bc") == find_stop("abcdef", ["bc", "ef"])
     assert find_stop("abcdef", ["bcd", "bc"]) == (1, "bc") == find_stop("abcdef", ["bc", "bcd"])
     assert find_stop("abcabc", ["b"], 2) == (4, "b") and find_stop("abc", ["x"]) is None
+
+
+def test_one_engine_in_turn_with_and_without_penalties():
+    """What was recorded for the requests before serves none that it was not recorded for: as in engines of their own."""
+    model = ToyModel(vocab=40, seed=8, sharpness=2.0)
+    kinds = [{}, dict(presence_penalty=1.9), dict(top_k=3), dict(frequency_penalty=1.5, top_k=3), {}, dict(min_p=0.3)]
+
+    def drawn(engine, own):
+        params = stars.SamplingParams(seed=5, max_tokens=12, ignore_eos=True, n=2, **own)
+        [output] = engine.generate({"prompt_token_ids": [1, 3, 9]}, params, use_tqdm=False)
+        return [completion.token_ids for completion in output.outputs]
+
+    used = toy_engine(model)
+    for own in kinds + kinds[::-1]:
+        assert drawn(used, own) == drawn(toy_engine(model), own)
+    assert len({str(drawn(used, own)) for own in kinds}) == 5  # all but the two plain ones differ
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_a_recorded_step_runs_as_often_as_asked(operations, times):
+    """Recorded in its first run and replayed in the others; a residual stream counts. It ends early once all is done."""
+    graphs, done = Graphs(), torch.zeros(3, dtype=torch.int32)
+    ones, out, residual = torch.ones(1, 8), torch.zeros(1, 8), torch.zeros(1, 8)
+
+    def step() -> None:
+        rms_norm(ones, torch.ones(8), 1e-6, out, residual)
+
+    for run in (1, 2, 3):
+        assert graphs.run("shape", step, done, times) == times
+        assert residual.tolist() == [[float(run * times)] * 8]
+    done[:] = 1
+    assert graphs.run("shape", step, done, times) == 1 and residual[0, 0] == 3 * times + 1

@@ -245,3 +245,11 @@ def test_page_of_edges():
         assert "</html>" in page(trace, "trace")
         for one in trace:
             assert request_lines(one, Style(True), 40, True)
+
+
+def test_a_quote_ends_no_attribute_of_the_page():
+    evil = '" onfocus="alert(1)" autofocus="'
+    shown = Page(page([replace(request_of([attempt(text=evil)]), request_id=evil)], "trace"))
+    assert not any(name in ("onfocus", "autofocus") for _, attributes in shown.tags for name in attributes)
+    labels = [attributes["aria-label"] for _, attributes in shown.tags if "aria-label" in attributes]
+    assert f"request {evil}" in labels and any(label.endswith(f": {evil}") for label in labels)

@@ -198,7 +198,7 @@ MUTANTS = [
     Mutant("engine/draft.py", "entries[first:stop] = lane.history\n", "entries[first:stop] = lanes[0].history\n",
            "all lanes have the first one's history", "penalties oracle engine"),
     Mutant("engine/draft.py", "(rows, filters, penalties, *shape(tiles))", "(rows, filters, *shape(tiles))",
-           "a step recorded without penalties is replayed with them", "penalties oracle engine"),
+           "a step recorded without penalties is replayed with them", "planted"),
     Mutant("engine/draft.py", "        self._host.done[rows] = 1", "        self._host.done[rows] = 0",
            "idle lanes draw", "padding"),
     Mutant("engine/passes.py", "len(batch) == self.max_sequences", "len(batch) > self.max_sequences",
@@ -398,7 +398,7 @@ MUTANTS = [
     Mutant("kernels/score_and_decide.py", "int(reward < float(\"inf\") and law", "int(law",
            "a reward of +inf is accepted", "libstars_verdict"),
     Mutant("kernels/graph.py", "return 1 + (program.run(times - 1, done) if", "return 1 + (program.run(times, done) if",
-           "a step too many where a shape is seen first", "graphs padding engine oracle"),
+           "a step too many where a shape is seen first", "planted"),
     Mutant("kernels/graph.py", "        plain = times if rare else int(first)", "        plain = int(first)",
            "shapes that are rare are captured", "graphs"),
     # -- trace and command line ---------------------------------------------------------------------------------------
