@@ -14,6 +14,7 @@ from stars.detokenizer import find_stop
 from stars.errors import IntegrityError
 from stars.kernels.graph import Graphs
 from stars.kernels.rms_norm import rms_norm
+from stars.passes import Passes, Span
 from stars.width import WidthChooser
 from toy import ToyModel, toy_engine
 
@@ -110,7 +111,7 @@ def test_the_earliest_stop_string_counts_and_of_two_at_one_place_the_shorter():
 
 
 def test_one_engine_in_turn_with_and_without_penalties():
-    """What was recorded for the requests before serves none that it was not recorded for: as in engines of their own."""
+    """What was recorded for the requests before serves none that it was not recorded for."""
     model = ToyModel(vocab=40, seed=8, sharpness=2.0)
     kinds = [{}, dict(presence_penalty=1.9), dict(top_k=3), dict(frequency_penalty=1.5, top_k=3), {}, dict(min_p=0.3)]
 
@@ -127,7 +128,7 @@ def test_one_engine_in_turn_with_and_without_penalties():
 
 @pytest.mark.parametrize("times", [1, 2, 5])
 def test_a_recorded_step_runs_as_often_as_asked(operations, times):
-    """Recorded in its first run and replayed in the others; a residual stream counts. It ends early once all is done."""
+    """Recorded in its first run, replayed in the others, ended early where all is done; a residual stream counts."""
     graphs, done = Graphs(), torch.zeros(3, dtype=torch.int32)
     ones, out, residual = torch.ones(1, 8), torch.zeros(1, 8), torch.zeros(1, 8)
 
@@ -139,3 +140,35 @@ def test_a_recorded_step_runs_as_often_as_asked(operations, times):
         assert residual.tolist() == [[float(run * times)] * 8]
     done[:] = 1
     assert graphs.run("shape", step, done, times) == 1 and residual[0, 0] == 3 * times + 1
+
+
+def test_a_prompt_that_just_fits_and_what_of_it_was_cached():
+    """Of 11 prompt tokens 10 are history, two pages of 4 of them full: those the second request finds."""
+    engine = toy_engine(ToyModel(seed=3, positions=32))
+    assert engine.config.max_model_len == 32
+    prompt = {"prompt_token_ids": [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]}
+    fits = stars.SamplingParams(max_tokens=21, n=2, ignore_eos=True, seed=1)
+    for cached in (0, 8):
+        [output] = engine.generate(prompt, fits, use_tqdm=False)
+        assert [len(completion.token_ids) for completion in output.outputs] == [21, 21]
+        assert [completion.metrics.prompt_tokens_cached for completion in output.outputs] == [cached, 8]
+    with pytest.raises(stars.RequestError, match="make 33, the limit is 32"):
+        engine.generate(prompt, stars.SamplingParams(max_tokens=22), use_tqdm=False)
+
+
+def test_more_spans_than_a_pass_holds_are_scored_in_several():
+    """Two sequences and so many rows a pass: five spans of one table, each with the reward it has alone."""
+    model = ToyModel(seed=4, head="reward")
+    decoder, prompt = model.decoder(), [1, 2, 3, 4, 2]
+    cache = PagedCache(2, 1, 8, page_size=4, num_pages=8, num_slabs=5, slab_len=8)
+    passes = Passes(decoder, cache, 2, 32)
+    table = cache.open(prompt, 16)
+    passes.prefill([(table, prompt, len(prompt))])
+    responses = [[1], [2, 3], [4, 4, 1], [3], [2, 1, 1, 4]]
+    spans = [Span(table, ids, len(prompt), range(8 * slab, 8 * slab + len(ids)), 8 * slab)
+             for slab, ids in enumerate(responses)]
+    for verdict, ids in zip(passes.score(spans), responses, strict=True):
+        assert verdict.reward == pytest.approx(model.reward(prompt + ids), abs=1e-4)
+    most = passes.max_rows
+    assert passes.fits([most]) and passes.fits([most - 1, 1])
+    assert not passes.fits([most + 1]) and not passes.fits([most, 1]) and not passes.fits([1, 1, 1])
