@@ -14,6 +14,7 @@ from stars.detokenizer import find_stop
 from stars.errors import IntegrityError
 from stars.kernels.graph import Graphs
 from stars.kernels.rms_norm import rms_norm
+from stars.model.rope import inverse_frequencies, parse_rope
 from stars.passes import Passes, Span
 from stars.width import WidthChooser
 from toy import ToyModel, toy_engine
@@ -172,3 +173,27 @@ def test_more_spans_than_a_pass_holds_are_scored_in_several():
     most = passes.max_rows
     assert passes.fits([most]) and passes.fits([most - 1, 1])
     assert not passes.fits([most + 1]) and not passes.fits([most, 1]) and not passes.fits([1, 1, 1])
+
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=8192)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=4096)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("parameters", [
+    dict(rope_type="linear", rope_theta=10000.0, factor=2.5), LLAMA3, LLAMA3 | dict(low_freq_factor=0.5, factor=32.0),
+    YARN, YARN | dict(truncate=False), YARN | dict(attention_factor=0.7), YARN | dict(beta_fast=20.0, beta_slow=3.0),
+    YARN | dict(mscale=0.8, mscale_all_dim=0.4), YARN | dict(mscale=1.0, mscale_all_dim=1.0, truncate=False),
+])
+def test_scaled_rotations_have_the_bits_of_transformers(parameters, head_dim):
+    """At the sizes of real models, where wavelengths lie on both sides of every limit and between."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim, rope_parameters=parameters,
+                         max_position_embeddings=int(parameters["factor"] * 8192))
+    expected, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
+    rope = parse_rope({"rope_parameters": parameters}, config.max_position_embeddings, "here")
+    ours, our_scale = inverse_frequencies(rope, head_dim)
+    assert torch.equal(ours, expected) and our_scale == scale
