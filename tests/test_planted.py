@@ -14,6 +14,7 @@ from stars.detokenizer import find_stop
 from stars.errors import IntegrityError
 from stars.kernels.graph import Graphs
 from stars.kernels.rms_norm import rms_norm
+from stars.model.config import parse_config
 from stars.model.rope import inverse_frequencies, parse_rope
 from stars.passes import Passes, Span
 from stars.width import WidthChooser
@@ -197,3 +198,17 @@ def test_scaled_rotations_have_the_bits_of_transformers(parameters, head_dim):
     rope = parse_rope({"rope_parameters": parameters}, config.max_position_embeddings, "here")
     ours, our_scale = inverse_frequencies(rope, head_dim)
     assert torch.equal(ours, expected) and our_scale == scale
+
+
+def test_what_a_configuration_says_of_ends_and_labels():
+    """EOS ids of both files count, each once, in the order of the files; labels are 2 where nothing is said."""
+    config = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1,
+              "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 16}
+
+    def parsed(generation, **more):
+        return parse_config(config | more, generation, "here")
+
+    assert parsed({"eos_token_id": [5, 2]}, eos_token_id=2).eos_token_ids == (2, 5)
+    assert parsed({"eos_token_id": 5}).eos_token_ids == (5,) and parsed({}, eos_token_id=[3, 2]).eos_token_ids == (3, 2)
+    said = ({}, {"num_labels": 1}, {"id2label": {"0": "reward"}}, {"id2label": {"0": "a", "1": "b", "2": "c"}})
+    assert [parsed({}, **more).num_labels for more in said] == [2, 1, 1, 3]
