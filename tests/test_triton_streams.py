@@ -1,4 +1,4 @@
-"""Random streams to their ends, flat tails and ties in the Triton sampler, as in test_streams.py; in the interpreter."""
+"""Random streams to their ends, flat tails and ties in the Triton sampler and interpreter; as in test_streams.py."""
 
 from __future__ import annotations
 
