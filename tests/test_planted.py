@@ -10,6 +10,7 @@ import torch
 import stars
 from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
+from stars.cli.rows import rows_of_file
 from stars.detokenizer import find_stop
 from stars.errors import IntegrityError
 from stars.kernels.graph import Graphs
@@ -212,3 +213,13 @@ def test_what_a_configuration_says_of_ends_and_labels():
     assert parsed({"eos_token_id": 5}).eos_token_ids == (5,) and parsed({}, eos_token_id=[3, 2]).eos_token_ids == (3, 2)
     said = ({}, {"num_labels": 1}, {"id2label": {"0": "reward"}}, {"id2label": {"0": "a", "1": "b", "2": "c"}})
     assert [parsed({}, **more).num_labels for more in said] == [2, 1, 1, 3]
+
+
+def test_a_row_at_fault_is_named_by_its_line_in_the_file(tmp_path):
+    """Blank lines are lines, and not rows."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\n"one"\n\n{"prompt": 5}\n  \n\n"two"\nno JSON\n')
+    rows = rows_of_file(str(path), False)
+    assert [(row.index, row.prompt) for row in rows if row.error is None] == [(0, "one"), (2, "two")]
+    assert [(row.index, row.error.split(":")[0].split(" is")[0]) for row in rows if row.error is not None] == [
+        (1, "line 4"), (3, "line 8")]
