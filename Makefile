@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow bench device sanitize install clean
+.PHONY: demo test slow mutate bench device sanitize install clean
 
 demo: install
 	$(BIN)/stars demo
@@ -17,6 +17,11 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# Plants the errors of tests/mutate/mutants.py one at a time: are they caught? OPTIONS=--list names them.
+mutate: install
+	command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja
+	$(BIN)/python tests/mutate/run.py $(OPTIONS)
 
 bench: install
 	$(BIN)/python benchmarks/run_cpu.py
