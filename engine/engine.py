@@ -18,6 +18,7 @@ from tqdm import tqdm
 from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
+from stars.detokenizer import stop_tokens
 from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, ModelError, RequestError, StarsError
@@ -102,6 +103,7 @@ class Engine:
             # seconds: there each count waits until a policy leaves its width to the engine.
             chooser.measure()
         self._round = Round(drafter, self._cache, self.reward, chooser, config.max_num_lanes)
+        self._eos_token_ids = _all_eos(self.model_config, tokenizer)
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Hypothesis] = deque()
         self._running: list[Hypothesis] = []
@@ -261,8 +263,9 @@ class Engine:
                                f"{MAX_SAMPLE + 1}: split the request")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
-        eos = () if params.ignore_eos else self.model_config.eos_token_ids
-        stop_ids = tuple(dict.fromkeys(eos + params.stop_token_ids))
+        eos = () if params.ignore_eos else self._eos_token_ids
+        named = stop_tokens(self.tokenizer, params.stop, self.model_config.vocab_size)
+        stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids, *named)))
         if len(stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: "
                                "give fewer")
@@ -280,7 +283,7 @@ class Engine:
         elif self._in_use(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer)
+        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named)
 
     def _in_use(self, request_id: str) -> bool:
         return request_id in self._requests or request_id in self._owned or request_id in self._changed
@@ -426,6 +429,13 @@ class Engine:
         warnings.warn(f"reward_threshold={threshold:g} accepted {accepted} of {counted} attempts (the rewards seen lie "
                       f"between {min(seen):.3g} and {max(seen):.3g}): measure one with engine.calibrate(prompts)",
                       stacklevel=2)
+
+
+def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The EOS ids that the model's files name, and the tokenizer's own where the model can produce it."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    known = config.eos_token_ids
+    return known if own is None or own in known or own >= config.vocab_size else (*known, own)
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:
