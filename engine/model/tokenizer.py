@@ -205,15 +205,17 @@ def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> di
 
     Order and ids are those of transformers 5, quirks included: models were trained with these ids.
     """
-    # Three kinds: the seven names of all models, tokens that this one names in its own way, and a list without names.
+    # Three kinds: the seven names of all models, tokens that this one names in its own way, and a list without names,
+    # which goes by two names itself.
     named = {name: config.get(name) for name in SPECIAL_TOKENS}
     own = {name: token for name, token in config.items() if _own_name(name) and isinstance(token, str)}
     late = {name: token for name, token in config.items()
             if _own_name(name) and isinstance(token, dict) and "content" in token}
-    listed = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-    unlisted = listed is None and "extra_special_tokens" not in config
+    listed, additional = config.get("extra_special_tokens"), config.get("additional_special_tokens")
+    if not listed and additional is not None:
+        listed, additional = additional, None
     if isinstance(listed, dict):
-        own, listed, unlisted = {**own, **listed}, None, True
+        own, listed = {**own, **listed}, None
     if "added_tokens_decoder" in config:
         added = {_index(index): _added(token) for index, token in dict(config["added_tokens_decoder"]).items()}
     else:
@@ -221,22 +223,23 @@ def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> di
         older = _read_json(directory / "special_tokens_map.json")
         for name, token in older.items():
             if isinstance(token, dict) and name != "extra_special_tokens":
-                token = {**token, "special": True}
+                token = _added({**token, "special": True})
             if name in SPECIAL_TOKENS:
                 named[name] = token
-            elif _own_name(name) and isinstance(token, (str, dict)):
+            elif _own_name(name) and isinstance(token, (str, AddedToken)):
                 late[name] = token
+        additional = older.get("additional_special_tokens", additional)
         more = older.get("extra_special_tokens")
         if isinstance(more, dict):
-            own, listed, unlisted = {**own, **more}, None, True
+            own, listed = {**own, **more}, None
         elif more is not None:
-            listed, unlisted = [*_list(listed), *(token for token in _list(more) if token not in _list(listed))], False
-        special = {_content(token) for token in [*named.values(), *_list(listed)] if token is not None}
+            listed = [*_list(listed), *(token for token in _list(more) if token not in _list(listed))]
+        special = {_content(token) for token in [*named.values(), *_list(listed)] if isinstance(token, (str, AddedToken))}
         added = {_index(index): AddedToken(content, special=content in special, normalized=content not in special)
                  for content, index in _read_json(directory / "added_tokens.json").items()}
         added.update(backend.get_added_tokens_decoder())
-        if unlisted:
-            listed = older.get("additional_special_tokens")
+    if listed is None:
+        listed = additional
     by_content = {token.content: token for token in added.values()}
     names = {name: by_content.get(_content(token)) or _added(token)
              for name, token in named.items() if token is not None}
@@ -257,7 +260,7 @@ def _own_name(name: str) -> bool:
 
 def _content(token: Any) -> str:
     """The text of a special token, as a file gives it: bare, or with its flags."""
-    content = token.get("content") if isinstance(token, dict) else token
+    content = token.get("content") if isinstance(token, dict) else getattr(token, "content", token)
     if not isinstance(content, str):
         raise ValueError(f"{token!r} is neither text nor an object with content")
     return content
@@ -278,8 +281,8 @@ def _index(index: Any) -> int:
 def _added(token: Any) -> AddedToken:
     """A token with the flags it has; a bare one is special."""
     content = _content(token)
-    if isinstance(token, str):
-        return AddedToken(content, special=True)
+    if not isinstance(token, dict):
+        return token if isinstance(token, AddedToken) else AddedToken(content, special=True)
     return AddedToken(content, **{name: bool(token[name]) for name in FLAGS if name in token})
 
 
