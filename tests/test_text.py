@@ -26,14 +26,15 @@ from toy import ToyModel, toy_engine
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>"]
 WORDS = ["This", "film", "was", "great", "the", "movie", "gre", "at"]
-TEXTS = ["This film was great", " the movie", "gre", "at", " ", "  was", "\n\n", "grüße 東京🙂", "<|end|>", "<|user|>the",
-         "</s><s>", "at<|end|> the", "é", "."]
+TEXTS = ["This film was great", " the movie", "gre", "at", " ", "  was", "\n\n", "grüße 東京🙂", "<|end|>",
+         "<|user|>the", "</s><s>", "at<|end|> the", "é", "."]
 
 
 def save(tokenizer: tokenizers.Tokenizer, directory: Path, **config) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
 
@@ -263,6 +264,31 @@ def test_everything_that_reads_text_gets_its_spaces(loaded, size):
         assert [segment.committed.text for segment in segments] == [" great", " the", " movie", ""]
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_reward_model_of_another_vocabulary_reads_the_spaces(loaded, size):
+    """Its reward is that of the whole text, encoded in its own way; after an unfinished character, of what is whole."""
+    ours, theirs = loaded["fallback"]
+    other, _ = loaded["byte level"]
+    rm = ToyModel(vocab=other.vocab_size, seed=9, head="reward", eos=(2,))
+    prompt = ours.encode("This film was", False)
+    east = byte_ids(ours, "東京".encode())
+    script = [*ours.encode("great", False), *ours.encode("the", False), *east]
+    engine = scripted(ours, script, prompt, CausalReward(rm.decoder(), tokenizer=other))
+    policy = stars.STARS(segment_size=size, alpha=1.0, reward_threshold=-1e4, width=1)
+    [output] = engine.generate("This film was", stars.SamplingParams(max_tokens=20), policy, use_tqdm=False)
+    assert output.outputs[0].text == " great the東京" and len(output.outputs[0].segments) == math.ceil(9 / size)
+    kept = list(prompt)
+    for segment in output.outputs[0].segments:
+        kept += segment.token_ids
+        text = theirs.decode(kept, skip_special_tokens=True)
+        whole = "This film was great the"
+        if text.startswith(whole):  # the bytes behind it by Python's decoder: transformers' replaces the whole run
+            tail = bytes(token - 5 for token in kept[len(prompt) + 2 :] if token != 2)
+            text = whole + tail.decode(errors="ignore")
+        assert segment.reward == pytest.approx(rm.reward(other.encode(text)), abs=1e-4), text
+    engine.check_integrity()
+
+
 def test_a_stop_string_does_not_reach_into_the_prompt(loaded):
     """The prompt ends in "gre", the response begins with "at": no "great" was written."""
     for kind in ("fallback", "byte level"):
@@ -444,11 +470,10 @@ def assert_same_tokens(path: Path) -> None:
 
     ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
     assert ours._backend.get_vocab(True) == theirs.get_vocab()
-    flags = lambda tokens: {index: (token.content, token.single_word, token.lstrip, token.rstrip, token.normalized,
-                                    token.special) for index, token in tokens.items()}
-    assert flags(ours._backend.get_added_tokens_decoder()) == flags(theirs.added_tokens_decoder)
-    named = {name: token for name, token in theirs.special_tokens_map.items()}
-    assert ours._special_tokens == named
+    ours_added, theirs_added = ours._backend.get_added_tokens_decoder(), theirs.added_tokens_decoder
+    assert {index: repr(token) for index, token in ours_added.items()} == {
+        index: repr(token) for index, token in theirs_added.items()}
+    assert ours._special_tokens == theirs.special_tokens_map
     text = "".join(theirs.get_added_vocab()) + " This<|a|>film <|b|>"
     assert ours.encode(text, False) == theirs.encode(text, add_special_tokens=False)
     ids = ours.encode(text, False)
@@ -533,7 +558,8 @@ def test_a_token_cannot_take_a_templates_variable(tmp_path):
     {"reasoning": "why"}, {"thinking": "why"}, {"reasoning_content": "why"}, {"reasoning": "", "thinking": None},
     {"reasoning_content": None, "reasoning": "a"}, {"thinking": "a", "reasoning": "b"},
     {"reasoning_content": "a", "thinking": "b", "reasoning": "c"}, {"tool_calls": None, "name": "x"},
-    {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": None}}}]}, {"name": None, "extra": 1},
+    {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": None}}}]},
+    {"name": None, "extra": 1},
 ])
 def test_keys_of_messages_are_those_that_transformers_gives(tmp_path, keys):
     import transformers

@@ -216,6 +216,7 @@ def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> di
         listed, additional = additional, None
     if isinstance(listed, dict):
         own, listed = {**own, **listed}, None
+    by_content: dict[str, AddedToken] = {}
     if "added_tokens_decoder" in config:
         added = {_index(index): _added(token) for index, token in dict(config["added_tokens_decoder"]).items()}
     else:
@@ -233,25 +234,32 @@ def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> di
         if isinstance(more, dict):
             own, listed = {**own, **more}, None
         elif more is not None:
-            listed = [*_list(listed), *(token for token in _list(more) if token not in _list(listed))]
-        special = {_content(token) for token in [*named.values(), *_list(listed)] if isinstance(token, (str, AddedToken))}
+            more = [_added({**token, "special": True}) if isinstance(token, dict) else token for token in _list(more)]
+            listed = [*_list(listed), *(token for token in more if token not in _list(listed))]
+        special = {_content(token) for token in [*named.values(), *_list(listed)]
+                   if isinstance(token, (str, AddedToken))}
         added = {_index(index): AddedToken(content, special=content in special, normalized=content not in special)
                  for content, index in _read_json(directory / "added_tokens.json").items()}
-        added.update(backend.get_added_tokens_decoder())
+        by_content = {token.content: token for token in added.values()}
+        added.update(backend.get_added_tokens_decoder())  # which may take an id from a token that added_tokens.json has
     if listed is None:
         listed = additional
-    by_content = {token.content: token for token in added.values()}
-    names = {name: by_content.get(_content(token)) or _added(token)
-             for name, token in named.items() if token is not None}
-    names.update((name, _added(token)) for name, token in {**late, **own}.items())
+    by_content.update((token.content, token) for token in added.values())
+    names = {name: by_content.get(_content(token), token) for name, token in named.items() if token is not None}
+    names |= {**late, **own}
+    contents = {name: _content(token) for name, token in names.items()}
     tokens = [token for _, token in sorted(added.items())]
-    known = {token.content for token in backend.get_added_tokens_decoder().values()} | by_content.keys()
-    tokens += [token for token in [*names.values(), *map(_added, _list(listed))] if token.content not in known]
-    contents = {token.content for token in names.values()}
+    known = {token.content for token in [*backend.get_added_tokens_decoder().values(), *tokens]}
+    new: list[str | AddedToken] = []
+    for token in [*names.values(), *_list(listed)]:
+        token = token if isinstance(token, str) else _added(token)
+        if _content(token) not in known and token not in new:  # the same text with other flags comes in its turn, too
+            new.append(token)
+    tokens += map(_added, new)
     for token in tokens:
-        token.special = token.special or token.content in contents
+        token.special = token.special or token.content in contents.values()
     backend.add_tokens(tokens)
-    return {name: token.content for name, token in names.items() if name not in TEMPLATE_VARIABLES}
+    return {name: content for name, content in contents.items() if name not in TEMPLATE_VARIABLES}
 
 
 def _own_name(name: str) -> bool:
