@@ -155,6 +155,11 @@ def test_characters_across_the_border(loaded, kind):
     assert Detokenizer(ours, [a, first, second]).decode([third]) == "東"
     assert Detokenizer(ours, [a, first]).decode([b]) == "b"
     assert Detokenizer(ours, [a] + [first, second, third] * 5).decode([first, second, third, b]) == "東b"
+    # However far back it begins: special tokens decode to nothing.
+    assert Detokenizer(ours, [a, first, *[4] * 7, second]).decode([third]) == "東"
+    # A sign that may still change is no stop string; one that stays is.
+    assert cut_at_stop(Detokenizer(ours, [a]), [], [first, second], ["\ufffd"]) is None
+    assert cut_at_stop(Detokenizer(ours, [a]), [], [first, b, b], ["\ufffd"]) == (2, "\ufffd")
     # So a reward that reads text gets whole characters on both sides.
     from stars.prompt import parse_prompt
     assert parse_prompt({"prompt_token_ids": [1, a, first]}, ours, 1000).text == "a"
@@ -451,6 +456,7 @@ def test_the_tokenizers_eos_ends_a_response(loaded):
             eos_token_id, decode, encode, vocab_size = eos, ours.decode, ours.encode, ours.vocab_size
 
         engine = scripted(Named(), [*film, 4, *film], [1])
+        assert engine._eos_token_ids == ((2, 4) if eos == 4 else (2,))
         [output] = engine.generate({"prompt_token_ids": [1]}, stars.SamplingParams(max_tokens=12, **options),
                                    use_tqdm=False)
         completion = output.outputs[0]
