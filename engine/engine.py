@@ -21,6 +21,7 @@ from stars.arguments import known_keywords, real, refuse_bare_prompt
 from stars.cache import PagedCache
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
+from stars.detokenizer import stop_tokens
 from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, StarsError, describe, warn
@@ -124,6 +125,7 @@ class Engine:
         self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
+        self._eos_token_ids = _all_eos(self.model_config, tokenizer)
         self._waiting: deque[Hypothesis] = deque()
         self._running: list[Hypothesis] = []
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
@@ -294,10 +296,9 @@ class Engine:
                                f"{MAX_SAMPLE + 1}: split the request")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
-        # Configurations name ids that the model does not have (copied from a larger one); they can never be drawn.
-        eos = () if params.ignore_eos else tuple(token for token in self.model_config.eos_token_ids
-                                                 if token < self.model_config.vocab_size)
-        stop_ids = tuple(dict.fromkeys(eos + params.stop_token_ids))
+        eos = () if params.ignore_eos else self._eos_token_ids
+        named = stop_tokens(self.tokenizer, params.stop, self.model_config.vocab_size)
+        stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids, *named)))
         if len(stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: "
                                "give fewer")
@@ -321,7 +322,7 @@ class Engine:
         elif self._in_use(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer)
+        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named)
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:
@@ -615,6 +616,14 @@ class _Owner:
     def __init__(self):
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
+
+
+def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The EOS ids that the model's files name and the tokenizer's own, as far as the model has them: configurations
+    copied from a larger one name ids that can never be drawn."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    named = config.eos_token_ids if own is None else (*config.eos_token_ids, own)
+    return tuple(dict.fromkeys(token for token in named if token < config.vocab_size))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

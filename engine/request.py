@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from stars.cache import BlockTable
-from stars.detokenizer import find_stop, hold_back
+from stars.detokenizer import Detokenizer, find_stop, hold_back
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.policies import Plan, Policy
 from stars.prompt import Prompt
@@ -129,6 +130,7 @@ class Request:
     stop_ids: tuple[int, ...]  # token ids that end a response
     eos_token_ids: tuple[int, ...]
     tokenizer: Any
+    stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
     hypotheses: list[Hypothesis] = field(default_factory=list)
     prompt_reward: float | None = None
     threshold_start: float = 0.0  # r0 of the law
@@ -142,12 +144,18 @@ class Request:
         """True when every hypothesis has a finish reason."""
         return all(hypothesis.finish_reason is not None for hypothesis in self.hypotheses)
 
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        """Decodes responses to this prompt; made when a text is first wanted, so that nothing else pays for it."""
+        return Detokenizer(self.tokenizer, self.prompt.token_ids)
+
     def response_text(self, hypothesis: Hypothesis, extra: Lane | None = None) -> str | None:
         """Text of the response (with `extra` appended), the stop string cut off; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        text = self.tokenizer.decode(hypothesis.content_ids(extra))
-        found = find_stop(text, self.params.stop) if self.params.stop else None
+        text = self.detokenizer.decode(hypothesis.content_ids(extra))
+        stopped = isinstance((extra or hypothesis).stop_reason, str)
+        found = find_stop(text, self.params.stop) if stopped else None
         return text[: found[0]] if found else text
 
     def output(self) -> RequestOutput:

@@ -361,7 +361,9 @@ def _end(lane: Lane) -> None:
     hypothesis = lane.hypothesis
     request = hypothesis.request
     if request.params.stop:
-        cut = cut_at_stop(request.tokenizer, hypothesis.token_ids, lane.token_ids, request.params.stop)
+        # The token that ends the response is no part of its text, so it cannot complete a stop string either.
+        content = lane.token_ids[:-1] if lane.token_ids[-1] in request.stop_ids else lane.token_ids
+        cut = cut_at_stop(request.detokenizer, hypothesis.token_ids, content, request.params.stop)
         if cut is not None:
             count, lane.stop_reason = cut
             lane.token_ids, lane.logprobs = lane.token_ids[:count], lane.logprobs[:count]
@@ -370,7 +372,7 @@ def _end(lane: Lane) -> None:
     last = lane.token_ids[-1]
     if last in request.stop_ids:
         lane.finish_reason = "stop"
-        lane.stop_reason = None if last in request.eos_token_ids else last
+        lane.stop_reason = None if last in request.eos_token_ids else request.stop_tokens.get(last, last)
     elif len(hypothesis.token_ids) + len(lane.token_ids) >= request.params.max_tokens:
         lane.finish_reason = "length"
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from stars.detokenizer import Detokenizer
 from stars.line_file import LineFile
 
 if TYPE_CHECKING:
@@ -108,13 +109,14 @@ def request_trace(output: RequestOutput, tokenizer: Any, sampling_params: Sampli
     policy = {"name": type(output.policy).__name__}
     if dataclasses.is_dataclass(output.policy):
         policy.update(dataclasses.asdict(output.policy))
+    detokenizer = None if tokenizer is None else Detokenizer(tokenizer, output.prompt_token_ids)
     return TraceRequest(
         output.request_id, output.prompt, list(output.prompt_token_ids), _shown_params(sampling_params), policy,
         output.seed, output.prompt_reward, metrics_record(output.metrics),
         [TraceCompletion(
             completion.index, completion.text if tokenizer is not None else None, list(completion.token_ids),
             completion.finish_reason, completion.stop_reason, completion.error, completion.reward,
-            completion.cumulative_logprob, metrics_record(completion.metrics), _segments(completion, tokenizer),
+            completion.cumulative_logprob, metrics_record(completion.metrics), _segments(completion, detokenizer),
         ) for completion in output.outputs])
 
 

@@ -90,7 +90,7 @@ def test_text_of_a_split_character(outputs, engine):
     halves = [stars.Segment(part, 1.0, 0.0, True, [stars.Attempt(part, 1.0, 0.0, 1.0, True, -1.0)])
               for part in ([65, *euro[:2]], [euro[2], 66])]
     completion = stars.CompletionOutput(0, "A€B", [65, *euro, 66], finish_reason="length", segments=halves)
-    output = replace(outputs[0], outputs=[completion])
+    output = replace(outputs[0], outputs=[completion], prompt_token_ids=[65])
     segments = request_trace(output, Bytes()).completions[0].segments
     assert [segment.committed.text for segment in segments] == ["A", "€B"]
 
