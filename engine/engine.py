@@ -20,7 +20,7 @@ from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
-from stars.errors import IntegrityError, ModelError, RequestError, StarsError
+from stars.errors import IntegrityError, ModelError, RequestError, RewardError, StarsError
 from stars.kernels.philox import MAX_SAMPLE
 from stars.model.config import load_config
 from stars.model.loader import load_model
@@ -346,6 +346,9 @@ class Engine:
                 if not self._open(hypothesis):
                     break
                 self._waiting.popleft()
+                if hypothesis.finish_reason is not None:  # the reward refused it
+                    self._settle([hypothesis.request])
+                    continue
                 opened.append(hypothesis)
                 beginning = self._beginning(hypothesis)
                 if beginning is not None:
@@ -383,6 +386,9 @@ class Engine:
             hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
             if scored:
                 hypothesis.session = self.reward.open(request.prompt, request.params.max_tokens)
+        except RewardError as error:  # before any token is drawn
+            self._round.fail(request, str(error))
+            return True
         except BaseException:
             self._close(hypothesis)
             raise
