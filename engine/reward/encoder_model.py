@@ -44,6 +44,9 @@ def load_encoder(directory: Path, device: str) -> tuple[Any, Any, Checkpoint]:
     except ModelError:
         raise
     except Exception as error:  # transformers and what it calls raise what they like for a file they do not expect
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{directory} needs code of its own, which is never run: use a model of a type that "
+                             "transformers has itself") from error
         raise ModelError(f"{directory} cannot be loaded by transformers ({one_line(error)}): use a sequence "
                          "classification model of a type that transformers has itself, saved by save_pretrained with "
                          "its tokenizer") from error
