@@ -194,6 +194,25 @@ def test_text_that_grows_by_pieces_of_any_length(lm, other, given, template, clo
     assert_all_free(reward)
 
 
+@pytest.mark.parametrize("close", ["none", "eos"])
+@pytest.mark.parametrize("final", [False, True])
+def test_a_text_that_becomes_shorter(lm, other, close, final):
+    """A stop string that began in an earlier segment is cut off what was committed; a closing may lie behind the cut
+    there already. The last token is run again, and what is committed then ends before it."""
+    reward = bound(other, lm, close=close)
+    encode, closing = framed(other, lm, "The", "auto", close)
+    session = opened(reward, "The")
+    texts = (" z</s>qz</s> fox sleeps", " z</s>qz</s> fox", " z</s>qz", " z", " zvx", " z</s>", "")
+    for text in texts:
+        [one] = reward.score([Candidate(session, [], text, final=final)])
+        assert one.reward == pytest.approx(scratch(other, encode(text) + closing), abs=TOLERANCE), text
+        reward.commit([(session, one.handle)])
+        reward.check_integrity()
+        assert session.table.length == len(encode(text)) - 1
+    reward.close(session)
+    assert_all_free(reward)
+
+
 def test_two_responses_of_one_prompt_do_not_meet(lm, other):
     """They share the prompt's pages, and each changes the prompt's last tokens in its own way."""
     reward = bound(other, lm)
