@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -46,6 +47,13 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
 
 
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel for any Python 3 on this platform: libstars is plain C, called through ctypes."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 def find_tool(name):
     """A program beside this Python (pip installs cmake and ninja there) or on the PATH; None if there is none."""
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
@@ -57,14 +65,26 @@ setup(
     description="Decodes with a language model while a reward model watches, segment by segment, by rejection sampling",
     long_description=(ROOT / "README.md").read_text(encoding="utf8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    python_requires=">=3.10",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10,<3.14",
     package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"},
     packages=["stars", "stars.cli", "stars.model", "stars.reward", "stars.kernels", "stars.kernels.triton",
               "stars.bindings"],
-    package_data={"stars": ["demo_models/*/*", "trace_page.*"], "stars.bindings": ["stars.h"],
-                  "stars.kernels.triton": ["product_tables/*.json"]},
+    package_data={"stars": ["demo_models/*/*", "demo_models/README.md", "trace_page.*", "py.typed"],
+                  "stars.bindings": ["stars.h"], "stars.kernels.triton": ["product_tables/*.json"]},
     ext_modules=[Extension("stars.bindings.lib.libstars", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     install_requires=["torch>=2.6", "numpy", "safetensors", "tokenizers", "jinja2>=3.1", "tqdm"],
     extras_require={
         "gpu": ["triton>=3.6"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from threading import get_ident
+from weakref import ref
 
 import torch
 from common import Figure
@@ -38,11 +40,11 @@ class _Catch:
         self.split = _Split()
 
     def run(self, key, step: Callable[[], None], done, times: int = 1, rare: bool = False) -> int:
-        libstars._recording = self.split
+        libstars._recordings[get_ident()] = ref(self.split)
         try:
             step()
         finally:
-            libstars._recording = None
+            del libstars._recordings[get_ident()]
         return times
 
 

@@ -1,18 +1,23 @@
 """ctypes over libstars (stars.h): the operations on CPU tensors, and their recording into programs.
 
 Every operation checks its tensors (dtype, device, contiguity, shape) and raises a ValueError that names the one that
-is wrong; the library itself sees only addresses. Without the library, `available` is False and nothing else may be
-called.
+is wrong; the library itself sees only addresses. Where memory runs out they raise a MemoryError, and can be called
+again. Without the library, `available` is False and nothing else may be called.
+
+Any thread may call; a recording belongs to its thread.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -21,12 +26,13 @@ if TYPE_CHECKING:
     from stars.kernels.linear import Weight
     from stars.kernels.types import Batch, DecideState, Draft, Followers, LaneState, LayerKV, Penalties
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 (_LINEAR, _EMBEDDING, _RMS_NORM, _SWIGLU, _TAKE_ROWS, _ROPE_WRITE, _ATTENTION, _SAMPLE_STEP, _COPY_ROWS, _DECIDE,
  _APPEND_DRAFT, _APPLY_PENALTIES) = range(12)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BF16_DOT = 2  # of arithmetic "bfloat16"
+_OUT_OF_MEMORY = 2
 
 
 def _structure(name: str, **fields) -> type[ctypes.Structure]:
@@ -68,22 +74,29 @@ _ApplyPenalties = _structure("stars_apply_penalties_params", **dict.fromkeys(
     c_void_p), lanes=c_int64, vocab=c_int64, max_steps=c_int64, entries=c_int64)
 
 
+def library_path() -> Path:
+    """The file that is loaded: the one that was built with the package, or STARS_LIBRARY of the environment."""
+    return Path(os.environ.get("STARS_LIBRARY") or Path(__file__).with_name("lib") / "libstars.so")
+
+
 def _load() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(Path(__file__).with_name("lib") / "libstars.so"))
+        library = ctypes.CDLL(str(library_path()))
         if library.stars_abi_version() != ABI_VERSION:
             return None
         for name, result, *arguments in (
             ("stars_last_error", ctypes.c_char_p),
             ("stars_isa", ctypes.c_char_p),
             ("stars_num_threads", c_int32),
-            ("stars_set_num_threads", None, c_int32),
+            ("stars_set_num_threads", c_int32, c_int32),
+            ("stars_usable_cpus", c_int32, ctypes.c_char_p),
+            ("stars_cpu_quota", c_double, ctypes.c_char_p),
             ("stars_packed_bytes", c_int64, c_int64, c_int64, c_int32),
             ("stars_pack", c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p),
             ("stars_unpack", c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p),
-            ("stars_philox", None, c_uint64, c_uint32, c_uint32, c_uint32, c_uint32, POINTER(c_uint32)),
+            ("stars_philox", c_int32, c_uint64, c_uint32, c_uint32, c_uint32, c_uint32, POINTER(c_uint32)),
             ("stars_accept_uniform", c_double, c_uint64, c_uint32, c_uint32, c_uint32),
-            ("stars_gumbel", None, c_uint64, c_uint32, c_uint32, c_uint32, c_int64, c_void_p),
+            ("stars_gumbel", c_int32, c_uint64, c_uint32, c_uint32, c_uint32, c_int64, c_void_p),
             ("stars_call", c_int32, c_int32, c_void_p),
             ("stars_program_create", c_void_p),
             ("stars_program_add", c_int32, c_void_p, c_int32, c_void_p),
@@ -98,7 +111,9 @@ def _load() -> ctypes.CDLL | None:
 
 
 _lib = _load()
-_recording: Program | None = None
+_recordings: dict[int, ref[Program]] = {}
+"""By the thread that records; empty nearly always, so that an operation asks no more than that. Weak: a recording that
+an interrupt left here ends with its program."""
 
 
 def available() -> bool:
@@ -117,8 +132,18 @@ def num_threads() -> int:
 
 
 def set_num_threads(count: int) -> None:
-    """Sets `num_threads`; 0 restores the default."""
-    _lib.stars_set_num_threads(count)
+    """Sets `num_threads` from the next operation on, to at most `usable_cpus`; 0 restores the default.
+
+    Safe while other threads run operations.
+    """
+    if not 0 <= count < 2**31:
+        raise ValueError(f"set_num_threads: count is {count}, expected 0 (the default) or a number of threads")
+    _check_status(_lib.stars_set_num_threads(count))
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity mask's, or its cgroups' quota, rounded up, where that is less."""
+    return _lib.stars_usable_cpus(None)
 
 
 class Program:
@@ -126,6 +151,8 @@ class Program:
 
     def __init__(self):
         self._handle = _lib.stars_program_create()
+        if not self._handle:
+            raise MemoryError(_last_error())
         self._kept = []  # every tensor of a recorded operation: their memory must outlive the program
 
     def __len__(self) -> int:
@@ -135,7 +162,10 @@ class Program:
     def run(self, times: int, done: Tensor) -> int:
         """Runs the operations up to `times` times, until all of `done` int32 are non-zero; returns how often."""
         pointer = _pointer("run", "done", done, torch.int32, done.shape)
-        return _lib.stars_program_run(self._handle, times, pointer, done.numel())
+        ran = _lib.stars_program_run(self._handle, times, pointer, done.numel())
+        if ran < 0:
+            _check_status(-ran)
+        return ran
 
     def _add(self, op: int, params: ctypes.Structure, kept: tuple) -> None:
         _check_status(_lib.stars_program_add(self._handle, op, ctypes.byref(params)))
@@ -148,15 +178,18 @@ class Program:
 
 @contextmanager
 def record() -> Iterator[Program]:
-    """Inside, every operation is executed and also appended to the program that this yields."""
-    global _recording
-    if _recording is not None:
+    """Inside, every operation of this thread is executed and also appended to the program that this yields."""
+    thread = get_ident()
+    if _recorded_program() is not None:
         raise RuntimeError("a program is being recorded already; recordings do not nest")
-    _recording = Program()
+    program = Program()
+    own = ref(program)
     try:
-        yield _recording
+        _recordings[thread] = own
+        yield program
     finally:
-        _recording = None
+        if _recordings.get(thread) is own:
+            del _recordings[thread]
 
 
 def pack(matrix: Tensor, arithmetic: Literal["float32", "bfloat16"] = "float32") -> Tensor:
@@ -171,7 +204,7 @@ def pack(matrix: Tensor, arithmetic: Literal["float32", "bfloat16"] = "float32")
         raise ValueError(f"pack: matrix is {_describe(matrix)}, expected a {expected} matrix")
     pointer = _pointer("pack", "matrix", matrix, matrix.dtype, matrix.shape)
     shape = (*matrix.shape, _kind(matrix.dtype, arithmetic))
-    packed = torch.empty(_lib.stars_packed_bytes(*shape), dtype=torch.uint8)  # torch aligns to 64 bytes
+    packed = torch.empty(_packed_bytes(*shape), dtype=torch.uint8)  # torch aligns to 64 bytes
     _check_status(_lib.stars_pack(pointer, *shape, packed.data_ptr()))
     return packed
 
@@ -184,7 +217,7 @@ def unpack(
     if dtype not in _DTYPES:
         raise ValueError(f"unpack: dtype is {dtype}, expected float32 or bfloat16")
     shape = (out_features, in_features, _kind(dtype, arithmetic))
-    pointer = _pointer("unpack", "packed", packed, torch.uint8, (_lib.stars_packed_bytes(*shape),))
+    pointer = _pointer("unpack", "packed", packed, torch.uint8, (_packed_bytes(*shape),))
     matrix = torch.empty(out_features, in_features, dtype=dtype)
     _check_status(_lib.stars_unpack(pointer, *shape, matrix.data_ptr()))
     return matrix
@@ -366,7 +399,7 @@ def apply_penalties(logits: Tensor, lanes: LaneState, penalties: Penalties) -> N
 def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
     """The four words of one block of the generator of `stars.kernels.philox`."""
     words = (c_uint32 * 4)()
-    _lib.stars_philox(seed & 0xFFFFFFFFFFFFFFFF, c0, c1, c2, c3, words)
+    _check_status(_lib.stars_philox(seed & 0xFFFFFFFFFFFFFFFF, c0, c1, c2, c3, words))
     return tuple(words)
 
 
@@ -378,7 +411,8 @@ def accept_uniform(seed: int, attempt: int, segment: int, sample: int) -> float:
 def gumbel(seed: int, position: int, attempt: int, stream: int, vocab_size: int) -> Tensor:
     """float32 [vocab_size] token noise of one draw, as sample_step uses it."""
     noise = torch.empty(vocab_size)
-    _lib.stars_gumbel(seed & 0xFFFFFFFFFFFFFFFF, position, attempt, stream & 0xFFFFFFFF, vocab_size, noise.data_ptr())
+    _check_status(_lib.stars_gumbel(seed & 0xFFFFFFFFFFFFFFFF, position, attempt, stream & 0xFFFFFFFF, vocab_size,
+                                    noise.data_ptr()))
     return noise
 
 
@@ -402,13 +436,34 @@ def copy_rows(
 
 def _call(op: int, params: ctypes.Structure, *kept: object) -> None:
     _check_status(_lib.stars_call(op, ctypes.byref(params)))
-    if _recording is not None:
-        _recording._add(op, params, kept)
+    if _recordings:
+        program = _recorded_program()
+        if program is not None:
+            program._add(op, params, kept)
+
+
+def _recorded_program() -> Program | None:
+    """The one that this thread records."""
+    recording = _recordings.get(get_ident())
+    return None if recording is None else recording()
 
 
 def _check_status(status: int) -> None:
     if status != 0:
-        raise ValueError(_lib.stars_last_error().decode())
+        raise (MemoryError if status == _OUT_OF_MEMORY else ValueError)(_last_error())
+
+
+def _last_error() -> str:
+    return _lib.stars_last_error().decode()
+
+
+def _packed_bytes(out_features: int, in_features: int, kind: int) -> int:
+    if max(out_features, in_features) >= 2**63:  # ctypes would cut it off
+        raise ValueError(f"stars_packed_bytes: a matrix of [{out_features}, {in_features}] is too large")
+    count = _lib.stars_packed_bytes(out_features, in_features, kind)
+    if count == 0:
+        raise ValueError(_last_error())
+    return count
 
 
 def _kind(dtype: torch.dtype, arithmetic: str) -> int:

@@ -4,8 +4,12 @@
  * over buffers at fixed addresses and replayed as one call (the CPU's counterpart of a captured CUDA graph). Lengths,
  * positions and tokens are read from memory when an operation runs, never when it is recorded.
  *
- * All matrices are row-major and contiguous. Calls are made from one thread at a time; the library spreads the work
- * over a pool of its own.
+ * All matrices are row-major and contiguous. Any thread may call at any time (a program, and what an operation writes,
+ * belong to one caller at a time); the library spreads the work over a pool of its own, which one operation has at a
+ * time: others run in their callers' threads meanwhile.
+ *
+ * Sizes are checked, contents are not. An array has at most 2^46 elements, whatever its sizes; a size that may be 0
+ * makes an array that may be NULL.
  */
 #ifndef STARS_H
 #define STARS_H
@@ -22,11 +26,12 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 3
+#define STARS_ABI_VERSION 4
 
 typedef enum {
   STARS_OK = 0,
-  STARS_INVALID = 1, /* a parameter is out of range; stars_last_error says which */
+  STARS_INVALID = 1,       /* a parameter is out of range; stars_last_error says which. Nothing was written */
+  STARS_OUT_OF_MEMORY = 2, /* the outputs hold nothing of use; the library, and any program, can be used again */
 } stars_status;
 
 /* How a matrix is stored, and how products with it are formed. */
@@ -233,27 +238,40 @@ STARS_API int32_t stars_abi_version(void);
 STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */
 STARS_API const char* stars_isa(void);        /* the one in use: "base", "avx2", "avx512" or "avx512_bf16" */
 
+/* Threads that an operation is spread over, the caller's included: of the environment's STARS_NUM_THREADS, else all
+ * usable CPUs, never more than those. */
 STARS_API int32_t stars_num_threads(void);
-STARS_API void stars_set_num_threads(int32_t count);
+/* `count` threads from the next operation on, at most one for every usable CPU (more of them wait for each other's
+ * CPUs); 0 restores the default. Operations that run meanwhile, in other threads, end as they began. */
+STARS_API int32_t stars_set_num_threads(int32_t count);
 
-/* Bytes of the packed form of a [out_features, in_features] matrix, and the packing itself (source in `dtype`). */
+/* CPUs that this process may use: those of its affinity mask, or what the quotas of its cgroups allow, rounded up,
+ * where that is less. STARS_USABLE_CPUS in the environment is believed instead. Asked of the system at every call.
+ * `root`: a folder that stands for "/" when /proc and /sys are read, for tests; else NULL. */
+STARS_API int32_t stars_usable_cpus(const char* root);
+/* The smallest quota of this process's cgroups (v1 and v2) and of those above them, in CPUs; 0 where there is none. */
+STARS_API double stars_cpu_quota(const char* root);
+
+/* Bytes of the packed form of a [out_features, in_features] matrix, and the packing itself (source in `dtype`). Of a
+ * matrix that cannot be, 0, and stars_last_error says why. */
 STARS_API int64_t stars_packed_bytes(int64_t out_features, int64_t in_features, int32_t dtype);
 STARS_API int32_t stars_pack(const void* matrix, int64_t out_features, int64_t in_features, int32_t dtype, void* packed);
 STARS_API int32_t stars_unpack(const void* packed, int64_t out_features, int64_t in_features, int32_t dtype, void* matrix);
 
 /* The uniforms and words of the counter-based generator; see kernels/philox.py for the law. */
-STARS_API void stars_philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]);
+STARS_API int32_t stars_philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]);
 STARS_API double stars_accept_uniform(uint64_t seed, uint32_t attempt, uint32_t segment, uint32_t sample);
 /* float32 Gumbel noise of tokens 0 .. vocab - 1 of one draw, as sample_step uses it. */
-STARS_API void stars_gumbel(uint64_t seed, uint32_t position, uint32_t attempt, uint32_t stream, int64_t vocab, float* out);
+STARS_API int32_t stars_gumbel(uint64_t seed, uint32_t position, uint32_t attempt, uint32_t stream, int64_t vocab,
+                               float* out);
 
 STARS_API int32_t stars_call(int32_t op, const void* params);
 
 typedef struct stars_program stars_program;
-STARS_API stars_program* stars_program_create(void);
+STARS_API stars_program* stars_program_create(void); /* NULL where there is no memory for it */
 STARS_API int32_t stars_program_add(stars_program* program, int32_t op, const void* params); /* copies the parameters */
 /* Runs the program up to `times` times; stops early once done[0 .. done_count - 1] are all non-zero (done may be NULL).
- * Returns how often it ran. */
+ * Returns how often it ran, or a status times -1 where it could not be run or did not come through. */
 STARS_API int32_t stars_program_run(stars_program* program, int32_t times, const int32_t* done, int64_t done_count);
 STARS_API void stars_program_destroy(stars_program* program);
 

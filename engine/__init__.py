@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from stars.trace import read_trace, write_trace
 
 __version__ = "0.1.0"
+
+# Lines go to "stars" and its children, and nowhere unless the program around says so.
+logging.getLogger("stars").addHandler(logging.NullHandler())
 
 # Names are imported when they are first used: the command line answers --help without loading torch.
 _HOMES = {

@@ -175,6 +175,18 @@ class PagedCache:
         self._tables.add(forked)
         return forked
 
+    def reset(self) -> None:
+        """Closes every table and gives every slab and page back, whatever an interrupted call left half done.
+
+        The content is forgotten too. May itself be interrupted and called again.
+        """
+        self.pool = PagePool(self.num_pages)
+        for table in list(self._tables):
+            table.pages, table.length, table.capacity = [], 0, CLOSED
+        self._tables.clear()
+        self._slab_taken = [False] * self.num_slabs
+        self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
+
     def grow(self, table: BlockTable, capacity: int) -> None:
         """Reserves more pages, up to `capacity` positions; raises OutOfPages, and then has changed nothing."""
         self._check(table)

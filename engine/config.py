@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from stars.arguments import flag, integer, shown
 from stars.device import check_gpu, check_model
 from stars.errors import ModelError, RequestError
 from stars.model.config import ModelConfig
@@ -12,6 +18,9 @@ from stars.model.loader import DTYPES
 from stars.prefill import choose_prefill
 
 DEFAULT_CACHE_TOKENS = 1 << 15
+MOST_SIZE = (1 << 31) - 1  # positions, slots and lanes are int32
+DTYPE_NAMES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+"""Other names of dtypes, vLLM's among them."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +63,20 @@ class EngineConfig:
                 max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
                 prefill_backend: str = "auto") -> EngineConfig:
         """Fills in defaults and refuses what cannot work; RequestError."""
-        if device not in ("auto", "cpu", "cuda"):
-            raise RequestError(f'device is {device!r}, it must be "auto", "cpu" or "cuda"')
+        device, dtype = _name(device), _name(dtype)
+        dtype = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+        if not isinstance(device, str) or device not in ("auto", "cpu", "cuda"):
+            raise RequestError(f'device is {shown(device)}, it must be "auto", "cpu" or "cuda"')
+        deterministic = flag("deterministic", deterministic)
         device = "cpu" if device == "auto" else device
         dtypes = ("float32", "bfloat16") + (("float16",) if device == "cuda" else ())
-        if dtype != "auto" and dtype not in dtypes:
+        if not isinstance(dtype, str) or dtype not in ("auto", *dtypes):
             choices = ", ".join(f'"{name}"' for name in dtypes)
-            raise RequestError(f'dtype is {dtype!r}, it must be "auto" or one of {choices} on device "{device}"')
-        for name, value in (("cache_tokens", cache_tokens), ("page_size", page_size), ("max_model_len", max_model_len),
-                            ("max_num_seqs", max_num_seqs), ("max_num_lanes", max_num_lanes),
-                            ("max_segment_size", max_segment_size)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise RequestError(f"{name} is {value!r}, it must be an integer of at least 1")
+            raise RequestError(f'dtype is {shown(dtype)}, it must be "auto" or one of {choices} on device "{device}"')
+        cache_tokens = DEFAULT_CACHE_TOKENS if cache_tokens is None else _size("cache_tokens", cache_tokens)
+        max_model_len = None if max_model_len is None else _size("max_model_len", max_model_len)
+        page_size, max_segment_size = _size("page_size", page_size), _size("max_segment_size", max_segment_size)
+        max_num_seqs, max_num_lanes = _size("max_num_seqs", max_num_seqs), _size("max_num_lanes", max_num_lanes)
         if device == "cuda":
             check_gpu()
             check_model(model)
@@ -79,13 +90,39 @@ class EngineConfig:
         if max_model_len is not None and max_model_len > model.max_position_embeddings:
             raise RequestError(f"max_model_len is {max_model_len}, the model's context is "
                                f"{model.max_position_embeddings}: lower it")
-        tokens = DEFAULT_CACHE_TOKENS if cache_tokens is None else cache_tokens
-        tokens = math.ceil(tokens / page_size) * page_size
+        tokens = math.ceil(cache_tokens / page_size) * page_size
         limits = {"the model's context": model.max_position_embeddings, "cache_tokens": tokens}
         if max_model_len is not None:
             limits["max_model_len"] = max_model_len
+        rows = tokens + (max_num_lanes + min(max_num_seqs, max_num_lanes)) * max_segment_size
+        if rows * model.num_kv_heads > MOST_SIZE:
+            raise RequestError(f"cache_tokens={tokens}, max_num_lanes={max_num_lanes} and max_segment_size="
+                               f"{max_segment_size} make {rows} rows of {model.num_kv_heads} heads, which are numbered "
+                               "in int32: lower them")
         source = min(limits, key=lambda name: limits[name])
         return cls(device=device, dtype=dtype, deterministic=deterministic,
                    cache_tokens=tokens, page_size=page_size, max_model_len=limits[source], max_model_len_from=source,
                    max_num_seqs=min(max_num_seqs, max_num_lanes), max_num_lanes=max_num_lanes,
                    max_segment_size=max_segment_size, prefill_backend=prefill_backend)
+
+
+@contextmanager
+def allocation(config: EngineConfig) -> Iterator[None]:
+    """Around whatever allocates a cache: ModelError, which says what to lower, where the memory for it is not there."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):  # torch's CPU allocator raises RuntimeError
+            raise ModelError(f"there is no memory for a KV cache of cache_tokens={config.cache_tokens}, max_num_lanes="
+                             f"{config.max_num_lanes} and max_segment_size={config.max_segment_size}: lower them"
+                             ) from error
+        raise
+
+
+def _size(name: str, value: Any) -> int:
+    return integer(name, value, 1, MOST_SIZE)
+
+
+def _name(value: Any) -> Any:
+    """The name of a torch.dtype or torch.device; anything else as it is."""
+    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.device)) else value

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from stars.cli.options import checked_quantile, shipped_pair
 from stars.cli.terminal import Style, terminal_width, wants_color, wrapped
+from stars.line_file import check_writable
 from stars.outputs import Metrics, RequestOutput
 from stars.policies import STARS, Sample
 from stars.sampling import SamplingParams
@@ -39,6 +40,8 @@ def demo(args: argparse.Namespace) -> int:
     """Runs the command."""
     quantile = checked_quantile(args.quantile)
     params = SamplingParams(temperature=TEMPERATURE, top_k=TOP_K, max_tokens=args.max_tokens, seed=args.seed)
+    if args.trace is not None:
+        check_writable(args.trace)
     model, reward = shipped_pair()
     width = terminal_width()
     style = Style(not args.no_color and wants_color("auto", sys.stdout))

@@ -102,7 +102,7 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
         rows = bucket(max(CAPTURED_CHUNK, slab_len, drafted))
         needed[f"{name}'s weights"] = parameters * dtype.itemsize
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + slabs * slab_len, dtype)
-        needed[f"{name}'s activations"] = workspace_bytes(shape, rows, drafted, dtype) + 4 * sum(
+        needed[f"{name}'s activations"] = workspace_bytes(shape, rows, drafted, dtype, not drafts) + 4 * sum(
             most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, drafted))
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
         needed[f"{name}'s activations"] += 4 * (shape.max_position_embeddings * shape.head_dim

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import secrets
-import warnings
+import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,32 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from stars.arguments import known_keywords, real, refuse_bare_prompt
 from stars.cache import PagedCache
-from stars.config import EngineConfig
+from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
+from stars.detokenizer import stop_tokens
 from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
-from stars.errors import IntegrityError, ModelError, RequestError, RewardError, StarsError
-from stars.kernels.philox import MAX_SAMPLE
+from stars.errors import IntegrityError, RequestError, StarsError, describe, warn
+from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
 from stars.model.loader import load_model
-from stars.model.tokenizer import load_tokenizer
-from stars.outputs import RequestOutput
+from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.policies import Policy, Sample
+from stars.policies import Plan, Policy, Sample, plan_of
 from stars.prompt import parse_prompt
 from stars.request import Hypothesis, Request
 from stars.reward import resolve_reward
 from stars.reward.base import Limits
 from stars.round import Round
 from stars.sampling import SamplingParams
+from stars.sources import check_model, check_reward, resolve_tokenizer
+from stars.turns import Turns, one_at_a_time
+from stars.vllm_names import ENGINE
 from stars.width import WidthChooser
+
+logger = logging.getLogger(__name__)
 
 LOW_ACCEPT_RATE = 0.02
 """Below this, over at least LOW_ACCEPT_ATTEMPTS attempts, the threshold is reported as out of the reward's reach."""
@@ -45,36 +53,46 @@ class Engine:
     """A language model and whatever scores it, decoding any number of requests together.
 
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
+    tokenizer: a directory with a tokenizer.json; None: the model directory's own.
     reward: a directory of a one-label sequence-classification model, a Reward (`CausalReward`, `EncoderReward`,
         `FunctionReward`), a callable fn(prompt, responses) -> floats, or None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
-        "float16". On the CPU it is that of the stored matrices ("auto" keeps the checkpoint's values); "bfloat16" also
-        rounds the activations of their products where the CPU multiplies bfloat16 pairs (AVX512-BF16): about twice as
-        fast at many rows on a Zen 4, slower than float32 on the Xeon that was measured. Sums, attention, norms and
-        caches are float32. On a GPU everything has the dtype ("auto": the checkpoint's).
+        "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"
+        keeps the checkpoint's values); "bfloat16" also rounds the activations of their products where the CPU
+        multiplies bfloat16 pairs (AVX512-BF16): about twice as fast at many rows on a Zen 4, slower than float32 on the
+        Xeon that was measured. Sums, attention, norms and caches are float32. On a GPU everything has the dtype
+        ("auto": the checkpoint's).
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
 
-    Construction and calls are made from one thread. Raises ModelError, TokenizerError, RewardError or ValueError.
+    Any thread may call: one runs, the others wait their turn in the order they came (requests of several threads share
+    rounds). A reward may not call the engine that asks it: RequestError. What stops a call in the middle, an exception
+    or an interrupt, undoes the round it was in: the next call draws it again from the same random numbers, and nothing
+    is lost. An exception that one request alone causes ends that request with finish_reason "error".
+
+    Construction raises ModelError, TokenizerError, RewardError or RequestError.
     """
 
     @torch.inference_mode(False)  # what is allocated here is written outside the caller's inference mode, too
     def __init__(self, model: Any, reward: Any = None, *, tokenizer: Any = None, device: str = "auto",
                  dtype: str = "auto", deterministic: bool = False, **limits: int | str | None):
-        if hasattr(model, "forward"):
-            self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
-            decoder = model
-        else:
-            if not isinstance(model, (str, Path)):
-                raise ModelError(f"model is {type(model).__name__}, it must be a model directory or a Decoder")
+        begin = time.perf_counter()
+        limits = known_keywords("Engine", limits, EngineConfig.resolve, ENGINE)
+        check_model(model)
+        check_reward(reward)
+        if isinstance(model, (str, Path)):
             # Everything that can be refused is refused before any weight is read.
             self.config = EngineConfig.resolve(load_config(model), device, dtype, deterministic, **limits)
             reward = resolve_reward(reward)
             check_fit(self.config, model, reward)
+            tokenizer = resolve_tokenizer(tokenizer, model)
             decoder = load_model(model, dtype=self.config.dtype, device=self.config.device, head="lm",
-                                 deterministic=deterministic)
-            tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+                                 deterministic=self.config.deterministic)
+        else:
+            self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
+            tokenizer = resolve_tokenizer(tokenizer, model)
+            decoder = model
         config = self.config
         decoder.check_device(config.device, "the model")
         if deterministic:
@@ -83,32 +101,52 @@ class Engine:
         self.tokenizer = tokenizer
         self.reward = resolve_reward(reward)
         shape = self.model_config
-        self._cache = PagedCache(
-            shape.num_layers, shape.num_kv_heads, shape.head_dim, page_size=config.page_size,
-            num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
-            slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
+        with allocation(config):
+            self._cache = PagedCache(
+                shape.num_layers, shape.num_kv_heads, shape.head_dim, page_size=config.page_size,
+                num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
+                slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
         self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
                               deterministic, config.prefill_backend)
         drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_num_seqs, config.max_segment_size,
                           config.max_model_len, config.padded, deterministic)
         if self.reward is not None:
-            self.reward.bind(tokenizer, shape.vocab_size, Limits(
-                config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,
-                config.max_segment_size, config.device, config.dtype, deterministic, config.padded,
-                config.prefill_backend))
+            with allocation(config):
+                self.reward.bind(tokenizer, shape.vocab_size, Limits(
+                    config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,
+                    config.max_segment_size, config.device, config.dtype, deterministic, config.padded,
+                    config.prefill_backend))
         chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
         if self.reward is not None and config.padded:
             # At start-up on a GPU, which also compiles and captures steps. On the CPU a step of a large model can take
             # seconds: there each count waits until a policy leaves its width to the engine.
             chooser.measure()
         self._round = Round(drafter, self._cache, self.reward, chooser, config.max_num_lanes)
-        self._requests: dict[str, Request] = {}
+        self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
+        # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
+        self._requests: dict[str, Request] = {}  # unfinished, in the order they came
+        self._eos_token_ids = _all_eos(self.model_config, tokenizer)
         self._waiting: deque[Hypothesis] = deque()
         self._running: list[Hypothesis] = []
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
-        self._owned: dict[str, Request | None] = {}  # those of generate and stream; None: no news since the last look
+        self._orphans: deque[str] = deque()  # ids of requests whose owner went away
+        self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
+        self._in_round: Sequence[Hypothesis] = ()  # whose round has begun and does not stand yet
         self._ids = itertools.count()
-        self._warned: set[Policy] = set()
+        self._warnings: list[str] = []  # to be shown once the books are closed
+        self._warned: set[Plan] = set()
+        logger.info("%r from %s, in %.1f s", self, model if isinstance(model, (str, Path)) else "a Decoder",
+                    time.perf_counter() - begin)
+
+    def __repr__(self) -> str:
+        if "_warned" not in vars(self):
+            return "Engine(not built)"
+        shape, config = self.model_config, self.config
+        running = len({hypothesis.request.request_id for hypothesis in self._running})
+        return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
+                f"{shape.vocab_size}; reward {type(self.reward).__name__ if self.reward is not None else None}; "
+                f"{config.device}, {config.dtype}; max_model_len {config.max_model_len}, cache_tokens "
+                f"{config.cache_tokens}; requests: {running} running, {len(self._requests) - running} waiting)")
 
     # -- whole calls ----------------------------------------------------------------------------------------------
 
@@ -119,35 +157,34 @@ class Engine:
 
         prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those. sampling_params and
         policy: one for all, or a list with one for each prompt. Every input is checked before any work: RequestError
-        names the index of the prompt at fault. What fails later ends that request with finish_reason "error".
+        names the index of the prompt at fault. What fails later ends that request with finish_reason "error", and one
+        warning says of how many.
         """
+        refuse_bare_prompt(prompts)
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         params = _one_each("sampling_params", sampling_params, len(prompts))
         policies = _one_each("policy", policy, len(prompts))
-        requests = []
-        for index, prompt in enumerate(prompts):
-            try:
-                requests.append(self._parse(prompt, params[index], policies[index], None))
-            except StarsError as error:
-                raise RequestError(f"prompts[{index}]: {error}") from error
-        progress = tqdm if use_tqdm is True else use_tqdm
-        bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
-        ids = [request.request_id for request in requests]
-        finished = 0
+        owner = _Owner()
+        requests: list[Request] = []
+        bar = None
         try:
-            for request in requests:
-                self._enqueue(request, owned=True)
-            while any(request_id in self._requests for request_id in ids):
-                self._advance()
-                done = sum(request_id not in self._requests for request_id in ids)
+            self._submit(zip(prompts, params, policies, strict=True), owner, requests)
+            progress = tqdm if use_tqdm is True else use_tqdm
+            bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
+            finished = 0
+            while owner.waits_for:
+                self._advance_for(lambda: bool(owner.waits_for))
+                done = len(requests) - len(owner.waits_for)
                 if bar is not None:
                     bar.update(done - finished)
                 finished = done
-            return [request.output() for request in requests]
+            outputs = [request.output() for request in requests]
         finally:
             if bar is not None:
                 bar.close()
-            self._disown(ids)
+            self._disown(requests)
+        warn_of_errors(outputs, stacklevel=3)
+        return outputs
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None,
                policy: Policy | None = None) -> Iterator[RequestOutput]:
@@ -156,24 +193,23 @@ class Engine:
         Text that may still change is held back: an incomplete character, a possible start of a stop string. The prompt
         is checked at the call (RequestError); closing the iterator early aborts the request.
         """
-        request = self._parse(prompt, sampling_params, policy, None)
-        return self._stream(request)
+        return self._stream(self._check(prompt, sampling_params, policy))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
-        request_id = request.request_id
+        owner = _Owner()
         try:
-            self._enqueue(request, owned=True)
+            self._join(request, owner)
             while True:
-                if self._owned[request_id] is None:
-                    self._advance()
+                self._advance_for(lambda: not owner.news)
+                if not owner.news:
                     continue
-                self._owned[request_id] = None
+                owner.news = False
                 output = request.output()
                 yield output
                 if output.finished:
                     return
         finally:
-            self._disown([request_id])
+            self._disown([request])
 
     def calibrate(self, prompts: Any, sampling_params: SamplingParams | None = None, quantile: float = 0.9,
                   num_samples: int = 16, use_tqdm: bool | Callable[..., tqdm] = False) -> float:
@@ -181,8 +217,7 @@ class Engine:
 
         sampling_params: as for the run to come; its `n` is replaced by `num_samples`.
         """
-        if not 0.0 <= quantile <= 1.0:
-            raise RequestError(f"quantile is {quantile}, it must be between 0 and 1")
+        quantile = real("quantile", quantile, "between 0 and 1", lambda value: 0.0 <= value <= 1.0)
         rewards = self.sample_rewards(prompts, sampling_params, num_samples, use_tqdm)
         return float(np.quantile(rewards, quantile))
 
@@ -199,39 +234,41 @@ class Engine:
 
     # -- step by step ---------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def add_request(self, prompt: Any, sampling_params: SamplingParams | None = None, policy: Policy | None = None,
                     *, request_id: str | None = None) -> str:
         """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands."""
         request = self._parse(prompt, sampling_params, policy, request_id)
-        self._enqueue(request, owned=False)
+        self._enqueue(request)
         return request.request_id
 
+    @one_at_a_time
     def step(self) -> list[RequestOutput]:
         """Admits what fits, runs one round, and returns the outputs that changed since the last step."""
         self._advance()
-        changed, self._changed = self._changed, {}
-        return [request.output() for request in changed.values()]
+        outputs = [request.output() for request in self._changed.values()]
+        self._changed = {}
+        return outputs
 
+    @one_at_a_time
     def abort(self, request_id: str) -> bool:
         """Ends a request with finish_reason "abort", keeping what was committed; False if there is none of that id.
 
         The next `step` returns its last output.
         """
         request = self._requests.get(request_id)
-        if request is None:
-            return False
-        for hypothesis in request.hypotheses:
-            if hypothesis.finish_reason is None:
-                self._round.finish(hypothesis, "abort")
-        self._settle([request])
-        return True
+        if request is not None:
+            self._abort([request])
+        return request is not None
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to return."""
         return bool(self._requests or self._changed)
 
+    @one_at_a_time
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every page and slab of both models is accounted for."""
+        self._recover()
         held = sum(1 for hypothesis in self._running if hypothesis.best is not None)
         self._cache.check_integrity(slabs_out=held)
         if self.reward is not None:
@@ -246,10 +283,8 @@ class Engine:
         policy = policy if policy is not None else Sample()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {type(params).__name__}, it must be a stars.SamplingParams")
-        if isinstance(policy, type) or not hasattr(policy, "plan"):
-            name = policy.__name__ if isinstance(policy, type) else type(policy).__name__
-            raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
-        plan = policy.plan()
+        refuse_bare_prompt(given)
+        plan = plan_of(policy)
         if plan.scoring != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
@@ -261,48 +296,179 @@ class Engine:
                                f"{MAX_SAMPLE + 1}: split the request")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
-        eos = () if params.ignore_eos else self.model_config.eos_token_ids
-        stop_ids = tuple(dict.fromkeys(eos + params.stop_token_ids))
+        eos = () if params.ignore_eos else self._eos_token_ids
+        named = stop_tokens(self.tokenizer, params.stop, self.model_config.vocab_size)
+        stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids, *named)))
         if len(stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: "
                                "give fewer")
         vocab_size = self.model_config.vocab_size
         prompt = parse_prompt(given, self.tokenizer, vocab_size)
+        params = params.settle(len(prompt.token_ids), self.config.max_model_len, vocab_size)
         needed = len(prompt.token_ids) + params.max_tokens
         if needed > self.config.max_model_len:
             raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens={params.max_tokens} make "
                                f"{needed}, the limit is {self.config.max_model_len} "
                                f"({self.config.max_model_len_from}): shorten the prompt or lower max_tokens")
+        if params.max_tokens > plan.segment_size * (MAX_SEGMENT + 1):
+            raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
+                               f"{plan.segment_size} tokens: use longer segments or fewer tokens")
         if plan.scoring != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
             request_id = next(id for id in map(str, self._ids) if not self._in_use(id))
+        elif not isinstance(request_id, (str, int)):
+            raise RequestError(f"request_id is {type(request_id).__name__}, it must be a string")
         elif self._in_use(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer)
+        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named)
+
+    @one_at_a_time
+    def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:
+        return self._parse(given, params, policy, None)
 
     def _in_use(self, request_id: str) -> bool:
-        return request_id in self._requests or request_id in self._owned or request_id in self._changed
+        return request_id in self._requests or request_id in self._changed
 
-    def _enqueue(self, request: Request, owned: bool) -> None:
-        if owned:
-            self._owned[request.request_id] = None
-        self._requests[request.request_id] = request
+    @one_at_a_time
+    def _submit(self, asked: Iterable[tuple[Any, SamplingParams | None, Policy | None]], owner: _Owner,
+                requests: list[Request]) -> None:
+        """Appends a request for each (prompt, params, policy) to `requests`, and queues them once all were checked."""
+        for index, (prompt, params, policy) in enumerate(asked):
+            try:
+                requests.append(self._parse(prompt, params, policy, None))
+            except StarsError as error:
+                raise RequestError(f"prompts[{index}]: {error}") from error
+        for request in requests:
+            self._enqueue(request, owner)
+
+    @one_at_a_time
+    def _join(self, request: Request, owner: _Owner) -> None:
+        self._enqueue(request, owner)
+
+    def _enqueue(self, request: Request, owner: _Owner | None = None) -> None:
+        request_id = request.request_id
+        if self._in_use(request_id):
+            raise RequestError(f"request id {request_id!r} is in use: choose another")
+        self._recover()
+        if owner is not None:
+            owner.waits_for.add(request_id)
+            request.owner = weakref.ref(owner, lambda _, orphans=self._orphans: orphans.append(request_id))
+        self._changing = True
+        self._requests[request_id] = request
         self._waiting += request.hypotheses
+        self._changing = False
 
-    def _disown(self, request_ids: Sequence[str]) -> None:
-        """Ends what is still unfinished of them and forgets their outputs."""
-        for request_id in request_ids:
-            self.abort(request_id)
-            self._owned.pop(request_id, None)
+    @one_at_a_time
+    def _disown(self, requests: Sequence[Request]) -> None:
+        """Ends what is still unfinished of them."""
+        self._abort([request for request in requests if self._requests.get(request.request_id) is request])
+        for request in requests:
+            request.owner = None
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        self._recover()
+        if not requests:
+            return
+        self._changing = True
+        for request in requests:
+            for hypothesis in request.hypotheses:
+                if hypothesis.finish_reason is None:
+                    self._round.finish(hypothesis, "abort")
+        self._settle(requests)
+        self._changing = False
+
+    @one_at_a_time
+    def _advance_for(self, wanted: Callable[[], bool]) -> None:
+        """Advances, unless another thread has brought what this one waited for meanwhile."""
+        if wanted():
+            self._advance()
 
     def _advance(self) -> None:
-        self._admit()
-        if not self._running:
+        """Admits what fits and runs one round, or, after an exception, a segment of each request by itself."""
+        self._recover()
+        while self._orphans:
+            if self._orphans[0] in self._requests:
+                self._abort([self._requests[self._orphans[0]]])
+            self._orphans.popleft()
+        try:
+            self._admit()
+            self._run_round(self._running)
+        except IntegrityError:
+            raise
+        except Exception as error:
+            self._one_by_one(error)
+        self._show_warnings()
+
+    def _run_round(self, hypotheses: Sequence[Hypothesis]) -> None:
+        if not hypotheses:
             return
-        changed = self._round.run(self._running)
+        for hypothesis in hypotheses:
+            if not hypothesis.attempts:
+                hypothesis.mark_boundary()
+        self._changing, self._in_round = True, hypotheses
+        changed = self._round.run(hypotheses)
+        self._in_round = ()  # from here on it stands
         self._settle({hypothesis.request.request_id: hypothesis.request for hypothesis in changed}.values())
+        self._changing = False
+
+    def _one_by_one(self, error: Exception) -> None:
+        """Gives every request that was at work when `error` was raised a segment by itself: who fails alone ends."""
+        held = [hypothesis.request for request in self._requests.values() for hypothesis in request.hypotheses
+                if hypothesis.table is not None]
+        requests = list({request.request_id: request for request in held}.values())
+        if not requests:
+            raise error
+        self._recover()
+        if len(requests) == 1:
+            self._fail(requests[0], error)
+            return
+        logger.warning("a round raised %s: each of its %d requests is run by itself", describe(error), len(requests),
+                       exc_info=error)
+        for request in requests:
+            try:
+                self._admit(request)
+                mine = [hypothesis for hypothesis in self._running if hypothesis.request is request]
+                while mine:  # to the end of a segment: the round that failed may be a later one of it
+                    self._run_round(mine)
+                    mine = [hypothesis for hypothesis in mine if hypothesis.attempts]
+            except IntegrityError:
+                raise
+            except Exception as alone:
+                self._recover()
+                self._fail(request, alone)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        logger.warning("request %s ends with an error: %s", request.request_id, describe(error), exc_info=error)
+        before, self._changing = self._changing, True
+        self._round.fail(request, describe(error))
+        self._settle([request])
+        self._changing = before
+
+    def _recover(self) -> None:
+        """After a call that was stopped in the middle: back to what was committed, with empty caches."""
+        if not self._changing:
+            return
+        if self._cache.device.type != "cpu":
+            torch.cuda.synchronize()  # what the stopped call had launched may still read what the host fills next
+        for hypothesis in self._running:
+            # A round that did not end never happened; behind one, a segment that goes on is begun again.
+            if hypothesis.attempts or hypothesis in self._in_round:
+                hypothesis.go_back()
+        self._in_round = ()
+        self._round.reset()
+        self._cache.reset()
+        if self.reward is not None:
+            self.reward.reset()
+        requests = list(self._requests.values())
+        hypotheses = [hypothesis for request in requests for hypothesis in request.hypotheses]
+        for hypothesis in hypotheses:
+            hypothesis.let_go()
+        self._running = []
+        self._waiting = deque(hypothesis for hypothesis in hypotheses if hypothesis.finish_reason is None)
+        self._settle([request for request in requests if request.finished])
+        self._changing = False
 
     def _settle(self, requests: Any) -> None:
         """Closes what finished hypotheses held and hands out the outputs of `requests`."""
@@ -317,12 +483,15 @@ class Engine:
             if request.request_id not in self._requests:
                 continue
             if request.finished:
-                del self._requests[request.request_id]
-                self._warn_if_out_of_reach(request)
-            if request.request_id in self._owned:
-                self._owned[request.request_id] = request
-            else:
+                self._note_out_of_reach(request)
+            if request.owner is None:
                 self._changed[request.request_id] = request
+            elif (owner := request.owner()) is not None:
+                owner.news = True
+                if request.finished:
+                    owner.waits_for.discard(request.request_id)
+            if request.finished:
+                del self._requests[request.request_id]
 
     def _close(self, hypothesis: Hypothesis) -> None:
         if hypothesis.table is not None:
@@ -332,38 +501,35 @@ class Engine:
             self.reward.close(hypothesis.session)
             hypothesis.session = None
 
-    def _admit(self) -> None:
-        """Moves waiting hypotheses, in order, into the running ones as long as their pages can be reserved."""
-        opened: list[Hypothesis] = []
-        beginnings: set[tuple[int, ...]] = set()
-        try:
-            while self._waiting and len(self._running) + len(opened) < self.config.max_num_seqs:
-                hypothesis = self._waiting[0]
-                if beginnings and self._beginning(hypothesis) in beginnings:
-                    # It can share pages with one that was opened a moment ago, once those are written.
-                    self._start(opened)
-                    opened, beginnings = [], set()
+    def _admit(self, only: Request | None = None) -> None:
+        """Moves waiting hypotheses, in order, into the running ones as long as their pages can be reserved.
+
+        With `only`, those of one request.
+        """
+        self._changing = True
+        while True:
+            opened: list[Hypothesis] = []
+            beginnings: set[tuple[int, ...]] = set()
+            while len(self._running) + len(opened) < self.config.max_num_seqs:
+                hypothesis = next((h for h in self._waiting if only is None or h.request is only), None)
+                if hypothesis is None or self._beginning(hypothesis) in beginnings:
+                    break  # the latter can share pages with one that was opened a moment ago, once those are written
                 if not self._open(hypothesis):
                     break
-                self._waiting.popleft()
-                if hypothesis.finish_reason is not None:  # the reward refused it
-                    self._settle([hypothesis.request])
+                if hypothesis.finish_reason is not None:  # it failed, and with it what was opened of its request
+                    opened = [other for other in opened if other.finish_reason is None]
                     continue
+                self._waiting.remove(hypothesis)
                 opened.append(hypothesis)
                 beginning = self._beginning(hypothesis)
                 if beginning is not None:
                     beginnings.add(beginning)
+            if not opened:
+                break
             self._start(opened)
-        except BaseException:
-            # An interrupted admission never happened: what was opened goes back to the head of the queue.
-            for hypothesis in opened:
-                self._close(hypothesis)
-            self._running = [hypothesis for hypothesis in self._running if hypothesis not in opened]
-            self._waiting.extendleft(h for h in reversed(opened) if h.finish_reason is None)
-            self._settle({h.request.request_id: h.request for h in opened if h.request.finished}.values())
-            raise
-        if self._waiting and not self._running:
+        if self._waiting and not self._running and (only is None or any(h.request is only for h in self._waiting)):
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
+        self._changing = False
 
     def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
         """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
@@ -372,41 +538,44 @@ class Engine:
         return tuple(history[:stop]) if len(history) >= stop else None
 
     def _open(self, hypothesis: Hypothesis) -> bool:
-        """Reserves the pages of a whole response in both models; False, and nothing changed, if they are not free."""
+        """Reserves the pages of a whole response in both models; False, and nothing changed, if they are not free.
+
+        Where that fails otherwise, the request has ended with an error.
+        """
         request = hypothesis.request
-        history = request.prompt.token_ids[:-1]
-        capacity = len(history) + request.params.max_tokens
+        ids = request.prompt.token_ids
+        capacity = len(ids) - 1 + request.params.max_tokens
         scored = request.plan.scoring != "never"
-        if not self._cache.can_open(history, capacity):
-            return False
-        if scored and not self.reward.can_open(request.prompt, request.params.max_tokens):
+        if not self._cache.can_open(ids[:-1], capacity):
             return False
         try:
-            hypothesis.table = self._cache.open(history, capacity)
-            hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
+            if scored and not self.reward.can_open(request.prompt, request.params.max_tokens):
+                return False
+            hypothesis.table = self._cache.open(ids[:-1], capacity)
             if scored:
                 hypothesis.session = self.reward.open(request.prompt, request.params.max_tokens)
-        except RewardError as error:  # before any token is drawn
-            self._round.fail(request, str(error))
+        except Exception as error:
+            self._fail(request, error)
             return True
-        except BaseException:
-            self._close(hypothesis)
-            raise
+        if hypothesis.boundary is None:  # else it has run before, and was interrupted
+            hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
         return True
 
     def _start(self, opened: list[Hypothesis]) -> None:
-        """Runs the prompts of newly opened hypotheses through both models."""
-        if not opened:
-            return
-        # The last prompt token is the first input of a draft.
-        self._passes.prefill([(hypothesis.table, ids, len(ids) - 1)
-                              for hypothesis in opened for ids in [hypothesis.request.prompt.token_ids]])
+        """Runs the prompts of newly opened hypotheses, and what they had committed before, through both models."""
+        # The last token is the first input of a draft.
+        self._passes.prefill([(hypothesis.table, ids, len(ids) - 1) for hypothesis in opened
+                              for ids in [hypothesis.request.prompt.token_ids + hypothesis.token_ids]])
         for hypothesis in opened:
             self._cache.publish(hypothesis.table, hypothesis.request.prompt.token_ids[:-1])
         scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
         requests: list[Request] = []
         if scored:
             self.reward.start([hypothesis.session for hypothesis in scored])
+            for hypothesis in scored:
+                if hypothesis.token_ids:
+                    text = hypothesis.request.response_text(hypothesis) if self.reward.needs_text else None
+                    self.reward.resume(hypothesis.session, hypothesis.content_ids(), text)
             requests = list({h.request.request_id: h.request for h in scored
                              if h.request.prompt_reward is None}.values())
             self._round.prompt_rewards(requests)
@@ -415,23 +584,46 @@ class Engine:
         if failed:
             self._settle(failed)
 
-    def _warn_if_out_of_reach(self, request: Request) -> None:
-        """Says so, once a policy, when the threshold lies far outside the rewards that were seen."""
-        if request.plan.decision != "threshold" or request.policy in self._warned:
+    def _note_out_of_reach(self, request: Request) -> None:
+        """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
+        plan = request.plan
+        if plan.decision != "threshold" or plan in self._warned:
             return
         metrics = [hypothesis.metrics for hypothesis in request.hypotheses]
         counted, accepted = sum(m.attempts_counted for m in metrics), sum(m.accepted for m in metrics)
-        threshold = request.plan.reward_threshold
+        threshold = plan.reward_threshold
         if threshold == float("inf") or counted < LOW_ACCEPT_ATTEMPTS or accepted > LOW_ACCEPT_RATE * counted:
             return
         seen = [attempt.reward for hypothesis in request.hypotheses for segment in hypothesis.segments
                 for attempt in segment.attempts if attempt.reward is not None]
         if not seen:
             return
-        self._warned.add(request.policy)
-        warnings.warn(f"reward_threshold={threshold:g} accepted {accepted} of {counted} attempts (the rewards seen lie "
-                      f"between {min(seen):.3g} and {max(seen):.3g}): measure one with engine.calibrate(prompts)",
-                      stacklevel=2)
+        self._warned.add(plan)
+        self._warnings.append(f"reward_threshold={threshold:g} accepted {accepted} of {counted} attempts (the rewards "
+                              f"seen lie between {min(seen):.3g} and {max(seen):.3g}): measure one with "
+                              "engine.calibrate(prompts)")
+
+    def _show_warnings(self) -> None:
+        while self._warnings:
+            warn(self._warnings.pop(), stacklevel=2)
+
+
+class _Owner:
+    """Whoever waits in `generate` or `stream`: the requests made for it end once it is gone."""
+
+    __slots__ = ("news", "waits_for", "__weakref__")
+
+    def __init__(self):
+        self.news = False  # whether a request of it has changed since it looked
+        self.waits_for: set[str] = set()  # ids of its unfinished requests
+
+
+def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The EOS ids that the model's files name and the tokenizer's own, as far as the model has them: configurations
+    copied from a larger one name ids that can never be drawn."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    named = config.eos_token_ids if own is None else (*config.eos_token_ids, own)
+    return tuple(dict.fromkeys(token for token in named if token < config.vocab_size))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

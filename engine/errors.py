@@ -1,5 +1,12 @@
 """The exceptions of the engine: every message is one sentence that names the culprit and says what to do."""
 
+from __future__ import annotations
+
+import logging
+import warnings
+
+logger = logging.getLogger(__name__)
+
 
 class StarsError(Exception):
     """Base of all errors raised by this package."""
@@ -36,3 +43,24 @@ class OutOfPages(StarsError):
 
 class IntegrityError(StarsError):
     """The cache's books do not balance; this is a defect of the engine."""
+
+
+def describe(error: BaseException) -> str:
+    """`error` for a message: a StarsError's own sentence, otherwise its type and its text, where it has one that can be
+    read."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a user's exception may do anything
+        text = ""
+    if isinstance(error, StarsError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def warn(message: str, stacklevel: int) -> None:
+    """A warning that never raises: what is warned of has happened, and whoever made warnings errors must not lose the
+    results of everybody for it. It is logged then. stacklevel: as of `warnings.warn`, called in place of this."""
+    try:
+        warnings.warn(message, stacklevel=stacklevel + 1)
+    except Warning:
+        logger.warning("%s", message)

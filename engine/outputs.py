@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from stars.errors import warn
 from stars.policies import Policy
+
+MOST_CHARACTERS = 48  # of a text in a repr
+MOST_COMPLETIONS = 3  # of a request in its repr
 
 
 class Attempt(NamedTuple):
@@ -17,6 +22,11 @@ class Attempt(NamedTuple):
     accept_probability: float | None  # min(1, exp((reward - threshold) / beta))
     accepted: bool
     logprob: float  # of the candidate under the LM with its penalties, nats
+
+    def __repr__(self) -> str:
+        return (f"Attempt({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
+                f"threshold={_number(self.threshold)}, accept_probability={_number(self.accept_probability)}, "
+                f"accepted={self.accepted}, logprob={_number(self.logprob)})")
 
 
 class Segment(NamedTuple):
@@ -36,6 +46,10 @@ class Segment(NamedTuple):
                 return index
         rewards = [float("-inf") if attempt.reward is None else attempt.reward for attempt in self.attempts]
         return rewards.index(max(rewards))
+
+    def __repr__(self) -> str:
+        return (f"Segment({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
+                f"threshold={_number(self.threshold)}, accepted={self.accepted}, {len(self.attempts)} attempts)")
 
 
 @dataclass
@@ -85,6 +99,12 @@ class CompletionOutput:
     metrics: Metrics = field(default_factory=Metrics)
     error: str | None = None  # why, if finish_reason is "error"
 
+    def __repr__(self) -> str:
+        why = f", error={_clipped(self.error)}" if self.error is not None else ""
+        return (f"CompletionOutput(index={self.index}, text={_clipped(self.text)}, {len(self.token_ids)} tokens, "
+                f"finish_reason={self.finish_reason!r}, stop_reason={_clipped(self.stop_reason)}, "
+                f"reward={_number(self.reward)}, {len(self.segments)} segments, {self.metrics.attempts} attempts{why})")
+
 
 @dataclass
 class RequestOutput:
@@ -99,3 +119,33 @@ class RequestOutput:
     policy: Policy
     prompt_reward: float | None = None  # r(prompt), where the policy needed it
     metrics: Metrics = field(default_factory=Metrics)
+
+    def __repr__(self) -> str:
+        shown = [repr(output) for output in self.outputs[:MOST_COMPLETIONS]]
+        if len(self.outputs) > len(shown):
+            shown.append(f"… {len(self.outputs) - len(shown)} more")
+        return (f"RequestOutput(request_id={_clipped(self.request_id)}, prompt={_clipped(self.prompt)}, "
+                f"{len(self.prompt_token_ids)} prompt tokens, finished={self.finished}, seed={self.seed}, "
+                f"policy={type(self.policy).__name__}, prompt_reward={_number(self.prompt_reward)}, "
+                f"outputs=[{', '.join(shown)}])")
+
+
+def warn_of_errors(outputs: Sequence[RequestOutput], stacklevel: int) -> None:
+    """One warning where requests ended with an error: of how many, and the first reason. Who reads only the texts
+    would take an empty one for an answer."""
+    errors = [next(completion.error for completion in output.outputs if completion.finish_reason == "error")
+              for output in outputs if any(completion.finish_reason == "error" for completion in output.outputs)]
+    if errors:
+        warn(f"{len(errors)} of {len(outputs)} requests ended with an error, the first: {errors[0]}", stacklevel)
+
+
+def _clipped(value: Any) -> str:
+    """`repr(value)`, a long text cut."""
+    if isinstance(value, str) and len(value) > MOST_CHARACTERS:
+        value = value[:MOST_CHARACTERS] + "…"
+    text = repr(value)
+    return text if len(text) <= 2 * MOST_CHARACTERS else text[: 2 * MOST_CHARACTERS] + "…"
+
+
+def _number(value: float | None) -> str:
+    return str(value) if value is None else f"{value:.4g}"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from stars.errors import RequestError
-from stars.sampling import is_number
+from stars.arguments import as_float, flag, integer, known_by_name, real, shown
+from stars.errors import RequestError, describe
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
+MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
+MOST_SIZE = (1 << 31) - 1
 
 
 class Plan(NamedTuple):
@@ -37,6 +39,7 @@ class Policy(Protocol):
         """The method in the loop's terms."""
 
 
+@known_by_name({})
 @dataclass(frozen=True)
 class STARS:
     """Segment-level rejection sampling under a rising threshold (arXiv 2511.03827; parameter names are the paper's).
@@ -58,21 +61,18 @@ class STARS:
     width: int | None = None
 
     def __post_init__(self):
-        _integer("STARS", "segment_size", self.segment_size)
-        _integer("STARS", "max_attempts", self.max_attempts)
-        if self.width is not None:
-            _integer("STARS", "width", self.width)
-        for name in ("alpha", "beta", "reward_threshold"):
-            value = getattr(self, name)
-            if value is not None and not is_number(value):
-                raise RequestError(f"STARS.{name} is {value!r}, it must be a number")
-        if self.reward_threshold is None or math.isnan(self.reward_threshold):
+        _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
+              width=None if self.width is None else _size(self, "width"))
+        threshold = as_float(self.reward_threshold)
+        if self.reward_threshold is None or threshold is not None and math.isnan(threshold):
             raise RequestError("STARS needs a reward_threshold, which depends on the reward model: "
                                "measure one with engine.calibrate(prompts)")
-        if self.alpha is None or not 0.0 <= self.alpha <= 1.0:
-            raise RequestError(f"STARS.alpha is {self.alpha}, it must be between 0 and 1")
-        if self.beta is None or not 0.0 <= self.beta < math.inf:
-            raise RequestError(f"STARS.beta is {self.beta}, it must be 0 (the hard rule) or a positive number")
+        _keep(self,
+              alpha=real("STARS.alpha", self.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
+              beta=real("STARS.beta", self.beta, "a finite number, 0 (the hard rule) or above",
+                        lambda value: 0.0 <= value < math.inf),
+              reward_threshold=real("STARS.reward_threshold", self.reward_threshold, "a number that a float can hold",
+                                    lambda value: True))
 
     def plan(self) -> Plan:
         """Soft or hard threshold, capped, best seen on exhaustion."""
@@ -82,17 +82,22 @@ class STARS:
                     alpha=float(alpha), beta=float(self.beta), reward_threshold=float(self.reward_threshold))
 
 
+@known_by_name({})
 @dataclass(frozen=True)
 class Sample:
     """Plain sampling from the language model; `score=True` adds one reward of the finished response."""
 
     score: bool = False
 
+    def __post_init__(self):
+        _keep(self, score=flag("Sample.score", self.score))
+
     def plan(self) -> Plan:
         """Every draft is kept."""
         return Plan(DRAFT_SIZE, 1, 1, "end" if self.score else "never", "always")
 
 
+@known_by_name({})
 @dataclass(frozen=True)
 class BestOfN:
     """Draws `n` whole responses and returns the one of the highest reward."""
@@ -100,13 +105,14 @@ class BestOfN:
     n: int = 8
 
     def __post_init__(self):
-        _integer("BestOfN", "n", self.n)
+        _keep(self, n=_size(self, "n"))
 
     def plan(self) -> Plan:
         """Plain sampling of n hypotheses, argmax of their final rewards."""
         return Plan(DRAFT_SIZE, 1, 1, "end", "always", candidates=self.n)
 
 
+@known_by_name({})
 @dataclass(frozen=True)
 class BlockwiseBestOfK:
     """Draws `k` candidates of every segment and keeps the one of the highest reward."""
@@ -115,14 +121,52 @@ class BlockwiseBestOfK:
     segment_size: int = 16
 
     def __post_init__(self):
-        _integer("BlockwiseBestOfK", "k", self.k)
-        _integer("BlockwiseBestOfK", "segment_size", self.segment_size)
+        _keep(self, k=_size(self, "k", MAX_ATTEMPTS), segment_size=_size(self, "segment_size"))
 
     def plan(self) -> Plan:
         """All k attempts in one round if there is room, argmax of their rewards."""
         return Plan(self.segment_size, self.k, self.k, "segment", "argmax")
 
 
-def _integer(policy: str, name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"{policy}.{name} is {value!r}, it must be an integer of at least 1")
+def plan_of(policy: Any) -> Plan:
+    """The plan of any object with `plan()`, its numbers checked and Python's own; RequestError names what is wrong.
+
+    A round trusts a plan: what a policy of somebody else's gets wrong is found before it is queued.
+    """
+    name = policy.__name__ if isinstance(policy, type) else type(policy).__name__
+    if isinstance(policy, type) or not callable(getattr(policy, "plan", None)):
+        raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
+    try:
+        plan = policy.plan()
+    except Exception as error:
+        raise RequestError(f"{name}.plan() raised {describe(error)}: mend the policy") from error
+    if not isinstance(plan, Plan):
+        raise RequestError(f"{name}.plan() returned {shown(plan)}, it must return a stars.policies.Plan")
+    where = f"{name}.plan()"
+    for field, choices in (("scoring", ("segment", "end", "never")),
+                           ("decision", ("threshold", "argmax", "always"))):
+        value = getattr(plan, field)
+        if not isinstance(value, str) or value not in choices:
+            raise RequestError(f"{where}.{field} is {shown(value)}, it must be one of {', '.join(choices)}")
+    if plan.decision != "always" and plan.scoring != "segment" or plan.candidates != 1 and plan.scoring == "never":
+        raise RequestError(f"{where} decides by rewards and has scoring={plan.scoring!r}, which gives none in time: "
+                           'score every segment ("segment"), or whole candidates at their end ("end")')
+    return plan._replace(
+        segment_size=integer(f"{where}.segment_size", plan.segment_size, 1, MOST_SIZE),
+        max_attempts=integer(f"{where}.max_attempts", plan.max_attempts, 1, MAX_ATTEMPTS),
+        width=None if plan.width is None else integer(f"{where}.width", plan.width, 1, MOST_SIZE),
+        candidates=integer(f"{where}.candidates", plan.candidates, 1, MOST_SIZE),
+        alpha=real(f"{where}.alpha", plan.alpha, "between 0 and 1", lambda value: 0.0 <= value <= 1.0),
+        beta=real(f"{where}.beta", plan.beta, "finite, 0 or above", lambda value: 0.0 <= value < math.inf),
+        reward_threshold=real(f"{where}.reward_threshold", plan.reward_threshold, "a number",
+                              lambda value: not math.isnan(value)))
+
+
+def _size(policy: Any, name: str, most: int = MOST_SIZE) -> int:
+    return integer(f"{type(policy).__name__}.{name}", getattr(policy, name), 1, most)
+
+
+def _keep(policy: Any, **values: Any) -> None:
+    """Puts checked values into a frozen dataclass that is being made."""
+    for name, value in values.items():
+        object.__setattr__(policy, name, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
+from stars.detokenizer import finished
 from stars.errors import RequestError
 
 
@@ -13,7 +14,7 @@ class Prompt(NamedTuple):
 
     given: str | list[dict] | None  # text, messages, or None where token ids were given
     token_ids: list[int]  # what the LM is fed
-    text: str | None  # the text of token_ids without special tokens; None where nothing can decode them
+    text: str | None  # of token_ids, without special tokens and unfinished characters; None where nothing decodes them
 
 
 def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
@@ -62,7 +63,7 @@ def _from_ids(token_ids, tokenizer) -> Prompt:
     if not token_ids:
         raise RequestError("the prompt is empty: give at least one character or token")
     try:
-        text = tokenizer.decode(token_ids, skip_special_tokens=True) if tokenizer is not None else None
+        text = finished(tokenizer.decode(token_ids, skip_special_tokens=True)) if tokenizer is not None else None
     except OverflowError:  # an id that no vocabulary has
         text = None
     return Prompt(None, token_ids, text)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stars.cache import BlockTable
-from stars.detokenizer import find_stop, hold_back
+from stars.detokenizer import Detokenizer, find_stop, hold_back
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.policies import Plan, Policy
 from stars.prompt import Prompt
@@ -39,6 +41,16 @@ class Lane:
                        sum(self.logprobs))
 
 
+class Boundary(NamedTuple):
+    """A response as it was when its newest segment began: what an interrupted round goes back to."""
+
+    tokens: int
+    segments: int
+    cumulative_logprob: float
+    reward: float | None
+    metrics: Metrics
+
+
 @dataclass(eq=False)
 class Hypothesis:
     """One response in the making: its own history in both caches and its own random stream."""
@@ -57,12 +69,34 @@ class Hypothesis:
     stop_reason: int | str | None = None
     error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    boundary: Boundary | None = None  # None before its first round
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
     @property
     def last_token(self) -> int:
         """The token whose keys and values the LM cache does not hold yet."""
         return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
+
+    def mark_boundary(self) -> None:
+        """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
+        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.cumulative_logprob, self.reward,
+                                 copy.copy(self.metrics))
+
+    def go_back(self) -> None:
+        """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
+        called again."""
+        if self.boundary is not None:
+            del self.token_ids[self.boundary.tokens :]
+            del self.segments[self.boundary.segments :]
+            self.cumulative_logprob, self.reward = self.boundary.cumulative_logprob, self.boundary.reward
+            self.metrics = copy.copy(self.boundary.metrics)
+            self._history = None
+        self.finish_reason = self.stop_reason = self.error = None
+
+    def let_go(self) -> None:
+        """Forgets its places in caches that were emptied, and the attempts that stood there."""
+        self.table = self.session = self.best = None
+        self.attempts = []
 
     def history(self) -> np.ndarray:
         """int32 [n, 2]: the distinct tokens of prompt and response, rising, each with its count in the response."""
@@ -96,9 +130,11 @@ class Request:
     stop_ids: tuple[int, ...]  # token ids that end a response
     eos_token_ids: tuple[int, ...]
     tokenizer: Any
+    stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
     hypotheses: list[Hypothesis] = field(default_factory=list)
     prompt_reward: float | None = None
     threshold_start: float = 0.0  # r0 of the law
+    owner: weakref.ref | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self):
         self.hypotheses = [Hypothesis(self, sample) for sample in range(self.params.n * self.plan.candidates)]
@@ -108,12 +144,18 @@ class Request:
         """True when every hypothesis has a finish reason."""
         return all(hypothesis.finish_reason is not None for hypothesis in self.hypotheses)
 
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        """Decodes responses to this prompt; made when a text is first wanted, so that nothing else pays for it."""
+        return Detokenizer(self.tokenizer, self.prompt.token_ids)
+
     def response_text(self, hypothesis: Hypothesis, extra: Lane | None = None) -> str | None:
         """Text of the response (with `extra` appended), the stop string cut off; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        text = self.tokenizer.decode(hypothesis.content_ids(extra))
-        found = find_stop(text, self.params.stop) if self.params.stop else None
+        text = self.detokenizer.decode(hypothesis.content_ids(extra))
+        stopped = isinstance((extra or hypothesis).stop_reason, str)
+        found = find_stop(text, self.params.stop) if stopped else None
         return text[: found[0]] if found else text
 
     def output(self) -> RequestOutput:

@@ -36,28 +36,25 @@ class Round:
         self._following: tuple[list[Lane], Following] | None = None  # what is scored behind the draft, until it is read
 
     def run(self, active: Sequence[Hypothesis]) -> list[Hypothesis]:
-        """One round for all of `active`; returns those whose response grew or ended."""
+        """One round for all of `active`; returns those whose response grew or ended.
+
+        Whatever stops it in the middle leaves hypotheses and caches half changed: the caller goes back to a boundary.
+        """
         lanes: list[list[Lane]] = []
-        try:
-            self._propose(active, lanes)
-            self._draft(lanes)
-            winners = self._decide(lanes)
-            self._commit(winners)
-        except BaseException:
-            if self._following is not None:
-                self._following[1].cancel()
-                self._following = None
-            for hypothesis in active:
-                self._start_over(hypothesis)
-            raise
-        finally:
-            # After an interrupt too, nothing but the best seen outlives the round.
-            for group in lanes:
-                for lane in group:
-                    if lane is not lane.hypothesis.best or lane.hypothesis.finish_reason is not None:
-                        self._release(lane)
+        self._propose(active, lanes)
+        self._draft(lanes)
+        winners = self._decide(lanes)
+        self._commit(winners)
+        for group in lanes:
+            for lane in group:
+                if lane is not lane.hypothesis.best or lane.hypothesis.finish_reason is not None:
+                    self._release(lane)
         return [hypothesis for hypothesis in active
                 if hypothesis.finish_reason is not None or not hypothesis.attempts]
+
+    def reset(self) -> None:
+        """After a round that was stopped in the middle, whose caches were emptied."""
+        self._following = None
 
     def fail(self, request: Request, message: str) -> None:
         """Ends every unfinished response of `request` with an error."""
@@ -96,16 +93,9 @@ class Round:
             if problem is not None:
                 self.fail(request, problem)
                 continue
-            request.prompt_reward = result.reward
             request.threshold_start = law.threshold_start(result.reward, request.plan.alpha,
                                                           request.plan.reward_threshold)
-
-    def _start_over(self, hypothesis: Hypothesis) -> None:
-        """Forgets the segment being decided after an interrupt: it will be drawn again from the same random numbers."""
-        if hypothesis.best is not None:
-            self._release(hypothesis.best)
-            hypothesis.best = None
-        hypothesis.attempts = []
+            request.prompt_reward = result.reward  # last: it says that the threshold's start is known
 
     # -- propose --------------------------------------------------------------------------------------------------
 
@@ -373,7 +363,9 @@ def _end(lane: Lane) -> None:
     hypothesis = lane.hypothesis
     request = hypothesis.request
     if request.params.stop:
-        cut = cut_at_stop(request.tokenizer, hypothesis.token_ids, lane.token_ids, request.params.stop)
+        # The token that ends the response is no part of its text, so it cannot complete a stop string either.
+        content = lane.token_ids[:-1] if lane.token_ids[-1] in request.stop_ids else lane.token_ids
+        cut = cut_at_stop(request.detokenizer, hypothesis.token_ids, content, request.params.stop)
         if cut is not None:
             count, lane.stop_reason = cut
             lane.token_ids, lane.logprobs = lane.token_ids[:count], lane.logprobs[:count]
@@ -382,7 +374,7 @@ def _end(lane: Lane) -> None:
     last = lane.token_ids[-1]
     if last in request.stop_ids:
         lane.finish_reason = "stop"
-        lane.stop_reason = None if last in request.eos_token_ids else last
+        lane.stop_reason = None if last in request.eos_token_ids else request.stop_tokens.get(last, last)
     elif len(hypothesis.token_ids) + len(lane.token_ids) >= request.params.max_tokens:
         lane.finish_reason = "length"
 

@@ -8,22 +8,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stars.arguments import flag, integer, known_by_name, real, shown
 from stars.errors import RequestError
+from stars.vllm_names import SAMPLING
 
 LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # beyond, penalised logits would lose all meaning or overflow
 MAX_SAMPLES = 1 << 12  # the sample index has 12 bits of the random counter
+LEAST_NORMAL, MOST_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
+@known_by_name(SAMPLING)
 @dataclass(frozen=True)
 class SamplingParams:
     """The proposal distribution and the end of a response; validated once, on construction (RequestError).
+
+    Numbers may be numpy's, and are kept as Python's. Parameters that vLLM has and this class has not are refused by
+    name (`stars.vllm_names` lists them), unless their value asks for nothing.
 
     Filters apply in vLLM's order: temperature, min_p, top_k, top_p. They shape the proposal only; the acceptance
     temperature of a policy is its own parameter (`beta`).
 
     temperature: 0 takes the most probable token, so that all attempts of a segment are equal.
-    top_k, top_p, min_p: 0, 1.0 and 0.0 switch the filter off.
-    max_tokens: response tokens, EOS included; `N` of the threshold's schedule.
+    top_k, top_p, min_p: 0, 1.0 and 0.0 switch the filter off, and so does a top_k of the whole vocabulary or more.
+    max_tokens: response tokens, EOS included; `N` of the threshold's schedule. None: as many as max_model_len leaves.
     n: completions of each prompt; they use random streams 0 .. n-1.
     stop: strings that end the response and are left out of its text.
     stop_token_ids: token ids that end the response beside the model's EOS ids.
@@ -32,15 +39,13 @@ class SamplingParams:
         often as it is there; 0 is off. A candidate's own tokens count, those of other candidates do not.
     repetition_penalty: above 0; divides the positive logits of tokens of prompt and response, multiplies the others; 1
         is off. Penalties come before temperature and filters.
-
-    The fields from min_tokens on exist in vLLM and not here: any value but the default is refused by name.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    max_tokens: int = 128
+    max_tokens: int | None = 128
     n: int = 1
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -50,51 +55,64 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
 
-    min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: dict[int, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    logits_processors: Any = None
-    structured_outputs: Any = None
-    truncate_prompt_tokens: int | None = None
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    detokenize: bool = True
-
     def __post_init__(self):
-        for field in dataclasses.fields(self)[13:]:
-            if getattr(self, field.name) != field.default:
-                raise RequestError(f"SamplingParams.{field.name} is not implemented: leave it at {field.default!r}")
-        _finite_at_least("temperature", self.temperature, 0.0)
-        _integer_at_least("top_k", self.top_k, -1)
-        _integer_at_least("max_tokens", self.max_tokens, 1)
-        _integer_at_least("n", self.n, 1)
-        if self.n > MAX_SAMPLES:
-            raise RequestError(f"SamplingParams.n is {self.n}, the most is {MAX_SAMPLES}: split the request")
-        if not is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
-            raise RequestError(f"SamplingParams.top_p is {self.top_p!r}, it must be above 0 and at most 1")
-        if not is_number(self.min_p) or not 0.0 <= self.min_p <= 1.0:
-            raise RequestError(f"SamplingParams.min_p is {self.min_p!r}, it must be between 0 and 1")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if not is_number(value) or not -2.0 <= value <= 2.0:
-                raise RequestError(f"SamplingParams.{name} is {value!r}, it must be between -2 and 2")
-        if not is_number(self.repetition_penalty) or not LEAST_REPETITION <= self.repetition_penalty <= MOST_REPETITION:
-            raise RequestError(f"SamplingParams.repetition_penalty is {self.repetition_penalty!r}, it must be between "
-                               f"{LEAST_REPETITION} and {MOST_REPETITION:g}; 1.0 switches it off")
-        if self.seed is not None and not (isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 64):
-            raise RequestError(f"SamplingParams.seed is {self.seed!r}, it must be None or an integer of 64 bits")
-        object.__setattr__(self, "top_k", max(self.top_k, 0))
-        stop = _items("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        seed, max_tokens = self.seed, self.max_tokens
+        checked = {
+            "temperature": _between("temperature", self.temperature, 0.0, MOST_FLOAT32, "a finite number of at least "
+                                    "0.0 that 32 bits can hold"),
+            "top_k": max(integer("SamplingParams.top_k", self.top_k, -1), 0),
+            "top_p": _between("top_p", self.top_p, math.ulp(0.0), 1.0, "above 0 and at most 1"),
+            "min_p": _between("min_p", self.min_p, 0.0, 1.0, "between 0 and 1"),
+            "max_tokens": None if max_tokens is None else integer("SamplingParams.max_tokens", max_tokens, 1),
+            "n": integer("SamplingParams.n", self.n, 1),
+            "stop": self._stop_strings(),
+            "stop_token_ids": self._stop_token_ids(),
+            "ignore_eos": flag("SamplingParams.ignore_eos", self.ignore_eos),
+            "seed": None if seed is None else integer("SamplingParams.seed", seed, -(1 << 63), (1 << 64) - 1),
+            "presence_penalty": _between("presence_penalty", self.presence_penalty, -2.0, 2.0, "between -2 and 2"),
+            "frequency_penalty": _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "between -2 and 2"),
+            "repetition_penalty": _between(
+                "repetition_penalty", self.repetition_penalty, LEAST_REPETITION, MOST_REPETITION,
+                f"between {LEAST_REPETITION} and {MOST_REPETITION:g}; 1.0 switches it off"),
+        }
+        if checked["n"] > MAX_SAMPLES:
+            raise RequestError(f"SamplingParams.n is {shown(self.n)}, the most is {MAX_SAMPLES}: split the request")
+        if checked["temperature"] < LEAST_NORMAL:  # the sampler's 32 bits would lose it, and zero has its own path
+            checked["temperature"] = 0.0
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def _stop_strings(self) -> tuple[str, ...]:
+        texts = _items("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
+        if not all(isinstance(text, str) and text for text in texts):
             raise RequestError("SamplingParams.stop must be a string or a list of strings, none of them empty")
-        object.__setattr__(self, "stop", stop)
-        stop_token_ids = _items("stop_token_ids", self.stop_token_ids)
-        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stop_token_ids):
-            raise RequestError("SamplingParams.stop_token_ids must be a list of token ids, 0 or above")
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        return texts
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        try:
+            return tuple(integer("it", token, 0) for token in _items("stop_token_ids", self.stop_token_ids))
+        except RequestError:
+            raise RequestError(f"SamplingParams.stop_token_ids must be a list of token ids, 0 or above, and is "
+                               f"{shown(self.stop_token_ids)}") from None
+
+    def settle(self, prompt_tokens: int, max_model_len: int, vocab_size: int) -> SamplingParams:
+        """These parameters for one prompt and model: max_tokens is a number, top_k is off where it keeps everything.
+
+        Raises RequestError where the prompt leaves no room, and for stop token ids that the model does not have.
+        """
+        outside = next((token for token in self.stop_token_ids if token >= vocab_size), None)
+        if outside is not None:
+            raise RequestError(f"SamplingParams.stop_token_ids has {shown(outside)}, which is outside the model's "
+                               f"vocabulary of {vocab_size}: use ids of the model's tokenizer")
+        changes: dict[str, Any] = {}
+        if self.top_k >= vocab_size:
+            changes["top_k"] = 0
+        if self.max_tokens is None:
+            if prompt_tokens >= max_model_len:
+                raise RequestError(f"the prompt of {prompt_tokens} tokens leaves no room for a response, the limit is "
+                                   f"{max_model_len}: shorten the prompt or raise max_model_len")
+            changes["max_tokens"] = max_model_len - prompt_tokens
+        return dataclasses.replace(self, **changes) if changes else self
 
     @property
     def filters(self) -> bool:
@@ -107,24 +125,13 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is an int or a float (a bool is neither)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _items(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     if not isinstance(value, Iterable):
-        raise RequestError(f"SamplingParams.{name} is {value!r}, it must be a list")
+        raise RequestError(f"SamplingParams.{name} is {shown(value)}, it must be a list")
     return tuple(value)
 
 
-def _finite_at_least(name: str, value: float, least: float) -> None:
-    if not is_number(value) or not math.isfinite(value) or value < least:
-        raise RequestError(f"SamplingParams.{name} is {value!r}, it must be a finite number of at least {least}")
-
-
-def _integer_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise RequestError(f"SamplingParams.{name} is {value!r}, it must be an integer of at least {least}")
+def _between(name: str, value: Any, least: float, most: float, wanted: str) -> float:
+    return real(f"SamplingParams.{name}", value, wanted, lambda number: least <= number <= most)

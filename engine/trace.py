@@ -16,11 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from stars.detokenizer import Detokenizer
+from stars.line_file import LineFile
+
 if TYPE_CHECKING:
     from stars.outputs import CompletionOutput, RequestOutput
     from stars.sampling import SamplingParams
 
 FORMAT, VERSION = "stars-trace", 1
+MAX_NESTING = 100  # of what is read: far beyond any use, and far from what exhausts the stack when it is written again
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete UTF-8 sequence to
 
 
@@ -105,13 +109,14 @@ def request_trace(output: RequestOutput, tokenizer: Any, sampling_params: Sampli
     policy = {"name": type(output.policy).__name__}
     if dataclasses.is_dataclass(output.policy):
         policy.update(dataclasses.asdict(output.policy))
+    detokenizer = None if tokenizer is None else Detokenizer(tokenizer, output.prompt_token_ids)
     return TraceRequest(
         output.request_id, output.prompt, list(output.prompt_token_ids), _shown_params(sampling_params), policy,
         output.seed, output.prompt_reward, metrics_record(output.metrics),
         [TraceCompletion(
             completion.index, completion.text if tokenizer is not None else None, list(completion.token_ids),
             completion.finish_reason, completion.stop_reason, completion.error, completion.reward,
-            completion.cumulative_logprob, metrics_record(completion.metrics), _segments(completion, tokenizer),
+            completion.cumulative_logprob, metrics_record(completion.metrics), _segments(completion, detokenizer),
         ) for completion in output.outputs])
 
 
@@ -135,17 +140,20 @@ def write_trace(file: str | os.PathLike | IO[str], outputs: RequestOutput | Sequ
     """Writes a trace of `outputs` to a path or an open text file.
 
     tokenizer: the engine's (`engine.tokenizer`). sampling_params: those of the requests, one for all or one for each,
-    to be named in the trace.
+    to be named in the trace. Raises OSError.
     """
     outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     params = list(sampling_params) if isinstance(sampling_params, (list, tuple)) else [sampling_params] * len(outputs)
-    if isinstance(file, (str, os.PathLike)):
-        with open(file, "w", encoding="utf8") as opened:
-            write_trace(opened, outputs, tokenizer, params)
+    lines = [trace_header(), *(trace_lines(output, tokenizer, of_output)
+                               for output, of_output in zip(outputs, params, strict=True))]
+    if not isinstance(file, (str, os.PathLike)):
+        for part in lines:
+            file.write(part)
         return
-    file.write(trace_header())
-    for output, of_output in zip(outputs, params, strict=True):
-        file.write(trace_lines(output, tokenizer, of_output))
+    with LineFile(file) as opened:  # an older trace is there until this one is complete
+        opened.clear()
+        for part in lines:
+            opened.write(part)
 
 
 def trace_header() -> str:
@@ -179,6 +187,41 @@ def dumps(value: Any, ascii_only: bool = False) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
         return json.dumps(value, allow_nan=False)
     return text
+
+
+def loads(line: bytes | str) -> Any:
+    """The value of one line of strict JSON in UTF-8; ValueError says what is wrong with any other line."""
+    text = line if isinstance(line, str) else line.decode("utf8")
+    try:
+        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        if str(error).startswith("Exceeds the limit"):  # advice for programmers follows
+            raise ValueError("it has a number of too many digits") from None
+        raise
+
+
+def too_deep(value: Any) -> bool:
+    """Whether a value that was read nests lists and objects more than MAX_NESTING deep."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [item for outer in level if isinstance(outer, (dict, list))
+                 for item in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return False
+    return any(isinstance(item, (dict, list)) for item in level)
+
+
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is beyond the range of numbers")
+    return number
 
 
 def metrics_record(metrics: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from stars.errors import TraceError
-from stars.trace import FORMAT, VERSION, TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
+from stars.trace import FORMAT, VERSION, TraceAttempt, TraceCompletion, TraceRequest, TraceSegment, loads, too_deep
 
 
 class _Record:
@@ -158,19 +158,14 @@ class TraceReader:
         for line in file:
             self.line += 1
             try:
-                text = line if isinstance(line, str) else line.decode("utf8")
-                fields = json.loads(text, parse_constant=_refuse_constant)
-            except (ValueError, RecursionError) as error:
+                fields = loads(line)
+            except ValueError as error:
                 raise TraceError(f"{self._where}: this line is not JSON ({error}): the file is no trace, or it was "
                                  "damaged or cut short") from error
-            if not isinstance(fields, dict):
-                raise TraceError(f"{self._where}: this line holds no JSON object: the file is no trace, or it was "
-                                 "damaged")
+            if not isinstance(fields, dict) or too_deep(fields):
+                raise TraceError(f"{self._where}: this line holds no JSON object that a trace has: the file is no "
+                                 "trace, or it was damaged")
             yield _Record(fields, self._where)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _short(value: Any) -> str:

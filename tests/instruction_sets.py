@@ -16,10 +16,10 @@ def load_copy(name: str, folder: Path):
     """A second libstars, which chose its instruction set under STARS_ISA=name; None if this machine lacks it."""
     (folder / "lib").mkdir(exist_ok=True)
     # The loader knows a library by its file: another file is another library, with choices of its own.
-    shutil.copy(Path(libstars.__file__).with_name("lib") / "libstars.so", folder / "lib")
+    shutil.copy(libstars.library_path(), folder / "lib" / "libstars.so")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STARS_ISA", name)
-        patch.setattr(libstars, "__file__", str(folder / "libstars.py"))
+        patch.setenv("STARS_LIBRARY", str(folder / "lib" / "libstars.so"))
         library = libstars._load()
         return library if library.stars_isa().decode() == name else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -54,12 +54,17 @@ def assert_same_step(sample_step: Callable, logits: torch.Tensor, lanes: LaneSta
     sample_step(logits, ours, **options)
     wide = logits.float()
     sample_step_reference(wide, expected, options.get("filters", True))
+    return assert_same_lanes(wide, lanes, ours, expected)
+
+
+def assert_same_lanes(logits: torch.Tensor, lanes: LaneState, ours: LaneState, expected: LaneState) -> int:
+    """`ours` and `expected` are the same step from `lanes`; how many lanes were too close to call."""
     ties = 0
     for lane in range(logits.shape[0]):
         step = int(lanes.steps[lane])
         got, wanted = int(ours.out_tokens[lane, step]), int(expected.out_tokens[lane, step])
         if got != wanted and got >= 0 and wanted >= 0:
-            z = wide[lane].double() / float(lanes.temperature[lane]) + noise(lanes, lane, logits.shape[1], step)
+            z = logits[lane].double() / float(lanes.temperature[lane]) + noise(lanes, lane, logits.shape[1], step)
             assert abs(float(z[got] - z[wanted])) < TIE, f"lane {lane}: token {got} instead of {wanted}"
             ties += 1
             continue
@@ -69,3 +74,24 @@ def assert_same_step(sample_step: Callable, logits: torch.Tensor, lanes: LaneSta
             else:
                 assert torch.equal(a[lane], b[lane]), f"lane {lane}: {name} {a[lane]} instead of {b[lane]}"
     return ties
+
+
+def tied_rows(count: int, vocab: int, tokens: Sequence[int]) -> tuple[torch.Tensor, LaneState]:
+    """Logits float32 [count, vocab] and lanes at whose first draw z + g of `tokens` is 1536 to the last bit.
+
+    z is 1536 less the noise, in whole units of float32 there. The sum then rounds to 1536 as long as the noise errs by
+    less than what separates it from half a unit, so seeds are taken for which that is 2e-5.
+    """
+    unit, lanes, seed = 2.0**-13, make_lanes(count), 0
+    logits = torch.full((count, vocab), -1.0)
+    for lane in range(count):
+        while True:
+            seed += 1
+            drawn = [float(philox.gumbel(philox.philox4x32(
+                (token // 4, 0, 1, int(lanes.streams[lane]) & 0xFFFFFFFF), (seed, 0))[token % 4])) / unit
+                for token in tokens]
+            if all(abs(units % 1 - 0.5) > 2e-5 / unit for units in drawn):
+                break
+        lanes.seeds[lane] = seed
+        logits[lane, list(tokens)] = torch.tensor([1536.0 - round(units) * unit for units in drawn])
+    return logits, lanes

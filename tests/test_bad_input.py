@@ -65,7 +65,7 @@ def refused(error: type, message: str, call, *args, **kwargs) -> None:
     (dict(repetition_penalty=0.0), "SamplingParams.repetition_penalty is 0.0, it must be between 0.01 and 100; 1.0"),
     (dict(repetition_penalty=math.inf), "SamplingParams.repetition_penalty is inf"),
     (dict(max_tokens=0), "SamplingParams.max_tokens is 0"),
-    (dict(max_tokens=None), "SamplingParams.max_tokens is None"),
+    (dict(max_tokens="9"), "SamplingParams.max_tokens is '9'"),
     (dict(n=0), "SamplingParams.n is 0"),
     (dict(n=5000), "SamplingParams.n is 5000, the most is 4096"),
     (dict(seed=1 << 64), "SamplingParams.seed is"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from instruction_sets import load_copy
+from libstars_threads import threads
 from stars import kernels
 from stars.bindings import libstars
 
@@ -82,14 +83,12 @@ def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(in_features, out_feat
 @pytest.mark.parametrize("in_features", [300, 301])
 @pytest.mark.parametrize("rows", [1, 2, 9, 33, 200])
 def test_bits_do_not_depend_on_the_number_of_threads(rows, in_features, instruction_set):
-    before = libstars.num_threads()
     x, matrix, bias = random_case(in_features, 1409, rows)
     weight = packed(matrix, bias)
     results = []
-    for threads in (1, 2, 3, 5):
-        libstars.set_num_threads(threads)
-        results.append(product(x, weight))
-    libstars.set_num_threads(before)
+    for count in (1, 2, 3, 5):
+        with threads(count):
+            results.append(product(x, weight))
     assert all(torch.equal(result, results[0]) for result in results)
 
 

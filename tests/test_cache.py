@@ -670,3 +670,117 @@ def test_a_commit_of_more_rows_than_one_copy_holds(monkeypatch):
             cache.return_slab(slab)
             cache.close(table)
     cache.check_integrity(slabs_out=0)
+
+
+# -- commits that rewind: what the machine above may or may not come upon ---------------------------------------------
+
+
+def published_table(cache: PagedCache, tokens: list[int], capacity: int) -> BlockTable:
+    """A table that holds `tokens` and offers its full pages."""
+    table = cache.open(tokens, capacity)
+    write(cache, table, table.length, tokens[table.length :])
+    cache.publish(table, tokens)
+    return table
+
+
+def test_a_commit_rewinds_two_published_tables():
+    """Sole holders overwrite in place, and of neither what was offered from there on is found again."""
+    cache = make_cache()
+    prompts = [list(range(10)), list(range(100, 110)), list(range(200, 210))]
+    tables = [published_table(cache, prompt, 12) for prompt in prompts]
+    pages, start = [list(table.pages) for table in tables], fill_slab(cache, cache.take_slab(), [70, 71, 72])
+    cache.commit([CommitMove(tables[0], start, 1, 2), CommitMove(tables[1], start + 1, 1, 5),
+                  CommitMove(tables[2], start + 2, 1, 7)])
+    assert [table.pages for table in tables] == pages
+    for table, values in zip(tables, (prompts[0][:2] + [70], prompts[1][:5] + [71], prompts[2][:7] + [72])):
+        assert_holds(cache, table, values)
+    assert [cache.shared_length(prompt) for prompt in prompts] == [0, 4, 4]
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("through", ["commit", "slots"])
+@pytest.mark.parametrize("at, count", [(4, 1), (4, 3), (5, 2), (3, 2), (2, 5), (1, 1)])
+def test_a_shared_last_page_that_is_written_in_part_becomes_private(through, at, count):
+    """Up to the page's end it is not written; to its other holder it belongs all the same."""
+    cache = make_cache()
+    prompt, new = list(range(8)), list(range(70, 70 + count))
+    first, second = published_table(cache, prompt, 8), cache.open(prompt, 8)
+    assert second.pages == first.pages
+    if through == "commit":
+        cache.commit([CommitMove(second, fill_slab(cache, cache.take_slab(), new), count, at)])
+    else:
+        cache.truncate(second, at)
+        write(cache, second, at, new)
+    assert_holds(cache, first, prompt)
+    assert_holds(cache, second, prompt[:at] + new)
+    touched = range(at // 4, (at + count - 1) // 4 + 1)
+    assert [second.pages[i] != first.pages[i] for i in range(2)] == [i in touched for i in range(2)]
+    third = cache.open(prompt, 8)
+    assert third.pages == first.pages and cache.shared_length(prompt) == 8
+    assert_holds(cache, third, prompt)
+    cache.check_integrity()
+
+
+def test_two_holders_of_a_published_page_rewind_in_one_commit():
+    """One leaves with a copy, the last to write keeps the page, and it is not offered any more."""
+    cache = make_cache(num_pages=7)
+    prompt = list(range(8))
+    first, second = published_table(cache, prompt, 8), cache.open(prompt, 8)
+    start = fill_slab(cache, cache.take_slab(), [70, 71, 72])
+    free = cache.num_free_pages
+    cache.commit([CommitMove(first, start, 1, 5), CommitMove(second, start + 1, 2, 6)])
+    assert_holds(cache, first, prompt[:5] + [70])
+    assert_holds(cache, second, prompt[:6] + [71, 72])
+    assert first.pages[0] == second.pages[0] and first.pages[1] != second.pages[1]
+    assert cache.num_free_pages == free - 1
+    assert cache.shared_length(prompt) == 4
+    third = cache.open(prompt, 8)
+    assert third.length == 4 and third.pages[1] not in first.pages + second.pages
+    cache.check_integrity()
+
+
+def test_two_moves_into_one_shared_page_copy_it_once():
+    cache = make_cache(num_pages=6)
+    prompt = list(range(8))
+    first, second = published_table(cache, prompt, 8), cache.open(prompt, 8)
+    start, free = fill_slab(cache, cache.take_slab(), [70, 71, 72]), cache.num_free_pages
+    cache.commit([CommitMove(second, start, 1, 5), CommitMove(second, start + 1, 2, 6)])
+    assert_holds(cache, second, prompt[:5] + [70, 71, 72])
+    assert_holds(cache, first, prompt)
+    assert cache.num_free_pages == free - 1 and cache.shared_length(prompt) == 8
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("at", [8, 6, 4, 0])
+def test_a_commit_of_nothing_rewinds_and_copies_nothing(at):
+    """A page that nothing is written to stays shared and on offer, whatever the commit writes elsewhere."""
+    cache = make_cache(num_pages=5)
+    prompt, other = list(range(8)), list(range(50, 58))
+    first, second, alone = published_table(cache, prompt, 8), cache.open(prompt, 9), published_table(cache, other, 8)
+    assert cache.num_free_pages == 0
+    start = fill_slab(cache, cache.take_slab(), [70])
+    cache.commit([CommitMove(second, 0, 0, at), CommitMove(alone, start, 1, 6)])
+    assert_holds(cache, alone, other[:6] + [70])
+    assert second.pages[:2] == first.pages and cache.shared_length(prompt) == 8
+    assert_holds(cache, second, prompt[:at])
+    assert_holds(cache, first, prompt)
+    cache.check_integrity()
+
+
+def test_a_commit_that_lacks_a_page_leaves_published_ones_on_offer():
+    """The table that could have been overwritten in place, before and behind the one that needs a copy."""
+    cache = make_cache(num_pages=4)
+    prompt, other = list(range(8)), list(range(50, 58))
+    first, second, alone = (published_table(cache, tokens, 8) for tokens in (prompt, prompt, other))
+    start, before = fill_slab(cache, cache.take_slab(), [70, 71, 72]), books(cache)
+    moves = [CommitMove(alone, start, 1, 6), CommitMove(second, start + 1, 1, 6)]
+    for order in (moves, moves[::-1]):
+        with pytest.raises(OutOfPages):
+            cache.commit(order)
+        assert_unchanged(cache, before)
+    assert cache.shared_length(other) == cache.shared_length(prompt) == 8
+    cache.close(first)
+    cache.commit(moves)
+    assert_holds(cache, alone, other[:6] + [70])
+    assert_holds(cache, second, prompt[:6] + [71])
+    cache.check_integrity()

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,41 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stars
-from stars.cli import main
+from json_rows import rows, write_rows
 from stars.kernels import prefill_attention
 
 SAMPLING = ["--max-tokens", "9", "--seed", "3"]
 SMALL = ["--max-num-lanes", "8", "--max-num-seqs", "4"]
-
-
-@pytest.fixture(scope="session")
-def pair(tiny_model) -> list[str]:
-    lm = tiny_model(tokenizer=True, chat_template=True)
-    return ["--model", str(lm), "--reward", str(tiny_model(tokenizer=True, chat_template=True, head="reward"))]
-
-
-@pytest.fixture
-def run(capsys):
-    """run(*arguments): (exit code, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as error:
-            code = error.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-def rows(text: str) -> list[dict]:
-    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
-
-
-def write_rows(path: Path, *values) -> Path:
-    path.write_text("".join((value if isinstance(value, str) else json.dumps(value)) + "\n" for value in values))
-    return path
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------

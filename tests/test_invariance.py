@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import stars
+from libstars_threads import threads
 from stars.bindings import libstars
 from stars.kernels.dispatch import references_only
 from toy import ToyModel, ids, toy_engine
@@ -116,17 +117,13 @@ def test_without_libstars_the_promise_is_kept_or_refused():
         check_all_schedules()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
-def test_threads_do_not_change_the_text(threads):
+def test_threads_do_not_change_the_text(count):
     """A sum whose order depends on how many threads share it."""
-    before = libstars.num_threads()
     chosen = requests()[:2]
-    try:
-        libstars.set_num_threads(threads)
+    with threads(count):
         other = run(engine(), chosen)
-    finally:
-        libstars.set_num_threads(before)
     assert other == run(engine(), chosen)
 
 

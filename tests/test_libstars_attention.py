@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from instruction_sets import instruction_set  # noqa: F401  (a fixture)
+from libstars_threads import threads
 from stars.bindings import libstars
 from stars.kernels.attention import attention_reference
 from stars.kernels.rope_write import rope_write_reference
@@ -182,12 +183,9 @@ def test_bits_do_not_depend_on_the_number_of_lanes():
 def test_bits_do_not_depend_on_the_threads(sequences, kv_heads):
     q, kv, batch, _ = make_case(sequences, True, 4, kv_heads)
     results = []
-    try:
-        for threads in (1, 2, 3, 7):
-            libstars.set_num_threads(threads)
+    for count in (1, 2, 3, 7):
+        with threads(count):
             results.append((run(q, kv, batch), run(q, kv, batch, window=600)))
-    finally:
-        libstars.set_num_threads(0)
     for plain, windowed in results[1:]:
         assert torch.equal(plain, results[0][0]) and torch.equal(windowed, results[0][1])
 

@@ -12,7 +12,16 @@ import pytest
 
 import stars
 from stars.cli.terminal import Style, visible
-from stars.trace import TraceAttempt, TraceCompletion, TraceRequest, TraceSegment, request_trace, trace_records
+from stars.trace import (
+    TraceAttempt,
+    TraceCompletion,
+    TraceRequest,
+    TraceSegment,
+    loads,
+    request_trace,
+    too_deep,
+    trace_records,
+)
 from stars.trace_html import page
 from stars.trace_show import request_lines
 
@@ -81,7 +90,7 @@ def test_text_of_a_split_character(outputs, engine):
     halves = [stars.Segment(part, 1.0, 0.0, True, [stars.Attempt(part, 1.0, 0.0, 1.0, True, -1.0)])
               for part in ([65, *euro[:2]], [euro[2], 66])]
     completion = stars.CompletionOutput(0, "A€B", [65, *euro, 66], finish_reason="length", segments=halves)
-    output = replace(outputs[0], outputs=[completion])
+    output = replace(outputs[0], outputs=[completion], prompt_token_ids=[65])
     segments = request_trace(output, Bytes()).completions[0].segments
     assert [segment.committed.text for segment in segments] == ["A", "€B"]
 
@@ -121,6 +130,13 @@ def replaced(line: str, **fields) -> str:
     return json.dumps({**json.loads(line), **fields}) + "\n"
 
 
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
 DAMAGE = {
     "empty": (lambda lines: [], "line 1"),
     "foreign": (lambda lines: ['{"prompt": "hello"}\n'], "line 1.*not a trace"),
@@ -142,6 +158,10 @@ DAMAGE = {
     "nobody committed": (lambda lines: [replaced(line, committed=False) if '"attempt"' in line and i > 2 else line
                                         for i, line in enumerate(lines)], "committed"),
     "deeply nested": (lambda lines: [lines[0], "[" * 100_000 + "\n"], "line 2.*not JSON"),
+    "nested 900 deep": (lambda lines: [lines[0], replaced(lines[1], params=nested(900)), *lines[2:]],
+                        "line 2.*no JSON object"),
+    "beyond numbers": (lambda lines: [*lines[:3], lines[3].replace('"logprob"', '"logprob": 1e400, "old"')],
+                       "line 4.*1e400 is beyond"),
 }
 
 
@@ -245,3 +265,59 @@ def test_page_of_edges():
         assert "</html>" in page(trace, "trace")
         for one in trace:
             assert request_lines(one, Style(True), 40, True)
+
+
+SIGNS = ('"', "'", "<", ">", "&", "`", "=", "&quot;", "&#34;", "&amp;lt;", '" onfocus="alert(1)', "' onfocus='alert(1)",
+         '"><b>', "</title>", "-->", "<!--", "\n", "\t", "@TITLE@", "é\u2028", "javascript:")
+
+
+def attributes_of(text: str) -> Page:
+    """The page of a trace with `text` in every place that a trace has."""
+    request = request_of(
+        [attempt(text=text, accepted=False, committed=False), attempt(attempt=2, text=text)],
+        [attempt(segment=1, text=text, threshold=None, reward=None)], prompt=f"a{text}b", error=text)
+    request = replace(request, request_id=text, policy={"name": text, text: text}, params={text: text})
+    return Page(page([request, replace(request, request_id="other")], text))
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+def test_attributes_hold_the_text_and_nothing_else(sign):
+    """Parsed back, each attribute is the text itself; no text adds a tag, an attribute or ends one early."""
+    shown, plain = attributes_of(sign), attributes_of("plain")
+    assert [(tag, list(attributes)) for tag, attributes in shown.tags] == [
+        (tag, list(attributes)) for tag, attributes in plain.tags]
+    for (_, attributes), (_, expected) in zip(shown.tags, plain.tags, strict=True):
+        for name, value in expected.items():
+            assert attributes[name] == (value.replace("plain", sign) if value else value)
+    labels = [attributes["aria-label"] for _, attributes in shown.tags if attributes.get("role") == "button"]
+    facts = "segment 1, accepted, reward +0.50, threshold +0.25, attempt 2"
+    assert labels == [f"{facts}: {sign}", f"segment 2, kept, reward –: {sign}"] * 2
+    assert [attributes["title"] for tag, attributes in shown.tags if attributes.get("role") == "button"] == [
+        facts, "segment 2, kept, reward –"] * 2
+    sections = [attributes["aria-label"] for tag, attributes in shown.tags if tag == "section"]
+    assert sections == [f"request {sign}", "request other"]
+
+
+def test_control_characters_in_attributes_become_signs():
+    labels = [attributes["aria-label"] for tag, attributes in attributes_of("a\x00\r\x1b\r\n\ud800").tags
+              if tag == "section"]
+    assert labels == ["request a␀␍␛\n?", "request other"]
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("NaN", "NaN is no JSON number"), ("[-Infinity]", "-Infinity is no JSON number"), ("1e309", "1e309 is beyond"),
+    ("-1e999", "-1e999 is beyond"), ("9" * 5000, "too many digits"), ("[" * 100_000, "nested too deep"),
+    (b"\xff", "utf-8"), ("", "Expecting value"), ('{"a":1}x', "Extra data"), ("\ufeff1", "BOM"),
+])
+def test_lines_of_other_than_strict_json_are_refused(line, words):
+    with pytest.raises(ValueError, match=words):
+        loads(line)
+
+
+def test_lines_of_strict_json_are_read():
+    assert loads(b'{"a": [1e308, -0.0, 1e-999, "\\ud800", null]}\r\n') == {"a": [1e308, 0.0, 0.0, "\ud800", None]}
+    assert loads("9" * 4000) == int("9" * 4000)
+    for depth in (0, 1, 99, 100):
+        assert not too_deep(nested(depth) if depth else 1)
+        assert not too_deep({"a": nested(depth - 1)} if depth > 1 else "a")
+    assert too_deep(nested(101)) and too_deep({"a": {"b": nested(99)}}) and too_deep([1, {"a": nested(500)}])

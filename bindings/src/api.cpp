@@ -5,9 +5,12 @@
 #include <new>
 #include <vector>
 
+#include "cpus.h"
 #include "error.h"
 #include "ops.h"
+#include "packing.h"
 #include "parallel.h"
+#include "sizes.h"
 #include "stars.h"
 
 namespace stars {
@@ -45,10 +48,8 @@ isa choose_isa() {
   return best;
 }
 
-const isa& chosen_isa() {
-  static const isa chosen = choose_isa();
-  return chosen;
-}
+// When the library is loaded: a lock that the first call would take could be held by another thread at a fork.
+const isa chosen_isa = choose_isa();
 
 // The number of an operation, its name, and what runs it, given a table.
 #define STARS_FOR_EACH_OP(X)                     \
@@ -65,6 +66,8 @@ const isa& chosen_isa() {
   X(APPEND_DRAFT, append_draft, append_draft)    \
   X(APPLY_PENALTIES, apply_penalties, apply_penalties)
 
+constexpr int64_t kMostProducts = int64_t{1} << 60;  // of a matrix product; ten years of all cores of anything
+
 // What each check says is what must hold; null when all of it does.
 #define STARS_REQUIRE(condition, text) \
   if (!(condition)) return text
@@ -73,6 +76,12 @@ const char* check(const stars_linear_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.in_features > 0 && p.out_features > 0,
                 "rows must be >= 0, in_features and out_features positive");
   STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= STARS_BF16_DOT, "dtype must be 0 (float32), 1 or 2 (bfloat16)");
+  STARS_REQUIRE(fits(p.rows, p.in_features), "rows * in_features is too large");
+  STARS_REQUIRE(fits(p.rows, p.out_features), "rows * out_features is too large");
+  STARS_REQUIRE(packed_fits(p.out_features, p.in_features), "out_features * in_features is too large");
+  int64_t products;
+  STARS_REQUIRE(!__builtin_mul_overflow(p.rows * p.in_features, p.out_features, &products) && products <= kMostProducts,
+                "rows * in_features * out_features is too large");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
   return nullptr;
 }
@@ -80,12 +89,15 @@ const char* check(const stars_linear_params& p) {
 const char* check(const stars_embedding_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.hidden > 0 && p.vocab > 0, "rows must be >= 0, hidden and vocab positive");
   STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= STARS_BF16_DOT, "dtype must be 0 (float32), 1 or 2 (bfloat16)");
+  STARS_REQUIRE(fits(p.rows, p.hidden), "rows * hidden is too large");
+  STARS_REQUIRE(packed_fits(p.vocab, p.hidden), "vocab * hidden is too large");
   STARS_REQUIRE(p.rows == 0 || (p.token_ids && p.weight && p.out), "token_ids, weight and out must not be null");
   return nullptr;
 }
 
 const char* check(const stars_rms_norm_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.hidden > 0, "rows must be >= 0 and hidden positive");
+  STARS_REQUIRE(fits(p.rows, p.hidden), "rows * hidden is too large");
   STARS_REQUIRE(p.eps >= 0, "eps must not be negative");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
   return nullptr;
@@ -93,19 +105,24 @@ const char* check(const stars_rms_norm_params& p) {
 
 const char* check(const stars_swiglu_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.intermediate > 0, "rows must be >= 0 and intermediate positive");
+  STARS_REQUIRE(fits(2, p.rows, p.intermediate), "2 * rows * intermediate is too large");
   STARS_REQUIRE(p.rows == 0 || (p.gate_up && p.out), "gate_up and out must not be null");
   return nullptr;
 }
 
 const char* check(const stars_take_rows_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.width > 0, "rows must be >= 0 and width positive");
+  STARS_REQUIRE(fits(p.rows, p.width), "rows * width is too large");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.index && p.out), "x, index and out must not be null");
   return nullptr;
 }
 
 const char* check(const stars_batch& b) {
   STARS_REQUIRE(b.rows >= 0 && b.sequences >= 0, "rows and sequences of the batch must be >= 0");
+  STARS_REQUIRE(fits(b.rows), "rows of the batch is too large");
+  STARS_REQUIRE(fits(b.sequences), "sequences of the batch is too large");
   STARS_REQUIRE(b.block_table_stride >= 0, "block_table_stride must be >= 0");
+  STARS_REQUIRE(fits(b.block_table_stride), "block_table_stride is too large");
   STARS_REQUIRE(b.rows == 0 || b.block_table_stride == 0 || b.block_tables, "block_tables must not be null");
   STARS_REQUIRE(b.rows == 0 || (b.positions && b.slots && b.row_start && b.seq_group && b.prefix_len && b.slab_start &&
                                 b.slab_used),
@@ -116,6 +133,7 @@ const char* check(const stars_batch& b) {
 const char* check(const stars_layer_kv& kv, bool into_slab) {
   STARS_REQUIRE(kv.page_size > 0 && kv.kv_heads > 0 && kv.head_dim > 0,
                 "page_size, kv_heads and head_dim must be positive");
+  STARS_REQUIRE(fits(kv.page_size, kv.kv_heads, kv.head_dim), "page_size * kv_heads * head_dim is too large");
   STARS_REQUIRE(into_slab || (kv.k_pages && kv.v_pages), "pages must not be null");
   STARS_REQUIRE(!into_slab || (kv.k_slabs && kv.v_slabs), "slabs must not be null");
   return nullptr;
@@ -125,6 +143,9 @@ const char* check(const stars_rope_write_params& p) {
   if (const char* wrong = check(p.batch)) return wrong;
   if (const char* wrong = check(p.kv, p.batch.into_slab)) return wrong;
   STARS_REQUIRE(p.heads > 0, "heads must be positive");
+  STARS_REQUIRE(fits(p.heads), "heads is too large");
+  STARS_REQUIRE(fits(p.batch.rows, p.heads + 2 * p.kv.kv_heads, p.kv.head_dim),
+                "rows * (heads + 2 * kv_heads) * head_dim is too large");
   STARS_REQUIRE(p.kv.head_dim % 2 == 0, "head_dim must be even");
   STARS_REQUIRE(!p.q_norm == !p.k_norm, "q_norm and k_norm must both be given or both be null");
   STARS_REQUIRE(p.batch.rows == 0 || (p.qkv && p.cos && p.sin && p.q_out), "qkv, cos, sin and q_out must not be null");
@@ -135,6 +156,8 @@ const char* check(const stars_attention_params& p) {
   if (const char* wrong = check(p.batch)) return wrong;
   if (const char* wrong = check(p.kv, p.batch.into_slab)) return wrong;
   STARS_REQUIRE(p.heads > 0 && p.heads % p.kv.kv_heads == 0, "heads must be a positive multiple of kv_heads");
+  STARS_REQUIRE(fits(p.batch.rows, p.heads, p.kv.head_dim), "rows * heads * head_dim is too large");
+  STARS_REQUIRE(fits(p.batch.rows + p.batch.sequences, p.kv.kv_heads), "(rows + sequences) * kv_heads is too large");
   STARS_REQUIRE(p.window >= 0 && p.softcap >= 0, "window and softcap must be >= 0 (0: none)");
   STARS_REQUIRE(p.batch.rows == 0 || (p.q && p.out), "q and out must not be null");
   return nullptr;
@@ -143,6 +166,11 @@ const char* check(const stars_attention_params& p) {
 const char* check(const stars_sample_step_params& p) {
   STARS_REQUIRE(p.lanes >= 0 && p.vocab > 0 && p.max_steps >= 0 && p.max_stop_ids >= 0,
                 "lanes, max_steps and max_stop_ids must be >= 0 and vocab positive");
+  STARS_REQUIRE(p.vocab <= INT32_MAX, "vocab must be below 2^31, as token ids are");
+  STARS_REQUIRE(p.max_steps <= INT32_MAX, "max_steps must be below 2^31, as steps are");
+  STARS_REQUIRE(fits(p.lanes, p.vocab), "lanes * vocab is too large");
+  STARS_REQUIRE(fits(p.lanes, p.max_steps), "lanes * max_steps is too large");
+  STARS_REQUIRE(fits(p.lanes, p.max_stop_ids), "lanes * max_stop_ids is too large");
   STARS_REQUIRE(p.lanes == 0 || (p.logits && p.token_ids && p.positions && p.slots && p.slab_used && p.steps &&
                                  p.limits && p.done && p.seeds && p.attempts && p.streams && p.temperature &&
                                  p.top_k && p.top_p && p.min_p),
@@ -155,6 +183,12 @@ const char* check(const stars_sample_step_params& p) {
 
 const char* check(const stars_copy_rows_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.layers >= 0 && p.width > 0, "rows and layers must be >= 0 and width positive");
+  STARS_REQUIRE(p.source_rows >= 0 && p.target_rows >= 0, "source_rows and target_rows must be >= 0");
+  STARS_REQUIRE(p.rows == 0 || p.layers == 0 || (p.source_rows > 0 && p.target_rows > 0),
+                "source_rows and target_rows must be positive where rows are copied");
+  STARS_REQUIRE(fits(p.layers, p.rows), "layers * rows is too large");
+  STARS_REQUIRE(fits(p.layers, p.source_rows, p.width), "layers * source_rows * width is too large");
+  STARS_REQUIRE(fits(p.layers, p.target_rows, p.width), "layers * target_rows * width is too large");
   STARS_REQUIRE(p.rows == 0 || p.layers == 0 ||
                     (p.k_source && p.v_source && p.k_target && p.v_target && p.source && p.target),
                 "no array may be null");
@@ -163,6 +197,7 @@ const char* check(const stars_copy_rows_params& p) {
 
 const char* check(const stars_decide_params& p) {
   STARS_REQUIRE(p.lanes >= 0, "lanes must be >= 0");
+  STARS_REQUIRE(fits(p.lanes), "lanes is too large");
   STARS_REQUIRE(p.lanes == 0 || (p.seeds && p.streams && p.attempts && p.tokens && p.max_tokens && p.start &&
                                  p.reward_threshold && p.beta && p.rewards && p.accepted),
                 "no array may be null");
@@ -172,6 +207,10 @@ const char* check(const stars_decide_params& p) {
 const char* check(const stars_append_draft_params& p) {
   STARS_REQUIRE(p.sequences >= 0 && p.max_steps >= 0 && p.max_stop_ids >= 0 && p.max_closing >= 0 && p.vocab > 0,
                 "sequences, max_steps, max_stop_ids and max_closing must be >= 0 and vocab positive");
+  STARS_REQUIRE(fits(p.vocab), "vocab is too large");
+  STARS_REQUIRE(p.max_steps <= INT32_MAX, "max_steps must be below 2^31, as steps are");
+  STARS_REQUIRE(fits(p.max_stop_ids), "max_stop_ids is too large");
+  STARS_REQUIRE(fits(p.sequences, p.max_closing), "sequences * max_closing is too large");
   STARS_REQUIRE(p.sequences == 0 || (p.steps && p.lanes && p.row_start && p.token_ids && p.last && p.tokens),
                 "steps, lanes, row_start, token_ids, last and tokens must not be null");
   STARS_REQUIRE(p.sequences == 0 || ((p.max_steps == 0 || p.out_tokens) && (p.max_stop_ids == 0 || p.stop_ids) &&
@@ -183,6 +222,10 @@ const char* check(const stars_append_draft_params& p) {
 const char* check(const stars_apply_penalties_params& p) {
   STARS_REQUIRE(p.lanes >= 0 && p.vocab > 0 && p.max_steps >= 0 && p.entries >= 0,
                 "lanes, max_steps and entries must be >= 0 and vocab positive");
+  STARS_REQUIRE(p.max_steps <= INT32_MAX, "max_steps must be below 2^31, as steps are");
+  STARS_REQUIRE(fits(p.lanes, p.vocab), "lanes * vocab is too large");
+  STARS_REQUIRE(fits(p.lanes, p.max_steps), "lanes * max_steps is too large");
+  STARS_REQUIRE(fits(p.entries, 2), "entries is too large");
   STARS_REQUIRE(p.lanes == 0 || (p.logits && p.done && p.steps && p.start && p.count && p.repetition && p.frequency &&
                                  p.presence),
                 "no array of the lanes may be null");
@@ -193,9 +236,11 @@ const char* check(const stars_apply_penalties_params& p) {
 
 #undef STARS_REQUIRE
 
-using run_function = void (*)(const op_table&, const void* params);
+// Runs an operation; its status.
+using run_function = int32_t (*)(const op_table&, const void* params);
 
-// Checks the parameters and hands them to then(params, run), run being a function that knows their type.
+// Checks the parameters and hands them to then(params, run), run being a function that knows their type. The status is
+// that of the check, or what `then` returns.
 template <class Then>
 int32_t with_op(int32_t op, const void* params, Then&& then) {
   if (!params) return fail("stars_call", "params must not be null");
@@ -206,10 +251,9 @@ int32_t with_op(int32_t op, const void* params, Then&& then) {
     const type& typed = *static_cast<const type*>(params);                               \
     if (const char* wrong = check(typed)) return fail(#name, wrong);                     \
     const run_function run = []([[maybe_unused]] const op_table& table, const void* p) { \
-      function(*static_cast<const type*>(p));                                            \
+      return guarded(#name, [&] { function(*static_cast<const type*>(p)); });            \
     };                                                                                   \
-    then(typed, run);                                                                    \
-    return STARS_OK;                                                                     \
+    return then(typed, run);                                                             \
   }
     STARS_FOR_EACH_OP(STARS_CASE)
 #undef STARS_CASE
@@ -224,7 +268,14 @@ int32_t fail(const char* where, const char* what) {
   return STARS_INVALID;
 }
 
-const op_table& ops() { return *chosen_isa().table; }
+int32_t fail_for_memory(const char* where) {
+  fail(where, "out of memory");
+  return STARS_OUT_OF_MEMORY;
+}
+
+void out_of_memory() { throw std::bad_alloc(); }
+
+const op_table& ops() { return *chosen_isa.table; }
 
 }  // namespace stars
 
@@ -252,38 +303,53 @@ bool all_set(const int32_t* done, int64_t count) {
 
 int32_t stars_abi_version(void) { return STARS_ABI_VERSION; }
 const char* stars_last_error(void) { return stars::last_error; }
-const char* stars_isa(void) { return stars::chosen_isa().name; }
+const char* stars_isa(void) { return stars::chosen_isa.name; }
 
 int32_t stars_num_threads(void) { return stars::num_threads(); }
-void stars_set_num_threads(int32_t count) { stars::set_num_threads(count); }
 
-int32_t stars_call(int32_t op, const void* params) {
-  return stars::with_op(op, params, [](const auto& typed, auto run) { run(stars::ops(), &typed); });
+int32_t stars_set_num_threads(int32_t count) {
+  if (count < 0) return stars::fail("stars_set_num_threads", "count must be >= 0 (0: the default)");
+  stars::set_num_threads(count);
+  return STARS_OK;
 }
 
-stars_program* stars_program_create(void) { return new (std::nothrow) stars_program; }
+int32_t stars_usable_cpus(const char* root) { return stars::usable_cpus(root ? root : ""); }
+double stars_cpu_quota(const char* root) { return stars::cpu_quota(root ? root : ""); }
+
+int32_t stars_call(int32_t op, const void* params) {
+  return stars::with_op(op, params, [](const auto& typed, auto run) { return run(stars::ops(), &typed); });
+}
+
+stars_program* stars_program_create(void) {
+  stars_program* program = new (std::nothrow) stars_program;
+  if (!program) stars::fail_for_memory("stars_program_create");
+  return program;
+}
 
 int32_t stars_program_add(stars_program* program, int32_t op, const void* params) {
   if (!program) return stars::fail("stars_program_add", "program must not be null");
-  try {
-    return stars::with_op(op, params, [=](const auto& typed, auto run) {
+  return stars::with_op(op, params, [=](const auto& typed, auto run) {
+    return stars::guarded("stars_program_add", [&] {
       stars_program::step& step = program->steps.emplace_back();
       step.run = run;
       std::memcpy(&step.params, &typed, sizeof typed);
     });
-  } catch (const std::bad_alloc&) {
-    return stars::fail("stars_program_add", "out of memory");
-  }
+  });
 }
 
 int32_t stars_program_run(stars_program* program, int32_t times, const int32_t* done, int64_t done_count) {
-  if (!program) return stars::fail("stars_program_run", "program must not be null"), 0;
+  if (!program) return -stars::fail("stars_program_run", "program must not be null");
+  if (times < 0) return -stars::fail("stars_program_run", "times must be >= 0");
+  if (done && !(done_count >= 0 && stars::fits(done_count)))
+    return -stars::fail("stars_program_run", "done_count must be >= 0 and is too large above 2^46");
   const stars::op_table& table = stars::ops();
-  for (int32_t ran = 1; ran <= times; ++ran) {
-    for (const stars_program::step& step : program->steps) step.run(table, &step.params);
+  for (int32_t ran = 0; ran < times;) {
+    for (const stars_program::step& step : program->steps)
+      if (const int32_t status = step.run(table, &step.params); status != STARS_OK) return -status;
+    ++ran;
     if (done && all_set(done, done_count)) return ran;
   }
-  return times > 0 ? times : 0;
+  return times;
 }
 
 void stars_program_destroy(stars_program* program) { delete program; }

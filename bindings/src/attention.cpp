@@ -358,7 +358,8 @@ void attention(const stars_attention_params& p) {
   const call c = {p, p.heads / p.kv.kv_heads, width};
   thread_local scratch memory;
   unit* units = memory.take<unit>((b.rows + b.sequences) * p.kv.kv_heads);
-  int64_t count = 0, work = 0, longest = 0;
+  int64_t count = 0, longest = 0;
+  double work = 0.0;  // products; int64 could overflow
   for (int64_t first = 0, last; first < b.sequences; first = last) {
     for (last = first + 1; last < b.sequences && b.seq_group[last] == b.seq_group[first];) ++last;
     add_units(c, first, last, units, count);
@@ -366,7 +367,7 @@ void attention(const stars_attention_params& p) {
       const int64_t tokens = b.row_start[sequence + 1] - b.row_start[sequence];
       const int64_t seen = c.seen_end(sequence, b.row_start[sequence + 1] - 1);
       longest = tokens > 0 && seen > longest ? seen : longest;
-      work += tokens * (seen - c.seen_begin(seen)) * p.heads * width;
+      work += static_cast<double>(tokens * (seen - c.seen_begin(seen))) * static_cast<double>(p.heads * width);
     }
   }
   const int threads = work < serial_work ? 1 : num_threads();

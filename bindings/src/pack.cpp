@@ -12,8 +12,12 @@ namespace {
 
 int64_t element_bytes(int32_t dtype) { return dtype == STARS_F32 ? 4 : 2; }
 
-bool shape_is_valid(int64_t out_features, int64_t in_features, int32_t dtype) {
-  return out_features > 0 && in_features > 0 && dtype >= STARS_F32 && dtype <= STARS_BF16_DOT;
+// STARS_OK, or a failure that says what is wrong.
+int32_t check_shape(const char* where, int64_t out_features, int64_t in_features, int32_t dtype) {
+  if (out_features <= 0 || in_features <= 0) return fail(where, "out_features and in_features must be positive");
+  if (dtype < STARS_F32 || dtype > STARS_BF16_DOT) return fail(where, "dtype must be 0 (float32), 1 or 2 (bfloat16)");
+  if (!packed_fits(out_features, in_features)) return fail(where, "out_features * in_features is too large");
+  return STARS_OK;
 }
 
 // Calls copy(matrix_index, packed_index) for every element, panel by panel.
@@ -50,35 +54,34 @@ void with_dtype(int32_t dtype, F&& f) {
     f(std::integral_constant<int32_t, STARS_BF16_DOT>(), uint16_t{});
 }
 
-constexpr const char* kShape =
-    "out_features and in_features must be positive and dtype 0 (float32), 1 or 2 (bfloat16)";
-
 }  // namespace
 }  // namespace stars
 
 using namespace stars;
 
 int64_t stars_packed_bytes(int64_t out_features, int64_t in_features, int32_t dtype) {
-  if (!shape_is_valid(out_features, in_features, dtype)) return 0;
+  if (check_shape("stars_packed_bytes", out_features, in_features, dtype) != STARS_OK) return 0;
   return panel_count(out_features) * panel_size(in_features, dtype) * element_bytes(dtype);
 }
 
 int32_t stars_pack(const void* matrix, int64_t out_features, int64_t in_features, int32_t dtype, void* packed) {
-  if (!shape_is_valid(out_features, in_features, dtype)) return fail("pack", kShape);
+  if (const int32_t wrong = check_shape("pack", out_features, in_features, dtype)) return wrong;
   if (!matrix || !packed) return fail("pack", "matrix and packed must not be null");
-  with_dtype(dtype, [=](auto kind, auto bits) {
-    using T = decltype(bits);
-    pack<kind>(static_cast<const T*>(matrix), out_features, in_features, static_cast<T*>(packed));
+  return guarded("pack", [&] {
+    with_dtype(dtype, [=](auto kind, auto bits) {
+      using T = decltype(bits);
+      pack<kind>(static_cast<const T*>(matrix), out_features, in_features, static_cast<T*>(packed));
+    });
   });
-  return STARS_OK;
 }
 
 int32_t stars_unpack(const void* packed, int64_t out_features, int64_t in_features, int32_t dtype, void* matrix) {
-  if (!shape_is_valid(out_features, in_features, dtype)) return fail("unpack", kShape);
+  if (const int32_t wrong = check_shape("unpack", out_features, in_features, dtype)) return wrong;
   if (!matrix || !packed) return fail("unpack", "matrix and packed must not be null");
-  with_dtype(dtype, [=](auto kind, auto bits) {
-    using T = decltype(bits);
-    unpack<kind>(static_cast<const T*>(packed), out_features, in_features, static_cast<T*>(matrix));
+  return guarded("unpack", [&] {
+    with_dtype(dtype, [=](auto kind, auto bits) {
+      using T = decltype(bits);
+      unpack<kind>(static_cast<const T*>(packed), out_features, in_features, static_cast<T*>(matrix));
+    });
   });
-  return STARS_OK;
 }

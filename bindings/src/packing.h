@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "sizes.h"
 #include "stars.h"
 
 namespace stars {
@@ -26,6 +27,11 @@ inline int64_t panel_depth(int64_t in_features, bool pairs) { return pairs ? (in
 // Values of a panel.
 inline int64_t panel_size(int64_t in_features, int32_t dtype) {
   return kPanel * (dtype == STARS_BF16_DOT ? 2 * panel_depth(in_features, true) : in_features);
+}
+
+// Whether the matrix, and the packed form of it in any dtype, can be arrays.
+inline bool packed_fits(int64_t out_features, int64_t in_features) {
+  return fits(out_features, in_features) && fits(panel_count(out_features), kPanel, in_features + 1);
 }
 
 // Where the value of column `c` of a panel at input `k` is among them.

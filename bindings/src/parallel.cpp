@@ -4,14 +4,16 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <exception>
 #include <memory>
-#include <system_error>
 #include <thread>
 #include <vector>
 
+#include "cpus.h"
+#include "error.h"
+
 #if defined(__linux__)
 #include <pthread.h>
-#include <sched.h>
 #endif
 
 namespace stars {
@@ -19,7 +21,6 @@ namespace {
 
 // Long enough to bridge the Python between two recorded passes, short enough that an idle engine uses no CPU.
 constexpr auto kSpin = std::chrono::microseconds(300);
-constexpr int kMostThreads = 256;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -57,10 +58,19 @@ struct alignas(64) Share {
   }
 
   // Runs what it can claim; how many tasks that was.
-  uint32_t take() {
+  uint32_t take(std::atomic<bool>& failed) {
     uint32_t taken = 0, task;
-    for (; claim(task); ++taken) body.call(body.captured, task);
+    for (; claim(task); ++taken) call(body, task, failed);
     return taken;
+  }
+
+  // An exception would end the process in a worker, and leave the caller before the workers are done with its data.
+  static void call(const Body& body, uint32_t task, std::atomic<bool>& failed) {
+    try {
+      body.call(body.captured, task);
+    } catch (const std::exception&) {
+      failed.store(true, std::memory_order_relaxed);  // seen through the report of the task
+    }
   }
 };
 static_assert(sizeof(Share) == 64);
@@ -68,9 +78,10 @@ static_assert(sizeof(Share) == 64);
 class Pool {
  public:
   explicit Pool(int threads) : threads_(threads), shares_(new Share[threads]) {
+    workers_.reserve(threads);  // so that all that can fail below is a thread, and it is not in the list then
     try {
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
-    } catch (const std::system_error&) {  // no more threads to be had: the others take the missing ones' shares
+    } catch (const std::exception&) {  // no more threads to be had: the others take the missing ones' shares
     }
   }
 
@@ -80,6 +91,8 @@ class Pool {
     signal_.notify_all();
     for (std::thread& worker : workers_) worker.join();
   }
+
+  int threads() const { return threads_; }
 
   void run(uint32_t count, const Body& body) {
     for (int i = threads_ - 1; i >= 0; --i) {
@@ -91,18 +104,22 @@ class Pool {
     const bool woken = sleepers_.load(std::memory_order_relaxed) != 0;
     if (woken) wake();
     uint32_t own = 0;
-    if (count >= static_cast<uint32_t>(threads_)) body.call(body.captured, 0), own = 1;
+    if (count >= static_cast<uint32_t>(threads_)) Share::call(body, 0, failed_), own = 1;
     if (!woken) {  // whoever fell asleep since then did not see the tasks, or is seen here
       std::atomic_thread_fence(std::memory_order_seq_cst);
       if (sleepers_.load(std::memory_order_relaxed)) wake();
     }
-    for (int i = 0; i < threads_; ++i) own += shares_[i].take();
+    for (int i = 0; i < threads_; ++i) own += shares_[i].take(failed_);
     expected_ += count - own;
     for (int spins = 0; finished_.load(std::memory_order_acquire) != expected_; ++spins) {
       if (spins < 2000)
         pause();
       else
         std::this_thread::yield();  // the worker that holds the last task may be waiting for this very CPU
+    }
+    if (failed_.load(std::memory_order_relaxed)) {
+      failed_.store(false, std::memory_order_relaxed);
+      out_of_memory();
     }
   }
 
@@ -117,6 +134,10 @@ class Pool {
   }
 
   void work(int own) {
+    try {
+      out_of_memory();  // what a thread's first exception needs is made while there is memory for it
+    } catch (const std::exception&) {
+    }
     const Share& share = shares_[own];
     for (;;) {
       const auto until = std::chrono::steady_clock::now() + kSpin;
@@ -132,9 +153,9 @@ class Pool {
         }
       }
       // Reported before the others' shares are looked at: the caller may be waiting for this alone.
-      report(shares_[own].take());
+      report(shares_[own].take(failed_));
       uint32_t taken = 0;
-      for (int i = 1; i < threads_; ++i) taken += shares_[(own + i) % threads_].take();
+      for (int i = 1; i < threads_; ++i) taken += shares_[(own + i) % threads_].take(failed_);
       report(taken);
     }
   }
@@ -145,52 +166,41 @@ class Pool {
   alignas(64) std::atomic<uint32_t> signal_{0};
   alignas(64) std::atomic<uint32_t> finished_{0};  // tasks that workers ran since the beginning
   uint32_t expected_ = 0;                          // of the above, once all tasks offered so far are done
+  std::atomic<bool> failed_{false};                // one of this call's tasks threw
   alignas(64) std::atomic<uint32_t> sleepers_{0};
   std::atomic<bool> stop_{false};
 };
 
-int available_cpus() {
-  int count = static_cast<int>(std::thread::hardware_concurrency());
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) count = std::min(std::max(count, 1), CPU_COUNT(&set));
-#endif
-  return std::clamp(count, 1, kMostThreads);
-}
-
 int default_threads() {
   const char* wanted = std::getenv("STARS_NUM_THREADS");
-  const int count = wanted ? std::atoi(wanted) : 0;
-  return count > 0 ? std::min(count, kMostThreads) : available_cpus();
+  const long count = wanted ? std::strtol(wanted, nullptr, 10) : 0;
+  const int usable = usable_cpus("");
+  return count > 0 ? static_cast<int>(std::min<long>(count, usable)) : usable;
 }
 
-// Never destroyed at exit: workers may outlive static destructors.
+// Made before any thread can use it and never destroyed: workers may outlive static destructors.
 struct State {
-  std::atomic_flag busy = ATOMIC_FLAG_INIT;
-  int wanted = 0;  // threads; 0: not decided yet
-  Pool* pool = nullptr;
+  std::atomic_flag busy;
+  std::atomic<int> wanted{0};  // threads; 0: not decided yet
+  Pool* pool = nullptr;        // of whoever set `busy`
 };
+constinit State state;
 
-State& state() {
-  static State* only = [] {
 #if defined(__linux__)
-    // A forked child has none of the workers: it forgets the pool and builds another when it needs one.
-    pthread_atfork(nullptr, nullptr, [] {
-      state().pool = nullptr;
-      state().busy.clear();
-    });
+// A forked child has none of the workers, nor the thread that may have been at work: it forgets the pool, and builds
+// another when it needs one.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  state.pool = nullptr;
+  state.busy.clear();
+});
 #endif
-    return new State;
-  }();
-  return *only;
-}
 
 // Whoever comes while the pool is at work (a task, or a second thread of the host) does its work alone.
 class Turn {
  public:
-  Turn() : taken_(!state().busy.test_and_set(std::memory_order_acquire)) {}
+  Turn() : taken_(!state.busy.test_and_set(std::memory_order_acquire)) {}
   ~Turn() {
-    if (taken_) state().busy.clear(std::memory_order_release);
+    if (taken_) state.busy.clear(std::memory_order_release);
   }
   explicit operator bool() const { return taken_; }
 
@@ -198,30 +208,45 @@ class Turn {
   bool taken_;
 };
 
+void drop_pool() {
+  delete state.pool;
+  state.pool = nullptr;
+}
+
+// Of `threads` threads, for whoever has the turn; null where there is no memory for one.
+Pool* pool_of(int threads) {
+  if (state.pool && state.pool->threads() == threads) return state.pool;
+  drop_pool();
+  try {
+    state.pool = new Pool(threads);
+  } catch (const std::exception&) {
+  }
+  return state.pool;
+}
+
 }  // namespace
 
 int num_threads() {
-  State& s = state();
-  if (s.wanted == 0) s.wanted = default_threads();
-  return s.wanted;
+  int count = state.wanted.load(std::memory_order_relaxed);
+  if (count == 0) {
+    const int decided = default_threads();
+    // Where another thread has set a number meanwhile, that is the one.
+    if (state.wanted.compare_exchange_strong(count, decided, std::memory_order_relaxed)) count = decided;
+  }
+  return count;
 }
 
 void set_num_threads(int count) {
-  const Turn turn;
-  if (!turn) return;
-  State& s = state();
-  s.wanted = count > 0 ? std::min(count, kMostThreads) : default_threads();
-  delete s.pool;
-  s.pool = nullptr;
+  const int threads = count > 0 ? std::min(count, usable_cpus("")) : default_threads();
+  state.wanted.store(threads, std::memory_order_relaxed);
+  // Workers of another number end now, or, where they are at work, once the next operation wants others.
+  if (const Turn turn; turn && state.pool && state.pool->threads() != threads) drop_pool();
 }
 
 void parallel_for(int64_t count, const Body& body) {
-  if (count > 1 && count <= UINT32_MAX && num_threads() > 1) {
+  if (const int threads = num_threads(); count > 1 && count <= UINT32_MAX && threads > 1) {
     if (const Turn turn; turn) {
-      State& s = state();
-      if (!s.pool) s.pool = new Pool(s.wanted);
-      s.pool->run(static_cast<uint32_t>(count), body);
-      return;
+      if (Pool* pool = pool_of(threads)) return pool->run(static_cast<uint32_t>(count), body);
     }
   }
   for (int64_t task = 0; task < count; ++task) body.call(body.captured, task);

@@ -16,12 +16,13 @@ struct Body {
   alignas(8) unsigned char captured[40];
 };
 
-// Calls `body` for every task in [0, count), on up to num_threads() threads; returns when all are done. Which thread runs
-// a task is not fixed, so a task's arithmetic must not depend on it.
+// Calls `body` for every task in [0, count), on up to num_threads() threads; returns when all are done. Which thread
+// runs a task is not fixed, so a task's arithmetic must not depend on it. What a task throws ends that task;
+// std::bad_alloc is thrown here once no other is running.
 void parallel_for(int64_t count, const Body& body);
 
 int num_threads();
-void set_num_threads(int count);
+void set_num_threads(int count);  // >= 0; from the next call of parallel_for on
 
 // As parallel_for. What `f` captures is copied if it is small, so that a worker need not fetch it from the caller's
 // stack: capture values then, not references to locals.

@@ -1,6 +1,7 @@
 // The random numbers of the C interface: single words and uniforms here, noise where the sampler takes it from.
 #include "philox.h"
 
+#include "error.h"
 #include "ops.h"
 
 namespace stars {
@@ -17,7 +18,8 @@ void gumbel_noise(uint64_t, uint32_t, uint32_t, uint32_t, int64_t, float*);
 
 }  // namespace stars
 
-void stars_philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]) {
+int32_t stars_philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]) {
+  if (!out) return stars::fail("stars_philox", "out must not be null");
   namespace philox = stars::philox;
   uint32_t key_0 = (uint32_t)seed, key_1 = (uint32_t)(seed >> 32);
   for (uint32_t round = 0; round < philox::rounds; ++round) {
@@ -33,6 +35,7 @@ void stars_philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t
   out[1] = c1;
   out[2] = c2;
   out[3] = c3;
+  return STARS_OK;
 }
 
 double stars_accept_uniform(uint64_t seed, uint32_t attempt, uint32_t segment, uint32_t sample) {
@@ -41,7 +44,9 @@ double stars_accept_uniform(uint64_t seed, uint32_t attempt, uint32_t segment, u
   return ((out[0] >> 8) + 0.5) * 0x1p-24;
 }
 
-void stars_gumbel(uint64_t seed, uint32_t position, uint32_t attempt, uint32_t stream, int64_t vocab, float* out) {
+int32_t stars_gumbel(uint64_t seed, uint32_t position, uint32_t attempt, uint32_t stream, int64_t vocab, float* out) {
+  if (vocab < 0 || vocab > INT32_MAX) return stars::fail("stars_gumbel", "vocab must be >= 0 and below 2^31");
+  if (vocab > 0 && !out) return stars::fail("stars_gumbel", "out must not be null");
   auto* noise = stars::base::gumbel_noise;
 #ifdef STARS_X86
   const stars::op_table* table = &stars::ops();
@@ -49,4 +54,5 @@ void stars_gumbel(uint64_t seed, uint32_t position, uint32_t attempt, uint32_t s
   if (table == &stars::avx2::table) noise = stars::avx2::gumbel_noise;
 #endif
   noise(seed, position, attempt, stream, vocab, out);
+  return STARS_OK;
 }

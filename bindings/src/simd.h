@@ -110,7 +110,9 @@ STARS_INLINE floats max(floats a, floats b) {
 // One bit per lane of a mask, lane 0 lowest.
 STARS_INLINE uint32_t mask_bits(ints mask) {
 #if defined(__AVX512F__)
-  return _mm512_cmplt_epi32_mask((__m512i)mask, _mm512_setzero_si512());
+  uint32_t bits = _mm512_cmplt_epi32_mask((__m512i)mask, _mm512_setzero_si512());
+  asm("" : "+r"(bits));  // out of the mask register, of which gcc 12 may store 16 bits and load 32
+  return bits;
 #elif defined(__AVX2__)
   return (uint32_t)_mm256_movemask_ps((__m256)mask);
 #elif defined(STARS_SIMD_X86)
@@ -122,7 +124,13 @@ STARS_INLINE uint32_t mask_bits(ints mask) {
 #endif
 }
 
-STARS_INLINE bool any(ints mask) { return mask_bits(mask) != 0; }
+STARS_INLINE bool any(ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi32_mask((__m512i)mask, _mm512_setzero_si512()) != 0;
+#else
+  return mask_bits(mask) != 0;
+#endif
+}
 
 // Over the lanes, halves first: the same order on every call.
 STARS_INLINE float sum_of(floats v) {

@@ -1,53 +1,102 @@
 """The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo` and `info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
-exit code 1; wrong arguments give 2, Ctrl-C 130, a reader that went away 141.
+exit code 1; wrong arguments give 2, Ctrl-C 130, SIGTERM 143, a reader that went away 141.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from stars import __version__
 from stars.cli import options
+from stars.cli.signals import Terminated, termination
 from stars.errors import StarsError
+from stars.line_file import FULL
 
-EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; argparse exits by itself on wrong arguments."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal of another encoding must not stop a run over one character
-            stream.reconfigure(errors="replace")
+    _prepare_streams()
+    try:
+        try:
+            return _run(argv)
+        except SystemExit:  # argparse, after --help or over wrong arguments
+            sys.stdout.flush()
+            raise
+    except BrokenPipeError:
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        return _fail(_in_words(error))
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _settle(stream)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """The command's exit code; what it failed by has been said on stderr."""
     args = build_parser().parse_args(argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), termination():
         warnings.showwarning = _show_warning
         try:
             code = args.run(args)
             sys.stdout.flush()
             return code
+        except BrokenPipeError:
+            raise
         except StarsError as error:
             return _fail(str(error))
-        except BrokenPipeError:
-            # What is still buffered has no reader either: let the interpreter's own flush at exit go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return EXIT_BROKEN_PIPE
         except OSError as error:
-            return _fail(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
-        except KeyboardInterrupt:
+            return _fail(_in_words(error))
+        except KeyboardInterrupt as error:
             print("stars: interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            return EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
+
+
+def _prepare_streams() -> None:
+    """Streams that a terminal of another encoding does not stop, and that are there even where they were closed."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf8")
+    if sys.stdout is None:  # what is written to it fails, as it does for every program
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf8")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _settle(stream: TextIO) -> None:
+    """Lets what `stream` cannot get rid of go nowhere, so that the interpreter's own flush at exit is silent."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that does not pass over a reader that went away, or a disk that is full."""
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        (file or sys.stderr).write(message or "")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their flags; `args.run(args)` is the command's body."""
-    parser = argparse.ArgumentParser(
-        prog="stars", description="Decodes with a language model while a reward model watches, segment by segment.")
+    parser = _Parser(
+        prog="stars", description="Decodes with a language model while a reward model watches, segment by segment.",
+        epilog="Exit codes: 0 all went well, 1 something failed and was said on stderr, 2 wrong arguments, 130 Ctrl-C, "
+               "143 SIGTERM, 141 the reader of stdout or stderr went away.")
     parser.add_argument("--version", action="version", version=f"stars {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _generate(_command(commands, "generate", "complete prompts, from arguments or a JSONL file"))
@@ -66,7 +115,7 @@ def _command(commands, name: str, summary: str) -> argparse.ArgumentParser:
 def _generate(parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> int:
         options.check_policy(parser, args)
-        _check_streaming(parser, args)
+        _check_output(parser, args)
         from stars.cli.generate import generate
 
         return generate(args)
@@ -74,10 +123,15 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.usage = "stars generate [--model DIR] [--reward DIR] [options] (PROMPT ... | --input FILE)"
     options.add_prompts(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="FILE", help="write one JSON row per prompt to FILE, - for stdout")
+    output.add_argument("--output", metavar="FILE", help="write one JSON row per prompt to FILE as it finishes, - for "
+                        "stdout; what FILE held is replaced, once the models and the threshold are there")
+    output.add_argument("--resume", action="store_true", help="go on with --output (and --trace) after a kill or an "
+                        "interrupt: finished rows stay and are skipped, by \"id\" where the input has one, else by "
+                        "index; rows that ended in an error are run again. Give the same flags as before")
     output.add_argument("--json", action="store_true", help="the same rows on stdout")
     output.add_argument("--stream", action="store_true", help="print committed text as it comes (one prompt)")
-    output.add_argument("--trace", metavar="FILE", help="write every attempt to FILE, for `stars trace`")
+    output.add_argument("--trace", metavar="FILE", help="write every attempt to FILE, for `stars trace`, just as rows "
+                        "are written")
     output.add_argument("--no-progress", action="store_true", help="no progress bar")
     options.add_models(parser)
     options.add_sampling(parser, with_n=True)
@@ -86,10 +140,12 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _check_streaming(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.json and args.output:
+def _check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.json and args.output is not None:
         parser.error("--json writes to stdout: give it or --output")
-    if args.stream and (args.json or args.output or args.input or len(args.prompts) != 1):
+    if args.resume and (args.output in (None, "-") or args.trace == "-"):
+        parser.error("--resume goes on with the rows of a file: give it as --output FILE, and no trace to stdout")
+    if args.stream and (args.json or args.output is not None or args.input is not None or len(args.prompts) != 1):
         parser.error("--stream prints the text of one prompt argument: leave out --input, --output and --json")
     if args.stream and (args.n or 1) != 1:
         parser.error("--stream prints one completion: leave out --n")
@@ -175,9 +231,16 @@ def _info(parser: argparse.ArgumentParser) -> None:
 
 
 def _fail(message: str) -> int:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # said below, where it is not what failed
+        sys.stdout.flush()
     print("stars: error: " + " ".join(message.split()), file=sys.stderr)
     return EXIT_FAILED
+
+
+def _in_words(error: OSError) -> str:
+    if error.filename is None and error.errno in (*FULL, errno.EBADF):  # only what print wrote has no name
+        return f"stdout: {error.strerror}"
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -19,7 +19,7 @@ def calibrate(args: argparse.Namespace) -> int:
     quantile = options.checked_quantile(args.quantile)
     if args.num_samples < 1:
         raise RequestError(f"num_samples is {args.num_samples}, it must be at least 1")
-    rows = rows_of_file(args.input, args.chat) if args.input else rows_of_arguments(args.prompts, args.chat)
+    rows = rows_of_file(args.input, args.chat) if args.input is not None else rows_of_arguments(args.prompts, args.chat)
     if not rows:
         raise RequestError(f"{args.input} holds no prompts: give at least one")
     for row in rows:

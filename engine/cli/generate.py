@@ -4,72 +4,73 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from stars.cli import options
+from stars.cli.resume import Resumption
 from stars.cli.rows import Row, error_row, result_row, rows_of_arguments, rows_of_file
+from stars.cli.signals import noted_interrupts
 from stars.cli.terminal import one_line, terminal_width, visible
 from stars.errors import RequestError, StarsError
+from stars.line_file import ADVICE, LineFile, StreamLines, check_writable, identity, open_lines
 from stars.outputs import RequestOutput
 from stars.trace import dumps, trace_header, trace_lines
 
 CALIBRATION_PROMPTS, CALIBRATION_SAMPLES, CALIBRATION_QUANTILE = 8, 16, 0.9
+GO_ON = "every line in it is whole, so make room and go on with --resume"
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Runs the command; 1 if any row failed, 130 after Ctrl-C, with the rows that had finished kept."""
+    """Runs the command; 1 if any row failed, 128 and the signal's number after Ctrl-C (130) or SIGTERM (143), with the
+    rows that had finished kept."""
     params = options.sampling_params(args)
     options.policy(args, reward_threshold=0.0)  # refused before any file is touched; a measured threshold comes later
     _check_files(args)
-    rows = rows_of_file(args.input, args.chat) if args.input else rows_of_arguments(args.prompts, args.chat)
-    with contextlib.ExitStack() as stack:
-        rows_file = _open(stack, "-" if args.json else args.output)
-        trace_file = _open(stack, args.trace)
+    rows = rows_of_file(args.input, args.chat) if args.input is not None else rows_of_arguments(args.prompts, args.chat)
+    earlier = Resumption(rows, args.output, args.trace) if args.resume else None
+    waiting = rows if earlier is None else [row for row in rows if row.key not in earlier.done]
+    if earlier is not None:
+        print(f"stars: {len(rows) - len(waiting)} of {len(rows)} rows are done in {args.output}", file=sys.stderr)
+    engine = policy = None
+    if waiting or earlier is None:
         engine = options.build_engine(args)
+        # On the same rows as in the earlier run, so that a seeded run goes on with the same threshold.
         policy = options.policy(args, _measured_threshold(args, engine, rows, params))
-        if trace_file is not None:
-            trace_file.write(trace_header())
+    if args.stream:
+        return _stream(args, engine, rows[0], params, policy)
+    # Nothing was written up to here: what is at fault in the arguments or the models leaves older files as they are.
+    with contextlib.ExitStack() as stack:
+        rows_file, trace_file = _open_files(stack, args, earlier)
         sink = RowSink(rows_file) if rows_file is not None else TextSink(rows)
 
-        def trace(output: RequestOutput) -> None:
-            if trace_file is not None:
-                trace_file.write(trace_lines(output, engine.tokenizer, params))
-                trace_file.flush()
-
         def finish(row: Row, output: RequestOutput) -> None:
+            if trace_file is not None:  # first: a row that is there is done, and its trace is there, too
+                trace_file.write(trace_lines(output, engine.tokenizer, params))
             sink.result(row, output)
-            trace(output)
 
-        if args.stream:
-            interrupted, failed = _stream(engine, rows[0], params, policy, trace)
-            finished = 0
-        else:
-            interrupted, finished, failed = _run(engine, rows, params, policy, finish, sink.error, not args.no_progress)
-            sink.close()
+        interrupted, finished, failed = _run(engine, waiting, params, policy, finish, sink.error, not args.no_progress)
+        sink.close()
     if interrupted:
-        if not args.stream:
-            where = f" in {args.output}" if args.output else ""
-            print(f"stars: interrupted: {finished} of {len(rows)} rows had finished and were kept{where}",
-                  file=sys.stderr)
-        return 130
+        where = f" in {args.output}" if args.output is not None else ""
+        kept = len(rows) - len(waiting) + finished
+        print(f"stars: interrupted: {kept} of {len(rows)} rows had finished and were kept{where}", file=sys.stderr)
+        return 128 + interrupted
     if failed and len(rows) > 1:
         print(f"stars: {failed} of {len(rows)} rows failed", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _run(engine, rows: list[Row], params, policy, finish, fail, progress: bool) -> tuple[bool, int, int]:
-    """Runs all rows side by side; (whether it was interrupted, rows finished, rows failed)."""
-    waiting = iter(rows)
+def _run(engine, rows: list[Row], params, policy, finish, fail, progress: bool) -> tuple[int, int, int]:
+    """Runs all rows side by side; (the signal that interrupted it or 0, rows finished, rows failed)."""
+    waiting = list(reversed(rows))
     running: dict[str, Row] = {}
-    room = 2 * engine.config.max_num_seqs  # enough waiting for the engine to choose from, and no more in memory
     finished = failed = 0
-    with _interrupts() as interrupted, _progress_bar(len(rows), progress) as bar:
-        while not interrupted:
-            while len(running) < room and (row := next(waiting, None)) is not None:
+    with noted_interrupts() as interrupted, _progress_bar(len(rows), progress) as bar:
+        while (waiting or running) and not interrupted:
+            # Enough waiting for the engine to choose from, and no more in memory.
+            while waiting and len(running) < 2 * engine.config.max_num_seqs:
+                row = waiting.pop()
                 try:
                     if row.error is not None:
                         raise RequestError(row.error)
@@ -78,9 +79,7 @@ def _run(engine, rows: list[Row], params, policy, finish, fail, progress: bool) 
                     fail(row, str(error))
                     failed += 1
                     bar.update()
-            if not running:
-                break
-            for output in engine.step():
+            for output in engine.step() if running else ():
                 if output.finished:
                     row = running.pop(output.request_id)
                     finish(row, output)
@@ -89,39 +88,43 @@ def _run(engine, rows: list[Row], params, policy, finish, fail, progress: bool) 
                     bar.update()
         for request_id in running:
             engine.abort(request_id)
-        return bool(running), finished, failed
+        return interrupted[0] if waiting or running else 0, finished, failed
 
 
-def _stream(engine, row: Row, params, policy, trace) -> tuple[bool, int]:
-    """Prints committed text as it comes; (whether it was interrupted, 1 if it failed)."""
+def _stream(args: argparse.Namespace, engine, row: Row, params, policy) -> int:
+    """Prints committed text as it comes; the command's exit code."""
+    outputs = engine.stream(row.prompt, params, policy)
     written = 0
     output = None
-    with _interrupts() as interrupted:
-        for output in engine.stream(row.prompt, params, policy):
-            text = output.outputs[0].text
-            if text is None:
-                text = "".join(f"{token} " for token in output.outputs[0].token_ids)
-            print(_for_terminal(text[written:]), end="", flush=True)
-            written = max(written, len(text))
-            if interrupted:
-                break
-    print(flush=True)
-    if not output.finished:
-        print("stars: interrupted: the text above is what had been committed", file=sys.stderr)
-        return True, 0
-    trace(output)
+    with contextlib.ExitStack() as stack:
+        _, trace_file = _open_files(stack, args, None)
+        with noted_interrupts() as interrupted:
+            for output in outputs:
+                text = output.outputs[0].text
+                if text is None:
+                    text = " ".join(map(str, output.outputs[0].token_ids))
+                print(_for_terminal(text[written:]), end="", flush=True)
+                written = max(written, len(text))
+                if interrupted:
+                    break
+        print(flush=True)
+        if not output.finished:
+            print("stars: interrupted: the text above is what had been committed", file=sys.stderr)
+            return 128 + interrupted[0]
+        if trace_file is not None:
+            trace_file.write(trace_lines(output, engine.tokenizer, params))
     error = output.outputs[0].error
     if error is not None:
-        print(f"stars: error: {error}", file=sys.stderr)
-    return False, int(error is not None)
+        print(f"stars: error: {' '.join(error.split())}", file=sys.stderr)
+    return int(error is not None)
 
 
 class RowSink:
     """Writes one JSON row a request, each at once, so that whatever stops the run later leaves it whole."""
 
-    def __init__(self, file: IO[str]):
+    def __init__(self, file: LineFile | StreamLines):
         self.file = file
-        self.ascii_only = "utf" not in (file.encoding or "utf8").lower()
+        self.ascii_only = file.name == "stdout" and "utf" not in (sys.stdout.encoding or "utf8").lower()
 
     def result(self, row: Row, output: RequestOutput) -> None:
         """A finished request."""
@@ -135,8 +138,7 @@ class RowSink:
         """Nothing is held back."""
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(dumps(record, ascii_only=self.ascii_only) + "\n")
-        self.file.flush()
+        self.file.write(dumps(record, self.ascii_only) + "\n")
 
 
 class TextSink:
@@ -181,7 +183,7 @@ class TextSink:
     def _print(self, index: int) -> None:
         text = self.ready.pop(index)
         if len(self.rows) > 1:
-            print(f"==> {index}: {one_line(self.rows[index].label, terminal_width() - 10)}")
+            print(f"==> {index}: {one_line(self.rows[index].label, terminal_width() - 10)}", flush=True)
         if text:
             print(_for_terminal(text), flush=True)
 
@@ -213,47 +215,45 @@ def _measured_threshold(args: argparse.Namespace, engine, rows: list[Row], param
     return threshold
 
 
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that Ctrl-C makes non-empty, so that the step under way can end; a second Ctrl-C raises at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:  # started in the background of a script: leave it so
-        yield seen
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _progress_bar(total: int, wanted: bool):
     from tqdm import tqdm
 
     return tqdm(total=total, desc="Prompts", dynamic_ncols=True, disable=not (wanted and sys.stderr.isatty()))
 
 
-def _open(stack: contextlib.ExitStack, path: str | None) -> IO[str] | None:
-    if path is None:
-        return None
-    return sys.stdout if path == "-" else stack.enter_context(open(path, "w", encoding="utf8"))
+def _open_files(stack: contextlib.ExitStack, args: argparse.Namespace,
+                earlier: Resumption | None) -> tuple[LineFile | StreamLines | None, LineFile | StreamLines | None]:
+    """(rows, trace), each None where it is not asked for, ready for the next line."""
+    advice = GO_ON if args.output not in (None, "-") else ADVICE
+    rows_file, trace_file = (
+        stack.enter_context(open_lines(path, advice)) if path is not None else None
+        for path in ("-" if args.json else args.output, args.trace))
+    if earlier is not None:
+        earlier.trim(rows_file, trace_file)
+    for file in (rows_file, trace_file):
+        if file is not None and earlier is None:
+            file.clear()
+    if trace_file is not None and (earlier is None or trace_file.size() == 0):
+        trace_file.write(trace_header())
+    return rows_file, trace_file
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """An output must not overwrite the input, nor the trace the output."""
-    files = {"--input": args.input, "--output": args.output, "--trace": args.trace}
-    named = [(flag, path) for flag, path in files.items() if path not in (None, "-")]
-    for index, (flag, path) in enumerate(named):
-        for other, taken in named[:index]:
-            if Path(path).resolve() == Path(taken).resolve() and (Path(path).is_file() or not Path(path).exists()):
-                raise RequestError(f"{flag} and {other} are both {path}: name another file")
+    """No output may stand in the place of the input or of another output, and each must be writable."""
+    stdin, stdout = 0, 1
+    files = (("--input", args.input, stdin), ("--output", "-" if args.json else args.output, stdout),
+             ("--trace", args.trace, stdout))
+    named: list[tuple[str, str, Any]] = []
+    for flag, path, stream in files:
+        if path is None:
+            continue
+        file = identity(stream if path == "-" else path)
+        for other, taken, its in named:
+            if (file is not None and file == its) or (path == taken == "-" and other != "--input"):
+                raise RequestError(f"{flag} {path} and {other} {taken} are one file: name another one")
+        if flag != "--input":
+            check_writable(path)
+        named.append((flag, path, file))
 
 
 def _for_terminal(text: str) -> str:

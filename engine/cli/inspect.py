@@ -23,7 +23,8 @@ def inspect(args: argparse.Namespace) -> int:
 
     path = Path(args.directory) / "config.json"
     config = read_json(path) if path.is_file() else {}
-    architectures = config.get("architectures") or []
+    named = config.get("architectures")
+    architectures = named if isinstance(named, list) else []
     if config.get("model_type") not in (None, *FAMILIES) and any(
             str(name).endswith("ForSequenceClassification") for name in architectures):
         return _encoder(args, config, architectures)
@@ -104,7 +105,11 @@ def _print(facts: dict[str, Any]) -> None:
 
 def _encoder(args: argparse.Namespace, config: dict[str, Any], architectures: list[Any]) -> int:
     """A model that only transformers knows, which can be a reward model all the same."""
-    labels = len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
+    named, labels = config.get("id2label"), config.get("num_labels") or 2
+    if isinstance(named, dict) and named:
+        labels = len(named)
+    if type(labels) is not int:
+        raise ModelError(f"{args.directory}/config.json: num_labels is {labels!r}, it must be an integer")
     facts = {"directory": args.directory, "model_type": config["model_type"], "architectures": architectures,
              "head": "reward", "labels": labels, "loads": labels == 1, "runtime": "transformers"}
     if args.json:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from stars.errors import RequestError
 from stars.outputs import RequestOutput
-from stars.trace import metrics_record, plain
+from stars.trace import MAX_NESTING, loads, metrics_record, plain, too_deep
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+RESULT_KEYS = ("index", "outputs", "metrics", "seed", "error")  # of a row that is written; one that is read has no say
 
 
 class Row(NamedTuple):
@@ -20,6 +23,11 @@ class Row(NamedTuple):
     given: dict[str, Any]  # the row's keys, carried through to the output
     prompt: Any  # what the engine takes
     error: str | None = None
+
+    @property
+    def key(self) -> tuple[str, Any]:
+        """What tells it from all others: its "id" where it has one, else its index."""
+        return key_of(self.given, self.index)
 
     @property
     def label(self) -> str:
@@ -36,6 +44,8 @@ def rows_of_arguments(prompts: list[str], chat: bool) -> list[Row]:
 def rows_of_file(path: str, chat: bool) -> list[Row]:
     """One row a line, blank lines left out; "-" is stdin. OSError where the file cannot be read."""
     if path == "-":
+        if sys.stdin is None:
+            raise RequestError("--input - reads stdin, which is closed: give it something to read, or name a file")
         return _parse_lines(sys.stdin.buffer, chat)
     with open(path, "rb") as file:
         return _parse_lines(file, chat)
@@ -66,9 +76,24 @@ def error_row(row: Row, error: str) -> dict[str, Any]:
     return plain({**row.given, "index": row.index, "outputs": [], "error": error})
 
 
-def _parse_lines(lines, chat: bool) -> list[Row]:
+def key_of(record: dict[str, Any], index: int) -> tuple[str, Any]:
+    """The key of a row, as it was given or as it was written; an id is a string or a number."""
+    identity = record.get("id")
+    if isinstance(identity, (str, int, float)) and not isinstance(identity, bool):
+        return "id", identity
+    return "index", index
+
+
+def prompt_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What a row asks, as it was given or as it was written."""
+    return {key: record[key] for key in PROMPT_KEYS if key in record}
+
+
+def _parse_lines(lines: Iterable[bytes], chat: bool) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
             rows.append(_parse_line(len(rows), number, line, chat))
     return rows
@@ -77,16 +102,29 @@ def _parse_lines(lines, chat: bool) -> list[Row]:
 def _parse_line(index: int, number: int, line: bytes, chat: bool) -> Row:
     given: dict[str, Any] = {}
     try:
-        value = json.loads(line)
+        value = loads(line)
+        if too_deep(value):
+            raise ValueError(f"it is nested more than {MAX_NESTING} deep")
         if isinstance(value, dict):
-            given = value
+            given = {key: item for key, item in value.items() if key not in RESULT_KEYS}
         elif isinstance(value, str):
             given = {"prompt": value}
         return Row(index, given, _prompt_of(value, chat))
     except RequestError as error:
         return Row(index, given, None, f"line {number}: {error}")
-    except (ValueError, RecursionError) as error:
-        return Row(index, given, None, f"line {number} is not JSON ({error}): give a string or an object")
+    except ValueError as error:
+        return Row(index, _identity_of(line), None,
+                   f"line {number} is no row of JSON ({error}): give a string or an object")
+
+
+def _identity_of(line: bytes) -> dict[str, Any]:
+    """The id of a row that is refused for something else in it, where it can be read all the same."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    is_named = isinstance(value, dict) and key_of(value, 0)[0] == "id" and value["id"] == plain(value["id"])
+    return {"id": value["id"]} if is_named else {}
 
 
 def _prompt_of(value: Any, chat: bool) -> Any:

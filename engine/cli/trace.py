@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stars.cli.terminal import Style, terminal_width, wants_color
 from stars.errors import TraceError
+from stars.line_file import check_writable, open_lines, same_file
 from stars.trace import TraceRequest, read_trace
 
 
@@ -28,18 +29,24 @@ def html(args: argparse.Namespace) -> int:
     """Writes the page."""
     from stars.trace_html import page
 
-    name = "stdin" if args.file == "-" else Path(args.file).name
-    text = page(_read(args.file), name)
-    target = args.output or ("-" if args.file == "-" else str(Path(args.file).with_suffix(".html")))
-    if target == "-":
-        sys.stdout.buffer.write(text.encode("utf8"))
-        return 0
-    if args.file != "-" and Path(target).resolve() == Path(args.file).resolve():
+    target = args.output
+    if target is None:
+        target = "-" if args.file == "-" else str(Path(args.file).with_suffix(".html"))
+    if same_file(0 if args.file == "-" else args.file, 1 if target == "-" else target):
         raise TraceError(f"{target} is the trace itself: name another file with -o")
-    Path(target).write_text(text, encoding="utf8")
-    print(target)
+    check_writable(target)
+    text = page(_read(args.file), "stdin" if args.file == "-" else Path(args.file).name)
+    with open_lines(target) as file:
+        file.clear()
+        file.write(text)
+    if target != "-":
+        print(target)
     return 0
 
 
 def _read(file: str) -> list[TraceRequest]:
-    return read_trace(sys.stdin.buffer) if file == "-" else read_trace(file)
+    if file != "-":
+        return read_trace(file)
+    if sys.stdin is None:
+        raise TraceError("stdin is closed: give it a trace to read, or name a file")
+    return read_trace(sys.stdin.buffer)

@@ -13,6 +13,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stars.errors import TokenizerError
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message calls it; the first is given to templates
+
 
 class ChatTemplate:
     """One template of the model in `where`; compiled at the first use."""
@@ -26,8 +28,7 @@ class ChatTemplate:
         """The text of `messages`. Raises TokenizerError for whatever goes wrong in it, forbidden code included."""
         try:
             # Only plain values reach the template: it cannot call methods of objects, nor change the caller's messages.
-            # Keys with None are left out, since templates test for a key and would write "None".
-            plain = json.loads(json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages]))
+            plain = json.loads(json.dumps([_keys_as_read(message) for message in messages]))
             variables = json.loads(json.dumps(variables))
         except (TypeError, ValueError, AttributeError) as error:
             raise TokenizerError(f"messages and template variables must be plain JSON values ({error})") from error
@@ -42,6 +43,16 @@ class ChatTemplate:
                 f"the chat template of {self._where} does not render these messages ({error}): change the messages to "
                 "what it expects, or give the prompt as text"
             ) from error
+
+
+def _keys_as_read(message: dict) -> dict:
+    """A message with the keys that templates read, as in transformers.
+
+    None is left out, since templates test for a key and would write "None"; reasoning goes by three names.
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 class _Generation(Extension):

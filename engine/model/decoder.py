@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,11 +46,14 @@ class Workspace(NamedTuple):
     scores: Tensor | None  # float32 [max_rows, 1]
 
 
-def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype) -> int:
-    """Bytes that a language model's decoder reserves for passes of `rows` rows and logits of `logits_rows`."""
+def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype, scores: bool = False) -> int:
+    """Bytes that a decoder reserves for passes of `rows` rows and logits of `logits_rows`; `scores`: a reward model's.
+    """
     heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     width = 5 * config.hidden_size + 3 * heads_width + 2 * kv_width + 3 * config.intermediate_size
-    return (rows * width + logits_rows * config.vocab_size) * dtype.itemsize
+    # A reward head reads float32 hidden states and writes float32 scores.
+    wider = (torch.float32.itemsize - dtype.itemsize) * config.hidden_size + torch.float32.itemsize if scores else 0
+    return (rows * width + logits_rows * config.vocab_size) * dtype.itemsize + rows * wider
 
 
 class Decoder:
@@ -73,6 +77,7 @@ class Decoder:
         max_rows: int,
         dtype: torch.dtype = torch.float32,
     ):
+        self.lock = threading.RLock()  # for the engines that share this decoder, and with it the workspace
         self.config = config
         self.embedding = embedding
         self.layers = tuple(layers)

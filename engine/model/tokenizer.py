@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, TokenizerError
 from stars.model.chat_template import ChatTemplate
 from stars.model.config import read_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+TEMPLATE_VARIABLES = ("self", "messages", "tools", "documents", "add_generation_prompt")  # not for a token to replace
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 SENTINEL = "StarsAssistantTurn7f3a9"
 """Stands for an assistant's text when a template is cut around it: no white space to trim, no markup to strip."""
 
@@ -53,8 +58,30 @@ class Tokenizer:
             raise TokenizerError(f"this text cannot be encoded ({error}): give valid Unicode") from error
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`. Decode a whole response at once: a part's first token may lose its leading space."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        """The text of `ids`. A text's first token may lose its leading space: `Detokenizer` decodes responses.
+
+        An invalid or unfinished sequence of bytes becomes one replacement sign and touches nothing beside it. (Decoders
+        with byte fallback would replace every byte of its run, whole characters too.)
+        """
+        text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if REPLACEMENT not in text or not self._byte_fallback:
+            return text
+        tokens = (self._backend.id_to_token(token) for token in ids)
+        hidden = self.special_tokens if skip_special_tokens else ()
+        shown = [token for token in tokens if token is not None and token not in hidden]
+        return self._backend.decoder.decode(_replace_invalid_bytes(shown))
+
+    @cached_property
+    def _byte_fallback(self) -> bool:
+        """Whether tokens such as <0xE4> are decoded to bytes."""
+        decoder = self._backend.decoder
+        return decoder is not None and b"ByteFallback" in decoder.__getstate__()
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens, by content: what texts leave out."""
+        return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()
+                if token.special and token.content}
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every token id of this tokenizer means the same to `other`, which splits text in the same way.
@@ -119,6 +146,21 @@ class Tokenizer:
         return prefix, closing
 
 
+def _replace_invalid_bytes(tokens: list[str]) -> list[str]:
+    """`tokens` with a replacement sign for each invalid or unfinished sequence of byte tokens."""
+    result: list[str] = []
+    run = bytearray()  # of the byte tokens at the end of what was read
+    for token in [*tokens, ""]:
+        if BYTE_TOKEN.fullmatch(token):
+            run.append(int(token[3:5], 16))
+            continue
+        for character in run.decode(errors="replace"):
+            result += [character] if character == REPLACEMENT else [f"<0x{byte:02X}>" for byte in character.encode()]
+        run.clear()
+        result.append(token)
+    return result[:-1]
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer in DIRECTORY, None where it has no tokenizer.json; raises TokenizerError for broken files."""
     directory = Path(directory)
@@ -130,8 +172,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path} cannot be read as a tokenizer ({error}): copy the model again") from error
     config = _read_config(directory)
-    special_tokens = _special_tokens(directory, config)
-    _add_tokens(backend, config, special_tokens)
+    try:
+        special_tokens = _add_tokens(backend, directory, config)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TokenizerError(f"{directory} names its special tokens in a form that cannot be read ({error}): copy the "
+                             "model again") from error
     # both may be left in the file from training, and would cut or stretch prompts
     backend.no_truncation()
     backend.no_padding()
@@ -155,36 +200,98 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise TokenizerError(str(error)) from error
 
 
-def _special_tokens(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens by name. An older file beside the configuration goes before it, as in transformers."""
-    named = dict(config)
-    extra = config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        named.update(extra)
-    if "added_tokens_decoder" not in config:
-        named.update(_read_json(directory / "special_tokens_map.json"))
-    tokens = {}
-    for name, token in named.items():
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str) and name.endswith("_token"):
-            tokens[name] = content
-    return tokens
+def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Adds the tokens that other files than tokenizer.json know; returns the special tokens by name.
+
+    Order and ids are those of transformers 5, quirks included: models were trained with these ids.
+    """
+    # Three kinds: the seven names of all models, tokens that this one names in its own way, and a list without names,
+    # which goes by two names itself.
+    named = {name: config.get(name) for name in SPECIAL_TOKENS}
+    own = {name: token for name, token in config.items() if _own_name(name) and isinstance(token, str)}
+    late = {name: token for name, token in config.items()
+            if _own_name(name) and isinstance(token, dict) and "content" in token}
+    listed, additional = config.get("extra_special_tokens"), config.get("additional_special_tokens")
+    if not listed and additional is not None:
+        listed, additional = additional, None
+    if isinstance(listed, dict):
+        own, listed = {**own, **listed}, None
+    by_content: dict[str, AddedToken] = {}
+    if "added_tokens_decoder" in config:
+        added = {_index(index): _added(token) for index, token in dict(config["added_tokens_decoder"]).items()}
+    else:
+        # Files of older versions, which a configuration with added_tokens_decoder replaces.
+        older = _read_json(directory / "special_tokens_map.json")
+        for name, token in older.items():
+            if isinstance(token, dict) and name != "extra_special_tokens":
+                token = _added({**token, "special": True})
+            if name in SPECIAL_TOKENS:
+                named[name] = token
+            elif _own_name(name) and isinstance(token, (str, AddedToken)):
+                late[name] = token
+        additional = older.get("additional_special_tokens", additional)
+        more = older.get("extra_special_tokens")
+        if isinstance(more, dict):
+            own, listed = {**own, **more}, None
+        elif more is not None:
+            more = [_added({**token, "special": True}) if isinstance(token, dict) else token for token in _list(more)]
+            listed = [*_list(listed), *(token for token in more if token not in _list(listed))]
+        special = {_content(token) for token in [*named.values(), *_list(listed)]
+                   if isinstance(token, (str, AddedToken))}
+        added = {_index(index): AddedToken(content, special=content in special, normalized=content not in special)
+                 for content, index in _read_json(directory / "added_tokens.json").items()}
+        by_content = {token.content: token for token in added.values()}
+        added.update(backend.get_added_tokens_decoder())  # which may take an id from a token that added_tokens.json has
+    if listed is None:
+        listed = additional
+    by_content.update((token.content, token) for token in added.values())
+    names = {name: by_content.get(_content(token), token) for name, token in named.items() if token is not None}
+    names |= {**late, **own}
+    contents = {name: _content(token) for name, token in names.items()}
+    tokens = [token for _, token in sorted(added.items())]
+    known = {token.content for token in [*backend.get_added_tokens_decoder().values(), *tokens]}
+    new: list[str | AddedToken] = []
+    for token in [*names.values(), *_list(listed)]:
+        token = token if isinstance(token, str) else _added(token)
+        if _content(token) not in known and token not in new:  # the same text with other flags comes in its turn, too
+            new.append(token)
+    tokens += map(_added, new)
+    for token in tokens:
+        token.special = token.special or token.content in contents.values()
+    backend.add_tokens(tokens)
+    return {name: content for name, content in contents.items() if name not in TEMPLATE_VARIABLES}
 
 
-def _add_tokens(backend: Backend, config: dict[str, Any], special_tokens: dict[str, str]) -> None:
-    """Adds the tokens that the configuration knows and tokenizer.json does not."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    listed = config.get("added_tokens_decoder")
-    for _, token in sorted(listed.items(), key=lambda item: int(item[0])) if isinstance(listed, dict) else ():
-        if isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"] not in known:
-            flags = {name: bool(token[name]) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
-                     if name in token}
-            backend.add_tokens([AddedToken(token["content"], **flags)])
-            known.add(token["content"])
-    for name, token in special_tokens.items():
-        if name in SPECIAL_TOKENS and token not in known:
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-            known.add(token)
+def _own_name(name: str) -> bool:
+    return name.endswith("_token") and name not in SPECIAL_TOKENS
+
+
+def _content(token: Any) -> str:
+    """The text of a special token, as a file gives it: bare, or with its flags."""
+    content = token.get("content") if isinstance(token, dict) else getattr(token, "content", token)
+    if not isinstance(content, str):
+        raise ValueError(f"{token!r} is neither text nor an object with content")
+    return content
+
+
+def _list(tokens: Any) -> list:
+    if tokens is not None and not isinstance(tokens, list):
+        raise ValueError(f"{tokens!r} is no list")
+    return tokens or []
+
+
+def _index(index: Any) -> int:
+    if isinstance(index, (str, int)) and str(index).isdecimal():
+        return int(index)
+    raise ValueError(f"{index!r} is no token id")
+
+
+def _added(token: Any) -> AddedToken:
+    """A token with the flags it has; a bare one is special."""
+    content = _content(token)
+    if not isinstance(token, dict):
+        return token if isinstance(token, AddedToken) else AddedToken(content, special=True)
+    return AddedToken(content, **{name: bool(token[name]) for name in FLAGS if name in token})
 
 
 def _templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -79,6 +79,7 @@ class Reward(ABC):
     """
 
     needs_text = False  # whether `Candidate.text` must be filled
+    locks: Sequence[Any] = ()  # of models that other engines may share, known once it is bound
 
     def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
         """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not)."""
@@ -115,6 +116,18 @@ class Reward(ABC):
         the host to see the drafts first (which is what a reward that is a function does).
         """
         return None
+
+    def resume(self, session: Any, token_ids: list[int], text: str | None) -> None:
+        """Takes a response (as in `Candidate`) that an engine had committed before it was interrupted; after `start`.
+
+        Needed where a session keeps what was committed.
+        """
+
+    def reset(self) -> None:
+        """Forgets every session and handle: the engine was interrupted, and opens anew what it still needs.
+
+        May be called at any moment of another call that was interrupted, and again after an interrupt of its own.
+        """
 
     def commit(self, winners: list[tuple[Any, Any]]) -> None:
         """(session, handle) pairs: the scored candidate becomes the session's history; handles are consumed."""

@@ -68,6 +68,7 @@ class CausalReward(Reward):
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(self.model)
         self.decoder.check_device(limits.device, "the reward model")
+        self.locks = (self.decoder.lock,)
         if limits.deterministic:
             check_row_invariance(self.decoder)
         config = self.decoder.config
@@ -137,6 +138,17 @@ class CausalReward(Reward):
         self._passes.prefill([(session.table, session.committed, len(session.committed)) for session in sessions])
         for session in sessions:
             self.cache.publish(session.table, session.committed)
+
+    def resume(self, session: _Session, token_ids: list[int], text: str | None) -> None:
+        """Writes the response into the session's pages, all but its last token."""
+        ids, content = self._ids(Candidate(session, token_ids, text))
+        self._reserve(session, content)
+        valid = min(_common(ids, session.committed, session.table.length), content - 1)
+        self._advance(session, ids, valid, content - 1)
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self.cache.reset()
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """As many candidates as fill one pass over the weights."""

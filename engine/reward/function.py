@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, Literal
 
-from stars.errors import RequestError, RewardError
+from stars.errors import RequestError, RewardError, describe
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored
 
@@ -70,16 +72,20 @@ class FunctionReward(Reward):
         return results
 
     def _call(self, prompt, responses: list) -> list[float | RewardError]:
+        count = len(responses)
         try:
-            rewards = list(self.fn(prompt, responses))
+            # It gets copies: what it does to them must not reach the next call.
+            rewards = self.fn(copy.deepcopy(prompt), responses)
+            returned = len(rewards) if isinstance(rewards, Sized) else None
+            rewards = list(itertools.islice(rewards, count + 1))  # a generator may never end
         except Exception as error:  # whatever a user's callable raises is that request's error
-            failure = RewardError(f"the reward function raised {type(error).__name__}: {error}")
+            failure = RewardError(f"the reward function raised {describe(error)}")
             failure.__cause__ = error
-            return [failure] * len(responses)
-        if len(rewards) != len(responses):
-            failure = RewardError(f"the reward function returned {len(rewards)} values for {len(responses)} responses: "
-                                  "it must return one float for each")
-            return [failure] * len(responses)
+            return [failure] * count
+        if len(rewards) != count:
+            failure = RewardError(f"the reward function returned {returned or len(rewards)} values for {count} "
+                                  "responses: it must return one float for each")
+            return [failure] * count
         return [_number(reward) for reward in rewards]
 
 
@@ -89,11 +95,15 @@ class _Session:
 
 
 def _number(value) -> float | RewardError:
-    if hasattr(value, "item"):
-        try:
-            value = value.item()
-        except (ValueError, RuntimeError):
-            return RewardError("the reward function returned an array where one number per response is expected")
-    if not isinstance(value, numbers.Real):
+    try:
+        if hasattr(value, "item"):
+            try:
+                value = value.item()
+            except (ValueError, RuntimeError):
+                return RewardError("the reward function returned an array where one number per response is expected")
+        if isinstance(value, numbers.Real):
+            return float(value)
         return RewardError(f"the reward function returned {type(value).__name__} where a float is expected")
-    return float(value)
+    except Exception as error:  # a number too large for a float, or an object that does what it likes
+        return RewardError("the reward function returned a value that is no float for each response "
+                           f"({describe(error)}): it must return one float for each")

@@ -1,0 +1,145 @@
+"""What a user typed, brought into Python's own types or refused by name: one rule for every argument of the package."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from stars.errors import RequestError
+
+MOST_SHOWN = 60  # characters of a value in a message
+Cls = TypeVar("Cls", bound=type)
+
+
+class Absent(NamedTuple):
+    """A parameter that others have and this package has not."""
+
+    neutral: tuple[Any, ...]  # values that ask for nothing and are accepted; an enum's member may stand by its name
+    advice: str  # what to do instead
+
+
+def shown(value: Any) -> str:
+    """`repr(value)` for a message: short, and there even where a value cannot be printed."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits, an object of somebody else's
+        return f"a value of type {type(value).__name__} that cannot be printed"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+
+
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as int: Python's and numpy's integers, no bool. RequestError for others and outside least .. most."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number = int(value)
+        if number >= least and (most is None or number <= most):
+            return number
+    wanted = f"an integer of at least {least}" if most is None or number_below(value, least) else (
+        f"an integer from {least} to {most}")
+    raise RequestError(f"{name} is {shown(value)}, it must be {wanted}")
+
+
+def real(name: str, value: Any, wanted: str, allowed: Callable[[float], bool]) -> float:
+    """`value` as float, where it is a real number, fits and is `allowed`; else RequestError "… it must be `wanted`"."""
+    number = as_float(value)
+    if number is None or not allowed(number):
+        raise RequestError(f"{name} is {shown(value)}, it must be {wanted}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value` as bool: Python's and numpy's. RequestError for others: the text "no" would count as true."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool") and hasattr(value, "dtype"):
+        return bool(value)
+    raise RequestError(f"{name} is {shown(value)}, it must be True or False")
+
+
+def as_float(value: Any) -> float | None:
+    """`value` as float if it is a real number (int, float, numpy's, a fraction) that a float can hold; no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except Exception:  # OverflowError, or whatever a number of somebody else's raises
+        return None
+
+
+def number_below(value: Any, least: float) -> bool:
+    """Whether `value` is a number below `least`."""
+    number = as_float(value)
+    return number is not None and not math.isnan(number) and number < least
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """What to tell somebody who typed `name`, of which nothing is known."""
+    known = list(known)
+    found = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"did you mean {found[0]}?" if found else f"there are {', '.join(known)}"
+
+
+def asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether `value` is one of `neutral`, told by type and value; never raises, whatever `value` is."""
+    if isinstance(value, enum.Enum):
+        return value.name in neutral
+    if value is None or not isinstance(value, (bool, int, float, str, list, tuple, dict)):
+        return value is None and None in neutral
+    return any(type(value) is type(item) and value == item for item in neutral)
+
+
+def refuse_unknown(owner: str, name: str, value: Any, known: Iterable[str], absent: Mapping[str, Absent]) -> None:
+    """Raises RequestError for a parameter that is not implemented, unless its value asks for nothing."""
+    entry = absent.get(name)
+    if entry is None:
+        raise RequestError(f"{owner} has no parameter {shown(name)}: {closest(name, known)}")
+    if not entry.neutral:
+        raise RequestError(f"{owner} has no parameter {shown(name)}: {entry.advice}")
+    if not asks_for_nothing(value, entry.neutral):
+        raise RequestError(f"{owner}.{name} is not implemented: {entry.advice}")
+
+
+def known_keywords(owner: str, given: dict[str, Any], takes: Callable[..., Any], absent: Mapping[str, Absent],
+                   ) -> dict[str, Any]:
+    """The keywords of `given` that `takes` has; RequestError for others, unless `absent` has them at these values."""
+    known = [name for name, parameter in inspect.signature(takes).parameters.items()
+             if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    kept = {name: value for name, value in given.items() if name in known}
+    for name in given.keys() - kept.keys():
+        refuse_unknown(owner, name, given[name], known, absent)
+    return kept
+
+
+def known_by_name(absent: Mapping[str, Absent]) -> Callable[[Cls], Cls]:
+    """Makes a dataclass refuse keywords it has not in one sentence, and take those of `absent` at neutral values."""
+    def decorate(cls: Cls) -> Cls:
+        generated = cls.__init__
+
+        @functools.wraps(generated)  # which keeps the signature for help() and editors
+        def init(self, *args: Any, **kwargs: Any) -> None:
+            generated(self, *args, **known_keywords(cls.__name__, kwargs, generated, absent))
+
+        cls.__init__ = init
+        return cls
+
+    return decorate
+
+
+def refuse_bare_prompt(prompt: Any) -> None:
+    """Points to the dictionary that is meant where a message, a list of messages or of token ids stands alone."""
+    if isinstance(prompt, dict):
+        bare = "role" in prompt and "messages" not in prompt
+        what, form = "a single message", '{"messages": [...]}'
+    elif isinstance(prompt, (list, tuple)) and prompt:
+        bare = all(isinstance(item, dict) and "role" in item for item in prompt)
+        what, form = "a bare list of messages", '{"messages": [...]}'
+        if not bare:
+            bare = all(isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in prompt)
+            what, form = "a bare list of token ids", '{"prompt_token_ids": [...]}'
+    else:
+        return
+    if bare:
+        raise RequestError(f"the prompt is {what}: give {form}")

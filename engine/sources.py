@@ -1,0 +1,100 @@
+"""What may stand for a model, a reward model or a tokenizer: a directory or an object of ours; else what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from stars.errors import ModelError, RewardError, StarsError, TokenizerError
+from stars.model.decoder import Decoder
+from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.reward import CausalReward, EncoderReward
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def check_model(model: Any) -> None:
+    """Raises ModelError unless `model` is a directory or a Decoder, in one sentence for each thing that is often given.
+    """
+    if isinstance(model, Decoder):
+        return
+    if not isinstance(model, (str, Path)):
+        raise ModelError(_object("model", model, "a model directory or a Decoder"))
+    check_directory("model", model, ModelError)
+
+
+def check_reward(reward: Any) -> None:
+    """Raises ModelError for a reward given as a path that is none, RewardError for a model of transformers.
+
+    The same for the model inside a CausalReward or EncoderReward.
+    """
+    if isinstance(reward, CausalReward):
+        reward = reward.model
+    elif isinstance(reward, EncoderReward):
+        reward = reward.model_path
+    if isinstance(reward, (str, Path)):
+        check_directory("reward model", reward, ModelError)
+    elif hasattr(reward, "save_pretrained"):
+        # A module can be called, and would be taken for a function of prompt and responses.
+        raise RewardError(_object("reward", reward, "a model directory, a callable or a stars.Reward"))
+
+
+def check_directory(name: str, path: str | Path, error: type[StarsError]) -> None:
+    """Raises `error` for a file and for a name of the Hugging Face hub; what is in a directory is not looked at."""
+    given, path = str(path), Path(path)
+    try:
+        if path.is_dir():
+            return
+        if path.is_file() and path.suffix.lower() != ".gguf":
+            raise error(f"{given} is a file: give the directory that holds it together with its config.json")
+    except (OSError, ValueError):  # a name that no file system takes
+        pass
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
+        raise error(f"{given} is a GGUF file, which is not read: give the Hugging Face directory it was made from, "
+                    "with config.json and safetensors")
+    if suffix in WEIGHTS:
+        raise error(f"{given} is no directory: give the one with config.json, tokenizer.json and all weights")
+    if HUB_NAME.fullmatch(given) and not given.startswith("."):
+        raise error(f"{given} is not a directory here, and nothing is downloaded: if the {name} is on the Hugging Face "
+                    f"hub, run `hf download {given} --local-dir DIR` and give DIR")
+    raise error(f"{given} is not a directory: give the path of a {name} in Hugging Face format")
+
+
+def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
+    """The tokenizer that is meant: an object of ours as it is, the one of a directory, None for that of `model`.
+
+    Returns None where none is given and `model` is no directory or has no tokenizer.json. Raises TokenizerError.
+    """
+    if tokenizer is None:
+        return load_tokenizer(model) if isinstance(model, (str, Path)) else None
+    if isinstance(tokenizer, (str, Path)):
+        if Path(tokenizer).name == "tokenizer.json":
+            tokenizer = Path(tokenizer).parent
+        check_directory("tokenizer", tokenizer, TokenizerError)
+        loaded = load_tokenizer(tokenizer)
+        if loaded is None:
+            raise TokenizerError(f"{tokenizer} has no tokenizer.json: give the directory of a fast tokenizer")
+        return loaded
+    if isinstance(tokenizer, Backend):
+        raise TokenizerError("tokenizer is a tokenizers.Tokenizer, and only directories are loaded: write it with "
+                             "save(DIR + '/tokenizer.json') and give DIR")
+    if hasattr(tokenizer, "save_pretrained") or not all(
+            callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
+        raise TokenizerError(_object("tokenizer", tokenizer, "a directory with a tokenizer.json"))
+    return tokenizer
+
+
+def _object(name: str, value: Any, wanted: str) -> str:
+    """The sentence about an object that cannot be taken."""
+    kind = value.__name__ if isinstance(value, type) else type(value).__name__
+    if hasattr(value, "save_pretrained"):
+        return (f"{name} is a {kind} of transformers, and only directories are loaded: write it with "
+                f"save_pretrained(DIR), its tokenizer beside it, and give DIR")
+    if hasattr(value, "state_dict"):
+        return f"{name} is a {kind} of torch, and only directories are loaded: write it in Hugging Face format"
+    return f"{name} is {kind}, it must be {wanted}"

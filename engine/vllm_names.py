@@ -1,0 +1,139 @@
+"""What users of vLLM (and of transformers) type that this engine has not: the one list of it.
+
+Whoever implements a parameter takes its line out. A value listed as neutral asks for nothing and is accepted; any other
+is refused with the parameter's name and what to do.
+"""
+
+from __future__ import annotations
+
+from stars.arguments import Absent
+
+_LOGPROBS = "CompletionOutput.cumulative_logprob and Attempt.logprob are what is kept, leave it at None"
+_CONSTRAINT = "nothing constrains the tokens here, score the format with a reward and leave it at None"
+
+SAMPLING = {
+    "best_of": Absent((None, 1), "use policy=stars.BestOfN(n), which returns the response of the highest reward"),
+    "min_tokens": Absent((0, None), "leave it at 0, or use ignore_eos=True for responses of max_tokens"),
+    "logprobs": Absent((None,), _LOGPROBS),
+    "prompt_logprobs": Absent((None,), "leave it at None"),
+    "prompt_logprob_token_ids": Absent((None,), "leave it at None"),
+    "prompt_logprob_start": Absent((None,), "leave it at None"),
+    "logprob_token_ids": Absent((None,), _LOGPROBS),
+    "flat_logprobs": Absent((False, None), "leave it at False"),
+    "logit_bias": Absent((None, {}), "leave it at None"),
+    "bad_words": Absent((None, [], ()), "leave it at None, or let a reward mark them down"),
+    "allowed_token_ids": Absent((None,), "leave it at None"),
+    "logits_processors": Absent((None, [], ()), "leave it at None, or judge whole segments with a reward"),
+    "structured_outputs": Absent((None,), _CONSTRAINT),
+    "reasoning_structured_outputs": Absent((None,), _CONSTRAINT),
+    "guided_decoding": Absent((None,), _CONSTRAINT),
+    "truncate_prompt_tokens": Absent((None,), "leave it at None and shorten the prompt"),
+    "truncation_side": Absent((None,), "leave it at None and shorten the prompt"),
+    "include_stop_str_in_output": Absent((False,), "leave it at False and add stop_reason to the text"),
+    "skip_special_tokens": Absent((True,), "leave it at True and decode CompletionOutput.token_ids"),
+    "spaces_between_special_tokens": Absent((True,), "leave it at True"),
+    "detokenize": Absent((True,), "leave it at True"),
+    "output_kind": Absent((None, 0, "CUMULATIVE"), "outputs are cumulative: engine.stream yields them as they grow, "
+                                                   "engine.generate the last"),
+    "stream_interval": Absent((None, 1), "engine.stream yields once a segment, whose size is the policy's"),
+    "extra_args": Absent((None, {}), "leave it at None, the policy has the parameters of STARS"),
+    "skip_clone": Absent((False, True), "leave it at False"),
+    "skip_reading_prefix_cache": Absent((None, False), "beginnings of prompts are always shared, leave it at None"),
+    "thinking_token_budget": Absent((None, -1), "leave it at None and lower max_tokens"),
+    "repetition_detection": Absent((None,), "leave it at None, or use repetition_penalty"),
+    "routed_experts_prompt_start": Absent((0,), "leave it at 0"),
+    "trace_decode_token_ids": Absent((None,), "leave it at None"),
+    "output_text_buffer_length": Absent((0,), "leave it at 0"),
+    "use_beam_search": Absent((False, None), "leave it at False, or use policy=stars.BlockwiseBestOfK(k)"),
+    "length_penalty": Absent((1.0, None), "leave it at 1.0"),
+    "early_stopping": Absent((False, None), "leave it at False"),
+    # Names of transformers and of other engines for what is here.
+    "max_new_tokens": Absent((), "it is called max_tokens"),
+    "num_return_sequences": Absent((), "it is called n"),
+    "stop_strings": Absent((), "it is called stop"),
+    "eos_token_id": Absent((), "it is called stop_token_ids"),
+    "sampling_seed": Absent((), "it is called seed"),
+    "do_sample": Absent((True,), "use temperature=0 for the most probable token"),
+    "num_beams": Absent((1,), "leave it at 1, or use policy=stars.BlockwiseBestOfK(k)"),
+}
+"""Parameters of requests, by name."""
+
+_ONE_DEVICE = "an engine runs on one device, leave it out and start one process for each GPU"
+_NO_DOWNLOAD = "nothing is downloaded, leave it out and give the directory of the version that is meant"
+_CACHE = "give cache_tokens, the tokens that each model's KV cache holds"
+_SHARED = "beginnings of prompts are always shared, leave it out"
+_CONFIG = "change the model directory's config.json"
+_NO_CODE = "code in a model directory is never run, leave it out and use a supported model type"
+_LORA = "merge the adapter into the model (peft: merge_and_unload, save_pretrained) and give that directory"
+_TEXT_ONLY = "models here read text only, leave it out"
+
+ENGINE = {
+    "quantization": Absent((None,), "quantised weights are not read, give a directory in bfloat16, float16 or float32"),
+    "load_in_8bit": Absent((False,), "quantised weights are not read, leave it out"),
+    "load_in_4bit": Absent((False,), "quantised weights are not read, leave it out"),
+    "quantization_config": Absent((None,), "quantised weights are not read, leave it out"),
+    "kv_cache_dtype": Absent(("auto",), "the KV cache has the dtype of the computation, leave it out"),
+    "tensor_parallel_size": Absent((1,), _ONE_DEVICE),
+    "pipeline_parallel_size": Absent((1,), _ONE_DEVICE),
+    "data_parallel_size": Absent((1,), _ONE_DEVICE),
+    "enable_expert_parallel": Absent((False,), _ONE_DEVICE),
+    "distributed_executor_backend": Absent((None,), _ONE_DEVICE),
+    "disable_custom_all_reduce": Absent((False, True), _ONE_DEVICE),
+    "gpu_memory_utilization": Absent((), _CACHE),
+    "kv_cache_memory_bytes": Absent((None,), _CACHE),
+    "num_gpu_blocks_override": Absent((None,), _CACHE),
+    "swap_space": Absent((0,), "nothing is swapped, leave it out and give cache_tokens"),
+    "cpu_offload_gb": Absent((0,), 'nothing is offloaded, leave it out or use device="cpu"'),
+    "block_size": Absent((), "it is called page_size"),
+    "enforce_eager": Absent((False, None), 'steps are recorded and replayed on every device, leave it out'),
+    "compilation_config": Absent((None,), "nothing is compiled at run time, leave it out"),
+    "max_seq_len_to_capture": Absent((None,), "steps of every length are captured, leave it out"),
+    "max_num_batched_tokens": Absent((None,), "passes are sized by max_num_lanes and max_segment_size, give those"),
+    "enable_chunked_prefill": Absent((None, True), "long prompts always run in chunks, leave it out"),
+    "enable_prefix_caching": Absent((None, True), _SHARED),
+    "attention_backend": Absent((), "it is called prefill_backend"),
+    "attn_implementation": Absent((), "it is called prefill_backend"),
+    "scheduling_policy": Absent(("fcfs",), "requests are taken in order, leave it out"),
+    "async_scheduling": Absent((None, False), "leave it out"),
+    "seed": Absent((None,), "give SamplingParams(seed=...)"),
+    "trust_remote_code": Absent((False, None), _NO_CODE),
+    "load_format": Absent(("auto", "safetensors"), "only safetensors are read, convert the weights to them"),
+    "revision": Absent((None,), _NO_DOWNLOAD),
+    "code_revision": Absent((None,), _NO_DOWNLOAD),
+    "tokenizer_revision": Absent((None,), _NO_DOWNLOAD),
+    "download_dir": Absent((None,), _NO_DOWNLOAD),
+    "hf_token": Absent((None, False), _NO_DOWNLOAD),
+    "hf_overrides": Absent((None, {}), _CONFIG),
+    "rope_scaling": Absent((None,), _CONFIG),
+    "rope_theta": Absent((None,), _CONFIG),
+    "disable_sliding_window": Absent((False,), _CONFIG),
+    "hf_config_path": Absent((None,), "config.json is read from the model directory, leave it out"),
+    "model_impl": Absent(("auto",), "there is one implementation of each model type, leave it out"),
+    "task": Absent(("auto", "generate", None), "the first model generates and reward=... scores, leave it out"),
+    "runner": Absent(("auto", "generate"), "the first model generates and reward=... scores, leave it out"),
+    "convert": Absent(("auto", "none"), "the first model generates and reward=... scores, leave it out"),
+    "reward_model": Absent((), "it is called reward"),
+    "tokenizer_mode": Absent(("auto",), "tokenizer.json is read as it is, leave it out"),
+    "skip_tokenizer_init": Absent((False,), "leave it out: prompts may be token ids all the same"),
+    "chat_template": Absent((None,), "the template is read from the model directory, put it there"),
+    "generation_config": Absent(("vllm", None), "sampling parameters are those of SamplingParams, leave it out"),
+    "override_generation_config": Absent((None, {}), "give SamplingParams with each call"),
+    "speculative_config": Absent((None,), "there is no speculative decoding, leave it out"),
+    "enable_lora": Absent((False,), _LORA),
+    "lora_modules": Absent((None,), _LORA),
+    "max_loras": Absent((None,), _LORA),
+    "max_lora_rank": Absent((None,), _LORA),
+    "max_logprobs": Absent((None,), "log-probabilities of other tokens are not returned, leave it out"),
+    "structured_outputs_config": Absent((None,), "nothing constrains the tokens here, leave it out"),
+    "guided_decoding_backend": Absent((None,), "nothing constrains the tokens here, leave it out"),
+    "reasoning_parser": Absent((None, ""), "the whole response is returned as it is, leave it out"),
+    "logits_processors": Absent((None, []), "leave it out, or judge whole segments with a reward"),
+    "limit_mm_per_prompt": Absent((None, {}), _TEXT_ONLY),
+    "mm_processor_kwargs": Absent((None, {}), _TEXT_ONLY),
+    "allowed_local_media_path": Absent((None, ""), _TEXT_ONLY),
+    "disable_log_stats": Absent((True,), 'log lines go to the logger "stars", set its level and leave this out'),
+    "served_model_name": Absent((None,), "nothing is served here, leave it out"),
+    "torch_dtype": Absent((), "it is called dtype"),
+    "device_map": Absent((), "it is called device"),
+}
+"""Arguments of the engine, by name."""

@@ -1,0 +1,127 @@
+"""What `device.needed_bytes` says of a GPU's memory against what caches, buffers and passes really take, built here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import stars
+from held import bytes_of
+from stars import device
+from stars.config import EngineConfig
+from stars.model.decoder import Decoder
+from stars.model.loader import DTYPES
+from stars.reward import CausalReward
+from stars.width import WidthChooser
+from toy import ToyModel
+
+POSITIONS = 4096
+LM = dict(vocab=1201, seed=1, hidden=40, layers=3, heads=6, kv_heads=2, head_dim=8, intermediate=72,
+          positions=POSITIONS)
+RM = dict(vocab=1201, seed=2, hidden=24, layers=2, heads=4, kv_heads=4, head_dim=16, intermediate=56,
+          positions=POSITIONS, head="reward")
+SIZES = {
+    "usual": dict(cache_tokens=8192, page_size=16, max_num_seqs=12, max_num_lanes=40, max_segment_size=32),
+    "one lane": dict(cache_tokens=4096, page_size=32, max_num_seqs=1, max_num_lanes=1, max_segment_size=1),
+    "segments longer than a pass": dict(cache_tokens=4096, page_size=16, max_num_seqs=3, max_num_lanes=5,
+                                        max_segment_size=1500),
+    "lanes beyond a pass": dict(cache_tokens=4096, page_size=16, max_num_seqs=3, max_num_lanes=2100,
+                                max_segment_size=2),
+}
+
+
+def decoder(model: ToyModel, dtype: torch.dtype) -> Decoder:
+    """A decoder that has reserved next to nothing, with activations of `dtype`, as a GPU's have."""
+    given = model.decoder()
+    return Decoder(given.config, given.embedding, given.layers, given.final_norm, given.head, given.score_head,
+                   given.cos, given.sin, 1, dtype)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """(engine, its reward, what was said) for sizes; the engine as a GPU's, but in this machine's memory."""
+    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
+    monkeypatch.setattr(WidthChooser, "measure", lambda chooser: None)
+
+    def build(dtype: str = "float32", deterministic: bool = False, prefill: str = "triton", **sizes):
+        monkeypatch.setattr(device, "choose_prefill", lambda *settings: prefill)
+        monkeypatch.setattr("stars.reward.causal.check_row_invariance", lambda decoder: None)
+        monkeypatch.setattr("stars.engine.check_row_invariance", lambda decoder: None)
+        lm, rm = ToyModel(**LM), ToyModel(**RM)
+        engine = stars.Engine(decoder(lm, DTYPES[dtype]), CausalReward(decoder(rm, DTYPES[dtype])),
+                              deterministic=deterministic, **sizes)
+        config = dataclasses.replace(engine.config, device="cuda", dtype=dtype)
+        occupants = {"the language model": device.Occupant(lm.config, 1000, True),
+                     "the reward model": device.Occupant(rm.config, 10, False)}
+        return engine, engine.reward, device.needed_bytes(config, occupants)
+
+    return build
+
+
+def caches(cache) -> int:
+    return sum(tensor.nbytes for tensor in (cache.k_pages, cache.v_pages, cache.k_slabs, cache.v_slabs))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
+    """Caches, histories and weights to the byte; of activations nothing is left out, and a hundredth at most too much.
+    """
+    engine, reward, said = built(dtype, deterministic, **SIZES[sizes])
+    item = DTYPES[dtype].itemsize
+    assert said["the language model's cache"] == caches(engine._cache)
+    assert said["the reward model's cache"] == caches(reward.cache)
+    assert said["the language model's weights"] == 1000 * item and said["the reward model's weights"] == 10 * item
+    drafter = engine._round.drafter
+    assert said["the words that penalties count"] == drafter._history["entries"].nbytes
+    triton = pytest.importorskip("stars.kernels.triton.sample_step")
+    lanes = drafter._buffers["done"].shape[0]
+    sampler = triton.make_workspace(lanes, LM["vocab"], torch.device("cpu"))
+    lm, rm = engine._passes.decoder, reward.decoder
+    taken = {
+        "the language model": bytes_of(lm._space, lm._logits, lm.cos, lm.sin, engine._passes._tiling._workspace,
+                                       drafter._tiling._workspace, sampler.values),
+        "the reward model": bytes_of(rm._space, rm._logits, rm.cos, rm.sin, reward._passes._tiling._workspace),
+    }
+    for name, real in taken.items():
+        assert real <= said[f"{name}'s activations"] <= 1.01 * real + lanes_beyond_a_pass(sizes, engine), name
+
+
+def lanes_beyond_a_pass(sizes: str, engine) -> int:
+    """What is said too much where a draft has more rows than any pass: its passes are taken to have as many."""
+    if sizes != "lanes beyond a pass":
+        return 0
+    return engine._round.drafter._tiling._workspace.nbytes - engine._passes._tiling._workspace.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_librarys_prefill_gathers_is_said(built, dtype):
+    """Keys and values of one layer, of as many positions as the cache has at most, in either model."""
+    sizes = SIZES["usual"]
+    alone, with_library = built(dtype, **sizes)[2], built(dtype, prefill="sdpa", **sizes)[2]
+    item = DTYPES[dtype].itemsize
+    for name, model in (("the language model", LM), ("the reward model", RM)):
+        gathered = 2 * sizes["cache_tokens"] * model["kv_heads"] * model["head_dim"] * item
+        assert with_library[f"{name}'s activations"] - alone[f"{name}'s activations"] == gathered
+
+
+def test_what_is_not_named_is_little(built):
+    """Lanes, tables and tiles of an engine of usual sizes and a context of 128k: a hundredth of what is reserved for
+    what nobody names."""
+    engine, reward, _ = built(cache_tokens=1 << 12, page_size=16, max_num_seqs=64, max_num_lanes=64,
+                              max_segment_size=128)
+    unnamed = [engine._passes._buffers, engine._passes._verdicts, reward._passes._buffers, reward._passes._verdicts,
+               engine._round.drafter._buffers, engine._cache._moves, reward.cache._moves,
+               engine._passes._tiling._buffers, reward._passes._tiling._buffers, engine._round.drafter._tiling._buffers]
+    tables = [engine._passes._block_tables, reward._passes._block_tables, engine._round.drafter._block_tables]
+    longer = (128 << 10) // POSITIONS
+    assert bytes_of(unnamed) + longer * bytes_of(tables) < device.RESERVE // 100
+
+
+def test_memory_is_enough_to_the_byte():
+    device.check_memory({"weights": 100, "caches": 20}, 120)
+    with pytest.raises(stars.ModelError, match="lacks"):
+        device.check_memory({"weights": 100, "caches": 20}, 119)
