@@ -13,7 +13,7 @@ from stars.kernels.philox import accept_uniform, pack_stream
 from stars.law import Terms
 from stars.outputs import Segment
 from stars.request import Hypothesis, Lane, Request
-from stars.reward.base import Candidate, Follower, Following, Reward, Scored, reward_problem
+from stars.reward.base import Candidate, ContextFull, Follower, Following, Reward, Scored, reward_problem
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -220,7 +220,9 @@ class Round:
         problem = reward_problem(result.reward)
         if problem is not None:
             # What follows the winner was scored for nothing: a problem there must not depend on the width.
-            if not decided:
+            if not decided and isinstance(result.reward, ContextFull) and hypothesis.token_ids:
+                self.finish(hypothesis, "length")
+            elif not decided:
                 self.fail(request, problem)
             return
         lane.reward = result.reward

@@ -236,9 +236,9 @@ def test_the_operations_reach_their_kernels(monkeypatch):
     kernels.sample_step(x, lanes := make_lanes(3, temperature=0.0))
     assert lanes.out_tokens[:, 0].tolist() == x.argmax(1).tolist()
     state = random_state(np.random.default_rng(1), 3)
-    head = Weight(torch.ones(1, 20), None, 1, 20)
+    head = Weight(torch.ones(1, 20), torch.tensor([2.5]), 1, 20)
     kernels.score_and_decide(x, x, torch.ones(20), 0.0, head, torch.empty(3, 20), state)
-    torch.testing.assert_close(state.rewards, torch.nn.functional.rms_norm(x, (20,)).sum(1))
+    torch.testing.assert_close(state.rewards, torch.nn.functional.rms_norm(x, (20,)).sum(1) + 2.5)
     draft = make_draft(np.random.default_rng(1), 3, 4, 2)
     followers = make_followers(np.random.default_rng(1), draft, 5, 1)
     append_draft_reference(draft, wanted := copy_of(followers), VOCAB)
@@ -585,17 +585,18 @@ def test_the_law_at_the_logarithm_of_the_uniform():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [17, 64, 1030])
 def test_rewards(hidden, dtype):
-    for lanes, weight_dtype in ((1, torch.float32), (7, dtype), (37, torch.float32)):
+    for lanes, weight_dtype, offset in ((1, torch.float32, None), (7, dtype, None), (37, torch.float32, -0.75)):
         residual, branch = (torch.randn(lanes, 2 * hidden, generator=generator(i)).to(dtype)[:, :hidden]  # rows apart
                             for i in (2, 3))
         weight = (torch.rand(hidden, generator=generator(4)) + 0.5).to(weight_dtype)
         head = torch.randn(1, hidden, generator=generator(5)) / hidden**0.5
         ours = random_state(np.random.default_rng(hidden), lanes)
         wanted, given = copy_of(ours), residual.clone()
-        verdicts.score_and_decide(residual, branch, weight, 1e-6, head, ours)
+        bias = None if offset is None else torch.tensor([offset])
+        verdicts.score_and_decide(residual, branch, weight, 1e-6, head, ours, bias)
         assert torch.equal(residual, given)
         rms_norm_reference(branch, weight, 1e-6, normed := torch.empty(lanes, hidden), given)
-        linear_reference(normed, Weight(head, None, 1, hidden), wanted.rewards.unsqueeze(1))
+        linear_reference(normed, Weight(head, bias, 1, hidden), wanted.rewards.unsqueeze(1))
         # float32: sums of up to 1030 in another order. Otherwise casts in between may go the other way, by a unit
         # in each of the terms, which add up to about 1.
         torch.testing.assert_close(ours.rewards, wanted.rewards, rtol=0, atol=1e-5 + (
@@ -605,7 +606,8 @@ def test_rewards(hidden, dtype):
         assert torch.equal(ours.accepted, wanted.accepted)
         one = DecideState(*(tensor[lanes // 2 :][:1].clone() for tensor in ours))
         one.rewards[:], one.accepted[:] = 0, -9
-        verdicts.score_and_decide(residual[lanes // 2 :][:1], branch[lanes // 2 :][:1], weight, 1e-6, head, one)
+        verdicts.score_and_decide(residual[lanes // 2 :][:1], branch[lanes // 2 :][:1], weight, 1e-6, head, one,
+                                  bias)
         for got, together in zip(one, ours, strict=True):
             assert torch.equal(got[0], together[lanes // 2]), "a lane depends on its company"
 

@@ -16,6 +16,7 @@ from stars.model.checkpoint import ITEM_BYTES, Checkpoint
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder, LayerWeights
 from stars.model.families import FAMILIES
+from stars.model.normalisation import STATISTICS, read_normalisation
 from stars.model.rope import rope_tables
 from stars.model.tokenizer import has_chat_template
 
@@ -50,7 +51,8 @@ def load_model(
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
     them too: about twice as fast with many rows on a Zen 4. Sums, norms, biases, attention, the cache and the reward
     head stay float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and
-    with `deterministic` products have one order. Raises ModelError for whatever does not fit: missing, unexpected or
+    with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
+    (raw - mean) / std. Raises ModelError for whatever does not fit: missing, unexpected or
     misshapen tensors, an absent head, more labels than one, damaged files.
     """
     device = _check_device(device)
@@ -175,8 +177,13 @@ class _Reader:
         return self._read(name).to(self.device, torch.float32, copy=True)
 
     def score_head(self) -> Weight:
-        """The reward head [1, hidden], float32 whatever the dtype."""
-        return kernels.pack(self.vector(SCORE_HEAD), deterministic=self.deterministic)
+        """The reward head [1, hidden], float32 whatever the dtype; a normalisation of its rewards is folded into it."""
+        head, bias = self.vector(SCORE_HEAD), None
+        normalisation = read_normalisation(self.checkpoint)
+        if normalisation is not None:
+            head = (head.double() / normalisation.std).float()
+            bias = torch.tensor([-normalisation.mean / normalisation.std], dtype=torch.float32, device=self.device)
+        return kernels.pack(head, bias, self.deterministic)
 
     def check_tied(self) -> None:
         """Raises ModelError where the checkpoint has a head of its own although it should be the embedding."""
@@ -279,6 +286,7 @@ def _match(
         if name not in wanted
         and not name.endswith("rotary_emb.inv_freq")  # a table that old checkpoints carry along
         and not (name.startswith("lm_head.") and head == "reward")  # left over from the model it was trained from
+        and not (name in STATISTICS and head == "reward")  # of its rewards, see read_normalisation
         and not (name == LM_HEAD and config.tie_word_embeddings)  # compared with the embedding when read
     ]
     return names, missing, unexpected

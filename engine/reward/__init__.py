@@ -23,8 +23,10 @@ def resolve_reward(reward: Any) -> Reward | None:
         return reward
     if isinstance(reward, (str, Path)):
         path = Path(reward) / "config.json"
-        if path.is_file() and read_json(path).get("model_type") not in FAMILIES:
-            return EncoderReward(reward)
+        if path.is_file():
+            kind = read_json(path).get("model_type")
+            if not isinstance(kind, str) or kind not in FAMILIES:
+                return EncoderReward(reward)
         return CausalReward(reward)
     if callable(reward):
         return FunctionReward(reward)

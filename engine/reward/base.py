@@ -13,6 +13,10 @@ from stars.law import Terms
 from stars.prompt import Prompt
 
 
+class ContextFull(RewardError):
+    """A candidate that is too long for the reward model to read: its response ends before it, as at max_tokens."""
+
+
 class Candidate(NamedTuple):
     """What is scored: always the whole response so far, never a single segment."""
 
@@ -89,7 +93,10 @@ class Reward(ABC):
 
     @abstractmethod
     def open(self, prompt: Prompt, max_tokens: int) -> Any:
-        """A session for one response to this prompt, with everything reserved that it will need; no work yet."""
+        """A session for one response to this prompt, with everything reserved that it will need; no work yet.
+
+        RewardError, and nothing kept, where it could not be scored: its request ends so, before a token is drawn.
+        """
 
     def start(self, sessions: list[Any]) -> None:
         """Runs the prompts of newly opened sessions, all together. No two of them begin with the same page."""

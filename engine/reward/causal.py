@@ -16,7 +16,7 @@ from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
 from stars.passes import MOST_CLOSING, NO_VERDICT, Passes, Span, Verdict
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Follower, Limits, Reward, Scored
+from stars.reward.base import Candidate, ContextFull, Follower, Limits, Reward, Scored
 
 RIDGE_ROWS = {"cpu": 32, "cuda": 128}
 """Rows from which on a pass over the weights is bound by arithmetic rather than by reading them. On the CPU measured;
@@ -109,7 +109,7 @@ class CausalReward(Reward):
         if not prefix:
             raise RequestError("the prompt is empty for the reward model: give at least one character that is no "
                                "special token")
-        outside = self.outside(prefix)
+        outside = self.outside(prefix + closing)
         if outside is not None:
             raise RequestError(outside)
         needed = len(prefix) + max_tokens + len(closing)
@@ -166,7 +166,7 @@ class CausalReward(Reward):
                 results[index] = Scored(RewardError(outside))
                 continue
             if len(ids) > self.max_model_len:
-                results[index] = Scored(RewardError(f"the response re-encodes to {len(ids)} tokens for the reward "
+                results[index] = Scored(ContextFull(f"the response re-encodes to {len(ids)} tokens for the reward "
                                                     f"model, whose context is {self.max_model_len}: lower max_tokens"))
                 continue
             try:

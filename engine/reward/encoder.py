@@ -3,7 +3,8 @@ the whole text again; only batching helps."""
 
 from __future__ import annotations
 
-import math
+import inspect
+import logging
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,16 +12,31 @@ import torch
 
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, RequestError, RewardError
+from stars.model.normalisation import read_normalisation
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Limits, Reward, Scored
+from stars.reward.base import Candidate, ContextFull, Limits, Reward, Scored
+from stars.reward.encoder_model import choose_padding, context_length, load_encoder, num_embeddings, one_line
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+ROUNDING = 1e-4
+"""How far padding may move a logit of order 1; float32 moves it by some 1e-6."""
+
+logger = logging.getLogger(__name__)
 
 
 class EncoderReward(Reward):
-    """A sequence-classification model of transformers; the reward is one raw logit, computed in float32.
+    """A sequence-classification model of transformers; the reward is one logit, computed in float32, raw unless
+    config.json says `normalize_reward`: then (logit - mean) / std.
 
-    model: directory. inputs: "joined" reads prompt and response as one text, "pair" as a pair of texts (what reward
-    models trained on questions and answers expect). label: whose logit is the reward, for models with several; a model
-    with one label needs none. batch_size: texts of one forward pass.
+    model: directory; nothing in it is run or unpickled. inputs: "joined" reads prompt and response as one text, "pair"
+    as a pair of texts (what reward models trained on questions and answers expect). label: whose logit is the reward,
+    for models with several; a model with one label needs none. batch_size: texts of one forward pass; one where the
+    engine is deterministic, where there is no pad token, or where padding would change a score.
+
+    Of messages the contents are read, a line each. A response counts as `max_tokens` tokens beside its prompt: where
+    that is more than the model's context, the request ends with an error before a token is drawn. A response that takes
+    more tokens of the reward model than of the language model may outgrow the context all the same: where segments are
+    scored it ends there with finish_reason "length", as at the end of a context.
     Needs the extra: pip install 'stars-engine[hf]'.
     """
 
@@ -42,23 +58,7 @@ class EncoderReward(Reward):
         if tokenizer is None:
             raise RewardError("the model directory has no tokenizer.json, so the reward model cannot be given text: "
                               "add the tokenizer")
-        if not (self.model_path / "config.json").is_file():
-            raise ModelError(f"{self.model_path} has no config.json: give the path of a model in Hugging Face format")
-        try:
-            import transformers
-        except ImportError:
-            raise RewardError("encoder reward models need transformers: pip install 'stars-engine[hf]'") from None
-        try:
-            self.model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.model_path, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.model_path, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"{self.model_path} cannot be loaded by transformers: {error}") from error
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ModelError(f"{self.model_path} lacks the tensors {', '.join(missing[:4])}: use a checkpoint with a "
-                             "trained reward head")
-        self.model.eval().to(limits.device)
+        self.model, self.tokenizer, checkpoint = load_encoder(self.model_path, limits.device)
         labels = self.model.config.num_labels
         if self.label is None and labels != 1:
             raise RewardError(f"{self.model_path} has {labels} labels: choose the one whose logit is the reward with "
@@ -66,51 +66,151 @@ class EncoderReward(Reward):
         if self.label is not None and not 0 <= self.label < labels:
             raise RewardError(f"EncoderReward.label is {self.label}, the model has labels 0 to {labels - 1}")
         self._column = self.label or 0
-        positions = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-        self.max_model_len = int(min(positions, self.tokenizer.model_max_length, 1 << 30))
+        self._normalisation = read_normalisation(checkpoint)
+        self.max_model_len = context_length(self.model, self.tokenizer)
+        self._rows = num_embeddings(self.model)
+        self._pad = choose_padding(self.model, self.tokenizer)
+        self._types = getattr(self.model.config.get_text_config(), "type_vocab_size", None)
+        taken = inspect.signature(self.model.forward).parameters
+        self._inputs = [name for name in INPUTS if name in taken]
+        self._batch_size = self.batch_size if not limits.deterministic and self._pad is not None else 1
+        self._try_out()
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses prompts that cannot be shown as text, or fill the model's context by themselves."""
         text = _text(prompt)
         if text is None:
             raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")
-        tokens = len(self.tokenizer(text)["input_ids"])
+        [encoded] = self._encode([(text, "")])
+        if isinstance(encoded, RewardError):
+            raise RequestError(str(encoded))
+        tokens = len(encoded["input_ids"])
+        if not tokens:
+            raise RequestError("the prompt is empty for the reward model: give at least one character that it knows")
         if tokens > self.max_model_len:
             raise RequestError(f"the prompt makes {tokens} tokens for the reward model, whose context is "
                                f"{self.max_model_len}: shorten the prompt")
 
     def open(self, prompt: Prompt, max_tokens: int) -> Any:
-        """The session is the prompt's text."""
-        return _Session(_text(prompt))
+        """The session is the prompt's text. RewardError where the response could not be scored to its end."""
+        text = _text(prompt)
+        [encoded] = self._encode([(text, "")])
+        if isinstance(encoded, RewardError):
+            raise encoded
+        needed = len(encoded["input_ids"]) + max_tokens
+        if needed > self.max_model_len:
+            raise RewardError(f"prompt and max_tokens make {needed} tokens for the reward model, whose context is "
+                              f"{self.max_model_len}: lower max_tokens or shorten the prompt")
+        problem = self._problem(encoded)
+        if problem is not None:
+            raise problem
+        return _Session(text)
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """A share of one forward pass."""
-        return max(1, self.batch_size // responses)
+        return max(1, self._batch_size // responses)
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
-        """Whole texts, the longest together, batch_size at a time."""
-        firsts = [candidate.session.text for candidate in candidates]
-        seconds = [candidate.text.rstrip(REPLACEMENT) for candidate in candidates]
-        if self.inputs == "joined":
-            encoded = self.tokenizer([first + second for first, second in zip(firsts, seconds, strict=True)])
-        else:
-            encoded = self.tokenizer(firsts, seconds)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
+        """Whole texts, the longest together, batch_size at a time; a batch that fails is scored text by text."""
+        encoded = self._encode([(candidate.session.text, candidate.text.rstrip(REPLACEMENT))
+                                for candidate in candidates])
         results: list[Scored | None] = [None] * len(candidates)
-        for index, length in enumerate(lengths):
-            if length > self.max_model_len:
-                results[index] = Scored(RewardError(f"the text is {length} tokens for the reward model, whose context "
-                                                    f"is {self.max_model_len}: lower max_tokens"))
-        order = sorted((i for i, result in enumerate(results) if result is None), key=lambda i: lengths[i])
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            batch = self.tokenizer.pad({key: [values[i] for i in chosen] for key, values in encoded.items()},
-                                       return_tensors="pt").to(self.model.device)
-            with torch.inference_mode():
-                logits = self.model(**batch).logits[:, self._column].tolist()  # [texts]
-            for i, logit in zip(chosen, logits, strict=True):
-                results[i] = Scored(logit, lengths[i], lengths[i])
+        for index, text in enumerate(encoded):
+            problem = text if isinstance(text, RewardError) else self._problem(text)
+            if problem is not None:
+                results[index] = Scored(problem)
+        order = sorted((i for i, result in enumerate(results) if result is None),
+                       key=lambda i: len(encoded[i]["input_ids"]))
+        for start in range(0, len(order), self._batch_size):
+            chosen = order[start : start + self._batch_size]
+            for i, reward in zip(chosen, self._rewards([encoded[i] for i in chosen]), strict=True):
+                length = len(encoded[i]["input_ids"])
+                results[i] = Scored(reward, length, length)
         return results
+
+    def _encode(self, pairs: list[tuple[str, str]]) -> list[dict[str, list[int]] | RewardError]:
+        """The model's inputs for each (prompt, response), or why there are none."""
+        try:
+            if self.inputs == "joined":
+                batch = self.tokenizer([first + second for first, second in pairs], verbose=False)
+            else:
+                firsts, seconds = zip(*pairs, strict=True)
+                batch = self.tokenizer(list(firsts), list(seconds), verbose=False)
+        except Exception as error:  # a text's error is its own
+            if len(pairs) > 1:
+                return [one for pair in pairs for one in self._encode([pair])]
+            return [RewardError(f"the reward model's tokenizer does not take this text ({one_line(error)}): change "
+                                "the prompt")]
+        batch = {name: batch[name] for name in self._inputs if name in batch}
+        return [{name: values[i] for name, values in batch.items()} for i in range(len(pairs))]
+
+    def _problem(self, encoded: dict[str, list[int]]) -> RewardError | None:
+        """Why a text cannot be scored. Checked here, since on a GPU an index out of range ends the process's use of it.
+        """
+        ids, types = encoded["input_ids"], encoded.get("token_type_ids", ())
+        if len(ids) > self.max_model_len:
+            return ContextFull(f"the text is {len(ids)} tokens for the reward model, whose context is "
+                               f"{self.max_model_len}: lower max_tokens")
+        if max(ids, default=0) >= self._rows:
+            return RewardError(f"token id {max(ids)} is outside the reward model's vocabulary of {self._rows}: use the "
+                               "tokenizer it came with")
+        if self._types and max(types, default=0) >= self._types:
+            return RewardError(f"the reward model's tokenizer gives texts the type {max(types)} and the model knows "
+                               f'{self._types} types: use inputs="joined"')
+        return None
+
+    def _rewards(self, texts: list[dict[str, list[int]]]) -> list[float | RewardError]:
+        """The rewards of encoded texts, from one forward pass if it succeeds."""
+        try:
+            logits = self._logits(texts)
+        except Exception as error:  # of one text's making, most likely: the others are scored without it
+            if len(texts) > 1:
+                return [reward for text in texts for reward in self._rewards([text])]
+            failure = RewardError(f"the reward model raised {one_line(error)}")
+            failure.__cause__ = error
+            return [failure]
+        if self._normalisation is not None:
+            mean, std = self._normalisation
+            return [(logit - mean) / std for logit in logits]
+        return logits
+
+    def _logits(self, texts: list[dict[str, list[int]]]) -> list[float]:
+        """The raw logits of encoded texts in one forward pass, filled up on the right to the longest."""
+        width = max(len(text["input_ids"]) for text in texts)
+        fill = {"input_ids": self._pad or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
+        batch = {name: torch.tensor([text[name] + [fill.get(name, 0)] * (width - len(text[name])) for text in texts],
+                                    device=self.model.device)
+                 for name in texts[0]}  # [texts, width] each
+        with torch.inference_mode():
+            return self.model(**batch).logits[:, self._column].float().tolist()
+
+    def _try_out(self) -> None:
+        """Scores two texts alone and together: ModelError if it cannot, and one at a time from then on if they differ.
+        """
+        short, long = encoded = self._encode([("a", " b"), ("a", " b c d e f g")])
+        for text in encoded:
+            problem = text if isinstance(text, RewardError) else self._problem(text)
+            if problem is not None:
+                if text is short:
+                    raise ModelError(f"{self.model_path} cannot score a text of two letters: {problem}")
+                self._batch_size = 1  # a context of a few tokens, in which there is little to batch
+                return
+        [alone] = self._rewards([short])
+        if isinstance(alone, RewardError):
+            raise ModelError(f"{self.model_path} cannot score a text ({alone}): use a model that reads text alone, "
+                             "with its own tokenizer") from alone.__cause__
+        if self._batch_size == 1:
+            return
+        try:
+            [alone], together = self._logits([short]), self._logits([short, long])[0]
+            padded = len(short["input_ids"]) < len(long["input_ids"])
+            same = padded and abs(together - alone) <= ROUNDING * max(1.0, abs(alone))
+        except Exception as error:
+            logger.info("%s does not take several texts at once (%s)", self.model_path, one_line(error))
+            same = False
+        if not same:
+            logger.info("%s scores one text at a time: padding would change its scores", self.model_path)
+            self._batch_size = 1
 
 
 class _Session(NamedTuple):
@@ -119,5 +219,24 @@ class _Session(NamedTuple):
 
 def _text(prompt: Prompt) -> str | None:
     if isinstance(prompt.given, list):
-        return "\n".join(str(message.get("content", "")) for message in prompt.given) + "\n"
+        return "\n".join(_content(message) for message in prompt.given) + "\n"
     return prompt.given if prompt.given is not None else prompt.text
+
+
+def _content(message: dict) -> str:
+    """A message's text: its content, or the texts of its content's parts; nothing where there is none (a tool call)."""
+    content = message.get("content")
+    parts = [content] if content is None or isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)):
+        raise RequestError(f"a message's content is {type(content).__name__} where the reward model reads text: give "
+                           "text")
+    texts = []
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            part = part["text"]
+        if part is not None and not isinstance(part, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise RequestError(f"a message's content has a part of type {kind!r} and the reward model reads text: give "
+                               '{"type": "text", "text": ...}')
+        texts.append(part or "")
+    return "".join(texts)

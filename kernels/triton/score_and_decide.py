@@ -26,9 +26,9 @@ _KIND = tl.constexpr(KIND_ACCEPT << 24)
 
 
 @triton.jit
-def score_and_decide_kernel(residual, branch, norm_weight, head, seeds, streams, attempts, tokens, max_tokens, start,
-                            reward_threshold, beta, rewards, accepted, residual_stride, branch_stride, eps,
-                            HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+def score_and_decide_kernel(residual, branch, norm_weight, head, bias, seeds, streams, attempts, tokens, max_tokens,
+                            start, reward_threshold, beta, rewards, accepted, residual_stride, branch_stride, eps,
+                            HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
     """One program a lane: reward, threshold and test."""
     lane = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -53,6 +53,8 @@ def score_and_decide_kernel(residual, branch, norm_weight, head, seeds, streams,
     if BLOCK > 8192:
         direction = tl.load(head + column, mask=inside, other=0.0)
     reward = tl.sum(y.to(tl.float32) * direction, axis=0)
+    if HAS_BIAS:
+        reward += tl.load(bias)
     tl.store(rewards + lane, reward)
 
     reward = reward.to(tl.float64)
@@ -63,8 +65,9 @@ def score_and_decide_kernel(residual, branch, norm_weight, head, seeds, streams,
 
 
 def score_and_decide(residual: Tensor, branch: Tensor, norm_weight: Tensor, eps: float, head: Tensor,
-                     state: DecideState) -> None:
-    """As `stars.kernels.score_and_decide`, `head` float32 [1, hidden]; the residual is left as it is."""
+                     state: DecideState, bias: Tensor | None = None) -> None:
+    """As `stars.kernels.score_and_decide`, `head` float32 [1, hidden], `bias` float32 [1] or None; the residual is left
+    as it is."""
     lanes, hidden = residual.shape
     if hidden > MOST_HIDDEN or norm_weight.numel() != hidden or head.numel() != hidden:
         raise ValueError(f"score_and_decide: rows of {hidden}, a norm of {norm_weight.numel()} and a head of "
@@ -72,27 +75,34 @@ def score_and_decide(residual: Tensor, branch: Tensor, norm_weight: Tensor, eps:
     if branch.shape != residual.shape or residual.stride(1) != 1 or branch.stride(1) != 1:
         raise ValueError(f"score_and_decide: the branch is {list(branch.shape)} beside {list(residual.shape)}, or "
                          "columns are not adjacent")
+    if bias is not None and bias.numel() != 1:
+        raise ValueError(f"score_and_decide: the bias is {list(bias.shape)} and must be one number")
     for name, tensor in zip(DecideState._fields, state, strict=True):
         if tensor.shape != (lanes,) or not tensor.is_contiguous():
             raise ValueError(f"score_and_decide: {name} is {list(tensor.shape)} for {lanes} lanes, or not contiguous")
     if lanes:
         block = triton.next_power_of_2(hidden)
         score_and_decide_kernel[(lanes,)](
-            residual, branch, norm_weight, head, *state, residual.stride(0), branch.stride(0), eps, HIDDEN=hidden,
-            BLOCK=block, num_warps=warps(block), enable_fp_fusion=False)
+            residual, branch, norm_weight, head, head if bias is None else bias, *state, residual.stride(0),
+            branch.stride(0), eps, HIDDEN=hidden, BLOCK=block, HAS_BIAS=bias is not None, num_warps=warps(block),
+            enable_fp_fusion=False)
 
 
 def variants() -> list[Variant]:
     """Rows of usual models in the types of residual stream and weights, and the longest."""
     found = []
-    for kind, weight, hidden in (("bf16", "bf16", 4096), ("bf16", "fp32", 4096), ("fp16", "fp32", 4096),
-                                 ("fp32", "fp32", 4096), ("bf16", "fp32", MOST_HIDDEN), ("fp32", "fp32", MOST_HIDDEN)):
+    for kind, weight, hidden, bias in (("bf16", "bf16", 4096, False), ("bf16", "fp32", 4096, False),
+                                       ("bf16", "fp32", 4096, True), ("fp16", "fp32", 4096, False),
+                                       ("fp32", "fp32", 4096, False), ("bf16", "fp32", MOST_HIDDEN, True),
+                                       ("fp32", "fp32", MOST_HIDDEN, False)):
         block = triton.next_power_of_2(hidden)
-        constexprs = {"HIDDEN": hidden, "BLOCK": block}
+        constexprs = {"HIDDEN": hidden, "BLOCK": block, "HAS_BIAS": bias}
         kinds = {"residual": f"*{kind}", "branch": f"*{kind}", "norm_weight": f"*{weight}", "head": "*fp32",
-                 "seeds": "*i64", "rewards": "*fp32", "residual_stride": "i32", "branch_stride": "i32", "eps": "fp32"}
+                 "bias": "*fp32", "seeds": "*i64", "rewards": "*fp32", "residual_stride": "i32",
+                 "branch_stride": "i32", "eps": "fp32"}
         kinds |= dict.fromkeys(("start", "reward_threshold", "beta"), "*fp64") | dict.fromkeys(constexprs, "constexpr")
-        found.append(Variant(f"score_and_decide {kind} weight {weight} {hidden}", score_and_decide_kernel,
+        found.append(Variant(f"score_and_decide {kind} weight {weight} {hidden}{' bias' * bias}",
+                             score_and_decide_kernel,
                              {name: kinds.get(name, "*i32") for name in score_and_decide_kernel.arg_names}, constexprs,
                              warps(block), 1, fp_fusion=False))
     return found
