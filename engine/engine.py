@@ -73,7 +73,7 @@ class Engine:
             reward = resolve_reward(reward)
             check_fit(self.config, model, reward)
             decoder = load_model(model, dtype=self.config.dtype, device=self.config.device, head="lm",
-                                 deterministic=deterministic)
+                                 deterministic=deterministic, max_model_len=self.config.max_model_len)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         config = self.config
         decoder.check_device(config.device, "the model")

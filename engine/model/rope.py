@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stars.errors import ModelError
+from stars.model.files import is_finite, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -40,6 +41,21 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def context_length(self, max_position_embeddings: int) -> int:
+        """Tokens that the rotation is made for, by what config.json gives as max_position_embeddings.
+
+        Checkpoints of yarn name there either the length before stretching or that after it, so the longer of the two
+        counts. Those of linear name the length before it (transformers' advice, and how vLLM reads it), unless they
+        name that one apart. Those of llama3 name the length that the model is made for, which is not a multiple of the
+        factor: it counts unless it is no longer than the length before stretching.
+        """
+        if self.rope_type == "default":
+            return max_position_embeddings
+        original = self.original_max_position_embeddings or max_position_embeddings
+        if self.rope_type == "llama3" and original < max_position_embeddings:
+            return max_position_embeddings
+        return max(max_position_embeddings, int(min(original * self.factor, 2.0**53)))
+
     def __str__(self) -> str:
         scale = f", factor {self.factor:g}" if self.factor is not None else ""
         return f"{self.rope_type} (theta {self.rope_theta:g}{scale})"
@@ -61,26 +77,31 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
         )
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in ROPE_TYPES:
-        advice = _REFUSED.get(rope_type, f"use a checkpoint with one of {', '.join(ROPE_TYPES)}")
-        raise ModelError(f"{where} uses rope type {rope_type!r}, which is not supported: {advice}")
+        advice = f"use a checkpoint with one of {', '.join(ROPE_TYPES)}"
+        advice = _REFUSED.get(rope_type, advice) if isinstance(rope_type, str) else advice
+        raise ModelError(f"{where} uses rope type {shown(rope_type)}, which is not supported: {advice}")
     partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ModelError(
-            f"{where} rotates only a part of each head (partial_rotary_factor {partial}), which none of the supported "
-            "families does: use a checkpoint that rotates whole heads"
+            f"{where} rotates only a part of each head (partial_rotary_factor {shown(partial)}), which none of the "
+            "supported families does: use a checkpoint that rotates whole heads"
         )
     theta = parameters.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     values: dict[str, Any] = {"rope_type": rope_type, "rope_theta": _number(theta, "rope_theta", where)}
     if rope_type == "default":
-        return RopeConfig(**values)
-    original = None
-    if rope_type in ("llama3", "yarn"):
-        original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-        original = original or max_position_embeddings
-        values["original_max_position_embeddings"] = int(_number(original, "original_max_position_embeddings", where))
+        return _usable(RopeConfig(**values), where)
+    original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    if original is None and rope_type != "linear":
+        original = max_position_embeddings
+    if original is not None:
+        original = _number(original, "original_max_position_embeddings", where)
+        if original < 1:
+            raise ModelError(f"{where} has rope original_max_position_embeddings = {original:g} where a positive "
+                             "integer is needed: repair config.json")
+        values["original_max_position_embeddings"] = original = int(original)
     factor = parameters.get("factor")
-    if factor is None and rope_type == "yarn" and original:
+    if factor is None and rope_type == "yarn":
         factor = max_position_embeddings / original
     values["factor"] = _number(factor, "factor", where)
     if rope_type == "llama3":
@@ -94,13 +115,26 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
             if parameters.get(name) is not None and (parameters[name] or not name.startswith("beta")):
                 values[name] = _number(parameters[name], name, where, positive=not name.startswith("mscale"))
         values["truncate"] = bool(parameters.get("truncate", True))
-    return RopeConfig(**values)
+    return _usable(RopeConfig(**values), where)
+
+
+def _usable(rope: RopeConfig, where: str) -> RopeConfig:
+    """`rope`, once it is known to give finite frequencies: each of its numbers may be good and all of them too far."""
+    try:
+        frequencies, scale = inverse_frequencies(rope, 64)
+    except (ValueError, ArithmeticError):
+        good = False
+    else:
+        good = bool(torch.isfinite(frequencies * scale).all()) and scale > 0
+    if not good:
+        raise ModelError(f"{where} has rope parameters that give no rotation ({rope}): repair config.json")
+    return rope
 
 
 def _number(value: Any, name: str, where: str, positive: bool = True) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or (positive and value <= 0):
-        raise ModelError(f"{where} has rope {name} = {value!r} where a positive number is needed: repair config.json")
+    if not is_finite(value) or (positive and value <= 0):
+        raise ModelError(f"{where} has rope {name} = {shown(value)} where a positive number is needed: repair "
+                         "config.json")
     return float(value)
 
 
