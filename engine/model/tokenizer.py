@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as Backend
 
 from stars.errors import ModelError, TokenizerError
 from stars.model.chat_template import ChatTemplate
-from stars.model.config import read_json
+from stars.model.files import MOST_BYTES, is_file, read_json, read_text
+from stars.model.tokenizer_limits import bounded, refusing
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SENTINEL = "StarsAssistantTurn7f3a9"
@@ -45,16 +46,20 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; a rendered chat template holds its special tokens already: encode it without.
 
-        Raises TokenizerError for text that is no valid Unicode.
+        Raises TokenizerError for text that is no valid Unicode, and where the tokenizer cannot or takes too long.
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeError) as error:
-            raise TokenizerError(f"this text cannot be encoded ({error}): give valid Unicode") from error
+            with refusing(f"the tokenizer of {self._where} cannot encode this text"):
+                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TokenizerError as error:
+            if isinstance(error.__cause__, (TypeError, UnicodeError)):
+                raise TokenizerError(f"this text cannot be encoded ({error.__cause__}): give valid Unicode") from error
+            raise
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Decode a whole response at once: a part's first token may lose its leading space."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every token id of this tokenizer means the same to `other`, which splits text in the same way.
@@ -123,19 +128,21 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer in DIRECTORY, None where it has no tokenizer.json; raises TokenizerError for broken files."""
     directory = Path(directory)
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not is_file(path):
         return None
-    try:
+    if path.stat().st_size > MOST_BYTES:
+        raise TokenizerError(f"{path} has more than {MOST_BYTES} bytes: copy the model again")
+    with refusing(f"{path} cannot be read as a tokenizer: copy the model again"):
         backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"{path} cannot be read as a tokenizer ({error}): copy the model again") from error
     config = _read_config(directory)
     special_tokens = _special_tokens(directory, config)
-    _add_tokens(backend, config, special_tokens)
-    # both may be left in the file from training, and would cut or stretch prompts
-    backend.no_truncation()
-    backend.no_padding()
-    return Tokenizer(backend, special_tokens, _templates(directory, config), str(directory))
+    with refusing(f"the tokens that {directory} names cannot be added to its tokenizer: copy the model again"):
+        _add_tokens(backend, config, special_tokens)
+        # both may be left in the file from training, and would cut or stretch prompts
+        backend.no_truncation()
+        backend.no_padding()
+        backend = bounded(backend, f"the tokenizer of {directory}")
+        return Tokenizer(backend, special_tokens, _templates(directory, config), str(directory))
 
 
 def has_chat_template(directory: str | Path) -> bool:
@@ -150,7 +157,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file."""
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_json(path) if is_file(path) else {}
     except ModelError as error:
         raise TokenizerError(str(error)) from error
 
@@ -190,11 +197,11 @@ def _add_tokens(backend: Backend, config: dict[str, Any], special_tokens: dict[s
 def _templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     """Chat templates by name: a file of its own goes before the configuration."""
     path = directory / "chat_template.jinja"
-    if path.is_file():
+    if is_file(path):
         try:
-            return {"default": path.read_text(encoding="utf8")}
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{path} cannot be read ({error}): copy the model again") from error
+            return {"default": read_text(path)}
+        except ModelError as error:
+            raise TokenizerError(str(error)) from error
     template = config.get("chat_template")
     if template is None:
         return {}
