@@ -34,8 +34,8 @@ MOST_WIDTH = 4096
 """Of a field, a column, an indentation, in characters."""
 MOST_BITS = 1 << 15
 """Of an integer: Python writes none of more than 14,285 as text."""
-ITEM = 64
-"""What an item of a list counts as, in characters: about its bytes, if it is a text of its own."""
+ITEM, REFERENCE = 64, 8
+"""What an item of a list counts as, in characters: about its bytes, if it is a text of its own, and if it is not."""
 CALL = 10
 """Steps that a call of a macro counts as, or of a loop from within."""
 NODES = 32
@@ -123,8 +123,7 @@ class Meter:
             if value.bit_length() > MOST_BITS:
                 raise LimitExceeded(f"it computes an integer of more than {MOST_BITS} bits")
         elif isinstance(value, (list, tuple, dict, set, frozenset)):
-            self.step(len(value))
-            self.text(ITEM * len(value))
+            self.text(REFERENCE * len(value))
         elif isinstance(value, Iterator) and not isinstance(value, LoopContext):
             return self._counted(value)
         return value
@@ -132,7 +131,7 @@ class Meter:
     def _counted(self, values: Iterator) -> Iterator:
         for value in values:
             self.step()
-            self.text(ITEM)
+            self.text(REFERENCE)
             yield value
 
     def width(self, *values: Any) -> None:
@@ -249,14 +248,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*" and not numbers:
             many, count = (right, left) if isinstance(left, int) else (left, right)
             if isinstance(many, (str, bytes, list, tuple)) and isinstance(count, int):
-                meter.text(len(many) * max(0, count) * (1 if isinstance(many, (str, bytes)) else ITEM))
+                meter.text(len(many) * max(0, count) * (1 if isinstance(many, (str, bytes)) else REFERENCE))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             if left.bit_length() * right > MOST_BITS:
                 raise LimitExceeded(f"it computes an integer of more than {MOST_BITS} bits")
         elif not numbers:
             for value in (left, right):
                 if isinstance(value, Collection):
-                    meter.text(len(value) * (1 if isinstance(value, (str, bytes)) else ITEM))
+                    meter.text(len(value) * (1 if isinstance(value, (str, bytes)) else REFERENCE))
         return meter.taken(super().call_binop(context, operator, left, right))
 
 
