@@ -212,6 +212,17 @@ def test_a_loop_of_links_in_a_directorys_place(tmp_path):
         stars.Engine(tmp_path / "loop")
 
 
+def test_a_rewards_directory_is_read_as_carefully(linked, tiny_model):
+    directory = linked(REWARD)
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("model_type", "architectures", "id2label", "num_hidden_layers"):
+        for value in (5, [], "\ud800", 10**7):
+            replace(directory / "config.json", json.dumps({**config, key: value}))
+            assert good_or_refused(lambda: stars.Engine(tiny_model(LLAMA), directory, cache_tokens=64)) is None or (
+                key == "architectures")
+    good_or_refused(lambda: stars.Engine(tiny_model(LLAMA), "x" * 5000))
+
+
 # -- sizes are compared with the files --------------------------------------------------------------------------------
 
 
@@ -391,9 +402,11 @@ def test_truncate_and_attention_factor_change_the_rotation():
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"attention_factor": 0.0}, "rope attention_factor = 0.0 where a positive number"),
-    ({"attention_factor": 1e300}, "rope parameters that give no rotation"),
-    ({"rope_theta": 1.0}, "rope parameters that give no rotation"),
-    ({"beta_fast": 1e308}, "rope parameters that give no rotation"),
+    ({"attention_factor": 1e300}, r"rope attention_factor = 1e\+300, too far from 1 to give a rotation"),
+    ({"rope_theta": 1.0}, "rope_theta = 1, which yarn cannot stretch"),
+    ({"beta_fast": 1e308}, r"rope beta_fast = 1e\+308, too far from 1"),
+    ({"factor": 1e-13}, "rope factor = 1e-13, too far from 1"),
+    ({"mscale": 1.0, "mscale_all_dim": -10 / math.log(4)}, "rope mscale and mscale_all_dim that cancel out"),
     ({"original_max_position_embeddings": 0.5}, "original_max_position_embeddings = 0.5 where a positive integer"),
     ({"factor": 10**400}, "rope factor = 1000.* where a positive number"),
 ])

@@ -103,8 +103,8 @@ HARMFUL = {
     "one odd alternative": {"pre_tokenizer": split(LLAMA3 + "|(a+)+b")},
     "an odd expression that is replaced": {"normalizer": normalizers.Replace(Regex("(a|b)+"), "c")},
     "an odd expression in the decoder": {"decoder": decoders.Replace(Regex("(a|b)+"), "c")},
-    "an odd expression among others": {"normalizer": normalizers.Sequence([normalizers.Lowercase(), normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex("(a|b)+"), "c")])])},
+    "an odd expression among others": {"normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("(a|b)+"), "c")])])},
     "doubling": {"normalizer": normalizers.Sequence([normalizers.Replace("a", "aa")] * 40)},
     "folding and unfolding": {"normalizer": normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace("ل", "ﷺ")] * 10)},

@@ -14,6 +14,9 @@ from stars.model.files import is_finite, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+_MOST = 1e12
+"""Beyond it and below its inverse, frequencies of float32 overflow; no checkpoint has a number near either."""
+
 # What to do about the kinds that are refused. Keys already in the cache are rotated by the frequencies of the moment
 # they were written, so kinds whose frequencies change with the length of the text cannot be continued from a cache.
 _REFUSED = {
@@ -90,7 +93,7 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
     theta = 10000.0 if theta is None else theta
     values: dict[str, Any] = {"rope_type": rope_type, "rope_theta": _number(theta, "rope_theta", where)}
     if rope_type == "default":
-        return _usable(RopeConfig(**values), where)
+        return RopeConfig(**values)
     original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
     if original is None and rope_type != "linear":
         original = max_position_embeddings
@@ -107,7 +110,7 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
     if rope_type == "llama3":
         for name in ("low_freq_factor", "high_freq_factor"):
             values[name] = _number(parameters.get(name), name, where)
-        if values["low_freq_factor"] == values["high_freq_factor"]:
+        if abs(values["low_freq_factor"] - values["high_freq_factor"]) < 1e-6:
             raise ModelError(f"{where} has rope low_freq_factor equal to high_freq_factor: repair config.json")
     if rope_type == "yarn":
         for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
@@ -115,25 +118,19 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
             if parameters.get(name) is not None and (parameters[name] or not name.startswith("beta")):
                 values[name] = _number(parameters[name], name, where, positive=not name.startswith("mscale"))
         values["truncate"] = bool(parameters.get("truncate", True))
-    return _usable(RopeConfig(**values), where)
-
-
-def _usable(rope: RopeConfig, where: str) -> RopeConfig:
-    """`rope`, once it is known to give finite frequencies: each of its numbers may be good and all of them too far."""
-    try:
-        frequencies, scale = inverse_frequencies(rope, 64)
-    except (ValueError, ArithmeticError):
-        good = False
-    else:
-        good = bool(torch.isfinite(frequencies * scale).all()) and scale > 0
-    if not good:
-        raise ModelError(f"{where} has rope parameters that give no rotation ({rope}): repair config.json")
-    return rope
+        if values["rope_theta"] <= 1:
+            raise ModelError(f"{where} has rope_theta = {theta:g}, which yarn cannot stretch: repair config.json")
+        if not _MOST**-1 < abs(_attention_factor(RopeConfig(**values))) < _MOST:
+            raise ModelError(f"{where} has rope mscale and mscale_all_dim that cancel out: repair config.json")
+    return RopeConfig(**values)
 
 
 def _number(value: Any, name: str, where: str, positive: bool = True) -> float:
     if not is_finite(value) or (positive and value <= 0):
         raise ModelError(f"{where} has rope {name} = {shown(value)} where a positive number is needed: repair "
+                         "config.json")
+    if value and not _MOST**-1 < abs(value) < _MOST:
+        raise ModelError(f"{where} has rope {name} = {shown(value)}, too far from 1 to give a rotation: repair "
                          "config.json")
     return float(value)
 
@@ -179,11 +176,17 @@ def _yarn(rope: RopeConfig, head_dim: int, powers: Tensor) -> tuple[Tensor, floa
     ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
     keep = 1 - ramp
     frequencies = 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep
+    return frequencies, _attention_factor(rope)
+
+
+def _attention_factor(rope: RopeConfig) -> float:
+    """Yarn's factor on cosines and sines; 0 where it would have to be divided by 0."""
     if rope.attention_factor is not None:
-        return frequencies, rope.attention_factor
+        return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return frequencies, _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
-    return frequencies, _mscale(rope.factor, 1.0)
+        divisor = _mscale(rope.factor, rope.mscale_all_dim)
+        return _mscale(rope.factor, rope.mscale) / divisor if divisor else 0.0
+    return _mscale(rope.factor, 1.0)
 
 
 def _rotations_to_dim(rotations: float, rope: RopeConfig, head_dim: int) -> float:

@@ -58,7 +58,8 @@ _ALTERNATIVES = frozenset((
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _LETTERS + r"\p{L}+", _LETTERS + r"[\p{L}\p{M}]+",
     *(_LETTERS + case + ending for ending in ("", _ENDINGS + "?")
       for case in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")),
-    "[一-龥぀-ゟ゠-ヿ]+", r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    "[一-龥぀-ゟ゠-ヿ]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
     r" ?[\p{P}\p{S}]+[\r\n]*", r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)", r"\s+", r"\s", r"\d", r"\d+", r"\d{1,3}",
     "[0-9]", "[0-9]+", r"\n", r"[\r\n]", r"[\r\n]+", " ", " +", " {2,}", r"\S+", r"\w+", r"[^\w\s]+",
 ))
