@@ -87,11 +87,11 @@ class EngineConfig:
             if dtype not in DTYPES:
                 raise ModelError(f"the model is stored as {dtype}, which is not supported: choose a dtype")
         choose_prefill(model, DTYPES[dtype], device, prefill_backend, deterministic)
-        if max_model_len is not None and max_model_len > model.max_position_embeddings:
+        if max_model_len is not None and max_model_len > model.context_length:
             raise RequestError(f"max_model_len is {max_model_len}, the model's context is "
-                               f"{model.max_position_embeddings}: lower it")
+                               f"{model.context_length}: lower it")
         tokens = math.ceil(cache_tokens / page_size) * page_size
-        limits = {"the model's context": model.max_position_embeddings, "cache_tokens": tokens}
+        limits = {"the model's context": model.context_length, "cache_tokens": tokens}
         if max_model_len is not None:
             limits["max_model_len"] = max_model_len
         rows = tokens + (max_num_lanes + min(max_num_seqs, max_num_lanes)) * max_segment_size

@@ -17,7 +17,7 @@ from stars.model.decoder import workspace_bytes
 from stars.model.loader import DTYPES, inspect_model
 from stars.passes import CAPTURED_CHUNK
 from stars.prefill import choose_prefill
-from stars.reward.causal import slab_length
+from stars.reward.causal import longest_text, slab_length
 
 if TYPE_CHECKING:
     from stars.config import EngineConfig
@@ -105,8 +105,8 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
         needed[f"{name}'s activations"] = workspace_bytes(shape, rows, drafted, dtype, not drafts) + 4 * sum(
             most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, drafted))
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
-        needed[f"{name}'s activations"] += 4 * (shape.max_position_embeddings * shape.head_dim
-                                                + drafted * shape.vocab_size)
+        positions = config.max_model_len if drafts else longest_text(shape, config.cache_tokens, slab_len)
+        needed[f"{name}'s activations"] += 4 * (positions * shape.head_dim + drafted * shape.vocab_size)
         if prefill != "triton":
             needed[f"{name}'s activations"] += cache_bytes(shape, config.cache_tokens, dtype) // shape.num_layers
         if drafts:

@@ -71,6 +71,7 @@ class Drafter:
         rows = bucket(max_lanes) if padded else max_lanes
         decoder.reserve(rows)
         decoder.reserve_logits(rows)
+        decoder.reserve_positions(max_model_len)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
             cache.device,

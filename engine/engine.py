@@ -88,7 +88,7 @@ class Engine:
             check_fit(self.config, model, reward)
             tokenizer = resolve_tokenizer(tokenizer, model)
             decoder = load_model(model, dtype=self.config.dtype, device=self.config.device, head="lm",
-                                 deterministic=self.config.deterministic)
+                                 deterministic=self.config.deterministic, max_model_len=self.config.max_model_len)
         else:
             self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
             tokenizer = resolve_tokenizer(tokenizer, model)

@@ -84,6 +84,7 @@ class Passes:
         rows = bucket(self.max_rows) if padded else self.max_rows
         sequences = bucket(max_sequences) if padded else max_sequences
         decoder.reserve(rows)
+        decoder.reserve_positions(max_model_len)
         row, sequence, real = (torch.int32, (rows,)), (torch.int32, (sequences,)), (torch.float64, (sequences,))
         self._buffers = Buffers(
             cache.device, token_ids=row, positions=row, slots=row, row_start=(torch.int32, (sequences + 1,)),

@@ -49,7 +49,7 @@ def _facts(directory: str) -> dict[str, Any]:
         "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype,
         "layers": config.num_layers, "heads": config.num_heads, "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size, "context": config.max_position_embeddings, "rope": str(config.rope),
+        "vocab_size": config.vocab_size, "context": config.context_length, "rope": str(config.rope),
         "windows": windows, "tied": summary.tied,
         # The CPU's cache is float32 whatever the checkpoint's type.
         "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4,

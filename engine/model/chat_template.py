@@ -9,9 +9,12 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stars.errors import TokenizerError
+from stars.model.template_limits import LimitedEnvironment
+
+MOST_REASON = 300
+"""Characters that an error repeats of what a template said."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message calls it; the first is given to templates
 
@@ -25,23 +28,29 @@ class ChatTemplate:
         self._compiled: jinja2.Template | None = None
 
     def render(self, messages: list[dict], **variables: Any) -> str:
-        """The text of `messages`. Raises TokenizerError for whatever goes wrong in it, forbidden code included."""
+        """The text of `messages`.
+
+        Raises TokenizerError for whatever goes wrong in it, forbidden code and more work than `template_limits` allows
+        included.
+        """
         try:
             # Only plain values reach the template: it cannot call methods of objects, nor change the caller's messages.
             plain = json.loads(json.dumps([_keys_as_read(message) for message in messages]))
             variables = json.loads(json.dumps(variables))
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise TokenizerError(f"messages and template variables must be plain JSON values ({error})") from error
         try:
             if self._compiled is None:
-                self._compiled = _environment().from_string(self._source)
+                self._compiled = _environment().compile_limited(self._source)
             return self._compiled.render(messages=plain, **variables)
         except jinja2.TemplateSyntaxError as error:
-            raise TokenizerError(f"the chat template of {self._where} is not valid ({error}): repair it") from error
+            raise TokenizerError(
+                f"the chat template of {self._where} is not valid ({_reason(error)}): repair it"
+            ) from error
         except Exception as error:  # templates raise what they like: their own errors, type errors, forbidden access
             raise TokenizerError(
-                f"the chat template of {self._where} does not render these messages ({error}): change the messages to "
-                "what it expects, or give the prompt as text"
+                f"the chat template of {self._where} does not render these messages ({_reason(error)}): change the "
+                "messages to what it expects, or give the prompt as text"
             ) from error
 
 
@@ -53,6 +62,12 @@ def _keys_as_read(message: dict) -> dict:
     message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((message[name] for name in REASONING if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _reason(error: Exception) -> str:
+    """What `error` says, on one line: a template may raise a text of its own."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_REASON else text[:MOST_REASON] + "…"
 
 
 class _Generation(Extension):
@@ -84,11 +99,10 @@ class _Namespace(jinja2.utils.Namespace):
             raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], filters={"tojson": _to_json}
     )
-    environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace)
     return environment
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stars.errors import ModelError
-from stars.model.config import read_json
+from stars.model.files import is_file, printed, read_json, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -43,14 +43,14 @@ class Checkpoint:
         self._files = {}
         for shard in self.shards:
             path = self.directory / shard
-            if not path.is_file():
+            if not is_file(path):
                 raise ModelError(f"{self.directory} lacks {shard}, which {INDEX} names: copy the model again")
             try:
                 file = safe_open(path, framework="pt")
                 for name in file.keys():  # noqa: SIM118 it is no dictionary
                     if name in self.tensors:
                         raise ModelError(
-                            f"{name} is in both {self.tensors[name].shard} and {shard} of {self.directory}: "
+                            f"{printed(name)} is in both {self.tensors[name].shard} and {shard} of {self.directory}: "
                             "copy the model again"
                         )
                     part = file.get_slice(name)
@@ -60,7 +60,14 @@ class Checkpoint:
             self._files[shard] = file
         for name, shard in mapped.items():
             if name not in self.tensors or self.tensors[name].shard != shard:
-                raise ModelError(f"{INDEX} of {self.directory} says {name} is in {shard}, which it is not: copy again")
+                raise ModelError(f"{INDEX} of {self.directory} says {printed(name)} is in {shard}, which it is not: "
+                                 "copy again")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that there are tensors of, by the numbers in their names."""
+        parts = [name.removeprefix("model.").split(".", 2) for name in self.tensors]
+        return len({part[1] for part in parts if part[0] == "layers" and len(part) == 3})
 
     def read(self, name: str) -> Tensor:
         """Tensor `name` in the file's own type; it may be a view of the file, so keep only copies of it."""
@@ -73,17 +80,17 @@ class Checkpoint:
 
 def _find_shards(directory: Path) -> tuple[list[str], dict[str, str]]:
     """The names of the safetensors files, and the index's map of tensor to file where there is one."""
-    if (directory / SINGLE).is_file():
+    if is_file(directory / SINGLE):
         return [SINGLE], {}
-    if (directory / INDEX).is_file():
+    if is_file(directory / INDEX):
         mapped = read_json(directory / INDEX).get("weight_map")
         if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
             raise ModelError(f"{directory / INDEX} holds no weight_map of tensors to files: copy the model again")
         for shard in mapped.values():
-            if Path(shard).name != shard:
-                raise ModelError(f"{directory / INDEX} names {shard!r}, which is not a file beside it: refused")
+            if Path(shard).name != shard or not shard.isprintable():
+                raise ModelError(f"{directory / INDEX} names {shown(shard)}, which is not a file beside it: refused")
         return sorted(set(mapped.values())), mapped
-    if (directory / "adapter_config.json").is_file():
+    if is_file(directory / "adapter_config.json"):
         raise ModelError(f"{directory} holds an adapter, not a model: merge it into its base model and save that")
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickles:

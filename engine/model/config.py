@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stars.errors import ModelError
+from stars.model.checkpoint import Checkpoint
 from stars.model.families import FAMILIES, Family
+from stars.model.files import is_directory, is_file, is_finite, read_json, shown
 from stars.model.rope import RopeConfig, parse_rope
 
 HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
 """What may follow the family's class prefix in `architectures`."""
+MOST = 2**31 - 1
+"""Sizes, positions and token ids are int32 in the kernels."""
+SURE_LAYERS = 1000
+"""Layers that are believed without a look at the tensors: few enough to be compared one by one afterwards."""
 
 
 @dataclass(frozen=True)
@@ -45,33 +50,40 @@ class ModelConfig:
     attention_softcap: float | None = None
     final_softcap: float | None = None
 
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a text: max_position_embeddings, or more where the rotation is stretched beyond it."""
+        return min(self.rope.context_length(self.max_position_embeddings), MOST)
+
 
 def load_config(directory: str | Path) -> ModelConfig:
     """Reads DIRECTORY/config.json, and generation_config.json where there is one.
 
     Raises ModelError for a missing or broken file, an unsupported model type, architecture, rope type, activation or
-    quantisation, and for sizes that do not fit together.
+    quantisation, for sizes that do not fit together, and for more layers than the weights' headers hold.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise ModelError(f"{directory} is not a directory: give the path of a model in Hugging Face format")
     path = directory / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(f"{directory} has no config.json: give the path of a model in Hugging Face format")
     generation_path = directory / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
-    return parse_config(read_json(path), generation, str(path))
+    generation = read_json(generation_path) if is_file(generation_path) else {}
+    config = read_json(path)
+    if _size(config, "num_hidden_layers", str(path)) > SURE_LAYERS:
+        _check_layers(config["num_hidden_layers"], Checkpoint(directory))
+    return parse_config(config, generation, str(path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ModelError where it cannot be read or is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}): copy the model again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object: copy the model again")
-    return value
+def _check_layers(count: int, checkpoint: Checkpoint) -> None:
+    """Raises ModelError where config.json's num_hidden_layers is not the number of layers that there are tensors of."""
+    held = checkpoint.num_layers
+    if count != held:
+        raise ModelError(
+            f"{checkpoint.directory / 'config.json'} has num_hidden_layers = {count} and the tensors beside it are of "
+            f"{held} layers: use config.json of the same checkpoint, or copy the model again"
+        )
 
 
 def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str) -> ModelConfig:
@@ -82,8 +94,10 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str)
     num_heads = _size(config, "num_attention_heads", where)
     num_layers = _size(config, "num_hidden_layers", where)
     # null means one KV head per query head, an absent key means the family's default
-    num_kv_heads = config.get("num_key_value_heads", family.default_num_kv_heads) or num_heads
-    head_dim = config.get("head_dim") or family.default_head_dim or hidden_size // num_heads
+    num_kv_heads = config.get("num_key_value_heads", family.default_num_kv_heads)
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    head_dim = config.get("head_dim")
+    head_dim = (family.default_head_dim or hidden_size // num_heads) if head_dim is None else head_dim
     for name, value in (("num_key_value_heads", num_kv_heads), ("head_dim", head_dim)):
         _size({name: value}, name, where)
     if num_heads % num_kv_heads:
@@ -96,10 +110,15 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str)
     max_positions = _size(config, "max_position_embeddings", where)
     bos_token_id = _token_ids(config.get("bos_token_id"), "bos_token_id", where)
     eos_token_ids = _token_ids(config.get("eos_token_id"), "eos_token_id", where)
-    eos_token_ids += _token_ids(generation.get("eos_token_id"), "eos_token_id", where)
+    beside = str(Path(where).with_name("generation_config.json"))
+    eos_token_ids += _token_ids(generation.get("eos_token_id"), "eos_token_id", beside)
     eps = config.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, (int, float)) or eps < 0:
-        raise ModelError(f"{where} has rms_norm_eps = {eps!r} where a small number is needed: repair config.json")
+    if not is_finite(eps) or not 0 <= eps < 1:
+        raise ModelError(f"{where} has rms_norm_eps = {shown(eps)} where a small number is needed: repair config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if not isinstance(dtype, str):
+        raise ModelError(f"{where} has dtype = {shown(dtype)} where a name such as bfloat16 is needed: repair "
+                         "config.json")
     return ModelConfig(
         model_type=config["model_type"],
         architectures=tuple(config.get("architectures") or ()),
@@ -114,14 +133,14 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str)
         max_position_embeddings=max_positions,
         rope=parse_rope(config, max_positions, where),
         sliding_window=_windows(config, family, num_layers, where),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_switch("tie_word_embeddings", config, where),
         eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
         bos_token_id=bos_token_id[0] if bos_token_id else None,
-        num_labels=_num_labels(config),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
-        qkv_bias=_switch(family.qkv_bias, config),
-        o_bias=_switch(family.o_bias, config),
-        mlp_bias=_switch(family.mlp_bias, config),
+        num_labels=_num_labels(config, where),
+        dtype=dtype.removeprefix("torch."),
+        qkv_bias=_switch(family.qkv_bias, config, where),
+        o_bias=_switch(family.o_bias, config, where),
+        mlp_bias=_switch(family.mlp_bias, config, where),
         qk_norm=family.qk_norm,
         attention_scale=head_dim**-0.5,
     )
@@ -129,25 +148,31 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str)
 
 def _family(config: dict[str, Any], where: str) -> Family:
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(
-            f"{where} has model_type {model_type!r}, which is not supported: use one of {', '.join(FAMILIES)}"
+            f"{where} has model_type {shown(model_type)}, which is not supported: use one of {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family, where: str) -> None:
     known = [family.class_prefix + head for head in HEADS]
-    for architecture in config.get("architectures") or ():
+    architectures = config.get("architectures") or ()
+    if not isinstance(architectures, (list, tuple)):
+        raise ModelError(f"{where} has architectures = {shown(architectures)} where a list of class names is needed: "
+                         "repair config.json")
+    for architecture in architectures:
         if architecture not in known:
             raise ModelError(
-                f"{where} has architecture {architecture!r}, which is not supported: use one of {', '.join(known)}"
+                f"{where} has architecture {shown(architecture)}, which is not supported: use one of {', '.join(known)}"
             )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ModelError(f"{where} has activation {activation!r}, which is not supported: use a model with silu")
+        raise ModelError(f"{where} has activation {shown(activation)}, which is not supported: use a model with silu")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = method if isinstance(method, str) and method.isprintable() else "an unnamed method"
         raise ModelError(
             f"{where} is quantised with {method}, which is not supported: use the float32, bfloat16 or float16 model"
         )
@@ -158,7 +183,7 @@ def _windows(config: dict[str, Any], family: Family, num_layers: int, where: str
     if family.window == "none":
         return (None,) * num_layers
     window = config.get("sliding_window", family.default_window)
-    if family.window == "layer_types" and not config.get("use_sliding_window", False):
+    if family.window == "layer_types" and not _switch("use_sliding_window", config, where):
         window = None
     if window is not None:
         _size({"sliding_window": window}, "sliding_window", where)
@@ -166,14 +191,19 @@ def _windows(config: dict[str, Any], family: Family, num_layers: int, where: str
     if layer_types is None:
         first = config.get("max_window_layers", family.default_max_window_layers)
         first = 0 if family.window == "every_layer" or first is None else first
+        if not isinstance(first, int):
+            raise ModelError(f"{where} has max_window_layers = {shown(first)} where a number of layers is needed: "
+                             "repair config.json")
         return tuple(window if index >= first else None for index in range(num_layers))
+    if not isinstance(layer_types, (list, tuple)):
+        raise ModelError(f"{where} has layer_types = {shown(layer_types)} where a list is needed: repair config.json")
     if len(layer_types) != num_layers:
         raise ModelError(f"{where} has {len(layer_types)} layer_types for {num_layers} layers: repair config.json")
     for layer_type in layer_types:
         if layer_type not in ("full_attention", "sliding_attention"):
             raise ModelError(
-                f"{where} has layers of type {layer_type!r}, which is not supported: use a model whose layers are all "
-                "full_attention or sliding_attention"
+                f"{where} has layers of type {shown(layer_type)}, which is not supported: use a model whose layers are "
+                "all full_attention or sliding_attention"
             )
     if family.window == "every_layer" and window is not None and "full_attention" in layer_types:
         raise ModelError(
@@ -183,26 +213,35 @@ def _windows(config: dict[str, Any], family: Family, num_layers: int, where: str
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
 
 
-def _num_labels(config: dict[str, Any]) -> int:
+def _num_labels(config: dict[str, Any], where: str) -> int:
     """How many scores a classification head gives: id2label says so, and transformers' default is 2."""
     labels = config.get("id2label")
-    return len(labels) if labels else int(config.get("num_labels") or 2)
+    if labels is not None and not isinstance(labels, dict):
+        raise ModelError(f"{where} has id2label = {shown(labels)} where an object is needed: repair config.json")
+    return len(labels) if labels else _size({"num_labels": 2, **config}, "num_labels", where)
 
 
-def _switch(switch: bool | str, config: dict[str, Any]) -> bool:
-    return bool(config.get(switch, False)) if isinstance(switch, str) else switch
+def _switch(switch: bool | str, config: dict[str, Any], where: str) -> bool:
+    """A family's switch, or what config.json says under its name; absent and null are off."""
+    value = config.get(switch) if isinstance(switch, str) else switch
+    if value not in (None, False, True):
+        raise ModelError(f"{where} has {switch} = {shown(value)} where true or false is needed: repair config.json")
+    return bool(value)
 
 
 def _size(config: dict[str, Any], name: str, where: str) -> int:
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"{where} has {name} = {value!r} where a positive integer is needed: repair config.json")
+        raise ModelError(f"{where} has {name} = {shown(value)} where a positive integer is needed: repair config.json")
+    if value > MOST:
+        raise ModelError(f"{where} has {name} = {shown(value)}, beyond the {MOST} that fit in 32 bits: repair "
+                         "config.json")
     return value
 
 
 def _token_ids(value: Any, name: str, where: str) -> tuple[int, ...]:
     ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
     for token_id in ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool):
-            raise ModelError(f"{where} has {name} = {value!r} where token ids are needed: repair config.json")
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id > MOST:
+            raise ModelError(f"{where} has {name} = {shown(value)} where token ids are needed: repair that file")
     return tuple(token_id for token_id in ids if token_id >= 0)

@@ -15,6 +15,7 @@ from stars.errors import IntegrityError, ModelError
 from stars.kernels.linear import Weight
 from stars.kernels.types import Batch, DecideState
 from stars.model.config import ModelConfig
+from stars.model.rope import rope_tables
 
 
 class LayerWeights(NamedTuple):
@@ -60,8 +61,8 @@ class Decoder:
     """Pre-norm decoder layers between an embedding and a head.
 
     `head` gives logits (for tied embeddings it is the embedding's own Weight), `score_head` [1, hidden] rewards; either
-    may be None. cos, sin float32 [max_position_embeddings, head_dim / 2]. dtype: of activations, keys and values;
-    float32 on the CPU.
+    may be None. cos, sin float32 [positions, head_dim / 2]: no row of a pass may stand at a later position. dtype: of
+    activations, keys and values; float32 on the CPU.
     """
 
     def __init__(
@@ -147,6 +148,20 @@ class Decoder:
             self._outgrow(self._logits)
             self._logits = torch.empty(rows, self.config.vocab_size, dtype=self.dtype, device=self.device)
             self.max_logits = rows
+
+    def reserve_positions(self, count: int) -> None:
+        """Makes the tables of the rotation reach `count` positions; does nothing where they do already.
+
+        Raises ModelError beyond the model's context.
+        """
+        if count <= self.cos.shape[0]:
+            return
+        if count > self.config.context_length:
+            raise ModelError(f"{count} positions exceed the model's context of {self.config.context_length}: lower "
+                             "max_model_len")
+        self._outgrow(self.cos)
+        self._outgrow(self.sin)
+        self.cos, self.sin = rope_tables(self.config.rope, self.config.head_dim, count, self.device)
 
     def _outgrow(self, buffers: Workspace | Tensor | None) -> None:
         """Programs of libstars hold what they use; a CUDA graph, of another engine perhaps, holds addresses only."""

@@ -16,14 +16,24 @@ from stars.model.checkpoint import ITEM_BYTES, Checkpoint
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder, LayerWeights
 from stars.model.families import FAMILIES
+from stars.model.files import is_file, printed
 from stars.model.normalisation import STATISTICS, read_normalisation
 from stars.model.rope import rope_tables
 from stars.model.tokenizer import has_chat_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_ROWS = 256
+DEFAULT_POSITIONS = 1 << 15
 LM_HEAD, SCORE_HEAD = "lm_head.weight", "score.weight"
 NAMED = 3  # tensors an error names before it only counts
+KEYS = {
+    "embed_tokens": "vocab_size, hidden_size", "lm_head": "vocab_size, hidden_size",
+    "q_proj": "num_attention_heads * head_dim, hidden_size", "k_proj": "num_key_value_heads * head_dim, hidden_size",
+    "v_proj": "num_key_value_heads * head_dim, hidden_size", "o_proj": "hidden_size, num_attention_heads * head_dim",
+    "gate_proj": "intermediate_size, hidden_size", "up_proj": "intermediate_size, hidden_size",
+    "down_proj": "hidden_size, intermediate_size", "q_norm": "head_dim", "k_norm": "head_dim",
+}
+"""What of config.json gives the shape of a layer's weight; that of the others is hidden_size."""
 
 
 class ModelSummary(NamedTuple):
@@ -44,6 +54,7 @@ class ModelSummary(NamedTuple):
 def load_model(
     directory: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu",
     head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS, deterministic: bool = False,
+    max_model_len: int | None = None,
 ) -> Decoder:
     """The model in DIRECTORY with the head asked for, its matrices packed one at a time.
 
@@ -52,8 +63,9 @@ def load_model(
     them too: about twice as fast with many rows on a Zen 4. Sums, norms, biases, attention, the cache and the reward
     head stay float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and
     with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
-    (raw - mean) / std. Raises ModelError for whatever does not fit: missing, unexpected or
-    misshapen tensors, an absent head, more labels than one, damaged files.
+    (raw - mean) / std. max_model_len: positions that there is room for, as many as the model's context has and at most
+    32768 if left out; `Decoder.reserve_positions` makes more. Raises ModelError for whatever does not fit: missing,
+    unexpected or misshapen tensors, an absent head, more labels than one, broken files.
     """
     device = _check_device(device)
     if dtype not in _dtypes(device):
@@ -78,7 +90,8 @@ def load_model(
         score_head = reader.score_head()
     else:
         lm_head = embedding if tied else reader.matrix("lm_head")
-    cos, sin = rope_tables(config.rope, config.head_dim, config.max_position_embeddings, device)
+    positions = min(config.context_length, max_model_len or DEFAULT_POSITIONS)
+    cos, sin = rope_tables(config.rope, config.head_dim, positions, device)
     return Decoder(
         config, embedding, layers, reader.vector("model.norm.weight"), lm_head, score_head, cos, sin, max_rows,
         reader.activations,
@@ -107,7 +120,7 @@ def inspect_model(directory: str | Path) -> ModelSummary:
         tied=config.tie_word_embeddings,
         missing=missing,
         unexpected=unexpected,
-        tokenizer=(directory / "tokenizer.json").is_file(),
+        tokenizer=is_file(directory / "tokenizer.json"),
         chat_template=has_chat_template(directory),
     )
 
@@ -225,21 +238,28 @@ def _check(checkpoint: Checkpoint, config: ModelConfig, head: str) -> dict[str, 
     if head == "reward":
         _check_score_head(checkpoint, config, f"{prefix}ForSequenceClassification")
     names, missing, unexpected = _match(checkpoint, config, head)
+    held = checkpoint.num_layers
+    layers = "" if held == config.num_layers else (f" (num_hidden_layers is {config.num_layers} in config.json, and "
+                                                   f"there are tensors of {held} layers)")
     if missing:
         raise ModelError(
-            f"{where} lacks {_list(missing)}: copy the model again, or repair config.json if it is of another model"
+            f"{where} lacks {_list(missing)}{layers}: copy the model again, or repair config.json if it is of another "
+            "model"
         )
     if unexpected:
         raise ModelError(
-            f"{where} has {_list(unexpected)} that a {config.model_type} model with this config.json does not have: "
+            f"{where} has {_list(unexpected)} that a {config.model_type} model with this config.json does not have"
+            f"{layers}: "
             "use config.json of the same checkpoint, or a model without them"
         )
     for name, shape in expected_tensors(config, head).items():
         info = checkpoint.tensors[names[name]]
         if info.shape != shape:
+            keys = KEYS.get(name.split(".")[-2], "hidden_size")
+            keys = keys.split(",")[0] if len(shape) == 1 else "1, hidden_size" if name == SCORE_HEAD else keys
             raise ModelError(
-                f"{names[name]} of {where} has shape {list(info.shape)} where config.json asks for {list(shape)}: "
-                "use config.json of the same checkpoint"
+                f"{names[name]} of {where} has shape {list(info.shape)} where config.json asks for {list(shape)} "
+                f"({keys}): use config.json of the same checkpoint"
             )
         if info.dtype not in ITEM_BYTES:
             raise ModelError(
@@ -303,7 +323,7 @@ def _is_causal(config: ModelConfig) -> bool:
 def _list(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:NAMED])}{more})"
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(map(printed, names[:NAMED]))}{more})"
 
 
 def _dtypes(device: torch.device) -> tuple[str, ...]:

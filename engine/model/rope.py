@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from stars.errors import ModelError
+from stars.model.files import is_finite, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+_MOST = 1e12
+"""Beyond it and below its inverse, frequencies of float32 overflow; no checkpoint has a number near either."""
 
 # What to do about the kinds that are refused. Keys already in the cache are rotated by the frequencies of the moment
 # they were written, so kinds whose frequencies change with the length of the text cannot be continued from a cache.
@@ -40,6 +44,21 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def context_length(self, max_position_embeddings: int) -> int:
+        """Tokens that the rotation is made for, by what config.json gives as max_position_embeddings.
+
+        Checkpoints of yarn name there either the length before stretching or that after it, so the longer of the two
+        counts. Those of linear name the length before it (transformers' advice, and how vLLM reads it), unless they
+        name that one apart. Those of llama3 name the length that the model is made for, which is not a multiple of the
+        factor: it counts unless it is no longer than the length before stretching.
+        """
+        if self.rope_type == "default":
+            return max_position_embeddings
+        original = self.original_max_position_embeddings or max_position_embeddings
+        if self.rope_type == "llama3" and original < max_position_embeddings:
+            return max_position_embeddings
+        return max(max_position_embeddings, int(min(original * self.factor, 2.0**53)))
+
     def __str__(self) -> str:
         scale = f", factor {self.factor:g}" if self.factor is not None else ""
         return f"{self.rope_type} (theta {self.rope_theta:g}{scale})"
@@ -61,32 +80,37 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
         )
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in ROPE_TYPES:
-        advice = _REFUSED.get(rope_type, f"use a checkpoint with one of {', '.join(ROPE_TYPES)}")
-        raise ModelError(f"{where} uses rope type {rope_type!r}, which is not supported: {advice}")
+        advice = f"use a checkpoint with one of {', '.join(ROPE_TYPES)}"
+        advice = _REFUSED.get(rope_type, advice) if isinstance(rope_type, str) else advice
+        raise ModelError(f"{where} uses rope type {shown(rope_type)}, which is not supported: {advice}")
     partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ModelError(
-            f"{where} rotates only a part of each head (partial_rotary_factor {partial}), which none of the supported "
-            "families does: use a checkpoint that rotates whole heads"
+            f"{where} rotates only a part of each head (partial_rotary_factor {shown(partial)}), which none of the "
+            "supported families does: use a checkpoint that rotates whole heads"
         )
     theta = parameters.get("rope_theta", config.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     values: dict[str, Any] = {"rope_type": rope_type, "rope_theta": _number(theta, "rope_theta", where)}
     if rope_type == "default":
         return RopeConfig(**values)
-    original = None
-    if rope_type in ("llama3", "yarn"):
-        original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-        original = original or max_position_embeddings
-        values["original_max_position_embeddings"] = int(_number(original, "original_max_position_embeddings", where))
+    original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    if original is None and rope_type != "linear":
+        original = max_position_embeddings
+    if original is not None:
+        original = _number(original, "original_max_position_embeddings", where)
+        if original < 1:
+            raise ModelError(f"{where} has rope original_max_position_embeddings = {original:g} where a positive "
+                             "integer is needed: repair config.json")
+        values["original_max_position_embeddings"] = original = int(original)
     factor = parameters.get("factor")
-    if factor is None and rope_type == "yarn" and original:
+    if factor is None and rope_type == "yarn":
         factor = max_position_embeddings / original
     values["factor"] = _number(factor, "factor", where)
     if rope_type == "llama3":
         for name in ("low_freq_factor", "high_freq_factor"):
             values[name] = _number(parameters.get(name), name, where)
-        if values["low_freq_factor"] == values["high_freq_factor"]:
+        if abs(values["low_freq_factor"] - values["high_freq_factor"]) < 1e-6:
             raise ModelError(f"{where} has rope low_freq_factor equal to high_freq_factor: repair config.json")
     if rope_type == "yarn":
         for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
@@ -94,13 +118,20 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
             if parameters.get(name) is not None and (parameters[name] or not name.startswith("beta")):
                 values[name] = _number(parameters[name], name, where, positive=not name.startswith("mscale"))
         values["truncate"] = bool(parameters.get("truncate", True))
+        if values["rope_theta"] <= 1:
+            raise ModelError(f"{where} has rope_theta = {theta:g}, which yarn cannot stretch: repair config.json")
+        if not _MOST**-1 < abs(_attention_factor(RopeConfig(**values))) < _MOST:
+            raise ModelError(f"{where} has rope mscale and mscale_all_dim that cancel out: repair config.json")
     return RopeConfig(**values)
 
 
 def _number(value: Any, name: str, where: str, positive: bool = True) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or (positive and value <= 0):
-        raise ModelError(f"{where} has rope {name} = {value!r} where a positive number is needed: repair config.json")
+    if not is_finite(value) or (positive and value <= 0):
+        raise ModelError(f"{where} has rope {name} = {shown(value)} where a positive number is needed: repair "
+                         "config.json")
+    if value and not _MOST**-1 < abs(value) < _MOST:
+        raise ModelError(f"{where} has rope {name} = {shown(value)}, too far from 1 to give a rotation: repair "
+                         "config.json")
     return float(value)
 
 
@@ -145,11 +176,17 @@ def _yarn(rope: RopeConfig, head_dim: int, powers: Tensor) -> tuple[Tensor, floa
     ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
     keep = 1 - ramp
     frequencies = 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep
+    return frequencies, _attention_factor(rope)
+
+
+def _attention_factor(rope: RopeConfig) -> float:
+    """Yarn's factor on cosines and sines; 0 where it would have to be divided by 0."""
     if rope.attention_factor is not None:
-        return frequencies, rope.attention_factor
+        return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return frequencies, _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
-    return frequencies, _mscale(rope.factor, 1.0)
+        divisor = _mscale(rope.factor, rope.mscale_all_dim)
+        return _mscale(rope.factor, rope.mscale) / divisor if divisor else 0.0
+    return _mscale(rope.factor, 1.0)
 
 
 def _rotations_to_dim(rotations: float, rope: RopeConfig, head_dim: int) -> float:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer as Backend
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, TokenizerError
 from stars.model.chat_template import ChatTemplate
-from stars.model.config import read_json
+from stars.model.files import MOST_BYTES, is_file, read_json, read_text
+from stars.model.tokenizer_limits import bounded, refusing
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
@@ -50,12 +51,15 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; a rendered chat template holds its special tokens already: encode it without.
 
-        Raises TokenizerError for text that is no valid Unicode.
+        Raises TokenizerError for text that is no valid Unicode, and where the tokenizer cannot or takes too long.
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeError) as error:
-            raise TokenizerError(f"this text cannot be encoded ({error}): give valid Unicode") from error
+            with refusing(f"the tokenizer of {self._where} cannot encode this text"):
+                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TokenizerError as error:
+            if isinstance(error.__cause__, (TypeError, UnicodeError)):
+                raise TokenizerError(f"this text cannot be encoded ({error.__cause__}): give valid Unicode") from error
+            raise
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. A text's first token may lose its leading space: `Detokenizer` decodes responses.
@@ -63,7 +67,8 @@ class Tokenizer:
         An invalid or unfinished sequence of bytes becomes one replacement sign and touches nothing beside it. (Decoders
         with byte fallback would replace every byte of its run, whole characters too.)
         """
-        text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
+            text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         if REPLACEMENT not in text or not self._byte_fallback:
             return text
         tokens = (self._backend.id_to_token(token) for token in ids)
@@ -165,22 +170,20 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer in DIRECTORY, None where it has no tokenizer.json; raises TokenizerError for broken files."""
     directory = Path(directory)
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not is_file(path):
         return None
-    try:
+    if path.stat().st_size > MOST_BYTES:
+        raise TokenizerError(f"{path} has more than {MOST_BYTES} bytes: copy the model again")
+    with refusing(f"{path} cannot be read as a tokenizer: copy the model again"):
         backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"{path} cannot be read as a tokenizer ({error}): copy the model again") from error
     config = _read_config(directory)
-    try:
+    with refusing(f"the tokens that {directory} names cannot be added to its tokenizer: copy the model again"):
         special_tokens = _add_tokens(backend, directory, config)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TokenizerError(f"{directory} names its special tokens in a form that cannot be read ({error}): copy the "
-                             "model again") from error
-    # both may be left in the file from training, and would cut or stretch prompts
-    backend.no_truncation()
-    backend.no_padding()
-    return Tokenizer(backend, special_tokens, _templates(directory, config), str(directory))
+        # both may be left in the file from training, and would cut or stretch prompts
+        backend.no_truncation()
+        backend.no_padding()
+        backend = bounded(backend, f"the tokenizer of {directory}")
+        return Tokenizer(backend, special_tokens, _templates(directory, config), str(directory))
 
 
 def has_chat_template(directory: str | Path) -> bool:
@@ -195,7 +198,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file."""
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_json(path) if is_file(path) else {}
     except ModelError as error:
         raise TokenizerError(str(error)) from error
 
@@ -297,11 +300,11 @@ def _added(token: Any) -> AddedToken:
 def _templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     """Chat templates by name: a file of its own goes before the configuration."""
     path = directory / "chat_template.jinja"
-    if path.is_file():
+    if is_file(path):
         try:
-            return {"default": path.read_text(encoding="utf8")}
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{path} cannot be read ({error}): copy the model again") from error
+            return {"default": read_text(path)}
+        except ModelError as error:
+            raise TokenizerError(str(error)) from error
     template = config.get("chat_template")
     if template is None:
         return {}

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from stars.errors import RewardError
-from stars.model.config import read_json
 from stars.model.families import FAMILIES
+from stars.model.files import is_file, read_json
 from stars.reward.base import Reward
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
@@ -23,7 +23,7 @@ def resolve_reward(reward: Any) -> Reward | None:
         return reward
     if isinstance(reward, (str, Path)):
         path = Path(reward) / "config.json"
-        if path.is_file():
+        if is_file(path):
             kind = read_json(path).get("model_type")
             if not isinstance(kind, str) or kind not in FAMILIES:
                 return EncoderReward(reward)

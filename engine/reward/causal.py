@@ -12,6 +12,7 @@ from stars.detokenizer import REPLACEMENT
 from stars.errors import OutOfPages, RequestError, RewardError
 from stars.kernels.types import Draft
 from stars.law import Terms
+from stars.model.config import ModelConfig
 from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
 from stars.passes import MOST_CLOSING, NO_VERDICT, Passes, Span, Verdict
@@ -28,6 +29,11 @@ REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's
 def slab_length(max_segment_size: int) -> int:
     """Tokens of a reward model's slab: a segment may re-encode to more tokens, and closing tokens come behind it."""
     return 2 * max_segment_size + 32
+
+
+def longest_text(config: ModelConfig, cache_tokens: int, slab_len: int) -> int:
+    """Tokens of the longest text that a reward model is ever run on: its context's, or what cache and slab hold."""
+    return min(config.context_length, cache_tokens + slab_len)
 
 
 class CausalReward(Reward):
@@ -64,7 +70,7 @@ class CausalReward(Reward):
             self.decoder = self.model
         else:
             self.decoder = load_model(self.model, dtype=limits.dtype, device=limits.device, head="reward",
-                                      deterministic=limits.deterministic)
+                                      deterministic=limits.deterministic, max_model_len=1)
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(self.model)
         self.decoder.check_device(limits.device, "the reward model")
@@ -94,14 +100,15 @@ class CausalReward(Reward):
             raise RewardError('close="eos" needs an EOS token, which the reward model does not name: use close="none"')
         self.needs_text = not self.same_vocabulary
         self._framed: tuple[Prompt, _Frame] | None = None
-        self.max_model_len = config.max_position_embeddings
+        self.max_model_len = config.context_length
         self.cache = PagedCache(
             config.num_layers, config.num_kv_heads, config.head_dim, page_size=limits.page_size,
             num_pages=math.ceil(limits.cache_tokens / limits.page_size),
             num_slabs=limits.max_num_lanes + limits.max_num_seqs, slab_len=slab_length(limits.max_segment_size),
             dtype=self.decoder.dtype, device=limits.device)
-        self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, self.max_model_len,
-                              limits.padded, limits.deterministic, limits.prefill_backend)
+        longest = longest_text(config, self.cache.num_pages * limits.page_size, self.cache.slab_len)
+        self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, longest, limits.padded,
+                              limits.deterministic, limits.prefill_backend)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""

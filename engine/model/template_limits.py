@@ -1,0 +1,459 @@
+"""How much a chat template may do: every loop, call, filter and operator is counted, and every text it makes.
+
+A sandbox keeps a template from reaching out; it does not keep it from running for days or filling the memory, since a
+few characters suffice for either: nested loops, a macro that calls itself twice, a text doubled forty times, a width of
+a thousand million. So the parsed template gets counters where it can repeat itself, and what makes texts is measured
+before it is run. Counting needs no timer and no signal: it works in any thread, and stops a template at the same place
+on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from jinja2 import nodes, pass_context
+from jinja2.exceptions import TemplateRuntimeError
+from jinja2.runtime import Context, LoopContext, Macro, markup_join, str_join
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
+
+MOST_STEPS = 10_000_000
+"""Of one rendering: some seconds. A conversation of 1,000 messages takes a few hundred thousand, in a template that
+goes through all of them again for each a few million."""
+MOST_TEXT = 1 << 27
+"""Characters that one rendering reads and makes, all of them together: what bounds its memory. A conversation of a
+million characters is copied some twenty times."""
+MOST_SOURCE = 1 << 20
+"""Characters of a template: the longest in use have some 50,000."""
+MOST_WIDTH = 4096
+"""Of a field, a column, an indentation, in characters."""
+MOST_BITS = 1 << 15
+"""Of an integer: Python writes none of more than 14,285 as text."""
+ITEM, REFERENCE = 64, 8
+"""What an item of a list counts as, in characters: about its bytes, if it is a text of its own, and if it is not."""
+CALL = 10
+"""Steps that a call of a macro counts as, or of a loop from within."""
+NODES = 32
+"""Nodes of a loop's or macro's body that count as one step."""
+
+_SHALLOW = frozenset((
+    "abs", "attr", "batch", "count", "d", "default", "first", "float", "int", "items", "last", "length", "list", "map",
+    "random", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice"))
+"""Filters whose work does not depend on what the items of a collection hold."""
+_ITEMISING = frozenset((
+    "batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "slice",
+    "sort", "sum", "unique"))
+"""Filters that make an item of every character of a text."""
+_BACKTRACKING = frozenset(("pprint", "striptags", "urlize", "wordwrap"))
+"""Filters whose work may grow with the square of the text."""
+_SIZED = frozenset(("batch", "center", "indent", "round", "slice", "tojson", "wordwrap"))
+"""Filters with a width, a count or a precision among their arguments."""
+_COMPARING = frozenset(("!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le",
+                        "lessthan", "lt", "ne"))
+"""Tests that look into collections."""
+_FIELD = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+)?)?")
+
+
+class LimitExceeded(TemplateRuntimeError):
+    """A template did more than it may."""
+
+
+class Meter:
+    """What one rendering has used."""
+
+    def __init__(self):
+        self.steps = MOST_STEPS
+        self.characters = MOST_TEXT
+
+    def step(self, count: int = 1) -> None:
+        """Takes `count` steps off."""
+        self.steps -= count
+        if self.steps < 0:
+            raise LimitExceeded(f"it takes more than {MOST_STEPS} steps")
+
+    def text(self, count: int) -> None:
+        """Takes `count` characters off."""
+        self.characters -= count
+        if self.characters < 0:
+            raise LimitExceeded(f"it goes through more than {MOST_TEXT} characters")
+
+    def weigh(self, value: Any, indent: int = 0) -> int:
+        """Characters of `value`'s text, about: a collection that holds one thing many times is long only as text."""
+        if type(value) is str:
+            return len(value)
+        total, stack = 0, [(value, 0)]
+        while stack:
+            self.step()
+            item, depth = stack.pop()
+            if isinstance(item, (str, bytes)):
+                total += len(item)
+            elif isinstance(item, int):
+                total += 8 + item.bit_length() // 3
+            else:
+                total += ITEM
+                if isinstance(item, Mapping):
+                    parts: Any = (part for pair in item.items() for part in pair)
+                elif isinstance(item, Namespace):
+                    parts = item._Namespace__attrs.values()
+                elif isinstance(item, Collection) and not isinstance(item, range):
+                    parts = item
+                else:
+                    continue
+                stack.extend((part, depth + 1) for part in parts)
+            total += indent * depth
+            if total > self.characters:
+                self.text(total)
+        return total
+
+    def scan(self, *values: Any) -> None:
+        """Counts reading `values`, whatever is in them included."""
+        for value in values:
+            self.text(self.weigh(value))
+
+    def taken(self, value: Any) -> Any:
+        """`value`, a result, once it is counted; iterators count what they give."""
+        if isinstance(value, (str, bytes)):
+            self.text(len(value))
+        elif isinstance(value, int):
+            if value.bit_length() > MOST_BITS:
+                raise LimitExceeded(f"it computes an integer of more than {MOST_BITS} bits")
+        elif isinstance(value, (list, tuple, dict, set, frozenset)):
+            self.text(REFERENCE * len(value))
+        elif isinstance(value, Iterator) and not isinstance(value, LoopContext):
+            return self._counted(value)
+        return value
+
+    def _counted(self, values: Iterator) -> Iterator:
+        for value in values:
+            self.step()
+            self.text(REFERENCE)
+            yield value
+
+    def width(self, *values: Any) -> None:
+        """Refuses a width, count or precision that is too large."""
+        for value in values:
+            if isinstance(value, int) and abs(value) > MOST_WIDTH:
+                raise LimitExceeded(f"it asks for a width of more than {MOST_WIDTH}")
+
+    def percent(self, form: str | bytes, values: Any) -> None:
+        """Counts `form % values`."""
+        form = form.decode("latin1") if isinstance(form, bytes) else form
+        if re.search(r"%\([^)]*\(", form):
+            raise LimitExceeded("it formats fields whose names hold brackets")
+        fields = _FIELD.findall(form)
+        for number in (number for field in fields for number in field if number):
+            if number == "*" or len(number) > 4 or int(number) > MOST_WIDTH:
+                raise LimitExceeded(f"it asks for a width of more than {MOST_WIDTH}, or for one from its arguments")
+            self.text(int(number))
+        self.text(len(form) + self.weigh(values) * (max(1, len(fields)) if isinstance(values, Mapping) else 1))
+
+    def method(self, owner: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """Counts a call of a method of a built-in type, before it is made; the arguments to make it with."""
+        if name == "join" and args and isinstance(owner, (str, bytes)):
+            args = (list(args[0]), *args[1:]) if not isinstance(args[0], (str, bytes)) else args
+            self.text(len(owner) * len(args[0]))
+        self.scan(*args, *kwargs.values())
+        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int)]
+        if isinstance(owner, (str, bytes)):
+            self.text(len(owner))
+            if name in ("center", "ljust", "rjust", "zfill"):
+                self.width(*numbers)
+            elif name == "expandtabs":
+                self.width(*numbers)
+                self.text(len(owner) * max([8, *numbers]))
+            elif name == "replace" and len(args) > 1:
+                self.replacement(owner, args[0], args[1])
+            elif name == "translate":
+                self.text(len(owner) * sum(map(self.weigh, args)))
+            elif name in ("split", "rsplit", "splitlines"):
+                separator = args[0] if args else kwargs.get("sep")
+                most = owner.count(separator) if isinstance(separator, type(owner)) and separator else len(owner) // 2
+                limit = min([n for n in numbers if n >= 0], default=most) if name != "splitlines" else most
+                self.text(ITEM * min(most, limit))
+        elif name in ("count", "index"):
+            self.step(len(owner) if isinstance(owner, range) else 1)
+            self.scan(owner)
+        elif name == "to_bytes":
+            self.width(*numbers)
+        return args
+
+    def replacement(self, value: Any, old: Any, new: Any) -> None:
+        """Counts what stands in the place of every `old`."""
+        if isinstance(value, (str, bytes)) and isinstance(old, type(value)):
+            self.text(value.count(old) * self.weigh(new))
+        else:
+            self.text(self.weigh(value) * (1 + self.weigh(new)))
+
+
+class LimitedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with a Meter for every rendering."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self, *args: Any, filters: dict[str, Callable], **kwargs: Any):
+        super().__init__(*args, finalize=_finalize, **kwargs)
+        self.context_class = _MeteredContext
+        self.globals.pop("lipsum")  # text by the paragraph
+        self.filters = {name: _metered_filter(name, function) for name, function in {**self.filters, **filters}.items()}
+        self.filters |= {"each ": _each, "concat ": _concat, "scan ": _scan, "data ": _data, "taken ": _taken}
+        self.tests = {name: _metered_test(name, function) for name, function in self.tests.items()}
+
+    def compile_limited(self, source: str):
+        """The template of `source`, with its counters in place."""
+        if len(source) > MOST_SOURCE:
+            raise LimitExceeded(f"it has more than {MOST_SOURCE} characters")
+        code = self.compile(_Counters().visit(self.parse(source)))
+        return self.template_class.from_code(self, code, self.make_globals(None))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 as Jinja's own
+        """Calls an object."""
+        meter = __context.meter
+        meter.step()
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, (str, bytes)) or (
+                isinstance(method, types.BuiltinMethodType) and not isinstance(owner, types.ModuleType)):
+            args = meter.method(owner, method.__name__, args, kwargs)
+            if isinstance(owner, str) and method.__name__ in ("format", "format_map"):
+                return meter.taken(__self._format(meter, method, args, kwargs))
+        elif isinstance(__obj, LoopContext):
+            args = tuple(list(values) for values in args)
+            meter.step(CALL + sum(map(len, args)))
+        elif isinstance(__obj, Macro):
+            meter.step(CALL)
+        else:
+            meter.scan(*args, *kwargs.values())
+        return meter.taken(super().call(__context, __obj, *args, **kwargs))
+
+    def _format(self, meter: Meter, method: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+        text = method.__self__
+        if method.__name__ == "format_map":
+            [kwargs], args = args, ()
+        if isinstance(text, Markup):
+            return Markup(_EscapeFormatter(self, meter, escape=text.escape).vformat(text, args, kwargs))
+        return _Formatter(self, meter).vformat(text, args, kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Applies an operator to two values."""
+        meter = context.meter
+        meter.step()
+        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        if operator == "%" and isinstance(left, (str, bytes)):
+            meter.percent(left, right)
+        elif operator == "*" and not numbers:
+            many, count = (right, left) if isinstance(left, int) else (left, right)
+            if isinstance(many, (str, bytes, list, tuple)) and isinstance(count, int):
+                meter.text(len(many) * max(0, count) * (1 if isinstance(many, (str, bytes)) else REFERENCE))
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() * right > MOST_BITS:
+                raise LimitExceeded(f"it computes an integer of more than {MOST_BITS} bits")
+        elif not numbers:
+            for value in (left, right):
+                if isinstance(value, Collection):
+                    meter.text(len(value) * (1 if isinstance(value, (str, bytes)) else REFERENCE))
+        return meter.taken(super().call_binop(context, operator, left, right))
+
+
+class _MeteredContext(Context):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.meter = Meter()
+
+    def derived(self, locals: dict[str, Any] | None = None) -> Context:
+        context = super().derived(locals)
+        context.meter = self.meter
+        return context
+
+
+class _Counters(NodeTransformer):
+    """Puts the counters into a parsed template.
+
+    Filters that take the context are also never run while a template is compiled, as those of constants else are.
+    """
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        size = _nodes(node.body)
+        node = self.generic_visit(node)
+        node.iter = _filter("each ", node.iter, nodes.Const(1 + size // NODES))
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Output:
+        size = sum(len(part.data) for part in node.nodes if isinstance(part, nodes.TemplateData))
+        node = self.generic_visit(node)
+        node.nodes = [_filter("data ", nodes.Const(size)), *node.nodes] if size else node.nodes
+        return node
+
+    def _body(self, node: Any) -> Any:
+        size = _nodes(node.body)
+        node = self.generic_visit(node)
+        node.body = [nodes.Output([_filter("data ", nodes.Const(size))]), *node.body]
+        return node
+
+    visit_Macro = visit_CallBlock = visit_Block = _body
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+        return _filter("concat ", nodes.List(self.generic_visit(node).nodes))
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        node = self.generic_visit(node)
+        node.expr = _scanned(node.expr)
+        for operand in node.ops:
+            operand.expr = _scanned(operand.expr)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
+        node = self.generic_visit(node)
+        node.key = _scanned(node.key)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        node = self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            return _filter("taken ", node)
+        node.arg = _scanned(node.arg)
+        return node
+
+
+def _nodes(body: list[nodes.Node]) -> int:
+    """Nodes in a body, all levels."""
+    count, stack = 0, list(body)
+    while stack:
+        stack.extend(stack.pop().iter_child_nodes())
+        count += 1
+    return count
+
+
+def _filter(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(value, name, list(args), [], None, None)  # no template can write a name that ends in a space
+
+
+def _scanned(node: nodes.Expr) -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else _filter("scan ", node)
+
+
+@pass_context
+def _each(context: Context, values: Any, cost: int) -> Any:
+    """A loop's values: its steps are counted before it begins, where their number is known."""
+    if isinstance(values, Iterator):
+        return context.meter.taken(values)
+    context.meter.step(cost * len(values) if hasattr(values, "__len__") else cost)
+    return values
+
+
+@pass_context
+def _concat(context: Context, parts: list) -> str:
+    context.meter.scan(*parts)
+    return (markup_join if context.eval_ctx.autoescape else str_join)(parts)
+
+
+@pass_context
+def _scan(context: Context, value: Any) -> Any:
+    context.meter.scan(value)
+    return value
+
+
+@pass_context
+def _data(context: Context, count: int) -> str:
+    context.meter.step(1 + count // NODES)
+    context.meter.text(count)
+    return ""
+
+
+@pass_context
+def _taken(context: Context, value: Any) -> Any:
+    return context.meter.taken(value)
+
+
+@pass_context
+def _finalize(context: Context, value: Any) -> Any:
+    context.meter.step()
+    context.meter.scan(value)
+    return value
+
+
+def _metered_filter(name: str, function: Callable) -> Callable:
+    first = _first_argument(function)
+
+    @pass_context
+    def metered(context: Context, value: Any = "", *args: Any, **kwargs: Any) -> Any:
+        meter, given = context.meter, (*args, *kwargs.values())
+        meter.step()
+        if isinstance(value, Iterator) and name in ("join", "sum"):
+            value = list(value)
+        if name not in _SHALLOW:
+            indent = max([0, *(n for n in given if isinstance(n, int))]) if name == "tojson" else 0
+            weight = meter.weigh(value, min(indent, MOST_WIDTH))
+            meter.text(weight * (1 + weight // ITEM) if name in _BACKTRACKING else weight)
+            meter.scan(*given)
+        if isinstance(value, (str, bytes)) and name in _ITEMISING:
+            meter.text(ITEM * len(value))
+        if name in _SIZED:
+            meter.width(*given)
+        if name == "format":
+            meter.percent(str(value), kwargs or args)
+        elif name == "indent":
+            meter.text((1 + str(value).count("\n")) * max([4, *(meter.weigh(width) for width in given),
+                                                           *(n for n in given if isinstance(n, int))]))
+        elif name == "replace" and len(given) > 1:
+            meter.replacement(value, given[0], given[1])
+        elif name in ("join", "sum") and isinstance(value, Collection):
+            # a separator for each item; a sum of lists copies all that went before for each
+            meter.text(len(value) * (meter.weigh(given[:1]) if name == "join" else
+                                     meter.weigh(value) if any(isinstance(n, Collection) for n in given) else 1))
+        return meter.taken(function(*first(context), value, *args, **kwargs))
+
+    return metered
+
+
+def _metered_test(name: str, function: Callable) -> Callable:
+    first = _first_argument(function)
+
+    @pass_context
+    def metered(context: Context, *args: Any, **kwargs: Any) -> Any:
+        context.meter.step()
+        if name in _COMPARING:
+            context.meter.scan(*args, *kwargs.values())
+        return function(*first(context), *args, **kwargs)
+
+    return metered
+
+
+def _first_argument(function: Callable) -> Callable[[Context], tuple]:
+    """What a filter or test is to be given before its value, as Jinja would."""
+    kind = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
+    return {None: lambda context: (), "context": lambda context: (context,),
+            "eval_context": lambda context: (context.eval_ctx,),
+            "environment": lambda context: (context.environment,)}[kind]
+
+
+class _FieldLimits:
+    """Counts what str.format writes, field by field."""
+
+    def __init__(self, env: LimitedEnvironment, meter: Meter, **kwargs: Any):
+        super().__init__(env, **kwargs)
+        self._meter = meter
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        self._meter.scan(value)
+        return super().convert_field(value, conversion)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        self._meter.step()
+        self._meter.scan(value)
+        for number in re.findall(r"\d+", format_spec):
+            self._meter.width(int(number[-9:]) if len(number) < 10 else MOST_WIDTH + 1)
+            self._meter.text(int(number))
+        return super().format_field(value, format_spec)
+
+
+class _Formatter(_FieldLimits, SandboxedFormatter):
+    pass
+
+
+class _EscapeFormatter(_FieldLimits, SandboxedEscapeFormatter):
+    pass

@@ -1,0 +1,267 @@
+"""Tokenizers that could run without bound are run in a process of their own, with a deadline and a limit of memory.
+
+tokenizer.json may hold regular expressions, which the library matches by backtracking, and steps that make a text
+longer, one after the other. Neither can be stopped from within, so a tokenizer stays in this process only if all of it
+is known: steps of the kinds below, which together make a text at most MOST_GROWTH times as long, and regular
+expressions whose alternatives are all among those of the tokenizers in use, which never go back over a text twice. What
+is not bounded is the vocabulary itself, which can be as long as its file is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer as Backend
+
+from stars.errors import TokenizerError
+
+MOST_GROWTH = 64
+"""Times that the known steps may make a text longer, by the worst case of each."""
+MOST_WORD = 4096
+"""Characters of a word that WordPiece splits in this process: its work grows with their square (100 is usual)."""
+DEADLINE = 20.0
+"""Seconds for one text in the other process: a million characters take one or two."""
+START_DEADLINE = 120.0
+"""Seconds until the other process has read the tokenizer."""
+MOST_MEMORY = 4 << 30
+"""Bytes of address space of the other process: a vocabulary of 256,000 tokens takes less than one."""
+
+_GROWTH = {
+    # normalisers, by the most characters that the Unicode standard makes of one
+    "BertNormalizer": 6, "Lowercase": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Nmt": 1, "Strip": 1,
+    "StripAccents": 1, "Prepend": 1,
+    # pre-tokenisers; a character has at most four bytes, and a piece gets one sign before it
+    "BertPreTokenizer": 1, "ByteLevel": 4, "CharDelimiterSplit": 1, "Digits": 1, "Metaspace": 2, "Punctuation": 1,
+    "Split": 1, "UnicodeScripts": 1, "Whitespace": 1, "WhitespaceSplit": 1,
+    # post-processors and decoders
+    "BertProcessing": 1, "RobertaProcessing": 1, "BPEDecoder": 1, "ByteFallback": 1, "CTC": 1, "Fuse": 1,
+    "WordPiece": 1,
+}
+_LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
+_LETTERS = r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_ALTERNATIVES = frozenset((
+    # GPT-2, Llama 3, Qwen, o200k, Tekken and DeepSeek
+    "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _ENDINGS, "'(?i:[sdmt]|ll|ve|re)", r" ?\p{L}+", r" ?\p{N}+", r"\p{L}+",
+    r"\p{N}+", r"\p{N}", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _LETTERS + r"\p{L}+", _LETTERS + r"[\p{L}\p{M}]+",
+    *(_LETTERS + case + ending for ending in ("", _ENDINGS + "?")
+      for case in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")),
+    "[一-龥぀-ゟ゠-ヿ]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+    r" ?[\p{P}\p{S}]+[\r\n]*", r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)", r"\s+", r"\s", r"\d", r"\d+", r"\d{1,3}",
+    "[0-9]", "[0-9]+", r"\n", r"[\r\n]", r"[\r\n]+", " ", " +", " {2,}", r"\S+", r"\w+", r"[^\w\s]+",
+))
+
+
+@contextmanager
+def refusing(where: str) -> Iterator[None]:
+    """TokenizerError, naming `where`, for whatever the library raises: plain Exceptions, and panics beside those."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise TokenizerError(f"{where} ({reason})") from error
+
+
+def bounded(backend: Backend, where: str) -> Backend | ConfinedBackend:
+    """`backend` itself where it is known to be bounded, else one that runs it in a process of its own."""
+    return backend if _is_bounded(backend) else ConfinedBackend(backend, where)
+
+
+def _is_bounded(backend: Backend) -> bool:
+    if getattr(backend.model, "max_input_chars_per_word", 0) > MOST_WORD:
+        return False
+    encoding = 1.0
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor):
+        encoding *= _growth(part)
+    return max(encoding, _growth(backend.decoder)) <= MOST_GROWTH
+
+
+def _growth(part: Any) -> float:
+    """Times that a part of a tokenizer makes a text longer at most; infinite for what is not known."""
+    return 1.0 if part is None else _state_growth(json.loads(part.__getstate__()))
+
+
+def _state_growth(state: dict[str, Any]) -> float:
+    kind = state.get("type")
+    if kind == "Sequence":
+        product = 1.0
+        for child in next(state[name] for name in _LISTS if name in state):
+            product *= _state_growth(child)
+        return product
+    pattern = state.get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if regex is not None and not _is_known(regex):
+        return float("inf")
+    if kind == "Replace":
+        content = len(state["content"])
+        return 1.0 + content if regex is not None else max(1.0, content / max(1, len(pattern["String"])))
+    if kind == "TemplateProcessing":
+        return max(1.0, *(float(sum("Sequence" in piece for piece in state[name])) for name in ("single", "pair")))
+    return float(_GROWTH.get(kind, "inf"))
+
+
+def _is_known(regex: str) -> bool:
+    """Whether all alternatives of a regular expression are among those in use."""
+    regex = regex.replace("\r", r"\r").replace("\n", r"\n")  # files hold either
+    alternatives, depth, inside, begin, index = [], 0, False, 0, 0
+    while index < len(regex):
+        sign = regex[index]
+        if sign == "\\":
+            index += 1
+        elif inside:
+            inside = sign != "]"
+        elif sign == "[":
+            inside = True
+        elif sign in "()":
+            depth += 1 if sign == "(" else -1
+        elif sign == "|" and depth == 0:
+            alternatives.append(regex[begin:index])
+            begin = index + 1
+        index += 1
+    alternatives.append(regex[begin:])
+    return _ALTERNATIVES.issuperset(alternatives)
+
+
+class _Encoding(NamedTuple):
+    ids: list[int]
+
+
+_CHILD = """
+import json, resource, sys
+most = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_str(json.loads(sys.stdin.readline()))
+print("true", flush=True)
+for line in sys.stdin:
+    name, given, special = json.loads(line)
+    try:
+        if name == "encode":
+            answer = tokenizer.encode(given, add_special_tokens=special).ids
+        else:
+            answer = tokenizer.decode(given, skip_special_tokens=special)
+    except BaseException as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class ConfinedBackend:
+    """A tokenizer whose encoding and decoding are done by a process of its own; all else is the library's, here.
+
+    The process starts at the first text and ends with this object or with this process. A text that takes it longer
+    than DEADLINE ends it, and with a TokenizerError; the next text starts another. Any thread may call, one at a time.
+    """
+
+    def __init__(self, backend: Backend, where: str):
+        self._backend = backend
+        self._where = where
+        self._forget()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._backend, name)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> _Encoding:
+        """As the library's, token ids alone."""
+        return _Encoding(self._ask("encode", text, add_special_tokens))
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """As the library's."""
+        return self._ask("decode", [int(token) for token in ids], skip_special_tokens)
+
+    def _forget(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+
+    def _ask(self, *question: Any) -> Any:
+        if self._owner != os.getpid():  # forked: the other process is the parent's
+            self._forget()
+        with self._lock:
+            try:
+                if self._process is None:
+                    self._start()
+                answer = self._exchange(question, DEADLINE)
+            except BaseException:  # an interrupt too: its answer would be taken for the next one's
+                self._stop()
+                raise
+        if isinstance(answer, dict):
+            raise ValueError(answer["error"])
+        return answer
+
+    def _start(self) -> None:
+        command = [sys.executable, "-c", _CHILD, str(MOST_MEMORY)]
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        try:
+            # A session of its own: an interrupt at the terminal is this process's to handle.
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+                                             stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0)
+        except OSError as error:
+            raise TokenizerError(f"{self._where} needs a process of its own, which cannot be started ({error}): use a "
+                                 "tokenizer without regular expressions of its own") from error
+        self._finalizer = weakref.finalize(self, _end, self._process, os.getpid())
+        self._exchange(self._backend.to_str(), START_DEADLINE)
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._finalizer()
+            self._process = None
+
+    def _exchange(self, question: Any, seconds: float) -> Any:
+        """Sends one line and reads one, neither longer than `seconds` in all."""
+        limit = time.monotonic() + seconds
+        process = self._process
+        reading, writing = process.stdout.fileno(), process.stdin.fileno()
+        pipes = select.poll()
+        pipes.register(reading, select.POLLIN)
+        pipes.register(writing, select.POLLOUT)
+        unsent, parts = memoryview(json.dumps(question).encode() + b"\n"), []
+        os.set_blocking(writing, False)
+        while not parts or not parts[-1].endswith(b"\n"):
+            if not unsent and len(parts) == 0:
+                pipes.modify(writing, 0)
+            ready = dict(pipes.poll(1e3 * max(0.0, limit - time.monotonic())))
+            if not ready:
+                raise TokenizerError(
+                    f"{self._where} takes more than {seconds:g} s for one text, which its regular expressions or "
+                    "normaliser make too much of: use another tokenizer, or shorter texts")
+            if writing in ready and unsent:
+                try:
+                    unsent = unsent[os.write(writing, unsent[: 1 << 16]) :]
+                except BrokenPipeError:  # what it said before it ended, if anything, is read below
+                    unsent = unsent[:0]
+            if reading in ready:
+                parts.append(os.read(reading, 1 << 20))
+                if not parts[-1]:
+                    raise TokenizerError(
+                        f"{self._where} cannot be run within {MOST_MEMORY >> 30} GiB, or breaks the library: use "
+                        "another tokenizer, or shorter texts")
+        return json.loads(b"".join(parts))
+
+
+def _end(process: subprocess.Popen, owner: int) -> None:
+    if owner == os.getpid():
+        process.kill()
+        process.wait()
+    process.stdin.close()
+    process.stdout.close()
