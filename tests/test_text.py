@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
@@ -517,6 +517,8 @@ def plain(tmp_path_factory) -> Path:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture],
           derandomize=True)
+@example({"eos_token": {"__type": "AddedToken", "content": "<|c|>", "lstrip": True}, "audio_token": {
+    "__type": "AddedToken", "content": "<|c|>", "lstrip": True, "normalized": True}}, None, None)
 @given(config=CONFIG, older=st.one_of(st.none(), MAP), added=st.one_of(st.none(), ADDED))
 def test_added_tokens_are_those_of_transformers(plain, config, older, added):
     """Whichever files name them, alone or against each other: ids, flags and names."""
