@@ -242,6 +242,7 @@ def _size(config: dict[str, Any], name: str, where: str) -> int:
 def _token_ids(value: Any, name: str, where: str) -> tuple[int, ...]:
     ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
     for token_id in ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id > MOST:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise ModelError(f"{where} has {name} = {shown(value)} where token ids are needed: repair that file")
-    return tuple(token_id for token_id in ids if token_id >= 0)
+    # An id that no model has is one that is never drawn, as in transformers; it must only fit 32 bits here.
+    return tuple(token_id for token_id in ids if 0 <= token_id <= MOST)
