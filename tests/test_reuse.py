@@ -20,6 +20,7 @@ PLAIN = dict()
 FILTERED = dict(top_k=3)
 PENALISED = dict(presence_penalty=1.5, repetition_penalty=1.6)
 BOTH = dict(top_p=0.6, min_p=0.05, frequency_penalty=1.2)
+STOPS = ([3, 5, 9], [], [7])
 KINDS = (PLAIN, FILTERED, PENALISED, BOTH)
 POLICY = stars.STARS(segment_size=5, max_attempts=4, beta=0.5, reward_threshold=1.0, width=3)
 
@@ -27,8 +28,8 @@ POLICY = stars.STARS(segment_size=5, max_attempts=4, beta=0.5, reward_threshold=
 def requests(count: int, kinds, first: int = 0, policy=POLICY, max_tokens: int = 11) -> list[tuple]:
     """`count` requests: (prompt, parameters, policy), kinds in turn, prompts of several lengths."""
     return [({"prompt_token_ids": ids(3 + 7 * (index % 5), 29, first + index)},
-             stars.SamplingParams(max_tokens=max_tokens - index % 3, seed=first + index, stop_token_ids=[7],
-                                  **kinds[index % len(kinds)]), policy)
+             stars.SamplingParams(max_tokens=max_tokens - index % 3, seed=first + index,
+                                  stop_token_ids=STOPS[(first + index) % 3], **kinds[index % len(kinds)]), policy)
             for index in range(count)]
 
 
