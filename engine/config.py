@@ -67,6 +67,8 @@ class EngineConfig:
         dtype = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
         if not isinstance(device, str) or device not in ("auto", "cpu", "cuda"):
             raise RequestError(f'device is {shown(device)}, it must be "auto", "cpu" or "cuda"')
+        if not isinstance(prefill_backend, str):
+            raise RequestError(f'prefill_backend is {shown(prefill_backend)}, it must be "auto" or a name')
         deterministic = flag("deterministic", deterministic)
         device = "cpu" if device == "auto" else device
         dtypes = ("float32", "bfloat16") + (("float16",) if device == "cuda" else ())

@@ -385,6 +385,8 @@ def test_dtypes_that_the_cpu_has_not(given):
     refused(stars.RequestError, "dtype is ", EngineConfig.resolve, LM.config, dtype=given)
     refused(stars.RequestError, "device is ", EngineConfig.resolve, LM.config, device=given)
     refused(stars.RequestError, "deterministic is ", EngineConfig.resolve, LM.config, deterministic=given)
+    if not isinstance(given, str):
+        refused(stars.RequestError, "prefill_backend is ", EngineConfig.resolve, LM.config, prefill_backend=given)
 
 
 @pytest.mark.parametrize("given, message", [
