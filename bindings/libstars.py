@@ -83,7 +83,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(library_path()))
         if library.stars_abi_version() != ABI_VERSION:
-            return None
+            raise OSError("it speaks another version of the interface")
         for name, result, *arguments in (
             ("stars_last_error", ctypes.c_char_p),
             ("stars_isa", ctypes.c_char_p),
@@ -106,7 +106,9 @@ def _load() -> ctypes.CDLL | None:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         return library
-    except (OSError, AttributeError):  # not built, not loadable here, or another library of that name
+    except (OSError, AttributeError) as error:  # not built, not loadable here, or another library of that name
+        if os.environ.get("STARS_LIBRARY"):
+            raise ImportError(f"STARS_LIBRARY names {library_path()}, which cannot be used: {error}") from error
         return None
 
 

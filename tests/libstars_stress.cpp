@@ -355,7 +355,7 @@ void try_memory() {
   }
 }
 
-void try_threads(double seconds) {
+void try_threads() {
   std::atomic<bool> stop{false};
   std::atomic<int64_t> operations{0}, changes{0};
   std::vector<std::thread> threads;
@@ -384,7 +384,8 @@ void try_threads(double seconds) {
       }
     });
   }
-  std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+  for (int tenths = 0; tenths < 50 || (operations < 2000 && tenths < 600); ++tenths)
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
   stop = true;
   for (std::thread& thread : threads) thread.join();
   stars_set_num_threads(4);
@@ -436,7 +437,7 @@ int main(int count, char** arguments) {
   if (what == "memory") {
     try_memory();
   } else if (what == "threads") {
-    try_threads(5.0);
+    try_threads();
   } else if (what == "fork") {
     try_fork(50);
   } else {

@@ -209,6 +209,15 @@ def test_a_program_refuses_what_it_cannot_run():
     assert program.run(3, done) == 3 and program.run(0, done) == 0
 
 
+def test_a_library_that_was_asked_for_and_cannot_be_used_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("STARS_LIBRARY", str(tmp_path / "libother.so"))
+    with pytest.raises(ImportError, match="STARS_LIBRARY names .*libother.so"):
+        libstars._load()
+    monkeypatch.delenv("STARS_LIBRARY")
+    monkeypatch.setattr(libstars, "ABI_VERSION", -1)
+    assert libstars._load() is None  # a build of another version is none
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 MEMORY_SCRIPT = """
