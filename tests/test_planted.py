@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stars
+from stars import law
 from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
 from stars.cli.rows import rows_of_file
@@ -223,3 +224,15 @@ def test_a_row_at_fault_is_named_by_its_line_in_the_file(tmp_path):
     assert [(row.index, row.prompt) for row in rows if row.error is None] == [(0, "one"), (2, "two")]
     assert [(row.index, row.error.split(":")[0].split(" is")[0]) for row in rows if row.error is not None] == [
         (1, "line 4"), (3, "line 8")]
+
+
+@pytest.mark.parametrize("reward, tau, beta, probability", [
+    (1.5, 1.5, 0.0, 1.0), (math.nextafter(1.5, 0.0), 1.5, 0.0, 0.0), (2.0, 1.5, 0.0, 1.0),  # the hard rule, at its edge
+    (1.5, 1.5, 0.7, 1.0), (9.0, 1.5, 0.7, 1.0), (0.8, 1.5, 0.7, math.exp(-1.0)),
+    (-math.inf, -math.inf, 0.7, 0.0), (-math.inf, -math.inf, 0.0, 0.0), (-9.0, -math.inf, 0.0, 1.0),
+    (9.0, math.inf, 0.0, 0.0), (9.0, math.inf, 0.7, 0.0),
+])
+def test_the_reported_probability_is_that_of_the_test(reward, tau, beta, probability):
+    assert law.accept_probability(reward, tau, beta) == pytest.approx(probability, rel=1e-12)
+    uniforms = [2.0**-25, 0.3, 0.4, 1.0 - 2.0**-25]
+    assert [law.accepts(uniform, reward, tau, beta) for uniform in uniforms] == [u < probability for u in uniforms]
