@@ -238,7 +238,6 @@ def test_a_rewards_directory_is_read_as_carefully(linked, tiny_model):
     ({"num_key_value_heads": 6}, r"k_proj.weight .* \[12, 36\] .* \(num_key_value_heads \* head_dim, hidden_size\)"),
     ({"num_hidden_layers": 2**31}, "num_hidden_layers = 2147483648, beyond the 2147483647 that fit in 32 bits"),
     ({"max_position_embeddings": 2**31}, "max_position_embeddings = 2147483648, beyond"),
-    ({"eos_token_id": 2**31}, "eos_token_id = 2147483648 where token ids are needed"),
 ])
 def test_sizes_that_the_tensors_do_not_have(changes, message, linked):
     """Refused before anything is made: rotary tables, windows of layers, lists of names."""
