@@ -53,9 +53,6 @@ class Following(Protocol):
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
 
-    def cancel(self) -> None:
-        """Instead of `results`: the scores are not wanted any more."""
-
 
 class Limits(NamedTuple):
     """What the engine sizes a reward model by."""

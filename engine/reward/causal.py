@@ -195,13 +195,8 @@ class CausalReward(Reward):
         for index, handle, _ in short:
             first.setdefault(id(handle.session), index)
         short.sort(key=lambda entry: first[id(entry[1].session)])
-        try:
-            verdicts = self._passes.score([self._span(handle, candidates[index].terms)
-                                           for index, handle, _ in short]) if short else []
-        except BaseException:
-            for handle in [handle for _, handle, _ in short] + [r.handle for r in results if r is not None]:
-                self.discard(handle)
-            raise
+        verdicts = self._passes.score([self._span(handle, candidates[index].terms)
+                                       for index, handle, _ in short]) if short else []
         for (index, handle, new), verdict in zip(short, verdicts, strict=True):
             results[index] = _scored(verdict, candidates[index].terms, new, handle)
         return results
@@ -212,22 +207,16 @@ class CausalReward(Reward):
         if not self.same_vocabulary or max(rows) > self.cache.slab_len or not self._passes.fits(rows) or any(
                 len(follower.session.closing) > MOST_CLOSING for follower in followers):
             return None
-        following = _Following(self, self._passes, followers)
-        try:
-            spans = []
-            for follower, count in zip(followers, rows, strict=True):
-                session, slab = follower.session, self.cache.take_slab()
-                following.slabs.append(slab)
-                start = slab * self.cache.slab_len
-                # The pages hold all of the response but its last token.
-                ids = [(follower.token_ids or session.prefix)[-1]] + [0] * (count - 1)
-                spans.append(Span(session.table, ids, session.table.length, range(start, start + count), start,
-                                  follower.terms or NO_VERDICT, follower.lane, session.closing))
-            self._passes.follow(draft, spans)
-        except BaseException:
-            following.cancel()
-            raise
-        return following
+        slabs = [self.cache.take_slab() for _ in followers]
+        spans = []
+        for follower, slab, count in zip(followers, slabs, rows, strict=True):
+            session, start = follower.session, slab * self.cache.slab_len
+            # The pages hold all of the response but its last token.
+            ids = [(follower.token_ids or session.prefix)[-1]] + [0] * (count - 1)
+            spans.append(Span(session.table, ids, session.table.length, range(start, start + count), start,
+                              follower.terms or NO_VERDICT, follower.lane, session.closing))
+        self._passes.follow(draft, spans)
+        return _Following(self, self._passes, followers, slabs)
 
     def commit(self, winners: list[tuple[_Session, _Handle]]) -> None:
         """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped."""
@@ -353,34 +342,26 @@ class CausalReward(Reward):
             table = self.cache.open(ids[:-1], max(len(ids), session.table.capacity))
         except OutOfPages as error:
             return Scored(RewardError(f"a candidate re-encodes to {len(ids)} tokens for the reward model and {error}"))
-        try:
-            run = len(ids) - table.length
-            self._passes.prefill([(table, ids, len(ids) - 1)])
-            slab = self.cache.take_slab()
-            try:
-                start = slab * self.cache.slab_len
-                [verdict] = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start,
-                                                     terms or NO_VERDICT)])
-            finally:
-                self.cache.return_slab(slab)
-        except BaseException:
-            self.cache.close(table)
-            raise
+        run = len(ids) - table.length
+        self._passes.prefill([(table, ids, len(ids) - 1)])
+        slab = self.cache.take_slab()
+        start = slab * self.cache.slab_len
+        [verdict] = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start, terms or NO_VERDICT)])
+        self.cache.return_slab(slab)
         return _scored(verdict, terms, run, _Handle(session, -1, table, table.length, content, ids))
 
 
 class _Following:
     """The scoring of candidates behind their draft: `stars.reward.base.Following`."""
 
-    def __init__(self, reward: CausalReward, passes: Passes, followers: Sequence[Follower]):
-        self.slabs: list[int] = []  # of the followers, in order
-        self._reward, self._passes, self._followers = reward, passes, followers
+    def __init__(self, reward: CausalReward, passes: Passes, followers: Sequence[Follower], slabs: list[int]):
+        self._reward, self._passes, self._followers, self._slabs = reward, passes, followers, slabs
 
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for the pass; the same results as `CausalReward.score` gives."""
         results = []
         verdicts = self._passes.verdicts(len(self._followers))
-        for follower, response, slab, verdict in zip(self._followers, token_ids, self.slabs, verdicts, strict=True):
+        for follower, response, slab, verdict in zip(self._followers, token_ids, self._slabs, verdicts, strict=True):
             session, valid = follower.session, follower.session.table.length
             ids = session.prefix + response + session.closing
             handle = _Handle(session, slab, None, valid, len(ids) - len(session.closing), ids)
@@ -389,11 +370,6 @@ class _Following:
                 verdict = verdict._replace(reward=RewardError(outside))
             results.append(_scored(verdict, follower.terms, len(ids) - valid, handle))
         return results
-
-    def cancel(self) -> None:
-        """Gives the slabs back; a pass under way writes them before any later pass does."""
-        for slab in self.slabs:
-            self._reward.cache.return_slab(slab)
 
 
 class _Frame(NamedTuple):

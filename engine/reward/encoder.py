@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from stars.arguments import integer
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, RequestError, RewardError
 from stars.model.normalisation import read_normalisation
@@ -46,12 +47,11 @@ class EncoderReward(Reward):
                  batch_size: int = 8):
         if inputs not in ("joined", "pair"):
             raise RewardError(f'EncoderReward.inputs is {inputs!r}, it must be "joined" or "pair"')
-        if batch_size < 1:
-            raise RewardError(f"EncoderReward.batch_size is {batch_size}, it must be at least 1")
+        batch_size = integer("EncoderReward.batch_size", batch_size, 1)
         self.model_path = Path(model)
         self.inputs = inputs
         self.label = label
-        self.batch_size = batch_size
+        self.batch_size = self._batch_size = batch_size  # the latter: what the model bears
 
     def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
         """Loads model and tokenizer; RewardError without transformers, for a missing head and for a label unnamed."""

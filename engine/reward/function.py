@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Callable, Sized
 from typing import Any, Literal
 
+from stars.arguments import integer
 from stars.errors import RequestError, RewardError, describe
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored
@@ -29,8 +30,8 @@ class FunctionReward(Reward):
             raise RewardError(f"FunctionReward needs a callable fn(prompt, responses), not {type(fn).__name__}")
         if inputs not in ("text", "ids"):
             raise RewardError(f'FunctionReward.inputs is {inputs!r}, it must be "text" or "ids"')
-        if batch_size is not None and batch_size < 1:
-            raise RewardError(f"FunctionReward.batch_size is {batch_size}, it must be None or at least 1")
+        if batch_size is not None:
+            batch_size = integer("FunctionReward.batch_size", batch_size, 1)
         self.fn = fn
         self.inputs = inputs
         self.batch_size = batch_size
