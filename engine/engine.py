@@ -106,10 +106,11 @@ class Engine:
                 shape.num_layers, shape.num_kv_heads, shape.head_dim, page_size=config.page_size,
                 num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
                 slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
-        self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
-                              deterministic, config.prefill_backend)
-        drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_num_seqs, config.max_segment_size,
-                          config.max_model_len, config.padded, deterministic)
+        with decoder.lock:  # another engine may be at work with it
+            self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
+                                  deterministic, config.prefill_backend)
+            drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_num_seqs,
+                              config.max_segment_size, config.max_model_len, config.padded, deterministic)
         if self.reward is not None:
             with allocation(config):
                 self.reward.bind(tokenizer, shape.vocab_size, Limits(
@@ -120,7 +121,8 @@ class Engine:
         if self.reward is not None and config.padded:
             # At start-up on a GPU, which also compiles and captures steps. On the CPU a step of a large model can take
             # seconds: there each count waits until a policy leaves its width to the engine.
-            chooser.measure()
+            with decoder.lock:
+                chooser.measure()
         self._round = Round(drafter, self._cache, self.reward, chooser, config.max_num_lanes)
         self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.

@@ -107,8 +107,9 @@ class CausalReward(Reward):
             num_slabs=limits.max_num_lanes + limits.max_num_seqs, slab_len=slab_length(limits.max_segment_size),
             dtype=self.decoder.dtype, device=limits.device)
         longest = longest_text(config, self.cache.num_pages * limits.page_size, self.cache.slab_len)
-        self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, longest, limits.padded,
-                              limits.deterministic, limits.prefill_backend)
+        with self.decoder.lock:  # another engine may be at work with it
+            self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, longest, limits.padded,
+                                  limits.deterministic, limits.prefill_backend)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
