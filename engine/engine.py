@@ -442,9 +442,10 @@ class Engine:
                 self._fail(request, alone)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        logger.warning("request %s ends with an error: %s", request.request_id, describe(error), exc_info=error)
+        message = str(error) if isinstance(error, StarsError) else describe(error)
+        logger.warning("request %s ends with an error: %s", request.request_id, message, exc_info=error)
         before, self._changing = self._changing, True
-        self._round.fail(request, describe(error))
+        self._round.fail(request, message)
         self._settle([request])
         self._changing = before
 

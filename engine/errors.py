@@ -46,14 +46,11 @@ class IntegrityError(StarsError):
 
 
 def describe(error: BaseException) -> str:
-    """`error` for a message: a StarsError's own sentence, otherwise its type and its text, where it has one that can be
-    read."""
+    """`error` for a message: its type, and its text where it has one that can be read."""
     try:
         text = " ".join(str(error).split())
     except Exception:  # a user's exception may do anything
         text = ""
-    if isinstance(error, StarsError) and text:
-        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

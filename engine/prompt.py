@@ -6,6 +6,7 @@ import operator
 from typing import Any, NamedTuple
 
 from stars.detokenizer import finished
+from stars.arguments import shown
 from stars.errors import RequestError
 
 
@@ -22,23 +23,27 @@ def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
 
     Messages are rendered with the LM's chat template and encoded without special tokens, since the template holds them.
     """
-    parsed = _parse(prompt, tokenizer)
-    wrong = next((token for token in parsed.token_ids if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise RequestError(f"prompt token id {wrong} is outside the model's vocabulary of {vocab_size}: use the "
-                           "tokenizer that belongs to the model")
+    parsed = _parse(prompt, tokenizer, vocab_size)
+    _check_ids(parsed.token_ids, vocab_size)
     return parsed
 
 
-def _parse(prompt: Any, tokenizer) -> Prompt:
+def _check_ids(token_ids: list[int], vocab_size: int) -> None:
+    wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"prompt token id {shown(wrong)} is outside the model's vocabulary of {vocab_size}: use the "
+                           "tokenizer that belongs to the model")
+
+
+def _parse(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
     if isinstance(prompt, dict):
         kinds = [key for key in ("prompt", "prompt_token_ids", "messages") if key in prompt]
-        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids", "messages"})
+        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids", "messages"}, key=str)
         if len(kinds) != 1 or unknown:
             raise RequestError('a prompt dictionary needs exactly one of "prompt", "prompt_token_ids" and "messages"'
                                + (f' and does not take "{unknown[0]}"' if unknown else ""))
         if kinds[0] == "prompt_token_ids":
-            return _from_ids(prompt["prompt_token_ids"], tokenizer)
+            return _from_ids(prompt["prompt_token_ids"], tokenizer, vocab_size)
         if kinds[0] == "messages":
             return _from_messages(prompt["messages"], tokenizer)
         prompt = prompt["prompt"]
@@ -55,17 +60,15 @@ def _parse(prompt: Any, tokenizer) -> Prompt:
     return Prompt(prompt, token_ids, prompt)
 
 
-def _from_ids(token_ids, tokenizer) -> Prompt:
+def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
     try:
         token_ids = [operator.index(token) for token in token_ids]
-    except TypeError:
+    except Exception:  # no list, or a list of whatever
         raise RequestError("prompt_token_ids must be a list of integers") from None
     if not token_ids:
         raise RequestError("the prompt is empty: give at least one character or token")
-    try:
-        text = finished(tokenizer.decode(token_ids, skip_special_tokens=True)) if tokenizer is not None else None
-    except OverflowError:  # an id that no vocabulary has
-        text = None
+    _check_ids(token_ids, vocab_size)  # before they are decoded, which some tokenizers cannot do with any number
+    text = finished(tokenizer.decode(token_ids, skip_special_tokens=True)) if tokenizer is not None else None
     return Prompt(None, token_ids, text)
 
 

@@ -86,10 +86,10 @@ def test_every_call_is_safe_beside_the_others():
     def abort():
         count = 0
         while not stop.is_set():
-            request_id = engine.add_request(*asked(50 + count))
-            assert engine.abort(request_id)
+            request_id = engine.add_request(*asked(50))
+            count += engine.abort(request_id)  # False where the rounds of others have ended it by now
             engine.check_integrity()
-            count += 1
+            time.sleep(0.001)
         return count
 
     def calibrate():
