@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from stars.detokenizer import finished
 from stars.arguments import shown
+from stars.detokenizer import finished
 from stars.errors import RequestError
 
 

@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from stars.errors import RewardError
+from stars.arguments import integer
+from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
 from stars.law import Terms
 from stars.prompt import Prompt
@@ -148,3 +149,11 @@ def reward_problem(reward: float | RewardError) -> str | None:
     if reward == math.inf:
         return "the reward is +inf: the reward model or function must return a finite number or -inf"
     return None
+
+
+def checked_batch_size(owner: str, value: Any) -> int:
+    """`value` as a batch size of `owner`; RewardError for anything but an integer of at least 1."""
+    try:
+        return integer(f"{owner}.batch_size", value, 1)
+    except RequestError as error:
+        raise RewardError(str(error)) from None

@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from stars.arguments import integer
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, RequestError, RewardError
 from stars.model.normalisation import read_normalisation
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, ContextFull, Limits, Reward, Scored
+from stars.reward.base import Candidate, ContextFull, Limits, Reward, Scored, checked_batch_size
 from stars.reward.encoder_model import choose_padding, context_length, load_encoder, num_embeddings, one_line
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -47,7 +46,7 @@ class EncoderReward(Reward):
                  batch_size: int = 8):
         if inputs not in ("joined", "pair"):
             raise RewardError(f'EncoderReward.inputs is {inputs!r}, it must be "joined" or "pair"')
-        batch_size = integer("EncoderReward.batch_size", batch_size, 1)
+        batch_size = checked_batch_size("EncoderReward", batch_size)
         self.model_path = Path(model)
         self.inputs = inputs
         self.label = label

@@ -8,10 +8,9 @@ import numbers
 from collections.abc import Callable, Sized
 from typing import Any, Literal
 
-from stars.arguments import integer
 from stars.errors import RequestError, RewardError, describe
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Reward, Scored
+from stars.reward.base import Candidate, Reward, Scored, checked_batch_size
 
 
 class FunctionReward(Reward):
@@ -31,7 +30,7 @@ class FunctionReward(Reward):
         if inputs not in ("text", "ids"):
             raise RewardError(f'FunctionReward.inputs is {inputs!r}, it must be "text" or "ids"')
         if batch_size is not None:
-            batch_size = integer("FunctionReward.batch_size", batch_size, 1)
+            batch_size = checked_batch_size("FunctionReward", batch_size)
         self.fn = fn
         self.inputs = inputs
         self.batch_size = batch_size
