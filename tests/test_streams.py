@@ -202,6 +202,28 @@ def test_one_peak_over_a_flat_tail_equals_the_reference(instruction_set):  # noq
         assert assert_same_lanes(logits, before, lanes, reference_of_peaks(filters)) == 0
 
 
+@cache
+def draws_of_a_kept_tail() -> tuple[torch.Tensor, LaneState, list[int]]:
+    row = torch.zeros(1, VOCAB)
+    row[0, 70001] = math.log(VOCAB - 1)
+    logits, lanes = row.expand(24, VOCAB).contiguous(), make_lanes(24, top_p=0.6, max_steps=1, seed=2)
+    reference = copy_of(lanes)
+    sample_step_reference(logits, reference)
+    return logits, lanes, reference.out_tokens[:, 0].tolist()
+
+
+def test_a_tail_that_top_p_keeps_is_drawn_from(instruction_set):  # noqa: F811
+    """Half the mass is one token's, the rest far below it: top_p = 0.6 keeps all of the tail, however low it lies.
+
+    Of 24 draws none on the tail would come once in 2^24 seeds, and this one is fixed.
+    """
+    logits, lanes, wanted = draws_of_a_kept_tail()
+    drawn = copy_of(lanes)
+    libstars.sample_step(logits, drawn)
+    assert drawn.out_tokens[:, 0].tolist() == wanted
+    assert 3 < sum(token != 70001 for token in wanted) < 21
+
+
 def test_the_reference_draws_what_the_law_says_of_a_peak():
     """The argmax of z + g and the log-probability, both in float64 from the words themselves."""
     logits, lanes = peak_rows(), make_lanes(len(PEAKS), seed=3)
