@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 
@@ -68,3 +70,22 @@ def run(capsys) -> Callable[..., tuple[int, str, str]]:
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Threads cost more than they give at the tests' sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """Signals as they are in a terminal: whoever runs the tests in the background ignores Ctrl-C."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -6,7 +6,6 @@ import math
 import re
 
 import pytest
-import torch
 
 import stars
 from stars.errors import RequestError
@@ -19,13 +18,7 @@ PROMPT = {"prompt_token_ids": ids(7, seed=1)}
 POLICY = stars.STARS(segment_size=3, max_attempts=3, reward_threshold=1.5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Threads cost more than they give at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture()

@@ -31,14 +31,7 @@ POLICY_FLAGS = ["--segment-size", "3", "--max-attempts", "4", "--reward-threshol
 PROMPT = "The dog"
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Signals as they are in a terminal: whoever runs the tests in the background ignores Ctrl-C."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("usual_signals")
 
 
 # -- --stream -----------------------------------------------------------------------------------------------------

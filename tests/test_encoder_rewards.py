@@ -31,13 +31,7 @@ MESSAGE_TEMPLATE = ("{% for m in messages %}{{ m.role }}:{% if m.content is stri
                     "{% elif m.content %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %};{% endfor %}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Threads cost more than they give at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def write_bpe(directory: Path, pair_type: int = 0, **config) -> int:

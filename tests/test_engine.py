@@ -22,13 +22,7 @@ POLICY = stars.STARS(segment_size=3, max_attempts=5, alpha=0.4, beta=0.5, reward
 PARAMS = stars.SamplingParams(max_tokens=14, n=2, seed=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Threads cost more than they give at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def rewarding(fn=REWARD, **options) -> stars.FunctionReward:

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import pytest
-import torch
 
 import stars
 from libstars_threads import threads
@@ -22,13 +21,7 @@ RM = ToyModel(vocab=37, seed=4, hidden=36, heads=3, kv_heads=3, layers=2, head="
 PREFIX = ids(40, vocab=37, seed=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Threads cost more than they give at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def requests() -> list[tuple]:

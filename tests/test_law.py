@@ -39,13 +39,7 @@ MAX_TOKENS = 5  # segments of 2, 2 and 1 tokens
 Prefix = tuple[int, ...]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Threads cost more than they give at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 class Case(NamedTuple):

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 
 import pytest
-import torch
 
 import oracle
 import stars
@@ -26,13 +25,7 @@ RM = ToyModel(vocab=5, seed=3, head="reward", sharpness=1.5)
 RM_LARGER = ToyModel(vocab=37, seed=4, head="reward", heads=3, kv_heads=3, layers=1, sharpness=1.5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Threads cost more than they give at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def equals_oracle(output: stars.RequestOutput, model: ToyModel, reward: Callable, policy: stars.STARS,

@@ -54,13 +54,7 @@ def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
 TEXT = tokens(31)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Threads cost more than they give at these sizes, a great deal more where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="session")

@@ -26,13 +26,7 @@ LIMITS = Limits(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8,
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is a dog?"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Threads cost more than they give at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
