@@ -1,6 +1,9 @@
 # Two commands do everything on a fresh machine with Python 3.10 to 3.13 and a C++ compiler:
 #   make demo    makes the environment, installs, and decodes on the shipped pair of models
 #   make test    the same set-up, then all tests
+# two that take longer look at the tests and at libstars:
+#   make mutate    plants errors one at a time in a copy and counts which the tests notice (OPTIONS=--list names them)
+#   make sanitize  libstars under ASan, UBSan and TSan
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
 #   make device  the engine on the card, checked and timed, in 300 seconds; OPTIONS=--quick for 120
 PYTHON ?= python3
