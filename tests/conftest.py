@@ -89,3 +89,18 @@ def usual_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_round_raises(request) -> Iterator[None]:
+    """An engine that runs the requests of a failed round one by one would hide an error of its own from a test."""
+    raised: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.addFilter(lambda record: record.msg.startswith("a round raised"))
+    handler.emit = lambda record: raised.append(record.getMessage())
+    logger = logging.getLogger("stars.engine")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    if request.node.get_closest_marker("rounds_raise") is None:
+        assert not raised, raised

@@ -20,7 +20,7 @@ from stars.model.config import parse_config
 from stars.model.rope import inverse_frequencies, parse_rope
 from stars.passes import Passes, Span
 from stars.width import WidthChooser
-from toy import ToyModel, toy_engine
+from toy import ToyModel, ids, toy_engine
 
 
 def test_lanes_beyond_the_measured_counts_cost_in_proportion():
@@ -169,10 +169,10 @@ def test_more_spans_than_a_pass_holds_are_scored_in_several():
     table = cache.open(prompt, 16)
     passes.prefill([(table, prompt, len(prompt))])
     responses = [[1], [2, 3], [4, 4, 1], [3], [2, 1, 1, 4]]
-    spans = [Span(table, ids, len(prompt), range(8 * slab, 8 * slab + len(ids)), 8 * slab)
-             for slab, ids in enumerate(responses)]
-    for verdict, ids in zip(passes.score(spans), responses, strict=True):
-        assert verdict.reward == pytest.approx(model.reward(prompt + ids), abs=1e-4)
+    spans = [Span(table, response, len(prompt), range(8 * slab, 8 * slab + len(response)), 8 * slab)
+             for slab, response in enumerate(responses)]
+    for verdict, response in zip(passes.score(spans), responses, strict=True):
+        assert verdict.reward == pytest.approx(model.reward(prompt + response), abs=1e-4)
     most = passes.max_rows
     assert passes.fits([most]) and passes.fits([most - 1, 1])
     assert not passes.fits([most + 1]) and not passes.fits([most, 1]) and not passes.fits([1, 1, 1])
@@ -236,3 +236,52 @@ def test_the_reported_probability_is_that_of_the_test(reward, tau, beta, probabi
     assert law.accept_probability(reward, tau, beta) == pytest.approx(probability, rel=1e-12)
     uniforms = [2.0**-25, 0.3, 0.4, 1.0 - 2.0**-25]
     assert [law.accepts(uniform, reward, tau, beta) for uniform in uniforms] == [u < probability for u in uniforms]
+
+
+def most_probable(model: ToyModel, prompt: list[int], count: int, repetition=1.0, frequency=0.0, presence=0.0) -> list:
+    """The most probable tokens one after the other, penalties as vLLM defines them, in float64 by hand."""
+    drawn: list[int] = []
+    for _ in range(count):
+        logits = model.logits([*prompt, *drawn]).copy()
+        for token in {*prompt, *drawn}:
+            logits[token] *= repetition if logits[token] < 0 else 1 / repetition
+            logits[token] -= frequency * drawn.count(token) + presence * (token in drawn)
+        drawn.append(int(logits.argmax()))
+    return drawn
+
+
+PENALTIES = ({"presence_penalty": 1.5}, {}, {"frequency_penalty": 0.6}, {"repetition_penalty": 1.8})
+
+
+def test_each_penalty_alone_and_all_of_them_in_one_batch():
+    """Every request has the penalty, the prompt and the words of its own."""
+    model, engine = ToyModel(vocab=19, seed=5), toy_engine(ToyModel(vocab=19, seed=5))
+    prompts = [ids(3 + number, 19, number) for number in range(len(PENALTIES))]
+    wanted = [most_probable(model, prompt, 40, *(named.get(name, off) for name, off in (
+        ("repetition_penalty", 1.0), ("frequency_penalty", 0.0), ("presence_penalty", 0.0))))
+        for prompt, named in zip(prompts, PENALTIES, strict=True)]
+    params = [stars.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, **named) for named in PENALTIES]
+    assert all(one.penalties == bool(named) for one, named in zip(params, PENALTIES, strict=True))
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    together = engine.generate(given, params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in together] == wanted
+    for prompt, one, expected in zip(given, params, wanted, strict=True):
+        [output] = engine.generate(prompt, one, use_tqdm=False)
+        assert output.outputs[0].token_ids == expected
+    # Without its penalty each of them would have been another text.
+    assert [most_probable(model, prompt, 40) != expected for prompt, expected in zip(prompts, wanted, strict=True)] == [
+        True, False, True, True]
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_each_filter_alone_leaves_the_most_probable_token(filters):
+    model, engine = ToyModel(vocab=19, seed=5), toy_engine(ToyModel(vocab=19, seed=5))
+    params = stars.SamplingParams(max_tokens=24, seed=3, ignore_eos=True)
+    prompt = ids(4, 19, 2)
+    wanted = most_probable(model, prompt, 24)
+    [plain] = engine.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    assert plain.outputs[0].token_ids != wanted
+    filtered = stars.SamplingParams(max_tokens=24, seed=3, ignore_eos=True, **filters)
+    assert filtered.filters and not params.filters  # which is all that a GPU's sampler goes by
+    [output] = engine.generate({"prompt_token_ids": prompt}, filtered, use_tqdm=False)
+    assert output.outputs[0].token_ids == wanted
