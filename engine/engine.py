@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import logging
 import secrets
@@ -24,7 +25,7 @@ from stars.determinism import check_row_invariance
 from stars.detokenizer import stop_tokens
 from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
-from stars.errors import IntegrityError, RequestError, StarsError, describe, warn
+from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
 from stars.model.loader import load_model
@@ -34,7 +35,7 @@ from stars.policies import Plan, Policy, Sample, plan_of
 from stars.prompt import parse_prompt
 from stars.request import Hypothesis, Request
 from stars.reward import resolve_reward
-from stars.reward.base import Limits
+from stars.reward.base import Limits, Reward
 from stars.round import Round
 from stars.sampling import SamplingParams
 from stars.sources import check_model, check_reward, resolve_tokenizer
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 LOW_ACCEPT_RATE = 0.02
 """Below this, over at least LOW_ACCEPT_ATTEMPTS attempts, the threshold is reported as out of the reward's reach."""
 LOW_ACCEPT_ATTEMPTS = 100
+MOST_WARNED = 100  # policies that are remembered, and warned of
 
 
 class Engine:
@@ -112,6 +114,7 @@ class Engine:
             drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_num_seqs,
                               config.max_segment_size, config.max_model_len, config.padded, deterministic)
         if self.reward is not None:
+            self._claim(self.reward)
             with allocation(config):
                 self.reward.bind(tokenizer, shape.vocab_size, Limits(
                     config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,
@@ -139,6 +142,18 @@ class Engine:
         self._warned: set[Plan] = set()
         logger.info("%r from %s, in %.1f s", self, model if isinstance(model, (str, Path)) else "a Decoder",
                     time.perf_counter() - begin)
+
+    def _claim(self, reward: Reward) -> None:
+        """Makes `reward` this engine's, where it has a state of its own; RewardError if it is another's."""
+        if not reward.exclusive:
+            return
+        holder = reward.engine() if reward.engine is not None else None
+        if holder is not None and holder is not self:
+            del holder
+            gc.collect()  # it may be one that nobody uses any more
+            if reward.engine() is not None:
+                raise RewardError(f"this {type(reward).__name__} belongs to another engine: make one for each engine")
+        reward.engine = weakref.ref(self)
 
     def __repr__(self) -> str:
         if "_warned" not in vars(self):
@@ -175,16 +190,18 @@ class Engine:
             bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
             finished = 0
             while owner.waits_for:
-                self._advance_for(lambda: bool(owner.waits_for))
+                self._advance_for(owner)
                 done = len(requests) - len(owner.waits_for)
                 if bar is not None:
                     bar.update(done - finished)
                 finished = done
-            outputs = [request.output() for request in requests]
+            outputs = self._outputs(requests)
         finally:
-            if bar is not None:
-                bar.close()
-            self._disown(requests)
+            try:
+                if bar is not None:
+                    bar.close()
+            finally:
+                self._disown(requests)
         warn_of_errors(outputs, stacklevel=3)
         return outputs
 
@@ -201,17 +218,16 @@ class Engine:
         owner = _Owner()
         try:
             self._join(request, owner)
-            while True:
-                self._advance_for(lambda: not owner.news)
-                if not owner.news:
-                    continue
-                owner.news = False
-                output = request.output()
-                yield output
-                if output.finished:
-                    return
+            finished = False
+            while not finished:
+                output = self._next_output(request, owner)
+                if output is not None:
+                    finished = output.finished
+                    yield output
         finally:
-            self._disown([request])
+            # The iterator may be collected anywhere, in the middle of a round too: if it is nobody's turn the request
+            # ends now, else, as its owner is gone, with the next turn.
+            self._turns.attempt(lambda: self._drop([request]))
 
     def calibrate(self, prompts: Any, sampling_params: SamplingParams | None = None, quantile: float = 0.9,
                   num_samples: int = 16, use_tqdm: bool | Callable[..., tqdm] = False) -> float:
@@ -248,7 +264,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Admits what fits, runs one round, and returns the outputs that changed since the last step."""
         self._advance()
-        outputs = [request.output() for request in self._changed.values()]
+        outputs = [self._output(request) for request in self._changed.values()]
         self._changed = {}
         return outputs
 
@@ -318,7 +334,7 @@ class Engine:
         if plan.scoring != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
-            request_id = next(id for id in map(str, self._ids) if not self._in_use(id))
+            request_id = self._new_id()
         elif not isinstance(request_id, (str, int)):
             raise RequestError(f"request_id is {type(request_id).__name__}, it must be a string")
         elif self._in_use(request_id):
@@ -329,6 +345,9 @@ class Engine:
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:
         return self._parse(given, params, policy, None)
+
+    def _new_id(self) -> str:
+        return next(request_id for request_id in map(str, self._ids) if not self._in_use(request_id))
 
     def _in_use(self, request_id: str) -> bool:
         return request_id in self._requests or request_id in self._changed
@@ -347,6 +366,8 @@ class Engine:
 
     @one_at_a_time
     def _join(self, request: Request, owner: _Owner) -> None:
+        if self._in_use(request.request_id):  # by somebody who chose it since the request was checked
+            request.request_id = self._new_id()
         self._enqueue(request, owner)
 
     def _enqueue(self, request: Request, owner: _Owner | None = None) -> None:
@@ -364,6 +385,9 @@ class Engine:
 
     @one_at_a_time
     def _disown(self, requests: Sequence[Request]) -> None:
+        self._drop(requests)
+
+    def _drop(self, requests: Sequence[Request]) -> None:
         """Ends what is still unfinished of them."""
         self._abort([request for request in requests if self._requests.get(request.request_id) is request])
         for request in requests:
@@ -382,10 +406,35 @@ class Engine:
         self._changing = False
 
     @one_at_a_time
-    def _advance_for(self, wanted: Callable[[], bool]) -> None:
-        """Advances, unless another thread has brought what this one waited for meanwhile."""
-        if wanted():
+    def _advance_for(self, owner: _Owner) -> None:
+        """Advances, unless another thread has brought what this one waits for meanwhile."""
+        if owner.waits_for:
             self._advance()
+
+    @one_at_a_time
+    def _next_output(self, request: Request, owner: _Owner) -> RequestOutput | None:
+        """The output of `request` if it has changed, by a round of this thread or of another's; None if not."""
+        if not owner.news:
+            self._advance()
+        if not owner.news:
+            return None
+        owner.news = False
+        return self._output(request)
+
+    @one_at_a_time
+    def _outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        return [self._output(request) for request in requests]
+
+    def _output(self, request: Request) -> RequestOutput:
+        """A snapshot. A request whose text cannot be decoded has ended with an error, and has no text."""
+        try:
+            return request.output()
+        except Exception as error:
+            self._fail(request, error)
+            request.tokenizer = None
+            for hypothesis in request.hypotheses:
+                hypothesis.finish_reason, hypothesis.error = "error", hypothesis.error or sentence(error)
+            return request.output()
 
     def _advance(self) -> None:
         """Admits what fits and runs one round, or, after an exception, a segment of each request by itself."""
@@ -426,8 +475,7 @@ class Engine:
         if len(requests) == 1:
             self._fail(requests[0], error)
             return
-        logger.warning("a round raised %s: each of its %d requests is run by itself", describe(error), len(requests),
-                       exc_info=error)
+        log(f"a round raised {describe(error)}: each of its {len(requests)} requests is run by itself", error)
         for request in requests:
             try:
                 self._admit(request)
@@ -442,12 +490,11 @@ class Engine:
                 self._fail(request, alone)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        message = str(error) if isinstance(error, StarsError) else describe(error)
-        logger.warning("request %s ends with an error: %s", request.request_id, message, exc_info=error)
         before, self._changing = self._changing, True
-        self._round.fail(request, message)
+        self._round.fail(request, sentence(error))
         self._settle([request])
         self._changing = before
+        log(f"request {request.request_id} ends with an error: {sentence(error)}", error)
 
     def _recover(self) -> None:
         """After a call that was stopped in the middle: back to what was committed, with empty caches."""
@@ -481,7 +528,8 @@ class Engine:
                 if hypothesis.finish_reason is not None:
                     self._close(hypothesis)
         self._running = [hypothesis for hypothesis in self._running if hypothesis.finish_reason is None]
-        self._waiting = deque(hypothesis for hypothesis in self._waiting if hypothesis.finish_reason is None)
+        while self._waiting and self._waiting[0].finish_reason is not None:  # those behind wait until they are first
+            self._waiting.popleft()
         for request in requests:
             if request.request_id not in self._requests:
                 continue
@@ -501,8 +549,13 @@ class Engine:
             self._cache.close(hypothesis.table)
             hypothesis.table = None
         if hypothesis.session is not None:
-            self.reward.close(hypothesis.session)
-            hypothesis.session = None
+            session, hypothesis.session = hypothesis.session, None
+            try:
+                self.reward.close(session)
+            except IntegrityError:
+                raise
+            except Exception as error:  # the response has ended, and nobody else has to do with it
+                log(f"the reward could not close a response: {describe(error)}", error)
 
     def _admit(self, only: Request | None = None) -> None:
         """Moves waiting hypotheses, in order, into the running ones as long as their pages can be reserved.
@@ -514,7 +567,8 @@ class Engine:
             opened: list[Hypothesis] = []
             beginnings: set[tuple[int, ...]] = set()
             while len(self._running) + len(opened) < self.config.max_num_seqs:
-                hypothesis = next((h for h in self._waiting if only is None or h.request is only), None)
+                hypothesis = next((h for h in self._waiting if h.finish_reason is None
+                                   and (only is None or h.request is only)), None)
                 if hypothesis is None or self._beginning(hypothesis) in beginnings:
                     break  # the latter can share pages with one that was opened a moment ago, once those are written
                 if not self._open(hypothesis):
@@ -530,9 +584,17 @@ class Engine:
             if not opened:
                 break
             self._start(opened)
-        if self._waiting and not self._running and (only is None or any(h.request is only for h in self._waiting)):
-            raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
+        if self._waiting and not self._running and only in (None, self._waiting[0].request):
+            self._refuse(self._waiting[0].request)
         self._changing = False
+
+    def _refuse(self, request: Request) -> None:
+        """Ends a request that was not opened although nothing else holds anything."""
+        ids = request.prompt.token_ids
+        if not self._cache.can_open(ids[:-1], len(ids) - 1 + request.params.max_tokens):
+            raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
+        self._fail(request, RewardError(f"{type(self.reward).__name__}.can_open refuses this prompt while nothing else "
+                                        "is open: refuse it in check"))
 
     def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
         """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
@@ -590,7 +652,7 @@ class Engine:
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
         plan = request.plan
-        if plan.decision != "threshold" or plan in self._warned:
+        if plan.decision != "threshold" or plan in self._warned or len(self._warned) == MOST_WARNED:
             return
         metrics = [hypothesis.metrics for hypothesis in request.hypotheses]
         counted, accepted = sum(m.attempts_counted for m in metrics), sum(m.accepted for m in metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 
@@ -47,11 +48,26 @@ class IntegrityError(StarsError):
 
 def describe(error: BaseException) -> str:
     """`error` for a message: its type, and its text where it has one that can be read."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # a user's exception may do anything
-        text = ""
+    text = _text(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def sentence(error: BaseException) -> str:
+    """The text of an error of this package, which says all; others with their type."""
+    return isinstance(error, StarsError) and _text(error) or describe(error)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return " ".join(str(error).split())
+    except Exception:  # a user's exception may do anything
+        return ""
+
+
+def log(message: str, error: BaseException) -> None:
+    """A line about an error that was dealt with, and where it came from; a handler that raises changes nothing."""
+    with contextlib.suppress(Exception):
+        logger.warning("%s", message, exc_info=error)
 
 
 def warn(message: str, stacklevel: int) -> None:
@@ -59,5 +75,5 @@ def warn(message: str, stacklevel: int) -> None:
     results of everybody for it. It is logged then. stacklevel: as of `warnings.warn`, called in place of this."""
     try:
         warnings.warn(message, stacklevel=stacklevel + 1)
-    except Warning:
-        logger.warning("%s", message)
+    except Warning as error:
+        log(message, error)

@@ -162,7 +162,7 @@ class Round:
         for group, first in scored:
             hypothesis = group[0].hypothesis
             limit = _limit(hypothesis)
-            for index, lane in enumerate(group[: self.reward.lanes_per_pass(limit, len(scored))], first):
+            for index, lane in enumerate(group[: max(1, self.reward.lanes_per_pass(limit, len(scored)))], first):
                 batch.append(lane)
                 followers.append(Follower(hypothesis.session, hypothesis.token_ids, index, limit,
                                           _terms(lane, len(hypothesis.token_ids))))
@@ -191,7 +191,7 @@ class Round:
         while waiting:
             if not batch:
                 for hypothesis, group in waiting.items():
-                    batch += group[: self.reward.lanes_per_pass(len(group[0].token_ids), len(waiting))]
+                    batch += group[: max(1, self.reward.lanes_per_pass(len(group[0].token_ids), len(waiting)))]
                 results = self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane)) for lane in batch])
                 for lane, result in zip(batch, results, strict=True):
                     lane.score_handle = result.handle

@@ -36,6 +36,25 @@ class Turns:
         self._entrance.acquire(timeout=PATIENCE)
         return self._enter(self._locks, call)
 
+    def attempt(self, call: Callable[[], Any]) -> bool:
+        """Makes `call` if it is nobody's turn, this thread's included, and does not wait; whether it was made.
+
+        For finalisers, which the interpreter may run anywhere.
+        """
+        if any(lock._is_owned() for lock in self._locks):
+            return False
+        taken = []
+        try:
+            for lock in self._locks:
+                if not lock.acquire(blocking=False):
+                    return False
+                taken.append(lock)
+            call()
+            return True
+        finally:
+            for lock in reversed(taken):
+                lock.release()
+
     def _enter(self, locks: list[threading.RLock], call: Callable[[], Any]) -> Any:
         # `with` on the lock itself: an interrupt finds no instruction between taking it and being sure to release it.
         with locks[0]:

@@ -96,9 +96,9 @@ def no_round_raises(request) -> Iterator[None]:
     """An engine that runs the requests of a failed round one by one would hide an error of its own from a test."""
     raised: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.addFilter(lambda record: record.msg.startswith("a round raised"))
+    handler.addFilter(lambda record: record.getMessage().startswith("a round raised"))
     handler.emit = lambda record: raised.append(record.getMessage())
-    logger = logging.getLogger("stars.engine")
+    logger = logging.getLogger("stars.errors")
     logger.addHandler(handler)
     yield
     logger.removeHandler(handler)

@@ -224,8 +224,8 @@ class ConfinedBackend:
 
     def _stop(self) -> None:
         if self._process is not None:
+            self._process = None  # first: an interrupt here must not leave a process that has ended
             self._finalizer()
-            self._process = None
 
     def _exchange(self, question: Any, seconds: float) -> Any:
         """Sends one line and reads one, neither longer than `seconds` in all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -78,6 +79,8 @@ class Reward(ABC):
 
     needs_text = False  # whether `Candidate.text` must be filled
     locks: Sequence[Any] = ()  # of models that other engines may share, known once it is bound
+    exclusive = False  # whether it has a state that two engines cannot share
+    engine: weakref.ref | None = None  # whose it is, if it is exclusive; the engine sets it
 
     def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
         """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not)."""
@@ -105,7 +108,11 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, candidates: list[Candidate]) -> list[Scored]:
-        """One score per candidate, in order. Never raises for one candidate's sake: its reward is a RewardError."""
+        """One score per candidate, in order.
+
+        A candidate that cannot be scored gets a RewardError as its reward. What is raised makes the engine run each
+        request by itself: who raises then, too, ends with an error.
+        """
 
     def follow(self, draft: Draft, followers: Sequence[Follower]) -> Following | None:
         """Starts to score candidates behind the draft that is under way, without waiting for it.

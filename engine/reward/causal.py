@@ -49,6 +49,8 @@ class CausalReward(Reward):
     where ids are passed through and cut off where text is.
     """
 
+    exclusive = True
+
     def __init__(self, model, *, tokenizer=None, template: Literal["auto", "chat", "raw"] = "auto",
                  close: Literal["none", "template", "eos"] = "none", chat_template_kwargs: dict | None = None):
         if template not in ("auto", "chat", "raw"):

@@ -41,6 +41,7 @@ class EncoderReward(Reward):
     """
 
     needs_text = True
+    exclusive = True
 
     def __init__(self, model: str | Path, *, inputs: Literal["joined", "pair"] = "joined", label: int | None = None,
                  batch_size: int = 8):

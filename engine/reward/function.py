@@ -78,7 +78,9 @@ class FunctionReward(Reward):
             rewards = self.fn(copy.deepcopy(prompt), responses)
             returned = len(rewards) if isinstance(rewards, Sized) else None
             rewards = list(itertools.islice(rewards, count + 1))  # a generator may never end
-        except Exception as error:  # whatever a user's callable raises is that request's error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever else a user's callable raises, sys.exit too, is that request's error
             failure = RewardError(f"the reward function raised {describe(error)}")
             failure.__cause__ = error
             return [failure] * count
