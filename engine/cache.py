@@ -114,6 +114,11 @@ class PagedCache:
         return self.pool.num_available
 
     @property
+    def num_tables(self) -> int:
+        """Tables that are open."""
+        return len(self._tables)
+
+    @property
     def num_free_slabs(self) -> int:
         """Slabs that can be taken now."""
         return len(self._free_slabs)

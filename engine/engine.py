@@ -477,6 +477,8 @@ class Engine:
             return
         log(f"a round raised {describe(error)}: each of its {len(requests)} requests is run by itself", error)
         for request in requests:
+            self._changing = True
+            self._recover()  # nobody else holds a page
             try:
                 self._admit(request)
                 mine = [hypothesis for hypothesis in self._running if hypothesis.request is request]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import decimal
 import fractions
+import logging
 import math
 import random
 import sys
@@ -21,8 +23,8 @@ from stars.reward.base import Reward, Scored
 from test_conservation import nothing_is_held
 from toy import ToyModel, ids, table_reward, toy_engine
 
-LM = ToyModel(vocab=11, seed=1, layers=1, positions=96)
-RM = ToyModel(vocab=11, seed=3, layers=1, positions=96, head="reward", sharpness=1.5)
+LM = ToyModel(vocab=11, seed=1, positions=96)
+RM = ToyModel(vocab=11, seed=3, positions=96, head="reward", sharpness=1.5)
 REWARD = table_reward(seed=3)
 POLICY = stars.STARS(3, 4, 0.5, 0.4, 1.0, 2)
 
@@ -79,6 +81,8 @@ BAD: dict[str, tuple[Callable, str]] = {
     "recursion": (lambda p, r: BAD["recursion"][0](p, r), "the reward function raised RecursionError"),
     "no memory": (raising(MemoryError()), "the reward function raised MemoryError"),
     "the end of an iteration": (raising(StopIteration()), "the reward function raised StopIteration"),
+    "an exit": (raising(SystemExit(3)), "the reward function raised SystemExit: 3"),
+    "a cancellation": (raising(asyncio.CancelledError()), "the reward function raised CancelledError"),
     "a huge integer": (lambda p, r: [10**400] * len(r), "OverflowError"),
     "a huge fraction": (lambda p, r: [fractions.Fraction(10**400)] * len(r), "OverflowError"),
     "a decimal": (lambda p, r: [decimal.Decimal(1)] * len(r), "returned Decimal where a float is expected"),
@@ -235,7 +239,11 @@ class Mine(Reward):
     def discard(self, handle):
         self.fault("discard", handle)
 
+    def close(self, session):
+        self.fault("close", session)
 
+
+@pytest.mark.rounds_raise
 @pytest.mark.parametrize("where", ["can_open", "open", "start", "score", "commit", "discard"])
 def test_an_exception_anywhere_in_a_reward_ends_who_caused_it(where):
     made = toy_engine(LM, Mine(where))
@@ -249,6 +257,155 @@ def test_an_exception_anywhere_in_a_reward_ends_who_caused_it(where):
     nothing_is_held(made)
 
 
+def test_a_reward_that_cannot_close_a_response_ends_nobody(caplog):
+    made = toy_engine(LM, Mine("close"))
+    params = stars.SamplingParams(max_tokens=12, seed=7)
+    names = [made.add_request(prompt(first), params, POLICY) for first in (1, 2, 1)]
+    done = drain(made)
+    assert [done[name].outputs[0].error for name in names] == [None] * 3
+    assert tokens(done[names[0]]) == tokens(done[names[2]]) == alone()
+    assert "the reward could not close a response: ZeroDivisionError: in close" in caplog.text
+    nothing_is_held(made)
+
+
+def test_a_reward_that_opens_nothing_ends_its_request():
+    class Never(Mine):
+        def can_open(self, prompt, max_tokens):
+            return prompt.token_ids[0] != 2
+
+    made = toy_engine(LM, Never("nowhere"))
+    params = stars.SamplingParams(max_tokens=12, seed=7)
+    first, bad, last = (made.add_request(prompt(first), params, POLICY) for first in (1, 2, 1))
+    done = drain(made)
+    assert done[bad].outputs[0].error == ("Never.can_open refuses this prompt while nothing else is open: refuse it in "
+                                          "check")
+    assert tokens(done[first]) == tokens(done[last]) == alone()
+
+
+def test_a_reward_that_wants_no_lanes_gets_one():
+    class None_(Mine):
+        def lanes_per_pass(self, tokens, responses):
+            return 0
+
+    made = toy_engine(LM, None_("nowhere"))
+    params = stars.SamplingParams(max_tokens=12, seed=7)
+    assert tokens(drain_one(made, made.add_request(prompt(1), params, POLICY))) == alone()
+
+
+class Unwilling(logging.Handler):
+    def emit(self, record):
+        raise OSError("no space")
+
+
+def test_a_log_handler_that_raises_changes_nothing():
+    logger, handler = logging.getLogger("stars"), Unwilling()
+    logger.addHandler(handler)
+    try:
+        test_a_reward_that_opens_nothing_ends_its_request()
+    finally:
+        logger.removeHandler(handler)
+
+
+class Mute(stars.RewardError):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.rounds_raise
+def test_errors_of_this_package_without_a_text():
+    class Raises(Mine):
+        def score(self, candidates):
+            if any(candidate.session[0] == 2 for candidate in candidates):
+                raise Mute
+            return super().score(candidates)
+
+    made = toy_engine(LM, Raises("nowhere"))
+    params = stars.SamplingParams(max_tokens=12, seed=7)
+    good, bad = (made.add_request(prompt(first), params, POLICY) for first in (1, 2))
+    done = drain(made)
+    assert done[bad].outputs[0].error == "Mute" and tokens(done[good]) == alone()
+
+
+class Undecodable:
+    """A tokenizer that can encode; decoding the token 3 raises."""
+
+    has_chat_template, bos_token_id, eos_token_id = False, None, None
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, ids, skip_special_tokens=True):
+        if 3 in ids:
+            raise ValueError("nobody can read a d")
+        return "".join(chr(ord("a") + token) for token in ids)
+
+
+def test_a_text_that_cannot_be_decoded_ends_its_request():
+    model = ToyModel(vocab=11, seed=1, layers=1, positions=96)
+    made = stars.Engine(model.decoder(), tokenizer=Undecodable(), cache_tokens=512)
+    outputs = made.generate([{"prompt_token_ids": [1, 2]}] * 8,
+                            [stars.SamplingParams(max_tokens=5, seed=seed, ignore_eos=True) for seed in range(8)],
+                            use_tqdm=False)
+    for output in outputs:
+        [completion] = output.outputs
+        if 3 in completion.token_ids:
+            assert (completion.finish_reason, completion.text) == ("error", None)
+            assert completion.error == "ValueError: nobody can read a d"
+        else:
+            assert (completion.finish_reason, len(completion.text)) == ("length", 5)
+    assert {output.outputs[0].finish_reason for output in outputs} == {"error", "length"}
+    nothing_is_held(made)
+
+
+def test_a_bar_that_cannot_be_closed_leaves_nothing_behind():
+    class Bar:
+        def __init__(self, total, **_):
+            pass
+
+        def update(self, count):
+            raise KeyboardInterrupt
+
+        def close(self):
+            raise OSError("no terminal")
+
+    made = engine()
+    with pytest.raises(OSError, match="no terminal"):
+        made.generate([prompt(1)] * 3, stars.SamplingParams(max_tokens=12, seed=7), POLICY, use_tqdm=Bar)
+    nothing_is_held(made)
+
+
+def test_long_queues_take_time_in_proportion():
+    """Aborting 4,000 waiting requests in any order visits each a few times, not the whole queue each time."""
+    made = engine(max_num_seqs=2)
+    names = [made.add_request(prompt(1, 3), stars.SamplingParams(max_tokens=4, seed=1)) for _ in range(4000)]
+    visits = Counter()
+
+    def count(frame, event, argument):
+        visits[frame.f_code.co_name] += 1
+
+    sys.setprofile(count)
+    try:
+        for name in reversed(names[1:]):
+            made.abort(name)
+    finally:
+        sys.setprofile(None)
+    assert sum(visits.values()) < 200 * len(names)
+    done = drain(made)
+    assert [done[name].outputs[0].finish_reason for name in names] == ["length"] + ["abort"] * 3999
+    nothing_is_held(made)
+
+
+def test_the_policies_that_are_remembered_for_their_warning_are_few():
+    made = engine()
+    params = stars.SamplingParams(max_tokens=60, seed=7, ignore_eos=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(110):
+            made.generate(prompt(1), params, stars.STARS(3, 8, 1.0, 0.0, 99.0 + number, 8), use_tqdm=False)
+    assert len(made._warned) == 100
+
+
+@pytest.mark.rounds_raise
 def test_an_exception_of_nobody_ends_nobody(monkeypatch):
     """A round that fails once and passes for each request by itself (memory that was short, say) loses nothing."""
     made = engine()
@@ -328,7 +485,6 @@ def test_a_warning_made_an_error_stops_nobody(caplog):
 # -- interrupts -------------------------------------------------------------------------------------------------------
 
 
-ROOT = str(Path(stars.__file__).parent)
 APART = ("turns.py",)
 """`with` on a lock is not taken apart by an interrupt, which the interpreter delivers between its instructions at calls
 and jumps only; a trace function would be called inside of it."""
@@ -411,8 +567,11 @@ def traffic(made: stars.Engine) -> dict:
 
 
 def facts(requests: dict) -> list:
+    """What had been committed is read again after an interrupt, in other passes: rewards may differ in their last
+    bits."""
     outputs = [requests[name].output() for name in "ab"]
-    return [(tokens(output), output.metrics.accept_rate, output.metrics.attempts) for output in outputs]
+    return [([(ids, reason, pytest.approx(reward, abs=1e-4)) for ids, reason, reward in tokens(output)],
+             output.metrics.accept_rate, output.metrics.attempts) for output in outputs]
 
 
 def places(causal: bool) -> Counter:

@@ -19,6 +19,7 @@ import stars
 from stars.model.tokenizer import load_tokenizer
 from stars.prompt import parse_prompt
 from stars.reward.base import Candidate, ContextFull, Limits
+from stars.reward.causal import LONG
 from tiny_models import BOS, CHAT_TEMPLATE, EOS, MAX_POSITIONS, SENTENCES, SPECIAL_TOKENS
 from toy import ToyModel, toy_engine
 
@@ -240,7 +241,7 @@ def test_candidates_longer_than_a_slab_between_short_ones(lm, other, close):
         scored = reward.score([Candidate(session, [], one) for one in candidates])
         for one, got in zip(candidates, scored, strict=True):
             assert got.reward == pytest.approx(scratch(other, encode(one) + closing), abs=TOLERANCE)
-        assert (scored[0].handle.table is not None) == (len(piece) >= slab)
+        assert (scored[0].handle.slab == LONG) == (len(piece) >= slab)
         reward.commit([(session, scored[0].handle)])
         for got in scored[1:]:
             reward.discard(got.handle)
@@ -434,18 +435,28 @@ def test_a_request_with_ids_outside_the_vocabulary_ends_alone(wider):
 
 
 def test_pages_that_cannot_grow_are_that_candidates_error(lm, other):
-    """A full cache; the neighbour is scored, and with pages free again so is the same text."""
+    """Where others hold pages it is raised, so that the engine tries it without them; alone it is that candidate's."""
     reward = bound(other, lm, LIMITS._replace(cache_tokens=176))
     session, holder = opened(reward, "The dog", 8), opened(reward, "A girl", 8)
     encode, _ = framed(other, lm, "The dog", "auto", "none")
     text = "z" * 100
-    failed, good = reward.score([Candidate(session, [], one) for one in (text, " on")])
-    assert isinstance(failed.reward, stars.RewardError) and not isinstance(failed.reward, ContextFull)
-    assert str(failed.reward).startswith(f"the response re-encodes to {len(encode(text))} tokens for the reward model "
-                                         "and the KV cache needs")
-    assert good.reward == pytest.approx(scratch(other, encode(" on")), abs=TOLERANCE)
-    reward.discard(good.handle)
+    words = f"the response re-encodes to {len(encode(text))} tokens for the reward model and the KV cache needs"
+    with pytest.raises(stars.RewardError, match=words):
+        reward.score([Candidate(session, [], one) for one in (text, " on")])
     reward.close(holder)
+    holder = opened(reward, "A girl", 8)
+    reward.close(session)
+    small = bound(other, lm, LIMITS._replace(cache_tokens=96))
+    lonely = opened(small, "The dog", 8)
+    failed, good = small.score([Candidate(lonely, [], one) for one in (text, " on")])
+    assert isinstance(failed.reward, stars.RewardError) and not isinstance(failed.reward, ContextFull)
+    assert str(failed.reward).startswith(words)
+    assert good.reward == pytest.approx(scratch(other, encode(" on")), abs=TOLERANCE)
+    small.discard(good.handle)
+    small.close(lonely)
+    assert_all_free(small)
+    reward.close(holder)
+    session = opened(reward, "The dog", 8)
     [again] = reward.score([Candidate(session, [], "z" * 40)])
     assert again.reward == pytest.approx(scratch(other, encode("z" * 40)), abs=TOLERANCE)
     reward.discard(again.handle)
@@ -510,3 +521,50 @@ def test_the_sentences_split_differently(lm, other):
     """What these tests rest on."""
     left, right = load_tokenizer(lm), load_tokenizer(other)
     assert sum(left.encode(text) != right.encode(text) for text in SENTENCES) >= 3
+
+
+class Letters:
+    """A token a letter."""
+
+    has_chat_template, bos_token_id, eos_token_id, width = False, None, None, 1
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(letter) - ord("a") for letter in text[:: self.width]]
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(self.width * chr(ord("a") + token) for token in ids)
+
+    def same_vocabulary(self, other):
+        return self is other
+
+
+class SevenLetters(Letters):
+    """A token seven letters: responses re-encode to seven times as many tokens."""
+
+    width = 7
+
+
+@pytest.mark.rounds_raise
+@pytest.mark.parametrize("width", [1, 3])
+def test_neighbours_do_not_decide_whether_there_is_room(width):
+    """Responses that outgrow what was reserved for them, in a cache that four of them fill: each ends as it does alone,
+    those that cannot fit even then with an error."""
+    model, judge = ToyModel(vocab=5, seed=1, positions=96), ToyModel(vocab=5, seed=3, positions=192, head="reward")
+
+    def made() -> stars.Engine:
+        reward = stars.CausalReward(judge.decoder(), tokenizer=Letters())
+        return toy_engine(model, reward, tokenizer=SevenLetters(), cache_tokens=400)
+
+    params = [stars.SamplingParams(max_tokens=14, seed=seed, ignore_eos=True) for seed in range(4)]
+    prompts = [{"prompt_token_ids": [1, 2, 3][: 1 + seed % 3]} for seed in range(4)]
+    policy = stars.STARS(4, 4, 0.5, 0.5, 0.5, width)
+    alone = [made().generate(prompt, one, policy, use_tqdm=False)[0].outputs[0]
+             for prompt, one in zip(prompts, params, strict=True)]
+    engine = made()
+    together = [output.outputs[0] for output in engine.generate(prompts, params, policy, use_tqdm=False)]
+    for one, other in zip(alone, together, strict=True):
+        assert (one.token_ids, one.finish_reason, one.error) == (other.token_ids, other.finish_reason, other.error)
+        assert one.reward == pytest.approx(other.reward, abs=1e-4)
+        assert one.finish_reason == "length" and len(one.token_ids) == 14
+    engine.check_integrity()
+    assert_all_free(engine.reward)

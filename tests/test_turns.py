@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 import time
 
@@ -192,6 +193,88 @@ def test_a_reward_may_call_another_engine():
 
     engine = toy_engine(LM, stars.FunctionReward(reward, inputs="ids"))
     assert [output.outputs[0].error for output in engine.generate(*asked(0), use_tqdm=False)] == [None]
+
+
+def test_streams_of_many_threads_end_with_their_whole_text():
+    """An output is a snapshot: no round of another thread falls into it."""
+    engine = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    wanted = {seed: alone([seed])[0] for seed in range(4)}
+
+    def stream(seed: int) -> list:
+        prompt, params, policy = asked(seed)
+        outputs = []
+        for _ in range(12):
+            outputs.append(list(engine.stream(prompt, params, policy))[-1])
+        return outputs
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        results = run_all(*(lambda seed=seed: stream(seed) for seed in wanted))
+    finally:
+        sys.setswitchinterval(interval)
+    for seed, outputs in zip(wanted, results, strict=True):
+        assert all(output.finished and decided(output) == wanted[seed] for output in outputs)
+
+
+def test_a_stream_that_is_collected_during_a_turn_waits_for_nobody():
+    """Its finaliser runs wherever memory is allocated: in the engine's own thread, or where that one waits for it."""
+    engine = toy_engine(LM, stars.FunctionReward(lambda prompt, responses: forget(responses), inputs="ids"))
+    left: list = []
+
+    def forget(responses):
+        left.clear()  # the last reference to a stream of this engine
+        return [0.0] * len(responses)
+
+    stream = engine.stream(*asked(0))
+    next(stream)
+    left.append(stream)
+    del stream
+    engine.generate({"prompt_token_ids": ids(5, 23)}, stars.SamplingParams(max_tokens=6, seed=1),
+                    stars.STARS(2, 2, 1.0, reward_threshold=0.0), use_tqdm=False)
+    assert not left
+    while engine.has_unfinished_requests():
+        engine.step()
+    engine.check_integrity()
+    assert engine._cache.num_free_pages == engine._cache.num_pages
+
+    other = engine.stream(*asked(1))
+    next(other)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with engine._turns._locks[0]:
+            inside.set()
+            go_on.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(30)
+    other.close()  # while it is another thread's turn
+    go_on.set()
+    thread.join(30)
+    engine.step()
+    assert not engine.has_unfinished_requests()
+    engine.check_integrity()
+
+
+def test_a_stream_gets_another_id_if_its_own_was_taken_meanwhile():
+    engine = toy_engine(LM)
+    prompt, params, _ = asked(0)
+    stream = engine.stream(prompt, params)
+    taken = engine.add_request(prompt, params, request_id="0")
+    outputs = list(stream)
+    assert outputs[-1].finished and outputs[-1].request_id != taken == "0"
+
+
+def test_a_reward_model_belongs_to_one_engine():
+    reward = stars.CausalReward(RM.decoder())
+    engine = toy_engine(LM, reward)
+    with pytest.raises(stars.RewardError, match="this CausalReward belongs to another engine"):
+        toy_engine(LM, reward)
+    first = generate(engine, [0])
+    del engine
+    assert generate(toy_engine(LM, reward), [0]) == first
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

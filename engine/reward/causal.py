@@ -23,6 +23,7 @@ RIDGE_ROWS = {"cpu": 32, "cuda": 128}
 """Rows from which on a pass over the weights is bound by arithmetic rather than by reading them. On the CPU measured;
 on a GPU computed (an H100 has 295 operations for each byte it reads, a row of bfloat16 weights needs one, and products
 reach about half of the first at these sizes), not measured."""
+LONG = -1
 REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are grown
 
 
@@ -182,8 +183,7 @@ class CausalReward(Reward):
             try:
                 self._reserve(session, content)
             except OutOfPages as error:
-                results[index] = Scored(RewardError(f"the response re-encodes to {content} tokens for the reward model "
-                                                    f"and {error}"))
+                results[index] = Scored(self._no_room(content, error))
                 continue
             valid = min(_common(ids, session.committed, session.table.length), len(ids) - 1)
             new = len(ids) - valid
@@ -192,7 +192,7 @@ class CausalReward(Reward):
             if len(ids) - valid > self.cache.slab_len:
                 results[index] = self._score_long(session, ids, content, candidate.terms)
             else:
-                short.append((index, _Handle(session, self.cache.take_slab(), None, valid, content, ids), new))
+                short.append((index, _Handle(session, self.cache.take_slab(), valid, content, ids), new))
         # Spans of one table are made adjacent, so that its pages are read once for all of them.
         first = {}
         for index, handle, _ in short:
@@ -226,10 +226,10 @@ class CausalReward(Reward):
         moves = []
         for session, handle in winners:
             keep = handle.content - 1  # the last content token stays out: the next score starts with it
-            if handle.table is not None:
-                self.cache.close(session.table)
-                session.table = handle.table
-                session.table.length = keep
+            if handle.slab == LONG:
+                valid = min(_common(handle.ids, session.committed, session.table.length), keep)
+                self.cache.truncate(session.table, valid)
+                self._advance(session, handle.ids, valid, keep)
             else:
                 moves.append((session, handle, max(0, keep - handle.valid)))
             session.committed = handle.ids[:keep]
@@ -242,12 +242,8 @@ class CausalReward(Reward):
                 self.cache.return_slab(handle.slab)
 
     def discard(self, handle: _Handle | None) -> None:
-        """Frees the slab (or the pages of an over-long candidate)."""
-        if handle is None:
-            return
-        if handle.table is not None:
-            self.cache.close(handle.table)
-        else:
+        """Frees the slab."""
+        if handle is not None and handle.slab != LONG:
             self.cache.return_slab(handle.slab)
 
     def close(self, session: _Session) -> None:
@@ -340,18 +336,27 @@ class CausalReward(Reward):
         return stop
 
     def _score_long(self, session: _Session, ids: list[int], content: int, terms: Terms | None) -> Scored:
-        """A candidate longer than a slab: its own pages, filled in chunks; shared with the prompt where they can be."""
+        """A candidate longer than a slab: pages for as long as it is scored, filled in chunks; shared with the prompt
+        where they can be. If it wins it is read again."""
         try:
-            table = self.cache.open(ids[:-1], max(len(ids), session.table.capacity))
+            table = self.cache.open(ids[:-1], len(ids))
         except OutOfPages as error:
-            return Scored(RewardError(f"a candidate re-encodes to {len(ids)} tokens for the reward model and {error}"))
+            return Scored(self._no_room(len(ids), error))
         run = len(ids) - table.length
         self._passes.prefill([(table, ids, len(ids) - 1)])
         slab = self.cache.take_slab()
         start = slab * self.cache.slab_len
         [verdict] = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start, terms or NO_VERDICT)])
         self.cache.return_slab(slab)
-        return _scored(verdict, terms, run, _Handle(session, -1, table, table.length, content, ids))
+        self.cache.close(table)
+        return _scored(verdict, terms, run, _Handle(session, LONG, 0, content, ids))
+
+    def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
+        """Why a response cannot be scored; raised where others hold pages, so that it is tried again by itself."""
+        problem = RewardError(f"the response re-encodes to {tokens} tokens for the reward model and {error}")
+        if self.cache.num_tables > 1:
+            raise problem from error
+        return problem
 
 
 class _Following:
@@ -367,7 +372,7 @@ class _Following:
         for follower, response, slab, verdict in zip(self._followers, token_ids, self._slabs, verdicts, strict=True):
             session, valid = follower.session, follower.session.table.length
             ids = session.prefix + response + session.closing
-            handle = _Handle(session, slab, None, valid, len(ids) - len(session.closing), ids)
+            handle = _Handle(session, slab, valid, len(ids) - len(session.closing), ids)
             outside = self._reward.outside(ids)
             if outside is not None:
                 verdict = verdict._replace(reward=RewardError(outside))
@@ -396,8 +401,7 @@ class _Session:
 
 class _Handle(NamedTuple):
     session: Any
-    slab: int
-    table: BlockTable | None  # instead of the slab, for a candidate longer than one
+    slab: int  # LONG for a candidate longer than one
     valid: int  # tokens taken from the session's pages
     content: int  # ids without the closing
     ids: list[int]
