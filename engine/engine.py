@@ -68,10 +68,10 @@ class Engine:
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
 
-    Any thread may call: one runs, the others wait their turn in the order they came (requests of several threads share
-    rounds). A reward may not call the engine that asks it: RequestError. What stops a call in the middle, an exception
-    or an interrupt, undoes the round it was in: the next call draws it again from the same random numbers, and nothing
-    is lost. An exception that one request alone causes ends that request with finish_reason "error".
+    Any thread may call: one runs, the others wait their turn, and the requests of several threads share rounds. A
+    reward may not call the engine that asks it: RequestError. What stops a call in the middle, an exception or an
+    interrupt, undoes the round it was in: the next call draws it again from the same random numbers, and nothing is
+    lost. An exception that one request alone causes ends that request with finish_reason "error".
 
     Construction raises ModelError, TokenizerError, RewardError or RequestError.
     """

@@ -625,13 +625,14 @@ HEALTHY = [(prompt(1, length, seed), stars.SamplingParams(max_tokens=tokens, n=n
                (5, 9, 1, False, POLICY), (9, 14, 2, True, POLICY), (14, 6, 1, True, stars.Sample(score=True)),
                (9, 7, 1, False, stars.BestOfN(3)), (20, 10, 1, True, stars.BlockwiseBestOfK(3, 4)),
                (9, 12, 1, True, stars.STARS(2, 6, 1.0, 0.0, 1.5)), (6, 20, 1, True, stars.Sample())])]
-OPERATIONS = 20_000
 
 
 @IGNORED
-def test_twenty_thousand_operations():
+@pytest.mark.parametrize("causal, operations", [(False, 20_000), (True, 4_000)], ids=["function", "causal"])
+def test_twenty_thousand_operations(causal, operations):
     """Adds, steps, aborts, failures and interrupts at random places, in a cache of two or three requests: every healthy
-    request gets the text it has alone, every other one ends, and nothing leaks."""
+    request gets the text it has alone, every other one ends, and nothing leaks. With a causal reward, which is not made
+    to fail, fewer."""
     chance = random.Random(17)
     kinds = list(BAD)
 
@@ -640,9 +641,11 @@ def test_twenty_thousand_operations():
             return list(map(REWARD, responses))
         return BAD[kinds[(given[0] * 7 + given[1] * 5 + given[2]) % len(kinds)]][0](given, responses)
 
-    made = toy_engine(LM, stars.FunctionReward(reward, inputs="ids"), cache_tokens=96, max_num_seqs=5,
-                      max_num_lanes=12)
-    quiet = toy_engine(LM, stars.FunctionReward(reward, inputs="ids"))
+    def rewarded():
+        return stars.CausalReward(RM.decoder()) if causal else stars.FunctionReward(reward, inputs="ids")
+
+    made = toy_engine(LM, rewarded(), cache_tokens=96, max_num_seqs=5, max_num_lanes=12)
+    quiet = toy_engine(LM, rewarded())
     wanted = [tokens(quiet.generate(*chosen, use_tqdm=False)[0]) for chosen in HEALTHY]
     made_of: dict[str, tuple[int | None, object]] = {}  # unfinished, by id: which of HEALTHY, and the request
     counts: Counter[str] = Counter()
@@ -659,7 +662,8 @@ def test_twenty_thousand_operations():
                 assert "error" in reasons, f"{output} ought to have failed"
                 counts["failed"] += 1
             elif "abort" not in reasons:
-                assert tokens(output) == wanted[kind]
+                for got, right in zip(tokens(output), wanted[kind], strict=True):
+                    assert got[:2] == right[:2] and got[2] == (right[2] and pytest.approx(right[2], abs=1e-4))
                 counts["finished"] += 1
 
     def add(kind: int | None) -> None:
@@ -673,10 +677,10 @@ def test_twenty_thousand_operations():
         name = made.add_request(*chosen)
         made_of[name] = kind, made._requests[name]
 
-    for _ in range(OPERATIONS):
+    for _ in range(operations):
         action = chance.random()
         if action < 0.3 and len(made_of) < 12:
-            add(None if chance.random() < 0.3 else chance.randrange(len(HEALTHY)))
+            add(None if chance.random() < 0.3 and not causal else chance.randrange(len(HEALTHY)))
             counts["added"] += 1
         elif action < 0.33 and made_of:
             counts["aborts"] += made.abort(chance.choice(sorted(made_of)))
@@ -688,14 +692,16 @@ def test_twenty_thousand_operations():
                 counts["interrupts"] += 1
         else:
             made.step()
-        made.check_integrity()
+        if chance.random() < 0.5:  # which repairs what an interrupt left, as the next call must do by itself
+            made.check_integrity()
         look()
     while made.has_unfinished_requests():
         made.step()
         look()
     nothing_is_held(made)
     assert not made_of
-    assert min(counts[name] for name in ("finished", "failed", "aborts", "interrupts")) > 100, counts
+    least = ("finished", "aborts", "interrupts") + (() if causal else ("failed",))
+    assert min(counts[name] for name in least) > 50, counts
 
 
 class Timer:
