@@ -5,9 +5,12 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from stars.arguments import shown
+from stars.arguments import MOST_SHOWN, shown
 from stars.detokenizer import finished
 from stars.errors import RequestError
+
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 
 
 class Prompt(NamedTuple):
@@ -28,6 +31,20 @@ def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
     return parsed
 
 
+def prompt_kind(given: dict[str, Any], what: str) -> str:
+    """Which of PROMPT_KEYS holds the prompt of `given`; RequestError, about `what`, where none or several do.
+
+    None is no value: a table has all columns in every row. Ids may have their text beside them, as in vLLM's
+    TokensPrompt, and are what is read.
+    """
+    kinds = [key for key in PROMPT_KEYS if given.get(key) is not None]
+    if kinds == ["prompt", "prompt_token_ids"]:
+        return "prompt_token_ids"
+    if len(kinds) != 1:
+        raise RequestError(f'{what} needs exactly one of "prompt", "prompt_token_ids" and "messages"')
+    return kinds[0]
+
+
 def _check_ids(token_ids: list[int], vocab_size: int) -> None:
     wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
     if wrong is not None:
@@ -37,14 +54,14 @@ def _check_ids(token_ids: list[int], vocab_size: int) -> None:
 
 def _parse(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
     if isinstance(prompt, dict):
-        kinds = [key for key in ("prompt", "prompt_token_ids", "messages") if key in prompt]
-        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids", "messages"}, key=str)
-        if len(kinds) != 1 or unknown:
-            raise RequestError('a prompt dictionary needs exactly one of "prompt", "prompt_token_ids" and "messages"'
-                               + (f' and does not take "{unknown[0]}"' if unknown else ""))
-        if kinds[0] == "prompt_token_ids":
+        unknown = [key if isinstance(key, str) else shown(key) for key in prompt if key not in PROMPT_KEYS]
+        if unknown:
+            raise RequestError('a prompt dictionary needs exactly one of "prompt", "prompt_token_ids" and "messages" '
+                               f'and does not take "{min(unknown)[:MOST_SHOWN]}"')
+        kind = prompt_kind(prompt, "a prompt dictionary")
+        if kind == "prompt_token_ids":
             return _from_ids(prompt["prompt_token_ids"], tokenizer, vocab_size)
-        if kinds[0] == "messages":
+        if kind == "messages":
             return _from_messages(prompt["messages"], tokenizer)
         prompt = prompt["prompt"]
     if not isinstance(prompt, str):
@@ -62,6 +79,8 @@ def _parse(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
 
 def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
     try:
+        if any(isinstance(token, bool) for token in token_ids):
+            raise TypeError
         token_ids = [operator.index(token) for token in token_ids]
     except Exception:  # no list, or a list of whatever
         raise RequestError("prompt_token_ids must be a list of integers") from None

@@ -118,7 +118,9 @@ PROMPTS = [
     ({"messages": [{"role": "user", "content": "x"}]}, "the model directory has no chat template"),
     ({"messages": "x"}, "messages must be a non-empty list"),
     ({}, "needs exactly one of"),
-    ({"prompt": "a", "prompt_token_ids": [1]}, "needs exactly one of"),
+    ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "needs exactly one of"),
+    ({"prompt": None, "messages": None}, "needs exactly one of"),
+    ({"prompt_token_ids": [True]}, "must be a list of integers"),
     ({"prompt_token_ids": [1], "image": 3}, 'does not take "image"'),
     ({"prompt_token_ids": [1] * 50}, "the prompt of 50 tokens and max_tokens=20 make 70, the limit is 64 (the model's "
                                      "context)"),
