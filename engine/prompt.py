@@ -9,7 +9,6 @@ from stars.arguments import MOST_SHOWN, shown
 from stars.detokenizer import finished
 from stars.errors import RequestError
 
-
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 
 

@@ -148,7 +148,7 @@ def test_requests_as_a_whole(engine):
     refused(stars.RequestError, "policy has 3 entries for 2 prompts", engine.generate, [PROMPT] * 2, None, [POLICY] * 3)
     refused(stars.RequestError, "sampling_params is dict", engine.generate, PROMPT, {"max_tokens": 3})
     refused(stars.RequestError, "policy is str", engine.generate, PROMPT, None, "STARS")
-    refused(stars.RequestError, "policy is Sample, it must be an object", engine.add_request, PROMPT, None,
+    refused(stars.RequestError, "policy is the class Sample: give an object", engine.add_request, PROMPT, None,
             stars.Sample)
     refused(stars.RequestError, "segment_size is 17 and the engine's slabs hold 16", engine.add_request, PROMPT, None,
             stars.STARS(segment_size=17, reward_threshold=1.0))
@@ -165,7 +165,7 @@ def test_without_a_reward():
     engine = toy_engine(LM)
     for policy in (POLICY, stars.Sample(score=True), stars.BestOfN(2), stars.BlockwiseBestOfK(2)):
         refused(stars.RequestError, f"{type(policy).__name__} needs a reward", engine.add_request, PROMPT, None, policy)
-    refused(stars.RequestError, "Sample needs a reward", engine.calibrate, PROMPT)
+    refused(stars.RequestError, "calibrate needs a reward", engine.calibrate, PROMPT)
 
 
 def test_limits_of_the_cache():

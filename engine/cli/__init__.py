@@ -97,7 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="stars", description="Decodes with a language model while a reward model watches, segment by segment.",
         epilog="Exit codes: 0 all went well, 1 something failed and was said on stderr (a value out of range "
-               "too), 2 arguments that cannot be read or do not go together, 130 Ctrl-C, 143 SIGTERM, 141 the reader of stdout or stderr went away.")
+               "too), 2 arguments that cannot be read or do not go together, 130 Ctrl-C, 143 SIGTERM, 141 the "
+               "reader of stdout or stderr went away.")
     parser.add_argument("--version", action="version", version=f"stars {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _generate(_command(commands, "generate", "complete prompts, from arguments or a JSONL file"))
