@@ -340,8 +340,9 @@ class Engine:
         needed = len(prompt.token_ids) + params.max_tokens
         if needed > self.config.max_model_len:
             raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens="
-                               f"{shown(params.max_tokens)} make {shown(needed)}, the limit is {self.config.max_model_len} "
-                               f"({self.config.max_model_len_from}): shorten the prompt or lower max_tokens")
+                               f"{shown(params.max_tokens)} make {shown(needed)}, the limit is "
+                               f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
+                               "shorten the prompt or lower max_tokens")
         if params.max_tokens > plan.segment_size * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
                                f"{plan.segment_size} tokens: use longer segments or fewer tokens")

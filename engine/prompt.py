@@ -93,6 +93,9 @@ def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
 def _from_messages(messages, tokenizer) -> Prompt:
     if not isinstance(messages, (list, tuple)) or not messages or not all(isinstance(m, dict) for m in messages):
         raise RequestError('messages must be a non-empty list of {"role": ..., "content": ...}')
+    for number, message in enumerate(messages):
+        if message.get("content") is None and "tool_calls" not in message:
+            raise RequestError(f'messages[{number}] has no "content": give its text, or "tool_calls"')
     if tokenizer is None or not tokenizer.has_chat_template:
         raise RequestError("the model directory has no chat template: give the prompt as text")
     rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
