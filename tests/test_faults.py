@@ -236,6 +236,7 @@ class Mine(Reward):
         self.fault("discard", handle)
 
 
+@pytest.mark.rounds_raise
 @pytest.mark.parametrize("where", ["can_open", "open", "start", "score", "commit", "discard"])
 def test_an_exception_anywhere_in_a_reward_ends_who_caused_it(where):
     made = toy_engine(LM, Mine(where))
@@ -249,6 +250,7 @@ def test_an_exception_anywhere_in_a_reward_ends_who_caused_it(where):
     nothing_is_held(made)
 
 
+@pytest.mark.rounds_raise
 def test_an_exception_of_nobody_ends_nobody(monkeypatch):
     """A round that fails once and passes for each request by itself (memory that was short, say) loses nothing."""
     made = engine()
