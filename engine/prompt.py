@@ -23,7 +23,9 @@ class Prompt(NamedTuple):
 def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
     """Accepts text, {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}; RequestError otherwise.
 
-    Messages are rendered with the LM's chat template and encoded without special tokens, since the template holds them.
+    Keys whose value is None count as absent; ids may have their text beside them. Messages, each with "content" (text,
+    or a list of text parts) or "tool_calls", are rendered with the LM's chat template and encoded without special
+    tokens, since the template holds them.
     """
     parsed = _parse(prompt, tokenizer, vocab_size)
     _check_ids(parsed.token_ids, vocab_size)
