@@ -33,13 +33,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
+def bare(value: Any) -> Any:
+    """What an array or a tensor of no dimension holds, and numpy's scalars, as Python's own; all else as it is."""
+    try:
+        if not isinstance(value, type) and getattr(value, "shape", None) == () and hasattr(value, "dtype"):
+            return value.item()
+    except Exception:  # an object of somebody else's, a tensor without values
+        pass
+    return value
+
+
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """`value` as int: Python's and numpy's integers, no bool. RequestError for others and outside least .. most."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        number = int(value)
+    """`value` as int: Python's, numpy's, those of `bare`; no bool. RequestError for others and outside least .. most.
+    """
+    plain = bare(value)
+    if isinstance(plain, numbers.Integral) and not isinstance(plain, bool):
+        number = int(plain)
         if number >= least and (most is None or number <= most):
             return number
-    wanted = f"an integer of at least {least}" if most is None or number_below(value, least) else (
+    wanted = f"an integer of at least {least}" if most is None or number_below(plain, least) else (
         f"an integer from {least} to {most}")
     raise RequestError(f"{name} is {shown(value)}, it must be {wanted}")
 
@@ -54,13 +66,15 @@ def real(name: str, value: Any, wanted: str, allowed: Callable[[float], bool]) -
 
 def flag(name: str, value: Any) -> bool:
     """`value` as bool: Python's and numpy's. RequestError for others: the text "no" would count as true."""
-    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool") and hasattr(value, "dtype"):
-        return bool(value)
+    plain = bare(value)
+    if isinstance(plain, bool):
+        return plain
     raise RequestError(f"{name} is {shown(value)}, it must be True or False")
 
 
 def as_float(value: Any) -> float | None:
     """`value` as float if it is a real number (int, float, numpy's, a fraction) that a float can hold; no bool."""
+    value = bare(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
@@ -83,12 +97,15 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether `value` is one of `neutral`, told by type and value; never raises, whatever `value` is."""
+    """Whether `value` is one of `neutral`, told by value, and by type but for 1 and 1.0; never raises, whatever it is.
+    """
     if isinstance(value, enum.Enum):
         return value.name in neutral
+    value = bare(value)
     if value is None or not isinstance(value, (bool, int, float, str, list, tuple, dict)):
         return value is None and None in neutral
-    return any(type(value) is type(item) and value == item for item in neutral)
+    return any((type(value) is type(item) or {type(value), type(item)} == {int, float}) and value == item
+               for item in neutral)
 
 
 def refuse_unknown(owner: str, name: str, value: Any, known: Iterable[str], absent: Mapping[str, Absent]) -> None:
@@ -111,6 +128,15 @@ def known_keywords(owner: str, given: dict[str, Any], takes: Callable[..., Any],
     for name in given.keys() - kept.keys():
         refuse_unknown(owner, name, given[name], known, absent)
     return kept
+
+
+def refuse_others(call: str, others: Mapping[str, Any], elsewhere: Mapping[str, str], known: Iterable[str]) -> None:
+    """Raises RequestError for keywords that `call` has not: `elsewhere` says of some where they belong instead."""
+    for name, value in others.items():
+        if name not in elsewhere:
+            raise RequestError(f"{call} has no parameter {shown(name)}: {closest(name, known)}")
+        if value is not None:
+            raise RequestError(f"{call} has no parameter {shown(name)}: {elsewhere[name]}")
 
 
 def known_by_name(absent: Mapping[str, Absent]) -> Callable[[Cls], Cls]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stars.arguments import known_keywords, real, refuse_bare_prompt
+from stars.arguments import integer, known_keywords, real, refuse_bare_prompt, refuse_others, shown
 from stars.cache import PagedCache
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
@@ -40,7 +40,7 @@ from stars.round import Round
 from stars.sampling import SamplingParams
 from stars.sources import check_model, check_reward, resolve_tokenizer
 from stars.turns import Turns, one_at_a_time
-from stars.vllm_names import ENGINE
+from stars.vllm_names import CALL, ENGINE
 from stars.width import WidthChooser
 
 logger = logging.getLogger(__name__)
@@ -167,9 +167,9 @@ class Engine:
 
     # -- whole calls ----------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    def generate(self, prompts: Any = None, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
                  policy: Policy | Sequence[Policy] | None = None,
-                 use_tqdm: bool | Callable[..., tqdm] = True) -> list[RequestOutput]:
+                 use_tqdm: bool | Callable[..., tqdm] = True, **others: Any) -> list[RequestOutput]:
         """Completes every prompt; one RequestOutput a prompt, in order.
 
         prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those. sampling_params and
@@ -177,6 +177,7 @@ class Engine:
         names the index of the prompt at fault. What fails later ends that request with finish_reason "error", and one
         warning says of how many.
         """
+        refuse_others("generate", others, CALL, ("prompts", "sampling_params", "policy", "use_tqdm"))
         refuse_bare_prompt(prompts)
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         params = _one_each("sampling_params", sampling_params, len(prompts))
@@ -205,13 +206,17 @@ class Engine:
         warn_of_errors(outputs, stacklevel=3)
         return outputs
 
-    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None,
-               policy: Policy | None = None) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
+               policy: Policy | None = None, **others: Any) -> Iterator[RequestOutput]:
         """Yields the output of one prompt each time a segment was committed; each output is cumulative.
 
         Text that may still change is held back: an incomplete character, a possible start of a stop string. The prompt
         is checked at the call (RequestError); closing the iterator early aborts the request.
         """
+        refuse_others("stream", others, CALL, ("prompt", "sampling_params", "policy"))
+        if isinstance(prompt, (list, tuple)):
+            refuse_bare_prompt(prompt)
+            raise RequestError("stream takes one prompt: call it for each, or give the list to generate")
         return self._stream(self._check(prompt, sampling_params, policy))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
@@ -237,12 +242,20 @@ class Engine:
         """
         quantile = real("quantile", quantile, "between 0 and 1", lambda value: 0.0 <= value <= 1.0)
         rewards = self.sample_rewards(prompts, sampling_params, num_samples, use_tqdm)
+        if not rewards:
+            raise RequestError("there are no prompts to calibrate on: give at least one")
         return float(np.quantile(rewards, quantile))
 
     def sample_rewards(self, prompts: Any, sampling_params: SamplingParams | None = None, num_samples: int = 16,
                        use_tqdm: bool | Callable[..., tqdm] = False) -> list[float]:
         """Rewards of `num_samples` finished plain samples of every prompt; what `calibrate` takes its quantile of."""
-        params = dataclasses.replace(sampling_params or SamplingParams(), n=num_samples)
+        refuse_bare_prompt(prompts)
+        if self.reward is None:
+            raise RequestError("calibrate needs a reward: build the engine with Engine(model, reward=...)")
+        params = sampling_params if sampling_params is not None else SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(_no_params(params))
+        params = dataclasses.replace(params, n=integer("num_samples", num_samples, 1))
         outputs = self.generate(prompts, params, Sample(score=True), use_tqdm=use_tqdm)
         for output in outputs:
             for completion in output.outputs:
@@ -253,9 +266,10 @@ class Engine:
     # -- step by step ---------------------------------------------------------------------------------------------
 
     @one_at_a_time
-    def add_request(self, prompt: Any, sampling_params: SamplingParams | None = None, policy: Policy | None = None,
-                    *, request_id: str | None = None) -> str:
+    def add_request(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
+                    policy: Policy | None = None, *, request_id: str | None = None, **others: Any) -> str:
         """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands."""
+        refuse_others("add_request", others, CALL, ("prompt", "sampling_params", "policy", "request_id"))
         request = self._parse(prompt, sampling_params, policy, request_id)
         self._enqueue(request)
         return request.request_id
@@ -274,7 +288,7 @@ class Engine:
 
         The next `step` returns its last output.
         """
-        request = self._requests.get(request_id)
+        request = self._requests.get(request_id) if isinstance(request_id, (str, int)) else None
         if request is not None:
             self._abort([request])
         return request is not None
@@ -300,7 +314,7 @@ class Engine:
         params = params if params is not None else SamplingParams()
         policy = policy if policy is not None else Sample()
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params is {type(params).__name__}, it must be a stars.SamplingParams")
+            raise RequestError(_no_params(params))
         refuse_bare_prompt(given)
         plan = plan_of(policy)
         if plan.scoring != "never" and self.reward is None:
@@ -325,9 +339,10 @@ class Engine:
         params = params.settle(len(prompt.token_ids), self.config.max_model_len, vocab_size)
         needed = len(prompt.token_ids) + params.max_tokens
         if needed > self.config.max_model_len:
-            raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens={params.max_tokens} make "
-                               f"{needed}, the limit is {self.config.max_model_len} "
-                               f"({self.config.max_model_len_from}): shorten the prompt or lower max_tokens")
+            raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens="
+                               f"{shown(params.max_tokens)} make {shown(needed)}, the limit is "
+                               f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
+                               "shorten the prompt or lower max_tokens")
         if params.max_tokens > plan.segment_size * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
                                f"{plan.segment_size} tokens: use longer segments or fewer tokens")
@@ -335,10 +350,10 @@ class Engine:
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
             request_id = self._new_id()
-        elif not isinstance(request_id, (str, int)):
+        elif not isinstance(request_id, str) and not (type(request_id) is int and abs(request_id) < 1 << 64):
             raise RequestError(f"request_id is {type(request_id).__name__}, it must be a string")
         elif self._in_use(request_id):
-            raise RequestError(f"request id {request_id!r} is in use: choose another")
+            raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named)
 
@@ -691,6 +706,10 @@ def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:
     own = getattr(tokenizer, "eos_token_id", None)
     named = config.eos_token_ids if own is None else (*config.eos_token_ids, own)
     return tuple(dict.fromkeys(token for token in named if token < config.vocab_size))
+
+
+def _no_params(given: Any) -> str:
+    return f"sampling_params is {type(given).__name__}, it must be a stars.SamplingParams"
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

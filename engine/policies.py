@@ -133,13 +133,17 @@ def plan_of(policy: Any) -> Plan:
 
     A round trusts a plan: what a policy of somebody else's gets wrong is found before it is queued.
     """
-    name = policy.__name__ if isinstance(policy, type) else type(policy).__name__
-    if isinstance(policy, type) or not callable(getattr(policy, "plan", None)):
-        raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
+    if isinstance(policy, type):
+        raise RequestError(f"policy is the class {policy.__name__}: give an object such as "
+                           "stars.STARS(reward_threshold=1.0)")
+    name = type(policy).__name__
     try:
-        plan = policy.plan()
+        method = getattr(policy, "plan", None)
+        plan = method() if callable(method) else None
     except Exception as error:
         raise RequestError(f"{name}.plan() raised {describe(error)}: mend the policy") from error
+    if not callable(method):
+        raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
     if not isinstance(plan, Plan):
         raise RequestError(f"{name}.plan() returned {shown(plan)}, it must return a stars.policies.Plan")
     where = f"{name}.plan()"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from stars.arguments import shown
+from stars.arguments import MOST_SHOWN, shown
 from stars.detokenizer import finished
 from stars.errors import RequestError
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 
 
 class Prompt(NamedTuple):
@@ -21,11 +23,27 @@ class Prompt(NamedTuple):
 def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
     """Accepts text, {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}; RequestError otherwise.
 
-    Messages are rendered with the LM's chat template and encoded without special tokens, since the template holds them.
+    Keys whose value is None count as absent; ids may have their text beside them. Messages, each with "content" (text,
+    or a list of text parts) or "tool_calls", are rendered with the LM's chat template and encoded without special
+    tokens, since the template holds them.
     """
     parsed = _parse(prompt, tokenizer, vocab_size)
     _check_ids(parsed.token_ids, vocab_size)
     return parsed
+
+
+def prompt_kind(given: dict[str, Any], what: str) -> str:
+    """Which of PROMPT_KEYS holds the prompt of `given`; RequestError, about `what`, where none or several do.
+
+    None is no value: a table has all columns in every row. Ids may have their text beside them, as in vLLM's
+    TokensPrompt, and are what is read.
+    """
+    kinds = [key for key in PROMPT_KEYS if given.get(key) is not None]
+    if kinds == ["prompt", "prompt_token_ids"]:
+        return "prompt_token_ids"
+    if len(kinds) != 1:
+        raise RequestError(f'{what} needs exactly one of "prompt", "prompt_token_ids" and "messages"')
+    return kinds[0]
 
 
 def _check_ids(token_ids: list[int], vocab_size: int) -> None:
@@ -37,14 +55,14 @@ def _check_ids(token_ids: list[int], vocab_size: int) -> None:
 
 def _parse(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
     if isinstance(prompt, dict):
-        kinds = [key for key in ("prompt", "prompt_token_ids", "messages") if key in prompt]
-        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids", "messages"}, key=str)
-        if len(kinds) != 1 or unknown:
-            raise RequestError('a prompt dictionary needs exactly one of "prompt", "prompt_token_ids" and "messages"'
-                               + (f' and does not take "{unknown[0]}"' if unknown else ""))
-        if kinds[0] == "prompt_token_ids":
+        unknown = [key if isinstance(key, str) else shown(key) for key in prompt if key not in PROMPT_KEYS]
+        if unknown:
+            raise RequestError('a prompt dictionary needs exactly one of "prompt", "prompt_token_ids" and "messages" '
+                               f'and does not take "{min(unknown)[:MOST_SHOWN]}"')
+        kind = prompt_kind(prompt, "a prompt dictionary")
+        if kind == "prompt_token_ids":
             return _from_ids(prompt["prompt_token_ids"], tokenizer, vocab_size)
-        if kinds[0] == "messages":
+        if kind == "messages":
             return _from_messages(prompt["messages"], tokenizer)
         prompt = prompt["prompt"]
     if not isinstance(prompt, str):
@@ -62,6 +80,8 @@ def _parse(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
 
 def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
     try:
+        if any(isinstance(token, bool) for token in token_ids):
+            raise TypeError
         token_ids = [operator.index(token) for token in token_ids]
     except Exception:  # no list, or a list of whatever
         raise RequestError("prompt_token_ids must be a list of integers") from None
@@ -75,6 +95,9 @@ def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
 def _from_messages(messages, tokenizer) -> Prompt:
     if not isinstance(messages, (list, tuple)) or not messages or not all(isinstance(m, dict) for m in messages):
         raise RequestError('messages must be a non-empty list of {"role": ..., "content": ...}')
+    for number, message in enumerate(messages):
+        if message.get("content") is None and "tool_calls" not in message:
+            raise RequestError(f'messages[{number}] has no "content": give its text, or "tool_calls"')
     if tokenizer is None or not tokenizer.has_chat_template:
         raise RequestError("the model directory has no chat template: give the prompt as text")
     rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)

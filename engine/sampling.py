@@ -1,4 +1,5 @@
-"""SamplingParams: how the language model proposes tokens. Names, defaults and meanings are vLLM's."""
+"""SamplingParams: how the language model proposes tokens. Names and meanings are vLLM's, and so are the defaults,
+except for max_tokens, which is 128 here."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class SamplingParams:
     n: completions of each prompt; they use random streams 0 .. n-1.
     stop: strings that end the response and are left out of its text.
     stop_token_ids: token ids that end the response beside the model's EOS ids.
-    seed: 64 bits; None draws one, which the output reports.
+    seed: 64 bits; None draws one, which the output reports, and so does -1, as in vLLM.
     presence_penalty, frequency_penalty: -2 to 2, subtracted from the logit of a token of the response, once and as
         often as it is there; 0 is off. A candidate's own tokens count, those of other candidates do not.
     repetition_penalty: above 0; divides the positive logits of tokens of prompt and response, multiplies the others; 1
@@ -56,7 +57,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        seed, max_tokens = self.seed, self.max_tokens
+        max_tokens = self.max_tokens
         checked = {
             "temperature": _between("temperature", self.temperature, 0.0, MOST_FLOAT32, "a finite number of at least "
                                     "0.0 that 32 bits can hold"),
@@ -68,7 +69,7 @@ class SamplingParams:
             "stop": self._stop_strings(),
             "stop_token_ids": self._stop_token_ids(),
             "ignore_eos": flag("SamplingParams.ignore_eos", self.ignore_eos),
-            "seed": None if seed is None else integer("SamplingParams.seed", seed, -(1 << 63), (1 << 64) - 1),
+            "seed": self._seed(),
             "presence_penalty": _between("presence_penalty", self.presence_penalty, -2.0, 2.0, "between -2 and 2"),
             "frequency_penalty": _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "between -2 and 2"),
             "repetition_penalty": _between(
@@ -81,6 +82,10 @@ class SamplingParams:
             checked["temperature"] = 0.0
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def _seed(self) -> int | None:
+        seed = None if self.seed is None else integer("SamplingParams.seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        return None if seed == -1 else seed
 
     def _stop_strings(self) -> tuple[str, ...]:
         texts = _items("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)

@@ -82,7 +82,7 @@ ENGINE = {
     "gpu_memory_utilization": Absent((), _CACHE),
     "kv_cache_memory_bytes": Absent((None,), _CACHE),
     "num_gpu_blocks_override": Absent((None,), _CACHE),
-    "swap_space": Absent((0,), "nothing is swapped, leave it out and give cache_tokens"),
+    "swap_space": Absent((0, 4), "nothing is swapped, leave it out and give cache_tokens"),
     "cpu_offload_gb": Absent((0,), 'nothing is offloaded, leave it out or use device="cpu"'),
     "block_size": Absent((), "it is called page_size"),
     "enforce_eager": Absent((False, None), 'steps are recorded and replayed on every device, leave it out'),
@@ -95,7 +95,7 @@ ENGINE = {
     "attn_implementation": Absent((), "it is called prefill_backend"),
     "scheduling_policy": Absent(("fcfs",), "requests are taken in order, leave it out"),
     "async_scheduling": Absent((None, False), "leave it out"),
-    "seed": Absent((None,), "give SamplingParams(seed=...)"),
+    "seed": Absent((None, 0), "give SamplingParams(seed=...)"),
     "trust_remote_code": Absent((False, None), _NO_CODE),
     "load_format": Absent(("auto", "safetensors"), "only safetensors are read, convert the weights to them"),
     "revision": Absent((None,), _NO_DOWNLOAD),
@@ -123,7 +123,7 @@ ENGINE = {
     "lora_modules": Absent((None,), _LORA),
     "max_loras": Absent((None,), _LORA),
     "max_lora_rank": Absent((None,), _LORA),
-    "max_logprobs": Absent((None,), "log-probabilities of other tokens are not returned, leave it out"),
+    "max_logprobs": Absent((None, 20), "log-probabilities of other tokens are not returned, leave it out"),
     "structured_outputs_config": Absent((None,), "nothing constrains the tokens here, leave it out"),
     "guided_decoding_backend": Absent((None,), "nothing constrains the tokens here, leave it out"),
     "reasoning_parser": Absent((None, ""), "the whole response is returned as it is, leave it out"),
@@ -132,8 +132,28 @@ ENGINE = {
     "mm_processor_kwargs": Absent((None, {}), _TEXT_ONLY),
     "allowed_local_media_path": Absent((None, ""), _TEXT_ONLY),
     "disable_log_stats": Absent((True,), 'log lines go to the logger "stars", set its level and leave this out'),
+    "disable_log_requests": Absent((True,), 'log lines go to the logger "stars", set its level and leave this out'),
+    "logprobs_mode": Absent(("raw_logprobs", None), _LOGPROBS),
+    "enable_sleep_mode": Absent((False,), "an engine keeps its memory until it is deleted, leave it out"),
+    "worker_cls": Absent(("auto",), "the engine runs in the process that built it, leave it out"),
     "served_model_name": Absent((None,), "nothing is served here, leave it out"),
     "torch_dtype": Absent((), "it is called dtype"),
     "device_map": Absent((), "it is called device"),
 }
 """Arguments of the engine, by name."""
+
+CALL = {
+    **{name: f"give SamplingParams({name}=...) as sampling_params" for name in (
+        "temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
+        "presence_penalty", "frequency_penalty", "repetition_penalty")},
+    "prompt_token_ids": 'give {"prompt_token_ids": [...]} as the prompt',
+    "messages": 'give {"messages": [...]} as the prompt',
+    "lora_request": _LORA,
+    "priority": "requests are taken in order, leave it out",
+    "tokenization_kwargs": "give the prompt as {\"prompt_token_ids\": [...]}",
+    "arrival_time": "leave it out",
+    "trace_headers": "leave it out",
+    "prompt_adapter_request": "leave it out",
+    "params": "it is called sampling_params",
+}
+"""Keywords of `generate`, `stream` and `add_request` that belong elsewhere; None asks for nothing."""

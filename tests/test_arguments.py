@@ -6,9 +6,11 @@ Whatever is wrong is refused by one sentence before anything is queued; a reques
 from __future__ import annotations
 
 import ast
+import dataclasses
 import decimal
 import enum
 import fractions
+import functools
 import inspect
 import logging
 import math
@@ -22,7 +24,7 @@ import tokenizers
 import torch
 
 import stars
-from stars.arguments import Absent, asks_for_nothing, shown
+from stars.arguments import Absent, asks_for_nothing, bare, shown
 from stars.config import EngineConfig
 from stars.policies import Plan, plan_of
 from stars.vllm_names import ENGINE, SAMPLING
@@ -42,8 +44,8 @@ class Unprintable:
         raise RuntimeError("no text")
 
 
-ODD = [HUGE, -HUGE, 10**5000, math.nan, "1", decimal.Decimal(1), True, np.bool_(True), np.array(1.0), torch.tensor(1),
-       1j, [1], object(), Unprintable(), b"1"]
+ODD = [HUGE, -HUGE, 10**5000, math.nan, "1", decimal.Decimal(1), True, np.bool_(True), np.array(True),
+       torch.tensor(True), np.array([1.0]), torch.tensor([1]), 1j, [1], object(), Unprintable(), b"1"]
 """Values that are no number of any field that takes one, or one that nothing holds."""
 
 
@@ -311,7 +313,9 @@ def test_names_that_are_not_there(call, given, message):
 def test_neutral_values_are_told_by_type():
     assert asks_for_nothing(Kind.CUMULATIVE, ("CUMULATIVE",)) and not asks_for_nothing(Kind.DELTA, ("CUMULATIVE", 1))
     assert not asks_for_nothing(False, (0, None)) and not asks_for_nothing(np.zeros(2), (None, 0))
-    assert asks_for_nothing({}, Absent((None, {}), "").neutral) and not asks_for_nothing(0.0, (0,))
+    assert asks_for_nothing({}, Absent((None, {}), "").neutral) and asks_for_nothing(0.0, (0,))
+    assert asks_for_nothing(np.int64(0), (0,)) and asks_for_nothing(np.bool_(False), (False,))
+    assert not asks_for_nothing(np.bool_(False), (0,)) and not asks_for_nothing(np.float32(0.5), (0,))
 
 
 def test_the_constructor_keeps_its_signature_and_pickles():
@@ -411,6 +415,122 @@ def test_arguments_of_calls():
         refused(stars.RequestError, "quantile is ", engine.calibrate, PROMPT, quantile=value)
     refused(stars.RequestError, "request_id is list", engine.add_request, PROMPT,
             stars.SamplingParams(max_tokens=4), request_id=["a"])
+
+
+# -- what calls refuse before anything is queued --------------------------------------------------------------------
+
+def test_calibrate_says_what_it_lacks():
+    with_reward = toy_engine(LM, stars.FunctionReward(lambda prompt, responses: [0.0] * len(responses), inputs="ids"))
+    refused(stars.RequestError, "calibrate needs a reward", toy_engine(LM).calibrate, PROMPT)
+    refused(stars.RequestError, "there are no prompts to calibrate on", with_reward.calibrate, [])
+    refused(stars.RequestError, "sampling_params is dict, it must be", with_reward.calibrate, PROMPT, {"seed": 1})
+    refused(stars.RequestError, "num_samples is 0", with_reward.calibrate, PROMPT, num_samples=0)
+    assert with_reward.calibrate([PROMPT], stars.SamplingParams(max_tokens=2, seed=1), num_samples=2) == 0.0
+
+
+@pytest.mark.parametrize("value", [[], {}, None, set(), object()])
+def test_abort_of_what_is_no_id(value):
+    assert toy_engine(LM).abort(value) is False
+
+
+def test_numbers_that_cannot_be_printed_and_flags_as_ids():
+    engine = toy_engine(LM)
+    refused(stars.RequestError, "that cannot be printed make a value", engine.generate, PROMPT,
+            stars.SamplingParams(max_tokens=10**5000))
+    for value in (True, 10**5000):
+        refused(stars.RequestError, f"request_id is {type(value).__name__}, it must be a string", engine.add_request,
+                PROMPT, stars.SamplingParams(max_tokens=4), request_id=value)
+    refused(stars.RequestError, "must be a list of integers", engine.add_request, {"prompt_token_ids": [1, True]})
+    assert not engine.has_unfinished_requests()
+
+
+def test_a_policy_that_cannot_be_asked_for_its_plan():
+    class Lazy:
+        @property
+        def plan(self):
+            raise RuntimeError("not yet")
+
+    refused(stars.RequestError, "Lazy.plan() raised RuntimeError: not yet", plan_of, Lazy())
+    refused(stars.RequestError, "policy is the class STARS: give an object such as stars.STARS(", plan_of, stars.STARS)
+    refused(stars.RequestError, "policy is int, it must be an object", plan_of, 5)
+
+
+@pytest.mark.parametrize("build, message", [
+    (lambda: stars.EncoderReward("rm", label="a"), "EncoderReward.label is 'a', it must be an integer of at least 0"),
+    (lambda: stars.EncoderReward("rm", label=[]), "EncoderReward.label is []"),
+    (lambda: stars.EncoderReward("rm", label=True), "EncoderReward.label is True"),
+    (lambda: stars.EncoderReward("rm", inputs=[]), "EncoderReward.inputs is []"),
+    (lambda: stars.EncoderReward(5), "EncoderReward.model is 5, it must be a model directory"),
+    (lambda: stars.EncoderReward(None), "EncoderReward.model is None"),
+    (lambda: stars.CausalReward(5), "CausalReward.model is 5, it must be a model directory"),
+    (lambda: stars.CausalReward("rm", tokenizer=5), "CausalReward.tokenizer is 5"),
+    (lambda: stars.FunctionReward(stars.CausalReward), "not the class CausalReward"),
+    (lambda: toy_engine(LM, stars.FunctionReward), "reward is the class FunctionReward: give an object of it"),
+])
+def test_rewards_are_refused_when_they_are_made(build, message):
+    refused(stars.RewardError, message, build)
+
+
+def test_async_rewards_are_refused():
+    async def reward(prompt, responses):
+        return [0.0] * len(responses)
+
+    class Own:
+        async def __call__(self, prompt, responses):
+            return [0.0] * len(responses)
+
+    for fn in (reward, Own(), functools.partial(reward, 1)):
+        refused(stars.RewardError, "this one is async", stars.FunctionReward, fn)
+
+
+@pytest.mark.parametrize("given", [None, 0.5, "0.5", np.float64(0.5), np.array(0.5)])
+def test_what_a_reward_function_returns_in_place_of_a_list(given):
+    engine = toy_engine(LM, stars.FunctionReward(lambda prompt, responses: given, inputs="ids"))
+    [output] = engine.generate(PROMPT, stars.SamplingParams(max_tokens=2, seed=1), stars.Sample(score=True),
+                               use_tqdm=False)
+    said = f"the reward function returned {'None' if given is None else shown(bare(given))} where a list of 1 float is "
+    assert output.outputs[0].error == said + "expected"
+
+
+def test_a_reward_functions_exception_is_logged_with_its_place(caplog):
+    def broken(prompt, responses):
+        return responses[99]
+
+    engine = toy_engine(LM, stars.FunctionReward(broken, inputs="ids"))
+    engine.generate(PROMPT, stars.SamplingParams(max_tokens=2, seed=1), stars.Sample(score=True), use_tqdm=False)
+    assert "the reward function raised IndexError" in caplog.text and "in broken" in caplog.text
+
+
+def test_numbers_of_no_dimension():
+    assert stars.SamplingParams(
+        temperature=torch.tensor(0.5), top_k=torch.tensor(3), n=np.array(2), max_tokens=torch.tensor(9),
+        ignore_eos=torch.tensor(True), seed=np.array(4)) == stars.SamplingParams(
+        temperature=0.5, top_k=3, n=2, max_tokens=9, ignore_eos=True, seed=4)
+    assert stars.SamplingParams(seed=-1).seed is None and stars.SamplingParams(seed=-2).seed == -2
+
+
+@pytest.mark.parametrize("given", [{"seed": 0}, {"max_logprobs": 20}, {"swap_space": 4}, {"swap_space": 4.0},
+                                   {"enable_sleep_mode": False}, {"disable_log_requests": True},
+                                   {"logprobs_mode": "raw_logprobs"}, {"worker_cls": "auto"},
+                                   {"enforce_eager": np.bool_(False)}, {"tensor_parallel_size": np.int64(1)}])
+def test_defaults_of_others_ask_for_nothing(given):
+    assert toy_engine(LM, **given).config == toy_engine(LM).config
+
+
+def test_keywords_that_belong_elsewhere():
+    engine = toy_engine(LM)
+    for name in (field.name for field in dataclasses.fields(stars.SamplingParams)):
+        for call in (engine.generate, engine.stream, engine.add_request):
+            refused(stars.RequestError, f"{call.__name__} has no parameter '{name}': give SamplingParams({name}=...)",
+                    call, PROMPT, **{name: 1})
+    refused(stars.RequestError, 'give {"prompt_token_ids": [...]} as the prompt', engine.generate,
+            prompt_token_ids=[[1, 2]])
+    refused(stars.RequestError, "did you mean sampling_params?", engine.generate, PROMPT, sampling_param=None)
+    refused(stars.RequestError, "merge the adapter into the model", engine.generate, PROMPT, lora_request=object())
+    params = stars.SamplingParams(max_tokens=2, seed=1)
+    assert len(engine.generate(PROMPT, params, use_tqdm=False, lora_request=None)) == 1
+    refused(stars.RequestError, "stream takes one prompt", engine.stream, ["x", "y"])
+    assert not engine.has_unfinished_requests()
 
 
 # -- what is shown and logged ---------------------------------------------------------------------------------------

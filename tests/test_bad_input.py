@@ -118,7 +118,9 @@ PROMPTS = [
     ({"messages": [{"role": "user", "content": "x"}]}, "the model directory has no chat template"),
     ({"messages": "x"}, "messages must be a non-empty list"),
     ({}, "needs exactly one of"),
-    ({"prompt": "a", "prompt_token_ids": [1]}, "needs exactly one of"),
+    ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "needs exactly one of"),
+    ({"prompt": None, "messages": None}, "needs exactly one of"),
+    ({"prompt_token_ids": [True]}, "must be a list of integers"),
     ({"prompt_token_ids": [1], "image": 3}, 'does not take "image"'),
     ({"prompt_token_ids": [1] * 50}, "the prompt of 50 tokens and max_tokens=20 make 70, the limit is 64 (the model's "
                                      "context)"),
@@ -146,7 +148,7 @@ def test_requests_as_a_whole(engine):
     refused(stars.RequestError, "policy has 3 entries for 2 prompts", engine.generate, [PROMPT] * 2, None, [POLICY] * 3)
     refused(stars.RequestError, "sampling_params is dict", engine.generate, PROMPT, {"max_tokens": 3})
     refused(stars.RequestError, "policy is str", engine.generate, PROMPT, None, "STARS")
-    refused(stars.RequestError, "policy is Sample, it must be an object", engine.add_request, PROMPT, None,
+    refused(stars.RequestError, "policy is the class Sample: give an object", engine.add_request, PROMPT, None,
             stars.Sample)
     refused(stars.RequestError, "segment_size is 17 and the engine's slabs hold 16", engine.add_request, PROMPT, None,
             stars.STARS(segment_size=17, reward_threshold=1.0))
@@ -163,7 +165,7 @@ def test_without_a_reward():
     engine = toy_engine(LM)
     for policy in (POLICY, stars.Sample(score=True), stars.BestOfN(2), stars.BlockwiseBestOfK(2)):
         refused(stars.RequestError, f"{type(policy).__name__} needs a reward", engine.add_request, PROMPT, None, policy)
-    refused(stars.RequestError, "Sample needs a reward", engine.calibrate, PROMPT)
+    refused(stars.RequestError, "calibrate needs a reward", engine.calibrate, PROMPT)
 
 
 def test_limits_of_the_cache():

@@ -11,9 +11,10 @@ import time
 
 import pytest
 
-from stars.errors import TokenizerError
+from stars.errors import RequestError, TokenizerError
 from stars.model import template_limits
 from stars.model.chat_template import ChatTemplate
+from stars.prompt import parse_prompt
 from test_bad_input import one_sentence
 
 MESSAGES = [{"role": "user", "content": "hello there"}]
@@ -298,3 +299,46 @@ def test_messages_that_are_too_deep_are_refused():
     while deep:  # from the outside in, as the interpreter would free it recursively
         deep = deep[0]
     assert json.loads(ChatTemplate("{{ messages | tojson }}", "here").render(MESSAGES)) == MESSAGES
+
+
+# -- contents that are lists of parts -------------------------------------------------------------------------------
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, "two", {"text": "three"}]}]
+WITH_LOOP = [
+    "{% for m in messages %}{% for c in m.content %}<{{ c if c is string else c.text }}>{% endfor %}{% endfor %}",
+    "{% for m in messages %}{% for c in m['content'] %}<{{ c if c is string else c.text }}>{% endfor %}{% endfor %}",
+    "{% set x = messages[0]['content'] %}{% for c in x | list %}<{{ c if c is string else c.text }}>{% endfor %}",
+    "{% macro f(content) %}{% for c in content %}<{{ c if c is string else c.text }}>{% endfor %}{% endmacro %}"
+    "{{ f(messages[0].content) }}",
+]
+
+
+@pytest.mark.parametrize("source", WITH_LOOP)
+def test_a_template_that_goes_through_parts_gets_them(source):
+    assert ChatTemplate(source, "here").render(PARTS) == "<one><two><three>"
+
+
+@pytest.mark.parametrize("source", [
+    "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{% endfor %}",
+    "{% for m in messages %}{{ m.role }}: {% for line in m.content.split('|') %}{{ line }}{% endfor %}{% endfor %}",
+])
+def test_other_templates_get_the_text_of_parts(source):
+    template = ChatTemplate(source, "here")
+    assert template.render(PARTS) == "user: one\ntwo\nthree" == template.render([{"role": "user", "content":
+                                                                                "one\ntwo\nthree"}])
+    assert PARTS[0]["content"][1] == "two"
+    with pytest.raises(TokenizerError) as caught:
+        template.render([*PARTS, {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])
+    one_sentence(str(caught.value))
+    assert str(caught.value).startswith("messages[1] has a part that is no text, and the chat template of here takes ")
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": None},
+                                     {"role": "assistant", "reasoning": "so"}])
+def test_a_message_without_content_is_refused(message):
+    with pytest.raises(RequestError, match=r'messages\[1\] has no "content": give its text, or "tool_calls"'):
+        parse_prompt({"messages": [*MESSAGES, message]}, None, 5)
+
+
+def test_ids_may_have_their_text_beside_them():
+    assert parse_prompt({"prompt": "x", "prompt_token_ids": [1, 2], "messages": None}, None, 5).token_ids == [1, 2]

@@ -259,7 +259,9 @@ def test_a_bad_row_fails_alone(run, pair, tmp_path):
     given, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     given.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
     code, out, err = run("generate", "--input", given, "--output", output, *pair[:2], *FLAGS)
-    assert (code, out, err) == (1, "", f"stars: {len(BAD)} of {len(BAD) + len(GOOD)} rows failed\n")
+    first = next(row for row in rows(output.read_text()) if "error" in row)
+    assert (code, out) == (1, "") and err == (f"stars: error: row {first['index']}: {first['error']}\n"
+                                              f"stars: {len(BAD)} of {len(BAD) + len(GOOD)} rows failed\n")
     found = sorted(rows(output.read_text()), key=lambda row: row["index"])
     assert [row["index"] for row in found] == list(range(len(BAD) + len(GOOD)))
     failed = [row for row in found if "error" in row]
@@ -279,7 +281,8 @@ def test_lines_are_numbered_as_an_editor_does(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf\r\n\r\n"a"\r\n{\r\n\t\r\n\xef\xbb\xbf"b"')
     good, bad, mark = rows_of_file(str(path), chat=False)
     assert (good.index, good.prompt, good.error) == (0, "a", None)
-    assert bad.index == 1 and bad.error.startswith("line 4 ") and mark.error.startswith("line 6 ")
+    assert bad.index == 1 and bad.error.startswith(f"{path}: line 4 ")
+    assert mark.error.startswith(f"{path}: line 6 ")
 
 
 def test_closed_stdin_is_said(run, pair, monkeypatch):
@@ -497,3 +500,56 @@ def test_a_killed_run_is_gone_on_with(run, pair, tmp_path):
     alone = engine.generate([f"Once {n}" for n in range(0, 400, 57)], stars.SamplingParams(max_tokens=7, seed=3),
                             policy, use_tqdm=False)
     assert [found[n]["outputs"][0]["text"] for n in range(0, 400, 57)] == [one.outputs[0].text for one in alone]
+
+
+@pytest.mark.parametrize("again", ["the same order", "another order"])
+def test_a_kill_between_the_two_files_moves_the_trace_once(run, pair, files, monkeypatch, again):
+    given, output, trace = files
+    named = [{"id": name, "prompt": f"Once {name}"} for name in ("a", "b", "c", "d")]
+    write_rows(given, *named)
+    assert run(*arguments(files, *pair, *STARS))[0] == 0
+    texts = {row["id"]: row["outputs"][0]["text"] for row in by_index(output)}
+    write_rows(given, *named[1:], named[0])
+    replace = LineFile.replace
+
+    def killed(self, lines):
+        if self.name == str(output):
+            raise KeyboardInterrupt
+        replace(self, lines)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(LineFile, "replace", killed)
+            assert run(*arguments(files, *pair, *STARS, "--resume"))[0] == 130
+        if again == "another order":
+            write_rows(given, *reversed(named))
+    for _ in range(2):
+        assert run(*arguments(files, *pair, *STARS, "--resume"))[0] == 0
+        found = by_index(output)
+        assert {row["id"]: row["outputs"][0]["text"] for row in found} == texts
+        prompts = {request.request_id: request.prompt for request in stars.read_trace(trace)}
+        assert prompts == {str(row["index"]): row["prompt"] for row in found} and len(prompts) == 4
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_file_of_two_names_is_not_parted_from_the_other(run, pair, halfway, tmp_path, which):
+    os.link(halfway[which], tmp_path / "link")
+    before = [path.read_bytes() for path in halfway]
+    code, _, err = run(*arguments(halfway, *pair, *STARS, "--resume"))
+    assert code == 1 and f"{halfway[which]} has another name, a hard link" in err
+    assert [path.read_bytes() for path in halfway] == before
+
+
+def test_ids_that_are_no_text_are_not_taken_for_others(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"id": "\xed\xa0\x80", "prompt": "x"}\n{"id": "\\ud800", "prompt": "y"}\n')
+    bad, good = rows_of_file(str(path), chat=False)
+    assert bad.key == ("index", 0) and f"{path}: line 1 is no row" in bad.error and good.key == ("id", "\ud800")
+
+
+def test_empty_columns_are_no_prompts(tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", {"prompt": "x", "messages": None, "prompt_token_ids": None},
+                      {"prompt": "x", "prompt_token_ids": [1]}, {"prompt": "x", "messages": []}, {"prompt": None})
+    found = rows_of_file(str(path), chat=False)
+    assert [row.prompt for row in found] == ["x", {"prompt_token_ids": [1]}, None, None]
+    assert all("exactly one of" in row.error for row in found[2:])

@@ -439,7 +439,7 @@ def test_numbers_of_every_kind(give):
     (lambda responses: ["good"] * 2, "the reward function returned str where a float is expected"),
     (lambda responses: [None] * 2, "the reward function returned NoneType where a float is expected"),
     (lambda responses: torch.zeros(2, 2), "the reward function returned an array where one number"),
-    (lambda responses: 3.0, "the reward function raised TypeError"),
+    (lambda responses: 3.0, "the reward function returned 3.0 where a list of "),
     (lambda responses: [math.nan] * 2, "the reward is NaN"),
     (lambda responses: [math.inf] * 2, "the reward is +inf"),
     (lambda responses: 1 / 0, "the reward function raised ZeroDivisionError: division by zero"),

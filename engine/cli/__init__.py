@@ -1,7 +1,8 @@
 """The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo` and `info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
-exit code 1; wrong arguments give 2, Ctrl-C 130, SIGTERM 143, a reader that went away 141.
+exit code 1, a value that a flag cannot have among them; arguments that cannot be read or do not go together give 2,
+Ctrl-C 130, SIGTERM 143, a reader that went away 141.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands with their flags; `args.run(args)` is the command's body."""
     parser = _Parser(
         prog="stars", description="Decodes with a language model while a reward model watches, segment by segment.",
-        epilog="Exit codes: 0 all went well, 1 something failed and was said on stderr, 2 wrong arguments, 130 Ctrl-C, "
-               "143 SIGTERM, 141 the reader of stdout or stderr went away.")
+        epilog="Exit codes: 0 all went well, 1 something failed and was said on stderr (a value out of range "
+               "too), 2 arguments that cannot be read or do not go together, 130 Ctrl-C, 143 SIGTERM, 141 the "
+               "reader of stdout or stderr went away.")
     parser.add_argument("--version", action="version", version=f"stars {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _generate(_command(commands, "generate", "complete prompts, from arguments or a JSONL file"))

@@ -124,18 +124,29 @@ class RowSink:
 
     def __init__(self, file: LineFile | StreamLines):
         self.file = file
+        self.failure: tuple[Row, str] | None = None  # the first row that failed, and why
         self.ascii_only = file.name == "stdout" and "utf" not in (sys.stdout.encoding or "utf8").lower()
 
     def result(self, row: Row, output: RequestOutput) -> None:
         """A finished request."""
-        self._write(result_row(row, output))
+        record = result_row(row, output)
+        self._note(row, record.get("error"))
+        self._write(record)
 
     def error(self, row: Row, message: str) -> None:
         """A row that could not run."""
+        self._note(row, message)
         self._write(error_row(row, message))
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Says why the first row failed that did: the others' reasons are in their rows."""
+        if self.failure is not None:
+            row, message = self.failure
+            print(f"stars: error: row {row.index}: {' '.join(message.split())}", file=sys.stderr)
+
+    def _note(self, row: Row, message: str | None) -> None:
+        if message is not None and self.failure is None:
+            self.failure = (row, message)
 
     def _write(self, record: dict[str, Any]) -> None:
         self.file.write(dumps(record, self.ascii_only) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ class Resumption:
         self.moved: dict[str, str] = {}  # request ids of those rows in the trace: what they are in this input
         self.done: set[tuple[str, Any]] = set()
         self.size = 0  # of the output when it was read
+        self.digest = hashlib.sha256()  # of the same bytes
+        self.traced: dict[str, str] = {}  # `moved` by the ids that the trace has
         self.clean = True  # every line is kept as it stands
         for path in (output, trace):
             if path is not None and os.path.exists(path) and not os.path.isfile(path):
@@ -35,9 +38,14 @@ class Resumption:
                 for number, line in enumerate(file):
                     self._read(number, line)
                     self.size += len(line)
+                    self.digest.update(line)
         if trace is not None and os.path.exists(trace):
             with open(trace, "rb") as file:
-                _check_header(file.readline(), trace)
+                header = _read_header(file.readline(), trace)
+            # A kill between the two files: the trace is behind a move that this very output has still before it.
+            ahead = header.get("moved") if header.get("rows") == self.digest.hexdigest() else None
+            ahead = ahead if isinstance(ahead, dict) else {}
+            self.traced = {ahead.get(old, old): new for old, new in self.moved.items()}
 
     def trim(self, output: LineFile, trace: LineFile | None) -> None:
         """Leaves the rows that count, each under the index it has now, and what the trace holds of them."""
@@ -47,6 +55,10 @@ class Resumption:
         if output.size() != self.size:
             raise RequestError(f"{output.name} has changed since it was read, so another run is writing to it: wait "
                                "for it, and run again")
+        for file, rewritten in ((trace, trace is not None and trace.size()), (output, not self.clean)):
+            if rewritten and os.fstat(file.fd).st_nlink > 1:
+                raise RequestError(f"{file.name} has another name, a hard link, and --resume would part the two: "
+                                   "remove one, or work on a copy")
         if trace is not None and trace.size():
             trace.replace(self._kept_records())
         if not self.clean:
@@ -88,9 +100,21 @@ class Resumption:
             for number, line in enumerate(file):
                 if not line.endswith(b"\n"):  # a kill cut it short
                     return
-                moved = None if number == 0 else self.moved.get(self._request_id(number, line))
-                if number == 0 or moved is not None:
-                    yield line if moved is None else _changed(line, request_id=moved)
+                if number == 0:
+                    yield self._header(line)
+                    continue
+                moved = self.traced.get(self._request_id(number, line))
+                if moved is not None:
+                    yield _changed(line, request_id=moved)
+
+    def _header(self, line: bytes) -> bytes:
+        """The trace's first line, which says of which output and how its requests have moved: the trace is replaced
+        first, and a kill may come before the output is."""
+        record = {name: value for name, value in loads(line).items() if name not in ("rows", "moved")}
+        moved = {old: new for old, new in self.moved.items() if old != new}
+        if moved:
+            record.update(rows=self.digest.hexdigest(), moved=moved)
+        return (dumps(record) + "\n").encode("utf8")
 
     def _request_id(self, number: int, line: bytes) -> str:
         try:
@@ -124,10 +148,10 @@ def _is_done(record: dict[str, Any]) -> bool:
         output.get("finish_reason") in ("stop", "length") for output in record["outputs"])
 
 
-def _check_header(line: bytes, trace: str) -> None:
-    """RequestError unless `line` is the first of a trace, or half of it."""
+def _read_header(line: bytes, trace: str) -> dict[str, Any]:
+    """The first line of a trace, nothing where it is half of one; RequestError for any other."""
     if not line.endswith(b"\n") and dumps({"type": "trace"})[:-1].encode().startswith(line[:10]):
-        return
+        return {}
     try:
         header = loads(line)
     except ValueError:
@@ -135,6 +159,7 @@ def _check_header(line: bytes, trace: str) -> None:
     if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
         raise RequestError(f"{trace}, line 1, is not the beginning of a trace of version {VERSION}: --resume goes on "
                            "with such a trace only, so name another file")
+    return header
 
 
 def _changed(line: bytes, **fields: Any) -> bytes:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from stars.errors import RequestError
 from stars.outputs import RequestOutput
+from stars.prompt import PROMPT_KEYS, prompt_kind
 from stars.trace import MAX_NESTING, loads, metrics_record, plain, too_deep
 
-PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 RESULT_KEYS = ("index", "outputs", "metrics", "seed", "error")  # of a row that is written; one that is read has no say
 
 
@@ -46,9 +46,9 @@ def rows_of_file(path: str, chat: bool) -> list[Row]:
     if path == "-":
         if sys.stdin is None:
             raise RequestError("--input - reads stdin, which is closed: give it something to read, or name a file")
-        return _parse_lines(sys.stdin.buffer, chat)
+        return _parse_lines(sys.stdin.buffer, "stdin", chat)
     with open(path, "rb") as file:
-        return _parse_lines(file, chat)
+        return _parse_lines(file, path, chat)
 
 
 def as_prompt(text: str, chat: bool) -> Any:
@@ -89,17 +89,17 @@ def prompt_of(record: dict[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in PROMPT_KEYS if key in record}
 
 
-def _parse_lines(lines: Iterable[bytes], chat: bool) -> list[Row]:
+def _parse_lines(lines: Iterable[bytes], name: str, chat: bool) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
-            rows.append(_parse_line(len(rows), number, line, chat))
+            rows.append(_parse_line(len(rows), f"{name}: line {number}", line, chat))
     return rows
 
 
-def _parse_line(index: int, number: int, line: bytes, chat: bool) -> Row:
+def _parse_line(index: int, where: str, line: bytes, chat: bool) -> Row:
     given: dict[str, Any] = {}
     try:
         value = loads(line)
@@ -111,16 +111,16 @@ def _parse_line(index: int, number: int, line: bytes, chat: bool) -> Row:
             given = {"prompt": value}
         return Row(index, given, _prompt_of(value, chat))
     except RequestError as error:
-        return Row(index, given, None, f"line {number}: {error}")
+        return Row(index, given, None, f"{where}: {error}")
     except ValueError as error:
         return Row(index, _identity_of(line), None,
-                   f"line {number} is no row of JSON ({error}): give a string or an object")
+                   f"{where} is no row of JSON ({error}): give a string or an object")
 
 
 def _identity_of(line: bytes) -> dict[str, Any]:
     """The id of a row that is refused for something else in it, where it can be read all the same."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf8"))  # else two ids that are no text might come out as one
     except (ValueError, RecursionError):
         return {}
     is_named = isinstance(value, dict) and key_of(value, 0)[0] == "id" and value["id"] == plain(value["id"])
@@ -129,12 +129,10 @@ def _identity_of(line: bytes) -> dict[str, Any]:
 
 def _prompt_of(value: Any, chat: bool) -> Any:
     if isinstance(value, dict):
-        kinds = [key for key in PROMPT_KEYS if key in value]
-        if len(kinds) != 1:
-            raise RequestError('a row needs exactly one of "prompt", "prompt_token_ids" and "messages"')
-        value = value["prompt"] if kinds[0] == "prompt" else {kinds[0]: value[kinds[0]]}
-        if kinds[0] != "prompt":
-            return value
+        kind = prompt_kind(value, "a row")
+        if kind != "prompt":
+            return {kind: value[kind]}
+        value = value["prompt"]
     if not isinstance(value, str):
         raise RequestError(f"a prompt is a string, not {type(value).__name__}: give a string or an object")
     return as_prompt(value, chat)

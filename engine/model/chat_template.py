@@ -26,6 +26,7 @@ class ChatTemplate:
         self._source = source
         self._where = where
         self._compiled: jinja2.Template | None = None
+        self._takes_parts: bool | None = None  # whether it goes through the parts of a content by itself
 
     def render(self, messages: list[dict], **variables: Any) -> str:
         """The text of `messages`.
@@ -42,7 +43,14 @@ class ChatTemplate:
         try:
             if self._compiled is None:
                 self._compiled = _environment().compile_limited(self._source)
+            if any(isinstance(message.get("content"), list) for message in plain):
+                if self._takes_parts is None:
+                    self._takes_parts = _iterates_content(_environment().parse(self._source))
+                if not self._takes_parts:
+                    plain = [self._with_text(number, message) for number, message in enumerate(plain)]
             return self._compiled.render(messages=plain, **variables)
+        except TokenizerError:
+            raise
         except jinja2.TemplateSyntaxError as error:
             raise TokenizerError(
                 f"the chat template of {self._where} is not valid ({_reason(error)}): repair it"
@@ -52,6 +60,38 @@ class ChatTemplate:
                 f"the chat template of {self._where} does not render these messages ({_reason(error)}): change the "
                 "messages to what it expects, or give the prompt as text"
             ) from error
+
+
+    def _with_text(self, number: int, message: dict) -> dict:
+        """A message whose content, where it is a list of text parts, is their texts, a line each (as in vLLM)."""
+        content = message.get("content")
+        if not isinstance(content, list):
+            return message
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+                 for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise TokenizerError(f"messages[{number}] has a part that is no text, and the chat template of "
+                                 f'{self._where} takes text only: give parts as {{"type": "text", "text": ...}}')
+        return {**message, "content": "\n".join(texts)}
+
+
+def _iterates_content(template: nodes.Template) -> bool:
+    """Whether a loop of `template` goes through a message's content, or through a name that was given it."""
+    names = {"content"}
+    for node in template.find_all(nodes.Assign):
+        if isinstance(node.target, nodes.Name) and _is_content(node.node, names):
+            names.add(node.target.name)
+    return any(_is_content(node.iter, names) for node in template.find_all(nodes.For))
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    while isinstance(node, nodes.Filter):  # content | selectattr("type", "equalto", "text")
+        node = node.node
+    if isinstance(node, nodes.Name):
+        return node.name in names
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
 
 
 def _keys_as_read(message: dict) -> dict:

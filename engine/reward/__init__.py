@@ -28,6 +28,8 @@ def resolve_reward(reward: Any) -> Reward | None:
             if not isinstance(kind, str) or kind not in FAMILIES:
                 return EncoderReward(reward)
         return CausalReward(reward)
+    if isinstance(reward, type) and issubclass(reward, Reward):
+        raise RewardError(f"reward is the class {reward.__name__}: give an object of it")
     if callable(reward):
         return FunctionReward(reward)
     raise RewardError(f"reward is {type(reward).__name__}, it must be a model directory, a callable or a stars.Reward")

@@ -6,9 +6,10 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from stars.arguments import integer
+from stars.arguments import integer, shown
 from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
 from stars.law import Terms
@@ -160,7 +161,18 @@ def reward_problem(reward: float | RewardError) -> str | None:
 
 def checked_batch_size(owner: str, value: Any) -> int:
     """`value` as a batch size of `owner`; RewardError for anything but an integer of at least 1."""
+    return checked_integer(f"{owner}.batch_size", value, 1)
+
+
+def checked_integer(name: str, value: Any, least: int) -> int:
+    """`value` as int of at least `least`; RewardError, which names it, for anything else."""
     try:
-        return integer(f"{owner}.batch_size", value, 1)
+        return integer(name, value, least)
     except RequestError as error:
         raise RewardError(str(error)) from None
+
+
+def check_path(owner: str, model: Any) -> None:
+    """RewardError unless `model` may be a directory; objects of transformers get their own sentence from the engine."""
+    if not isinstance(model, (str, Path)) and not hasattr(model, "save_pretrained"):
+        raise RewardError(f"{owner}.model is {shown(model)}, it must be a model directory")

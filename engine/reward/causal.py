@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from stars.arguments import shown
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.determinism import check_row_invariance
 from stars.detokenizer import REPLACEMENT
@@ -17,7 +18,7 @@ from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
 from stars.passes import MOST_CLOSING, NO_VERDICT, Passes, Span, Verdict
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, ContextFull, Follower, Limits, Reward, Scored
+from stars.reward.base import Candidate, ContextFull, Follower, Limits, Reward, Scored, check_path
 
 RIDGE_ROWS = {"cpu": 32, "cuda": 128}
 """Rows from which on a pass over the weights is bound by arithmetic rather than by reading them. On the CPU measured;
@@ -54,6 +55,11 @@ class CausalReward(Reward):
 
     def __init__(self, model, *, tokenizer=None, template: Literal["auto", "chat", "raw"] = "auto",
                  close: Literal["none", "template", "eos"] = "none", chat_template_kwargs: dict | None = None):
+        if not hasattr(model, "forward"):
+            check_path("CausalReward", model)
+        if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
+            raise RewardError(f"CausalReward.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
+                              "stars.model.tokenizer.load_tokenizer(DIR)")
         if template not in ("auto", "chat", "raw"):
             raise RewardError(f'CausalReward.template is {template!r}, it must be "auto", "chat" or "raw"')
         if close not in ("none", "template", "eos"):

@@ -10,11 +10,21 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from stars.arguments import shown
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, RequestError, RewardError
 from stars.model.normalisation import read_normalisation
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, ContextFull, Limits, Reward, Scored, checked_batch_size
+from stars.reward.base import (
+    Candidate,
+    ContextFull,
+    Limits,
+    Reward,
+    Scored,
+    check_path,
+    checked_batch_size,
+    checked_integer,
+)
 from stars.reward.encoder_model import choose_padding, context_length, load_encoder, num_embeddings, one_line
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -45,10 +55,13 @@ class EncoderReward(Reward):
 
     def __init__(self, model: str | Path, *, inputs: Literal["joined", "pair"] = "joined", label: int | None = None,
                  batch_size: int = 8):
-        if inputs not in ("joined", "pair"):
-            raise RewardError(f'EncoderReward.inputs is {inputs!r}, it must be "joined" or "pair"')
+        check_path("EncoderReward", model)
+        if not isinstance(inputs, str) or inputs not in ("joined", "pair"):
+            raise RewardError(f'EncoderReward.inputs is {shown(inputs)}, it must be "joined" or "pair"')
+        if label is not None:
+            label = checked_integer("EncoderReward.label", label, 0)
         batch_size = checked_batch_size("EncoderReward", batch_size)
-        self.model_path = Path(model)
+        self.model_path = Path(model) if isinstance(model, str) else model
         self.inputs = inputs
         self.label = label
         self.batch_size = self._batch_size = batch_size  # the latter: what the model bears

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import numbers
 from collections.abc import Callable, Sized
 from typing import Any, Literal
 
-from stars.errors import RequestError, RewardError, describe
+from stars.arguments import bare, shown
+from stars.errors import RequestError, RewardError, describe, log
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored, checked_batch_size
 
@@ -27,8 +29,14 @@ class FunctionReward(Reward):
                  batch_size: int | None = None):
         if not callable(fn):
             raise RewardError(f"FunctionReward needs a callable fn(prompt, responses), not {type(fn).__name__}")
-        if inputs not in ("text", "ids"):
-            raise RewardError(f'FunctionReward.inputs is {inputs!r}, it must be "text" or "ids"')
+        if isinstance(fn, type) and issubclass(fn, Reward):
+            raise RewardError(f"FunctionReward needs a callable fn(prompt, responses), not the class {fn.__name__}: "
+                              "give a reward of that class to the engine")
+        if any(map(inspect.iscoroutinefunction, (fn, getattr(fn, "__call__", None)))):
+            raise RewardError("FunctionReward needs a callable that returns floats, and this one is async: give one "
+                              "that waits for its result, such as by asyncio.run")
+        if not isinstance(inputs, str) or inputs not in ("text", "ids"):
+            raise RewardError(f'FunctionReward.inputs is {shown(inputs)}, it must be "text" or "ids"')
         if batch_size is not None:
             batch_size = checked_batch_size("FunctionReward", batch_size)
         self.fn = fn
@@ -75,7 +83,10 @@ class FunctionReward(Reward):
         count = len(responses)
         try:
             # It gets copies: what it does to them must not reach the next call.
-            rewards = self.fn(copy.deepcopy(prompt), responses)
+            rewards = bare(self.fn(copy.deepcopy(prompt), responses))
+            if rewards is None or isinstance(rewards, (numbers.Number, str, bytes)):
+                return [RewardError(f"the reward function returned {shown(rewards)} where a list of {count} float"
+                                    f"{'s' if count > 1 else ''} is expected")] * count
             returned = len(rewards) if isinstance(rewards, Sized) else None
             rewards = list(itertools.islice(rewards, count + 1))  # a generator may never end
         except KeyboardInterrupt:
@@ -83,6 +94,7 @@ class FunctionReward(Reward):
         except BaseException as error:  # whatever else a user's callable raises, sys.exit too, is that request's error
             failure = RewardError(f"the reward function raised {describe(error)}")
             failure.__cause__ = error
+            log(str(failure), error)  # with the place in the user's code, which a sentence has no room for
             return [failure] * count
         if len(rewards) != count:
             failure = RewardError(f"the reward function returned {returned or len(rewards)} values for {count} "
