@@ -4,11 +4,13 @@ tokenizer.json may hold regular expressions, which the library matches by backtr
 longer, one after the other. Neither can be stopped from within, so a tokenizer stays in this process only if all of it
 is known: steps of the kinds below, which together make a text at most MOST_GROWTH times as long, and regular
 expressions whose alternatives are all among those of the tokenizers in use, which never go back over a text twice. What
-is not bounded is the vocabulary itself, which can be as long as its file is.
+is not bounded is the vocabulary itself, which can be as long as its file is. The library normalises added tokens while
+it reads a tokenizer, in whatever process: where the normaliser is not bounded, there may be none to be normalised.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import select
@@ -19,14 +21,18 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
-from stars.errors import TokenizerError
+from stars.errors import ModelError, TokenizerError
+from stars.model.files import read_json
 
 MOST_GROWTH = 64
 """Times that the known steps may make a text longer, by the worst case of each."""
+MOST_ENCODER_GROWTH = 1024
+"""The same for encoders, which have no other process: the usual ones fold a text up to three times over."""
 MOST_WORD = 4096
 """Characters of a word that WordPiece splits in this process: its work grows with their square (100 is usual)."""
 DEADLINE = 20.0
@@ -52,7 +58,7 @@ _LETTERS = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _ALTERNATIVES = frozenset((
-    # GPT-2, Llama 3, Qwen, o200k, Tekken and DeepSeek
+    # GPT-2, Llama 3, Qwen, o200k, Tekken, DeepSeek and BLOOM
     "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _ENDINGS, "'(?i:[sdmt]|ll|ve|re)", r" ?\p{L}+", r" ?\p{N}+", r"\p{L}+",
     r"\p{N}+", r"\p{N}", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _LETTERS + r"\p{L}+", _LETTERS + r"[\p{L}\p{M}]+",
@@ -60,6 +66,12 @@ _ALTERNATIVES = frozenset((
       for case in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")),
     "[一-龥぀-ゟ゠-ヿ]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+    r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "[0-9][0-9][0-9]", r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    # the same with groups and possessive quantifiers, as tiktoken writes r50k and cl100k
+    "'(?:[sdmt]|ll|ve|re)", r" ?\p{L}++", r" ?\p{N}++", r" ?[^\s\p{L}\p{N}]++", r"\p{N}{1,3}+", r"\s++$",
+    *(fr"[^\r\n\p{{L}}\p{{N}}]?{more}\p{{L}}{most}" for more in ("", "+") for most in ("+", "++")),
+    *(fr" ?[^\s\p{{L}}\p{{N}}]{more}[\r\n]*{most}" for more in ("+", "++") for most in ("", "+")),
+    "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
     r" ?[\p{P}\p{S}]+[\r\n]*", r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)", r"\s+", r"\s", r"\d", r"\d+", r"\d{1,3}",
     "[0-9]", "[0-9]+", r"\n", r"[\r\n]", r"[\r\n]+", " ", " +", " {2,}", r"\S+", r"\w+", r"[^\w\s]+",
 ))
@@ -84,37 +96,85 @@ def bounded(backend: Backend, where: str) -> Backend | ConfinedBackend:
     return backend if _is_bounded(backend) else ConfinedBackend(backend, where)
 
 
+def check_added_tokens(normalizer: dict[str, Any] | None, normalized: bool, where: str) -> None:
+    """TokenizerError where tokens are to be normalised, which the library does at once, and nothing bounds that."""
+    if normalized and _state_growth(normalizer) > MOST_GROWTH:
+        raise TokenizerError(f"{where} has a normaliser that may make a text more than {MOST_GROWTH} times as long, or "
+                             'searches it, and added tokens to be normalised: set their "normalized" to false, or use '
+                             "another tokenizer")
+
+
+def check_file(path: Path, encoder: bool = False) -> None:
+    """TokenizerError for a tokenizer.json that the library could not read in bounded time and memory.
+
+    To be called before the library reads it. `encoder`: whether its texts, too, are encoded in this process.
+    """
+    try:
+        state = read_json(path)
+    except ModelError as error:
+        raise TokenizerError(str(error)) from error
+    with refusing(f"{path} cannot be read as a tokenizer: copy the model again"):
+        added = state.get("added_tokens") or []
+        check_added_tokens(state.get("normalizer"), any(token.get("normalized", True) for token in added), str(path))
+        if encoder:
+            check_encoder(state, str(path))
+
+
+def check_encoder(state: dict[str, Any], where: str) -> None:
+    """TokenizerError where a tokenizer of this state may not encode texts in this process."""
+    growth = 1.0
+    for name in ("normalizer", "pre_tokenizer", "post_processor"):
+        growth *= _state_growth(state.get(name))
+    word = (state.get("model") or {}).get("max_input_chars_per_word", 0)
+    if growth > MOST_ENCODER_GROWTH or not isinstance(word, int) or word > MOST_WORD:
+        raise TokenizerError(f"{where} has regular expressions of its own, or steps that may make a text too long for "
+                             "an encoder reward model: use a reward model whose tokenizer is a usual one")
+
+
 def _is_bounded(backend: Backend) -> bool:
     if getattr(backend.model, "max_input_chars_per_word", 0) > MOST_WORD:
         return False
     encoding = 1.0
     for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor):
-        encoding *= _growth(part)
-    return max(encoding, _growth(backend.decoder)) <= MOST_GROWTH
+        encoding *= _state_growth(part_state(part))
+    return max(encoding, _state_growth(part_state(backend.decoder))) <= MOST_GROWTH
 
 
-def _growth(part: Any) -> float:
+def part_state(part: Any) -> dict[str, Any] | None:
+    """What tokenizer.json holds of a part of a tokenizer."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _state_growth(state: Any) -> float:
     """Times that a part of a tokenizer makes a text longer at most; infinite for what is not known."""
-    return 1.0 if part is None else _state_growth(json.loads(part.__getstate__()))
-
-
-def _state_growth(state: dict[str, Any]) -> float:
-    kind = state.get("type")
+    if state is None:
+        return 1.0
+    kind = state.get("type") if isinstance(state, dict) else None
     if kind == "Sequence":
         product = 1.0
-        for child in next(state[name] for name in _LISTS if name in state):
+        for child in (child for name in _LISTS for child in state.get(name, ())):
             product *= _state_growth(child)
         return product
-    pattern = state.get("pattern")
+    pattern = state.get("pattern") if kind in ("Replace", "Split") else None
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if regex is not None and not _is_known(regex):
         return float("inf")
     if kind == "Replace":
         content = len(state["content"])
-        return 1.0 + content if regex is not None else max(1.0, content / max(1, len(pattern["String"])))
+        if regex is not None:
+            return max(1.0, content)  # none of those known matches nothing
+        return max(1.0, content / len(pattern["String"])) if pattern["String"] else 1.0 + content
+    if kind == "Precompiled":
+        return _charsmap_growth(base64.b64decode(state["precompiled_charsmap"]))
     if kind == "TemplateProcessing":
         return max(1.0, *(float(sum("Sequence" in piece for piece in state[name])) for name in ("single", "pair")))
-    return float(_GROWTH.get(kind, "inf"))
+    return float(_GROWTH.get(kind, "inf")) if isinstance(kind, str) else float("inf")
+
+
+def _charsmap_growth(charsmap: bytes) -> float:
+    """The longest text that SentencePiece's table puts in the place of a character: it follows a trie of given size."""
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+    return max(1.0, *(len(text.decode(errors="replace")) for text in texts))
 
 
 def _is_known(regex: str) -> bool:
@@ -156,6 +216,8 @@ for line in sys.stdin:
     try:
         if name == "encode":
             answer = tokenizer.encode(given, add_special_tokens=special).ids
+        elif name == "join":
+            answer = tokenizer.decoder.decode(given)
         else:
             answer = tokenizer.decode(given, skip_special_tokens=special)
     except BaseException as error:
@@ -188,6 +250,10 @@ class ConfinedBackend:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """As the library's."""
         return self._ask("decode", [int(token) for token in ids], skip_special_tokens)
+
+    def join(self, tokens: list[str]) -> str:
+        """The text of `tokens`, as the library's decoder makes it."""
+        return self._ask("join", tokens, False)
 
     def _forget(self) -> None:
         self._process: subprocess.Popen | None = None
