@@ -36,7 +36,7 @@ LOOPS = {
     "in": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{{ 'b' in t }}{% endfor %}",
     "count": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{{ t.count('b') }}{% endfor %}",
     "slices": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{% set x = t[1:] %}{% endfor %}",
-    "data": "{% for i in range(99999) %}" + "x" * 10000 + "{% endfor %}",
+    "data": "{% for i in range(9999) %}" + "x" * 10000 + "{% endfor %}",
 }
 GROWTH = {
     "tilde": DOUBLED.format("{% set ns.s = ns.s ~ ns.s %}"),
@@ -131,7 +131,7 @@ def test_templates_that_are_deep_or_long(name):
 
 
 def test_at_the_full_limits_memory_stays_bounded():
-    """A process of its own with 2 GiB of address space: the texts made are 128 million characters at most."""
+    """A process of its own with 2 GiB of address space: the texts made are 268 million characters at most."""
     script = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
               "from stars.model.chat_template import ChatTemplate\nfrom stars.errors import TokenizerError\n"
               "for source in sys.stdin.read().split('\\0'):\n"
@@ -287,6 +287,31 @@ def test_every_message_against_every_other_renders(monkeypatch):
     source = ("{% for m in messages %}{% set ns = namespace(later=0) %}{% for n in messages %}{% if n.role == 'user' %}"
               "{% set ns.later = loop.index0 %}{% endif %}{% endfor %}{{ ns.later }} {% endfor %}")
     assert ChatTemplate(source, "here").render(conversation(200, 10)).split() == ["197"] * 200
+
+
+GATHERED = ("{% set ns = namespace(out='') %}{% for m in messages %}"
+            "{% set ns.out = ns.out + '<|' + m.role + '|>' + m.content %}{% endfor %}{{ ns.out }}")
+
+
+def test_a_text_put_together_message_by_message_renders():
+    """It is copied four times for each of 300 messages of 1,000 characters: 180 million characters in all."""
+    messages = [{"role": "user", "content": "x" * 1000}] * 300
+    assert ChatTemplate(GATHERED, "here").render(messages) == ("<|user|>" + "x" * 1000) * 300
+
+
+def test_every_message_against_a_long_last_one_renders():
+    """400 turns and a document of 400,000 characters, of which a comparison reads little or nothing."""
+    source = ("{% set users = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+              "{% if m == users[-1] %}{{ loop.index }}{% endif %}{% if m in users[-1:] %}!{% endif %}{% endfor %}")
+    turns = [{"role": role, "content": "y" * 50} for _ in range(400) for role in ("user", "assistant")]
+    assert ChatTemplate(source, "here").render([*turns, {"role": "user", "content": "d" * 400_000}]) == "801!"
+
+
+def test_long_templates_are_refused_before_they_are_compiled():
+    assert len(ChatTemplate("x" * 200_000, "here").render(MESSAGES)) == 200_000
+    begin = time.monotonic()
+    assert "it has more than 200000 characters" in refused("{{ 1 }}" * 28_572)
+    assert time.monotonic() - begin < 1
 
 
 def test_messages_that_are_too_deep_are_refused():

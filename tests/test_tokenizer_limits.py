@@ -304,6 +304,7 @@ def test_invalid_bytes_are_replaced_elsewhere_too(saved, monkeypatch):
     assert confined(tokenizer)
     asked = []
     ask = ConfinedBackend._ask
-    monkeypatch.setattr(ConfinedBackend, "_ask", lambda self, *question: asked.append(question[0]) or ask(self, *question))
+    monkeypatch.setattr(ConfinedBackend, "_ask",
+                        lambda self, *question: asked.append(question[0]) or ask(self, *question))
     assert tokenizer.decode([0, 1, 2, 0]) == "äx\ufffd"
     assert asked == ["decode", "join"]

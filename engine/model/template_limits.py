@@ -25,11 +25,13 @@ from markupsafe import Markup
 MOST_STEPS = 10_000_000
 """Of one rendering: some seconds. A conversation of 1,000 messages takes a few hundred thousand, in a template that
 goes through all of them again for each a few million."""
-MOST_TEXT = 1 << 27
-"""Characters that one rendering reads and makes, all of them together: what bounds its memory. A conversation of a
-million characters is copied some twenty times."""
-MOST_SOURCE = 1 << 20
-"""Characters of a template: the longest in use have some 50,000."""
+MOST_TEXT = 1 << 28
+"""Characters that one rendering makes, all of them together: what bounds its memory. A conversation of a million
+characters is copied some twenty times, and one that is put together message by message once for each."""
+READING = 8
+"""Characters compared or searched that count as one: they take time, as those made do, and no memory."""
+MOST_SOURCE = 200_000
+"""Characters of a template: the longest in use have some 50,000, and Python takes seconds to compile this many."""
 MOST_WIDTH = 4096
 """Of a field, a column, an indentation, in characters."""
 MOST_BITS = 1 << 15
@@ -114,6 +116,11 @@ class Meter:
         """Counts reading `values`, whatever is in them included."""
         for value in values:
             self.text(self.weigh(value))
+
+    def read(self, *values: Any) -> None:
+        """Counts looking into `values`, which makes nothing."""
+        for value in values:
+            self.text(self.weigh(value) // READING)
 
     def taken(self, value: Any) -> Any:
         """`value`, a result, once it is counted; iterators count what they give."""
@@ -200,7 +207,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.context_class = _MeteredContext
         self.globals.pop("lipsum")  # text by the paragraph
         self.filters = {name: _metered_filter(name, function) for name, function in {**self.filters, **filters}.items()}
-        self.filters |= {"each ": _each, "concat ": _concat, "scan ": _scan, "data ": _data, "taken ": _taken}
+        self.filters |= {"each ": _each, "concat ": _concat, "read ": _read, "data ": _data, "taken ": _taken}
         self.tests = {name: _metered_test(name, function) for name, function in self.tests.items()}
 
     def compile_limited(self, source: str):
@@ -256,7 +263,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             for value in (left, right):
                 if isinstance(value, Collection):
                     meter.text(len(value) * (1 if isinstance(value, (str, bytes)) else REFERENCE))
-        return meter.taken(super().call_binop(context, operator, left, right))
+        result = super().call_binop(context, operator, left, right)
+        # a sum of texts or lists is counted already, by its parts; markup escapes a part that is none
+        summed = operator == "+" and type(result) in (str, bytes, list, tuple)
+        return result if summed else meter.taken(result)
 
 
 class _MeteredContext(Context):
@@ -301,21 +311,21 @@ class _Counters(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         node = self.generic_visit(node)
-        node.expr = _scanned(node.expr)
+        node.expr = _reading(node.expr)
         for operand in node.ops:
-            operand.expr = _scanned(operand.expr)
+            operand.expr = _reading(operand.expr)
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
         node = self.generic_visit(node)
-        node.key = _scanned(node.key)
+        node.key = _reading(node.key)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
         node = self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
             return _filter("taken ", node)
-        node.arg = _scanned(node.arg)
+        node.arg = _reading(node.arg)
         return node
 
 
@@ -332,8 +342,8 @@ def _filter(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, name, list(args), [], None, None)  # no template can write a name that ends in a space
 
 
-def _scanned(node: nodes.Expr) -> nodes.Expr:
-    return node if isinstance(node, nodes.Const) else _filter("scan ", node)
+def _reading(node: nodes.Expr) -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else _filter("read ", node)
 
 
 @pass_context
@@ -352,8 +362,8 @@ def _concat(context: Context, parts: list) -> str:
 
 
 @pass_context
-def _scan(context: Context, value: Any) -> Any:
-    context.meter.scan(value)
+def _read(context: Context, value: Any) -> Any:
+    context.meter.read(value)
     return value
 
 
@@ -417,7 +427,7 @@ def _metered_test(name: str, function: Callable) -> Callable:
     def metered(context: Context, *args: Any, **kwargs: Any) -> Any:
         context.meter.step()
         if name in _COMPARING:
-            context.meter.scan(*args, *kwargs.values())
+            context.meter.read(*args, *kwargs.values())
         return function(*first(context), *args, **kwargs)
 
     return metered
