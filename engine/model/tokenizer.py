@@ -264,7 +264,7 @@ def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> di
     tokens += map(_added, new)
     for token in tokens:
         token.special = token.special or token.content in contents.values()
-    check_added_tokens(part_state(backend.normalizer), any(token.normalized for token in tokens),
+    check_added_tokens(part_state(backend.normalizer), [token.content for token in tokens if token.normalized],
                        f"the tokenizer of {directory}")
     backend.add_tokens(tokens)
     return {name: content for name, content in contents.items() if name not in TEMPLATE_VARIABLES}

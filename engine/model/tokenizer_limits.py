@@ -5,13 +5,14 @@ longer, one after the other. Neither can be stopped from within, so a tokenizer 
 is known: steps of the kinds below, which together make a text at most MOST_GROWTH times as long, and regular
 expressions whose alternatives are all among those of the tokenizers in use, which never go back over a text twice. What
 is not bounded is the vocabulary itself, which can be as long as its file is. The library normalises added tokens while
-it reads a tokenizer, in whatever process: where the normaliser is not bounded, there may be none to be normalised.
+it reads a tokenizer, in whatever process: they may not become too long by it.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import select
 import subprocess
@@ -33,6 +34,8 @@ MOST_GROWTH = 64
 """Times that the known steps may make a text longer, by the worst case of each."""
 MOST_ENCODER_GROWTH = 1024
 """The same for encoders, which have no other process: the usual ones fold a text up to three times over."""
+MOST_ADDED = 1 << 24
+"""Characters that a normaliser may make of all added tokens together; they are few and short."""
 MOST_WORD = 4096
 """Characters of a word that WordPiece splits in this process: its work grows with their square (100 is usual)."""
 DEADLINE = 20.0
@@ -53,12 +56,14 @@ _GROWTH = {
     "BertProcessing": 1, "RobertaProcessing": 1, "BPEDecoder": 1, "ByteFallback": 1, "CTC": 1, "Fuse": 1,
     "WordPiece": 1,
 }
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor")
+"""Of a tokenizer, those that encode a text beside its model."""
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 _LETTERS = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _ALTERNATIVES = frozenset((
-    # GPT-2, Llama 3, Qwen, o200k, Tekken, DeepSeek and BLOOM
+    # GPT-2, Llama 3, Qwen, o200k, Tekken, DeepSeek, BLOOM, CLIP and DeBERTa
     "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _ENDINGS, "'(?i:[sdmt]|ll|ve|re)", r" ?\p{L}+", r" ?\p{N}+", r"\p{L}+",
     r"\p{N}+", r"\p{N}", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _LETTERS + r"\p{L}+", _LETTERS + r"[\p{L}\p{M}]+",
@@ -66,7 +71,8 @@ _ALTERNATIVES = frozenset((
       for case in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")),
     "[一-龥぀-ゟ゠-ヿ]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
-    r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "[0-9][0-9][0-9]", r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "[0-9][0-9][0-9]", r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+",
+    r"<\|startoftext\|>", r"<\|endoftext\|>", r"\s{2,}", r"[\n\r\t]", r" ?[^(\s|[.,!?…。，、।۔،])]+",
     # the same with groups and possessive quantifiers, as tiktoken writes r50k and cl100k
     "'(?:[sdmt]|ll|ve|re)", r" ?\p{L}++", r" ?\p{N}++", r" ?[^\s\p{L}\p{N}]++", r"\p{N}{1,3}+", r"\s++$",
     *(fr"[^\r\n\p{{L}}\p{{N}}]?{more}\p{{L}}{most}" for more in ("", "+") for most in ("+", "++")),
@@ -85,7 +91,7 @@ def refusing(where: str) -> Iterator[None]:
     except TokenizerError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_failure(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise TokenizerError(f"{where} ({reason})") from error
@@ -96,47 +102,52 @@ def bounded(backend: Backend, where: str) -> Backend | ConfinedBackend:
     return backend if _is_bounded(backend) else ConfinedBackend(backend, where)
 
 
-def check_added_tokens(normalizer: dict[str, Any] | None, normalized: bool, where: str) -> None:
-    """TokenizerError where tokens are to be normalised, which the library does at once, and nothing bounds that."""
-    if normalized and _state_growth(normalizer) > MOST_GROWTH:
-        raise TokenizerError(f"{where} has a normaliser that may make a text more than {MOST_GROWTH} times as long, or "
-                             'searches it, and added tokens to be normalised: set their "normalized" to false, or use '
-                             "another tokenizer")
+def is_failure(error: BaseException) -> bool:
+    """Whether the library failed, and nobody asked to stop: its panics are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def check_added_tokens(normalizer: dict[str, Any] | None, contents: list[str], where: str) -> None:
+    """TokenizerError where a normaliser may make too much of the added tokens that it is to be run on."""
+    if contents and _state_growth(normalizer) * sum(map(len, contents)) > MOST_ADDED:
+        raise TokenizerError(f"{where} has added tokens to be normalised, by a normaliser that may make them too long "
+                             'or search them without end: set their "normalized" to false, or use another tokenizer')
 
 
 def check_file(path: Path, encoder: bool = False) -> None:
     """TokenizerError for a tokenizer.json that the library could not read in bounded time and memory.
 
-    To be called before the library reads it. `encoder`: whether its texts, too, are encoded in this process.
+    To be called before the library reads it. `encoder`: whether texts, too, are to be encoded in this process.
     """
     try:
         state = read_json(path)
     except ModelError as error:
         raise TokenizerError(str(error)) from error
     with refusing(f"{path} cannot be read as a tokenizer: copy the model again"):
-        added = state.get("added_tokens") or []
-        check_added_tokens(state.get("normalizer"), any(token.get("normalized", True) for token in added), str(path))
+        contents = [token["content"] for token in state.get("added_tokens") or [] if token.get("normalized", True)]
+        check_added_tokens(state.get("normalizer"), contents, str(path))
         if encoder:
-            check_encoder(state, str(path))
+            word = (state.get("model") or {}).get("max_input_chars_per_word", 0)
+            _check_encoder_parts([state.get(name) for name in _PARTS], word, str(path))
 
 
-def check_encoder(state: dict[str, Any], where: str) -> None:
-    """TokenizerError where a tokenizer of this state may not encode texts in this process."""
-    growth = 1.0
-    for name in ("normalizer", "pre_tokenizer", "post_processor"):
-        growth *= _state_growth(state.get(name))
-    word = (state.get("model") or {}).get("max_input_chars_per_word", 0)
-    if growth > MOST_ENCODER_GROWTH or not isinstance(word, int) or word > MOST_WORD:
+def check_encoder(backend: Backend, where: str) -> None:
+    """TokenizerError for a tokenizer that may not encode texts in this process."""
+    word = getattr(backend.model, "max_input_chars_per_word", 0)
+    _check_encoder_parts([part_state(getattr(backend, name)) for name in _PARTS], word, where)
+
+
+def _check_encoder_parts(parts: list[Any], word: int, where: str) -> None:
+    """The same for the states of its _PARTS, and the longest word that WordPiece splits."""
+    if word > MOST_WORD or math.prod(map(_state_growth, parts)) > MOST_ENCODER_GROWTH:
         raise TokenizerError(f"{where} has regular expressions of its own, or steps that may make a text too long for "
-                             "an encoder reward model: use a reward model whose tokenizer is a usual one")
+                             "an encoder reward model: use a reward model with a tokenizer of a usual kind")
 
 
 def _is_bounded(backend: Backend) -> bool:
     if getattr(backend.model, "max_input_chars_per_word", 0) > MOST_WORD:
         return False
-    encoding = 1.0
-    for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor):
-        encoding *= _state_growth(part_state(part))
+    encoding = math.prod(_state_growth(part_state(getattr(backend, name))) for name in _PARTS)
     return max(encoding, _state_growth(part_state(backend.decoder))) <= MOST_GROWTH
 
 
