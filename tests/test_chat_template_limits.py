@@ -36,7 +36,7 @@ LOOPS = {
     "in": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{{ 'b' in t }}{% endfor %}",
     "count": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{{ t.count('b') }}{% endfor %}",
     "slices": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{% set x = t[1:] %}{% endfor %}",
-    "data": "{% for i in range(9999) %}" + "x" * 10000 + "{% endfor %}",
+    "data": "{% for i in range(99999) %}" + "x" * 10000 + "{% endfor %}",
 }
 GROWTH = {
     "tilde": DOUBLED.format("{% set ns.s = ns.s ~ ns.s %}"),
@@ -131,7 +131,7 @@ def test_templates_that_are_deep_or_long(name):
 
 
 def test_at_the_full_limits_memory_stays_bounded():
-    """A process of its own with 2 GiB of address space: the texts made are 268 million characters at most."""
+    """A process of its own with 2 GiB of address space: the texts made are 128 million characters at most."""
     script = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
               "from stars.model.chat_template import ChatTemplate\nfrom stars.errors import TokenizerError\n"
               "for source in sys.stdin.read().split('\\0'):\n"
@@ -294,9 +294,27 @@ GATHERED = ("{% set ns = namespace(out='') %}{% for m in messages %}"
 
 
 def test_a_text_put_together_message_by_message_renders():
-    """It is copied four times for each of 300 messages of 1,000 characters: 180 million characters in all."""
-    messages = [{"role": "user", "content": "x" * 1000}] * 300
-    assert ChatTemplate(GATHERED, "here").render(messages) == ("<|user|>" + "x" * 1000) * 300
+    """It is copied four times for each of 1,000 messages of 1,000 characters, two thousand million in all, of which
+    two million are held at a time."""
+    messages = [{"role": "user", "content": "x" * 1000}] * 1000
+    assert ChatTemplate(GATHERED, "here").render(messages) == ("<|user|>" + "x" * 1000) * 1000
+
+
+@pytest.mark.parametrize("kept", ["{% set ns.all = ns.all + [ns.s + 'b'] %}", "{% set ns.all = [ns.all, ns.s + 'b'] %}",
+                                  "{{ ns.s + 'b' }}", "{% set ns.all = {1: ns.all, 2: (ns.s + 'b',)} %}"])
+def test_sums_that_are_held_count(kept, small):
+    source = "{% set ns = namespace(s='a' * 100000, all=[]) %}{% for i in range(9999) %}" + kept + "{% endfor %}"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert " characters)" in refused(source)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB, of 6.7 million characters
+
+
+def test_sums_that_are_not_held_end_too(small, monkeypatch):
+    monkeypatch.setattr(template_limits, "MOST_SUMMED", template_limits.MOST_SUMMED // 20)
+    source = "{% set t = 'a' * 1000000 %}{% for i in range(9999) %}{% set x = t + 'b' %}{% endfor %}"
+    begin = time.monotonic()
+    assert " characters)" in refused(source)
+    assert time.monotonic() - begin < 5
 
 
 def test_every_message_against_a_long_last_one_renders():

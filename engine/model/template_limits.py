@@ -10,6 +10,7 @@ on every machine.
 from __future__ import annotations
 
 import re
+import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -25,9 +26,14 @@ from markupsafe import Markup
 MOST_STEPS = 10_000_000
 """Of one rendering: some seconds. A conversation of 1,000 messages takes a few hundred thousand, in a template that
 goes through all of them again for each a few million."""
-MOST_TEXT = 1 << 28
+MOST_TEXT = 1 << 27
 """Characters that one rendering makes, all of them together: what bounds its memory. A conversation of a million
-characters is copied some twenty times, and one that is put together message by message once for each."""
+characters is copied some twenty times."""
+MOST_SUMMED = 1 << 31
+"""Characters of sums of texts that nothing holds any more, which count no longer: a second. A conversation that is
+put together message by message is copied for each of them."""
+LONG = 4096
+"""Characters of a sum of texts that is looked after."""
 READING = 8
 """Characters compared or searched that count as one: they take time, as those made do, and no memory."""
 MOST_SOURCE = 200_000
@@ -71,6 +77,8 @@ class Meter:
     def __init__(self):
         self.steps = MOST_STEPS
         self.characters = MOST_TEXT
+        self.summed = MOST_SUMMED
+        self.sums: list[str] = []
 
     def step(self, count: int = 1) -> None:
         """Takes `count` steps off."""
@@ -81,8 +89,25 @@ class Meter:
     def text(self, count: int) -> None:
         """Takes `count` characters off."""
         self.characters -= count
-        if self.characters < 0:
+        if self.characters < 0 and not self._free():
             raise LimitExceeded(f"it goes through more than {MOST_TEXT} characters")
+
+    def _free(self) -> bool:
+        """Counts the sums no longer that nothing else holds; whether that sufficed, and was worth the search."""
+        alone = object()
+        count = sys.getrefcount(alone)
+        kept, freed = [], 0
+        while self.sums:
+            text = self.sums.pop()
+            if sys.getrefcount(text) > count:
+                kept.append(text)
+            else:
+                freed += len(text)
+        self.sums = kept
+        freed = min(freed, self.summed)
+        self.summed -= freed
+        self.characters += freed
+        return self.characters >= 0 and freed > MOST_TEXT // 8
 
     def weigh(self, value: Any, indent: int = 0) -> int:
         """Characters of `value`'s text, about: a collection that holds one thing many times is long only as text."""
@@ -265,8 +290,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                     meter.text(len(value) * (1 if isinstance(value, (str, bytes)) else REFERENCE))
         result = super().call_binop(context, operator, left, right)
         # a sum of texts or lists is counted already, by its parts; markup escapes a part that is none
-        summed = operator == "+" and type(result) in (str, bytes, list, tuple)
-        return result if summed else meter.taken(result)
+        if operator != "+" or type(result) not in (str, bytes, list, tuple):
+            return meter.taken(result)
+        if type(result) is str and len(result) >= LONG:
+            meter.sums.append(result)
+        return result
 
 
 class _MeteredContext(Context):
