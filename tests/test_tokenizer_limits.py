@@ -280,6 +280,7 @@ R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(
 
 @pytest.mark.parametrize("regex", [
     CL100K, R50K, CL100K.replace("]*+", "]*").replace("{1,3}+", "{1,3}"), R50K.replace("++", "+").replace(r"|\s+$", ""),
+    LLAMA3.replace("{1,3}", "{1}").replace(r"[^\s\p{L}\p{N}]+[\r\n]*", "[^\\s\\p{L}\\p{N}\r\n]+"),
     r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "[0-9][0-9][0-9]", r" ?[^(\s|[.,!?…。，、।۔،])]+"])
 def test_more_expressions_in_use_run_here(regex, saved):
     assert not confined(load_tokenizer(saved(pre_tokenizer=split(regex))))

@@ -63,7 +63,7 @@ _LETTERS = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _ALTERNATIVES = frozenset((
-    # GPT-2, Llama 3, Qwen, o200k, Tekken, DeepSeek, BLOOM, CLIP and DeBERTa
+    # GPT-2, Llama 3, Qwen, o200k, Tekken, DeepSeek, Seed, BLOOM, CLIP and DeBERTa
     "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _ENDINGS, "'(?i:[sdmt]|ll|ve|re)", r" ?\p{L}+", r" ?\p{N}+", r"\p{L}+",
     r"\p{N}+", r"\p{N}", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _LETTERS + r"\p{L}+", _LETTERS + r"[\p{L}\p{M}]+",
@@ -71,7 +71,8 @@ _ALTERNATIVES = frozenset((
       for case in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")),
     "[一-龥぀-ゟ゠-ヿ]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
-    r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "[0-9][0-9][0-9]", r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+",
+    r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "[0-9][0-9][0-9]", r"[\p{L}]+", r"[\p{N}]", r"\p{N}{1}",
+    r"[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}\r\n]+",
     r"<\|startoftext\|>", r"<\|endoftext\|>", r"\s{2,}", r"[\n\r\t]", r" ?[^(\s|[.,!?…。，、।۔،])]+",
     # the same with groups and possessive quantifiers, as tiktoken writes r50k and cl100k
     "'(?:[sdmt]|ll|ve|re)", r" ?\p{L}++", r" ?\p{N}++", r" ?[^\s\p{L}\p{N}]++", r"\p{N}{1,3}+", r"\s++$",
