@@ -290,6 +290,49 @@ def test_every_message_against_every_other_renders(monkeypatch):
     assert ChatTemplate(source, "here").render(conversation(200, 10)).split() == ["197"] * 200
 
 
+GATHERED = ("{% set ns = namespace(out='') %}{% for m in messages %}"
+            "{% set ns.out = ns.out + '<|' + m.role + '|>' + m.content %}{% endfor %}{{ ns.out }}")
+
+
+def test_a_text_put_together_message_by_message_renders():
+    """It is copied four times for each of 1,000 messages of 1,000 characters, two thousand million in all, of which
+    two million are held at a time."""
+    messages = [{"role": "user", "content": "x" * 1000}] * 1000
+    assert ChatTemplate(GATHERED, "here").render(messages) == ("<|user|>" + "x" * 1000) * 1000
+
+
+@pytest.mark.parametrize("kept", ["{% set ns.all = ns.all + [ns.s + 'b'] %}", "{% set ns.all = [ns.all, ns.s + 'b'] %}",
+                                  "{{ ns.s + 'b' }}", "{% set ns.all = {1: ns.all, 2: (ns.s + 'b',)} %}"])
+def test_sums_that_are_held_count(kept, small):
+    source = "{% set ns = namespace(s='a' * 100000, all=[]) %}{% for i in range(9999) %}" + kept + "{% endfor %}"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert " characters)" in refused(source)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB, of 6.7 million characters
+
+
+def test_sums_that_are_not_held_end_too(small, monkeypatch):
+    monkeypatch.setattr(template_limits, "MOST_SUMMED", template_limits.MOST_SUMMED // 20)
+    source = "{% set t = 'a' * 1000000 %}{% for i in range(9999) %}{% set x = t + 'b' %}{% endfor %}"
+    begin = time.monotonic()
+    assert " characters)" in refused(source)
+    assert time.monotonic() - begin < 5
+
+
+def test_every_message_against_a_long_last_one_renders():
+    """400 turns and a document of 400,000 characters, of which a comparison reads little or nothing."""
+    source = ("{% set users = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+              "{% if m == users[-1] %}{{ loop.index }}{% endif %}{% if m in users[-1:] %}!{% endif %}{% endfor %}")
+    turns = [{"role": role, "content": "y" * 50} for _ in range(400) for role in ("user", "assistant")]
+    assert ChatTemplate(source, "here").render([*turns, {"role": "user", "content": "d" * 400_000}]) == "801!"
+
+
+def test_long_templates_are_refused_before_they_are_compiled():
+    assert len(ChatTemplate("x" * 200_000, "here").render(MESSAGES)) == 200_000
+    begin = time.monotonic()
+    assert "it has more than 200000 characters" in refused("{{ 1 }}" * 28_572)
+    assert time.monotonic() - begin < 1
+
+
 def test_messages_that_are_too_deep_are_refused():
     deep: list = []
     for _ in range(100_000):

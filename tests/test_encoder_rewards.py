@@ -600,3 +600,107 @@ def test_a_prompt_of_ids_is_read_as_its_text(lm, encoder):
     prompt = parse_prompt({"prompt_token_ids": engine.tokenizer.encode("The dog")}, engine.tokenizer, 10**6)
     [got] = [one.reward for one in engine.reward.score([Candidate(engine.reward.open(prompt, 4), [], " the")])]
     assert got == pytest.approx(alone(directory, "The dog the"), abs=TOLERANCE)
+
+
+# -- what its files may ask for ---------------------------------------------------------------------------------------
+
+
+def changed(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture()
+def copied(encoder, tmp_path) -> Path:
+    """A Bert of one's own."""
+    return Path(shutil.copytree(encoder("Bert"), tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(("values", "what"), [
+    ({"num_labels": 10**8, "id2label": None}, "100000000 in 'num_labels'"),
+    ({"text_config": {"num_labels": 10**8}}, "100000000 in 'num_labels'"),
+    ({"num_hidden_layers": 10**9}, "1000000000 in 'num_hidden_layers'"),
+    ({"attention_types": [[["global"], 10**9]]}, "1000000000 in 'attention_types'"),
+])
+def test_sizes_are_compared_with_the_tensors_before_transformers_reads_them(values, what, copied, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)  # which would make lists of that length
+    changed(copied / "config.json", **values)
+    with pytest.raises(stars.ModelError, match=what):
+        bound(copied)
+
+
+GROWING = {"type": "Sequence", "normalizers": [
+    {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}] * 7}
+SEARCHING = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("part", [{"normalizer": GROWING}, {"pre_tokenizer": SEARCHING},
+                                  {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**9}}])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.4.0.json"])
+def test_tokenizers_without_bound_are_refused_before_they_are_read(part, file, copied, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)  # which would run a normaliser
+    state = json.loads((copied / "tokenizer.json").read_text())
+    (copied / file).write_text(json.dumps({**state, **part}))
+    changed(copied / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.json"])
+    with pytest.raises(stars.errors.TokenizerError, match="with a tokenizer of a usual kind"):
+        bound(copied)
+
+
+def test_usual_tokenizers_are_bounded():
+    """Those that transformers has for encoders; SentencePiece's table of NFKC makes 18 characters of one at most."""
+    import transformers
+    from tokenizers import normalizers
+
+    from stars.model import tokenizer_limits
+
+    for name in ("Bert", "Roberta", "Albert", "XLNet", "DebertaV2", "T5", "XLMRoberta", "Camembert", "MPNet", "BigBird",
+                 "Funnel", "Barthez", "Qwen2", "CLIP", "GPT2", "RemBert"):
+        tokenizer_limits.check_encoder(getattr(transformers, name + "Tokenizer")().backend_tokenizer, name)
+    fold = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
+    assert 18 * tokenizer_limits._state_growth(tokenizer_limits.part_state(fold)) < tokenizer_limits.MOST_ENCODER_GROWTH
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_tokenizer_that_is_missing_is_not_made_up(kept, copied):
+    """transformers makes one of special tokens alone, to which all words are one."""
+    (copied / "tokenizer.json").unlink()
+    changed(copied / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    if not kept:
+        (copied / "tokenizer_config.json").unlink()
+    with pytest.raises(stars.errors.TokenizerError, match="knows no word|has no file of a tokenizer") as caught:
+        bound(copied)
+    assert ("knows no word" in str(caught.value)) == kept
+
+
+class PanicException(BaseException):
+    """As the library's: no Exception."""
+
+
+def test_panics_of_the_tokenizer_are_a_texts_own_error(copied, monkeypatch):
+    import transformers
+
+    def panic(*args, **kwargs):
+        raise PanicException("index out of bounds")
+
+    reward = bound(copied)
+    tokenizer = reward.tokenizer
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts, **kwargs: (
+        panic() if any("fox" in text for text in texts) else encode(self, texts, **kwargs)))
+    good, bad, last = score(reward, "the", [" dog", " fox", " dog"])
+    assert good == last and isinstance(bad, stars.RewardError) and "index out of bounds" in str(bad)
+    with pytest.raises(stars.RequestError, match="does not take this text"):
+        reward.check(Prompt("fox", [5], "fox"), 4)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(stars.ModelError, match="PanicException: index out of bounds"):
+        bound(copied)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tokenizer), "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reward.check(Prompt("dog", [5], "dog"), 4)

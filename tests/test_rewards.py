@@ -319,8 +319,9 @@ def encoders(tmp_path_factory):
     directory = tmp_path_factory.mktemp("encoders")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *("##" + c for c in
              "abcdefghijklmnopqrstuvwxyz"), "the", "dog", ",", "."]
-    (directory / "vocab.txt").write_text("\n".join(words))
-    fast = transformers.BertTokenizerFast(vocab_file=str(directory / "vocab.txt"), model_max_length=512)
+    vocab = {word: index for index, word in enumerate(words)}
+    fast = transformers.BertTokenizerFast(vocab=vocab, model_max_length=512)  # vocab_file= is taken for no vocabulary
+    assert len(fast) == len(words)
     sizes = dict(vocab_size=len(words), max_position_embeddings=96, pad_token_id=0)
     made = {
         "distilbert": transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import threading
@@ -224,3 +225,87 @@ def test_the_process_ends_with_the_tokenizer(saved):
     process = tokenizer._backend._process
     del tokenizer
     assert process.poll() is not None
+
+
+GROWING = normalizers.Sequence([normalizers.Replace("a", "a" * 16)] * 7)  # of one letter 268 million
+ADDED = {"content": "a", "single_word": False, "lstrip": False, "rstrip": False, "special": False}
+
+
+@pytest.mark.parametrize("normalizer", [GROWING, normalizers.Replace(Regex("(a|b)+c"), "d")])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_added_tokens_are_not_normalised_without_bound(normalizer, file, saved):
+    """The library would do so while it reads the tokenizer or takes the token, in this process."""
+    directory = saved(normalizer=normalizer)
+
+    def write(**flags) -> None:
+        state = json.loads((directory / "tokenizer.json").read_text())
+        first = max(state["model"]["vocab"].values()) + 1
+        if file == "tokenizer.json":
+            state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != "a"]
+            state["added_tokens"].append({"id": first, **ADDED, **flags})
+            (directory / file).write_text(json.dumps(state))
+        else:
+            (directory / file).write_text(json.dumps({"added_tokens_decoder": {str(first): {**ADDED, **flags}}}))
+
+    write(normalized=True)
+    begin = time.monotonic()
+    with pytest.raises(TokenizerError, match="added tokens to be normalised") as caught:
+        load_tokenizer(directory)
+    assert time.monotonic() - begin < 5
+    one_sentence(str(caught.value))
+    write(normalized=False)
+    assert confined(load_tokenizer(directory))
+
+
+def test_lists_of_another_kind_do_not_hide_steps(saved):
+    """A sequence of pre-tokenisers that has an empty list of normalisers beside its own."""
+    directory = saved(pre_tokenizer=split(ODD))
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["pre_tokenizer"]["normalizers"] = []
+    assert tokenizer_limits._state_growth(state["pre_tokenizer"]) == float("inf")
+
+
+def test_known_expressions_take_at_least_one_character():
+    """Else they would insert a replacement between all characters."""
+    for alternative in tokenizer_limits._ALTERNATIVES:
+        replace = normalizers.Replace(Regex(alternative), "\x01\x01")
+        for text in ("", "a", "A", "1", " ", "\n", "!", "東", "'", "\u0301"):
+            assert len(replace.normalize_str(text)) <= 2 * len(text), alternative
+
+
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+          r"|\s+(?!\S)|\s")
+R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+@pytest.mark.parametrize("regex", [
+    CL100K, R50K, CL100K.replace("]*+", "]*").replace("{1,3}+", "{1,3}"), R50K.replace("++", "+").replace(r"|\s+$", ""),
+    LLAMA3.replace("{1,3}", "{1}").replace(r"[^\s\p{L}\p{N}]+[\r\n]*", "[^\\s\\p{L}\\p{N}\r\n]+"),
+    r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "[0-9][0-9][0-9]", r" ?[^(\s|[.,!?…。，、।۔،])]+"])
+def test_more_expressions_in_use_run_here(regex, saved):
+    assert not confined(load_tokenizer(saved(pre_tokenizer=split(regex))))
+
+
+def charsmap(*texts: str) -> str:
+    return base64.b64encode((4).to_bytes(4, "little") + bytes(4) + "\0".join(texts).encode() + b"\0").decode()
+
+
+def test_tables_grow_a_text_by_their_longest_entry():
+    state = {"type": "Precompiled", "precompiled_charsmap": charsmap("a", "ﷺﷺ", "ffi")}
+    assert tokenizer_limits._state_growth(state) == 3
+    assert tokenizer_limits._state_growth({**state, "precompiled_charsmap": charsmap()}) == 1
+
+
+def test_invalid_bytes_are_replaced_elsewhere_too(saved, monkeypatch):
+    """The decoder runs a second time for them: in the process of its own, where it is not bounded."""
+    directory = saved(model=models.BPE({"<0xC3>": 0, "<0xA4>": 1, "x": 2}, [], byte_fallback=True),
+                      decoder=decoders.Sequence([decoders.Replace(Regex("(q|r)+"), "s"), decoders.ByteFallback(),
+                                                 decoders.Fuse()]))
+    tokenizer = load_tokenizer(directory)
+    assert confined(tokenizer)
+    asked = []
+    ask = ConfinedBackend._ask
+    monkeypatch.setattr(ConfinedBackend, "_ask",
+                        lambda self, *question: asked.append(question[0]) or ask(self, *question))
+    assert tokenizer.decode([0, 1, 2, 0]) == "äx\ufffd"
+    assert asked == ["decode", "join"]

@@ -10,6 +10,7 @@ on every machine.
 from __future__ import annotations
 
 import re
+import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -26,10 +27,17 @@ MOST_STEPS = 10_000_000
 """Of one rendering: some seconds. A conversation of 1,000 messages takes a few hundred thousand, in a template that
 goes through all of them again for each a few million."""
 MOST_TEXT = 1 << 27
-"""Characters that one rendering reads and makes, all of them together: what bounds its memory. A conversation of a
-million characters is copied some twenty times."""
-MOST_SOURCE = 1 << 20
-"""Characters of a template: the longest in use have some 50,000."""
+"""Characters that one rendering makes, all of them together: what bounds its memory. A conversation of a million
+characters is copied some twenty times."""
+MOST_SUMMED = 1 << 31
+"""Characters of sums of texts that nothing holds any more, which count no longer: a second. A conversation that is
+put together message by message is copied for each of them."""
+LONG = 4096
+"""Characters of a sum of texts that is looked after."""
+READING = 8
+"""Characters compared or searched that count as one: they take time, as those made do, and no memory."""
+MOST_SOURCE = 200_000
+"""Characters of a template: the longest in use have some 50,000, and Python takes seconds to compile this many."""
 MOST_WIDTH = 4096
 """Of a field, a column, an indentation, in characters."""
 MOST_BITS = 1 << 15
@@ -69,6 +77,8 @@ class Meter:
     def __init__(self):
         self.steps = MOST_STEPS
         self.characters = MOST_TEXT
+        self.summed = MOST_SUMMED
+        self.sums: list[str] = []
 
     def step(self, count: int = 1) -> None:
         """Takes `count` steps off."""
@@ -79,8 +89,25 @@ class Meter:
     def text(self, count: int) -> None:
         """Takes `count` characters off."""
         self.characters -= count
-        if self.characters < 0:
+        if self.characters < 0 and not self._free():
             raise LimitExceeded(f"it goes through more than {MOST_TEXT} characters")
+
+    def _free(self) -> bool:
+        """Counts the sums no longer that nothing else holds; whether that sufficed, and was worth the search."""
+        alone = object()
+        count = sys.getrefcount(alone)
+        kept, freed = [], 0
+        while self.sums:
+            text = self.sums.pop()
+            if sys.getrefcount(text) > count:
+                kept.append(text)
+            else:
+                freed += len(text)
+        self.sums = kept
+        freed = min(freed, self.summed)
+        self.summed -= freed
+        self.characters += freed
+        return self.characters >= 0 and freed > MOST_TEXT // 8
 
     def weigh(self, value: Any, indent: int = 0) -> int:
         """Characters of `value`'s text, about: a collection that holds one thing many times is long only as text."""
@@ -114,6 +141,11 @@ class Meter:
         """Counts reading `values`, whatever is in them included."""
         for value in values:
             self.text(self.weigh(value))
+
+    def read(self, *values: Any) -> None:
+        """Counts looking into `values`, which makes nothing."""
+        for value in values:
+            self.text(self.weigh(value) // READING)
 
     def taken(self, value: Any) -> Any:
         """`value`, a result, once it is counted; iterators count what they give."""
@@ -200,7 +232,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.context_class = _MeteredContext
         self.globals.pop("lipsum")  # text by the paragraph
         self.filters = {name: _metered_filter(name, function) for name, function in {**self.filters, **filters}.items()}
-        self.filters |= {"each ": _each, "concat ": _concat, "scan ": _scan, "data ": _data, "taken ": _taken}
+        self.filters |= {"each ": _each, "concat ": _concat, "read ": _read, "data ": _data, "taken ": _taken}
         self.tests = {name: _metered_test(name, function) for name, function in self.tests.items()}
 
     def compile_limited(self, source: str):
@@ -256,7 +288,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             for value in (left, right):
                 if isinstance(value, Collection):
                     meter.text(len(value) * (1 if isinstance(value, (str, bytes)) else REFERENCE))
-        return meter.taken(super().call_binop(context, operator, left, right))
+        result = super().call_binop(context, operator, left, right)
+        # a sum of texts or lists is counted already, by its parts; markup escapes a part that is none
+        if operator != "+" or type(result) not in (str, bytes, list, tuple):
+            return meter.taken(result)
+        if type(result) is str and len(result) >= LONG:
+            meter.sums.append(result)
+        return result
 
 
 class _MeteredContext(Context):
@@ -301,21 +339,21 @@ class _Counters(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         node = self.generic_visit(node)
-        node.expr = _scanned(node.expr)
+        node.expr = _reading(node.expr)
         for operand in node.ops:
-            operand.expr = _scanned(operand.expr)
+            operand.expr = _reading(operand.expr)
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
         node = self.generic_visit(node)
-        node.key = _scanned(node.key)
+        node.key = _reading(node.key)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
         node = self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
             return _filter("taken ", node)
-        node.arg = _scanned(node.arg)
+        node.arg = _reading(node.arg)
         return node
 
 
@@ -332,8 +370,8 @@ def _filter(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, name, list(args), [], None, None)  # no template can write a name that ends in a space
 
 
-def _scanned(node: nodes.Expr) -> nodes.Expr:
-    return node if isinstance(node, nodes.Const) else _filter("scan ", node)
+def _reading(node: nodes.Expr) -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else _filter("read ", node)
 
 
 @pass_context
@@ -352,8 +390,8 @@ def _concat(context: Context, parts: list) -> str:
 
 
 @pass_context
-def _scan(context: Context, value: Any) -> Any:
-    context.meter.scan(value)
+def _read(context: Context, value: Any) -> Any:
+    context.meter.read(value)
     return value
 
 
@@ -417,7 +455,7 @@ def _metered_test(name: str, function: Callable) -> Callable:
     def metered(context: Context, *args: Any, **kwargs: Any) -> Any:
         context.meter.step()
         if name in _COMPARING:
-            context.meter.scan(*args, *kwargs.values())
+            context.meter.read(*args, *kwargs.values())
         return function(*first(context), *args, **kwargs)
 
     return metered

@@ -16,7 +16,7 @@ from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, TokenizerError
 from stars.model.chat_template import ChatTemplate
 from stars.model.files import MOST_BYTES, is_file, read_json, read_text
-from stars.model.tokenizer_limits import bounded, refusing
+from stars.model.tokenizer_limits import ConfinedBackend, bounded, check_added_tokens, check_file, part_state, refusing
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
@@ -74,7 +74,9 @@ class Tokenizer:
         tokens = (self._backend.id_to_token(token) for token in ids)
         hidden = self.special_tokens if skip_special_tokens else ()
         shown = [token for token in tokens if token is not None and token not in hidden]
-        return self._backend.decoder.decode(_replace_invalid_bytes(shown))
+        join = self._backend.join if isinstance(self._backend, ConfinedBackend) else self._backend.decoder.decode
+        with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
+            return join(_replace_invalid_bytes(shown))
 
     @cached_property
     def _byte_fallback(self) -> bool:
@@ -174,6 +176,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
         return None
     if path.stat().st_size > MOST_BYTES:
         raise TokenizerError(f"{path} has more than {MOST_BYTES} bytes: copy the model again")
+    check_file(path)
     with refusing(f"{path} cannot be read as a tokenizer: copy the model again"):
         backend = Backend.from_file(str(path))
     config = _read_config(directory)
@@ -261,6 +264,8 @@ def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> di
     tokens += map(_added, new)
     for token in tokens:
         token.special = token.special or token.content in contents.values()
+    check_added_tokens(part_state(backend.normalizer), [token.content for token in tokens if token.normalized],
+                       f"the tokenizer of {directory}")
     backend.add_tokens(tokens)
     return {name: content for name, content in contents.items() if name not in TEMPLATE_VARIABLES}
 

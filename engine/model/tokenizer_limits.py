@@ -4,12 +4,15 @@ tokenizer.json may hold regular expressions, which the library matches by backtr
 longer, one after the other. Neither can be stopped from within, so a tokenizer stays in this process only if all of it
 is known: steps of the kinds below, which together make a text at most MOST_GROWTH times as long, and regular
 expressions whose alternatives are all among those of the tokenizers in use, which never go back over a text twice. What
-is not bounded is the vocabulary itself, which can be as long as its file is.
+is not bounded is the vocabulary itself, which can be as long as its file is. The library normalises added tokens while
+it reads a tokenizer, in whatever process: they may not become too long by it.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import os
 import select
 import subprocess
@@ -19,14 +22,20 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
-from stars.errors import TokenizerError
+from stars.errors import ModelError, TokenizerError
+from stars.model.files import read_json
 
 MOST_GROWTH = 64
 """Times that the known steps may make a text longer, by the worst case of each."""
+MOST_ENCODER_GROWTH = 1024
+"""The same for encoders, which have no other process: the usual ones fold a text up to three times over."""
+MOST_ADDED = 1 << 24
+"""Characters that a normaliser may make of all added tokens together; they are few and short."""
 MOST_WORD = 4096
 """Characters of a word that WordPiece splits in this process: its work grows with their square (100 is usual)."""
 DEADLINE = 20.0
@@ -47,12 +56,14 @@ _GROWTH = {
     "BertProcessing": 1, "RobertaProcessing": 1, "BPEDecoder": 1, "ByteFallback": 1, "CTC": 1, "Fuse": 1,
     "WordPiece": 1,
 }
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor")
+"""Of a tokenizer, those that encode a text beside its model."""
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 _LETTERS = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _ALTERNATIVES = frozenset((
-    # GPT-2, Llama 3, Qwen, o200k, Tekken and DeepSeek
+    # GPT-2, Llama 3, Qwen, o200k, Tekken, DeepSeek, Seed, BLOOM, CLIP and DeBERTa
     "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", _ENDINGS, "'(?i:[sdmt]|ll|ve|re)", r" ?\p{L}+", r" ?\p{N}+", r"\p{L}+",
     r"\p{N}+", r"\p{N}", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*",
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _LETTERS + r"\p{L}+", _LETTERS + r"[\p{L}\p{M}]+",
@@ -60,6 +71,14 @@ _ALTERNATIVES = frozenset((
       for case in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")),
     "[一-龥぀-ゟ゠-ヿ]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+    r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "[0-9][0-9][0-9]", r"[\p{L}]+", r"[\p{N}]", r"\p{N}{1}",
+    r"[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}\r\n]+",
+    r"<\|startoftext\|>", r"<\|endoftext\|>", r"\s{2,}", r"[\n\r\t]", r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    # the same with groups and possessive quantifiers, as tiktoken writes r50k and cl100k
+    "'(?:[sdmt]|ll|ve|re)", r" ?\p{L}++", r" ?\p{N}++", r" ?[^\s\p{L}\p{N}]++", r"\p{N}{1,3}+", r"\s++$",
+    *(fr"[^\r\n\p{{L}}\p{{N}}]?{more}\p{{L}}{most}" for more in ("", "+") for most in ("+", "++")),
+    *(fr" ?[^\s\p{{L}}\p{{N}}]{more}[\r\n]*{most}" for more in ("+", "++") for most in ("", "+")),
+    "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
     r" ?[\p{P}\p{S}]+[\r\n]*", r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)", r"\s+", r"\s", r"\d", r"\d+", r"\d{1,3}",
     "[0-9]", "[0-9]+", r"\n", r"[\r\n]", r"[\r\n]+", " ", " +", " {2,}", r"\S+", r"\w+", r"[^\w\s]+",
 ))
@@ -73,7 +92,7 @@ def refusing(where: str) -> Iterator[None]:
     except TokenizerError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_failure(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise TokenizerError(f"{where} ({reason})") from error
@@ -84,37 +103,90 @@ def bounded(backend: Backend, where: str) -> Backend | ConfinedBackend:
     return backend if _is_bounded(backend) else ConfinedBackend(backend, where)
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether the library failed, and nobody asked to stop: its panics are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def check_added_tokens(normalizer: dict[str, Any] | None, contents: list[str], where: str) -> None:
+    """TokenizerError where a normaliser may make too much of the added tokens that it is to be run on."""
+    if contents and _state_growth(normalizer) * sum(map(len, contents)) > MOST_ADDED:
+        raise TokenizerError(f"{where} has added tokens to be normalised, by a normaliser that may make them too long "
+                             'or search them without end: set their "normalized" to false, or use another tokenizer')
+
+
+def check_file(path: Path, encoder: bool = False) -> None:
+    """TokenizerError for a tokenizer.json that the library could not read in bounded time and memory.
+
+    To be called before the library reads it. `encoder`: whether texts, too, are to be encoded in this process.
+    """
+    try:
+        state = read_json(path)
+    except ModelError as error:
+        raise TokenizerError(str(error)) from error
+    with refusing(f"{path} cannot be read as a tokenizer: copy the model again"):
+        contents = [token["content"] for token in state.get("added_tokens") or [] if token.get("normalized", True)]
+        check_added_tokens(state.get("normalizer"), contents, str(path))
+        if encoder:
+            word = (state.get("model") or {}).get("max_input_chars_per_word", 0)
+            _check_encoder_parts([state.get(name) for name in _PARTS], word, str(path))
+
+
+def check_encoder(backend: Backend, where: str) -> None:
+    """TokenizerError for a tokenizer that may not encode texts in this process."""
+    word = getattr(backend.model, "max_input_chars_per_word", 0)
+    _check_encoder_parts([part_state(getattr(backend, name)) for name in _PARTS], word, where)
+
+
+def _check_encoder_parts(parts: list[Any], word: int, where: str) -> None:
+    """The same for the states of its _PARTS, and the longest word that WordPiece splits."""
+    if word > MOST_WORD or math.prod(map(_state_growth, parts)) > MOST_ENCODER_GROWTH:
+        raise TokenizerError(f"{where} has regular expressions of its own, or steps that may make a text too long for "
+                             "an encoder reward model: use a reward model with a tokenizer of a usual kind")
+
+
 def _is_bounded(backend: Backend) -> bool:
     if getattr(backend.model, "max_input_chars_per_word", 0) > MOST_WORD:
         return False
-    encoding = 1.0
-    for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor):
-        encoding *= _growth(part)
-    return max(encoding, _growth(backend.decoder)) <= MOST_GROWTH
+    encoding = math.prod(_state_growth(part_state(getattr(backend, name))) for name in _PARTS)
+    return max(encoding, _state_growth(part_state(backend.decoder))) <= MOST_GROWTH
 
 
-def _growth(part: Any) -> float:
+def part_state(part: Any) -> dict[str, Any] | None:
+    """What tokenizer.json holds of a part of a tokenizer."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _state_growth(state: Any) -> float:
     """Times that a part of a tokenizer makes a text longer at most; infinite for what is not known."""
-    return 1.0 if part is None else _state_growth(json.loads(part.__getstate__()))
-
-
-def _state_growth(state: dict[str, Any]) -> float:
-    kind = state.get("type")
+    if state is None:
+        return 1.0
+    kind = state.get("type") if isinstance(state, dict) else None
     if kind == "Sequence":
         product = 1.0
-        for child in next(state[name] for name in _LISTS if name in state):
+        for child in (child for name in _LISTS for child in state.get(name, ())):
             product *= _state_growth(child)
         return product
-    pattern = state.get("pattern")
+    pattern = state.get("pattern") if kind in ("Replace", "Split") else None
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if regex is not None and not _is_known(regex):
         return float("inf")
     if kind == "Replace":
         content = len(state["content"])
-        return 1.0 + content if regex is not None else max(1.0, content / max(1, len(pattern["String"])))
+        if regex is not None:
+            return max(1.0, content)  # none of those known matches nothing
+        return max(1.0, content / len(pattern["String"])) if pattern["String"] else 1.0 + content
+    if kind == "Precompiled":
+        return _charsmap_growth(base64.b64decode(state["precompiled_charsmap"]))
     if kind == "TemplateProcessing":
         return max(1.0, *(float(sum("Sequence" in piece for piece in state[name])) for name in ("single", "pair")))
-    return float(_GROWTH.get(kind, "inf"))
+    return float(_GROWTH.get(kind, "inf")) if isinstance(kind, str) else float("inf")
+
+
+def _charsmap_growth(charsmap: bytes) -> float:
+    """The longest text that SentencePiece's table puts in the place of a character: it follows a trie of given size."""
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+    return max(1.0, *(len(text.decode(errors="replace")) for text in texts))
 
 
 def _is_known(regex: str) -> bool:
@@ -156,6 +228,8 @@ for line in sys.stdin:
     try:
         if name == "encode":
             answer = tokenizer.encode(given, add_special_tokens=special).ids
+        elif name == "join":
+            answer = tokenizer.decoder.decode(given)
         else:
             answer = tokenizer.decode(given, skip_special_tokens=special)
     except BaseException as error:
@@ -188,6 +262,10 @@ class ConfinedBackend:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """As the library's."""
         return self._ask("decode", [int(token) for token in ids], skip_special_tokens)
+
+    def join(self, tokens: list[str]) -> str:
+        """The text of `tokens`, as the library's decoder makes it."""
+        return self._ask("join", tokens, False)
 
     def _forget(self) -> None:
         self._process: subprocess.Popen | None = None

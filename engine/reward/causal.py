@@ -49,6 +49,11 @@ class CausalReward(Reward):
     With the LM's vocabulary token ids are passed through; with another one the response is decoded, the whole text
     is encoded again, and the cache is kept up to the longest common prefix. Ids that spell a stop string are scored
     where ids are passed through and cut off where text is.
+
+    A response that is encoded again may take more tokens than the model's context has. Where segments are scored, one
+    that does so behind its first segment ends there with finish_reason "length", as at the end of a context. Elsewhere
+    the request ends with an error: in a first segment, and where a finished response is scored, by Sample(score=True)
+    and BestOfN.
     """
 
     exclusive = True

@@ -14,6 +14,7 @@ from stars.arguments import shown
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, RequestError, RewardError
 from stars.model.normalisation import read_normalisation
+from stars.model.tokenizer_limits import is_failure
 from stars.prompt import Prompt
 from stars.reward.base import (
     Candidate,
@@ -46,7 +47,10 @@ class EncoderReward(Reward):
     Of messages the contents are read, a line each. A response counts as `max_tokens` tokens beside its prompt: where
     that is more than the model's context, the request ends with an error before a token is drawn. A response that takes
     more tokens of the reward model than of the language model may outgrow the context all the same: where segments are
-    scored it ends there with finish_reason "length", as at the end of a context.
+    scored, one that does so behind its first segment ends there with finish_reason "length", as at the end of a
+    context. Elsewhere the request ends with an error: in a first segment, and where a finished response is scored, by
+    Sample(score=True) and BestOfN.
+    A tokenizer with regular expressions of its own, or with steps that make a text very long, is refused at the load.
     Needs the extra: pip install 'stars-engine[hf]'.
     """
 
@@ -149,7 +153,9 @@ class EncoderReward(Reward):
             else:
                 firsts, seconds = zip(*pairs, strict=True)
                 batch = self.tokenizer(list(firsts), list(seconds), verbose=False)
-        except Exception as error:  # a text's error is its own
+        except BaseException as error:  # a text's error is its own
+            if not is_failure(error):
+                raise
             if len(pairs) > 1:
                 return [one for pair in pairs for one in self._encode([pair])]
             return [RewardError(f"the reward model's tokenizer does not take this text ({one_line(error)}): change "

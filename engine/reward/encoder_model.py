@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 
-from stars.errors import ModelError, RewardError
+from stars.errors import ModelError, RewardError, TokenizerError
 from stars.model.checkpoint import Checkpoint
+from stars.model.files import is_file, read_json, shown
+from stars.model.tokenizer_limits import check_encoder, check_file, is_failure
 
 MOST_SHARED_LAYERS = 256
 """Layers a model may have although its files hold fewer tensors: some models use one layer's weights for all."""
+MOST_LISTED = 1 << 20
+"""The largest number in a list of a configuration, or the longest side of a tensor: transformers repeats things by such
+numbers."""
+VOCABULARIES = ("tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*bpe.codes", "dict.txt",
+                "tekken.json")
+"""Files that a tokenizer is read from; without any, transformers makes one up that knows no word."""
 POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
 """What transformers' models call a table with a row for each position."""
 SAFE = {"local_files_only": True, "trust_remote_code": False}
@@ -21,8 +29,9 @@ SAFE = {"local_files_only": True, "trust_remote_code": False}
 def load_encoder(directory: Path, device: str) -> tuple[Any, Any, Checkpoint]:
     """(model on `device` in float32, tokenizer, the checkpoint's headers).
 
-    RewardError without transformers; ModelError of one sentence for whatever cannot be loaded, for code of the
-    directory's own, for pickles, adapters, missing heads and sizes that its files do not bear out.
+    RewardError without transformers; TokenizerError for a tokenizer that is missing, or that could take a text without
+    bound; ModelError of one sentence for whatever else cannot be loaded, for code of the directory's own, for pickles,
+    adapters, missing heads and sizes that its files do not bear out.
     """
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} has no config.json: give the path of a model in Hugging Face format")
@@ -33,6 +42,8 @@ def load_encoder(directory: Path, device: str) -> tuple[Any, Any, Checkpoint]:
     except ImportError:
         raise RewardError("encoder reward models need transformers: pip install 'stars-engine[hf]'") from None
     checkpoint = Checkpoint(directory)
+    _check_sizes(read_json(directory / "config.json"), checkpoint)
+    _check_tokenizer_files(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, **SAFE)
         _check_layers(config, checkpoint)
@@ -43,13 +54,16 @@ def load_encoder(directory: Path, device: str) -> tuple[Any, Any, Checkpoint]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **SAFE)
     except ModelError:
         raise
-    except Exception as error:  # transformers and what it calls raise what they like for a file they do not expect
+    except BaseException as error:  # transformers and what it calls raise what they like for a file they do not expect
+        if not is_failure(error):
+            raise
         if "trust_remote_code" in str(error):
             raise ModelError(f"{directory} needs code of its own, which is never run: use a model of a type that "
                              "transformers has itself") from error
         raise ModelError(f"{directory} cannot be loaded by transformers ({one_line(error)}): use a sequence "
                          "classification model of a type that transformers has itself, saved by save_pretrained with "
                          "its tokenizer") from error
+    _check_tokenizer(tokenizer, directory)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{directory} lacks the tensors {', '.join(missing[:4])}: use a checkpoint with a trained "
@@ -96,7 +110,7 @@ def choose_padding(model, tokenizer) -> int | None:
     return None
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an exception says, short enough for a sentence."""
     try:
         text = " ".join(str(error).split())
@@ -111,3 +125,48 @@ def _check_layers(config, checkpoint: Checkpoint) -> None:
     if isinstance(layers, int) and layers > max(len(checkpoint.tensors), MOST_SHARED_LAYERS):
         raise ModelError(f"config.json of {checkpoint.directory} asks for {layers} layers and its files hold "
                          f"{len(checkpoint.tensors)} tensors: use config.json of the same checkpoint")
+
+
+def _check_sizes(config: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """transformers makes lists as long as a configuration says while it reads it: of labels, of layers, of patterns."""
+    longest = max((side for info in checkpoint.tensors.values() for side in info.shape), default=1)
+    layers = max(len(checkpoint.tensors), MOST_SHARED_LAYERS)
+    stack: list[tuple[str, Any, bool]] = [("", config, False)]
+    while stack:
+        name, value, listed = stack.pop()
+        if isinstance(value, dict):
+            stack.extend((str(key), part, False) for key, part in value.items())
+        elif isinstance(value, list):
+            stack.extend((name, part, True) for part in value)
+        elif isinstance(value, int):
+            most = max(longest, MOST_LISTED) if listed else longest if name == "num_labels" else (
+                layers if name.endswith(("layers", "layer", "blocks")) else None)
+            if most is not None and value > most:
+                raise ModelError(f"config.json of {checkpoint.directory} has {shown(value)} in {shown(name)} and its "
+                                 f"files' tensors allow {most}: use config.json of the same checkpoint")
+
+
+def _check_tokenizer_files(directory: Path) -> None:
+    """Before transformers reads them: whatever it may take for a tokenizer.json."""
+    if not any(is_file(path) for name in VOCABULARIES for path in directory.glob(name)):
+        raise TokenizerError(f"{directory} has no file of a tokenizer, so the reward model cannot be given text: add "
+                             "tokenizer.json")
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if is_file(path) else {}
+    files = config.get("fast_tokenizer_files")
+    names = ["tokenizer.json", config.get("tokenizer_file"), *(files if isinstance(files, list) else ())]
+    for name in names:
+        for path in (directory / name, Path(name)) if isinstance(name, str) else ():
+            if is_file(path):
+                check_file(path, encoder=True)
+
+
+def _check_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """The tokenizer that transformers made of the files, which need not be tokenizer.json."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        check_encoder(backend, f"the tokenizer of {directory}")
+    # Of a vocabulary made up, the sign of a space may be a part.
+    if len(set(tokenizer.get_vocab()) - {token.content for token in tokenizer.added_tokens_decoder.values()}) < 2:
+        raise TokenizerError(f"the tokenizer of {directory} knows no word beside its special tokens, so every text "
+                             "would be the same to the reward model: add tokenizer.json")
