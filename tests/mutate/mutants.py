@@ -414,7 +414,8 @@ MUTANTS = [
            "a quote in a text ends an attribute of the page", "trace"),
     Mutant("engine/cli/__init__.py", "= 1, 130, 141", "= 1, 130, 1", "a reader that went away is a failure", "cli"),
     Mutant("engine/cli/generate.py", "return 1 if failed else 0", "return 0", "failed rows leave exit code 0", "cli"),
-    Mutant("engine/cli/rows.py", "f\"{name}: line {number}\", line, chat)", "f\"{name}: line {len(rows) + 1}\", line, chat)",
+    Mutant("engine/cli/rows.py", "f\"{name}: line {number}\", line, chat)",
+           "f\"{name}: line {len(rows) + 1}\", line, chat)",
            "blank lines are not counted in a row's line number", "planted"),
     # -- Triton, in its interpreter -----------------------------------------------------------------------------------
     Mutant("kernels/triton/apply_penalties.py", "place <= at) | (token != other)", "place < at) | (token != other)",
