@@ -46,22 +46,23 @@ class IntegrityError(StarsError):
     """The cache's books do not balance; this is a defect of the engine."""
 
 
+def text_of(error: BaseException) -> str:
+    """What `error` says, on one line; empty where it says nothing, or its text cannot be had."""
+    try:
+        return " ".join(str(error).split())
+    except Exception:  # a user's exception may do anything
+        return ""
+
+
 def describe(error: BaseException) -> str:
     """`error` for a message: its type, and its text where it has one that can be read."""
-    text = _text(error)
+    text = text_of(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def sentence(error: BaseException) -> str:
     """The text of an error of this package, which says all; others with their type."""
-    return isinstance(error, StarsError) and _text(error) or describe(error)
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return " ".join(str(error).split())
-    except Exception:  # a user's exception may do anything
-        return ""
+    return isinstance(error, StarsError) and text_of(error) or describe(error)
 
 
 def log(message: str, error: BaseException) -> None:

@@ -10,7 +10,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
-from stars.errors import TokenizerError
+from stars.errors import TokenizerError, text_of
 from stars.model.template_limits import LimitedEnvironment
 
 MOST_REASON = 300
@@ -106,7 +106,7 @@ def _keys_as_read(message: dict) -> dict:
 
 def _reason(error: Exception) -> str:
     """What `error` says, on one line: a template may raise a text of its own."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = text_of(error) or type(error).__name__
     return text if len(text) <= MOST_REASON else text[:MOST_REASON] + "…"
 
 

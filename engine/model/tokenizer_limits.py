@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 
-from stars.errors import ModelError, TokenizerError
+from stars.errors import ModelError, TokenizerError, text_of
 from stars.model.files import read_json
 
 MOST_GROWTH = 64
@@ -94,7 +94,7 @@ def refusing(where: str) -> Iterator[None]:
     except BaseException as error:
         if not is_failure(error):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = text_of(error)[:300] or type(error).__name__
         raise TokenizerError(f"{where} ({reason})") from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stars.errors import ModelError, RewardError, TokenizerError
+from stars.errors import ModelError, RewardError, TokenizerError, text_of
 from stars.model.checkpoint import Checkpoint
 from stars.model.files import is_file, read_json, shown
 from stars.model.tokenizer_limits import check_encoder, check_file, is_failure
@@ -112,10 +112,7 @@ def choose_padding(model, tokenizer) -> int | None:
 
 def one_line(error: BaseException) -> str:
     """What an exception says, short enough for a sentence."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # of whatever library: its text may not be had
-        text = ""
+    text = text_of(error)
     return f"{type(error).__name__}: {text[:200].rstrip(' .:')}" if text else type(error).__name__
 
 
