@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def run_apart(record: Record, settings: Settings, parts: dict[str, Part], most: 
             path = record.path.with_name(f"{record.path.stem}-{len(results)}.json")
             results[name] = empty(own["stage"]) | {"parts": {name: RUNNING}}
             running[_fork(record, settings, name, parts[name], path)] = name, path
-        ended = [pid for pid in running if os.waitpid(pid, os.WNOHANG)[0]]
+        ended = {pid: status for pid in running for gone, status in [os.waitpid(pid, os.WNOHANG)] if gone}
         changed = bool(ended)
         for pid, (name, path) in list(running.items()):
             content = json.loads(path.read_text()) if path.exists() else results[name]
@@ -41,7 +42,7 @@ def run_apart(record: Record, settings: Settings, parts: dict[str, Part], most: 
                 path.unlink(missing_ok=True)
                 if content["parts"].get(name, RUNNING) == RUNNING:  # it did not come to its end
                     content["parts"][name] = FAILED
-                    content["notes"].append(f"{name} ended in the midst of its work: see the log")
+                    content["notes"].append(f"{name} ended in the midst of its work, {_how(ended[pid])}: see the log")
             changed |= content != results[name]
             results[name] = content
         if changed:
@@ -52,6 +53,12 @@ def run_apart(record: Record, settings: Settings, parts: dict[str, Part], most: 
                 own["facts"] |= content["facts"]
             record.save()
         time.sleep(POLL_SECONDS)
+
+
+def _how(status: int) -> str:
+    """How a process ended, from what `os.waitpid` says."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
 
 
 def _fork(record: Record, settings: Settings, name: str, part: Part, path: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 import time
 import traceback
@@ -27,7 +29,9 @@ def compile_first(record: Record, settings: Settings, measures: Sequence[Callabl
         import torch
 
         pool.arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-        with tempfile.TemporaryDirectory() as folder, pool.recording(), rehearsal():
+        # Nothing is timed here, so nothing of it is to be read in a log.
+        with (tempfile.TemporaryDirectory() as folder, pool.recording(), rehearsal(), open(os.devnull, "w") as nowhere,
+              contextlib.redirect_stdout(nowhere)):
             for measure in measures:
                 try:
                     measure(Record(Path(folder) / "rehearsal.json", "rehearsal"))

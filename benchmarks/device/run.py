@@ -141,7 +141,7 @@ class Run:
         self.report = Report(options, before)
         self.environment = os.environ | {
             "STARS_CHECKOUT": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false"}
+            "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
         # One cache for all stages of this run, and of no other: nothing stale is measured.
         self.environment.setdefault("TRITON_CACHE_DIR", str(scratch / "triton"))
         self.environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))
