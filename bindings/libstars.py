@@ -24,7 +24,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from stars.kernels.linear import Weight
-    from stars.kernels.types import Batch, DecideState, Draft, Followers, LaneState, LayerKV, Penalties
+    from stars.kernels.types import Batch, DecideState, Draft, LaneState, LayerKV, Penalties, TrailingRows
 
 ABI_VERSION = 4
 
@@ -356,27 +356,27 @@ def decide(state: DecideState) -> None:
     _call(_DECIDE, params, state)
 
 
-def append_draft(draft: Draft, followers: Followers, vocab_size: int) -> None:
-    """Writes segments and closing tokens behind the first row of every sequence that follows a lane.
+def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
+    """Writes segments and closing tokens after the first row of every sequence that trails a lane.
 
     They must fit the rows of their sequences, and the lanes the draft: neither is checked.
     """
     (lanes, max_steps), max_stop_ids = draft.out_tokens.shape, draft.stop_ids.shape[1]
-    sequences, max_closing = followers.closing.shape
+    sequences, max_closing = trailing.closing.shape
 
-    def tensor(of: Draft | Followers, name: str, *shape: int) -> int:
+    def tensor(of: Draft | TrailingRows, name: str, *shape: int) -> int:
         return _pointer("append_draft", name, getattr(of, name), torch.int32, shape)
 
     params = _AppendDraft(
         tensor(draft, "out_tokens", lanes, max_steps), tensor(draft, "steps", lanes),
         tensor(draft, "stop_ids", lanes, max_stop_ids),
-        tensor(followers, "lanes", sequences), tensor(followers, "row_start", sequences + 1),
-        tensor(followers, "closing", sequences, max_closing),
-        tensor(followers, "token_ids", followers.token_ids.numel()), tensor(followers, "last", sequences),
-        tensor(followers, "tokens", sequences),
+        tensor(trailing, "lanes", sequences), tensor(trailing, "row_start", sequences + 1),
+        tensor(trailing, "closing", sequences, max_closing),
+        tensor(trailing, "token_ids", trailing.token_ids.numel()), tensor(trailing, "last", sequences),
+        tensor(trailing, "tokens", sequences),
         sequences, max_steps, max_stop_ids, max_closing, vocab_size,
     )
-    _call(_APPEND_DRAFT, params, draft, followers)
+    _call(_APPEND_DRAFT, params, draft, trailing)
 
 
 def apply_penalties(logits: Tensor, lanes: LaneState, penalties: Penalties) -> None:

@@ -13,7 +13,7 @@ from stars.cache import BlockTable, PagedCache
 from stars.kernels import append_draft, prefill_attention
 from stars.kernels.graph import Graphs
 from stars.kernels.philox import signed_seed, signed_stream
-from stars.kernels.types import Batch, DecideState, Draft, Followers, Tiles
+from stars.kernels.types import Batch, DecideState, Draft, Tiles, TrailingRows
 from stars.law import Terms
 from stars.prefill import choose_prefill
 from stars.tiling import Tiling, shape
@@ -32,7 +32,7 @@ shared beginning once for every sequence, which takes as long as the arithmetic 
 (8 key heads of 128 in bfloat16: 12 KB moved a key, 16 KFLOP a row and key, 4.3 TB/s and 500 TFLOP/s)."""
 
 MOST_CLOSING = 32
-"""Closing tokens that a span which follows a draft may have."""
+"""Closing tokens that a span which trails a draft may have."""
 
 TERMS, VERDICT = DecideState._fields[: len(Terms._fields)], DecideState._fields[len(Terms._fields) :]
 """What the host fills of a DecideState, in the order of `Terms`, and what it reads."""
@@ -43,7 +43,7 @@ NO_VERDICT = Terms(0, 0, 1, 0, 1, 0.0, 0.0, 0.0)
 class Span(NamedTuple):
     """The rows of one sequence in a pass: token_ids at positions start .. start + len(token_ids) - 1.
 
-    A span that follows lane `lane` of a draft has the token before the segment in token_ids, and zeros in the place of
+    A span that trails lane `lane` of a draft has the token before the segment in token_ids, and zeros in the place of
     the segment and of the `closing` tokens.
     """
 
@@ -135,8 +135,8 @@ class Passes:
         """Whether one pass holds spans of so many rows each."""
         return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
 
-    def follow(self, draft: Draft, spans: Sequence[Span]) -> None:
-        """As `score`, for spans that follow a draft and fit one pass, behind that draft and without waiting for it.
+    def score_trailing(self, draft: Draft, spans: Sequence[Span]) -> None:
+        """As `score`, for spans that trail a draft and fit one pass, without waiting for that draft.
 
         Their results are taken with `verdicts`, before the next pass.
         """
@@ -175,7 +175,7 @@ class Passes:
         if into_slab:
             self._fill_terms(spans, sequences)
         if draft is not None:
-            self._fill_followers(spans, sequences)
+            self._fill_trailing(spans, sequences)
         buffers = self._buffers
 
         def step() -> None:  # not called where a recorded pass is replayed: the views are made here
@@ -185,7 +185,7 @@ class Passes:
             token_ids, row_start = buffers["token_ids"][:rows], buffers["row_start"][: sequences + 1]
             last = first("last")
             if draft is not None:
-                append_draft(draft, Followers(first("lanes"), row_start, first("closing"), token_ids, last,
+                append_draft(draft, TrailingRows(first("lanes"), row_start, first("closing"), token_ids, last,
                                               first("tokens")), self.decoder.config.vocab_size)
             batch = Batch(token_ids, buffers["positions"][:rows], buffers["slots"][:rows], into_slab, row_start,
                           first("seq_group"), self._block_tables, first("prefix_len"), first("slab_start"),
@@ -250,7 +250,7 @@ class Passes:
             for column, value in zip(others, values, strict=True):
                 column[row] = value
 
-    def _fill_followers(self, spans: Sequence[Span], sequences: int) -> None:
+    def _fill_trailing(self, spans: Sequence[Span], sequences: int) -> None:
         self._write(lanes=[span.lane for span in spans] + [-1] * (sequences - len(spans)))
         closing = self._buffers.host("closing")
         closing[: len(spans)] = -1

@@ -111,23 +111,23 @@ class DecideState(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What a finished draft leaves on the device for a pass that follows it; parts of `LaneState`."""
+    """What a finished draft leaves on the device for a pass that trails it; parts of `LaneState`."""
 
     out_tokens: Tensor  # int32 [lanes, max_steps]
     steps: Tensor  # int32 [lanes] tokens drawn
     stop_ids: Tensor  # int32 [lanes, max_stop_ids] padded with -1
 
 
-class Followers(NamedTuple):
-    """The sequences of a pass that take their tokens from a draft; changed by `append_draft`.
+class TrailingRows(NamedTuple):
+    """The rows of a pass that trails a draft, whose sequences take their tokens from it; changed by `append_draft`.
 
-    Row row_start[s] of a sequence holds the token before the segment, the rows behind it are for the segment and the
+    Row row_start[s] of a sequence holds the token before the segment, the rows after it are for the segment and the
     closing tokens; what they do not need stays 0 and is run for nothing.
     """
 
     lanes: Tensor  # int32 [sequences] lane of the draft, or -1: the sequence is left alone
     row_start: Tensor  # int32 [sequences + 1] as in Batch
-    closing: Tensor  # int32 [sequences, most closing tokens] ids behind the segment, padded with -1
+    closing: Tensor  # int32 [sequences, most closing tokens] ids after the segment, padded with -1
     token_ids: Tensor  # int32 [rows] out: segment and closing tokens
     last: Tensor  # int32 [sequences] out: row of the last token
     tokens: Tensor  # int32 [sequences] n of the threshold schedule: the tokens drawn are added to it

@@ -23,8 +23,8 @@ from stars.kernels.sample_step import sampling_threshold
 from stars.kernels.score_and_decide import decide_reference
 from stars.kernels.swiglu import swiglu_reference
 from stars.kernels.take_rows import take_rows_reference
-from stars.kernels.types import DecideState, Draft, Followers, LaneState
-from test_libstars_verdict import VOCAB, make_draft, make_followers, make_state, random_state
+from stars.kernels.types import DecideState, Draft, LaneState, TrailingRows
+from test_libstars_verdict import VOCAB, make_draft, make_state, make_trailing, random_state
 from triton_process import INTERPRETED, run_in_interpreter
 
 if INTERPRETED:
@@ -240,10 +240,10 @@ def test_the_operations_reach_their_kernels(monkeypatch):
     kernels.score_and_decide(x, x, torch.ones(20), 0.0, head, torch.empty(3, 20), state)
     torch.testing.assert_close(state.rewards, torch.nn.functional.rms_norm(x, (20,)).sum(1) + 2.5)
     draft = make_draft(np.random.default_rng(1), 3, 4, 2)
-    followers = make_followers(np.random.default_rng(1), draft, 5, 1)
-    append_draft_reference(draft, wanted := copy_of(followers), VOCAB)
-    kernels.append_draft(draft, followers, VOCAB)
-    assert torch.equal(followers.token_ids, wanted.token_ids)
+    trailing = make_trailing(np.random.default_rng(1), draft, 5, 1)
+    append_draft_reference(draft, wanted := copy_of(trailing), VOCAB)
+    kernels.append_draft(draft, trailing, VOCAB)
+    assert torch.equal(trailing.token_ids, wanted.token_ids)
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------
@@ -612,7 +612,7 @@ def test_rewards(hidden, dtype):
             assert torch.equal(got[0], together[lanes // 2]), "a lane depends on its company"
 
 
-def test_what_follows_a_draft():
+def test_rows_that_trail_a_draft():
     """By hand, of a vocabulary of 50: who is left alone, what is dropped, what becomes 0."""
     draft = Draft(*(torch.tensor(values, dtype=torch.int32) for values in (
         [[7, 8, 9], [7, 2, 9], [7, -1, 9], [7, 50, -3], [-1, 9, 9], [3, 4, 2]], [3, 2, 2, 3, 0, 3],
@@ -622,18 +622,18 @@ def test_what_follows_a_draft():
         (4, [11, 12], [11, 12]), (4, [-1, -1], []), (5, [-1, -1], [3, 4, 2]), (-1, [11, 12], []),
         (0, [-1, -1], [7, 8, 9])]
     starts = torch.arange(len(cases) + 1) * 7 + 2
-    followers = Followers(
+    trailing = TrailingRows(
         torch.tensor([case[0] for case in cases], dtype=torch.int32), starts.int(),
         torch.tensor([case[1] for case in cases], dtype=torch.int32), torch.full((int(starts[-1]),), -9).int(),
         torch.full((len(cases),), -9).int(), torch.full((len(cases),), 100).int())
-    drafts.append_draft(draft, followers, 50)
-    rows = followers.token_ids[2:].view(-1, 7)
+    drafts.append_draft(draft, trailing, 50)
+    rows = trailing.token_ids[2:].view(-1, 7)
     for sequence, (lane, _, written) in enumerate(cases):
         assert rows[sequence].tolist() == [-9, *written] + [-9] * (6 - len(written)), sequence
-        followed = lane >= 0
-        assert int(followers.last[sequence]) == (starts[sequence] + len(written) if followed else -9)
-        assert int(followers.tokens[sequence]) == 100 + (int(draft.steps[lane]) if followed else 0)
-    assert followers.token_ids[:2].tolist() == [-9, -9]
+        trails = lane >= 0
+        assert int(trailing.last[sequence]) == (starts[sequence] + len(written) if trails else -9)
+        assert int(trailing.tokens[sequence]) == 100 + (int(draft.steps[lane]) if trails else 0)
+    assert trailing.token_ids[:2].tolist() == [-9, -9]
 
 
 @pytest.mark.parametrize("lanes, max_steps, stop_ids, sequences, most_closing", [
@@ -643,11 +643,11 @@ def test_drafts_are_appended_as_the_reference_does(lanes, max_steps, stop_ids, s
     draw = np.random.default_rng(max_steps)
     for _ in range(3):
         draft = make_draft(draw, lanes, max_steps, stop_ids)
-        followers = make_followers(draw, draft, sequences, most_closing)
-        expected, given = copy_of(followers), copy_of(draft)
-        drafts.append_draft(draft, followers, VOCAB)
+        trailing = make_trailing(draw, draft, sequences, most_closing)
+        expected, given = copy_of(trailing), copy_of(draft)
+        drafts.append_draft(draft, trailing, VOCAB)
         append_draft_reference(draft, expected, VOCAB)
-        for name, got, wanted in zip(Followers._fields, followers, expected, strict=True):
+        for name, got, wanted in zip(TrailingRows._fields, trailing, expected, strict=True):
             assert torch.equal(got, wanted), name
         assert all(torch.equal(a, b) for a, b in zip(draft, given, strict=True))
 

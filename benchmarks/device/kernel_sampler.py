@@ -18,13 +18,13 @@ from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.apply_penalties import apply_penalties_reference
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.score_and_decide import decide_reference
-from stars.kernels.types import DecideState, Draft, Followers, LaneState, Penalties
+from stars.kernels.types import DecideState, Draft, LaneState, Penalties, TrailingRows
 
 TIE = 4e-5  # scores closer than this, at |z| < 32, may change places: twice what kernels/triton/sample_step.py states
 
 
 def run(record: Record, settings: Settings) -> None:
-    """Words, draws at small and real vocabularies, with every filter and without, ends, followers, verdicts."""
+    """Words, draws at small and real vocabularies, with every filter and without, ends, trailing rows, verdicts."""
     bf16, fp32 = torch.bfloat16, torch.float32
     parts = {} if settings.dry else {"philox words": words}
     # Every size and type is compiled anew, eight kernels each. 16 lanes have every filter; the reference takes a second
@@ -184,13 +184,13 @@ def followed(record: Record, settings: Settings) -> None:
     closing = np.where(np.arange(3) < draw.integers(0, 4, (sequences, 1)), draw.integers(0, vocab, (sequences, 3)), -1)
     starts = np.arange(sequences + 1) * (steps + 5)
     draft = Draft(make(drawn), make(count), make(stop_ids))
-    followers = Followers(make(draw.integers(-1, lanes, sequences)), make(starts), make(closing),
+    trailing = TrailingRows(make(draw.integers(-1, lanes, sequences)), make(starts), make(closing),
                           make(draw.integers(0, vocab, starts[-1])), make(np.full(sequences, -9)),
                           make(draw.integers(0, 100, sequences)))
-    wanted = on_cpu(followers)
+    wanted = on_cpu(trailing)
     append_draft_reference(on_cpu(draft), wanted, vocab)
-    ops.append_draft(draft, followers, vocab)
-    for field, mine, right in zip(Followers._fields, followers, wanted, strict=True):
+    ops.append_draft(draft, trailing, vocab)
+    for field, mine, right in zip(TrailingRows._fields, trailing, wanted, strict=True):
         same(record, f"append_draft, {field}", mine, right)
 
 

@@ -19,7 +19,7 @@ from rehearse import compile_first
 from timing import Seconds, seconds_a_call, sets
 
 from stars.kernels.triton import tiles as tiling
-from stars.kernels.types import Batch, DecideState, Draft, Followers, LayerKV
+from stars.kernels.types import Batch, DecideState, Draft, LayerKV, TrailingRows
 
 L2_BYTES = 60 << 20
 
@@ -164,9 +164,9 @@ def follow(record: Record, settings: Settings, ops, shape: Shape) -> None:
 
     draft = Draft(ints(lanes, tokens), ints(lanes) + tokens, ints(lanes, 16) - 1)
     starts = torch.arange(0, lanes * (tokens + 2) + 1, tokens + 2, dtype=torch.int32, device=device)
-    followers = Followers(torch.arange(lanes, dtype=torch.int32, device=device), starts, ints(lanes, 1),
+    trailing = TrailingRows(torch.arange(lanes, dtype=torch.int32, device=device), starts, ints(lanes, 1),
                           ints(lanes * (tokens + 2)), ints(lanes), ints(lanes))
-    seconds = seconds_a_call([lambda: ops.append_draft(draft, followers, shape.vocab)], device)
+    seconds = seconds_a_call([lambda: ops.append_draft(draft, trailing, shape.vocab)], device)
     record.figure(f"append_draft, {lanes} segments of {tokens}", 1e6 * seconds, "us",
                   spread=_us(seconds))
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from stars.kernels.triton.variant import Variant
-from stars.kernels.types import Draft, Followers
+from stars.kernels.types import Draft, TrailingRows
 
 
 @triton.jit
@@ -41,19 +41,19 @@ def append_draft_kernel(out_tokens, steps, stop_ids, lanes, row_start, closing, 
         tl.store(tokens + sequence, tl.load(tokens + sequence) + drawn)
 
 
-def append_draft(draft: Draft, followers: Followers, vocab_size: int) -> None:
+def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
     """As `stars.kernels.append_draft`."""
-    sequences = followers.lanes.shape[0]
-    for name, tensor in (draft._asdict() | followers._asdict()).items():
+    sequences = trailing.lanes.shape[0]
+    for name, tensor in (draft._asdict() | trailing._asdict()).items():
         if not tensor.is_contiguous():
             raise ValueError(f"append_draft: {name} is {list(tensor.shape)} with strides {tensor.stride()}, expected "
                              "contiguous")
-    if followers.row_start.shape != (sequences + 1,) or followers.closing.shape[0] != sequences:
-        raise ValueError(f"append_draft: {sequences} sequences with row_start {list(followers.row_start.shape)} and "
-                         f"closing {list(followers.closing.shape)}")
+    if trailing.row_start.shape != (sequences + 1,) or trailing.closing.shape[0] != sequences:
+        raise ValueError(f"append_draft: {sequences} sequences with row_start {list(trailing.row_start.shape)} and "
+                         f"closing {list(trailing.closing.shape)}")
     if sequences:
-        sizes = _sizes(draft.out_tokens.shape[1], draft.stop_ids.shape[1], followers.closing.shape[1])
-        append_draft_kernel[(sequences,)](*draft, *followers, vocab_size, **sizes,
+        sizes = _sizes(draft.out_tokens.shape[1], draft.stop_ids.shape[1], trailing.closing.shape[1])
+        append_draft_kernel[(sequences,)](*draft, *trailing, vocab_size, **sizes,
                                           num_warps=_warps(sizes["STEPS_BLOCK"]))
 
 
