@@ -129,12 +129,13 @@ class PagedCache:
 
     # -- tables ---------------------------------------------------------------------------------------------------
 
-    def open(self, token_ids: Sequence[int], capacity: int) -> BlockTable:
+    def open(self, token_ids: Sequence[int], capacity: int | None = None) -> BlockTable:
         """Reserves pages for `capacity` positions and shares the full pages that hold a prefix of `token_ids` already.
 
         The table's length is the number of positions shared: a multiple of page_size, at most len(token_ids).
         Raises OutOfPages, and then has changed nothing.
         """
+        capacity = len(token_ids) if capacity is None else capacity
         shared, fresh = self._plan_open(token_ids, capacity)
         free = self.pool.num_available - self.pool.cost(shared)
         if fresh > free:
@@ -144,9 +145,9 @@ class PagedCache:
         self._tables.add(table)
         return table
 
-    def can_open(self, token_ids: Sequence[int], capacity: int) -> bool:
+    def can_open(self, token_ids: Sequence[int], capacity: int | None = None) -> bool:
         """Whether `open` with the same arguments would succeed now."""
-        shared, fresh = self._plan_open(token_ids, capacity)
+        shared, fresh = self._plan_open(token_ids, len(token_ids) if capacity is None else capacity)
         return fresh <= self.pool.num_available - self.pool.cost(shared)
 
     def shared_length(self, token_ids: Sequence[int]) -> int:
@@ -163,12 +164,20 @@ class PagedCache:
         table.length = max(table.length, len(token_ids))
         self.pool.publish(table.pages, self._chunks(token_ids))
 
-    def fork(self, table: BlockTable, capacity: int) -> BlockTable:
+    def reserve(self, table: BlockTable, tokens: int) -> None:
+        """Makes room for `tokens` positions after the table's last; raises OutOfPages, and then has changed nothing."""
+        self.grow(table, table.length + tokens)
+
+    def fork(self, table: BlockTable, capacity: int | None = None) -> BlockTable:
         """A second table with the same content and pages for `capacity` positions: shares full pages, copies the tail.
 
         Raises OutOfPages, and then has changed nothing.
         """
         self._check(table)
+        if capacity is None:
+            self.pool.share(table.pages)
+            self._tables.add(forked := BlockTable(list(table.pages), table.length, table.capacity))
+            return forked
         if capacity < table.length:
             raise IntegrityError(f"{table.length} positions do not fit in a fork of {capacity}: raise the capacity")
         full, tail = divmod(table.length, self.page_size)

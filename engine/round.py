@@ -10,7 +10,6 @@ from stars.cache import CommitMove, PagedCache
 from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import accept_uniform, pack_stream
-from stars.law import Terms
 from stars.outputs import Segment
 from stars.request import Hypothesis, Lane, Request
 from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
@@ -164,8 +163,7 @@ class Round:
             limit = _limit(hypothesis)
             for index, lane in enumerate(group[: max(1, self.reward.lanes_per_pass(limit, len(scored)))], first):
                 batch.append(lane)
-                candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, index, limit,
-                                                    _terms(lane, len(hypothesis.token_ids))))
+                candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, index, limit))
         trailing = self.reward.score_trailing(self.drafter.device_draft, candidates) if candidates else None
         if trailing is not None:
             self._trailing = batch, trailing
@@ -233,11 +231,8 @@ class Round:
         if decided:
             return
         if plan.decision == "threshold":
-            accepted = result.accepted
-            if accepted is None:
-                uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
-                accepted = law.accepts(uniform, lane.reward, lane.threshold, plan.beta)
-            if accepted:
+            uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
+            if law.accepts(uniform, lane.reward, lane.threshold, plan.beta):
                 lane.accepted = True
                 winners[hypothesis] = lane
                 return
@@ -250,8 +245,7 @@ class Round:
 
     def _candidate(self, hypothesis: Hypothesis, lane: Lane | None, final: bool = False) -> Candidate:
         text = hypothesis.request.response_text(hypothesis, lane) if self.reward.needs_text else None
-        terms = None if final else _terms(lane, len(hypothesis.token_ids) + len(lane.token_ids))
-        return Candidate(hypothesis.session, hypothesis.content_ids(lane), text, final, terms)
+        return Candidate(hypothesis.session, hypothesis.content_ids(lane), text, final)
 
     def _score(self, candidates: Sequence[tuple[Hypothesis, Candidate]]) -> list[Scored]:
         """Scores and keeps the counts and the time of each candidate's hypothesis."""
@@ -333,16 +327,6 @@ def _limit(hypothesis: Hypothesis) -> int:
 def _stream(hypothesis: Hypothesis) -> int:
     """The random stream of the next segment."""
     return pack_stream(len(hypothesis.segments), hypothesis.sample)
-
-
-def _terms(lane: Lane, tokens: int) -> Terms | None:
-    """What the law is applied to `lane` under, `tokens` being n; None for a policy without a threshold."""
-    request = lane.hypothesis.request
-    plan = request.plan
-    if plan.decision != "threshold":
-        return None
-    return Terms(request.seed, _stream(lane.hypothesis), lane.attempt, tokens, request.params.max_tokens,
-                 request.threshold_start, plan.reward_threshold, plan.beta)
 
 
 def _count(hypotheses: Sequence[Hypothesis], results: Sequence[Scored], seconds: float) -> None:

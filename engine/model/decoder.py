@@ -13,7 +13,7 @@ from stars import kernels
 from stars.cache import PagedCache
 from stars.errors import IntegrityError, ModelError
 from stars.kernels.linear import Weight
-from stars.kernels.types import Batch, DecideState
+from stars.kernels.types import Batch
 from stars.model.config import ModelConfig
 from stars.model.rope import rope_tables
 
@@ -180,16 +180,17 @@ class Decoder:
         kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
         return hidden
 
-    def score_and_decide(self, batch: Batch, cache: PagedCache, rows: Tensor, state: DecideState) -> None:
-        """As `forward` for the rows `rows` int32 [n], and then their rewards and verdicts, into `state` of n lanes.
+    def score(self, batch: Batch, cache: PagedCache, last: Tensor, rewards: Tensor) -> None:
+        """As `forward` for the rows `last` int32 [n], and then their raw rewards, into `rewards` float32 [n].
 
         Raises ModelError for a model without a reward head.
         """
         if self.score_head is None:
             raise ModelError("this model has no reward head: load it with head='reward'")
-        residual, branch = self._layers(batch, cache, rows)
-        kernels.score_and_decide(residual, branch, self.final_norm, self.config.rms_norm_eps, self.score_head,
-                                 self._space.hidden[: residual.shape[0]], state)
+        residual, branch = self._layers(batch, cache, last)
+        hidden = self._space.hidden[: residual.shape[0]]
+        kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
+        kernels.linear(hidden, self.score_head, rewards.unsqueeze(1))
 
     def _layers(self, batch: Batch, cache: PagedCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream and the last branch, not added to it yet, of all rows or of `rows`: both [n, hidden]."""
@@ -246,20 +247,6 @@ class Decoder:
                                      f"reserve_logits({hidden.shape[0]}) first")
             out = self._logits[: hidden.shape[0]]
         kernels.linear(hidden, self.head, out)
-        return out
-
-    def score(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Raw rewards of hidden float32 [n, hidden]: float32 [n] in `out`, or in the workspace.
-
-        Raises ModelError for a model without a reward head.
-        """
-        if self.score_head is None:
-            raise ModelError("this model has no reward head: load it with head='reward'")
-        count = hidden.shape[0]
-        if out is None:
-            self._check_rows(count)
-            out = self._space.scores[:count].view(count)
-        kernels.linear(hidden, self.score_head, out.view(count, 1))
         return out
 
     def _check_rows(self, rows: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 from stars.arguments import integer, shown
 from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
-from stars.law import Terms
 from stars.prompt import Prompt
 
 
@@ -27,7 +26,6 @@ class Candidate(NamedTuple):
     token_ids: list[int]  # response with this candidate, without the EOS that ended it
     text: str | None  # its text without a stop string; None unless the reward set `needs_text`
     final: bool = False  # the finished response, which nothing competes with: its session may be written at once
-    terms: Terms | None = None  # what a verdict is asked under
 
 
 class Scored(NamedTuple):
@@ -37,7 +35,6 @@ class Scored(NamedTuple):
     tokens_run: int = 0  # tokens the reward model processed for it
     tokens_full: int = 0  # tokens a score from scratch would process
     handle: Any = None  # kept until commit or discard
-    accepted: bool | None = None  # the law's verdict, where it was taken beside the reward; None leaves it to the loop
 
 
 class TrailingCandidate(NamedTuple):
@@ -47,7 +44,6 @@ class TrailingCandidate(NamedTuple):
     token_ids: list[int]  # the response without it
     lane: int  # of the draft
     max_tokens: int  # it will have no more
-    terms: Terms | None
 
 
 class Trailing(Protocol):
@@ -75,7 +71,13 @@ class Limits(NamedTuple):
 class Reward(ABC):
     """Scores responses. The engine opens a session per response, starts it, scores candidates, commits the winners.
 
-    A handle that `score` returned is valid until `commit` or `discard` takes it; both come before its session's close.
+    A handle that `score` or `score_trailing` returned is valid until `commit` or `discard` takes it; both come before
+    its session's close. It may be committed to the session it was scored under, or to a fork made of that since: of two
+    winners of one session, one goes to the session and the other to its fork. Forks come before any of these commits.
+
+    What was scored need not be what becomes the response: it may go on with a part of a candidate, and with tokens that
+    nobody scored. The handle is then discarded and nothing else is said. The session's history stays as it was, and the
+    next score of the session runs what is missing.
     """
 
     needs_text = False  # whether `Candidate.text` must be filled
@@ -95,10 +97,24 @@ class Reward(ABC):
 
     @abstractmethod
     def open(self, prompt: Prompt, max_tokens: int) -> Any:
-        """A session for one response to this prompt, with everything reserved that it will need; no work yet.
+        """A session for one response to this prompt, with everything reserved that its prompt needs; no work yet.
 
         RewardError, and nothing kept, where it could not be scored: its request ends so, before a token is drawn.
         """
+
+    def fork(self, session: Any) -> Any:
+        """A second session with the same history, of a started session: from here on each goes its own way.
+
+        For a rule that keeps one response twice. Takes nothing that could be lacking: room comes with `reserve`.
+        """
+        raise RewardError(f"{type(self).__name__} cannot keep a response twice: give it a method fork(session)")
+
+    def reserve(self, session: Any, tokens: int) -> bool:
+        """Makes room for the response to grow by `tokens` tokens of the language model; False means not now.
+
+        Asked before a round, and for a fork before its first commit; what is there already is not taken twice.
+        """
+        return True
 
     def start(self, sessions: list[Any]) -> None:
         """Runs the prompts of newly opened sessions, all together. No two of them begin with the same page."""
@@ -136,7 +152,10 @@ class Reward(ABC):
         """
 
     def commit(self, winners: list[tuple[Any, Any]]) -> None:
-        """(session, handle) pairs: the scored candidate becomes the session's history; handles are consumed."""
+        """(session, handle) pairs: the scored candidate becomes the session's history; handles are consumed.
+
+        No session and no handle comes twice.
+        """
 
     def discard(self, handle: Any) -> None:
         """The scored candidate is gone."""

@@ -61,6 +61,10 @@ class FunctionReward(Reward):
             return _Session(list(prompt.token_ids))
         return _Session(prompt.given if prompt.given is not None else prompt.text)
 
+    def fork(self, session: _Session) -> _Session:
+        """The same prompt: there is no other history."""
+        return _Session(session.prompt)
+
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """`batch_size`, or all."""
         return self.batch_size or 1 << 30
