@@ -31,7 +31,7 @@ shared beginning once for every sequence, which takes as long as the arithmetic 
 (8 key heads of 128 in bfloat16: 12 KB moved a key, 16 KFLOP a row and key, 4.3 TB/s and 500 TFLOP/s)."""
 
 MOST_CLOSING = 32
-"""Closing tokens that a span which follows a draft may have."""
+"""Closing tokens that a span which trails a draft may have."""
 
 NO_VERDICT = Terms(0, 0, 1, 0, 1, 0.0, 0.0, 0.0)
 
@@ -39,7 +39,7 @@ NO_VERDICT = Terms(0, 0, 1, 0, 1, 0.0, 0.0, 0.0)
 class Span(NamedTuple):
     """The rows of one sequence in a pass: token_ids at positions start .. start + len(token_ids) - 1.
 
-    A span that follows lane `lane` of a draft has the token before the segment in token_ids, and zeros in the place of
+    A span that trails lane `lane` of a draft has the token before the segment in token_ids, and zeros in the place of
     the segment and of the `closing` tokens.
     """
 
@@ -128,8 +128,8 @@ class Passes:
         """Whether one pass holds spans of so many rows each."""
         return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
 
-    def follow(self, draft: Draft, spans: Sequence[Span]) -> None:
-        """As `score`, for spans that follow a draft and fit one pass, behind that draft and without waiting for it.
+    def score_trailing(self, draft: Draft, spans: Sequence[Span]) -> None:
+        """As `score`, for spans that trail a draft and fit one pass, without waiting for that draft.
 
         Their results are taken with `verdicts`, before the next pass.
         """
@@ -164,7 +164,7 @@ class Passes:
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
         if draft is not None:
-            self._fill_followers(spans, sequences)
+            self._fill_trailing(spans, sequences)
         buffers = self._buffers
 
         def step() -> None:  # not called where a recorded pass is replayed: the views are made here
@@ -228,7 +228,7 @@ class Passes:
         self.cache.block_tables(tables, out=self._block_tables)
         return len(token_ids), len(prefix_len), tiles
 
-    def _fill_followers(self, spans: Sequence[Span], sequences: int) -> None:
+    def _fill_trailing(self, spans: Sequence[Span], sequences: int) -> None:
         self._write(lanes=[span.lane for span in spans] + [-1] * (sequences - len(spans)))
         closing = self._buffers.host("closing")
         closing[: len(spans)] = -1

@@ -104,7 +104,7 @@ class Draft(NamedTuple):
 
 
 class TrailingRows(NamedTuple):
-    """The sequences of a pass that take their tokens from a draft; changed by `append_draft`.
+    """The rows of a pass that trails a draft, whose sequences take their tokens from it; changed by `append_draft`.
 
     Row row_start[s] of a sequence holds the token before the segment, the rows after it are for the segment and the
     closing tokens; what they do not need stays 0 and is run for nothing.
