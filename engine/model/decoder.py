@@ -44,7 +44,6 @@ class Workspace(NamedTuple):
     gate_up: Tensor  # [max_rows, 2 * intermediate]
     gated: Tensor  # [max_rows, intermediate]
     hidden: Tensor  # [max_rows, hidden] after the final norm; float32 before a reward head
-    scores: Tensor | None  # float32 [max_rows, 1]
 
 
 def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype, scores: bool = False) -> int:
@@ -52,8 +51,8 @@ def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: tor
     """
     heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     width = 5 * config.hidden_size + 3 * heads_width + 2 * kv_width + 3 * config.intermediate_size
-    # A reward head reads float32 hidden states and writes float32 scores.
-    wider = (torch.float32.itemsize - dtype.itemsize) * config.hidden_size + torch.float32.itemsize if scores else 0
+    # A reward head reads float32 hidden states.
+    wider = (torch.float32.itemsize - dtype.itemsize) * config.hidden_size if scores else 0
     return (rows * width + logits_rows * config.vocab_size) * dtype.itemsize + rows * wider
 
 
@@ -138,7 +137,6 @@ class Decoder:
             gate_up=buffer(2 * config.intermediate_size),
             gated=buffer(config.intermediate_size),
             hidden=buffer(config.hidden_size, self.dtype if self.score_head is None else torch.float32),
-            scores=buffer(1, torch.float32) if self.score_head is not None else None,
         )
         self.max_rows = max_rows
 
@@ -188,9 +186,8 @@ class Decoder:
         if self.score_head is None:
             raise ModelError("this model has no reward head: load it with head='reward'")
         residual, branch = self._layers(batch, cache, last)
-        hidden = self._space.hidden[: residual.shape[0]]
-        kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
-        kernels.linear(hidden, self.score_head, rewards.unsqueeze(1))
+        kernels.score(residual, branch, self.final_norm, self.config.rms_norm_eps, self.score_head,
+                      self._space.hidden[: residual.shape[0]], rewards)
 
     def _layers(self, batch: Batch, cache: PagedCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream and the last branch, not added to it yet, of all rows or of `rows`: both [n, hidden]."""
