@@ -636,6 +636,9 @@ class Engine:
             hypothesis.table = self._cache.open(ids[:-1], capacity)
             if scored:
                 hypothesis.session = self.reward.open(request.prompt, request.params.max_tokens)
+                if not self.reward.reserve(hypothesis.session, request.params.max_tokens):
+                    self._close(hypothesis)
+                    return False
         except Exception as error:
             self._fail(request, error)
             return True
