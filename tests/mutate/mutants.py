@@ -361,9 +361,9 @@ MUTANTS = [
     Mutant("engine/model/decoder.py", "kernels.take_rows(residual, rows, space.picked[:wanted])",
            "space.picked[:wanted].copy_(residual[:wanted])", "the residual stream of the wrong rows goes on",
            "parity rewards"),
-    Mutant("engine/device.py", "return 2 * config.num_layers *", "return config.num_layers *",
+    Mutant("engine/sizes.py", "return 2 * config.num_layers *", "return config.num_layers *",
            "values take no memory", "device"),
-    Mutant("engine/buffers.py", "if size >= count), -(-count // 128) * 128)", "if size >= count), count // 128 * 128)",
+    Mutant("engine/target.py", "if size >= count), -(-count // 128) * 128)", "if size >= count), count // 128 * 128)",
            "more than 256 rows are padded to fewer", "padding"),
     # -- random numbers, penalties, filters: the references -----------------------------------------------------------
     Mutant("kernels/philox.py", "return stream & MAX_SEGMENT, (stream & 0xFFFFFFFF) >> 20",
