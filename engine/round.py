@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from stars import law
 from stars.cache import CommitMove, PagedCache
+from stars.config import EngineConfig
 from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import accept_uniform, pack_stream
@@ -26,12 +27,13 @@ class Round:
     """
 
     def __init__(self, drafter: Drafter, cache: PagedCache, reward: Reward | None, chooser: WidthChooser,
-                 max_num_lanes: int):
+                 config: EngineConfig):
         self.drafter = drafter
         self.cache = cache
         self.reward = reward
         self.chooser = chooser
-        self.max_num_lanes = max_num_lanes
+        self.max_num_lanes = config.max_num_lanes
+        self._trails = config.target.trailing
         self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
 
     def run(self, active: Sequence[Hypothesis]) -> list[Hypothesis]:
@@ -134,7 +136,7 @@ class Round:
                                   hypothesis.history() if request.params.penalties else None))
         begin = time.perf_counter()
         self.drafter.launch(specs)
-        if self.drafter.padded:  # on a GPU, which drafts while the host prepares what follows
+        if self._trails:  # the device drafts while the host prepares what follows
             self._score_trailing(groups)
         drafted = self.drafter.drafted(len(lanes))
         seconds = (time.perf_counter() - begin) / len(lanes)

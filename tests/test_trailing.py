@@ -11,8 +11,8 @@ import dataclasses
 import pytest
 
 import stars
+from building import PADDED, work_as
 from stars.bindings import libstars
-from stars.config import EngineConfig
 from stars.kernels.dispatch import references_only
 from stars.passes import Passes
 from stars.reward.causal import CausalReward
@@ -33,7 +33,7 @@ def trailed(monkeypatch) -> list[int]:
         sizes.append(len(spans))
         score_trailing(self, draft, spans)
 
-    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
+    work_as(monkeypatch, PADDED)
     monkeypatch.setattr(Passes, "score_trailing", counted)
     return sizes
 

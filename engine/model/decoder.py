@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from stars import kernels
-from stars.cache import PagedCache
 from stars.errors import IntegrityError, ModelError
 from stars.kernels.linear import Weight
-from stars.kernels.types import Batch
+from stars.kernels.types import Batch, LayerKV
 from stars.model.config import ModelConfig
 from stars.model.rope import rope_tables
 
@@ -44,6 +43,13 @@ class Workspace(NamedTuple):
     gate_up: Tensor  # [max_rows, 2 * intermediate]
     gated: Tensor  # [max_rows, intermediate]
     hidden: Tensor  # [max_rows, hidden] after the final norm; float32 before a reward head
+
+
+class KVCache(Protocol):
+    """What a pass reads keys and values from, and writes them to."""
+
+    def layer(self, i: int) -> LayerKV:
+        """Those of layer `i`."""
 
 
 def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype, scores: bool = False) -> int:
@@ -166,7 +172,7 @@ class Decoder:
         if buffers is not None and self.device.type != "cpu":
             self._outgrown.append(buffers)
 
-    def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """Runs all layers and writes the batch's keys and values; returns the hidden state after the final norm.
 
         [n, hidden], a view of the workspace that the next pass overwrites: of all rows, or of `rows` int32 [n]
@@ -178,7 +184,7 @@ class Decoder:
         kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
         return hidden
 
-    def score(self, batch: Batch, cache: PagedCache, last: Tensor, rewards: Tensor) -> None:
+    def score(self, batch: Batch, cache: KVCache, last: Tensor, rewards: Tensor) -> None:
         """As `forward` for the rows `last` int32 [n], and then their raw rewards, into `rewards` float32 [n].
 
         Raises ModelError for a model without a reward head.
@@ -189,7 +195,7 @@ class Decoder:
         kernels.score(residual, branch, self.final_norm, self.config.rms_norm_eps, self.score_head,
                       self._space.hidden[: residual.shape[0]], rewards)
 
-    def _layers(self, batch: Batch, cache: PagedCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _layers(self, batch: Batch, cache: KVCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream and the last branch, not added to it yet, of all rows or of `rows`: both [n, hidden]."""
         count = batch.token_ids.shape[0]
         wanted = count if rows is None else rows.shape[0]

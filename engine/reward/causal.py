@@ -8,32 +8,21 @@ from typing import Literal
 
 from stars.arguments import shown
 from stars.cache import PagedCache
+from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
-from stars.model.config import ModelConfig
 from stars.model.loader import load_model
-from stars.model.tokenizer import load_tokenizer
+from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Limits, Reward, Scored, TrailingCandidate, check_path
+from stars.reward.base import Candidate, Reward, Scored, TrailingCandidate, check_path
 from stars.reward.framing import Framing
 from stars.reward.scoring import Scoring, TrailingScores
 from stars.reward.session import Handle, Session, Sessions
+from stars.sizes import reward_model
 
-RIDGE_ROWS = {"cpu": 32, "cuda": 128}
-"""Rows from which on a pass over the weights is bound by arithmetic rather than by reading them."""
-REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are grown
-
-
-def slab_length(max_segment_size: int) -> int:
-    """Tokens of a reward model's slab: a segment may re-encode to more tokens, and closing tokens come after it."""
-    return 2 * max_segment_size + 32
-
-
-def longest_text(config: ModelConfig, cache_tokens: int, slab_len: int) -> int:
-    """Tokens of the longest text that a reward model is ever run on: its context's, or what cache and slab hold."""
-    return min(config.context_length, cache_tokens + slab_len)
+REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are taken for it
 
 
 class CausalReward(Reward):
@@ -76,20 +65,21 @@ class CausalReward(Reward):
         self.cache: PagedCache | None = None
         self.same_vocabulary = True
 
-    def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
+    def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, compares vocabularies, allocates the cache."""
         if hasattr(self.model, "forward"):
             self.decoder = self.model
         else:
-            self.decoder = load_model(self.model, dtype=limits.dtype, device=limits.device, head="reward",
-                                      deterministic=limits.deterministic, max_model_len=1)
+            self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
+                                      deterministic=config.deterministic, max_model_len=1)
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(self.model)
-        self.decoder.check_device(limits.device, "the reward model")
+        self.decoder.check_device(config.device, "the reward model")
         self.locks = (self.decoder.lock,)
-        if limits.deterministic:
-            check_row_invariance(self.decoder)
-        config = self.decoder.config
+        if config.deterministic:
+            check_row_invariance(self.decoder, config.target)
+        self.target = config.target
+        shape = self.decoder.config
         if tokenizer is not None and self.tokenizer is not None:
             self.same_vocabulary = tokenizer.same_vocabulary(self.tokenizer)
         elif tokenizer is None and self.tokenizer is None:
@@ -98,22 +88,17 @@ class CausalReward(Reward):
             side = "reward model" if self.tokenizer is None else "model"
             raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
                               "other's: add the tokenizer to both directories or to neither")
-        if self.same_vocabulary and config.vocab_size < vocab_size and self.tokenizer is None:
-            raise RewardError(f"the reward model's vocabulary of {config.vocab_size} does not match the model's of "
+        if self.same_vocabulary and shape.vocab_size < vocab_size and self.tokenizer is None:
+            raise RewardError(f"the reward model's vocabulary of {shape.vocab_size} does not match the model's of "
                               f"{vocab_size}: use a reward model of the same vocabulary, or give both a tokenizer")
-        self.framing = Framing(self.tokenizer, self.same_vocabulary, config, self.template, self.close_policy,
+        self.framing = Framing(self.tokenizer, self.same_vocabulary, shape, self.template, self.close_policy,
                                self.chat_template_kwargs)
         self.needs_text = not self.same_vocabulary
-        self.max_model_len = config.context_length
-        self.cache = PagedCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, page_size=limits.page_size,
-            num_pages=math.ceil(limits.cache_tokens / limits.page_size),
-            num_slabs=limits.max_num_lanes + limits.max_num_seqs, slab_len=slab_length(limits.max_segment_size),
-            dtype=self.decoder.dtype, device=limits.device)
-        longest = longest_text(config, self.cache.num_pages * limits.page_size, self.cache.slab_len)
+        self.max_model_len = shape.context_length
+        sizes = reward_model(shape, config)
+        self.cache = PagedCache(shape, config, sizes, self.decoder.dtype)
         with self.decoder.lock:  # another engine may be at work with it
-            self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, longest, limits.padded,
-                                  limits.deterministic, limits.prefill_backend)
+            self._passes = Passes(self.decoder, self.cache, config, sizes)
         self._sessions = Sessions(self.cache, self._passes, self.max_model_len,
                                   0 if self.same_vocabulary else REENCODE_SLACK)
         self._scoring = Scoring(self.framing, self._sessions, self.cache, self._passes, self.max_model_len)
@@ -168,7 +153,7 @@ class CausalReward(Reward):
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """As many candidates as fill one pass over the weights."""
-        return max(1, math.ceil(RIDGE_ROWS[self.cache.device.type] / max(1, tokens * responses)))
+        return max(1, math.ceil(self.target.ridge_rows / max(1, tokens * responses)))
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""
