@@ -130,9 +130,8 @@ class Passes:
         batch: list[Span] = []
         rows = 0
         for span in spans:
-            follows = bool(batch) and batch[-1].table is span.table and not into_slab
             full = rows + len(span.token_ids) > self.max_rows or len(batch) == self.max_sequences
-            if batch and (full or follows):
+            if batch and (full or (batch[-1].table is span.table and not into_slab)):
                 yield batch
                 batch, rows = [], 0
             batch.append(span)
@@ -148,8 +147,6 @@ class Passes:
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
-        if draft is not None:
-            self._fill_trailing(spans, sequences)
         buffers = self._buffers
 
         def step() -> None:  # not called where a recorded pass is replayed: the views are made here
@@ -161,9 +158,8 @@ class Passes:
                 append_draft(draft, TrailingRows(first("lanes"), buffers["segment_start"][: sequences + 1],
                                                  first("closing"), token_ids, last), self.decoder.config.vocab_size)
             batch = Batch(token_ids, buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
-                          buffers["row_start"][: sequences + 1],
-                          first("seq_group"), self._block_tables, first("prefix_len"), first("slab_start"),
-                          first("slab_used"), tiles, prefill)
+                          buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
+                          first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
             if into_slab:
                 self.decoder.score(batch, self.cache, last, self._rewards["rewards"][:sequences])
             else:
@@ -194,36 +190,35 @@ class Passes:
             positions += range(span.start, span.start + len(span.token_ids))
             slots += span.slots
             row_start.append(len(token_ids))
-        last = [stop - 1 for stop in row_start[1:]]
-        prefix_len, slab_start = [span.start for span in spans], [span.slots[0] for span in spans]
+        rows, sequences = self.target.rows(len(token_ids)), self.target.rows(len(spans))
         tiles = None
         if self._tiling is not None:
             keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
-            rows = self.target.rows(len(token_ids))
             tiles = self._tiling.fill(rows, row_start, groups, "score" if into_slab else "prefill", keys)
-            # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
-            idle = rows - len(token_ids)
-            token_ids, positions, slots = token_ids + [0] * idle, positions + [0] * idle, slots + [-1] * idle
-            idle = self.target.rows(len(spans)) - len(spans)
-            row_start += row_start[-1:] * idle
-            groups, last = groups + groups[-1:] * idle, last + [0] * idle
-            prefix_len, slab_start = prefix_len + [0] * idle, slab_start + [0] * idle
-        self._write(token_ids=token_ids, positions=positions, slots=slots, row_start=row_start, last=last,
-                    seq_group=groups, prefix_len=prefix_len, slab_start=slab_start)
+        # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
+        self._write(rows, 0, token_ids=token_ids, positions=positions)
+        self._write(rows, -1, slots=slots)
+        self._write(sequences + 1, row_start[-1], row_start=row_start)
+        self._write(sequences, groups[-1], seq_group=groups)
+        self._write(sequences, 0, last=[stop - 1 for stop in row_start[1:]], prefix_len=[span.start for span in spans],
+                    slab_start=[span.slots[0] for span in spans])
+        drafted = [span.drafted for span in spans if span.drafted is not None]
+        if drafted:
+            self._write(sequences, -1, lanes=[one.lane for one in drafted])
+            # To the draft, a sequence begins with the token before its segment.
+            self._write(sequences + 1, 0, segment_start=[
+                start + one.at - 1 for start, one in zip(row_start, drafted, strict=False)])
+            closing = self._buffers.host("closing")
+            closing[:sequences] = -1
+            for row, one in zip(closing, drafted, strict=False):
+                row[: len(one.closing)] = one.closing
         self.cache.block_tables(tables, out=self._block_tables)
-        return len(token_ids), len(prefix_len), tiles
+        return rows, sequences, tiles
 
-    def _fill_trailing(self, spans: Sequence[Span], sequences: int) -> None:
-        """Writes what each span takes from a draft: to that, a sequence begins with the token before its segment."""
-        lanes, segment_start, closing = (self._buffers.host(name) for name in ("lanes", "segment_start", "closing"))
-        lanes[:sequences], closing[:sequences] = -1, -1
-        row = 0
-        for index, span in enumerate(spans):
-            lane, at, ids = span.drafted
-            lanes[index], segment_start[index] = lane, row + at - 1
-            closing[index, : len(ids)] = ids
-            row += len(span.token_ids)
-
-    def _write(self, **columns: Sequence[int]) -> None:
+    def _write(self, count: int, idle: int, **columns: Sequence[int]) -> None:
+        """Writes the columns of the host's block, and `idle` into what is left of their first `count` entries."""
         for name, values in columns.items():
-            self._buffers.host(name)[: len(values)] = values
+            column = self._buffers.host(name)
+            column[: len(values)] = values
+            if len(values) < count:
+                column[len(values) : count] = idle

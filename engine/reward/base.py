@@ -110,7 +110,7 @@ class Reward(ABC):
         """Runs the prompts of newly opened sessions, all together. No two of them begin with the same page."""
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
-        """Candidates of one response worth scoring at once, each of `tokens` new tokens, beside others' candidates."""
+        """Candidates of one response worth scoring at once, each of `tokens` new tokens, besides others' candidates."""
         return 1 << 30
 
     @abstractmethod

@@ -29,16 +29,16 @@ class CausalReward(Reward):
     """A sequence-classification model with one label: the raw logit at the last token, head in float32.
 
     model: HF directory, or a Decoder with a reward head. template: "chat" renders prompt and response with the RM's
-    chat template (a plain prompt becomes one user turn), "raw" puts the response right behind the prompt, "auto" is
-    "chat" for messages and "raw" for text. close: what is scored behind every response and then dropped: "none",
-    "template" (what the chat template puts behind an assistant turn), "eos".
+    chat template (a plain prompt becomes one user turn), "raw" puts the response right after the prompt, "auto" is
+    "chat" for messages and "raw" for text. close: what is scored after every response and then dropped: "none",
+    "template" (what the chat template puts after an assistant turn), "eos".
 
     With the LM's vocabulary token ids are passed through; with another one the response is decoded, the whole text
     is encoded again, and the cache is kept up to the longest common prefix. Ids that spell a stop string are scored
     where ids are passed through and cut off where text is.
 
     A response that is encoded again may take more tokens than the model's context has. Where segments are scored, one
-    that does so behind its first segment ends there with finish_reason "length", as at the end of a context. Elsewhere
+    that does so after its first segment ends there with finish_reason "length", as at the end of a context. Elsewhere
     the request ends with an error: in a first segment, and where a finished response is scored, by Sample(score=True)
     and BestOfN.
     """

@@ -45,10 +45,10 @@ class EncoderReward(Reward):
     for models with several; a model with one label needs none. batch_size: texts of one forward pass; one where the
     engine is deterministic, where there is no pad token, or where padding would change a score.
 
-    Of messages the contents are read, a line each. A response counts as `max_tokens` tokens beside its prompt: where
+    Of messages the contents are read, a line each. A response counts as `max_tokens` tokens besides its prompt: where
     that is more than the model's context, the request ends with an error before a token is drawn. A response that takes
     more tokens of the reward model than of the language model may outgrow the context all the same: where segments are
-    scored, one that does so behind its first segment ends there with finish_reason "length", as at the end of a
+    scored, one that does so after its first segment ends there with finish_reason "length", as at the end of a
     context. Elsewhere the request ends with an error: in a first segment, and where a finished response is scored, by
     Sample(score=True) and BestOfN.
     A tokenizer with regular expressions of its own, or with steps that make a text very long, is refused at the load.
@@ -92,14 +92,14 @@ class EncoderReward(Reward):
         taken = inspect.signature(self.model.forward).parameters
         self._inputs = [name for name in INPUTS if name in taken]
         self._batch_size = self.batch_size if not config.deterministic and self._pad is not None else 1
+        self._newest: tuple[Prompt, str | None, dict[str, list[int]] | RewardError] | None = None
         self._try_out()
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses prompts that cannot be shown as text, or fill the model's context by themselves."""
-        text = _text(prompt)
+        text, encoded = self._read(prompt)
         if text is None:
             raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")
-        [encoded] = self._encode([(text, "")])
         if isinstance(encoded, RewardError):
             raise RequestError(str(encoded))
         tokens = len(encoded["input_ids"])
@@ -111,8 +111,7 @@ class EncoderReward(Reward):
 
     def open(self, prompt: Prompt, max_tokens: int) -> Any:
         """The session is the prompt's text. RewardError where the response could not be scored to its end."""
-        text = _text(prompt)
-        [encoded] = self._encode([(text, "")])
+        text, encoded = self._read(prompt)
         if isinstance(encoded, RewardError):
             raise encoded
         needed = len(encoded["input_ids"]) + max_tokens
@@ -123,6 +122,10 @@ class EncoderReward(Reward):
         if problem is not None:
             raise problem
         return _Session(text)
+
+    def fork(self, session: _Session) -> _Session:
+        """The same prompt: there is no other history."""
+        return _Session(session.text)
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """A share of one forward pass."""
@@ -145,6 +148,14 @@ class EncoderReward(Reward):
                 length = len(encoded[i]["input_ids"])
                 results[i] = Scored(reward, length, length)
         return results
+
+    def _read(self, prompt: Prompt) -> tuple[str | None, dict[str, list[int]] | RewardError]:
+        """A prompt's text, and what the model is given of it with an empty response; the newest prompt's is kept."""
+        if self._newest is None or self._newest[0] is not prompt:
+            text = _text(prompt)
+            encoded = {} if text is None else self._encode([(text, "")])[0]
+            self._newest = prompt, text, encoded
+        return self._newest[1:]
 
     def _encode(self, pairs: list[tuple[str, str]]) -> list[dict[str, list[int]] | RewardError]:
         """The model's inputs for each (prompt, response), or why there are none."""

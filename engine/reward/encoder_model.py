@@ -82,7 +82,7 @@ def context_length(model, tokenizer) -> int:
         rows = getattr(module, "num_embeddings", None)
         if rows is None or name.rpartition(".")[2] not in POSITION_TABLES:
             continue
-        # RoBERTa and its kin count from the row behind that of padding, BART and its kin from row `offset`.
+        # RoBERTa and its kin count from the row after that of padding, BART and its kin from row `offset`.
         padding = getattr(module, "padding_idx", None)
         limits.append(rows - getattr(module, "offset", 0) - (0 if padding is None else padding + 1))
     numbers = [limit for limit in limits if isinstance(limit, (int, float)) and limit > 0]

@@ -21,12 +21,12 @@ class Session:
         self.frame = frame
         self.committed = committed  # ids whose keys and values are in the pages; never changed, only replaced
 
-    def common(self, ids: Sequence[int], most: int) -> int:
-        """Leading tokens of `ids` whose keys and values are in the pages, at most `most`."""
-        most = min(most, len(ids), self.table.length)
-        if ids[:most] == self.committed[:most]:
-            return most
-        return next(i for i in range(most) if ids[i] != self.committed[i])
+    def common(self, ids: Sequence[int], stop: int) -> int:
+        """How many of ids[:stop] are in the pages already, from the first on."""
+        stop = min(stop, len(ids), self.table.length)
+        if ids[:stop] == self.committed[:stop]:
+            return stop
+        return next(i for i in range(stop) if ids[i] != self.committed[i])
 
 
 class Handle(NamedTuple):
