@@ -36,7 +36,7 @@ def test_drafts_with_idle_lanes_are_the_same(counts):
     for padded in (False, True):
         decoder, cache, passes = setting(ToyModel(vocab=5, seed=3), padded)
         drafter = Drafter(decoder, cache, 16, 2, 6, 64, padded=padded)
-        tables = [cache.open(prompt[:-1], 40) for prompt in PROMPTS]
+        tables = [cache.open(prompt[:-1]) for prompt in PROMPTS]
         passes.prefill([(table, prompt, len(prompt) - 1) for table, prompt in zip(tables, PROMPTS, strict=True)])
         lanes = [LaneSpec(tables[which], PROMPTS[which][-1], cache.take_slab(), 2 + attempt % 5, 11, attempt + 1,
                           pack_stream(0, which), SamplingParams(), (0,))
@@ -59,7 +59,7 @@ def test_scores_with_idle_rows_are_the_same(sizes):
     results = []
     for padded in (False, True):
         _, cache, passes = setting(ToyModel(vocab=5, seed=4, head="reward"), padded)
-        table = cache.open(PROMPTS[1], 40)
+        table = cache.open(PROMPTS[1])
         passes.prefill([(table, PROMPTS[1], len(PROMPTS[1]))])
         pages = cache.k_pages.clone()
         spans = []
@@ -103,7 +103,7 @@ def test_long_prompts_through_a_library_fill_the_same_pages(monkeypatch):
         for backend in ("triton", "sdpa"):
             _, cache, passes = setting(ToyModel(vocab=5, seed=6), padded=True)
             passes.prefill_backend, passes.chunk = backend, 16
-            tables = [cache.open(prompt, 40) for prompt in prompts]
+            tables = [cache.open(prompt) for prompt in prompts]
             passes.prefill([(table, prompt, len(prompt)) for table, prompt in zip(tables, prompts, strict=True)])
             kept.append([cache.k_pages[:, cache.rows(table, 0, table.length).tolist()] for table in tables])
     for ours, theirs in zip(*kept, strict=True):

@@ -93,9 +93,18 @@ class Reward(ABC):
         """Whether a session can be opened now; False means later."""
         return True
 
+    def reserve(self, session: Any, tokens: int) -> bool:
+        """Takes what a response needs to grow by so many of the language model's tokens.
+
+        Asked after `open`, before `start`, and before each segment; tokens: since the last commit or resume. False, and
+        nothing changed, where there is no room now: the response waits until others end. Must be True for a response
+        that is alone, if `check` let its prompt pass.
+        """
+        return True
+
     @abstractmethod
     def open(self, prompt: Prompt, max_tokens: int) -> Any:
-        """A session for one response to this prompt, with everything reserved that it will need; no work yet.
+        """A session for one response to this prompt, with what the prompt needs; no work yet.
 
         RewardError, and nothing kept, where it could not be scored: its request ends so, before a token is drawn.
         """
@@ -124,7 +133,8 @@ class Reward(ABC):
         return None
 
     def resume(self, session: Any, token_ids: list[int], text: str | None) -> None:
-        """Takes a response (as in `Candidate`) that an engine had committed before it was interrupted; after `start`.
+        """Takes a response (as in `Candidate`) that was committed to an earlier session, before an interrupt or while
+        others needed its pages; after `start`.
 
         Needed where a session keeps what was committed.
         """

@@ -144,16 +144,26 @@ class CausalReward(Reward):
                                "cache_tokens")
 
     def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
-        """Whether the pages for this response are free."""
-        prefix = self._frame(prompt).prefix
-        return self.cache.can_open(prefix[:-1], self._capacity(prefix, max_tokens))
+        """Whether the pages for this prompt are free."""
+        return self.cache.can_open(self._frame(prompt).prefix[:-1])
 
     def open(self, prompt: Prompt, max_tokens: int) -> _Session:
-        """Reserves pages for the whole response."""
+        """Takes pages for the prompt."""
         frame = self._frame(prompt)
         # The last prompt token is left to the slab, so that every score has a row to read, r(prompt) too.
         history = frame.prefix[:-1]
-        return _Session(self.cache.open(history, self._capacity(frame.prefix, max_tokens)), *frame, history)
+        return _Session(self.cache.open(history), *frame, history)
+
+    def reserve(self, session: _Session, tokens: int) -> bool:
+        """Pages for so many tokens more, and for what a re-encoding may add to them."""
+        slack = 0 if self.same_vocabulary else REENCODE_SLACK
+        longest = min(self.max_model_len, self.cache.num_pages * self.cache.page_size)
+        stop = min(len(session.committed) + tokens + slack, longest)
+        try:
+            self.cache.reserve(session.table, max(0, stop - session.table.length))
+        except OutOfPages:
+            return False
+        return True
 
     def start(self, sessions: list[_Session]) -> None:
         """Prefills the prompts, all but their last tokens, and offers their pages for sharing."""
@@ -271,8 +281,7 @@ class CausalReward(Reward):
 
     def _reserve(self, session: _Session, content: int) -> None:
         """Room for a response that re-encodes to more tokens than were reserved; raises OutOfPages."""
-        if content > session.table.capacity:
-            self.cache.grow(session.table, min(content + REENCODE_SLACK, self.max_model_len))
+        self.cache.reserve(session.table, max(0, content - 1 - session.table.length))
 
     def outside(self, ids: list[int]) -> str | None:
         """Why `ids` cannot be scored: a tokenizer may know more tokens than the model."""
@@ -350,7 +359,7 @@ class CausalReward(Reward):
         """A candidate longer than a slab: pages for as long as it is scored, filled in chunks; shared with the prompt
         where they can be. If it wins it is read again."""
         try:
-            table = self.cache.open(ids[:-1], len(ids))
+            table = self.cache.open(ids[:-1])
         except OutOfPages as error:
             return Scored(self._no_room(len(ids), error))
         run = len(ids) - table.length
