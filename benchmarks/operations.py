@@ -56,7 +56,7 @@ def operations(setup) -> Iterator[Figure]:
     history = 64
     for lanes in (1, 8):
         drafter = engine._round.drafter
-        table = engine._cache.open([], history)
+        table = engine._cache.open(range(history))
         table.length = history
         slabs = [engine._cache.take_slab() for _ in range(lanes)]
         params = setup.params(0)
@@ -72,7 +72,7 @@ def operations(setup) -> Iterator[Figure]:
         engine._cache.close(table)
     for count in (1, 2):
         passes, cache = engine.reward._passes, engine.reward.cache
-        table = cache.open([], history)
+        table = cache.open(range(history))
         table.length = history
         slabs = [cache.take_slab() for _ in range(count)]
         spans = [_span(table, slab * cache.slab_len, history) for slab in slabs]

@@ -118,7 +118,7 @@ class Drafter:
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
-        table = self.cache.open([], 0)
+        table = self.cache.open([])
         slabs = [self.cache.take_slab() for _ in range(lanes)]
         try:
             spec = LaneSpec(table, 0, 0, 1, 0, 1, 0, SamplingParams(), ())

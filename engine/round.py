@@ -12,7 +12,7 @@ from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import accept_uniform, pack_stream
 from stars.outputs import Segment
-from stars.request import Hypothesis, Lane, Request
+from stars.request import Group, Hypothesis, Lane, Request
 from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
 from stars.width import WidthChooser
 
@@ -36,11 +36,12 @@ class Round:
         self._trails = config.target.trailing
         self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
 
-    def run(self, active: Sequence[Hypothesis]) -> list[Hypothesis]:
-        """One round for all of `active`; returns those whose response grew or ended.
+    def run(self, groups: Sequence[Group]) -> list[Group]:
+        """One round for all of `groups`; returns those of which a response grew or ended.
 
         Whatever stops it in the middle leaves hypotheses and caches half changed: the caller goes back to a boundary.
         """
+        active = [hypothesis for group in groups for hypothesis in group.unfinished]
         lanes: list[list[Lane]] = []
         self._propose(active, lanes)
         self._draft(lanes)
@@ -50,8 +51,9 @@ class Round:
             for lane in group:
                 if lane is not lane.hypothesis.best or lane.hypothesis.finish_reason is not None:
                     self._release(lane)
-        return [hypothesis for hypothesis in active
-                if hypothesis.finish_reason is not None or not hypothesis.attempts]
+        changed = {hypothesis for hypothesis in active
+                   if hypothesis.finish_reason is not None or not hypothesis.attempts}
+        return [group for group in groups if not changed.isdisjoint(group.hypotheses)]
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
@@ -65,12 +67,16 @@ class Round:
 
     def finish(self, hypothesis: Hypothesis, reason: str, stop_reason: int | str | None = None,
                error: str | None = None) -> None:
-        """Ends a response; its pages and its reward session are for the engine to close once the round is over."""
+        """Ends a response; its pages and its reward session are for the scheduler to close once the round is over."""
         hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.error = reason, stop_reason, error
+        self.drop_best(hypothesis)
+        hypothesis.attempts = []
+
+    def drop_best(self, hypothesis: Hypothesis) -> None:
+        """Gives back what the best seen of an undecided segment holds."""
         if hypothesis.best is not None:
             self._release(hypothesis.best)
             hypothesis.best = None
-        hypothesis.attempts = []
 
     def prompt_rewards(self, requests: Sequence[Request]) -> None:
         """Scores the empty response of requests whose threshold starts from r(prompt), and sets where it starts."""

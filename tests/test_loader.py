@@ -54,12 +54,12 @@ def last_hidden(decoder) -> torch.Tensor:
     """Hidden state [1, hidden] behind a fixed prompt."""
     cache = cache_of(decoder.config, page_size=4, num_pages=4, num_slabs=1, slab_len=4)
     ids = [5, 9, 60, 33, 7]
-    table = cache.open([], len(ids))
+    table = cache.open(ids)
 
     def ints(values):
         return torch.tensor(values, dtype=torch.int32)
 
-    batch = Batch(ints(ids), ints(list(range(5))), cache.slots(table, 0, 5), False, ints([0, 5]), ints([0]),
+    batch = Batch(ints(ids), ints(list(range(5))), ints(list(cache.rows(table, 0, 5))), False, ints([0, 5]), ints([0]),
                   cache.block_tables([table]), ints([0]), ints([0]), ints([0]))
     return decoder.forward(batch, cache, ints([4])).clone()
 

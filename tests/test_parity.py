@@ -96,12 +96,14 @@ class Runner:
             tensor.fill_(float("nan"))  # what was never written must never be read
 
     def open(self, capacity: int = 64) -> BlockTable:
-        return self.cache.open([], capacity)
+        table = self.cache.open([])
+        self.cache.reserve(table, capacity)
+        return table
 
     def prefill(self, table: BlockTable, ids: Sequence[int], rows: Tensor | None = None, score: bool = False) -> Tensor:
         """Writes ids into pages behind what is there: hidden [len(ids), hidden], or rewards of `rows`, a copy."""
         start, stop = table.length, table.length + len(ids)
-        slots = self.cache.slots(table, start, stop)
+        slots = ints(self.cache.rows(table, start, stop))
         batch = Batch(ints(ids), ints(range(start, stop)), slots, False, ints([0, len(ids)]), ints([0]),
                       self.cache.block_tables([table]), ints([start]), ints([0]), ints([0]))
         result = self._run(batch, rows, score)

@@ -85,9 +85,18 @@ class Reward(ABC):
         """Whether a session can be opened now; False means later."""
         return True
 
+    def reserve(self, session: Any, tokens: int) -> bool:
+        """Takes what a response needs to grow by so many of the language model's tokens.
+
+        Asked after `open`, before `start`, before each segment, and for a fork before its first commit; tokens: since
+        the last commit or resume. False, and nothing changed, where there is no room now: the response waits until
+        others end. Must be True for a response that is alone, if `check` let its prompt pass.
+        """
+        return True
+
     @abstractmethod
     def open(self, prompt: Prompt, max_tokens: int) -> Any:
-        """A session for one response to this prompt, with everything reserved that its prompt needs; no work yet.
+        """A session for one response to this prompt, with what the prompt needs; no work yet.
 
         RewardError, and nothing kept, where it could not be scored: its request ends so, before a token is drawn.
         """
@@ -98,13 +107,6 @@ class Reward(ABC):
         For a rule that keeps one response twice. Takes nothing that could be lacking: room comes with `reserve`.
         """
         raise RewardError(f"{type(self).__name__} cannot keep a response twice: give it a method fork(session)")
-
-    def reserve(self, session: Any, tokens: int) -> bool:
-        """Makes room for the response to grow by `tokens` tokens of the language model; False means not now.
-
-        Asked before a round, and for a fork before its first commit; what is there already is not taken twice.
-        """
-        return True
 
     def start(self, sessions: list[Any]) -> None:
         """Runs the prompts of newly opened sessions, all together. No two of them begin with the same page."""
@@ -130,7 +132,8 @@ class Reward(ABC):
         return None
 
     def resume(self, session: Any, token_ids: list[int], text: str | None) -> None:
-        """Takes a response (as in `Candidate`) that an engine had committed before it was interrupted; after `start`.
+        """Takes a response (as in `Candidate`) that was committed to an earlier session, before an interrupt or while
+        others needed its pages; after `start`.
 
         Needed where a session keeps what was committed.
         """

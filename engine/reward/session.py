@@ -75,9 +75,9 @@ class Sessions:
 
     def reserve(self, session: Session, tokens: int) -> bool:
         """Whether there is room now for `tokens` tokens more of the language model."""
-        length = session.table.length
+        longest = min(self._max_model_len, self._cache.num_pages * self._cache.page_size)
         try:
-            self._cache.reserve(session.table, min(tokens + self._slack, max(0, self._max_model_len - length)))
+            self.make_room(session, min(len(session.committed) + tokens + self._slack, longest))
         except OutOfPages:
             return False
         return True
