@@ -123,7 +123,8 @@ class Passes:
     def rewards(self, count: int) -> list[float]:
         """Those of the last scoring pass, of `count` spans, once they are there."""
         self._rewards.wait()
-        return self._rewards.host("rewards")[:count].tolist()
+        rewards: list[float] = self._rewards.host("rewards")[:count].tolist()
+        return rewards
 
     def _batches(self, spans: Sequence[Span], into_slab: bool) -> Iterator[list[Span]]:
         """Splits into passes; a later chunk of a table comes in a later pass than the chunks it attends to."""
@@ -181,7 +182,11 @@ class Passes:
         """Writes the spans into the buffers; rows and sequences, idle ones included, and attention's tiles."""
         self._buffers.wait()
         tables: list[BlockTable] = []
-        groups, token_ids, positions, slots, row_start = [], [], [], [], [0]
+        groups: list[int] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        row_start = [0]
         for span in spans:
             if not tables or tables[-1] is not span.table:
                 tables.append(span.table)

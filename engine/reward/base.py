@@ -70,7 +70,7 @@ class Reward(ABC):
     needs_text = False  # whether `Candidate.text` must be filled
     locks: Sequence[Any] = ()  # of models that other engines may share, known once it is bound
     exclusive = False  # whether it has a state that two engines cannot share
-    engine: weakref.ref | None = None  # whose it is, if it is exclusive; the engine sets it
+    engine: weakref.ref[Any] | None = None  # whose it is, if it is exclusive; the engine sets it
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not).

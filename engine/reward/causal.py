@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from stars.arguments import shown
 from stars.cache import PagedCache
@@ -12,6 +12,7 @@ from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
+from stars.model.decoder import Decoder
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
@@ -45,8 +46,9 @@ class CausalReward(Reward):
 
     exclusive = True
 
-    def __init__(self, model, *, tokenizer=None, template: Literal["auto", "chat", "raw"] = "auto",
-                 close: Literal["none", "template", "eos"] = "none", chat_template_kwargs: dict | None = None):
+    def __init__(self, model: Any, *, tokenizer: Any = None, template: Literal["auto", "chat", "raw"] = "auto",
+                 close: Literal["none", "template", "eos"] = "none",
+                 chat_template_kwargs: dict[str, Any] | None = None):
         if not hasattr(model, "forward"):
             check_path("CausalReward", model)
         if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
@@ -61,14 +63,11 @@ class CausalReward(Reward):
         self.close_policy = close
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.tokenizer = tokenizer
-        self.decoder = None
-        self.cache: PagedCache | None = None
-        self.same_vocabulary = True
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, compares vocabularies, allocates the cache."""
         if hasattr(self.model, "forward"):
-            self.decoder = self.model
+            self.decoder: Decoder = self.model
         else:
             self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
                                       deterministic=config.deterministic, max_model_len=1)
@@ -83,7 +82,7 @@ class CausalReward(Reward):
         if tokenizer is not None and self.tokenizer is not None:
             self.same_vocabulary = tokenizer.same_vocabulary(self.tokenizer)
         elif tokenizer is None and self.tokenizer is None:
-            self.same_vocabulary = True
+            self.same_vocabulary = True  # as far as anybody knows
         else:
             side = "reward model" if self.tokenizer is None else "model"
             raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "

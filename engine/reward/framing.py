@@ -16,7 +16,7 @@ class Frame(NamedTuple):
     """What stands around the responses to one prompt."""
 
     prefix: list[int]  # the reward model's ids of the prompt
-    text: str | None  # the prompt's text where responses are re-encoded
+    text: str  # the prompt's text, where responses are re-encoded
     special: bool  # whether that text is encoded with special tokens around it
     closing: list[int]  # ids after every response
 
@@ -37,14 +37,19 @@ class Framing:
             eos = (tokenizer.eos_token_id,)
         if close == "eos" and not eos:
             raise RewardError('close="eos" needs an EOS token, which the reward model does not name: use close="none"')
-        self.same_vocabulary = same_vocabulary
         self.vocab_size = shape.vocab_size
         self._tokenizer = tokenizer
+        self._encoder = None if same_vocabulary else tokenizer  # of texts, where ids are not passed through
         self._template = template
         self._close = close
         self._eos = list(eos) if close == "eos" else []
         self._chat_template_kwargs = chat_template_kwargs
         self._newest: tuple[Prompt, Frame] | None = None
+
+    @property
+    def same_vocabulary(self) -> bool:
+        """Whether the language model's ids are passed through."""
+        return self._encoder is None
 
     def frame(self, prompt: Prompt) -> Frame:
         """How the model reads this prompt and what stands around its responses; the newest prompt's is kept.
@@ -58,11 +63,11 @@ class Framing:
 
     def ids(self, frame: Frame, token_ids: Sequence[int], text: str | None) -> tuple[list[int], int]:
         """(ids of prompt, response and closing; how many of them are not closing) of a response as in `Candidate`."""
-        if self.same_vocabulary:
+        if self._encoder is None:
             content = frame.prefix + list(token_ids)
         elif text:
             # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
-            content = self._tokenizer.encode(frame.text + text.rstrip(REPLACEMENT), add_special_tokens=frame.special)
+            content = self._encoder.encode(frame.text + text.rstrip(REPLACEMENT), add_special_tokens=frame.special)
         else:
             content = frame.prefix
         return content + frame.closing, len(content)
@@ -81,13 +86,13 @@ class Framing:
         if self._close == "template":
             raise RequestError('close="template" needs a chat prompt: give {"messages": [...]}, or use '
                                'template="chat"')
-        if self.same_vocabulary:
-            return Frame(prompt.token_ids, None, False, self._eos)
+        if self._encoder is None:
+            return Frame(prompt.token_ids, "", False, self._eos)
         if prompt.text is None:
             raise RequestError("these prompt ids cannot be decoded for the reward model's vocabulary: give the prompt "
                                "as text")
         special = messages is None  # a rendered template holds its special tokens
-        return Frame(self._tokenizer.encode(prompt.text, add_special_tokens=special), prompt.text, special, self._eos)
+        return Frame(self._encoder.encode(prompt.text, add_special_tokens=special), prompt.text, special, self._eos)
 
     def _chat(self, messages: list[dict[str, Any]] | None, text: str | None) -> Frame:
         """The frame that the reward model's chat template makes of `messages`; without them, of `text` as a turn."""
