@@ -13,13 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stars.buffers import Buffers, bucket
+from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
+from stars.config import EngineConfig
 from stars.kernels import apply_penalties, sample_step
 from stars.kernels.graph import Graphs, steps_a_graph
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
+from stars.model.decoder import Decoder
 from stars.sampling import SamplingParams
+from stars.sizes import history_entries, language_model, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
@@ -27,11 +30,6 @@ STEP_LAUNCHES = 8  # on a GPU, at most: the logits, their penalties and their dr
 
 PENALTIES = ("history_start", "history_count", "repetition", "frequency", "presence")
 """The buffers behind the entries of a Penalties, in its order."""
-
-
-def history_entries(max_sequences: int, max_model_len: int, vocab_size: int) -> int:
-    """Distinct words that the histories of all responses may have; two int32 each."""
-    return max_sequences * min(max_model_len, vocab_size)
 
 
 class LaneSpec(NamedTuple):
@@ -59,37 +57,36 @@ class Drafted(NamedTuple):
 class Drafter:
     """Owns the lane buffers of one language model.
 
-    With `padded`, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number, and
-    attention gets its tiles. max_sequences: responses, whose histories are kept for penalties.
+    On a padded target, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number,
+    and attention gets its tiles.
     """
 
-    def __init__(self, decoder, cache: PagedCache, max_lanes: int, max_sequences: int, max_segment_size: int,
-                 max_model_len: int, padded: bool = False, deterministic: bool = False):
+    def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig):
         self.decoder = decoder
         self.cache = cache
-        self.padded = padded
-        rows = bucket(max_lanes) if padded else max_lanes
+        self.target = target = config.target
+        sizes, max_segment_size = language_model(config), config.max_segment_size
+        rows = target.rows(sizes.max_lanes)
         decoder.reserve(rows)
         decoder.reserve_logits(rows)
-        decoder.reserve_positions(max_model_len)
+        decoder.reserve_positions(sizes.max_positions)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
-            cache.device,
+            target,
             token_ids=one, positions=one, slots=one, slab_used=one, steps=one, limits=one, done=one,
             out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
-        entries = history_entries(max_sequences, max_model_len, decoder.config.vocab_size)
-        self._history = Buffers(cache.device, zeroed=False, entries=(torch.int32, (entries, 2)))
+        entries = history_entries(config, decoder.config.vocab_size)
+        self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = LaneState(*(self._buffers.host(name) for name in LaneState._fields))
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
-        self._block_tables = torch.zeros(rows, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
-                                         device=cache.device)
+        self._block_tables = torch.zeros(rows, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
-        self._tiling = Tiling(decoder.config, cache.device, rows, capacity, deterministic) if padded else None
+        self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs(steps_a_graph(decoder.launches + STEP_LAUNCHES))
 
     @property
@@ -121,7 +118,7 @@ class Drafter:
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
-        table = self.cache.open([], 0)
+        table = self.cache.open([])
         slabs = [self.cache.take_slab() for _ in range(lanes)]
         try:
             spec = LaneSpec(table, 0, 0, 1, 0, 1, 0, SamplingParams(), ())
@@ -186,9 +183,9 @@ class Drafter:
             host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
         self.cache.block_tables(tables, out=self._block_tables)
         count = len(lanes)
-        if not self.padded:
+        if self._tiling is None:
             return count, None
-        rows = bucket(count)
+        rows = self.target.rows(count)
         self._idle(slice(count, rows), len(tables) - 1)
         groups = seq_group[:count].tolist()
         return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", prefix_len[:count])

@@ -1,0 +1,267 @@
+"""The queue: which groups wait, which run, and who gives its pages back when they run out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from stars.arguments import shown
+from stars.cache import PagedCache
+from stars.config import EngineConfig
+from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, describe, log, sentence
+from stars.passes import Passes
+from stars.request import Group, Hypothesis, Request
+from stars.reward.base import Reward
+from stars.round import Round
+
+
+class Scheduler:
+    """Groups in the order they came: those in front run, as many as both caches hold, the others wait.
+
+    Pages are taken for a prompt at admission and for a segment before each round. Where they run out, the group that
+    was admitted last is pre-empted: it goes back to its last boundary, gives everything back and waits in front of all
+    others. Admitted again, its prompt and what it had committed are computed anew, and it goes on from there.
+
+    The oldest group never gives way, so that it ends. A group that gave way is not admitted again before another one
+    has given something back: it would need more than there was.
+    """
+
+    def __init__(self, config: EngineConfig, cache: PagedCache, reward: Reward | None, passes: Passes, round_: Round):
+        self.waiting: deque[Group] = deque()  # in order; finished ones leave when they are first
+        self.running: list[Group] = []  # as they were admitted
+        self._config = config
+        self._cache = cache
+        self._reward = reward
+        self._passes = passes
+        self._round = round_
+        self._gave_way: Group | None = None  # the last one, until another gives something back
+
+    @property
+    def num_running(self) -> int:
+        """Responses that hold pages and still grow."""
+        return sum(len(group.unfinished) for group in self.running)
+
+    def check(self, name: str, population: int, prompt: int, max_tokens: int) -> None:
+        """RequestError unless a group of `population` responses to a prompt of so many tokens can be held at all.
+
+        name: of the policy that asks for it.
+        """
+        if population > self._config.max_num_seqs:
+            raise RequestError(f"{name} decodes {shown(population)} responses together and max_num_seqs is "
+                               f"{self._config.max_num_seqs}: build the engine with more, or draw fewer")
+        if not self._cache.could_hold(prompt - 1, [prompt - 1 + max_tokens] * population):
+            raise RequestError(f"{name} decodes {population} responses of up to {max_tokens} tokens together, which do "
+                               f"not fit cache_tokens={self._config.cache_tokens}: raise it, lower max_tokens, or draw "
+                               "fewer")
+
+    def add(self, request: Request) -> None:
+        """Queues the groups of `request`."""
+        self.waiting += request.groups
+
+    # -- a round's room -------------------------------------------------------------------------------------------
+
+    def reserve(self) -> list[Request]:
+        """Takes the pages of a segment for every running group, the oldest first; returns the requests that it ends.
+
+        Groups give way, the youngest first, where pages run out.
+        """
+        ended = []
+        for group in list(self.running):
+            for hypothesis in group.unfinished:
+                while hypothesis.table is not None and not self._reserve(hypothesis):
+                    if len(self.running) > 1:
+                        self._preempt(self.running[-1])
+                    else:
+                        ended.append(self._refuse(group, "reserve has no room for the next segment of this prompt"))
+        return ended
+
+    def _reserve(self, hypothesis: Hypothesis, opened: bool = False) -> bool:
+        """Takes the pages of the next segment in both caches; False where they are not there.
+
+        opened: the hypothesis holds nothing yet but what its table and session were opened with.
+        """
+        committed, plan = len(hypothesis.token_ids), hypothesis.request.plan
+        length = len(hypothesis.request.prompt.token_ids) - 1 + committed
+        try:
+            self._cache.reserve(hypothesis.table, length + hypothesis.next_segment - hypothesis.table.length)
+        except OutOfPages:
+            return False
+        if hypothesis.session is None:
+            return True
+        # A response that is scored at its end grows in the reward's cache then, all at once.
+        unseen = committed if opened or plan.scoring == "end" else 0
+        return self._reward.reserve(hypothesis.session, unseen + hypothesis.next_segment)
+
+    def _preempt(self, group: Group) -> None:
+        """Takes everything from `group` and puts it in front of those that wait."""
+        for hypothesis in group.unfinished:
+            self._round.drop_best(hypothesis)
+            hypothesis.preempt()
+            self._close(hypothesis)
+        if group in self.running:
+            self.running.remove(group)
+            self.waiting.appendleft(group)
+        self._gave_way = group
+
+    def _refuse(self, group: Group, problem: str) -> Request:
+        """Ends the request of a group that cannot be held although nothing else holds anything."""
+        request = group.request
+        prompt = len(request.prompt.token_ids) - 1
+        lengths = [prompt + len(hypothesis.token_ids) + hypothesis.next_segment for hypothesis in group.unfinished]
+        for hypothesis in group.unfinished:
+            self._close(hypothesis)
+        if not self._cache.can_open(request.prompt.token_ids[:-1], lengths):
+            raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
+        return self.fail(request, RewardError(f"{type(self._reward).__name__}.{problem} while nothing else is open: "
+                                              "refuse it in check"))
+
+    # -- admission ------------------------------------------------------------------------------------------------
+
+    def admit(self, only: Request | None = None) -> list[Request]:
+        """Moves waiting groups, in order, into the running ones as long as the pages of prompt and first segment are
+        there; returns the requests that this ends.
+
+        With `only`, those of one request.
+        """
+        ended: list[Request] = []
+        while opened := self._open_groups(only, ended):
+            ended += self._start(opened)
+        first = self._first(only)
+        if first is not None and not self.running:
+            ended.append(self._refuse(first, "can_open refuses this prompt"))
+        return ended
+
+    def _first(self, only: Request | None) -> Group | None:
+        """The group to be admitted next."""
+        while self.waiting and not self.waiting[0].unfinished:
+            self.waiting.popleft()
+        return next((group for group in self.waiting if group.unfinished and only in (None, group.request)), None)
+
+    def _open_groups(self, only: Request | None, ended: list[Request]) -> list[Hypothesis]:
+        """Opens what can be started together; a request that fails is appended to `ended`.
+
+        Who could share pages with one that was opened a moment ago waits until those are written, the rest of its own
+        group too.
+        """
+        opened: list[Hypothesis] = []
+        beginnings: set[tuple[int, ...]] = set()
+        while (group := self._first(only)) is not None and not (group is self._gave_way and self.running):
+            for hypothesis in group.unfinished:
+                if hypothesis.table is not None:
+                    continue
+                beginning = self._beginning(hypothesis)
+                if beginning in beginnings:
+                    return opened
+                first = all(other.table is None for other in group.hypotheses)
+                if first and not self._has_room(group):
+                    return opened
+                try:
+                    if not self._open(hypothesis):
+                        if first:
+                            self._close(hypothesis)
+                        else:  # of some of it the prompt was computed already
+                            self._preempt(group)
+                        return [other for other in opened if other.table is not None]
+                except IntegrityError:
+                    raise
+                except Exception as error:
+                    ended.append(self.fail(group.request, error))
+                    opened = [other for other in opened if other.table is not None]
+                    break
+                opened.append(hypothesis)
+                if beginning is not None:
+                    beginnings.add(beginning)
+            else:
+                self.waiting.remove(group)
+                self.running.append(group)
+        return opened
+
+    def _has_room(self, group: Group) -> bool:
+        """Whether all of `group` can be opened in the language model's cache, with a segment each."""
+        hypotheses = group.unfinished
+        history = group.request.prompt.token_ids[:-1]
+        return self.num_running + len(hypotheses) <= self._config.max_num_seqs and self._cache.can_open(
+            history, [len(history) + len(one.token_ids) + one.next_segment for one in hypotheses])
+
+    def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
+        """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
+        history = hypothesis.request.prompt.token_ids[:-1]
+        stop = self._cache.shared_length(history) + self._config.page_size
+        return tuple(history[:stop]) if len(history) >= stop else None
+
+    def _open(self, hypothesis: Hypothesis) -> bool:
+        """Takes the pages of prompt, committed tokens and a segment in both caches; False if the reward has no room."""
+        request = hypothesis.request
+        scored = request.plan.scoring != "never"
+        if scored and not self._reward.can_open(request.prompt, request.params.max_tokens):
+            return False
+        hypothesis.table = self._cache.open((request.prompt.token_ids + hypothesis.token_ids)[:-1])
+        if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
+            hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
+        if scored:
+            hypothesis.session = self._reward.open(request.prompt, request.params.max_tokens)
+        return self._reserve(hypothesis, opened=True)
+
+    def _start(self, opened: list[Hypothesis]) -> list[Request]:
+        """Runs the prompts of newly opened hypotheses, and what they had committed before, through both models; returns
+        the requests whose prompt alone cannot be scored."""
+        # The last token is the first input of a draft.
+        self._passes.prefill([(hypothesis.table, ids, len(ids) - 1) for hypothesis in opened
+                              for ids in [hypothesis.request.prompt.token_ids + hypothesis.token_ids]])
+        for hypothesis in opened:
+            self._cache.publish(hypothesis.table, hypothesis.request.prompt.token_ids[:-1])
+        scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
+        if not scored:
+            return []
+        self._reward.start([hypothesis.session for hypothesis in scored])
+        for hypothesis in scored:
+            if hypothesis.token_ids and hypothesis.request.plan.scoring == "segment":
+                text = hypothesis.request.response_text(hypothesis) if self._reward.needs_text else None
+                self._reward.resume(hypothesis.session, hypothesis.content_ids(), text)
+        requests = list({hypothesis.request.request_id: hypothesis.request for hypothesis in scored
+                         if hypothesis.request.prompt_reward is None}.values())
+        self._round.prompt_rewards(requests)
+        failed = [request for request in requests if request.finished]
+        self.release(failed)
+        return failed
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def fail(self, request: Request, error: Exception) -> Request:
+        """Ends every unfinished response of `request` with an error, and gives back what it held."""
+        self._round.fail(request, sentence(error))
+        self.release([request])
+        log(f"request {request.request_id} ends with an error: {sentence(error)}", error)
+        return request
+
+    def release(self, requests: Iterable[Request]) -> None:
+        """Gives back what finished responses of `requests` held; groups that are finished leave."""
+        for request in requests:
+            for hypothesis in request.hypotheses:
+                if hypothesis.finish_reason is not None and self._close(hypothesis):
+                    self._gave_way = None
+        self.running = [group for group in self.running if group.unfinished]
+        while self.waiting and not self.waiting[0].unfinished:  # those after it wait until they are first
+            self.waiting.popleft()
+
+    def _close(self, hypothesis: Hypothesis) -> bool:
+        """Gives back its pages and its session; whether it held something."""
+        table, session = hypothesis.table, hypothesis.session
+        if table is not None:
+            self._cache.close(table)
+            hypothesis.table = None
+        if session is not None:
+            hypothesis.session = None
+            try:
+                self._reward.close(session)
+            except IntegrityError:
+                raise
+            except Exception as error:  # the response has ended, and nobody else has to do with it
+                log(f"the reward could not close a response: {describe(error)}", error)
+        return table is not None or session is not None
+
+    def reset(self, requests: Iterable[Request]) -> None:
+        """Begins anew over emptied caches: all that is unfinished of `requests` waits, in their order."""
+        self.running = []
+        self.waiting = deque(group for request in requests for group in request.groups if group.unfinished)
+        self._gave_way = None
