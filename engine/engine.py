@@ -510,8 +510,7 @@ class Engine:
         """After a call that was stopped in the middle: back to what was committed, with empty caches."""
         if not self._changing:
             return
-        if self.config.target.own_memory:
-            torch.cuda.synchronize()  # what the stopped call had launched may still read what the host fills next
+        self.config.target.synchronise()  # what the stopped call had launched may still read what the host fills next
         for hypothesis in self._running:
             # A round that did not end never happened; behind one, a segment that goes on is begun again.
             if hypothesis.attempts or hypothesis in self._in_round:
