@@ -519,8 +519,7 @@ class Engine:
         """After a call that was stopped in the middle: back to what was committed, with empty caches."""
         if not self._changing:
             return
-        if self.config.target.own_memory:
-            torch.cuda.synchronize()  # what the stopped call had launched may still read what the host fills next
+        self.config.target.synchronise()  # what the stopped call had launched may still read what the host fills next
         requests = list(self._requests.values())
         hypotheses = [hypothesis for request in requests for hypothesis in request.hypotheses]
         for hypothesis in hypotheses:
