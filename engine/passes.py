@@ -131,6 +131,11 @@ class Passes:
             verdicts += self.verdicts(len(batch))
         return verdicts
 
+    def redraft(self, spans: Sequence[Span]) -> None:
+        """Runs the spans into their slabs, as drafts had done it token by token."""
+        for batch in self._batches(spans, into_slab=True):
+            self._run(batch, into_slab=True, scored=False)
+
     def fits(self, rows: Sequence[int]) -> bool:
         """Whether one pass holds spans of so many rows each."""
         return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
@@ -164,7 +169,7 @@ class Passes:
         if batch:
             yield batch
 
-    def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None) -> None:
+    def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None, scored: bool = True) -> None:
         rows, sequences, tiles = self._fill(spans, into_slab)
         captured = into_slab or rows <= CAPTURED_PREFILL
         prefill = None
@@ -172,7 +177,8 @@ class Passes:
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
-        if into_slab:
+        scored = scored and into_slab
+        if scored:
             self._fill_terms(spans, sequences)
         if draft is not None:
             self._fill_followers(spans, sequences)
@@ -190,7 +196,7 @@ class Passes:
             batch = Batch(token_ids, buffers["positions"][:rows], buffers["slots"][:rows], into_slab, row_start,
                           first("seq_group"), self._block_tables, first("prefix_len"), first("slab_start"),
                           first("slab_used"), tiles, prefill)
-            if into_slab:
+            if scored:
                 state = DecideState(*(first(name) for name in TERMS),
                                     *(self._verdicts[name][:sequences] for name in VERDICT))
                 self.decoder.score_and_decide(batch, self.cache, last, state)
@@ -198,9 +204,9 @@ class Passes:
                 self.decoder.forward(batch, self.cache, last)
 
         buffers.upload()
-        self._graphs.run((rows, sequences, into_slab, draft is not None, *shape(tiles)), step, self._never_done,
-                         rare=not captured)
-        if into_slab:
+        self._graphs.run((rows, sequences, into_slab, scored, draft is not None, *shape(tiles)), step,
+                         self._never_done, rare=not captured)
+        if scored:
             self._verdicts.fetch()
 
     def _gathers(self, spans: Sequence[Span]) -> bool:

@@ -93,6 +93,7 @@ class CausalReward(Reward):
             check_row_invariance(self.decoder)
         config = self.decoder.config
         self.lm_tokenizer = tokenizer
+        self.deterministic = limits.deterministic
         if tokenizer is not None and self.tokenizer is not None:
             self.same_vocabulary = tokenizer.same_vocabulary(self.tokenizer)
         elif tokenizer is None and self.tokenizer is None:
@@ -172,7 +173,14 @@ class CausalReward(Reward):
             self.cache.publish(session.table, session.committed)
 
     def resume(self, session: _Session, token_ids: list[int], text: str | None) -> None:
-        """Writes the response into the session's pages, all but its last token."""
+        """Writes the response into the session's pages, all but its last token; in deterministic mode as it was scored
+        and committed, so that every key has the bits that it had."""
+        if self.deterministic:
+            [scored] = self.score([Candidate(session, token_ids, text)])
+            if isinstance(scored.reward, RewardError):
+                raise scored.reward
+            self.commit([(session, scored.handle)])
+            return
         ids, content = self._ids(Candidate(session, token_ids, text))
         self._reserve(session, content)
         valid = min(_common(ids, session.committed, session.table.length), content - 1)
