@@ -10,12 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stars.buffers import Buffers, bucket
+from stars.buffers import Buffers
+from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages
 from stars.kernels.copy_rows import copy_rows
 from stars.kernels.graph import Graphs
 from stars.kernels.types import LayerKV
+from stars.model.config import ModelConfig
 from stars.page_pool import PagePool
+from stars.sizes import ModelSizes
+from stars.target import bucket
 
 MOST_MOVES = 2048
 """Rows of one replayed copy: 64 responses that commit 32 tokens each. More are copied in parts."""
@@ -58,49 +62,35 @@ class PagedCache:
     private page first. Pages are taken for a prompt as it is opened and for a segment before it is drawn.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        page_size: int,
-        num_pages: int,
-        num_slabs: int,
-        slab_len: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ):
-        for name, value, least in (
-            ("page_size", page_size, 1),
-            ("num_pages", num_pages, 0),
-            ("num_slabs", num_slabs, 0),
-            ("slab_len", slab_len, 1),
-        ):
+    def __init__(self, shape: ModelConfig, config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype):
+        page_size, num_slabs, slab_len = config.page_size, sizes.num_slabs, sizes.slab_len
+        for name, value, least in (("page_size", page_size, 1), ("num_slabs", num_slabs, 0), ("slab_len", slab_len, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}: the cache needs at least {least}")
+        num_pages = config.num_pages
         rows = max(num_pages * page_size, num_slabs * slab_len)
-        if rows * num_kv_heads > 2**31 - 1:
-            raise ValueError(f"the cache would have {rows} rows of {num_kv_heads} heads, numbered in int32: lower the "
-                             "cache budget")
+        if rows * shape.num_kv_heads > 2**31 - 1:
+            raise ValueError(f"the cache would have {rows} rows of {shape.num_kv_heads} heads, numbered in int32: "
+                             "lower the cache budget")
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_slabs = num_slabs
         self.slab_len = slab_len
-        self.device = torch.device(device)
-        row = (num_kv_heads, head_dim)
-        self.k_pages = torch.empty(num_layers, num_pages * page_size, *row, dtype=dtype, device=device)
+        self.target = config.target
+        self.device = device = torch.device(config.target.device)
+        row = (shape.num_kv_heads, shape.head_dim)
+        self.k_pages = torch.empty(shape.num_layers, num_pages * page_size, *row, dtype=dtype, device=device)
         self.v_pages = torch.empty_like(self.k_pages)  # [layers, num_pages * page_size, kv_heads, head_dim]
-        self.k_slabs = torch.empty(num_layers, num_slabs * slab_len, *row, dtype=dtype, device=device)
+        self.k_slabs = torch.empty(shape.num_layers, num_slabs * slab_len, *row, dtype=dtype, device=device)
         self.v_slabs = torch.empty_like(self.k_slabs)  # [layers, num_slabs * slab_len, kv_heads, head_dim]
         self.pool = PagePool(num_pages)  # behind the tensors, which fail at once where there is no memory for them
         self._layers = [
             LayerKV(self.k_pages[i], self.v_pages[i], self.k_slabs[i], self.v_slabs[i], page_size)
-            for i in range(num_layers)
+            for i in range(shape.num_layers)
         ]
         self._most_moves = max(1, min(num_slabs * slab_len, MOST_MOVES))
         moves = (torch.int32, (self._most_moves,))
-        self._moves = Buffers(self.device, source=moves, target=moves)
+        self._moves = Buffers(self.target, source=moves, target=moves)
         self._graphs = Graphs()
         self._never_done = torch.zeros(1, dtype=torch.int32, device=device)
         self._tables: set[BlockTable] = set()
@@ -274,7 +264,7 @@ class PagedCache:
                 f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
                 f"{width} pages: allocate it for the largest batch"
             )
-        if out is not None and out.is_cpu:
+        if out is not None and not self.target.own_memory:
             # Written in place: after a draft, views and copies of torch have left the caches and cost more than this.
             rows = out.numpy()
             for row, table in zip(rows, tables, strict=False):
@@ -401,7 +391,7 @@ class PagedCache:
         self._moves.wait()
         places = self._moves.host("source"), self._moves.host("target")
         places[0][:count], places[1][:count] = source, target
-        if self.device.type != "cpu":  # few captured shapes; a row -1 copies nothing
+        if self.target.padded_moves:  # few captured shapes; a row -1 copies nothing
             rows = min(bucket(count), self._most_moves)
             places[0][count:rows] = places[1][count:rows] = -1
         self._moves.upload()
@@ -430,4 +420,4 @@ class PagedCache:
             return torch.empty(0, dtype=torch.int32, device=self.device)
         tensor = torch.frombuffer(values, dtype=torch.int32)
         # A copy from memory that is not pinned would wait for everything the GPU still has to do.
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.target.own_memory else tensor

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stars.arguments import integer, known_keywords, real, refuse_bare_prompt, refuse_others, shown
+from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, refuse_others, shown
 from stars.cache import PagedCache
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.detokenizer import stop_tokens
-from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
+from stars.fit import check_fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
 from stars.model.loader import load_model
@@ -35,10 +35,11 @@ from stars.policies import Plan, Policy, Sample, plan_of
 from stars.prompt import parse_prompt
 from stars.request import Group, Hypothesis, Request
 from stars.reward import resolve_reward
-from stars.reward.base import Limits, Reward
+from stars.reward.base import Reward
 from stars.round import Round
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
+from stars.sizes import language_model
 from stars.sources import check_model, check_reward, resolve_tokenizer
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
@@ -79,56 +80,48 @@ class Engine:
 
     @torch.inference_mode(False)  # what is allocated here is written outside the caller's inference mode, too
     def __init__(self, model: Any, reward: Any = None, *, tokenizer: Any = None, device: str = "auto",
-                 dtype: str = "auto", deterministic: bool = False, **limits: int | str | None):
+                 dtype: str = "auto", deterministic: bool = False, cache_tokens: int | None = None,
+                 page_size: int = 16, max_model_len: int | None = None, max_num_seqs: int = 64,
+                 max_num_lanes: int = 64, max_segment_size: int = 128, prefill_backend: str = "auto", **others: Any):
         begin = time.perf_counter()
-        limits = known_keywords("Engine", limits, EngineConfig.resolve, ENGINE)
+        refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
         check_model(model)
         check_reward(reward)
-        if isinstance(model, (str, Path)):
+        from_files = isinstance(model, (str, Path))
+        self.config = config = EngineConfig.resolve(
+            load_config(model) if from_files else model.config, device, dtype, deterministic,
+            cache_tokens=cache_tokens, page_size=page_size, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend)
+        if from_files:
             # Everything that can be refused is refused before any weight is read.
-            self.config = EngineConfig.resolve(load_config(model), device, dtype, deterministic, **limits)
             reward = resolve_reward(reward)
-            check_fit(self.config, model, reward)
-            tokenizer = resolve_tokenizer(tokenizer, model)
-            decoder = load_model(model, dtype=self.config.dtype, device=self.config.device, head="lm",
-                                 deterministic=self.config.deterministic, max_model_len=self.config.max_model_len)
-        else:
-            self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
-            tokenizer = resolve_tokenizer(tokenizer, model)
-            decoder = model
-        config = self.config
+            check_fit(config, model, reward)
+        tokenizer = resolve_tokenizer(tokenizer, model)
+        decoder = model if not from_files else load_model(
+            model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
+            max_model_len=config.max_model_len)
         decoder.check_device(config.device, "the model")
-        if deterministic:
-            check_row_invariance(decoder)
+        if config.deterministic:
+            check_row_invariance(decoder, config.target)
         self.model_config = decoder.config
         self.tokenizer = tokenizer
         self.reward = resolve_reward(reward)
-        shape = self.model_config
+        sizes = language_model(config)
         with allocation(config):
-            self._cache = PagedCache(
-                shape.num_layers, shape.num_kv_heads, shape.head_dim, page_size=config.page_size,
-                num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
-                slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
+            self._cache = PagedCache(self.model_config, config, sizes, decoder.dtype)
         with decoder.lock:  # another engine may be at work with it
-            self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
-                                  deterministic, config.prefill_backend)
-            drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_num_seqs,
-                              config.max_segment_size, config.max_model_len, config.padded, deterministic)
+            self._passes = Passes(decoder, self._cache, config, sizes)
+            drafter = Drafter(decoder, self._cache, config)
         if self.reward is not None:
             self._claim(self.reward)
             with allocation(config):
-                self.reward.bind(tokenizer, shape.vocab_size, Limits(
-                    config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,
-                    config.max_segment_size, config.device, config.dtype, deterministic, config.padded,
-                    config.prefill_backend))
+                self.reward.bind(tokenizer, self.model_config.vocab_size, config)
         chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
-        if self.reward is not None and config.padded:
-            # At start-up on a GPU, which also compiles and captures steps. On the CPU a step of a large model can take
-            # seconds: there each count waits until a policy leaves its width to the engine.
+        if self.reward is not None and config.target.measures_widths:
             with decoder.lock:
                 chooser.measure()
-        self._round = Round(drafter, self._cache, self.reward, chooser, config.max_num_lanes)
-        self._scheduler = Scheduler(config, self._cache, self.reward, self._passes, self._round)
+        self._round = Round(drafter, self._cache, self.reward, chooser, config)
+        self._scheduler = Scheduler(self._cache, self.reward, self._passes, self._round, config)
         self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
@@ -525,8 +518,7 @@ class Engine:
         """After a call that was stopped in the middle: back to what was committed, with empty caches."""
         if not self._changing:
             return
-        if self._cache.device.type != "cpu":
-            torch.cuda.synchronize()  # what the stopped call had launched may still read what the host fills next
+        self.config.target.synchronise()  # what the stopped call had launched may still read what the host fills next
         requests = list(self._requests.values())
         hypotheses = [hypothesis for request in requests for hypothesis in request.hypotheses]
         for hypothesis in hypotheses:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from stars.buffers import Buffers, bucket
+from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
+from stars.config import EngineConfig
 from stars.kernels import append_draft, prefill_attention
 from stars.kernels.graph import Graphs
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, DecideState, Draft, Followers, Tiles
 from stars.law import Terms
+from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
+from stars.sizes import ModelSizes, pass_rows, table_width
 from stars.tiling import Tiling, shape
-
-CHUNK, CAPTURED_CHUNK = 256, 2048
-"""Rows of a prefill pass: enough to be bound by arithmetic, few enough to keep activations in a processor's caches; and
-on a GPU, whose products need more rows to be bound by arithmetic."""
-
-CAPTURED_PREFILL = 256
-"""Rows up to which a GPU's prefill passes are captured: prompts of a few hundred tokens, whose passes would otherwise
-take the host longer to launch than the GPU to run. Longer ones are launched one by one, and may use a library."""
 
 GATHERED_ROWS = 128
 """Rows of a sequence, on average, from which on a library may run a prefill pass: it has the keys gathered first, a
@@ -67,39 +61,36 @@ class Verdict(NamedTuple):
 class Passes:
     """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed.
 
-    With `padded`, rows and sequences are filled up to buckets with idle ones, so that few captured shapes serve all,
-    and attention gets its tiles. prefill_backend: of passes that are too long to capture, as in `EngineConfig`.
+    On a padded target, rows and sequences are filled up to buckets with idle ones, so that few captured shapes serve
+    all, and attention gets its tiles.
     """
 
-    def __init__(self, decoder, cache: PagedCache, max_sequences: int, max_model_len: int, padded: bool = False,
-                 deterministic: bool = False, prefill_backend: str = "auto"):
+    def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig, sizes: ModelSizes):
         self.decoder = decoder
         self.cache = cache
-        self.padded = padded
-        self.prefill_backend = choose_prefill(decoder.config, decoder.dtype, cache.device.type, prefill_backend,
-                                              deterministic)
-        self.chunk = CAPTURED_CHUNK if padded else CHUNK
-        self.max_rows = max(self.chunk, cache.slab_len)
-        self.max_sequences = max_sequences
-        rows = bucket(self.max_rows) if padded else self.max_rows
-        sequences = bucket(max_sequences) if padded else max_sequences
+        self.target = target = config.target
+        # Of passes that are too long to capture.
+        self.prefill_backend = choose_prefill(decoder.config, decoder.dtype, target, config.prefill_backend,
+                                              config.deterministic)
+        self.max_rows = pass_rows(config, sizes)
+        self.max_sequences = sizes.max_sequences
+        rows, sequences = target.rows(self.max_rows), target.rows(self.max_sequences)
         decoder.reserve(rows)
-        decoder.reserve_positions(max_model_len)
+        decoder.reserve_positions(sizes.max_positions)
         row, sequence, real = (torch.int32, (rows,)), (torch.int32, (sequences,)), (torch.float64, (sequences,))
         self._buffers = Buffers(
-            cache.device, token_ids=row, positions=row, slots=row, row_start=(torch.int32, (sequences + 1,)),
+            target, token_ids=row, positions=row, slots=row, row_start=(torch.int32, (sequences + 1,)),
             last=sequence, seq_group=sequence, prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
             seeds=(torch.int64, (sequences,)), streams=sequence, attempts=sequence, tokens=sequence,
             max_tokens=sequence, start=real, reward_threshold=real, beta=real,
             lanes=sequence, closing=(torch.int32, (sequences, MOST_CLOSING)))
         self._terms = [self._buffers.host(name) for name in TERMS]
-        self._verdicts = Buffers(cache.device, rewards=(torch.float32, (sequences,)), accepted=sequence)
-        self._block_tables = torch.zeros(sequences, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
-                                         device=cache.device)
+        self._verdicts = Buffers(target, rewards=(torch.float32, (sequences,)), accepted=sequence)
+        self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
-        self._tiling = Tiling(decoder.config, cache.device, rows, capacity, deterministic) if padded else None
+        self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]) -> None:
@@ -110,8 +101,8 @@ class Passes:
         spans = []
         for table, token_ids, stop in tables:
             # Chunk boundaries are fixed by position, not by what else is in the batch.
-            for start in range(table.length, stop, self.chunk):
-                end = min(stop, start + self.chunk)
+            for start in range(table.length, stop, self.target.chunk):
+                end = min(stop, start + self.target.chunk)
                 # Making shared pages private comes before any pass reads the block table.
                 slots = self.cache.rows(table, start, end)
                 spans.append(Span(table, token_ids[start:end], start, slots))
@@ -171,7 +162,7 @@ class Passes:
 
     def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None, scored: bool = True) -> None:
         rows, sequences, tiles = self._fill(spans, into_slab)
-        captured = into_slab or rows <= CAPTURED_PREFILL
+        captured = into_slab or rows <= self.target.captured_prefill
         prefill = None
         if not captured and self._gathers(spans):
             prefill = prefill_attention.build(
@@ -212,7 +203,7 @@ class Passes:
     def _gathers(self, spans: Sequence[Span]) -> bool:
         """Whether a library runs this prefill: few long sequences, with no more keys than the memory check counted."""
         rows, keys = sum(len(span.token_ids) for span in spans), sum(span.start + len(span.token_ids) for span in spans)
-        return (self.padded and self.prefill_backend != "triton" and rows >= GATHERED_ROWS * len(spans)
+        return (self.prefill_backend != "triton" and rows >= GATHERED_ROWS * len(spans)
                 and keys <= self.cache.num_pages * self.cache.page_size)
 
     def _fill(self, spans: Sequence[Span], into_slab: bool) -> tuple[int, int, Tiles | None]:
@@ -231,14 +222,14 @@ class Passes:
         last = [stop - 1 for stop in row_start[1:]]
         prefix_len, slab_start = [span.start for span in spans], [span.slab_start for span in spans]
         tiles = None
-        if self.padded:
+        if self._tiling is not None:
             keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
-            tiles = self._tiling.fill(bucket(len(token_ids)), row_start, groups, "score" if into_slab else "prefill",
-                                      keys)
+            rows = self.target.rows(len(token_ids))
+            tiles = self._tiling.fill(rows, row_start, groups, "score" if into_slab else "prefill", keys)
             # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
-            idle = bucket(len(token_ids)) - len(token_ids)
+            idle = rows - len(token_ids)
             token_ids, positions, slots = token_ids + [0] * idle, positions + [0] * idle, slots + [-1] * idle
-            idle = bucket(len(spans)) - len(spans)
+            idle = self.target.rows(len(spans)) - len(spans)
             row_start += row_start[-1:] * idle
             groups, last = groups + groups[-1:] * idle, last + [0] * idle
             prefix_len, slab_start = prefix_len + [0] * idle, slab_start + [0] * idle

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from stars import law
 from stars.cache import CommitMove, PagedCache
+from stars.config import EngineConfig
 from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import accept_uniform, pack_stream
@@ -27,12 +28,13 @@ class Round:
     """
 
     def __init__(self, drafter: Drafter, cache: PagedCache, reward: Reward | None, chooser: WidthChooser,
-                 max_num_lanes: int):
+                 config: EngineConfig):
         self.drafter = drafter
         self.cache = cache
         self.reward = reward
         self.chooser = chooser
-        self.max_num_lanes = max_num_lanes
+        self.max_num_lanes = config.max_num_lanes
+        self.trailing = config.target.trailing
         self._following: tuple[list[Lane], Following] | None = None  # what is scored behind the draft, until it is read
 
     def run(self, groups: Sequence[Group]) -> list[Group]:
@@ -141,7 +143,7 @@ class Round:
                                   hypothesis.history() if request.params.penalties else None))
         begin = time.perf_counter()
         self.drafter.launch(specs)
-        if self.drafter.padded:  # on a GPU, which drafts while the host prepares what follows
+        if self.trailing:  # the device drafts while the host prepares what follows
             self._follow(groups)
         drafted = self.drafter.drafted(len(lanes))
         seconds = (time.perf_counter() - begin) / len(lanes)

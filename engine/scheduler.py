@@ -63,7 +63,7 @@ class Scheduler:
     given something back: it would need more than there was.
     """
 
-    def __init__(self, config: EngineConfig, cache: PagedCache, reward: Reward | None, passes: Passes, round_: Round):
+    def __init__(self, cache: PagedCache, reward: Reward | None, passes: Passes, round_: Round, config: EngineConfig):
         self.waiting: deque[Unit] = deque()  # in order; finished ones leave when they are first
         self.running: list[Unit] = []  # as they were admitted
         self._config = config

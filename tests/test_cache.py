@@ -10,17 +10,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
+from building import cache_of, shape_of
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.errors import IntegrityError, OutOfPages
 from stars.kernels.copy_rows import copy_rows, copy_rows_reference
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 3
+SHAPE = shape_of(LAYERS, KV_HEADS, HEAD_DIM)
 
 
 def make_cache(page_size: int = 4, num_pages: int = 12, num_slabs: int = 3, slab_len: int = 9) -> PagedCache:
-    cache = PagedCache(
-        LAYERS, KV_HEADS, HEAD_DIM, page_size=page_size, num_pages=num_pages, num_slabs=num_slabs, slab_len=slab_len
-    )
+    cache = cache_of(SHAPE, page_size=page_size, num_pages=num_pages, num_slabs=num_slabs, slab_len=slab_len)
     for tensor in (cache.k_pages, cache.v_pages, cache.k_slabs, cache.v_slabs):
         tensor.fill_(float("nan"))  # what was never written must never be read
     return cache
@@ -159,9 +159,9 @@ def test_a_cache_of_impossible_size_is_refused():
     with pytest.raises(ValueError, match="page_size is 0"):
         make_cache(page_size=0)
     with pytest.raises(ValueError, match="int32"):
-        PagedCache(1, 1, 1, page_size=16, num_pages=2**28, num_slabs=0, slab_len=1)
+        cache_of(shape_of(1, 1, 1), page_size=16, num_pages=2**28, num_slabs=0, slab_len=1)
     with pytest.raises(ValueError, match="8 heads, numbered in int32"):  # heads of rows are numbered, too
-        PagedCache(1, 8, 1, page_size=16, num_pages=2**24, num_slabs=0, slab_len=1)
+        cache_of(shape_of(1, 8, 1), page_size=16, num_pages=2**24, num_slabs=0, slab_len=1)
 
 
 # -- sharing ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import dataclasses
 import pytest
 
 import stars
+from building import PADDED, work_as
 from stars.bindings import libstars
-from stars.config import EngineConfig
 from stars.kernels.dispatch import references_only
 from stars.passes import Passes
 from stars.reward.causal import CausalReward
@@ -32,7 +32,7 @@ def followed(monkeypatch) -> list[int]:
         sizes.append(len(spans))
         follow(self, draft, spans)
 
-    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
+    work_as(monkeypatch, PADDED)
     monkeypatch.setattr(Passes, "follow", counted)
     return sizes
 

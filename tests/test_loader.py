@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stars.cache import PagedCache
+from building import cache_of
 from stars.errors import ModelError
 from stars.kernels.types import Batch
 from stars.model.checkpoint import Checkpoint
@@ -51,9 +51,7 @@ def rename_tensors(directory: Path, rename) -> None:
 
 def last_hidden(decoder) -> torch.Tensor:
     """Hidden state [1, hidden] behind a fixed prompt."""
-    config = decoder.config
-    cache = PagedCache(config.num_layers, config.num_kv_heads, config.head_dim, page_size=4, num_pages=4, num_slabs=1,
-                       slab_len=4)
+    cache = cache_of(decoder.config, page_size=4, num_pages=4, num_slabs=1, slab_len=4)
     ids = [5, 9, 60, 33, 7]
     table = cache.open(ids)
 

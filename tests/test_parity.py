@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from building import cache_of
 from stars.bindings import libstars
-from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.cache import BlockTable, CommitMove
 from stars.kernels.types import Batch
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
@@ -90,9 +91,7 @@ class Runner:
 
     def __init__(self, directory, head: str = "lm", num_pages: int = 64):
         self.decoder: Decoder = load_model(directory, head=head, max_rows=64)
-        config = self.decoder.config
-        self.cache = PagedCache(config.num_layers, config.num_kv_heads, config.head_dim, page_size=PAGE,
-                                num_pages=num_pages, num_slabs=6, slab_len=SLAB)
+        self.cache = cache_of(self.decoder.config, page_size=PAGE, num_pages=num_pages, num_slabs=6, slab_len=SLAB)
         for tensor in (self.cache.k_pages, self.cache.v_pages, self.cache.k_slabs, self.cache.v_slabs):
             tensor.fill_(float("nan"))  # what was never written must never be read
 

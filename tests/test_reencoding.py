@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,16 +17,17 @@ import pytest
 import torch
 
 import stars
+from building import config_of
+from stars.config import EngineConfig
 from stars.model.tokenizer import load_tokenizer
 from stars.prompt import parse_prompt
-from stars.reward.base import Candidate, ContextFull, Limits
+from stars.reward.base import Candidate, ContextFull
 from stars.reward.causal import LONG
 from tiny_models import BOS, CHAT_TEMPLATE, EOS, MAX_POSITIONS, SENTENCES, SPECIAL_TOKENS
 from toy import ToyModel, toy_engine
 
 TOLERANCE = 1e-4  # rewards of order 1 to 10, float32
-LIMITS = Limits(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4, device="cpu",
-                dtype="float32", deterministic=False)
+CONFIG = config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4)
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is a dog?"}]
 SOURCES = ("gafnlostrwmuhecapisnygdelbokturamhi forest sleeps,", "g forest東京 Größe naïve façade 🙂 15 ",
            " \n\n returns sleeplessthepnocfrailsugtwaking\n")
@@ -93,9 +95,9 @@ def loaded(directory: Path):
     return transformers.AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def bound(directory: Path, lm: Path, limits: Limits = LIMITS, **options) -> stars.CausalReward:
+def bound(directory: Path, lm: Path, config: EngineConfig = CONFIG, **options) -> stars.CausalReward:
     reward = stars.CausalReward(directory, **options)
-    reward.bind(load_tokenizer(lm), 10**4, limits)
+    reward.bind(load_tokenizer(lm), 10**4, config)
     assert not reward.same_vocabulary
     return reward
 
@@ -436,7 +438,7 @@ def test_a_request_with_ids_outside_the_vocabulary_ends_alone(wider):
 
 def test_pages_that_cannot_grow_are_that_candidates_error(lm, other):
     """Where others hold pages it is raised, so that the engine tries it without them; alone it is that candidate's."""
-    reward = bound(other, lm, LIMITS._replace(cache_tokens=176))
+    reward = bound(other, lm, replace(CONFIG, cache_tokens=176))
     session, holder = opened(reward, "The dog", 8), opened(reward, "A girl", 8)
     encode, _ = framed(other, lm, "The dog", "auto", "none")
     text = "z" * 100
@@ -446,7 +448,7 @@ def test_pages_that_cannot_grow_are_that_candidates_error(lm, other):
     reward.close(holder)
     holder = opened(reward, "A girl", 8)
     reward.close(session)
-    small = bound(other, lm, LIMITS._replace(cache_tokens=96))
+    small = bound(other, lm, replace(CONFIG, cache_tokens=96))
     lonely = opened(small, "The dog", 8)
     failed, good = small.score([Candidate(lonely, [], one) for one in (text, " on")])
     assert isinstance(failed.reward, stars.RewardError) and not isinstance(failed.reward, ContextFull)

@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 import stars
-from stars.config import EngineConfig
+from building import PADDED, work_as
 from stars.kernels.linear import Weight
 from stars.reward import CausalReward
 from toy import ToyModel, ids
@@ -66,7 +66,7 @@ def test_the_engine_over_triton_gives_the_text_of_the_cpu(monkeypatch):
         monkeypatch.setattr(module, "on_triton", lambda tensor: True)
         monkeypatch.setattr(module, "on_libstars", lambda tensor: False)
     monkeypatch.setattr(importlib.import_module("stars.kernels.graph"), "on_libstars", lambda done: False)
-    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
+    work_as(monkeypatch, PADDED)
     ours = completions(on_triton=True)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.error is None and mine.token_ids == other.token_ids

@@ -22,12 +22,13 @@ from timing import Seconds, rehearsing
 
 import stars
 from stars.config import EngineConfig
-from stars.device import Occupant, needed_bytes
 from stars.draft import LaneSpec
+from stars.fit import occupant
 from stars.kernels.philox import accept_uniform
 from stars.passes import Span
 from stars.policies import Plan
 from stars.reward import CausalReward
+from stars.sizes import needed_bytes
 
 SEGMENT, MAX_ATTEMPTS = 32, 20
 LIMITS = dict(cache_tokens=1 << 15, max_model_len=(1 << 14) + 512, max_num_seqs=32, max_num_lanes=64,
@@ -95,10 +96,10 @@ class Tokens(NamedTuple):
 
 def needs(name: str, limits: dict = LIMITS) -> dict[str, int]:
     """Bytes that the pair of this shape and its engine take, by the engine's own formula."""
-    models = {"the language model": Occupant(config_of(name), parameters(config_of(name), "lm"), True),
-              "the reward model": Occupant(config_of(name, "reward"), parameters(config_of(name), "reward"), False)}
-    config = EngineConfig.resolve(models["the language model"].config, "cuda", "bfloat16", **limits)
-    return needed_bytes(config, models)
+    config = EngineConfig.resolve(config_of(name), "cuda", "bfloat16", **limits)
+    return needed_bytes(config, {
+        "the language model": occupant(config, config_of(name), parameters(config_of(name), "lm"), True),
+        "the reward model": occupant(config, config_of(name, "reward"), parameters(config_of(name), "reward"), False)})
 
 
 def fitting(record: Record, settings: Settings, name: str, instead: str) -> str:

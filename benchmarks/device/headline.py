@@ -13,8 +13,6 @@ from models import hf_over
 from record import Record, Settings
 from timing import Seconds
 
-from stars.reward import causal
-
 STEP_LANES = (1, 16, 8, 4)
 
 
@@ -107,13 +105,13 @@ class Headline:
 
     def fewer_rows(self) -> None:
         """A quarter of the rows in a scoring pass: whether so many candidates should be read at once."""
-        device = self.settings.device
-        base = causal.RIDGE_ROWS[device]
-        causal.RIDGE_ROWS[device] = base // 4
+        reward = self.bench.engine.reward
+        target = reward.target
+        reward.target = target._replace(ridge_rows=target.ridge_rows // 4)
         try:
-            self.bench.aligned(0.3, note=f", {base // 4} rows a scoring pass")
+            self.bench.aligned(0.3, note=f", {reward.target.ridge_rows} rows a scoring pass")
         finally:
-            causal.RIDGE_ROWS[device] = base
+            reward.target = target
 
     def same_function(self) -> None:
         """Logits and rewards beside transformers' over the same tensors."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from stars import kernels
-from stars.cache import PagedCache
 from stars.errors import IntegrityError, ModelError
 from stars.kernels.linear import Weight
-from stars.kernels.types import Batch, DecideState
+from stars.kernels.types import Batch, DecideState, LayerKV
 from stars.model.config import ModelConfig
 from stars.model.rope import rope_tables
+from stars.target import target_of
 
 
 class LayerWeights(NamedTuple):
@@ -45,6 +45,13 @@ class Workspace(NamedTuple):
     gated: Tensor  # [max_rows, intermediate]
     hidden: Tensor  # [max_rows, hidden] after the final norm; float32 before a reward head
     scores: Tensor | None  # float32 [max_rows, 1]
+
+
+class KVCache(Protocol):
+    """What a pass reads keys and values from, and writes them to."""
+
+    def layer(self, i: int) -> LayerKV:
+        """Those of layer `i`."""
 
 
 def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype, scores: bool = False) -> int:
@@ -165,10 +172,10 @@ class Decoder:
 
     def _outgrow(self, buffers: Workspace | Tensor | None) -> None:
         """Programs of libstars hold what they use; a CUDA graph, of another engine perhaps, holds addresses only."""
-        if buffers is not None and self.device.type != "cpu":
+        if buffers is not None and target_of(self.device.type).triton:
             self._outgrown.append(buffers)
 
-    def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """Runs all layers and writes the batch's keys and values; returns the hidden state after the final norm.
 
         [n, hidden], a view of the workspace that the next pass overwrites: of all rows, or of `rows` int32 [n]
@@ -180,7 +187,7 @@ class Decoder:
         kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
         return hidden
 
-    def score_and_decide(self, batch: Batch, cache: PagedCache, rows: Tensor, state: DecideState) -> None:
+    def score_and_decide(self, batch: Batch, cache: KVCache, rows: Tensor, state: DecideState) -> None:
         """As `forward` for the rows `rows` int32 [n], and then their rewards and verdicts, into `state` of n lanes.
 
         Raises ModelError for a model without a reward head.
@@ -191,7 +198,7 @@ class Decoder:
         kernels.score_and_decide(residual, branch, self.final_norm, self.config.rms_norm_eps, self.score_head,
                                  self._space.hidden[: residual.shape[0]], state)
 
-    def _layers(self, batch: Batch, cache: PagedCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _layers(self, batch: Batch, cache: KVCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream and the last branch, not added to it yet, of all rows or of `rows`: both [n, hidden]."""
         count = batch.token_ids.shape[0]
         wanted = count if rows is None else rows.shape[0]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from stars.arguments import integer, shown
+from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
 from stars.law import Terms
+from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
 
 
@@ -57,21 +59,6 @@ class Following(Protocol):
         """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
 
 
-class Limits(NamedTuple):
-    """What the engine sizes a reward model by."""
-
-    cache_tokens: int
-    page_size: int
-    max_num_seqs: int  # sessions open at once
-    max_num_lanes: int  # candidates kept at once, beside the best seen of each session
-    max_segment_size: int
-    device: str
-    dtype: str
-    deterministic: bool
-    padded: bool = False  # whether passes are padded to the shapes of captured graphs
-    prefill_backend: str = "auto"  # as in EngineConfig
-
-
 class Reward(ABC):
     """Scores responses. The engine opens a session per response, starts it, scores candidates, commits the winners.
 
@@ -83,8 +70,11 @@ class Reward(ABC):
     exclusive = False  # whether it has a state that two engines cannot share
     engine: weakref.ref | None = None  # whose it is, if it is exclusive; the engine sets it
 
-    def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
-        """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not)."""
+    def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
+        """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not).
+
+        tokenizer, vocab_size: the language model's. config: the engine's, and of the same sizes for a reward model.
+        """
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Raises RequestError or RewardError if this prompt could never be scored."""

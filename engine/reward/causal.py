@@ -8,34 +8,21 @@ from typing import Any, Literal, NamedTuple
 
 from stars.arguments import shown
 from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.detokenizer import REPLACEMENT
 from stars.errors import OutOfPages, RequestError, RewardError
 from stars.kernels.types import Draft
 from stars.law import Terms
-from stars.model.config import ModelConfig
 from stars.model.loader import load_model
-from stars.model.tokenizer import load_tokenizer
+from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import MOST_CLOSING, NO_VERDICT, Passes, Span, Verdict
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, ContextFull, Follower, Limits, Reward, Scored, check_path
+from stars.reward.base import Candidate, ContextFull, Follower, Reward, Scored, check_path
+from stars.sizes import reward_model
 
-RIDGE_ROWS = {"cpu": 32, "cuda": 128}
-"""Rows from which on a pass over the weights is bound by arithmetic rather than by reading them. On the CPU measured;
-on a GPU computed (an H100 has 295 operations for each byte it reads, a row of bfloat16 weights needs one, and products
-reach about half of the first at these sizes), not measured."""
 LONG = -1
 REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are grown
-
-
-def slab_length(max_segment_size: int) -> int:
-    """Tokens of a reward model's slab: a segment may re-encode to more tokens, and closing tokens come behind it."""
-    return 2 * max_segment_size + 32
-
-
-def longest_text(config: ModelConfig, cache_tokens: int, slab_len: int) -> int:
-    """Tokens of the longest text that a reward model is ever run on: its context's, or what cache and slab hold."""
-    return min(config.context_length, cache_tokens + slab_len)
 
 
 class CausalReward(Reward):
@@ -78,22 +65,23 @@ class CausalReward(Reward):
         self.cache: PagedCache | None = None
         self.same_vocabulary = True
 
-    def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
+    def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, compares vocabularies, allocates the cache."""
         if hasattr(self.model, "forward"):
             self.decoder = self.model
         else:
-            self.decoder = load_model(self.model, dtype=limits.dtype, device=limits.device, head="reward",
-                                      deterministic=limits.deterministic, max_model_len=1)
+            self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
+                                      deterministic=config.deterministic, max_model_len=1)
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(self.model)
-        self.decoder.check_device(limits.device, "the reward model")
+        self.decoder.check_device(config.device, "the reward model")
         self.locks = (self.decoder.lock,)
-        if limits.deterministic:
-            check_row_invariance(self.decoder)
-        config = self.decoder.config
+        if config.deterministic:
+            check_row_invariance(self.decoder, config.target)
+        self.target = config.target
+        shape = self.decoder.config
         self.lm_tokenizer = tokenizer
-        self.deterministic = limits.deterministic
+        self.deterministic = config.deterministic
         if tokenizer is not None and self.tokenizer is not None:
             self.same_vocabulary = tokenizer.same_vocabulary(self.tokenizer)
         elif tokenizer is None and self.tokenizer is None:
@@ -102,29 +90,24 @@ class CausalReward(Reward):
             side = "reward model" if self.tokenizer is None else "model"
             raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
                               "other's: add the tokenizer to both directories or to neither")
-        if self.same_vocabulary and config.vocab_size < vocab_size and self.tokenizer is None:
-            raise RewardError(f"the reward model's vocabulary of {config.vocab_size} does not match the model's of "
+        if self.same_vocabulary and shape.vocab_size < vocab_size and self.tokenizer is None:
+            raise RewardError(f"the reward model's vocabulary of {shape.vocab_size} does not match the model's of "
                               f"{vocab_size}: use a reward model of the same vocabulary, or give both a tokenizer")
         if self.close_policy == "template" and (self.tokenizer is None or not self.tokenizer.has_chat_template):
             raise RewardError('close="template" needs a chat template, which the reward model does not have: '
                               'use close="none" or "eos"')
-        self._eos = config.eos_token_ids[:1] if config.eos_token_ids else ()
+        self._eos = shape.eos_token_ids[:1] if shape.eos_token_ids else ()
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self._eos = (self.tokenizer.eos_token_id,)
         if self.close_policy == "eos" and not self._eos:
             raise RewardError('close="eos" needs an EOS token, which the reward model does not name: use close="none"')
         self.needs_text = not self.same_vocabulary
         self._framed: tuple[Prompt, _Frame] | None = None
-        self.max_model_len = config.context_length
-        self.cache = PagedCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, page_size=limits.page_size,
-            num_pages=math.ceil(limits.cache_tokens / limits.page_size),
-            num_slabs=limits.max_num_lanes + limits.max_num_seqs, slab_len=slab_length(limits.max_segment_size),
-            dtype=self.decoder.dtype, device=limits.device)
-        longest = longest_text(config, self.cache.num_pages * limits.page_size, self.cache.slab_len)
+        self.max_model_len = shape.context_length
+        sizes = reward_model(shape, config)
+        self.cache = PagedCache(shape, config, sizes, self.decoder.dtype)
         with self.decoder.lock:  # another engine may be at work with it
-            self._passes = Passes(self.decoder, self.cache, limits.max_num_lanes, longest, limits.padded,
-                                  limits.deterministic, limits.prefill_backend)
+            self._passes = Passes(self.decoder, self.cache, config, sizes)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
@@ -192,7 +175,7 @@ class CausalReward(Reward):
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """As many candidates as fill one pass over the weights."""
-        return max(1, math.ceil(RIDGE_ROWS[self.cache.device.type] / max(1, tokens * responses)))
+        return max(1, math.ceil(self.target.ridge_rows / max(1, tokens * responses)))
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""

@@ -11,15 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from stars.arguments import shown
+from stars.config import EngineConfig
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, RequestError, RewardError
 from stars.model.normalisation import read_normalisation
+from stars.model.tokenizer import Tokenizer
 from stars.model.tokenizer_limits import is_failure
 from stars.prompt import Prompt
 from stars.reward.base import (
     Candidate,
     ContextFull,
-    Limits,
     Reward,
     Scored,
     check_path,
@@ -70,12 +71,12 @@ class EncoderReward(Reward):
         self.label = label
         self.batch_size = self._batch_size = batch_size  # the latter: what the model bears
 
-    def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
+    def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads model and tokenizer; RewardError without transformers, for a missing head and for a label unnamed."""
         if tokenizer is None:
             raise RewardError("the model directory has no tokenizer.json, so the reward model cannot be given text: "
                               "add the tokenizer")
-        self.model, self.tokenizer, checkpoint = load_encoder(self.model_path, limits.device)
+        self.model, self.tokenizer, checkpoint = load_encoder(self.model_path, config.device)
         labels = self.model.config.num_labels
         if self.label is None and labels != 1:
             raise RewardError(f"{self.model_path} has {labels} labels: choose the one whose logit is the reward with "
@@ -90,7 +91,7 @@ class EncoderReward(Reward):
         self._types = getattr(self.model.config.get_text_config(), "type_vocab_size", None)
         taken = inspect.signature(self.model.forward).parameters
         self._inputs = [name for name in INPUTS if name in taken]
-        self._batch_size = self.batch_size if not limits.deterministic and self._pad is not None else 1
+        self._batch_size = self.batch_size if not config.deterministic and self._pad is not None else 1
         self._try_out()
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:

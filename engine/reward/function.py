@@ -10,7 +10,9 @@ from collections.abc import Callable, Sized
 from typing import Any, Literal
 
 from stars.arguments import bare, shown
+from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError, describe, log
+from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored, checked_batch_size
 
@@ -44,7 +46,7 @@ class FunctionReward(Reward):
         self.batch_size = batch_size
         self.needs_text = inputs == "text"
 
-    def bind(self, tokenizer, vocab_size, limits) -> None:
+    def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """A text reward needs the LM's tokenizer."""
         if self.needs_text and tokenizer is None:
             raise RewardError('the model directory has no tokenizer.json, so the reward cannot be given text: '
