@@ -16,14 +16,13 @@ from contextlib import contextmanager
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from threading import get_ident
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from stars.kernels.linear import Weight
     from stars.kernels.types import Batch, Draft, LaneState, LayerKV, Penalties, TrailingRows
 
 ABI_VERSION = 4
@@ -72,6 +71,18 @@ _AppendDraft = _structure("stars_append_draft_params", **dict.fromkeys(
 _ApplyPenalties = _structure("stars_apply_penalties_params", **dict.fromkeys(
     ("logits", "done", "steps", "out_tokens", "history", "start", "count", "repetition", "frequency", "presence"),
     c_void_p), lanes=c_int64, vocab=c_int64, max_steps=c_int64, entries=c_int64)
+
+
+class PackedWeight(Protocol):
+    """A matrix that `pack` made, and its bias: `stars.kernels.Weight`."""
+
+    values: Tensor
+    bias: Tensor | None
+    out_features: int
+    in_features: int
+    packed: bool
+    dtype: torch.dtype | None
+    arithmetic: Literal["float32", "bfloat16"]
 
 
 def library_path() -> Path:
@@ -225,7 +236,7 @@ def unpack(
     return matrix
 
 
-def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
+def linear(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
     """out [rows, out_features] = x [rows, in_features] @ weight.T + bias; a row's bits do not depend on the others.
 
     Where the weight's arithmetic is "bfloat16" and `isa()` is "avx512_bf16", x is rounded to bfloat16 before.
@@ -240,7 +251,7 @@ def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     _call(_LINEAR, params, x, weight, out)
 
 
-def embedding(token_ids: Tensor, weight: Weight, out: Tensor) -> None:
+def embedding(token_ids: Tensor, weight: PackedWeight, out: Tensor) -> None:
     """out[i] = weight[token_ids[i]]; a token id outside the vocabulary gives a row of NaN."""
     rows = token_ids.shape[0]
     params = _Embedding(
@@ -319,8 +330,8 @@ def attention(
     _call(_ATTENTION, params, q, kv, batch, out)
 
 
-def sample_step(logits: Tensor, lanes: LaneState) -> None:
-    """Advances `lanes` in place by one draw from logits float32 [lanes, vocab]."""
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
+    """Advances `lanes` in place by one draw from logits float32 [lanes, vocab], by the filters of each of them."""
     count, max_steps = lanes.out_tokens.shape
     max_stop_ids = lanes.stop_ids.shape[1]
 
@@ -330,7 +341,7 @@ def sample_step(logits: Tensor, lanes: LaneState) -> None:
     params = _SampleStep(
         _pointer("sample_step", "logits", logits, torch.float32, (count, logits.shape[-1])),
         vector("token_ids"), vector("positions"), vector("slots"), vector("slab_used"), vector("steps"),
-        vector("limits"), vector("done"),
+        vector("max_tokens"), vector("done"),
         _pointer("sample_step", "out_tokens", lanes.out_tokens, torch.int32, (count, max_steps)),
         _pointer("sample_step", "out_logprobs", lanes.out_logprobs, torch.float32, (count, max_steps)),
         vector("seeds", torch.int64), vector("attempts"), vector("streams"), vector("temperature", torch.float32),
@@ -477,7 +488,7 @@ def _optional_pointer(
     return None if tensor is None else _pointer(op, name, tensor, dtype, shape)
 
 
-def _weight_pointer(op: str, weight: Weight) -> int:
+def _weight_pointer(op: str, weight: PackedWeight) -> int:
     if not weight.packed:
         raise ValueError(f"{op}: weight is not packed; make it with stars.kernels.pack")
     return weight.values.data_ptr()

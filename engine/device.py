@@ -10,8 +10,8 @@ import torch
 from stars.buffers import bucket
 from stars.draft import history_entries
 from stars.errors import ModelError
-from stars.kernels.limits import MOST_HEADS_A_KEY, MOST_HIDDEN, MOST_VOCAB
-from stars.kernels.triton.tiles import most_workspace
+from stars.kernels.limits import MAX_HEADS_A_KEY, MAX_HIDDEN, MAX_VOCAB
+from stars.kernels.triton.tiles import max_workspace
 from stars.model.config import ModelConfig
 from stars.model.decoder import workspace_bytes
 from stars.model.loader import DTYPES, inspect_model
@@ -57,9 +57,9 @@ def check_model(config: ModelConfig, sampled: bool = True) -> None:
         raise ModelError(f"the model has head_dim {config.head_dim} and the GPU's attention has kernels for {sizes}: "
                          'use device="cpu"')
     for name, size, most in (("query heads for each key head", config.num_heads // config.num_kv_heads,
-                              MOST_HEADS_A_KEY),
-                             ("hidden columns", config.hidden_size, MOST_HIDDEN),
-                             ("tokens in its vocabulary", config.vocab_size if sampled else 0, MOST_VOCAB)):
+                              MAX_HEADS_A_KEY),
+                             ("hidden columns", config.hidden_size, MAX_HIDDEN),
+                             ("tokens in its vocabulary", config.vocab_size if sampled else 0, MAX_VOCAB)):
         if size > most:
             raise ModelError(f'the model has {size} {name} and the GPU\'s kernels take {most}: use device="cpu"')
 
@@ -103,7 +103,7 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
         needed[f"{name}'s weights"] = parameters * dtype.itemsize
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + slabs * slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, rows, drafted, dtype, not drafts) + 4 * sum(
-            most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, drafted))
+            max_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, drafted))
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
         positions = config.max_model_len if drafts else longest_text(shape, config.cache_tokens, slab_len)
         needed[f"{name}'s activations"] += 4 * (positions * shape.head_dim + drafted * shape.vocab_size)

@@ -28,7 +28,7 @@ class Tiling:
         self._buffers = Buffers(device, row_seq=(torch.int32, (max_rows,)), prefix=(torch.int32, (most, 3)),
                                 slab=(torch.int32, (most, 3)))
         # For the most that a plan can ask for: growing it later would move it under the graphs that use it.
-        size = tiles.most_workspace(max_rows, config.num_heads, config.head_dim, deterministic)
+        size = tiles.max_workspace(max_rows, config.num_heads, config.head_dim, deterministic)
         self._workspace = torch.empty(size, dtype=torch.float32, device=device)
 
     def fill(self, rows: int, row_start: Sequence[int], seq_group: Sequence[int], kind: tiles.Kind,

@@ -11,7 +11,7 @@ import torch
 
 from stars import kernels
 from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, references_only
+from stars.kernels.dispatch import column, references_only
 from stars.kernels.graph import Graphs
 
 pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
@@ -168,14 +168,14 @@ def test_references_only_is_for_one_thread():
             inside.set()
             assert outside.wait(60)
             with references_only():
-                seen["nested"] = on_libstars(tensor)
-            seen["within"] = on_libstars(tensor)
-        seen["after"] = on_libstars(tensor)
+                seen["nested"] = column(tensor)
+            seen["within"] = column(tensor)
+        seen["after"] = column(tensor)
 
     def other() -> None:
         assert inside.wait(60)
-        seen["other"] = on_libstars(tensor)
+        seen["other"] = column(tensor)
         outside.set()
 
     in_threads(compare, other)
-    assert seen == {"nested": False, "within": False, "after": True, "other": True}
+    assert seen == {"nested": "reference", "within": "reference", "after": "cpu", "other": "cpu"}

@@ -190,7 +190,7 @@ MUTANTS = [
            "streams"),
     Mutant("engine/draft.py", "host.streams[row] = signed_stream(lane.stream)",
            "host.streams[row] = lane.stream & 0x7FFFFFFF", "samples from 2048 on draw like those before", "streams"),
-    Mutant("engine/draft.py", "host.limits[row] = lane.limit\n", "host.limits[row] = lanes[0].limit\n",
+    Mutant("engine/draft.py", "host.max_tokens[row] = lane.limit\n", "host.max_tokens[row] = lanes[0].limit\n",
            "every lane has the first one's limit", "engine oracle padding"),
     Mutant("engine/draft.py", "host.min_p[row] = params.min_p\n", "host.min_p[row] = lanes[0].params.min_p\n",
            "every lane has the first one's min_p", "planted"),
