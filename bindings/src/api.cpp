@@ -172,7 +172,7 @@ const char* check(const stars_sample_step_params& p) {
   STARS_REQUIRE(fits(p.lanes, p.max_steps), "lanes * max_steps is too large");
   STARS_REQUIRE(fits(p.lanes, p.max_stop_ids), "lanes * max_stop_ids is too large");
   STARS_REQUIRE(p.lanes == 0 || (p.logits && p.token_ids && p.positions && p.slots && p.slab_used && p.steps &&
-                                 p.limits && p.done && p.seeds && p.attempts && p.streams && p.temperature &&
+                                 p.max_tokens && p.done && p.seeds && p.attempts && p.streams && p.temperature &&
                                  p.top_k && p.top_p && p.min_p),
                 "no array of the lanes may be null");
   STARS_REQUIRE(p.lanes == 0 || p.max_steps == 0 || (p.out_tokens && p.out_logprobs),
@@ -236,6 +236,8 @@ const char* check(const stars_apply_penalties_params& p) {
 
 #undef STARS_REQUIRE
 
+constexpr char kOtherSize[] = "size must be the sizeof of the struct that this version of stars.h has";
+
 // Runs an operation; its status.
 using run_function = int32_t (*)(const op_table&, const void* params);
 
@@ -249,6 +251,7 @@ int32_t with_op(int32_t op, const void* params, Then&& then) {
   case STARS_OP_##NUMBER: {                                                              \
     using type = stars_##name##_params;                                                  \
     const type& typed = *static_cast<const type*>(params);                               \
+    if (typed.size != sizeof(type)) return fail(#name, kOtherSize);                      \
     if (const char* wrong = check(typed)) return fail(#name, wrong);                     \
     const run_function run = []([[maybe_unused]] const op_table& table, const void* p) { \
       return guarded(#name, [&] { function(*static_cast<const type*>(p)); });            \
