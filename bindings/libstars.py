@@ -11,7 +11,6 @@ from stars.bindings.operations import (
     apply_penalties,
     attention,
     copy_rows,
-    decide,
     embedding,
     linear,
     rms_norm,
@@ -23,7 +22,7 @@ from stars.bindings.operations import (
 from stars.bindings.recording import Program, record
 
 __all__ = [
-    "Program", "accept_uniform", "append_draft", "apply_penalties", "attention", "available", "copy_rows", "decide",
+    "Program", "accept_uniform", "append_draft", "apply_penalties", "attention", "available", "copy_rows",
     "embedding", "gumbel", "isa", "library_path", "linear", "num_threads", "pack", "philox", "record", "rms_norm",
     "rope_write", "sample_step", "set_num_threads", "swiglu", "take_rows", "unpack", "usable_cpus",
 ]

@@ -16,7 +16,7 @@ from stars.bindings.params import Fields, Struct, Value
 from stars.bindings.recording import run
 
 if TYPE_CHECKING:
-    from stars.kernels.types import Batch, DecideState, Draft, Followers, LaneState, LayerKV, Penalties
+    from stars.kernels.types import Batch, Draft, LaneState, LayerKV, Penalties, TrailingRows
 
 
 class Operation:
@@ -40,7 +40,6 @@ _rope_write = Operation("rope_write")
 _attention = Operation("attention")
 _sample_step = Operation("sample_step")
 _copy_rows = Operation("copy_rows")
-_decide = Operation("decide")
 _append_draft = Operation("append_draft")
 _apply_penalties = Operation("apply_penalties")
 
@@ -147,28 +146,20 @@ def copy_rows(
     )
 
 
-def decide(state: DecideState) -> None:
-    """Writes the law's verdict on state.rewards into state.accepted, in float64 as `stars.law`, bit for bit."""
-    lanes = state.rewards.shape[0]
-    each = (lanes,)
-    _decide(**{name: (tensor, each) for name, tensor in state._asdict().items()}, lanes=lanes)
-
-
-def append_draft(draft: Draft, followers: Followers, vocab_size: int) -> None:
-    """Writes segments and closing tokens behind the first row of every sequence that follows a lane.
+def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
+    """Writes segments and closing tokens after the first row of every sequence that has a lane.
 
     They must fit the rows of their sequences, and the lanes the draft: neither is checked.
     """
     (lanes, max_steps), max_stop_ids = draft.out_tokens.shape, draft.stop_ids.shape[1]
-    sequences, max_closing = followers.closing.shape
+    sequences, max_closing = trailing.closing.shape
     each = (sequences,)
     _append_draft(
         out_tokens=(draft.out_tokens, (lanes, max_steps)), steps=(draft.steps, (lanes,)),
-        stop_ids=(draft.stop_ids, (lanes, max_stop_ids)), lanes=(followers.lanes, each),
-        row_start=(followers.row_start, (sequences + 1,)), closing=(followers.closing, (sequences, max_closing)),
-        token_ids=(followers.token_ids, (followers.token_ids.numel(),)), last=(followers.last, each),
-        tokens=(followers.tokens, each), sequences=sequences, max_steps=max_steps, max_stop_ids=max_stop_ids,
-        max_closing=max_closing, vocab=vocab_size,
+        stop_ids=(draft.stop_ids, (lanes, max_stop_ids)), lanes=(trailing.lanes, each),
+        row_start=(trailing.row_start, (sequences + 1,)), closing=(trailing.closing, (sequences, max_closing)),
+        token_ids=(trailing.token_ids, (trailing.token_ids.numel(),)), last=(trailing.last, each),
+        sequences=sequences, max_steps=max_steps, max_stop_ids=max_stop_ids, max_closing=max_closing, vocab=vocab_size,
     )
 
 

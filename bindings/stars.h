@@ -197,14 +197,14 @@ typedef struct {
   int64_t rows, width, layers, source_rows, target_rows;
 } stars_copy_rows_params;
 
-/* accepted[i] = 1 where the law accepts rewards[i], else 0; see engine/law.py, whose float64 this repeats bit for bit,
- * and kernels/types.py, DecideState, which this mirrors. */
+/* accepted[i] = 1 where the law accepts rewards[i], else 0, in float64 as engine/rules.py has it, bit for bit. All arrays
+ * are [lanes]. For hosts without Python: the engine decides by its own rules. */
 typedef struct {
   int64_t size;
-  const int64_t* seeds;
-  const int32_t* streams;
-  const int32_t* attempts;
-  const int32_t* tokens;
+  const int64_t* seeds;      /* the bits of an unsigned key */
+  const int32_t* streams;    /* segment index + 2^20 times the sample index */
+  const int32_t* attempts;   /* from 1 */
+  const int32_t* tokens;     /* of the response, the candidate's included */
   const int32_t* max_tokens; /* not 0 */
   const double* start;
   const double* reward_threshold;
@@ -214,8 +214,8 @@ typedef struct {
   int64_t lanes;
 } stars_decide_params;
 
-/* Drafted segments, less the stop token that ended them, and closing tokens behind the first row of every sequence that
- * follows a lane; see kernels/append_draft.py. They must fit the rows that the sequence has. */
+/* Drafted segments, less the stop token that ended them, and closing tokens after the first row of every sequence that
+ * has a lane; see kernels/append_draft.py. They must fit the rows that the sequence has. */
 typedef struct {
   int64_t size;
   const int32_t* out_tokens; /* [lanes, max_steps] */
@@ -226,7 +226,6 @@ typedef struct {
   const int32_t* closing;    /* [sequences, max_closing], padded with -1 */
   int32_t* token_ids;        /* [rows] */
   int32_t* last;             /* [sequences] */
-  int32_t* tokens;           /* [sequences] */
   int64_t sequences, max_steps, max_stop_ids, max_closing, vocab;
 } stars_append_draft_params;
 

@@ -12,8 +12,7 @@ from stars.buffers import Buffers, bucket
 from stars.cache import BlockTable, PagedCache
 from stars.kernels import append_draft, prefill_attention
 from stars.kernels.graph import Graphs
-from stars.kernels.philox import signed_seed, signed_stream
-from stars.kernels.types import Batch, DecideState, Draft, Followers, Tiles
+from stars.kernels.types import Batch, Draft, Tiles, TrailingRows
 from stars.law import Terms
 from stars.prefill import choose_prefill
 from stars.tiling import Tiling, shape
@@ -32,10 +31,7 @@ shared beginning once for every sequence, which takes as long as the arithmetic 
 (8 key heads of 128 in bfloat16: 12 KB moved a key, 16 KFLOP a row and key, 4.3 TB/s and 500 TFLOP/s)."""
 
 MOST_CLOSING = 32
-"""Closing tokens that a span which follows a draft may have."""
-
-TERMS, VERDICT = DecideState._fields[: len(Terms._fields)], DecideState._fields[len(Terms._fields) :]
-"""What the host fills of a DecideState, in the order of `Terms`, and what it reads."""
+"""Closing tokens that a span which trails a draft may have."""
 
 NO_VERDICT = Terms(0, 0, 1, 0, 1, 0.0, 0.0, 0.0)
 
@@ -43,7 +39,7 @@ NO_VERDICT = Terms(0, 0, 1, 0, 1, 0.0, 0.0, 0.0)
 class Span(NamedTuple):
     """The rows of one sequence in a pass: token_ids at positions start .. start + len(token_ids) - 1.
 
-    A span that follows lane `lane` of a draft has the token before the segment in token_ids, and zeros in the place of
+    A span that trails lane `lane` of a draft has the token before the segment in token_ids, and zeros in the place of
     the segment and of the `closing` tokens.
     """
 
@@ -58,10 +54,10 @@ class Span(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The reward at a span's last token, and whether the law accepts it under the span's terms."""
+    """The reward at a span's last token; whether it is accepted is for the loop to say."""
 
     reward: float
-    accepted: bool
+    accepted: None = None
 
 
 class Passes:
@@ -85,16 +81,13 @@ class Passes:
         sequences = bucket(max_sequences) if padded else max_sequences
         decoder.reserve(rows)
         decoder.reserve_positions(max_model_len)
-        row, sequence, real = (torch.int32, (rows,)), (torch.int32, (sequences,)), (torch.float64, (sequences,))
+        row, sequence = (torch.int32, (rows,)), (torch.int32, (sequences,))
         self._buffers = Buffers(
             cache.device, token_ids=row, positions=row, slots=row, row_start=(torch.int32, (sequences + 1,)),
             last=sequence, seq_group=sequence, prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
-            seeds=(torch.int64, (sequences,)), streams=sequence, attempts=sequence, tokens=sequence,
-            max_tokens=sequence, start=real, reward_threshold=real, beta=real,
             lanes=sequence, closing=(torch.int32, (sequences, MOST_CLOSING)))
-        self._terms = [self._buffers.host(name) for name in TERMS]
-        self._verdicts = Buffers(cache.device, rewards=(torch.float32, (sequences,)), accepted=sequence)
+        self._verdicts = Buffers(cache.device, rewards=(torch.float32, (sequences,)))
         self._block_tables = torch.zeros(sequences, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
                                          device=cache.device)
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
@@ -135,8 +128,8 @@ class Passes:
         """Whether one pass holds spans of so many rows each."""
         return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
 
-    def follow(self, draft: Draft, spans: Sequence[Span]) -> None:
-        """As `score`, for spans that follow a draft and fit one pass, behind that draft and without waiting for it.
+    def score_trailing(self, draft: Draft, spans: Sequence[Span]) -> None:
+        """As `score`, for spans that trail a draft and fit one pass, without waiting for that draft.
 
         Their results are taken with `verdicts`, before the next pass.
         """
@@ -145,9 +138,7 @@ class Passes:
     def verdicts(self, count: int) -> list[Verdict]:
         """Those of the last scoring pass, of `count` spans, once they are there."""
         self._verdicts.wait()
-        rewards, accepted = self._verdicts.host("rewards"), self._verdicts.host("accepted")
-        return [Verdict(reward, bool(yes)) for reward, yes in
-                zip(rewards[:count].tolist(), accepted[:count].tolist(), strict=True)]
+        return [Verdict(reward) for reward in self._verdicts.host("rewards")[:count].tolist()]
 
     def _batches(self, spans: Sequence[Span], into_slab: bool) -> Iterator[list[Span]]:
         """Splits into passes; a later chunk of a table comes in a later pass than the chunks it attends to."""
@@ -172,10 +163,8 @@ class Passes:
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
-        if into_slab:
-            self._fill_terms(spans, sequences)
         if draft is not None:
-            self._fill_followers(spans, sequences)
+            self._fill_trailing(spans, sequences)
         buffers = self._buffers
 
         def step() -> None:  # not called where a recorded pass is replayed: the views are made here
@@ -185,15 +174,13 @@ class Passes:
             token_ids, row_start = buffers["token_ids"][:rows], buffers["row_start"][: sequences + 1]
             last = first("last")
             if draft is not None:
-                append_draft(draft, Followers(first("lanes"), row_start, first("closing"), token_ids, last,
-                                              first("tokens")), self.decoder.config.vocab_size)
+                append_draft(draft, TrailingRows(first("lanes"), row_start, first("closing"), token_ids, last),
+                             self.decoder.config.vocab_size)
             batch = Batch(token_ids, buffers["positions"][:rows], buffers["slots"][:rows], into_slab, row_start,
                           first("seq_group"), self._block_tables, first("prefix_len"), first("slab_start"),
                           first("slab_used"), tiles, prefill)
             if into_slab:
-                state = DecideState(*(first(name) for name in TERMS),
-                                    *(self._verdicts[name][:sequences] for name in VERDICT))
-                self.decoder.score_and_decide(batch, self.cache, last, state)
+                self.decoder.score(batch, self.cache, last, self._verdicts["rewards"][:sequences])
             else:
                 self.decoder.forward(batch, self.cache, last)
 
@@ -241,16 +228,7 @@ class Passes:
         self.cache.block_tables(tables, out=self._block_tables)
         return len(token_ids), len(prefix_len), tiles
 
-    def _fill_terms(self, spans: Sequence[Span], sequences: int) -> None:
-        # Entry by entry, as in a draft: few values, and numpy's conversions of lists are not in the caches any more.
-        seeds, streams, *others = self._terms
-        for row in range(sequences):
-            seed, stream, *values = spans[row].terms if row < len(spans) else NO_VERDICT
-            seeds[row], streams[row] = signed_seed(seed), signed_stream(stream)
-            for column, value in zip(others, values, strict=True):
-                column[row] = value
-
-    def _fill_followers(self, spans: Sequence[Span], sequences: int) -> None:
+    def _fill_trailing(self, spans: Sequence[Span], sequences: int) -> None:
         self._write(lanes=[span.lane for span in spans] + [-1] * (sequences - len(spans)))
         closing = self._buffers.host("closing")
         closing[: len(spans)] = -1

@@ -13,7 +13,7 @@ from stars.kernels.philox import accept_uniform, pack_stream
 from stars.law import Terms
 from stars.outputs import Segment
 from stars.request import Hypothesis, Lane, Request
-from stars.reward.base import Candidate, ContextFull, Follower, Following, Reward, Scored, reward_problem
+from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -33,7 +33,7 @@ class Round:
         self.reward = reward
         self.chooser = chooser
         self.max_num_lanes = max_num_lanes
-        self._following: tuple[list[Lane], Following] | None = None  # what is scored behind the draft, until it is read
+        self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
 
     def run(self, active: Sequence[Hypothesis]) -> list[Hypothesis]:
         """One round for all of `active`; returns those whose response grew or ended.
@@ -54,7 +54,7 @@ class Round:
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
-        self._following = None
+        self._trailing = None
 
     def fail(self, request: Request, message: str) -> None:
         """Ends every unfinished response of `request` with an error."""
@@ -136,7 +136,7 @@ class Round:
         begin = time.perf_counter()
         self.drafter.launch(specs)
         if self.drafter.padded:  # on a GPU, which drafts while the host prepares what follows
-            self._follow(groups)
+            self._score_trailing(groups)
         drafted = self.drafter.drafted(len(lanes))
         seconds = (time.perf_counter() - begin) / len(lanes)
         for lane, (token_ids, logprobs) in zip(lanes, drafted, strict=True):
@@ -150,25 +150,25 @@ class Round:
             else:
                 _end(lane)
 
-    def _follow(self, groups: Sequence[Sequence[Lane]]) -> None:
-        """Starts the first scoring pass behind the draft: the device hands the tokens on, the host reads them later."""
+    def _score_trailing(self, groups: Sequence[Sequence[Lane]]) -> None:
+        """Starts the first scoring pass after the draft: the device hands the tokens on, the host reads them later."""
         scored, first = [], 0  # groups and the places of their first lanes in the draft
         for group in groups:
             request = group[0].hypothesis.request
             if request.plan.scoring == "segment" and not request.params.stop:  # stop strings are for the host to find
                 scored.append((group, first))
             first += len(group)
-        batch, followers = [], []
+        batch, candidates = [], []
         for group, first in scored:
             hypothesis = group[0].hypothesis
             limit = _limit(hypothesis)
             for index, lane in enumerate(group[: max(1, self.reward.lanes_per_pass(limit, len(scored)))], first):
                 batch.append(lane)
-                followers.append(Follower(hypothesis.session, hypothesis.token_ids, index, limit,
-                                          _terms(lane, len(hypothesis.token_ids))))
-        following = self.reward.follow(self.drafter.device_draft, followers) if followers else None
-        if following is not None:
-            self._following = batch, following
+                candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, index, limit,
+                                                    _terms(lane, len(hypothesis.token_ids))))
+        trailing = self.reward.score_trailing(self.drafter.device_draft, candidates) if candidates else None
+        if trailing is not None:
+            self._trailing = batch, trailing
 
     # -- score and decide -----------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class Round:
                 winners[hypothesis] = group[0]
                 group[0].accepted = True
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
-        batch, results = self._followed()
+        batch, results = self._trailing_results()
         while waiting:
             if not batch:
                 for hypothesis, group in waiting.items():
@@ -260,14 +260,14 @@ class Round:
         _count([hypothesis for hypothesis, _ in candidates], results, time.perf_counter() - begin)
         return results
 
-    def _followed(self) -> tuple[list[Lane], list[Scored]]:
-        """The lanes that were scored behind the draft, with their scores."""
-        if self._following is None:
+    def _trailing_results(self) -> tuple[list[Lane], list[Scored]]:
+        """The lanes that were scored without the host, with their scores."""
+        if self._trailing is None:
             return [], []
         begin = time.perf_counter()
-        batch, following = self._following
-        results = following.results([lane.hypothesis.content_ids(lane) for lane in batch])
-        self._following = None
+        batch, trailing = self._trailing
+        results = trailing.results([lane.hypothesis.content_ids(lane) for lane in batch])
+        self._trailing = None
         for lane, result in zip(batch, results, strict=True):
             lane.score_handle = result.handle
         _count([lane.hypothesis for lane in batch], results, time.perf_counter() - begin)

@@ -211,8 +211,8 @@ const char* check(const stars_append_draft_params& p) {
   STARS_REQUIRE(p.max_steps <= INT32_MAX, "max_steps must be below 2^31, as steps are");
   STARS_REQUIRE(fits(p.max_stop_ids), "max_stop_ids is too large");
   STARS_REQUIRE(fits(p.sequences, p.max_closing), "sequences * max_closing is too large");
-  STARS_REQUIRE(p.sequences == 0 || (p.steps && p.lanes && p.row_start && p.token_ids && p.last && p.tokens),
-                "steps, lanes, row_start, token_ids, last and tokens must not be null");
+  STARS_REQUIRE(p.sequences == 0 || (p.steps && p.lanes && p.row_start && p.token_ids && p.last),
+                "steps, lanes, row_start, token_ids and last must not be null");
   STARS_REQUIRE(p.sequences == 0 || ((p.max_steps == 0 || p.out_tokens) && (p.max_stop_ids == 0 || p.stop_ids) &&
                                      (p.max_closing == 0 || p.closing)),
                 "out_tokens, stop_ids and closing must not be null");

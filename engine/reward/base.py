@@ -40,18 +40,18 @@ class Scored(NamedTuple):
     accepted: bool | None = None  # the law's verdict, where it was taken beside the reward; None leaves it to the loop
 
 
-class Follower(NamedTuple):
+class TrailingCandidate(NamedTuple):
     """A candidate that is still being drafted."""
 
     session: Any
     token_ids: list[int]  # the response without it
     lane: int  # of the draft
-    limit: int  # most tokens it will have
+    max_tokens: int  # it will have no more
     terms: Terms | None
 
 
-class Following(Protocol):
-    """The scoring of followers, under way."""
+class Trailing(Protocol):
+    """The scoring of trailing candidates, under way."""
 
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
@@ -115,8 +115,8 @@ class Reward(ABC):
         request by itself: who raises then, too, ends with an error.
         """
 
-    def follow(self, draft: Draft, followers: Sequence[Follower]) -> Following | None:
-        """Starts to score candidates behind the draft that is under way, without waiting for it.
+    def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> Trailing | None:
+        """Starts to score candidates after the draft that is under way, without waiting for it.
 
         Nothing else is asked of the reward before the results are taken. None, and nothing done, where the reward needs
         the host to see the drafts first (which is what a reward that is a function does).

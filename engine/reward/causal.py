@@ -18,7 +18,7 @@ from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
 from stars.passes import MOST_CLOSING, NO_VERDICT, Passes, Span, Verdict
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, ContextFull, Follower, Limits, Reward, Scored, check_path
+from stars.reward.base import Candidate, ContextFull, Limits, Reward, Scored, TrailingCandidate, check_path
 
 RIDGE_ROWS = {"cpu": 32, "cuda": 128}
 """Rows from which on a pass over the weights is bound by arithmetic rather than by reading them. On the CPU measured;
@@ -215,22 +215,22 @@ class CausalReward(Reward):
             results[index] = _scored(verdict, candidates[index].terms, new, handle)
         return results
 
-    def follow(self, draft: Draft, followers: Sequence[Follower]) -> _Following | None:
-        """A pass behind the draft, where the language model's ids are passed through and all fit a slab and a pass."""
-        rows = [1 + follower.limit + len(follower.session.closing) for follower in followers]
+    def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> _Trailing | None:
+        """A pass that trails the draft, where the LM's ids are passed through and all fit a slab and a pass."""
+        rows = [1 + candidate.max_tokens + len(candidate.session.closing) for candidate in candidates]
         if not self.same_vocabulary or max(rows) > self.cache.slab_len or not self._passes.fits(rows) or any(
-                len(follower.session.closing) > MOST_CLOSING for follower in followers):
+                len(candidate.session.closing) > MOST_CLOSING for candidate in candidates):
             return None
-        slabs = [self.cache.take_slab() for _ in followers]
+        slabs = [self.cache.take_slab() for _ in candidates]
         spans = []
-        for follower, slab, count in zip(followers, slabs, rows, strict=True):
-            session, start = follower.session, slab * self.cache.slab_len
+        for candidate, slab, count in zip(candidates, slabs, rows, strict=True):
+            session, start = candidate.session, slab * self.cache.slab_len
             # The pages hold all of the response but its last token.
-            ids = [(follower.token_ids or session.prefix)[-1]] + [0] * (count - 1)
+            ids = [(candidate.token_ids or session.prefix)[-1]] + [0] * (count - 1)
             spans.append(Span(session.table, ids, session.table.length, range(start, start + count), start,
-                              follower.terms or NO_VERDICT, follower.lane, session.closing))
-        self._passes.follow(draft, spans)
-        return _Following(self, self._passes, followers, slabs)
+                              candidate.terms or NO_VERDICT, candidate.lane, session.closing))
+        self._passes.score_trailing(draft, spans)
+        return _Trailing(self, self._passes, candidates, slabs)
 
     def commit(self, winners: list[tuple[_Session, _Handle]]) -> None:
         """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped."""
@@ -370,24 +370,25 @@ class CausalReward(Reward):
         return problem
 
 
-class _Following:
-    """The scoring of candidates behind their draft: `stars.reward.base.Following`."""
+class _Trailing:
+    """Scores that trail their draft: `stars.reward.base.Trailing`."""
 
-    def __init__(self, reward: CausalReward, passes: Passes, followers: Sequence[Follower], slabs: list[int]):
-        self._reward, self._passes, self._followers, self._slabs = reward, passes, followers, slabs
+    def __init__(self, reward: CausalReward, passes: Passes, candidates: Sequence[TrailingCandidate],
+                 slabs: list[int]):
+        self._reward, self._passes, self._candidates, self._slabs = reward, passes, candidates, slabs
 
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for the pass; the same results as `CausalReward.score` gives."""
         results = []
-        verdicts = self._passes.verdicts(len(self._followers))
-        for follower, response, slab, verdict in zip(self._followers, token_ids, self._slabs, verdicts, strict=True):
-            session, valid = follower.session, follower.session.table.length
+        verdicts = self._passes.verdicts(len(self._candidates))
+        for candidate, response, slab, verdict in zip(self._candidates, token_ids, self._slabs, verdicts, strict=True):
+            session, valid = candidate.session, candidate.session.table.length
             ids = session.prefix + response + session.closing
             handle = _Handle(session, slab, valid, len(ids) - len(session.closing), ids)
             outside = self._reward.outside(ids)
             if outside is not None:
                 verdict = verdict._replace(reward=RewardError(outside))
-            results.append(_scored(verdict, follower.terms, len(ids) - valid, handle))
+            results.append(_scored(verdict, candidate.terms, len(ids) - valid, handle))
         return results
 
 
