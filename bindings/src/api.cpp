@@ -66,7 +66,7 @@ const isa chosen_isa = choose_isa();
   X(APPEND_DRAFT, append_draft, append_draft)    \
   X(APPLY_PENALTIES, apply_penalties, apply_penalties)
 
-constexpr int64_t kMostProducts = int64_t{1} << 60;  // of a matrix product; ten years of all cores of anything
+constexpr int64_t kMaxProducts = int64_t{1} << 60;  // of a matrix product; ten years of all cores of anything
 
 // What each check says is what must hold; null when all of it does.
 #define STARS_REQUIRE(condition, text) \
@@ -80,7 +80,7 @@ const char* check(const stars_linear_params& p) {
   STARS_REQUIRE(fits(p.rows, p.out_features), "rows * out_features is too large");
   STARS_REQUIRE(packed_fits(p.out_features, p.in_features), "out_features * in_features is too large");
   int64_t products;
-  STARS_REQUIRE(!__builtin_mul_overflow(p.rows * p.in_features, p.out_features, &products) && products <= kMostProducts,
+  STARS_REQUIRE(!__builtin_mul_overflow(p.rows * p.in_features, p.out_features, &products) && products <= kMaxProducts,
                 "rows * in_features * out_features is too large");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
   return nullptr;
