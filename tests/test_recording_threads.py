@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from stars import kernels
-from stars.bindings import libstars
+from stars.bindings import libstars, recording
 from stars.kernels.dispatch import column, references_only
 from stars.kernels.graph import Graphs
 
@@ -109,7 +110,10 @@ def test_recordings_do_not_nest_in_a_thread_but_run_beside_each_other():
         in_threads(record, record)
         with pytest.raises(RuntimeError, match="do not nest"), libstars.record():
             pass
-    assert not libstars._recordings
+    assert not recording._recordings
+
+
+TRACED = {"recording.py", "operations.py", "params.py", "library.py", "contextlib.py", "graph.py"}
 
 
 def interrupt_at(count: int, function: Callable[[], None]) -> bool:
@@ -118,7 +122,7 @@ def interrupt_at(count: int, function: Callable[[], None]) -> bool:
 
     def trace(frame, event, argument):
         nonlocal left
-        frame.f_trace_opcodes = frame.f_code.co_filename.endswith(("libstars.py", "contextlib.py", "graph.py"))
+        frame.f_trace_opcodes = Path(frame.f_code.co_filename).name in TRACED
         if event == "opcode":
             left -= 1
             if left == 0:
