@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from stars.bindings import libstars
-
 KIND_TOKEN_NOISE = 0
 KIND_ACCEPT = 1
 MAX_ATTEMPT = (1 << 24) - 1
@@ -122,7 +120,9 @@ def unpack_stream(stream: int) -> tuple[int, int]:
 
 def accept_uniform(seed: int, attempt: int, segment: int, sample: int) -> float:
     """The uniform of the accept test of one attempt: a float64, the same bits in every implementation."""
-    if libstars.available():  # a scalar costs a microsecond there and a tenth of a millisecond in numpy
+    from stars.bindings import libstars
+
+    if libstars.available():  # of one number, a hundredth of what numpy takes
         split_seed(seed), pack_attempt(attempt, KIND_ACCEPT), pack_stream(segment, sample)  # raise what is out of range
         return libstars.accept_uniform(seed, attempt, segment, sample)
     return accept_uniform_reference(seed, attempt, segment, sample)

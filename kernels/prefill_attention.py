@@ -29,22 +29,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stars.errors import ModelError, RequestError
-from stars.kernels.types import LayerKV
+from stars.kernels.types import LayerKV, Prefill
 
 
-class Prefill(NamedTuple):
-    """What the host knows of a pass into pages, as libraries want it; built by `build`. Sequences have rows, each."""
-
-    backend: str  # a key of BACKENDS
-    key_rows: Tensor  # int32 [total_k] page row of every key that some row sees, sequence after sequence
-    cu_seqlens_q: Tensor  # int32 [sequences + 1] first row of each sequence
-    cu_seqlens_k: Tensor  # int32 [sequences + 1] first entry of key_rows of each sequence
-    q_lengths: tuple[int, ...]  # [sequences] rows
-    k_lengths: tuple[int, ...]  # [sequences] keys: those before the pass and those of its rows
-    rows: int  # sum of q_lengths; idle rows behind them are not computed
-    max_q: int
-    max_k: int
+class BackendError(Exception):
+    """A backend that is not there, or does not suit the case."""
 
 
 def build(backend: str, pages: Sequence[Sequence[int]], starts: Sequence[int], lengths: Sequence[int], page_size: int,
@@ -186,18 +175,18 @@ class Case(NamedTuple):
 def choose_backend(case: Case, asked: str = "auto") -> str:
     """The backend asked for, or the first that serves the case; "triton" is our own kernel, which takes any.
 
-    A library is imported only once the case suits it. RequestError for a name that is none of CHOICES, ModelError for
+    A library is imported only once the case suits it. ValueError for a name that is none of CHOICES, BackendError for
     a backend that is not there or does not suit the case.
     """
     if asked not in CHOICES:
         names = ", ".join(f'"{name}"' for name in CHOICES)
-        raise RequestError(f"prefill_backend is {asked!r}, it must be one of {names}")
+        raise ValueError(f"prefill_backend is {asked!r}, it must be one of {names}")
     if asked == "auto":
         return next((name for name in BACKENDS if _unsuitable(name, case) is None), "triton")
     reason = _unsuitable(asked, case)
     if reason is not None:
         install = f'pip install "stars-engine[{_SOURCES[asked].extra}]", or ' if reason == NOT_INSTALLED else ""
-        raise ModelError(f'prefill_backend is "{asked}", which {reason}: {install}use prefill_backend="auto"')
+        raise BackendError(f'prefill_backend is "{asked}", which {reason}: {install}use prefill_backend="auto"')
     return asked
 
 
@@ -222,9 +211,9 @@ def _unsuitable(name: str, case: Case) -> str | None:
     if major < 8:
         return f"needs a GPU of compute capability 8.0 or more, not {major}.{minor}"
     # flash-attn 4 serves 256 on sm_100 by a kernel of its own that, in many releases, has no softcap and no window.
-    most = 128 if name == "flash-attn-4" and major == 10 else 256
-    if name != "sdpa" and (case.head_dim > most or case.head_dim % 8):
-        return f"takes multiples of 8 up to {most} as head_dim, not {case.head_dim}"
+    widest = 128 if name == "flash-attn-4" and major == 10 else 256
+    if name != "sdpa" and (case.head_dim > widest or case.head_dim % 8):
+        return f"takes multiples of 8 up to {widest} as head_dim, not {case.head_dim}"
     if problem(name) is not None:
         return problem(name)
     if name == "varlen" and case.windowed and "window_size" not in _arguments(_function(name)):
@@ -273,10 +262,10 @@ def _load(name: str) -> tuple[Callable[..., object] | None, str | None]:
 
 
 def _function(name: str) -> Callable[..., object]:
-    """ModelError where the library is not there."""
+    """BackendError where the library is not there."""
     function, reason = _load(name)
     if function is None:
-        raise ModelError(f'{name} {reason}: use prefill_backend="auto"')
+        raise BackendError(f'{name} {reason}: use prefill_backend="auto"')
     return function
 
 
