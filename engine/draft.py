@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +83,7 @@ class Drafter:
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
-        self._host = LaneState(*(self._buffers.host(name) for name in LaneState._fields))
+        self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in LaneState._fields})
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
         self._block_tables = torch.zeros(rows, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
@@ -189,7 +190,8 @@ class Drafter:
         rows = self.target.rows(count)
         self._idle(slice(count, rows), len(tables) - 1)
         groups = seq_group[:count].tolist()
-        return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", prefix_len[:count])
+        keys = [lane.table.length for lane in lanes]
+        return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", keys)
 
     def _fill_penalties(self, lanes: list[LaneSpec]) -> None:
         """Writes every lane's penalties, and the history of each response that has some."""
@@ -201,7 +203,7 @@ class Drafter:
         for row, lane in enumerate(lanes):
             if lane.table is not table:
                 table, first = lane.table, stop
-                if lane.params.penalties:
+                if lane.history is not None:
                     stop += len(lane.history)
                     entries[first:stop] = lane.history
             start[row], count[row] = first, stop - first
