@@ -36,8 +36,8 @@ class Graphs:
         self.max_steps = max_steps
         self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
         self._seen: set[Hashable] = set()  # shapes that ran on a GPU without being captured
-        self._pool = None  # memory that the CUDA graphs share: they never run at the same time
-        self._stream = None  # that they are captured on, see `_capture`
+        self._pool: Any = None  # memory that the CUDA graphs share: they never run at the same time
+        self._stream: torch.cuda.Stream | None = None  # that they are captured on, see `_capture`
 
     def run(self, key: Hashable, step: Callable[[], None], done: Tensor, times: int = 1, rare: bool = False) -> int:
         """Runs `step` up to `times` times, until all of `done` int32 [n] are non-zero; returns how often it ran.
@@ -65,7 +65,8 @@ class Graphs:
         program = self._recorded.get(key)
         if program is not None:
             self._recorded.move_to_end(key)
-            return program.run(times, done)
+            ran: int = program.run(times, done)
+            return ran
         from stars.bindings import libstars
 
         with libstars.record() as program:
@@ -94,7 +95,7 @@ class Graphs:
 
     def _graph(self, key: Hashable, step: Callable[[], None], steps: int) -> torch.cuda.CUDAGraph:
         """The graph of `steps` steps of a shape, captured where there is none."""
-        graph = self._recorded.get(key)
+        graph: torch.cuda.CUDAGraph | None = self._recorded.get(key)
         if graph is not None:
             self._recorded.move_to_end(key)
             return graph

@@ -32,6 +32,7 @@ class Weight:
         """The matrix [out_features, in_features]."""
         if not self.packed:
             return self.values
+        assert self.dtype is not None
         from stars.bindings import libstars
 
         return libstars.unpack(self.values, self.out_features, self.in_features, self.dtype, self.arithmetic)

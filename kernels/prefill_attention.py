@@ -4,7 +4,7 @@ A prefill has many rows and is bound by arithmetic, where these kernels are near
 not take (softcap in torch's, float32, `deterministic=True`), our own kernel does: `stars.kernels.triton.attention`.
 
 - They take pages of 256 keys or none, so the keys and values of a pass are gathered into one tensor first. That costs
-  a read and a write of them a layer, little beside the products of a pass of many rows.
+  a read and a write of them a layer, little besides the products of a pass of many rows.
 - float32 is left to our kernel: torch may round float32 products to TF32, by a setting of the process that is not
   ours, and this type is there for comparisons.
 - Their bits may depend on the other sequences: flash-attn 2 divides the keys of a pass of single rows by how many
@@ -22,7 +22,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class BackendError(Exception):
 
 def build(backend: str, pages: Sequence[Sequence[int]], starts: Sequence[int], lengths: Sequence[int], page_size: int,
           device: torch.device | str) -> Prefill:
-    """Sequence s runs lengths[s] tokens behind its first starts[s] keys, all in pages[s]; one copy to the device.
+    """Sequence s runs lengths[s] tokens after its first starts[s] keys, all in pages[s]; one copy to the device.
 
     ValueError for a sequence without rows, which flash-attn 2 would read beyond the end for.
     """
@@ -63,7 +63,7 @@ def prefill_attention(
     q: Tensor, kv: LayerKV, prefill: Prefill, scale: float, out: Tensor,
     window: int | None = None, softcap: float | None = None,
 ) -> None:
-    """`attention_reference` of a batch into pages, by `prefill.backend`; out behind `prefill.rows` is left alone.
+    """`attention_reference` of a batch into pages, by `prefill.backend`; out after `prefill.rows` is left alone.
 
     q, out [at least prefill.rows, heads, head_dim], float16 or bfloat16 like the pages; only SDPA takes float32 too.
     """
@@ -86,7 +86,7 @@ def _flash_attn_4(
     result = _function("flash-attn-4")(
         q, k, v, cu_seqlens_q=prefill.cu_seqlens_q, cu_seqlens_k=prefill.cu_seqlens_k, max_seqlen_q=prefill.max_q,
         max_seqlen_k=prefill.max_k, softmax_scale=scale, causal=True,
-        # No window is None here: releases differ in what a -1 beside a 0 means, and some return zeros.
+        # No window is None here: releases differ in what a -1 next to a 0 means, and some return zeros.
         window_size=(None, None) if window is None else (window - 1, 0), softcap=softcap or 0.0)
     out.copy_(result[0] if isinstance(result, tuple) else result)  # (output, log of the sum of weights or None)
 
@@ -107,6 +107,7 @@ def _varlen(
     _refuse_softcap("varlen", softcap)
     function = _function("varlen")
     takes = _arguments(function)
+    options: dict[str, Any]
     if "window_size" in takes:
         options = {"scale": scale, "window_size": (-1, 0) if window is None else (window - 1, 0)}
     else:  # torch 2.10, which divides by the root of head_dim
@@ -131,6 +132,7 @@ def _sdpa(
         # Keys that have left the window of the first row are seen by none.
         unseen = 0 if window is None else max(0, keys - rows - window + 1)
         seen = keys - unseen
+        mask: Tensor
         if window is None or seen <= window:
             mask = causal_lower_right(rows, seen)
         else:
@@ -196,7 +198,7 @@ def problem(name: str) -> str | None:
 
 
 def _unsuitable(name: str, case: Case) -> str | None:
-    """Why a backend cannot serve the case, behind "which"; None where it can."""
+    """Why a backend cannot serve the case, after "which"; None where it can."""
     if name == "triton":
         return None
     major, minor = case.capability
@@ -242,7 +244,7 @@ NOT_INSTALLED = "is not installed"
 
 
 @functools.cache
-def _load(name: str) -> tuple[Callable[..., object] | None, str | None]:
+def _load(name: str) -> tuple[Callable[..., Any] | None, str | None]:
     """A library's function, or None and what is the matter."""
     module, function, needed, _ = _SOURCES[name]
     try:
@@ -261,7 +263,7 @@ def _load(name: str) -> tuple[Callable[..., object] | None, str | None]:
     return found, None
 
 
-def _function(name: str) -> Callable[..., object]:
+def _function(name: str) -> Callable[..., Any]:
     """BackendError where the library is not there."""
     function, reason = _load(name)
     if function is None:
@@ -270,5 +272,5 @@ def _function(name: str) -> Callable[..., object]:
 
 
 @functools.cache
-def _arguments(function: Callable[..., object]) -> tuple[str, ...]:
+def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)

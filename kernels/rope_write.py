@@ -25,7 +25,7 @@ def rope_write_reference(
     kv_heads = kv.k_pages.shape[1]
     rows = qkv.shape[0]
     q, k, v = qkv.view(rows, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)  # [rows, heads, head_dim]
-    if q_norm is not None:
+    if q_norm is not None and k_norm is not None:
         q, k = q.contiguous(), k.contiguous()
         rms_norm_reference(q, q_norm, eps, q)
         rms_norm_reference(k, k_norm, eps, k)

@@ -43,6 +43,7 @@ def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True
         if done[lane]:
             continue
         step = steps[lane]
+        logprob: float | Tensor
         if not math.isfinite(row.max().item()):  # max propagates NaN
             token, logprob = -1, math.nan
         else:

@@ -103,7 +103,7 @@ class Penalties(NamedTuple):
 
     history: Tensor  # int32 [entries, 2] token id, and how often the committed response has it; 0: only the prompt
     start: Tensor  # int32 [lanes] first entry of a lane
-    count: Tensor  # int32 [lanes] its entries, of distinct tokens in rising order
+    count: Tensor  # type: ignore[assignment]  # int32 [lanes] its entries, of distinct tokens in rising order
     repetition: Tensor  # float32 [lanes] above 0; 1 is off
     frequency: Tensor  # float32 [lanes]; 0 is off
     presence: Tensor  # float32 [lanes]; 0 is off

@@ -20,7 +20,7 @@ from stars.kernels.triton.variant import Variant
 
 @triton.jit
 def normed(y, scale, eps, HIDDEN: tl.constexpr):
-    """The row y float32 [block], zero behind HIDDEN, normalised and scaled, in the type of `scale` [block]."""
+    """The row y float32 [block], zero after HIDDEN, normalised and scaled, in the type of `scale` [block]."""
     y = y * tl.rsqrt(tl.sum(y * y, axis=0) / HIDDEN + eps)
     return (y.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)).to(scale.dtype)
 

@@ -61,7 +61,7 @@ def rope_write_kernel(
     to_query = is_query & inside
     tl.store(q_out + q_at, out_low.to(q_out.dtype.element_ty), mask=to_query)
     tl.store(q_out + q_at + HALF, out_high.to(q_out.dtype.element_ty), mask=to_query)
-    # No `live & (slot >= 0)`: the interpreter takes a scalar beside a block of booleans for an int32, and from Triton
+    # No `live & (slot >= 0)`: the interpreter takes a scalar with a block of booleans for an int32, and from Triton
     # 3.9 on no such mask.
     written = (head < tl.where(slot >= 0, ALL, 0))[:, None] & inside
     k_at = ((slot * KV_HEADS + head - HEADS) * HEAD_DIM)[:, None] + column[None, :]

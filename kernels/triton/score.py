@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stars.kernels.limits import MAX_HIDDEN
 from stars.kernels.linear import Weight
-from stars.kernels.triton.rms_norm import MAX_HIDDEN, normed, warps
+from stars.kernels.triton.rms_norm import normed, warps
 from stars.kernels.triton.variant import Variant
 
 

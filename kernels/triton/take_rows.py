@@ -25,7 +25,7 @@ def take_rows_kernel(x, index, out, rows, x_stride, out_stride, WIDTH: tl.conste
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     row = tl.load(index + i)
-    # A width, not `inside & known`: the interpreter takes a scalar beside a block of booleans for an int32, and from
+    # A width, not `inside & known`: the interpreter takes a scalar with a block of booleans for an int32, and from
     # Triton 3.9 on no such mask.
     known = tl.where((row >= 0) & (row < rows), WIDTH, 0)
     values = tl.load(x + row.to(tl.int64) * x_stride + column, mask=column < known, other=float("nan"))

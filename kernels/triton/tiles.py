@@ -33,7 +33,7 @@ MAX_PARTIAL = 2 * PROGRAMS_WANTED * 128
 """Query vectors whose partial results a plan may ask for, over all splits: twice a card full of the largest tiles."""
 
 Kind = Literal["draft", "score", "prefill"]
-"""Of a pass: one row a sequence behind its slab, rows into slabs, rows into pages."""
+"""Of a pass: one row a sequence after its slab, rows into slabs, rows into pages."""
 
 
 class Plan(NamedTuple):
@@ -134,7 +134,7 @@ def max_tiles(rows: int, sequences: int, packed: int, heads_per_kv: int) -> int:
 
 
 def workspace_size(plan: Plan, into_slab: bool, rows: int, heads: int, head_dim: int) -> int:
-    """float32 numbers that attention needs beside its output: a partial result and its log-sum-exp a part."""
+    """float32 numbers that attention needs besides its output: a partial result and its log-sum-exp a part."""
     parts = plan.splits + into_slab
     return 0 if parts == 1 else parts * rows * heads * (head_dim + 1)
 
