@@ -19,7 +19,7 @@ from stars.prefill import choose_prefill
 from stars.target import Target, target_of
 
 DEFAULT_CACHE_TOKENS = 1 << 15
-MOST_SIZE = (1 << 31) - 1  # positions, slots and lanes are int32
+MAX_SIZE = (1 << 31) - 1  # positions, slots and lanes are int32
 DTYPE_NAMES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 """Other names of dtypes, vLLM's among them."""
 
@@ -53,6 +53,11 @@ class EngineConfig:
     def num_pages(self) -> int:
         """Pages of each model's cache."""
         return math.ceil(self.cache_tokens / self.page_size)
+
+    @property
+    def num_slabs(self) -> int:
+        """Slabs of each model's cache: one a lane, and one for the best seen of each response."""
+        return self.max_num_lanes + self.max_num_seqs
 
     @classmethod
     def resolve(cls, model: ModelConfig, device: str = "auto", dtype: str = "auto", deterministic: bool = False, *,
@@ -93,16 +98,18 @@ class EngineConfig:
         limits = {"the model's context": model.context_length, "cache_tokens": tokens}
         if max_model_len is not None:
             limits["max_model_len"] = max_model_len
-        rows = tokens + (max_num_lanes + min(max_num_seqs, max_num_lanes)) * max_segment_size
-        if rows * model.num_kv_heads > MOST_SIZE:
+        source = min(limits, key=lambda name: limits[name])
+        config = cls(
+            device=device, dtype=dtype, deterministic=deterministic, cache_tokens=tokens, page_size=page_size,
+            max_model_len=limits[source], max_model_len_from=source, max_num_seqs=min(max_num_seqs, max_num_lanes),
+            max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend,
+            target=target)
+        rows = tokens + config.num_slabs * max_segment_size
+        if rows * model.num_kv_heads > MAX_SIZE:
             raise RequestError(f"cache_tokens={tokens}, max_num_lanes={max_num_lanes} and max_segment_size="
                                f"{max_segment_size} make {rows} rows of {model.num_kv_heads} heads, which are numbered "
                                "in int32: lower them")
-        source = min(limits, key=lambda name: limits[name])
-        return cls(device=device, dtype=dtype, deterministic=deterministic,
-                   cache_tokens=tokens, page_size=page_size, max_model_len=limits[source], max_model_len_from=source,
-                   max_num_seqs=min(max_num_seqs, max_num_lanes), max_num_lanes=max_num_lanes,
-                   max_segment_size=max_segment_size, prefill_backend=prefill_backend, target=target)
+        return config
 
 
 @contextmanager
@@ -119,7 +126,7 @@ def allocation(config: EngineConfig) -> Iterator[None]:
 
 
 def _size(name: str, value: Any) -> int:
-    return integer(name, value, 1, MOST_SIZE)
+    return integer(name, value, 1, MAX_SIZE)
 
 
 def _name(value: Any) -> Any:

@@ -8,8 +8,8 @@ from stars.errors import ModelError
 from stars.kernels.limits import MOST_HEADS_A_KEY, MOST_HIDDEN, MOST_VOCAB
 from stars.model.config import ModelConfig
 
-LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
-LEAST_TRITON = (3, 6)
+MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
+MIN_TRITON = (3, 6)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that attention has kernels for."""
 
@@ -20,16 +20,16 @@ def check_gpu() -> None:
         raise ModelError('device="cuda" needs an NVIDIA GPU and a CUDA build of torch, and torch finds none: use '
                          'device="cpu"')
     capability = torch.cuda.get_device_capability()
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         raise ModelError(f"the GPU has compute capability {capability[0]}.{capability[1]} and the kernels need "
-                         f'{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more: use device="cpu"')
+                         f'{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or more: use device="cpu"')
     try:
         import triton
     except ImportError:
         raise ModelError('device="cuda" needs triton: pip install triton') from None
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < LEAST_TRITON:
-        raise ModelError(f"triton is {triton.__version__} and the kernels need {LEAST_TRITON[0]}.{LEAST_TRITON[1]} or "
+    if version < MIN_TRITON:
+        raise ModelError(f"triton is {triton.__version__} and the kernels need {MIN_TRITON[0]}.{MIN_TRITON[1]} or "
                          "more: pip install --upgrade triton")
 
 
@@ -39,9 +39,9 @@ def check_model(config: ModelConfig, sampled: bool = True) -> None:
         sizes = ", ".join(map(str, HEAD_DIMS))
         raise ModelError(f"the model has head_dim {config.head_dim} and the GPU's attention has kernels for {sizes}: "
                          'use device="cpu"')
-    for name, size, most in (("query heads for each key head", config.num_heads // config.num_kv_heads,
+    for name, size, largest in (("query heads for each key head", config.num_heads // config.num_kv_heads,
                               MOST_HEADS_A_KEY),
                              ("hidden columns", config.hidden_size, MOST_HIDDEN),
                              ("tokens in its vocabulary", config.vocab_size if sampled else 0, MOST_VOCAB)):
-        if size > most:
-            raise ModelError(f'the model has {size} {name} and the GPU\'s kernels take {most}: use device="cpu"')
+        if size > largest:
+            raise ModelError(f'the model has {size} {name} and the GPU\'s kernels take {largest}: use device="cpu"')

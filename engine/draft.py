@@ -29,7 +29,7 @@ MAX_STOP_IDS = 16
 STEP_LAUNCHES = 8  # on a GPU, at most: the logits, their penalties and their draw
 
 PENALTIES = ("history_start", "history_count", "repetition", "frequency", "presence")
-"""The buffers behind the entries of a Penalties, in its order."""
+"""The buffers of the entries of a Penalties, in its order."""
 
 
 class LaneSpec(NamedTuple):
@@ -38,7 +38,7 @@ class LaneSpec(NamedTuple):
     table: BlockTable
     last_token: int  # first input: the committed token whose keys and values the pages lack
     slab: int
-    limit: int  # tokens to draw at most
+    max_tokens: int  # that it may draw
     seed: int
     attempt: int
     stream: int  # philox.pack_stream(segment, sample)
@@ -91,11 +91,11 @@ class Drafter:
 
     @property
     def device_draft(self) -> Draft:
-        """What a pass that is run behind a draft reads of it."""
+        """What a pass that is run after a draft reads of it."""
         return Draft(self._state.out_tokens, self._state.steps, self._state.stop_ids)
 
     def draft(self, lanes: list[LaneSpec]) -> list[Drafted]:
-        """Draws up to `limit` tokens for every lane; keys and values of their inputs are left in the slabs."""
+        """Draws up to `max_tokens` tokens for every lane; keys and values of their inputs are left in the slabs."""
         self.launch(lanes)
         return self.drafted(len(lanes))
 
@@ -105,7 +105,7 @@ class Drafter:
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._run(filled, max(lane.limit for lane in lanes), filters, penalties)
+        self._run(filled, max(lane.max_tokens for lane in lanes), filters, penalties)
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
@@ -121,7 +121,8 @@ class Drafter:
         table = self.cache.open([])
         slabs = [self.cache.take_slab() for _ in range(lanes)]
         try:
-            spec = LaneSpec(table, 0, 0, 1, 0, 1, 0, SamplingParams(), ())
+            spec = LaneSpec(table, last_token=0, slab=0, max_tokens=1, seed=0, attempt=1, stream=0,
+                            params=SamplingParams(), stop_ids=())
             seconds = math.inf
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
@@ -161,7 +162,7 @@ class Drafter:
         host, seq_group = self._host, self._buffers.host("seq_group")
         prefix_len, slab_start = self._buffers.host("prefix_len"), self._buffers.host("slab_start")
         tables: list[BlockTable] = []
-        # Entry by entry: behind a draft all of this code has left the caches, and numpy's conversions of whole lists
+        # Entry by entry: after a draft all of this code has left the caches, and numpy's conversions of whole lists
         # touch several times as much of it.
         for row, lane in enumerate(lanes):
             table, params = lane.table, lane.params
@@ -171,7 +172,7 @@ class Drafter:
             prefix_len[row] = host.positions[row] = table.length
             slab_start[row] = host.slots[row] = lane.slab * self.cache.slab_len
             host.token_ids[row] = lane.last_token
-            host.limits[row] = lane.limit
+            host.limits[row] = lane.max_tokens
             host.slab_used[row] = host.steps[row] = host.done[row] = 0
             host.seeds[row] = signed_seed(lane.seed)
             host.streams[row] = signed_stream(lane.stream)

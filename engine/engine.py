@@ -121,7 +121,7 @@ class Engine:
             with decoder.lock:
                 chooser.measure()
         self._round = Round(drafter, self._cache, self.reward, chooser, config)
-        self._scheduler = Scheduler(config, self._cache, self.reward, self._passes, self._round)
+        self._scheduler = Scheduler(self._cache, self.reward, self._passes, self._round, config)
         self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
@@ -152,7 +152,7 @@ class Engine:
         if "_warned" not in vars(self):
             return "Engine(not built)"
         shape, config = self.model_config, self.config
-        running = len({group.request.request_id for group in self._scheduler.running})
+        running = len({group.request.request_id for group in self._scheduler.groups})
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
                 f"{shape.vocab_size}; reward {type(self.reward).__name__ if self.reward is not None else None}; "
                 f"{config.device}, {config.dtype}; max_model_len {config.max_model_len}, cache_tokens "
@@ -294,8 +294,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every page and slab of both models is accounted for."""
         self._recover()
-        held = sum(1 for group in self._scheduler.running for hypothesis in group.unfinished
-                   if hypothesis.best is not None)
+        held = sum(hypothesis.best is not None for group in self._scheduler.groups for hypothesis in group.active)
         self._cache.check_integrity(slabs_out=held)
         if self.reward is not None:
             self.reward.check_integrity()
@@ -340,7 +339,7 @@ class Engine:
         if params.max_tokens > plan.segment_size * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
                                f"{plan.segment_size} tokens: use longer segments or fewer tokens")
-        self._scheduler.check(type(policy).__name__, plan.candidates, len(prompt.token_ids), params.max_tokens)
+        self._scheduler.check(type(policy).__name__, plan, len(prompt.token_ids), params.max_tokens)
         if plan.scoring != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
@@ -455,7 +454,7 @@ class Engine:
             self._orphans.popleft()
         try:
             self._schedule()
-            self._run_round(self._scheduler.running)
+            self._run_round(self._scheduler.groups)
         except IntegrityError:
             raise
         except Exception as error:
@@ -473,7 +472,7 @@ class Engine:
     def _run_round(self, groups: Sequence[Group]) -> None:
         if not groups:
             return
-        active = [hypothesis for group in groups for hypothesis in group.unfinished]
+        active = [hypothesis for group in groups for hypothesis in group.active]
         for hypothesis in active:
             if not hypothesis.attempts:
                 hypothesis.mark_boundary()
@@ -500,7 +499,7 @@ class Engine:
             self._recover()  # nobody else holds a page
             try:
                 self._schedule(request)
-                mine = self._scheduler.running
+                mine = self._scheduler.groups
                 while mine:  # to the end of a segment: the round that failed may be a later one of it
                     self._run_round(mine)
                     mine = [group for group in mine if any(hypothesis.attempts for hypothesis in group.hypotheses)]
@@ -519,8 +518,7 @@ class Engine:
         """After a call that was stopped in the middle: back to what was committed, with empty caches."""
         if not self._changing:
             return
-        if self.config.target.own_memory:
-            torch.cuda.synchronize()  # what the stopped call had launched may still read what the host fills next
+        self.config.target.synchronise()  # what the stopped call had launched may still read what the host fills next
         requests = list(self._requests.values())
         hypotheses = [hypothesis for request in requests for hypothesis in request.hypotheses]
         for hypothesis in hypotheses:

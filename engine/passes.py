@@ -109,6 +109,11 @@ class Passes:
             rewards += self.rewards(len(batch))
         return rewards
 
+    def redraft(self, spans: Sequence[Span]) -> None:
+        """Runs the spans into their slabs, as drafts had done it token by token."""
+        for batch in self._batches(spans, into_slab=True):
+            self._run(batch, into_slab=True, scored=False)
+
     def fits(self, rows: Sequence[int]) -> bool:
         """Whether one pass holds spans of so many rows each."""
         return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
@@ -140,7 +145,7 @@ class Passes:
         if batch:
             yield batch
 
-    def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None) -> None:
+    def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None, scored: bool = True) -> None:
         rows, sequences, tiles = self._fill(spans, into_slab)
         captured = into_slab or rows <= self.target.captured_prefill
         prefill = None
@@ -148,6 +153,7 @@ class Passes:
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
+        scored = scored and into_slab
         buffers = self._buffers
 
         def step() -> None:  # not called where a recorded pass is replayed: the views are made here
@@ -161,15 +167,15 @@ class Passes:
             batch = Batch(token_ids, buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
                           first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
-            if into_slab:
+            if scored:
                 self.decoder.score(batch, self.cache, last, self._rewards["rewards"][:sequences])
             else:
                 self.decoder.forward(batch, self.cache, last)
 
         buffers.upload()
-        self._graphs.run((rows, sequences, into_slab, draft is not None, *shape(tiles)), step, self._never_done,
-                         rare=not captured)
-        if into_slab:
+        self._graphs.run((rows, sequences, into_slab, scored, draft is not None, *shape(tiles)), step,
+                         self._never_done, rare=not captured)
+        if scored:
             self._rewards.fetch()
 
     def _gathers(self, spans: Sequence[Span]) -> bool:

@@ -106,9 +106,8 @@ class Hypothesis:
         spent = self.metrics
         if self.attempts:
             self.go_back()
-        if self.boundary is not None:  # else it was opened a moment ago, and nothing of it was computed
-            self.metrics.lm_seconds, self.metrics.rm_seconds = spent.lm_seconds, spent.rm_seconds
-            self.metrics.num_preemptions += 1
+        self.metrics.lm_seconds, self.metrics.rm_seconds = spent.lm_seconds, spent.rm_seconds
+        self.metrics.num_preemptions += 1
         self.attempts = []
 
     def let_go(self) -> None:
@@ -137,16 +136,16 @@ class Hypothesis:
 
 @dataclass(eq=False)
 class Group:
-    """The population of one completion: admitted whole, decided together, pre-empted whole."""
+    """The population of one completion."""
 
     request: Request
     index: int  # of the completion
     hypotheses: list[Hypothesis]
 
     @property
-    def unfinished(self) -> list[Hypothesis]:
-        """Those that still grow."""
-        return [hypothesis for hypothesis in self.hypotheses if hypothesis.finish_reason is None]
+    def active(self) -> list[Hypothesis]:
+        """Those that draw in the next round. Of whole responses some may still wait for room."""
+        return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None]
 
 
 @dataclass(eq=False)

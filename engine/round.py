@@ -41,7 +41,7 @@ class Round:
 
         Whatever stops it in the middle leaves hypotheses and caches half changed: the caller goes back to a boundary.
         """
-        active = [hypothesis for group in groups for hypothesis in group.unfinished]
+        active = [hypothesis for group in groups for hypothesis in group.active]
         lanes: list[list[Lane]] = []
         self._propose(active, lanes)
         self._draft(lanes)

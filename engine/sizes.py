@@ -29,7 +29,7 @@ class ModelSizes(NamedTuple):
 
 def language_model(config: EngineConfig) -> ModelSizes:
     """The sizes of the model that drafts."""
-    return ModelSizes(num_slabs(config), config.max_segment_size, config.max_num_seqs, config.max_model_len,
+    return ModelSizes(config.num_slabs, config.max_segment_size, config.max_num_seqs, config.max_model_len,
                       config.max_num_lanes)
 
 
@@ -37,12 +37,7 @@ def reward_model(shape: ModelConfig, config: EngineConfig) -> ModelSizes:
     """The sizes of a reward model with a cache of its own."""
     slab_len = slab_length(config.max_segment_size)
     positions = longest_text(shape, config.num_pages * config.page_size, slab_len)
-    return ModelSizes(num_slabs(config), slab_len, config.max_num_lanes, positions, 0)
-
-
-def num_slabs(config: EngineConfig) -> int:
-    """Slabs of each model: one a lane, and one for the best seen of each response."""
-    return config.max_num_lanes + config.max_num_seqs
+    return ModelSizes(config.num_slabs, slab_len, config.max_num_lanes, positions, 0)
 
 
 def slab_length(max_segment_size: int) -> int:
@@ -85,11 +80,10 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
     needed = {}
     for name, (shape, parameters, drafts, backend) in models.items():
         sizes = language_model(config) if drafts else reward_model(shape, config)
-        lanes = target.rows(sizes.max_lanes) if drafts else 0
-        rows = target.rows(max(pass_rows(config, sizes), lanes))
+        rows, lanes = target.rows(pass_rows(config, sizes)), target.rows(sizes.max_lanes) if drafts else 0
         needed[f"{name}'s weights"] = parameters * dtype.itemsize
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + sizes.num_slabs * sizes.slab_len, dtype)
-        needed[f"{name}'s activations"] = workspace_bytes(shape, rows, lanes, dtype, not drafts) + 4 * sum(
+        needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(
             most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, lanes))
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
         needed[f"{name}'s activations"] += 4 * (sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 144, 160, 192, 256)
 
 
@@ -16,9 +18,10 @@ class Target(NamedTuple):
     """How an engine works on its device."""
 
     device: str
-    dtypes: tuple[str, ...]  # that activations, keys and values, or on the CPU stored matrices, may have
+    dtypes: tuple[str, ...]  # that a model may have
     dtype: str | None  # where "auto" is asked; None takes the checkpoint's
-    triton: bool  # operations are Triton's kernels, which serve some shapes only, and a library may run long prompts
+    float32: bool  # activations, keys and values are float32 whatever the dtype, which is then that of stored matrices
+    triton: bool  # operations are Triton's kernels, which serve some shapes only, in CUDA graphs; or a library's
     own_memory: bool  # apart from the host's: what passes between them is sent and waited for
     padded: bool  # passes are filled up with idle rows to few captured shapes, and attention gets its tiles
     padded_moves: bool  # commits are, too: Triton's copy passes over a row -1, which libstars' has not
@@ -33,6 +36,11 @@ class Target(NamedTuple):
         """The rows of a pass of `count` rows, idle ones included."""
         return bucket(count) if self.padded else count
 
+    def synchronise(self) -> None:
+        """Waits for whatever the device still has to do."""
+        if self.own_memory:
+            torch.cuda.synchronize()
+
 
 # Chunks: enough rows to be bound by arithmetic, few enough to keep activations in a processor's caches. A GPU's
 # products need more rows to be bound by it.
@@ -45,14 +53,38 @@ class Target(NamedTuple):
 # Widths: measuring them compiles and captures steps on a GPU. On the CPU a step of a large model can take seconds.
 
 CPU = Target(
-    device="cpu", dtypes=("float32", "bfloat16"), dtype="float32", triton=False, own_memory=False, padded=False,
-    padded_moves=False, chunk=256, captured_prefill=256, ridge_rows=32, trailing=False, measures_widths=False,
-    one_order="install with a C++ compiler, so that libstars is built")
+    device="cpu",
+    dtypes=("float32", "bfloat16"),
+    dtype="float32",
+    float32=True,
+    triton=False,
+    own_memory=False,
+    padded=False,
+    padded_moves=False,
+    chunk=256,
+    captured_prefill=256,
+    ridge_rows=32,
+    trailing=False,
+    measures_widths=False,
+    one_order="install with a C++ compiler, so that libstars is built",
+)
 
 CUDA = Target(
-    device="cuda", dtypes=("float32", "bfloat16", "float16"), dtype=None, triton=True, own_memory=True, padded=True,
-    padded_moves=True, chunk=2048, captured_prefill=256, ridge_rows=128, trailing=True, measures_widths=True,
-    one_order="load the model with deterministic=True too")
+    device="cuda",
+    dtypes=("float32", "bfloat16", "float16"),
+    dtype=None,
+    float32=False,
+    triton=True,
+    own_memory=True,
+    padded=True,
+    padded_moves=True,
+    chunk=2048,
+    captured_prefill=256,
+    ridge_rows=128,
+    trailing=True,
+    measures_widths=True,
+    one_order="load the model with deterministic=True too",
+)
 
 
 def target_of(device: str) -> Target:

@@ -24,9 +24,9 @@ class Tiling:
         self.kv_heads = model.num_kv_heads
         self.capacity = capacity
         self.deterministic = config.deterministic
-        most = tiles.bucket(max_rows)  # a tile has a row at least
-        self._buffers = Buffers(config.target, row_seq=(torch.int32, (max_rows,)), prefix=(torch.int32, (most, 3)),
-                                slab=(torch.int32, (most, 3)))
+        max_tiles = tiles.bucket(max_rows)  # a tile has a row at least
+        self._buffers = Buffers(config.target, row_seq=(torch.int32, (max_rows,)),
+                                prefix=(torch.int32, (max_tiles, 3)), slab=(torch.int32, (max_tiles, 3)))
         # For the most that a plan can ask for: growing it later would move it under the graphs that use it.
         size = tiles.most_workspace(max_rows, model.num_heads, model.head_dim, config.deterministic)
         self._workspace = torch.empty(size, dtype=torch.float32, device=config.target.device)

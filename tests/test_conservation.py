@@ -84,7 +84,7 @@ class Traffic(RuleBasedStateMachine):
         self.trouble = Trouble()
         self.causal = causal
         reward = stars.CausalReward(RM.decoder()) if causal else stars.FunctionReward(self.trouble, inputs="ids")
-        self.engine = toy_engine(LM, reward, cache_tokens=96, page_size=4, max_num_seqs=5, max_num_lanes=12,
+        self.engine = toy_engine(LM, reward, cache_tokens=96, page_size=4, max_num_seqs=8, max_num_lanes=12,
                                  max_segment_size=16)
         self.open: set[str] = set()
 
@@ -259,7 +259,7 @@ def test_requests_beyond_the_cache_wait_their_turn():
     while engine.has_unfinished_requests():
         engine.step()
         engine.check_integrity()
-        running = [group.request.request_id for group in engine._scheduler.running]
+        running = [unit.request.request_id for unit in engine._scheduler.running]
         assert len(running) <= 4  # 5 of 24 pages for the prompt, and at least one for a segment
         started += [request_id for request_id in running if request_id not in started]
     assert started == [request_id for request_id in order if request_id in started]

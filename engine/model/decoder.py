@@ -15,6 +15,7 @@ from stars.kernels.linear import Weight
 from stars.kernels.types import Batch, LayerKV
 from stars.model.config import ModelConfig
 from stars.model.rope import rope_tables
+from stars.target import target_of
 
 
 class LayerWeights(NamedTuple):
@@ -169,7 +170,7 @@ class Decoder:
 
     def _outgrow(self, buffers: Workspace | Tensor | None) -> None:
         """Programs of libstars hold what they use; a CUDA graph, of another engine perhaps, holds addresses only."""
-        if buffers is not None and self.device.type != "cpu":
+        if buffers is not None and target_of(self.device.type).triton:
             self._outgrown.append(buffers)
 
     def forward(self, batch: Batch, cache: KVCache, rows: Tensor | None = None) -> Tensor:

@@ -133,7 +133,7 @@ class Reward(ABC):
 
     def resume(self, session: Any, token_ids: list[int], text: str | None) -> None:
         """Takes a response (as in `Candidate`) that was committed to an earlier session, before an interrupt or while
-        others needed its pages; after `start`.
+        others needed its pages; after `start`. With `deterministic`, segment after segment, as they were committed.
 
         Needed where a session keeps what was committed.
         """

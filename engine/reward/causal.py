@@ -79,6 +79,7 @@ class CausalReward(Reward):
             check_row_invariance(self.decoder, config.target)
         self.target = config.target
         shape = self.decoder.config
+        self.deterministic = config.deterministic
         if tokenizer is not None and self.tokenizer is not None:
             self.same_vocabulary = tokenizer.same_vocabulary(self.tokenizer)
         elif tokenizer is None and self.tokenizer is None:
@@ -141,7 +142,14 @@ class CausalReward(Reward):
         self._sessions.start(sessions)
 
     def resume(self, session: Session, token_ids: list[int], text: str | None) -> None:
-        """Writes the response into the session's pages, all but its last token."""
+        """Writes the response into the session's pages, all but its last token; in deterministic mode as it was scored
+        and committed, so that every key has the bits that it had."""
+        if self.deterministic:
+            [scored] = self.score([Candidate(session, token_ids, text)])
+            if isinstance(scored.reward, RewardError):
+                raise scored.reward
+            self.commit([(session, scored.handle)])
+            return
         ids, content = self.framing.ids(session.frame, token_ids, text)
         self._sessions.make_room(session, content - 1)
         self._sessions.write(session, ids, content - 1)
