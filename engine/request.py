@@ -106,9 +106,8 @@ class Hypothesis:
         spent = self.metrics
         if self.attempts:
             self.go_back()
-        if self.boundary is not None:  # else it was opened a moment ago, and nothing of it was computed
-            self.metrics.lm_seconds, self.metrics.rm_seconds = spent.lm_seconds, spent.rm_seconds
-            self.metrics.num_preemptions += 1
+        self.metrics.lm_seconds, self.metrics.rm_seconds = spent.lm_seconds, spent.rm_seconds
+        self.metrics.num_preemptions += 1
         self.attempts = []
 
     def let_go(self) -> None:

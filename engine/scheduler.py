@@ -117,7 +117,7 @@ class Scheduler:
                     if len(self.running) > 1:
                         self._preempt(self.running[-1])
                     else:
-                        ended.append(self._refuse(unit, "reserve has no room for the next segment of this response"))
+                        ended.append(self._refuse(unit, "reserve has no room for the next segment of this prompt"))
         return ended
 
     def _reserve(self, hypothesis: Hypothesis, opened: bool = False) -> bool:
@@ -136,14 +136,18 @@ class Scheduler:
         return self._reward.reserve(hypothesis.session, unseen + hypothesis.next_segment)
 
     def _preempt(self, unit: Unit) -> None:
-        """Takes everything from `unit` and puts it in front of those that wait."""
+        """Takes everything from a running `unit` and puts it in front of those that wait."""
         for hypothesis in unit.unfinished:
             self._round.drop_best(hypothesis)
             hypothesis.preempt()
+        self._give_up(unit)
+        self.running.remove(unit)
+        self.waiting.appendleft(unit)
+
+    def _give_up(self, unit: Unit) -> None:
+        """Takes everything from `unit`, until another gives something back."""
+        for hypothesis in unit.unfinished:
             self._close(hypothesis)
-        if unit in self.running:
-            self.running.remove(unit)
-            self.waiting.appendleft(unit)
         self._gave_way = unit
 
     def _refuse(self, unit: Unit, problem: str) -> Request:
@@ -193,15 +197,12 @@ class Scheduler:
                 beginning = self._beginning(hypothesis)
                 if beginning in beginnings:
                     return opened
-                first = all(other.table is None for other in unit.unfinished)
-                if first and not self._has_room(unit):
+                if all(other.table is None for other in unit.unfinished) and not self._has_room(unit):
                     return opened
                 try:
                     if not self._open(hypothesis):
-                        if first:
-                            self._close(hypothesis)
-                        else:  # of some of it the prompt was computed already
-                            self._preempt(unit)
+                        if any(one.table is not None for one in unit.unfinished):
+                            self._give_up(unit)
                         return [other for other in opened if other.table is not None]
                 except IntegrityError:
                     raise
@@ -283,7 +284,7 @@ class Scheduler:
                 table, prompt = hypothesis.table, hypothesis.request.prompt.token_ids
                 first, stop = table.length, len(prompt) - 1 + ends.pop(0)
                 rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
-                spans.append(Span(table, (prompt + hypothesis.token_ids)[first:stop], first, rows, rows.start))
+                spans.append(Span(table, (prompt + hypothesis.token_ids)[first:stop], first, rows))
                 moves.append(CommitMove(table, rows.start, len(rows), first))
             self._passes.redraft(spans)
             self._cache.commit(moves)
