@@ -85,7 +85,7 @@ def operations(setup) -> Iterator[Figure]:
 
 def _span(table: BlockTable, start: int, history: int) -> Span:
     rows = 17  # a segment, and the committed token before it
-    return Span(table, list(range(5, 5 + rows)), history, list(range(start, start + rows)), start)
+    return Span(table, list(range(5, 5 + rows)), history, list(range(start, start + rows)))
 
 
 def _timed(title: str, runner, call: Callable[[], object], fill: Callable[[], None], repeats: int) -> Iterator[Figure]:

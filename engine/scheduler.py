@@ -291,7 +291,7 @@ class Scheduler:
                 table, prompt = _table(hypothesis), hypothesis.request.prompt.token_ids
                 first, stop = table.length, len(prompt) - 1 + ends.pop(0)
                 rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
-                spans.append(Span(table, (prompt + hypothesis.token_ids)[first:stop], first, rows, rows.start))
+                spans.append(Span(table, (prompt + hypothesis.token_ids)[first:stop], first, rows))
                 moves.append(CommitMove(table, rows.start, len(rows), first))
             self._passes.redraft(spans)
             self._cache.commit(moves)

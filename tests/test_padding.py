@@ -68,7 +68,7 @@ def test_scores_with_idle_rows_are_the_same(sizes):
         for size in sizes:
             start = cache.take_slab() * cache.slab_len
             ids = [1 + i % 4 for i in range(size)]
-            spans.append(Span(table, ids, len(PROMPTS[1]), range(start, start + size), start))
+            spans.append(Span(table, ids, len(PROMPTS[1]), range(start, start + size)))
         rewards = [passes.score(spans) for _ in range(2)]
         assert rewards[0] == rewards[1]
         assert torch.equal(cache.k_pages, pages)

@@ -174,10 +174,10 @@ def test_more_spans_than_a_pass_holds_are_scored_in_several():
     table = cache.open(prompt)
     passes.prefill([(table, prompt, len(prompt))])
     responses = [[1], [2, 3], [4, 4, 1], [3], [2, 1, 1, 4]]
-    spans = [Span(table, response, len(prompt), range(8 * slab, 8 * slab + len(response)), 8 * slab)
+    spans = [Span(table, response, len(prompt), range(8 * slab, 8 * slab + len(response)))
              for slab, response in enumerate(responses)]
-    for verdict, response in zip(passes.score(spans), responses, strict=True):
-        assert verdict.reward == pytest.approx(model.reward(prompt + response), abs=1e-4)
+    for reward, response in zip(passes.score(spans), responses, strict=True):
+        assert reward == pytest.approx(model.reward(prompt + response), abs=1e-4)
     most = passes.max_rows
     assert passes.fits([most]) and passes.fits([most - 1, 1])
     assert not passes.fits([most + 1]) and not passes.fits([most, 1]) and not passes.fits([1, 1, 1])

@@ -183,7 +183,7 @@ class Bench:
         try:
             passes.prefill([(table, self.prompt(context), context)])
             rows = SEGMENT + 1
-            spans = [Span(table, self.prompt(rows), context, range(start, start + rows), start)
+            spans = [Span(table, self.prompt(rows), context, range(start, start + rows))
                      for start in (slab * cache.slab_len for slab in slabs)]
             for _ in range(2):
                 passes.score(spans)

@@ -173,8 +173,8 @@ def our_reward(bench: Bench, prompt: Sequence[int]) -> float:
     try:
         reward._passes.prefill([(table, prompt, len(prompt) - 1)])
         start = slab * cache.slab_len
-        [verdict] = reward._passes.score([Span(table, prompt[-1:], len(prompt) - 1, [start], start)])
-        return verdict.reward
+        [score] = reward._passes.score([Span(table, prompt[-1:], len(prompt) - 1, [start])])
+        return score
     finally:
         cache.return_slab(slab)
         cache.close(table)
