@@ -45,11 +45,11 @@ class BlockTable:
 
 
 class CommitMove(NamedTuple):
-    """`count` slab rows from flat slab row `slab_start` become positions `at` .. `at + count - 1` of `table`."""
+    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`."""
 
     table: BlockTable
     slab_start: int
-    count: int
+    rows: int
     at: int
 
 
@@ -214,7 +214,7 @@ class PagedCache:
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
-    def rows(self, table: BlockTable, start: int, stop: int) -> array:
+    def rows(self, table: BlockTable, start: int, stop: int) -> array[int]:
         """Page rows of positions start .. stop - 1, for a caller about to write them.
 
         Shared pages among them are replaced by private copies first; raises OutOfPages, and then has changed nothing.
@@ -241,7 +241,7 @@ class PagedCache:
             inside = 0 <= slab_start < self.num_slabs * self.slab_len
             if not inside or slab_start % self.slab_len + count > self.slab_len:
                 raise IntegrityError(f"slab rows {slab_start} to {slab_start + count} lie in no one slab: check the id")
-        self._make_private([(move.table, move.at, move.at + move.count) for move in moves])
+        self._make_private([(move.table, move.at, move.at + move.rows) for move in moves])
         source, target = array("i"), array("i")
         for table, slab_start, count, at in moves:
             source.extend(range(slab_start, slab_start + count))
@@ -338,7 +338,7 @@ class PagedCache:
         if not 0 <= start <= stop <= room:
             raise IntegrityError(f"positions {start} to {stop} exceed a table of {room}: reserve more")
 
-    def _rows(self, table: BlockTable, start: int, stop: int) -> array:
+    def _rows(self, table: BlockTable, start: int, stop: int) -> array[int]:
         rows = array("i")
         size = self.page_size
         while start < stop:
@@ -385,7 +385,7 @@ class PagedCache:
             self.pool.free([table.pages[i]])
             table.pages[i] = page
 
-    def _run_moves(self, source: array, target: array) -> None:
+    def _run_moves(self, source: array[int], target: array[int]) -> None:
         """Copies slab rows `source` to page rows `target` in every layer, from buffers at fixed addresses: replayed."""
         count = rows = len(source)
         self._moves.wait()
@@ -410,11 +410,11 @@ class PagedCache:
             target.extend(range(new * size, (new + 1) * size))
         self._copy_rows(self.k_pages, self.v_pages, source, target)
 
-    def _copy_rows(self, k_source: Tensor, v_source: Tensor, source: array, target: array) -> None:
+    def _copy_rows(self, k_source: Tensor, v_source: Tensor, source: array[int], target: array[int]) -> None:
         """Copies rows `source` of k_source and v_source to page rows `target`, in every layer."""
         copy_rows(k_source, v_source, self._to_device(source), self.k_pages, self.v_pages, self._to_device(target))
 
-    def _to_device(self, values: array) -> Tensor:
+    def _to_device(self, values: array[int]) -> Tensor:
         """int32 tensor of an int array, without a copy on the CPU and without waiting for a GPU."""
         if not values:
             return torch.empty(0, dtype=torch.int32, device=self.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from stars.arguments import shown
-from stars.cache import CommitMove, PagedCache
+from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, describe, log, sentence
 from stars.passes import Passes, Span
@@ -83,6 +83,12 @@ class Scheduler:
         """The groups of which something runs, as they were admitted."""
         return list(dict.fromkeys(unit.group for unit in self.running))
 
+    @property
+    def _scorer(self) -> Reward:
+        """The reward: whoever needs one was refused where there is none."""
+        assert self._reward is not None
+        return self._reward
+
     def check(self, name: str, plan: Plan, prompt: int, max_tokens: int) -> None:
         """RequestError unless the responses to a prompt of so many tokens that are decided together can be held at all.
 
@@ -125,15 +131,16 @@ class Scheduler:
 
         opened: the hypothesis holds nothing yet but what its table and session were opened with.
         """
+        table = _table(hypothesis)
         try:
-            self._cache.reserve(hypothesis.table, _next_length(hypothesis) - hypothesis.table.length)
+            self._cache.reserve(table, _next_length(hypothesis) - table.length)
         except OutOfPages:
             return False
         if hypothesis.session is None:
             return True
         # A response that is scored at its end grows in the reward's cache then, all at once.
         unseen = len(hypothesis.token_ids) if opened or hypothesis.request.plan.scoring == "end" else 0
-        return self._reward.reserve(hypothesis.session, unseen + hypothesis.next_segment)
+        return self._scorer.reserve(hypothesis.session, unseen + hypothesis.next_segment)
 
     def _preempt(self, unit: Unit) -> None:
         """Takes everything from a running `unit` and puts it in front of those that wait."""
@@ -234,13 +241,13 @@ class Scheduler:
         """Takes the pages of prompt, committed tokens and a segment in both caches; False if the reward has no room."""
         request = hypothesis.request
         scored = request.plan.scoring != "never"
-        if scored and not self._reward.can_open(request.prompt, request.params.max_tokens):
+        if scored and not self._scorer.can_open(request.prompt, request.params.max_tokens):
             return False
-        hypothesis.table = self._cache.open(request.prompt.token_ids[:-1])
+        table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1])
         if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
-            hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
+            hypothesis.metrics.prompt_tokens_cached = table.length
         if scored:
-            hypothesis.session = self._reward.open(request.prompt, request.params.max_tokens)
+            hypothesis.session = self._scorer.open(request.prompt, request.params.max_tokens)
         return self._reserve(hypothesis, opened=True)
 
     def _start(self, opened: list[Hypothesis]) -> list[Request]:
@@ -248,22 +255,22 @@ class Scheduler:
         the requests whose prompt alone cannot be scored."""
         exact = self._config.deterministic
         # The last token is the first input of a draft.
-        self._passes.prefill([(hypothesis.table, ids, len(ids) - 1) for hypothesis in opened for ids in
+        self._passes.prefill([(_table(hypothesis), ids, len(ids) - 1) for hypothesis in opened for ids in
                               [hypothesis.request.prompt.token_ids + ([] if exact else hypothesis.token_ids)]])
         for hypothesis in opened:
-            self._cache.publish(hypothesis.table, hypothesis.request.prompt.token_ids[:-1])
+            self._cache.publish(_table(hypothesis), hypothesis.request.prompt.token_ids[:-1])
         if exact:
             self._redraft([hypothesis for hypothesis in opened if hypothesis.token_ids])
         scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
         if not scored:
             return []
-        self._reward.start([hypothesis.session for hypothesis in scored])
+        self._scorer.start([hypothesis.session for hypothesis in scored])
         for hypothesis in scored:
             if hypothesis.token_ids and hypothesis.request.plan.scoring == "segment":
                 for stop in _ends(hypothesis) if exact else [len(hypothesis.token_ids)]:
                     ids = hypothesis.token_ids[:stop]
-                    text = hypothesis.request.detokenizer.decode(ids) if self._reward.needs_text else None
-                    self._reward.resume(hypothesis.session, ids, text)
+                    text = hypothesis.request.detokenizer.decode(ids) if self._scorer.needs_text else None
+                    self._scorer.resume(hypothesis.session, ids, text)
         requests = list({hypothesis.request.request_id: hypothesis.request for hypothesis in scored
                          if hypothesis.request.prompt_reward is None}.values())
         self._round.prompt_rewards(requests)
@@ -281,7 +288,7 @@ class Scheduler:
             slabs = [self._cache.take_slab() for _ in waiting]
             spans, moves = [], []
             for (hypothesis, ends), slab in zip(waiting, slabs, strict=True):
-                table, prompt = hypothesis.table, hypothesis.request.prompt.token_ids
+                table, prompt = _table(hypothesis), hypothesis.request.prompt.token_ids
                 first, stop = table.length, len(prompt) - 1 + ends.pop(0)
                 rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
                 spans.append(Span(table, (prompt + hypothesis.token_ids)[first:stop], first, rows))
@@ -320,7 +327,7 @@ class Scheduler:
         if session is not None:
             hypothesis.session = None
             try:
-                self._reward.close(session)
+                self._scorer.close(session)
             except IntegrityError:
                 raise
             except Exception as error:  # the response has ended, and nobody else has to do with it
@@ -342,3 +349,9 @@ def _next_length(hypothesis: Hypothesis) -> int:
 def _ends(hypothesis: Hypothesis) -> list[int]:
     """Where its segments end, in tokens of the response."""
     return list(accumulate(len(segment.token_ids) for segment in hypothesis.segments))
+
+
+def _table(hypothesis: Hypothesis) -> BlockTable:
+    """The pages of a response that holds some."""
+    assert hypothesis.table is not None
+    return hypothesis.table
