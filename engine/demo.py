@@ -15,7 +15,7 @@ from stars.outputs import Metrics, RequestOutput
 from stars.policies import STARS, Sample
 from stars.sampling import SamplingParams
 from stars.trace import request_trace, write_trace
-from stars.trace_show import BAR_LEGEND, LEGEND, Scale, number, segment_lines
+from stars.trace.show import BAR_LEGEND, LEGEND, Scale, number, segment_lines
 
 OPENINGS = (
     "This film was",

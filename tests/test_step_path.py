@@ -2,9 +2,9 @@
 
 Counted on the shipped pair, on the CPU, in a step in which nothing is new: one request under STARS with four lanes, all
 shapes recorded before, the segment accepted. Every call of one of the package's functions is noted in order (a resumed
-generator is a call too); a change is a call in another file than the last one noted. kernels/ counts as one file, and so
-does bindings/: how an operation or a recorded pass runs inside is not the loop's path. Before rules, groups and targets had
-rooms of their own, this came to 20 files and 129 changes.
+generator is a call too); a change is a call in another file than the last one noted. kernels/ counts as one file, and
+so does bindings/: how an operation or a recorded pass runs inside is not the loop's path. Before rules, groups and
+targets had rooms of their own, this came to 20 files and 129 changes.
 
 Run as a program it prints the path.
 """

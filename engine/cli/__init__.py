@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from stars import __version__
 from stars.cli import options
 from stars.cli.signals import Terminated, termination
 from stars.errors import StarsError
 from stars.line_file import FULL
+from stars.version import __version__
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
 

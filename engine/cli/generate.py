@@ -15,7 +15,8 @@ from stars.cli.terminal import one_line, terminal_width, visible
 from stars.errors import RequestError, StarsError
 from stars.line_file import ADVICE, LineFile, StreamLines, check_writable, identity, open_lines
 from stars.outputs import RequestOutput
-from stars.trace import dumps, trace_header, trace_lines
+from stars.trace import trace_header, trace_lines
+from stars.trace.json_lines import dumps
 
 CALIBRATION_PROMPTS, CALIBRATION_SAMPLES, CALIBRATION_QUANTILE = 8, 16, 0.9
 GO_ON = "every line in it is whole, so make room and go on with --resume"

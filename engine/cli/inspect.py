@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stars.errors import ModelError
-from stars.trace import dumps, plain
+from stars.trace.json_lines import dumps, plain
 
 if TYPE_CHECKING:
     from stars.model.loader import ModelSummary

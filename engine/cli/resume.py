@@ -10,7 +10,8 @@ from typing import Any
 from stars.cli.rows import Row, key_of, prompt_of
 from stars.errors import RequestError
 from stars.line_file import LineFile
-from stars.trace import FORMAT, VERSION, dumps, loads
+from stars.trace import FORMAT, VERSION
+from stars.trace.json_lines import dumps, loads
 
 
 class Resumption:

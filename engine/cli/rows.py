@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from stars.errors import RequestError
 from stars.outputs import RequestOutput
 from stars.prompt import PROMPT_KEYS, prompt_kind
-from stars.trace import MAX_NESTING, loads, metrics_record, plain, too_deep
+from stars.trace import metrics_record
+from stars.trace.json_lines import MAX_NESTING, loads, plain, too_deep
 
 RESULT_KEYS = ("index", "outputs", "metrics", "seed", "error")  # of a row that is written; one that is read has no say
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import IO, Any
 
 from stars.errors import TraceError
-from stars.trace import FORMAT, VERSION, TraceAttempt, TraceCompletion, TraceRequest, TraceSegment, loads, too_deep
+from stars.trace.json_lines import loads, too_deep
+from stars.trace.records import FORMAT, VERSION, TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
+
+
+def read_trace(file: str | os.PathLike | IO) -> list[TraceRequest]:
+    """The requests of a trace file, given as a path or an open file.
+
+    Raises TraceError, which names the line, for a file that is not a trace, of another version, damaged or cut short;
+    OSError where there is no such file.
+    """
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            return TraceReader(opened, os.fspath(file)).read()
+    return TraceReader(file, str(getattr(file, "name", "the trace"))).read()
 
 
 class _Record:

@@ -1,7 +1,7 @@
 """The trace of a run: every attempt with its reward and threshold, as strict JSON, one record a line.
 
 A file begins with one record {"type": "trace", "format": "stars-trace", "version": 1}. Each request follows as one
-"request" record, and for each of its completions one "completion" record with its "attempt" records behind it, in the
+"request" record, and for each of its completions one "completion" record followed by its "attempt" records, in the
 order they were drawn. Records say how many others follow, so that a file cut short is noticed. Numbers that JSON lacks
 are the strings "-inf", "inf" and "nan".
 """
@@ -9,99 +9,22 @@ are the strings "-inf", "inf" and "nan".
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 from stars.detokenizer import Detokenizer
 from stars.line_file import LineFile
+from stars.trace.json_lines import dumps, plain
+from stars.trace.records import FORMAT, VERSION, TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
+from stars.version import __version__
 
 if TYPE_CHECKING:
     from stars.outputs import CompletionOutput, RequestOutput
     from stars.sampling import SamplingParams
 
-FORMAT, VERSION = "stars-trace", 1
-MAX_NESTING = 100  # of what is read: far beyond any use, and far from what exhausts the stack when it is written again
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete UTF-8 sequence to
-
-
-class TraceAttempt(NamedTuple):
-    """One drawn candidate of a segment."""
-
-    segment: int  # from 0
-    attempt: int  # from 1
-    text: str | None  # None where the model has no tokenizer
-    token_ids: list[int]
-    logprob: float  # under the LM with its penalties, nats
-    reward: float | None  # None where it was not needed
-    threshold: float | None
-    accept_probability: float | None
-    margin: float | None  # reward - threshold
-    accepted: bool
-    committed: bool  # it became part of the response: accepted, or the best seen after the last attempt
-
-
-class TraceSegment(NamedTuple):
-    """The attempts of one segment, in the order of the draw."""
-
-    attempts: list[TraceAttempt]
-
-    @property
-    def committed(self) -> TraceAttempt:
-        """The one that became part of the response."""
-        return next(attempt for attempt in self.attempts if attempt.committed)
-
-    @property
-    def counted(self) -> int:
-        """Attempts up to the accepted one, or all of them where none was."""
-        return sum(self.status(attempt) != "skipped" for attempt in self.attempts)
-
-    def status(self, attempt: TraceAttempt) -> str:
-        """"accepted", "fallback" (best of the rejected), "rejected", "skipped" (behind the accepted one), "kept" or
-        "lower" (where the method has no threshold: the candidate kept, and those that were not)."""
-        committed = self.committed
-        if committed.threshold is None:
-            return "kept" if attempt.committed else "lower"
-        if attempt.committed:
-            return "accepted" if attempt.accepted else "fallback"
-        return "skipped" if committed.accepted and attempt.attempt > committed.attempt else "rejected"
-
-
-@dataclass(frozen=True)
-class TraceCompletion:
-    """One completion of a request."""
-
-    index: int
-    text: str | None
-    token_ids: list[int]
-    finish_reason: str | None
-    stop_reason: int | str | None
-    error: str | None
-    reward: float | None
-    cumulative_logprob: float
-    metrics: dict[str, Any]
-    segments: list[TraceSegment]
-
-
-@dataclass(frozen=True)
-class TraceRequest:
-    """One request: what was asked and what came of it."""
-
-    request_id: str
-    prompt: str | list[dict] | None  # as given: text, messages, or None where token ids were given
-    prompt_token_ids: list[int]
-    params: dict[str, Any] | None  # the sampling parameters that differ from their defaults, with max_tokens
-    policy: dict[str, Any]  # "name" and its parameters
-    seed: int
-    prompt_reward: float | None
-    metrics: dict[str, Any]
-    completions: list[TraceCompletion]
-
-
-# -- writing ------------------------------------------------------------------------------------------------------
 
 
 def request_trace(output: RequestOutput, tokenizer: Any, sampling_params: SamplingParams | None = None) -> TraceRequest:
@@ -158,70 +81,12 @@ def write_trace(file: str | os.PathLike | IO[str], outputs: RequestOutput | Sequ
 
 def trace_header() -> str:
     """The first line of a trace file."""
-    from stars import __version__
-
     return dumps({"type": "trace", "format": FORMAT, "version": VERSION, "engine": __version__}) + "\n"
 
 
 def trace_lines(output: RequestOutput, tokenizer: Any, sampling_params: SamplingParams | None = None) -> str:
     """The lines of one request: written in one piece, what stands in the file is always whole requests."""
     return "".join(dumps(record) + "\n" for record in trace_records(output, tokenizer, sampling_params))
-
-
-def plain(value: Any) -> Any:
-    """`value` in strict JSON's terms: numbers that JSON lacks as text, tuples as lists."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
-
-
-def dumps(value: Any, ascii_only: bool = False) -> str:
-    """One line of strict JSON, readable text where it can be written as UTF-8."""
-    text = json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
-    try:
-        text.encode("utf8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
-        return json.dumps(value, allow_nan=False)
-    return text
-
-
-def loads(line: bytes | str) -> Any:
-    """The value of one line of strict JSON in UTF-8; ValueError says what is wrong with any other line."""
-    text = line if isinstance(line, str) else line.decode("utf8")
-    try:
-        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    except ValueError as error:
-        if str(error).startswith("Exceeds the limit"):  # advice for programmers follows
-            raise ValueError("it has a number of too many digits") from None
-        raise
-
-
-def too_deep(value: Any) -> bool:
-    """Whether a value that was read nests lists and objects more than MAX_NESTING deep."""
-    level = [value]
-    for _ in range(MAX_NESTING):
-        level = [item for outer in level if isinstance(outer, (dict, list))
-                 for item in (outer.values() if isinstance(outer, dict) else outer)]
-        if not level:
-            return False
-    return any(isinstance(item, (dict, list)) for item in level)
-
-
-def _refuse_number(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text} is beyond the range of numbers")
-    return number
 
 
 def metrics_record(metrics: Any) -> dict[str, Any]:
@@ -247,10 +112,10 @@ def _segments(completion: CompletionOutput, tokenizer: Any) -> list[TraceSegment
         for number, attempt in enumerate(segment.attempts):
             if tokenizer is None:
                 text = None
-            elif ends and number == winner:  # a stop string and what stands behind it are no part of the text
-                text = _behind(shown, completion.text)
+            elif ends and number == winner:  # a stop string and what follows it are no part of the text
+                text = _added(shown, completion.text)
             else:
-                text = _behind(shown, _decode(tokenizer, before + attempt.token_ids, ends))
+                text = _added(shown, _decode(tokenizer, before + attempt.token_ids, ends))
             margin = None
             if attempt.reward is not None and attempt.threshold is not None:
                 margin = attempt.reward - attempt.threshold
@@ -271,23 +136,6 @@ def _decode(tokenizer: Any, token_ids: list[int], ends: bool = False) -> str:
     return text if ends else text.rstrip(REPLACEMENT)
 
 
-def _behind(before: str, text: str) -> str:
+def _added(before: str, text: str) -> str:
     """What `text` adds to `before`, its beginning."""
     return text[len(os.path.commonprefix([before, text])):]
-
-
-# -- reading ------------------------------------------------------------------------------------------------------
-
-
-def read_trace(file: str | os.PathLike | IO) -> list[TraceRequest]:
-    """The requests of a trace file, given as a path or an open file.
-
-    Raises TraceError, which names the line, for a file that is not a trace, of another version, damaged or cut short;
-    OSError where there is no such file.
-    """
-    from stars.trace_reader import TraceReader
-
-    if isinstance(file, (str, os.PathLike)):
-        with open(file, "rb") as opened:
-            return TraceReader(opened, os.fspath(file)).read()
-    return TraceReader(file, str(getattr(file, "name", "the trace"))).read()

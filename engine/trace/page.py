@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from stars.cli.terminal import visible
-from stars.trace import TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
-from stars.trace_charts import attempts_histogram, rewards_chart
-from stars.trace_show import describe_policy, number, prompt_text
+from stars.trace.charts import attempts_histogram, rewards_chart
+from stars.trace.records import TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
+from stars.trace.show import describe_policy, number, prompt_text
 
 LOW, MIDDLE, HIGH = (196, 84, 26), (140, 140, 140), (0, 128, 128)
 """Colours of low and high rewards: orange and teal, which most colour-blind readers tell apart."""
@@ -32,7 +32,7 @@ FIGURES = (
 
 def page(requests: Sequence[TraceRequest], title: str) -> str:
     """The page of these requests."""
-    template = Path(__file__).with_name("trace_page.html").read_text(encoding="utf8")
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf8")
     body = "\n".join(_request(index, request) for index, request in enumerate(requests))
     parts = {"TITLE": escape(title), "PICKER": _picker(requests), "BODY": body or "<p>The trace holds no requests.</p>"}
     # One pass over the template alone: a text that happens to hold a mark is never looked at.

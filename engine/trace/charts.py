@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from stars.trace import TraceSegment
-from stars.trace_show import number
+from stars.trace.records import TraceSegment
+from stars.trace.show import number
 
 WIDTH, HEIGHT = 760, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 30  # margins for the axes' labels
