@@ -469,7 +469,7 @@ def _first_argument(function: Callable) -> Callable[[Context], tuple]:
             "environment": lambda context: (context.environment,)}[kind]
 
 
-class _FieldLimits:
+class _Formatter(SandboxedFormatter):
     """Counts what str.format writes, field by field."""
 
     def __init__(self, env: LimitedEnvironment, meter: Meter, **kwargs: Any):
@@ -489,9 +489,5 @@ class _FieldLimits:
         return super().format_field(value, format_spec)
 
 
-class _Formatter(_FieldLimits, SandboxedFormatter):
-    pass
-
-
-class _EscapeFormatter(_FieldLimits, SandboxedEscapeFormatter):
-    pass
+class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
+    """The same for markup."""
