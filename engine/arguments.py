@@ -142,13 +142,13 @@ def refuse_others(call: str, others: Mapping[str, Any], elsewhere: Mapping[str, 
 def known_by_name(absent: Mapping[str, Absent]) -> Callable[[Cls], Cls]:
     """Makes a dataclass refuse keywords it has not in one sentence, and take those of `absent` at neutral values."""
     def decorate(cls: Cls) -> Cls:
-        generated = cls.__init__
+        generated = cls.__init__  # type: ignore[misc]
 
         @functools.wraps(generated)  # which keeps the signature for help() and editors
-        def init(self, *args: Any, **kwargs: Any) -> None:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
             generated(self, *args, **known_keywords(cls.__name__, kwargs, generated, absent))
 
-        cls.__init__ = init
+        cls.__init__ = init  # type: ignore[misc]
         return cls
 
     return decorate

@@ -56,9 +56,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         max_tokens = self.max_tokens
-        checked = {
+        checked: dict[str, Any] = {
             "temperature": _between("temperature", self.temperature, 0.0, MOST_FLOAT32, "a finite number of at least "
                                     "0.0 that 32 bits can hold"),
             "top_k": max(integer("SamplingParams.top_k", self.top_k, -1), 0),
@@ -105,7 +105,7 @@ class SamplingParams:
 
         Raises RequestError where the prompt leaves no room, and for stop token ids that the model does not have.
         """
-        outside = next((token for token in self.stop_token_ids if token >= vocab_size), None)
+        outside = next((token for token in self.stop_token_ids or () if token >= vocab_size), None)
         if outside is not None:
             raise RequestError(f"SamplingParams.stop_token_ids has {shown(outside)}, which is outside the model's "
                                f"vocabulary of {vocab_size}: use ids of the model's tokenizer")

@@ -49,7 +49,7 @@ def test_what_is_installed_here_is_pinned():
     requirements = pytest.importorskip("packaging.requirements")
     pinned, seen = pins(), set()
     waiting = ["torch", "numpy", "safetensors", "tokenizers", "jinja2", "tqdm", "pytest", "pytest-benchmark",
-               "hypothesis", "transformers"]
+               "hypothesis", "mypy", "ruff", "transformers"]
     while waiting:
         name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
         if name in seen:

@@ -13,9 +13,9 @@ import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from jinja2 import nodes, pass_context
+from jinja2 import Template, nodes, pass_context
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.runtime import Context, LoopContext, Macro, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
@@ -64,6 +64,7 @@ _SIZED = frozenset(("batch", "center", "indent", "round", "slice", "tojson", "wo
 _COMPARING = frozenset(("!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le",
                         "lessthan", "lt", "ne"))
 """Tests that look into collections."""
+Node = TypeVar("Node", bound=nodes.Node)
 _FIELD = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+)?)?")
 
 
@@ -74,7 +75,7 @@ class LimitExceeded(TemplateRuntimeError):
 class Meter:
     """What one rendering has used."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps = MOST_STEPS
         self.characters = MOST_TEXT
         self.summed = MOST_SUMMED
@@ -160,7 +161,7 @@ class Meter:
             return self._counted(value)
         return value
 
-    def _counted(self, values: Iterator) -> Iterator:
+    def _counted(self, values: Iterator[Any]) -> Iterator[Any]:
         for value in values:
             self.step()
             self.text(REFERENCE)
@@ -184,7 +185,7 @@ class Meter:
             self.text(int(number))
         self.text(len(form) + self.weigh(values) * (max(1, len(fields)) if isinstance(values, Mapping) else 1))
 
-    def method(self, owner: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    def method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Counts a call of a method of a built-in type, before it is made; the arguments to make it with."""
         if name == "join" and args and isinstance(owner, (str, bytes)):
             args = (list(args[0]), *args[1:]) if not isinstance(args[0], (str, bytes)) else args
@@ -204,7 +205,8 @@ class Meter:
                 self.text(len(owner) * sum(map(self.weigh, args)))
             elif name in ("split", "rsplit", "splitlines"):
                 separator = args[0] if args else kwargs.get("sep")
-                most = owner.count(separator) if isinstance(separator, type(owner)) and separator else len(owner) // 2
+                most = (_occurrences(owner, separator) if isinstance(separator, type(owner)) and separator
+                        else len(owner) // 2)
                 limit = min([n for n in numbers if n >= 0], default=most) if name != "splitlines" else most
                 self.text(ITEM * min(most, limit))
         elif name in ("count", "index"):
@@ -217,7 +219,7 @@ class Meter:
     def replacement(self, value: Any, old: Any, new: Any) -> None:
         """Counts what stands in the place of every `old`."""
         if isinstance(value, (str, bytes)) and isinstance(old, type(value)):
-            self.text(value.count(old) * self.weigh(new))
+            self.text(_occurrences(value, old) * self.weigh(new))
         else:
             self.text(self.weigh(value) * (1 + self.weigh(new)))
 
@@ -227,7 +229,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-    def __init__(self, *args: Any, filters: dict[str, Callable], **kwargs: Any):
+    def __init__(self, *args: Any, filters: dict[str, Callable[..., Any]], **kwargs: Any):
         super().__init__(*args, finalize=_finalize, **kwargs)
         self.context_class = _MeteredContext
         self.globals.pop("lipsum")  # text by the paragraph
@@ -235,7 +237,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {"each ": _each, "concat ": _concat, "read ": _read, "data ": _data, "taken ": _taken}
         self.tests = {name: _metered_test(name, function) for name, function in self.tests.items()}
 
-    def compile_limited(self, source: str):
+    def compile_limited(self, source: str) -> Template:
         """The template of `source`, with its counters in place."""
         if len(source) > MOST_SOURCE:
             raise LimitExceeded(f"it has more than {MOST_SOURCE} characters")
@@ -244,7 +246,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 as Jinja's own
         """Calls an object."""
-        meter = __context.meter
+        meter = _meter(__context)
         meter.step()
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
@@ -262,7 +264,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             meter.scan(*args, *kwargs.values())
         return meter.taken(super().call(__context, __obj, *args, **kwargs))
 
-    def _format(self, meter: Meter, method: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+    def _format(self, meter: Meter, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         text = method.__self__
         if method.__name__ == "format_map":
             [kwargs], args = args, ()
@@ -272,7 +274,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Applies an operator to two values."""
-        meter = context.meter
+        meter = _meter(context)
         meter.step()
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
         if operator == "%" and isinstance(left, (str, bytes)):
@@ -304,8 +306,14 @@ class _MeteredContext(Context):
 
     def derived(self, locals: dict[str, Any] | None = None) -> Context:
         context = super().derived(locals)
+        assert isinstance(context, _MeteredContext)
         context.meter = self.meter
         return context
+
+
+def _meter(context: Context) -> Meter:
+    assert isinstance(context, _MeteredContext)  # LimitedEnvironment makes no others
+    return context.meter
 
 
 class _Counters(NodeTransformer):
@@ -314,43 +322,47 @@ class _Counters(NodeTransformer):
     Filters that take the context are also never run while a template is compiled, as those of constants else are.
     """
 
+    def _within(self, node: Node) -> Node:
+        return cast(Node, self.generic_visit(node))
+
     def visit_For(self, node: nodes.For) -> nodes.For:
         size = _nodes(node.body)
-        node = self.generic_visit(node)
+        node = self._within(node)
+        assert isinstance(node.iter, nodes.Expr)
         node.iter = _filter("each ", node.iter, nodes.Const(1 + size // NODES))
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         size = sum(len(part.data) for part in node.nodes if isinstance(part, nodes.TemplateData))
-        node = self.generic_visit(node)
+        node = self._within(node)
         node.nodes = [_filter("data ", nodes.Const(size)), *node.nodes] if size else node.nodes
         return node
 
     def _body(self, node: Any) -> Any:
         size = _nodes(node.body)
-        node = self.generic_visit(node)
+        node = self._within(node)
         node.body = [nodes.Output([_filter("data ", nodes.Const(size))]), *node.body]
         return node
 
     visit_Macro = visit_CallBlock = visit_Block = _body
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        return _filter("concat ", nodes.List(self.generic_visit(node).nodes))
+        return _filter("concat ", nodes.List(self._within(node).nodes))
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        node = self.generic_visit(node)
+        node = self._within(node)
         node.expr = _reading(node.expr)
         for operand in node.ops:
             operand.expr = _reading(operand.expr)
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
-        node = self.generic_visit(node)
+        node = self._within(node)
         node.key = _reading(node.key)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
-        node = self.generic_visit(node)
+        node = self._within(node)
         if isinstance(node.arg, nodes.Slice):
             return _filter("taken ", node)
         node.arg = _reading(node.arg)
@@ -378,48 +390,48 @@ def _reading(node: nodes.Expr) -> nodes.Expr:
 def _each(context: Context, values: Any, cost: int) -> Any:
     """A loop's values: its steps are counted before it begins, where their number is known."""
     if isinstance(values, Iterator):
-        return context.meter.taken(values)
-    context.meter.step(cost * len(values) if hasattr(values, "__len__") else cost)
+        return _meter(context).taken(values)
+    _meter(context).step(cost * len(values) if hasattr(values, "__len__") else cost)
     return values
 
 
 @pass_context
-def _concat(context: Context, parts: list) -> str:
-    context.meter.scan(*parts)
+def _concat(context: Context, parts: list[Any]) -> str:
+    _meter(context).scan(*parts)
     return (markup_join if context.eval_ctx.autoescape else str_join)(parts)
 
 
 @pass_context
 def _read(context: Context, value: Any) -> Any:
-    context.meter.read(value)
+    _meter(context).read(value)
     return value
 
 
 @pass_context
 def _data(context: Context, count: int) -> str:
-    context.meter.step(1 + count // NODES)
-    context.meter.text(count)
+    _meter(context).step(1 + count // NODES)
+    _meter(context).text(count)
     return ""
 
 
 @pass_context
 def _taken(context: Context, value: Any) -> Any:
-    return context.meter.taken(value)
+    return _meter(context).taken(value)
 
 
 @pass_context
 def _finalize(context: Context, value: Any) -> Any:
-    context.meter.step()
-    context.meter.scan(value)
+    _meter(context).step()
+    _meter(context).scan(value)
     return value
 
 
-def _metered_filter(name: str, function: Callable) -> Callable:
+def _metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     first = _first_argument(function)
 
     @pass_context
     def metered(context: Context, value: Any = "", *args: Any, **kwargs: Any) -> Any:
-        meter, given = context.meter, (*args, *kwargs.values())
+        meter, given = _meter(context), (*args, *kwargs.values())
         meter.step()
         if isinstance(value, Iterator) and name in ("join", "sum"):
             value = list(value)
@@ -448,25 +460,31 @@ def _metered_filter(name: str, function: Callable) -> Callable:
     return metered
 
 
-def _metered_test(name: str, function: Callable) -> Callable:
+def _metered_test(name: str, function: Any) -> Callable[..., Any]:
     first = _first_argument(function)
 
     @pass_context
     def metered(context: Context, *args: Any, **kwargs: Any) -> Any:
-        context.meter.step()
+        _meter(context).step()
         if name in _COMPARING:
-            context.meter.read(*args, *kwargs.values())
+            _meter(context).read(*args, *kwargs.values())
         return function(*first(context), *args, **kwargs)
 
     return metered
 
 
-def _first_argument(function: Callable) -> Callable[[Context], tuple]:
+def _first_argument(function: Callable[..., Any]) -> Callable[[Context], tuple[Any, ...]]:
     """What a filter or test is to be given before its value, as Jinja would."""
     kind = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
     return {None: lambda context: (), "context": lambda context: (context,),
             "eval_context": lambda context: (context.eval_ctx,),
             "environment": lambda context: (context.environment,)}[kind]
+
+
+def _occurrences(text: Any, part: Any) -> int:
+    """How often `part` stands in `text`: both are texts, or both bytes."""
+    count: int = text.count(part)
+    return count
 
 
 class _Formatter(SandboxedFormatter):

@@ -33,7 +33,8 @@ class Tokenizer:
     add_bos_token and add_eos_token of tokenizer_config.json do not enter, as in transformers 5.
     """
 
-    def __init__(self, backend: Backend, special_tokens: dict[str, str], templates: dict[str, str], where: str):
+    def __init__(self, backend: Backend | ConfinedBackend, special_tokens: dict[str, str], templates: dict[str, str],
+                 where: str):
         self._backend = backend
         self._special_tokens = special_tokens  # by name: "bos_token" and so on
         self._templates = {name: ChatTemplate(source, where) for name, source in templates.items()}
@@ -68,7 +69,7 @@ class Tokenizer:
         with byte fallback would replace every byte of its run, whole characters too.)
         """
         with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
-            text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         if REPLACEMENT not in text or not self._byte_fallback:
             return text
         tokens = (self._backend.id_to_token(token) for token in ids)
@@ -76,7 +77,8 @@ class Tokenizer:
         shown = [token for token in tokens if token is not None and token not in hidden]
         join = self._backend.join if isinstance(self._backend, ConfinedBackend) else self._backend.decoder.decode
         with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
-            return join(_replace_invalid_bytes(shown))
+            text = join(_replace_invalid_bytes(shown))
+        return text
 
     @cached_property
     def _byte_fallback(self) -> bool:
@@ -115,7 +117,8 @@ class Tokenizer:
         """Whether messages can be rendered."""
         return bool(self._templates)
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **kwargs: Any) -> str:
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True,
+                            **kwargs: Any) -> str:
         """`messages` as text: to be encoded without special tokens. `kwargs` are further variables of the template.
 
         Raises TokenizerError without a template, and for messages that the template does not take.
@@ -131,7 +134,7 @@ class Tokenizer:
         variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
         return self._templates[name].render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
-    def split_template(self, messages: list[dict], **kwargs: Any) -> tuple[str, str]:
+    def split_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, str]:
         """(what stands before an assistant's answer to `messages`, what the template puts behind it).
 
         Both are cut from a rendering with the answer in it, since that is what reward models are trained on: a template
@@ -185,8 +188,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
         # both may be left in the file from training, and would cut or stretch prompts
         backend.no_truncation()
         backend.no_padding()
-        backend = bounded(backend, f"the tokenizer of {directory}")
-        return Tokenizer(backend, special_tokens, _templates(directory, config), str(directory))
+        return Tokenizer(bounded(backend, f"the tokenizer of {directory}"), special_tokens,
+                         _templates(directory, config), str(directory))
 
 
 def has_chat_template(directory: str | Path) -> bool:
@@ -213,9 +216,9 @@ def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> di
     """
     # Three kinds: the seven names of all models, tokens that this one names in its own way, and a list without names,
     # which goes by two names itself.
-    named = {name: config.get(name) for name in SPECIAL_TOKENS}
+    named: dict[str, Any] = {name: config.get(name) for name in SPECIAL_TOKENS}
     own = {name: token for name, token in config.items() if _own_name(name) and isinstance(token, str)}
-    late = {name: token for name, token in config.items()
+    late: dict[str, Any] = {name: token for name, token in config.items()
             if _own_name(name) and isinstance(token, dict) and "content" in token}
     listed, additional = config.get("extra_special_tokens"), config.get("additional_special_tokens")
     if not listed and additional is not None:
@@ -282,7 +285,7 @@ def _content(token: Any) -> str:
     return content
 
 
-def _list(tokens: Any) -> list:
+def _list(tokens: Any) -> list[Any]:
     if tokens is not None and not isinstance(tokens, list):
         raise ValueError(f"{tokens!r} is no list")
     return tokens or []

@@ -167,7 +167,7 @@ def _state_growth(state: Any) -> float:
         for child in (child for name in _LISTS for child in state.get(name, ())):
             product *= _state_growth(child)
         return product
-    pattern = state.get("pattern") if kind in ("Replace", "Split") else None
+    pattern: Any = state.get("pattern") if kind in ("Replace", "Split") else None
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if regex is not None and not _is_known(regex):
         return float("inf")
@@ -261,14 +261,16 @@ class ConfinedBackend:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """As the library's."""
-        return self._ask("decode", [int(token) for token in ids], skip_special_tokens)
+        text: str = self._ask("decode", [int(token) for token in ids], skip_special_tokens)
+        return text
 
     def join(self, tokens: list[str]) -> str:
         """The text of `tokens`, as the library's decoder makes it."""
-        return self._ask("join", tokens, False)
+        text: str = self._ask("join", tokens, False)
+        return text
 
     def _forget(self) -> None:
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
@@ -309,11 +311,13 @@ class ConfinedBackend:
         """Sends one line and reads one, neither longer than `seconds` in all."""
         limit = time.monotonic() + seconds
         process = self._process
+        assert process is not None and process.stdout is not None and process.stdin is not None
         reading, writing = process.stdout.fileno(), process.stdin.fileno()
         pipes = select.poll()
         pipes.register(reading, select.POLLIN)
         pipes.register(writing, select.POLLOUT)
-        unsent, parts = memoryview(json.dumps(question).encode() + b"\n"), []
+        unsent = memoryview(json.dumps(question).encode() + b"\n")
+        parts: list[bytes] = []
         os.set_blocking(writing, False)
         while not parts or not parts[-1].endswith(b"\n"):
             if not unsent and len(parts) == 0:
@@ -337,9 +341,10 @@ class ConfinedBackend:
         return json.loads(b"".join(parts))
 
 
-def _end(process: subprocess.Popen, owner: int) -> None:
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     if owner == os.getpid():
         process.kill()
         process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

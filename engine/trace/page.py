@@ -223,7 +223,8 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
 def _color(reward: float, low: float, high: float) -> tuple[int, int, int]:
     share = 0.5 if high <= low else min(1.0, max(0.0, (reward - low) / (high - low)))
     first, second, part = (LOW, MIDDLE, 2 * share) if share < 0.5 else (MIDDLE, HIGH, 2 * share - 1)
-    return tuple(round(a + (b - a) * part) for a, b in zip(first, second, strict=True))
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def _text(attempt: TraceAttempt) -> str:

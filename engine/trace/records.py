@@ -71,7 +71,7 @@ class TraceRequest:
     """One request: what was asked and what came of it."""
 
     request_id: str
-    prompt: str | list[dict] | None  # as given: text, messages, or None where token ids were given
+    prompt: str | list[dict[str, Any]] | None  # as given: text, messages, or None where token ids were given
     prompt_token_ids: list[int]
     params: dict[str, Any] | None  # the sampling parameters that differ from their defaults, with max_tokens
     policy: dict[str, Any]  # "name" and its parameters

@@ -58,17 +58,18 @@ def trace_records(output: RequestOutput, tokenizer: Any,
     return [plain(record) for record in records]
 
 
-def write_trace(file: str | os.PathLike | IO[str], outputs: RequestOutput | Sequence[RequestOutput], tokenizer: Any,
-                sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
+def write_trace(file: str | os.PathLike[str] | IO[str], outputs: RequestOutput | Sequence[RequestOutput],
+                tokenizer: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
     """Writes a trace of `outputs` to a path or an open text file.
 
     tokenizer: the engine's (`engine.tokenizer`). sampling_params: those of the requests, one for all or one for each,
     to be named in the trace. Raises OSError.
     """
-    outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-    params = list(sampling_params) if isinstance(sampling_params, (list, tuple)) else [sampling_params] * len(outputs)
-    lines = [trace_header(), *(trace_lines(output, tokenizer, of_output)
-                               for output, of_output in zip(outputs, params, strict=True))]
+    runs: list[RequestOutput] = list(outputs) if isinstance(outputs, Sequence) else [outputs]
+    params: list[SamplingParams | None] = (
+        list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(runs))
+    lines = [trace_header(), *(trace_lines(run, tokenizer, of_run)
+                               for run, of_run in zip(runs, params, strict=True))]
     if not isinstance(file, (str, os.PathLike)):
         for part in lines:
             file.write(part)
@@ -132,7 +133,7 @@ def _decode(tokenizer: Any, token_ids: list[int], ends: bool = False) -> str:
     """The text of a beginning of a response; an incomplete character at its end belongs to what follows."""
     if tokenizer is None:
         return ""
-    text = tokenizer.decode(token_ids)
+    text: str = tokenizer.decode(token_ids)
     return text if ends else text.rstrip(REPLACEMENT)
 
 
