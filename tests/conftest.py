@@ -51,6 +51,12 @@ def operations(request) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def lm(tiny_model) -> Path:
+    """A language model that can be given text and messages."""
+    return tiny_model(family="llama", tokenizer=True, chat_template=True)
+
+
+@pytest.fixture(scope="session")
 def pair(tiny_model) -> list[str]:
     """The command line's flags for a language model and a reward model of its vocabulary."""
     lm = tiny_model(tokenizer=True, chat_template=True)

@@ -13,6 +13,7 @@ import torch
 
 from instruction_sets import load_copy
 from libstars_threads import threads
+from products import random_case, run_linear
 from stars import kernels
 from stars.bindings import libstars
 
@@ -38,19 +39,6 @@ def instruction_set(request, libraries, monkeypatch):
     return request.param
 
 
-def random_case(in_features: int, out_features: int, rows: int):
-    generator = torch.Generator().manual_seed(in_features * 10007 + out_features * 101 + rows)
-    matrix = torch.randn(out_features, in_features, generator=generator)
-    x = torch.randn(rows, in_features, generator=generator)
-    return x, matrix, torch.randn(out_features, generator=generator)
-
-
-def product(x: torch.Tensor, weight: kernels.Weight) -> torch.Tensor:
-    out = torch.full((x.shape[0], weight.out_features), torch.nan)
-    kernels.linear(x, weight, out)
-    return out
-
-
 def packed(matrix: torch.Tensor, bias: torch.Tensor | None = None) -> kernels.Weight:
     return kernels.pack(matrix, bias, arithmetic="bfloat16")
 
@@ -58,7 +46,7 @@ def packed(matrix: torch.Tensor, bias: torch.Tensor | None = None) -> kernels.We
 @pytest.mark.parametrize("in_features, out_features", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 17, 123])
 def test_products_are_within_the_bound_of_a_float32_sum(rows, in_features, out_features, instruction_set):
-    x, matrix, bias = random_case(in_features, out_features, rows)
+    x, matrix, bias = random_case(in_features, out_features, torch.float32, rows)
     used = x.bfloat16() if instruction_set == "avx512_bf16" else x
     for given in (None, bias):
         rounded = matrix.bfloat16().double()
@@ -66,37 +54,37 @@ def test_products_are_within_the_bound_of_a_float32_sum(rows, in_features, out_f
         if given is not None:
             exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
         terms = in_features + (given is not None)
-        error = (product(x, packed(matrix, given)).double() - exact).abs()
+        error = (run_linear(x, packed(matrix, given)).double() - exact).abs()
         assert (error <= terms * U / (1 - terms * U) * magnitude).all()
 
 
 @pytest.mark.parametrize("in_features, out_features", [(37, 33), (300, 100), (257, 1409), (704, 256)])
 def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(in_features, out_features, instruction_set):
-    x, matrix, bias = random_case(in_features, out_features, 150)
+    x, matrix, bias = random_case(in_features, out_features, torch.float32, 150)
     weight = packed(matrix, bias)
-    everything = product(x, weight)
+    everything = run_linear(x, weight)
     for rows in (*range(1, 41), 64, 65, 127):
-        assert torch.equal(product(x[:rows], weight), everything[:rows])
-        assert torch.equal(product(x[-rows:], weight), everything[-rows:])
+        assert torch.equal(run_linear(x[:rows], weight), everything[:rows])
+        assert torch.equal(run_linear(x[-rows:], weight), everything[-rows:])
 
 
 @pytest.mark.parametrize("in_features", [300, 301])
 @pytest.mark.parametrize("rows", [1, 2, 9, 33, 200])
 def test_bits_do_not_depend_on_the_number_of_threads(rows, in_features, instruction_set):
-    x, matrix, bias = random_case(in_features, 1409, rows)
+    x, matrix, bias = random_case(in_features, 1409, torch.float32, rows)
     weight = packed(matrix, bias)
     results = []
     for count in (1, 2, 3, 5):
         with threads(count):
-            results.append(product(x, weight))
+            results.append(run_linear(x, weight))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("in_features, out_features", SHAPES)
 def test_without_the_instruction_nothing_but_the_matrix_is_rounded(in_features, out_features, instruction_set):
     """Those products have the bits of the rounded matrix in float32; the others are as far off as x was rounded."""
-    x, matrix, bias = random_case(in_features, out_features, 37)
-    expected, got = product(x, kernels.pack(matrix.bfloat16(), bias)), product(x, packed(matrix, bias))
+    x, matrix, bias = random_case(in_features, out_features, torch.float32, 37)
+    expected, got = run_linear(x, kernels.pack(matrix.bfloat16(), bias)), run_linear(x, packed(matrix, bias))
     if instruction_set != "avx512_bf16":
         assert torch.equal(got, expected)
         return
@@ -112,11 +100,11 @@ def test_other_weights_have_the_same_bits_as_before(dtype, libraries, monkeypatc
     if "avx512_bf16" not in libraries:
         pytest.skip("this machine has no avx512_bf16")
     for rows in (1, 3, 8, 13, 70):
-        x, matrix, bias = random_case(257, 333, rows)
+        x, matrix, bias = random_case(257, 333, torch.float32, rows)
         results = []
         for name in ("avx512", "avx512_bf16"):
             monkeypatch.setattr(libstars, "_lib", libraries[name])
-            results.append(product(x, kernels.pack(matrix.to(dtype), bias)))
+            results.append(run_linear(x, kernels.pack(matrix.to(dtype), bias)))
         assert torch.equal(*results)
 
 
@@ -126,16 +114,16 @@ def test_activations_are_rounded_to_nearest_even(instruction_set):
         pytest.skip("x is rounded by avx512_bf16 alone")
     ties = [1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3e38, 1e-30, -0.0]
     x = torch.cat((torch.tensor(ties), torch.randn(34)))[None]
-    assert torch.equal(product(x, packed(torch.eye(41))), x.bfloat16().float())
+    assert torch.equal(run_linear(x, packed(torch.eye(41))), x.bfloat16().float())
     subnormal = torch.tensor([[1e-39]])
-    assert product(subnormal, packed(torch.ones(1, 1))).item() == 0.0
-    assert product(torch.tensor([[torch.nan]]), packed(torch.ones(1, 1))).isnan().all()
-    assert product(torch.tensor([[torch.inf]]), packed(torch.ones(1, 1))).isinf().all()
+    assert run_linear(subnormal, packed(torch.ones(1, 1))).item() == 0.0
+    assert run_linear(torch.tensor([[torch.nan]]), packed(torch.ones(1, 1))).isnan().all()
+    assert run_linear(torch.tensor([[torch.inf]]), packed(torch.ones(1, 1))).isinf().all()
 
 
 @pytest.mark.parametrize("in_features, out_features", SHAPES)
 def test_pack_rounds_the_matrix(in_features, out_features, instruction_set):
-    _, matrix, bias = random_case(in_features, out_features, 1)
+    _, matrix, bias = random_case(in_features, out_features, torch.float32, 1)
     weight = packed(matrix, bias)
     assert (weight.arithmetic, weight.dtype, kernels.pack(matrix).arithmetic) == ("bfloat16", torch.bfloat16, "float32")
     assert torch.equal(weight.dense(), matrix.bfloat16()) and torch.equal(weight.bias, bias)

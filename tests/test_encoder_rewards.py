@@ -102,11 +102,6 @@ def encoder(tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="module")
-def lm(tiny_model) -> Path:
-    return tiny_model(family="llama", tokenizer=True, chat_template=True)
-
-
 class Plain:
     """A language model's tokenizer that prompts of these tests do not use."""
 
