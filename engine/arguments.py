@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from stars.errors import RequestError
 
-MOST_SHOWN = 60  # characters of a value in a message
+MAX_SHOWN = 60  # characters of a value in a message
 Cls = TypeVar("Cls", bound=type)
 
 
@@ -30,7 +30,7 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception:  # an integer of too many digits, an object of somebody else's
         return f"a value of type {type(value).__name__} that cannot be printed"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def bare(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Response ids to text: behind the prompt they answer, up to a stop string, and what a stream must hold back."""
+"""Response ids to text: after the prompt they answer, up to a stop string, and what a stream must hold back."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CONTEXT = 8
 
 
 class Detokenizer:
-    """Text of the responses to one prompt, as it stands behind that prompt.
+    """Text of the responses to one prompt, as it stands after that prompt.
 
     Many decoders treat the first token of a text in their own way: those of Llama 2's kind take its space off. So a
-    response is decoded behind the prompt's last tokens, whose text is then cut off. A character that the prompt leaves
+    response is decoded after the prompt's last tokens, whose text is then cut off. A character that the prompt leaves
     unfinished belongs to the response that completes it.
     """
 
@@ -28,7 +28,7 @@ class Detokenizer:
         while True:
             self._context = list(prompt_token_ids[-count:])
             self._text: str = tokenizer.decode(self._context)
-            # Special tokens decode to nothing and a lone space may be taken off. Behind a character that shows, the
+            # Special tokens decode to nothing and a lone space may be taken off. After a character that shows, the
             # rest is decoded as it is in the whole text.
             if count >= len(prompt_token_ids) or self._text.strip(" " + REPLACEMENT):
                 break

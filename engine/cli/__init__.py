@@ -1,7 +1,7 @@
 """The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo` and `info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
-exit code 1, a value that a flag cannot have among them; arguments that cannot be read or do not go together give 2,
+exit code 1, a value that a flag cannot have among them. Arguments that cannot be read or do not go together give 2,
 Ctrl-C 130, SIGTERM 143, a reader that went away 141.
 """
 

@@ -48,7 +48,7 @@ def generate(args: argparse.Namespace) -> int:
         # On the same rows as in the earlier run, so that a seeded run goes on with the same threshold.
         policy = options.policy(args, _measured_threshold(args, engine, rows, params))
     if args.stream:
-        assert engine is not None  # the parser refuses --resume beside --stream
+        assert engine is not None  # the parser refuses --resume with --stream
         return _stream(args, engine, rows[0], params, policy)
     # Nothing was written up to here: what is at fault in the arguments or the models leaves older files as they are.
     with contextlib.ExitStack() as stack:

@@ -41,7 +41,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="DIR", help="the language model (without it: the shipped pair)")
     group.add_argument("--reward", metavar="DIR", help="the reward model")
     group.add_argument("--reward-template", choices=("auto", "chat", "raw"), help="how it is shown prompt and response")
-    group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put behind a response")
+    group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put after a response")
 
 
 def add_sampling(parser: argparse.ArgumentParser, with_n: bool) -> None:

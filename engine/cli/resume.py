@@ -43,7 +43,7 @@ class Resumption:
         if trace is not None and os.path.exists(trace):
             with open(trace, "rb") as file:
                 header = _read_header(file.readline(), trace)
-            # A kill between the two files: the trace is behind a move that this very output has still before it.
+            # A kill between the two files: the trace has made a move that this very output has still before it.
             ahead = header.get("moved") if header.get("rows") == self.digest.hexdigest() else None
             ahead = ahead if isinstance(ahead, dict) else {}
             self.traced = {ahead.get(old, old): new for old, new in self.moved.items()}

@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from stars.errors import TokenizerError, text_of
 from stars.model.template_limits import LimitedEnvironment
 
-MOST_REASON = 300
+MAX_REASON = 300
 """Characters that an error repeats of what a template said."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message calls it; the first is given to templates
@@ -107,7 +107,7 @@ def _keys_as_read(message: dict[str, Any]) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """What `error` says, on one line: a template may raise a text of its own."""
     text = text_of(error) or type(error).__name__
-    return text if len(text) <= MOST_REASON else text[:MOST_REASON] + "…"
+    return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "…"
 
 
 class _Generation(Extension):

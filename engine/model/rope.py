@@ -15,7 +15,7 @@ from stars.model.files import is_finite, shown
 T = TypeVar("T", int, float)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-_MOST = 1e12
+_MAX = 1e12
 """Beyond it and below its inverse, frequencies of float32 overflow; no checkpoint has a number near either."""
 
 # What to do about the kinds that are refused. Keys already in the cache are rotated by the frequencies of the moment
@@ -121,7 +121,7 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
         values["truncate"] = bool(parameters.get("truncate", True))
         if values["rope_theta"] <= 1:
             raise ModelError(f"{where} has rope_theta = {theta:g}, which yarn cannot stretch: repair config.json")
-        if not _MOST**-1 < abs(_attention_factor(RopeConfig(**values))) < _MOST:
+        if not _MAX**-1 < abs(_attention_factor(RopeConfig(**values))) < _MAX:
             raise ModelError(f"{where} has rope mscale and mscale_all_dim that cancel out: repair config.json")
     return RopeConfig(**values)
 
@@ -130,7 +130,7 @@ def _number(value: Any, name: str, where: str, positive: bool = True) -> float:
     if not is_finite(value) or (positive and value <= 0):
         raise ModelError(f"{where} has rope {name} = {shown(value)} where a positive number is needed: repair "
                          "config.json")
-    if value and not _MOST**-1 < abs(value) < _MOST:
+    if value and not _MAX**-1 < abs(value) < _MAX:
         raise ModelError(f"{where} has rope {name} = {shown(value)}, too far from 1 to give a rotation: repair "
                          "config.json")
     return float(value)

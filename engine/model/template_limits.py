@@ -1,7 +1,7 @@
 """How much a chat template may do: every loop, call, filter and operator is counted, and every text it makes.
 
-A sandbox keeps a template from reaching out; it does not keep it from running for days or filling the memory, since a
-few characters suffice for either: nested loops, a macro that calls itself twice, a text doubled forty times, a width of
+A sandbox keeps a template from reaching out; it does not keep it from running for days or filling the memory. A few
+characters suffice for either: nested loops, a macro that calls itself twice, a text doubled forty times, a width of
 a thousand million. So the parsed template gets counters where it can repeat itself, and what makes texts is measured
 before it is run. Counting needs no timer and no signal: it works in any thread, and stops a template at the same place
 on every machine.
@@ -23,24 +23,24 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-MOST_STEPS = 10_000_000
+MAX_STEPS = 10_000_000
 """Of one rendering: some seconds. A conversation of 1,000 messages takes a few hundred thousand, in a template that
 goes through all of them again for each a few million."""
-MOST_TEXT = 1 << 27
+MAX_TEXT = 1 << 27
 """Characters that one rendering makes, all of them together: what bounds its memory. A conversation of a million
 characters is copied some twenty times."""
-MOST_SUMMED = 1 << 31
+MAX_SUMMED = 1 << 31
 """Characters of sums of texts that nothing holds any more, which count no longer: a second. A conversation that is
 put together message by message is copied for each of them."""
 LONG = 4096
 """Characters of a sum of texts that is looked after."""
 READING = 8
 """Characters compared or searched that count as one: they take time, as those made do, and no memory."""
-MOST_SOURCE = 200_000
+MAX_SOURCE = 200_000
 """Characters of a template: the longest in use have some 50,000, and Python takes seconds to compile this many."""
-MOST_WIDTH = 4096
+MAX_WIDTH = 4096
 """Of a field, a column, an indentation, in characters."""
-MOST_BITS = 1 << 15
+MAX_BITS = 1 << 15
 """Of an integer: Python writes none of more than 14,285 as text."""
 ITEM, REFERENCE = 64, 8
 """What an item of a list counts as, in characters: about its bytes, if it is a text of its own, and if it is not."""
@@ -76,22 +76,22 @@ class Meter:
     """What one rendering has used."""
 
     def __init__(self) -> None:
-        self.steps = MOST_STEPS
-        self.characters = MOST_TEXT
-        self.summed = MOST_SUMMED
+        self.steps = MAX_STEPS
+        self.characters = MAX_TEXT
+        self.summed = MAX_SUMMED
         self.sums: list[str] = []
 
     def step(self, count: int = 1) -> None:
         """Takes `count` steps off."""
         self.steps -= count
         if self.steps < 0:
-            raise LimitExceeded(f"it takes more than {MOST_STEPS} steps")
+            raise LimitExceeded(f"it takes more than {MAX_STEPS} steps")
 
     def text(self, count: int) -> None:
         """Takes `count` characters off."""
         self.characters -= count
         if self.characters < 0 and not self._free():
-            raise LimitExceeded(f"it goes through more than {MOST_TEXT} characters")
+            raise LimitExceeded(f"it goes through more than {MAX_TEXT} characters")
 
     def _free(self) -> bool:
         """Counts the sums no longer that nothing else holds; whether that sufficed, and was worth the search."""
@@ -108,7 +108,7 @@ class Meter:
         freed = min(freed, self.summed)
         self.summed -= freed
         self.characters += freed
-        return self.characters >= 0 and freed > MOST_TEXT // 8
+        return self.characters >= 0 and freed > MAX_TEXT // 8
 
     def weigh(self, value: Any, indent: int = 0) -> int:
         """Characters of `value`'s text, about: a collection that holds one thing many times is long only as text."""
@@ -153,8 +153,8 @@ class Meter:
         if isinstance(value, (str, bytes)):
             self.text(len(value))
         elif isinstance(value, int):
-            if value.bit_length() > MOST_BITS:
-                raise LimitExceeded(f"it computes an integer of more than {MOST_BITS} bits")
+            if value.bit_length() > MAX_BITS:
+                raise LimitExceeded(f"it computes an integer of more than {MAX_BITS} bits")
         elif isinstance(value, (list, tuple, dict, set, frozenset)):
             self.text(REFERENCE * len(value))
         elif isinstance(value, Iterator) and not isinstance(value, LoopContext):
@@ -170,8 +170,8 @@ class Meter:
     def width(self, *values: Any) -> None:
         """Refuses a width, count or precision that is too large."""
         for value in values:
-            if isinstance(value, int) and abs(value) > MOST_WIDTH:
-                raise LimitExceeded(f"it asks for a width of more than {MOST_WIDTH}")
+            if isinstance(value, int) and abs(value) > MAX_WIDTH:
+                raise LimitExceeded(f"it asks for a width of more than {MAX_WIDTH}")
 
     def percent(self, form: str | bytes, values: Any) -> None:
         """Counts `form % values`."""
@@ -180,8 +180,8 @@ class Meter:
             raise LimitExceeded("it formats fields whose names hold brackets")
         fields = _FIELD.findall(form)
         for number in (number for field in fields for number in field if number):
-            if number == "*" or len(number) > 4 or int(number) > MOST_WIDTH:
-                raise LimitExceeded(f"it asks for a width of more than {MOST_WIDTH}, or for one from its arguments")
+            if number == "*" or len(number) > 4 or int(number) > MAX_WIDTH:
+                raise LimitExceeded(f"it asks for a width of more than {MAX_WIDTH}, or for one from its arguments")
             self.text(int(number))
         self.text(len(form) + self.weigh(values) * (max(1, len(fields)) if isinstance(values, Mapping) else 1))
 
@@ -205,10 +205,10 @@ class Meter:
                 self.text(len(owner) * sum(map(self.weigh, args)))
             elif name in ("split", "rsplit", "splitlines"):
                 separator = args[0] if args else kwargs.get("sep")
-                most = (_occurrences(owner, separator) if isinstance(separator, type(owner)) and separator
-                        else len(owner) // 2)
-                limit = min([n for n in numbers if n >= 0], default=most) if name != "splitlines" else most
-                self.text(ITEM * min(most, limit))
+                parts = (_occurrences(owner, separator) if isinstance(separator, type(owner)) and separator
+                         else len(owner) // 2)
+                asked = min([n for n in numbers if n >= 0], default=parts) if name != "splitlines" else parts
+                self.text(ITEM * min(parts, asked))
         elif name in ("count", "index"):
             self.step(len(owner) if isinstance(owner, range) else 1)
             self.scan(owner)
@@ -239,8 +239,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def compile_limited(self, source: str) -> Template:
         """The template of `source`, with its counters in place."""
-        if len(source) > MOST_SOURCE:
-            raise LimitExceeded(f"it has more than {MOST_SOURCE} characters")
+        if len(source) > MAX_SOURCE:
+            raise LimitExceeded(f"it has more than {MAX_SOURCE} characters")
         code = self.compile(_Counters().visit(self.parse(source)))
         return self.template_class.from_code(self, code, self.make_globals(None))
 
@@ -284,8 +284,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(many, (str, bytes, list, tuple)) and isinstance(count, int):
                 meter.text(len(many) * max(0, count) * (1 if isinstance(many, (str, bytes)) else REFERENCE))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() * right > MOST_BITS:
-                raise LimitExceeded(f"it computes an integer of more than {MOST_BITS} bits")
+            if left.bit_length() * right > MAX_BITS:
+                raise LimitExceeded(f"it computes an integer of more than {MAX_BITS} bits")
         elif not numbers:
             for value in (left, right):
                 if isinstance(value, Collection):
@@ -437,7 +437,7 @@ def _metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             value = list(value)
         if name not in _SHALLOW:
             indent = max([0, *(n for n in given if isinstance(n, int))]) if name == "tojson" else 0
-            weight = meter.weigh(value, min(indent, MOST_WIDTH))
+            weight = meter.weigh(value, min(indent, MAX_WIDTH))
             meter.text(weight * (1 + weight // ITEM) if name in _BACKTRACKING else weight)
             meter.scan(*given)
         if isinstance(value, (str, bytes)) and name in _ITEMISING:
@@ -502,7 +502,7 @@ class _Formatter(SandboxedFormatter):
         self._meter.step()
         self._meter.scan(value)
         for number in re.findall(r"\d+", format_spec):
-            self._meter.width(int(number[-9:]) if len(number) < 10 else MOST_WIDTH + 1)
+            self._meter.width(int(number[-9:]) if len(number) < 10 else MAX_WIDTH + 1)
             self._meter.text(int(number))
         return super().format_field(value, format_spec)
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, TokenizerError
 from stars.model.chat_template import ChatTemplate
-from stars.model.files import MOST_BYTES, is_file, read_json, read_text
+from stars.model.files import MAX_BYTES, is_file, read_json, read_text
 from stars.model.tokenizer_limits import ConfinedBackend, bounded, check_added_tokens, check_file, part_state, refusing
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -65,7 +65,7 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. A text's first token may lose its leading space: `Detokenizer` decodes responses.
 
-        An invalid or unfinished sequence of bytes becomes one replacement sign and touches nothing beside it. (Decoders
+        An invalid or unfinished sequence of bytes becomes one replacement sign and touches nothing else. (Decoders
         with byte fallback would replace every byte of its run, whole characters too.)
         """
         with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
@@ -95,7 +95,7 @@ class Tokenizer:
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every token id of this tokenizer means the same to `other`, which splits text in the same way.
 
-        Tokens that only `other` has beside the common vocabulary, such as a pad token, do not matter.
+        Tokens that only `other` has besides the common vocabulary, such as a pad token, do not matter.
         """
         if self is other:
             return True
@@ -135,7 +135,7 @@ class Tokenizer:
         return self._templates[name].render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def split_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, str]:
-        """(what stands before an assistant's answer to `messages`, what the template puts behind it).
+        """(what stands before an assistant's answer to `messages`, what the template puts after it).
 
         Both are cut from a rendering with the answer in it, since that is what reward models are trained on: a template
         may open a finished turn otherwise than its generation prompt does. Where the two differ in white space at the
@@ -177,8 +177,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     path = directory / "tokenizer.json"
     if not is_file(path):
         return None
-    if path.stat().st_size > MOST_BYTES:
-        raise TokenizerError(f"{path} has more than {MOST_BYTES} bytes: copy the model again")
+    if path.stat().st_size > MAX_BYTES:
+        raise TokenizerError(f"{path} has more than {MAX_BYTES} bytes: copy the model again")
     check_file(path)
     with refusing(f"{path} cannot be read as a tokenizer: copy the model again"):
         backend = Backend.from_file(str(path))

@@ -56,9 +56,9 @@ def rewards_chart(segments: Sequence[TraceSegment]) -> str:
 def attempts_histogram(segments: Sequence[TraceSegment]) -> str:
     """How many segments needed how many attempts."""
     counts = Counter(segment.counted for segment in segments)
-    most_attempts, most = max(counts, default=1), max(counts.values(), default=1)
+    max_attempts, most = max(counts, default=1), max(counts.values(), default=1)
     width, height, left, bottom, top = 360, 150, 8, 34, 18
-    slots = max(most_attempts, 5)
+    slots = max(max_attempts, 5)
     slot = (width - 2 * left) / slots
     parts = [f'<line class="grid" x1="{left}" x2="{width - left}" y1="{height - bottom}" y2="{height - bottom}"/>']
     for attempts in range(1, slots + 1):
