@@ -13,7 +13,8 @@ import torch
 
 from instruction_sets import load_copy
 from libstars_threads import threads
-from products import random_case, run_linear
+from products import random_case
+from products import run_linear as product
 from stars import kernels
 from stars.bindings import libstars
 
@@ -54,7 +55,7 @@ def test_products_are_within_the_bound_of_a_float32_sum(rows, in_features, out_f
         if given is not None:
             exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
         terms = in_features + (given is not None)
-        error = (run_linear(x, packed(matrix, given)).double() - exact).abs()
+        error = (product(x, packed(matrix, given)).double() - exact).abs()
         assert (error <= terms * U / (1 - terms * U) * magnitude).all()
 
 
@@ -62,10 +63,10 @@ def test_products_are_within_the_bound_of_a_float32_sum(rows, in_features, out_f
 def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(in_features, out_features, instruction_set):
     x, matrix, bias = random_case(in_features, out_features, torch.float32, 150)
     weight = packed(matrix, bias)
-    everything = run_linear(x, weight)
+    everything = product(x, weight)
     for rows in (*range(1, 41), 64, 65, 127):
-        assert torch.equal(run_linear(x[:rows], weight), everything[:rows])
-        assert torch.equal(run_linear(x[-rows:], weight), everything[-rows:])
+        assert torch.equal(product(x[:rows], weight), everything[:rows])
+        assert torch.equal(product(x[-rows:], weight), everything[-rows:])
 
 
 @pytest.mark.parametrize("in_features", [300, 301])
@@ -76,7 +77,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, in_features, instruct
     results = []
     for count in (1, 2, 3, 5):
         with threads(count):
-            results.append(run_linear(x, weight))
+            results.append(product(x, weight))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -84,7 +85,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, in_features, instruct
 def test_without_the_instruction_nothing_but_the_matrix_is_rounded(in_features, out_features, instruction_set):
     """Those products have the bits of the rounded matrix in float32; the others are as far off as x was rounded."""
     x, matrix, bias = random_case(in_features, out_features, torch.float32, 37)
-    expected, got = run_linear(x, kernels.pack(matrix.bfloat16(), bias)), run_linear(x, packed(matrix, bias))
+    expected, got = product(x, kernels.pack(matrix.bfloat16(), bias)), product(x, packed(matrix, bias))
     if instruction_set != "avx512_bf16":
         assert torch.equal(got, expected)
         return
@@ -104,7 +105,7 @@ def test_other_weights_have_the_same_bits_as_before(dtype, libraries, monkeypatc
         results = []
         for name in ("avx512", "avx512_bf16"):
             monkeypatch.setattr(libstars, "_lib", libraries[name])
-            results.append(run_linear(x, kernels.pack(matrix.to(dtype), bias)))
+            results.append(product(x, kernels.pack(matrix.to(dtype), bias)))
         assert torch.equal(*results)
 
 
@@ -114,11 +115,11 @@ def test_activations_are_rounded_to_nearest_even(instruction_set):
         pytest.skip("x is rounded by avx512_bf16 alone")
     ties = [1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3e38, 1e-30, -0.0]
     x = torch.cat((torch.tensor(ties), torch.randn(34)))[None]
-    assert torch.equal(run_linear(x, packed(torch.eye(41))), x.bfloat16().float())
+    assert torch.equal(product(x, packed(torch.eye(41))), x.bfloat16().float())
     subnormal = torch.tensor([[1e-39]])
-    assert run_linear(subnormal, packed(torch.ones(1, 1))).item() == 0.0
-    assert run_linear(torch.tensor([[torch.nan]]), packed(torch.ones(1, 1))).isnan().all()
-    assert run_linear(torch.tensor([[torch.inf]]), packed(torch.ones(1, 1))).isinf().all()
+    assert product(subnormal, packed(torch.ones(1, 1))).item() == 0.0
+    assert product(torch.tensor([[torch.nan]]), packed(torch.ones(1, 1))).isnan().all()
+    assert product(torch.tensor([[torch.inf]]), packed(torch.ones(1, 1))).isinf().all()
 
 
 @pytest.mark.parametrize("in_features, out_features", SHAPES)
