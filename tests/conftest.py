@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -39,6 +40,16 @@ def tiny_model(tmp_path_factory) -> Callable[..., Path]:
         return written[tiny]
 
     return get
+
+
+@pytest.fixture
+def copied(tmp_path) -> Callable[[Path], Path]:
+    """copied(directory): a copy of a model, to be changed (`editing`)."""
+
+    def copy(directory: Path) -> Path:
+        return Path(shutil.copytree(directory, tmp_path / f"copy{len(list(tmp_path.glob('copy*')))}"))
+
+    return copy
 
 
 @pytest.fixture(params=["libstars", "references"])

@@ -11,6 +11,7 @@ import pytest
 
 import oracle
 import stars
+from editing import edit_json
 from stars.detokenizer import hold_back
 from toy import ToyModel, facts, ids, scripted_engine, table_reward, toy_engine
 
@@ -444,15 +445,11 @@ def test_width_chosen_by_the_engine():
     engine.check_integrity()
 
 
-def test_sampling_values_of_generation_config_are_not_applied(tiny_model, tmp_path):
+def test_sampling_values_of_generation_config_are_not_applied(tiny_model, copied):
     """temperature and top_k of generation_config.json are the model author's, EOS ids the model's own."""
-    import json
-    import shutil
-
     directory = tiny_model(family="llama")
-    copy = shutil.copytree(directory, tmp_path / "model")
-    (copy / "generation_config.json").write_text(json.dumps(
-        {"temperature": 0.01, "top_k": 1, "do_sample": True, "eos_token_id": [2, 9]}))
+    copy = copied(directory)
+    edit_json(copy / "generation_config.json", temperature=0.01, top_k=1, do_sample=True, eos_token_id=[2, 9])
     params = stars.SamplingParams(max_tokens=12, n=4, seed=1, ignore_eos=True)
     texts = []
     for path in (directory, copy):

@@ -24,20 +24,20 @@ from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
 MAX_STEPS = 10_000_000
-"""Of one rendering: some seconds. A conversation of 1,000 messages takes a few hundred thousand, in a template that
-goes through all of them again for each a few million."""
+"""Of one rendering. A conversation of 1,000 messages takes a few hundred thousand, in a template that goes through all
+of them again for each a few million."""
 MAX_TEXT = 1 << 27
 """Characters that one rendering makes, all of them together: what bounds its memory. A conversation of a million
 characters is copied some twenty times."""
 MAX_SUMMED = 1 << 31
-"""Characters of sums of texts that nothing holds any more, which count no longer: a second. A conversation that is
-put together message by message is copied for each of them."""
+"""Characters of sums of texts that nothing holds any more, which count no longer. A conversation that is put
+together message by message is copied for each of them."""
 LONG = 4096
 """Characters of a sum of texts that is looked after."""
 READING = 8
 """Characters compared or searched that count as one: they take time, as those made do, and no memory."""
 MAX_SOURCE = 200_000
-"""Characters of a template: the longest in use have some 50,000, and Python takes seconds to compile this many."""
+"""Characters of a template: the longest in use have some 50,000, and Python compiles long ones slowly."""
 MAX_WIDTH = 4096
 """Of a field, a column, an indentation, in characters."""
 MAX_BITS = 1 << 15

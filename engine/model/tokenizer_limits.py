@@ -39,7 +39,7 @@ MAX_ADDED = 1 << 24
 MAX_WORD = 4096
 """Characters of a word that WordPiece splits in this process: its work grows with their square (100 is usual)."""
 DEADLINE = 20.0
-"""Seconds for one text in the other process: a million characters take one or two."""
+"""Seconds for one text in the other process: many times what a million characters take."""
 START_DEADLINE = 120.0
 """Seconds until the other process has read the tokenizer."""
 MAX_MEMORY = 4 << 30
