@@ -141,9 +141,9 @@ def test_special_tokens_of_an_older_file(copy):
 def test_truncation_and_padding_left_in_the_file_do_not_apply(copy):
     before = load_tokenizer(copy).encode(SENTENCES[0])
     edit_json(copy / "tokenizer.json", truncation={"max_length": 3, "strategy": "LongestFirst", "stride": 0,
-                                              "direction": "Right"},
-         padding={"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
-                  "pad_type_id": 0, "pad_token": "<pad>"})
+                                                   "direction": "Right"},
+              padding={"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                       "pad_type_id": 0, "pad_token": "<pad>"})
     assert load_tokenizer(copy).encode(SENTENCES[0]) == before
 
 
