@@ -119,7 +119,7 @@ class Drafter:
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
-        table = self.cache.open([], 0)
+        table = self.cache.open([])
         slabs = [self.cache.take_slab() for _ in range(lanes)]
         try:
             spec = LaneSpec(table, last_token=0, slab=0, max_tokens=1, seed=0, attempt=1, stream=0,

@@ -105,7 +105,7 @@ def test_what_is_not_named_is_little(built):
     what nobody names."""
     engine, reward, _ = built(cache_tokens=1 << 12, page_size=16, max_num_seqs=64, max_num_lanes=64,
                               max_segment_size=128)
-    unnamed = [engine._passes._buffers, engine._passes._verdicts, reward._passes._buffers, reward._passes._verdicts,
+    unnamed = [engine._passes._buffers, engine._passes._rewards, reward._passes._buffers, reward._passes._rewards,
                engine._round.drafter._buffers, engine._cache._moves, reward.cache._moves,
                engine._passes._tiling._buffers, reward._passes._tiling._buffers, engine._round.drafter._tiling._buffers]
     tables = [engine._passes._block_tables, reward._passes._block_tables, engine._round.drafter._block_tables]

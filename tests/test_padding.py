@@ -38,7 +38,7 @@ def test_drafts_with_idle_lanes_are_the_same(counts):
     for target in (CPU, PADDED):
         decoder, cache, passes, config = setting(ToyModel(vocab=5, seed=3), target)
         drafter = Drafter(decoder, cache, config)
-        tables = [cache.open(prompt[:-1], 40) for prompt in PROMPTS]
+        tables = [cache.open(prompt[:-1]) for prompt in PROMPTS]
         passes.prefill([(table, prompt, len(prompt) - 1) for table, prompt in zip(tables, PROMPTS, strict=True)])
         lanes = [LaneSpec(tables[which], PROMPTS[which][-1], cache.take_slab(), 2 + attempt % 5, 11, attempt + 1,
                           pack_stream(0, which), SamplingParams(), (0,))
@@ -61,14 +61,14 @@ def test_scores_with_idle_rows_are_the_same(sizes):
     results = []
     for target in (CPU, PADDED):
         _, cache, passes, _ = setting(ToyModel(vocab=5, seed=4, head="reward"), target)
-        table = cache.open(PROMPTS[1], 40)
+        table = cache.open(PROMPTS[1])
         passes.prefill([(table, PROMPTS[1], len(PROMPTS[1]))])
         pages = cache.k_pages.clone()
         spans = []
         for size in sizes:
             start = cache.take_slab() * cache.slab_len
             ids = [1 + i % 4 for i in range(size)]
-            spans.append(Span(table, ids, len(PROMPTS[1]), range(start, start + size), start))
+            spans.append(Span(table, ids, len(PROMPTS[1]), range(start, start + size)))
         rewards = [passes.score(spans) for _ in range(2)]
         assert rewards[0] == rewards[1]
         assert torch.equal(cache.k_pages, pages)
@@ -104,7 +104,7 @@ def test_long_prompts_through_a_library_fill_the_same_pages():
         for backend in ("triton", "sdpa"):
             _, cache, passes, _ = setting(ToyModel(vocab=5, seed=6), PADDED._replace(chunk=16, captured_prefill=4))
             passes.prefill_backend = backend
-            tables = [cache.open(prompt, 40) for prompt in prompts]
+            tables = [cache.open(prompt) for prompt in prompts]
             passes.prefill([(table, prompt, len(prompt)) for table, prompt in zip(tables, prompts, strict=True)])
             kept.append([cache.k_pages[:, cache.rows(table, 0, table.length).tolist()] for table in tables])
     for ours, theirs in zip(*kept, strict=True):

@@ -244,9 +244,8 @@ def test_out_of_pages_ends_that_request_only(other):
     assert engine.reward.cache.num_free_slabs == engine.reward.cache.num_slabs
 
 
-def session_of(reward: stars.CausalReward, text: str, max_tokens: int = 30):
-    prompt = parse_prompt(text, reward.lm_tokenizer, 10**6)
-    session = reward.open(prompt, max_tokens)
+def session_of(reward: stars.CausalReward, lm: Path, text: str):
+    session = reward.open(parse_prompt(text, load_tokenizer(lm), 10**6), 30)
     reward.start([session])
     return session
 
@@ -255,7 +254,7 @@ def test_any_order_of_scoring_gives_the_same_score(lm, other, reference):
     """Candidates beside each other, after rejections, after commits that end inside earlier ids: as from scratch."""
     reward = stars.CausalReward(other)
     reward.bind(load_tokenizer(lm), 10**4, CONFIG)
-    session = session_of(reward, "The dog")
+    session = session_of(reward, lm, "The dog")
     tokenizer = load_tokenizer(other)
     rng = np.random.default_rng(0)
     text = ""

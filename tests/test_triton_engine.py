@@ -14,7 +14,7 @@ from toy import ToyModel, ids
 from triton_process import INTERPRETED, run_in_interpreter
 
 OPERATIONS = ("append_draft", "apply_penalties", "attention", "copy_rows", "embedding", "linear", "rms_norm",
-              "rope_write", "sample_step", "score_and_decide", "swiglu", "take_rows")
+              "rope_write", "sample_step", "score", "swiglu", "take_rows")
 SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=40, layers=2)
 
 if INTERPRETED:

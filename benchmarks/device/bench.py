@@ -150,7 +150,8 @@ class Bench:
         """Seconds of one step of a segment of `steps` over a shared prefix, of each repeat."""
         engine = self.engine
         cache, drafter = engine._cache, engine._round.drafter
-        table = cache.open([], self.context + SEGMENT)
+        table = cache.open([])  # shared with nobody
+        cache.reserve(table, self.context)
         slabs = [cache.take_slab() for _ in range(lanes)]
         try:
             engine._passes.prefill([(table, self.prompt(self.context), self.context)])
@@ -176,12 +177,13 @@ class Bench:
     def reward_pass_seconds(self, context: int, count: int, repeats: int = 7) -> list[float]:
         """Seconds of a scoring pass of `count` candidates: the committed token before each and its SEGMENT tokens."""
         passes, cache = self.engine.reward._passes, self.engine.reward.cache
-        table = cache.open([], context + SEGMENT)
+        table = cache.open([])
+        cache.reserve(table, context)
         slabs = [cache.take_slab() for _ in range(count)]
         try:
             passes.prefill([(table, self.prompt(context), context)])
             rows = SEGMENT + 1
-            spans = [Span(table, self.prompt(rows), context, range(start, start + rows), start)
+            spans = [Span(table, self.prompt(rows), context, range(start, start + rows))
                      for start in (slab * cache.slab_len for slab in slabs)]
             for _ in range(2):
                 passes.score(spans)
@@ -210,7 +212,7 @@ class Bench:
             engine.add_request(given, params, policy)
             self.sync()
             begin = time.perf_counter()
-            engine._admit()  # the prompt's passes through both models
+            engine._schedule()  # the prompt's passes through both models
             self.sync()
             middle = time.perf_counter()
             output = None
@@ -264,7 +266,8 @@ class Bench:
 
     def prefill(self) -> None:
         """A prompt's pass through the language model."""
-        table = self.engine._cache.open([], self.context)
+        table = self.engine._cache.open([])
+        self.engine._cache.reserve(table, self.context)
         seconds = []
         for _ in range(2 if rehearsing() else 6):
             table.length = 0

@@ -149,7 +149,6 @@ class FakeBuffers(buffers.Buffers):
             host["out_logprobs"][:] = -1.0
         if "rewards" in host:
             host["rewards"][:] = draw.normal(size=host["rewards"].shape)
-            host["accepted"][:] = draw.random(host["accepted"].shape) < 0.3
 
 
 def install() -> None:

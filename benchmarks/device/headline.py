@@ -151,7 +151,8 @@ def our_logits(bench: Bench, prompt: Sequence[int]) -> torch.Tensor:
 
     engine = bench.engine
     cache, drafter = engine._cache, engine._round.drafter
-    table, slab = cache.open([], len(prompt)), cache.take_slab()
+    table, slab = cache.open([]), cache.take_slab()
+    cache.reserve(table, len(prompt))
     try:
         engine._passes.prefill([(table, prompt, len(prompt) - 1)])
         drafter.draft([LaneSpec(table, prompt[-1], slab, 1, 0, 1, 0, SamplingParams(), ())])
@@ -167,12 +168,13 @@ def our_reward(bench: Bench, prompt: Sequence[int]) -> float:
 
     reward = bench.engine.reward
     cache = reward.cache
-    table, slab = cache.open([], len(prompt)), cache.take_slab()
+    table, slab = cache.open([]), cache.take_slab()
+    cache.reserve(table, len(prompt))
     try:
         reward._passes.prefill([(table, prompt, len(prompt) - 1)])
         start = slab * cache.slab_len
-        [verdict] = reward._passes.score([Span(table, prompt[-1:], len(prompt) - 1, [start], start)])
-        return verdict.reward
+        [score] = reward._passes.score([Span(table, prompt[-1:], len(prompt) - 1, [start])])
+        return score
     finally:
         cache.return_slab(slab)
         cache.close(table)
