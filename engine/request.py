@@ -73,6 +73,11 @@ class Hypothesis:
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
     @property
+    def next_segment(self) -> int:
+        """Most tokens of the segment that comes next."""
+        return min(self.request.plan.segment_size, self.request.params.max_tokens - len(self.token_ids))
+
+    @property
     def last_token(self) -> int:
         """The token whose keys and values the LM cache does not hold yet."""
         return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
@@ -92,6 +97,18 @@ class Hypothesis:
             self.metrics = copy.copy(self.boundary.metrics)
             self._history = None
         self.finish_reason = self.stop_reason = self.error = None
+
+    def preempt(self) -> None:
+        """Goes back to the boundary because its pages are needed: the attempts since then will be drawn again.
+
+        What they took of the clock stays counted; everything else is counted when it is drawn again.
+        """
+        spent = self.metrics
+        if self.attempts:
+            self.go_back()
+        self.metrics.lm_seconds, self.metrics.rm_seconds = spent.lm_seconds, spent.rm_seconds
+        self.metrics.num_preemptions += 1
+        self.attempts = []
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
@@ -118,6 +135,20 @@ class Hypothesis:
 
 
 @dataclass(eq=False)
+class Group:
+    """The population of one completion."""
+
+    request: Request
+    index: int  # of the completion
+    hypotheses: list[Hypothesis]
+
+    @property
+    def active(self) -> list[Hypothesis]:
+        """Those that draw in the next round. Of whole responses some may still wait for room."""
+        return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None]
+
+
+@dataclass(eq=False)
 class Request:
     """A prompt with its parameters and its hypotheses."""
 
@@ -131,13 +162,20 @@ class Request:
     eos_token_ids: tuple[int, ...]
     tokenizer: Any
     stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
-    hypotheses: list[Hypothesis] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)  # one a completion
     prompt_reward: float | None = None
     threshold_start: float = 0.0  # r0 of the law
     owner: weakref.ref | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self):
-        self.hypotheses = [Hypothesis(self, sample) for sample in range(self.params.n * self.plan.candidates)]
+        population = self.plan.candidates
+        self.groups = [Group(self, index, [Hypothesis(self, index * population + slot) for slot in range(population)])
+                       for index in range(self.params.n)]
+
+    @property
+    def hypotheses(self) -> list[Hypothesis]:
+        """Those of all groups."""
+        return [hypothesis for group in self.groups for hypothesis in group.hypotheses]
 
     @property
     def finished(self) -> bool:
@@ -160,9 +198,7 @@ class Request:
 
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""
-        groups = [self.hypotheses[i : i + self.plan.candidates]
-                  for i in range(0, len(self.hypotheses), self.plan.candidates)]
-        completions = [self._completion(index, group) for index, group in enumerate(groups)]
+        completions = [self._completion(group.index, group.hypotheses) for group in self.groups]
         metrics = Metrics()
         for completion in completions:
             metrics.add(completion.metrics)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from stars import law
 from stars.cache import CommitMove, PagedCache
+from stars.config import EngineConfig
 from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import accept_uniform, pack_stream
-from stars.law import Terms
 from stars.outputs import Segment
-from stars.request import Hypothesis, Lane, Request
-from stars.reward.base import Candidate, ContextFull, Follower, Following, Reward, Scored, reward_problem
+from stars.request import Group, Hypothesis, Lane, Request
+from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -27,19 +27,21 @@ class Round:
     """
 
     def __init__(self, drafter: Drafter, cache: PagedCache, reward: Reward | None, chooser: WidthChooser,
-                 max_num_lanes: int):
+                 config: EngineConfig):
         self.drafter = drafter
         self.cache = cache
         self.reward = reward
         self.chooser = chooser
-        self.max_num_lanes = max_num_lanes
-        self._following: tuple[list[Lane], Following] | None = None  # what is scored behind the draft, until it is read
+        self.max_num_lanes = config.max_num_lanes
+        self._trails = config.target.trailing
+        self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
 
-    def run(self, active: Sequence[Hypothesis]) -> list[Hypothesis]:
-        """One round for all of `active`; returns those whose response grew or ended.
+    def run(self, groups: Sequence[Group]) -> list[Group]:
+        """One round for all of `groups`; returns those of which a response grew or ended.
 
         Whatever stops it in the middle leaves hypotheses and caches half changed: the caller goes back to a boundary.
         """
+        active = [hypothesis for group in groups for hypothesis in group.active]
         lanes: list[list[Lane]] = []
         self._propose(active, lanes)
         self._draft(lanes)
@@ -49,12 +51,13 @@ class Round:
             for lane in group:
                 if lane is not lane.hypothesis.best or lane.hypothesis.finish_reason is not None:
                     self._release(lane)
-        return [hypothesis for hypothesis in active
-                if hypothesis.finish_reason is not None or not hypothesis.attempts]
+        changed = {hypothesis for hypothesis in active
+                   if hypothesis.finish_reason is not None or not hypothesis.attempts}
+        return [group for group in groups if not changed.isdisjoint(group.hypotheses)]
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
-        self._following = None
+        self._trailing = None
 
     def fail(self, request: Request, message: str) -> None:
         """Ends every unfinished response of `request` with an error."""
@@ -64,12 +67,16 @@ class Round:
 
     def finish(self, hypothesis: Hypothesis, reason: str, stop_reason: int | str | None = None,
                error: str | None = None) -> None:
-        """Ends a response; its pages and its reward session are for the engine to close once the round is over."""
+        """Ends a response; its pages and its reward session are for the scheduler to close once the round is over."""
         hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.error = reason, stop_reason, error
+        self.drop_best(hypothesis)
+        hypothesis.attempts = []
+
+    def drop_best(self, hypothesis: Hypothesis) -> None:
+        """Gives back what the best seen of an undecided segment holds."""
         if hypothesis.best is not None:
             self._release(hypothesis.best)
             hypothesis.best = None
-        hypothesis.attempts = []
 
     def prompt_rewards(self, requests: Sequence[Request]) -> None:
         """Scores the empty response of requests whose threshold starts from r(prompt), and sets where it starts."""
@@ -135,8 +142,8 @@ class Round:
                                   hypothesis.history() if request.params.penalties else None))
         begin = time.perf_counter()
         self.drafter.launch(specs)
-        if self.drafter.padded:  # on a GPU, which drafts while the host prepares what follows
-            self._follow(groups)
+        if self._trails:  # the device drafts while the host prepares what follows
+            self._score_trailing(groups)
         drafted = self.drafter.drafted(len(lanes))
         seconds = (time.perf_counter() - begin) / len(lanes)
         for lane, (token_ids, logprobs) in zip(lanes, drafted, strict=True):
@@ -150,25 +157,24 @@ class Round:
             else:
                 _end(lane)
 
-    def _follow(self, groups: Sequence[Sequence[Lane]]) -> None:
-        """Starts the first scoring pass behind the draft: the device hands the tokens on, the host reads them later."""
+    def _score_trailing(self, groups: Sequence[Sequence[Lane]]) -> None:
+        """Starts the first scoring pass after the draft: the device hands the tokens on, the host reads them later."""
         scored, first = [], 0  # groups and the places of their first lanes in the draft
         for group in groups:
             request = group[0].hypothesis.request
             if request.plan.scoring == "segment" and not request.params.stop:  # stop strings are for the host to find
                 scored.append((group, first))
             first += len(group)
-        batch, followers = [], []
+        batch, candidates = [], []
         for group, first in scored:
             hypothesis = group[0].hypothesis
             limit = _limit(hypothesis)
             for index, lane in enumerate(group[: max(1, self.reward.lanes_per_pass(limit, len(scored)))], first):
                 batch.append(lane)
-                followers.append(Follower(hypothesis.session, hypothesis.token_ids, index, limit,
-                                          _terms(lane, len(hypothesis.token_ids))))
-        following = self.reward.follow(self.drafter.device_draft, followers) if followers else None
-        if following is not None:
-            self._following = batch, following
+                candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, index, limit))
+        trailing = self.reward.score_trailing(self.drafter.device_draft, candidates) if candidates else None
+        if trailing is not None:
+            self._trailing = batch, trailing
 
     # -- score and decide -----------------------------------------------------------------------------------------
 
@@ -187,7 +193,7 @@ class Round:
                 winners[hypothesis] = group[0]
                 group[0].accepted = True
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
-        batch, results = self._followed()
+        batch, results = self._trailing_results()
         while waiting:
             if not batch:
                 for hypothesis, group in waiting.items():
@@ -233,11 +239,8 @@ class Round:
         if decided:
             return
         if plan.decision == "threshold":
-            accepted = result.accepted
-            if accepted is None:
-                uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
-                accepted = law.accepts(uniform, lane.reward, lane.threshold, plan.beta)
-            if accepted:
+            uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
+            if law.accepts(uniform, lane.reward, lane.threshold, plan.beta):
                 lane.accepted = True
                 winners[hypothesis] = lane
                 return
@@ -250,8 +253,7 @@ class Round:
 
     def _candidate(self, hypothesis: Hypothesis, lane: Lane | None, final: bool = False) -> Candidate:
         text = hypothesis.request.response_text(hypothesis, lane) if self.reward.needs_text else None
-        terms = None if final else _terms(lane, len(hypothesis.token_ids) + len(lane.token_ids))
-        return Candidate(hypothesis.session, hypothesis.content_ids(lane), text, final, terms)
+        return Candidate(hypothesis.session, hypothesis.content_ids(lane), text, final)
 
     def _score(self, candidates: Sequence[tuple[Hypothesis, Candidate]]) -> list[Scored]:
         """Scores and keeps the counts and the time of each candidate's hypothesis."""
@@ -260,14 +262,14 @@ class Round:
         _count([hypothesis for hypothesis, _ in candidates], results, time.perf_counter() - begin)
         return results
 
-    def _followed(self) -> tuple[list[Lane], list[Scored]]:
-        """The lanes that were scored behind the draft, with their scores."""
-        if self._following is None:
+    def _trailing_results(self) -> tuple[list[Lane], list[Scored]]:
+        """The lanes that were scored without the host, with their scores."""
+        if self._trailing is None:
             return [], []
         begin = time.perf_counter()
-        batch, following = self._following
-        results = following.results([lane.hypothesis.content_ids(lane) for lane in batch])
-        self._following = None
+        batch, trailing = self._trailing
+        results = trailing.results([lane.hypothesis.content_ids(lane) for lane in batch])
+        self._trailing = None
         for lane, result in zip(batch, results, strict=True):
             lane.score_handle = result.handle
         _count([lane.hypothesis for lane in batch], results, time.perf_counter() - begin)
@@ -333,16 +335,6 @@ def _limit(hypothesis: Hypothesis) -> int:
 def _stream(hypothesis: Hypothesis) -> int:
     """The random stream of the next segment."""
     return pack_stream(len(hypothesis.segments), hypothesis.sample)
-
-
-def _terms(lane: Lane, tokens: int) -> Terms | None:
-    """What the law is applied to `lane` under, `tokens` being n; None for a policy without a threshold."""
-    request = lane.hypothesis.request
-    plan = request.plan
-    if plan.decision != "threshold":
-        return None
-    return Terms(request.seed, _stream(lane.hypothesis), lane.attempt, tokens, request.params.max_tokens,
-                 request.threshold_start, plan.reward_threshold, plan.beta)
 
 
 def _count(hypotheses: Sequence[Hypothesis], results: Sequence[Scored], seconds: float) -> None:

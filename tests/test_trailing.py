@@ -1,4 +1,4 @@
-"""The first scoring pass behind its draft, tokens handed on by the device: what the host would have handed on.
+"""The first scoring pass trails its draft, tokens handed on by the device: what the host would have handed on.
 
 On a GPU the engine works so; here the same code runs in the shapes of captured graphs, with libstars and without it.
 """
@@ -11,11 +11,12 @@ import dataclasses
 import pytest
 
 import stars
+from building import PADDED, work_as
 from stars.bindings import libstars
-from stars.config import EngineConfig
 from stars.kernels.dispatch import references_only
 from stars.passes import Passes
 from stars.reward.causal import CausalReward
+from stars.reward.framing import Framing
 from test_invariance import LM, PREFIX, RM, decided, requests, run
 from toy import ids, toy_engine
 
@@ -23,17 +24,17 @@ needs_libstars = pytest.mark.skipif(not libstars.available(), reason="libstars i
 
 
 @pytest.fixture
-def followed(monkeypatch) -> list[int]:
-    """Engines built from now on let scoring follow drafts; the sizes of such passes."""
+def trailed(monkeypatch) -> list[int]:
+    """Engines built from now on let scoring trail drafts; the sizes of such passes."""
     sizes = []
-    follow = Passes.follow
+    score_trailing = Passes.score_trailing
 
     def counted(self, draft, spans):
         sizes.append(len(spans))
-        follow(self, draft, spans)
+        score_trailing(self, draft, spans)
 
-    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
-    monkeypatch.setattr(Passes, "follow", counted)
+    work_as(monkeypatch, PADDED)
+    monkeypatch.setattr(Passes, "score_trailing", counted)
     return sizes
 
 
@@ -43,14 +44,14 @@ def engine(close: str = "none", **options) -> stars.Engine:
 
 @pytest.mark.parametrize("close", ["none", "eos"])
 @pytest.mark.parametrize("implementation", [pytest.param("libstars", marks=needs_libstars), "references"])
-def test_the_same_attempts_rewards_and_verdicts(implementation, close, request):
+def test_the_same_attempts_and_rewards(implementation, close, request):
     """All policies and early ends, closing tokens or not, recorded and replayed; the pages of both models balance."""
     chosen = requests()
     with references_only() if implementation == "references" else contextlib.nullcontext():
         if implementation == "references":
             chosen = chosen[:3]
         before = run(engine(close), chosen)
-        sizes = request.getfixturevalue("followed")
+        sizes = request.getfixturevalue("trailed")
         made = engine(close)
         for _ in range(2):
             after = run(made, chosen)
@@ -63,42 +64,42 @@ def test_the_same_attempts_rewards_and_verdicts(implementation, close, request):
     assert any(reason == "stop" for one in before for _, reason, *_ in one[1:])  # some lanes end early
 
 
-def test_rounds_that_go_on_are_fed_by_the_host(followed):
-    """Of many lanes the first few follow the draft; later passes give what one wide pass would."""
+def test_rounds_that_go_on_are_fed_by_the_host(trailed):
+    """Of many lanes the first few trail the draft; later passes give what one wide pass would."""
     params = stars.SamplingParams(max_tokens=24, seed=4)
     policy = stars.STARS(16, 12, 0.5, 0.2, 2.5, width=12)
     [output] = engine().generate({"prompt_token_ids": PREFIX}, params, policy, use_tqdm=False)
     [other] = engine().generate({"prompt_token_ids": PREFIX}, params, dataclasses.replace(policy, width=1),
                                 use_tqdm=False)
     assert output.outputs[0].token_ids == other.outputs[0].token_ids
-    assert any(len(segment.attempts) > max(followed) for segment in output.outputs[0].segments)
+    assert any(len(segment.attempts) > max(trailed) for segment in output.outputs[0].segments)
 
 
-def test_rewards_that_need_the_host_are_not_followed(followed):
+def test_rewards_that_need_the_host_trail_nothing(trailed):
     made = toy_engine(LM, stars.FunctionReward(lambda prompt, responses: [1.0 for _ in responses], inputs="ids"))
     params = stars.SamplingParams(max_tokens=8, seed=1)
     policy = stars.STARS(4, 2, reward_threshold=0.0)
     [output] = made.generate({"prompt_token_ids": PREFIX}, params, policy, use_tqdm=False)
-    assert output.outputs[0].error is None and not followed
+    assert output.outputs[0].error is None and not trailed
 
 
-def test_a_token_that_the_reward_model_does_not_know_ends_its_request(followed, monkeypatch):
-    monkeypatch.setattr(CausalReward, "outside", lambda self, ids: "it is unknown" if len(ids) > 20 else None)
+def test_a_token_that_the_reward_model_does_not_know_ends_its_request(trailed, monkeypatch):
+    monkeypatch.setattr(Framing, "outside", lambda self, ids: "it is unknown" if len(ids) > 20 else None)
     made = engine()
     asked = [{"prompt_token_ids": ids(length, vocab=37, seed=length)} for length in (4, 15)]
     params = stars.SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
     short, long = made.generate(asked, params, stars.STARS(4, 2, reward_threshold=0.0), use_tqdm=False)
-    assert short.outputs[0].error is None and long.outputs[0].error == "it is unknown" and followed
+    assert short.outputs[0].error is None and long.outputs[0].error == "it is unknown" and trailed
     made.check_integrity()
 
 
-def test_logits_that_are_nan_end_the_request(followed):
-    """The draft leaves token -1, which the pass behind it must survive."""
+def test_logits_that_are_nan_end_the_request(trailed):
+    """The draft leaves token -1, which the pass after it must survive."""
     made = engine()
     made._round.drafter.decoder.final_norm.fill_(float("nan"))
     [output] = made.generate({"prompt_token_ids": PREFIX}, stars.SamplingParams(max_tokens=8, seed=1),
                              stars.STARS(4, 2, reward_threshold=0.0), use_tqdm=False)
-    assert "NaN" in output.outputs[0].error and followed
+    assert "NaN" in output.outputs[0].error and trailed
     made.check_integrity()
 
 
@@ -111,13 +112,13 @@ def near(got, wanted) -> bool:
     return got == wanted
 
 
-@pytest.mark.parametrize("place", ["follow", "verdicts", "drafted"])
-def test_an_interrupt_loses_nothing(followed, monkeypatch, place):
+@pytest.mark.parametrize("place", ["score_trailing", "rewards", "drafted"])
+def test_an_interrupt_loses_nothing(trailed, monkeypatch, place):
     """Slabs go back, and the segment is drawn again from the same random numbers."""
     chosen = requests()[:2]
     before = run(engine(), chosen)
     made = engine()
-    holder = {"follow": Passes, "verdicts": Passes, "drafted": type(made._round.drafter)}[place]
+    holder = {"score_trailing": Passes, "rewards": Passes, "drafted": type(made._round.drafter)}[place]
     whole, calls = getattr(holder, place), []
 
     def interrupted(*arguments, **named):
