@@ -79,9 +79,9 @@ setup(
     ],
     python_requires=">=3.10,<3.14",
     package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"},
-    packages=["stars", "stars.cli", "stars.model", "stars.reward", "stars.kernels", "stars.kernels.triton",
-              "stars.bindings"],
-    package_data={"stars": ["demo_models/*/*", "demo_models/README.md", "trace_page.*", "py.typed"],
+    packages=["stars", "stars.cli", "stars.model", "stars.reward", "stars.trace", "stars.kernels",
+              "stars.kernels.triton", "stars.bindings"],
+    package_data={"stars": ["demo_models/*/*", "demo_models/README.md", "trace/page.html", "py.typed"],
                   "stars.bindings": ["stars.h"], "stars.kernels.triton": ["product_tables/*.json"]},
     ext_modules=[Extension("stars.bindings.lib.libstars", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
@@ -92,7 +92,7 @@ setup(
         "flash": ["flash-attn>=2.6"],  # where there is no wheel for the installed torch, pip compiles it for long
         "flash4": ["flash-attn-4>=4.0.0b4"],  # there are pre-releases only; naming one lets pip take them
         "hf": ["transformers>=4.51"],
-        "test": ["pytest>=8", "pytest-benchmark", "hypothesis", "transformers>=4.51",
+        "test": ["pytest>=8", "pytest-benchmark", "hypothesis", "mypy>=2.4", "ruff>=0.17", "transformers>=4.51",
                  'triton>=3.6; platform_system == "Linux"'],
     },
     entry_points={"console_scripts": ["stars=stars.cli:main"]},

@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from stars.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from stars.engine import Engine
     from stars.errors import (
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
-
-__version__ = "0.1.0"
 
 # Lines go to "stars" and its children, and nowhere unless the program around says so.
 logging.getLogger("stars").addHandler(logging.NullHandler())

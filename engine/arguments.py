@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from stars.errors import RequestError
 
-MOST_SHOWN = 60  # characters of a value in a message
+MAX_SHOWN = 60  # characters of a value in a message
 Cls = TypeVar("Cls", bound=type)
 
 
@@ -30,7 +30,7 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception:  # an integer of too many digits, an object of somebody else's
         return f"a value of type {type(value).__name__} that cannot be printed"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def bare(value: Any) -> Any:
@@ -154,13 +154,13 @@ def refuse_others(call: str, others: Mapping[str, Any], elsewhere: Mapping[str, 
 def known_by_name(absent: Mapping[str, Absent]) -> Callable[[Cls], Cls]:
     """Makes a dataclass refuse keywords it has not in one sentence, and take those of `absent` at neutral values."""
     def decorate(cls: Cls) -> Cls:
-        generated = cls.__init__
+        generated = cls.__init__  # type: ignore[misc]
 
         @functools.wraps(generated)  # which keeps the signature for help() and editors
-        def init(self, *args: Any, **kwargs: Any) -> None:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
             generated(self, *args, **known_keywords(cls.__name__, kwargs, generated, absent))
 
-        cls.__init__ = init
+        cls.__init__ = init  # type: ignore[misc]
         return cls
 
     return decorate

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from stars.cli.options import checked_quantile, shipped_pair
 from stars.cli.terminal import Style, terminal_width, wants_color, wrapped
@@ -15,7 +16,10 @@ from stars.outputs import Metrics, RequestOutput
 from stars.policies import STARS, Sample
 from stars.sampling import SamplingParams
 from stars.trace import request_trace, write_trace
-from stars.trace_show import BAR_LEGEND, LEGEND, Scale, number, segment_lines
+from stars.trace.show import BAR_LEGEND, LEGEND, Scale, number, segment_lines
+
+if TYPE_CHECKING:
+    from stars.engine import Engine
 
 OPENINGS = (
     "This film was",
@@ -76,7 +80,7 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _opening(engine, opening: str, params: SamplingParams, policy: STARS, scale: Scale, style: Style,
+def _opening(engine: Engine, opening: str, params: SamplingParams, policy: STARS, scale: Scale, style: Style,
              width: int) -> Run:
     """Plain sampling, then STARS segment by segment as it happens."""
     begin = time.perf_counter()
@@ -104,12 +108,12 @@ def _opening(engine, opening: str, params: SamplingParams, policy: STARS, scale:
     return Run(plain, plain_seconds, output, seconds)
 
 
-def _reward(engine, opening: str, params: SamplingParams) -> float:
+def _reward(engine: Engine, opening: str, params: SamplingParams) -> float | None:
     """The reward of the plain text: the same seed draws it again, so that scoring stays out of the time above."""
     return engine.generate(opening, params, Sample(score=True), use_tqdm=False)[0].outputs[0].reward
 
 
-def _warm_up(engine, params: SamplingParams, policy: STARS) -> None:
+def _warm_up(engine: Engine, params: SamplingParams, policy: STARS) -> None:
     """Measures step times and records passes once, so that the figures below are those of a running engine."""
     short = dataclasses.replace(params, max_tokens=2 * SEGMENT_SIZE, ignore_eos=True, seed=0)
     engine.generate(OPENINGS[0], short, Sample(), use_tqdm=False)
@@ -125,8 +129,8 @@ def _summary(runs: list[Run], rewards: list[float], style: Style) -> None:
     plain_token, aligned_token = plain_seconds / plain.lm_tokens_kept, aligned_seconds / aligned.lm_tokens_kept
     rows = [
         ("", "plain", "STARS"),
-        ("mean reward of the texts above", number(_mean([run.plain.outputs[0].reward for run in runs])),
-         number(_mean([run.aligned.outputs[0].reward for run in runs]))),
+        ("mean reward of the texts above", number(_mean_reward([run.plain for run in runs])),
+         number(_mean_reward([run.aligned for run in runs]))),
         (f"mean reward of {len(rewards)} plain samples", number(_mean(rewards)), ""),
         ("attempts, up to the accepted one", "", f"{aligned.attempts_counted}"),
         ("accept rate", "", f"{aligned.accept_rate:.2f}"),
@@ -151,6 +155,10 @@ def _quantile(values: list[float], quantile: float) -> float:
     import numpy as np
 
     return float(np.quantile(values, quantile))
+
+
+def _mean_reward(outputs: Sequence[RequestOutput]) -> float:
+    return _mean([output.outputs[0].reward for output in outputs if output.outputs[0].reward is not None])
 
 
 def _mean(values: list[float]) -> float:

@@ -1,10 +1,11 @@
-"""Response ids to text: behind the prompt they answer, up to a stop string, and what a stream must hold back."""
+"""Response ids to text: after the prompt they answer, up to a stop string, and what a stream must hold back."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 from stars.errors import RequestError
 
@@ -14,20 +15,20 @@ CONTEXT = 8
 
 
 class Detokenizer:
-    """Text of the responses to one prompt, as it stands behind that prompt.
+    """Text of the responses to one prompt, as it stands after that prompt.
 
     Many decoders treat the first token of a text in their own way: those of Llama 2's kind take its space off. So a
-    response is decoded behind the prompt's last tokens, whose text is then cut off. A character that the prompt leaves
+    response is decoded after the prompt's last tokens, whose text is then cut off. A character that the prompt leaves
     unfinished belongs to the response that completes it.
     """
 
-    def __init__(self, tokenizer, prompt_token_ids: Sequence[int]):
+    def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]):
         self._tokenizer = tokenizer
         count = CONTEXT
         while True:
             self._context = list(prompt_token_ids[-count:])
-            self._text = tokenizer.decode(self._context)
-            # Special tokens decode to nothing and a lone space may be taken off. Behind a character that shows, the
+            self._text: str = tokenizer.decode(self._context)
+            # Special tokens decode to nothing and a lone space may be taken off. After a character that shows, the
             # rest is decoded as it is in the whole text.
             if count >= len(prompt_token_ids) or self._text.strip(" " + REPLACEMENT):
                 break
@@ -35,7 +36,7 @@ class Detokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response or of its beginning; special tokens are left out."""
-        text = self._tokenizer.decode([*self._context, *token_ids])
+        text: str = self._tokenizer.decode([*self._context, *token_ids])
         if text.startswith(self._text):
             return text[len(self._text) :]
         return text[len(os.path.commonprefix([self._text, text])) :]
@@ -80,10 +81,11 @@ def cut_at_stop(detokenizer: Detokenizer, committed: list[int], drafted: list[in
         return None
     # Finished text does not change: from the token that completes a stop string on, every longer draft has one.
     count = 1 + bisect_left(range(1, len(drafted)), True, key=lambda count: found(count) is not None)
-    return count, found(count)[1]
+    stop = found(count)
+    return None if stop is None else (count, stop[1])
 
 
-def stop_tokens(tokenizer, stops: Sequence[str], vocab_size: int) -> dict[int, str]:
+def stop_tokens(tokenizer: Any, stops: Sequence[str], vocab_size: int) -> dict[int, str]:
     """Stop strings that are special tokens, by id: a text leaves those out, so only their ids can be found.
 
     Raises RequestError for a stop string that has a special token and other text in it, which nothing could match.

@@ -14,7 +14,7 @@ from stars.errors import RequestError
 try:
     import fcntl
 except ImportError:  # a system without POSIX locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 ADVICE = "make room and run again"
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -30,7 +30,7 @@ class LineFile:
     and RequestError for a file that another run has open.
     """
 
-    def __init__(self, path: str | os.PathLike, advice: str = ADVICE):
+    def __init__(self, path: str | os.PathLike[str], advice: str = ADVICE):
         self.name = os.fspath(path)
         self.advice = advice
         standard = 1 if self.name == "-" else _standard_stream(self.name)
@@ -106,7 +106,7 @@ class LineFile:
     def __enter__(self) -> LineFile:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _end(self) -> int | None:
@@ -150,23 +150,26 @@ class StreamLines:
         """Nothing stands in it that could be read."""
         return 0
 
+    def close(self) -> None:
+        """Stdout stays open."""
+
     def __enter__(self) -> StreamLines:
         return self
 
-    def __exit__(self, *_) -> None:
-        pass
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def open_lines(path: str | os.PathLike, advice: str = ADVICE) -> LineFile | StreamLines:
+def open_lines(path: str | os.PathLike[str], advice: str = ADVICE) -> LineFile | StreamLines:
     """A file, or stdout for "-"."""
     if path == "-":
+        sys.stdout.flush()
         if sys.stdout is not sys.__stdout__:
             return StreamLines()
-        sys.stdout.flush()
     return LineFile(path, advice)
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """OSError where `path` cannot be written, as far as that is known without touching it; "-" can."""
     path = os.fspath(path)
     problem = None
@@ -208,4 +211,3 @@ def _standard_stream(path: str) -> int | None:
             if os.path.samestat(os.stat(path), os.fstat(fd)):
                 return fd
     return None
-

@@ -112,7 +112,7 @@ class RequestOutput:
     """A request and its completions. Cumulative: each one replaces the one before."""
 
     request_id: str
-    prompt: str | list[dict] | None  # as given: text, messages, or None where token ids were given
+    prompt: str | list[dict[str, Any]] | None  # as given: text, messages, or None where token ids were given
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool

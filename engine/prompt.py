@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from stars.arguments import MOST_SHOWN, shown
+from stars.arguments import MAX_SHOWN, shown
 from stars.detokenizer import finished
 from stars.errors import RequestError
 
@@ -15,15 +15,15 @@ PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 class Prompt(NamedTuple):
     """One prompt: as given, and as the language model reads it."""
 
-    given: str | list[dict] | None  # text, messages, or None where token ids were given
+    given: str | list[dict[str, Any]] | None  # text, messages, or None where token ids were given
     token_ids: list[int]  # what the LM is fed
     text: str | None  # of token_ids, without special tokens and unfinished characters; None where nothing decodes them
 
 
-def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
+def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
     """Accepts text, {"prompt": text}, {"prompt_token_ids": [...]} or {"messages": [...]}; RequestError otherwise.
 
-    Keys whose value is None count as absent; ids may have their text beside them. Messages, each with "content" (text,
+    Keys whose value is None count as absent; ids may have their text with them. Messages, each with "content" (text,
     or a list of text parts) or "tool_calls", are rendered with the LM's chat template and encoded without special
     tokens, since the template holds them.
     """
@@ -35,7 +35,7 @@ def parse_prompt(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
 def prompt_kind(given: dict[str, Any], what: str) -> str:
     """Which of PROMPT_KEYS holds the prompt of `given`; RequestError, about `what`, where none or several do.
 
-    None is no value: a table has all columns in every row. Ids may have their text beside them, as in vLLM's
+    None is no value: a table has all columns in every row. Ids may have their text with them, as in vLLM's
     TokensPrompt, and are what is read.
     """
     kinds = [key for key in PROMPT_KEYS if given.get(key) is not None]
@@ -53,12 +53,12 @@ def _check_ids(token_ids: list[int], vocab_size: int) -> None:
                            "tokenizer that belongs to the model")
 
 
-def _parse(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
+def _parse(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
     if isinstance(prompt, dict):
         unknown = [key if isinstance(key, str) else shown(key) for key in prompt if key not in PROMPT_KEYS]
         if unknown:
             raise RequestError('a prompt dictionary needs exactly one of "prompt", "prompt_token_ids" and "messages" '
-                               f'and does not take "{min(unknown)[:MOST_SHOWN]}"')
+                               f'and does not take "{min(unknown)[:MAX_SHOWN]}"')
         kind = prompt_kind(prompt, "a prompt dictionary")
         if kind == "prompt_token_ids":
             return _from_ids(prompt["prompt_token_ids"], tokenizer, vocab_size)
@@ -78,7 +78,7 @@ def _parse(prompt: Any, tokenizer, vocab_size: int) -> Prompt:
     return Prompt(prompt, token_ids, prompt)
 
 
-def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
+def _from_ids(token_ids: Any, tokenizer: Any, vocab_size: int) -> Prompt:
     try:
         if any(isinstance(token, bool) for token in token_ids):
             raise TypeError
@@ -92,7 +92,7 @@ def _from_ids(token_ids, tokenizer, vocab_size: int) -> Prompt:
     return Prompt(None, token_ids, text)
 
 
-def _from_messages(messages, tokenizer) -> Prompt:
+def _from_messages(messages: Any, tokenizer: Any) -> Prompt:
     if not isinstance(messages, (list, tuple)) or not messages or not all(isinstance(m, dict) for m in messages):
         raise RequestError('messages must be a non-empty list of {"role": ..., "content": ...}')
     for number, message in enumerate(messages):

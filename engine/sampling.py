@@ -13,9 +13,9 @@ from stars.arguments import flag, integer, known_by_name, real, shown
 from stars.errors import RequestError
 from stars.vllm_names import SAMPLING
 
-LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # beyond, penalised logits would lose all meaning or overflow
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0  # beyond, penalised logits would lose all meaning or overflow
 MAX_SAMPLES = 1 << 12  # the sample index has 12 bits of the random counter
-LEAST_NORMAL, MOST_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+MIN_NORMAL, MAX_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 @known_by_name(SAMPLING)
@@ -34,7 +34,7 @@ class SamplingParams:
     max_tokens: response tokens, EOS included; `N` of the threshold's schedule. None: as many as max_model_len leaves.
     n: completions of each prompt; they use random streams 0 .. n-1.
     stop: strings that end the response and are left out of its text.
-    stop_token_ids: token ids that end the response beside the model's EOS ids.
+    stop_token_ids: token ids that end the response besides the model's EOS ids.
     seed: 64 bits; None draws one, which the output reports, and so does -1, as in vLLM.
     presence_penalty, frequency_penalty: -2 to 2, subtracted from the logit of a token of the response, once and as
         often as it is there; 0 is off. A candidate's own tokens count, those of other candidates do not.
@@ -56,10 +56,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         max_tokens = self.max_tokens
-        checked = {
-            "temperature": _between("temperature", self.temperature, 0.0, MOST_FLOAT32, "a finite number of at least "
+        checked: dict[str, Any] = {
+            "temperature": _between("temperature", self.temperature, 0.0, MAX_FLOAT32, "a finite number of at least "
                                     "0.0 that 32 bits can hold"),
             "top_k": max(integer("SamplingParams.top_k", self.top_k, -1), 0),
             "top_p": _between("top_p", self.top_p, math.ulp(0.0), 1.0, "above 0 and at most 1"),
@@ -73,12 +73,12 @@ class SamplingParams:
             "presence_penalty": _between("presence_penalty", self.presence_penalty, -2.0, 2.0, "between -2 and 2"),
             "frequency_penalty": _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "between -2 and 2"),
             "repetition_penalty": _between(
-                "repetition_penalty", self.repetition_penalty, LEAST_REPETITION, MOST_REPETITION,
-                f"between {LEAST_REPETITION} and {MOST_REPETITION:g}; 1.0 switches it off"),
+                "repetition_penalty", self.repetition_penalty, MIN_REPETITION, MAX_REPETITION,
+                f"between {MIN_REPETITION} and {MAX_REPETITION:g}; 1.0 switches it off"),
         }
         if checked["n"] > MAX_SAMPLES:
             raise RequestError(f"SamplingParams.n is {shown(self.n)}, the most is {MAX_SAMPLES}: split the request")
-        if checked["temperature"] < LEAST_NORMAL:  # the sampler's 32 bits would lose it, and zero has its own path
+        if checked["temperature"] < MIN_NORMAL:  # the sampler's 32 bits would lose it, and zero has its own path
             checked["temperature"] = 0.0
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -105,7 +105,7 @@ class SamplingParams:
 
         Raises RequestError where the prompt leaves no room, and for stop token ids that the model does not have.
         """
-        outside = next((token for token in self.stop_token_ids if token >= vocab_size), None)
+        outside = next((token for token in self.stop_token_ids or () if token >= vocab_size), None)
         if outside is not None:
             raise RequestError(f"SamplingParams.stop_token_ids has {shown(outside)}, which is outside the model's "
                                f"vocabulary of {vocab_size}: use ids of the model's tokenizer")

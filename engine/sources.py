@@ -86,7 +86,8 @@ def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
     if hasattr(tokenizer, "save_pretrained") or not all(
             callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
         raise TokenizerError(_object("tokenizer", tokenizer, "a directory with a tokenizer.json"))
-    return tokenizer
+    like_ours: Tokenizer = tokenizer
+    return like_ours
 
 
 def _object(name: str, value: Any, wanted: str) -> str:

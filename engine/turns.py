@@ -8,10 +8,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from stars.errors import RequestError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 PATIENCE = 0.1
 """Seconds after which a thread no longer insists on its place in the line: one may have been interrupted there."""
 
@@ -28,9 +30,9 @@ class Turns:
         self._entrance = threading.Lock()
         _ALL.add(self)
 
-    def take(self, call: Callable[[], Any]) -> Any:
+    def take(self, call: Callable[[], T]) -> T:
         """The result of `call`, made in this thread's turn; RequestError from within a turn of this thread."""
-        if any(lock._is_owned() for lock in self._locks):  # what threading.Condition asks, too
+        if any(map(_is_owned, self._locks)):
             raise RequestError("the engine is at work in this thread: a reward cannot call the engine that asked it, "
                                "give it an engine of its own")
         self._entrance.acquire(timeout=PATIENCE)
@@ -41,7 +43,7 @@ class Turns:
 
         For finalisers, which the interpreter may run anywhere.
         """
-        if any(lock._is_owned() for lock in self._locks):
+        if any(map(_is_owned, self._locks)):
             return False
         taken = []
         try:
@@ -55,7 +57,7 @@ class Turns:
             for lock in reversed(taken):
                 lock.release()
 
-    def _enter(self, locks: list[threading.RLock], call: Callable[[], Any]) -> Any:
+    def _enter(self, locks: list[threading.RLock], call: Callable[[], T]) -> T:
         # `with` on the lock itself: an interrupt finds no instruction between taking it and being sure to release it.
         with locks[0]:
             if len(locks) > 1:
@@ -69,22 +71,28 @@ class Turns:
     def _after_fork(self) -> None:
         """A child has none of the other threads: what they held is free there."""
         for lock in self._locks:
-            if not lock._is_owned():
-                lock._at_fork_reinit()
+            if not _is_owned(lock):
+                lock._at_fork_reinit()  # type: ignore[attr-defined]
         self._entrance = threading.Lock()
 
 
 _ALL: weakref.WeakSet[Turns] = weakref.WeakSet()
 
 
-def one_at_a_time(method: Callable) -> Callable:
+def one_at_a_time(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
     """A method of an object with `_turns`, run in the caller's turn."""
 
     @functools.wraps(method)
-    def waiting(self, *args, **kwargs):
-        return self._turns.take(lambda: method(self, *args, **kwargs))
+    def waiting(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        turns: Turns = self._turns
+        return turns.take(lambda: method(self, *args, **kwargs))
 
     return waiting
+
+
+def _is_owned(lock: threading.RLock) -> bool:
+    """Whether this thread holds `lock`: what threading.Condition asks, too."""
+    return bool(lock._is_owned())  # type: ignore[attr-defined]
 
 
 def _after_fork() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -41,6 +42,16 @@ def tiny_model(tmp_path_factory) -> Callable[..., Path]:
     return get
 
 
+@pytest.fixture
+def copied(tmp_path) -> Callable[[Path], Path]:
+    """copied(directory): a copy of a model, to be changed (`editing`)."""
+
+    def copy(directory: Path) -> Path:
+        return Path(shutil.copytree(directory, tmp_path / f"copy{len(list(tmp_path.glob('copy*')))}"))
+
+    return copy
+
+
 @pytest.fixture(params=["libstars", "references"])
 def operations(request) -> Iterator[str]:
     """Runs a test once with libstars, where it was built, and once with the torch references alone."""
@@ -48,6 +59,12 @@ def operations(request) -> Iterator[str]:
         pytest.skip("libstars was not built")
     with references_only() if request.param == "references" else nullcontext():
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def lm(tiny_model) -> Path:
+    """A language model that can be given text and messages."""
+    return tiny_model(family="llama", tokenizer=True, chat_template=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 
 import pytest
 
@@ -243,11 +244,9 @@ def test_texts_that_cannot_be_read(tiny_model):
         engine.generate("a\ud800b", stars.SamplingParams(max_tokens=3), use_tqdm=False)
 
 
-def test_a_tokenizer_of_another_model(tiny_model, tmp_path):
+def test_a_tokenizer_of_another_model(tiny_model, copied):
     """Ids beyond the embedding are refused and never read."""
-    import shutil
-
-    copy = shutil.copytree(tiny_model(family="llama"), tmp_path / "model")  # 97 tokens
+    copy = copied(tiny_model(family="llama"))  # 97 tokens
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_model(family="llama", tokenizer=True) / name, copy)
     engine = stars.Engine(copy, cache_tokens=512)

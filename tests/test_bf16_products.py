@@ -13,6 +13,8 @@ import torch
 
 from instruction_sets import load_copy
 from libstars_threads import threads
+from products import random_case
+from products import run_linear as product
 from stars import kernels
 from stars.bindings import library, libstars
 from stars.bindings.library import loaded
@@ -39,19 +41,6 @@ def instruction_set(request, libraries, monkeypatch):
     return request.param
 
 
-def random_case(in_features: int, out_features: int, rows: int):
-    generator = torch.Generator().manual_seed(in_features * 10007 + out_features * 101 + rows)
-    matrix = torch.randn(out_features, in_features, generator=generator)
-    x = torch.randn(rows, in_features, generator=generator)
-    return x, matrix, torch.randn(out_features, generator=generator)
-
-
-def product(x: torch.Tensor, weight: kernels.Weight) -> torch.Tensor:
-    out = torch.full((x.shape[0], weight.out_features), torch.nan)
-    kernels.linear(x, weight, out)
-    return out
-
-
 def packed(matrix: torch.Tensor, bias: torch.Tensor | None = None) -> kernels.Weight:
     return kernels.pack(matrix, bias, arithmetic="bfloat16")
 
@@ -59,7 +48,7 @@ def packed(matrix: torch.Tensor, bias: torch.Tensor | None = None) -> kernels.We
 @pytest.mark.parametrize("in_features, out_features", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 17, 123])
 def test_products_are_within_the_bound_of_a_float32_sum(rows, in_features, out_features, instruction_set):
-    x, matrix, bias = random_case(in_features, out_features, rows)
+    x, matrix, bias = random_case(in_features, out_features, torch.float32, rows)
     used = x.bfloat16() if instruction_set == "avx512_bf16" else x
     for given in (None, bias):
         rounded = matrix.bfloat16().double()
@@ -73,7 +62,7 @@ def test_products_are_within_the_bound_of_a_float32_sum(rows, in_features, out_f
 
 @pytest.mark.parametrize("in_features, out_features", [(37, 33), (300, 100), (257, 1409), (704, 256)])
 def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(in_features, out_features, instruction_set):
-    x, matrix, bias = random_case(in_features, out_features, 150)
+    x, matrix, bias = random_case(in_features, out_features, torch.float32, 150)
     weight = packed(matrix, bias)
     everything = product(x, weight)
     for rows in (*range(1, 41), 64, 65, 127):
@@ -84,7 +73,7 @@ def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(in_features, out_feat
 @pytest.mark.parametrize("in_features", [300, 301])
 @pytest.mark.parametrize("rows", [1, 2, 9, 33, 200])
 def test_bits_do_not_depend_on_the_number_of_threads(rows, in_features, instruction_set):
-    x, matrix, bias = random_case(in_features, 1409, rows)
+    x, matrix, bias = random_case(in_features, 1409, torch.float32, rows)
     weight = packed(matrix, bias)
     results = []
     for count in (1, 2, 3, 5):
@@ -96,7 +85,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(rows, in_features, instruct
 @pytest.mark.parametrize("in_features, out_features", SHAPES)
 def test_without_the_instruction_nothing_but_the_matrix_is_rounded(in_features, out_features, instruction_set):
     """Those products have the bits of the rounded matrix in float32; the others are as far off as x was rounded."""
-    x, matrix, bias = random_case(in_features, out_features, 37)
+    x, matrix, bias = random_case(in_features, out_features, torch.float32, 37)
     expected, got = product(x, kernels.pack(matrix.bfloat16(), bias)), product(x, packed(matrix, bias))
     if instruction_set != "avx512_bf16":
         assert torch.equal(got, expected)
@@ -113,7 +102,7 @@ def test_other_weights_have_the_same_bits_as_before(dtype, libraries, monkeypatc
     if "avx512_bf16" not in libraries:
         pytest.skip("this machine has no avx512_bf16")
     for rows in (1, 3, 8, 13, 70):
-        x, matrix, bias = random_case(257, 333, rows)
+        x, matrix, bias = random_case(257, 333, torch.float32, rows)
         results = []
         for name in ("avx512", "avx512_bf16"):
             monkeypatch.setattr(library, "_lib", libraries[name])
@@ -136,7 +125,7 @@ def test_activations_are_rounded_to_nearest_even(instruction_set):
 
 @pytest.mark.parametrize("in_features, out_features", SHAPES)
 def test_pack_rounds_the_matrix(in_features, out_features, instruction_set):
-    _, matrix, bias = random_case(in_features, out_features, 1)
+    _, matrix, bias = random_case(in_features, out_features, torch.float32, 1)
     weight = packed(matrix, bias)
     assert (weight.arithmetic, weight.dtype, kernels.pack(matrix).arithmetic) == ("bfloat16", torch.bfloat16, "float32")
     assert torch.equal(weight.dense(), matrix.bfloat16()) and torch.equal(weight.bias, bias)

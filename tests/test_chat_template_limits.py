@@ -97,8 +97,8 @@ DEEP = {
 @pytest.fixture()
 def small(monkeypatch):
     """A twentieth of the steps and characters: the limits hold at any size, and the tests are sooner done."""
-    monkeypatch.setattr(template_limits, "MOST_STEPS", template_limits.MOST_STEPS // 20)
-    monkeypatch.setattr(template_limits, "MOST_TEXT", template_limits.MOST_TEXT // 20)
+    monkeypatch.setattr(template_limits, "MAX_STEPS", template_limits.MAX_STEPS // 20)
+    monkeypatch.setattr(template_limits, "MAX_TEXT", template_limits.MAX_TEXT // 20)
 
 
 def refused(source: str) -> str:
@@ -275,8 +275,8 @@ def test_templates_render_as_in_transformers(source):
 @pytest.mark.parametrize("source", [QWEN_LIKE, MACROS], ids=["qwen", "macros"])
 def test_long_conversations_render(source, monkeypatch):
     """1,000 messages of 1,000 characters, within a fifth of the limits."""
-    monkeypatch.setattr(template_limits, "MOST_STEPS", template_limits.MOST_STEPS // 5)
-    monkeypatch.setattr(template_limits, "MOST_TEXT", template_limits.MOST_TEXT // 5)
+    monkeypatch.setattr(template_limits, "MAX_STEPS", template_limits.MAX_STEPS // 5)
+    monkeypatch.setattr(template_limits, "MAX_TEXT", template_limits.MAX_TEXT // 5)
     messages = conversation(1000, 1000)
     text = ChatTemplate(source, "here").render(messages, add_generation_prompt=True, tools=TOOLS)
     assert len(text) > (900_000 if source is QWEN_LIKE else 9_000)
@@ -284,7 +284,7 @@ def test_long_conversations_render(source, monkeypatch):
 
 def test_every_message_against_every_other_renders(monkeypatch):
     """A loop over 200 messages within one over them, at a 25th of the steps: what their number is for."""
-    monkeypatch.setattr(template_limits, "MOST_STEPS", template_limits.MOST_STEPS // 25)
+    monkeypatch.setattr(template_limits, "MAX_STEPS", template_limits.MAX_STEPS // 25)
     source = ("{% for m in messages %}{% set ns = namespace(later=0) %}{% for n in messages %}{% if n.role == 'user' %}"
               "{% set ns.later = loop.index0 %}{% endif %}{% endfor %}{{ ns.later }} {% endfor %}")
     assert ChatTemplate(source, "here").render(conversation(200, 10)).split() == ["197"] * 200
@@ -311,7 +311,7 @@ def test_sums_that_are_held_count(kept, small):
 
 
 def test_sums_that_are_not_held_end_too(small, monkeypatch):
-    monkeypatch.setattr(template_limits, "MOST_SUMMED", template_limits.MOST_SUMMED // 20)
+    monkeypatch.setattr(template_limits, "MAX_SUMMED", template_limits.MAX_SUMMED // 20)
     source = "{% set t = 'a' * 1000000 %}{% for i in range(9999) %}{% set x = t + 'b' %}{% endfor %}"
     begin = time.monotonic()
     assert " characters)" in refused(source)

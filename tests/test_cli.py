@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import stars
+from editing import edit_tensors
 from json_rows import rows, write_rows
 from stars.kernels import prefill_attention
 
@@ -129,12 +128,9 @@ def test_bad_rows_do_not_stop_the_others(run, pair, tmp_path):
     assert "99999" in written[6]["error"] and written[6]["outputs"] == []
 
 
-def test_a_failing_reward_is_that_rows_error(run, pair, tmp_path):
-    broken = tmp_path / "rm"
-    shutil.copytree(pair[3], broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["score.weight"] = tensors["score.weight"] * float("nan")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+def test_a_failing_reward_is_that_rows_error(run, pair, copied):
+    broken = copied(pair[3])
+    edit_tensors(broken, score__weight=lambda weight: weight * float("nan"))
     arguments = ["generate", "Once upon", *pair[:2], "--reward", broken, *SAMPLING, *SMALL, "--policy", "sample"]
     code, out, _ = run(*arguments, "--json")
     (row,) = rows(out)
@@ -196,18 +192,15 @@ def test_calibrate(run, pair):
     assert code == 0 and "reward_threshold" in out and "median" in out
 
 
-def test_inspect(run, pair, tiny_model, tmp_path):
+def test_inspect(run, pair, tiny_model, copied):
     code, out, _ = run("inspect", pair[3], "--json")
     (facts,) = rows(out)
     assert code == 0 and facts["head"] == "reward" and facts["loads"]
     assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 6 * 4  # K and V, layers, KV heads, head_dim, float32
     code, out, _ = run("inspect", tiny_model(sharded=True, family="mistral", window=8))
     assert code == 0 and "8 tokens" in out and "safetensors" in out and "no" not in out.split("loads")[1]
-    broken = tmp_path / "lm"
-    shutil.copytree(tiny_model(), broken)
-    tensors = load_file(broken / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = copied(tiny_model())
+    edit_tensors(broken, model__norm__weight=...)
     code, out, _ = run("inspect", broken)
     assert code == 1 and "model.norm.weight" in out
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +13,9 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import stars
+from editing import edit_tensors
 from json_rows import rows, write_rows
 from stars.cli import generate as command
 from stars.cli import main
@@ -210,12 +209,9 @@ def test_exit_codes(run, monkeypatch, raised, code, said):
         assert run(*given) == (code, "", said)
 
 
-def test_exit_codes_of_rows(run, pair, tmp_path):
-    broken = tmp_path / "rm"
-    shutil.copytree(pair[3], broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["score.weight"] = tensors["score.weight"] * float("nan")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+def test_exit_codes_of_rows(run, pair, copied, tmp_path):
+    broken = copied(pair[3])
+    edit_tensors(broken, score__weight=lambda weight: weight * float("nan"))
     flags = [*pair[:2], *FLAGS]
     failing = ["--reward", broken, "--policy", "sample"]
     assert run("generate", PROMPT, "Once", *flags)[0] == 0

@@ -9,10 +9,9 @@ import pytest
 
 import stars
 from stars.outputs import Metrics
-from toy import ToyModel, ids, toy_engine
+from toy import ids, toy_engine, toy_pair
 
-LM = ToyModel(vocab=11, seed=1, layers=1, positions=96)
-RM = ToyModel(vocab=11, seed=2, layers=1, positions=96, head="reward")
+LM, RM = toy_pair(11, (1, 2), sharpness=1.0)
 PROMPT = {"prompt_token_ids": ids(9, 11)}
 
 
@@ -152,7 +151,7 @@ def test_tokens_scored_of_a_threshold(close, closing):
 
 
 def test_tokens_scored_of_whole_responses():
-    engine = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    engine = toy_engine(LM, RM)
     [output] = engine.generate(PROMPT, params(20, n=2), stars.BestOfN(3), use_tqdm=False)
     for completion in output.outputs:
         assert completion.metrics.rm_tokens_scored == 3 * (20 + 1)

@@ -17,6 +17,7 @@ import torch
 
 import stars
 from building import config_of
+from editing import edit_config, edit_json, edit_tensors
 from stars.config import EngineConfig
 from stars.prompt import Prompt, parse_prompt
 from stars.reward import resolve_reward
@@ -102,11 +103,6 @@ def encoder(tmp_path_factory):
         return written[key]
 
     return get
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_model) -> Path:
-    return tiny_model(family="llama", tokenizer=True, chat_template=True)
 
 
 class Plain:
@@ -399,8 +395,7 @@ def test_ids_that_cannot_be_shown_as_text(encoder):
 def edited(source: Path, target: Path, **changes) -> Path:
     """A copy of a model whose config.json has these keys; None takes a key out."""
     shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text()) | changes
-    (target / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    edit_config(target, **{key: ... if value is None else value for key, value in changes.items()})
     return target
 
 
@@ -488,11 +483,7 @@ def test_a_model_that_reads_more_than_text_is_refused_when_the_engine_is_built(e
 
 def with_tensors(directory: Path, **tensors: float) -> Path:
     """Adds one-element tensors to the checkpoint."""
-    from safetensors.torch import load_file, save_file
-
-    path = directory / "model.safetensors"
-    save_file(load_file(path) | {name: torch.tensor([value]) for name, value in tensors.items()}, path,
-              metadata={"format": "pt"})
+    edit_tensors(directory, **{name: torch.tensor([value]) for name, value in tensors.items()})
     return directory
 
 
@@ -607,14 +598,10 @@ def test_a_prompt_of_ids_is_read_as_its_text(lm, encoder):
 # -- what its files may ask for ---------------------------------------------------------------------------------------
 
 
-def changed(path: Path, **values) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 @pytest.fixture()
-def copied(encoder, tmp_path) -> Path:
+def bert(encoder, copied) -> Path:
     """A Bert of one's own."""
-    return Path(shutil.copytree(encoder("Bert"), tmp_path / "copy"))
+    return copied(encoder("Bert"))
 
 
 @pytest.mark.parametrize(("values", "what"), [
@@ -623,13 +610,13 @@ def copied(encoder, tmp_path) -> Path:
     ({"num_hidden_layers": 10**9}, "1000000000 in 'num_hidden_layers'"),
     ({"attention_types": [[["global"], 10**9]]}, "1000000000 in 'attention_types'"),
 ])
-def test_sizes_are_compared_with_the_tensors_before_transformers_reads_them(values, what, copied, monkeypatch):
+def test_sizes_are_compared_with_the_tensors_before_transformers_reads_them(values, what, bert, monkeypatch):
     import transformers
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)  # which would make lists of that length
-    changed(copied / "config.json", **values)
+    edit_json(bert / "config.json", **values)
     with pytest.raises(stars.ModelError, match=what):
-        bound(copied)
+        bound(bert)
 
 
 GROWING = {"type": "Sequence", "normalizers": [
@@ -640,15 +627,15 @@ SEARCHING = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isola
 @pytest.mark.parametrize("part", [{"normalizer": GROWING}, {"pre_tokenizer": SEARCHING},
                                   {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**9}}])
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.4.0.json"])
-def test_tokenizers_without_bound_are_refused_before_they_are_read(part, file, copied, monkeypatch):
+def test_tokenizers_without_bound_are_refused_before_they_are_read(part, file, bert, monkeypatch):
     import transformers
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)  # which would run a normaliser
-    state = json.loads((copied / "tokenizer.json").read_text())
-    (copied / file).write_text(json.dumps({**state, **part}))
-    changed(copied / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.json"])
+    state = json.loads((bert / "tokenizer.json").read_text())
+    (bert / file).write_text(json.dumps({**state, **part}))
+    edit_json(bert / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.json"])
     with pytest.raises(stars.errors.TokenizerError, match="with a tokenizer of a usual kind"):
-        bound(copied)
+        bound(bert)
 
 
 def test_usual_tokenizers_are_bounded():
@@ -662,18 +649,18 @@ def test_usual_tokenizers_are_bounded():
                  "Funnel", "Barthez", "Qwen2", "CLIP", "GPT2", "RemBert"):
         tokenizer_limits.check_encoder(getattr(transformers, name + "Tokenizer")().backend_tokenizer, name)
     fold = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
-    assert 18 * tokenizer_limits._state_growth(tokenizer_limits.part_state(fold)) < tokenizer_limits.MOST_ENCODER_GROWTH
+    assert 18 * tokenizer_limits._state_growth(tokenizer_limits.part_state(fold)) < tokenizer_limits.MAX_ENCODER_GROWTH
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_tokenizer_that_is_missing_is_not_made_up(kept, copied):
+def test_a_tokenizer_that_is_missing_is_not_made_up(kept, bert):
     """transformers makes one of special tokens alone, to which all words are one."""
-    (copied / "tokenizer.json").unlink()
-    changed(copied / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    (bert / "tokenizer.json").unlink()
+    edit_json(bert / "tokenizer_config.json", tokenizer_class="BertTokenizer")
     if not kept:
-        (copied / "tokenizer_config.json").unlink()
+        (bert / "tokenizer_config.json").unlink()
     with pytest.raises(stars.errors.TokenizerError, match="knows no word|has no file of a tokenizer") as caught:
-        bound(copied)
+        bound(bert)
     assert ("knows no word" in str(caught.value)) == kept
 
 
@@ -681,13 +668,13 @@ class PanicException(BaseException):
     """As the library's: no Exception."""
 
 
-def test_panics_of_the_tokenizer_are_a_texts_own_error(copied, monkeypatch):
+def test_panics_of_the_tokenizer_are_a_texts_own_error(bert, monkeypatch):
     import transformers
 
     def panic(*args, **kwargs):
         raise PanicException("index out of bounds")
 
-    reward = bound(copied)
+    reward = bound(bert)
     tokenizer = reward.tokenizer
     encode = type(tokenizer).__call__
     monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts, **kwargs: (
@@ -698,7 +685,7 @@ def test_panics_of_the_tokenizer_are_a_texts_own_error(copied, monkeypatch):
         reward.check(Prompt("fox", [5], "fox"), 4)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panic)
     with pytest.raises(stars.ModelError, match="PanicException: index out of bounds"):
-        bound(copied)
+        bound(bert)
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

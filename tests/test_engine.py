@@ -8,12 +8,12 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 
 import oracle
 import stars
+from editing import edit_json
 from stars.detokenizer import hold_back
-from toy import ToyModel, facts, ids, table_reward, toy_engine
+from toy import ToyModel, facts, ids, scripted_engine, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1)
 REWARD = table_reward(seed=3)
@@ -45,31 +45,9 @@ class Bytes:
         return "\x01" + "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "
 
 
-@pytest.fixture(scope="module")
-def scripted():
-    """scripted(text): an engine with a byte tokenizer whose model writes `text`, then EOS, after any prompt."""
-
-    def build(text: str, reward=None, prompt_tokens: int = 5, **options) -> stars.Engine:
-        model = ToyModel(vocab=256, seed=5, layers=1)
-        engine = toy_engine(model, reward, tokenizer=Bytes(), **options)
-        script = torch.tensor([*text.encode(), 0] + [0] * 64)
-        decoder = engine._passes.decoder
-        forward, seen = decoder.forward, []
-
-        def noting(batch, cache, rows=None):
-            seen[:] = [batch.positions.clone()]
-            return forward(batch, cache, rows)
-
-        def logits(hidden, out=None):
-            place = seen[0].long() - (prompt_tokens - 1)  # of the token to come in the response
-            return torch.nn.functional.one_hot(script[place], 256).float() * 100 - 50
-
-        decoder.forward, decoder.logits = noting, logits
-        engine._round.drafter._graphs.run = lambda key, step, done, times=1: [
-            step() for _ in range(times) if not bool(done.all())]
-        return engine
-
-    return build
+def scripted(text: str, reward=None) -> stars.Engine:
+    """An engine with a byte tokenizer whose model writes `text`, then EOS, after any prompt of five tokens."""
+    return scripted_engine(Bytes(), 256, text.encode(), 5, reward)
 
 
 # -- what goes in -------------------------------------------------------------------------------------------------
@@ -165,7 +143,7 @@ def test_metrics_add_up():
 def test_reward_model_tokens_are_counted():
     """Incremental scoring reads each candidate's own tokens; from scratch it would have read everything."""
     reward_model = ToyModel(vocab=5, seed=3, head="reward")
-    engine = toy_engine(LM, stars.CausalReward(reward_model.decoder()))
+    engine = toy_engine(LM, reward_model)
     policy = stars.STARS(4, 3, 1.0, 0.0, math.inf, 3)
     [output] = engine.generate(PROMPT, stars.SamplingParams(max_tokens=12, seed=1, ignore_eos=True), policy,
                                use_tqdm=False)
@@ -206,7 +184,7 @@ def test_finish_reasons():
     assert all(o.stop_reason is None for o in stopped.outputs if o.token_ids[-1] not in (2, 3))
 
 
-def test_eos_is_in_token_ids_and_not_in_text(scripted):
+def test_eos_is_in_token_ids_and_not_in_text():
     [output] = scripted("hello").generate("abcd", stars.SamplingParams(max_tokens=30), use_tqdm=False)
     completion = output.outputs[0]
     assert completion.text == "hello" and completion.token_ids == [*b"hello", 0]
@@ -218,7 +196,7 @@ def test_eos_is_in_token_ids_and_not_in_text(scripted):
     ("one two three", ["two"], "one "), ("one two three", ["three", "o t"], "one tw"), ("aab", ["ab"], "a"),
     ("one", ["two"], "one"), ("größe", ["ö"], "gr"),
 ])
-def test_stop_strings(scripted, text, stop, kept, size):
+def test_stop_strings(text, stop, kept, size):
     """Found wherever segments are cut, left out of the text, and reported; nothing behind them is kept."""
     seen = []
 
@@ -239,7 +217,7 @@ def test_stop_strings(scripted, text, stop, kept, size):
     assert seen[-1] == kept and not any(one in response for one in stop for response in seen)
 
 
-def test_streaming_is_cumulative_and_holds_back(scripted):
+def test_streaming_is_cumulative_and_holds_back():
     """No text is ever taken back: half a character and the start of a stop string wait."""
     text = "grüße an 東京 STOP und mehr"
     for size in (1, 2, 3, 7):
@@ -467,15 +445,11 @@ def test_width_chosen_by_the_engine():
     engine.check_integrity()
 
 
-def test_sampling_values_of_generation_config_are_not_applied(tiny_model, tmp_path):
+def test_sampling_values_of_generation_config_are_not_applied(tiny_model, copied):
     """temperature and top_k of generation_config.json are the model author's, EOS ids the model's own."""
-    import json
-    import shutil
-
     directory = tiny_model(family="llama")
-    copy = shutil.copytree(directory, tmp_path / "model")
-    (copy / "generation_config.json").write_text(json.dumps(
-        {"temperature": 0.01, "top_k": 1, "do_sample": True, "eos_token_id": [2, 9]}))
+    copy = copied(directory)
+    edit_json(copy / "generation_config.json", temperature=0.01, top_k=1, do_sample=True, eos_token_id=[2, 9])
     params = stars.SamplingParams(max_tokens=12, n=4, seed=1, ignore_eos=True)
     texts = []
     for path in (directory, copy):

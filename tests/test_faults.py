@@ -21,10 +21,9 @@ import torch
 import stars
 from stars.reward.base import Reward, Scored
 from test_conservation import nothing_is_held
-from toy import ToyModel, ids, table_reward, toy_engine
+from toy import ToyModel, ids, table_reward, toy_engine, toy_pair
 
-LM = ToyModel(vocab=11, seed=1, positions=96)
-RM = ToyModel(vocab=11, seed=3, positions=96, head="reward", sharpness=1.5)
+LM, RM = toy_pair(11, (1, 3), layers=2)
 REWARD = table_reward(seed=3)
 POLICY = stars.STARS(3, 4, 0.5, 0.4, 1.0, 2)
 
@@ -187,7 +186,7 @@ def test_numbers_of_other_kinds_are_good(name):
 
 def test_a_causal_reward_that_fails_on_a_prompt_takes_nobody_along(monkeypatch):
     """NaN on the prompt alone, of a request of several samples whose pages are shared, in front of an innocent one."""
-    made = toy_engine(LM, stars.CausalReward(RM.decoder()), cache_tokens=128)
+    made = toy_engine(LM, RM, cache_tokens=128)
     score = made.reward.score
 
     def nan(candidates):

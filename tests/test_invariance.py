@@ -38,7 +38,7 @@ def requests() -> list[tuple]:
 
 
 def engine(deterministic: bool = True, **options) -> stars.Engine:
-    return toy_engine(LM, stars.CausalReward(RM.decoder()), deterministic=deterministic, page_size=16, **options)
+    return toy_engine(LM, RM, deterministic=deterministic, page_size=16, **options)
 
 
 def decided(output: stars.RequestOutput) -> list:

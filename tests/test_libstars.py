@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from libstars_threads import threads
+from products import random_case, run_linear
 from stars import kernels
 from stars.bindings import libstars
 from stars.bindings.layouts import OPERATIONS, STRUCTURES
@@ -29,19 +30,6 @@ U = 2.0**-24
 ROWS = (1, 2, 3, 5, 17, 37, 123)
 SHAPES = ((1, 1), (7, 3), (33, 31), (100, 65), (255, 129), (641, 333), (256, 2048))  # in_features, out_features
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def random_case(in_features: int, out_features: int, dtype: torch.dtype, rows: int, bias: bool = True):
-    generator = torch.Generator().manual_seed(in_features * 10007 + out_features * 101 + rows)
-    matrix = torch.randn(out_features, in_features, generator=generator).to(dtype)
-    x = torch.randn(rows, in_features, generator=generator)
-    return x, matrix, torch.randn(out_features, generator=generator) if bias else None
-
-
-def run_linear(x: torch.Tensor, weight: kernels.Weight) -> torch.Tensor:
-    out = torch.full((x.shape[0], weight.out_features), torch.nan)
-    kernels.linear(x, weight, out)
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from libstars_threads import threads
+from products import run_linear
 from stars import kernels
 from stars.bindings import layouts, library, libstars
 from stars.bindings.layouts import STRUCTURES
@@ -297,12 +298,6 @@ def products(rows: int):
     generator = torch.Generator().manual_seed(rows)
     x, matrix = torch.randn(rows, 300, generator=generator), torch.randn(1409, 300, generator=generator)
     return x, kernels.pack(matrix)
-
-
-def run_linear(x: torch.Tensor, weight: kernels.Weight) -> torch.Tensor:
-    out = torch.full((x.shape[0], weight.out_features), torch.nan)
-    kernels.linear(x, weight, out)
-    return out
 
 
 def test_the_number_of_threads_is_set_while_others_are_at_work(monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from building import cache_of
+from editing import edit_config, edit_tensors
 from stars.errors import ModelError
 from stars.kernels import linear
 from stars.kernels.types import Batch
@@ -22,27 +22,9 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 
 @pytest.fixture
-def copy(tiny_model, tmp_path):
+def copy(tiny_model, copied):
     """copy(family="qwen2", …): a copy of that tiny model to break."""
-
-    def make(**options) -> Path:
-        return Path(shutil.copytree(tiny_model(**options), tmp_path / f"copy{len(list(tmp_path.iterdir()))}"))
-
-    return make
-
-
-def edit_config(directory: Path, **changes) -> None:
-    """Sets keys of config.json; ... removes one."""
-    path = directory / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
-
-
-def edit_tensors(directory: Path, **changes) -> None:
-    """Sets tensors of model.safetensors, dots written as "__"; ... removes one."""
-    path = directory / "model.safetensors"
-    tensors = {**load_file(path), **{name.replace("__", "."): value for name, value in changes.items()}}
-    save_file({name: value for name, value in tensors.items() if value is not ...}, path)
+    return lambda **options: copied(tiny_model(**options))
 
 
 def rename_tensors(directory: Path, rename) -> None:

@@ -155,7 +155,7 @@ def test_causal_reward(width, operations):
                 stars.STARS(2, 5, 0.5, 0.2, 0.3, width), stars.STARS(5, 4, 1.0, 0.0, 0.9, width),
                 stars.STARS(1, 4, 0.0, 0.4, 1.5, width), stars.STARS(3, 6, 0.5, 0.3, math.inf, width)]
     params = [stars.SamplingParams(max_tokens=11 + index, n=2, seed=70 + index) for index in range(len(prompts))]
-    engine = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    engine = toy_engine(LM, RM)
     outputs = engine.generate(prompts, params, policies, use_tqdm=False)
     for output, policy, sampling in zip(outputs, policies, params, strict=True):
         prompt = output.prompt_token_ids
@@ -170,7 +170,7 @@ def test_larger_models_of_other_shapes(operations):
         prompt["prompt_token_ids"] = [token if token != 3 else 4 for token in prompt["prompt_token_ids"]]
     policy = stars.STARS(6, 5, 0.5, 0.5, 1.0, 4)
     params = stars.SamplingParams(max_tokens=20, n=2, seed=9)
-    engine = toy_engine(LARGER, stars.CausalReward(RM_LARGER.decoder()), page_size=16)
+    engine = toy_engine(LARGER, RM_LARGER, page_size=16)
     for output in engine.generate(prompts, params, policy, use_tqdm=False):
         prompt = output.prompt_token_ids
         equals_oracle(output, LARGER, lambda response, prompt=prompt: RM_LARGER.reward(prompt + response), policy,
@@ -208,7 +208,7 @@ def test_many_seeds(seed):
         policies.append(stars.STARS(
             rng.randint(1, 8), rng.randint(1, 9), rng.choice([0.0, 0.3, 1.0]), rng.choice([0.0, 0.2, 1.0]),
             rng.choice([-math.inf, 0.0, 1.0, 3.0, math.inf]), rng.choice([None, 1, 2, 3, 5, 8])))
-    engine = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    engine = toy_engine(LM, RM)
     outputs = engine.generate(prompts, params, policies, use_tqdm=False)
     for output, policy, sampling in zip(outputs, policies, params, strict=True):
         prompt = output.prompt_token_ids

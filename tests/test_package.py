@@ -49,7 +49,7 @@ def test_what_is_installed_here_is_pinned():
     requirements = pytest.importorskip("packaging.requirements")
     pinned, seen = pins(), set()
     waiting = ["torch", "numpy", "safetensors", "tokenizers", "jinja2", "tqdm", "pytest", "pytest-benchmark",
-               "hypothesis", "transformers"]
+               "hypothesis", "mypy", "ruff", "transformers"]
     while waiting:
         name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
         if name in seen:
@@ -97,7 +97,7 @@ def test_the_wheel(tmp_path):
         [metadata] = [name for name in names if name.endswith(".dist-info/METADATA")]
         facts = email.message_from_bytes(archive.read(metadata))
     home = metadata.removesuffix("METADATA")
-    for name in ("stars/bindings/lib/libstars.so", "stars/bindings/stars.h", "stars/py.typed", "stars/trace_page.html",
+    for name in ("stars/bindings/lib/libstars.so", "stars/bindings/stars.h", "stars/py.typed", "stars/trace/page.html",
                  "stars/demo_models/README.md", "stars/demo_models/lm/model.safetensors",
                  "stars/demo_models/rm/tokenizer.json", home + "licenses/LICENSE", home + "licenses/NOTICE"):
         assert name in names, name

@@ -38,11 +38,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_model) -> Path:
-    return tiny_model(family="llama", tokenizer=True, chat_template=True)
-
-
-@pytest.fixture(scope="module")
 def other(tiny_model, tmp_path_factory) -> Path:
     """A reward model whose tokenizer changes its mind: pairs of letters merge in a random order of precedence, so that
     a letter more can undo the pair before it, and the one before that; some words become one token at their last

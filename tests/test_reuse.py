@@ -9,12 +9,11 @@ import pytest
 import recorded_gpu
 import stars
 from stars.bindings import libstars
-from toy import ToyModel, ids, toy_engine
+from toy import ids, toy_engine, toy_pair
 
 pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 
-LM = ToyModel(vocab=29, seed=1, layers=1, positions=128)
-RM = ToyModel(vocab=29, seed=2, layers=1, positions=128, head="reward", sharpness=1.5)
+LM, RM = toy_pair(29, (1, 2), positions=128)
 SIZES = dict(cache_tokens=512, page_size=4, max_num_seqs=7, max_num_lanes=21, max_segment_size=16)
 PLAIN = dict()
 FILTERED = dict(top_k=3)
@@ -46,7 +45,7 @@ class Alone:
     """What each request gives by itself, in an engine on the CPU that is as new."""
 
     def __init__(self):
-        self.engine = toy_engine(LM, stars.CausalReward(RM.decoder()), **SIZES)
+        self.engine = toy_engine(LM, RM, **SIZES)
         self.known: dict = {}
 
     def __call__(self, batch: list[tuple]) -> list:

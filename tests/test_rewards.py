@@ -30,11 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_model) -> Path:
-    return tiny_model(family="llama", tokenizer=True, chat_template=True)
-
-
-@pytest.fixture(scope="module")
 def same(tiny_model) -> Path:
     """A reward model of the same vocabulary."""
     return tiny_model(family="qwen2", head="reward", tokenizer=True, chat_template=True)

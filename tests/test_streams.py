@@ -20,7 +20,7 @@ from stars.bindings import libstars
 from stars.kernels import philox
 from stars.kernels.sample_step import sample_step_reference
 from stars.kernels.types import LaneState
-from toy import ToyModel, ids, table_reward, toy_engine
+from toy import ids, table_reward, toy_engine, toy_pair
 
 SAMPLES = (0, 1, 2047, 2048, 2049, 4095)
 SEEDS = (0, 5, 2**31, 2**32 + 5, 2**63 - 1, 2**63, 2**63 + 5, 2**64 - 1)
@@ -105,8 +105,7 @@ def test_draws_of_all_samples_and_seeds_are_those_of_the_law(operations):
 
 # -- through the engine -----------------------------------------------------------------------------------------------
 
-LM = ToyModel(vocab=64, seed=1, layers=1, positions=32)
-RM = ToyModel(vocab=64, seed=2, layers=1, positions=32, head="reward", sharpness=1.5)
+LM, RM = toy_pair(64, (1, 2), positions=32)
 PROMPT = ids(5, 64)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
@@ -22,7 +21,7 @@ from stars.errors import RequestError, TokenizerError
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.reward.causal import CausalReward
 from stars.trace import request_trace
-from toy import ToyModel, toy_engine
+from toy import ToyModel, scripted_engine, toy_engine
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>"]
 WORDS = ["This", "film", "was", "great", "the", "movie", "gre", "at"]
@@ -225,25 +224,8 @@ def test_text_is_that_of_the_bytes_and_never_taken_back(loaded, kind, data, cut,
 
 
 def scripted(tokenizer: Tokenizer, script: list[int], prompt: list[int], reward=None, **options) -> stars.Engine:
-    """An engine whose model writes `script` behind `prompt`, then EOS (2)."""
-    size = tokenizer.vocab_size
-    engine = toy_engine(ToyModel(vocab=size, seed=5, layers=1, eos=(2,)), reward, tokenizer=tokenizer, **options)
-    table = torch.tensor([*script] + [2] * 80)
-    decoder = engine._passes.decoder
-    forward, seen = decoder.forward, []
-
-    def noting(batch, cache, rows=None):
-        seen[:] = [batch.positions.clone()]
-        return forward(batch, cache, rows)
-
-    def logits(hidden, out=None):
-        place = seen[0].long() - (len(prompt) - 1)  # of the token to come in the response
-        return torch.nn.functional.one_hot(table[place], size).float() * 100 - 50
-
-    decoder.forward, decoder.logits = noting, logits
-    engine._round.drafter._graphs.run = lambda key, step, done, times=1: [
-        step() for _ in range(times) if not bool(done.all())]
-    return engine
+    """An engine whose model writes `script` after `prompt`, then EOS (2)."""
+    return scripted_engine(tokenizer, tokenizer.vocab_size, script, len(prompt), reward, eos=2, **options)
 
 
 @pytest.mark.parametrize("size", [1, 2, 16])

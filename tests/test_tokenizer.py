@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stars
+from editing import edit_json
 from stars.errors import TokenizerError
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from tiny_models import CHAT_TEMPLATE, SENTENCES, SPECIAL_TOKENS, write_tokenizer
@@ -66,15 +66,9 @@ def directories(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def copy(directories, tmp_path):
+def copy(directories, copied):
     """A copy of the byte-level tokenizer's directory to change."""
-    return Path(shutil.copytree(directories["bytes"], tmp_path / "copy"))
-
-
-def edit(path: Path, **changes) -> None:
-    """Sets keys of a JSON file; ... removes one."""
-    state = {**(json.loads(path.read_text()) if path.exists() else {}), **changes}
-    path.write_text(json.dumps({key: value for key, value in state.items() if value is not ...}))
+    return copied(directories["bytes"])
 
 
 def assert_same(ours: Tokenizer, theirs, texts=TEXTS) -> None:
@@ -115,17 +109,17 @@ def test_no_tokenizer(tmp_path):
 
 def test_bos_is_what_the_post_processor_says(copy):
     """add_bos_token and add_eos_token of the configuration do not enter, with or without a post-processor."""
-    edit(copy / "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
+    edit_json(copy / "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
     assert_same(load_tokenizer(copy), hf(copy))
     assert load_tokenizer(copy).encode("a")[0] == 1
-    edit(copy / "tokenizer_config.json", add_bos_token=True)
-    edit(copy / "tokenizer.json", post_processor=None)
+    edit_json(copy / "tokenizer_config.json", add_bos_token=True)
+    edit_json(copy / "tokenizer.json", post_processor=None)
     assert_same(load_tokenizer(copy), hf(copy))
     assert load_tokenizer(copy).encode("a")[0] != 1
 
 
 def test_tokens_that_only_the_configuration_knows(copy):
-    edit(
+    edit_json(
         copy / "tokenizer_config.json", eos_token="<|end|>",
         added_tokens_decoder={"321": {"content": "<|tool|>", "special": False, "normalized": False, "lstrip": True},
                               "320": {"content": "<|think|>", "special": True}},
@@ -136,19 +130,20 @@ def test_tokens_that_only_the_configuration_knows(copy):
 
 
 def test_special_tokens_of_an_older_file(copy):
-    edit(copy / "tokenizer_config.json", bos_token=..., eos_token=...)
+    edit_json(copy / "tokenizer_config.json", bos_token=..., eos_token=...)
     assert load_tokenizer(copy).eos_token_id is None
-    edit(copy / "special_tokens_map.json", bos_token="<s>", eos_token={"content": "<|assistant|>", "lstrip": False})
+    edit_json(copy / "special_tokens_map.json", bos_token="<s>",
+              eos_token={"content": "<|assistant|>", "lstrip": False})
     assert_same(load_tokenizer(copy), hf(copy))
     assert load_tokenizer(copy).eos_token == "<|assistant|>"
 
 
 def test_truncation_and_padding_left_in_the_file_do_not_apply(copy):
     before = load_tokenizer(copy).encode(SENTENCES[0])
-    edit(copy / "tokenizer.json", truncation={"max_length": 3, "strategy": "LongestFirst", "stride": 0,
-                                              "direction": "Right"},
-         padding={"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
-                  "pad_type_id": 0, "pad_token": "<pad>"})
+    edit_json(copy / "tokenizer.json", truncation={"max_length": 3, "strategy": "LongestFirst", "stride": 0,
+                                                   "direction": "Right"},
+              padding={"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                       "pad_type_id": 0, "pad_token": "<pad>"})
     assert load_tokenizer(copy).encode(SENTENCES[0]) == before
 
 
@@ -181,23 +176,23 @@ def test_same_vocabulary(directories, copy):
     state = json.loads((copy / "tokenizer.json").read_text())
     # the same content written otherwise: merges as text, another post-processor, a template, padding
     state["model"]["merges"] = [" ".join(merge) for merge in state["model"]["merges"]]
-    edit(copy / "tokenizer.json", model=state["model"], post_processor=None)
+    edit_json(copy / "tokenizer.json", model=state["model"], post_processor=None)
     (copy / "chat_template.jinja").write_text("x")
     again = load_tokenizer(copy)
     assert tokenizer.same_vocabulary(again) and again.same_vocabulary(tokenizer)
     # a pad token that the reward model has on top: ids of the language model still mean the same to it
-    edit(copy / "tokenizer_config.json", pad_token="[PAD]")
+    edit_json(copy / "tokenizer_config.json", pad_token="[PAD]")
     padded = load_tokenizer(copy)
     assert tokenizer.same_vocabulary(padded) and not padded.same_vocabulary(tokenizer)
     # one merge less splits text differently
-    edit(copy / "tokenizer.json", model={**state["model"], "merges": state["model"]["merges"][:-1]})
+    edit_json(copy / "tokenizer.json", model={**state["model"], "merges": state["model"]["merges"][:-1]})
     assert not tokenizer.same_vocabulary(load_tokenizer(copy))
-    edit(copy / "tokenizer.json", model=state["model"], normalizer={"type": "Lowercase"})
+    edit_json(copy / "tokenizer.json", model=state["model"], normalizer={"type": "Lowercase"})
     assert not tokenizer.same_vocabulary(load_tokenizer(copy))
     # two ids exchanged
     model = json.loads(json.dumps(state["model"]))
     model["vocab"]["a"], model["vocab"]["b"] = model["vocab"]["b"], model["vocab"]["a"]
-    edit(copy / "tokenizer.json", model=model, normalizer=None)
+    edit_json(copy / "tokenizer.json", model=model, normalizer=None)
     assert not tokenizer.same_vocabulary(load_tokenizer(copy))
 
 
@@ -278,19 +273,19 @@ def test_where_templates_come_from(copy):
     assert not load_tokenizer(copy).has_chat_template
     with pytest.raises(TokenizerError, match="has no chat template: add chat_template.jinja, or give text"):
         load_tokenizer(copy).apply_chat_template([USER])
-    edit(copy / "tokenizer_config.json", chat_template="one")
+    edit_json(copy / "tokenizer_config.json", chat_template="one")
     assert load_tokenizer(copy).apply_chat_template([USER]) == "one"
     named = [{"name": "default", "template": "two"}, {"name": "tool_use", "template": "three"}]
-    edit(copy / "tokenizer_config.json", chat_template=named)
+    edit_json(copy / "tokenizer_config.json", chat_template=named)
     assert load_tokenizer(copy).apply_chat_template([USER]) == "two"
     assert load_tokenizer(copy).apply_chat_template([USER], tools=[{}]) == "three"
-    edit(copy / "tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}])
+    edit_json(copy / "tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}])
     with pytest.raises(TokenizerError, match="has chat templates named rag and none named default"):
         load_tokenizer(copy).apply_chat_template([USER])
-    edit(copy / "tokenizer_config.json", chat_template=[1])
+    edit_json(copy / "tokenizer_config.json", chat_template=[1])
     with pytest.raises(TokenizerError, match="neither text nor a list"):
         load_tokenizer(copy)
-    edit(copy / "tokenizer_config.json", chat_template=named)
+    edit_json(copy / "tokenizer_config.json", chat_template=named)
     assert with_template(copy, "four {{ bos_token }}{{ eos_token }}").apply_chat_template([USER]) == "four <s></s>"
 
 

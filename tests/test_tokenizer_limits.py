@@ -170,7 +170,7 @@ def test_what_the_library_gives_up_is_an_error(saved):
 
 def test_growth_ends_at_the_limit_of_memory(saved, monkeypatch):
     """A letter that becomes a million million."""
-    monkeypatch.setattr(tokenizer_limits, "MOST_MEMORY", 1 << 30)
+    monkeypatch.setattr(tokenizer_limits, "MAX_MEMORY", 1 << 30)
     growing = normalizers.Sequence([normalizers.Replace("a", "a" * 1000)] * 4)
     tokenizer = load_tokenizer(saved(normalizer=growing))
     with pytest.raises(TokenizerError, match="cannot be run within 1 GiB") as caught:

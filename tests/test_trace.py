@@ -17,13 +17,12 @@ from stars.trace import (
     TraceCompletion,
     TraceRequest,
     TraceSegment,
-    loads,
     request_trace,
-    too_deep,
     trace_records,
 )
-from stars.trace_html import page
-from stars.trace_show import request_lines
+from stars.trace.json_lines import loads, too_deep
+from stars.trace.page import page
+from stars.trace.show import request_lines
 
 PROMPTS = ["The quick brown fox", "Once upon a time"]
 PARAMS = stars.SamplingParams(max_tokens=21, seed=3)

@@ -13,10 +13,9 @@ import pytest
 
 import stars
 from test_invariance import decided
-from toy import ToyModel, ids, table_reward, toy_engine
+from toy import ids, table_reward, toy_engine, toy_pair
 
-LM = ToyModel(vocab=23, seed=1, layers=1, positions=96)
-RM = ToyModel(vocab=23, seed=3, layers=1, positions=96, head="reward", sharpness=1.5)
+LM, RM = toy_pair(23, (1, 3))
 POLICY = stars.STARS(4, 4, 0.5, 0.3, 1.0, 2)
 
 
@@ -53,11 +52,11 @@ def generate(engine: stars.Engine, seeds) -> list:
 
 
 def alone(seeds) -> list:
-    return generate(toy_engine(LM, stars.CausalReward(RM.decoder())), seeds)
+    return generate(toy_engine(LM, RM), seeds)
 
 
 def test_threads_that_generate_get_their_own_texts():
-    engine = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    engine = toy_engine(LM, RM)
     shares = [range(4 * index, 4 * index + 4) for index in range(4)]
     for _ in range(3):
         results = run_all(*(lambda share=share: generate(engine, share) for share in shares))
@@ -67,7 +66,7 @@ def test_threads_that_generate_get_their_own_texts():
 
 
 def test_every_call_is_safe_beside_the_others():
-    engine = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    engine = toy_engine(LM, RM)
     wanted = alone(range(3))
     stepped: dict[str, list] = {}
     stop = threading.Event()
@@ -104,7 +103,7 @@ def test_every_call_is_safe_beside_the_others():
 
     (first, second, third, threshold), aborted = run_all(work, abort)
     assert [*first, *second, *third] == wanted
-    other = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    other = toy_engine(LM, RM)
     assert threshold == other.calibrate([asked(0)[0]], stars.SamplingParams(max_tokens=8, seed=5), num_samples=4)
     assert aborted > 0
     while engine.has_unfinished_requests():
@@ -132,7 +131,7 @@ def test_a_short_call_does_not_wait_for_a_long_one():
 
 
 def test_asyncio_to_thread():
-    engine = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    engine = toy_engine(LM, RM)
 
     async def both():
         return await asyncio.gather(asyncio.to_thread(generate, engine, [0, 1]),
@@ -184,7 +183,7 @@ def test_a_reward_cannot_call_its_engine(call):
 
 
 def test_a_reward_may_call_another_engine():
-    judge = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    judge = toy_engine(LM, RM)
 
     def reward(prompt, responses):
         return [judge.generate({"prompt_token_ids": [*prompt, *response]}, stars.SamplingParams(max_tokens=1, seed=1),
@@ -197,7 +196,7 @@ def test_a_reward_may_call_another_engine():
 
 def test_streams_of_many_threads_end_with_their_whole_text():
     """An output is a snapshot: no round of another thread falls into it."""
-    engine = toy_engine(LM, stars.CausalReward(RM.decoder()))
+    engine = toy_engine(LM, RM)
     wanted = {seed: alone([seed])[0] for seed in range(4)}
 
     def stream(seed: int) -> list:

@@ -19,6 +19,7 @@ from stars.model.config import ModelConfig, parse_config
 from stars.model.decoder import Decoder, LayerWeights
 from stars.model.rope import rope_tables
 from stars.outputs import RequestOutput
+from stars.reward import CausalReward
 
 EOS = 0
 """A token like any other, except that it ends a response."""
@@ -117,10 +118,41 @@ class ToyModel:
         return norm(x[-1], self.final_norm) @ self.out.T.astype(np.float64)
 
 
+def toy_pair(vocab: int, seeds: tuple[int, int], *, sharpness: float = 1.5, layers: int = 1, positions: int = 96,
+             ) -> tuple[ToyModel, ToyModel]:
+    """A language model and a reward model of its vocabulary; `sharpness` is the reward model's."""
+    return (ToyModel(vocab, seeds[0], layers=layers, positions=positions),
+            ToyModel(vocab, seeds[1], layers=layers, positions=positions, head="reward", sharpness=sharpness))
+
+
 def toy_engine(model: ToyModel, reward: Any = None, **options: Any) -> Engine:
-    """An engine around `model`; small sizes unless told otherwise."""
+    """An engine around `model`, judged by `reward`, which may be a ToyModel; small sizes unless told otherwise."""
     settings = dict(cache_tokens=4096, page_size=4, max_num_seqs=16, max_num_lanes=64, max_segment_size=16)
+    if isinstance(reward, ToyModel):
+        reward = CausalReward(reward.decoder())
     return Engine(model.decoder(), reward, **(settings | options))
+
+
+def scripted_engine(tokenizer: Any, vocab: int, script: Sequence[int], prompt_tokens: int, reward: Any = None,
+                    eos: int = EOS, **options: Any) -> Engine:
+    """An engine whose model writes `script` after any prompt of `prompt_tokens` tokens, then EOS."""
+    engine = toy_engine(ToyModel(vocab, seed=5, layers=1, eos=(eos,)), reward, tokenizer=tokenizer, **options)
+    table = torch.tensor([*script] + [eos] * 80)
+    decoder = engine._passes.decoder
+    forward, seen = decoder.forward, []
+
+    def noting(batch, cache, rows=None):
+        seen[:] = [batch.positions.clone()]
+        return forward(batch, cache, rows)
+
+    def logits(hidden, out=None):
+        place = seen[0].long() - (prompt_tokens - 1)  # of the token to come in the response
+        return torch.nn.functional.one_hot(table[place], vocab).float() * 100 - 50
+
+    decoder.forward, decoder.logits = noting, logits
+    engine._round.drafter._graphs.run = lambda key, step, done, times=1: [
+        step() for _ in range(times) if not bool(done.all())]
+    return engine
 
 
 def table_reward(seed: int = 0, scale: float = 1.0) -> Callable[[Sequence[int]], float]:

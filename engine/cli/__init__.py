@@ -1,7 +1,7 @@
 """The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo` and `info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
-exit code 1, a value that a flag cannot have among them; arguments that cannot be read or do not go together give 2,
+exit code 1, a value that a flag cannot have among them. Arguments that cannot be read or do not go together give 2,
 Ctrl-C 130, SIGTERM 143, a reader that went away 141.
 """
 
@@ -14,14 +14,18 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from stars import __version__
 from stars.cli import options
 from stars.cli.signals import Terminated, termination
 from stars.errors import StarsError
 from stars.line_file import FULL
+from stars.version import __version__
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
 
 
@@ -49,7 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
     with warnings.catch_warnings(), termination():
         warnings.showwarning = _show_warning
         try:
-            code = args.run(args)
+            code: int = args.run(args)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
@@ -88,7 +92,7 @@ def _settle(stream: TextIO) -> None:
 class _Parser(argparse.ArgumentParser):
     """One that does not pass over a reader that went away, or a disk that is full."""
 
-    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         (file or sys.stderr).write(message or "")
 
 
@@ -110,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, summary: str) -> argparse.ArgumentParser:
+def _command(commands: argparse._SubParsersAction[Parser], name: str, summary: str) -> Parser:
     return commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
 
 
@@ -245,5 +249,6 @@ def _in_words(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                  file: TextIO | None = None, line: str | None = None) -> None:
     print("stars: warning: " + " ".join(str(message).split()), file=sys.stderr)

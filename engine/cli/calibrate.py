@@ -8,7 +8,7 @@ import sys
 from stars.cli import options
 from stars.cli.rows import rows_of_arguments, rows_of_file
 from stars.errors import RequestError
-from stars.trace import dumps, plain
+from stars.trace.json_lines import dumps, plain
 
 SHOWN = (("min", 0.0), ("10 %", 0.1), ("25 %", 0.25), ("median", 0.5), ("75 %", 0.75), ("90 %", 0.9), ("max", 1.0))
 

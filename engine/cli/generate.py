@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from stars.cli import options
 from stars.cli.resume import Resumption
@@ -15,7 +16,15 @@ from stars.cli.terminal import one_line, terminal_width, visible
 from stars.errors import RequestError, StarsError
 from stars.line_file import ADVICE, LineFile, StreamLines, check_writable, identity, open_lines
 from stars.outputs import RequestOutput
-from stars.trace import dumps, trace_header, trace_lines
+from stars.trace import trace_header, trace_lines
+from stars.trace.json_lines import dumps
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from stars.engine import Engine
+    from stars.policies import Policy
+    from stars.sampling import SamplingParams
 
 CALIBRATION_PROMPTS, CALIBRATION_SAMPLES, CALIBRATION_QUANTILE = 8, 16, 0.9
 GO_ON = "every line in it is whole, so make room and go on with --resume"
@@ -32,12 +41,14 @@ def generate(args: argparse.Namespace) -> int:
     waiting = rows if earlier is None else [row for row in rows if row.key not in earlier.done]
     if earlier is not None:
         print(f"stars: {len(rows) - len(waiting)} of {len(rows)} rows are done in {args.output}", file=sys.stderr)
-    engine = policy = None
+    engine: Engine | None = None
+    policy: Policy | None = None
     if waiting or earlier is None:
         engine = options.build_engine(args)
         # On the same rows as in the earlier run, so that a seeded run goes on with the same threshold.
         policy = options.policy(args, _measured_threshold(args, engine, rows, params))
     if args.stream:
+        assert engine is not None  # the parser refuses --resume with --stream
         return _stream(args, engine, rows[0], params, policy)
     # Nothing was written up to here: what is at fault in the arguments or the models leaves older files as they are.
     with contextlib.ExitStack() as stack:
@@ -45,6 +56,7 @@ def generate(args: argparse.Namespace) -> int:
         sink = RowSink(rows_file) if rows_file is not None else TextSink(rows)
 
         def finish(row: Row, output: RequestOutput) -> None:
+            assert engine is not None
             if trace_file is not None:  # first: a row that is there is done, and its trace is there, too
                 trace_file.write(trace_lines(output, engine.tokenizer, params))
             sink.result(row, output)
@@ -61,13 +73,19 @@ def generate(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _run(engine, rows: list[Row], params, policy, finish, fail, progress: bool) -> tuple[int, int, int]:
-    """Runs all rows side by side; (the signal that interrupted it or 0, rows finished, rows failed)."""
+def _run(engine: Engine | None, rows: list[Row], params: SamplingParams, policy: Policy | None,
+         finish: Callable[[Row, RequestOutput], None], fail: Callable[[Row, str], None],
+         progress: bool) -> tuple[int, int, int]:
+    """Runs all rows side by side; (the signal that interrupted it or 0, rows finished, rows failed).
+
+    engine: None where there are no rows.
+    """
     waiting = list(reversed(rows))
     running: dict[str, Row] = {}
     finished = failed = 0
     with noted_interrupts() as interrupted, _progress_bar(len(rows), progress) as bar:
         while (waiting or running) and not interrupted:
+            assert engine is not None
             # Enough waiting for the engine to choose from, and no more in memory.
             while waiting and len(running) < 2 * engine.config.max_num_seqs:
                 row = waiting.pop()
@@ -86,12 +104,13 @@ def _run(engine, rows: list[Row], params, policy, finish, fail, progress: bool) 
                     finished += 1
                     failed += any(completion.error is not None for completion in output.outputs)
                     bar.update()
-        for request_id in running:
-            engine.abort(request_id)
+        if engine is not None:
+            for request_id in running:
+                engine.abort(request_id)
         return interrupted[0] if waiting or running else 0, finished, failed
 
 
-def _stream(args: argparse.Namespace, engine, row: Row, params, policy) -> int:
+def _stream(args: argparse.Namespace, engine: Engine, row: Row, params: SamplingParams, policy: Policy | None) -> int:
     """Prints committed text as it comes; the command's exit code."""
     outputs = engine.stream(row.prompt, params, policy)
     written = 0
@@ -108,6 +127,7 @@ def _stream(args: argparse.Namespace, engine, row: Row, params, policy) -> int:
                 if interrupted:
                     break
         print(flush=True)
+        assert output is not None  # a stream ends with a finished output
         if not output.finished:
             print("stars: interrupted: the text above is what had been committed", file=sys.stderr)
             return 128 + interrupted[0]
@@ -204,7 +224,8 @@ class TextSink:
         print(f"stars: error: {which}{' '.join(message.split())}", file=sys.stderr)
 
 
-def _measured_threshold(args: argparse.Namespace, engine, rows: list[Row], params) -> float | None:
+def _measured_threshold(args: argparse.Namespace, engine: Engine, rows: list[Row],
+                        params: SamplingParams) -> float | None:
     """The threshold for where the flags give none: a quantile of plain samples on the first prompts that can run."""
     if not options.needs_threshold(args):
         return None
@@ -226,7 +247,7 @@ def _measured_threshold(args: argparse.Namespace, engine, rows: list[Row], param
     return threshold
 
 
-def _progress_bar(total: int, wanted: bool):
+def _progress_bar(total: int, wanted: bool) -> tqdm:
     from tqdm import tqdm
 
     return tqdm(total=total, desc="Prompts", dynamic_ncols=True, disable=not (wanted and sys.stderr.isatty()))
@@ -236,10 +257,17 @@ def _open_files(stack: contextlib.ExitStack, args: argparse.Namespace,
                 earlier: Resumption | None) -> tuple[LineFile | StreamLines | None, LineFile | StreamLines | None]:
     """(rows, trace), each None where it is not asked for, ready for the next line."""
     advice = GO_ON if args.output not in (None, "-") else ADVICE
-    rows_file, trace_file = (
-        stack.enter_context(open_lines(path, advice)) if path is not None else None
-        for path in ("-" if args.json else args.output, args.trace))
+
+    def opened(path: str | None) -> LineFile | StreamLines | None:
+        if path is None:
+            return None
+        file = open_lines(path, advice)
+        stack.callback(file.close)
+        return file
+
+    rows_file, trace_file = opened("-" if args.json else args.output), opened(args.trace)
     if earlier is not None:
+        assert isinstance(rows_file, LineFile) and not isinstance(trace_file, StreamLines)  # --resume goes with files
         earlier.trim(rows_file, trace_file)
     for file in (rows_file, trace_file):
         if file is not None and earlier is None:

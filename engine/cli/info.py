@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from stars import __version__
-from stars.trace import dumps
+from stars.trace.json_lines import dumps
+from stars.version import __version__
 
 DISTRIBUTIONS = {"flash-attn-4": "flash-attn-4", "flash-attn-2": "flash-attn", "varlen": "torch", "sdpa": "torch",
                  "triton": "triton"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stars.errors import ModelError
-from stars.trace import dumps, plain
+from stars.trace.json_lines import dumps, plain
 
 if TYPE_CHECKING:
     from stars.model.loader import ModelSummary
@@ -18,8 +18,8 @@ SHOWN_TENSORS = 8
 
 def inspect(args: argparse.Namespace) -> int:
     """Runs the command; 1 where tensors are missing or too many, so that it would not load."""
-    from stars.model.config import read_json
     from stars.model.families import FAMILIES
+    from stars.model.files import read_json
 
     path = Path(args.directory) / "config.json"
     config = read_json(path) if path.is_file() else {}
@@ -123,7 +123,7 @@ def _encoder(args: argparse.Namespace, config: dict[str, Any], architectures: li
     return 0 if facts["loads"] else 1
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:,} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -6,9 +6,14 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stars.errors import ModelError, RequestError
+
+if TYPE_CHECKING:
+    from stars.engine import Engine
+    from stars.policies import Policy
+    from stars.sampling import SamplingParams
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -36,7 +41,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="DIR", help="the language model (without it: the shipped pair)")
     group.add_argument("--reward", metavar="DIR", help="the reward model")
     group.add_argument("--reward-template", choices=("auto", "chat", "raw"), help="how it is shown prompt and response")
-    group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put behind a response")
+    group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put after a response")
 
 
 def add_sampling(parser: argparse.ArgumentParser, with_n: bool) -> None:
@@ -107,14 +112,14 @@ def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     check_models(parser, args, needs_reward=args.policy != "sample")
 
 
-def sampling_params(args: argparse.Namespace):
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The SamplingParams of the flags; RequestError."""
     from stars.sampling import SamplingParams
 
     return SamplingParams(**_given(args, SAMPLING))
 
 
-def policy(args: argparse.Namespace, reward_threshold: float | None = None):
+def policy(args: argparse.Namespace, reward_threshold: float | None = None) -> Policy:
     """The policy of the flags; `reward_threshold` is the measured one, for where the flag gives none. RequestError."""
     from stars import policies
 
@@ -135,7 +140,7 @@ def needs_threshold(args: argparse.Namespace) -> bool:
     return args.policy == "stars" and args.reward_threshold in (None, "auto")
 
 
-def build_engine(args: argparse.Namespace):
+def build_engine(args: argparse.Namespace) -> Engine:
     """The engine of the flags; without --model the shipped pair, which is said on stderr."""
     model, reward = args.model, args.reward
     if model is None:

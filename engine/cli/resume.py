@@ -10,7 +10,8 @@ from typing import Any
 from stars.cli.rows import Row, key_of, prompt_of
 from stars.errors import RequestError
 from stars.line_file import LineFile
-from stars.trace import FORMAT, VERSION, dumps, loads
+from stars.trace import FORMAT, VERSION
+from stars.trace.json_lines import dumps, loads
 
 
 class Resumption:
@@ -42,7 +43,7 @@ class Resumption:
         if trace is not None and os.path.exists(trace):
             with open(trace, "rb") as file:
                 header = _read_header(file.readline(), trace)
-            # A kill between the two files: the trace is behind a move that this very output has still before it.
+            # A kill between the two files: the trace has made a move that this very output has still before it.
             ahead = header.get("moved") if header.get("rows") == self.digest.hexdigest() else None
             ahead = ahead if isinstance(ahead, dict) else {}
             self.traced = {ahead.get(old, old): new for old, new in self.moved.items()}
@@ -55,12 +56,13 @@ class Resumption:
         if output.size() != self.size:
             raise RequestError(f"{output.name} has changed since it was read, so another run is writing to it: wait "
                                "for it, and run again")
-        for file, rewritten in ((trace, trace is not None and trace.size()), (output, not self.clean)):
-            if rewritten and os.fstat(file.fd).st_nlink > 1:
+        rewritten = ([trace] if trace is not None and trace.size() else []) + ([] if self.clean else [output])
+        for file in rewritten:
+            if os.fstat(file.fd).st_nlink > 1:
                 raise RequestError(f"{file.name} has another name, a hard link, and --resume would part the two: "
                                    "remove one, or work on a copy")
         if trace is not None and trace.size():
-            trace.replace(self._kept_records())
+            trace.replace(self._kept_records(trace.name))
         if not self.clean:
             output.replace(self._kept_rows())
 
@@ -95,8 +97,8 @@ class Resumption:
                 if number in self.lines:
                     yield _changed(line, index=self.lines[number])
 
-    def _kept_records(self) -> Iterator[bytes]:
-        with open(self.trace, "rb") as file:
+    def _kept_records(self, trace: str) -> Iterator[bytes]:
+        with open(trace, "rb") as file:
             for number, line in enumerate(file):
                 if not line.endswith(b"\n"):  # a kill cut it short
                     return
@@ -118,7 +120,8 @@ class Resumption:
 
     def _request_id(self, number: int, line: bytes) -> str:
         try:
-            return loads(line)["request_id"]
+            request_id: str = loads(line)["request_id"]
+            return request_id
         except (ValueError, TypeError, KeyError):
             raise RequestError(f"{self.trace}, line {number + 1}, is no record of a trace: name another file") from None
 

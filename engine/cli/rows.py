@@ -6,17 +6,20 @@ import codecs
 import json
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from stars.errors import RequestError
 from stars.outputs import RequestOutput
 from stars.prompt import PROMPT_KEYS, prompt_kind
-from stars.trace import MAX_NESTING, loads, metrics_record, plain, too_deep
+from stars.trace import metrics_record
+from stars.trace.json_lines import MAX_NESTING, loads, plain, too_deep
 
 RESULT_KEYS = ("index", "outputs", "metrics", "seed", "error")  # of a row that is written; one that is read has no say
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One prompt of the input, or why its line holds none."""
 
     index: int
@@ -68,12 +71,14 @@ def result_row(row: Row, output: RequestOutput) -> dict[str, Any]:
         } for completion in output.outputs],
         "metrics": metrics_record(output.metrics), "seed": output.seed,
     }
-    return plain({**result, "error": errors[0]} if errors else result)
+    record: dict[str, Any] = plain({**result, "error": errors[0]} if errors else result)
+    return record
 
 
 def error_row(row: Row, error: str) -> dict[str, Any]:
     """The row of a prompt that could not run."""
-    return plain({**row.given, "index": row.index, "outputs": [], "error": error})
+    record: dict[str, Any] = plain({**row.given, "index": row.index, "outputs": [], "error": error})
+    return record
 
 
 def key_of(record: dict[str, Any], index: int) -> tuple[str, Any]:

@@ -60,7 +60,7 @@ def one_line(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """`text` in lines of at most `width`, each behind `indent`; its own line ends are kept."""
+    """`text` in lines of at most `width`, each after `indent`; its own line ends are kept."""
     lines: list[str] = []
     for line in visible(text).expandtabs(4).split("\n"):
         lines += textwrap.wrap(line, max(10, width - len(indent)), replace_whitespace=False) or [""]

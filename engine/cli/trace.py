@@ -14,7 +14,7 @@ from stars.trace import TraceRequest, read_trace
 
 def show(args: argparse.Namespace) -> int:
     """Prints the trace."""
-    from stars.trace_show import legend_lines, request_lines
+    from stars.trace.show import legend_lines, request_lines
 
     style = Style(wants_color(args.color, sys.stdout))
     width = terminal_width()
@@ -27,7 +27,7 @@ def show(args: argparse.Namespace) -> int:
 
 def html(args: argparse.Namespace) -> int:
     """Writes the page."""
-    from stars.trace_html import page
+    from stars.trace.page import page
 
     target = args.output
     if target is None:

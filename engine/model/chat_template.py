@@ -9,11 +9,12 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 from stars.errors import TokenizerError, text_of
 from stars.model.template_limits import LimitedEnvironment
 
-MOST_REASON = 300
+MAX_REASON = 300
 """Characters that an error repeats of what a template said."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message calls it; the first is given to templates
@@ -28,7 +29,7 @@ class ChatTemplate:
         self._compiled: jinja2.Template | None = None
         self._takes_parts: bool | None = None  # whether it goes through the parts of a content by itself
 
-    def render(self, messages: list[dict], **variables: Any) -> str:
+    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """The text of `messages`.
 
         Raises TokenizerError for whatever goes wrong in it, forbidden code and more work than `template_limits` allows
@@ -61,8 +62,7 @@ class ChatTemplate:
                 "messages to what it expects, or give the prompt as text"
             ) from error
 
-
-    def _with_text(self, number: int, message: dict) -> dict:
+    def _with_text(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
         """A message whose content, where it is a list of text parts, is their texts, a line each (as in vLLM)."""
         content = message.get("content")
         if not isinstance(content, list):
@@ -72,7 +72,7 @@ class ChatTemplate:
         if not all(isinstance(text, str) for text in texts):
             raise TokenizerError(f"messages[{number}] has a part that is no text, and the chat template of "
                                  f'{self._where} takes text only: give parts as {{"type": "text", "text": ...}}')
-        return {**message, "content": "\n".join(texts)}
+        return {**message, "content": "\n".join(map(str, texts))}
 
 
 def _iterates_content(template: nodes.Template) -> bool:
@@ -94,7 +94,7 @@ def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
     return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
 
 
-def _keys_as_read(message: dict) -> dict:
+def _keys_as_read(message: dict[str, Any]) -> dict[str, Any]:
     """A message with the keys that templates read, as in transformers.
 
     None is left out, since templates test for a key and would write "None"; reasoning goes by three names.
@@ -107,15 +107,15 @@ def _keys_as_read(message: dict) -> dict:
 def _reason(error: Exception) -> str:
     """What `error` says, on one line: a template may raise a text of its own."""
     text = text_of(error) or type(error).__name__
-    return text if len(text) <= MOST_REASON else text[:MOST_REASON] + "…"
+    return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "…"
 
 
 class _Generation(Extension):
     """{% generation %} marks the assistant's text for training: its body is rendered as it stands."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}
 
-    def parse(self, parser) -> list[nodes.Node]:
+    def parse(self, parser: Parser) -> list[nodes.Node]:
         """The nodes between the tag and its end."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
@@ -124,12 +124,12 @@ class _Generation(Extension):
 class _Namespace(jinja2.utils.Namespace):
     """Jinja's namespace, without names that begin with an underscore: those reach into Python."""
 
-    def __init__(*args, **attributes):  # a variable of the template may be called self
+    def __init__(*args: Any, **attributes: Any) -> None:  # a variable of the template may be called self
         for name in attributes:
             _Namespace._check(name)
         jinja2.utils.Namespace.__init__(*args, **attributes)
 
-    def __setitem__(self, name, value):
+    def __setitem__(self, name: str, value: Any) -> None:
         _Namespace._check(name)
         super().__setitem__(name, value)
 
@@ -147,7 +147,8 @@ def _environment() -> LimitedEnvironment:
     return environment
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
+             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
     """JSON without Jinja's escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -40,7 +40,7 @@ class Checkpoint:
         self.directory = Path(directory)
         self.shards, mapped = _find_shards(self.directory)
         self.tensors: dict[str, TensorInfo] = {}
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for shard in self.shards:
             path = self.directory / shard
             if not is_file(path):
@@ -73,9 +73,10 @@ class Checkpoint:
         """Tensor `name` in the file's own type; it may be a view of the file, so keep only copies of it."""
         shard = self.tensors[name].shard
         try:
-            return self._files[shard].get_tensor(name)
+            tensor: Tensor = self._files[shard].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelError(f"{name} cannot be read from {self.directory / shard} ({error}): copy again") from error
+        return tensor
 
 
 def _find_shards(directory: Path) -> tuple[list[str], dict[str, str]]:

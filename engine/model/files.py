@@ -10,7 +10,7 @@ from typing import Any
 
 from stars.errors import ModelError
 
-MOST_BYTES = 1 << 28
+MAX_BYTES = 1 << 28
 """Of a JSON file or template: the longest tokenizer.json in use is an eighth of it, an index of shards far shorter."""
 
 _short = reprlib.Repr()
@@ -52,8 +52,8 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8; ModelError where it cannot be read."""
     try:
         size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise ModelError(f"{path} has {size} bytes where {MOST_BYTES} are the most: copy the model again")
+        if size > MAX_BYTES:
+            raise ModelError(f"{path} has {size} bytes where {MAX_BYTES} are the most: copy the model again")
         return path.read_text(encoding="utf8")
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}): copy the model again") from error

@@ -36,6 +36,8 @@ KEYS = {
 }
 """What of config.json gives the shape of a layer's weight; that of the others is hidden_size."""
 
+Head = Literal["lm", "reward", "none"]
+
 
 class ModelSummary(NamedTuple):
     """What a model directory holds, from its headers alone."""
@@ -44,7 +46,7 @@ class ModelSummary(NamedTuple):
     parameters: int  # a tied head is not counted twice
     bytes: int  # of those parameters, as stored
     shards: tuple[str, ...]
-    head: Literal["lm", "reward", "none"]
+    head: Head
     tied: bool
     missing: list[str]
     unexpected: list[str]
@@ -104,12 +106,11 @@ def inspect_model(directory: str | Path) -> ModelSummary:
     directory = Path(directory)
     config = load_config(directory)
     checkpoint = Checkpoint(directory)
+    head: Head = "none"
     if SCORE_HEAD in checkpoint.tensors or _is_classifier(config):
         head = "reward"
     elif LM_HEAD in checkpoint.tensors or config.tie_word_embeddings or _is_causal(config):
         head = "lm"
-    else:
-        head = "none"
     names, missing, unexpected = _match(checkpoint, config, head)
     held = [checkpoint.tensors[name] for name in names.values() if name in checkpoint.tensors]
     return ModelSummary(
@@ -126,7 +127,7 @@ def inspect_model(directory: str | Path) -> ModelSummary:
     )
 
 
-def expected_tensors(config: ModelConfig, head: Literal["lm", "reward", "none"]) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: ModelConfig, head: Head) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a checkpoint of this configuration must have, by its full name."""
     hidden, middle = config.hidden_size, config.intermediate_size
     heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -227,7 +228,7 @@ def _layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:
     )
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig, head: str) -> dict[str, str]:
+def _check(checkpoint: Checkpoint, config: ModelConfig, head: Head) -> dict[str, str]:
     """The checkpoint's name of every expected tensor, once all of them are there with the right shape and type."""
     where = checkpoint.directory
     prefix = FAMILIES[config.model_type].class_prefix
@@ -291,7 +292,7 @@ def _check_score_head(checkpoint: Checkpoint, config: ModelConfig, architecture:
 
 
 def _match(
-    checkpoint: Checkpoint, config: ModelConfig, head: Literal["lm", "reward", "none"]
+    checkpoint: Checkpoint, config: ModelConfig, head: Head
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """(the checkpoint's name by full name, missing tensors, unexpected tensors).
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from stars.errors import ModelError
 from stars.model.checkpoint import Checkpoint
-from stars.model.config import read_json
+from stars.model.files import read_json
 
 STATISTICS = ("mean", "std")
 """Keys of config.json, and names of one-element tensors that older checkpoints hold."""
@@ -50,13 +50,13 @@ def read_normalisation(checkpoint: Checkpoint) -> Normalisation | None:
 def _statistic(config: dict[str, Any], checkpoint: Checkpoint, name: str) -> float:
     where = checkpoint.directory / "config.json"
     stated, stored = _stated(config, name), _stored(checkpoint, name)
-    if stated is None and stored is None:
+    if stated is None:
+        if stored is not None:
+            return stored
         kind = "has no" if config.get(name) is None and name not in checkpoint.tensors else "needs one finite number as"
         raise ModelError(f"{where} has normalize_reward and {kind} {name}: add the mean and std of the rewards to "
                          "config.json, or set normalize_reward to false for the raw logit")
-    if stated is None or stored is None:
-        return stored if stated is None else stated
-    if abs(stated - stored) > AGREEMENT * max(abs(stated), abs(stored)):
+    if stored is not None and abs(stated - stored) > AGREEMENT * max(abs(stated), abs(stored)):
         raise ModelError(f"{where} has {name} = {stated:g} and the tensor {name} beside it is {stored:g}: correct "
                          "config.json, or save the model without that tensor")
     return stated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch import Tensor
 from stars.errors import ModelError
 from stars.model.files import is_finite, shown
 
+T = TypeVar("T", int, float)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-_MOST = 1e12
+_MAX = 1e12
 """Beyond it and below its inverse, frequencies of float32 overflow; no checkpoint has a number near either."""
 
 # What to do about the kinds that are refused. Keys already in the cache are rotated by the frequencies of the moment
@@ -57,7 +58,7 @@ class RopeConfig:
         original = self.original_max_position_embeddings or max_position_embeddings
         if self.rope_type == "llama3" and original < max_position_embeddings:
             return max_position_embeddings
-        return max(max_position_embeddings, int(min(original * self.factor, 2.0**53)))
+        return max(max_position_embeddings, int(min(original * _given(self.factor), 2.0**53)))
 
     def __str__(self) -> str:
         scale = f", factor {self.factor:g}" if self.factor is not None else ""
@@ -102,10 +103,10 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
         if original < 1:
             raise ModelError(f"{where} has rope original_max_position_embeddings = {original:g} where a positive "
                              "integer is needed: repair config.json")
-        values["original_max_position_embeddings"] = original = int(original)
+        values["original_max_position_embeddings"] = int(original)
     factor = parameters.get("factor")
     if factor is None and rope_type == "yarn":
-        factor = max_position_embeddings / original
+        factor = max_position_embeddings / values["original_max_position_embeddings"]
     values["factor"] = _number(factor, "factor", where)
     if rope_type == "llama3":
         for name in ("low_freq_factor", "high_freq_factor"):
@@ -120,7 +121,7 @@ def parse_rope(config: dict[str, Any], max_position_embeddings: int, where: str)
         values["truncate"] = bool(parameters.get("truncate", True))
         if values["rope_theta"] <= 1:
             raise ModelError(f"{where} has rope_theta = {theta:g}, which yarn cannot stretch: repair config.json")
-        if not _MOST**-1 < abs(_attention_factor(RopeConfig(**values))) < _MOST:
+        if not _MAX**-1 < abs(_attention_factor(RopeConfig(**values))) < _MAX:
             raise ModelError(f"{where} has rope mscale and mscale_all_dim that cancel out: repair config.json")
     return RopeConfig(**values)
 
@@ -129,10 +130,16 @@ def _number(value: Any, name: str, where: str, positive: bool = True) -> float:
     if not is_finite(value) or (positive and value <= 0):
         raise ModelError(f"{where} has rope {name} = {shown(value)} where a positive number is needed: repair "
                          "config.json")
-    if value and not _MOST**-1 < abs(value) < _MOST:
+    if value and not _MAX**-1 < abs(value) < _MAX:
         raise ModelError(f"{where} has rope {name} = {shown(value)}, too far from 1 to give a rotation: repair "
                          "config.json")
     return float(value)
+
+
+def _given(parameter: T | None) -> T:
+    """A parameter that rotations of this kind have, as `parse_rope` has seen to."""
+    assert parameter is not None
+    return parameter
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
@@ -145,7 +152,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim  # [head_dim / 2]
     base_frequencies = 1.0 / (rope.rope_theta**exponents)  # [head_dim / 2]
     if rope.rope_type == "linear":
-        return base_frequencies / rope.factor, 1.0
+        return base_frequencies / _given(rope.factor), 1.0
     if rope.rope_type == "llama3":
         return _llama3(rope, base_frequencies), 1.0
     if rope.rope_type == "yarn":
@@ -155,11 +162,12 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
     """Long wavelengths are stretched by the factor, short ones kept, those between blended."""
-    length, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    length, factor = _given(rope.original_max_position_embeddings), _given(rope.factor)
+    low, high = _given(rope.low_freq_factor), _given(rope.high_freq_factor)
     wavelengths = 2 * math.pi / frequencies
-    stretched = torch.where(wavelengths > length / low, frequencies / rope.factor, frequencies)
+    stretched = torch.where(wavelengths > length / low, frequencies / factor, frequencies)
     share = (length / wavelengths - low) / (high - low)
-    blended = (1 - share) * stretched / rope.factor + share * stretched
+    blended = (1 - share) * stretched / factor + share * stretched
     between = (wavelengths >= length / high) & (wavelengths <= length / low)
     return torch.where(between, blended, stretched)
 
@@ -175,7 +183,7 @@ def _yarn(rope: RopeConfig, head_dim: int, powers: Tensor) -> tuple[Tensor, floa
         high += 0.001
     ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
     keep = 1 - ramp
-    frequencies = 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep
+    frequencies = 1.0 / (_given(rope.factor) * powers) * (1 - keep) + 1.0 / powers * keep
     return frequencies, _attention_factor(rope)
 
 
@@ -183,15 +191,16 @@ def _attention_factor(rope: RopeConfig) -> float:
     """Yarn's factor on cosines and sines; 0 where it would have to be divided by 0."""
     if rope.attention_factor is not None:
         return rope.attention_factor
+    factor = _given(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
-        divisor = _mscale(rope.factor, rope.mscale_all_dim)
-        return _mscale(rope.factor, rope.mscale) / divisor if divisor else 0.0
-    return _mscale(rope.factor, 1.0)
+        divisor = _mscale(factor, rope.mscale_all_dim)
+        return _mscale(factor, rope.mscale) / divisor if divisor else 0.0
+    return _mscale(factor, 1.0)
 
 
 def _rotations_to_dim(rotations: float, rope: RopeConfig, head_dim: int) -> float:
     """The dimension whose wavelength turns `rotations` times within the original context length."""
-    length = rope.original_max_position_embeddings
+    length = _given(rope.original_max_position_embeddings)
     return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
 

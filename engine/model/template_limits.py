@@ -1,7 +1,7 @@
 """How much a chat template may do: every loop, call, filter and operator is counted, and every text it makes.
 
-A sandbox keeps a template from reaching out; it does not keep it from running for days or filling the memory, since a
-few characters suffice for either: nested loops, a macro that calls itself twice, a text doubled forty times, a width of
+A sandbox keeps a template from reaching out; it does not keep it from running for days or filling the memory. A few
+characters suffice for either: nested loops, a macro that calls itself twice, a text doubled forty times, a width of
 a thousand million. So the parsed template gets counters where it can repeat itself, and what makes texts is measured
 before it is run. Counting needs no timer and no signal: it works in any thread, and stops a template at the same place
 on every machine.
@@ -13,9 +13,9 @@ import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from jinja2 import nodes, pass_context
+from jinja2 import Template, nodes, pass_context
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.runtime import Context, LoopContext, Macro, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
@@ -23,24 +23,24 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-MOST_STEPS = 10_000_000
-"""Of one rendering: some seconds. A conversation of 1,000 messages takes a few hundred thousand, in a template that
-goes through all of them again for each a few million."""
-MOST_TEXT = 1 << 27
+MAX_STEPS = 10_000_000
+"""Of one rendering. A conversation of 1,000 messages takes a few hundred thousand, in a template that goes through all
+of them again for each a few million."""
+MAX_TEXT = 1 << 27
 """Characters that one rendering makes, all of them together: what bounds its memory. A conversation of a million
 characters is copied some twenty times."""
-MOST_SUMMED = 1 << 31
-"""Characters of sums of texts that nothing holds any more, which count no longer: a second. A conversation that is
-put together message by message is copied for each of them."""
+MAX_SUMMED = 1 << 31
+"""Characters of sums of texts that nothing holds any more, which count no longer. A conversation that is put
+together message by message is copied for each of them."""
 LONG = 4096
 """Characters of a sum of texts that is looked after."""
 READING = 8
 """Characters compared or searched that count as one: they take time, as those made do, and no memory."""
-MOST_SOURCE = 200_000
-"""Characters of a template: the longest in use have some 50,000, and Python takes seconds to compile this many."""
-MOST_WIDTH = 4096
+MAX_SOURCE = 200_000
+"""Characters of a template: the longest in use have some 50,000, and Python compiles long ones slowly."""
+MAX_WIDTH = 4096
 """Of a field, a column, an indentation, in characters."""
-MOST_BITS = 1 << 15
+MAX_BITS = 1 << 15
 """Of an integer: Python writes none of more than 14,285 as text."""
 ITEM, REFERENCE = 64, 8
 """What an item of a list counts as, in characters: about its bytes, if it is a text of its own, and if it is not."""
@@ -64,6 +64,7 @@ _SIZED = frozenset(("batch", "center", "indent", "round", "slice", "tojson", "wo
 _COMPARING = frozenset(("!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le",
                         "lessthan", "lt", "ne"))
 """Tests that look into collections."""
+Node = TypeVar("Node", bound=nodes.Node)
 _FIELD = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+)?)?")
 
 
@@ -74,23 +75,23 @@ class LimitExceeded(TemplateRuntimeError):
 class Meter:
     """What one rendering has used."""
 
-    def __init__(self):
-        self.steps = MOST_STEPS
-        self.characters = MOST_TEXT
-        self.summed = MOST_SUMMED
+    def __init__(self) -> None:
+        self.steps = MAX_STEPS
+        self.characters = MAX_TEXT
+        self.summed = MAX_SUMMED
         self.sums: list[str] = []
 
     def step(self, count: int = 1) -> None:
         """Takes `count` steps off."""
         self.steps -= count
         if self.steps < 0:
-            raise LimitExceeded(f"it takes more than {MOST_STEPS} steps")
+            raise LimitExceeded(f"it takes more than {MAX_STEPS} steps")
 
     def text(self, count: int) -> None:
         """Takes `count` characters off."""
         self.characters -= count
         if self.characters < 0 and not self._free():
-            raise LimitExceeded(f"it goes through more than {MOST_TEXT} characters")
+            raise LimitExceeded(f"it goes through more than {MAX_TEXT} characters")
 
     def _free(self) -> bool:
         """Counts the sums no longer that nothing else holds; whether that sufficed, and was worth the search."""
@@ -107,7 +108,7 @@ class Meter:
         freed = min(freed, self.summed)
         self.summed -= freed
         self.characters += freed
-        return self.characters >= 0 and freed > MOST_TEXT // 8
+        return self.characters >= 0 and freed > MAX_TEXT // 8
 
     def weigh(self, value: Any, indent: int = 0) -> int:
         """Characters of `value`'s text, about: a collection that holds one thing many times is long only as text."""
@@ -152,15 +153,15 @@ class Meter:
         if isinstance(value, (str, bytes)):
             self.text(len(value))
         elif isinstance(value, int):
-            if value.bit_length() > MOST_BITS:
-                raise LimitExceeded(f"it computes an integer of more than {MOST_BITS} bits")
+            if value.bit_length() > MAX_BITS:
+                raise LimitExceeded(f"it computes an integer of more than {MAX_BITS} bits")
         elif isinstance(value, (list, tuple, dict, set, frozenset)):
             self.text(REFERENCE * len(value))
         elif isinstance(value, Iterator) and not isinstance(value, LoopContext):
             return self._counted(value)
         return value
 
-    def _counted(self, values: Iterator) -> Iterator:
+    def _counted(self, values: Iterator[Any]) -> Iterator[Any]:
         for value in values:
             self.step()
             self.text(REFERENCE)
@@ -169,8 +170,8 @@ class Meter:
     def width(self, *values: Any) -> None:
         """Refuses a width, count or precision that is too large."""
         for value in values:
-            if isinstance(value, int) and abs(value) > MOST_WIDTH:
-                raise LimitExceeded(f"it asks for a width of more than {MOST_WIDTH}")
+            if isinstance(value, int) and abs(value) > MAX_WIDTH:
+                raise LimitExceeded(f"it asks for a width of more than {MAX_WIDTH}")
 
     def percent(self, form: str | bytes, values: Any) -> None:
         """Counts `form % values`."""
@@ -179,12 +180,12 @@ class Meter:
             raise LimitExceeded("it formats fields whose names hold brackets")
         fields = _FIELD.findall(form)
         for number in (number for field in fields for number in field if number):
-            if number == "*" or len(number) > 4 or int(number) > MOST_WIDTH:
-                raise LimitExceeded(f"it asks for a width of more than {MOST_WIDTH}, or for one from its arguments")
+            if number == "*" or len(number) > 4 or int(number) > MAX_WIDTH:
+                raise LimitExceeded(f"it asks for a width of more than {MAX_WIDTH}, or for one from its arguments")
             self.text(int(number))
         self.text(len(form) + self.weigh(values) * (max(1, len(fields)) if isinstance(values, Mapping) else 1))
 
-    def method(self, owner: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    def method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Counts a call of a method of a built-in type, before it is made; the arguments to make it with."""
         if name == "join" and args and isinstance(owner, (str, bytes)):
             args = (list(args[0]), *args[1:]) if not isinstance(args[0], (str, bytes)) else args
@@ -204,9 +205,10 @@ class Meter:
                 self.text(len(owner) * sum(map(self.weigh, args)))
             elif name in ("split", "rsplit", "splitlines"):
                 separator = args[0] if args else kwargs.get("sep")
-                most = owner.count(separator) if isinstance(separator, type(owner)) and separator else len(owner) // 2
-                limit = min([n for n in numbers if n >= 0], default=most) if name != "splitlines" else most
-                self.text(ITEM * min(most, limit))
+                parts = (_occurrences(owner, separator) if isinstance(separator, type(owner)) and separator
+                         else len(owner) // 2)
+                asked = min([n for n in numbers if n >= 0], default=parts) if name != "splitlines" else parts
+                self.text(ITEM * min(parts, asked))
         elif name in ("count", "index"):
             self.step(len(owner) if isinstance(owner, range) else 1)
             self.scan(owner)
@@ -217,7 +219,7 @@ class Meter:
     def replacement(self, value: Any, old: Any, new: Any) -> None:
         """Counts what stands in the place of every `old`."""
         if isinstance(value, (str, bytes)) and isinstance(old, type(value)):
-            self.text(value.count(old) * self.weigh(new))
+            self.text(_occurrences(value, old) * self.weigh(new))
         else:
             self.text(self.weigh(value) * (1 + self.weigh(new)))
 
@@ -227,7 +229,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-    def __init__(self, *args: Any, filters: dict[str, Callable], **kwargs: Any):
+    def __init__(self, *args: Any, filters: dict[str, Callable[..., Any]], **kwargs: Any):
         super().__init__(*args, finalize=_finalize, **kwargs)
         self.context_class = _MeteredContext
         self.globals.pop("lipsum")  # text by the paragraph
@@ -235,16 +237,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {"each ": _each, "concat ": _concat, "read ": _read, "data ": _data, "taken ": _taken}
         self.tests = {name: _metered_test(name, function) for name, function in self.tests.items()}
 
-    def compile_limited(self, source: str):
+    def compile_limited(self, source: str) -> Template:
         """The template of `source`, with its counters in place."""
-        if len(source) > MOST_SOURCE:
-            raise LimitExceeded(f"it has more than {MOST_SOURCE} characters")
+        if len(source) > MAX_SOURCE:
+            raise LimitExceeded(f"it has more than {MAX_SOURCE} characters")
         code = self.compile(_Counters().visit(self.parse(source)))
         return self.template_class.from_code(self, code, self.make_globals(None))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 as Jinja's own
         """Calls an object."""
-        meter = __context.meter
+        meter = _meter(__context)
         meter.step()
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
@@ -262,7 +264,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             meter.scan(*args, *kwargs.values())
         return meter.taken(super().call(__context, __obj, *args, **kwargs))
 
-    def _format(self, meter: Meter, method: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+    def _format(self, meter: Meter, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         text = method.__self__
         if method.__name__ == "format_map":
             [kwargs], args = args, ()
@@ -272,7 +274,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Applies an operator to two values."""
-        meter = context.meter
+        meter = _meter(context)
         meter.step()
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
         if operator == "%" and isinstance(left, (str, bytes)):
@@ -282,8 +284,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(many, (str, bytes, list, tuple)) and isinstance(count, int):
                 meter.text(len(many) * max(0, count) * (1 if isinstance(many, (str, bytes)) else REFERENCE))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() * right > MOST_BITS:
-                raise LimitExceeded(f"it computes an integer of more than {MOST_BITS} bits")
+            if left.bit_length() * right > MAX_BITS:
+                raise LimitExceeded(f"it computes an integer of more than {MAX_BITS} bits")
         elif not numbers:
             for value in (left, right):
                 if isinstance(value, Collection):
@@ -304,8 +306,14 @@ class _MeteredContext(Context):
 
     def derived(self, locals: dict[str, Any] | None = None) -> Context:
         context = super().derived(locals)
+        assert isinstance(context, _MeteredContext)
         context.meter = self.meter
         return context
+
+
+def _meter(context: Context) -> Meter:
+    assert isinstance(context, _MeteredContext)  # LimitedEnvironment makes no others
+    return context.meter
 
 
 class _Counters(NodeTransformer):
@@ -314,43 +322,47 @@ class _Counters(NodeTransformer):
     Filters that take the context are also never run while a template is compiled, as those of constants else are.
     """
 
+    def _within(self, node: Node) -> Node:
+        return cast(Node, self.generic_visit(node))
+
     def visit_For(self, node: nodes.For) -> nodes.For:
         size = _nodes(node.body)
-        node = self.generic_visit(node)
+        node = self._within(node)
+        assert isinstance(node.iter, nodes.Expr)
         node.iter = _filter("each ", node.iter, nodes.Const(1 + size // NODES))
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         size = sum(len(part.data) for part in node.nodes if isinstance(part, nodes.TemplateData))
-        node = self.generic_visit(node)
+        node = self._within(node)
         node.nodes = [_filter("data ", nodes.Const(size)), *node.nodes] if size else node.nodes
         return node
 
     def _body(self, node: Any) -> Any:
         size = _nodes(node.body)
-        node = self.generic_visit(node)
+        node = self._within(node)
         node.body = [nodes.Output([_filter("data ", nodes.Const(size))]), *node.body]
         return node
 
     visit_Macro = visit_CallBlock = visit_Block = _body
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        return _filter("concat ", nodes.List(self.generic_visit(node).nodes))
+        return _filter("concat ", nodes.List(self._within(node).nodes))
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        node = self.generic_visit(node)
+        node = self._within(node)
         node.expr = _reading(node.expr)
         for operand in node.ops:
             operand.expr = _reading(operand.expr)
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
-        node = self.generic_visit(node)
+        node = self._within(node)
         node.key = _reading(node.key)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
-        node = self.generic_visit(node)
+        node = self._within(node)
         if isinstance(node.arg, nodes.Slice):
             return _filter("taken ", node)
         node.arg = _reading(node.arg)
@@ -378,54 +390,54 @@ def _reading(node: nodes.Expr) -> nodes.Expr:
 def _each(context: Context, values: Any, cost: int) -> Any:
     """A loop's values: its steps are counted before it begins, where their number is known."""
     if isinstance(values, Iterator):
-        return context.meter.taken(values)
-    context.meter.step(cost * len(values) if hasattr(values, "__len__") else cost)
+        return _meter(context).taken(values)
+    _meter(context).step(cost * len(values) if hasattr(values, "__len__") else cost)
     return values
 
 
 @pass_context
-def _concat(context: Context, parts: list) -> str:
-    context.meter.scan(*parts)
+def _concat(context: Context, parts: list[Any]) -> str:
+    _meter(context).scan(*parts)
     return (markup_join if context.eval_ctx.autoescape else str_join)(parts)
 
 
 @pass_context
 def _read(context: Context, value: Any) -> Any:
-    context.meter.read(value)
+    _meter(context).read(value)
     return value
 
 
 @pass_context
 def _data(context: Context, count: int) -> str:
-    context.meter.step(1 + count // NODES)
-    context.meter.text(count)
+    _meter(context).step(1 + count // NODES)
+    _meter(context).text(count)
     return ""
 
 
 @pass_context
 def _taken(context: Context, value: Any) -> Any:
-    return context.meter.taken(value)
+    return _meter(context).taken(value)
 
 
 @pass_context
 def _finalize(context: Context, value: Any) -> Any:
-    context.meter.step()
-    context.meter.scan(value)
+    _meter(context).step()
+    _meter(context).scan(value)
     return value
 
 
-def _metered_filter(name: str, function: Callable) -> Callable:
+def _metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     first = _first_argument(function)
 
     @pass_context
     def metered(context: Context, value: Any = "", *args: Any, **kwargs: Any) -> Any:
-        meter, given = context.meter, (*args, *kwargs.values())
+        meter, given = _meter(context), (*args, *kwargs.values())
         meter.step()
         if isinstance(value, Iterator) and name in ("join", "sum"):
             value = list(value)
         if name not in _SHALLOW:
             indent = max([0, *(n for n in given if isinstance(n, int))]) if name == "tojson" else 0
-            weight = meter.weigh(value, min(indent, MOST_WIDTH))
+            weight = meter.weigh(value, min(indent, MAX_WIDTH))
             meter.text(weight * (1 + weight // ITEM) if name in _BACKTRACKING else weight)
             meter.scan(*given)
         if isinstance(value, (str, bytes)) and name in _ITEMISING:
@@ -448,20 +460,20 @@ def _metered_filter(name: str, function: Callable) -> Callable:
     return metered
 
 
-def _metered_test(name: str, function: Callable) -> Callable:
+def _metered_test(name: str, function: Any) -> Callable[..., Any]:
     first = _first_argument(function)
 
     @pass_context
     def metered(context: Context, *args: Any, **kwargs: Any) -> Any:
-        context.meter.step()
+        _meter(context).step()
         if name in _COMPARING:
-            context.meter.read(*args, *kwargs.values())
+            _meter(context).read(*args, *kwargs.values())
         return function(*first(context), *args, **kwargs)
 
     return metered
 
 
-def _first_argument(function: Callable) -> Callable[[Context], tuple]:
+def _first_argument(function: Callable[..., Any]) -> Callable[[Context], tuple[Any, ...]]:
     """What a filter or test is to be given before its value, as Jinja would."""
     kind = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
     return {None: lambda context: (), "context": lambda context: (context,),
@@ -469,7 +481,13 @@ def _first_argument(function: Callable) -> Callable[[Context], tuple]:
             "environment": lambda context: (context.environment,)}[kind]
 
 
-class _FieldLimits:
+def _occurrences(text: Any, part: Any) -> int:
+    """How often `part` stands in `text`: both are texts, or both bytes."""
+    count: int = text.count(part)
+    return count
+
+
+class _Formatter(SandboxedFormatter):
     """Counts what str.format writes, field by field."""
 
     def __init__(self, env: LimitedEnvironment, meter: Meter, **kwargs: Any):
@@ -484,14 +502,10 @@ class _FieldLimits:
         self._meter.step()
         self._meter.scan(value)
         for number in re.findall(r"\d+", format_spec):
-            self._meter.width(int(number[-9:]) if len(number) < 10 else MOST_WIDTH + 1)
+            self._meter.width(int(number[-9:]) if len(number) < 10 else MAX_WIDTH + 1)
             self._meter.text(int(number))
         return super().format_field(value, format_spec)
 
 
-class _Formatter(_FieldLimits, SandboxedFormatter):
-    pass
-
-
-class _EscapeFormatter(_FieldLimits, SandboxedEscapeFormatter):
-    pass
+class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
+    """The same for markup."""

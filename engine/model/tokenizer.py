@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, TokenizerError
 from stars.model.chat_template import ChatTemplate
-from stars.model.files import MOST_BYTES, is_file, read_json, read_text
+from stars.model.files import MAX_BYTES, is_file, read_json, read_text
 from stars.model.tokenizer_limits import ConfinedBackend, bounded, check_added_tokens, check_file, part_state, refusing
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -33,7 +33,8 @@ class Tokenizer:
     add_bos_token and add_eos_token of tokenizer_config.json do not enter, as in transformers 5.
     """
 
-    def __init__(self, backend: Backend, special_tokens: dict[str, str], templates: dict[str, str], where: str):
+    def __init__(self, backend: Backend | ConfinedBackend, special_tokens: dict[str, str], templates: dict[str, str],
+                 where: str):
         self._backend = backend
         self._special_tokens = special_tokens  # by name: "bos_token" and so on
         self._templates = {name: ChatTemplate(source, where) for name, source in templates.items()}
@@ -64,11 +65,11 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. A text's first token may lose its leading space: `Detokenizer` decodes responses.
 
-        An invalid or unfinished sequence of bytes becomes one replacement sign and touches nothing beside it. (Decoders
+        An invalid or unfinished sequence of bytes becomes one replacement sign and touches nothing else. (Decoders
         with byte fallback would replace every byte of its run, whole characters too.)
         """
         with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
-            text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         if REPLACEMENT not in text or not self._byte_fallback:
             return text
         tokens = (self._backend.id_to_token(token) for token in ids)
@@ -76,7 +77,8 @@ class Tokenizer:
         shown = [token for token in tokens if token is not None and token not in hidden]
         join = self._backend.join if isinstance(self._backend, ConfinedBackend) else self._backend.decoder.decode
         with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
-            return join(_replace_invalid_bytes(shown))
+            text = join(_replace_invalid_bytes(shown))
+        return text
 
     @cached_property
     def _byte_fallback(self) -> bool:
@@ -93,7 +95,7 @@ class Tokenizer:
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every token id of this tokenizer means the same to `other`, which splits text in the same way.
 
-        Tokens that only `other` has beside the common vocabulary, such as a pad token, do not matter.
+        Tokens that only `other` has besides the common vocabulary, such as a pad token, do not matter.
         """
         if self is other:
             return True
@@ -115,7 +117,8 @@ class Tokenizer:
         """Whether messages can be rendered."""
         return bool(self._templates)
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **kwargs: Any) -> str:
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True,
+                            **kwargs: Any) -> str:
         """`messages` as text: to be encoded without special tokens. `kwargs` are further variables of the template.
 
         Raises TokenizerError without a template, and for messages that the template does not take.
@@ -131,8 +134,8 @@ class Tokenizer:
         variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
         return self._templates[name].render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
-    def split_template(self, messages: list[dict], **kwargs: Any) -> tuple[str, str]:
-        """(what stands before an assistant's answer to `messages`, what the template puts behind it).
+    def split_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, str]:
+        """(what stands before an assistant's answer to `messages`, what the template puts after it).
 
         Both are cut from a rendering with the answer in it, since that is what reward models are trained on: a template
         may open a finished turn otherwise than its generation prompt does. Where the two differ in white space at the
@@ -174,8 +177,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     path = directory / "tokenizer.json"
     if not is_file(path):
         return None
-    if path.stat().st_size > MOST_BYTES:
-        raise TokenizerError(f"{path} has more than {MOST_BYTES} bytes: copy the model again")
+    if path.stat().st_size > MAX_BYTES:
+        raise TokenizerError(f"{path} has more than {MAX_BYTES} bytes: copy the model again")
     check_file(path)
     with refusing(f"{path} cannot be read as a tokenizer: copy the model again"):
         backend = Backend.from_file(str(path))
@@ -185,8 +188,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
         # both may be left in the file from training, and would cut or stretch prompts
         backend.no_truncation()
         backend.no_padding()
-        backend = bounded(backend, f"the tokenizer of {directory}")
-        return Tokenizer(backend, special_tokens, _templates(directory, config), str(directory))
+        return Tokenizer(bounded(backend, f"the tokenizer of {directory}"), special_tokens,
+                         _templates(directory, config), str(directory))
 
 
 def has_chat_template(directory: str | Path) -> bool:
@@ -213,9 +216,9 @@ def _add_tokens(backend: Backend, directory: Path, config: dict[str, Any]) -> di
     """
     # Three kinds: the seven names of all models, tokens that this one names in its own way, and a list without names,
     # which goes by two names itself.
-    named = {name: config.get(name) for name in SPECIAL_TOKENS}
+    named: dict[str, Any] = {name: config.get(name) for name in SPECIAL_TOKENS}
     own = {name: token for name, token in config.items() if _own_name(name) and isinstance(token, str)}
-    late = {name: token for name, token in config.items()
+    late: dict[str, Any] = {name: token for name, token in config.items()
             if _own_name(name) and isinstance(token, dict) and "content" in token}
     listed, additional = config.get("extra_special_tokens"), config.get("additional_special_tokens")
     if not listed and additional is not None:
@@ -282,7 +285,7 @@ def _content(token: Any) -> str:
     return content
 
 
-def _list(tokens: Any) -> list:
+def _list(tokens: Any) -> list[Any]:
     if tokens is not None and not isinstance(tokens, list):
         raise ValueError(f"{tokens!r} is no list")
     return tokens or []

@@ -1,9 +1,9 @@
-"""Tokenizers that could run without bound are run in a process of their own, with a deadline and a limit of memory.
+"""Tokenizers that could run without bound are run in a process of their own, with a deadline and so much memory.
 
 tokenizer.json may hold regular expressions, which the library matches by backtracking, and steps that make a text
 longer, one after the other. Neither can be stopped from within, so a tokenizer stays in this process only if all of it
-is known: steps of the kinds below, which together make a text at most MOST_GROWTH times as long, and regular
-expressions whose alternatives are all among those of the tokenizers in use, which never go back over a text twice. What
+is known. Its steps are of the kinds below, and together make a text at most MAX_GROWTH times as long. The alternatives
+of its regular expressions are all among those of the tokenizers in use, which never go back over a text twice. What
 is not bounded is the vocabulary itself, which can be as long as its file is. The library normalises added tokens while
 it reads a tokenizer, in whatever process: they may not become too long by it.
 """
@@ -30,19 +30,19 @@ from tokenizers import Tokenizer as Backend
 from stars.errors import ModelError, TokenizerError, text_of
 from stars.model.files import read_json
 
-MOST_GROWTH = 64
+MAX_GROWTH = 64
 """Times that the known steps may make a text longer, by the worst case of each."""
-MOST_ENCODER_GROWTH = 1024
+MAX_ENCODER_GROWTH = 1024
 """The same for encoders, which have no other process: the usual ones fold a text up to three times over."""
-MOST_ADDED = 1 << 24
+MAX_ADDED = 1 << 24
 """Characters that a normaliser may make of all added tokens together; they are few and short."""
-MOST_WORD = 4096
+MAX_WORD = 4096
 """Characters of a word that WordPiece splits in this process: its work grows with their square (100 is usual)."""
 DEADLINE = 20.0
-"""Seconds for one text in the other process: a million characters take one or two."""
+"""Seconds for one text in the other process: many times what a million characters take."""
 START_DEADLINE = 120.0
 """Seconds until the other process has read the tokenizer."""
-MOST_MEMORY = 4 << 30
+MAX_MEMORY = 4 << 30
 """Bytes of address space of the other process: a vocabulary of 256,000 tokens takes less than one."""
 
 _GROWTH = {
@@ -57,7 +57,7 @@ _GROWTH = {
     "WordPiece": 1,
 }
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor")
-"""Of a tokenizer, those that encode a text beside its model."""
+"""Of a tokenizer, those that encode a text besides its model."""
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 _LETTERS = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -86,7 +86,7 @@ _ALTERNATIVES = frozenset((
 
 @contextmanager
 def refusing(where: str) -> Iterator[None]:
-    """TokenizerError, naming `where`, for whatever the library raises: plain Exceptions, and panics beside those."""
+    """TokenizerError, naming `where`, for whatever the library raises: plain Exceptions, and panics besides those."""
     try:
         yield
     except TokenizerError:
@@ -110,7 +110,7 @@ def is_failure(error: BaseException) -> bool:
 
 def check_added_tokens(normalizer: dict[str, Any] | None, contents: list[str], where: str) -> None:
     """TokenizerError where a normaliser may make too much of the added tokens that it is to be run on."""
-    if contents and _state_growth(normalizer) * sum(map(len, contents)) > MOST_ADDED:
+    if contents and _state_growth(normalizer) * sum(map(len, contents)) > MAX_ADDED:
         raise TokenizerError(f"{where} has added tokens to be normalised, by a normaliser that may make them too long "
                              'or search them without end: set their "normalized" to false, or use another tokenizer')
 
@@ -140,16 +140,16 @@ def check_encoder(backend: Backend, where: str) -> None:
 
 def _check_encoder_parts(parts: list[Any], word: int, where: str) -> None:
     """The same for the states of its _PARTS, and the longest word that WordPiece splits."""
-    if word > MOST_WORD or math.prod(map(_state_growth, parts)) > MOST_ENCODER_GROWTH:
+    if word > MAX_WORD or math.prod(map(_state_growth, parts)) > MAX_ENCODER_GROWTH:
         raise TokenizerError(f"{where} has regular expressions of its own, or steps that may make a text too long for "
                              "an encoder reward model: use a reward model with a tokenizer of a usual kind")
 
 
 def _is_bounded(backend: Backend) -> bool:
-    if getattr(backend.model, "max_input_chars_per_word", 0) > MOST_WORD:
+    if getattr(backend.model, "max_input_chars_per_word", 0) > MAX_WORD:
         return False
     encoding = math.prod(_state_growth(part_state(getattr(backend, name))) for name in _PARTS)
-    return max(encoding, _state_growth(part_state(backend.decoder))) <= MOST_GROWTH
+    return max(encoding, _state_growth(part_state(backend.decoder))) <= MAX_GROWTH
 
 
 def part_state(part: Any) -> dict[str, Any] | None:
@@ -167,7 +167,7 @@ def _state_growth(state: Any) -> float:
         for child in (child for name in _LISTS for child in state.get(name, ())):
             product *= _state_growth(child)
         return product
-    pattern = state.get("pattern") if kind in ("Replace", "Split") else None
+    pattern: Any = state.get("pattern") if kind in ("Replace", "Split") else None
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if regex is not None and not _is_known(regex):
         return float("inf")
@@ -261,14 +261,16 @@ class ConfinedBackend:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """As the library's."""
-        return self._ask("decode", [int(token) for token in ids], skip_special_tokens)
+        text: str = self._ask("decode", [int(token) for token in ids], skip_special_tokens)
+        return text
 
     def join(self, tokens: list[str]) -> str:
         """The text of `tokens`, as the library's decoder makes it."""
-        return self._ask("join", tokens, False)
+        text: str = self._ask("join", tokens, False)
+        return text
 
     def _forget(self) -> None:
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
@@ -288,7 +290,7 @@ class ConfinedBackend:
         return answer
 
     def _start(self) -> None:
-        command = [sys.executable, "-c", _CHILD, str(MOST_MEMORY)]
+        command = [sys.executable, "-c", _CHILD, str(MAX_MEMORY)]
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         try:
             # A session of its own: an interrupt at the terminal is this process's to handle.
@@ -307,18 +309,20 @@ class ConfinedBackend:
 
     def _exchange(self, question: Any, seconds: float) -> Any:
         """Sends one line and reads one, neither longer than `seconds` in all."""
-        limit = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         process = self._process
+        assert process is not None and process.stdout is not None and process.stdin is not None
         reading, writing = process.stdout.fileno(), process.stdin.fileno()
         pipes = select.poll()
         pipes.register(reading, select.POLLIN)
         pipes.register(writing, select.POLLOUT)
-        unsent, parts = memoryview(json.dumps(question).encode() + b"\n"), []
+        unsent = memoryview(json.dumps(question).encode() + b"\n")
+        parts: list[bytes] = []
         os.set_blocking(writing, False)
         while not parts or not parts[-1].endswith(b"\n"):
             if not unsent and len(parts) == 0:
                 pipes.modify(writing, 0)
-            ready = dict(pipes.poll(1e3 * max(0.0, limit - time.monotonic())))
+            ready = dict(pipes.poll(1e3 * max(0.0, deadline - time.monotonic())))
             if not ready:
                 raise TokenizerError(
                     f"{self._where} takes more than {seconds:g} s for one text, which its regular expressions or "
@@ -332,14 +336,15 @@ class ConfinedBackend:
                 parts.append(os.read(reading, 1 << 20))
                 if not parts[-1]:
                     raise TokenizerError(
-                        f"{self._where} cannot be run within {MOST_MEMORY >> 30} GiB, or breaks the library: use "
+                        f"{self._where} cannot be run within {MAX_MEMORY >> 30} GiB, or breaks the library: use "
                         "another tokenizer, or shorter texts")
         return json.loads(b"".join(parts))
 
 
-def _end(process: subprocess.Popen, owner: int) -> None:
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     if owner == os.getpid():
         process.kill()
         process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

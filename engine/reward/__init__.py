@@ -13,6 +13,8 @@ from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
 from stars.reward.function import FunctionReward
 
+__all__ = ["CausalReward", "EncoderReward", "FunctionReward", "Reward", "resolve_reward"]
+
 
 def resolve_reward(reward: Any) -> Reward | None:
     """The Reward that `reward` stands for: itself, a callable, or a model directory of either kind.

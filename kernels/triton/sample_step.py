@@ -58,7 +58,7 @@ class Workspace(NamedTuple):
     ceiling: Tensor  # float32 [lanes, tiles] no z + g exceeds it; with filters first the sum of exp(z - largest z)
     mode: Tensor  # int32 [lanes]
     bounds: Tensor  # float32 [lanes, 4] largest z, interval's low and high, threshold
-    count: Tensor  # int32 [lanes] values listed
+    count: Tensor  # type: ignore[assignment]  # int32 [lanes] values listed
     mass: Tensor  # int64 [lanes, 2] for top_p without top_k: above the interval, and of all that min_p keeps
     values: Tensor  # float32 [lanes, vocab] listed values of z
 

@@ -155,8 +155,8 @@ def build(batch: Batch, heads: int, kv_heads: int, page_size: int, deterministic
     row_start, seq_group = batch.row_start.tolist(), batch.seq_group.tolist()
     keys = np.array(batch.prefix_len.tolist()) + (0 if batch.into_slab else np.diff(row_start))
     capacity = batch.block_tables.shape[1] * page_size
-    chosen = plan(row_start, seq_group, "score" if batch.into_slab else "prefill", heads, kv_heads, keys, capacity,
-                  deterministic)
+    chosen = plan(row_start, seq_group, "score" if batch.into_slab else "prefill", heads, kv_heads, keys.tolist(),
+                  capacity, deterministic)
     return build_as(chosen, row_start, seq_group, batch.into_slab, heads // kv_heads, batch.row_start.device)
 
 

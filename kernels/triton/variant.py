@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from triton.runtime import JITFunction
@@ -16,7 +17,7 @@ class Variant(NamedTuple):
     name: str
     kernel: JITFunction
     signature: dict[str, str]  # every argument in order: a type such as "*bf16", "i32", "fp32", or "constexpr"
-    constexprs: dict[str, object]
+    constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int
     arches: tuple[int, ...] = ARCHES  # those it is chosen on
@@ -24,7 +25,7 @@ class Variant(NamedTuple):
     max_registers: int | None = None  # the launch's maxnreg: None leaves it to the assembler
 
 
-def attributes(variant: Variant) -> dict[tuple[int], list[list]]:
+def attributes(variant: Variant) -> dict[tuple[int], list[list[object]]]:
     """ASTSource's `attrs`: pointers divisible by 16, without which loads are not vectorised as they are at run time."""
     return {
         (index,): [["tt.divisibility", 16]]

@@ -434,12 +434,12 @@ MUTANTS = [
     Mutant("kernels/graph.py", "        plain = times if rare else int(first)", "        plain = int(first)",
            "shapes that are rare are captured", "graphs"),
     # -- trace and command line ---------------------------------------------------------------------------------------
-    Mutant("engine/trace.py", "margin = attempt.reward - attempt.threshold", "margin = attempt.threshold - "
+    Mutant("engine/trace/writer.py", "margin = attempt.reward - attempt.threshold", "margin = attempt.threshold - "
            "attempt.reward", "margins change their sign", "trace"),
-    Mutant("engine/trace.py", "attempt.attempt > committed.attempt else \"rejected\"",
+    Mutant("engine/trace/records.py", "attempt.attempt > committed.attempt else \"rejected\"",
            "attempt.attempt < committed.attempt else \"rejected\"", "rejected and skipped attempts change places",
            "trace"),
-    Mutant("engine/trace_html.py", ".decode(\"utf8\"), quote=True)", ".decode(\"utf8\"), quote=False)",
+    Mutant("engine/trace/page.py", ".decode(\"utf8\"), quote=True)", ".decode(\"utf8\"), quote=False)",
            "a quote in a text ends an attribute of the page", "trace"),
     Mutant("engine/cli/__init__.py", "= 1, 130, 141", "= 1, 130, 1", "a reader that went away is a failure", "cli"),
     Mutant("engine/cli/generate.py", "return 1 if failed else 0", "return 0", "failed rows leave exit code 0", "cli"),

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from stars.cli.terminal import visible
-from stars.trace import TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
-from stars.trace_charts import attempts_histogram, rewards_chart
-from stars.trace_show import describe_policy, number, prompt_text
+from stars.trace.charts import attempts_histogram, rewards_chart
+from stars.trace.records import TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
+from stars.trace.show import describe_policy, number, prompt_text
 
 LOW, MIDDLE, HIGH = (196, 84, 26), (140, 140, 140), (0, 128, 128)
 """Colours of low and high rewards: orange and teal, which most colour-blind readers tell apart."""
@@ -32,7 +32,7 @@ FIGURES = (
 
 def page(requests: Sequence[TraceRequest], title: str) -> str:
     """The page of these requests."""
-    template = Path(__file__).with_name("trace_page.html").read_text(encoding="utf8")
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf8")
     body = "\n".join(_request(index, request) for index, request in enumerate(requests))
     parts = {"TITLE": escape(title), "PICKER": _picker(requests), "BODY": body or "<p>The trace holds no requests.</p>"}
     # One pass over the template alone: a text that happens to hold a mark is never looked at.
@@ -223,7 +223,8 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
 def _color(reward: float, low: float, high: float) -> tuple[int, int, int]:
     share = 0.5 if high <= low else min(1.0, max(0.0, (reward - low) / (high - low)))
     first, second, part = (LOW, MIDDLE, 2 * share) if share < 0.5 else (MIDDLE, HIGH, 2 * share - 1)
-    return tuple(round(a + (b - a) * part) for a, b in zip(first, second, strict=True))
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def _text(attempt: TraceAttempt) -> str:

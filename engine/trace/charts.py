@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from stars.trace import TraceSegment
-from stars.trace_show import number
+from stars.trace.records import TraceSegment
+from stars.trace.show import number
 
 WIDTH, HEIGHT = 760, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 30  # margins for the axes' labels
@@ -37,28 +37,28 @@ def rewards_chart(segments: Sequence[TraceSegment]) -> str:
     if len(thresholds) == 1:  # a line needs two ends
         thresholds = [(thresholds[0][0] - 20, thresholds[0][1]), (thresholds[0][0] + 20, thresholds[0][1])]
     parts.append(_line("threshold", thresholds))
-    scored = [(index, attempt) for index, attempt in committed if attempt.reward is not None]
-    parts.append(_line("reward", [(x(index), y(attempt.reward)) for index, attempt in scored]))
+    scored = [(index, attempt, attempt.reward) for index, attempt in committed if attempt.reward is not None]
+    parts.append(_line("reward", [(x(index), y(reward)) for index, _, reward in scored]))
     for index, segment in enumerate(segments):
         parts += [f'<circle class="loser" cx="{x(index):.1f}" cy="{y(attempt.reward):.1f}" r="3"/>'
                   for attempt in segment.attempts if not attempt.committed and attempt.reward is not None]
-    for index, attempt in scored:
+    for index, attempt, reward in scored:
         kind = segments[index].status(attempt)
-        words = f"segment {index + 1}: reward {number(attempt.reward)}"
+        words = f"segment {index + 1}: reward {number(reward)}"
         if attempt.threshold is not None:
             words += f", threshold {number(attempt.threshold)}"
         parts.append(f'<circle class="point {kind}" data-segment="{index}" cx="{x(index):.1f}" '
-                     f'cy="{y(attempt.reward):.1f}" r="6"><title>{words}</title></circle>')
-    words = "; ".join(f"{index + 1}: {number(attempt.reward)}" for index, attempt in scored)
+                     f'cy="{y(reward):.1f}" r="6"><title>{words}</title></circle>')
+    words = "; ".join(f"{index + 1}: {number(reward)}" for index, _, reward in scored)
     return _svg(WIDTH, HEIGHT, f"rewards of the committed segments, {words}", parts)
 
 
 def attempts_histogram(segments: Sequence[TraceSegment]) -> str:
     """How many segments needed how many attempts."""
     counts = Counter(segment.counted for segment in segments)
-    most_attempts, most = max(counts, default=1), max(counts.values(), default=1)
+    max_attempts, most = max(counts, default=1), max(counts.values(), default=1)
     width, height, left, bottom, top = 360, 150, 8, 34, 18
-    slots = max(most_attempts, 5)
+    slots = max(max_attempts, 5)
     slot = (width - 2 * left) / slots
     parts = [f'<line class="grid" x1="{left}" x2="{width - left}" y1="{height - bottom}" y2="{height - bottom}"/>']
     for attempts in range(1, slots + 1):
@@ -77,7 +77,7 @@ def attempts_histogram(segments: Sequence[TraceSegment]) -> str:
     return _svg(width, height, words, parts)
 
 
-def _axis(low: float, high: float, y) -> str:
+def _axis(low: float, high: float, y: Callable[[float], float]) -> str:
     step = _step((high - low) / 6)
     parts = []
     for tick in range(math.ceil(low / step), math.floor(high / step) + 1):

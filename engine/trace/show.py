@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stars.cli.terminal import Style, one_line, wrapped
-from stars.trace import TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
+from stars.trace.records import TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
 
 SHOWN_REJECTED = 3  # of a segment, unless all attempts are asked for
 BAR = 16  # characters

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import IO, Any
 
 from stars.errors import TraceError
-from stars.trace import FORMAT, VERSION, TraceAttempt, TraceCompletion, TraceRequest, TraceSegment, loads, too_deep
+from stars.trace.json_lines import loads, too_deep
+from stars.trace.records import FORMAT, VERSION, TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
+
+
+def read_trace(file: str | os.PathLike[str] | IO[str] | IO[bytes]) -> list[TraceRequest]:
+    """The requests of a trace file, given as a path or an open file.
+
+    Raises TraceError, which names the line, for a file that is not a trace, of another version, damaged or cut short;
+    OSError where there is no such file.
+    """
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            return TraceReader(opened, os.fspath(file)).read()
+    return TraceReader(file, str(getattr(file, "name", "the trace"))).read()
 
 
 class _Record:
@@ -18,7 +32,7 @@ class _Record:
         self.where = where
 
     @property
-    def type(self) -> Any:
+    def kind(self) -> Any:
         """What the record says it is."""
         return self.fields.get("type")
 
@@ -28,32 +42,36 @@ class _Record:
         if value is None and optional:
             return None
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-            raise TraceError(f"{self.where}: the {self.type} record has {name} = {_short(value)}, which does not "
+            raise TraceError(f"{self.where}: the {self.kind} record has {name} = {_short(value)}, which does not "
                              "belong there: write the trace again")
         return value
 
-    def number(self, name: str, optional: bool = False) -> float | None:
+    def number(self, name: str) -> float:
         """A number, infinities written as strings; TraceError otherwise."""
-        value = self.take(name, int, float, str, optional=optional)
+        value = self.take(name, int, float, str)
         try:
             if not isinstance(value, str) or value in ("inf", "-inf", "nan"):
-                return None if value is None else float(value)
+                return float(value)
         except OverflowError:
             pass
-        raise TraceError(f"{self.where}: the {self.type} record has {name} = {_short(value)}, which is no number: "
+        raise TraceError(f"{self.where}: the {self.kind} record has {name} = {_short(value)}, which is no number: "
                          "write the trace again")
+
+    def number_if_any(self, name: str) -> float | None:
+        """The same, or None where there is none."""
+        return None if self.fields.get(name) is None else self.number(name)
 
     def token_ids(self, name: str) -> list[int]:
         """A list of token ids; TraceError otherwise."""
-        value = self.take(name, list)
+        value: list[int] = self.take(name, list)
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in value):
-            raise TraceError(f"{self.where}: {name} of the {self.type} record holds something other than token ids: "
+            raise TraceError(f"{self.where}: {name} of the {self.kind} record holds something other than token ids: "
                              "write the trace again")
         return value
 
     def metrics(self) -> dict[str, Any]:
         """The record's counts and times; TraceError for anything that is no number."""
-        value = self.take("metrics", dict)
+        value: dict[str, Any] = self.take("metrics", dict)
         for name, item in value.items():
             if item is not None and (isinstance(item, bool) or not isinstance(item, (int, float)) or abs(item) > 1e300):
                 raise TraceError(f"{self.where}: metrics.{name} is {_short(item)}, which is no number: "
@@ -64,7 +82,7 @@ class _Record:
 class TraceReader:
     """The requests of one open file; `name` is what errors call it."""
 
-    def __init__(self, file: IO, name: str):
+    def __init__(self, file: IO[str] | IO[bytes], name: str):
         self.name = name
         self.line = 0
         self.records = self._parse(file)
@@ -72,7 +90,7 @@ class TraceReader:
     def read(self) -> list[TraceRequest]:
         """All requests; TraceError."""
         header = self._next("the file is empty")
-        if header.type != "trace" or header.fields.get("format") != FORMAT:
+        if header.kind != "trace" or header.fields.get("format") != FORMAT:
             raise TraceError(f"{header.where}: this is not a trace, whose first record says \"format\": \"{FORMAT}\": "
                              "give a file written by write_trace or --trace")
         if header.fields.get("version") != VERSION:
@@ -92,7 +110,7 @@ class TraceReader:
         return TraceRequest(
             request_id, record.take("prompt", str, list, optional=True), record.token_ids("prompt_token_ids"),
             record.take("params", dict, optional=True), policy, record.take("seed", int),
-            record.number("prompt_reward", optional=True), record.metrics(), completions)
+            record.number_if_any("prompt_reward"), record.metrics(), completions)
 
     def _completion(self, request_id: str) -> TraceCompletion:
         record = self._member("completion", request_id)
@@ -105,15 +123,15 @@ class TraceReader:
         return TraceCompletion(
             index, record.take("text", str, optional=True), record.token_ids("token_ids"),
             record.take("finish_reason", str, optional=True), record.take("stop_reason", int, str, optional=True),
-            record.take("error", str, optional=True), record.number("reward", optional=True),
+            record.take("error", str, optional=True), record.number_if_any("reward"),
             record.number("cumulative_logprob"), record.metrics(), segments)
 
     def _attempt(self, record: _Record, segments: list[TraceSegment]) -> None:
         attempt = TraceAttempt(
             record.take("segment", int), record.take("attempt", int), record.take("text", str, optional=True),
-            record.token_ids("token_ids"), record.number("logprob"), record.number("reward", optional=True),
-            record.number("threshold", optional=True), record.number("accept_probability", optional=True),
-            record.number("margin", optional=True), record.take("accepted", bool), record.take("committed", bool))
+            record.token_ids("token_ids"), record.number("logprob"), record.number_if_any("reward"),
+            record.number_if_any("threshold"), record.number_if_any("accept_probability"),
+            record.number_if_any("margin"), record.take("accepted", bool), record.take("committed", bool))
         if segments and (attempt.segment, attempt.attempt) == (len(segments) - 1, len(segments[-1].attempts) + 1):
             segments[-1].attempts.append(attempt)
         elif (attempt.segment, attempt.attempt) == (len(segments), 1):
@@ -140,8 +158,8 @@ class TraceReader:
         return record
 
     def _expect(self, record: _Record, kind: str) -> None:
-        if record.type != kind:
-            raise TraceError(f"{record.where}: there is a record of type {_short(record.type)} where one of type "
+        if record.kind != kind:
+            raise TraceError(f"{record.where}: there is a record of type {_short(record.kind)} where one of type "
                              f"\"{kind}\" should be: write the trace again")
 
     def _next(self, otherwise: str) -> _Record:
@@ -154,7 +172,7 @@ class TraceReader:
     def _where(self) -> str:
         return f"{self.name}, line {max(self.line, 1)}"
 
-    def _parse(self, file: IO) -> Iterator[_Record]:
+    def _parse(self, file: IO[str] | IO[bytes]) -> Iterator[_Record]:
         for line in file:
             self.line += 1
             try:
