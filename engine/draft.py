@@ -74,7 +74,7 @@ class Drafter:
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
             target,
-            token_ids=one, positions=one, slots=one, slab_used=one, steps=one, limits=one, done=one,
+            token_ids=one, positions=one, slots=one, slab_used=one, steps=one, max_tokens=one, done=one,
             out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
@@ -173,7 +173,7 @@ class Drafter:
             prefix_len[row] = host.positions[row] = table.length
             slab_start[row] = host.slots[row] = lane.slab * self.cache.slab_len
             host.token_ids[row] = lane.last_token
-            host.limits[row] = lane.max_tokens
+            host.max_tokens[row] = lane.max_tokens
             host.slab_used[row] = host.steps[row] = host.done[row] = 0
             host.seeds[row] = signed_seed(lane.seed)
             host.streams[row] = signed_stream(lane.stream)
