@@ -73,7 +73,7 @@ class Passes:
             prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
             lanes=sequence, segment_start=start, closing=(torch.int32, (sequences, MOST_CLOSING)))
-        self._buffers = Buffers(target, **columns)
+        self._buffers = Buffers(target, True, **columns)
         self._host = {name: self._buffers.host(name) for name in columns}
         self._rewards = Buffers(target, rewards=(torch.float32, (sequences,)))
         self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
