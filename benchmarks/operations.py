@@ -11,14 +11,13 @@ from weakref import ref
 import torch
 from common import Figure
 
-from stars.bindings import libstars
+from stars.bindings import libstars, recording
+from stars.bindings.layouts import OPERATIONS
 from stars.cache import BlockTable
 from stars.draft import LaneSpec
 from stars.passes import Span
 
-NAMES = ("linear", "embedding", "rms_norm", "swiglu", "take_rows", "rope_write", "attention", "sample_step",
-         "copy_rows", "decide", "append_draft")
-"""By the numbers that the library gives its operations."""
+NAMES = {number: name for name, number in OPERATIONS.items()}
 TIMES = 16  # passes of one timing: as many draws as a segment has
 
 
@@ -28,9 +27,9 @@ class _Split:
     def __init__(self):
         self.programs: dict[str, libstars.Program] = {}
 
-    def _add(self, op: int, params, kept: tuple) -> None:
+    def add(self, op: int, params, kept: object) -> None:
         for name in (NAMES[op], "whole pass"):
-            self.programs.setdefault(name, libstars.Program())._add(op, params, kept)
+            self.programs.setdefault(name, libstars.Program()).add(op, params, kept)
 
 
 class _Catch:
@@ -40,11 +39,11 @@ class _Catch:
         self.split = _Split()
 
     def run(self, key, step: Callable[[], None], done, times: int = 1, rare: bool = False) -> int:
-        libstars._recordings[get_ident()] = ref(self.split)
+        recording._recordings[get_ident()] = ref(self.split)
         try:
             step()
         finally:
-            del libstars._recordings[get_ident()]
+            del recording._recordings[get_ident()]
         return times
 
 

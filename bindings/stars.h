@@ -1,8 +1,9 @@
 /* libstars: the C interface. Plain data in, plain data out; no exception crosses, nothing here needs Python or torch.
  *
- * An operation is a struct of parameters and a number. stars_call runs one; a program is a list of them, recorded once
- * over buffers at fixed addresses and replayed as one call (the CPU's counterpart of a captured CUDA graph). Lengths,
- * positions and tokens are read from memory when an operation runs, never when it is recorded.
+ * An operation is a struct of parameters and a number. `size` of the struct is its sizeof, so that a caller that was
+ * compiled with another version of this header is refused. stars_call runs one; a program is a list of them, recorded
+ * once over buffers at fixed addresses and replayed as one call (the CPU's counterpart of a captured CUDA graph).
+ * Lengths, positions and tokens are read from memory when an operation runs, never when it is recorded.
  *
  * All matrices are row-major and contiguous. Any thread may call at any time (a program, and what an operation writes,
  * belong to one caller at a time); the library spreads the work over a pool of its own, which one operation has at a
@@ -26,7 +27,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 4
+#define STARS_ABI_VERSION 5
 
 typedef enum {
   STARS_OK = 0,
@@ -61,6 +62,7 @@ typedef enum {
 /* out[rows, out_features] = x[rows, in_features] @ weight^T + bias. `weight` is what stars_pack made. The bits of a row
  * of `out` do not depend on the number of rows. */
 typedef struct {
+  int64_t size;
   const float* x;
   const void* weight;
   const float* bias; /* or NULL */
@@ -71,6 +73,7 @@ typedef struct {
 
 /* out[i] = row token_ids[i] of a packed weight [vocab, hidden]. */
 typedef struct {
+  int64_t size;
   const int32_t* token_ids;
   const void* weight;
   float* out;
@@ -80,6 +83,7 @@ typedef struct {
 
 /* residual += x where residual is not NULL; out = weight * y / sqrt(mean(y^2) + eps), y = residual or x. */
 typedef struct {
+  int64_t size;
   const float* x;
   const float* weight;
   float* residual; /* or NULL */
@@ -90,6 +94,7 @@ typedef struct {
 
 /* out[rows, intermediate] = silu(gate_up[:, :intermediate]) * gate_up[:, intermediate:]. */
 typedef struct {
+  int64_t size;
   const float* gate_up;
   float* out;
   int64_t rows, intermediate;
@@ -97,6 +102,7 @@ typedef struct {
 
 /* out[i] = x[index[i]], rows of `width` floats. */
 typedef struct {
+  int64_t size;
   const float* x;
   const int32_t* index;
   float* out;
@@ -128,6 +134,7 @@ typedef struct {
 
 /* qkv[rows, (heads + 2 kv_heads) * head_dim] to rotated q_out[rows, heads, head_dim], keys and values at batch.slots. */
 typedef struct {
+  int64_t size;
   const float* qkv;
   const float* cos; /* [positions, head_dim / 2] */
   const float* sin;
@@ -142,6 +149,7 @@ typedef struct {
 
 /* Causal grouped-query attention over pages and slab. */
 typedef struct {
+  int64_t size;
   const float* q; /* [rows, heads, head_dim] */
   float* out;     /* [rows, heads, head_dim] */
   stars_batch batch;
@@ -154,13 +162,14 @@ typedef struct {
 
 /* One draw for every lane; see kernels/types.py, LaneState, and kernels/sample_step.py, which these mirror. */
 typedef struct {
+  int64_t size;
   const float* logits; /* [lanes, vocab] */
   int32_t* token_ids;
   int32_t* positions;
   int32_t* slots;
   int32_t* slab_used;
   int32_t* steps;
-  const int32_t* limits;
+  const int32_t* max_tokens; /* after so many a lane is done */
   int32_t* done;
   int32_t* out_tokens; /* [lanes, max_steps] */
   float* out_logprobs; /* [lanes, max_steps] */
@@ -178,6 +187,7 @@ typedef struct {
 /* Rows source[i] of k_source and v_source to rows target[i] of k_target and v_target, in every layer. Arrays are
  * [layers, source_rows or target_rows, width]; no target row is named twice, and none is a source row. */
 typedef struct {
+  int64_t size;
   const float* k_source;
   const float* v_source;
   float* k_target;
@@ -187,13 +197,14 @@ typedef struct {
   int64_t rows, width, layers, source_rows, target_rows;
 } stars_copy_rows_params;
 
-/* accepted[i] = 1 where the law accepts rewards[i], else 0; see engine/law.py, whose float64 this repeats bit for bit,
- * and kernels/types.py, DecideState, which this mirrors. */
+/* accepted[i] = 1 where the law accepts rewards[i], else 0, in float64 as engine/rules.py has it, bit for bit. All arrays
+ * are [lanes]. For hosts without Python: the engine decides by its own rules. */
 typedef struct {
-  const int64_t* seeds;
-  const int32_t* streams;
-  const int32_t* attempts;
-  const int32_t* tokens;
+  int64_t size;
+  const int64_t* seeds;      /* the bits of an unsigned key */
+  const int32_t* streams;    /* segment index + 2^20 times the sample index */
+  const int32_t* attempts;   /* from 1 */
+  const int32_t* tokens;     /* of the response, the candidate's included */
   const int32_t* max_tokens; /* not 0 */
   const double* start;
   const double* reward_threshold;
@@ -203,9 +214,10 @@ typedef struct {
   int64_t lanes;
 } stars_decide_params;
 
-/* Drafted segments, less the stop token that ended them, and closing tokens behind the first row of every sequence that
- * follows a lane; see kernels/append_draft.py. They must fit the rows that the sequence has. */
+/* Drafted segments, less the stop token that ended them, and closing tokens after the first row of every sequence that
+ * has a lane; see kernels/append_draft.py. They must fit the rows that the sequence has. */
 typedef struct {
+  int64_t size;
   const int32_t* out_tokens; /* [lanes, max_steps] */
   const int32_t* steps;      /* [lanes] */
   const int32_t* stop_ids;   /* [lanes, max_stop_ids], padded with -1 */
@@ -214,13 +226,13 @@ typedef struct {
   const int32_t* closing;    /* [sequences, max_closing], padded with -1 */
   int32_t* token_ids;        /* [rows] */
   int32_t* last;             /* [sequences] */
-  int32_t* tokens;           /* [sequences] */
   int64_t sequences, max_steps, max_stop_ids, max_closing, vocab;
 } stars_append_draft_params;
 
 /* Penalties on what was said already, on logits in place; see kernels/apply_penalties.py, and kernels/types.py,
  * Penalties, which these mirror. Token ids below 0 or beyond the vocabulary are passed over. */
 typedef struct {
+  int64_t size;
   float* logits;             /* [lanes, vocab] */
   const int32_t* done;       /* [lanes] */
   const int32_t* steps;      /* [lanes] */
@@ -235,6 +247,8 @@ typedef struct {
 } stars_apply_penalties_params;
 
 STARS_API int32_t stars_abi_version(void);
+/* This header, to the letter, as the library was compiled from it: other languages can read the layouts out of it. */
+STARS_API const char* stars_header(void);
 STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */
 STARS_API const char* stars_isa(void);        /* the one in use: "base", "avx2", "avx512" or "avx512_bf16" */
 

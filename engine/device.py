@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stars.errors import ModelError
-from stars.kernels.limits import MOST_HEADS_A_KEY, MOST_HIDDEN, MOST_VOCAB
+from stars.kernels.limits import MAX_HEADS_A_KEY, MAX_HIDDEN, MAX_VOCAB
 from stars.model.config import ModelConfig
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
@@ -40,8 +40,8 @@ def check_model(config: ModelConfig, sampled: bool = True) -> None:
         raise ModelError(f"the model has head_dim {config.head_dim} and the GPU's attention has kernels for {sizes}: "
                          'use device="cpu"')
     for name, size, largest in (("query heads for each key head", config.num_heads // config.num_kv_heads,
-                              MOST_HEADS_A_KEY),
-                             ("hidden columns", config.hidden_size, MOST_HIDDEN),
-                             ("tokens in its vocabulary", config.vocab_size if sampled else 0, MOST_VOCAB)):
+                                 MAX_HEADS_A_KEY),
+                                ("hidden columns", config.hidden_size, MAX_HIDDEN),
+                                ("tokens in its vocabulary", config.vocab_size if sampled else 0, MAX_VOCAB)):
         if size > largest:
             raise ModelError(f'the model has {size} {name} and the GPU\'s kernels take {largest}: use device="cpu"')

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ class Drafter:
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
             target,
-            token_ids=one, positions=one, slots=one, slab_used=one, steps=one, limits=one, done=one,
+            token_ids=one, positions=one, slots=one, slab_used=one, steps=one, max_tokens=one, done=one,
             out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
@@ -82,7 +83,7 @@ class Drafter:
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
-        self._host = LaneState(*(self._buffers.host(name) for name in LaneState._fields))
+        self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in LaneState._fields})
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
         self._block_tables = torch.zeros(rows, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
@@ -172,7 +173,7 @@ class Drafter:
             prefix_len[row] = host.positions[row] = table.length
             slab_start[row] = host.slots[row] = lane.slab * self.cache.slab_len
             host.token_ids[row] = lane.last_token
-            host.limits[row] = lane.max_tokens
+            host.max_tokens[row] = lane.max_tokens
             host.slab_used[row] = host.steps[row] = host.done[row] = 0
             host.seeds[row] = signed_seed(lane.seed)
             host.streams[row] = signed_stream(lane.stream)
@@ -189,7 +190,8 @@ class Drafter:
         rows = self.target.rows(count)
         self._idle(slice(count, rows), len(tables) - 1)
         groups = seq_group[:count].tolist()
-        return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", prefix_len[:count])
+        keys = [lane.table.length for lane in lanes]
+        return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", keys)
 
     def _fill_penalties(self, lanes: list[LaneSpec]) -> None:
         """Writes every lane's penalties, and the history of each response that has some."""
@@ -201,7 +203,7 @@ class Drafter:
         for row, lane in enumerate(lanes):
             if lane.table is not table:
                 table, first = lane.table, stop
-                if lane.params.penalties:
+                if lane.history is not None:
                     stop += len(lane.history)
                     entries[first:stop] = lane.history
             start[row], count[row] = first, stop - first

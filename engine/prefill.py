@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from stars.errors import RequestError
-from stars.kernels.prefill_attention import Case, choose_backend
+from stars.errors import ModelError, RequestError
+from stars.kernels.prefill_attention import BackendError, Case, choose_backend
 from stars.model.config import ModelConfig
 from stars.target import Target
 
@@ -22,4 +22,9 @@ def choose_prefill(model: ModelConfig, dtype: torch.dtype, target: Target, asked
     windowed = any(window is not None for window in model.sliding_window)
     case = Case(torch.cuda.get_device_capability(), dtype, model.head_dim, model.attention_softcap, windowed,
                 deterministic)
-    return choose_backend(case, asked)
+    try:
+        return choose_backend(case, asked)
+    except BackendError as error:
+        raise ModelError(str(error)) from None
+    except ValueError as error:
+        raise RequestError(str(error)) from None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from stars.config import EngineConfig
-from stars.kernels.triton.tiles import most_workspace
+from stars.kernels.triton.tiles import max_workspace
 from stars.model.config import ModelConfig
 from stars.model.decoder import workspace_bytes
 from stars.model.loader import DTYPES
@@ -84,7 +84,7 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
         needed[f"{name}'s weights"] = parameters * dtype.itemsize
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + sizes.num_slabs * sizes.slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(
-            most_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, lanes))
+            max_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, lanes))
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
         needed[f"{name}'s activations"] += 4 * (sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)
         if backend != "triton":

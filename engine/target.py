@@ -21,7 +21,7 @@ class Target(NamedTuple):
     dtypes: tuple[str, ...]  # that a model may have
     dtype: str | None  # where "auto" is asked; None takes the checkpoint's
     float32: bool  # activations, keys and values are float32 whatever the dtype, which is then that of stored matrices
-    triton: bool  # operations are Triton's kernels, which serve some shapes only, in CUDA graphs; or a library's
+    triton: bool  # operations are Triton's kernels, in CUDA graphs, and serve some shapes only; libraries may prefill
     own_memory: bool  # apart from the host's: what passes between them is sent and waited for
     padded: bool  # passes are filled up with idle rows to few captured shapes, and attention gets its tiles
     padded_moves: bool  # commits are, too: Triton's copy passes over a row -1, which libstars' has not

@@ -28,7 +28,7 @@ class Tiling:
         self._buffers = Buffers(config.target, row_seq=(torch.int32, (max_rows,)),
                                 prefix=(torch.int32, (max_tiles, 3)), slab=(torch.int32, (max_tiles, 3)))
         # For the most that a plan can ask for: growing it later would move it under the graphs that use it.
-        size = tiles.most_workspace(max_rows, model.num_heads, model.head_dim, config.deterministic)
+        size = tiles.max_workspace(max_rows, model.num_heads, model.head_dim, config.deterministic)
         self._workspace = torch.empty(size, dtype=torch.float32, device=config.target.device)
 
     def fill(self, rows: int, row_start: Sequence[int], seq_group: Sequence[int], kind: tiles.Kind,

@@ -1,4 +1,4 @@
-"""The operations of the engine, one a file: a torch reference beside each faster version."""
+"""The operations of the engine, one a file: a torch reference and its faster versions."""
 
 from stars.kernels.append_draft import append_draft
 from stars.kernels.apply_penalties import apply_penalties

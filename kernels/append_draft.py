@@ -6,24 +6,8 @@ without the stop token that ended it, and its closing tokens. How long the segme
 
 from __future__ import annotations
 
-from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, on_triton
+from stars.kernels.dispatch import operation
 from stars.kernels.types import Draft, TrailingRows
-
-
-def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
-    """Writes segments and closing tokens after the first row of every sequence that has a lane.
-
-    Ids outside `vocab_size` become 0 (whoever reads the draft refuses the lane). Rows after the last are left alone.
-    """
-    if on_triton(trailing.token_ids):
-        from stars.kernels.triton.append_draft import append_draft as launch
-
-        launch(draft, trailing, vocab_size)
-    elif on_libstars(trailing.token_ids):
-        libstars.append_draft(draft, trailing, vocab_size)
-    else:
-        append_draft_reference(draft, trailing, vocab_size)
 
 
 def append_draft_reference(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
@@ -42,3 +26,12 @@ def append_draft_reference(draft: Draft, trailing: TrailingRows, vocab_size: int
         for row, token in enumerate(ids, first):
             trailing.token_ids[row] = token
         trailing.last[sequence] = first + len(ids) - 1
+
+
+@operation(cpu="stars.bindings.libstars:append_draft", cuda="stars.kernels.triton.append_draft:append_draft",
+           reference=append_draft_reference, by="draft.steps")
+def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
+    """Writes segments and closing tokens after the first row of every sequence that has a lane.
+
+    Ids outside `vocab_size` become 0 (whoever reads the draft refuses the lane). Rows after the last are left alone.
+    """

@@ -16,21 +16,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, on_triton
+from stars.kernels.dispatch import operation
 from stars.kernels.types import LaneState, Penalties
-
-
-def apply_penalties(logits: Tensor, lanes: LaneState, penalties: Penalties) -> None:
-    """Changes `logits` float32 [lanes, vocab] (on a GPU also float16 or bfloat16) of the lanes that are not done."""
-    if on_libstars(logits):
-        libstars.apply_penalties(logits, lanes, penalties)
-    elif on_triton(logits):
-        from stars.kernels.triton.apply_penalties import apply_penalties as launch
-
-        launch(logits, lanes, penalties)
-    else:
-        apply_penalties_reference(logits, lanes, penalties)
 
 
 def apply_penalties_reference(logits: Tensor, lanes: LaneState, penalties: Penalties) -> None:
@@ -51,3 +38,9 @@ def apply_penalties_reference(logits: Tensor, lanes: LaneState, penalties: Penal
         z = (z / repetition).where(z > 0, z * repetition)
         z = z - frequency * counts - presence * (counts > 0)
         row[token_ids] = z.to(row.dtype)
+
+
+@operation(cpu="stars.bindings.libstars:apply_penalties", cuda="stars.kernels.triton.apply_penalties:apply_penalties",
+           reference=apply_penalties_reference)
+def apply_penalties(logits: Tensor, lanes: LaneState, penalties: Penalties) -> None:
+    """Changes `logits` float32 [lanes, vocab] (on a GPU also float16 or bfloat16) of the lanes that are not done."""

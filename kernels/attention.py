@@ -5,27 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, on_triton
+from stars.kernels.dispatch import Implementation, operation
 from stars.kernels.prefill_attention import prefill_attention
 from stars.kernels.types import Batch, LayerKV
-
-
-def attention(
-    q: Tensor, kv: LayerKV, batch: Batch, scale: float, out: Tensor,
-    window: int | None = None, softcap: float | None = None,
-) -> None:
-    """Causal grouped-query attention over committed pages and the slab; see `attention_reference`."""
-    if batch.prefill is not None:
-        prefill_attention(q, kv, batch.prefill, scale, out, window, softcap)
-    elif on_libstars(q):
-        libstars.attention(q, kv, batch, scale, out, window, softcap)
-    elif on_triton(q):
-        from stars.kernels.triton.attention import attention as launch
-
-        launch(q, kv, batch, scale, out, window, softcap)
-    else:
-        attention_reference(q, kv, batch, scale, out, window, softcap)
 
 
 def attention_reference(
@@ -62,3 +44,27 @@ def attention_reference(
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         scores = scores.masked_fill(~seen, -torch.inf)
         out[rows] = torch.einsum("hrk,khd->rhd", scores.softmax(-1), values).to(out.dtype)
+
+
+def _by_library(
+    q: Tensor, kv: LayerKV, batch: Batch, scale: float, out: Tensor,
+    window: int | None = None, softcap: float | None = None,
+) -> None:
+    assert batch.prefill is not None
+    prefill_attention(q, kv, batch.prefill, scale, out, window, softcap)
+
+
+def _library_chosen(q: Tensor, kv: LayerKV, batch: Batch, *rest: object) -> bool:
+    return batch.prefill is not None
+
+
+_LIBRARY = Implementation(_by_library, _library_chosen)
+
+
+@operation(cpu=[_LIBRARY, Implementation("stars.bindings.libstars:attention")],
+           cuda=[_LIBRARY, Implementation("stars.kernels.triton.attention:attention")], reference=attention_reference)
+def attention(
+    q: Tensor, kv: LayerKV, batch: Batch, scale: float, out: Tensor,
+    window: int | None = None, softcap: float | None = None,
+) -> None:
+    """Causal grouped-query attention over committed pages and the slab; see `attention_reference`."""

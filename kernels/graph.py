@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, on_triton
+from stars.kernels.dispatch import column
 
-MOST_GRAPHS = 128
+MAX_GRAPHS = 128
 """Recordings kept, on a GPU several of a shape; the least recently used one makes room."""
 
 LAUNCHES_A_GRAPH = 1024
 """Launches that one CUDA graph may hold, and so the draft steps: 32 of two layers and 8 of six, whose short steps
-would feel the microsecond or two between one graph and the next; 4 of sixteen layers and 2 of 32, which would not.
-More cost more than they save: the driver keeps 10 to 64 KB of a captured launch on the device for every shape, and
-capturing takes the host some 20 us a launch in the middle of somebody's request. Computed, not measured:
-benchmarks/device measures graphs of 1, 8 and 32 steps."""
+would feel the gap between one graph and the next; 4 of sixteen layers and 2 of 32, which would not. More cost more
+than they save: the driver keeps memory of a captured launch on the device for every shape, and capturing takes the host
+time in the middle of somebody's request. benchmarks/device measures graphs of 1, 8 and 32 steps."""
 
 
 def steps_a_graph(launches: int) -> int:
@@ -31,15 +29,15 @@ def steps_a_graph(launches: int) -> int:
 class Graphs:
     """Recorded passes by shape: programs of libstars on the CPU, CUDA graphs on a GPU, plain calls otherwise.
 
-    most_steps: that one CUDA graph may hold.
+    max_steps: that one CUDA graph may hold.
     """
 
-    def __init__(self, most_steps: int = 1):
-        self.most_steps = most_steps
+    def __init__(self, max_steps: int = 1):
+        self.max_steps = max_steps
         self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
         self._seen: set[Hashable] = set()  # shapes that ran on a GPU without being captured
-        self._pool = None  # memory that the CUDA graphs share: they never run at the same time
-        self._stream = None  # that they are captured on, see `_capture`
+        self._pool: Any = None  # memory that the CUDA graphs share: they never run at the same time
+        self._stream: torch.cuda.Stream | None = None  # that they are captured on, see `_capture`
 
     def run(self, key: Hashable, step: Callable[[], None], done: Tensor, times: int = 1, rare: bool = False) -> int:
         """Runs `step` up to `times` times, until all of `done` int32 [n] are non-zero; returns how often it ran.
@@ -49,9 +47,10 @@ class Graphs:
         second time (the later steps of a first run among them, one by one), all `times` steps are run without asking
         the device (steps of lanes that are done do nothing), and `rare` shapes are not captured.
         """
-        if on_libstars(done):
+        where = column(done)
+        if where == "cpu":
             return self._run_program(key, step, done, times)
-        if on_triton(done):
+        if where == "cuda":
             return self._run_graph(key, step, times, rare)
         return self._run_plainly(step, done, times)
 
@@ -66,7 +65,10 @@ class Graphs:
         program = self._recorded.get(key)
         if program is not None:
             self._recorded.move_to_end(key)
-            return program.run(times, done)
+            ran: int = program.run(times, done)
+            return ran
+        from stars.bindings import libstars
+
         with libstars.record() as program:
             step()
         if len(program):  # none where libstars has no operation for the tensors' type
@@ -86,19 +88,19 @@ class Graphs:
         while left:
             # Powers of two, so that the few graphs of a shape make up segments of any length. A shape that may never
             # come again is worth one step's capture only.
-            steps = 1 if first else 1 << (min(left, self.most_steps).bit_length() - 1)
+            steps = 1 if first else 1 << (min(left, self.max_steps).bit_length() - 1)
             self._graph((key, steps), step, steps).replay()
             left -= steps
         return times
 
     def _graph(self, key: Hashable, step: Callable[[], None], steps: int) -> torch.cuda.CUDAGraph:
         """The graph of `steps` steps of a shape, captured where there is none."""
-        graph = self._recorded.get(key)
+        graph: torch.cuda.CUDAGraph | None = self._recorded.get(key)
         if graph is not None:
             self._recorded.move_to_end(key)
             return graph
         graph = self._capture(step, steps)
-        if len(self._recorded) == MOST_GRAPHS:  # the one that makes room may be running
+        if len(self._recorded) == MAX_GRAPHS:  # the one that makes room may be running
             torch.cuda.synchronize()
         self._keep(key, graph)
         return graph
@@ -129,5 +131,5 @@ class Graphs:
 
     def _keep(self, key: Hashable, recorded: Any) -> None:
         self._recorded[key] = recorded
-        if len(self._recorded) > MOST_GRAPHS:
+        if len(self._recorded) > MAX_GRAPHS:
             self._recorded.popitem(last=False)

@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, on_triton
+from stars.kernels.dispatch import operation
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,9 @@ class Weight:
         """The matrix [out_features, in_features]."""
         if not self.packed:
             return self.values
+        assert self.dtype is not None
+        from stars.bindings import libstars
+
         return libstars.unpack(self.values, self.out_features, self.in_features, self.dtype, self.arithmetic)
 
 
@@ -59,6 +61,8 @@ def pack(
     if matrix.is_cuda:
         bias = None if bias is None else bias.to(matrix.dtype).contiguous()
         return Weight(matrix.contiguous(), bias, out_features, in_features, deterministic=deterministic)
+    from stars.bindings import libstars
+
     if not (packable and matrix.device.type == "cpu" and libstars.available()):
         return Weight(matrix, bias, out_features, in_features, deterministic=deterministic)
     stored = matrix if matrix.dtype == torch.bfloat16 else _narrowest(matrix)
@@ -73,19 +77,13 @@ def _narrowest(matrix: Tensor) -> Tensor:
     return narrow if torch.equal(narrow.float(), wide) else wide
 
 
-def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""
-    if on_libstars(x):
-        libstars.linear(x, weight, out)
-    elif on_triton(x):
-        from stars.kernels.triton.linear import linear as launch
-
-        launch(x, weight, out)
-    else:
-        linear_reference(x, weight, out)
-
-
 def linear_reference(x: Tensor, weight: Weight, out: Tensor) -> None:
     """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
     out.copy_(torch.nn.functional.linear(x, weight.dense().to(x.dtype), bias))
+
+
+@operation(cpu="stars.bindings.libstars:linear", cuda="stars.kernels.triton.linear:linear",
+           reference=linear_reference)
+def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
+    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""

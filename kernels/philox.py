@@ -20,9 +20,12 @@ No request id, lane, batch position or width enters, so every schedule draws the
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from stars.bindings import libstars
+import numpy as np
+from numpy.typing import ArrayLike
+
+Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 KIND_TOKEN_NOISE = 0
 KIND_ACCEPT = 1
@@ -39,7 +42,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def philox4x32(counter, key) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def philox4x32(counter: Sequence[ArrayLike], key: Sequence[ArrayLike]) -> Words:
     """Ten rounds of Philox4x32.
 
     Args:
@@ -58,15 +61,15 @@ def philox4x32(counter, key) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
         product_1 = c2 * _MULTIPLIER_1
         c0, c2 = (product_1 >> _HALF) ^ c1 ^ round_key_0, (product_0 >> _HALF) ^ c3 ^ round_key_1
         c1, c3 = product_1 & _LOW, product_0 & _LOW
-    return tuple(word.astype(np.uint32) for word in (c0, c1, c2, c3))
+    return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
 
 
-def uniform(words) -> np.ndarray:
+def uniform(words: ArrayLike) -> np.ndarray:
     """float64 uniforms ((w >> 8) + 0.5) / 2^24 of uint32 words, exact; between 2^-25 and 1 - 2^-25."""
     return ((np.asarray(words, dtype=np.uint32) >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
 
 
-def gumbel(words) -> np.ndarray:
+def gumbel(words: ArrayLike) -> np.ndarray:
     """float64 standard Gumbel noise -log(-log u) of uint32 words."""
     numerator = (np.asarray(words, dtype=np.uint32) >> np.uint32(8)).astype(np.float64)
     upper = numerator >= 2.0**23
@@ -122,7 +125,9 @@ def unpack_stream(stream: int) -> tuple[int, int]:
 
 def accept_uniform(seed: int, attempt: int, segment: int, sample: int) -> float:
     """The uniform of the accept test of one attempt: a float64, the same bits in every implementation."""
-    if libstars.available():  # a scalar costs a microsecond there and a tenth of a millisecond in numpy
+    from stars.bindings import libstars
+
+    if libstars.available():  # of one number, a hundredth of what numpy takes
         split_seed(seed), pack_attempt(attempt, KIND_ACCEPT), pack_stream(segment, sample)  # raise what is out of range
         return libstars.accept_uniform(seed, attempt, segment, sample)
     return accept_uniform_reference(seed, attempt, segment, sample)

@@ -4,7 +4,7 @@ A prefill has many rows and is bound by arithmetic, where these kernels are near
 not take (softcap in torch's, float32, `deterministic=True`), our own kernel does: `stars.kernels.triton.attention`.
 
 - They take pages of 256 keys or none, so the keys and values of a pass are gathered into one tensor first. That costs
-  a read and a write of them a layer, little beside the products of a pass of many rows.
+  a read and a write of them a layer, little besides the products of a pass of many rows.
 - float32 is left to our kernel: torch may round float32 products to TF32, by a setting of the process that is not
   ours, and this type is there for comparisons.
 - Their bits may depend on the other sequences: flash-attn 2 divides the keys of a pass of single rows by how many
@@ -22,34 +22,23 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stars.errors import ModelError, RequestError
-from stars.kernels.types import LayerKV
+from stars.kernels.types import LayerKV, Prefill
 
 
-class Prefill(NamedTuple):
-    """What the host knows of a pass into pages, as libraries want it; built by `build`. Sequences have rows, each."""
-
-    backend: str  # a key of BACKENDS
-    key_rows: Tensor  # int32 [total_k] page row of every key that some row sees, sequence after sequence
-    cu_seqlens_q: Tensor  # int32 [sequences + 1] first row of each sequence
-    cu_seqlens_k: Tensor  # int32 [sequences + 1] first entry of key_rows of each sequence
-    q_lengths: tuple[int, ...]  # [sequences] rows
-    k_lengths: tuple[int, ...]  # [sequences] keys: those before the pass and those of its rows
-    rows: int  # sum of q_lengths; idle rows behind them are not computed
-    max_q: int
-    max_k: int
+class BackendError(Exception):
+    """A backend that is not there, or does not suit the case."""
 
 
 def build(backend: str, pages: Sequence[Sequence[int]], starts: Sequence[int], lengths: Sequence[int], page_size: int,
           device: torch.device | str) -> Prefill:
-    """Sequence s runs lengths[s] tokens behind its first starts[s] keys, all in pages[s]; one copy to the device.
+    """Sequence s runs lengths[s] tokens after its first starts[s] keys, all in pages[s]; one copy to the device.
 
     ValueError for a sequence without rows, which flash-attn 2 would read beyond the end for.
     """
@@ -74,7 +63,7 @@ def prefill_attention(
     q: Tensor, kv: LayerKV, prefill: Prefill, scale: float, out: Tensor,
     window: int | None = None, softcap: float | None = None,
 ) -> None:
-    """`attention_reference` of a batch into pages, by `prefill.backend`; out behind `prefill.rows` is left alone.
+    """`attention_reference` of a batch into pages, by `prefill.backend`; out after `prefill.rows` is left alone.
 
     q, out [at least prefill.rows, heads, head_dim], float16 or bfloat16 like the pages; only SDPA takes float32 too.
     """
@@ -97,7 +86,7 @@ def _flash_attn_4(
     result = _function("flash-attn-4")(
         q, k, v, cu_seqlens_q=prefill.cu_seqlens_q, cu_seqlens_k=prefill.cu_seqlens_k, max_seqlen_q=prefill.max_q,
         max_seqlen_k=prefill.max_k, softmax_scale=scale, causal=True,
-        # No window is None here: releases differ in what a -1 beside a 0 means, and some return zeros.
+        # No window is None here: releases differ in what a -1 next to a 0 means, and some return zeros.
         window_size=(None, None) if window is None else (window - 1, 0), softcap=softcap or 0.0)
     out.copy_(result[0] if isinstance(result, tuple) else result)  # (output, log of the sum of weights or None)
 
@@ -118,6 +107,7 @@ def _varlen(
     _refuse_softcap("varlen", softcap)
     function = _function("varlen")
     takes = _arguments(function)
+    options: dict[str, Any]
     if "window_size" in takes:
         options = {"scale": scale, "window_size": (-1, 0) if window is None else (window - 1, 0)}
     else:  # torch 2.10, which divides by the root of head_dim
@@ -142,6 +132,7 @@ def _sdpa(
         # Keys that have left the window of the first row are seen by none.
         unseen = 0 if window is None else max(0, keys - rows - window + 1)
         seen = keys - unseen
+        mask: Tensor
         if window is None or seen <= window:
             mask = causal_lower_right(rows, seen)
         else:
@@ -186,18 +177,18 @@ class Case(NamedTuple):
 def choose_backend(case: Case, asked: str = "auto") -> str:
     """The backend asked for, or the first that serves the case; "triton" is our own kernel, which takes any.
 
-    A library is imported only once the case suits it. RequestError for a name that is none of CHOICES, ModelError for
+    A library is imported only once the case suits it. ValueError for a name that is none of CHOICES, BackendError for
     a backend that is not there or does not suit the case.
     """
     if asked not in CHOICES:
         names = ", ".join(f'"{name}"' for name in CHOICES)
-        raise RequestError(f"prefill_backend is {asked!r}, it must be one of {names}")
+        raise ValueError(f"prefill_backend is {asked!r}, it must be one of {names}")
     if asked == "auto":
         return next((name for name in BACKENDS if _unsuitable(name, case) is None), "triton")
     reason = _unsuitable(asked, case)
     if reason is not None:
         install = f'pip install "stars-engine[{_SOURCES[asked].extra}]", or ' if reason == NOT_INSTALLED else ""
-        raise ModelError(f'prefill_backend is "{asked}", which {reason}: {install}use prefill_backend="auto"')
+        raise BackendError(f'prefill_backend is "{asked}", which {reason}: {install}use prefill_backend="auto"')
     return asked
 
 
@@ -207,7 +198,7 @@ def problem(name: str) -> str | None:
 
 
 def _unsuitable(name: str, case: Case) -> str | None:
-    """Why a backend cannot serve the case, behind "which"; None where it can."""
+    """Why a backend cannot serve the case, after "which"; None where it can."""
     if name == "triton":
         return None
     major, minor = case.capability
@@ -222,9 +213,9 @@ def _unsuitable(name: str, case: Case) -> str | None:
     if major < 8:
         return f"needs a GPU of compute capability 8.0 or more, not {major}.{minor}"
     # flash-attn 4 serves 256 on sm_100 by a kernel of its own that, in many releases, has no softcap and no window.
-    most = 128 if name == "flash-attn-4" and major == 10 else 256
-    if name != "sdpa" and (case.head_dim > most or case.head_dim % 8):
-        return f"takes multiples of 8 up to {most} as head_dim, not {case.head_dim}"
+    widest = 128 if name == "flash-attn-4" and major == 10 else 256
+    if name != "sdpa" and (case.head_dim > widest or case.head_dim % 8):
+        return f"takes multiples of 8 up to {widest} as head_dim, not {case.head_dim}"
     if problem(name) is not None:
         return problem(name)
     if name == "varlen" and case.windowed and "window_size" not in _arguments(_function(name)):
@@ -253,7 +244,7 @@ NOT_INSTALLED = "is not installed"
 
 
 @functools.cache
-def _load(name: str) -> tuple[Callable[..., object] | None, str | None]:
+def _load(name: str) -> tuple[Callable[..., Any] | None, str | None]:
     """A library's function, or None and what is the matter."""
     module, function, needed, _ = _SOURCES[name]
     try:
@@ -272,14 +263,14 @@ def _load(name: str) -> tuple[Callable[..., object] | None, str | None]:
     return found, None
 
 
-def _function(name: str) -> Callable[..., object]:
-    """ModelError where the library is not there."""
+def _function(name: str) -> Callable[..., Any]:
+    """BackendError where the library is not there."""
     function, reason = _load(name)
     if function is None:
-        raise ModelError(f'{name} {reason}: use prefill_backend="auto"')
+        raise BackendError(f'{name} {reason}: use prefill_backend="auto"')
     return function
 
 
 @functools.cache
-def _arguments(function: Callable[..., object]) -> tuple[str, ...]:
+def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)

@@ -5,25 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, on_triton
+from stars.kernels.dispatch import operation
 from stars.kernels.rms_norm import rms_norm_reference
 from stars.kernels.types import Batch, LayerKV
-
-
-def rope_write(
-    qkv: Tensor, batch: Batch, cos: Tensor, sin: Tensor, kv: LayerKV, q_out: Tensor,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
-) -> None:
-    """Splits qkv, normalises and rotates queries and keys, writes keys and values; see `rope_write_reference`."""
-    if on_libstars(qkv):
-        libstars.rope_write(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm, eps)
-    elif on_triton(qkv):
-        from stars.kernels.triton.rope_write import rope_write as launch
-
-        launch(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm, eps)
-    else:
-        rope_write_reference(qkv, batch, cos, sin, kv, q_out, q_norm, k_norm, eps)
 
 
 def rope_write_reference(
@@ -41,7 +25,7 @@ def rope_write_reference(
     kv_heads = kv.k_pages.shape[1]
     rows = qkv.shape[0]
     q, k, v = qkv.view(rows, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)  # [rows, heads, head_dim]
-    if q_norm is not None:
+    if q_norm is not None and k_norm is not None:
         q, k = q.contiguous(), k.contiguous()
         rms_norm_reference(q, q_norm, eps, q)
         rms_norm_reference(k, k_norm, eps, k)
@@ -53,6 +37,16 @@ def rope_write_reference(
     keys, values = (kv.k_slabs, kv.v_slabs) if batch.into_slab else (kv.k_pages, kv.v_pages)
     keys[slots] = _rotate(k, c, s)[written].to(keys.dtype)
     values[slots] = v[written].to(values.dtype)
+
+
+@operation(cpu="stars.bindings.libstars:rope_write", cuda="stars.kernels.triton.rope_write:rope_write",
+           reference=rope_write_reference)
+def rope_write(
+    qkv: Tensor, batch: Batch, cos: Tensor, sin: Tensor, kv: LayerKV, q_out: Tensor,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6,
+) -> None:
+    """Splits qkv, normalises and rotates queries and keys, writes keys and values; see `rope_write_reference`."""
+
 
 
 def _rotate(x: Tensor, c: Tensor, s: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ Semantics, for every lane that is not done:
    small that z overflows, the token is the argmax of the raw logits.
    Ties of an argmax go to the lowest token id. A logit of -inf forbids its token.
 3. The token and its log-probability go to column `steps`, and `steps` grows by one. If the token is one of the lane's
-   stop ids, or steps == limits, the lane is done; otherwise token_ids = token, and positions, slots and slab_used grow
-   by one.
+   stop ids, or steps == max_tokens, the lane is done; otherwise token_ids = token, and positions, slots and slab_used
+   grow by one.
 
 A lane whose logits contain NaN or +inf, or nothing but -inf, gets token -1 with log-probability NaN and is done.
 """
@@ -27,25 +27,9 @@ import math
 import torch
 from torch import Tensor
 
-from stars.bindings import libstars
 from stars.kernels import philox
-from stars.kernels.dispatch import on_libstars, on_triton
+from stars.kernels.dispatch import operation
 from stars.kernels.types import LaneState
-
-
-def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
-    """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab].
-
-    With filters=False the caller knows that no lane has top_k, top_p or min_p: a GPU then leaves out four launches.
-    """
-    if on_libstars(logits):
-        libstars.sample_step(logits, lanes)
-    elif on_triton(logits):
-        from stars.kernels.triton.sample_step import sample_step as launch
-
-        launch(logits, lanes, filters=filters)
-    else:
-        sample_step_reference(logits, lanes, filters)
 
 
 def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
@@ -54,11 +38,12 @@ def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True
     filtered = (lanes.top_k > 0) | (lanes.top_p < 1.0) | (lanes.min_p > 0.0)
     if not filters and bool((filtered & (lanes.done == 0)).any()):
         raise ValueError("sample_step: a lane has top_k, top_p or min_p: call it with filters=True")
-    done, steps, limits = lanes.done.tolist(), lanes.steps.tolist(), lanes.limits.tolist()
+    done, steps, max_tokens = lanes.done.tolist(), lanes.steps.tolist(), lanes.max_tokens.tolist()
     for lane, row in enumerate(logits):  # row [vocab]
         if done[lane]:
             continue
         step = steps[lane]
+        logprob: float | Tensor
         if not math.isfinite(row.max().item()):  # max propagates NaN
             token, logprob = -1, math.nan
         else:
@@ -68,12 +53,21 @@ def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True
         lanes.out_tokens[lane, step] = token
         lanes.out_logprobs[lane, step] = logprob
         lanes.steps[lane] += 1
-        if token < 0 or step + 1 >= limits[lane] or token in lanes.stop_ids[lane].tolist():
+        if token < 0 or step + 1 >= max_tokens[lane] or token in lanes.stop_ids[lane].tolist():
             lanes.done[lane] = 1
         else:
             lanes.token_ids[lane] = token
             for counter in (lanes.positions, lanes.slots, lanes.slab_used):
                 counter[lane] += 1
+
+
+@operation(cpu="stars.bindings.libstars:sample_step", cuda="stars.kernels.triton.sample_step:sample_step",
+           reference=sample_step_reference)
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
+    """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab].
+
+    With filters=False the caller knows that no lane has top_k, top_p or min_p: a GPU then leaves out four launches.
+    """
 
 
 def sampling_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> float:
@@ -120,5 +114,5 @@ def _check(logits: Tensor, lanes: LaneState) -> None:
     if bool((open_lanes & ((lanes.steps < 0) | (lanes.steps >= lanes.out_tokens.shape[1]))).any()):
         raise ValueError(
             f"sample_step: a lane that is not done has no column left in out_tokens {list(lanes.out_tokens.shape)}; "
-            "set its limit to at most the number of columns"
+            "set its max_tokens to at most the number of columns"
         )

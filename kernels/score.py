@@ -9,28 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, on_triton
-from stars.kernels.linear import Weight, linear_reference
-from stars.kernels.rms_norm import rms_norm_reference
-
-
-def score(residual: Tensor, branch: Tensor, norm_weight: Tensor, eps: float, head: Weight, hidden: Tensor,
-          rewards: Tensor) -> None:
-    """Writes rewards float32 [lanes].
-
-    residual, branch [lanes, hidden], the residual may be overwritten; norm_weight [hidden]; head float32 [1, hidden],
-    its bias float32 [1] or None; hidden float32 [lanes, hidden] is room for implementations that go in steps.
-    """
-    if on_triton(residual):
-        from stars.kernels.triton.score import score as launch
-
-        launch(residual, branch, norm_weight, eps, head, hidden, rewards)
-    elif on_libstars(residual):
-        libstars.rms_norm(branch, norm_weight, eps, hidden, residual)
-        libstars.linear(hidden, head, rewards.unsqueeze(1))
-    else:
-        score_reference(residual, branch, norm_weight, eps, head, hidden, rewards)
+from stars.kernels.dispatch import Implementation, operation
+from stars.kernels.linear import Weight, linear, linear_reference
+from stars.kernels.rms_norm import rms_norm, rms_norm_reference
 
 
 def score_reference(residual: Tensor, branch: Tensor, norm_weight: Tensor, eps: float, head: Weight, hidden: Tensor,
@@ -38,3 +19,19 @@ def score_reference(residual: Tensor, branch: Tensor, norm_weight: Tensor, eps: 
     """As `score`."""
     rms_norm_reference(branch, norm_weight, eps, hidden, residual)
     linear_reference(hidden, head, rewards.unsqueeze(1))
+
+
+def _in_steps(residual: Tensor, branch: Tensor, norm_weight: Tensor, eps: float, head: Weight, hidden: Tensor,
+              rewards: Tensor) -> None:
+    rms_norm(branch, norm_weight, eps, hidden, residual)
+    linear(hidden, head, rewards.unsqueeze(1))
+
+
+@operation(cpu=[Implementation(_in_steps)], cuda="stars.kernels.triton.score:score", reference=score_reference)
+def score(residual: Tensor, branch: Tensor, norm_weight: Tensor, eps: float, head: Weight, hidden: Tensor,
+          rewards: Tensor) -> None:
+    """Writes rewards float32 [lanes].
+
+    residual, branch [lanes, hidden], the residual may be overwritten; norm_weight [hidden]; head float32 [1, hidden],
+    its bias float32 [1] or None; hidden float32 [lanes, hidden] is room for implementations that go in steps.
+    """

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from stars.kernels.prefill_attention import Prefill
 
 
 class LayerKV(NamedTuple):
@@ -36,6 +33,23 @@ class Tiles(NamedTuple):
     workspace: Tensor | None = None  # float32 [at least `workspace_size`]; None takes the device's shared one
 
 
+class Prefill(NamedTuple):
+    """What the host knows of a pass into pages, as libraries want it; built by `stars.kernels.prefill_attention`.
+
+    Every sequence has rows.
+    """
+
+    backend: str  # a key of prefill_attention.BACKENDS
+    key_rows: Tensor  # int32 [total_k] page row of every key that some row sees, sequence after sequence
+    cu_seqlens_q: Tensor  # int32 [sequences + 1] first row of each sequence
+    cu_seqlens_k: Tensor  # int32 [sequences + 1] first entry of key_rows of each sequence
+    q_lengths: tuple[int, ...]  # [sequences] rows
+    k_lengths: tuple[int, ...]  # [sequences] keys: those before the pass and those of its rows
+    rows: int  # sum of q_lengths; idle rows after them are not computed
+    max_q: int
+    max_k: int
+
+
 class Batch(NamedTuple):
     """What one forward pass runs over: `rows` tokens of `sequences` sequences. All tensors are int32.
 
@@ -61,8 +75,8 @@ class Batch(NamedTuple):
 class LaneState(NamedTuple):
     """Everything `sample_step` reads and advances for the lanes of one draft, one entry a lane, changed in place.
 
-    A lane that is done (EOS or limit reached) is left as it is. After a draw that does not end the lane, token_ids,
-    positions, slots and slab_used are what the next forward pass needs.
+    A lane that is done (EOS, or max_tokens reached) is left as it is. After a draw that does not end the lane,
+    token_ids, positions, slots and slab_used are what the next forward pass needs.
     """
 
     token_ids: Tensor  # int32 [lanes] next input token
@@ -70,7 +84,7 @@ class LaneState(NamedTuple):
     slots: Tensor  # int32 [lanes] its flat slab row
     slab_used: Tensor  # int32 [lanes] slab keys written before the next pass
     steps: Tensor  # int32 [lanes] tokens drawn so far; the position in the segment of the next draw
-    limits: Tensor  # int32 [lanes] tokens after which the lane is done
+    max_tokens: Tensor  # int32 [lanes] tokens after which the lane is done
     done: Tensor  # int32 [lanes] 0 or 1
     out_tokens: Tensor  # int32 [lanes, max_steps]
     out_logprobs: Tensor  # float32 [lanes, max_steps] log-probability under the logits given (temperature 1, no filter)
@@ -89,7 +103,7 @@ class Penalties(NamedTuple):
 
     history: Tensor  # int32 [entries, 2] token id, and how often the committed response has it; 0: only the prompt
     start: Tensor  # int32 [lanes] first entry of a lane
-    count: Tensor  # int32 [lanes] its entries, of distinct tokens in rising order
+    count: Tensor  # type: ignore[assignment]  # int32 [lanes] its entries, of distinct tokens in rising order
     repetition: Tensor  # float32 [lanes] above 0; 1 is off
     frequency: Tensor  # float32 [lanes]; 0 is off
     presence: Tensor  # float32 [lanes]; 0 is off

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stars.bindings import libstars
+from stars.bindings import library, libstars
 
 INSTRUCTION_SETS = ("base", "avx2", "avx512")
 
@@ -20,18 +20,18 @@ def load_copy(name: str, folder: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STARS_ISA", name)
         patch.setenv("STARS_LIBRARY", str(folder / "lib" / "libstars.so"))
-        library = libstars._load()
-        return library if library.stars_isa().decode() == name else None
+        copy = library._load()
+        return copy if copy.stars_isa().decode() == name else None
 
 
 @pytest.fixture(scope="module", params=INSTRUCTION_SETS)
 def instruction_set(request, tmp_path_factory):
-    """Replaces the library behind `stars.bindings.libstars` for the tests of a module."""
+    """Replaces the library of `stars.bindings` for the tests of a module."""
     if not libstars.available():
         pytest.skip("libstars was not built")
-    library = load_copy(request.param, tmp_path_factory.mktemp(request.param))
-    if library is None:
+    copy = load_copy(request.param, tmp_path_factory.mktemp(request.param))
+    if copy is None:
         pytest.skip(f"this machine has no {request.param}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(libstars, "_lib", library)
+        patch.setattr(library, "_lib", copy)
         yield request.param

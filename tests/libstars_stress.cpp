@@ -136,8 +136,8 @@ Case linear_case(int32_t dtype, int64_t rows) {
   data->out.resize(rows * out_features);
   data->weight.resize(stars_packed_bytes(out_features, in_features, dtype));
   require(stars_pack(matrix.data(), out_features, in_features, dtype, data->weight.data()) == STARS_OK, "pack");
-  data->params = {data->x.data(),   data->weight.data(), data->bias.data(), data->out.data(),
-                  rows,             in_features,         out_features,      dtype};
+  data->params = {sizeof data->params, data->x.data(), data->weight.data(), data->bias.data(), data->out.data(),
+                  rows,                in_features,    out_features,         dtype};
   return {"linear of dtype " + std::to_string(dtype) + ", rows " + std::to_string(rows),
           [data] {
             std::fill(data->out.begin(), data->out.end(), -1.0f);
@@ -177,6 +177,7 @@ Case attention_case(int64_t lanes, int32_t prefix, bool shared) {
     d.slab_used.push_back(3);
   }
   d.row_start.push_back(static_cast<int32_t>(lanes));
+  d.params.size = sizeof d.params;
   d.params.q = d.q.data();
   d.params.out = d.out.data();
   d.params.batch = {d.positions.data(),    d.slots.data(),      d.row_start.data(),  d.seq_group.data(),
@@ -199,7 +200,7 @@ Case sample_case(int64_t lanes) {
   constexpr int64_t vocab = 5003, max_steps = 4;
   struct Data {
     std::vector<float> logits, logprobs, temperature, top_p, min_p;
-    std::vector<int32_t> ids, positions, slots, used, steps, limits, done, tokens, attempts, streams, top_k, stop_ids;
+    std::vector<int32_t> ids, positions, slots, used, steps, max_tokens, done, tokens, attempts, streams, top_k, stop_ids;
     std::vector<int64_t> seeds;
     stars_sample_step_params params;
   };
@@ -209,7 +210,7 @@ Case sample_case(int64_t lanes) {
   d.logits = numbers.floats(lanes * vocab);
   for (auto* list : {&d.ids, &d.positions, &d.slots, &d.used, &d.steps, &d.done, &d.attempts, &d.streams})
     list->resize(lanes);
-  d.limits.assign(lanes, 100);
+  d.max_tokens.assign(lanes, 100);
   d.tokens.resize(lanes * max_steps);
   d.logprobs.resize(lanes * max_steps);
   d.stop_ids.assign(lanes, -1);
@@ -220,11 +221,11 @@ Case sample_case(int64_t lanes) {
     d.top_p.push_back(lane % 2 ? 1.0f : 0.9f);
     d.top_k.push_back(lane % 3 ? 40 : 0);
   }
-  d.params = {d.logits.data(),  d.ids.data(),         d.positions.data(), d.slots.data(),    d.used.data(),
-              d.steps.data(),   d.limits.data(),      d.done.data(),      d.tokens.data(),   d.logprobs.data(),
-              d.seeds.data(),   d.attempts.data(),    d.streams.data(),   d.temperature.data(), d.top_k.data(),
-              d.top_p.data(),   d.min_p.data(),       d.stop_ids.data(),  lanes,             vocab,
-              max_steps,        1};
+  d.params = {sizeof d.params,   d.logits.data(),     d.ids.data(),     d.positions.data(), d.slots.data(),
+              d.used.data(),     d.steps.data(),      d.max_tokens.data(),  d.done.data(),      d.tokens.data(),
+              d.logprobs.data(), d.seeds.data(),      d.attempts.data(), d.streams.data(),  d.temperature.data(),
+              d.top_k.data(),    d.top_p.data(),      d.min_p.data(),   d.stop_ids.data(),  lanes,
+              vocab,             max_steps,           1};
   return {"sample_step of " + std::to_string(lanes) + " lanes",
           [data] {
             Data& d = *data;
@@ -260,9 +261,9 @@ Case penalties_case(int64_t lanes) {
   for (int32_t entry = 0; entry < entries; ++entry) d.history.insert(d.history.end(), {3 * entry, 2});
   d.start.assign(lanes, 0);
   d.count.assign(lanes, static_cast<int32_t>(entries));
-  d.params = {d.logits.data(),     d.done.data(),      d.steps.data(),    d.tokens.data(), d.history.data(),
-              d.start.data(),      d.count.data(),     d.repetition.data(), d.frequency.data(), d.presence.data(),
-              lanes,               vocab,              max_steps,         entries};
+  d.params = {sizeof d.params,    d.logits.data(),   d.done.data(),  d.steps.data(),      d.tokens.data(),
+              d.history.data(),   d.start.data(),    d.count.data(), d.repetition.data(), d.frequency.data(),
+              d.presence.data(),  lanes,             vocab,          max_steps,           entries};
   return {"apply_penalties",
           [data] {
             data->logits.assign(data->given.begin(), data->given.end());
@@ -290,9 +291,9 @@ Case program_case() {
   d.out.resize(rows * hidden / 2);
   d.taken.resize(rows * hidden / 2);
   d.index = numbers.below(rows, rows);
-  d.norm = {d.x.data(), d.weight.data(), nullptr, d.gate_up.data(), rows, hidden, 1e-6f};
-  d.gate = {d.gate_up.data(), d.out.data(), rows, hidden / 2};
-  d.take = {d.out.data(), d.index.data(), d.taken.data(), rows, hidden / 2};
+  d.norm = {sizeof d.norm, d.x.data(), d.weight.data(), nullptr, d.gate_up.data(), rows, hidden, 1e-6f};
+  d.gate = {sizeof d.gate, d.gate_up.data(), d.out.data(), rows, hidden / 2};
+  d.take = {sizeof d.take, d.out.data(), d.index.data(), d.taken.data(), rows, hidden / 2};
   return {"a program",
           [data]() -> int32_t {
             stars_program* program = stars_program_create();

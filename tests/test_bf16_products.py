@@ -14,7 +14,8 @@ import torch
 from instruction_sets import load_copy
 from libstars_threads import threads
 from stars import kernels
-from stars.bindings import libstars
+from stars.bindings import library, libstars
+from stars.bindings.library import loaded
 
 pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 
@@ -34,7 +35,7 @@ def libraries(tmp_path_factory):
 def instruction_set(request, libraries, monkeypatch):
     if request.param not in libraries:
         pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setattr(libstars, "_lib", libraries[request.param])
+    monkeypatch.setattr(library, "_lib", libraries[request.param])
     return request.param
 
 
@@ -115,7 +116,7 @@ def test_other_weights_have_the_same_bits_as_before(dtype, libraries, monkeypatc
         x, matrix, bias = random_case(257, 333, rows)
         results = []
         for name in ("avx512", "avx512_bf16"):
-            monkeypatch.setattr(libstars, "_lib", libraries[name])
+            monkeypatch.setattr(library, "_lib", libraries[name])
             results.append(product(x, kernels.pack(matrix.to(dtype), bias)))
         assert torch.equal(*results)
 
@@ -152,5 +153,5 @@ def test_the_name_of_the_instruction_set(instruction_set):
 def test_float32_matrices_and_unknown_types_are_refused():
     with pytest.raises(ValueError, match="pack: matrix is float32"):
         libstars.pack(torch.ones(2, 2), arithmetic="bfloat16")
-    assert libstars._lib.stars_packed_bytes(4, 4, 3) == 0
-    assert libstars._lib.stars_packed_bytes(4, 3, 2) == libstars._lib.stars_packed_bytes(4, 4, 2) > 0
+    assert loaded().stars_packed_bytes(4, 4, 3) == 0
+    assert loaded().stars_packed_bytes(4, 3, 2) == loaded().stars_packed_bytes(4, 4, 2) > 0

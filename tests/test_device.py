@@ -72,7 +72,7 @@ def test_limits_are_those_of_the_kernels():
     pytest.importorskip("triton")
     from stars.kernels.triton import rms_norm
 
-    assert device.MOST_HIDDEN == rms_norm.MOST_HIDDEN
+    assert device.MAX_HIDDEN == rms_norm.MAX_HIDDEN
 
 
 def test_an_unusual_stored_type(monkeypatch):
@@ -142,7 +142,7 @@ def test_no_plan_needs_more_attention_workspace_than_was_reserved(deterministic)
         plan = tiles.plan(starts, groups, kind, heads, kv_heads, keys, 32768, deterministic)
         rows = bucket(int(starts[-1]))
         needed = tiles.workspace_size(plan, into_slab, rows, heads, 64)
-        assert needed <= tiles.most_workspace(rows, heads, 64, deterministic)
+        assert needed <= tiles.max_workspace(rows, heads, 64, deterministic)
 
 
 def test_cache_bytes_are_those_of_the_cache():

@@ -63,8 +63,7 @@ def card(monkeypatch) -> Card:
             card.ran += self.steps
             card.replays += 1
 
-    monkeypatch.setattr(graphs, "on_libstars", lambda done: False)
-    monkeypatch.setattr(graphs, "on_triton", lambda done: True)
+    monkeypatch.setattr(graphs, "column", lambda done: "cuda")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", object)
@@ -73,21 +72,21 @@ def card(monkeypatch) -> Card:
     return card
 
 
-@pytest.mark.parametrize("most_steps", [1, 4, 7, 32])
+@pytest.mark.parametrize("max_steps", [1, 4, 7, 32])
 @pytest.mark.parametrize("times", [1, 3, 4, 9, 32])
-def test_every_step_runs_and_a_shape_is_captured_once(card, most_steps, times):
-    run, done = graphs.Graphs(most_steps), torch.zeros(1, dtype=torch.int32)
+def test_every_step_runs_and_a_shape_is_captured_once(card, max_steps, times):
+    run, done = graphs.Graphs(max_steps), torch.zeros(1, dtype=torch.int32)
     captured = []
     for repeat in range(1, 5):
         assert run.run("shape", card.step, done, times) == times
         assert card.ran == repeat * times
         captured.append(card.captured)
     assert captured[0] == (times > 1)  # one step: the shape may never come again
-    assert captured[1] == captured[-1] <= 1 + min(most_steps, times).bit_length()
+    assert captured[1] == captured[-1] <= 1 + min(max_steps, times).bit_length()
 
 
 def test_a_segment_that_fits_is_one_replay(card):
-    run, done = graphs.Graphs(most_steps=32), torch.zeros(1, dtype=torch.int32)
+    run, done = graphs.Graphs(max_steps=32), torch.zeros(1, dtype=torch.int32)
     for _ in range(2):
         run.run("shape", card.step, done, 32)
     card.replays = 0
@@ -110,7 +109,7 @@ def test_a_shape_seen_once_and_rare_shapes_are_not_captured(card):
 
 
 def test_the_least_recently_used_shape_makes_room(card, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
     for key in ("a", "b", "a", "c", "a", "b"):
         run.run(key, card.step, done, 2)

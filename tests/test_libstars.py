@@ -6,6 +6,7 @@ magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1)
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import subprocess
@@ -18,6 +19,8 @@ import torch
 from libstars_threads import threads
 from stars import kernels
 from stars.bindings import libstars
+from stars.bindings.layouts import OPERATIONS, STRUCTURES
+from stars.bindings.library import loaded
 from stars.kernels.dispatch import references_only
 
 pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
@@ -298,11 +301,17 @@ def test_wrong_arguments_are_named(message):
 
 
 def test_the_library_refuses_what_the_binding_would_not_send():
-    library = libstars._lib
+    library = loaded()
     assert library.stars_call(99, b"\0" * 512) == 1 and b"unknown" in library.stars_last_error()
     assert library.stars_call(0, None) == 1 and b"null" in library.stars_last_error()
-    for operation in range(8):
-        assert library.stars_call(operation, b"\xff" * 512) == 1  # negative sizes
+    for name, operation in OPERATIONS.items():
+        params = STRUCTURES[f"stars_{name}_params"].from_buffer_copy(b"\xff" * 512)  # negative sizes
+        assert library.stars_call(operation, ctypes.byref(params)) == 1
+        assert b": size must be" in library.stars_last_error()
+        params.size = ctypes.sizeof(params)
+        assert library.stars_call(operation, ctypes.byref(params)) == 1
+        assert library.stars_last_error().startswith(f"{name}: ".encode())
+        assert b": size must be" not in library.stars_last_error()
     assert library.stars_program_add(None, 0, b"\0" * 512) == 1
     assert library.stars_program_run(None, 1, None, 0) == -1
     assert library.stars_packed_bytes(-1, 4, 0) == 0 and library.stars_packed_bytes(4, 4, 7) == 0

@@ -15,18 +15,14 @@ import torch
 
 from libstars_threads import threads
 from stars import kernels
-from stars.bindings import libstars
+from stars.bindings import layouts, library, libstars
+from stars.bindings.layouts import STRUCTURES
+from stars.bindings.library import check_status, last_error, loaded
 
 pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 
 INVALID = 1
-OPERATIONS = {
-    "linear": (0, libstars._Linear), "embedding": (1, libstars._Embedding), "rms_norm": (2, libstars._RmsNorm),
-    "swiglu": (3, libstars._Swiglu), "take_rows": (4, libstars._TakeRows), "rope_write": (5, libstars._RopeWrite),
-    "attention": (6, libstars._Attention), "sample_step": (7, libstars._SampleStep),
-    "copy_rows": (8, libstars._CopyRows), "decide": (9, libstars._Decide),
-    "append_draft": (10, libstars._AppendDraft), "apply_penalties": (11, libstars._ApplyPenalties),
-}
+OPERATIONS = {name: (number, STRUCTURES[f"stars_{name}_params"]) for name, number in layouts.OPERATIONS.items()}
 MAY_BE_NULL = {("linear", "bias"), ("rms_norm", "residual"),
                *((name, field) for name in ("rope_write", "attention") for field in ("k_slabs", "v_slabs"))}
 NOT_ABOUT_MEMORY = {("attention", "window")}  # any number of positions
@@ -34,9 +30,9 @@ MOST = 2**46  # elements of an array
 
 
 def fields_of(structure, kind, prefix=()):
-    """The paths to the fields of a type in a structure and in those inside it."""
+    """The paths to the fields of a type in a structure and in those inside it; not that of its own size."""
     for name, own in structure._fields_:
-        if own is kind:
+        if own is kind and name != "size":
             yield (*prefix, name)
         elif isinstance(own, type) and issubclass(own, ctypes.Structure):
             yield from fields_of(own, kind, (*prefix, name))
@@ -51,7 +47,7 @@ def set_field(params, path, value) -> None:
 def params_of(name: str):
     """Parameters that would do, but that their addresses are nobody's: a call with them must be refused."""
     structure = OPERATIONS[name][1]
-    params = structure()
+    params = structure(ctypes.sizeof(structure))
     for path in fields_of(structure, ctypes.c_void_p):
         set_field(params, path, 64)
     for path in fields_of(structure, ctypes.c_int64):
@@ -64,12 +60,12 @@ def refusal(name: str, changes: dict) -> str:
     params = params_of(name)
     for path, value in changes.items():
         set_field(params, path, value)
-    library, pointer = libstars._lib, ctypes.byref(params)
-    assert library.stars_call(OPERATIONS[name][0], pointer) == INVALID, changes
-    text = library.stars_last_error().decode()
+    called, pointer = loaded(), ctypes.byref(params)
+    assert called.stars_call(OPERATIONS[name][0], pointer) == INVALID, changes
+    text = called.stars_last_error().decode()
     program = libstars.Program()
-    assert library.stars_program_add(program._handle, OPERATIONS[name][0], pointer) == INVALID
-    assert library.stars_last_error().decode() == text and len(text) < 200
+    assert called.stars_program_add(program._handle, OPERATIONS[name][0], pointer) == INVALID
+    assert called.stars_last_error().decode() == text and len(text) < 200
     return text
 
 
@@ -148,30 +144,30 @@ def test_a_size_of_zero_is_refused_where_something_is_divided_by_it(name, change
 
 def test_nothing_to_do_needs_no_memory():
     for name, (op, structure) in OPERATIONS.items():
-        params = structure()
+        params = structure(ctypes.sizeof(structure))
         for path in fields_of(structure, ctypes.c_int64):
             set_field(params, path, 0 if path[-1] in ("rows", "sequences", "lanes", "layers", "window") else 2)
         for path in fields_of(structure, ctypes.c_void_p):
             set_field(params, path, 64 if path[0] == "kv" else None)
-        assert libstars._lib.stars_call(op, ctypes.byref(params)) == 0, (name, libstars._last_error())
+        assert loaded().stars_call(op, ctypes.byref(params)) == 0, (name, last_error())
 
 
 def test_sizes_of_packed_matrices():
-    library = libstars._lib
+    functions = loaded()
     for sizes in ((0, 4), (4, 0), (-1, 4), (4, -(2**63)), (2**63 - 1, 4), (4, 2**63 - 1), (2**32, 2**32), (2**62, 4),
                   (2**23, 2**23 + 1), (MOST, 1)):
-        assert library.stars_packed_bytes(*sizes, 0) == 0 and b"out_features" in library.stars_last_error()
-        for function in (library.stars_pack, library.stars_unpack):
-            assert function(64, *sizes, 0, 64) == INVALID and b"out_features" in library.stars_last_error()
+        assert functions.stars_packed_bytes(*sizes, 0) == 0 and b"out_features" in functions.stars_last_error()
+        for function in (functions.stars_pack, functions.stars_unpack):
+            assert function(64, *sizes, 0, 64) == INVALID and b"out_features" in functions.stars_last_error()
     for dtype in (-1, 3):
-        assert library.stars_packed_bytes(4, 4, dtype) == 0 and b"dtype" in library.stars_last_error()
-        assert library.stars_pack(64, 4, 4, dtype, 64) == INVALID and b"dtype" in library.stars_last_error()
-    for function in (library.stars_pack, library.stars_unpack):
-        assert function(None, 4, 4, 0, 64) == INVALID and b"null" in library.stars_last_error()
+        assert functions.stars_packed_bytes(4, 4, dtype) == 0 and b"dtype" in functions.stars_last_error()
+        assert functions.stars_pack(64, 4, 4, dtype, 64) == INVALID and b"dtype" in functions.stars_last_error()
+    for function in (functions.stars_pack, functions.stars_unpack):
+        assert function(None, 4, 4, 0, 64) == INVALID and b"null" in functions.stars_last_error()
         assert function(64, 4, 4, 0, None) == INVALID
     # Columns in panels of 32, inputs of pairs in twos.
-    assert [library.stars_packed_bytes(33, 5, dtype) for dtype in range(3)] == [64 * 5 * 4, 64 * 5 * 2, 64 * 6 * 2]
-    assert library.stars_packed_bytes(2**40, 2**5, 0) == 2**40 * 2**5 * 4
+    assert [functions.stars_packed_bytes(33, 5, dtype) for dtype in range(3)] == [64 * 5 * 4, 64 * 5 * 2, 64 * 6 * 2]
+    assert functions.stars_packed_bytes(2**40, 2**5, 0) == 2**40 * 2**5 * 4
 
 
 def test_the_binding_lets_no_size_be_cut_off():
@@ -188,34 +184,25 @@ def test_the_binding_lets_no_size_be_cut_off():
 
 
 def test_the_generator_refuses_what_it_cannot_write_to():
-    library = libstars._lib
-    assert library.stars_philox(1, 0, 0, 0, 0, None) == INVALID and b"null" in library.stars_last_error()
-    assert library.stars_gumbel(1, 0, 0, 0, 4, None) == INVALID and b"null" in library.stars_last_error()
+    functions = loaded()
+    assert functions.stars_philox(1, 0, 0, 0, 0, None) == INVALID and b"null" in functions.stars_last_error()
+    assert functions.stars_gumbel(1, 0, 0, 0, 4, None) == INVALID and b"null" in functions.stars_last_error()
     for vocab in (-1, 2**31, 2**62):
-        assert library.stars_gumbel(1, 0, 0, 0, vocab, 64) == INVALID and b"vocab" in library.stars_last_error()
-    assert library.stars_gumbel(1, 0, 0, 0, 0, None) == 0
+        assert functions.stars_gumbel(1, 0, 0, 0, vocab, 64) == INVALID and b"vocab" in functions.stars_last_error()
+    assert functions.stars_gumbel(1, 0, 0, 0, 0, None) == 0
 
 
 def test_a_program_refuses_what_it_cannot_run():
     program = libstars.Program()
-    run, done = libstars._lib.stars_program_run, torch.zeros(1, dtype=torch.int32)
+    run, done = loaded().stars_program_run, torch.zeros(1, dtype=torch.int32)
     assert run(None, 1, None, 0) == -INVALID and run(program._handle, -1, None, 0) == -INVALID
-    assert b"times" in libstars._lib.stars_last_error()
+    assert b"times" in loaded().stars_last_error()
     assert run(program._handle, 1, done.data_ptr(), -1) == -INVALID
     assert run(program._handle, 1, done.data_ptr(), 2**62) == -INVALID
-    assert b"done_count" in libstars._lib.stars_last_error()
+    assert b"done_count" in loaded().stars_last_error()
     with pytest.raises(ValueError, match="times"):
         program.run(-1, done)
     assert program.run(3, done) == 3 and program.run(0, done) == 0
-
-
-def test_a_library_that_was_asked_for_and_cannot_be_used_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("STARS_LIBRARY", str(tmp_path / "libother.so"))
-    with pytest.raises(ImportError, match="STARS_LIBRARY names .*libother.so"):
-        libstars._load()
-    monkeypatch.delenv("STARS_LIBRARY")
-    monkeypatch.setattr(libstars, "ABI_VERSION", -1)
-    assert libstars._load() is None  # a build of another version is none
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -290,8 +277,8 @@ def test_out_of_memory_is_an_error_and_the_next_call_is_right():
 
 def test_a_status_of_memory_is_a_memory_error(monkeypatch):
     with pytest.raises(MemoryError):
-        libstars._check_status(2)
-    monkeypatch.setattr(libstars, "_lib", type("Library", (), {
+        check_status(2)
+    monkeypatch.setattr(library, "_lib", type("Library", (), {
         "stars_program_create": staticmethod(lambda: None), "stars_last_error": staticmethod(lambda: b"out of memory"),
         "stars_program_run": staticmethod(lambda *_: -2),
     }))
@@ -489,7 +476,7 @@ DOCKER = V2.format(root="/docker/4f2", point="/sys/fs/cgroup")
 ])
 @linux_only
 def test_the_quota_of_a_container(cgroup, mounts, files, quota, tmp_path):
-    assert libstars._lib.stars_cpu_quota(system(tmp_path, cgroup, mounts, files)) == quota
+    assert loaded().stars_cpu_quota(system(tmp_path, cgroup, mounts, files)) == quota
 
 
 @linux_only
@@ -497,8 +484,8 @@ def test_the_usable_cpus_are_the_quota_rounded_up_or_the_affinity(tmp_path, monk
     cpus = len(os.sched_getaffinity(0))
     for quota, usable in ((1000, 1), (100000, 1), (100001, min(2, cpus)), (150000, min(2, cpus)), (10**9, cpus)):
         root = system(tmp_path, "0::/\n", CPU2, v2(f"{quota} 100000\n"))
-        assert libstars._lib.stars_usable_cpus(root) == usable
-    assert libstars._lib.stars_cpu_quota(str(tmp_path / "nothing").encode()) == 0.0
-    assert libstars._lib.stars_usable_cpus(str(tmp_path / "nothing").encode()) == cpus
+        assert loaded().stars_usable_cpus(root) == usable
+    assert loaded().stars_cpu_quota(str(tmp_path / "nothing").encode()) == 0.0
+    assert loaded().stars_usable_cpus(str(tmp_path / "nothing").encode()) == cpus
     monkeypatch.setenv("STARS_USABLE_CPUS", "7")
-    assert libstars._lib.stars_usable_cpus(root) == 7
+    assert loaded().stars_usable_cpus(root) == 7

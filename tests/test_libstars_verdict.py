@@ -15,6 +15,7 @@ import torch
 
 from stars import law
 from stars.bindings import libstars
+from stars.bindings.operations import Operation
 from stars.kernels import philox
 from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.types import Draft, TrailingRows
@@ -42,8 +43,8 @@ class DecideState(NamedTuple):
 
 def decide(state: DecideState) -> None:
     """`stars_decide`, of contiguous tensors on the CPU."""
-    libstars._call(libstars._DECIDE, libstars._Decide(*(tensor.data_ptr() for tensor in state), len(state.rewards)),
-                   state)
+    each = state.rewards.shape
+    Operation("decide")(**{name: (tensor, each) for name, tensor in state._asdict().items()}, lanes=len(state.rewards))
 
 
 def decide_reference(state: DecideState) -> None:

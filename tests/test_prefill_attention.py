@@ -16,10 +16,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from stars.errors import ModelError, RequestError
 from stars.kernels import prefill_attention as subject
 from stars.kernels.attention import attention_reference
-from stars.kernels.prefill_attention import BACKENDS, Case, Prefill, build, choose_backend, prefill_attention, problem
+from stars.kernels.prefill_attention import (
+    BACKENDS,
+    BackendError,
+    Case,
+    Prefill,
+    build,
+    choose_backend,
+    prefill_attention,
+    problem,
+)
 from stars.kernels.types import Batch, LayerKV
 
 HEAD_DIM = 16
@@ -331,9 +339,9 @@ def test_nothing_installed(monkeypatch):
     assert [problem(name) for name in BACKENDS] == ["is not installed"] * 2 + ["is not in this torch", None]
     assert choose_backend(case) == "sdpa"
     for name, extra in (("flash-attn-2", "flash"), ("flash-attn-4", "flash4")):
-        with pytest.raises(ModelError, match=rf'"{name}", which is not installed: .*\[{extra}\]", or use prefill_ba'):
+        with pytest.raises(BackendError, match=rf'"{name}", which is not installed: .*\[{extra}\]", or use prefill_ba'):
             choose_backend(case, name)
-    with pytest.raises(ModelError, match='"varlen", which is not in this torch: use prefill_backend="auto"'):
+    with pytest.raises(BackendError, match='"varlen", which is not in this torch: use prefill_backend="auto"'):
         choose_backend(case, "varlen")
 
 
@@ -386,7 +394,7 @@ def test_choice(installed, monkeypatch):
             if name in good:
                 assert choose_backend(case, name) == name
             else:
-                with pytest.raises(ModelError, match=f'prefill_backend is "{name}", which .*: use prefill_backend='):
+                with pytest.raises(BackendError, match=f'prefill_backend is "{name}", which .*: use prefill_backend='):
                     choose_backend(case, name)
 
 
@@ -396,7 +404,7 @@ def test_torch_2_10_has_no_window(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     case = Case((9, 0), torch.bfloat16, 128)
     assert choose_backend(case) == "varlen" and choose_backend(case._replace(windowed=True)) == "sdpa"
-    with pytest.raises(ModelError, match="which has no sliding window in this torch"):
+    with pytest.raises(BackendError, match="which has no sliding window in this torch"):
         choose_backend(case._replace(windowed=True), "varlen")
 
 
@@ -411,7 +419,7 @@ def test_refusals_say_why():
         ("varlen", good._replace(softcap=30.0), "has no softcap"),
         ("sdpa", good._replace(deterministic=True), "the same bits in any batch, as deterministic=True does"),
     ):
-        with pytest.raises(ModelError, match=reason):
+        with pytest.raises(BackendError, match=reason):
             choose_backend(case, name)
-    with pytest.raises(RequestError, match="prefill_backend is 'fa3', it must be one of \"auto\", \"flash-attn-4\", "):
+    with pytest.raises(ValueError, match="prefill_backend is 'fa3', it must be one of \"auto\", \"flash-attn-4\", "):
         choose_backend(good, "fa3")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from stars import kernels
-from stars.bindings import libstars
-from stars.kernels.dispatch import on_libstars, references_only
+from stars.bindings import libstars, recording
+from stars.kernels.dispatch import column, references_only
 from stars.kernels.graph import Graphs
 
 pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
@@ -109,7 +110,10 @@ def test_recordings_do_not_nest_in_a_thread_but_run_beside_each_other():
         in_threads(record, record)
         with pytest.raises(RuntimeError, match="do not nest"), libstars.record():
             pass
-    assert not libstars._recordings
+    assert not recording._recordings
+
+
+TRACED = {"recording.py", "operations.py", "params.py", "library.py", "contextlib.py", "graph.py"}
 
 
 def interrupt_at(count: int, function: Callable[[], None]) -> bool:
@@ -118,7 +122,7 @@ def interrupt_at(count: int, function: Callable[[], None]) -> bool:
 
     def trace(frame, event, argument):
         nonlocal left
-        frame.f_trace_opcodes = frame.f_code.co_filename.endswith(("libstars.py", "contextlib.py", "graph.py"))
+        frame.f_trace_opcodes = Path(frame.f_code.co_filename).name in TRACED
         if event == "opcode":
             left -= 1
             if left == 0:
@@ -168,14 +172,14 @@ def test_references_only_is_for_one_thread():
             inside.set()
             assert outside.wait(60)
             with references_only():
-                seen["nested"] = on_libstars(tensor)
-            seen["within"] = on_libstars(tensor)
-        seen["after"] = on_libstars(tensor)
+                seen["nested"] = column(tensor)
+            seen["within"] = column(tensor)
+        seen["after"] = column(tensor)
 
     def other() -> None:
         assert inside.wait(60)
-        seen["other"] = on_libstars(tensor)
+        seen["other"] = column(tensor)
         outside.set()
 
     in_threads(compare, other)
-    assert seen == {"nested": False, "within": False, "after": True, "other": True}
+    assert seen == {"nested": "reference", "within": "reference", "after": "cpu", "other": "cpu"}

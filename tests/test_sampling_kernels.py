@@ -199,7 +199,7 @@ def test_lanes_end_at_stop_ids_and_limits_and_stay_ended(operations):
     logits[:, 13] = 0.0
     lanes = make_lanes(4, 1.0, max_steps=3)
     lanes.stop_ids[1, 1] = 13
-    lanes.limits[2] = 2
+    lanes.max_tokens[2] = 2
     lanes.done[3] = 1
     ended = copy_of(lanes)
     for _ in range(3):

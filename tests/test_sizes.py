@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +76,15 @@ def test_the_targets():
     assert [CUDA.rows(count) for count in (1, 5, 129, 257)] == [1, 8, 144, 384]
     for target in (CPU, CUDA):
         assert target.dtype in (None, *target.dtypes) and target.captured_prefill <= target.chunk
+
+
+def test_no_room_asks_which_device_it_is_on():
+    """It reads the target instead. What is looked for is found where it may stand: where a target is chosen."""
+    asks = re.compile(r"""\.is_(cpu|cuda)\b|(==|!=|\bin) \(?["'](cpu|cuda)["']|["'](cpu|cuda)["'] (==|!=)""")
+    package = Path(stars.__file__).parent
+    rooms = sorted(path for path in package.rglob("*.py") if path.relative_to(package).parts[0] != "cli")
+    asking = {path.relative_to(package).as_posix() for path in rooms if asks.search(path.read_text())}
+    assert asking == {"target.py"} and len(rooms) > 40
 
 
 def test_a_configuration_is_frozen():

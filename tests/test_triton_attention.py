@@ -351,8 +351,8 @@ def test_tiles_cover_every_row_once_and_cross_no_group():
         plan = tiling.plan(row_start, seq_group, "score", per_kv * 2, 2, keys, 2048, bool(draw.integers(2)))
         rows, sequences = row_start[-1], len(counts)
         buffers = [np.full(shape, -1, np.int32) for shape in (
-            rows + 3, (tiling.most_tiles(rows, sequences, plan.packed, per_kv), 3),
-            (tiling.most_tiles(rows, sequences, plan.packed_slab, per_kv), 3))]
+            rows + 3, (tiling.max_tiles(rows, sequences, plan.packed, per_kv), 3),
+            (tiling.max_tiles(rows, sequences, plan.packed_slab, per_kv), 3))]
         used = tiling.fill(row_start, seq_group, True, per_kv, plan, *buffers)
         assert buffers[0].tolist() == np.repeat(range(sequences), counts).tolist() + [0] * 3
         owners = np.array(seq_group)[buffers[0][:rows]], buffers[0][:rows]
@@ -400,7 +400,7 @@ def test_one_long_context_among_many_is_divided():
     plan = tiling.plan(list(range(33)), range(32), "draft", 32, 8, keys, 32768)
     assert plan == Plan(16, 16, 16, 0)
     longer = tiling.plan(list(range(0, 32 * 33 + 1, 33)), range(32), "score", 32, 8, keys, 32768)
-    assert longer.splits * 32 * 33 * 32 <= tiling.MOST_PARTIAL and longer.splits == 1
+    assert longer.splits * 32 * 33 * 32 <= tiling.MAX_PARTIAL and longer.splits == 1
 
 
 if DEVICE == "cpu":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 
 import numpy as np
@@ -13,7 +12,8 @@ import torch
 from sampler_lanes import assert_same_step as same_step
 from sampler_lanes import copy_of
 from sampler_lanes import make_lanes as fresh_lanes
-from stars.kernels import philox
+from stars import kernels
+from stars.kernels import dispatch, philox
 from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.embedding import embedding_reference
@@ -203,18 +203,8 @@ def test_a_row_of_a_product_does_not_depend_on_its_company(dtype):
 
 
 def test_the_operations_reach_their_kernels(monkeypatch):
-    """What CUDA tensors would do, in the interpreter: each operation's own branch, with its arguments in order."""
-    from stars import kernels
-
-    names = ("append_draft", "copy_rows", "embedding", "linear", "rms_norm", "sample_step", "score", "swiglu",
-             "take_rows")
-    modules = [sys.modules[f"stars.kernels.{name}"] for name in names]
-    for module in modules:
-        monkeypatch.setattr(module, "on_triton", lambda tensor: True)
-        monkeypatch.setattr(module, "on_libstars", lambda tensor: False, raising=False)
-        for name in list(vars(module)):
-            if name.endswith("_reference"):
-                monkeypatch.setattr(module, name, None)
+    """What CUDA tensors would do, in the interpreter: each operation's row, with its arguments in order."""
+    monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
     x = torch.randn(3, 20, generator=generator(0))
     index = torch.tensor([2, 0], dtype=torch.int32)
     weight = Weight(torch.randn(5, 20, generator=generator(1)), torch.randn(5, generator=generator(2)), 5, 20)
@@ -344,7 +334,7 @@ def test_steps_without_filters_leave_their_launches_out():
     space = sample_step.make_workspace(4, 5000, logits.device, filters=False)
     assert assert_same_step(logits, lanes, filters=False, workspace=space) == 0
     with pytest.raises(ValueError, match="workspace"):
-        sample_step.sample_step(logits, lanes, space)
+        sample_step.sample_step(logits, lanes, workspace=space)
 
 
 def all_scores(logits: torch.Tensor, lanes: LaneState, lane: int) -> torch.Tensor:
@@ -366,7 +356,7 @@ def test_noise_that_is_left_out_could_not_have_won(vocab, spread, offset):
     lanes = make_lanes(8, seed=vocab)
     lanes.temperature[:] = torch.tensor([1.0, 1.0, 0.6, 0.6, 30.0, 0.01, 1e-31, 1e9])
     space = sample_step.make_workspace(8, vocab, logits.device, filters=False)
-    sample_step.sample_step(logits, after := copy_of(lanes), space, filters=False)
+    sample_step.sample_step(logits, after := copy_of(lanes), filters=False, workspace=space)
     for lane in range(8):
         scores = all_scores(logits, lanes, lane)
         if not scores.isfinite().all():
@@ -386,7 +376,7 @@ def test_few_tiles_need_their_noise():
     reached = 0
     for _ in range(2):
         scores = torch.stack([all_scores(logits, lanes, lane).max() for lane in range(16)])
-        sample_step.sample_step(logits, lanes, space)
+        sample_step.sample_step(logits, lanes, workspace=space)
         reached += int((space.ceiling >= scores[:, None]).sum())
     assert 32 <= reached <= 1.5 * 32
 
@@ -402,7 +392,7 @@ def test_the_kept_tokens_are_those_of_the_reference(vocab, kinds):
         lanes = make_lanes(len(rows))
         set_filters(lanes, rows)
         space = sample_step.make_workspace(len(rows), vocab, logits.device)
-        sample_step.sample_step(logits, lanes, space)
+        sample_step.sample_step(logits, lanes, workspace=space)
         for lane, (temperature, top_k, top_p, min_p) in enumerate(rows):
             z = logits[lane] / lanes.temperature[lane]
             wanted = sampling_threshold(z, top_k, float(lanes.top_p[lane]), float(lanes.min_p[lane]))
@@ -422,7 +412,7 @@ def test_a_sample_that_misleads_is_found_out():
     lanes = make_lanes(2)
     set_filters(lanes, [(1.0, 4200, 1.0, 0.0), (1.0, 0, 0.97, 0.0)])
     space = sample_step.make_workspace(2, vocab, logits.device)
-    sample_step.sample_step(logits, lanes, space)
+    sample_step.sample_step(logits, lanes, workspace=space)
     for lane in range(2):
         assert torch.equal(space.values[lane], logits[lane]), "the interval was to miss the threshold"
         wanted = sampling_threshold(logits[lane], int(lanes.top_k[lane]), float(lanes.top_p[lane]), 0.0)
@@ -436,7 +426,7 @@ def test_an_interval_of_a_sample_is_narrow():
     lanes = make_lanes(3)
     set_filters(lanes, [(1.0, 50, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (0.4, 0, 0.9, 0.0)])
     space = sample_step.make_workspace(3, vocab, logits.device)
-    sample_step.sample_step(logits, lanes, space)
+    sample_step.sample_step(logits, lanes, workspace=space)
     assert space.count[0] < 1000 and space.count[1] < vocab // 5 and space.count[2] < vocab // 5
     for lane, top_k in enumerate((50, 0, 0)):
         z = logits[lane] / lanes.temperature[lane]
@@ -482,7 +472,7 @@ def test_lanes_end_at_stop_ids_and_limits_and_stay_ended():
     logits[:, 13] = 0.0
     lanes = make_lanes(5, 1.0, max_steps=3)
     lanes.stop_ids[1, 1] = 13
-    lanes.limits[2] = 2
+    lanes.max_tokens[2] = 2
     lanes.done[3] = 1
     lanes.top_k[4] = 2
     for _ in range(3):

@@ -45,7 +45,7 @@ def test_one_peak_over_a_flat_tail_equals_the_reference(vocab):
     if vocab != VOCAB:
         return
     space = sample_step.make_workspace(len(rows), vocab, logits.device)
-    sample_step.sample_step(logits, lanes, space)
+    sample_step.sample_step(logits, lanes, workspace=space)
     for lane, (top_k, top_p, min_p) in enumerate(rows):
         if (top_k, top_p, min_p) != (0, 1.0, 0.0):
             wanted = sampling_threshold(logits[lane], top_k, float(lanes.top_p[lane]), float(lanes.min_p[lane]))

@@ -144,7 +144,7 @@ class FakeBuffers(buffers.Buffers):
     def _make_up(self) -> None:
         host = self._host
         if "out_tokens" in host:
-            host["steps"][:], host["done"][:] = host["limits"], 1
+            host["steps"][:], host["done"][:] = host["max_tokens"], 1
             host["out_tokens"][:] = draw.integers(20, 200, host["out_tokens"].shape)
             host["out_logprobs"][:] = -1.0
         if "rewards" in host:

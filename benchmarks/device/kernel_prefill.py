@@ -51,7 +51,7 @@ def usable(record: Record, settings: Settings) -> list[str]:
     for name in BACKENDS:
         try:
             found.append(prefill_attention.choose_backend(case, name))
-        except prefill_attention.ModelError as error:
+        except prefill_attention.BackendError as error:
             record.note(str(error))
     return found
 

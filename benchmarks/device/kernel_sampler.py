@@ -146,7 +146,7 @@ def _tied(row: Tensor, state: LaneState, lane: int, token: int, other: int) -> b
 
 
 def ends(record: Record, settings: Settings) -> None:
-    """NaN, +inf and nothing but -inf end a lane with token -1; stop ids and limits end it; done lanes stay."""
+    """NaN, +inf and nothing but -inf end a lane with token -1; stop ids and max_tokens end it; done lanes stay."""
     ops, device, vocab, lanes = launchers(settings.dry), settings.device, 50, 8
     logits = torch.randn(lanes, vocab, generator=torch.Generator().manual_seed(1))
     logits[0, 7], logits[1, 7], logits[2] = math.nan, math.inf, -math.inf
@@ -155,7 +155,7 @@ def ends(record: Record, settings: Settings) -> None:
     state.temperature.fill_(1.0)
     _drop_filters(state)
     state.stop_ids[3, 0] = 20
-    state.limits[4] = 1
+    state.max_tokens[4] = 1
     state.done[5] = 1
     wanted = on_cpu(state)
     sample_step_reference(logits, wanted)

@@ -66,7 +66,7 @@ const isa chosen_isa = choose_isa();
   X(APPEND_DRAFT, append_draft, append_draft)    \
   X(APPLY_PENALTIES, apply_penalties, apply_penalties)
 
-constexpr int64_t kMostProducts = int64_t{1} << 60;  // of a matrix product; ten years of all cores of anything
+constexpr int64_t kMaxProducts = int64_t{1} << 60;  // of a matrix product; ten years of all cores of anything
 
 // What each check says is what must hold; null when all of it does.
 #define STARS_REQUIRE(condition, text) \
@@ -80,7 +80,7 @@ const char* check(const stars_linear_params& p) {
   STARS_REQUIRE(fits(p.rows, p.out_features), "rows * out_features is too large");
   STARS_REQUIRE(packed_fits(p.out_features, p.in_features), "out_features * in_features is too large");
   int64_t products;
-  STARS_REQUIRE(!__builtin_mul_overflow(p.rows * p.in_features, p.out_features, &products) && products <= kMostProducts,
+  STARS_REQUIRE(!__builtin_mul_overflow(p.rows * p.in_features, p.out_features, &products) && products <= kMaxProducts,
                 "rows * in_features * out_features is too large");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
   return nullptr;
@@ -172,7 +172,7 @@ const char* check(const stars_sample_step_params& p) {
   STARS_REQUIRE(fits(p.lanes, p.max_steps), "lanes * max_steps is too large");
   STARS_REQUIRE(fits(p.lanes, p.max_stop_ids), "lanes * max_stop_ids is too large");
   STARS_REQUIRE(p.lanes == 0 || (p.logits && p.token_ids && p.positions && p.slots && p.slab_used && p.steps &&
-                                 p.limits && p.done && p.seeds && p.attempts && p.streams && p.temperature &&
+                                 p.max_tokens && p.done && p.seeds && p.attempts && p.streams && p.temperature &&
                                  p.top_k && p.top_p && p.min_p),
                 "no array of the lanes may be null");
   STARS_REQUIRE(p.lanes == 0 || p.max_steps == 0 || (p.out_tokens && p.out_logprobs),
@@ -211,8 +211,8 @@ const char* check(const stars_append_draft_params& p) {
   STARS_REQUIRE(p.max_steps <= INT32_MAX, "max_steps must be below 2^31, as steps are");
   STARS_REQUIRE(fits(p.max_stop_ids), "max_stop_ids is too large");
   STARS_REQUIRE(fits(p.sequences, p.max_closing), "sequences * max_closing is too large");
-  STARS_REQUIRE(p.sequences == 0 || (p.steps && p.lanes && p.row_start && p.token_ids && p.last && p.tokens),
-                "steps, lanes, row_start, token_ids, last and tokens must not be null");
+  STARS_REQUIRE(p.sequences == 0 || (p.steps && p.lanes && p.row_start && p.token_ids && p.last),
+                "steps, lanes, row_start, token_ids and last must not be null");
   STARS_REQUIRE(p.sequences == 0 || ((p.max_steps == 0 || p.out_tokens) && (p.max_stop_ids == 0 || p.stop_ids) &&
                                      (p.max_closing == 0 || p.closing)),
                 "out_tokens, stop_ids and closing must not be null");
@@ -236,6 +236,8 @@ const char* check(const stars_apply_penalties_params& p) {
 
 #undef STARS_REQUIRE
 
+constexpr char kOtherSize[] = "size must be the sizeof of the struct that this version of stars.h has";
+
 // Runs an operation; its status.
 using run_function = int32_t (*)(const op_table&, const void* params);
 
@@ -249,6 +251,7 @@ int32_t with_op(int32_t op, const void* params, Then&& then) {
   case STARS_OP_##NUMBER: {                                                              \
     using type = stars_##name##_params;                                                  \
     const type& typed = *static_cast<const type*>(params);                               \
+    if (typed.size != sizeof(type)) return fail(#name, kOtherSize);                      \
     if (const char* wrong = check(typed)) return fail(#name, wrong);                     \
     const run_function run = []([[maybe_unused]] const op_table& table, const void* p) { \
       return guarded(#name, [&] { function(*static_cast<const type*>(p)); });            \

@@ -21,7 +21,6 @@ void append_draft(const stars_append_draft_params& p) {
     for (int64_t i = 0; i < p.max_closing; ++i)
       if (closing[i] >= 0) p.token_ids[row++] = closing[i];
     p.last[sequence] = static_cast<int32_t>(row - 1);
-    p.tokens[sequence] += p.steps[lane];
   }
 }
 

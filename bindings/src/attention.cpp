@@ -85,7 +85,7 @@ class worker {
   worker(const call& c, const unit& u) : c(c), p(c.p), b(c.p.batch), u(u) {
     thread_local scratch memory;
     rows = (u.last_token - u.first_token) * c.repeat;
-    // A slab's rows may start anywhere, so vectors reach behind the last row.
+    // A slab's rows may start anywhere, so vectors reach past the last row.
     const int64_t room = c.room(rows) + vector_width;
     float* next = memory.take<float>(room * (3 * c.width + tile_keys + 8));
     const auto cut = [&](int64_t count) {

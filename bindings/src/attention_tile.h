@@ -13,7 +13,7 @@ constexpr int64_t tile_keys = 64;    // tiles start at multiples of this from ke
 constexpr int64_t split_keys = 512;  // so do the splits, each with a softmax of its own; merged in order
 constexpr int64_t key_step = 16;     // no vector is wider
 
-// One tile's keys and values: key j lies `offset[j]` floats behind the base.
+// One tile's keys and values: key j lies `offset[j]` floats after the base.
 struct key_tile {
   const float* k;
   const float* v;

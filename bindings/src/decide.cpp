@@ -1,4 +1,4 @@
-// The law of acceptance, as engine/law.py has it; compiled so that nothing is fused, and with the logarithm that Python
+// The law of acceptance, as engine/rules.py has it; compiled so that nothing is fused, and with the logarithm that Python
 // takes: the verdict must be the same.
 #include <cmath>
 #include <limits>

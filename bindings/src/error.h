@@ -18,7 +18,7 @@ int32_t fail_for_memory(const char* where);
 // is compiled once.
 [[noreturn]] void out_of_memory();
 
-// f() for a caller behind the C interface: whatever is thrown is a status. Only what lacks memory throws here (a
+// f() for a caller on the other side of the C interface: whatever is thrown is a status. Only what lacks memory throws here (a
 // std::bad_alloc, or the length_error of a size that no memory could hold).
 template <class F>
 int32_t guarded(const char* where, F&& f) {

@@ -198,7 +198,7 @@ void step_lane(const stars_sample_step_params& p, int64_t lane) {
   p.out_tokens[lane * p.max_steps + step] = token;
   p.out_logprobs[lane * p.max_steps + step] = logprob;
   p.steps[lane] = step + 1;
-  bool ended = token < 0 || step + 1 >= p.limits[lane];
+  bool ended = token < 0 || step + 1 >= p.max_tokens[lane];
   for (int64_t i = 0; i < p.max_stop_ids; ++i) ended |= p.stop_ids[lane * p.max_stop_ids + i] == token;
   if (ended) {
     p.done[lane] = 1;

@@ -20,7 +20,7 @@ struct logit_row {
   float* maxima;  // one vector per block of block_size logits: each lane's maximum
   float highest;
 
-  // The vector from `i` on; what lies behind the vocabulary is -inf.
+  // The vector from `i` on; what lies after the vocabulary is -inf.
   STARS_INLINE floats at(int64_t i) const {
     if (i + vector_width <= vocab) return load(logits + i);
     const int64_t left = vocab - i;

@@ -58,7 +58,7 @@ STARS_INLINE floats load(const float* from) {
 
 STARS_INLINE void store(float* to, floats v) { std::memcpy(to, &v, sizeof v); }
 
-// The first `count` (0 to vector_width) floats, then zeros; nothing behind them is read or written.
+// The first `count` (0 to vector_width) floats, then zeros; nothing after them is read or written.
 STARS_INLINE floats load_first(const float* from, int64_t count) {
 #if defined(__AVX512F__)
   return (floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);

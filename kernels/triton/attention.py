@@ -1,4 +1,4 @@
-r"""Attention over pages and slabs on a GPU: two passes in one launch, and a merge.
+"""Attention over pages and slabs on a GPU: two passes in one launch, and a merge.
 
 A row's keys are in two places, and softmax over their union is put together from softmaxes over the parts. For a part
 with scores s_j (in units of log2) and values v_j, let L = log2(sum_j 2^s_j) and o = sum_j 2^(s_j - L) v_j. Then over
@@ -26,19 +26,9 @@ split_keys > 0 the bits of a row depend on its own keys and on the settings of t
 **Head sizes.** A tile's width is the next power of two: 80 and 96 are computed as 128 with zeros. That costs 1.6 and
 1.33 times the tensor core work and shared memory, and no memory traffic: the padding is masked, not read.
 
-**Costs, computed and not measured** (H200: 4.3 TB/s, 790 TFLOP/s bf16; Llama-3-8B: 32 query heads, 8 KV heads of 128,
-a layer; keys and values of a token are 4 KiB, operations 4 * rows * heads * 128 * keys):
-
-| pass | read and written | parts, in L2 | operations | limit |
-|---|---|---|---|---|
-| draft step, 16 lanes x 1 row, 1024 shared keys | 4.2 MB pages, 2.1 MB slabs (32 keys), 0.3 MB q and out | 2 x 2.4 MB \
-(8 + 1) | 0.28 GFLOP | 1.5 us of memory (2.6 us if the parts went there too) |
-| the same, nothing shared | 67 MB pages, the rest as above | as above | 0.28 GFLOP | 16 us of memory |
-| scoring, 16 lanes x 32 rows, 1024 shared keys | 4.2 MB pages, 2.1 MB slabs, 8.4 MB q and out | 2 x 17 MB (1 + 1) | \
-8.7 GFLOP | 11 us of arithmetic (memory: 3.4 us, 11.3 us with the parts) |
-| prefill, 512 rows after 1024 keys | 6.3 MB pages, 8.4 MB q and out | none | 10.7 GFLOP | 14 us of arithmetic |
-
-Two launches of at least 2 us each bound the draft step from below: 32 layers are 0.13 ms of a 3.5 ms step.
+**Costs** of a layer: the keys and values of the pages that a group sees, once; of the slab, once a sequence; q and out.
+Parts go through the second-level cache: splits + 1 of rows * heads * (head_dim + 1) float32 numbers, written and read.
+Operations: 4 * rows * heads * head_dim * keys.
 """
 
 from __future__ import annotations
@@ -52,7 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stars.kernels.limits import MOST_HEADS_A_KEY
+from stars.kernels.limits import MAX_HEADS_A_KEY
 from stars.kernels.triton.tiles import Plan, build, workspace_size
 from stars.kernels.triton.variant import ARCHES, Variant
 from stars.kernels.types import Batch, LayerKV
@@ -68,7 +58,7 @@ class Settings(NamedTuple):
     num_warps: int
     num_stages: int  # of the loop over pages
     slab_stages: int
-    most_registers: int | None = None  # of a thread; None leaves it to the assembler
+    max_registers: int | None = None  # of a thread; None leaves it to the assembler
 
 
 def settings(head_dim: int, dtype: torch.dtype, packed: int, capability: int = 90) -> Settings:
@@ -115,14 +105,14 @@ def _tanh(x):
 
 @triton.jit
 def _attend(
-    q, keys, values, place, begin, end, first, limit, kv_head, scale, softcap_scale,
+    q, keys, values, place, begin, end, first, beyond, kv_head, scale, softcap_scale,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_KEYS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Softmax of the rows of q [PACKED, WIDTH] over keys `begin` .. `end` - 1: (output, log2 of the sum of weights).
 
-    A row sees the keys from `first` (with WINDOW) to before `limit`, both [PACKED]. With PAGE_SIZE, `place` points to
+    A row sees the keys from `first` (with WINDOW) to before `beyond`, both [PACKED]. With PAGE_SIZE, `place` points to
     a row of the block table; with 0, it is the flat row of key 0.
     """
     column = tl.arange(0, WIDTH)
@@ -144,7 +134,7 @@ def _attend(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if SOFTCAP:
             scores = _tanh(scores) * softcap_scale
-        seen = key[None, :] < limit[:, None]
+        seen = key[None, :] < beyond[:, None]
         if WINDOW:
             seen = seen & (key[None, :] >= first[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -204,11 +194,11 @@ def attention_kernel(
             position = prefix + row - tl.load(row_start + seq, mask=live, other=0)
             if INTO_SLAB:
                 position += tl.load(slab_used + seq, mask=live, other=0)
-                limit = prefix
+                beyond = prefix
             else:
-                limit = position + 1
-            limit = tl.where(live, limit, 0)
-            end = tl.max(limit, 0)
+                beyond = position + 1
+            beyond = tl.where(live, beyond, 0)
+            end = tl.max(beyond, 0)
             first = position - window + 1
             begin = 0
             if WINDOW:
@@ -221,7 +211,7 @@ def attention_kernel(
                 begin += split * length
                 end = tl.minimum(end, begin + length)
             output, size = _attend(
-                queries, k_pages, v_pages, block_tables + group.to(tl.int64) * table_stride, begin, end, first, limit,
+                queries, k_pages, v_pages, block_tables + group.to(tl.int64) * table_stride, begin, end, first, beyond,
                 kv_head, scale, softcap_scale, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, WINDOW,
                 SOFTCAP, STAGES)
             if DIRECT:
@@ -246,13 +236,13 @@ def attention_kernel(
             used = live[:, None] & (column < HEAD_DIM)[None, :]
             queries = tl.load(q + base * HEAD_DIM + at, mask=used, other=0.0)
             slab_position = row - tl.load(row_start + seq) + tl.load(slab_used + seq)
-            limit = tl.where(live, slab_position + 1, 0)
+            beyond = tl.where(live, slab_position + 1, 0)
             first = slab_position - window + 1
             begin = 0
             if WINDOW:
                 begin = tl.maximum(tl.min(tl.where(live, first, 2147483647), 0), 0) // BLOCK_KEYS * BLOCK_KEYS
             output, size = _attend(
-                queries, k_slabs, v_slabs, tl.load(slab_start + seq), begin, tl.max(limit, 0), first, limit,
+                queries, k_slabs, v_slabs, tl.load(slab_start + seq), begin, tl.max(beyond, 0), first, beyond,
                 kv_head, scale, softcap_scale, KV_HEADS, HEAD_DIM, WIDTH, 0, PACKED_SLAB, BLOCK_KEYS, WINDOW, SOFTCAP,
                 SLAB_STAGES)
             part = splits.to(tl.int64) * rows * HEADS + base
@@ -322,7 +312,7 @@ def attention(
     _check(q, kv, batch, out)
     tiles = batch.tiles or build(batch, heads, kv_heads, kv.page_size)
     plan = Plan(tiles.packed, tiles.packed_slab, tiles.splits, tiles.split_keys)
-    piece, block_keys, num_warps, num_stages, slab_stages, most_registers = settings(
+    piece, block_keys, num_warps, num_stages, slab_stages, max_registers = settings(
         head_dim, q.dtype, max(tiles.packed, tiles.packed_slab), _capability(q.device))
     packed, packed_slab = min(tiles.packed, piece), min(tiles.packed_slab, piece)
     pieces, slab_pieces = tiles.packed // packed, tiles.packed_slab // packed_slab
@@ -352,7 +342,7 @@ def attention(
         PAGE_SIZE=kv.page_size, PACKED=packed, PIECES=pieces, PACKED_SLAB=packed_slab, SLAB_PIECES=slab_pieces,
         BLOCK_KEYS=block_keys, INTO_SLAB=batch.into_slab, DIRECT=not size, WINDOW=window is not None,
         SOFTCAP=softcap is not None, STAGES=num_stages, SLAB_STAGES=slab_stages, num_warps=num_warps,
-        num_stages=num_stages, maxnreg=most_registers)
+        num_stages=num_stages, maxnreg=max_registers)
     if size:
         items, at_a_time = rows * heads, merged_at_a_time(head_dim, parts)
         merge_kernel[(triton.cdiv(items, at_a_time),)](
@@ -378,9 +368,9 @@ def _check(q: Tensor, kv: LayerKV, batch: Batch, out: Tensor) -> None:
                         f"the output {out.dtype}")
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("attention on a GPU takes contiguous queries, output and cache layers")
-    if heads % kv_heads or heads // kv_heads > MOST_HEADS_A_KEY:
+    if heads % kv_heads or heads // kv_heads > MAX_HEADS_A_KEY:
         raise ValueError(f"{heads} query heads over {kv_heads} key heads: attention on a GPU takes 1 to "
-                         f"{MOST_HEADS_A_KEY} a key head")
+                         f"{MAX_HEADS_A_KEY} a key head")
     if not 16 <= head_dim <= 256 or head_dim % 8:
         raise ValueError(f"head_dim is {head_dim}: attention on a GPU takes multiples of 8 from 16 to 256")
     if kv.page_size < 16 or kv.page_size & (kv.page_size - 1):
@@ -427,7 +417,7 @@ def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = Fa
     for arch in ARCHES:
         chosen.setdefault(settings(head_dim, dtype, packed, arch), []).append(arch)
     found = []
-    for (piece, block_keys, num_warps, num_stages, slab_stages, most_registers), arches in chosen.items():
+    for (piece, block_keys, num_warps, num_stages, slab_stages, max_registers), arches in chosen.items():
         constexprs = dict(
             HEADS=32, KV_HEADS=8, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), PAGE_SIZE=16,
             PACKED=min(case.packed, piece), PIECES=max(1, case.packed // piece),
@@ -442,7 +432,7 @@ def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = Fa
         signature = {name: kinds.get(name, "*i32") for name in attention_kernel.arg_names}
         name = f"attention {case.name} {head_dim} {_TYPES[dtype]}{' limited' * limited}"
         found.append(Variant(name, attention_kernel, signature, constexprs, num_warps, num_stages, tuple(arches),
-                             most_registers=most_registers))
+                             max_registers=max_registers))
     return found
 
 

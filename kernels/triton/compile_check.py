@@ -78,7 +78,7 @@ def compile_variant(module: str, index: int, arch: int) -> Usage:
     }
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs, aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages,
-               "enable_fp_fusion": variant.fp_fusion, "maxnreg": variant.most_registers}
+               "enable_fp_fusion": variant.fp_fusion, "maxnreg": variant.max_registers}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         registers, spills, stack, static = _resources(compiled.asm["ptx"], arch, options)

@@ -6,8 +6,7 @@ One program copies the keys and values of one row of one layer (1024 numbers of 
 pages equal slabs byte for byte. A negative source or target copies nothing, so that a captured graph can hold a fixed
 number of rows.
 
-Bytes: 4 * layers * n * kv_heads * head_dim * itemsize (keys and values, in and out). Computed, not measured, for an
-H200 at 4.3 TB/s: 32 rows, 32 layers, 8 heads of 128 in bf16 are 8.4 MB, 2 us, and a launch of 1024 programs.
+Bytes: 4 * layers * n * kv_heads * head_dim * itemsize (keys and values, in and out).
 """
 
 from __future__ import annotations

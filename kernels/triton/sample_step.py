@@ -16,15 +16,8 @@ batch, and differs from the reference's only where a sum of exponentials comes w
 Noise errs by less than 4e-6 (see `noise`), and z + g is rounded once: tokens whose scores differ by less than 2e-5 at
 |z| < 32 may change places with the reference's order. A token's bits do not depend on the number of lanes.
 
-Computed, not measured, for an H200 (132 processors, 1.7 GHz, 4.3 TB/s), 64 lanes of 128256 tokens. Reading float32
-logits once is 32.8 MB or 7.6 us (bf16 half of that). The binary of `scan` for sm_90 has 27 instructions a token on the
-way without filters (bf16: 28; with the noise of every token it was 66), 10 of them Philox, so it is bound by
-arithmetic: 8 us where every processor issues four a cycle, 10 us more likely. Few lanes are cheaper in proportion, down
-to 2 us. `finish` takes 3 us with one tile to look at, and 1.3 us for each further one. With filters `scan` draws no
-noise (8 us), `collect` takes 60 to 120 instructions a token (18 to 35 us, the most where a tile lists values),
-`bracket` and `select` work in one program a lane (8 us and 15 us for a few thousand values), `draw` takes 40 a token in
-tiles with a kept token and 20 in others (6 to 12 us). Launches in a graph add about a microsecond each; four leave at
-once where no lane has filters, and `filters=False` leaves them out.
+Without filters `scan` is bound by arithmetic, Philox above all, and not by its bytes. The four launches for filters
+leave at once where no lane has any, and `filters=False` leaves them out.
 """
 
 from __future__ import annotations
@@ -36,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stars.kernels.limits import MOST_VOCAB
+from stars.kernels.limits import MAX_VOCAB
 from stars.kernels.triton.noise import exp, gumbel, log2_short, token_words
 from stars.kernels.triton.sample_filters import SAMPLE, bracket_kernel, collect_kernel, list_block, select_kernel
 from stars.kernels.triton.sample_lane import INFINITY, UNFILTERED, has_filters, is_open, row_maximum, scaled
@@ -169,7 +162,7 @@ def _leader(left, part):
 
 
 @triton.jit
-def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used, steps, limits, done, out_tokens,
+def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used, steps, max_tokens, done, out_tokens,
                   out_logprobs, max_steps, temperatures, seeds, attempts, streams, stop_ids, highest, total, ceiling,
                   mode, bounds, VOCAB: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, TILE: tl.constexpr,
                   STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr, FILTERS: tl.constexpr):
@@ -185,7 +178,7 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
     temperature = tl.load(temperatures + lane)
     stop = tl.arange(0, STOPS_BLOCK)
     ids = tl.load(stop_ids + lane * STOPS + stop, mask=stop < STOPS, other=-1)
-    limit = tl.load(limits + lane)
+    ends_at = tl.load(max_tokens + lane)
     threshold = temperature * 0.0 - INFINITY
     if FILTERS:
         if tl.load(mode + lane) != UNFILTERED:
@@ -223,7 +216,7 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
         tl.store(out_logprobs + lane * max_steps + step, logprob)
         tl.store(steps + lane, step + 1)
         stopped = tl.max((ids == drawn).to(tl.int32), axis=0)
-        if (drawn < 0) | (step + 1 >= limit) | (stopped != 0):
+        if (drawn < 0) | (step + 1 >= ends_at) | (stopped != 0):
             tl.store(done + lane, 1)
         else:
             tl.store(token_ids + lane, drawn)
@@ -268,7 +261,7 @@ def shared_workspace(lanes: int, vocab: int, device: torch.device) -> Workspace:
     return kept[-1]
 
 
-def sample_step(logits: Tensor, lanes: LaneState, workspace: Workspace | None = None, filters: bool = True) -> None:
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, workspace: Workspace | None = None) -> None:
     """As `stars.kernels.sample_step`, for logits of float32, bfloat16 or float16 with adjacent columns.
 
     With filters=False the caller knows that no lane has top_k, top_p or min_p, and four launches are left out; a lane
@@ -303,7 +296,7 @@ def sample_step(logits: Tensor, lanes: LaneState, workspace: Workspace | None = 
             logits, stride, lanes.temperature, lanes.steps, lanes.seeds, lanes.attempts, lanes.streams, space.mode,
             space.bounds, space.ceiling, VOCAB=vocab, TILES=tiles, TILE=TILE, num_warps=SCAN_WARPS)
     finish_kernel[(count,)](
-        logits, stride, lanes.token_ids, lanes.positions, lanes.slots, lanes.slab_used, lanes.steps, lanes.limits,
+        logits, stride, lanes.token_ids, lanes.positions, lanes.slots, lanes.slab_used, lanes.steps, lanes.max_tokens,
         lanes.done, lanes.out_tokens, lanes.out_logprobs, max_steps, lanes.temperature, lanes.seeds, lanes.attempts,
         lanes.streams, lanes.stop_ids, space.highest, space.total, space.ceiling, space.mode, space.bounds, VOCAB=vocab,
         TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE, STOPS=lanes.stop_ids.shape[1],
@@ -316,8 +309,8 @@ def _check(logits: Tensor, lanes: LaneState) -> None:
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16) or logits.stride(1) != 1:
         raise ValueError(f"sample_step: logits are {logits.dtype} with strides {logits.stride()}, expected float32, "
                          "bfloat16 or float16 with adjacent columns")
-    if logits.shape[1] > MOST_VOCAB:
-        raise ValueError(f"sample_step: a vocabulary of {logits.shape[1]} exceeds the {MOST_VOCAB} whose probabilities "
+    if logits.shape[1] > MAX_VOCAB:
+        raise ValueError(f"sample_step: a vocabulary of {logits.shape[1]} exceeds the {MAX_VOCAB} whose probabilities "
                          "can be added up exactly")
     count = logits.shape[0]
     for name, tensor in zip(LaneState._fields, lanes, strict=True):
@@ -344,7 +337,7 @@ def variants() -> list[Variant]:
                          for argument in kernel.arg_names}
             found.append(Variant(f"sample_step {name} {kind} {vocab}", kernel, signature,
                                  {key: value for key, value in constexprs.items() if key in signature}, warps, 1,
-                                 most_registers=FINISH_REGISTERS if kernel is finish_kernel else None))
+                                 max_registers=FINISH_REGISTERS if kernel is finish_kernel else None))
     return found
 
 

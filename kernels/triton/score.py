@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stars.kernels.limits import MAX_HIDDEN
 from stars.kernels.linear import Weight
-from stars.kernels.triton.rms_norm import MOST_HIDDEN, normed, warps
+from stars.kernels.triton.rms_norm import normed, warps
 from stars.kernels.triton.variant import Variant
 
 
@@ -44,9 +45,9 @@ def score(residual: Tensor, branch: Tensor, norm_weight: Tensor, eps: float, hea
     """As `stars.kernels.score`; the residual is left as it is and `hidden` is not used."""
     lanes, width = residual.shape
     matrix, bias = head.values, head.bias
-    if width > MOST_HIDDEN or norm_weight.numel() != width or matrix.numel() != width:
+    if width > MAX_HIDDEN or norm_weight.numel() != width or matrix.numel() != width:
         raise ValueError(f"score: rows of {width}, a norm of {norm_weight.numel()} and a head of {matrix.numel()} must "
-                         f"be equal and at most {MOST_HIDDEN}")
+                         f"be equal and at most {MAX_HIDDEN}")
     if branch.shape != residual.shape or residual.stride(1) != 1 or branch.stride(1) != 1:
         raise ValueError(f"score: the branch is {list(branch.shape)} and the residual {list(residual.shape)}, or "
                          "columns are not adjacent")
@@ -67,8 +68,8 @@ def variants() -> list[Variant]:
     found = []
     for kind, weight, hidden, bias in (("bf16", "bf16", 4096, False), ("bf16", "fp32", 4096, False),
                                        ("bf16", "fp32", 4096, True), ("fp16", "fp32", 4096, False),
-                                       ("fp32", "fp32", 4096, False), ("bf16", "fp32", MOST_HIDDEN, True),
-                                       ("fp32", "fp32", MOST_HIDDEN, False)):
+                                       ("fp32", "fp32", 4096, False), ("bf16", "fp32", MAX_HIDDEN, True),
+                                       ("fp32", "fp32", MAX_HIDDEN, False)):
         block = triton.next_power_of_2(hidden)
         constexprs = {"HIDDEN": hidden, "BLOCK": block, "HAS_BIAS": bias}
         kinds = {"residual": f"*{kind}", "branch": f"*{kind}", "norm_weight": f"*{weight}", "residual_stride": "i32",

@@ -6,8 +6,8 @@ Prefix tiles hold rows of one group, lanes of one request, since they read the s
 sequence. No tile crosses a group (a sequence), and each begins where the one before ended.
 
 A captured graph fixes the number of tiles, not their contents: the tensors are as long as a bucket says, and tiles
-that hold 0 rows end at once. Since empty programs are not free either (about a microsecond for each few hundred), a
-graph is best keyed by `bucket(number of tiles)`, beside the number of rows.
+that hold 0 rows end at once. Since empty programs are not free either, a graph is best keyed by
+`bucket(number of tiles)`, besides the number of rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from stars.kernels.types import Batch, Tiles
 
-MOST_SPLITS = 16
+MAX_SPLITS = 16
 """Parts a context is divided into at most: each costs a pass of a row's partial result through memory."""
 
 SPLIT_MULTIPLE = 256
@@ -29,11 +29,11 @@ SPLIT_MULTIPLE = 256
 PROGRAMS_WANTED = 132
 """Programs that fill a card once: the processors of an H100 or H200 (an A100 has 108, a B200 148)."""
 
-MOST_PARTIAL = 2 * PROGRAMS_WANTED * 128
+MAX_PARTIAL = 2 * PROGRAMS_WANTED * 128
 """Query vectors whose partial results a plan may ask for, over all splits: twice a card full of the largest tiles."""
 
 Kind = Literal["draft", "score", "prefill"]
-"""Of a pass: one row a sequence behind its slab, rows into slabs, rows into pages."""
+"""Of a pass: one row a sequence after its slab, rows into slabs, rows into pages."""
 
 
 class Plan(NamedTuple):
@@ -50,12 +50,12 @@ def bucket(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def packing(most_rows: int, heads_per_kv: int) -> int:
-    """Packed rows of a full tile when no group (or sequence) has more than `most_rows` rows: 16, 32, 64 or 128.
+def packing(max_rows: int, heads_per_kv: int) -> int:
+    """Packed rows of a full tile when no group (or sequence) has more than `max_rows` rows: 16, 32, 64 or 128.
 
     16 is the least height of a tensor core product; more than 128 would leave no registers for the sums.
     """
-    return min(128, max(16, bucket(most_rows * heads_per_kv), bucket(heads_per_kv)))
+    return min(128, max(16, bucket(max_rows * heads_per_kv), bucket(heads_per_kv)))
 
 
 def plan(
@@ -70,7 +70,7 @@ def plan(
     """
     heads_per_kv = heads // kv_heads
     if deterministic:
-        split_keys = -(-capacity // MOST_SPLITS)
+        split_keys = -(-capacity // MAX_SPLITS)
         split_keys = -(-split_keys // SPLIT_MULTIPLE) * SPLIT_MULTIPLE
         if kind == "prefill":  # partial results of long chunks would be large; their programs fill a card as they are
             return Plan(128, 128, 1, 0)
@@ -89,8 +89,8 @@ def plan(
     share = max(1.0, float((tiles * seen).sum())) * kv_heads / PROGRAMS_WANTED
     # Parts of fewer than 128 keys spend more time on their partial results than on their keys. The length enters by its
     # power of two, so that few graphs serve all.
-    splits = bucket(max(1, int(min(MOST_SPLITS, longest / share, min(capacity, bucket(int(longest))) // 128))))
-    while splits > 1 and splits * row_start[-1] * heads > MOST_PARTIAL:
+    splits = bucket(max(1, int(min(MAX_SPLITS, longest / share, min(capacity, bucket(int(longest))) // 128))))
+    while splits > 1 and splits * row_start[-1] * heads > MAX_PARTIAL:
         splits //= 2
     return Plan(packed, packing(int(counts.max()), heads_per_kv), splits, 0)
 
@@ -128,23 +128,23 @@ def fill(
     return len(prefix_tiles), len(slab_tiles)
 
 
-def most_tiles(rows: int, sequences: int, packed: int, heads_per_kv: int) -> int:
+def max_tiles(rows: int, sequences: int, packed: int, heads_per_kv: int) -> int:
     """Upper bound of the tiles of any batch of this many rows and sequences."""
     return min(rows, rows // (packed // heads_per_kv) + sequences)
 
 
 def workspace_size(plan: Plan, into_slab: bool, rows: int, heads: int, head_dim: int) -> int:
-    """float32 numbers that attention needs beside its output: a partial result and its log-sum-exp a part."""
+    """float32 numbers that attention needs besides its output: a partial result and its log-sum-exp a part."""
     parts = plan.splits + into_slab
     return 0 if parts == 1 else parts * rows * heads * (head_dim + 1)
 
 
-def most_workspace(rows: int, heads: int, head_dim: int, deterministic: bool) -> int:
+def max_workspace(rows: int, heads: int, head_dim: int, deterministic: bool) -> int:
     """`workspace_size` of the largest plan for at most `rows` rows, idle ones included."""
-    most = (MOST_SPLITS + 1) * rows * heads
+    size = (MAX_SPLITS + 1) * rows * heads
     if not deterministic:
-        most = min(most, 2 * MOST_PARTIAL + 2 * rows * heads)  # idle rows at most double the rows; and the slab's part
-    return most * (head_dim + 1)
+        size = min(size, 2 * MAX_PARTIAL + 2 * rows * heads)  # idle rows at most double the rows; and the slab's part
+    return size * (head_dim + 1)
 
 
 def build(batch: Batch, heads: int, kv_heads: int, page_size: int, deterministic: bool = False) -> Tiles:
@@ -167,7 +167,7 @@ def build_as(
     """Tiles of a given plan in new tensors."""
     rows, sequences = row_start[-1], len(seq_group)
     buffers = [np.zeros(rows, np.int32)] + [
-        np.zeros((most_tiles(rows, sequences, packed, heads_per_kv), 3), np.int32)
+        np.zeros((max_tiles(rows, sequences, packed, heads_per_kv), 3), np.int32)
         for packed in (plan.packed, plan.packed_slab)
     ]
     used = fill(row_start, seq_group, into_slab, heads_per_kv, plan, *buffers)

@@ -21,7 +21,7 @@ class Variant(NamedTuple):
     num_stages: int
     arches: tuple[int, ...] = ARCHES  # those it is chosen on
     fp_fusion: bool = True  # the launch's enable_fp_fusion: whether a product and a sum may round once
-    most_registers: int | None = None  # the launch's maxnreg: None leaves it to the assembler
+    max_registers: int | None = None  # the launch's maxnreg: None leaves it to the assembler
 
 
 def attributes(variant: Variant) -> dict[tuple[int], list[list]]:

@@ -1,0 +1,84 @@
+"""Programs: operations recorded once over tensors at fixed addresses, replayed as one call of libstars.
+
+Any thread may record; a recording belongs to its thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from stars.bindings.library import check_status, last_error, loaded
+from stars.bindings.params import address
+
+_recordings: dict[int, ref[Program]] = {}
+"""By the thread that records; empty nearly always, so that an operation asks no more than that. Weak: a recording that
+an interrupt left here ends with its program."""
+
+
+class Program:
+    """A list of operations over tensors at fixed addresses, replayed as one call; made by `record`."""
+
+    def __init__(self) -> None:
+        self._handle = loaded().stars_program_create()
+        if not self._handle:
+            raise MemoryError(last_error())
+        self._kept: list[object] = []  # every tensor of a recorded operation: their memory must outlive the program
+
+    def __len__(self) -> int:
+        """Operations recorded."""
+        return len(self._kept)
+
+    def run(self, times: int, done: Tensor) -> int:
+        """Runs the operations up to `times` times, until all of `done` int32 are non-zero; returns how often."""
+        pointer = address("run", "done", done, torch.int32, done.shape)
+        ran = int(loaded().stars_program_run(self._handle, times, pointer, done.numel()))
+        if ran < 0:
+            check_status(-ran)
+        return ran
+
+    def add(self, op: int, params: ctypes.Structure, kept: object) -> None:
+        """Appends an operation; `kept` holds the tensors that it reads and writes."""
+        check_status(loaded().stars_program_add(self._handle, op, ctypes.byref(params)))
+        self._kept.append(kept)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            loaded().stars_program_destroy(self._handle)
+
+
+@contextmanager
+def record() -> Iterator[Program]:
+    """Inside, every operation of this thread is executed and also appended to the program that this yields."""
+    thread = get_ident()
+    if _recorded_program() is not None:
+        raise RuntimeError("a program is being recorded already; recordings do not nest")
+    program = Program()
+    own = ref(program)
+    try:
+        _recordings[thread] = own
+        yield program
+    finally:
+        if _recordings.get(thread) is own:
+            del _recordings[thread]
+
+
+def run(op: int, params: ctypes.Structure, kept: object) -> None:
+    """Runs an operation, and appends it to the program that this thread records, where it does."""
+    check_status(loaded().stars_call(op, ctypes.byref(params)))
+    if _recordings:
+        program = _recorded_program()
+        if program is not None:
+            program.add(op, params, kept)
+
+
+def _recorded_program() -> Program | None:
+    """The one that this thread records."""
+    recording = _recordings.get(get_ident())
+    return None if recording is None else recording()
