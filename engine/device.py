@@ -40,8 +40,8 @@ def check_model(config: ModelConfig, sampled: bool = True) -> None:
         raise ModelError(f"the model has head_dim {config.head_dim} and the GPU's attention has kernels for {sizes}: "
                          'use device="cpu"')
     for name, size, largest in (("query heads for each key head", config.num_heads // config.num_kv_heads,
-                              MAX_HEADS_A_KEY),
-                             ("hidden columns", config.hidden_size, MAX_HIDDEN),
-                             ("tokens in its vocabulary", config.vocab_size if sampled else 0, MAX_VOCAB)):
+                                 MAX_HEADS_A_KEY),
+                                ("hidden columns", config.hidden_size, MAX_HIDDEN),
+                                ("tokens in its vocabulary", config.vocab_size if sampled else 0, MAX_VOCAB)):
         if size > largest:
             raise ModelError(f'the model has {size} {name} and the GPU\'s kernels take {largest}: use device="cpu"')

@@ -68,11 +68,13 @@ class Passes:
         decoder.reserve_positions(sizes.max_positions)
         row, sequence = (torch.int32, (rows,)), (torch.int32, (sequences,))
         start = torch.int32, (sequences + 1,)
-        self._buffers = Buffers(
-            target, token_ids=row, positions=row, slots=row, row_start=start, last=sequence, seq_group=sequence,
+        columns = dict(
+            token_ids=row, positions=row, slots=row, row_start=start, last=sequence, seq_group=sequence,
             prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
             lanes=sequence, segment_start=start, closing=(torch.int32, (sequences, MOST_CLOSING)))
+        self._buffers = Buffers(target, True, **columns)
+        self._host = {name: self._buffers.host(name) for name in columns}
         self._rewards = Buffers(target, rewards=(torch.float32, (sequences,)))
         self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
@@ -173,8 +175,8 @@ class Passes:
                 self.decoder.forward(batch, self.cache, last)
 
         buffers.upload()
-        self._graphs.run((rows, sequences, into_slab, scored, draft is not None, *shape(tiles)), step,
-                         self._never_done, rare=not captured)
+        key = rows, sequences, into_slab, scored, draft is not None, *(shape(tiles) if tiles is not None else ())
+        self._graphs.run(key, step, self._never_done, rare=not captured)
         if scored:
             self._rewards.fetch()
 
@@ -201,9 +203,9 @@ class Passes:
             positions += range(span.start, span.start + len(span.token_ids))
             slots += span.slots
             row_start.append(len(token_ids))
-        rows, sequences = self.target.rows(len(token_ids)), self.target.rows(len(spans))
-        tiles = None
+        rows, sequences, tiles = len(token_ids), len(spans), None
         if self._tiling is not None:
+            rows, sequences = self.target.rows(rows), self.target.rows(sequences)
             keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
             tiles = self._tiling.fill(rows, row_start, groups, "score" if into_slab else "prefill", keys)
         # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
@@ -219,7 +221,7 @@ class Passes:
             # To the draft, a sequence begins with the token before its segment.
             self._write(sequences + 1, 0, segment_start=[
                 start + one.at - 1 for start, one in zip(row_start, drafted, strict=False)])
-            closing = self._buffers.host("closing")
+            closing = self._host["closing"]
             closing[:sequences] = -1
             for row, one in zip(closing, drafted, strict=False):
                 row[: len(one.closing)] = one.closing
@@ -229,7 +231,7 @@ class Passes:
     def _write(self, count: int, idle: int, **columns: Sequence[int]) -> None:
         """Writes the columns of the host's block, and `idle` into what is left of their first `count` entries."""
         for name, values in columns.items():
-            column = self._buffers.host(name)
+            column = self._host[name]
             column[: len(values)] = values
             if len(values) < count:
                 column[len(values) : count] = idle

@@ -160,9 +160,10 @@ def test_forks_of_forks_before_anything_was_committed(bench, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dropped", [1, 4])
-def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, kind, dropped):
-    """The handle is discarded, and the next score runs what the session has not seen; also twice in a row."""
+@pytest.mark.parametrize("dropped, told", [(1, False), (4, False), (4, True)])
+def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, kind, dropped, told):
+    """The handle is discarded, and the next score runs what the session has not seen; also twice in a row, and less
+    where the session is told of the response meanwhile."""
     made = bench(kind)
     reward, session = made.reward, made.open()
     response = made.ids(" dogs")
@@ -173,6 +174,9 @@ def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, kind, droppe
         [one] = made.score((session, response + made.ids(word + " lived near")))
         reward.discard(one.handle)
         response = response + made.ids(word + " lived near")[:-dropped] + made.ids(" 3")
+        if told:
+            reward.resume(session, response, made.tokenizer.decode(response))
+            known = len(response) - 1
     scored = made.score(*((session, response + made.ids(word)) for word in WORDS))
     for word, one in zip(WORDS, scored, strict=True):
         made.check(one, response + made.ids(word))

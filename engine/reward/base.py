@@ -63,8 +63,8 @@ class Reward(ABC):
     winners of one session, one goes to the session and the other to its fork. Forks come before any of these commits.
 
     What was scored need not be what becomes the response: it may go on with a part of a candidate, and with tokens that
-    nobody scored. The handle is then discarded and nothing else is said. The session's history stays as it was, and the
-    next score of the session runs what is missing.
+    nobody scored. The handle is then discarded, and nothing else need be said: the session's history stays as it was,
+    and the next score of the session runs what is missing. `resume` may bring the history up to the response before.
     """
 
     needs_text = False  # whether `Candidate.text` must be filled

@@ -19,7 +19,7 @@ from stars.passes import Passes
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored, TrailingCandidate, check_path
 from stars.reward.framing import Framing
-from stars.reward.scoring import Scoring, TrailingScores
+from stars.reward.scoring import Scoring, TrailingScores, outside
 from stars.reward.session import Handle, Session, Sessions
 from stars.sizes import reward_model
 
@@ -101,7 +101,7 @@ class CausalReward(Reward):
             self._passes = Passes(self.decoder, self.cache, config, sizes)
         self._sessions = Sessions(self.cache, self._passes, self.max_model_len,
                                   0 if self.same_vocabulary else REENCODE_SLACK)
-        self._scoring = Scoring(self.framing, self._sessions, self.cache, self._passes, self.max_model_len)
+        self._scoring = Scoring(self.framing.encoder, self._sessions, self.cache, self._passes, shape)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
@@ -109,9 +109,9 @@ class CausalReward(Reward):
         if not frame.prefix:
             raise RequestError("the prompt is empty for the reward model: give at least one character that is no "
                                "special token")
-        outside = self.framing.outside(frame.prefix + frame.closing)
-        if outside is not None:
-            raise RequestError(outside)
+        ids, size = frame.prefix + frame.closing, self.decoder.config.vocab_size
+        if max(ids) >= size:
+            raise RequestError(outside(ids, size))
         needed = len(frame.prefix) + max_tokens + len(frame.closing)
         if needed > self.max_model_len:
             raise RequestError(f"prompt and max_tokens make {needed} tokens for the reward model, whose context is "
@@ -150,9 +150,7 @@ class CausalReward(Reward):
                 raise scored.reward
             self.commit([(session, scored.handle)])
             return
-        ids, content = self.framing.ids(session.frame, token_ids, text)
-        self._sessions.make_room(session, content - 1)
-        self._sessions.write(session, ids, content - 1)
+        self._scoring.resume(session, token_ids, text)
 
     def reset(self) -> None:
         """Empties the cache."""

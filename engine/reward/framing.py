@@ -1,11 +1,9 @@
-"""What a causal reward model reads: the prompt as it renders it, the response, and the tokens that close it."""
+"""How a causal reward model reads a prompt, and what stands around the responses to it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from stars.detokenizer import REPLACEMENT
 from stars.errors import RequestError, RewardError
 from stars.model.config import ModelConfig
 from stars.model.tokenizer import Tokenizer
@@ -22,7 +20,7 @@ class Frame(NamedTuple):
 
 
 class Framing:
-    """Renders prompts and responses for one reward model; template, close and chat_template_kwargs as `CausalReward`'s.
+    """Renders prompts for one reward model; template, close and chat_template_kwargs as `CausalReward`'s.
 
     shape: the reward model's. RewardError where the model lacks what `close` asks for.
     """
@@ -37,19 +35,13 @@ class Framing:
             eos = (tokenizer.eos_token_id,)
         if close == "eos" and not eos:
             raise RewardError('close="eos" needs an EOS token, which the reward model does not name: use close="none"')
-        self.vocab_size = shape.vocab_size
+        self.encoder = None if same_vocabulary else tokenizer  # of texts, where the LM's ids are not passed through
         self._tokenizer = tokenizer
-        self._encoder = None if same_vocabulary else tokenizer  # of texts, where ids are not passed through
         self._template = template
         self._close = close
         self._eos = list(eos) if close == "eos" else []
         self._chat_template_kwargs = chat_template_kwargs
         self._newest: tuple[Prompt, Frame] | None = None
-
-    @property
-    def same_vocabulary(self) -> bool:
-        """Whether the language model's ids are passed through."""
-        return self._encoder is None
 
     def frame(self, prompt: Prompt) -> Frame:
         """How the model reads this prompt and what stands around its responses; the newest prompt's is kept.
@@ -61,24 +53,6 @@ class Framing:
             self._newest = prompt, self._render(prompt)
         return self._newest[1]
 
-    def ids(self, frame: Frame, token_ids: Sequence[int], text: str | None) -> tuple[list[int], int]:
-        """(ids of prompt, response and closing; how many of them are not closing) of a response as in `Candidate`."""
-        if self._encoder is None:
-            content = frame.prefix + list(token_ids)
-        elif text:
-            # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
-            content = self._encoder.encode(frame.text + text.rstrip(REPLACEMENT), add_special_tokens=frame.special)
-        else:
-            content = frame.prefix
-        return content + frame.closing, len(content)
-
-    def outside(self, ids: Sequence[int]) -> str | None:
-        """Why `ids` cannot be scored: a tokenizer may know more tokens than the model."""
-        if max(ids) < self.vocab_size:
-            return None
-        return (f"token id {max(ids)} is outside the reward model's vocabulary of {self.vocab_size}: use the tokenizer "
-                "it came with")
-
     def _render(self, prompt: Prompt) -> Frame:
         messages = prompt.given if isinstance(prompt.given, list) else None
         if self._template == "chat" or (self._template == "auto" and messages is not None):
@@ -86,13 +60,13 @@ class Framing:
         if self._close == "template":
             raise RequestError('close="template" needs a chat prompt: give {"messages": [...]}, or use '
                                'template="chat"')
-        if self._encoder is None:
+        if self.encoder is None:
             return Frame(prompt.token_ids, "", False, self._eos)
         if prompt.text is None:
             raise RequestError("these prompt ids cannot be decoded for the reward model's vocabulary: give the prompt "
                                "as text")
         special = messages is None  # a rendered template holds its special tokens
-        return Frame(self._encoder.encode(prompt.text, add_special_tokens=special), prompt.text, special, self._eos)
+        return Frame(self.encoder.encode(prompt.text, add_special_tokens=special), prompt.text, special, self._eos)
 
     def _chat(self, messages: list[dict[str, Any]] | None, text: str | None) -> Frame:
         """The frame that the reward model's chat template makes of `messages`; without them, of `text` as a turn."""

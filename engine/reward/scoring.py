@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stars.cache import BlockTable, PagedCache
+from stars.detokenizer import REPLACEMENT
 from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
+from stars.model.config import ModelConfig
+from stars.model.tokenizer import Tokenizer
 from stars.passes import MOST_CLOSING, Drafted, Passes, Span
 from stars.reward.base import Candidate, ContextFull, Scored, TrailingCandidate
-from stars.reward.framing import Framing
 from stars.reward.session import Handle, Session, Sessions
 
 
@@ -36,15 +38,17 @@ class Scoring:
     the end. What a slab does not hold is run into pages first, in chunks: a finished response's into its session's, a
     candidate's into pages of its own. What is still being drafted is filled in on the device.
 
-    max_model_len: tokens of the longest text that is scored.
+    encoder: of texts; None where the language model's ids are passed through. shape: the reward model's.
     """
 
-    def __init__(self, framing: Framing, sessions: Sessions, cache: PagedCache, passes: Passes, max_model_len: int):
-        self._framing = framing
+    def __init__(self, encoder: Tokenizer | None, sessions: Sessions, cache: PagedCache, passes: Passes,
+                 shape: ModelConfig):
+        self._encoder = encoder
         self._sessions = sessions
         self._cache = cache
         self._passes = passes
-        self._max_model_len = max_model_len
+        self._vocab_size = shape.vocab_size
+        self._max_model_len = shape.context_length
 
     def score(self, candidates: Sequence[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""
@@ -64,7 +68,7 @@ class Scoring:
 
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> TrailingScores | None:
         """A pass that trails the draft, where the LM's ids are passed through and all fit a slab and a pass."""
-        if not self._framing.same_vocabulary:
+        if self._encoder is not None:
             return None
         plans = [self._trailing_plan(candidate) for candidate in candidates]
         rows = [len(plan.ids) - plan.start for plan in plans]
@@ -81,16 +85,34 @@ class Scoring:
         results = []
         rewards = self._passes.rewards(len(plans))
         for plan, slab, response, reward in zip(plans, slabs, token_ids, rewards, strict=True):
-            ids, content = self._framing.ids(plan.session.frame, response, None)
+            ids, content = self._ids(plan.session, response, None)
             plan = plan._replace(ids=ids, content=content, run=len(ids) - plan.start)
             problem = self._problem(ids)
             results.append(self._scored(plan, slab, reward if problem is None else problem))
         return results
 
+    def resume(self, session: Session, token_ids: list[int], text: str | None) -> None:
+        """Writes a response into the session's pages, all but its last token."""
+        ids, content = self._ids(session, token_ids, text)
+        self._sessions.make_room(session, content - 1)
+        self._sessions.write(session, ids, content - 1)
+
+    def _ids(self, session: Session, token_ids: list[int], text: str | None) -> tuple[list[int], int]:
+        """(ids of prompt, response and closing; how many of them are not closing) of a response as in `Candidate`."""
+        prefix, prompt, special, closing = session.frame
+        if self._encoder is None:
+            content = prefix + token_ids
+        elif text:
+            # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
+            content = self._encoder.encode(prompt + text.rstrip(REPLACEMENT), add_special_tokens=special)
+        else:
+            content = prefix
+        return content + closing, len(content)
+
     def _plan(self, candidate: Candidate) -> Plan | RewardError:
         """Runs what a slab will not hold; an error for a text that cannot be scored."""
         session = candidate.session
-        ids, content = self._framing.ids(session.frame, candidate.token_ids, candidate.text)
+        ids, content = self._ids(session, candidate.token_ids, candidate.text)
         problem = self._problem(ids)
         if problem is not None:
             return problem
@@ -145,9 +167,8 @@ class Scoring:
 
     def _problem(self, ids: list[int]) -> RewardError | None:
         """Why this text is never scored."""
-        outside = self._framing.outside(ids)
-        if outside is not None:
-            return RewardError(outside)
+        if max(ids) >= self._vocab_size:
+            return RewardError(outside(ids, self._vocab_size))
         if len(ids) > self._max_model_len:
             return ContextFull(f"the response re-encodes to {len(ids)} tokens for the reward model, whose context is "
                                f"{self._max_model_len}: lower max_tokens")
@@ -170,3 +191,9 @@ class TrailingScores:
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for the pass; the same results as `Scoring.score` gives."""
         return self._scoring.trailing_results(self._plans, self._slabs, token_ids)
+
+
+def outside(ids: Sequence[int], vocab_size: int) -> str:
+    """Why `ids` cannot be scored: a tokenizer may know more tokens than the model."""
+    return (f"token id {max(ids)} is outside the reward model's vocabulary of {vocab_size}: use the tokenizer it came "
+            "with")

@@ -76,15 +76,17 @@ class Sessions:
     def reserve(self, session: Session, tokens: int) -> bool:
         """Whether there is room now for `tokens` tokens more of the language model."""
         longest = min(self._max_model_len, self._cache.num_pages * self._cache.page_size)
+        stop = min(len(session.committed) + tokens + self._slack, longest)
         try:
-            self.make_room(session, min(len(session.committed) + tokens + self._slack, longest))
+            self._cache.reserve(session.table, max(0, stop - session.table.length))
         except OutOfPages:
             return False
         return True
 
     def make_room(self, session: Session, stop: int) -> None:
         """Room for `stop` positions, where a text is longer than was reserved; raises OutOfPages."""
-        self._cache.reserve(session.table, max(0, stop - session.table.length))
+        if stop > len(session.table.pages) * self._cache.page_size:
+            self._cache.reserve(session.table, stop - session.table.length)
 
     def write(self, session: Session, ids: list[int], stop: int) -> None:
         """ids[:stop] into the session's pages, which then end there."""
