@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from stars.arguments import flag, integer, known_by_name, real, shown
@@ -119,12 +120,12 @@ class SamplingParams:
             changes["max_tokens"] = max_model_len - prompt_tokens
         return dataclasses.replace(self, **changes) if changes else self
 
-    @property
+    @cached_property
     def filters(self) -> bool:
         """Whether top_k, top_p or min_p is on."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
-    @property
+    @cached_property
     def penalties(self) -> bool:
         """Whether one of the penalties is on."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0

@@ -13,8 +13,8 @@ import torch
 
 from instruction_sets import load_copy
 from libstars_threads import threads
-from products import random_case
-from products import run_linear as product
+from random_products import random_case
+from random_products import run_linear as product
 from stars import kernels
 from stars.bindings import library, libstars
 from stars.bindings.library import loaded

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from libstars_threads import threads
-from products import random_case, run_linear
+from random_products import random_case, run_linear
 from stars import kernels
 from stars.bindings import libstars
 from stars.bindings.layouts import OPERATIONS, STRUCTURES

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from libstars_threads import threads
-from products import run_linear
+from random_products import run_linear
 from stars import kernels
 from stars.bindings import layouts, library, libstars
 from stars.bindings.layouts import STRUCTURES

@@ -16,7 +16,15 @@ from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, TokenizerError
 from stars.model.chat_template import ChatTemplate
 from stars.model.files import MAX_BYTES, is_file, read_json, read_text
-from stars.model.tokenizer_limits import ConfinedBackend, bounded, check_added_tokens, check_file, part_state, refusing
+from stars.model.tokenizer_limits import (
+    ConfinedBackend,
+    bounded,
+    check_added_tokens,
+    check_file,
+    part_state,
+    refuse,
+    refusing,
+)
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
@@ -68,8 +76,10 @@ class Tokenizer:
         An invalid or unfinished sequence of bytes becomes one replacement sign and touches nothing else. (Decoders
         with byte fallback would replace every byte of its run, whole characters too.)
         """
-        with refusing(f"the tokenizer of {self._where} cannot decode these ids"):
+        try:  # `refusing`, without its cost: a running engine decodes all the time
             text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            refuse(error, f"the tokenizer of {self._where} cannot decode these ids")
         if REPLACEMENT not in text or not self._byte_fallback:
             return text
         tokens = (self._backend.id_to_token(token) for token in ids)

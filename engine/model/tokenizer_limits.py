@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from tokenizers import Tokenizer as Backend
 
@@ -89,13 +89,17 @@ def refusing(where: str) -> Iterator[None]:
     """TokenizerError, naming `where`, for whatever the library raises: plain Exceptions, and panics besides those."""
     try:
         yield
-    except TokenizerError:
-        raise
     except BaseException as error:
-        if not is_failure(error):
-            raise
-        reason = text_of(error)[:300] or type(error).__name__
-        raise TokenizerError(f"{where} ({reason})") from error
+        refuse(error, where)
+
+
+def refuse(error: BaseException, where: str) -> NoReturn:
+    """Raises the TokenizerError that `refusing` raises for `error`, or `error` itself where the library did not fail.
+    """
+    if isinstance(error, TokenizerError) or not is_failure(error):
+        raise error
+    reason = text_of(error)[:300] or type(error).__name__
+    raise TokenizerError(f"{where} ({reason})") from error
 
 
 def bounded(backend: Backend, where: str) -> Backend | ConfinedBackend:
