@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import stars
-from stars import round as rounds
+from stars import law
 from stars.bindings import libstars
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,14 +211,13 @@ def forced_accept(rate: float) -> Iterator[None]:
     """
     # log u < (r - tau) / beta is log u < log(rate) where beta is so large that no reward counts beside tau.
     tau = -NO_REWARD_COUNTS * math.log(rate) if rate > 0.0 else math.inf
-    terms = rounds._terms
+    accepts = law.accepts
 
-    def forced(lane, tokens: int):
-        given = terms(lane, tokens)
-        return given and given._replace(start=tau, reward_threshold=tau, beta=NO_REWARD_COUNTS)
+    def forced(uniform: float, reward: float, threshold: float, beta: float) -> bool:
+        return accepts(uniform, reward, tau, NO_REWARD_COUNTS)
 
-    rounds._terms = forced
+    law.accepts = forced
     try:
         yield
     finally:
-        rounds._terms = terms
+        law.accepts = accepts
