@@ -125,7 +125,7 @@ class TrailingRows(NamedTuple):
     """
 
     lanes: Tensor  # int32 [sequences] lane of the draft, or -1: the sequence is left alone
-    row_start: Tensor  # int32 [sequences + 1] as in Batch
+    row_start: Tensor  # int32 [sequences + 1] as in Batch, or where the tokens before the segments are
     closing: Tensor  # int32 [sequences, max_closing] ids after the segment, padded with -1
     token_ids: Tensor  # int32 [rows] out: segment and closing tokens
     last: Tensor  # int32 [sequences] out: row of the last token

@@ -48,7 +48,6 @@ class ModelConfig:
     qk_norm: bool
     attention_scale: float
     attention_softcap: float | None = None
-    final_softcap: float | None = None
 
     @property
     def context_length(self) -> int:
