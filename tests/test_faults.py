@@ -191,7 +191,7 @@ def test_a_causal_reward_that_fails_on_a_prompt_takes_nobody_along(monkeypatch):
     score = made.reward.score
 
     def nan(candidates):
-        return [result._replace(reward=math.nan) if not candidate.token_ids and candidate.session.prefix[0] == 2
+        return [result._replace(reward=math.nan) if not candidate.token_ids and candidate.session.frame.prefix[0] == 2
                 else result for candidate, result in zip(candidates, score(candidates), strict=True)]
 
     monkeypatch.setattr(made.reward, "score", nan)
@@ -223,6 +223,10 @@ class Mine(Reward):
         self.fault("open", prompt.token_ids)
         return list(prompt.token_ids)
 
+    def reserve(self, session, tokens):
+        self.fault("reserve", session)
+        return True
+
     def start(self, sessions):
         self.fault("start", *sessions)
 
@@ -244,7 +248,7 @@ class Mine(Reward):
 
 
 @pytest.mark.rounds_raise
-@pytest.mark.parametrize("where", ["can_open", "open", "start", "score", "commit", "discard"])
+@pytest.mark.parametrize("where", ["can_open", "open", "reserve", "start", "score", "commit", "discard"])
 def test_an_exception_anywhere_in_a_reward_ends_who_caused_it(where):
     made = toy_engine(LM, Mine(where))
     params = stars.SamplingParams(max_tokens=12, seed=7)
