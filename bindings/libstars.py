@@ -342,7 +342,7 @@ def sample_step(logits: Tensor, lanes: LaneState) -> None:
 
 
 def decide(state: DecideState) -> None:
-    """Writes the law's verdict on state.rewards into state.accepted, in float64 as `stars.law`, bit for bit."""
+    """Writes the law's verdict on state.rewards into state.accepted, in float64 as `stars.rules`, bit for bit."""
     lanes = state.rewards.shape[0]
 
     def vector(name: str, dtype: torch.dtype = torch.int32) -> int:

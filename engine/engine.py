@@ -33,10 +33,11 @@ from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.policies import Plan, Policy, Sample, plan_of
 from stars.prompt import parse_prompt
-from stars.request import Hypothesis, Request
+from stars.request import Group, Hypothesis, Request
 from stars.reward import resolve_reward
 from stars.reward.base import Limits, Reward
 from stars.round import Round
+from stars.rules import Threshold
 from stars.sampling import SamplingParams
 from stars.sources import check_model, check_reward, resolve_tokenizer
 from stars.turns import Turns, one_at_a_time
@@ -126,7 +127,7 @@ class Engine:
             # seconds: there each count waits until a policy leaves its width to the engine.
             with decoder.lock:
                 chooser.measure()
-        self._round = Round(drafter, self._cache, self.reward, chooser, config.max_num_lanes)
+        self._round = Round(drafter, self._cache, self._passes, self.reward, chooser, config.max_num_lanes)
         self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
@@ -136,7 +137,7 @@ class Engine:
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
         self._orphans: deque[str] = deque()  # ids of requests whose owner went away
         self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
-        self._in_round: Sequence[Hypothesis] = ()  # whose round has begun and does not stand yet
+        self._in_round: Sequence[Group] = ()  # whose round has begun and does not stand yet
         self._ids = itertools.count()
         self._warnings: list[str] = []  # to be shown once the books are closed
         self._warned: set[Plan] = set()
@@ -317,15 +318,19 @@ class Engine:
             raise RequestError(_no_params(params))
         refuse_bare_prompt(given)
         plan = plan_of(policy)
-        if plan.scoring != "never" and self.reward is None:
+        if plan.score.when != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
-        if plan.segment_size > self.config.max_segment_size:
-            raise RequestError(f"segment_size is {plan.segment_size} and the engine's slabs hold "
+        draft, population = plan.segment.draft, plan.lanes.population
+        if draft > self.config.max_segment_size:
+            raise RequestError(f"segment_size is {draft} and the engine's slabs hold "
                                f"{self.config.max_segment_size} tokens: build it with a larger max_segment_size")
-        if params.n * plan.candidates > MAX_SAMPLE + 1:
-            raise RequestError(f"n times the policy's candidates is {params.n * plan.candidates}, the most is "
+        if params.n * population > MAX_SAMPLE + 1:
+            raise RequestError(f"n times the policy's candidates is {params.n * population}, the most is "
                                f"{MAX_SAMPLE + 1}: split the request")
+        if population > self.config.max_num_seqs and not plan.whole:
+            raise RequestError(f"the policy's population is {population} and the engine decodes "
+                               f"{self.config.max_num_seqs} responses at once: build it with a larger max_num_seqs")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
         eos = () if params.ignore_eos else self._eos_token_ids
@@ -343,10 +348,10 @@ class Engine:
                                f"{shown(params.max_tokens)} make {shown(needed)}, the limit is "
                                f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
                                "shorten the prompt or lower max_tokens")
-        if params.max_tokens > plan.segment_size * (MAX_SEGMENT + 1):
+        if params.max_tokens > draft * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
-                               f"{plan.segment_size} tokens: use longer segments or fewer tokens")
-        if plan.scoring != "never":
+                               f"{draft} tokens: use longer segments or fewer tokens")
+        if plan.score.when != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
             request_id = self._new_id()
@@ -468,15 +473,16 @@ class Engine:
         self._show_warnings()
 
     def _run_round(self, hypotheses: Sequence[Hypothesis]) -> None:
-        if not hypotheses:
+        groups = list(dict.fromkeys(hypothesis.group for hypothesis in hypotheses))
+        if not groups:
             return
-        for hypothesis in hypotheses:
-            if not hypothesis.attempts:
-                hypothesis.mark_boundary()
-        self._changing, self._in_round = True, hypotheses
-        changed = self._round.run(hypotheses)
+        for group in groups:
+            if not group.undecided:
+                group.mark_boundary()
+        self._changing, self._in_round = True, groups
+        changed = self._round.run(groups)
         self._in_round = ()  # from here on it stands
-        self._settle({hypothesis.request.request_id: hypothesis.request for hypothesis in changed}.values())
+        self._settle({group.request.request_id: group.request for group in changed}.values())
         self._changing = False
 
     def _one_by_one(self, error: Exception) -> None:
@@ -519,10 +525,10 @@ class Engine:
             return
         if self._cache.device.type != "cpu":
             torch.cuda.synchronize()  # what the stopped call had launched may still read what the host fills next
-        for hypothesis in self._running:
-            # A round that did not end never happened; behind one, a segment that goes on is begun again.
-            if hypothesis.attempts or hypothesis in self._in_round:
-                hypothesis.go_back()
+        for group in dict.fromkeys(hypothesis.group for hypothesis in self._running):
+            # A round that did not end never happened; after one, a segment that goes on is begun again.
+            if group.undecided or group in self._in_round:
+                group.go_back()
         self._in_round = ()
         self._round.reset()
         self._cache.reset()
@@ -543,8 +549,9 @@ class Engine:
         for request in requests:
             for hypothesis in request.hypotheses:
                 if hypothesis.finish_reason is not None:
-                    self._close(hypothesis)
-        self._running = [hypothesis for hypothesis in self._running if hypothesis.finish_reason is None]
+                    self._round.close(hypothesis)
+        groups = dict.fromkeys(hypothesis.group for hypothesis in self._running)  # whose members come and go
+        self._running = [hypothesis for group in groups for hypothesis in group.active]
         while self._waiting and self._waiting[0].finish_reason is not None:  # those behind wait until they are first
             self._waiting.popleft()
         for request in requests:
@@ -561,19 +568,6 @@ class Engine:
             if request.finished:
                 del self._requests[request.request_id]
 
-    def _close(self, hypothesis: Hypothesis) -> None:
-        if hypothesis.table is not None:
-            self._cache.close(hypothesis.table)
-            hypothesis.table = None
-        if hypothesis.session is not None:
-            session, hypothesis.session = hypothesis.session, None
-            try:
-                self.reward.close(session)
-            except IntegrityError:
-                raise
-            except Exception as error:  # the response has ended, and nobody else has to do with it
-                log(f"the reward could not close a response: {describe(error)}", error)
-
     def _admit(self, only: Request | None = None) -> None:
         """Moves waiting hypotheses, in order, into the running ones as long as their pages can be reserved.
 
@@ -588,13 +582,19 @@ class Engine:
                                    and (only is None or h.request is only)), None)
                 if hypothesis is None or self._beginning(hypothesis) in beginnings:
                     break  # the latter can share pages with one that was opened a moment ago, once those are written
-                if not self._open(hypothesis):
+                # Whole responses need not be drafted side by side; segments of a population are decided together.
+                together = [hypothesis] if hypothesis.request.plan.whole else [
+                    member for member in hypothesis.group.hypotheses if member.finish_reason is None]
+                if len(self._running) + len(opened) + len(together) > self.config.max_num_seqs:
+                    break
+                if not self._open_all(together):
                     break
                 if hypothesis.finish_reason is not None:  # it failed, and with it what was opened of its request
                     opened = [other for other in opened if other.finish_reason is None]
                     continue
-                self._waiting.remove(hypothesis)
-                opened.append(hypothesis)
+                for member in together:
+                    self._waiting.remove(member)
+                opened += together
                 beginning = self._beginning(hypothesis)
                 if beginning is not None:
                     beginnings.add(beginning)
@@ -608,6 +608,11 @@ class Engine:
     def _refuse(self, request: Request) -> None:
         """Ends a request that was not opened although nothing else holds anything."""
         ids = request.prompt.token_ids
+        if request.plan.lanes.population > 1 and not request.plan.whole:
+            self._fail(request, RequestError(f"a population of {request.plan.lanes.population} responses of "
+                                             f"{request.params.max_tokens} tokens does not fit the caches: raise "
+                                             "cache_tokens"))
+            return
         if not self._cache.can_open(ids[:-1], len(ids) - 1 + request.params.max_tokens):
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
         self._fail(request, RewardError(f"{type(self.reward).__name__}.can_open refuses this prompt while nothing else "
@@ -619,6 +624,15 @@ class Engine:
         stop = self._cache.shared_length(history) + self.config.page_size
         return tuple(history[:stop]) if len(history) >= stop else None
 
+    def _open_all(self, hypotheses: Sequence[Hypothesis]) -> bool:
+        """As `_open`, of all of them or none."""
+        for hypothesis in hypotheses:
+            if not self._open(hypothesis):
+                for other in hypotheses:
+                    self._round.close(other)
+                return False
+        return True
+
     def _open(self, hypothesis: Hypothesis) -> bool:
         """Reserves the pages of a whole response in both models; False, and nothing changed, if they are not free.
 
@@ -627,7 +641,7 @@ class Engine:
         request = hypothesis.request
         ids = request.prompt.token_ids
         capacity = len(ids) - 1 + request.params.max_tokens
-        scored = request.plan.scoring != "never"
+        scored = request.plan.score.when != "never"
         if not self._cache.can_open(ids[:-1], capacity):
             return False
         try:
@@ -669,11 +683,11 @@ class Engine:
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
         plan = request.plan
-        if plan.decision != "threshold" or plan in self._warned or len(self._warned) == MOST_WARNED:
+        if not isinstance(plan.decide, Threshold) or plan in self._warned or len(self._warned) == MOST_WARNED:
             return
         metrics = [hypothesis.metrics for hypothesis in request.hypotheses]
         counted, accepted = sum(m.attempts_counted for m in metrics), sum(m.accepted for m in metrics)
-        threshold = plan.reward_threshold
+        threshold = plan.decide.reward_threshold
         if threshold == float("inf") or counted < LOW_ACCEPT_ATTEMPTS or accepted > LOW_ACCEPT_RATE * counted:
             return
         seen = [attempt.reward for hypothesis in request.hypotheses for segment in hypothesis.segments

@@ -14,7 +14,6 @@ from stars.kernels import append_draft, prefill_attention
 from stars.kernels.graph import Graphs
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, DecideState, Draft, Tiles, TrailingRows
-from stars.law import Terms
 from stars.prefill import choose_prefill
 from stars.tiling import Tiling, shape
 
@@ -34,10 +33,11 @@ shared beginning once for every sequence, which takes as long as the arithmetic 
 MOST_CLOSING = 32
 """Closing tokens that a span which trails a draft may have."""
 
-TERMS, VERDICT = DecideState._fields[: len(Terms._fields)], DecideState._fields[len(Terms._fields) :]
-"""What the host fills of a DecideState, in the order of `Terms`, and what it reads."""
+NO_VERDICT = (0, 0, 1, 0, 1, 0.0, 0.0, 0.0)
+"""Terms under which the kernel's verdict means nothing: nobody reads it."""
 
-NO_VERDICT = Terms(0, 0, 1, 0, 1, 0.0, 0.0, 0.0)
+TERMS, VERDICT = DecideState._fields[: len(NO_VERDICT)], DecideState._fields[len(NO_VERDICT) :]
+"""What the host fills of a DecideState, and what it reads."""
 
 
 class Span(NamedTuple):
@@ -52,7 +52,6 @@ class Span(NamedTuple):
     start: int
     slots: Sequence[int]  # flat row of the slabs or of the pages for each token
     slab_start: int = 0  # flat slab row of the first token, for rows into a slab
-    terms: Terms = NO_VERDICT  # where rewards are computed
     lane: int = -1
     closing: Sequence[int] = ()
 
@@ -245,7 +244,7 @@ class Passes:
         # Entry by entry, as in a draft: few values, and numpy's conversions of lists are not in the caches any more.
         seeds, streams, *others = self._terms
         for row in range(sequences):
-            seed, stream, *values = spans[row].terms if row < len(spans) else NO_VERDICT
+            seed, stream, *values = NO_VERDICT
             seeds[row], streams[row] = signed_seed(seed), signed_stream(stream)
             for column, value in zip(others, values, strict=True):
                 column[row] = value

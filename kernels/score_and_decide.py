@@ -3,7 +3,7 @@
 1. The reward of a lane is head . (norm_weight * y / sqrt(mean(y^2) + eps)) + bias, y = residual + branch: the end of
    the decoder, for the last row of each lane. The norm and the product are formed in float32 from the stored y. Only a
    head that normalises its rewards has a bias.
-2. tau and the test are `stars.law`, in float64, uniforms those of `philox.accept_uniform`. A verdict depends on its own
+2. tau and the test are `stars.rules`, in float64, uniforms those of `philox.accept_uniform`. A verdict depends on its own
    lane alone; the first accepted in attempt order, and the best of the rejected, are for the loop to find, which owns
    the slabs. Lanes that need no verdict (the reward of a prompt, an argmax) get one that nobody reads.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stars import law
+from stars import rules as law
 from stars.bindings import libstars
 from stars.kernels.dispatch import on_libstars, on_triton
 from stars.kernels.linear import Weight, linear

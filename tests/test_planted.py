@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stars
-from stars import law
+from stars import rules as law
 from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
 from stars.cli.rows import rows_of_file

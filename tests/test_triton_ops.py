@@ -558,7 +558,7 @@ def test_verdicts_are_those_of_the_law(seed):
 
 def test_the_law_at_its_own_thresholds():
     """The hard rule accepts tau itself, as float64 forms it from the schedule, and nothing below."""
-    from stars import law
+    from stars import rules as law
 
     draw = np.random.default_rng(3)
     state = make_state(150)

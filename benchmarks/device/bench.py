@@ -26,8 +26,9 @@ from stars.device import Occupant, needed_bytes
 from stars.draft import LaneSpec
 from stars.kernels.philox import accept_uniform
 from stars.passes import Span
-from stars.policies import Plan
+from stars.policies import Fixed, Lanes, Plan, Sampled, Score
 from stars.reward import CausalReward
+from stars.rules import Always
 
 SEGMENT, MAX_ATTEMPTS = 32, 20
 LIMITS = dict(cache_tokens=1 << 15, max_model_len=(1 << 14) + 512, max_num_seqs=32, max_num_lanes=64,
@@ -43,7 +44,7 @@ class Plain:
     """Plain sampling in drafts as long as those it is compared with."""
 
     def plan(self) -> Plan:
-        return Plan(SEGMENT, 1, 1, "never", "always")
+        return Plan(Sampled(), Fixed(SEGMENT), Lanes(1), Score("never"), Always())
 
 
 class Timed:

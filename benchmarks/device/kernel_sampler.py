@@ -228,7 +228,7 @@ def verdicts(record: Record, settings: Settings) -> None:
 
 
 def _verdicts(record: Record, ops, device: str, seed: int, dtype: torch.dtype, hidden: int) -> None:
-    """Rewards against float64; then the verdicts over these rewards against `stars.law`."""
+    """Rewards against float64; then the verdicts over these rewards against `stars.rules`."""
     draw = np.random.default_rng(seed)
     lanes = 45
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 from stars.arguments import integer, shown
 from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
-from stars.law import Terms
 from stars.prompt import Prompt
 
 
@@ -27,7 +26,6 @@ class Candidate(NamedTuple):
     token_ids: list[int]  # response with this candidate, without the EOS that ended it
     text: str | None  # its text without a stop string; None unless the reward set `needs_text`
     final: bool = False  # the finished response, which nothing competes with: its session may be written at once
-    terms: Terms | None = None  # what a verdict is asked under
 
 
 class Scored(NamedTuple):
@@ -37,7 +35,6 @@ class Scored(NamedTuple):
     tokens_run: int = 0  # tokens the reward model processed for it
     tokens_full: int = 0  # tokens a score from scratch would process
     handle: Any = None  # kept until commit or discard
-    accepted: bool | None = None  # the law's verdict, where it was taken beside the reward; None leaves it to the loop
 
 
 class TrailingCandidate(NamedTuple):
@@ -47,7 +44,6 @@ class TrailingCandidate(NamedTuple):
     token_ids: list[int]  # the response without it
     lane: int  # of the draft
     max_tokens: int  # it will have no more
-    terms: Terms | None
 
 
 class Trailing(Protocol):
@@ -128,6 +124,12 @@ class Reward(ABC):
 
         Needed where a session keeps what was committed.
         """
+
+    def fork(self, session: Any) -> Any:
+        """A second session with the same history, which goes its own way from now on. RewardError where a session
+        cannot be shared so."""
+        raise RewardError(f"{type(self).__name__} has no fork(session), which this policy needs: write it, or use a "
+                          "policy that keeps one response")
 
     def reset(self) -> None:
         """Forgets every session and handle: the engine was interrupted, and opens anew what it still needs.

@@ -12,11 +12,10 @@ from stars.determinism import check_row_invariance
 from stars.detokenizer import REPLACEMENT
 from stars.errors import OutOfPages, RequestError, RewardError
 from stars.kernels.types import Draft
-from stars.law import Terms
 from stars.model.config import ModelConfig
 from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
-from stars.passes import MOST_CLOSING, NO_VERDICT, Passes, Span, Verdict
+from stars.passes import MOST_CLOSING, Passes, Span, Verdict
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Limits, Reward, Scored, TrailingCandidate, check_path
 
@@ -168,6 +167,11 @@ class CausalReward(Reward):
         valid = min(_common(ids, session.committed, session.table.length), content - 1)
         self._advance(session, ids, valid, content - 1)
 
+    def fork(self, session: _Session) -> _Session:
+        """Shares the pages of the text so far."""
+        table = self.cache.fork(session.table, session.table.capacity)
+        return _Session(table, session.prefix, session.text, session.special, session.closing, list(session.committed))
+
     def reset(self) -> None:
         """Empties the cache."""
         self.cache.reset()
@@ -201,7 +205,7 @@ class CausalReward(Reward):
             if candidate.final:
                 valid = self._advance(session, ids, valid, content - 1)
             if len(ids) - valid > self.cache.slab_len:
-                results[index] = self._score_long(session, ids, content, candidate.terms)
+                results[index] = self._score_long(session, ids, content)
             else:
                 short.append((index, _Handle(session, self.cache.take_slab(), valid, content, ids), new))
         # Spans of one table are made adjacent, so that its pages are read once for all of them.
@@ -209,10 +213,10 @@ class CausalReward(Reward):
         for index, handle, _ in short:
             first.setdefault(id(handle.session), index)
         short.sort(key=lambda entry: first[id(entry[1].session)])
-        verdicts = self._passes.score([self._span(handle, candidates[index].terms)
+        verdicts = self._passes.score([self._span(handle)
                                        for index, handle, _ in short]) if short else []
         for (index, handle, new), verdict in zip(short, verdicts, strict=True):
-            results[index] = _scored(verdict, candidates[index].terms, new, handle)
+            results[index] = _scored(verdict, new, handle)
         return results
 
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> _Trailing | None:
@@ -228,7 +232,7 @@ class CausalReward(Reward):
             # The pages hold all of the response but its last token.
             ids = [(candidate.token_ids or session.prefix)[-1]] + [0] * (count - 1)
             spans.append(Span(session.table, ids, session.table.length, range(start, start + count), start,
-                              candidate.terms or NO_VERDICT, candidate.lane, session.closing))
+                              candidate.lane, session.closing))
         self._passes.score_trailing(draft, spans)
         return _Trailing(self, self._passes, candidates, slabs)
 
@@ -332,10 +336,10 @@ class CausalReward(Reward):
             content = session.prefix
         return content + session.closing, len(content)
 
-    def _span(self, handle: _Handle, terms: Terms | None) -> Span:
+    def _span(self, handle: _Handle) -> Span:
         start = handle.slab * self.cache.slab_len
         new = handle.ids[handle.valid:]
-        return Span(handle.session.table, new, handle.valid, range(start, start + len(new)), start, terms or NO_VERDICT)
+        return Span(handle.session.table, new, handle.valid, range(start, start + len(new)), start)
 
     def _advance(self, session: _Session, ids: list[int], valid: int, stop: int) -> int:
         """Writes ids[valid:stop] into the session's own pages; the number of valid positions afterwards."""
@@ -346,7 +350,7 @@ class CausalReward(Reward):
         session.committed = ids[:stop]
         return stop
 
-    def _score_long(self, session: _Session, ids: list[int], content: int, terms: Terms | None) -> Scored:
+    def _score_long(self, session: _Session, ids: list[int], content: int) -> Scored:
         """A candidate longer than a slab: pages for as long as it is scored, filled in chunks; shared with the prompt
         where they can be. If it wins it is read again."""
         try:
@@ -357,10 +361,10 @@ class CausalReward(Reward):
         self._passes.prefill([(table, ids, len(ids) - 1)])
         slab = self.cache.take_slab()
         start = slab * self.cache.slab_len
-        [verdict] = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start, terms or NO_VERDICT)])
+        [verdict] = self._passes.score([Span(table, ids[-1:], len(ids) - 1, [start], start)])
         self.cache.return_slab(slab)
         self.cache.close(table)
-        return _scored(verdict, terms, run, _Handle(session, LONG, 0, content, ids))
+        return _scored(verdict, run, _Handle(session, LONG, 0, content, ids))
 
     def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
         """Why a response cannot be scored; raised where others hold pages, so that it is tried again by itself."""
@@ -388,7 +392,7 @@ class _Trailing:
             outside = self._reward.outside(ids)
             if outside is not None:
                 verdict = verdict._replace(reward=RewardError(outside))
-            results.append(_scored(verdict, candidate.terms, len(ids) - valid, handle))
+            results.append(_scored(verdict, len(ids) - valid, handle))
         return results
 
 
@@ -419,8 +423,8 @@ class _Handle(NamedTuple):
     ids: list[int]
 
 
-def _scored(verdict: Verdict, terms: Terms | None, run: int, handle: _Handle) -> Scored:
-    return Scored(verdict.reward, run, len(handle.ids), handle, verdict.accepted if terms is not None else None)
+def _scored(verdict: Verdict, run: int, handle: _Handle) -> Scored:
+    return Scored(verdict.reward, run, len(handle.ids), handle)
 
 
 def _common(ids: list[int], committed: list[int], length: int) -> int:

@@ -123,6 +123,10 @@ class EncoderReward(Reward):
             raise problem
         return _Session(text)
 
+    def fork(self, session: Any) -> Any:
+        """The same text."""
+        return session
+
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """A share of one forward pass."""
         return max(1, self._batch_size // responses)

@@ -61,6 +61,10 @@ class FunctionReward(Reward):
             return _Session(list(prompt.token_ids))
         return _Session(prompt.given if prompt.given is not None else prompt.text)
 
+    def fork(self, session: Any) -> Any:
+        """The same prompt."""
+        return session
+
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """`batch_size`, or all."""
         return self.batch_size or 1 << 30

@@ -1,7 +1,7 @@
 """Rewards of lanes and their verdicts in one launch; what is computed is said in `stars.kernels.score_and_decide`.
 
 One program a lane: addition, norm and dot product in float32, then tau and the test in float64, compiled without fused
-multiply-adds, so that every operation rounds as it does in `stars.law`. (The logarithm of the uniform comes from the
+multiply-adds, so that every operation rounds as it does in `stars.rules`. (The logarithm of the uniform comes from the
 card's library, which errs by less than one unit in the last place, as the host's does: a verdict could differ from the
 host's only where the test is that close.)
 
