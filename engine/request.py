@@ -73,7 +73,7 @@ class Hypothesis:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
-    metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it, and of the segments that it descends by
+    metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it and the segments it has
     boundary: Boundary | None = None  # None before its first round
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
@@ -86,6 +86,11 @@ class Hypothesis:
     def sample(self) -> int:
         """Index of its random stream within the request."""
         return self.group.index * self.request.plan.lanes.population + self.slot
+
+    @property
+    def next_segment(self) -> int:
+        """Most tokens of the draft that comes next."""
+        return min(self.request.plan.segment.draft, self.request.params.max_tokens - len(self.token_ids))
 
     @property
     def last_token(self) -> int:

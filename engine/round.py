@@ -98,6 +98,12 @@ class Round:
         hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.error = reason, stop_reason, error
         self._forget_attempts(hypothesis)
 
+    def drop_best(self, hypothesis: Hypothesis) -> None:
+        """Gives back what the best seen of an undecided segment holds."""
+        if hypothesis.best is not None:
+            self._release(hypothesis.best)
+            hypothesis.best = None
+
     def close(self, hypothesis: Hypothesis) -> None:
         """Gives back what a response held in both models' caches."""
         if hypothesis.table is not None:
@@ -163,8 +169,8 @@ class Round:
         for lane in lanes:
             hypothesis = lane.hypothesis
             request = hypothesis.request
-            specs.append(LaneSpec(hypothesis.table, hypothesis.last_token, lane.slab, _room(hypothesis), request.seed,
-                                  lane.attempt, _stream(hypothesis), request.params, request.stop_ids,
+            specs.append(LaneSpec(hypothesis.table, hypothesis.last_token, lane.slab, hypothesis.next_segment,
+                                  request.seed, lane.attempt, _stream(hypothesis), request.params, request.stop_ids,
                                   hypothesis.history() if request.params.penalties else None))
         begin = time.perf_counter()
         self.drafter.launch(specs)
@@ -195,7 +201,7 @@ class Round:
                 scored.setdefault(lane.hypothesis, []).append((place, lane))
         batch, candidates = [], []
         for hypothesis, own in scored.items():
-            room = _room(hypothesis)
+            room = hypothesis.next_segment
             for place, lane in own[: max(1, self.reward.lanes_per_pass(room, len(scored)))]:
                 batch.append(lane)
                 candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, place, room))
@@ -401,29 +407,29 @@ class Round:
 
     def _arrange(self, group: Group, decision: Decision, winners: list[Winner],
                  twins: list[tuple[Winner, int]]) -> None:
-        """Drops and forks as the decision says, and appends what is to be committed of each hypothesis."""
+        """Drops and forks as the decision says, and appends what is to be committed of each hypothesis.
+
+        A fork has the history of its parent before this round, or, where both keep the same, after its commit.
+        """
         members = {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
         for slot in decision.drop:
-            self._drop(members[slot])
+            self._drop(members[slot])  # first: forks may need its pages
         slots = iter(group.free_slots)
-        seen: dict[int, list[tuple[Keep, Winner | None]]] = {}
-        forks: list[tuple[Keep, Hypothesis]] = []
+        seen: dict[int, list[tuple[Keep, Winner]]] = {}
         for keep in decision.keep:
-            kept = seen.setdefault(keep.hypothesis, [])
-            twin = next((winner for other, winner in kept if _same(other, keep)), None)
-            hypothesis = members[keep.hypothesis]
-            if kept and hypothesis.finish_reason is not None:
-                self._fork(hypothesis, next(slots))
+            parent = members[keep.hypothesis]
+            first, kept = keep.hypothesis not in seen, seen.setdefault(keep.hypothesis, [])
+            if keep.attempt == EARLIER:
+                if not first:
+                    self._fork(parent, next(slots))
                 continue
+            twin = next((winner for other, winner in kept if _same(other, keep)), None)
             if twin is not None:
                 twins.append((twin, next(slots)))
                 continue
-            if kept:  # its history as it is now, before anything is committed
-                hypothesis = self._fork(hypothesis, next(slots))
-            winner = None
-            if keep.attempt != EARLIER:
-                winner = self._winner(hypothesis, members[keep.hypothesis].attempts[keep.attempt - 1], keep)
-                winners.append(winner)
+            hypothesis = parent if first else self._fork(parent, next(slots))
+            winner = self._winner(hypothesis, parent.attempts[keep.attempt - 1], keep)
+            winners.append(winner)
             kept.append((keep, winner))
 
     def _winner(self, hypothesis: Hypothesis, lane: Lane, keep: Keep) -> Winner:
@@ -553,9 +559,7 @@ class Round:
                 self._release(lane)
 
     def _forget_attempts(self, hypothesis: Hypothesis) -> None:
-        if hypothesis.best is not None:
-            self._release(hypothesis.best)
-            hypothesis.best = None
+        self.drop_best(hypothesis)
         hypothesis.attempts = []
 
     def _release(self, lane: Lane) -> None:
@@ -565,12 +569,6 @@ class Round:
         if lane.score_handle is not None:
             self.reward.discard(lane.score_handle)
             lane.score_handle = None
-
-
-def _room(hypothesis: Hypothesis) -> int:
-    """Most tokens of the next draft."""
-    request = hypothesis.request
-    return min(request.plan.segment.draft, request.params.max_tokens - len(hypothesis.token_ids))
 
 
 def _stream(hypothesis: Hypothesis) -> int:

@@ -48,7 +48,7 @@ class State(NamedTuple):
     prompt_reward: float | None  # r(x), where the plan asks for it
     relaxed: int  # how often the rule was relaxed for this segment
     live: Sequence[int]  # slots of the group's hypotheses, finished ones included
-    uniforms: Sequence[float]  # in (0, 1), of this round and group; as many as the rule's `group_uniforms`, if it has it
+    uniforms: Sequence[float]  # in (0, 1), of this round; as many as the rule's `group_uniforms`, if it has that
     memory: Any  # what this rule returned last; None before
 
 
@@ -248,8 +248,8 @@ def problem(decision: Any, judged: Sequence[Judged], state: State, population: i
             stop_ids: Collection[int], whole_responses: bool) -> str | None:
     """What is wrong with a decision, as the end of a sentence that begins with the rule's name; None if it can be done.
 
-    population: the most hypotheses of the group. stop_ids: tokens that end a response. whole_responses: whether attempts
-    are whole responses, which can be neither cut, continued nor forked.
+    population: the most hypotheses of the group. stop_ids: tokens that end a response. whole_responses: whether
+    attempts are whole responses, which can be neither cut, continued nor forked.
     """
     if decision is None:
         return None

@@ -3,8 +3,8 @@
 1. The reward of a lane is head . (norm_weight * y / sqrt(mean(y^2) + eps)) + bias, y = residual + branch: the end of
    the decoder, for the last row of each lane. The norm and the product are formed in float32 from the stored y. Only a
    head that normalises its rewards has a bias.
-2. tau and the test are `stars.rules`, in float64, uniforms those of `philox.accept_uniform`. A verdict depends on its own
-   lane alone; the first accepted in attempt order, and the best of the rejected, are for the loop to find, which owns
+2. tau and the test are `stars.rules`, in float64, uniforms those of `philox.accept_uniform`. A verdict depends on its
+   own lane alone; the first accepted in attempt order, and the best of the rejected, are for the loop to find, which owns
    the slabs. Lanes that need no verdict (the reward of a prompt, an argmax) get one that nobody reads.
 """
 
