@@ -4,8 +4,8 @@
    the decoder, for the last row of each lane. The norm and the product are formed in float32 from the stored y. Only a
    head that normalises its rewards has a bias.
 2. tau and the test are `stars.rules`, in float64, uniforms those of `philox.accept_uniform`. A verdict depends on its
-   own lane alone; the first accepted in attempt order, and the best of the rejected, are for the loop to find, which owns
-   the slabs. Lanes that need no verdict (the reward of a prompt, an argmax) get one that nobody reads.
+   own lane alone; the first accepted in attempt order, and the best of the rejected, are for the loop to find, which
+   owns the slabs. Lanes that need no verdict (the reward of a prompt, an argmax) get one that nobody reads.
 """
 
 from __future__ import annotations
