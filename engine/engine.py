@@ -585,7 +585,7 @@ class _Owner:
 
     __slots__ = ("news", "waits_for", "__weakref__")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
 

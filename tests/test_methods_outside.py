@@ -454,7 +454,7 @@ def test_a_whole_response_can_be_neither_cut_nor_forked():
 def test_a_population_beyond_the_engine_is_refused():
     engine = breeding_engine(max_num_seqs=2)
     with pytest.raises(stars.RequestError, match="population is 3 and the engine decodes 2 responses at once"):
-        engine.add_request({"prompt_token_ids": ids(5, 11)}, None, Breed())
+        engine.add_request({"prompt_token_ids": ids(5, 11)}, stars.SamplingParams(max_tokens=9), Breed())
 
 
 def test_a_reward_that_cannot_be_forked_says_so():
