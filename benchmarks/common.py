@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import stars
-from stars import law
+from stars import rules
 from stars.bindings import libstars
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,9 +205,9 @@ def forced_accept(rate: float) -> Iterator[None]:
 
     The attempt's own uniform decides, so equal seeds give equal numbers of attempts in every loop that uses it.
     """
-    accepts = law.accepts
-    law.accepts = lambda uniform, reward, tau, beta: uniform < rate
+    accepts = rules.accepts
+    rules.accepts = lambda uniform, reward, tau, beta: uniform < rate
     try:
         yield
     finally:
-        law.accepts = accepts
+        rules.accepts = accepts

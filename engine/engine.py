@@ -33,10 +33,11 @@ from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.policies import Plan, Policy, Sample, plan_of
 from stars.prompt import parse_prompt
-from stars.request import Group, Hypothesis, Request
+from stars.request import Group, Request
 from stars.reward import resolve_reward
 from stars.reward.base import Reward
 from stars.round import Round
+from stars.rules import Threshold
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
@@ -120,7 +121,7 @@ class Engine:
         if self.reward is not None and config.target.measures_widths:
             with decoder.lock:
                 chooser.measure()
-        self._round = Round(drafter, self._cache, self.reward, chooser, config)
+        self._round = Round(drafter, self._cache, self._passes, self.reward, chooser, config)
         self._scheduler = Scheduler(self._cache, self.reward, self._passes, self._round, config)
         self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
@@ -129,7 +130,7 @@ class Engine:
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
         self._orphans: deque[str] = deque()  # ids of requests whose owner went away
         self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
-        self._in_round: Sequence[Hypothesis] = ()  # whose round has begun and does not stand yet
+        self._in_round: Sequence[Group] = ()  # whose round has begun and does not stand yet
         self._ids = itertools.count()
         self._warnings: list[str] = []  # to be shown once the books are closed
         self._warned: set[Plan] = set()
@@ -310,14 +311,15 @@ class Engine:
             raise RequestError(_no_params(params))
         refuse_bare_prompt(given)
         plan = plan_of(policy)
-        if plan.scoring != "never" and self.reward is None:
+        if plan.score.when != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
-        if plan.segment_size > self.config.max_segment_size:
-            raise RequestError(f"segment_size is {plan.segment_size} and the engine's slabs hold "
+        draft, population = plan.segment.draft, plan.lanes.population
+        if draft > self.config.max_segment_size:
+            raise RequestError(f"segment_size is {draft} and the engine's slabs hold "
                                f"{self.config.max_segment_size} tokens: build it with a larger max_segment_size")
-        if params.n * plan.candidates > MAX_SAMPLE + 1:
-            raise RequestError(f"n times the policy's candidates is {params.n * plan.candidates}, the most is "
+        if params.n * population > MAX_SAMPLE + 1:
+            raise RequestError(f"n times the policy's candidates is {params.n * population}, the most is "
                                f"{MAX_SAMPLE + 1}: split the request")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
@@ -336,11 +338,11 @@ class Engine:
                                f"{shown(params.max_tokens)} make {shown(needed)}, the limit is "
                                f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
                                "shorten the prompt or lower max_tokens")
-        if params.max_tokens > plan.segment_size * (MAX_SEGMENT + 1):
+        if params.max_tokens > draft * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
-                               f"{plan.segment_size} tokens: use longer segments or fewer tokens")
+                               f"{draft} tokens: use longer segments or fewer tokens")
         self._scheduler.check(type(policy).__name__, plan, len(prompt.token_ids), params.max_tokens)
-        if plan.scoring != "never":
+        if plan.score.when != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
             request_id = self._new_id()
@@ -461,9 +463,9 @@ class Engine:
             self._one_by_one(error)
         self._show_warnings()
 
-    def _schedule(self, only: Request | None = None) -> None:
+    def _schedule(self, only: Group | None = None) -> None:
         """Sees to it that whoever runs has the pages of a segment, and admits what fits besides; with `only`, of one
-        request."""
+        group."""
         self._changing = True
         self._settle(self._scheduler.reserve())
         self._settle(self._scheduler.admit(only))
@@ -472,42 +474,42 @@ class Engine:
     def _run_round(self, groups: Sequence[Group]) -> None:
         if not groups:
             return
-        active = [hypothesis for group in groups for hypothesis in group.active]
-        for hypothesis in active:
-            if not hypothesis.attempts:
-                hypothesis.mark_boundary()
-        self._changing, self._in_round = True, active
+        for group in groups:
+            if not group.undecided:
+                group.mark_boundary()
+        self._changing, self._in_round = True, groups
         changed = self._round.run(groups)
         self._in_round = ()  # from here on it stands
         self._settle({group.request.request_id: group.request for group in changed}.values())
         self._changing = False
 
     def _one_by_one(self, error: Exception) -> None:
-        """Gives every request that was at work when `error` was raised a segment by itself: who fails alone ends."""
-        held = [hypothesis.request for request in self._requests.values() for hypothesis in request.hypotheses
-                if hypothesis.table is not None]
-        requests = list({request.request_id: request for request in held}.values())
-        if not requests:
+        """Gives every group that was at work when `error` was raised a segment by itself: who fails alone ends."""
+        groups = [group for request in self._requests.values() for group in request.groups
+                  if any(hypothesis.table is not None for hypothesis in group.hypotheses)]
+        if not groups:
             raise error
         self._recover()
-        if len(requests) == 1:
-            self._fail(requests[0], error)
+        if len(groups) == 1:
+            self._fail(groups[0].request, error)
             return
-        log(f"a round raised {describe(error)}: each of its {len(requests)} requests is run by itself", error)
-        for request in requests:
+        log(f"a round raised {describe(error)}: each of its {len(groups)} completions is run by itself", error)
+        for group in groups:
+            if group.finished:  # as another one of its request failed
+                continue
             self._changing = True
             self._recover()  # nobody else holds a page
             try:
-                self._schedule(request)
+                self._schedule(group)
                 mine = self._scheduler.groups
                 while mine:  # to the end of a segment: the round that failed may be a later one of it
                     self._run_round(mine)
-                    mine = [group for group in mine if any(hypothesis.attempts for hypothesis in group.hypotheses)]
+                    mine = [group] if group.undecided else []
             except IntegrityError:
                 raise
             except Exception as alone:
                 self._recover()
-                self._fail(request, alone)
+                self._fail(group.request, alone)
 
     def _fail(self, request: Request, error: Exception) -> None:
         before, self._changing = self._changing, True
@@ -520,17 +522,16 @@ class Engine:
             return
         self.config.target.synchronise()  # what the stopped call had launched may still read what the host fills next
         requests = list(self._requests.values())
-        hypotheses = [hypothesis for request in requests for hypothesis in request.hypotheses]
-        for hypothesis in hypotheses:
+        for group in (group for request in requests for group in request.groups):
             # A round that did not end never happened; after one, a segment that goes on is begun again.
-            if hypothesis.attempts or hypothesis in self._in_round:
-                hypothesis.go_back()
+            if group.undecided or group in self._in_round:
+                group.go_back()
         self._in_round = ()
         self._round.reset()
         self._cache.reset()
         if self.reward is not None:
             self.reward.reset()
-        for hypothesis in hypotheses:
+        for hypothesis in (hypothesis for request in requests for hypothesis in request.hypotheses):
             hypothesis.let_go()
         self._scheduler.reset(requests)
         self._settle([request for request in requests if request.finished])
@@ -558,11 +559,11 @@ class Engine:
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
         plan = request.plan
-        if plan.decision != "threshold" or plan in self._warned or len(self._warned) == MOST_WARNED:
+        if not isinstance(plan.decide, Threshold) or plan in self._warned or len(self._warned) == MOST_WARNED:
             return
         metrics = [hypothesis.metrics for hypothesis in request.hypotheses]
         counted, accepted = sum(m.attempts_counted for m in metrics), sum(m.accepted for m in metrics)
-        threshold = plan.reward_threshold
+        threshold = plan.decide.reward_threshold
         if threshold == float("inf") or counted < LOW_ACCEPT_ATTEMPTS or accepted > LOW_ACCEPT_RATE * counted:
             return
         seen = [attempt.reward for hypothesis in request.hypotheses for segment in hypothesis.segments
@@ -584,7 +585,7 @@ class _Owner:
 
     __slots__ = ("news", "waits_for", "__weakref__")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from stars.errors import warn
@@ -30,22 +30,19 @@ class Attempt(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A committed segment and every attempt drawn for it."""
+    """A committed segment and every attempt drawn for it.
+
+    Where a method cut the attempt that it kept, or continued it with tokens that were not drafted, the segment's tokens
+    differ from that attempt's; reward and threshold are those of the attempt.
+    """
 
     token_ids: list[int]
     reward: float | None
     threshold: float | None
     accepted: bool  # False where the best seen won after max_attempts rejections
     attempts: list[Attempt]
-
-    @property
-    def winner(self) -> int:
-        """Index in `attempts` of the committed candidate."""
-        for index, attempt in enumerate(self.attempts):
-            if attempt.accepted:
-                return index
-        rewards = [float("-inf") if attempt.reward is None else attempt.reward for attempt in self.attempts]
-        return rewards.index(max(rewards))
+    winner: int = 0  # index in `attempts` of the committed candidate
+    logprob: float = 0.0  # of what was drawn of it, as an attempt's
 
     def __repr__(self) -> str:
         return (f"Segment({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
@@ -79,10 +76,32 @@ class Metrics:
         """Accepted over attempts up to the winner (later lanes would bias it by the width); None before any."""
         return self.accepted / self.attempts_counted if self.attempts_counted else None
 
+    def keep(self, segment: Segment, in_order: bool) -> None:
+        """Counts a segment that became history. in_order: whether attempts after the accepted one were not asked for,
+        so that they do not count."""
+        self.segments += 1
+        self.lm_tokens_kept += len(segment.token_ids)
+        self.accepted += segment.accepted
+        self.fallbacks += not segment.accepted
+        up_to_it = in_order and segment.accepted
+        self.attempts_counted += segment.winner + 1 if up_to_it else len(segment.attempts)
+
+    def drawn(self) -> Metrics:
+        """These without what counts kept segments: what is left of a response that is dropped."""
+        return replace(self, **dict.fromkeys(KEPT, 0))
+
+    def kept(self) -> Metrics:
+        """The counts of kept segments alone: what a fork takes over."""
+        return Metrics(**{name: getattr(self, name) for name in KEPT})
+
     def add(self, other: Metrics) -> None:
         """Adds the counts and times of `other`; the width is the larger of the two."""
         for name, value in vars(other).items():
             setattr(self, name, max(self.width, value) if name == "width" else getattr(self, name) + value)
+
+
+KEPT = ("segments", "attempts_counted", "accepted", "fallbacks", "lm_tokens_kept")
+"""Counts of what became history; the others are of all that was drawn."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ import copy
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,10 +15,11 @@ from stars.detokenizer import Detokenizer, find_stop, hold_back
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.policies import Plan, Policy
 from stars.prompt import Prompt
+from stars.rules import Judged, Note
 from stars.sampling import SamplingParams
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """One candidate of one segment: drafted, perhaps scored, then committed or gone."""
 
@@ -29,16 +30,14 @@ class Lane:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # if this candidate were committed
     stop_reason: int | str | None = None
-    threshold: float | None = None
     reward: float | None = None
-    accept_probability: float | None = None
-    accepted: bool = False
+    note: Note | None = None  # what the rule says of it
+    judged: Judged | None = None  # what the rule is shown of it, once it may be judged
     score_handle: Any = None  # what the reward keeps of it until it is committed or discarded
 
     def attempt_record(self) -> Attempt:
         """The user's view of this candidate."""
-        return Attempt(self.token_ids, self.reward, self.threshold, self.accept_probability, self.accepted,
-                       sum(self.logprobs))
+        return _record(self.token_ids, self.reward, self.note, sum(self.logprobs))
 
 
 class Boundary(NamedTuple):
@@ -46,8 +45,12 @@ class Boundary(NamedTuple):
 
     tokens: int
     segments: int
+    drafts: int
+    logprobs: int
     cumulative_logprob: float
     reward: float | None
+    finish_reason: str | None
+    stop_reason: int | str | None
     metrics: Metrics
 
 
@@ -55,27 +58,39 @@ class Boundary(NamedTuple):
 class Hypothesis:
     """One response in the making: its own history in both caches and its own random stream."""
 
-    request: Request
-    sample: int  # index of the random stream within the request
+    group: Group
+    slot: int
     table: BlockTable | None = None
     session: Any = None  # the reward's state of this response
     token_ids: list[int] = field(default_factory=list)  # committed
     segments: list[Segment] = field(default_factory=list)
+    drafts: int = 0  # committed: the number of the next one in the random stream
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
     best: Lane | None = None  # best seen of the segment being decided; keeps its slabs
+    logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
     cumulative_logprob: float = 0.0
-    reward: float | None = None
+    reward: float | None = None  # of all that is committed; None where it was not asked for
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it and the segments it has
     boundary: Boundary | None = None  # None before its first round
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
     @property
+    def request(self) -> Request:
+        """Whose response it is."""
+        return self.group.request
+
+    @property
+    def sample(self) -> int:
+        """Index of its random stream within the request."""
+        return self.group.index * self.request.plan.lanes.population + self.slot
+
+    @property
     def next_segment(self) -> int:
-        """Most tokens of the segment that comes next."""
-        return min(self.request.plan.segment_size, self.request.params.max_tokens - len(self.token_ids))
+        """Most tokens of the draft that comes next."""
+        return min(self.request.plan.segment.draft, self.request.params.max_tokens - len(self.token_ids))
 
     @property
     def last_token(self) -> int:
@@ -84,36 +99,39 @@ class Hypothesis:
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
-        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.cumulative_logprob, self.reward,
+        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.logprobs),
+                                 self.cumulative_logprob, self.reward, self.finish_reason, self.stop_reason,
                                  copy.copy(self.metrics))
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
         called again."""
-        if self.boundary is not None:
-            del self.token_ids[self.boundary.tokens :]
-            del self.segments[self.boundary.segments :]
-            self.cumulative_logprob, self.reward = self.boundary.cumulative_logprob, self.boundary.reward
-            self.metrics = copy.copy(self.boundary.metrics)
-            self._history = None
+        mark = self.boundary
         self.finish_reason = self.stop_reason = self.error = None
-
-    def preempt(self) -> None:
-        """Goes back to the boundary because its pages are needed: the attempts since then will be drawn again.
-
-        What they took of the clock stays counted; everything else is counted when it is drawn again.
-        """
-        spent = self.metrics
-        if self.attempts:
-            self.go_back()
-        self.metrics.lm_seconds, self.metrics.rm_seconds = spent.lm_seconds, spent.rm_seconds
-        self.metrics.num_preemptions += 1
-        self.attempts = []
+        if mark is not None:
+            del self.token_ids[mark.tokens :]
+            del self.segments[mark.segments :]
+            del self.logprobs[mark.logprobs :]
+            self.drafts, self.cumulative_logprob, self.reward = mark.drafts, mark.cumulative_logprob, mark.reward
+            self.finish_reason, self.stop_reason = mark.finish_reason, mark.stop_reason
+            self.metrics = copy.copy(mark.metrics)
+            self._history = None
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
         self.table = self.session = self.best = None
         self.attempts = []
+
+    def fork(self, slot: int) -> Hypothesis:
+        """A second hypothesis with this one's history, in a slot of its own; without a place in the caches yet."""
+        return Hypothesis(
+            self.group, slot, token_ids=list(self.token_ids), segments=list(self.segments), drafts=self.drafts,
+            cumulative_logprob=self.cumulative_logprob, reward=self.reward, finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason, error=self.error, metrics=self.metrics.kept())
+
+    def whole_record(self, note: Note | None) -> Attempt:
+        """The user's view of a whole response that competes with others."""
+        return _record(list(self.token_ids), self.reward, note, self.cumulative_logprob)
 
     def history(self) -> np.ndarray:
         """int32 [n, 2]: the distinct tokens of prompt and response, rising, each with its count in the response."""
@@ -126,7 +144,7 @@ class Hypothesis:
             self._history = len(self.token_ids), entries
         return self._history[1]
 
-    def content_ids(self, extra: Lane | None = None) -> list[int]:
+    def content_ids(self, extra: Extra | None = None) -> list[int]:
         """Response ids with `extra` appended, without the EOS or stop token that ended them: what a reward reads."""
         ids = self.token_ids + extra.token_ids if extra is not None else self.token_ids
         if ids and ids[-1] in self.request.stop_ids:
@@ -134,23 +152,94 @@ class Hypothesis:
         return ids
 
 
+class Mark(NamedTuple):
+    """A group as it was when its newest segment began; its hypotheses' own boundaries are with them."""
+
+    hypotheses: tuple[Hypothesis, ...]
+    memory: Any
+    dropped: Metrics
+
+
 @dataclass(eq=False)
 class Group:
-    """The population of one completion."""
+    """The population of one completion, which is decided together and never sees another group."""
 
     request: Request
     index: int  # of the completion
-    hypotheses: list[Hypothesis]
+    hypotheses: list[Hypothesis] = field(default_factory=list)  # by slot; those that were dropped are gone
+    round: int = 0  # of the segment being decided
+    memory: Any = None  # what the rule returned last
+    dropped: Metrics = field(default_factory=Metrics)  # of what was drawn for hypotheses that are gone
+    boundary: Mark | None = None  # None before its first round
+
+    def __post_init__(self) -> None:
+        self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
 
     @property
     def active(self) -> list[Hypothesis]:
         """Those that draw in the next round. Of whole responses some may still wait for room."""
         return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None]
 
+    @property
+    def finished(self) -> bool:
+        """True when every hypothesis has a finish reason."""
+        return all(hypothesis.finish_reason is not None for hypothesis in self.hypotheses)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a segment goes on: a round of it was drawn, and nothing is kept yet."""
+        return any(hypothesis.attempts for hypothesis in self.hypotheses)
+
+    @property
+    def free_slots(self) -> list[int]:
+        """Slots that a fork may take."""
+        taken = {hypothesis.slot for hypothesis in self.hypotheses}
+        return [slot for slot in range(self.request.plan.lanes.population) if slot not in taken]
+
+    def mark_boundary(self) -> None:
+        """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that have begun."""
+        self.round = 0
+        for hypothesis in self.hypotheses:
+            if hypothesis.table is not None or hypothesis.finish_reason is not None:
+                hypothesis.mark_boundary()
+        self.boundary = Mark(tuple(self.hypotheses), self.memory, copy.copy(self.dropped))
+
+    def go_back(self) -> None:
+        """As `Hypothesis.go_back`: who appeared since the boundary is gone, who vanished is there again."""
+        if self.boundary is not None:
+            self.hypotheses = list(self.boundary.hypotheses)
+            self.memory, self.dropped = self.boundary.memory, copy.copy(self.boundary.dropped)
+        self.round = 0
+        for hypothesis in self.hypotheses:
+            hypothesis.go_back()
+
+    def shared(self) -> list[Segment]:
+        """The segments from which all of its hypotheses descend: what may be shown."""
+        shared = []
+        for at_once in zip(*(hypothesis.segments for hypothesis in self.hypotheses), strict=False):
+            if any(segment is not at_once[0] for segment in at_once):
+                break
+            shared.append(at_once[0])
+        return shared
+
+    def metrics(self) -> Metrics:
+        """Of all that was drawn for the completion, and of what is kept of it so far."""
+        if len(self.hypotheses) == 1:
+            [only] = self.hypotheses
+            metrics = copy.copy(only.metrics)
+        else:
+            metrics = Metrics()
+            for hypothesis in self.hypotheses:
+                metrics.add(hypothesis.metrics.drawn())
+            for segment in self.shared():
+                metrics.keep(segment, self.request.plan.decide.in_order)
+        metrics.add(self.dropped)
+        return metrics
+
 
 @dataclass(eq=False)
 class Request:
-    """A prompt with its parameters and its hypotheses."""
+    """A prompt with its parameters and its completions."""
 
     request_id: str
     prompt: Prompt
@@ -162,15 +251,12 @@ class Request:
     eos_token_ids: tuple[int, ...]
     tokenizer: Any
     stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
-    groups: list[Group] = field(default_factory=list)  # one a completion
+    groups: list[Group] = field(default_factory=list)  # one for each completion
     prompt_reward: float | None = None
-    threshold_start: float = 0.0  # r0 of the law
     owner: weakref.ref | None = None  # who waits for it in generate or stream; None: whoever calls step
 
-    def __post_init__(self):
-        population = self.plan.candidates
-        self.groups = [Group(self, index, [Hypothesis(self, index * population + slot) for slot in range(population)])
-                       for index in range(self.params.n)]
+    def __post_init__(self) -> None:
+        self.groups = [Group(self, index) for index in range(self.params.n)]
 
     @property
     def hypotheses(self) -> list[Hypothesis]:
@@ -180,14 +266,14 @@ class Request:
     @property
     def finished(self) -> bool:
         """True when every hypothesis has a finish reason."""
-        return all(hypothesis.finish_reason is not None for hypothesis in self.hypotheses)
+        return all(group.finished for group in self.groups)
 
     @cached_property
     def detokenizer(self) -> Detokenizer:
         """Decodes responses to this prompt; made when a text is first wanted, so that nothing else pays for it."""
         return Detokenizer(self.tokenizer, self.prompt.token_ids)
 
-    def response_text(self, hypothesis: Hypothesis, extra: Lane | None = None) -> str | None:
+    def response_text(self, hypothesis: Hypothesis, extra: Extra | None = None) -> str | None:
         """Text of the response (with `extra` appended), the stop string cut off; None without a tokenizer."""
         if self.tokenizer is None:
             return None
@@ -198,41 +284,48 @@ class Request:
 
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""
-        completions = [self._completion(group.index, group.hypotheses) for group in self.groups]
+        completions = [self._completion(group) for group in self.groups]
         metrics = Metrics()
         for completion in completions:
             metrics.add(completion.metrics)
         return RequestOutput(self.request_id, self.prompt.given, list(self.prompt.token_ids), completions,
                              self.finished, self.seed, self.policy, self.prompt_reward, metrics)
 
-    def _completion(self, index: int, group: list[Hypothesis]) -> CompletionOutput:
-        if len(group) == 1:
-            return self._shown(index, group[0], group[0].segments, group[0].metrics)
-        # Best of several whole responses: nothing is shown before the winner is known. Each response is one attempt,
-        # in however many pieces it was drafted.
-        metrics = Metrics()
-        for hypothesis in group:
-            metrics.add(hypothesis.metrics)
-        metrics.segments = metrics.accepted = metrics.attempts_counted = metrics.lm_tokens_kept = 0
-        metrics.attempts = len(group)
-        failed = next((h for h in group if h.finish_reason in ("error", "abort")), None)
-        if failed is not None:
-            return CompletionOutput(index, finish_reason=failed.finish_reason, error=failed.error, metrics=metrics,
-                                    text="" if self.tokenizer is not None else None)
-        if any(hypothesis.finish_reason is None for hypothesis in group):
-            return CompletionOutput(index, metrics=metrics, text="" if self.tokenizer is not None else None)
-        best = max(group, key=lambda hypothesis: hypothesis.reward)  # max keeps the earliest of equals
-        attempts = [Attempt(list(h.token_ids), h.reward, None, None, h is best, h.cumulative_logprob) for h in group]
-        segment = Segment(list(best.token_ids), best.reward, None, True, attempts)
-        metrics.segments = metrics.accepted = 1
-        metrics.attempts_counted = len(group)
-        metrics.lm_tokens_kept = len(best.token_ids)
-        return self._shown(index, best, [segment], metrics)
-
-    def _shown(self, index: int, hypothesis: Hypothesis, segments: list[Segment], metrics: Metrics) -> CompletionOutput:
-        text = self.response_text(hypothesis)
-        if text is not None and hypothesis.finish_reason is None:
+    def _completion(self, group: Group) -> CompletionOutput:
+        """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
+        only = group.hypotheses[0]
+        if len(group.hypotheses) == 1 and (only.segments or not self.plan.whole):
+            text = self.response_text(only)
+            if text is not None and only.finish_reason is None:
+                text = hold_back(text, self.params.stop)
+            return CompletionOutput(
+                group.index, text, list(only.token_ids), only.cumulative_logprob, only.finish_reason, only.stop_reason,
+                only.reward, list(only.segments), group.metrics(), only.error)
+        failed = next((h for h in group.hypotheses if h.finish_reason in ("error", "abort")), None)
+        shared = group.shared()
+        token_ids = [token for segment in shared for token in segment.token_ids]
+        text = None if self.tokenizer is None else self.detokenizer.decode(token_ids)
+        if text is not None and failed is None:
             text = hold_back(text, self.params.stop)
-        return CompletionOutput(index, text, list(hypothesis.token_ids), hypothesis.cumulative_logprob,
-                                hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.reward, list(segments),
-                                copy.copy(metrics), hypothesis.error)
+        logprob = 0.0
+        for segment in shared:
+            logprob += segment.logprob
+        return CompletionOutput(
+            group.index, text, token_ids, logprob, failed.finish_reason if failed is not None else None,
+            reward=shared[-1].reward if shared else None, segments=shared, metrics=group.metrics(),
+            error=failed.error if failed is not None else None)
+
+
+class Extra(Protocol):
+    """What may continue a response: a lane, or what is kept of one."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+    @property
+    def stop_reason(self) -> int | str | None: ...
+
+
+def _record(token_ids: list[int], reward: float | None, note: Note | None, logprob: float) -> Attempt:
+    threshold, probability, accepted = note if note is not None else (None, None, False)
+    return Attempt(token_ids, reward, threshold, probability, accepted, logprob)

@@ -4,32 +4,62 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from stars import law
 from stars.cache import CommitMove, PagedCache
 from stars.config import EngineConfig
 from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
-from stars.kernels.philox import accept_uniform, pack_stream
+from stars.errors import IntegrityError, RewardError, describe, log
+from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, pack_stream, rule_uniforms
 from stars.outputs import Segment
+from stars.passes import Passes
+from stars.policies import rule_name
 from stars.request import Group, Hypothesis, Lane, Request
 from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
+from stars.rules import EARLIER, EXHAUST, Decision, Judged, Keep, State, best, decides, problem
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
 
 
+@dataclass(eq=False)
+class Winner:
+    """What becomes history of one hypothesis: drafted tokens of a lane, all of them unless a rule cut them, and what a
+    rule put after them."""
+
+    hypothesis: Hypothesis
+    lane: Lane
+    token_ids: list[int]
+    drafted: int  # how many of them the lane drew
+    finish_reason: str | None
+    stop_reason: int | str | None
+    reward: float | None = None  # of the response with it, where that is known
+
+    @property
+    def as_drawn(self) -> bool:
+        """Whether it is a lane as it was drawn."""
+        return len(self.token_ids) == self.drafted == len(self.lane.token_ids)
+
+    @classmethod
+    def of(cls, lane: Lane) -> Winner:
+        """All of a lane."""
+        return cls(lane.hypothesis, lane, lane.token_ids, len(lane.token_ids), lane.finish_reason, lane.stop_reason,
+                   lane.reward)
+
+
 class Round:
-    """Advances hypotheses by one round each.
+    """Advances groups by one round each.
 
     Every lane belongs to one hypothesis. At the end of a round a lane's slabs have been committed, returned, or are
     kept by `hypothesis.best`, the best seen of a segment that goes on.
     """
 
-    def __init__(self, drafter: Drafter, cache: PagedCache, reward: Reward | None, chooser: WidthChooser,
-                 config: EngineConfig):
+    def __init__(self, drafter: Drafter, cache: PagedCache, passes: Passes, reward: Reward | None,
+                 chooser: WidthChooser, config: EngineConfig):
         self.drafter = drafter
         self.cache = cache
+        self.passes = passes
         self.reward = reward
         self.chooser = chooser
         self.max_num_lanes = config.max_num_lanes
@@ -37,23 +67,22 @@ class Round:
         self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
 
     def run(self, groups: Sequence[Group]) -> list[Group]:
-        """One round for all of `groups`; returns those of which a response grew or ended.
+        """One round for all of `groups`; returns those whose segment was decided or that ended.
 
         Whatever stops it in the middle leaves hypotheses and caches half changed: the caller goes back to a boundary.
         """
-        active = [hypothesis for group in groups for hypothesis in group.active]
-        lanes: list[list[Lane]] = []
-        self._propose(active, lanes)
-        self._draft(lanes)
-        winners = self._decide(lanes)
-        self._commit(winners)
-        for group in lanes:
-            for lane in group:
-                if lane is not lane.hypothesis.best or lane.hypothesis.finish_reason is not None:
+        drawn: dict[Hypothesis, list[Lane]] = {}
+        self._propose([hypothesis for group in groups for hypothesis in group.active], drawn)
+        self._draft([lane for lanes in drawn.values() for lane in lanes])
+        decisions = self._decide(groups, drawn)
+        self._commit(groups, decisions, drawn)
+        for hypothesis, lanes in drawn.items():
+            if hypothesis.attempts:  # the segment goes on
+                self._keep_best(hypothesis, lanes)
+            else:
+                for lane in lanes:
                     self._release(lane)
-        changed = {hypothesis for hypothesis in active
-                   if hypothesis.finish_reason is not None or not hypothesis.attempts}
-        return [group for group in groups if not changed.isdisjoint(group.hypotheses)]
+        return [group for group in groups if group.finished or not group.undecided]
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
@@ -69,8 +98,7 @@ class Round:
                error: str | None = None) -> None:
         """Ends a response; its pages and its reward session are for the scheduler to close once the round is over."""
         hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.error = reason, stop_reason, error
-        self.drop_best(hypothesis)
-        hypothesis.attempts = []
+        self.forget_attempts(hypothesis)
 
     def drop_best(self, hypothesis: Hypothesis) -> None:
         """Gives back what the best seen of an undecided segment holds."""
@@ -78,51 +106,56 @@ class Round:
             self._release(hypothesis.best)
             hypothesis.best = None
 
+    def close(self, hypothesis: Hypothesis) -> None:
+        """Gives back what a response held in both models' caches."""
+        if hypothesis.table is not None:
+            self.cache.close(hypothesis.table)
+            hypothesis.table = None
+        if hypothesis.session is not None:
+            session, hypothesis.session = hypothesis.session, None
+            try:
+                self.reward.close(session)
+            except IntegrityError:
+                raise
+            except Exception as error:  # the response has ended, and nobody else has to do with it
+                log(f"the reward could not close a response: {describe(error)}", error)
+
     def prompt_rewards(self, requests: Sequence[Request]) -> None:
-        """Scores the empty response of requests whose threshold starts from r(prompt), and sets where it starts."""
-        asked = []
-        for request in requests:
-            plan = request.plan
-            if plan.decision == "threshold" and plan.alpha != 1.0 and request.prompt_reward is None:
-                asked.append(request)
-            else:
-                request.threshold_start = plan.reward_threshold
+        """Scores the empty response of requests whose plan asks for that."""
+        asked = [request for request in requests if request.plan.score.prompt and request.prompt_reward is None]
         if not asked:
             return
         holders = [next(h for h in request.hypotheses if h.session is not None) for request in asked]
-        for request, holder, result in zip(asked, holders, self._score(
+        for request, result in zip(asked, self._score(
                 [(holder, Candidate(holder.session, [], "")) for holder in holders]), strict=True):
             if result.handle is not None:
                 self.reward.discard(result.handle)
-            problem = reward_problem(result.reward)
-            if problem is None and result.reward == float("-inf"):
-                problem = "the reward of the prompt alone is -inf: it must be finite, or set alpha=1"
-            if problem is not None:
-                self.fail(request, problem)
-                continue
-            request.threshold_start = law.threshold_start(result.reward, request.plan.alpha,
-                                                          request.plan.reward_threshold)
-            request.prompt_reward = result.reward  # last: it says that the threshold's start is known
+            fault = reward_problem(result.reward)
+            if fault is None and result.reward == float("-inf"):
+                fault = "the reward of the prompt alone is -inf: it must be finite, or set alpha=1"
+            if fault is not None:
+                self.fail(request, fault)
+            else:
+                request.prompt_reward = result.reward
 
     # -- propose --------------------------------------------------------------------------------------------------
 
-    def _propose(self, active: Sequence[Hypothesis], lanes: list[list[Lane]]) -> None:
-        """Appends the lanes of each hypothesis to `lanes` as their slabs are taken."""
+    def _propose(self, active: Sequence[Hypothesis], drawn: dict[Hypothesis, list[Lane]]) -> None:
+        """Adds the lanes of each hypothesis to `drawn` as their slabs are taken."""
         for hypothesis, width in zip(active, self._widths(active), strict=True):
-            group: list[Lane] = []
-            lanes.append(group)
+            lanes = drawn[hypothesis] = []
             for attempt in range(len(hypothesis.attempts) + 1, len(hypothesis.attempts) + width + 1):
-                group.append(Lane(hypothesis, attempt, self.cache.take_slab()))
+                lanes.append(Lane(hypothesis, attempt, self.cache.take_slab()))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
 
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
-        share = max(1, self.max_num_lanes // len(active))
+        share = max(1, self.max_num_lanes // len(active)) if active else 1
         widths = []
         for hypothesis in active:
-            plan = hypothesis.request.plan
-            most = min(share, _max_attempts(hypothesis.request) - len(hypothesis.attempts))
-            if plan.width is not None:
-                widths.append(min(plan.width, most))
+            width = hypothesis.request.plan.lanes.width
+            most = min(share, _attempts_left(hypothesis))
+            if width is not None:
+                widths.append(min(width, most))
             elif most == 1:
                 widths.append(1)
             else:
@@ -131,129 +164,197 @@ class Round:
                                                   len(active), most))
         return widths
 
-    def _draft(self, groups: Sequence[Sequence[Lane]]) -> None:
-        lanes = [lane for group in groups for lane in group]
+    def _draft(self, lanes: Sequence[Lane]) -> None:
+        if not lanes:
+            return
         specs = []
         for lane in lanes:
             hypothesis = lane.hypothesis
             request = hypothesis.request
-            specs.append(LaneSpec(hypothesis.table, hypothesis.last_token, lane.slab, _limit(hypothesis), request.seed,
-                                  lane.attempt, _stream(hypothesis), request.params, request.stop_ids,
+            specs.append(LaneSpec(hypothesis.table, hypothesis.last_token, lane.slab, hypothesis.next_segment,
+                                  request.seed, lane.attempt, _stream(hypothesis), request.params, request.stop_ids,
                                   hypothesis.history() if request.params.penalties else None))
         begin = time.perf_counter()
         self.drafter.launch(specs)
         if self._trails:  # the device drafts while the host prepares what follows
-            self._score_trailing(groups)
+            self._score_trailing(lanes)
         drafted = self.drafter.drafted(len(lanes))
         seconds = (time.perf_counter() - begin) / len(lanes)
         for lane, (token_ids, logprobs) in zip(lanes, drafted, strict=True):
             lane.token_ids, lane.logprobs = token_ids, logprobs
-            metrics = lane.hypothesis.metrics
+            hypothesis = lane.hypothesis
+            metrics = hypothesis.metrics
             metrics.lm_seconds += seconds
-            metrics.attempts += 1
+            # A whole response is one attempt, in however many pieces it is drafted.
+            metrics.attempts += not hypothesis.request.plan.whole or not hypothesis.drafts
             metrics.lm_tokens_drawn += len(token_ids)
             if token_ids[-1] < 0:
-                self.fail(lane.hypothesis.request, NAN_LOGITS)
+                self.fail(hypothesis.request, NAN_LOGITS)
             else:
-                _end(lane)
+                count, lane.finish_reason, lane.stop_reason = _ending(hypothesis, token_ids)
+                lane.token_ids, lane.logprobs = token_ids[:count], logprobs[:count]
 
-    def _score_trailing(self, groups: Sequence[Sequence[Lane]]) -> None:
+    def _score_trailing(self, lanes: Sequence[Lane]) -> None:
         """Starts the first scoring pass after the draft: the device hands the tokens on, the host reads them later."""
-        scored, first = [], 0  # groups and the places of their first lanes in the draft
-        for group in groups:
-            request = group[0].hypothesis.request
-            if request.plan.scoring == "segment" and not request.params.stop:  # stop strings are for the host to find
-                scored.append((group, first))
-            first += len(group)
+        scored: dict[Hypothesis, list[tuple[int, Lane]]] = {}  # with their places in the draft
+        for place, lane in enumerate(lanes):
+            request = lane.hypothesis.request
+            if request.plan.score.when == "segment" and not request.params.stop:  # stop strings are found by the host
+                scored.setdefault(lane.hypothesis, []).append((place, lane))
         batch, candidates = [], []
-        for group, first in scored:
-            hypothesis = group[0].hypothesis
-            limit = _limit(hypothesis)
-            for index, lane in enumerate(group[: max(1, self.reward.lanes_per_pass(limit, len(scored)))], first):
+        for hypothesis, own in scored.items():
+            room = hypothesis.next_segment
+            for place, lane in own[: max(1, self.reward.lanes_per_pass(room, len(scored)))]:
                 batch.append(lane)
-                candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, index, limit))
+                candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, place, room))
         trailing = self.reward.score_trailing(self.drafter.device_draft, candidates) if candidates else None
         if trailing is not None:
             self._trailing = batch, trailing
 
     # -- score and decide -----------------------------------------------------------------------------------------
 
-    def _decide(self, lanes: Sequence[Sequence[Lane]]) -> list[Lane]:
-        """The winning lane of each hypothesis whose segment is decided."""
-        winners: dict[Hypothesis, Lane] = {}
-        waiting: dict[Hypothesis, list[Lane]] = {}
-        for group in lanes:
-            hypothesis = group[0].hypothesis
-            hypothesis.attempts += group
-            if hypothesis.finish_reason is not None:
+    def _decide(self, groups: Sequence[Group], drawn: dict[Hypothesis, list[Lane]]) -> dict[Group, Decision]:
+        """What becomes of each group whose segment is decided. Groups of whole responses are asked later."""
+        decisions: dict[Group, Decision] = {}
+        unscored: dict[Hypothesis, list[Lane]] = {}
+        waiting: list[Group] = []
+        for group in groups:
+            if group.request.plan.whole:
                 continue
-            if hypothesis.request.plan.scoring == "segment":
-                waiting[hypothesis] = list(group)
+            for hypothesis in group.active:
+                hypothesis.attempts += drawn[hypothesis]
+                if group.request.plan.score.when == "segment":
+                    unscored[hypothesis] = list(drawn[hypothesis])
+                else:
+                    for lane in drawn[hypothesis]:
+                        self._may_judge(lane)
+            if group.finished:
+                continue
+            if group.request.plan.score.when == "segment":
+                waiting.append(group)
             else:
-                winners[hypothesis] = group[0]
-                group[0].accepted = True
+                self._ask(group, decisions)
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
         batch, results = self._trailing_results()
         while waiting:
             if not batch:
-                for hypothesis, group in waiting.items():
-                    batch += group[: max(1, self.reward.lanes_per_pass(len(group[0].token_ids), len(waiting)))]
+                owners = [h for group in waiting for h in group.active if unscored[h]]
+                for hypothesis in owners:
+                    lanes = unscored[hypothesis]
+                    batch += lanes[: max(1, self.reward.lanes_per_pass(len(lanes[0].token_ids), len(owners)))]
                 results = self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane)) for lane in batch])
                 for lane, result in zip(batch, results, strict=True):
                     lane.score_handle = result.handle
+            found: dict[Group, list[tuple[Lane, Scored]]] = {}
             for lane, result in zip(batch, results, strict=True):
-                hypothesis = lane.hypothesis
-                if hypothesis.finish_reason is None:
-                    waiting[hypothesis] = waiting[hypothesis][1:]
-                    self._judge(lane, result, winners)
-            waiting = {hypothesis: group for hypothesis, group in waiting.items()
-                       if group and hypothesis not in winners and hypothesis.finish_reason is None}
+                found.setdefault(lane.hypothesis.group, []).append((lane, result))
+                del unscored[lane.hypothesis][0]
+            for group in waiting:
+                self._take(group, found.get(group, []), unscored, decisions)
+            waiting = [group for group in waiting if group not in decisions and not group.finished
+                       and any(unscored[h] for h in group.active)]
             batch = []
-        for group in lanes:
-            hypothesis = group[0].hypothesis
-            if hypothesis.finish_reason is None and hypothesis not in winners and (
-                    len(hypothesis.attempts) >= _max_attempts(hypothesis.request)):
-                winners[hypothesis] = hypothesis.best
-                hypothesis.best.accepted = hypothesis.request.plan.decision == "argmax"
-        return [lane for hypothesis, lane in winners.items() if hypothesis.finish_reason is None]
+        for group in groups:
+            if group in decisions or group.finished or group.request.plan.whole:
+                continue
+            if not any(_attempts_left(h) for h in group.active):
+                judged = _judged(group)
+                decisions[group] = EXHAUST[group.request.plan.exhaust](judged, self._state(group, judged))
+            else:
+                group.round += 1
+        return decisions
 
-    def _judge(self, lane: Lane, result: Scored, winners: dict[Hypothesis, Lane]) -> None:
-        """Applies the law to one scored lane; lanes of a hypothesis come in attempt order."""
+    def _take(self, group: Group, found: Sequence[tuple[Lane, Scored]], unscored: dict[Hypothesis, list[Lane]],
+              decisions: dict[Group, Decision]) -> None:
+        """Takes the scores of a pass, each hypothesis' in attempt order, and asks the rule.
+
+        What comes after the decision was scored for nothing: a fault there must not depend on the width.
+        """
+        if group.finished:  # with another group of its request
+            return
+        in_order = group.request.plan.decide.in_order
+        faults: dict[Hypothesis, float | RewardError] = {}
+        fresh = False
+        for lane, result in found:
+            if reward_problem(result.reward) is not None:
+                faults.setdefault(lane.hypothesis, result.reward)
+                continue
+            lane.reward = result.reward
+            if lane.hypothesis not in faults:
+                self._may_judge(lane)
+                fresh = True
+        if in_order and fresh and self._ask(group, decisions):
+            return
+        for hypothesis, fault in faults.items():
+            if isinstance(fault, ContextFull) and hypothesis.token_ids:
+                self.finish(hypothesis, "length")
+            else:
+                self.fail(group.request, reward_problem(fault))
+                return
+        all_scored = not any(unscored[hypothesis] for hypothesis in group.active)
+        if not group.finished and (faults if in_order else all_scored):
+            self._ask(group, decisions)
+
+    def _may_judge(self, lane: Lane) -> None:
+        """From now on the rule is shown this lane."""
         hypothesis = lane.hypothesis
         request = hypothesis.request
-        plan = request.plan
-        decided = hypothesis in winners
-        problem = reward_problem(result.reward)
-        if problem is not None:
-            # What follows the winner was scored for nothing: a problem there must not depend on the width.
-            if not decided and isinstance(result.reward, ContextFull) and hypothesis.token_ids:
-                self.finish(hypothesis, "length")
-            elif not decided:
-                self.fail(request, problem)
-            return
-        lane.reward = result.reward
-        if plan.decision == "threshold":
-            lane.threshold = law.threshold(len(hypothesis.token_ids) + len(lane.token_ids), request.params.max_tokens,
-                                           request.threshold_start, plan.reward_threshold)
-            lane.accept_probability = law.accept_probability(lane.reward, lane.threshold, plan.beta)
-        if decided:
-            return
-        if plan.decision == "threshold":
-            uniform = accept_uniform(request.seed, lane.attempt, len(hypothesis.segments), hypothesis.sample)
-            if law.accepts(uniform, lane.reward, lane.threshold, plan.beta):
-                lane.accepted = True
-                winners[hypothesis] = lane
-                return
-        if hypothesis.best is None or lane.reward > hypothesis.best.reward:
-            if hypothesis.best is not None:
-                self._release(hypothesis.best)
-            hypothesis.best = lane
-        else:
-            self._release(lane)
+        lane.judged = Judged(
+            hypothesis.slot, lane.attempt, len(hypothesis.token_ids) + len(lane.token_ids),
+            lane.finish_reason is not None, lane.logprobs if _proposes_the_model(request) else (), lane.logprobs, (),
+            lane.reward, hypothesis.reward if hypothesis.segments else request.prompt_reward,
+            _uniforms(hypothesis, lane.attempt))
 
-    def _candidate(self, hypothesis: Hypothesis, lane: Lane | None, final: bool = False) -> Candidate:
-        text = hypothesis.request.response_text(hypothesis, lane) if self.reward.needs_text else None
-        return Candidate(hypothesis.session, hypothesis.content_ids(lane), text, final)
+    def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
+        """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
+        decision = self._answer(group, _judged(group))
+        if decision is None:
+            return group.finished
+        for hypothesis in group.hypotheses:
+            for lane in hypothesis.attempts:
+                lane.note = decision.notes.get((hypothesis.slot, lane.attempt), lane.note)
+        if not decides(decision):
+            return False
+        decisions[group] = decision
+        return True
+
+    def _answer(self, group: Group, judged: Sequence[Judged]) -> Decision | None:
+        """What the rule says, its memory kept; a rule at fault ends its request and no other."""
+        request = group.request
+        plan = request.plan
+        state = self._state(group, judged)
+        try:
+            decision = plan.decide(judged, state)
+            fault = problem(decision, judged, state, plan.lanes.population,
+                            self.drafter.decoder.config.vocab_size, request.stop_ids, plan.whole)
+        except Exception as error:
+            decision, fault = None, f"raised {describe(error)}"
+            log(f"the rule {rule_name(plan.decide)} {fault}", error)
+        if fault is not None:
+            message = f"the rule {rule_name(plan.decide)} {fault}: mend the rule"
+            if plan.whole:  # whose responses have ended, and of which none is the completion yet
+                for hypothesis in group.hypotheses:
+                    self.finish(hypothesis, "error", error=message)
+            self.fail(request, message)
+            return None
+        if decision is not None:
+            group.memory = decision.memory
+        return decision
+
+    def _state(self, group: Group, judged: Sequence[Judged]) -> State:
+        plan, request = group.request.plan, group.request
+        segment = max(len(hypothesis.segments) for hypothesis in group.hypotheses)
+        attempts = sum(len(hypothesis.attempts) for hypothesis in group.hypotheses)
+        unscored = 0 if plan.whole else attempts - sum(one.attempt != EARLIER for one in judged)
+        left = 0 if plan.whole else sum(map(_attempts_left, group.active))
+        uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment,
+                                 group.index * plan.lanes.population, getattr(plan.decide, "group_uniforms", 0))
+        return State(segment, group.round, unscored, left, request.params.max_tokens, request.prompt_reward, 0,
+                     [hypothesis.slot for hypothesis in group.hypotheses], uniforms, group.memory)
+
+    def _candidate(self, hypothesis: Hypothesis, extra: Lane | Winner, final: bool = False) -> Candidate:
+        text = hypothesis.request.response_text(hypothesis, extra) if self.reward.needs_text else None
+        return Candidate(hypothesis.session, hypothesis.content_ids(extra), text, final)
 
     def _score(self, candidates: Sequence[tuple[Hypothesis, Candidate]]) -> list[Scored]:
         """Scores and keeps the counts and the time of each candidate's hypothesis."""
@@ -277,45 +378,194 @@ class Round:
 
     # -- commit ---------------------------------------------------------------------------------------------------
 
-    def _commit(self, winners: Sequence[Lane]) -> None:
-        ended = [lane for lane in winners if lane.finish_reason is not None]
-        problems = self._score_ended([lane for lane in ended if lane.hypothesis.request.plan.scoring == "end"])
-        # The slab holds the token before the segment and all of the segment but its last token.
-        going_on = [lane for lane in winners if lane.finish_reason is None]
-        self.cache.commit([CommitMove(lane.hypothesis.table, lane.slab * self.cache.slab_len, len(lane.token_ids),
-                                      lane.hypothesis.table.length) for lane in going_on])
-        scored = [lane for lane in going_on if lane.score_handle is not None]
-        if scored:
-            self.reward.commit([(lane.hypothesis.session, lane.score_handle) for lane in scored])
-            for lane in scored:
-                lane.score_handle = None
-        for lane in winners:
-            _append(lane)
-            if lane.hypothesis.best is not None and lane.hypothesis.best is not lane:
-                self._release(lane.hypothesis.best)
-            lane.hypothesis.best = None
-            self._release(lane)  # of a lane of an earlier round too, which the end of this round does not reach
-        for request, problem in problems:
-            self.fail(request, problem)
-        for lane in ended:
-            if lane.hypothesis.finish_reason is None:
-                self.finish(lane.hypothesis, lane.finish_reason, lane.stop_reason)
+    def _commit(self, groups: Sequence[Group], decisions: dict[Group, Decision],
+                drawn: dict[Hypothesis, list[Lane]]) -> None:
+        winners: list[Winner] = []
+        twins: list[tuple[Winner, int]] = []  # kept a second time, for this slot: a fork of what was committed
+        for group in groups:
+            if group.request.plan.whole:
+                winners += [Winner.of(lane) for hypothesis in group.active for lane in drawn[hypothesis]]
+            elif group in decisions and not group.finished:
+                self._arrange(group, decisions[group], winners, twins)
+        faults = self._score_ended(winners)
+        going_on = [winner for winner in winners if winner.finish_reason is None]
+        self._commit_rows(going_on)
+        self._commit_scored(going_on)
+        for winner in winners:
+            _append(winner)
+        for winner in winners:
+            self.forget_attempts(winner.hypothesis)
+            self._release(winner.lane)  # of an earlier round too, which the end of this round does not reach
+        for request, fault in faults:
+            self.fail(request, fault)
+        for winner in winners:
+            if winner.finish_reason is not None and winner.hypothesis.finish_reason is None:
+                self.finish(winner.hypothesis, winner.finish_reason, winner.stop_reason)
+        for winner, slot in twins:
+            self._fork(winner.hypothesis, slot)
+        for group in groups:
+            if group.finished:
+                self._conclude(group)
 
-    def _score_ended(self, lanes: Sequence[Lane]) -> list[tuple[Request, str]]:
-        """Gives the lanes that end a response the one reward it gets; returns the problems there were."""
-        if not lanes:
+    def _arrange(self, group: Group, decision: Decision, winners: list[Winner],
+                 twins: list[tuple[Winner, int]]) -> None:
+        """Drops and forks as the decision says, and appends what is to be committed of each hypothesis.
+
+        A fork has the history of its parent before this round, or, where both keep the same, after its commit.
+        """
+        members = {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
+        for slot in decision.drop:
+            self._drop(members[slot])  # first: forks may need its pages
+        slots = iter(group.free_slots)
+        seen: dict[int, list[tuple[Keep, Winner]]] = {}
+        for keep in decision.keep:
+            parent = members[keep.hypothesis]
+            first, kept = keep.hypothesis not in seen, seen.setdefault(keep.hypothesis, [])
+            if keep.attempt == EARLIER:
+                if not first:
+                    self._fork(parent, next(slots))
+                continue
+            twin = next((winner for other, winner in kept if _same(other, keep)), None)
+            if twin is not None:
+                twins.append((twin, next(slots)))
+                continue
+            hypothesis = parent if first else self._fork(parent, next(slots))
+            winner = self._winner(hypothesis, parent.attempts[keep.attempt - 1], keep)
+            winners.append(winner)
+            kept.append((keep, winner))
+
+    def _winner(self, hypothesis: Hypothesis, lane: Lane, keep: Keep) -> Winner:
+        """What is committed for `hypothesis`, the lane's own or a fork of that."""
+        if not keep.then and keep.tokens == len(lane.token_ids):
+            winner = Winner.of(lane)
+            winner.hypothesis = hypothesis
+            return winner
+        token_ids = lane.token_ids[: keep.tokens] + list(keep.then)
+        count, finish_reason, stop_reason = _ending(hypothesis, token_ids)
+        return Winner(hypothesis, lane, token_ids[:count], min(keep.tokens, count), finish_reason, stop_reason)
+
+    def _commit_rows(self, winners: Sequence[Winner]) -> None:
+        """The language model's pages hold all but the last token of each response afterwards."""
+        for winner in winners:  # a fork has no room yet, and a rule's own tokens come on top of a segment
+            self.cache.reserve(winner.hypothesis.table, len(winner.token_ids))
+        # The slab holds the token before the segment and all of the segment but its last token.
+        moves, lacking = [], []
+        for winner in winners:
+            table, lane = winner.hypothesis.table, winner.lane
+            rows = 0 if lane.slab is None else min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids))
+            if rows:
+                moves.append(CommitMove(table, lane.slab * self.cache.slab_len, rows, table.length))
+            if rows < len(winner.token_ids):
+                lacking.append(winner)
+        self.cache.commit(moves)
+        if lacking:
+            self.passes.prefill([(winner.hypothesis.table, token_ids, len(token_ids) - 1) for winner in lacking
+                                 for token_ids in [winner.hypothesis.request.prompt.token_ids
+                                                   + winner.hypothesis.token_ids + winner.token_ids]])
+
+    def _commit_scored(self, winners: Sequence[Winner]) -> None:
+        """The reward's sessions hold what the responses hold afterwards."""
+        scored = [winner for winner in winners if winner.hypothesis.request.plan.score.when == "segment"]
+        drawn = [winner for winner in scored if winner.as_drawn and winner.lane.score_handle is not None]
+        if drawn:
+            self.reward.commit([(winner.hypothesis.session, winner.lane.score_handle) for winner in drawn])
+            for winner in drawn:
+                winner.lane.score_handle = None
+        for winner in scored:
+            if not winner.as_drawn or winner.lane.slab is None:
+                candidate = self._candidate(winner.hypothesis, winner)
+                self.reward.resume(candidate.session, candidate.token_ids, candidate.text)
+
+    def _score_ended(self, winners: Sequence[Winner]) -> list[tuple[Request, str]]:
+        """Gives the lanes that end a response the one reward it gets; returns the problems there were.
+
+        Where segments are scored, what a rule cut or continued has no reward yet either.
+        """
+        ended = [winner for winner in winners if winner.finish_reason is not None and (
+            winner.hypothesis.request.plan.score.when == "end"
+            or winner.hypothesis.request.plan.score.when == "segment" and not winner.as_drawn)]
+        if not ended:
             return []
-        results = self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane, final=True)) for lane in lanes])
-        problems = []
-        for lane, result in zip(lanes, results, strict=True):
+        results = self._score([(winner.hypothesis, self._candidate(winner.hypothesis, winner, final=True))
+                               for winner in ended])
+        faults = []
+        for winner, result in zip(ended, results, strict=True):
             if result.handle is not None:
                 self.reward.discard(result.handle)
-            problem = reward_problem(result.reward)
-            if problem is None:
-                lane.reward = result.reward
-            else:
-                problems.append((lane.hypothesis.request, problem))
-        return problems
+            fault = reward_problem(result.reward)
+            if fault is not None:
+                faults.append((winner.hypothesis.request, fault))
+                continue
+            winner.reward = result.reward
+            if winner.as_drawn:
+                winner.lane.reward = result.reward
+        return faults
+
+    def _fork(self, hypothesis: Hypothesis, slot: int) -> Hypothesis:
+        """A second hypothesis with the history that this one has now."""
+        fork = hypothesis.fork(slot)
+        if hypothesis.finish_reason is None:
+            fork.table = self.cache.fork(hypothesis.table)
+            if hypothesis.session is not None:
+                fork.session = self.reward.fork(hypothesis.session)
+        fork.mark_boundary()
+        group = hypothesis.group
+        group.hypotheses = sorted([*group.hypotheses, fork], key=lambda one: one.slot)
+        return fork
+
+    def _drop(self, hypothesis: Hypothesis) -> None:
+        """A hypothesis that is not kept: what was drawn for it counts, nothing else of it stays."""
+        group = hypothesis.group
+        self.forget_attempts(hypothesis)
+        self.close(hypothesis)
+        group.hypotheses = [other for other in group.hypotheses if other is not hypothesis]
+        group.dropped.add(hypothesis.metrics.drawn())
+
+    def _conclude(self, group: Group) -> None:
+        """All of a group's responses have ended: one of them is the completion."""
+        if group.request.plan.whole and not _failed(group):
+            self._decide_whole(group)
+        if len(group.hypotheses) > 1 and not _failed(group):
+            chosen = best(_judged(group)).hypothesis
+            for hypothesis in group.hypotheses:
+                if hypothesis.slot != chosen:
+                    self._drop(hypothesis)
+
+    def _decide_whole(self, group: Group) -> None:
+        """Asks the rule which whole response is kept; each is one attempt at the one segment there is."""
+        request, members = group.request, group.hypotheses
+        judged = [_whole_judged(hypothesis) for hypothesis in members]
+        decision = self._answer(group, judged)
+        if _failed(group):
+            return
+        notes = decision.notes if decision is not None else {}
+        if not decides(decision):
+            decision = EXHAUST[request.plan.exhaust](judged, self._state(group, judged))
+        attempts = [hypothesis.whole_record(notes.get((hypothesis.slot, 1))) for hypothesis in members]
+        kept = {keep.hypothesis for keep in decision.keep}
+        for index, hypothesis in enumerate(members):
+            if hypothesis.slot not in kept:
+                self._drop(hypothesis)
+                continue
+            record = attempts[index]
+            segment = Segment(list(hypothesis.token_ids), record.reward, record.threshold, record.accepted, attempts,
+                              index, hypothesis.cumulative_logprob)
+            hypothesis.segments.append(segment)
+            hypothesis.metrics.keep(segment, request.plan.decide.in_order)
+
+    def _keep_best(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
+        """Of a segment that goes on, the best seen keeps its slabs, the earliest of equals; the others give theirs
+        back."""
+        held = [*([hypothesis.best] if hypothesis.best is not None else []), *lanes]
+        hypothesis.best = max(held, key=lambda lane: float("-inf") if lane.reward is None else lane.reward)
+        for lane in held:
+            if lane is not hypothesis.best:
+                self._release(lane)
+
+    def forget_attempts(self, hypothesis: Hypothesis) -> None:
+        """Gives back what the attempts of an undecided segment hold."""
+        self.drop_best(hypothesis)
+        hypothesis.attempts = []
 
     def _release(self, lane: Lane) -> None:
         if lane.slab is not None:
@@ -326,15 +576,28 @@ class Round:
             lane.score_handle = None
 
 
-def _limit(hypothesis: Hypothesis) -> int:
-    """Most tokens of the next segment."""
-    request = hypothesis.request
-    return min(request.plan.segment_size, request.params.max_tokens - len(hypothesis.token_ids))
-
-
 def _stream(hypothesis: Hypothesis) -> int:
-    """The random stream of the next segment."""
-    return pack_stream(len(hypothesis.segments), hypothesis.sample)
+    """The random stream of the next draft."""
+    return pack_stream(hypothesis.drafts, hypothesis.sample)
+
+
+def _uniforms(hypothesis: Hypothesis, attempt: int) -> tuple[float, ...]:
+    """As many random numbers of an attempt as its rule declares; the first is that of the accept test."""
+    request = hypothesis.request
+    count, segment = request.plan.decide.uniforms, len(hypothesis.segments)
+    if not count:
+        return ()
+    first = accept_uniform(request.seed, attempt, segment, hypothesis.sample)
+    return first, *rule_uniforms(request.seed, KIND_RULE, attempt, segment, hypothesis.sample, count - 1)
+
+
+def _max_attempts(request: Request) -> int:
+    """At temperature 0 all attempts are equal: one is drawn."""
+    return 1 if request.params.temperature == 0 else request.plan.lanes.attempts
+
+
+def _attempts_left(hypothesis: Hypothesis) -> int:
+    return _max_attempts(hypothesis.request) - len(hypothesis.attempts)
 
 
 def _count(hypotheses: Sequence[Hypothesis], results: Sequence[Scored], seconds: float) -> None:
@@ -345,45 +608,72 @@ def _count(hypotheses: Sequence[Hypothesis], results: Sequence[Scored], seconds:
         hypothesis.metrics.rm_tokens_full_rescore += result.tokens_full
 
 
-def _max_attempts(request: Request) -> int:
-    """At temperature 0 all attempts are equal: one is drawn."""
-    return 1 if request.params.temperature == 0 else request.plan.max_attempts
+def _failed(group: Group) -> bool:
+    """Whether its completion has ended without a result."""
+    return any(hypothesis.finish_reason in ("error", "abort") for hypothesis in group.hypotheses)
 
 
-def _end(lane: Lane) -> None:
-    """Cuts a drafted lane at a stop string and notes whether it would end the response, and why."""
-    hypothesis = lane.hypothesis
+def _same(one: Keep, other: Keep) -> bool:
+    """Whether two hypotheses that are kept so have the same history."""
+    return (one.attempt, one.tokens, list(one.then)) == (other.attempt, other.tokens, list(other.then))
+
+
+def _judged(group: Group) -> list[Judged]:
+    """What a rule is shown: of each hypothesis its attempts so far, in order, as far as they are scored."""
+    judged = []
+    for hypothesis in group.hypotheses:
+        if hypothesis.finish_reason is not None:
+            judged.append(Judged(hypothesis.slot, EARLIER, len(hypothesis.token_ids), True, (), (), (),
+                                 hypothesis.reward, hypothesis.reward, ()))
+        judged += [lane.judged for lane in hypothesis.attempts if lane.judged is not None]
+    return judged
+
+
+def _whole_judged(hypothesis: Hypothesis) -> Judged:
+    """A whole response, as its rule is shown it."""
+    logprobs, request = hypothesis.logprobs, hypothesis.request
+    return Judged(hypothesis.slot, 1, len(hypothesis.token_ids), True, logprobs if _proposes_the_model(request) else (),
+                  logprobs, (), hypothesis.reward, request.prompt_reward, _uniforms(hypothesis, 1))
+
+
+def _proposes_the_model(request: Request) -> bool:
+    """Whether the proposal is the language model's own distribution, so that their log-probabilities are the same."""
+    return request.params.temperature == 1.0 and not request.params.filters
+
+
+def _ending(hypothesis: Hypothesis, token_ids: list[int]) -> tuple[int, str | None, int | str | None]:
+    """If `token_ids` were committed: how many of them, up to a stop string; whether they end the response, and why."""
     request = hypothesis.request
+    last = token_ids[-1]
     if request.params.stop:
         # The token that ends the response is no part of its text, so it cannot complete a stop string either.
-        content = lane.token_ids[:-1] if lane.token_ids[-1] in request.stop_ids else lane.token_ids
+        content = token_ids[:-1] if last in request.stop_ids else token_ids
         cut = cut_at_stop(request.detokenizer, hypothesis.token_ids, content, request.params.stop)
         if cut is not None:
-            count, lane.stop_reason = cut
-            lane.token_ids, lane.logprobs = lane.token_ids[:count], lane.logprobs[:count]
-            lane.finish_reason = "stop"
-            return
-    last = lane.token_ids[-1]
+            count, stop = cut
+            return count, "stop", stop
     if last in request.stop_ids:
-        lane.finish_reason = "stop"
-        lane.stop_reason = None if last in request.eos_token_ids else request.stop_tokens.get(last, last)
-    elif len(hypothesis.token_ids) + len(lane.token_ids) >= request.params.max_tokens:
-        lane.finish_reason = "length"
+        own = last in request.eos_token_ids
+        return len(token_ids), "stop", None if own else request.stop_tokens.get(last, last)
+    ends = len(hypothesis.token_ids) + len(token_ids) >= request.params.max_tokens
+    return len(token_ids), "length" if ends else None, None
 
 
-def _append(lane: Lane) -> None:
-    """Makes a winning lane the newest segment of its response."""
-    hypothesis = lane.hypothesis
-    attempts = [attempt.attempt_record() for attempt in hypothesis.attempts]
-    hypothesis.segments.append(Segment(lane.token_ids, lane.reward, lane.threshold, lane.accepted, attempts))
-    hypothesis.token_ids += lane.token_ids
-    hypothesis.cumulative_logprob += sum(lane.logprobs)
-    hypothesis.reward = lane.reward
-    metrics = hypothesis.metrics
-    metrics.segments += 1
-    metrics.lm_tokens_kept += len(lane.token_ids)
-    metrics.accepted += lane.accepted
-    metrics.fallbacks += not lane.accepted
-    all_count = not lane.accepted or hypothesis.request.plan.decision == "argmax"
-    metrics.attempts_counted += len(hypothesis.attempts) if all_count else lane.attempt
-    hypothesis.attempts = []
+def _append(winner: Winner) -> None:
+    """Makes a winner the newest segment of its response, or the newest piece of a whole one."""
+    hypothesis, lane = winner.hypothesis, winner.lane
+    plan = hypothesis.request.plan
+    logprobs = lane.logprobs[: winner.drafted]
+    hypothesis.drafts += 1
+    hypothesis.token_ids += winner.token_ids
+    hypothesis.cumulative_logprob += sum(logprobs)
+    hypothesis.reward = winner.reward
+    if plan.whole:
+        hypothesis.logprobs += logprobs
+        return
+    record = lane.attempt_record()
+    segment = Segment(winner.token_ids, record.reward, record.threshold, record.accepted,
+                      [attempt.attempt_record() for attempt in lane.hypothesis.attempts], lane.attempt - 1,
+                      sum(logprobs))
+    hypothesis.segments.append(segment)
+    hypothesis.metrics.keep(segment, plan.decide.in_order)

@@ -10,7 +10,7 @@ from itertools import accumulate
 from stars.arguments import shown
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.config import EngineConfig
-from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, describe, log, sentence
+from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
 from stars.passes import Passes, Span
 from stars.policies import Plan
 from stars.request import Group, Hypothesis, Request
@@ -49,7 +49,7 @@ def units_of(request: Request) -> Iterator[Unit]:
 
 def _together(plan: Plan) -> bool:
     """Whether the responses of a group are decided together before they end."""
-    return plan.scoring == "segment"
+    return not plan.whole
 
 
 class Scheduler:
@@ -94,12 +94,12 @@ class Scheduler:
 
         name: of the policy that asks for them.
         """
-        population = plan.candidates
+        population = plan.lanes.population
         if population == 1 or not _together(plan):
             return
         if population > self._config.max_num_seqs:
-            raise RequestError(f"{name} decodes {shown(population)} responses together and max_num_seqs is "
-                               f"{self._config.max_num_seqs}: build the engine with more, or draw fewer")
+            raise RequestError(f"{name}'s population is {shown(population)} and the engine decodes "
+                               f"{self._config.max_num_seqs} responses at once: build it with a larger max_num_seqs")
         if not self._cache.could_hold(prompt - 1, [prompt - 1 + max_tokens] * population):
             raise RequestError(f"{name} decodes {population} responses of up to {max_tokens} tokens together, which do "
                                f"not fit cache_tokens={self._config.cache_tokens}: raise it, lower max_tokens, or draw "
@@ -139,14 +139,20 @@ class Scheduler:
         if hypothesis.session is None:
             return True
         # A response that is scored at its end grows in the reward's cache then, all at once.
-        unseen = len(hypothesis.token_ids) if opened or hypothesis.request.plan.scoring == "end" else 0
+        unseen = len(hypothesis.token_ids) if opened or hypothesis.request.plan.score.when == "end" else 0
         return self._scorer.reserve(hypothesis.session, unseen + hypothesis.next_segment)
 
     def _preempt(self, unit: Unit) -> None:
         """Takes everything from a running `unit` and puts it in front of those that wait."""
-        for hypothesis in unit.unfinished:
-            self._round.drop_best(hypothesis)
-            hypothesis.preempt()
+        spent = {hypothesis: hypothesis.metrics for hypothesis in unit.unfinished}
+        if unit.group.undecided:
+            unit.group.go_back()
+            for hypothesis in unit.group.hypotheses:
+                self._round.forget_attempts(hypothesis)
+        for hypothesis, metrics in spent.items():
+            # The attempts that were given up are counted when they are drawn again; the clock ran for them, too.
+            hypothesis.metrics.lm_seconds, hypothesis.metrics.rm_seconds = metrics.lm_seconds, metrics.rm_seconds
+            hypothesis.metrics.num_preemptions += 1
         self._give_up(unit)
         self.running.remove(unit)
         self.waiting.appendleft(unit)
@@ -154,14 +160,14 @@ class Scheduler:
     def _give_up(self, unit: Unit) -> None:
         """Takes everything from `unit`, until another gives something back."""
         for hypothesis in unit.unfinished:
-            self._close(hypothesis)
+            self._round.close(hypothesis)
         self._gave_way = unit
 
     def _refuse(self, unit: Unit, problem: str) -> Request:
         """Ends the request of a unit that cannot be held although nothing else holds anything."""
         request, hypotheses = unit.request, unit.unfinished
         for hypothesis in hypotheses:
-            self._close(hypothesis)
+            self._round.close(hypothesis)
         if not self._cache.can_open(request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses]):
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
         return self.fail(request, RewardError(f"{type(self._reward).__name__}.{problem} while nothing else is open: "
@@ -169,11 +175,11 @@ class Scheduler:
 
     # -- admission ------------------------------------------------------------------------------------------------
 
-    def admit(self, only: Request | None = None) -> list[Request]:
+    def admit(self, only: Group | None = None) -> list[Request]:
         """Moves waiting units, in order, into the running ones as long as the pages of prompt and first segment are
         there; returns the requests that this ends.
 
-        With `only`, those of one request.
+        With `only`, those of one group.
         """
         ended: list[Request] = []
         while opened := self._open_units(only, ended):
@@ -183,13 +189,13 @@ class Scheduler:
             ended.append(self._refuse(first, "can_open refuses this prompt"))
         return ended
 
-    def _first(self, only: Request | None) -> Unit | None:
+    def _first(self, only: Group | None) -> Unit | None:
         """The unit to be admitted next."""
         while self.waiting and not self.waiting[0].unfinished:
             self.waiting.popleft()
-        return next((unit for unit in self.waiting if unit.unfinished and only in (None, unit.request)), None)
+        return next((unit for unit in self.waiting if unit.unfinished and only in (None, unit.group)), None)
 
-    def _open_units(self, only: Request | None, ended: list[Request]) -> list[Hypothesis]:
+    def _open_units(self, only: Group | None, ended: list[Request]) -> list[Hypothesis]:
         """Opens what can be started together; a request that fails is appended to `ended`.
 
         Who could share pages with one that was opened a moment ago waits until those are written, the rest of its own
@@ -240,7 +246,7 @@ class Scheduler:
     def _open(self, hypothesis: Hypothesis) -> bool:
         """Takes the pages of prompt, committed tokens and a segment in both caches; False if the reward has no room."""
         request = hypothesis.request
-        scored = request.plan.scoring != "never"
+        scored = request.plan.score.when != "never"
         if scored and not self._scorer.can_open(request.prompt, request.params.max_tokens):
             return False
         table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1])
@@ -266,7 +272,7 @@ class Scheduler:
             return []
         self._scorer.start([hypothesis.session for hypothesis in scored])
         for hypothesis in scored:
-            if hypothesis.token_ids and hypothesis.request.plan.scoring == "segment":
+            if hypothesis.token_ids and hypothesis.request.plan.score.when == "segment":
                 for stop in _ends(hypothesis) if exact else [len(hypothesis.token_ids)]:
                     ids = hypothesis.token_ids[:stop]
                     text = hypothesis.request.detokenizer.decode(ids) if self._scorer.needs_text else None
@@ -312,27 +318,12 @@ class Scheduler:
         """Gives back what finished responses of `requests` held; units that are finished leave."""
         for request in requests:
             for hypothesis in request.hypotheses:
-                if hypothesis.finish_reason is not None and self._close(hypothesis):
+                if hypothesis.finish_reason is not None and hypothesis.table is not None:
+                    self._round.close(hypothesis)
                     self._gave_way = None
         self.running = [unit for unit in self.running if unit.unfinished]
         while self.waiting and not self.waiting[0].unfinished:  # those after it wait until they are first
             self.waiting.popleft()
-
-    def _close(self, hypothesis: Hypothesis) -> bool:
-        """Gives back its pages and its session; whether it held something."""
-        table, session = hypothesis.table, hypothesis.session
-        if table is not None:
-            self._cache.close(table)
-            hypothesis.table = None
-        if session is not None:
-            hypothesis.session = None
-            try:
-                self._scorer.close(session)
-            except IntegrityError:
-                raise
-            except Exception as error:  # the response has ended, and nobody else has to do with it
-                log(f"the reward could not close a response: {describe(error)}", error)
-        return table is not None or session is not None
 
     def reset(self, requests: Iterable[Request]) -> None:
         """Begins anew over emptied caches: all that is unfinished of `requests` waits, in their order."""
@@ -347,7 +338,10 @@ def _next_length(hypothesis: Hypothesis) -> int:
 
 
 def _ends(hypothesis: Hypothesis) -> list[int]:
-    """Where its segments end, in tokens of the response."""
+    """Where its drafts end, in tokens of the response."""
+    plan, tokens = hypothesis.request.plan, len(hypothesis.token_ids)
+    if plan.whole:
+        return [*range(plan.segment.draft, tokens, plan.segment.draft), tokens]
     return list(accumulate(len(segment.token_ids) for segment in hypothesis.segments))
 
 

@@ -29,6 +29,8 @@ Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 KIND_TOKEN_NOISE = 0
 KIND_ACCEPT = 1
+KIND_RULE = 2  # further random numbers of a rule, for each attempt
+KIND_GROUP = 3  # of a rule, for a group and round
 MAX_ATTEMPT = (1 << 24) - 1
 MAX_SEGMENT = (1 << 20) - 1
 MAX_SAMPLE = (1 << 12) - 1
@@ -89,8 +91,8 @@ def pack_attempt(attempt: int, kind: int) -> int:
     """Counter word 2: attempt | kind << 24."""
     if not 1 <= attempt <= MAX_ATTEMPT:
         raise ValueError(f"attempt {attempt} is outside 1..{MAX_ATTEMPT}; lower max_attempts")
-    if kind not in (KIND_TOKEN_NOISE, KIND_ACCEPT):
-        raise ValueError(f"kind {kind} of random number is unknown; use KIND_TOKEN_NOISE or KIND_ACCEPT")
+    if kind not in (KIND_TOKEN_NOISE, KIND_ACCEPT, KIND_RULE, KIND_GROUP):
+        raise ValueError(f"kind {kind} of random number is unknown; use one of the KIND_ constants")
     return attempt | kind << 24
 
 
@@ -137,6 +139,15 @@ def accept_uniform_reference(seed: int, attempt: int, segment: int, sample: int)
     """As `accept_uniform`, in numpy."""
     counter = (0, 0, pack_attempt(attempt, KIND_ACCEPT), pack_stream(segment, sample))
     return float(uniform(philox4x32(counter, split_seed(seed))[0]))
+
+
+def rule_uniforms(seed: int, kind: int, attempt: int, segment: int, sample: int, count: int) -> tuple[float, ...]:
+    """`count` float64 uniforms for a rule. kind: KIND_RULE, or KIND_GROUP, where `attempt` is the round, from 1."""
+    if not count:
+        return ()
+    blocks = np.arange((count + 3) // 4, dtype=np.uint32)
+    words = philox4x32((blocks, 0, pack_attempt(attempt, kind), pack_stream(segment, sample)), split_seed(seed))
+    return tuple(uniform(np.stack(words, axis=1).reshape(-1)[:count]).tolist())
 
 
 def token_words(seed: int, position: int, attempt: int, stream: int, vocab_size: int) -> np.ndarray:

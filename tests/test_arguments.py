@@ -26,7 +26,8 @@ import torch
 import stars
 from stars.arguments import Absent, asks_for_nothing, bare, shown
 from stars.config import EngineConfig
-from stars.policies import Plan, plan_of
+from stars.policies import Fixed, Lanes, Plan, Sampled, Score, Whole, plan_of
+from stars.rules import Always, Argmax, Threshold
 from stars.vllm_names import ENGINE, SAMPLING
 from toy import ToyModel, toy_engine
 
@@ -181,6 +182,9 @@ def test_eos_ids_beyond_the_vocabulary_can_never_be_drawn(beyond):
 
 # -- policies of somebody else's ------------------------------------------------------------------------------------
 
+RULE = Threshold(alpha=1.0, beta=0.0, reward_threshold=0.5)
+
+
 class Own:
     """A policy that cannot be hashed and says what the test tells it."""
 
@@ -190,23 +194,58 @@ class Own:
         self.changes = changes
 
     def plan(self):
-        return Plan(4, 3, 1, "segment", "threshold", reward_threshold=0.5)._replace(**self.changes)
+        return Plan(Sampled(), Fixed(4), Lanes(1, 3), Score(), RULE)._replace(**self.changes)
+
+
+class Misnamed:
+    """Callable, and no rule."""
+
+    def __call__(self, judged, state):
+        return None
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(segment_size=0), "Own.plan().segment_size is 0"),
-    (dict(max_attempts=HUGE), "Own.plan().max_attempts is 1000"),
-    (dict(width=2.0), "Own.plan().width is 2.0"), (dict(candidates=None), "Own.plan().candidates is None"),
-    (dict(alpha=math.nan), "Own.plan().alpha is nan"), (dict(beta=-1), "Own.plan().beta is -1"),
-    (dict(reward_threshold=HUGE), "Own.plan().reward_threshold is 1000"),
-    (dict(reward_threshold=math.nan), "Own.plan().reward_threshold is nan"),
-    (dict(scoring="sometimes"), "Own.plan().scoring is 'sometimes', it must be one of segment, end, never"),
-    (dict(decision=None), "Own.plan().decision is None"), (dict(scoring="never"), "decides by rewards"),
-    (dict(scoring="end", decision="argmax"), "decides by rewards"),
-    (dict(scoring="never", decision="always", candidates=2), "decides by rewards"),
+    (dict(propose=None), "Own.plan().propose is None, it must be a stars.policies.Sampled"),
+    (dict(segment=Fixed(0)), "Own.plan().segment.size is 0"),
+    (dict(segment=16), "Own.plan().segment is 16, it must be a stars.policies.Fixed or stars.policies.Whole"),
+    (dict(segment=Whole(0), score=Score("end")), "Own.plan().segment.piece is 0"),
+    (dict(lanes=Lanes(1, HUGE)), "Own.plan().lanes.attempts is 1000"),
+    (dict(lanes=Lanes(2.0, 3)), "Own.plan().lanes.width is 2.0"),
+    (dict(lanes=Lanes(1, 3, None)), "Own.plan().lanes.population is None"),
+    (dict(lanes=(1, 3)), "Own.plan().lanes is (1, 3), it must be a stars.policies.Lanes"),
+    (dict(decide=Threshold(math.nan, 0.0, 0.5)), "Own.plan().decide.alpha is nan"),
+    (dict(decide=Threshold(1.0, -1, 0.5)), "Own.plan().decide.beta is -1"),
+    (dict(decide=Threshold(1.0, 0.0, HUGE)), "Own.plan().decide.reward_threshold is 1000"),
+    (dict(decide=Threshold(1.0, 0.0, math.nan)), "Own.plan().decide.reward_threshold is nan"),
+    (dict(decide=Threshold(0.5, 0.0, 0.5)), "does not ask for that: set score.prompt to True"),
+    (dict(score=Score("sometimes")), "Own.plan().score.when is 'sometimes', it must be one of segment, end, never"),
+    (dict(score=Score(prompt="no")), "Own.plan().score.prompt is 'no', it must be True or False"),
+    (dict(score=None), "Own.plan().score is None, it must be a stars.policies.Score"),
+    (dict(score=Score("never", True), decide=Always()), "asks for the reward of the prompt and has"),
+    (dict(decide=None), "Own.plan().decide is None, it must be a rule"),
+    (dict(decide=Argmax), "it must be a rule: an object"), (dict(decide=Misnamed()), "it must be a rule: an object"),
+    (dict(exhaust="softmax"), "Own.plan().exhaust is 'softmax', it must be one of best_seen"),
+    (dict(score=Score("never")), "decides by rewards"),
+    (dict(score=Score("end"), decide=Argmax()), "decides by rewards"),
+    (dict(segment=Whole(), lanes=Lanes(1, 1, 2), score=Score("never"), decide=Argmax()), "decides by rewards"),
+    (dict(segment=Whole(), score=Score("end")), "has whole responses, each of which is one attempt"),
+    (dict(segment=Whole(), lanes=Lanes(1, 1, 2)), "has whole responses, each of which is one attempt"),
 ])
 def test_plans_that_cannot_run(changes, message):
     refused(stars.RequestError, message, plan_of, Own(**changes))
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("in_order", 1, "Own.plan().decide.in_order is 1, it must be True or False"),
+    ("uniforms", -1, "Own.plan().decide.uniforms is -1"), ("uniforms", 0.5, "Own.plan().decide.uniforms is 0.5"),
+    ("group_uniforms", 1 << 20, "Own.plan().decide.group_uniforms is 1048576"),
+])
+def test_rules_that_declare_what_cannot_be(name, value, message):
+    rule = Misnamed()
+    rule.in_order, rule.uniforms = True, 1
+    assert plan_of(Own(decide=rule)).decide is rule
+    setattr(rule, name, value)
+    refused(stars.RequestError, message, plan_of, Own(decide=rule))
 
 
 def test_objects_that_are_no_policies():
@@ -221,15 +260,17 @@ def test_objects_that_are_no_policies():
     refused(stars.RequestError, "Raises.plan() raised KeyError", plan_of, Raises())
     refused(stars.RequestError, "Empty.plan() returned None", plan_of, Empty())
     refused(stars.RequestError, "policy is dict", plan_of, {})
-    assert plan_of(Own(width=np.int64(2), alpha=1)) == Plan(4, 3, 2, "segment", "threshold", reward_threshold=0.5)
-    assert plan_of(Own(scoring="end", decision="always", candidates=3)).candidates == 3
+    assert plan_of(Own(lanes=Lanes(np.int64(2), 3), decide=Threshold(1, 0, 0.5))) == Plan(
+        Sampled(), Fixed(4), Lanes(2, 3), Score(), RULE)
+    assert plan_of(Own(segment=Whole(4), lanes=Lanes(1, 1, 3), score=Score("end"))).lanes.population == 3
+    assert Plan(Sampled(), Fixed(4), Lanes(), Score(), RULE) != Plan(Sampled(), Whole(4), Lanes(), Score(), RULE)
 
 
 def test_segments_that_have_no_number():
     """A segment's index has 20 bits of the random counter."""
     engine = toy_engine(LM)
     engine.config = EngineConfig.resolve(ToyModel(positions=(1 << 20) + 64).config, cache_tokens=1 << 21)
-    policy = Own(segment_size=1, scoring="never", decision="always")
+    policy = Own(segment=Fixed(1), score=Score("never"), decide=Always())
     refused(stars.RequestError, "makes more than 1048576 segments of 1 tokens", engine.add_request, PROMPT,
             stars.SamplingParams(max_tokens=(1 << 20) + 1), policy)
     engine.add_request(PROMPT, stars.SamplingParams(max_tokens=1 << 20), policy)  # is queued, and never run here

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 import stars
+from stars.policies import Fixed, Lanes, Score
 from stars.reward.base import Reward, Scored
+from stars.rules import Threshold
 from test_conservation import nothing_is_held
 from toy import ToyModel, ids, table_reward, toy_engine, toy_pair
 
@@ -190,7 +192,7 @@ def test_a_causal_reward_that_fails_on_a_prompt_takes_nobody_along(monkeypatch):
     score = made.reward.score
 
     def nan(candidates):
-        return [result._replace(reward=math.nan) if not candidate.token_ids and candidate.session.prefix[0] == 2
+        return [result._replace(reward=math.nan) if not candidate.token_ids and candidate.session.frame.prefix[0] == 2
                 else result for candidate, result in zip(candidates, score(candidates), strict=True)]
 
     monkeypatch.setattr(made.reward, "score", nan)
@@ -222,6 +224,10 @@ class Mine(Reward):
         self.fault("open", prompt.token_ids)
         return list(prompt.token_ids)
 
+    def reserve(self, session, tokens):
+        self.fault("reserve", session)
+        return True
+
     def start(self, sessions):
         self.fault("start", *sessions)
 
@@ -243,7 +249,7 @@ class Mine(Reward):
 
 
 @pytest.mark.rounds_raise
-@pytest.mark.parametrize("where", ["can_open", "open", "start", "score", "commit", "discard"])
+@pytest.mark.parametrize("where", ["can_open", "open", "reserve", "start", "score", "commit", "discard"])
 def test_an_exception_anywhere_in_a_reward_ends_who_caused_it(where):
     made = toy_engine(LM, Mine(where))
     params = stars.SamplingParams(max_tokens=12, seed=7)
@@ -440,11 +446,13 @@ def test_a_policy_of_the_users_need_not_be_hashable():
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(segment_size=0), "Unhashable.plan().segment_size is 0"), (dict(segment_size=2.0), "segment_size is 2.0"),
-    (dict(max_attempts=None), "max_attempts is None"), (dict(width=0), "width is 0"),
-    (dict(candidates=True), "candidates is True"), (dict(scoring="often"), "scoring is 'often'"),
-    (dict(decision=[]), "decision is []"), (dict(alpha="1"), "alpha is '1'"), (dict(beta=math.nan), "beta is nan"),
-    (dict(reward_threshold=None), "reward_threshold is None"), (dict(reward_threshold=[1.0]), "it must be a number"),
+    (dict(segment=Fixed(0)), "Unhashable.plan().segment.size is 0"), (dict(segment=Fixed(2.0)), "segment.size is 2.0"),
+    (dict(lanes=Lanes(1, None)), "lanes.attempts is None"), (dict(lanes=Lanes(0, 1)), "lanes.width is 0"),
+    (dict(lanes=Lanes(1, 1, True)), "lanes.population is True"), (dict(score=Score("often")), "score.when is 'often'"),
+    (dict(decide=[]), "decide is []"), (dict(decide=Threshold("1", 0.0, 0.0)), "decide.alpha is '1'"),
+    (dict(decide=Threshold(1.0, math.nan, 0.0)), "decide.beta is nan"),
+    (dict(decide=Threshold(1.0, 0.0, None)), "decide.reward_threshold is None"),
+    (dict(decide=Threshold(1.0, 0.0, [1.0])), "it must be a number"),
 ])
 def test_a_plan_that_cannot_be_followed_is_refused_at_the_door(fields, message):
     made = engine()

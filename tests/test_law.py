@@ -23,9 +23,10 @@ import torch
 
 import oracle
 import stars
-import stars.law
 import stars.round
+import stars.rules
 from stars.bindings import libstars
+from stars.rules import Decision, Threshold
 from toy import EOS, ToyModel, table_reward, toy_engine
 
 FALSE_POSITIVE_RATE = 1e-6
@@ -205,65 +206,61 @@ def test_the_base_case_has_power():
 
 def best_accepted(monkeypatch):
     """The best of the accepted lanes of a round wins, instead of the first."""
-    judge = stars.round.Round._judge
+    call = Threshold.__call__
 
-    def judge_and_replace(self, lane, result, winners):
-        judge(self, lane, result, winners)
-        first = winners.get(lane.hypothesis)
-        if first is None or first is lane or not lane.reward > first.reward:
-            return
-        request, sample = lane.hypothesis.request, lane.hypothesis.sample
-        u = stars.round.accept_uniform(request.seed, lane.attempt, len(lane.hypothesis.segments), sample)
-        if stars.law.accepts(u, lane.reward, lane.threshold, request.plan.beta):
-            first.accepted, lane.accepted = False, True
-            winners[lane.hypothesis] = lane
+    def best_instead(self, judged, state):
+        decision = call(self, judged, state)
+        if not decision.keep:
+            return decision
+        start = stars.rules.threshold_start(state.prompt_reward, self.alpha, self.reward_threshold)
+        accepted = [one for one in judged if stars.rules.accepts(one.uniforms[0], one.reward, stars.rules.threshold(
+            one.tokens, state.max_tokens, start, self.reward_threshold), self.beta)]
+        best = max(accepted, key=lambda one: one.reward)
+        notes = {key: note._replace(accepted=key == (0, best.attempt)) for key, note in decision.notes.items()}
+        return Decision([stars.rules.whole(best)], [], notes)
 
-    monkeypatch.setattr(stars.round.Round, "_judge", judge_and_replace)
+    monkeypatch.setattr(Threshold, "__call__", best_instead)
 
 
 def prompt_reward_zero(monkeypatch):
     """r(x) is taken to be 0."""
-    start = stars.law.threshold_start
-    monkeypatch.setattr(stars.law, "threshold_start", lambda prompt_reward, alpha, target: start(0.0, alpha, target))
+    start = stars.rules.threshold_start
+    monkeypatch.setattr(stars.rules, "threshold_start", lambda prompt_reward, alpha, target: start(0.0, alpha, target))
 
 
 def prompt_reward_of_first_candidate(monkeypatch):
     """r(x) is the reward of the first candidate that was ever drawn, instead of the empty response's."""
-    judge, first = stars.round.Round._judge, {}
+    state, first = stars.round.Round._state, {}
 
-    def judge_with_first(self, lane, result, winners):
-        request = lane.hypothesis.request
-        reward = first.setdefault(lane.hypothesis, result.reward)
-        request.threshold_start = stars.law.threshold_start(reward, request.plan.alpha, request.plan.reward_threshold)
-        judge(self, lane, result, winners)
+    def state_with_first(self, group, judged):
+        reward = first.setdefault(group, judged[0].reward)
+        return state(self, group, judged)._replace(prompt_reward=reward)
 
-    monkeypatch.setattr(stars.round.Round, "_judge", judge_with_first)
+    monkeypatch.setattr(stars.round.Round, "_state", state_with_first)
 
 
 def alpha_swapped(monkeypatch):
     """alpha and 1 - alpha change places."""
-    start = stars.law.threshold_start
-    monkeypatch.setattr(stars.law, "threshold_start",
+    start = stars.rules.threshold_start
+    monkeypatch.setattr(stars.rules, "threshold_start",
                         lambda prompt_reward, alpha, target: start(prompt_reward, 1 - alpha, target))
 
 
 def cap_per_round(monkeypatch):
     """max_attempts counts rounds instead of attempts."""
     monkeypatch.setattr(stars.round, "_max_attempts",
-                        lambda request: request.plan.max_attempts * request.plan.width)
+                        lambda request: request.plan.lanes.attempts * request.plan.lanes.width)
 
 
 def _shift_length(monkeypatch, less: Callable) -> None:
     """The threshold is taken at `less(lane)` tokens fewer."""
-    judge, threshold = stars.round.Round._judge, stars.law.threshold
-    current = []
+    judge = stars.round.Round._may_judge
 
-    def judge_lane(self, lane, result, winners):
-        current[:] = [lane]
-        judge(self, lane, result, winners)
+    def judge_shorter(self, lane):
+        judge(self, lane)
+        lane.judged = lane.judged._replace(tokens=lane.judged.tokens - less(lane))
 
-    monkeypatch.setattr(stars.round.Round, "_judge", judge_lane)
-    monkeypatch.setattr(stars.law, "threshold", lambda tokens, *rest: threshold(tokens - less(current[0]), *rest))
+    monkeypatch.setattr(stars.round.Round, "_may_judge", judge_shorter)
 
 
 def threshold_without_candidate(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from stars import law
+from stars import rules as law
 from stars.bindings import libstars
 from stars.bindings.operations import Operation
 from stars.kernels import philox

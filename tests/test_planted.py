@@ -9,7 +9,7 @@ import torch
 
 import stars
 from building import cache_of, config_of, shape_of
-from stars import law
+from stars import rules as law
 from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
 from stars.cli.rows import rows_of_file

@@ -26,8 +26,9 @@ from stars.draft import LaneSpec
 from stars.fit import occupant
 from stars.kernels.philox import accept_uniform
 from stars.passes import Span
-from stars.policies import Plan
+from stars.policies import Fixed, Lanes, Plan, Sampled, Score
 from stars.reward import CausalReward
+from stars.rules import Always
 from stars.sizes import needed_bytes
 
 SEGMENT, MAX_ATTEMPTS = 32, 20
@@ -44,7 +45,7 @@ class Plain:
     """Plain sampling in drafts as long as those it is compared with."""
 
     def plan(self) -> Plan:
-        return Plan(SEGMENT, 1, 1, "never", "always")
+        return Plan(Sampled(), Fixed(SEGMENT), Lanes(1), Score("never"), Always())
 
 
 class Timed:

@@ -1,0 +1,184 @@
+"""Rules as pure functions: what they keep, drop and note, and that the cut of the prefix they see changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stars import rules
+from stars.rules import (
+    EARLIER,
+    Always,
+    Argmax,
+    Decision,
+    Judged,
+    Keep,
+    Note,
+    State,
+    Threshold,
+    accept_probability,
+    accepts,
+    best_seen,
+    problem,
+    threshold,
+    threshold_start,
+)
+
+LOGPROBS = (-1.0, -2.0, -0.5)
+
+
+def judged(hypothesis: int = 0, attempt: int = 1, reward: float | None = 0.0, uniform: float = 0.5, tokens: int = 3,
+           finished: bool = False) -> Judged:
+    return Judged(hypothesis, attempt, tokens, finished, (), LOGPROBS, (), reward, None, (uniform,))
+
+
+def earlier(hypothesis: int, reward: float | None = 0.0) -> Judged:
+    return Judged(hypothesis, EARLIER, 9, True, (), (), (), reward, reward, ())
+
+
+def state(live: tuple[int, ...] = (0,), left: int = 0, prompt_reward: float | None = 0.25, max_tokens: int = 12,
+          unscored: int = 0) -> State:
+    return State(0, 0, unscored, left, max_tokens, prompt_reward, 0, live, (), None)
+
+
+def test_rules_import_nothing_but_the_standard_library():
+    tree = ast.parse(Path(rules.__file__).read_text(encoding="utf8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert names and all(name.split(".")[0] in sys.stdlib_module_names for name in names), names
+
+
+# -- the threshold ------------------------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(st.floats(-4.0, 4.0), st.just(-math.inf))
+THRESHOLDS = st.builds(Threshold, st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.0, 0.4, 1.5]),
+                       st.sampled_from([-math.inf, -1.0, 0.5, 2.0, math.inf]))
+ATTEMPTS = st.lists(st.tuples(NUMBERS, st.floats(1e-6, 1.0 - 1e-6), st.integers(1, 12)), min_size=1, max_size=9)
+
+
+@settings(max_examples=300)
+@given(THRESHOLDS, st.lists(ATTEMPTS, min_size=1, max_size=3), st.data())
+def test_what_the_threshold_keeps_does_not_depend_on_where_the_prefix_was_cut(rule, population, data):
+    """In-order rules: any prefixes that hold each winner give the same decision; any that miss one give none."""
+    everything = [[judged(slot, attempt, reward, uniform, tokens) for attempt, (reward, uniform, tokens)
+                   in enumerate(attempts, 1)] for slot, attempts in enumerate(population)]
+    live = tuple(range(len(population)))
+    start = threshold_start(0.25, rule.alpha, rule.reward_threshold) if math.isfinite(rule.reward_threshold) else 0.0
+    winners = [next((one.attempt for one in ones if accepts(one.uniforms[0], one.reward, threshold(
+        one.tokens, 12, start, rule.reward_threshold), rule.beta)), None) for ones in everything]
+    cuts = [data.draw(st.integers(0, len(ones)), label="cut") for ones in everything]
+    seen = [one for ones, cut in zip(everything, cuts, strict=True) for one in ones[:cut]]
+    decision = rule(seen, state(live, left=3, unscored=sum(map(len, everything)) - len(seen)))
+    if all(winner is not None and winner <= cut for winner, cut in zip(winners, cuts, strict=True)):
+        assert decision.keep == [Keep(slot, winner, 3) for slot, winner in enumerate(winners)]
+    else:
+        assert decision.keep == []
+    assert decision.drop == []
+    for one in seen:  # whatever is decided, every attempt that was seen is noted, and only winners as accepted
+        note = decision.notes[one.hypothesis, one.attempt]
+        tau = threshold(one.tokens, 12, start, rule.reward_threshold)
+        assert note == Note(tau, accept_probability(one.reward, tau, rule.beta),
+                            one.attempt == winners[one.hypothesis])
+
+
+def test_a_group_is_decided_when_all_of_it_is():
+    rule = Threshold(1.0, 0.0, 1.0)
+    ones = [judged(0, 1, 2.0), judged(1, 1, 0.5), judged(1, 2, 1.5)]
+    assert rule(ones[:2], state((0, 1))).keep == []
+    assert rule(ones, state((0, 1))).keep == [Keep(0, 1, 3), Keep(1, 2, 3)]
+    assert rule([*ones, earlier(2)], state((0, 1, 2))).keep == [Keep(0, 1, 3), Keep(1, 2, 3), Keep(2, EARLIER, 0)]
+
+
+def test_a_threshold_that_starts_from_the_prompt_needs_its_reward():
+    with pytest.raises(ValueError, match="alpha=0.5 needs the prompt's reward"):
+        threshold_start(None, 0.5, 1.0)
+    assert threshold_start(None, 1.0, 3.0) == 3.0 and threshold_start(1.0, 0.25, 3.0) == 1.5
+
+
+# -- argmax, always, best seen ------------------------------------------------------------------------------------
+
+
+def test_argmax_is_of_all_hypotheses_and_attempts():
+    ones = [judged(0, 1, 1.0), judged(0, 2, 3.0), judged(2, 1, 3.0), judged(2, 2, -math.inf)]
+    assert Argmax()(ones, state((0, 2), left=1)) is None
+    decision = Argmax()(ones, state((0, 2)))
+    assert decision.keep == [Keep(0, 2, 3)] and decision.drop == [2]  # the earliest of equals
+    assert {key for key, note in decision.notes.items() if note.accepted} == {(0, 2)} and len(decision.notes) == 4
+    assert Argmax()([earlier(0, 9.0), *ones[2:]], state((0, 2))).keep == [Keep(0, EARLIER, 0)]
+    assert Argmax()([judged(reward=-math.inf)], state()).keep == [Keep(0, 1, 3)]
+
+
+def test_always_keeps_the_first_attempt_without_a_reward():
+    decision = Always()([judged(0, 1, None), judged(0, 2, None), judged(1, 1, None)], state((0, 1), left=5))
+    assert decision.keep == [Keep(0, 1, 3), Keep(1, 1, 3)] and decision.drop == []
+    assert decision.notes == {(0, 1): Note(None, None, True), (1, 1): Note(None, None, True)}
+
+
+def test_best_seen_is_of_each_hypothesis():
+    ones = [judged(0, 1, -math.inf), judged(0, 2, -math.inf), judged(1, 1, 0.5), judged(1, 2, 0.75), judged(1, 3, 0.75)]
+    assert best_seen(ones, state((0, 1))).keep == [Keep(0, 1, 3), Keep(1, 2, 3)]
+    assert best_seen([judged(0, 1, None), judged(0, 2, None)], state()).keep == [Keep(0, 1, 3)]
+
+
+@pytest.mark.parametrize("rule", [Threshold(1.0, 0.0, 0.0), Argmax()])
+def test_rules_that_read_rewards_say_where_there_are_none(rule):
+    with pytest.raises(ValueError, match="was given none: score segments"):
+        rule([judged(reward=None)], state())
+
+
+# -- what a decision must satisfy ---------------------------------------------------------------------------------
+
+
+def asked(decision, ones=None, live=(0,), population=2, wholes=False, max_tokens=12) -> str | None:
+    ones = [judged(slot) for slot in live] if ones is None else ones
+    return problem(decision, ones, state(live, max_tokens=max_tokens), population, 11, (0, 7), wholes)
+
+
+@pytest.mark.parametrize("decision", [
+    None, Decision([]), Decision([Keep(0, 1, 3)]), Decision([Keep(0, 1, 1)]), Decision([Keep(0, 1, 0, [4])]),
+    Decision([Keep(0, 1, 2, (4, 5, 7))]), Decision([Keep(0, 1, 3), Keep(0, 1, 3)]), Decision([Keep(0, 1, 3, [1] * 9)]),
+])
+def test_decisions_that_can_be_done(decision):
+    assert asked(decision) is None
+
+
+@pytest.mark.parametrize("keep, fault", [
+    (Keep(0, 1, 4), "keeps 4 tokens of attempt 1 of hypothesis 0, which has 3"),
+    (Keep(0, 1, True), "keeps True tokens"), (Keep(0, 1, -1, [1]), "keeps -1 tokens"),
+    (Keep(0, 1, 0), "keeps no token"), (Keep(0, 2, 3), "attempt 2 of hypothesis 0, which was not judged"),
+    (Keep(0, 1, 3, [1] * 10), "past max_tokens=12"), (Keep(0, 1, 3, [7, 1]), "after a token that ends the response"),
+    (Keep(0, 1, 3, [11]), "no list of token ids below 11"), (Keep(0, 1, 3, [-1]), "no list of token ids below 11"),
+    (Keep(0, 1, 3, [1.0]), "no list of token ids below 11"), (Keep(0, 1, 3, None), "no list of token ids"),
+])
+def test_what_cannot_be_kept(keep, fault):
+    assert fault in asked(Decision([keep]))
+
+
+def test_what_has_ended_is_not_continued():
+    ended = [judged(finished=True)]
+    assert asked(Decision([Keep(0, 1, 3)]), ended) is None
+    assert asked(Decision([Keep(0, 1, 2, [4])]), ended) is None  # cut before its end
+    assert "with which the response ends" in asked(Decision([Keep(0, 1, 3, [4])]), ended)
+    assert "with which the response ends" in asked(Decision([Keep(0, EARLIER, 0, [4])]), [earlier(0)])
+    assert asked(Decision([Keep(0, EARLIER, 0)]), [earlier(0)]) is None
+    assert "whole response" in asked(Decision([Keep(0, 1, 2)]), ended, wholes=True)
+    assert "whole response" in asked(Decision([Keep(0, 1, 3)] * 2), ended, wholes=True)
+
+
+@pytest.mark.parametrize("decision, fault", [
+    (Decision([Keep(0, 1, 3)]), "leaves hypothesis 1 neither kept nor dropped"),
+    (Decision([Keep(0, 1, 3)], [0, 1]), "drops hypothesis 0, which it keeps too"),
+    (Decision([Keep(0, 1, 3)], [1, 2]), "drops hypothesis 2, which is not there"),
+    (Decision([], [0, 1]), "drops every hypothesis"),
+    (Decision([Keep(0, 1, 3)] * 3, [1]), "keeps 3 hypotheses, which is more than the population of 2"),
+    ("no", "returned str instead of"), (Decision([("x",)]), "keeps tuple instead of"),
+    (Decision([], notes=None), "returned notes that are no"), (Decision([], notes={(0, 1): 1.0}), "returned notes"),
+])
+def test_decisions_that_cannot_be_done(decision, fault):
+    assert fault in asked(decision, live=(0, 1))
