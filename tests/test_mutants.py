@@ -106,8 +106,8 @@ def test_a_copy_that_is_not_imported_is_refused(checkout, tmp_path):
 
 def test_rows_are_listed_and_unknown_ones_refused():
     command = [sys.executable, str(ROOT / "tests" / "mutate" / "run.py")]
-    listed = subprocess.run([*command, "--list", "--only", "engine/law.py"], capture_output=True, text=True)
+    listed = subprocess.run([*command, "--list", "--only", "engine/rules.py"], capture_output=True, text=True)
     assert listed.returncode == 0
-    assert len(listed.stdout.splitlines()) == sum(mutant.file == "engine/law.py" for mutant in MUTANTS)
+    assert len(listed.stdout.splitlines()) == sum(mutant.file == "engine/rules.py" for mutant in MUTANTS)
     refused = subprocess.run([*command, "--only", "no such row"], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.startswith("refused: there is nothing to do")
