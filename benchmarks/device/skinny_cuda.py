@@ -96,7 +96,8 @@ class Library:
 
         code = self.loaded[key].stars_skinny(
             CASES[end].index(tuple(tile[:4])), at(x), at(weight), at(out), at(buffers.sums), at(buffers.residual),
-            at(gain), at(buffers.scaled), at(buffers.sums), buffers.rows, weight.shape[0], weight.shape[1], tile.prefetch,
-            ctypes.c_float(eps), tile.grid, int(pdl), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+            at(gain), at(buffers.scaled), at(buffers.sums), buffers.rows, weight.shape[0], weight.shape[1],
+            tile.prefetch, ctypes.c_float(eps), tile.grid, int(pdl),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
         if code:
             raise RuntimeError(f"launch of {end} {tuple(tile)} failed with {code}")

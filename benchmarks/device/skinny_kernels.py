@@ -51,7 +51,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _feature(tile, index, OUT_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, SWIGLU: tl.constexpr):
-    """Rows of the weight that a tile takes: adjacent ones, or as many of the gate and of up, one half after the other."""
+    """Rows of the weight that a tile takes: adjacent ones, or half of them the gate's and half of them up's."""
     if SWIGLU:
         half: tl.constexpr = BLOCK_FEATURES // 2
         return tile * half + index % half + (index // half) * (OUT_FEATURES // 2)

@@ -3,11 +3,11 @@
     python3 benchmarks/device/skinny_products.py --out FILE [--seconds 110] [--dry-run]
 
 A chain is a step without its embedding and sampling: 32 layers of norm, qkv, a stub for attention (a kernel of a few
-microseconds), o, norm, gate_up, SwiGLU, down, then the head; every layer has weights of its own, 15 GB in all. The same
-chain runs as the library's products with small kernels between them, as our products, with fused ends, with programmatic
-dependent launch, with prefetched weights, and over a table of tiles, one product after the other. Each chain's logits
-are held against a float32 reference: no more than twice the error of the library's chain, and no NaN from poisoned
-buffers. A read of the same bytes is the limit.
+microseconds), o, norm, gate_up, SwiGLU, down, then the head; every layer has weights of its own, 15 GB in all. The
+same chain runs as the library's products with small kernels between them, as our products, with fused ends, with
+programmatic dependent launch, with prefetched weights, and over a table of tiles, one product after the other. Each
+chain's logits are held against a float32 reference: no more than twice the error of the library's chain, no NaN from
+poisoned buffers, the same bits at every replay. A read of the same bytes is the limit.
 
 Rows go to FILE as they are measured; what fails is a note. Hand-written CUDA (`skinny_cuda.py`) is timed last, in a
 process of its own. With --dry-run everything runs in Triton's interpreter on toy shapes.
@@ -537,9 +537,8 @@ def jobs(shape: Shape, tiles: dict[str, Tile], seen: dict[str, Tile],
 
 def compile_one(job: tuple[str, Tile, bool, bool] | str, arch: int = 90) -> float:
     """In a worker: compiles what a launch on the card will ask for, into Triton's cache."""
-    from triton.runtime import driver
-
     from compile_pool import Driver
+    from triton.runtime import driver
 
     began = time.perf_counter()
     driver.set_active(Driver(arch))
