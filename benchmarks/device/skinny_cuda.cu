@@ -1,8 +1,8 @@
 // A product of a few rows with its end fused, by hand: what a ring of bulk copies filled before the wait would give.
 //
 // One block a processor, so that the block of the next kernel fits beside it (at most 110 KB of shared memory each).
-// A producer warp copies rows of the weight, INNER numbers at a time, into a ring of STAGES. It fills the ring before
-// griddepcontrol.wait, since weights depend on no kernel, and adds the rows of x after it. The others multiply with
+// Four producer warps copy rows of the weight, INNER numbers at a time, into a ring of STAGES. They fill it before
+// griddepcontrol.wait, since weights depend on no kernel, and add the rows of x after it. The others multiply with
 // mma.m16n8k16, weights as the left operand. Which k a thread holds does not matter while both operands agree, so a
 // thread reads 16 adjacent bytes of each: no ldmatrix, no conflict (rows are 64 bytes more than a multiple of 128).
 // A block walks over tiles of FEATURES without emptying its ring. Ends and buffers are those of skinny_kernels.py.
@@ -13,6 +13,7 @@
 
 namespace {
 
+constexpr int kProducers = 4;  // warps that copy: lanes of one issue their copies one by one
 constexpr int kPlain = 0, kResidual = 1, kSwiglu = 2, kPlainFloat = 3;
 
 struct Arguments {
@@ -83,7 +84,7 @@ struct Kernel {
     using L = Layout<FEATURES, INNER, STAGES, ROWS>;
     static constexpr int feature_warps = FEATURES / 16;
     static constexpr int warps = feature_warps * SPLIT_WARPS;  // those that multiply
-    static constexpr int threads = 32 * (warps + 1);
+    static constexpr int threads = 32 * (warps + kProducers);
     static constexpr int shared = L::total + SPLIT_WARPS * ROWS * FEATURES * 4 + ROWS * 4 + STAGES * 16 + 128;
 };
 
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(Kernel<END, FEATURES, SPLIT_WARPS, INNER, STAG
 
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(full + stage, 1);
+            barrier_init(full + stage, kProducers);
             barrier_init(empty + stage, K::warps);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -124,13 +125,14 @@ __global__ void __launch_bounds__(Kernel<END, FEATURES, SPLIT_WARPS, INNER, STAG
     }
     __syncthreads();
 
-    if (warp == 0) {
+    if (warp < kProducers) {
         uint64_t once, kept;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
         asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
-        const int bytes = (FEATURES + given.rows) * INNER * 2;
+        const int mine_of_x = (given.rows - warp + kProducers - 1) / kProducers;  // rows warp, warp + kProducers, ...
+        const int bytes = (FEATURES / kProducers + mine_of_x) * INNER * 2;
         auto weights = [&](int tile, int chunk, int stage) {
-            for (int index = lane; index < FEATURES; index += 32) {
+            for (int index = lane * kProducers + warp; index < FEATURES; index += 32 * kProducers) {
                 int64_t row = weight_row<END>(tile, index, FEATURES, given.out_features);
                 if (row >= given.out_features) row = given.out_features - 1;
                 copy(memory + stage * L::stage + index * L::stride, given.weight + row * given.in_features + chunk * INNER,
@@ -138,9 +140,10 @@ __global__ void __launch_bounds__(Kernel<END, FEATURES, SPLIT_WARPS, INNER, STAG
             }
         };
         auto values = [&](int chunk, int stage) {
-            if (lane < given.rows)
-                copy(memory + stage * L::stage + (FEATURES + lane) * L::stride,
-                     given.x + static_cast<int64_t>(lane) * given.in_features + chunk * INNER, INNER * 2, full + stage,
+            int row = lane * kProducers + warp;
+            if (row < given.rows)
+                copy(memory + stage * L::stage + (FEATURES + row) * L::stride,
+                     given.x + static_cast<int64_t>(row) * given.in_features + chunk * INNER, INNER * 2, full + stage,
                      kept);
         };
         auto open = [&](int stage) {
@@ -154,9 +157,10 @@ __global__ void __launch_bounds__(Kernel<END, FEATURES, SPLIT_WARPS, INNER, STAG
             open(at);
             weights(blockIdx.x + at / chunks * gridDim.x, at % chunks, at);
         }
-        int ahead = given.ahead < given.in_features - STAGES * INNER ? given.ahead : given.in_features - STAGES * INNER;
+        const int left = given.in_features - STAGES * INNER;
+        const int ahead = given.ahead < left ? given.ahead : left;
         if (ahead > 0)
-            for (int index = lane; index < FEATURES; index += 32) {
+            for (int index = lane * kProducers + warp; index < FEATURES; index += 32 * kProducers) {
                 int64_t row = weight_row<END>(blockIdx.x, index, FEATURES, given.out_features);
                 if (row < given.out_features)
                     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(Kernel<END, FEATURES, SPLIT_WARPS, INNER, STAG
         return;
     }
 
-    const int thread = threadIdx.x - 32, worker = warp - 1;
+    const int thread = threadIdx.x - 32 * kProducers, worker = warp - kProducers;
     const int group = lane / 4, quad = lane % 4;
     const int first_feature = worker % K::feature_warps * 16, split = worker / K::feature_warps;
     constexpr int part = INNER / SPLIT_WARPS;
