@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 def start(folder: str, rows: tuple[int, ...] = (8, 16), arch: str = "90") -> list[tuple[str, int, subprocess.Popen]]:
     """Starts a compiler for each library."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    compiler = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     running = []
     for end, cases in CASES.items():
         for count in rows:
@@ -50,7 +52,7 @@ def start(folder: str, rows: tuple[int, ...] = (8, 16), arch: str = "90") -> lis
                               for number, case in enumerate(cases))
             wrapper.write_text(f"#define STARS_END {ENDS[end]}\n#define STARS_ROWS {count}\n"
                                f"#define STARS_CASES{rows_of}\n#include \"{SOURCE}\"\n")
-            command = ["nvcc", "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v",
+            command = [compiler, "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v",
                        "-shared", "-Xcompiler", "-fPIC", str(wrapper), "-o", str(wrapper.with_suffix(".so"))]
             running.append((end, count, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                                          text=True)))
