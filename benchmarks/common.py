@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
 import platform
 import statistics
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 import stars
-from stars import round as rounds
+from stars import rules
 from stars.bindings import libstars
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,25 +199,15 @@ def _number(value: float | None) -> str:
 # -- the same number of attempts for two loops ------------------------------------------------------------------------
 
 
-NO_REWARD_COUNTS = 1e30
-
-
 @contextmanager
 def forced_accept(rate: float) -> Iterator[None]:
     """Inside, the engine accepts an attempt with probability `rate` whatever its reward; the reward is still computed.
 
     The attempt's own uniform decides, so equal seeds give equal numbers of attempts in every loop that uses it.
     """
-    # log u < (r - tau) / beta is log u < log(rate) where beta is so large that no reward counts beside tau.
-    tau = -NO_REWARD_COUNTS * math.log(rate) if rate > 0.0 else math.inf
-    terms = rounds._terms
-
-    def forced(lane, tokens: int):
-        given = terms(lane, tokens)
-        return given and given._replace(start=tau, reward_threshold=tau, beta=NO_REWARD_COUNTS)
-
-    rounds._terms = forced
+    accepts = rules.accepts
+    rules.accepts = lambda uniform, reward, tau, beta: uniform < rate
     try:
         yield
     finally:
-        rounds._terms = terms
+        rules.accepts = accepts
