@@ -182,9 +182,11 @@ class PagedCache:
         start, stop = table.length // self.page_size, self._pages_for(table.length + tokens)
         shared = [(table, i) for i in range(start, min(stop, len(table.pages)))
                   if self.pool.references(table.pages[i]) > 1]
-        fresh = self.pool.alloc(len(shared) + max(0, stop - len(table.pages)))
-        self._replace(shared, fresh)
-        table.pages += fresh[len(shared) :]
+        missing = max(0, stop - len(table.pages))
+        if shared or missing:
+            fresh = self.pool.alloc(len(shared) + missing)
+            self._replace(shared, fresh)
+            table.pages += fresh[len(shared) :]
 
     def reset(self) -> None:
         """Closes every table and gives every slab and page back, whatever an interrupted call left half done.
