@@ -56,7 +56,7 @@ def operations(setup) -> Iterator[Figure]:
     history = 64
     for lanes in (1, 8):
         drafter = engine._round.drafter
-        table = engine._cache.open([], history)
+        table = engine._cache.open(range(history))
         table.length = history
         slabs = [engine._cache.take_slab() for _ in range(lanes)]
         params = setup.params(0)
@@ -72,7 +72,7 @@ def operations(setup) -> Iterator[Figure]:
         engine._cache.close(table)
     for count in (1, 2):
         passes, cache = engine.reward._passes, engine.reward.cache
-        table = cache.open([], history)
+        table = cache.open(range(history))
         table.length = history
         slabs = [cache.take_slab() for _ in range(count)]
         spans = [_span(table, slab * cache.slab_len, history) for slab in slabs]
@@ -85,7 +85,7 @@ def operations(setup) -> Iterator[Figure]:
 
 def _span(table: BlockTable, start: int, history: int) -> Span:
     rows = 17  # a segment, and the committed token before it
-    return Span(table, list(range(5, 5 + rows)), history, list(range(start, start + rows)), start)
+    return Span(table, list(range(5, 5 + rows)), history, list(range(start, start + rows)))
 
 
 def _timed(title: str, runner, call: Callable[[], object], fill: Callable[[], None], repeats: int) -> Iterator[Figure]:

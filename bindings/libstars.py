@@ -24,7 +24,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from stars.kernels.linear import Weight
-    from stars.kernels.types import Batch, DecideState, Draft, LaneState, LayerKV, Penalties, TrailingRows
+    from stars.kernels.types import Batch, Draft, LaneState, LayerKV, Penalties, TrailingRows
 
 ABI_VERSION = 4
 
@@ -341,28 +341,14 @@ def sample_step(logits: Tensor, lanes: LaneState) -> None:
     _call(_SAMPLE_STEP, params, logits, lanes)
 
 
-def decide(state: DecideState) -> None:
-    """Writes the law's verdict on state.rewards into state.accepted, in float64 as `stars.rules`, bit for bit."""
-    lanes = state.rewards.shape[0]
-
-    def vector(name: str, dtype: torch.dtype = torch.int32) -> int:
-        return _pointer("decide", name, getattr(state, name), dtype, (lanes,))
-
-    params = _Decide(
-        vector("seeds", torch.int64), vector("streams"), vector("attempts"), vector("tokens"), vector("max_tokens"),
-        vector("start", torch.float64), vector("reward_threshold", torch.float64), vector("beta", torch.float64),
-        vector("rewards", torch.float32), vector("accepted"), lanes,
-    )
-    _call(_DECIDE, params, state)
-
-
 def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
-    """Writes segments and closing tokens after the first row of every sequence that trails a lane.
+    """Writes segments and closing tokens after the first row of every sequence that has a lane.
 
     They must fit the rows of their sequences, and the lanes the draft: neither is checked.
     """
     (lanes, max_steps), max_stop_ids = draft.out_tokens.shape, draft.stop_ids.shape[1]
     sequences, max_closing = trailing.closing.shape
+    tokens = torch.zeros(sequences, dtype=torch.int32)  # counts that nobody reads
 
     def tensor(of: Draft | TrailingRows, name: str, *shape: int) -> int:
         return _pointer("append_draft", name, getattr(of, name), torch.int32, shape)
@@ -373,10 +359,10 @@ def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
         tensor(trailing, "lanes", sequences), tensor(trailing, "row_start", sequences + 1),
         tensor(trailing, "closing", sequences, max_closing),
         tensor(trailing, "token_ids", trailing.token_ids.numel()), tensor(trailing, "last", sequences),
-        tensor(trailing, "tokens", sequences),
+        tokens.data_ptr(),
         sequences, max_steps, max_stop_ids, max_closing, vocab_size,
     )
-    _call(_APPEND_DRAFT, params, draft, trailing)
+    _call(_APPEND_DRAFT, params, draft, trailing, tokens)
 
 
 def apply_penalties(logits: Tensor, lanes: LaneState, penalties: Penalties) -> None:

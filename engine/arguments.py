@@ -119,15 +119,27 @@ def refuse_unknown(owner: str, name: str, value: Any, known: Iterable[str], abse
         raise RequestError(f"{owner}.{name} is not implemented: {entry.advice}")
 
 
+def refuse_keywords(owner: str, others: Mapping[str, Any], takes: Callable[..., Any],
+                    absent: Mapping[str, Absent]) -> None:
+    """RequestError for the keywords `others`, which `takes` has not, unless `absent` has them at these values."""
+    for name, value in others.items():
+        refuse_unknown(owner, name, value, _parameters(takes), absent)
+
+
 def known_keywords(owner: str, given: dict[str, Any], takes: Callable[..., Any], absent: Mapping[str, Absent],
                    ) -> dict[str, Any]:
     """The keywords of `given` that `takes` has; RequestError for others, unless `absent` has them at these values."""
-    known = [name for name, parameter in inspect.signature(takes).parameters.items()
-             if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = _parameters(takes)
     kept = {name: value for name, value in given.items() if name in known}
     for name in given.keys() - kept.keys():
         refuse_unknown(owner, name, given[name], known, absent)
     return kept
+
+
+def _parameters(takes: Callable[..., Any]) -> list[str]:
+    """Names that `takes` may be given as keywords."""
+    return [name for name, parameter in inspect.signature(takes).parameters.items()
+            if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD]
 
 
 def refuse_others(call: str, others: Mapping[str, Any], elsewhere: Mapping[str, str], known: Iterable[str]) -> None:

@@ -8,24 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stars.target import Target
+
 ALIGNMENT = 64  # bytes
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 144, 160, 192, 256)
-
-
-def bucket(count: int) -> int:
-    """The number of rows a pass of `count` rows is padded to where shapes are captured: few shapes serve all counts."""
-    return next((size for size in BUCKETS if size >= count), -(-count // 128) * 128)
 
 
 class Buffers:
-    """Named tensors in one block of memory on `device`, and numpy views of the same block on the host.
+    """Named tensors in one block of memory on the target's device, and numpy views of the same block on the host.
 
     On the CPU both are the same memory, and `upload` and `fetch` do nothing. Elsewhere the host's block is pinned. All
     is 0 at first, unless `zeroed` is False: then it is what was there, and on the CPU not touched before it is used.
     """
 
-    def __init__(self, device: torch.device | str, zeroed: bool = True, **fields: tuple[torch.dtype, tuple[int, ...]]):
-        device = torch.device(device)
+    def __init__(self, target: Target, /, zeroed: bool = True,
+                 **fields: tuple[torch.dtype, tuple[int, ...]]):
         places: dict[str, tuple[int, int]] = {}
         total = 0
         for name, (dtype, shape) in fields.items():
@@ -33,11 +29,12 @@ class Buffers:
             places[name] = (total, total + size)
             total += -(-size // ALIGNMENT) * ALIGNMENT
         block = torch.zeros if zeroed else torch.empty
-        self._there = block(total, dtype=torch.uint8, device=device)
+        self._there = block(total, dtype=torch.uint8, device=target.device)
         self._here = self._there
-        if device.type != "cpu":
+        self._sent: torch.cuda.Event | None = None
+        if target.own_memory:
             self._here = block(total, dtype=torch.uint8, device="cpu", pin_memory=True)
-        self._sent = None if device.type == "cpu" else torch.cuda.Event()
+            self._sent = torch.cuda.Event()
         self._device: dict[str, Tensor] = {}
         self._host: dict[str, np.ndarray] = {}
         for name, (dtype, shape) in fields.items():

@@ -10,43 +10,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stars.buffers import Buffers, bucket
+from stars.buffers import Buffers
+from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages
 from stars.kernels.copy_rows import copy_rows
 from stars.kernels.graph import Graphs
 from stars.kernels.types import LayerKV
+from stars.model.config import ModelConfig
 from stars.page_pool import PagePool
+from stars.sizes import ModelSizes
+from stars.target import bucket
 
 MOST_MOVES = 2048
 """Rows of one replayed copy: 64 responses that commit 32 tokens each. More are copied in parts."""
 
 CLOSED = -1
-"""Capacity of a closed table."""
+"""Length of a closed table."""
 
 
 class BlockTable:
     """The pages of one hypothesis: key position p lies in pages[p // page_size], and `length` positions are valid.
 
-    `capacity` is the number of positions reserved. Whoever writes keys by itself (a prefill) sets `length` afterwards.
+    It has room for len(pages) * page_size positions. Whoever writes keys by itself (a prefill) sets `length` after it.
     """
 
-    __slots__ = ("pages", "length", "capacity")
+    __slots__ = ("pages", "length")
 
-    def __init__(self, pages: list[int], length: int, capacity: int):
+    def __init__(self, pages: list[int], length: int):
         self.pages = pages
         self.length = length
-        self.capacity = capacity
 
     def __repr__(self) -> str:
-        return f"BlockTable(pages={self.pages}, length={self.length}, capacity={self.capacity})"
+        return f"BlockTable(pages={self.pages}, length={self.length})"
 
 
 class CommitMove(NamedTuple):
-    """`count` slab rows from flat slab row `slab_start` become positions `at` .. `at + count - 1` of `table`."""
+    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`."""
 
     table: BlockTable
     slab_start: int
-    count: int
+    rows: int
     at: int
 
 
@@ -55,53 +58,39 @@ class PagedCache:
 
     Rows that were not written hold arbitrary bytes; `length`, prefix_len and slab_used bound every read. All decisions
     are taken on the host; tensors only receive rows. A table belongs to one holder, a page to any number of tables:
-    full pages are shared between forks and between requests whose tokens begin alike, and every writer gets a private
-    page first.
+    full pages are shared between requests whose tokens begin alike, all pages between forks, and every writer gets a
+    private page first. Pages are taken for a prompt as it is opened and for a segment before it is drawn.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        page_size: int,
-        num_pages: int,
-        num_slabs: int,
-        slab_len: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ):
-        for name, value, least in (
-            ("page_size", page_size, 1),
-            ("num_pages", num_pages, 0),
-            ("num_slabs", num_slabs, 0),
-            ("slab_len", slab_len, 1),
-        ):
+    def __init__(self, shape: ModelConfig, config: EngineConfig, sizes: ModelSizes, dtype: torch.dtype):
+        page_size, num_slabs, slab_len = config.page_size, sizes.num_slabs, sizes.slab_len
+        for name, value, least in (("page_size", page_size, 1), ("num_slabs", num_slabs, 0), ("slab_len", slab_len, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}: the cache needs at least {least}")
+        num_pages = config.num_pages
         rows = max(num_pages * page_size, num_slabs * slab_len)
-        if rows * num_kv_heads > 2**31 - 1:
-            raise ValueError(f"the cache would have {rows} rows of {num_kv_heads} heads, numbered in int32: lower the "
-                             "cache budget")
+        if rows * shape.num_kv_heads > 2**31 - 1:
+            raise ValueError(f"the cache would have {rows} rows of {shape.num_kv_heads} heads, numbered in int32: "
+                             "lower the cache budget")
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_slabs = num_slabs
         self.slab_len = slab_len
-        self.device = torch.device(device)
-        row = (num_kv_heads, head_dim)
-        self.k_pages = torch.empty(num_layers, num_pages * page_size, *row, dtype=dtype, device=device)
+        self.target = config.target
+        self.device = device = torch.device(config.target.device)
+        row = (shape.num_kv_heads, shape.head_dim)
+        self.k_pages = torch.empty(shape.num_layers, num_pages * page_size, *row, dtype=dtype, device=device)
         self.v_pages = torch.empty_like(self.k_pages)  # [layers, num_pages * page_size, kv_heads, head_dim]
-        self.k_slabs = torch.empty(num_layers, num_slabs * slab_len, *row, dtype=dtype, device=device)
+        self.k_slabs = torch.empty(shape.num_layers, num_slabs * slab_len, *row, dtype=dtype, device=device)
         self.v_slabs = torch.empty_like(self.k_slabs)  # [layers, num_slabs * slab_len, kv_heads, head_dim]
         self.pool = PagePool(num_pages)  # behind the tensors, which fail at once where there is no memory for them
         self._layers = [
             LayerKV(self.k_pages[i], self.v_pages[i], self.k_slabs[i], self.v_slabs[i], page_size)
-            for i in range(num_layers)
+            for i in range(shape.num_layers)
         ]
         self._most_moves = max(1, min(num_slabs * slab_len, MOST_MOVES))
         moves = (torch.int32, (self._most_moves,))
-        self._moves = Buffers(self.device, source=moves, target=moves)
+        self._moves = Buffers(self.target, source=moves, target=moves)
         self._graphs = Graphs()
         self._never_done = torch.zeros(1, dtype=torch.int32, device=device)
         self._tables: set[BlockTable] = set()
@@ -129,25 +118,35 @@ class PagedCache:
 
     # -- tables ---------------------------------------------------------------------------------------------------
 
-    def open(self, token_ids: Sequence[int], capacity: int) -> BlockTable:
-        """Reserves pages for `capacity` positions and shares the full pages that hold a prefix of `token_ids` already.
+    def open(self, token_ids: Sequence[int]) -> BlockTable:
+        """Takes pages for `token_ids`; those full ones that hold a prefix of them already are shared.
 
         The table's length is the number of positions shared: a multiple of page_size, at most len(token_ids).
         Raises OutOfPages, and then has changed nothing.
         """
-        shared, fresh = self._plan_open(token_ids, capacity)
+        shared = self.pool.match(self._chunks(token_ids))
+        fresh = self._pages_for(len(token_ids)) - len(shared)
         free = self.pool.num_available - self.pool.cost(shared)
         if fresh > free:
             raise OutOfPages(fresh, free)
         self.pool.share(shared)
-        table = BlockTable(shared + self.pool.alloc(fresh), len(shared) * self.page_size, capacity)
+        table = BlockTable(shared + self.pool.alloc(fresh), len(shared) * self.page_size)
         self._tables.add(table)
         return table
 
-    def can_open(self, token_ids: Sequence[int], capacity: int) -> bool:
-        """Whether `open` with the same arguments would succeed now."""
-        shared, fresh = self._plan_open(token_ids, capacity)
+    def can_open(self, token_ids: Sequence[int], lengths: Sequence[int] = ()) -> bool:
+        """Whether `open(token_ids)` would succeed now.
+
+        With `lengths`: whether as many tables could be opened that all begin with `token_ids`, one after the other as
+        each is published, and be reserved up to so many positions each.
+        """
+        shared = self.pool.match(self._chunks(token_ids))
+        fresh = self._pages_together(len(token_ids), lengths or [len(token_ids)]) - len(shared)
         return fresh <= self.pool.num_available - self.pool.cost(shared)
+
+    def could_hold(self, prefix: int, lengths: Sequence[int]) -> bool:
+        """Whether the empty cache holds tables of `lengths` positions whose first `prefix` are the same."""
+        return self._pages_together(prefix, lengths) <= self.num_pages
 
     def shared_length(self, token_ids: Sequence[int]) -> int:
         """Leading positions of `token_ids` that `open` would find in published pages now."""
@@ -163,22 +162,29 @@ class PagedCache:
         table.length = max(table.length, len(token_ids))
         self.pool.publish(table.pages, self._chunks(token_ids))
 
-    def fork(self, table: BlockTable, capacity: int) -> BlockTable:
-        """A second table with the same content and pages for `capacity` positions: shares full pages, copies the tail.
+    def fork(self, table: BlockTable) -> BlockTable:
+        """A second table with the same content. It shares every page; who writes first to the last one copies it."""
+        self._check(table)
+        pages = table.pages[: self._pages_for(table.length)]
+        self.pool.share(pages)
+        forked = BlockTable(pages, table.length)
+        self._tables.add(forked)
+        return forked
+
+    def reserve(self, table: BlockTable, tokens: int) -> None:
+        """Makes room for `tokens` positions after the table's last, in pages that no other table refers to.
 
         Raises OutOfPages, and then has changed nothing.
         """
         self._check(table)
-        if capacity < table.length:
-            raise IntegrityError(f"{table.length} positions do not fit in a fork of {capacity}: raise the capacity")
-        full, tail = divmod(table.length, self.page_size)
-        pages = self.pool.alloc(self._pages_for(capacity) - full)
-        self.pool.share(table.pages[:full])
-        if tail:
-            self._copy_pages([(table.pages[full], pages[0])])
-        forked = BlockTable(table.pages[:full] + pages, table.length, capacity)
-        self._tables.add(forked)
-        return forked
+        if not tokens:
+            return
+        start, stop = table.length // self.page_size, self._pages_for(table.length + tokens)
+        shared = [(table, i) for i in range(start, min(stop, len(table.pages)))
+                  if self.pool.references(table.pages[i]) > 1]
+        fresh = self.pool.alloc(len(shared) + max(0, stop - len(table.pages)))
+        self._replace(shared, fresh)
+        table.pages += fresh[len(shared) :]
 
     def reset(self) -> None:
         """Closes every table and gives every slab and page back, whatever an interrupted call left half done.
@@ -187,16 +193,10 @@ class PagedCache:
         """
         self.pool = PagePool(self.num_pages)
         for table in list(self._tables):
-            table.pages, table.length, table.capacity = [], 0, CLOSED
+            table.pages, table.length = [], CLOSED
         self._tables.clear()
         self._slab_taken = [False] * self.num_slabs
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
-
-    def grow(self, table: BlockTable, capacity: int) -> None:
-        """Reserves more pages, up to `capacity` positions; raises OutOfPages, and then has changed nothing."""
-        self._check(table)
-        table.pages += self.pool.alloc(max(0, self._pages_for(capacity) - len(table.pages)))
-        table.capacity = max(table.capacity, capacity)
 
     def truncate(self, table: BlockTable, length: int) -> None:
         """Rewinds to `length` valid positions; the pages stay reserved."""
@@ -210,11 +210,11 @@ class PagedCache:
         self._check(table)
         self._tables.remove(table)
         self.pool.free(table.pages)
-        table.pages, table.length, table.capacity = [], 0, CLOSED
+        table.pages, table.length = [], CLOSED
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
-    def rows(self, table: BlockTable, start: int, stop: int) -> array:
+    def rows(self, table: BlockTable, start: int, stop: int) -> array[int]:
         """Page rows of positions start .. stop - 1, for a caller about to write them.
 
         Shared pages among them are replaced by private copies first; raises OutOfPages, and then has changed nothing.
@@ -223,10 +223,6 @@ class PagedCache:
         self._check_range(table, start, stop)
         self._make_private([(table, start, stop)])
         return self._rows(table, start, stop)
-
-    def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
-        """`rows` as a tensor, int32 [stop - start]."""
-        return self._to_device(self.rows(table, start, stop))
 
     def commit(self, moves: Sequence[CommitMove]) -> None:
         """Makes slab rows history: one copy for all moves and layers, then table.length = at + count for each.
@@ -245,7 +241,7 @@ class PagedCache:
             inside = 0 <= slab_start < self.num_slabs * self.slab_len
             if not inside or slab_start % self.slab_len + count > self.slab_len:
                 raise IntegrityError(f"slab rows {slab_start} to {slab_start + count} lie in no one slab: check the id")
-        self._make_private([(move.table, move.at, move.at + move.count) for move in moves])
+        self._make_private([(move.table, move.at, move.at + move.rows) for move in moves])
         source, target = array("i"), array("i")
         for table, slab_start, count, at in moves:
             source.extend(range(slab_start, slab_start + count))
@@ -268,7 +264,7 @@ class PagedCache:
                 f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
                 f"{width} pages: allocate it for the largest batch"
             )
-        if out is not None and out.is_cpu:
+        if out is not None and not self.target.own_memory:
             # Written in place: after a draft, views and copies of torch have left the caches and cost more than this.
             rows = out.numpy()
             for row, table in zip(rows, tables, strict=False):
@@ -310,8 +306,8 @@ class PagedCache:
         """
         self.pool.check_integrity(Counter(page for table in self._tables for page in table.pages))
         for table in self._tables:
-            if not 0 <= table.length <= table.capacity <= len(table.pages) * self.page_size:
-                raise IntegrityError(f"{table} does not satisfy length <= capacity <= pages * {self.page_size}")
+            if not 0 <= table.length <= len(table.pages) * self.page_size:
+                raise IntegrityError(f"{table} does not satisfy length <= pages * {self.page_size}")
         taken = sum(self._slab_taken)
         if taken + len(self._free_slabs) != self.num_slabs or len(set(self._free_slabs)) != len(self._free_slabs):
             counts = f"{len(self._free_slabs)} free + {taken} taken of {self.num_slabs}"
@@ -321,30 +317,28 @@ class PagedCache:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _pages_for(self, capacity: int) -> int:
-        return -(-capacity // self.page_size)
+    def _pages_for(self, positions: int) -> int:
+        return -(-positions // self.page_size)
+
+    def _pages_together(self, prefix: int, lengths: Sequence[int]) -> int:
+        """Pages of tables of `lengths` positions that share the full pages of their first `prefix`."""
+        return sum(map(self._pages_for, lengths)) - (len(lengths) - 1) * (prefix // self.page_size)
 
     def _chunks(self, token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
         size = self.page_size
         return (tuple(token_ids[i : i + size]) for i in range(0, len(token_ids) - size + 1, size))
 
-    def _plan_open(self, token_ids: Sequence[int], capacity: int) -> tuple[list[int], int]:
-        """Pages to share and the number of fresh ones."""
-        if capacity < len(token_ids):
-            raise IntegrityError(f"{len(token_ids)} tokens do not fit in {capacity} positions: raise the capacity")
-        shared = self.pool.match(self._chunks(token_ids))
-        return shared, self._pages_for(capacity) - len(shared)
-
     def _check(self, table: BlockTable) -> None:
         if table not in self._tables:
-            state = "closed" if table.capacity == CLOSED else "of another cache"
+            state = "closed" if table.length == CLOSED else "of another cache"
             raise IntegrityError(f"{table} is {state}: use a table only between its open and its close")
 
     def _check_range(self, table: BlockTable, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= table.capacity:
-            raise IntegrityError(f"positions {start} to {stop} exceed a table of {table.capacity}: reserve more")
+        room = len(table.pages) * self.page_size
+        if not 0 <= start <= stop <= room:
+            raise IntegrityError(f"positions {start} to {stop} exceed a table of {room}: reserve more")
 
-    def _rows(self, table: BlockTable, start: int, stop: int) -> array:
+    def _rows(self, table: BlockTable, start: int, stop: int) -> array[int]:
         rows = array("i")
         size = self.page_size
         while start < stop:
@@ -380,20 +374,24 @@ class PagedCache:
         # A sole holder overwrites in place: the index must forget the old content, and no page is needed for it.
         for page in published:
             self.pool.unpublish(page)
-        if replaced:
-            copies = [(table.pages[i], page) for (table, i), page in zip(replaced, fresh)]
-            self._copy_pages(copies)
-            for (table, i), page in zip(replaced, fresh):
-                self.pool.free([table.pages[i]])
-                table.pages[i] = page
+        self._replace(replaced, fresh)
 
-    def _run_moves(self, source: array, target: array) -> None:
+    def _replace(self, replaced: Sequence[tuple[BlockTable, int]], fresh: Sequence[int]) -> None:
+        """Gives each (table, index of a page) a copy of that page in one of the `fresh` pages."""
+        if not replaced:
+            return
+        self._copy_pages([(table.pages[i], page) for (table, i), page in zip(replaced, fresh)])
+        for (table, i), page in zip(replaced, fresh):
+            self.pool.free([table.pages[i]])
+            table.pages[i] = page
+
+    def _run_moves(self, source: array[int], target: array[int]) -> None:
         """Copies slab rows `source` to page rows `target` in every layer, from buffers at fixed addresses: replayed."""
         count = rows = len(source)
         self._moves.wait()
         places = self._moves.host("source"), self._moves.host("target")
         places[0][:count], places[1][:count] = source, target
-        if self.device.type != "cpu":  # few captured shapes; a row -1 copies nothing
+        if self.target.padded_moves:  # few captured shapes; a row -1 copies nothing
             rows = min(bucket(count), self._most_moves)
             places[0][count:rows] = places[1][count:rows] = -1
         self._moves.upload()
@@ -412,14 +410,14 @@ class PagedCache:
             target.extend(range(new * size, (new + 1) * size))
         self._copy_rows(self.k_pages, self.v_pages, source, target)
 
-    def _copy_rows(self, k_source: Tensor, v_source: Tensor, source: array, target: array) -> None:
+    def _copy_rows(self, k_source: Tensor, v_source: Tensor, source: array[int], target: array[int]) -> None:
         """Copies rows `source` of k_source and v_source to page rows `target`, in every layer."""
         copy_rows(k_source, v_source, self._to_device(source), self.k_pages, self.v_pages, self._to_device(target))
 
-    def _to_device(self, values: array) -> Tensor:
+    def _to_device(self, values: array[int]) -> Tensor:
         """int32 tensor of an int array, without a copy on the CPU and without waiting for a GPU."""
         if not values:
             return torch.empty(0, dtype=torch.int32, device=self.device)
         tensor = torch.frombuffer(values, dtype=torch.int32)
         # A copy from memory that is not pinned would wait for everything the GPU still has to do.
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.target.own_memory else tensor

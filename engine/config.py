@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +16,17 @@ from stars.errors import ModelError, RequestError
 from stars.model.config import ModelConfig
 from stars.model.loader import DTYPES
 from stars.prefill import choose_prefill
+from stars.target import Target, target_of
 
 DEFAULT_CACHE_TOKENS = 1 << 15
-MOST_SIZE = (1 << 31) - 1  # positions, slots and lanes are int32
+MAX_SIZE = (1 << 31) - 1  # positions, slots and lanes are int32
 DTYPE_NAMES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 """Other names of dtypes, vLLM's among them."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes that are fixed when the engine is built. Names are vLLM's where it has one.
+    """Settings that are fixed when the engine is built, for both of its models. Names are vLLM's where it has one.
 
     cache_tokens: the budget of each model's KV cache in tokens (default 32768); memory is touched only as it is used.
     page_size: tokens of a page. max_model_len: most tokens of a prompt and its response together.
@@ -46,16 +47,17 @@ class EngineConfig:
     max_num_lanes: int
     max_segment_size: int
     prefill_backend: str
+    target: Target = field(repr=False)  # what follows from the device
 
     @property
     def num_pages(self) -> int:
         """Pages of each model's cache."""
-        return self.cache_tokens // self.page_size
+        return math.ceil(self.cache_tokens / self.page_size)
 
     @property
-    def padded(self) -> bool:
-        """Whether passes are padded to the shapes of captured graphs."""
-        return self.device != "cpu"
+    def num_slabs(self) -> int:
+        """Slabs of each model's cache: one a lane, and one for the best seen of each response."""
+        return self.max_num_lanes + self.max_num_seqs
 
     @classmethod
     def resolve(cls, model: ModelConfig, device: str = "auto", dtype: str = "auto", deterministic: bool = False, *,
@@ -71,24 +73,24 @@ class EngineConfig:
             raise RequestError(f'prefill_backend is {shown(prefill_backend)}, it must be "auto" or a name')
         deterministic = flag("deterministic", deterministic)
         device = "cpu" if device == "auto" else device
-        dtypes = ("float32", "bfloat16") + (("float16",) if device == "cuda" else ())
-        if not isinstance(dtype, str) or dtype not in ("auto", *dtypes):
-            choices = ", ".join(f'"{name}"' for name in dtypes)
+        target = target_of(device)
+        if not isinstance(dtype, str) or dtype not in ("auto", *target.dtypes):
+            choices = ", ".join(f'"{name}"' for name in target.dtypes)
             raise RequestError(f'dtype is {shown(dtype)}, it must be "auto" or one of {choices} on device "{device}"')
         cache_tokens = DEFAULT_CACHE_TOKENS if cache_tokens is None else _size("cache_tokens", cache_tokens)
         max_model_len = None if max_model_len is None else _size("max_model_len", max_model_len)
         page_size, max_segment_size = _size("page_size", page_size), _size("max_segment_size", max_segment_size)
         max_num_seqs, max_num_lanes = _size("max_num_seqs", max_num_seqs), _size("max_num_lanes", max_num_lanes)
-        if device == "cuda":
+        if target.triton:
             check_gpu()
             check_model(model)
             if page_size < 16 or page_size & (page_size - 1):
                 raise RequestError(f"page_size is {page_size}, on a GPU it must be a power of two of at least 16")
         if dtype == "auto":
-            dtype = model.dtype if device == "cuda" else "float32"
+            dtype = target.dtype or model.dtype
             if dtype not in DTYPES:
                 raise ModelError(f"the model is stored as {dtype}, which is not supported: choose a dtype")
-        choose_prefill(model, DTYPES[dtype], device, prefill_backend, deterministic)
+        choose_prefill(model, DTYPES[dtype], target, prefill_backend, deterministic)
         if max_model_len is not None and max_model_len > model.context_length:
             raise RequestError(f"max_model_len is {max_model_len}, the model's context is "
                                f"{model.context_length}: lower it")
@@ -96,16 +98,18 @@ class EngineConfig:
         limits = {"the model's context": model.context_length, "cache_tokens": tokens}
         if max_model_len is not None:
             limits["max_model_len"] = max_model_len
-        rows = tokens + (max_num_lanes + min(max_num_seqs, max_num_lanes)) * max_segment_size
-        if rows * model.num_kv_heads > MOST_SIZE:
+        source = min(limits, key=lambda name: limits[name])
+        config = cls(
+            device=device, dtype=dtype, deterministic=deterministic, cache_tokens=tokens, page_size=page_size,
+            max_model_len=limits[source], max_model_len_from=source, max_num_seqs=min(max_num_seqs, max_num_lanes),
+            max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend,
+            target=target)
+        rows = tokens + config.num_slabs * max_segment_size
+        if rows * model.num_kv_heads > MAX_SIZE:
             raise RequestError(f"cache_tokens={tokens}, max_num_lanes={max_num_lanes} and max_segment_size="
                                f"{max_segment_size} make {rows} rows of {model.num_kv_heads} heads, which are numbered "
                                "in int32: lower them")
-        source = min(limits, key=lambda name: limits[name])
-        return cls(device=device, dtype=dtype, deterministic=deterministic,
-                   cache_tokens=tokens, page_size=page_size, max_model_len=limits[source], max_model_len_from=source,
-                   max_num_seqs=min(max_num_seqs, max_num_lanes), max_num_lanes=max_num_lanes,
-                   max_segment_size=max_segment_size, prefill_backend=prefill_backend)
+        return config
 
 
 @contextmanager
@@ -122,7 +126,7 @@ def allocation(config: EngineConfig) -> Iterator[None]:
 
 
 def _size(name: str, value: Any) -> int:
-    return integer(name, value, 1, MOST_SIZE)
+    return integer(name, value, 1, MAX_SIZE)
 
 
 def _name(value: Any) -> Any:

@@ -13,25 +13,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stars.buffers import Buffers, bucket
+from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
+from stars.config import EngineConfig
 from stars.kernels import apply_penalties, sample_step
 from stars.kernels.graph import Graphs, steps_a_graph
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
+from stars.model.decoder import Decoder
 from stars.sampling import SamplingParams
+from stars.sizes import history_entries, language_model, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
 STEP_LAUNCHES = 8  # on a GPU, at most: the logits, their penalties and their draw
 
 PENALTIES = ("history_start", "history_count", "repetition", "frequency", "presence")
-"""The buffers behind the entries of a Penalties, in its order."""
-
-
-def history_entries(max_sequences: int, max_model_len: int, vocab_size: int) -> int:
-    """Distinct words that the histories of all responses may have; two int32 each."""
-    return max_sequences * min(max_model_len, vocab_size)
+"""The buffers of the entries of a Penalties, in its order."""
 
 
 class LaneSpec(NamedTuple):
@@ -40,7 +38,7 @@ class LaneSpec(NamedTuple):
     table: BlockTable
     last_token: int  # first input: the committed token whose keys and values the pages lack
     slab: int
-    limit: int  # tokens to draw at most
+    max_tokens: int  # that it may draw
     seed: int
     attempt: int
     stream: int  # philox.pack_stream(segment, sample)
@@ -59,46 +57,45 @@ class Drafted(NamedTuple):
 class Drafter:
     """Owns the lane buffers of one language model.
 
-    With `padded`, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number, and
-    attention gets its tiles. max_sequences: responses, whose histories are kept for penalties.
+    On a padded target, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number,
+    and attention gets its tiles.
     """
 
-    def __init__(self, decoder, cache: PagedCache, max_lanes: int, max_sequences: int, max_segment_size: int,
-                 max_model_len: int, padded: bool = False, deterministic: bool = False):
+    def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig):
         self.decoder = decoder
         self.cache = cache
-        self.padded = padded
-        rows = bucket(max_lanes) if padded else max_lanes
+        self.target = target = config.target
+        sizes, max_segment_size = language_model(config), config.max_segment_size
+        rows = target.rows(sizes.max_lanes)
         decoder.reserve(rows)
         decoder.reserve_logits(rows)
-        decoder.reserve_positions(max_model_len)
+        decoder.reserve_positions(sizes.max_positions)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
-            cache.device,
+            target,
             token_ids=one, positions=one, slots=one, slab_used=one, steps=one, limits=one, done=one,
             out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
-        entries = history_entries(max_sequences, max_model_len, decoder.config.vocab_size)
-        self._history = Buffers(cache.device, zeroed=False, entries=(torch.int32, (entries, 2)))
+        entries = history_entries(config, decoder.config.vocab_size)
+        self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = LaneState(*(self._buffers.host(name) for name in LaneState._fields))
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
-        self._block_tables = torch.zeros(rows, math.ceil(max_model_len / cache.page_size), dtype=torch.int32,
-                                         device=cache.device)
+        self._block_tables = torch.zeros(rows, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
-        self._tiling = Tiling(decoder.config, cache.device, rows, capacity, deterministic) if padded else None
+        self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs(steps_a_graph(decoder.launches + STEP_LAUNCHES))
 
     @property
     def device_draft(self) -> Draft:
-        """What a pass that is run behind a draft reads of it."""
+        """What a pass that is run after a draft reads of it."""
         return Draft(self._state.out_tokens, self._state.steps, self._state.stop_ids)
 
     def draft(self, lanes: list[LaneSpec]) -> list[Drafted]:
-        """Draws up to `limit` tokens for every lane; keys and values of their inputs are left in the slabs."""
+        """Draws up to `max_tokens` tokens for every lane; keys and values of their inputs are left in the slabs."""
         self.launch(lanes)
         return self.drafted(len(lanes))
 
@@ -108,7 +105,7 @@ class Drafter:
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._run(filled, max(lane.limit for lane in lanes), filters, penalties)
+        self._run(filled, max(lane.max_tokens for lane in lanes), filters, penalties)
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
@@ -121,10 +118,11 @@ class Drafter:
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
-        table = self.cache.open([], 0)
+        table = self.cache.open([])
         slabs = [self.cache.take_slab() for _ in range(lanes)]
         try:
-            spec = LaneSpec(table, 0, 0, 1, 0, 1, 0, SamplingParams(), ())
+            spec = LaneSpec(table, last_token=0, slab=0, max_tokens=1, seed=0, attempt=1, stream=0,
+                            params=SamplingParams(), stop_ids=())
             seconds = math.inf
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
@@ -164,7 +162,7 @@ class Drafter:
         host, seq_group = self._host, self._buffers.host("seq_group")
         prefix_len, slab_start = self._buffers.host("prefix_len"), self._buffers.host("slab_start")
         tables: list[BlockTable] = []
-        # Entry by entry: behind a draft all of this code has left the caches, and numpy's conversions of whole lists
+        # Entry by entry: after a draft all of this code has left the caches, and numpy's conversions of whole lists
         # touch several times as much of it.
         for row, lane in enumerate(lanes):
             table, params = lane.table, lane.params
@@ -174,7 +172,7 @@ class Drafter:
             prefix_len[row] = host.positions[row] = table.length
             slab_start[row] = host.slots[row] = lane.slab * self.cache.slab_len
             host.token_ids[row] = lane.last_token
-            host.limits[row] = lane.limit
+            host.limits[row] = lane.max_tokens
             host.slab_used[row] = host.steps[row] = host.done[row] = 0
             host.seeds[row] = signed_seed(lane.seed)
             host.streams[row] = signed_stream(lane.stream)
@@ -186,9 +184,9 @@ class Drafter:
             host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
         self.cache.block_tables(tables, out=self._block_tables)
         count = len(lanes)
-        if not self.padded:
+        if self._tiling is None:
             return count, None
-        rows = bucket(count)
+        rows = self.target.rows(count)
         self._idle(slice(count, rows), len(tables) - 1)
         groups = seq_group[:count].tolist()
         return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", prefix_len[:count])

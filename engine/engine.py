@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stars.arguments import integer, known_keywords, real, refuse_bare_prompt, refuse_others, shown
+from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, refuse_others, shown
 from stars.cache import PagedCache
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.detokenizer import stop_tokens
-from stars.device import check_fit
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
+from stars.fit import check_fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
 from stars.model.loader import load_model
@@ -33,12 +33,14 @@ from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.policies import Plan, Policy, Sample, plan_of
 from stars.prompt import parse_prompt
-from stars.request import Group, Hypothesis, Request
+from stars.request import Group, Request
 from stars.reward import resolve_reward
-from stars.reward.base import Limits, Reward
+from stars.reward.base import Reward
 from stars.round import Round
 from stars.rules import Threshold
 from stars.sampling import SamplingParams
+from stars.scheduler import Scheduler
+from stars.sizes import language_model
 from stars.sources import check_model, check_reward, resolve_tokenizer
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
@@ -79,61 +81,52 @@ class Engine:
 
     @torch.inference_mode(False)  # what is allocated here is written outside the caller's inference mode, too
     def __init__(self, model: Any, reward: Any = None, *, tokenizer: Any = None, device: str = "auto",
-                 dtype: str = "auto", deterministic: bool = False, **limits: int | str | None):
+                 dtype: str = "auto", deterministic: bool = False, cache_tokens: int | None = None,
+                 page_size: int = 16, max_model_len: int | None = None, max_num_seqs: int = 64,
+                 max_num_lanes: int = 64, max_segment_size: int = 128, prefill_backend: str = "auto", **others: Any):
         begin = time.perf_counter()
-        limits = known_keywords("Engine", limits, EngineConfig.resolve, ENGINE)
+        refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
         check_model(model)
         check_reward(reward)
-        if isinstance(model, (str, Path)):
+        from_files = isinstance(model, (str, Path))
+        self.config = config = EngineConfig.resolve(
+            load_config(model) if from_files else model.config, device, dtype, deterministic,
+            cache_tokens=cache_tokens, page_size=page_size, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend)
+        if from_files:
             # Everything that can be refused is refused before any weight is read.
-            self.config = EngineConfig.resolve(load_config(model), device, dtype, deterministic, **limits)
             reward = resolve_reward(reward)
-            check_fit(self.config, model, reward)
-            tokenizer = resolve_tokenizer(tokenizer, model)
-            decoder = load_model(model, dtype=self.config.dtype, device=self.config.device, head="lm",
-                                 deterministic=self.config.deterministic, max_model_len=self.config.max_model_len)
-        else:
-            self.config = EngineConfig.resolve(model.config, device, dtype, deterministic, **limits)
-            tokenizer = resolve_tokenizer(tokenizer, model)
-            decoder = model
-        config = self.config
+            check_fit(config, model, reward)
+        tokenizer = resolve_tokenizer(tokenizer, model)
+        decoder = model if not from_files else load_model(
+            model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
+            max_model_len=config.max_model_len)
         decoder.check_device(config.device, "the model")
-        if deterministic:
-            check_row_invariance(decoder)
+        if config.deterministic:
+            check_row_invariance(decoder, config.target)
         self.model_config = decoder.config
         self.tokenizer = tokenizer
         self.reward = resolve_reward(reward)
-        shape = self.model_config
+        sizes = language_model(config)
         with allocation(config):
-            self._cache = PagedCache(
-                shape.num_layers, shape.num_kv_heads, shape.head_dim, page_size=config.page_size,
-                num_pages=config.num_pages, num_slabs=config.max_num_lanes + config.max_num_seqs,
-                slab_len=config.max_segment_size, dtype=decoder.dtype, device=config.device)
+            self._cache = PagedCache(self.model_config, config, sizes, decoder.dtype)
         with decoder.lock:  # another engine may be at work with it
-            self._passes = Passes(decoder, self._cache, config.max_num_seqs, config.max_model_len, config.padded,
-                                  deterministic, config.prefill_backend)
-            drafter = Drafter(decoder, self._cache, config.max_num_lanes, config.max_num_seqs,
-                              config.max_segment_size, config.max_model_len, config.padded, deterministic)
+            self._passes = Passes(decoder, self._cache, config, sizes)
+            drafter = Drafter(decoder, self._cache, config)
         if self.reward is not None:
             self._claim(self.reward)
             with allocation(config):
-                self.reward.bind(tokenizer, shape.vocab_size, Limits(
-                    config.cache_tokens, config.page_size, config.max_num_seqs, config.max_num_lanes,
-                    config.max_segment_size, config.device, config.dtype, deterministic, config.padded,
-                    config.prefill_backend))
+                self.reward.bind(tokenizer, self.model_config.vocab_size, config)
         chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
-        if self.reward is not None and config.padded:
-            # At start-up on a GPU, which also compiles and captures steps. On the CPU a step of a large model can take
-            # seconds: there each count waits until a policy leaves its width to the engine.
+        if self.reward is not None and config.target.measures_widths:
             with decoder.lock:
                 chooser.measure()
-        self._round = Round(drafter, self._cache, self._passes, self.reward, chooser, config.max_num_lanes)
+        self._round = Round(drafter, self._cache, self._passes, self.reward, chooser, config)
+        self._scheduler = Scheduler(self._cache, self.reward, self._passes, self._round, config)
         self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
         self._eos_token_ids = _all_eos(self.model_config, tokenizer)
-        self._waiting: deque[Hypothesis] = deque()
-        self._running: list[Hypothesis] = []
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
         self._orphans: deque[str] = deque()  # ids of requests whose owner went away
         self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
@@ -160,7 +153,7 @@ class Engine:
         if "_warned" not in vars(self):
             return "Engine(not built)"
         shape, config = self.model_config, self.config
-        running = len({hypothesis.request.request_id for hypothesis in self._running})
+        running = len({group.request.request_id for group in self._scheduler.groups})
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
                 f"{shape.vocab_size}; reward {type(self.reward).__name__ if self.reward is not None else None}; "
                 f"{config.device}, {config.dtype}; max_model_len {config.max_model_len}, cache_tokens "
@@ -302,7 +295,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every page and slab of both models is accounted for."""
         self._recover()
-        held = sum(1 for hypothesis in self._running if hypothesis.best is not None)
+        held = sum(hypothesis.best is not None for group in self._scheduler.groups for hypothesis in group.active)
         self._cache.check_integrity(slabs_out=held)
         if self.reward is not None:
             self.reward.check_integrity()
@@ -328,9 +321,6 @@ class Engine:
         if params.n * population > MAX_SAMPLE + 1:
             raise RequestError(f"n times the policy's candidates is {params.n * population}, the most is "
                                f"{MAX_SAMPLE + 1}: split the request")
-        if population > self.config.max_num_seqs and not plan.whole:
-            raise RequestError(f"the policy's population is {population} and the engine decodes "
-                               f"{self.config.max_num_seqs} responses at once: build it with a larger max_num_seqs")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
         eos = () if params.ignore_eos else self._eos_token_ids
@@ -351,6 +341,7 @@ class Engine:
         if params.max_tokens > draft * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
                                f"{draft} tokens: use longer segments or fewer tokens")
+        self._scheduler.check(type(policy).__name__, plan, len(prompt.token_ids), params.max_tokens)
         if plan.score.when != "never":
             self.reward.check(prompt, params.max_tokens)
         if request_id is None:
@@ -400,7 +391,7 @@ class Engine:
             request.owner = weakref.ref(owner, lambda _, orphans=self._orphans: orphans.append(request_id))
         self._changing = True
         self._requests[request_id] = request
-        self._waiting += request.hypotheses
+        self._scheduler.add(request)
         self._changing = False
 
     @one_at_a_time
@@ -464,16 +455,23 @@ class Engine:
                 self._abort([self._requests[self._orphans[0]]])
             self._orphans.popleft()
         try:
-            self._admit()
-            self._run_round(self._running)
+            self._schedule()
+            self._run_round(self._scheduler.groups)
         except IntegrityError:
             raise
         except Exception as error:
             self._one_by_one(error)
         self._show_warnings()
 
-    def _run_round(self, hypotheses: Sequence[Hypothesis]) -> None:
-        groups = list(dict.fromkeys(hypothesis.group for hypothesis in hypotheses))
+    def _schedule(self, only: Request | None = None) -> None:
+        """Sees to it that whoever runs has the pages of a segment, and admits what fits besides; with `only`, of one
+        request."""
+        self._changing = True
+        self._settle(self._scheduler.reserve())
+        self._settle(self._scheduler.admit(only))
+        self._changing = False
+
+    def _run_round(self, groups: Sequence[Group]) -> None:
         if not groups:
             return
         for group in groups:
@@ -501,11 +499,11 @@ class Engine:
             self._changing = True
             self._recover()  # nobody else holds a page
             try:
-                self._admit(request)
-                mine = [hypothesis for hypothesis in self._running if hypothesis.request is request]
+                self._schedule(request)
+                mine = self._scheduler.groups
                 while mine:  # to the end of a segment: the round that failed may be a later one of it
                     self._run_round(mine)
-                    mine = [hypothesis for hypothesis in mine if hypothesis.attempts]
+                    mine = [group for group in mine if group.undecided]
             except IntegrityError:
                 raise
             except Exception as alone:
@@ -514,18 +512,16 @@ class Engine:
 
     def _fail(self, request: Request, error: Exception) -> None:
         before, self._changing = self._changing, True
-        self._round.fail(request, sentence(error))
-        self._settle([request])
+        self._settle([self._scheduler.fail(request, error)])
         self._changing = before
-        log(f"request {request.request_id} ends with an error: {sentence(error)}", error)
 
     def _recover(self) -> None:
         """After a call that was stopped in the middle: back to what was committed, with empty caches."""
         if not self._changing:
             return
-        if self._cache.device.type != "cpu":
-            torch.cuda.synchronize()  # what the stopped call had launched may still read what the host fills next
-        for group in dict.fromkeys(hypothesis.group for hypothesis in self._running):
+        self.config.target.synchronise()  # what the stopped call had launched may still read what the host fills next
+        requests = list(self._requests.values())
+        for group in [group for request in requests for group in request.groups]:
             # A round that did not end never happened; after one, a segment that goes on is begun again.
             if group.undecided or group in self._in_round:
                 group.go_back()
@@ -534,26 +530,17 @@ class Engine:
         self._cache.reset()
         if self.reward is not None:
             self.reward.reset()
-        requests = list(self._requests.values())
-        hypotheses = [hypothesis for request in requests for hypothesis in request.hypotheses]
-        for hypothesis in hypotheses:
+        for hypothesis in [hypothesis for request in requests for hypothesis in request.hypotheses]:
             hypothesis.let_go()
-        self._running = []
-        self._waiting = deque(hypothesis for hypothesis in hypotheses if hypothesis.finish_reason is None)
+        self._scheduler.reset(requests)
         self._settle([request for request in requests if request.finished])
         self._changing = False
 
-    def _settle(self, requests: Any) -> None:
-        """Closes what finished hypotheses held and hands out the outputs of `requests`."""
+    def _settle(self, requests: Iterable[Request]) -> None:
+        """Gives back what finished hypotheses held and hands out the outputs of `requests`."""
         requests = list(requests)
-        for request in requests:
-            for hypothesis in request.hypotheses:
-                if hypothesis.finish_reason is not None:
-                    self._round.close(hypothesis)
-        groups = dict.fromkeys(hypothesis.group for hypothesis in self._running)  # whose members come and go
-        self._running = [hypothesis for group in groups for hypothesis in group.active]
-        while self._waiting and self._waiting[0].finish_reason is not None:  # those behind wait until they are first
-            self._waiting.popleft()
+        if requests:
+            self._scheduler.release(requests)
         for request in requests:
             if request.request_id not in self._requests:
                 continue
@@ -567,118 +554,6 @@ class Engine:
                     owner.waits_for.discard(request.request_id)
             if request.finished:
                 del self._requests[request.request_id]
-
-    def _admit(self, only: Request | None = None) -> None:
-        """Moves waiting hypotheses, in order, into the running ones as long as their pages can be reserved.
-
-        With `only`, those of one request.
-        """
-        self._changing = True
-        while True:
-            opened: list[Hypothesis] = []
-            beginnings: set[tuple[int, ...]] = set()
-            while len(self._running) + len(opened) < self.config.max_num_seqs:
-                hypothesis = next((h for h in self._waiting if h.finish_reason is None
-                                   and (only is None or h.request is only)), None)
-                if hypothesis is None or self._beginning(hypothesis) in beginnings:
-                    break  # the latter can share pages with one that was opened a moment ago, once those are written
-                # Whole responses need not be drafted side by side; segments of a population are decided together.
-                together = [hypothesis] if hypothesis.request.plan.whole else [
-                    member for member in hypothesis.group.hypotheses if member.finish_reason is None]
-                if len(self._running) + len(opened) + len(together) > self.config.max_num_seqs:
-                    break
-                if not self._open_all(together):
-                    break
-                if hypothesis.finish_reason is not None:  # it failed, and with it what was opened of its request
-                    opened = [other for other in opened if other.finish_reason is None]
-                    continue
-                for member in together:
-                    self._waiting.remove(member)
-                opened += together
-                beginning = self._beginning(hypothesis)
-                if beginning is not None:
-                    beginnings.add(beginning)
-            if not opened:
-                break
-            self._start(opened)
-        if self._waiting and not self._running and only in (None, self._waiting[0].request):
-            self._refuse(self._waiting[0].request)
-        self._changing = False
-
-    def _refuse(self, request: Request) -> None:
-        """Ends a request that was not opened although nothing else holds anything."""
-        ids = request.prompt.token_ids
-        if request.plan.lanes.population > 1 and not request.plan.whole:
-            self._fail(request, RequestError(f"a population of {request.plan.lanes.population} responses of "
-                                             f"{request.params.max_tokens} tokens does not fit the caches: raise "
-                                             "cache_tokens"))
-            return
-        if not self._cache.can_open(ids[:-1], len(ids) - 1 + request.params.max_tokens):
-            raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
-        self._fail(request, RewardError(f"{type(self.reward).__name__}.can_open refuses this prompt while nothing else "
-                                        "is open: refuse it in check"))
-
-    def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
-        """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
-        history = hypothesis.request.prompt.token_ids[:-1]
-        stop = self._cache.shared_length(history) + self.config.page_size
-        return tuple(history[:stop]) if len(history) >= stop else None
-
-    def _open_all(self, hypotheses: Sequence[Hypothesis]) -> bool:
-        """As `_open`, of all of them or none."""
-        for hypothesis in hypotheses:
-            if not self._open(hypothesis):
-                for other in hypotheses:
-                    self._round.close(other)
-                return False
-        return True
-
-    def _open(self, hypothesis: Hypothesis) -> bool:
-        """Reserves the pages of a whole response in both models; False, and nothing changed, if they are not free.
-
-        Where that fails otherwise, the request has ended with an error.
-        """
-        request = hypothesis.request
-        ids = request.prompt.token_ids
-        capacity = len(ids) - 1 + request.params.max_tokens
-        scored = request.plan.score.when != "never"
-        if not self._cache.can_open(ids[:-1], capacity):
-            return False
-        try:
-            if scored and not self.reward.can_open(request.prompt, request.params.max_tokens):
-                return False
-            hypothesis.table = self._cache.open(ids[:-1], capacity)
-            if scored:
-                hypothesis.session = self.reward.open(request.prompt, request.params.max_tokens)
-        except Exception as error:
-            self._fail(request, error)
-            return True
-        if hypothesis.boundary is None:  # else it has run before, and was interrupted
-            hypothesis.metrics.prompt_tokens_cached = hypothesis.table.length
-        return True
-
-    def _start(self, opened: list[Hypothesis]) -> None:
-        """Runs the prompts of newly opened hypotheses, and what they had committed before, through both models."""
-        # The last token is the first input of a draft.
-        self._passes.prefill([(hypothesis.table, ids, len(ids) - 1) for hypothesis in opened
-                              for ids in [hypothesis.request.prompt.token_ids + hypothesis.token_ids]])
-        for hypothesis in opened:
-            self._cache.publish(hypothesis.table, hypothesis.request.prompt.token_ids[:-1])
-        scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
-        requests: list[Request] = []
-        if scored:
-            self.reward.start([hypothesis.session for hypothesis in scored])
-            for hypothesis in scored:
-                if hypothesis.token_ids:
-                    text = hypothesis.request.response_text(hypothesis) if self.reward.needs_text else None
-                    self.reward.resume(hypothesis.session, hypothesis.content_ids(), text)
-            requests = list({h.request.request_id: h.request for h in scored
-                             if h.request.prompt_reward is None}.values())
-            self._round.prompt_rewards(requests)
-        self._running += opened
-        failed = [request for request in requests if request.finished]
-        if failed:
-            self._settle(failed)
 
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""

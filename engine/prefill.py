@@ -7,14 +7,15 @@ import torch
 from stars.errors import RequestError
 from stars.kernels.prefill_attention import Case, choose_backend
 from stars.model.config import ModelConfig
+from stars.target import Target
 
 
-def choose_prefill(model: ModelConfig, dtype: torch.dtype, device: str, asked: str, deterministic: bool) -> str:
+def choose_prefill(model: ModelConfig, dtype: torch.dtype, target: Target, asked: str, deterministic: bool) -> str:
     """Whose attention serves the model's long prefill passes: a backend of `stars.kernels.prefill_attention`.
 
     RequestError or ModelError for one that is unknown, not installed, or does not suit model and settings.
     """
-    if device == "cpu":
+    if not target.triton:
         if asked != "auto":
             raise RequestError(f'prefill_backend is {asked!r}, and on the CPU there is no choice: use "auto"')
         return "triton"  # which stands for our own, as on a GPU

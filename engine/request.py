@@ -46,6 +46,7 @@ class Boundary(NamedTuple):
     tokens: int
     segments: int
     drafts: int
+    ends: int
     logprobs: int
     cumulative_logprob: float
     reward: float | None
@@ -65,6 +66,7 @@ class Hypothesis:
     token_ids: list[int] = field(default_factory=list)  # committed
     segments: list[Segment] = field(default_factory=list)
     drafts: int = 0  # committed: the number of the next one in the random stream
+    ends: list[int] = field(default_factory=list)  # tokens of the response after each pass that wrote committed keys
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
     best: Lane | None = None  # best seen of the segment being decided; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
@@ -99,9 +101,9 @@ class Hypothesis:
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
-        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.logprobs),
-                                 self.cumulative_logprob, self.reward, self.finish_reason, self.stop_reason,
-                                 copy.copy(self.metrics))
+        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
+                                 len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
+                                 self.stop_reason, copy.copy(self.metrics))
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
@@ -111,11 +113,25 @@ class Hypothesis:
         if mark is not None:
             del self.token_ids[mark.tokens :]
             del self.segments[mark.segments :]
+            del self.ends[mark.ends :]
             del self.logprobs[mark.logprobs :]
             self.drafts, self.cumulative_logprob, self.reward = mark.drafts, mark.cumulative_logprob, mark.reward
             self.finish_reason, self.stop_reason = mark.finish_reason, mark.stop_reason
             self.metrics = copy.copy(mark.metrics)
             self._history = None
+
+    def preempt(self) -> None:
+        """Goes back to the boundary because its pages are needed: the attempts since then will be drawn again.
+
+        What they took of the clock stays counted; everything else is counted when it is drawn again.
+        """
+        spent = self.metrics
+        if self.attempts:
+            self.go_back()
+        if self.boundary is not None:  # else it was opened a moment ago, and nothing of it was computed
+            self.metrics.lm_seconds, self.metrics.rm_seconds = spent.lm_seconds, spent.rm_seconds
+            self.metrics.num_preemptions += 1
+        self.attempts = []
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
@@ -126,8 +142,9 @@ class Hypothesis:
         """A second hypothesis with this one's history, in a slot of its own; without a place in the caches yet."""
         return Hypothesis(
             self.group, slot, token_ids=list(self.token_ids), segments=list(self.segments), drafts=self.drafts,
-            cumulative_logprob=self.cumulative_logprob, reward=self.reward, finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason, error=self.error, metrics=self.metrics.kept())
+            ends=list(self.ends), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
+            finish_reason=self.finish_reason, stop_reason=self.stop_reason, error=self.error,
+            metrics=self.metrics.kept())
 
     def whole_record(self, note: Note | None) -> Attempt:
         """The user's view of a whole response that competes with others."""

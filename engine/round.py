@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stars.cache import CommitMove, PagedCache
+from stars.config import EngineConfig
 from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
 from stars.errors import IntegrityError, RewardError, describe, log
@@ -34,6 +35,7 @@ class Winner:
     finish_reason: str | None
     stop_reason: int | str | None
     reward: float | None = None  # of the response with it, where that is known
+    rows: int = 0  # of keys that were committed from the lane's slab
 
     @property
     def as_drawn(self) -> bool:
@@ -55,13 +57,14 @@ class Round:
     """
 
     def __init__(self, drafter: Drafter, cache: PagedCache, passes: Passes, reward: Reward | None,
-                 chooser: WidthChooser, max_num_lanes: int):
+                 chooser: WidthChooser, config: EngineConfig):
         self.drafter = drafter
         self.cache = cache
         self.passes = passes
         self.reward = reward
         self.chooser = chooser
-        self.max_num_lanes = max_num_lanes
+        self.max_num_lanes = config.max_num_lanes
+        self._trails = config.target.trailing
         self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
 
     def run(self, groups: Sequence[Group]) -> list[Group]:
@@ -94,7 +97,7 @@ class Round:
 
     def finish(self, hypothesis: Hypothesis, reason: str, stop_reason: int | str | None = None,
                error: str | None = None) -> None:
-        """Ends a response; its pages and its reward session are for the engine to close once the round is over."""
+        """Ends a response; its pages and its reward session are for the scheduler to close once the round is over."""
         hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.error = reason, stop_reason, error
         self._forget_attempts(hypothesis)
 
@@ -104,19 +107,21 @@ class Round:
             self._release(hypothesis.best)
             hypothesis.best = None
 
-    def close(self, hypothesis: Hypothesis) -> None:
-        """Gives back what a response held in both models' caches."""
-        if hypothesis.table is not None:
-            self.cache.close(hypothesis.table)
+    def close(self, hypothesis: Hypothesis) -> bool:
+        """Gives back the pages and the session of a response; whether it held something."""
+        table, session = hypothesis.table, hypothesis.session
+        if table is not None:
+            self.cache.close(table)
             hypothesis.table = None
-        if hypothesis.session is not None:
-            session, hypothesis.session = hypothesis.session, None
+        if session is not None:
+            hypothesis.session = None
             try:
                 self.reward.close(session)
             except IntegrityError:
                 raise
             except Exception as error:  # the response has ended, and nobody else has to do with it
                 log(f"the reward could not close a response: {describe(error)}", error)
+        return table is not None or session is not None
 
     def prompt_rewards(self, requests: Sequence[Request]) -> None:
         """Scores the empty response of requests whose plan asks for that."""
@@ -174,7 +179,7 @@ class Round:
                                   hypothesis.history() if request.params.penalties else None))
         begin = time.perf_counter()
         self.drafter.launch(specs)
-        if self.drafter.padded:  # on a GPU, which drafts while the host prepares what follows
+        if self._trails:  # the device drafts while the host prepares what follows
             self._score_trailing(lanes)
         drafted = self.drafter.drafted(len(lanes))
         seconds = (time.perf_counter() - begin) / len(lanes)
@@ -449,6 +454,9 @@ class Round:
         for winner in winners:
             table, lane = winner.hypothesis.table, winner.lane
             rows = 0 if lane.slab is None else min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids))
+            if rows < len(winner.token_ids) or winner.hypothesis is not lane.hypothesis:  # more than was reserved
+                self.cache.reserve(table, len(winner.token_ids))
+            winner.rows = rows
             if rows:
                 moves.append(CommitMove(table, lane.slab * self.cache.slab_len, rows, table.length))
             if rows < len(winner.token_ids):
@@ -466,6 +474,10 @@ class Round:
         if drawn:
             self.reward.commit([(winner.hypothesis.session, winner.lane.score_handle) for winner in drawn])
             for winner in drawn:
+                winner.lane.score_handle = None
+        for winner in scored:
+            if not winner.as_drawn and winner.lane.score_handle is not None:  # a session may need its room
+                self.reward.discard(winner.lane.score_handle)
                 winner.lane.score_handle = None
         for winner in scored:
             if not winner.as_drawn or winner.lane.slab is None:
@@ -501,7 +513,7 @@ class Round:
         """A second hypothesis with the history that this one has now."""
         fork = hypothesis.fork(slot)
         if hypothesis.finish_reason is None:
-            fork.table = self.cache.fork(hypothesis.table, hypothesis.table.capacity)
+            fork.table = self.cache.fork(hypothesis.table)
             if hypothesis.session is not None:
                 fork.session = self.reward.fork(hypothesis.session)
         fork.mark_boundary()
@@ -660,6 +672,9 @@ def _append(winner: Winner) -> None:
     plan = hypothesis.request.plan
     logprobs = lane.logprobs[: winner.drafted]
     hypothesis.drafts += 1
+    first = len(hypothesis.token_ids)
+    total = len(winner.token_ids)
+    hypothesis.ends += [first + stop for stop in (*range(winner.rows, total, plan.segment.draft), total) if stop]
     hypothesis.token_ids += winner.token_ids
     hypothesis.cumulative_logprob += sum(logprobs)
     hypothesis.reward = winner.reward

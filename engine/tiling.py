@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from stars.buffers import Buffers
+from stars.config import EngineConfig
 from stars.kernels.triton import tiles
 from stars.kernels.types import Tiles
 from stars.model.config import ModelConfig
@@ -15,21 +16,20 @@ from stars.model.config import ModelConfig
 class Tiling:
     """One set of tile buffers: of the drafts, or of the passes, of one model, for at most `max_rows` rows.
 
-    capacity: keys a row of the block tables can hold. `deterministic` plans depend on the kind of a pass alone.
+    capacity: keys a row of the block tables can hold. Plans of a deterministic engine depend on a pass' kind alone.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device | str, max_rows: int, capacity: int,
-                 deterministic: bool):
-        self.heads = config.num_heads
-        self.kv_heads = config.num_kv_heads
+    def __init__(self, model: ModelConfig, config: EngineConfig, max_rows: int, capacity: int):
+        self.heads = model.num_heads
+        self.kv_heads = model.num_kv_heads
         self.capacity = capacity
-        self.deterministic = deterministic
-        most = tiles.bucket(max_rows)  # a tile has a row at least
-        self._buffers = Buffers(device, row_seq=(torch.int32, (max_rows,)), prefix=(torch.int32, (most, 3)),
-                                slab=(torch.int32, (most, 3)))
+        self.deterministic = config.deterministic
+        max_tiles = tiles.bucket(max_rows)  # a tile has a row at least
+        self._buffers = Buffers(config.target, row_seq=(torch.int32, (max_rows,)),
+                                prefix=(torch.int32, (max_tiles, 3)), slab=(torch.int32, (max_tiles, 3)))
         # For the most that a plan can ask for: growing it later would move it under the graphs that use it.
-        size = tiles.most_workspace(max_rows, config.num_heads, config.head_dim, deterministic)
-        self._workspace = torch.empty(size, dtype=torch.float32, device=device)
+        size = tiles.most_workspace(max_rows, model.num_heads, model.head_dim, config.deterministic)
+        self._workspace = torch.empty(size, dtype=torch.float32, device=config.target.device)
 
     def fill(self, rows: int, row_start: Sequence[int], seq_group: Sequence[int], kind: tiles.Kind,
              keys: Sequence[int]) -> Tiles:

@@ -28,12 +28,12 @@ class WidthChooser:
         for count in reversed(self._grid):
             self._seconds_at(count)
 
-    def choose(self, accepted: int, counted: int, responses: int, most: int) -> int:
-        """accepted of counted attempts so far, `responses` drafting side by side, at most `most` lanes each."""
+    def choose(self, accepted: int, counted: int, responses: int, max_width: int) -> int:
+        """accepted of counted attempts so far, `responses` drafting side by side, at most `max_width` lanes each."""
         rate = (accepted + PRIOR_ACCEPTED) / (counted + PRIOR_COUNTED)
         best, best_cost = 1, float("inf")
         for width in CANDIDATES:
-            if width > most:
+            if width > max_width:
                 break
             cost = self._step(width * responses) / (1.0 - (1.0 - rate) ** width)
             if cost < best_cost:

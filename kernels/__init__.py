@@ -9,9 +9,9 @@ from stars.kernels.linear import Weight, linear, pack
 from stars.kernels.rms_norm import rms_norm
 from stars.kernels.rope_write import rope_write
 from stars.kernels.sample_step import sample_step
-from stars.kernels.score_and_decide import score_and_decide
+from stars.kernels.score import score
 from stars.kernels.swiglu import swiglu
 from stars.kernels.take_rows import take_rows
 
 __all__ = ["Weight", "append_draft", "apply_penalties", "attention", "copy_rows", "embedding", "linear", "pack",
-           "rms_norm", "rope_write", "sample_step", "score_and_decide", "swiglu", "take_rows"]
+           "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows"]

@@ -1,4 +1,4 @@
-"""Drafted segments as the input of a scoring pass, without a detour over the host: the pass trails the draft.
+"""Drafted segments as the input of a scoring pass, without a detour over the host: the pass can trail the draft.
 
 A reward model that reads the language model's token ids scores, of every lane, the last committed token, the segment
 without the stop token that ended it, and its closing tokens. How long the segment became is known on the device alone.
@@ -12,7 +12,7 @@ from stars.kernels.types import Draft, TrailingRows
 
 
 def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
-    """Writes segments and closing tokens after the first row of every sequence that trails a lane.
+    """Writes segments and closing tokens after the first row of every sequence that has a lane.
 
     Ids outside `vocab_size` become 0 (whoever reads the draft refuses the lane). Rows after the last are left alone.
     """
@@ -42,4 +42,3 @@ def append_draft_reference(draft: Draft, trailing: TrailingRows, vocab_size: int
         for row, token in enumerate(ids, first):
             trailing.token_ids[row] = token
         trailing.last[sequence] = first + len(ids) - 1
-        trailing.tokens[sequence] += steps

@@ -95,21 +95,6 @@ class Penalties(NamedTuple):
     presence: Tensor  # float32 [lanes]; 0 is off
 
 
-class DecideState(NamedTuple):
-    """Everything `score_and_decide` reads and writes, one entry a lane: the law's terms, and its verdict."""
-
-    seeds: Tensor  # int64 [lanes] the Philox key (bits of an unsigned 64-bit seed)
-    streams: Tensor  # int32 [lanes] segment index and sample index: counter word 3
-    attempts: Tensor  # int32 [lanes] attempt number, from 1: counter word 2, with the kind of draw
-    tokens: Tensor  # int32 [lanes] n of the threshold schedule: response tokens, the candidate's included
-    max_tokens: Tensor  # int32 [lanes] N of the threshold schedule
-    start: Tensor  # float64 [lanes] r0, where the threshold starts
-    reward_threshold: Tensor  # float64 [lanes]
-    beta: Tensor  # float64 [lanes]; 0 is the hard rule
-    rewards: Tensor  # float32 [lanes] out
-    accepted: Tensor  # int32 [lanes] out: 0 or 1; 0 for a reward of NaN or +inf, which is an error
-
-
 class Draft(NamedTuple):
     """What a finished draft leaves on the device for a pass that trails it; parts of `LaneState`."""
 
@@ -127,7 +112,6 @@ class TrailingRows(NamedTuple):
 
     lanes: Tensor  # int32 [sequences] lane of the draft, or -1: the sequence is left alone
     row_start: Tensor  # int32 [sequences + 1] as in Batch
-    closing: Tensor  # int32 [sequences, most closing tokens] ids after the segment, padded with -1
+    closing: Tensor  # int32 [sequences, max_closing] ids after the segment, padded with -1
     token_ids: Tensor  # int32 [rows] out: segment and closing tokens
     last: Tensor  # int32 [sequences] out: row of the last token
-    tokens: Tensor  # int32 [sequences] n of the threshold schedule: the tokens drawn are added to it

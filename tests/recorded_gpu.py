@@ -9,28 +9,31 @@ from __future__ import annotations
 
 import importlib
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import stars
+from building import PADDED, work_as
 from held import tensors_of
 from stars import buffers
 from stars.bindings import libstars
 from stars.cache import PagedCache
-from stars.config import EngineConfig
 from stars.kernels import graph as graphs
 from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.sample_step import sample_step
-from stars.width import WidthChooser
+from stars.target import CPU, CUDA
+
+TARGET = PADDED._replace(own_memory=True, padded_moves=True, chunk=64, ridge_rows=CUDA.ridge_rows,
+                         measures_widths=False)
+"""Widths are not measured: that would capture before there is an engine."""
 
 
 class SplitBuffers:
     """`Buffers` on a device with memory of its own: what was not sent is not there, what was not waited for neither."""
 
-    def __init__(self, device, zeroed=True, **fields):
-        self._there, self._here = (buffers.Buffers("cpu", **fields) for _ in range(2))
+    def __init__(self, target, /, zeroed=True, **fields):
+        self._there, self._here = (buffers.Buffers(CPU, **fields) for _ in range(2))
         if not zeroed:
             self._there._here.fill_(0x77)
         self._busy, self._coming = False, None
@@ -126,10 +129,8 @@ def install(monkeypatch) -> RecordedGpu:
     gpu = RecordedGpu()
     for module in ("cache", "draft", "passes", "tiling"):
         monkeypatch.setattr(importlib.import_module(f"stars.{module}"), "Buffers", SplitBuffers)
-    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
-    monkeypatch.setattr(WidthChooser, "measure", lambda chooser: None)  # which would capture before there is an engine
+    work_as(monkeypatch, TARGET)
     monkeypatch.setattr(PagedCache, "_to_device", lambda cache, values: torch.tensor(list(values), dtype=torch.int32))
-    monkeypatch.setattr("stars.passes.CAPTURED_CHUNK", 64)
     monkeypatch.setattr("stars.draft.sample_step", draw)
     monkeypatch.setattr("stars.cache.copy_rows", gpu.copy_rows)
     monkeypatch.setattr(graphs, "on_libstars", lambda done: False)
@@ -146,8 +147,7 @@ def build(gpu: RecordedGpu, model, reward, **sizes) -> stars.Engine:
     """An engine that takes the way of a GPU."""
     engine = stars.Engine(model, reward, **sizes)
     for cache in (engine._cache, engine.reward.cache):
-        cache.device = SimpleNamespace(type="cuda")
         gpu.memory += tensors_of(cache)
     gpu.memory += tensors_of([part._buffers for part in (engine._passes, engine.reward._passes, engine._round.drafter)],
-                             engine._passes._verdicts, engine.reward._passes._verdicts)
+                             engine._passes._rewards, engine.reward._passes._rewards)
     return engine

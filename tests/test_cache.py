@@ -10,17 +10,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
+from building import cache_of, shape_of
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.errors import IntegrityError, OutOfPages
 from stars.kernels.copy_rows import copy_rows, copy_rows_reference
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 3
+SHAPE = shape_of(LAYERS, KV_HEADS, HEAD_DIM)
 
 
 def make_cache(page_size: int = 4, num_pages: int = 12, num_slabs: int = 3, slab_len: int = 9) -> PagedCache:
-    cache = PagedCache(
-        LAYERS, KV_HEADS, HEAD_DIM, page_size=page_size, num_pages=num_pages, num_slabs=num_slabs, slab_len=slab_len
-    )
+    cache = cache_of(SHAPE, page_size=page_size, num_pages=num_pages, num_slabs=num_slabs, slab_len=slab_len)
     for tensor in (cache.k_pages, cache.v_pages, cache.k_slabs, cache.v_slabs):
         tensor.fill_(float("nan"))  # what was never written must never be read
     return cache
@@ -33,9 +33,21 @@ def rows_for(values: list[int]) -> torch.Tensor:
     return base + inner
 
 
+def opened(cache: PagedCache, tokens: list[int], room: int) -> BlockTable:
+    """A table for `tokens` with room for so many positions."""
+    table = cache.open(tokens)
+    cache.reserve(table, room - table.length)
+    return table
+
+
+def page_rows(cache: PagedCache, table: BlockTable, start: int, stop: int) -> torch.Tensor:
+    """`cache.rows` as a tensor, int64 [stop - start]."""
+    return torch.tensor(list(cache.rows(table, start, stop)), dtype=torch.int64)
+
+
 def write(cache: PagedCache, table: BlockTable, start: int, values: list[int]) -> None:
-    """What a prefill does: asks for slots, writes rows, sets the length."""
-    slots = cache.slots(table, start, start + len(values)).long()
+    """What a prefill does: asks for rows, writes them, sets the length."""
+    slots = page_rows(cache, table, start, start + len(values))
     assert slots.shape == (len(values),)
     cache.k_pages[:, slots] = rows_for(values)
     cache.v_pages[:, slots] = -rows_for(values) - 1
@@ -68,7 +80,7 @@ def books(cache: PagedCache) -> tuple:
     return (
         list(pool._free), list(pool._references), list(pool._cached), dict(pool._index), list(pool._keys),
         [set(children) for children in pool._children],
-        sorted((list(table.pages), table.length, table.capacity) for table in cache._tables),
+        sorted((list(table.pages), table.length) for table in cache._tables),
         cache.k_pages.view(torch.int32).clone(), cache.v_pages.view(torch.int32).clone(),
     )  # fmt: skip
 
@@ -90,13 +102,13 @@ def test_write_read_share_at_page_boundaries(page_size, delta):
               "two pages and one": 2 * page_size + 1}[delta]  # fmt: skip
     cache = make_cache(page_size)
     tokens = list(range(100, 100 + length))
-    first = cache.open(tokens, length)
+    first = opened(cache, tokens, length)
     assert first.length == 0 and len(first.pages) == -(-length // page_size)
     write(cache, first, 0, tokens)
     cache.publish(first, tokens)
     assert_holds(cache, first, tokens)
     free = cache.num_free_pages
-    second = cache.open(tokens, length + 1)
+    second = opened(cache, tokens, length + 1)
     full = length // page_size
     assert second.length == full * page_size and second.pages[:full] == first.pages[:full]
     assert free - cache.num_free_pages == -(-(length + 1) // page_size) - full
@@ -118,19 +130,17 @@ def test_layers_are_views_with_fixed_addresses():
     assert layer.k_pages.shape == (48, KV_HEADS, HEAD_DIM) and layer.v_slabs.shape == (27, KV_HEADS, HEAD_DIM)
 
 
-def test_slots_are_page_rows():
+def test_rows_are_page_rows():
     cache = make_cache()
-    table = cache.open([], 11)
+    table = opened(cache, [], 11)
     table.pages[:] = table.pages[::-1]  # pages need not be in order
-    slots = cache.slots(table, 2, 9)
-    assert slots.dtype == torch.int32
-    assert slots.tolist() == [table.pages[p // 4] * 4 + p % 4 for p in range(2, 9)]
-    assert cache.slots(table, 5, 5).shape == (0,)
+    assert list(cache.rows(table, 2, 9)) == [table.pages[p // 4] * 4 + p % 4 for p in range(2, 9)]
+    assert list(cache.rows(table, 5, 5)) == []
 
 
 def test_block_tables_are_padded_and_fit_a_given_buffer():
     cache = make_cache()
-    tables = [cache.open([], 9), cache.open([], 0), cache.open([], 4)]
+    tables = [opened(cache, [], 9), opened(cache, [], 0), opened(cache, [], 4)]
     result = cache.block_tables(tables)
     assert result.dtype == torch.int32
     assert result.tolist() == [tables[0].pages, [0, 0, 0], tables[2].pages + [0, 0]]
@@ -149,9 +159,9 @@ def test_a_cache_of_impossible_size_is_refused():
     with pytest.raises(ValueError, match="page_size is 0"):
         make_cache(page_size=0)
     with pytest.raises(ValueError, match="int32"):
-        PagedCache(1, 1, 1, page_size=16, num_pages=2**28, num_slabs=0, slab_len=1)
+        cache_of(shape_of(1, 1, 1), page_size=16, num_pages=2**28, num_slabs=0, slab_len=1)
     with pytest.raises(ValueError, match="8 heads, numbered in int32"):  # heads of rows are numbered, too
-        PagedCache(1, 8, 1, page_size=16, num_pages=2**24, num_slabs=0, slab_len=1)
+        cache_of(shape_of(1, 8, 1), page_size=16, num_pages=2**24, num_slabs=0, slab_len=1)
 
 
 # -- sharing ------------------------------------------------------------------------------------------------------
@@ -160,24 +170,24 @@ def test_a_cache_of_impossible_size_is_refused():
 def test_only_full_published_pages_of_the_same_tokens_are_shared():
     cache = make_cache()
     tokens = list(range(10))
-    first = cache.open(tokens, 16)
+    first = opened(cache, tokens, 16)
     write(cache, first, 0, tokens)
-    assert cache.open(tokens, 12).length == 0  # not published yet
+    assert opened(cache, tokens, 12).length == 0  # not published yet
     cache.publish(first, tokens)
     write(cache, first, 10, [50, 51])  # the page of positions 8 .. 11 is full now, but was not offered
-    assert cache.open(tokens + [50, 51], 12).length == 8
-    assert cache.open(tokens[:7], 8).length == 4
-    assert cache.open([9] + tokens[1:], 12).length == 0
+    assert opened(cache, tokens + [50, 51], 12).length == 8
+    assert opened(cache, tokens[:7], 8).length == 4
+    assert opened(cache, [9] + tokens[1:], 12).length == 0
     cache.check_integrity()
 
 
 def test_sharers_diverge_after_the_prefix():
     cache = make_cache()
     prefix = [1, 2, 3, 4, 5]
-    first = cache.open(prefix, 12)
+    first = opened(cache, prefix, 12)
     write(cache, first, 0, prefix)
     cache.publish(first, prefix)
-    second = cache.open(prefix, 12)
+    second = opened(cache, prefix, 12)
     write(cache, second, 4, [5])
     assert second.pages[0] == first.pages[0]
     slabs = [cache.take_slab(), cache.take_slab()]
@@ -193,12 +203,16 @@ def test_sharers_diverge_after_the_prefix():
 def test_forks_are_isolated(length):
     cache = make_cache()
     values = list(range(10, 10 + length))
-    table = cache.open([], 12)
+    table = opened(cache, [], 12)
     write(cache, table, 0, values)
-    forked = cache.fork(table, 10)
+    free = cache.num_free_pages
+    forked = cache.fork(table)
+    assert forked.pages == table.pages[: -(-length // 4)] and cache.num_free_pages == free
+    assert_holds(cache, forked, values)
+    cache.reserve(forked, 2)
     assert forked.pages[: length // 4] == table.pages[: length // 4]
     assert not set(forked.pages[length // 4 :]) & set(table.pages[length // 4 :])
-    assert_holds(cache, forked, values)
+    assert free - cache.num_free_pages == len(forked.pages) - length // 4
     write(cache, forked, length, [70, 71])
     write(cache, table, length, [80])
     assert_holds(cache, forked, values + [70, 71])
@@ -216,9 +230,9 @@ def test_forks_are_isolated(length):
 
 def test_one_commit_into_a_page_of_three_forks_copies_it_twice():
     cache = make_cache(num_pages=6)
-    table = cache.open([], 8)
+    table = opened(cache, [], 8)
     write(cache, table, 0, [1, 2, 3, 4])
-    tables = [table, cache.fork(table, 4), cache.fork(table, 4)]
+    tables = [table, cache.fork(table), cache.fork(table)]
     for each in tables:
         cache.truncate(each, 3)
     start = fill_slab(cache, cache.take_slab(), [71, 72, 73])
@@ -233,14 +247,14 @@ def test_one_commit_into_a_page_of_three_forks_copies_it_twice():
 def test_overwriting_a_published_page_ends_its_sharing():
     cache = make_cache()
     tokens = list(range(12))
-    table = cache.open(tokens, 12)
+    table = opened(cache, tokens, 12)
     write(cache, table, 0, tokens)
     cache.publish(table, tokens)
     cache.truncate(table, 6)
     pages = list(table.pages)
     write(cache, table, 6, [66])
     assert table.pages == pages  # a sole holder overwrites in place
-    assert cache.open(tokens, 12).length == 4
+    assert opened(cache, tokens, 12).length == 4
     assert_holds(cache, table, [0, 1, 2, 3, 4, 5, 66])
     cache.check_integrity()
 
@@ -248,18 +262,18 @@ def test_overwriting_a_published_page_ends_its_sharing():
 def test_a_closed_prefix_is_found_until_its_pages_are_needed():
     cache = make_cache(num_pages=6)
     tokens = list(range(8))
-    table = cache.open(tokens, 8)
+    table = opened(cache, tokens, 8)
     write(cache, table, 0, tokens)
     cache.publish(table, tokens)
     cache.close(table)
     assert cache.num_free_pages == 6
-    again = cache.open(tokens, 8)
+    again = opened(cache, tokens, 8)
     assert_holds(cache, again, tokens)
     cache.close(again)
-    other = cache.open([], 20)  # five of six pages: the last page of the prefix goes first
+    other = opened(cache, [], 20)  # five of six pages: the last page of the prefix goes first
     write(cache, other, 0, [9] * 20)
-    assert not cache.can_open(tokens, 8)
-    short = cache.open(tokens[:4], 4)
+    assert not cache.can_open(tokens)
+    short = opened(cache, tokens[:4], 4)
     assert_holds(cache, short, tokens[:4])
     cache.close(other)
     cache.check_integrity()
@@ -269,28 +283,28 @@ def test_reuse_of_a_parent_page_gives_no_wrong_hit():
     """Two requests computed one prompt at once, so the second's pages are published below the first's."""
     cache = make_cache(num_pages=6)
     prompt, other = [1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 5, 6, 7, 8]
-    first, second = cache.open(prompt[:4], 4), cache.open(prompt, 8)
+    first, second = opened(cache, prompt[:4], 4), opened(cache, prompt, 8)
     write(cache, first, 0, prompt[:4])
     write(cache, second, 0, prompt)
     cache.publish(first, prompt[:4])
     cache.publish(second, prompt)
     parent = first.pages[0]
-    probe = cache.open(prompt, 8)
+    probe = opened(cache, prompt, 8)
     assert probe.pages == [parent, second.pages[1]]
     assert_holds(cache, probe, prompt)
     cache.close(probe)
     cache.close(first)
-    table = cache.open(other, 16)  # takes every page left, the parent among them
+    table = opened(cache, other, 16)  # takes every page left, the parent among them
     assert parent in table.pages
     write(cache, table, 0, other)
     table.pages.insert(0, table.pages.pop(table.pages.index(parent)))
     write(cache, table, 0, other)
     cache.publish(table, other)
     cache.close(second)
-    probe = cache.open(other, 8)
+    probe = opened(cache, other, 8)
     assert probe.pages[0] == parent
     assert_holds(cache, probe, other)
-    assert cache.open(prompt, 8).length == 0
+    assert opened(cache, prompt, 8).length == 0
     cache.check_integrity()
 
 
@@ -301,8 +315,8 @@ def test_no_growth_over_time():
             cache.close(held.pop(rng.randrange(len(held))))
             continue
         tokens = [rng.randrange(2) for _ in range(rng.randrange(20))]
-        if cache.can_open(tokens, len(tokens) + 5):
-            table = cache.open(tokens, len(tokens) + 5)
+        if cache.can_open(tokens, [len(tokens) + 5]):
+            table = opened(cache, tokens, len(tokens) + 5)
             cache.publish(table, tokens)
             held.append(table)
         assert cache.pool.num_published <= cache.num_pages
@@ -323,7 +337,7 @@ def test_rewind_and_redo_equals_never_happened(page_size, keep):
     base, segment = list(range(20)), [500, 501, 502, 503, 504]
     tables = []
     for detour, cache in zip((True, False), caches):
-        table = cache.open([], 40)
+        table = opened(cache, [], 40)
         write(cache, table, 0, base if detour else base[:keep])
         slab = cache.take_slab()
         if detour:
@@ -342,7 +356,7 @@ def test_rewind_and_redo_equals_never_happened(page_size, keep):
 
 def test_a_commit_may_rewind_and_may_be_empty():
     cache = make_cache()
-    table = cache.open([], 12)
+    table = opened(cache, [], 12)
     write(cache, table, 0, [1, 2, 3, 4, 5, 6])
     start = fill_slab(cache, cache.take_slab(), [70, 71, 72])
     cache.commit([CommitMove(table, start, 2, 3)])
@@ -361,38 +375,39 @@ def test_a_commit_may_rewind_and_may_be_empty():
 def test_out_of_pages_changes_nothing():
     cache = make_cache(num_pages=6)
     tokens = list(range(8))
-    closed = cache.open(tokens, 8)
+    closed = opened(cache, tokens, 8)
     write(cache, closed, 0, tokens)
     cache.publish(closed, tokens)
     cache.close(closed)
-    table = cache.open(tokens[:4], 12)  # one shared page and two fresh ones; one page of the prefix stays cached
+    table = opened(cache, tokens[:4], 12)  # one shared page and two fresh ones; one page of the prefix stays cached
     write(cache, table, 4, [1, 2, 3])
     before = books(cache)
     assert cache.num_free_pages == 3
     with pytest.raises(OutOfPages) as error:
-        cache.open([], 16)
+        cache.open([9] * 16)
     assert (error.value.needed, error.value.free) == (4, 3)
-    assert not cache.can_open([], 16) and cache.can_open([], 12)
+    assert not cache.can_open([9] * 16) and cache.can_open([9] * 12)
+    assert not cache.can_open([], [16]) and cache.can_open([], [12]) and not cache.can_open([], [12, 1])
     with pytest.raises(OutOfPages) as error:
-        cache.open(tokens, 20)  # shares the cached page too, so that only two are left for three
+        cache.open(tokens + [9] * 12)  # shares the cached page too, so that only two are left for three
     assert (error.value.needed, error.value.free) == (3, 2)
-    assert not cache.can_open(tokens, 20) and cache.can_open(tokens, 16)
-    with pytest.raises(OutOfPages):
-        cache.fork(table, 20)
-    with pytest.raises(OutOfPages):
-        cache.grow(table, 25)
+    assert not cache.can_open(tokens, [20]) and cache.can_open(tokens, [16]) and cache.can_open(tokens, [12, 9])
+    with pytest.raises(OutOfPages) as error:
+        cache.reserve(table, 18)
+    assert (error.value.needed, error.value.free) == (4, 3)
     assert_unchanged(cache, before)
 
 
 def test_a_private_copy_that_cannot_be_had_changes_nothing():
     cache = make_cache(num_pages=3)
-    table = cache.open([], 8)
+    table = opened(cache, [], 8)
     write(cache, table, 0, [1, 2, 3, 4, 5])
-    forked = cache.fork(table, 8)
+    forked = cache.fork(table)
+    cache.open([9])
     start = fill_slab(cache, cache.take_slab(), [70, 71, 72])
     before = books(cache)
     with pytest.raises(OutOfPages):
-        cache.slots(forked, 2, 6)
+        page_rows(cache, forked, 2, 6)
     with pytest.raises(OutOfPages):
         cache.commit([CommitMove(table, start, 1, 5), CommitMove(forked, start + 1, 2, 3)])
     assert_unchanged(cache, before)
@@ -401,31 +416,74 @@ def test_a_private_copy_that_cannot_be_had_changes_nothing():
     assert_holds(cache, forked, [1, 2, 3, 71, 72])
 
 
-def test_grow_reserves_more():
+def test_reserve_makes_room_for_a_segment():
     cache = make_cache(num_pages=4)
-    table = cache.open([], 3)
+    table = cache.open([1, 2, 3])
     write(cache, table, 0, [1, 2, 3])
-    cache.grow(table, 4)
-    assert len(table.pages) == 1 and table.capacity == 4
-    cache.grow(table, 9)
-    assert len(table.pages) == 3 and table.capacity == 9
-    cache.grow(table, 2)
-    assert len(table.pages) == 3 and table.capacity == 9
+    cache.reserve(table, 1)
+    assert len(table.pages) == 1
+    cache.reserve(table, 6)
+    pages = list(table.pages)
+    assert len(pages) == 3
+    cache.reserve(table, 6)  # which is there
+    cache.reserve(table, 0)
+    assert table.pages == pages and table.length == 3
     write(cache, table, 3, [4, 5, 6])
     assert_holds(cache, table, [1, 2, 3, 4, 5, 6])
     cache.check_integrity()
 
 
+@pytest.mark.parametrize("length", [5, 7, 8])
+def test_reserve_leaves_a_shared_tail_to_the_other(length):
+    """The first of two forks takes a copy of the tail, where there is one, the second keeps the page."""
+    cache, values = make_cache(num_pages=6), list(range(10, 18))
+    table = opened(cache, values[:length], length)
+    write(cache, table, 0, values[:length])
+    forked, tail = cache.fork(table), length % 4
+    for each, taken in ((table, 1 if tail < 3 else 2), (forked, 0 if 0 < tail < 3 else 1)):
+        free = cache.num_free_pages
+        cache.reserve(each, 2)
+        assert free - cache.num_free_pages == taken
+    assert (table.pages[1] == forked.pages[1]) == (tail == 0) and table.pages[0] == forked.pages[0]
+    free = cache.num_free_pages
+    start = fill_slab(cache, cache.take_slab(), [70, 71, 80, 81])
+    cache.commit([CommitMove(table, start, 2, length), CommitMove(forked, start + 2, 2, length)])
+    assert cache.num_free_pages == free  # a commit takes nothing more
+    assert_holds(cache, table, values[:length] + [70, 71])
+    assert_holds(cache, forked, values[:length] + [80, 81])
+    cache.check_integrity()
+
+
+def test_reserve_after_a_rewind_into_shared_pages():
+    """All pages that are to be written become private, those after the tail too; what lacks a page changes nothing."""
+    cache, prompt = make_cache(num_pages=6), list(range(12))
+    first = published_table(cache, prompt, 12)
+    second = cache.open(prompt)
+    cache.truncate(second, 6)
+    before = books(cache)
+    with pytest.raises(OutOfPages) as error:
+        cache.reserve(second, 11)  # a copy of two pages and two more
+    assert (error.value.needed, error.value.free) == (4, 3)
+    assert_unchanged(cache, before)
+    cache.reserve(second, 10)
+    assert second.pages[0] == first.pages[0] and not set(second.pages[1:]) & set(first.pages)
+    assert_holds(cache, first, prompt)
+    assert_holds(cache, second, prompt[:6])
+    assert cache.num_free_pages == 0 and cache.shared_length(prompt) == 12
+    cache.check_integrity()
+
+
 def test_a_closed_table_is_refused_everywhere():
     cache, other = make_cache(), make_cache()
-    closed, foreign = cache.open([], 4), other.open([], 4)
+    closed, foreign = opened(cache, [], 4), opened(other, [], 4)
     cache.close(closed)
     for table, reason in ((closed, "is closed"), (foreign, "of another cache")):
         for use in (
             lambda: cache.close(table),
-            lambda: cache.slots(table, 0, 0),
-            lambda: cache.fork(table, 4),
-            lambda: cache.grow(table, 4),
+            lambda: page_rows(cache, table, 0, 0),
+            lambda: cache.fork(table),
+            lambda: cache.reserve(table, 4),
+            lambda: cache.reserve(table, 0),
             lambda: cache.truncate(table, 0),
             lambda: cache.publish(table, []),
             lambda: cache.block_tables([table]),
@@ -438,17 +496,15 @@ def test_a_closed_table_is_refused_everywhere():
 
 def test_misuse_is_refused_before_anything_changes():
     cache = make_cache()
-    table = cache.open([], 8)
+    table = opened(cache, [], 8)
     write(cache, table, 0, [1, 2, 3])
     before = books(cache)
     for use, message in (
-        (lambda: cache.slots(table, 5, 9), "exceed a table of 8"),
-        (lambda: cache.slots(table, 3, 2), "exceed a table of 8"),
-        (lambda: cache.slots(table, -1, 2), "exceed a table of 8"),
+        (lambda: page_rows(cache, table, 5, 9), "exceed a table of 8"),
+        (lambda: page_rows(cache, table, 3, 2), "exceed a table of 8"),
+        (lambda: page_rows(cache, table, -1, 2), "exceed a table of 8"),
         (lambda: cache.truncate(table, 4), "cannot be rewound to 4"),
         (lambda: cache.truncate(table, -1), "cannot be rewound to -1"),
-        (lambda: cache.fork(table, 2), "do not fit in a fork of 2"),
-        (lambda: cache.open([1, 2, 3], 2), "3 tokens do not fit in 2"),
         (lambda: cache.publish(table, list(range(9))), "exceed a table of 8"),
         (lambda: cache.commit([CommitMove(table, 0, 2, 4)]), "leaves a gap after 3"),
         (lambda: cache.commit([CommitMove(table, 0, 6, 3)]), "exceed a table of 8"),
@@ -479,8 +535,8 @@ def test_slabs_are_counted():
 
 def test_check_integrity_sees_planted_errors():
     cache = make_cache()
-    table = cache.open([], 5)
-    table.length = 6
+    table = opened(cache, [], 5)
+    table.length = 9
     with pytest.raises(IntegrityError, match="does not satisfy"):
         cache.check_integrity()
     table.length = 5
@@ -532,36 +588,56 @@ class CacheMachine(RuleBasedStateMachine):
         self.tokens[table] = tokens
         return table
 
-    @rule(target=tables, tokens=st.lists(st.integers(0, 1), max_size=13), spare=st.integers(0, 9), offer=st.booleans())
-    def open(self, tokens, spare, offer):
-        can = self.cache.can_open(tokens, len(tokens) + spare)
-        table = self.refused(lambda: self.cache.open(tokens, len(tokens) + spare))
+    def room(self, table: BlockTable) -> int:
+        return len(table.pages) * self.cache.page_size
+
+    @rule(target=tables, tokens=st.lists(st.integers(0, 1), max_size=13), offer=st.booleans())
+    def open(self, tokens, offer):
+        can = self.cache.can_open(tokens)
+        table = self.refused(lambda: self.cache.open(tokens))
         assert can == (table is not None)
         if table is not None:
             assert table.length % self.cache.page_size == 0 and table.length <= len(tokens)
+            assert 0 <= self.room(table) - len(tokens) < self.cache.page_size
             assert_holds(self.cache, table, self.values(tokens)[: table.length])
             write(self.cache, table, table.length, self.values(tokens)[table.length :])
             if offer:
                 self.cache.publish(table, tokens)
         return self.opened(table, tokens)
 
+    @rule(target=tables, prompt=st.lists(st.integers(0, 1), max_size=9),
+          rests=st.lists(st.lists(st.integers(0, 1), max_size=6), min_size=1, max_size=3), spare=st.integers(0, 9))
+    def open_together(self, prompt, rests, spare):
+        """A population: where can_open says that it fits, it does, each with its segment."""
+        prompts, tables = [prompt + rest for rest in rests], []
+        if not self.cache.can_open(prompt, [len(tokens) + spare for tokens in prompts]):
+            return multiple()
+        for tokens in prompts:
+            table = self.cache.open(tokens)
+            self.cache.reserve(table, len(tokens) + spare - table.length)
+            write(self.cache, table, table.length, self.values(tokens)[table.length :])
+            self.cache.publish(table, prompt)
+            tables.append(self.opened(table, tokens))
+        return multiple(*tables)
+
     @rule(table=tables, share=st.integers(0, 20))
     def publish(self, table, share):
         self.cache.publish(table, self.tokens[table][:share])
 
-    @rule(target=tables, table=tables, spare=st.integers(0, 9))
-    def fork(self, table, spare):
-        return self.opened(
-            self.refused(lambda: self.cache.fork(table, table.length + spare)), list(self.tokens[table])
-        )
+    @rule(target=tables, table=tables)
+    def fork(self, table):
+        free = self.cache.num_free_pages
+        forked = self.cache.fork(table)
+        assert self.cache.num_free_pages == free
+        return self.opened(forked, list(self.tokens[table]))
 
     @rule(table=tables, back=st.integers(0, 6), more=st.lists(st.integers(0, 1), max_size=9))
     def prefill(self, table, back, more):
         start = max(0, table.length - back)
-        more = more[: table.capacity - start]
+        more = more[: self.room(table) - start]
         tokens = self.tokens[table][:start] + more
-        slots = self.refused(lambda: self.cache.slots(table, start, len(tokens)))
-        if slots is not None:
+        rows = self.refused(lambda: self.cache.rows(table, start, len(tokens)))
+        if rows is not None:
             write(self.cache, table, start, self.values(tokens)[start:])
             self.tokens[table] = tokens
 
@@ -576,7 +652,7 @@ class CacheMachine(RuleBasedStateMachine):
             if not self.cache.num_free_slabs:
                 break
             at = max(0, table.length - back)
-            segment = segment[: table.capacity - at]
+            segment = segment[: self.room(table) - at]
             tokens = self.tokens[table][:at] + segment
             slabs.append(self.cache.take_slab())
             start = fill_slab(self.cache, slabs[-1], self.values(tokens)[at:], 2)
@@ -594,9 +670,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.truncate(table, length)
         self.tokens[table] = self.tokens[table][:length]
 
-    @rule(table=tables, more=st.integers(0, 9))
-    def grow(self, table, more):
-        self.refused(lambda: self.cache.grow(table, table.capacity + more))
+    @rule(table=tables, tokens=st.integers(0, 9))
+    def reserve(self, table, tokens):
+        """After it a commit of so many positions takes no page and reaches nobody else's."""
+        if self.refused(lambda: self.cache.reserve(table, tokens) or True) and tokens and self.cache.num_free_slabs:
+            assert self.room(table) >= table.length + tokens
+            free, tail = self.cache.num_free_pages, self.tokens[table] + [1] * tokens
+            slab = self.cache.take_slab()
+            start = fill_slab(self.cache, slab, self.values(tail)[table.length :])
+            self.cache.commit([CommitMove(table, start, tokens, table.length)])
+            self.cache.return_slab(slab)
+            self.tokens[table] = tail
+            assert self.cache.num_free_pages >= free  # what it ended the sharing of is free
 
     @rule(table=consumes(tables))
     def close(self, table):
@@ -656,7 +741,7 @@ def test_a_commit_of_more_rows_than_one_copy_holds(monkeypatch):
     for _ in range(2):
         tables, moves = [], []
         for index in range(3):
-            table, slab = cache.open([], 12), cache.take_slab()
+            table, slab = opened(cache, [], 12), cache.take_slab()
             rows = slice(slab * cache.slab_len, slab * cache.slab_len + 4)
             cache.k_slabs[:, rows] = torch.randn(cache.k_slabs[:, rows].shape)
             cache.v_slabs[:, rows] = -cache.k_slabs[:, rows]
@@ -664,7 +749,7 @@ def test_a_commit_of_more_rows_than_one_copy_holds(monkeypatch):
             moves.append(CommitMove(table, rows.start, 4, 0))
         cache.commit(moves)
         for table, slab, rows in tables:
-            places = cache.slots(table, 0, 4).long()
+            places = page_rows(cache, table, 0, 4)
             assert torch.equal(cache.k_pages[:, places], cache.k_slabs[:, rows])
             assert torch.equal(cache.v_pages[:, places], cache.v_slabs[:, rows])
             cache.return_slab(slab)
@@ -677,7 +762,7 @@ def test_a_commit_of_more_rows_than_one_copy_holds(monkeypatch):
 
 def published_table(cache: PagedCache, tokens: list[int], capacity: int) -> BlockTable:
     """A table that holds `tokens` and offers its full pages."""
-    table = cache.open(tokens, capacity)
+    table = opened(cache, tokens, capacity)
     write(cache, table, table.length, tokens[table.length :])
     cache.publish(table, tokens)
     return table
@@ -698,13 +783,13 @@ def test_a_commit_rewinds_two_published_tables():
     cache.check_integrity()
 
 
-@pytest.mark.parametrize("through", ["commit", "slots"])
+@pytest.mark.parametrize("through", ["commit", "rows"])
 @pytest.mark.parametrize("at, count", [(4, 1), (4, 3), (5, 2), (3, 2), (2, 5), (1, 1)])
 def test_a_shared_last_page_that_is_written_in_part_becomes_private(through, at, count):
     """Up to the page's end it is not written; to its other holder it belongs all the same."""
     cache = make_cache()
     prompt, new = list(range(8)), list(range(70, 70 + count))
-    first, second = published_table(cache, prompt, 8), cache.open(prompt, 8)
+    first, second = published_table(cache, prompt, 8), opened(cache, prompt, 8)
     assert second.pages == first.pages
     if through == "commit":
         cache.commit([CommitMove(second, fill_slab(cache, cache.take_slab(), new), count, at)])
@@ -715,7 +800,7 @@ def test_a_shared_last_page_that_is_written_in_part_becomes_private(through, at,
     assert_holds(cache, second, prompt[:at] + new)
     touched = range(at // 4, (at + count - 1) // 4 + 1)
     assert [second.pages[i] != first.pages[i] for i in range(2)] == [i in touched for i in range(2)]
-    third = cache.open(prompt, 8)
+    third = opened(cache, prompt, 8)
     assert third.pages == first.pages and cache.shared_length(prompt) == 8
     assert_holds(cache, third, prompt)
     cache.check_integrity()
@@ -725,7 +810,7 @@ def test_two_holders_of_a_published_page_rewind_in_one_commit():
     """One leaves with a copy, the last to write keeps the page, and it is not offered any more."""
     cache = make_cache(num_pages=7)
     prompt = list(range(8))
-    first, second = published_table(cache, prompt, 8), cache.open(prompt, 8)
+    first, second = published_table(cache, prompt, 8), opened(cache, prompt, 8)
     start = fill_slab(cache, cache.take_slab(), [70, 71, 72])
     free = cache.num_free_pages
     cache.commit([CommitMove(first, start, 1, 5), CommitMove(second, start + 1, 2, 6)])
@@ -734,7 +819,7 @@ def test_two_holders_of_a_published_page_rewind_in_one_commit():
     assert first.pages[0] == second.pages[0] and first.pages[1] != second.pages[1]
     assert cache.num_free_pages == free - 1
     assert cache.shared_length(prompt) == 4
-    third = cache.open(prompt, 8)
+    third = opened(cache, prompt, 8)
     assert third.length == 4 and third.pages[1] not in first.pages + second.pages
     cache.check_integrity()
 
@@ -742,7 +827,7 @@ def test_two_holders_of_a_published_page_rewind_in_one_commit():
 def test_two_moves_into_one_shared_page_copy_it_once():
     cache = make_cache(num_pages=6)
     prompt = list(range(8))
-    first, second = published_table(cache, prompt, 8), cache.open(prompt, 8)
+    first, second = published_table(cache, prompt, 8), opened(cache, prompt, 8)
     start, free = fill_slab(cache, cache.take_slab(), [70, 71, 72]), cache.num_free_pages
     cache.commit([CommitMove(second, start, 1, 5), CommitMove(second, start + 1, 2, 6)])
     assert_holds(cache, second, prompt[:5] + [70, 71, 72])
@@ -756,7 +841,7 @@ def test_a_commit_of_nothing_rewinds_and_copies_nothing(at):
     """A page that nothing is written to stays shared and on offer, whatever the commit writes elsewhere."""
     cache = make_cache(num_pages=5)
     prompt, other = list(range(8)), list(range(50, 58))
-    first, second, alone = published_table(cache, prompt, 8), cache.open(prompt, 9), published_table(cache, other, 8)
+    first, second, alone = published_table(cache, prompt, 8), opened(cache, prompt, 9), published_table(cache, other, 8)
     assert cache.num_free_pages == 0
     start = fill_slab(cache, cache.take_slab(), [70])
     cache.commit([CommitMove(second, 0, 0, at), CommitMove(alone, start, 1, 6)])

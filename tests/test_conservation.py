@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 def nothing_is_held(engine: stars.Engine) -> None:
     """What must be true once no request is left."""
     engine.check_integrity()
-    assert not engine._requests and not engine._running and not engine._waiting
+    assert not engine._requests and not engine._scheduler.running and not engine._scheduler.waiting
     assert not engine._changed and not engine._changing and not engine._orphans
     caches = [engine._cache] + ([engine.reward.cache] if isinstance(engine.reward, stars.CausalReward) else [])
     for cache in caches:
@@ -84,7 +84,7 @@ class Traffic(RuleBasedStateMachine):
         self.trouble = Trouble()
         self.causal = causal
         reward = stars.CausalReward(RM.decoder()) if causal else stars.FunctionReward(self.trouble, inputs="ids")
-        self.engine = toy_engine(LM, reward, cache_tokens=96, page_size=4, max_num_seqs=5, max_num_lanes=12,
+        self.engine = toy_engine(LM, reward, cache_tokens=96, page_size=4, max_num_seqs=8, max_num_lanes=12,
                                  max_segment_size=16)
         self.open: set[str] = set()
 
@@ -259,8 +259,9 @@ def test_requests_beyond_the_cache_wait_their_turn():
     while engine.has_unfinished_requests():
         engine.step()
         engine.check_integrity()
-        assert len(engine._running) <= 2  # 39 positions each, 10 of 24 pages
-        started += [h.request.request_id for h in engine._running if h.request.request_id not in started]
+        running = [unit.request.request_id for unit in engine._scheduler.running]
+        assert len(running) <= 4  # 5 of 24 pages for the prompt, and at least one for a segment
+        started += [request_id for request_id in running if request_id not in started]
     assert started == [request_id for request_id in order if request_id in started]
     nothing_is_held(engine)
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import stars
-from stars import device
-from stars.buffers import bucket
+from building import cache_of
+from stars import device, fit, sizes
 from stars.config import EngineConfig
 from stars.errors import ModelError
 from stars.kernels.triton import tiles
 from stars.model.decoder import workspace_bytes
 from stars.model.loader import inspect_model
 from stars.reward import CausalReward
+from stars.target import CUDA, bucket
 from toy import ToyModel
 
 
@@ -95,24 +96,24 @@ def test_a_model_on_another_device():
 
 def test_too_little_memory():
     """The sentence adds up: what is free, what is missing, for what, and which settings to lower."""
-    device.check_memory({"weights": 2 << 30, "caches": 1 << 30}, 3 << 30)
+    fit.check_memory({"weights": 2 << 30, "caches": 1 << 30}, 3 << 30)
     with pytest.raises(ModelError, match=r"4\.0 GiB free and lacks 2\.5 GiB \(6\.0 GiB for weights, 0\.5 GiB for caches"
                                          r"\): lower cache_tokens"):
-        device.check_memory({"weights": 6 << 30, "caches": 1 << 29}, 4 << 30)
+        fit.check_memory({"weights": 6 << 30, "caches": 1 << 29}, 4 << 30)
 
 
 def test_a_pair_that_does_not_fit(monkeypatch):
     """All that the two models need is named, from their directories alone."""
     models = Path(stars.__file__).parent / "demo_models"
-    config = dataclasses.replace(EngineConfig.resolve(inspect_model(models / "lm").config), device="cuda")
-    monkeypatch.setattr(device, "choose_prefill", lambda *settings: "triton")  # which asks the card
+    config = dataclasses.replace(EngineConfig.resolve(inspect_model(models / "lm").config), device="cuda", target=CUDA)
+    monkeypatch.setattr(fit, "choose_prefill", lambda *settings: "triton")  # which asks the card
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
     parts = ".*".join(f"the {model} model's {part}" for model in ("language", "reward")
                       for part in ("weights", "cache", "activations"))
     with pytest.raises(ModelError, match=f"lacks 2[.]. GiB .*{parts}.*, 2.0 GiB for libraries .*: lower cache_tokens"):
-        device.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
+        fit.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 3 << 30))
-    device.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
+    fit.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
 
 
 def test_activations_are_those_of_the_decoder():
@@ -146,10 +147,7 @@ def test_no_plan_needs_more_attention_workspace_than_was_reserved(deterministic)
 
 def test_cache_bytes_are_those_of_the_cache():
     """The estimate is what a cache of that many rows allocates."""
-    from stars.cache import PagedCache
-
     config = ToyModel(vocab=5, seed=0).config
-    cache = PagedCache(config.num_layers, config.num_kv_heads, config.head_dim, page_size=4, num_pages=10, num_slabs=3,
-                       slab_len=8)
+    cache = cache_of(config, page_size=4, num_pages=10, num_slabs=3, slab_len=8)
     held = sum(t.numel() * t.element_size() for t in (cache.k_pages, cache.v_pages, cache.k_slabs, cache.v_slabs))
-    assert device.cache_bytes(config, 10 * 4 + 3 * 8, torch.float32) == held
+    assert sizes.cache_bytes(config, 10 * 4 + 3 * 8, torch.float32) == held

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import pytest
 import torch
 
 import stars
+from building import config_of
+from stars.config import EngineConfig
 from stars.prompt import Prompt, parse_prompt
 from stars.reward import resolve_reward
-from stars.reward.base import Candidate, ContextFull, Limits
+from stars.reward.base import Candidate, ContextFull
 from tiny_models import SENTENCES
 
-LIMITS = Limits(cache_tokens=256, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4, device="cpu",
-                dtype="float32", deterministic=False)
+CONFIG = config_of(cache_tokens=256, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4)
 PAD, EOS = 1, 2
 TOLERANCE = 1e-4  # logits of order 1, float32; padding moves them by rounding
 POLICY = stars.STARS(segment_size=3, max_attempts=3, alpha=0.3, beta=0.5, reward_threshold=0.5, width=3)
@@ -111,9 +113,9 @@ class Plain:
     """A language model's tokenizer that prompts of these tests do not use."""
 
 
-def bound(directory: Path, limits: Limits = LIMITS, **options) -> stars.EncoderReward:
+def bound(directory: Path, config: EngineConfig = CONFIG, **options) -> stars.EncoderReward:
     reward = stars.EncoderReward(directory, **options)
-    reward.bind(Plain(), 1000, limits)
+    reward.bind(Plain(), 1000, config)
     return reward
 
 
@@ -219,7 +221,7 @@ def test_a_model_without_types_does_not_take_pairs_of_them(encoder):
 
 def test_deterministic_scores_have_the_same_bits_in_any_company(encoder):
     directory = encoder("Bert")
-    reward = bound(directory, LIMITS._replace(deterministic=True))
+    reward = bound(directory, replace(CONFIG, deterministic=True))
     together = score(reward, "The dog", TEXTS)
     assert together == [one for text in TEXTS for one in score(reward, "The dog", [text])]
 
@@ -460,7 +462,7 @@ def test_what_transformers_does_not_load_is_one_sentence(encoder, tmp_path, chan
     with pytest.raises(stars.ModelError) as caught:
         reward = resolve_reward(directory)
         assert isinstance(reward, stars.EncoderReward)
-        reward.bind(Plain(), 1000, LIMITS)
+        reward.bind(Plain(), 1000, CONFIG)
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
 
 
@@ -470,7 +472,7 @@ def test_files_that_are_damaged(encoder, tmp_path):
         directory = shutil.copytree(encoder("Bert"), tmp_path / name)
         (directory / name).write_bytes(content)
         with pytest.raises(stars.ModelError) as caught:
-            resolve_reward(directory).bind(Plain(), 1000, LIMITS)
+            resolve_reward(directory).bind(Plain(), 1000, CONFIG)
         assert "\n" not in str(caught.value), name
 
 

@@ -48,7 +48,7 @@ if FAKED:
         monkeypatch.setitem(prefill_attention.BACKENDS, "sdpa", lambda *given: gathered.append(given))
         seen = []  # whether products keep their order
         for module in ("engine", "reward.causal"):
-            monkeypatch.setattr(f"stars.{module}.check_row_invariance", lambda decoder: seen.append(
+            monkeypatch.setattr(f"stars.{module}.check_row_invariance", lambda decoder, target: seen.append(
                 all(weight is None or weight.deterministic for weight in (decoder.head, decoder.score_head))))
         with fake_cuda.gpu():
             engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype=dtype, prefill_backend=backend,

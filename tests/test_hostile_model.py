@@ -411,25 +411,26 @@ def test_yarn_that_gives_no_rotation(changes, message):
         parse_rope({"rope_parameters": rope | changes}, 32, "here")
 
 
-def test_gpu_memory_counts_tables_of_the_lengths_in_use(linked, monkeypatch):
+def test_gpu_memory_counts_tables_of_the_lengths_in_use(linked):
     """A context of 100 million positions does not take 2.4 GB of the estimate, as its tables are not made."""
     import dataclasses
 
-    from stars import device
+    from stars import sizes
     from stars.config import EngineConfig
+    from stars.target import CUDA
 
-    monkeypatch.setattr(device, "choose_prefill", lambda *settings: "triton")  # which asks the card
     summary = inspect_model(linked(LLAMA))
     wide = dataclasses.replace(summary.config, max_position_embeddings=10**8)
-    settings = dataclasses.replace(EngineConfig.resolve(summary.config, max_model_len=64), device="cuda")
-    needed = [device.needed_bytes(settings, {"the language model": device.Occupant(shape, 1, True)})
+    settings = dataclasses.replace(EngineConfig.resolve(summary.config, max_model_len=64), device="cuda",
+                                   target=CUDA)
+    needed = [sizes.needed_bytes(settings, {"the language model": sizes.Occupant(shape, 1, True)})
               for shape in (summary.config, wide)]
     assert needed[0] == needed[1]
     longer = dataclasses.replace(settings, max_model_len=100)
-    grown = device.needed_bytes(longer, {"the language model": device.Occupant(wide, 1, True)})
+    grown = sizes.needed_bytes(longer, {"the language model": sizes.Occupant(wide, 1, True)})
     name = "the language model's activations"
     assert grown[name] - needed[0][name] == 36 * 6 * 4  # cosines and sines of 3 pairs, float32
-    rewards = [device.needed_bytes(settings, {"the reward model": device.Occupant(shape, 1, False)})
+    rewards = [sizes.needed_bytes(settings, {"the reward model": sizes.Occupant(shape, 1, False)})
                for shape in (dataclasses.replace(summary.config, max_position_embeddings=positions)
                              for positions in (1000, 10**6, 10**8))]
     most = settings.cache_tokens + 2 * settings.max_segment_size + 32

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stars.cache import PagedCache
+from building import cache_of
 from stars.errors import ModelError
+from stars.kernels import linear
 from stars.kernels.types import Batch
 from stars.model.checkpoint import Checkpoint
 from stars.model.config import load_config
@@ -51,16 +52,14 @@ def rename_tensors(directory: Path, rename) -> None:
 
 def last_hidden(decoder) -> torch.Tensor:
     """Hidden state [1, hidden] behind a fixed prompt."""
-    config = decoder.config
-    cache = PagedCache(config.num_layers, config.num_kv_heads, config.head_dim, page_size=4, num_pages=4, num_slabs=1,
-                       slab_len=4)
+    cache = cache_of(decoder.config, page_size=4, num_pages=4, num_slabs=1, slab_len=4)
     ids = [5, 9, 60, 33, 7]
-    table = cache.open([], len(ids))
+    table = cache.open(ids)
 
     def ints(values):
         return torch.tensor(values, dtype=torch.int32)
 
-    batch = Batch(ints(ids), ints(list(range(5))), cache.slots(table, 0, 5), False, ints([0, 5]), ints([0]),
+    batch = Batch(ints(ids), ints(list(range(5))), ints(list(cache.rows(table, 0, 5))), False, ints([0, 5]), ints([0]),
                   cache.block_tables([table]), ints([0]), ints([0]), ints([0]))
     return decoder.forward(batch, cache, ints([4])).clone()
 
@@ -72,7 +71,9 @@ def logits(directory: Path, **options) -> torch.Tensor:
 
 def reward(directory: Path) -> torch.Tensor:
     decoder = load_model(directory, head="reward")
-    return decoder.score(last_hidden(decoder)).clone()
+    rewards = torch.empty(1)
+    linear(last_hidden(decoder), decoder.score_head, rewards.view(1, 1))
+    return rewards
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def test_wrong_calls_are_refused(tiny_model):
         load_model(tiny_model(), device="nowhere")
     hidden = torch.zeros(1, 36)
     with pytest.raises(ModelError, match="no reward head"):
-        load_model(tiny_model()).score(hidden)
+        load_model(tiny_model()).score(None, None, None, torch.empty(1))  # before a pass is looked at
     with pytest.raises(ModelError, match="no language model head"):
         load_model(tiny_model(head="reward"), head="reward").logits(hidden)
 

@@ -300,6 +300,29 @@ def test_an_interrupted_round_of_a_population_never_happened(place):
         assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["reward model", "function"])
+def test_a_population_that_gives_way_goes_on_to_the_same_text(causal):
+    """Three requests of populations in caches that hold little more than one of them."""
+    params = [stars.SamplingParams(max_tokens=30, n=2, seed=seed, ignore_eos=True) for seed in (1, 2, 3)]
+    prompts = [{"prompt_token_ids": ids(length, 11, seed=length)} for length in (11, 5, 14)]
+
+    def run(cache_tokens: int) -> list[stars.RequestOutput]:
+        engine = breeding_engine(causal, cache_tokens=cache_tokens)
+        outputs = engine.generate(prompts, params, Breed(), use_tqdm=False)
+        nothing_is_held(engine)
+        return outputs
+
+    roomy, scarce = run(4096), run(180)
+    assert sum(output.metrics.num_preemptions for output in scarce) >= 2
+    assert not sum(output.metrics.num_preemptions for output in roomy)
+    for one, other in zip(scarce, roomy, strict=True):
+        for got, wanted in zip(one.outputs, other.outputs, strict=True):
+            assert got.error is None
+            assert [segment.token_ids for segment in got.segments] == [segment.token_ids for segment in wanted.segments]
+            assert got.reward == pytest.approx(wanted.reward, abs=TOLERANCE)
+            assert got.cumulative_logprob == pytest.approx(wanted.cumulative_logprob, abs=TOLERANCE)
+
+
 # -- whole responses, and the random numbers of a rule ------------------------------------------------------------
 
 
@@ -453,8 +476,8 @@ def test_a_whole_response_can_be_neither_cut_nor_forked():
 
 def test_a_population_beyond_the_engine_is_refused():
     engine = breeding_engine(max_num_seqs=2)
-    with pytest.raises(stars.RequestError, match="population is 3 and the engine decodes 2 responses at once"):
-        engine.add_request({"prompt_token_ids": ids(5, 11)}, None, Breed())
+    with pytest.raises(stars.RequestError, match="Breed decodes 3 responses together and max_num_seqs is 2"):
+        engine.add_request({"prompt_token_ids": ids(5, 11)}, stars.SamplingParams(max_tokens=9), Breed())
 
 
 def test_a_reward_that_cannot_be_forked_says_so():
@@ -469,5 +492,5 @@ def test_a_reward_that_cannot_be_forked_says_so():
     with pytest.warns(UserWarning, match="ended with an error"):
         [output] = engine.generate({"prompt_token_ids": ids(5, 11)}, stars.SamplingParams(max_tokens=9, seed=1),
                                    Breed(), use_tqdm=False)
-    assert "Own has no fork(session)" in output.outputs[0].error
+    assert "Own cannot keep a response twice: give it a method fork(session)" in output.outputs[0].error
     nothing_is_held(engine)

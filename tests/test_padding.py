@@ -5,38 +5,40 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stars.buffers import BUCKETS, Buffers, bucket
+from building import PADDED, config_of
+from stars.buffers import Buffers
 from stars.cache import PagedCache
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.dispatch import references_only
 from stars.kernels.philox import pack_stream
 from stars.passes import Passes, Span
 from stars.sampling import SamplingParams
+from stars.sizes import ModelSizes
+from stars.target import BUCKETS, CPU, Target, bucket
 from toy import ToyModel
 
 PROMPTS = [[1, 2, 3], [4, 1, 1, 2, 3, 4, 2, 1, 3, 4, 4, 1, 2, 2, 3, 1, 4]]
 
 
-def setting(model: ToyModel, padded: bool):
+def setting(model: ToyModel, target: Target):
     decoder = model.decoder()
-    config = decoder.config
-    cache = PagedCache(config.num_layers, config.num_kv_heads, config.head_dim, page_size=4, num_pages=64,
-                       num_slabs=32, slab_len=8)
+    config = config_of(target, max_num_lanes=16, max_num_seqs=2, max_segment_size=6)
+    sizes = ModelSizes(num_slabs=32, slab_len=8, max_sequences=16, max_positions=64, max_lanes=0)
+    cache = PagedCache(decoder.config, config, sizes, decoder.dtype)
     # What an idle row might read by mistake must not go unnoticed.
     for tensor in (cache.k_pages, cache.v_pages, cache.k_slabs, cache.v_slabs):
         tensor.fill_(1e4)
-    passes = Passes(decoder, cache, 16, 64, padded=padded)
-    return decoder, cache, passes
+    return decoder, cache, Passes(decoder, cache, config, sizes), config
 
 
 @pytest.mark.parametrize("counts", [(1, 0), (3, 2), (5, 6), (9, 4)])
 def test_drafts_with_idle_lanes_are_the_same(counts):
     """Lanes are padded to a bucket: tokens, log-probabilities and slabs of the real ones keep their bits."""
     results = []
-    for padded in (False, True):
-        decoder, cache, passes = setting(ToyModel(vocab=5, seed=3), padded)
-        drafter = Drafter(decoder, cache, 16, 2, 6, 64, padded=padded)
-        tables = [cache.open(prompt[:-1], 40) for prompt in PROMPTS]
+    for target in (CPU, PADDED):
+        decoder, cache, passes, config = setting(ToyModel(vocab=5, seed=3), target)
+        drafter = Drafter(decoder, cache, config)
+        tables = [cache.open(prompt[:-1]) for prompt in PROMPTS]
         passes.prefill([(table, prompt, len(prompt) - 1) for table, prompt in zip(tables, PROMPTS, strict=True)])
         lanes = [LaneSpec(tables[which], PROMPTS[which][-1], cache.take_slab(), 2 + attempt % 5, 11, attempt + 1,
                           pack_stream(0, which), SamplingParams(), (0,))
@@ -57,16 +59,16 @@ def test_drafts_with_idle_lanes_are_the_same(counts):
 def test_scores_with_idle_rows_are_the_same(sizes):
     """Rows and sequences of a scoring pass are padded: rewards keep their bits and pages are left alone."""
     results = []
-    for padded in (False, True):
-        _, cache, passes = setting(ToyModel(vocab=5, seed=4, head="reward"), padded)
-        table = cache.open(PROMPTS[1], 40)
+    for target in (CPU, PADDED):
+        _, cache, passes, _ = setting(ToyModel(vocab=5, seed=4, head="reward"), target)
+        table = cache.open(PROMPTS[1])
         passes.prefill([(table, PROMPTS[1], len(PROMPTS[1]))])
         pages = cache.k_pages.clone()
         spans = []
         for size in sizes:
             start = cache.take_slab() * cache.slab_len
             ids = [1 + i % 4 for i in range(size)]
-            spans.append(Span(table, ids, len(PROMPTS[1]), range(start, start + size), start))
+            spans.append(Span(table, ids, len(PROMPTS[1]), range(start, start + size)))
         rewards = [passes.score(spans) for _ in range(2)]
         assert rewards[0] == rewards[1]
         assert torch.equal(cache.k_pages, pages)
@@ -83,7 +85,7 @@ def test_buckets_cover_every_count():
 
 def test_buffers_are_one_memory_on_the_cpu():
     """What the host writes is what the operations read, without a transfer, and fields do not overlap."""
-    buffers = Buffers("cpu", a=(torch.int32, (3,)), b=(torch.float32, (2, 2)), c=(torch.int64, (5,)))
+    buffers = Buffers(CPU, a=(torch.int32, (3,)), b=(torch.float32, (2, 2)), c=(torch.int64, (5,)))
     for name, value in (("a", 1), ("b", 2.5), ("c", -1)):
         buffers.host(name)[:] = value
     buffers.upload()
@@ -94,16 +96,15 @@ def test_buffers_are_one_memory_on_the_cpu():
     assert buffers.host("a").tolist() == [1] * 3
 
 
-def test_long_prompts_through_a_library_fill_the_same_pages(monkeypatch):
+def test_long_prompts_through_a_library_fill_the_same_pages():
     """torch's SDPA in the place of our attention, over ragged prompts and a second chunk; float32 within rounding."""
-    monkeypatch.setattr("stars.passes.CAPTURED_PREFILL", 4)
     prompts = [[1, 2, 3, 4, 1, 2, 3] * 3, [4, 1, 1, 2, 3], [2] * 11, [3, 1] * 9]
     kept = []
     with references_only():  # libstars would record its own operations alone
         for backend in ("triton", "sdpa"):
-            _, cache, passes = setting(ToyModel(vocab=5, seed=6), padded=True)
-            passes.prefill_backend, passes.chunk = backend, 16
-            tables = [cache.open(prompt, 40) for prompt in prompts]
+            _, cache, passes, _ = setting(ToyModel(vocab=5, seed=6), PADDED._replace(chunk=16, captured_prefill=4))
+            passes.prefill_backend = backend
+            tables = [cache.open(prompt) for prompt in prompts]
             passes.prefill([(table, prompt, len(prompt)) for table, prompt in zip(tables, prompts, strict=True)])
             kept.append([cache.k_pages[:, cache.rows(table, 0, table.length).tolist()] for table in tables])
     for ours, theirs in zip(*kept, strict=True):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from building import cache_of
 from stars.bindings import libstars
-from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.cache import BlockTable, CommitMove
 from stars.kernels.types import Batch
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
@@ -90,27 +91,27 @@ class Runner:
 
     def __init__(self, directory, head: str = "lm", num_pages: int = 64):
         self.decoder: Decoder = load_model(directory, head=head, max_rows=64)
-        config = self.decoder.config
-        self.cache = PagedCache(config.num_layers, config.num_kv_heads, config.head_dim, page_size=PAGE,
-                                num_pages=num_pages, num_slabs=6, slab_len=SLAB)
+        self.cache = cache_of(self.decoder.config, page_size=PAGE, num_pages=num_pages, num_slabs=6, slab_len=SLAB)
         for tensor in (self.cache.k_pages, self.cache.v_pages, self.cache.k_slabs, self.cache.v_slabs):
             tensor.fill_(float("nan"))  # what was never written must never be read
 
     def open(self, capacity: int = 64) -> BlockTable:
-        return self.cache.open([], capacity)
+        table = self.cache.open([])
+        self.cache.reserve(table, capacity)
+        return table
 
-    def prefill(self, table: BlockTable, ids: Sequence[int], rows: Tensor | None = None) -> Tensor:
-        """Writes ids into pages behind what is there: hidden [len(ids), hidden], a copy."""
+    def prefill(self, table: BlockTable, ids: Sequence[int], rows: Tensor | None = None, score: bool = False) -> Tensor:
+        """Writes ids into pages behind what is there: hidden [len(ids), hidden], or rewards of `rows`, a copy."""
         start, stop = table.length, table.length + len(ids)
-        slots = self.cache.slots(table, start, stop)
+        slots = ints(self.cache.rows(table, start, stop))
         batch = Batch(ints(ids), ints(range(start, stop)), slots, False, ints([0, len(ids)]), ints([0]),
                       self.cache.block_tables([table]), ints([start]), ints([0]), ints([0]))
-        hidden = self.decoder.forward(batch, self.cache, rows).clone()
+        result = self._run(batch, rows, score)
         table.length = stop
-        return hidden
+        return result
 
-    def draft(self, lanes: Sequence[Row], rows: Tensor | None = None) -> Tensor:
-        """One pass in slabs over ragged lanes; lanes of one table must be adjacent. Hidden, a copy."""
+    def draft(self, lanes: Sequence[Row], rows: Tensor | None = None, score: bool = False) -> Tensor:
+        """One pass in slabs over ragged lanes; lanes of one table must be adjacent. Hidden or rewards, a copy."""
         groups: list[BlockTable] = []
         group_of, token_ids, positions, slots, row_start = [], [], [], [], [0]
         for lane in lanes:
@@ -126,16 +127,20 @@ class Runner:
         batch = Batch(ints(token_ids), ints(positions), ints(slots), True, ints(row_start), ints(group_of),
                       self.cache.block_tables(groups), ints([lane.table.length for lane in lanes]),
                       ints([lane.slab * SLAB for lane in lanes]), ints([lane.used for lane in lanes]))
-        return self.decoder.forward(batch, self.cache, rows).clone()
+        return self._run(batch, rows, score)
+
+    def _run(self, batch: Batch, rows: Tensor | None, score: bool) -> Tensor:
+        if not score:
+            return self.decoder.forward(batch, self.cache, rows).clone()
+        rewards = torch.full((rows.shape[0],), torch.nan)
+        self.decoder.score(batch, self.cache, rows, rewards)
+        return rewards
 
     def commit(self, table: BlockTable, slab: int, count: int) -> None:
         self.cache.commit([CommitMove(table, slab * SLAB, count, table.length)])
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden).clone()
-
-    def rewards(self, hidden: Tensor) -> Tensor:
-        return self.decoder.score(hidden).clone()
 
     def decode(self, table: BlockTable, slab: int, ids: Sequence[int]) -> Tensor:
         """Token by token through one slab, committed whenever it is full and at the end: logits [len(ids), vocab]."""
@@ -264,11 +269,8 @@ def test_rewards_from_scratch(tiny_reward, tiny_model, reference, operations):
     """The reward of a whole text is transformers' logit at its last token."""
     runner = Runner(tiny_model(tiny_reward), head="reward")
     for count in (1, 7, 31):
-        hidden = runner.prefill(runner.open(), TEXT[:count], ints([count - 1]))
-        assert_close(runner.rewards(hidden), reference(tiny_reward, TEXT[:count]))
-        out = torch.empty(1)
-        assert runner.decoder.score(hidden, out) is out
-        assert torch.equal(out, runner.rewards(hidden))
+        rewards = runner.prefill(runner.open(), TEXT[:count], ints([count - 1]), score=True)
+        assert_close(rewards, reference(tiny_reward, TEXT[:count]))
 
 
 def test_rewards_incremental(tiny_reward, tiny_model, reference, operations):
@@ -281,7 +283,7 @@ def test_rewards_incremental(tiny_reward, tiny_model, reference, operations):
         candidates = [tokens(count, seed=20 + 10 * segment + lane) for lane, count in enumerate(counts)]
         lanes = [Row(table, lane, 0, ids) for lane, ids in enumerate(candidates)]
         last = ints([sum(counts[: lane + 1]) - 1 for lane in range(3)])
-        rewards = runner.rewards(runner.draft(lanes, last))
+        rewards = runner.draft(lanes, last, score=True)
         assert_close(rewards, torch.cat([reference(tiny_reward, text + ids) for ids in candidates]))
         runner.commit(table, 1, counts[1])
         text += candidates[1]

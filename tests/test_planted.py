@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stars
+from building import cache_of, config_of, shape_of
 from stars import rules as law
 from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
@@ -19,6 +20,7 @@ from stars.kernels.rms_norm import rms_norm
 from stars.model.config import parse_config
 from stars.model.rope import inverse_frequencies, parse_rope
 from stars.passes import Passes, Span
+from stars.sizes import ModelSizes
 from stars.width import WidthChooser
 from toy import ToyModel, ids, toy_engine
 
@@ -37,8 +39,9 @@ def test_lanes_beyond_the_measured_counts_cost_in_proportion():
 
 def test_a_commit_leaves_no_gap_behind_a_rewind_of_its_own():
     """6 positions, rewound to 3 by the first move: the second may begin at 3 and not at 5."""
-    cache = PagedCache(1, 1, 2, page_size=4, num_pages=4, num_slabs=1, slab_len=4)
-    table = cache.open([], 8)
+    cache = cache_of(shape_of(1, 1, 2), page_size=4, num_pages=4, num_slabs=1, slab_len=4)
+    table = cache.open([])
+    cache.reserve(table, 8)
     cache.commit([CommitMove(table, 0, 4, 0), CommitMove(table, 0, 2, 4)])
     assert table.length == 6
     with pytest.raises(IntegrityError, match="a commit at 5 leaves a gap after 3 positions"):
@@ -164,15 +167,17 @@ def test_more_spans_than_a_pass_holds_are_scored_in_several():
     """Two sequences and so many rows a pass: five spans of one table, each with the reward it has alone."""
     model = ToyModel(seed=4, head="reward")
     decoder, prompt = model.decoder(), [1, 2, 3, 4, 2]
-    cache = PagedCache(2, 1, 8, page_size=4, num_pages=8, num_slabs=5, slab_len=8)
-    passes = Passes(decoder, cache, 2, 32)
-    table = cache.open(prompt, 16)
+    config = config_of(cache_tokens=32, page_size=4)
+    sizes = ModelSizes(num_slabs=5, slab_len=8, max_sequences=2, max_positions=32, max_lanes=0)
+    cache = PagedCache(decoder.config, config, sizes, decoder.dtype)
+    passes = Passes(decoder, cache, config, sizes)
+    table = cache.open(prompt)
     passes.prefill([(table, prompt, len(prompt))])
     responses = [[1], [2, 3], [4, 4, 1], [3], [2, 1, 1, 4]]
-    spans = [Span(table, response, len(prompt), range(8 * slab, 8 * slab + len(response)), 8 * slab)
+    spans = [Span(table, response, len(prompt), range(8 * slab, 8 * slab + len(response)))
              for slab, response in enumerate(responses)]
-    for verdict, response in zip(passes.score(spans), responses, strict=True):
-        assert verdict.reward == pytest.approx(model.reward(prompt + response), abs=1e-4)
+    for reward, response in zip(passes.score(spans), responses, strict=True):
+        assert reward == pytest.approx(model.reward(prompt + response), abs=1e-4)
     most = passes.max_rows
     assert passes.fits([most]) and passes.fits([most - 1, 1])
     assert not passes.fits([most + 1]) and not passes.fits([most, 1]) and not passes.fits([1, 1, 1])

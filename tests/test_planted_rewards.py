@@ -10,10 +10,11 @@ import json
 import pytest
 
 import stars
+from building import PADDED, config_of, work_as
 from stars.errors import RequestError, RewardError
 from stars.model.tokenizer import load_tokenizer
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Limits
+from stars.reward.base import Candidate
 from tiny_models import write_tokenizer
 from toy import ToyModel, facts, table_reward, toy_engine
 
@@ -21,8 +22,7 @@ BOS, EOS = 1, 0
 VOCAB = 30
 RM = ToyModel(vocab=VOCAB, seed=6, head="reward", positions=24)
 TOLERANCE = 1e-4  # rewards of order 1, float32
-LIMITS = Limits(cache_tokens=256, page_size=4, max_num_seqs=2, max_num_lanes=4, max_segment_size=4, device="cpu",
-                dtype="float32", deterministic=False)
+CONFIG = config_of(cache_tokens=256, page_size=4, max_num_seqs=2, max_num_lanes=4, max_segment_size=4)
 
 
 class Pairs:
@@ -46,7 +46,7 @@ class Pairs:
 def bound(lm_tokenizer=None, **options) -> stars.CausalReward:
     """A reward model bound to a language model of another vocabulary, unless it is given its tokenizer."""
     reward = stars.CausalReward(RM.decoder(), tokenizer=options.pop("tokenizer", Pairs()), **options)
-    reward.bind(lm_tokenizer or Pairs(), VOCAB, LIMITS)
+    reward.bind(lm_tokenizer or Pairs(), VOCAB, CONFIG)
     return reward
 
 
@@ -217,7 +217,7 @@ def test_segments_with_stop_strings_are_scored_as_they_are_cut(monkeypatch, stop
                 before = before + segment.token_ids
 
     on_host = run()
-    monkeypatch.setattr("stars.config.EngineConfig.padded", property(lambda config: True))
+    work_as(monkeypatch, PADDED)
     behind = run()
     for ours, expected in rewards(behind):
         assert ours == pytest.approx(expected, abs=TOLERANCE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,16 +17,16 @@ import pytest
 import torch
 
 import stars
+from building import config_of
+from stars.config import EngineConfig
 from stars.model.tokenizer import load_tokenizer
 from stars.prompt import parse_prompt
-from stars.reward.base import Candidate, ContextFull, Limits
-from stars.reward.causal import LONG
+from stars.reward.base import Candidate, ContextFull
 from tiny_models import BOS, CHAT_TEMPLATE, EOS, MAX_POSITIONS, SENTENCES, SPECIAL_TOKENS
 from toy import ToyModel, toy_engine
 
 TOLERANCE = 1e-4  # rewards of order 1 to 10, float32
-LIMITS = Limits(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4, device="cpu",
-                dtype="float32", deterministic=False)
+CONFIG = config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4)
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is a dog?"}]
 SOURCES = ("gafnlostrwmuhecapisnygdelbokturamhi forest sleeps,", "g forest東京 Größe naïve façade 🙂 15 ",
            " \n\n returns sleeplessthepnocfrailsugtwaking\n")
@@ -93,15 +94,15 @@ def loaded(directory: Path):
     return transformers.AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def bound(directory: Path, lm: Path, limits: Limits = LIMITS, **options) -> stars.CausalReward:
+def bound(directory: Path, lm: Path, config: EngineConfig = CONFIG, **options) -> stars.CausalReward:
     reward = stars.CausalReward(directory, **options)
-    reward.bind(load_tokenizer(lm), 10**4, limits)
+    reward.bind(load_tokenizer(lm), 10**4, config)
     assert not reward.same_vocabulary
     return reward
 
 
-def opened(reward: stars.CausalReward, given, max_tokens: int = 30):
-    prompt = parse_prompt(given, reward.lm_tokenizer, 10**6)
+def opened(reward: stars.CausalReward, lm: Path, given, max_tokens: int = 30):
+    prompt = parse_prompt(given, load_tokenizer(lm), 10**6)
     reward.check(prompt, max_tokens)
     session = reward.open(prompt, max_tokens)
     reward.start([session])
@@ -154,7 +155,7 @@ def test_text_that_grows_by_pieces_of_any_length(lm, other, given, template, clo
     rng = np.random.default_rng(5)
     changed = shrunk = 0
     for source in SOURCES:
-        session = opened(reward, given)
+        session = opened(reward, lm, given)
         [first] = reward.score([Candidate(session, [], "")])
         assert first.reward == pytest.approx(scratch(other, start + closing), abs=TOLERANCE)
         reward.discard(first.handle)
@@ -196,7 +197,7 @@ def test_a_text_that_becomes_shorter(lm, other, close, final):
     there already. The last token is run again, and what is committed then ends before it."""
     reward = bound(other, lm, close=close)
     encode, closing = framed(other, lm, "The", "auto", close)
-    session = opened(reward, "The")
+    session = opened(reward, lm, "The")
     texts = (" z</s>qz</s> fox sleeps", " z</s>qz</s> fox", " z</s>qz", " z", " zvx", " z</s>", "")
     for text in texts:
         [one] = reward.score([Candidate(session, [], text, final=final)])
@@ -213,7 +214,7 @@ def test_two_responses_of_one_prompt_do_not_meet(lm, other):
     reward = bound(other, lm)
     prompt = "The quick brown fox jumps over the laz"
     encode, _ = framed(other, lm, prompt, "auto", "none")
-    sessions = [opened(reward, prompt), opened(reward, prompt)]
+    sessions = [opened(reward, lm, prompt), opened(reward, lm, prompt)]
     texts = ["", ""]
     for pieces in (("y do", "i"), ("g", "ness,"), (", and the", " s"), (" 東", "leeps"), ("京", " on.")):
         wanted = [text + piece for text, piece in zip(texts, pieces, strict=True)]
@@ -233,7 +234,7 @@ def test_candidates_longer_than_a_slab_between_short_ones(lm, other, close):
     """Their own pages take the session's place, and what is scored behind them is as from scratch."""
     reward = bound(other, lm, close=close)
     encode, closing = framed(other, lm, "The", "auto", close)
-    session = opened(reward, "The", max_tokens=8)
+    session = opened(reward, lm, "The", max_tokens=8)
     slab = reward.cache.slab_len
     text = ""
     for piece in (" dog", "zq" * (slab // 2), "z", "y", "vx7" * 6):
@@ -241,7 +242,7 @@ def test_candidates_longer_than_a_slab_between_short_ones(lm, other, close):
         scored = reward.score([Candidate(session, [], one) for one in candidates])
         for one, got in zip(candidates, scored, strict=True):
             assert got.reward == pytest.approx(scratch(other, encode(one) + closing), abs=TOLERANCE)
-        assert (scored[0].handle.slab == LONG) == (len(piece) >= slab)
+        assert (scored[0].handle.slab is None) == (len(piece) >= slab)
         reward.commit([(session, scored[0].handle)])
         for got in scored[1:]:
             reward.discard(got.handle)
@@ -262,7 +263,7 @@ def test_the_last_position_is_used_and_none_behind_it(lm, other, close):
     """The closing counts; neighbours of a text that is too long are scored."""
     reward = bound(other, lm, close=close)
     encode, closing = framed(other, lm, "The", "auto", close)
-    session = opened(reward, "The", max_tokens=8)
+    session = opened(reward, lm, "The", max_tokens=8)
     most = "z" * (MAX_POSITIONS - len(encode("")) - len(closing))  # a letter that the tokenizer merges with nothing
     assert len(encode(most) + closing) == MAX_POSITIONS
     good, too_long, short = reward.score([Candidate(session, [], text) for text in (most, most + "z", "z")])
@@ -286,7 +287,7 @@ def test_prompt_response_and_closing_fit_the_context_or_are_refused_at_the_door(
     encode, tokens = framed(other, lm, "The", "chat", close)
     assert len(tokens) == closing
     most = MAX_POSITIONS - len(encode("")) - closing
-    prompt = parse_prompt("The", reward.lm_tokenizer, 10**6)
+    prompt = parse_prompt("The", load_tokenizer(lm), 10**6)
     reward.check(prompt, most)
     with pytest.raises(stars.RequestError) as caught:
         reward.check(prompt, most + 1)
@@ -378,9 +379,9 @@ def test_ids_outside_the_vocabulary(lm, wider):
     size = reward.decoder.config.vocab_size
     message = f"token id {size} is outside the reward model's vocabulary of {size}: use the tokenizer it came with"
     with pytest.raises(stars.RequestError) as caught:
-        opened(reward, f"The {NEW} dog")
+        opened(reward, lm, f"The {NEW} dog")
     assert str(caught.value) == message
-    session = opened(reward, "The dog")
+    session = opened(reward, lm, "The dog")
     tokenizer = load_tokenizer(wider)
     good, outside, last = reward.score([Candidate(session, [], text) for text in (" on", f" {NEW}", " the")])
     assert isinstance(outside.reward, stars.RewardError) and str(outside.reward) == message
@@ -399,13 +400,13 @@ def test_a_closing_outside_the_vocabulary_is_refused_at_the_door(lm, wider, tmp_
     (directory / "chat_template.jinja").write_text(template.replace("eos_token", f"'{NEW}'"))
     turn = [{"role": "user", "content": "hi"}]
     with pytest.raises(stars.RequestError, match="is outside the reward model's vocabulary"):
-        opened(bound(directory, lm, close="template"), {"messages": turn})
+        opened(bound(directory, lm, close="template"), lm, {"messages": turn})
     # A user's turn is closed with it as well; a template that closes the assistant's alone is the closing's case.
     (directory / "chat_template.jinja").write_text(
         template.replace("eos_token", f"('{NEW}' if message['role'] == 'assistant' else eos_token)"))
-    opened(bound(directory, lm), {"messages": turn})
+    opened(bound(directory, lm), lm, {"messages": turn})
     with pytest.raises(stars.RequestError, match="is outside the reward model's vocabulary"):
-        opened(bound(directory, lm, close="template"), {"messages": turn})
+        opened(bound(directory, lm, close="template"), lm, {"messages": turn})
 
 
 def test_a_request_with_ids_outside_the_vocabulary_ends_alone(wider):
@@ -436,18 +437,18 @@ def test_a_request_with_ids_outside_the_vocabulary_ends_alone(wider):
 
 def test_pages_that_cannot_grow_are_that_candidates_error(lm, other):
     """Where others hold pages it is raised, so that the engine tries it without them; alone it is that candidate's."""
-    reward = bound(other, lm, LIMITS._replace(cache_tokens=176))
-    session, holder = opened(reward, "The dog", 8), opened(reward, "A girl", 8)
+    reward = bound(other, lm, replace(CONFIG, cache_tokens=176))
+    session, holder = opened(reward, lm, "The dog", 8), opened(reward, lm, "A girl", 8)
     encode, _ = framed(other, lm, "The dog", "auto", "none")
     text = "z" * 100
     words = f"the response re-encodes to {len(encode(text))} tokens for the reward model and the KV cache needs"
     with pytest.raises(stars.RewardError, match=words):
         reward.score([Candidate(session, [], one) for one in (text, " on")])
     reward.close(holder)
-    holder = opened(reward, "A girl", 8)
+    holder = opened(reward, lm, "A girl", 8)
     reward.close(session)
-    small = bound(other, lm, LIMITS._replace(cache_tokens=96))
-    lonely = opened(small, "The dog", 8)
+    small = bound(other, lm, replace(CONFIG, cache_tokens=96))
+    lonely = opened(small, lm, "The dog", 8)
     failed, good = small.score([Candidate(lonely, [], one) for one in (text, " on")])
     assert isinstance(failed.reward, stars.RewardError) and not isinstance(failed.reward, ContextFull)
     assert str(failed.reward).startswith(words)
@@ -456,7 +457,7 @@ def test_pages_that_cannot_grow_are_that_candidates_error(lm, other):
     small.close(lonely)
     assert_all_free(small)
     reward.close(holder)
-    session = opened(reward, "The dog", 8)
+    session = opened(reward, lm, "The dog", 8)
     [again] = reward.score([Candidate(session, [], "z" * 40)])
     assert again.reward == pytest.approx(scratch(other, encode("z" * 40)), abs=TOLERANCE)
     reward.discard(again.handle)
@@ -469,7 +470,7 @@ def test_a_pass_that_raises_leaves_nothing_behind(lm, other, monkeypatch, method
     """After a reset slabs and pages are free again, and the next call gives the right values."""
     reward = bound(other, lm)
     encode, _ = framed(other, lm, "The", "auto", "none")
-    session = opened(reward, "The")
+    session = opened(reward, lm, "The")
     pages, slabs = reward.cache.num_free_pages, reward.cache.num_free_slabs
     text = "z" * (reward.cache.slab_len + 3) if long else " dog"
 
@@ -482,7 +483,7 @@ def test_a_pass_that_raises_leaves_nothing_behind(lm, other, monkeypatch, method
             reward.score([Candidate(session, [], text)])
     reward.reset()  # what the engine does before it goes on
     assert_all_free(reward)
-    session = opened(reward, "The")
+    session = opened(reward, lm, "The")
     assert (reward.cache.num_free_pages, reward.cache.num_free_slabs) == (pages, slabs)
     [one] = reward.score([Candidate(session, [], text)])
     assert one.reward == pytest.approx(scratch(other, encode(text)), abs=TOLERANCE)

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 import stars
+from building import config_of
 from stars.model.tokenizer import load_tokenizer
 from stars.prompt import parse_prompt
 from stars.reward import resolve_reward
-from stars.reward.base import Candidate, Limits
+from stars.reward.base import Candidate
 from tiny_models import BOS, EOS, write_tokenizer
 from toy import ToyModel, ids, table_reward, toy_engine
 
 TOLERANCE = 1e-4  # rewards of order 1 to 10, float32
 POLICY = stars.STARS(segment_size=5, max_attempts=4, alpha=0.3, beta=0.5, reward_threshold=2.0, width=2)
 PARAMS = stars.SamplingParams(max_tokens=14, n=2, seed=3)
-LIMITS = Limits(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4, device="cpu",
-                dtype="float32", deterministic=False)
+CONFIG = config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4)
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is a dog?"}]
 
 
@@ -244,9 +244,8 @@ def test_out_of_pages_ends_that_request_only(other):
     assert engine.reward.cache.num_free_slabs == engine.reward.cache.num_slabs
 
 
-def session_of(reward: stars.CausalReward, text: str, max_tokens: int = 30):
-    prompt = parse_prompt(text, reward.lm_tokenizer, 10**6)
-    session = reward.open(prompt, max_tokens)
+def session_of(reward: stars.CausalReward, lm: Path, text: str):
+    session = reward.open(parse_prompt(text, load_tokenizer(lm), 10**6), 30)
     reward.start([session])
     return session
 
@@ -254,8 +253,8 @@ def session_of(reward: stars.CausalReward, text: str, max_tokens: int = 30):
 def test_any_order_of_scoring_gives_the_same_score(lm, other, reference):
     """Candidates beside each other, after rejections, after commits that end inside earlier ids: as from scratch."""
     reward = stars.CausalReward(other)
-    reward.bind(load_tokenizer(lm), 10**4, LIMITS)
-    session = session_of(reward, "The dog")
+    reward.bind(load_tokenizer(lm), 10**4, CONFIG)
+    session = session_of(reward, lm, "The dog")
     tokenizer = load_tokenizer(other)
     rng = np.random.default_rng(0)
     text = ""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import stars
-from stars.config import EngineConfig
+from building import PADDED, work_as
 from stars.detokenizer import Detokenizer, cut_at_stop, find_stop, finished, hold_back, stop_tokens
 from stars.errors import RequestError, TokenizerError
 from stars.model.tokenizer import Tokenizer, load_tokenizer
@@ -426,7 +426,7 @@ def test_scoring_behind_the_draft_beside_stop_strings(monkeypatch):
                  for c in output.outputs] for output in outputs], outputs
 
     before, outputs = run()
-    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
+    work_as(monkeypatch, PADDED)
     assert run()[0] == before
     reasons = [c.stop_reason for output in outputs for c in output.outputs]
     assert set(reasons) & {"bc", "ca", "<s>"}

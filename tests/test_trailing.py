@@ -11,11 +11,12 @@ import dataclasses
 import pytest
 
 import stars
+from building import PADDED, work_as
 from stars.bindings import libstars
-from stars.config import EngineConfig
 from stars.kernels.dispatch import references_only
 from stars.passes import Passes
 from stars.reward.causal import CausalReward
+from stars.reward.framing import Framing
 from test_invariance import LM, PREFIX, RM, decided, requests, run
 from toy import ids, toy_engine
 
@@ -32,7 +33,7 @@ def trailed(monkeypatch) -> list[int]:
         sizes.append(len(spans))
         score_trailing(self, draft, spans)
 
-    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
+    work_as(monkeypatch, PADDED)
     monkeypatch.setattr(Passes, "score_trailing", counted)
     return sizes
 
@@ -43,7 +44,7 @@ def engine(close: str = "none", **options) -> stars.Engine:
 
 @pytest.mark.parametrize("close", ["none", "eos"])
 @pytest.mark.parametrize("implementation", [pytest.param("libstars", marks=needs_libstars), "references"])
-def test_the_same_attempts_rewards_and_verdicts(implementation, close, request):
+def test_the_same_attempts_and_rewards(implementation, close, request):
     """All policies and early ends, closing tokens or not, recorded and replayed; the pages of both models balance."""
     chosen = requests()
     with references_only() if implementation == "references" else contextlib.nullcontext():
@@ -83,7 +84,7 @@ def test_rewards_that_need_the_host_trail_nothing(trailed):
 
 
 def test_a_token_that_the_reward_model_does_not_know_ends_its_request(trailed, monkeypatch):
-    monkeypatch.setattr(CausalReward, "outside", lambda self, ids: "it is unknown" if len(ids) > 20 else None)
+    monkeypatch.setattr(Framing, "outside", lambda self, ids: "it is unknown" if len(ids) > 20 else None)
     made = engine()
     asked = [{"prompt_token_ids": ids(length, vocab=37, seed=length)} for length in (4, 15)]
     params = stars.SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
@@ -111,13 +112,13 @@ def near(got, wanted) -> bool:
     return got == wanted
 
 
-@pytest.mark.parametrize("place", ["score_trailing", "verdicts", "drafted"])
+@pytest.mark.parametrize("place", ["score_trailing", "rewards", "drafted"])
 def test_an_interrupt_loses_nothing(trailed, monkeypatch, place):
     """Slabs go back, and the segment is drawn again from the same random numbers."""
     chosen = requests()[:2]
     before = run(engine(), chosen)
     made = engine()
-    holder = {"score_trailing": Passes, "verdicts": Passes, "drafted": type(made._round.drafter)}[place]
+    holder = {"score_trailing": Passes, "rewards": Passes, "drafted": type(made._round.drafter)}[place]
     whole, calls = getattr(holder, place), []
 
     def interrupted(*arguments, **named):

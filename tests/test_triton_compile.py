@@ -19,8 +19,8 @@ REPRESENTATIVE = [
     "linear bf16 bf16 bf16 4096 bias", "linear fp32 fp32 fp32 4096 bias", "sample_step scan bf16 128256",
     "sample_step scan filters bf16 128256", "sample_step bracket bf16 128256", "sample_step collect bf16 128256",
     "sample_step select bf16 128256", "sample_step draw bf16 128256", "sample_step finish bf16 128256",
-    "sample_step finish filters bf16 128256", "score_and_decide bf16 weight fp32 4096",
-    "score_and_decide bf16 weight fp32 4096 bias", "append_draft 32",
+    "sample_step finish filters bf16 128256", "score bf16 weight fp32 4096",
+    "score bf16 weight fp32 4096 bias", "append_draft 32",
     "attention 16 lanes 128 bf16"]
 
 

@@ -7,14 +7,14 @@ import importlib
 import pytest
 
 import stars
-from stars.config import EngineConfig
+from building import PADDED, work_as
 from stars.kernels.linear import Weight
 from stars.reward import CausalReward
 from toy import ToyModel, ids
 from triton_process import INTERPRETED, run_in_interpreter
 
 OPERATIONS = ("append_draft", "apply_penalties", "attention", "copy_rows", "embedding", "linear", "rms_norm",
-              "rope_write", "sample_step", "score_and_decide", "swiglu", "take_rows")
+              "rope_write", "sample_step", "score", "swiglu", "take_rows")
 SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=40, layers=2)
 
 if INTERPRETED:
@@ -66,7 +66,7 @@ def test_the_engine_over_triton_gives_the_text_of_the_cpu(monkeypatch):
         monkeypatch.setattr(module, "on_triton", lambda tensor: True)
         monkeypatch.setattr(module, "on_libstars", lambda tensor: False)
     monkeypatch.setattr(importlib.import_module("stars.kernels.graph"), "on_libstars", lambda done: False)
-    monkeypatch.setattr(EngineConfig, "padded", property(lambda config: True))
+    work_as(monkeypatch, PADDED)
     ours = completions(on_triton=True)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.error is None and mine.token_ids == other.token_ids

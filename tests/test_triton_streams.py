@@ -9,12 +9,10 @@ import oracle
 from sampler_lanes import assert_same_step, make_lanes, tied_rows
 from stars.kernels import philox
 from stars.kernels.sample_step import sampling_threshold
-from stars.kernels.types import DecideState
 from triton_process import INTERPRETED, run_in_interpreter
 
 if INTERPRETED:
     from stars.kernels.triton import sample_step
-    from stars.kernels.triton.score_and_decide import score_and_decide
 
 SAMPLES = (0, 2048, 4095)
 SEEDS = (5, 2**63 + 5, 2**64 - 1)
@@ -31,27 +29,6 @@ def test_draws_of_all_samples_and_seeds_are_those_of_the_law():
     sample_step.sample_step(torch.zeros(len(PAIRS), 251), lanes, filters=False)
     wanted = [[int(oracle.uniforms(seed, 251, 0, 1, oracle.TOKEN_DRAW, 3, sample).argmax())] for seed, sample in PAIRS]
     assert lanes.out_tokens.tolist() == wanted
-
-
-def test_verdicts_of_all_samples_and_seeds_are_those_of_the_law():
-    """With beta = 1 and r = tau - 0.7, half are accepted: those whose uniform lies below exp(-0.7)."""
-    count = len(PAIRS)
-
-    def full(value, dtype):
-        return torch.full((count,), value, dtype=dtype)
-
-    state = DecideState(
-        torch.tensor([philox.signed_seed(seed) for seed, _ in PAIRS]),
-        torch.tensor([philox.signed_stream(philox.pack_stream(3, sample)) for _, sample in PAIRS], dtype=torch.int32),
-        full(2, torch.int32), full(4, torch.int32), full(4, torch.int32), full(1.7, torch.float64),
-        full(1.7, torch.float64), full(1.0, torch.float64), full(0.0, torch.float32), full(-1, torch.int32))
-    head = torch.zeros(1, 8)
-    head[0, 0] = 1.0
-    score_and_decide(torch.ones(count, 8), torch.zeros(count, 8), torch.ones(8), 1e-12, head, state)  # all rewards 1
-    torch.testing.assert_close(state.rewards, torch.ones(count))
-    wanted = [int(oracle.accepts(oracle.uniforms(seed, 1, 0, 2, oracle.ACCEPT_DRAW, 3, sample)[0], 1.0, 1.7, 1.0))
-              for seed, sample in PAIRS]
-    assert state.accepted.tolist() == wanted and 0 < sum(wanted) < count
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, 128259])

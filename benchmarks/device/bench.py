@@ -22,13 +22,14 @@ from timing import Seconds, rehearsing
 
 import stars
 from stars.config import EngineConfig
-from stars.device import Occupant, needed_bytes
 from stars.draft import LaneSpec
+from stars.fit import occupant
 from stars.kernels.philox import accept_uniform
 from stars.passes import Span
 from stars.policies import Fixed, Lanes, Plan, Sampled, Score
 from stars.reward import CausalReward
 from stars.rules import Always
+from stars.sizes import needed_bytes
 
 SEGMENT, MAX_ATTEMPTS = 32, 20
 LIMITS = dict(cache_tokens=1 << 15, max_model_len=(1 << 14) + 512, max_num_seqs=32, max_num_lanes=64,
@@ -96,10 +97,10 @@ class Tokens(NamedTuple):
 
 def needs(name: str, limits: dict = LIMITS) -> dict[str, int]:
     """Bytes that the pair of this shape and its engine take, by the engine's own formula."""
-    models = {"the language model": Occupant(config_of(name), parameters(config_of(name), "lm"), True),
-              "the reward model": Occupant(config_of(name, "reward"), parameters(config_of(name), "reward"), False)}
-    config = EngineConfig.resolve(models["the language model"].config, "cuda", "bfloat16", **limits)
-    return needed_bytes(config, models)
+    config = EngineConfig.resolve(config_of(name), "cuda", "bfloat16", **limits)
+    return needed_bytes(config, {
+        "the language model": occupant(config, config_of(name), parameters(config_of(name), "lm"), True),
+        "the reward model": occupant(config, config_of(name, "reward"), parameters(config_of(name), "reward"), False)})
 
 
 def fitting(record: Record, settings: Settings, name: str, instead: str) -> str:
@@ -150,7 +151,8 @@ class Bench:
         """Seconds of one step of a segment of `steps` over a shared prefix, of each repeat."""
         engine = self.engine
         cache, drafter = engine._cache, engine._round.drafter
-        table = cache.open([], self.context + SEGMENT)
+        table = cache.open([])  # shared with nobody
+        cache.reserve(table, self.context)
         slabs = [cache.take_slab() for _ in range(lanes)]
         try:
             engine._passes.prefill([(table, self.prompt(self.context), self.context)])
@@ -176,12 +178,13 @@ class Bench:
     def reward_pass_seconds(self, context: int, count: int, repeats: int = 7) -> list[float]:
         """Seconds of a scoring pass of `count` candidates: the committed token before each and its SEGMENT tokens."""
         passes, cache = self.engine.reward._passes, self.engine.reward.cache
-        table = cache.open([], context + SEGMENT)
+        table = cache.open([])
+        cache.reserve(table, context)
         slabs = [cache.take_slab() for _ in range(count)]
         try:
             passes.prefill([(table, self.prompt(context), context)])
             rows = SEGMENT + 1
-            spans = [Span(table, self.prompt(rows), context, range(start, start + rows), start)
+            spans = [Span(table, self.prompt(rows), context, range(start, start + rows))
                      for start in (slab * cache.slab_len for slab in slabs)]
             for _ in range(2):
                 passes.score(spans)
@@ -210,7 +213,7 @@ class Bench:
             engine.add_request(given, params, policy)
             self.sync()
             begin = time.perf_counter()
-            engine._admit()  # the prompt's passes through both models
+            engine._schedule()  # the prompt's passes through both models
             self.sync()
             middle = time.perf_counter()
             output = None
@@ -264,7 +267,8 @@ class Bench:
 
     def prefill(self) -> None:
         """A prompt's pass through the language model."""
-        table = self.engine._cache.open([], self.context)
+        table = self.engine._cache.open([])
+        self.engine._cache.reserve(table, self.context)
         seconds = []
         for _ in range(2 if rehearsing() else 6):
             table.length = 0

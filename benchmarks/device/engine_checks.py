@@ -110,7 +110,8 @@ def replay_and_rewind(record: Record, settings: Settings, dtype: torch.dtype) ->
     name = str(dtype)[6:]
 
     def opened():
-        table = cache.open([], 200)  # nothing shared: two tables have the same text in different pages
+        table = cache.open([])  # nothing shared: two tables have the same text in different pages
+        cache.reserve(table, 200)
         passes.prefill([(table, prompt, len(prompt) - 1)])
         return table
 

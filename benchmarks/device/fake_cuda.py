@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from stars import buffers
 from stars.model.checkpoint import Checkpoint
+from stars.target import CPU
 
 CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.select.int", "aten.mm.out",
               "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default", "aten.alias.default"}
@@ -113,11 +114,11 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
 class FakeBuffers(buffers.Buffers):
     """Real memory on the host, fake memory on the device, and a note of who may touch the host's."""
 
-    def __init__(self, device, zeroed=True, **fields):
+    def __init__(self, target, /, zeroed=True, **fields):
         self._sent, self._busy, self._fetched = Event(), False, False
         with unset_fake_temporarily():
-            self._host = buffers.Buffers("cpu", **fields)._host
-        self._device = {name: torch.empty(shape, dtype=dtype, device=device)
+            self._host = buffers.Buffers(CPU, **fields)._host
+        self._device = {name: torch.empty(shape, dtype=dtype, device=target.device)
                         for name, (dtype, shape) in fields.items()}
 
     def host(self, name: str) -> np.ndarray:
@@ -148,7 +149,6 @@ class FakeBuffers(buffers.Buffers):
             host["out_logprobs"][:] = -1.0
         if "rewards" in host:
             host["rewards"][:] = draw.normal(size=host["rewards"].shape)
-            host["accepted"][:] = draw.random(host["accepted"].shape) < 0.3
 
 
 def install() -> None:

@@ -13,8 +13,6 @@ from models import hf_over
 from record import Record, Settings
 from timing import Seconds
 
-from stars.reward import causal
-
 STEP_LANES = (1, 16, 8, 4)
 
 
@@ -107,13 +105,13 @@ class Headline:
 
     def fewer_rows(self) -> None:
         """A quarter of the rows in a scoring pass: whether so many candidates should be read at once."""
-        device = self.settings.device
-        base = causal.RIDGE_ROWS[device]
-        causal.RIDGE_ROWS[device] = base // 4
+        reward = self.bench.engine.reward
+        target = reward.target
+        reward.target = target._replace(ridge_rows=target.ridge_rows // 4)
         try:
-            self.bench.aligned(0.3, note=f", {base // 4} rows a scoring pass")
+            self.bench.aligned(0.3, note=f", {reward.target.ridge_rows} rows a scoring pass")
         finally:
-            causal.RIDGE_ROWS[device] = base
+            reward.target = target
 
     def same_function(self) -> None:
         """Logits and rewards beside transformers' over the same tensors."""
@@ -153,7 +151,8 @@ def our_logits(bench: Bench, prompt: Sequence[int]) -> torch.Tensor:
 
     engine = bench.engine
     cache, drafter = engine._cache, engine._round.drafter
-    table, slab = cache.open([], len(prompt)), cache.take_slab()
+    table, slab = cache.open([]), cache.take_slab()
+    cache.reserve(table, len(prompt))
     try:
         engine._passes.prefill([(table, prompt, len(prompt) - 1)])
         drafter.draft([LaneSpec(table, prompt[-1], slab, 1, 0, 1, 0, SamplingParams(), ())])
@@ -169,12 +168,13 @@ def our_reward(bench: Bench, prompt: Sequence[int]) -> float:
 
     reward = bench.engine.reward
     cache = reward.cache
-    table, slab = cache.open([], len(prompt)), cache.take_slab()
+    table, slab = cache.open([]), cache.take_slab()
+    cache.reserve(table, len(prompt))
     try:
         reward._passes.prefill([(table, prompt, len(prompt) - 1)])
         start = slab * cache.slab_len
-        [verdict] = reward._passes.score([Span(table, prompt[-1:], len(prompt) - 1, [start], start)])
-        return verdict.reward
+        [score] = reward._passes.score([Span(table, prompt[-1:], len(prompt) - 1, [start])])
+        return score
     finally:
         cache.return_slab(slab)
         cache.close(table)

@@ -17,6 +17,7 @@ def launchers(dry: bool) -> SimpleNamespace:
         from stars.kernels.rms_norm import rms_norm_reference
         from stars.kernels.rope_write import rope_write_reference
         from stars.kernels.sample_step import sample_step_reference
+        from stars.kernels.score import score_reference
         from stars.kernels.swiglu import swiglu_reference
         from stars.kernels.take_rows import take_rows_reference
 
@@ -27,7 +28,7 @@ def launchers(dry: bool) -> SimpleNamespace:
             product=lambda x, weight, out, tile: linear_reference(x, weight, out), rms_norm=rms_norm_reference,
             rope_write=rope_write_reference,
             sample_step=lambda logits, lanes, filters=True: sample_step_reference(logits.float(), lanes, filters),
-            score_and_decide=_score_and_decide, swiglu=swiglu_reference, take_rows=take_rows_reference)
+            score=score_reference, swiglu=swiglu_reference, take_rows=take_rows_reference)
     from stars.kernels.triton.append_draft import append_draft
     from stars.kernels.triton.apply_penalties import apply_penalties
     from stars.kernels.triton.attention import attention
@@ -37,24 +38,11 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.rms_norm import rms_norm
     from stars.kernels.triton.rope_write import rope_write
     from stars.kernels.triton.sample_step import sample_step
-    from stars.kernels.triton.score_and_decide import score_and_decide
+    from stars.kernels.triton.score import score
     from stars.kernels.triton.swiglu import swiglu
     from stars.kernels.triton.take_rows import take_rows
 
     return SimpleNamespace(
         append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, copy_rows=copy_rows,
         embedding=embedding, linear=linear, linear_invariant=linear_invariant, product=launch, rms_norm=rms_norm,
-        rope_write=rope_write, sample_step=sample_step, score_and_decide=score_and_decide, swiglu=swiglu,
-        take_rows=take_rows)
-
-
-def _score_and_decide(residual, branch, norm_weight, eps, head, state) -> None:
-    import torch
-
-    from stars.kernels.dispatch import references_only
-    from stars.kernels.linear import Weight
-    from stars.kernels.score_and_decide import score_and_decide
-
-    with references_only():
-        score_and_decide(residual.clone(), branch, norm_weight, eps, Weight(head, None, *head.shape),
-                         torch.empty(residual.shape), state)
+        rope_write=rope_write, sample_step=sample_step, score=score, swiglu=swiglu, take_rows=take_rows)

@@ -18,8 +18,9 @@ from record import Record, Settings
 from rehearse import compile_first
 from timing import Seconds, seconds_a_call, sets
 
+from stars.kernels.linear import Weight
 from stars.kernels.triton import tiles as tiling
-from stars.kernels.types import Batch, DecideState, Draft, LayerKV, TrailingRows
+from stars.kernels.types import Batch, Draft, LayerKV, TrailingRows
 
 L2_BYTES = 60 << 20
 
@@ -142,15 +143,10 @@ def verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
     size = 2 * lanes * shape.hidden * 2
     count = sets(size, settings.dry)
     pairs = [[torch.randn(lanes, shape.hidden, device=device).bfloat16() for _ in range(2)] for _ in range(count)]
-    weight, head = torch.randn(shape.hidden, device=device), torch.randn(1, shape.hidden, device=device)
-
-    def full(value: float, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.full((lanes,), value, dtype=dtype, device=device)
-
-    double = torch.float64
-    state = DecideState(full(0, torch.int64), full(0), full(1), full(5), full(128), full(0.0, double),
-                        full(1e9, double), full(0.5, double), full(0.0, torch.float32), full(0))
-    seconds = seconds_a_call([lambda pair=pair: ops.score_and_decide(*pair, weight, 1e-6, head, state)
+    weight = torch.randn(shape.hidden, device=device)
+    head = Weight(torch.randn(1, shape.hidden, device=device), None, 1, shape.hidden)
+    hidden, rewards = torch.empty(lanes, shape.hidden, device=device), torch.empty(lanes, device=device)
+    seconds = seconds_a_call([lambda pair=pair: ops.score(*pair, weight, 1e-6, head, hidden, rewards)
                               for pair in pairs], device)
     record.figure(f"score_and_decide, {lanes} lanes of {shape.hidden}", 1e6 * seconds, "us", 10.0, "10 us", "score",
                   bytes=size, spread=_us(seconds))
@@ -165,7 +161,7 @@ def follow(record: Record, settings: Settings, ops, shape: Shape) -> None:
     draft = Draft(ints(lanes, tokens), ints(lanes) + tokens, ints(lanes, 16) - 1)
     starts = torch.arange(0, lanes * (tokens + 2) + 1, tokens + 2, dtype=torch.int32, device=device)
     trailing = TrailingRows(torch.arange(lanes, dtype=torch.int32, device=device), starts, ints(lanes, 1),
-                          ints(lanes * (tokens + 2)), ints(lanes), ints(lanes))
+                            ints(lanes * (tokens + 2)), ints(lanes))
     seconds = seconds_a_call([lambda: ops.append_draft(draft, trailing, shape.vocab)], device)
     record.figure(f"append_draft, {lanes} segments of {tokens}", 1e6 * seconds, "us",
                   spread=_us(seconds))

@@ -36,7 +36,8 @@ def main() -> None:
                               max_num_seqs=8, max_num_lanes=16, max_segment_size=32)
         cache, drafter = engine._cache, engine._round.drafter
         engine._passes._graphs = drafter._graphs = Plainly()
-        table = cache.open([], CONTEXT + 32)
+        table = cache.open([])
+        cache.reserve(table, CONTEXT)
         engine._passes.prefill([(table, list(range(3, 3 + CONTEXT)), CONTEXT)])
         specs = [LaneSpec(table, 5, cache.take_slab(), 1, 1, index + 1, 0, stars.SamplingParams(temperature=0.8), ())
                  for index in range(LANES)]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from stars import kernels
-from stars.cache import PagedCache
 from stars.errors import IntegrityError, ModelError
 from stars.kernels.linear import Weight
-from stars.kernels.types import Batch, DecideState
+from stars.kernels.types import Batch, LayerKV
 from stars.model.config import ModelConfig
 from stars.model.rope import rope_tables
+from stars.target import target_of
 
 
 class LayerWeights(NamedTuple):
@@ -44,7 +44,13 @@ class Workspace(NamedTuple):
     gate_up: Tensor  # [max_rows, 2 * intermediate]
     gated: Tensor  # [max_rows, intermediate]
     hidden: Tensor  # [max_rows, hidden] after the final norm; float32 before a reward head
-    scores: Tensor | None  # float32 [max_rows, 1]
+
+
+class KVCache(Protocol):
+    """What a pass reads keys and values from, and writes them to."""
+
+    def layer(self, i: int) -> LayerKV:
+        """Those of layer `i`."""
 
 
 def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype, scores: bool = False) -> int:
@@ -52,8 +58,8 @@ def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: tor
     """
     heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     width = 5 * config.hidden_size + 3 * heads_width + 2 * kv_width + 3 * config.intermediate_size
-    # A reward head reads float32 hidden states and writes float32 scores.
-    wider = (torch.float32.itemsize - dtype.itemsize) * config.hidden_size + torch.float32.itemsize if scores else 0
+    # A reward head reads float32 hidden states.
+    wider = (torch.float32.itemsize - dtype.itemsize) * config.hidden_size if scores else 0
     return (rows * width + logits_rows * config.vocab_size) * dtype.itemsize + rows * wider
 
 
@@ -138,7 +144,6 @@ class Decoder:
             gate_up=buffer(2 * config.intermediate_size),
             gated=buffer(config.intermediate_size),
             hidden=buffer(config.hidden_size, self.dtype if self.score_head is None else torch.float32),
-            scores=buffer(1, torch.float32) if self.score_head is not None else None,
         )
         self.max_rows = max_rows
 
@@ -165,10 +170,10 @@ class Decoder:
 
     def _outgrow(self, buffers: Workspace | Tensor | None) -> None:
         """Programs of libstars hold what they use; a CUDA graph, of another engine perhaps, holds addresses only."""
-        if buffers is not None and self.device.type != "cpu":
+        if buffers is not None and target_of(self.device.type).triton:
             self._outgrown.append(buffers)
 
-    def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """Runs all layers and writes the batch's keys and values; returns the hidden state after the final norm.
 
         [n, hidden], a view of the workspace that the next pass overwrites: of all rows, or of `rows` int32 [n]
@@ -180,18 +185,18 @@ class Decoder:
         kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
         return hidden
 
-    def score_and_decide(self, batch: Batch, cache: PagedCache, rows: Tensor, state: DecideState) -> None:
-        """As `forward` for the rows `rows` int32 [n], and then their rewards and verdicts, into `state` of n lanes.
+    def score(self, batch: Batch, cache: KVCache, last: Tensor, rewards: Tensor) -> None:
+        """As `forward` for the rows `last` int32 [n], and then their raw rewards, into `rewards` float32 [n].
 
         Raises ModelError for a model without a reward head.
         """
         if self.score_head is None:
             raise ModelError("this model has no reward head: load it with head='reward'")
-        residual, branch = self._layers(batch, cache, rows)
-        kernels.score_and_decide(residual, branch, self.final_norm, self.config.rms_norm_eps, self.score_head,
-                                 self._space.hidden[: residual.shape[0]], state)
+        residual, branch = self._layers(batch, cache, last)
+        kernels.score(residual, branch, self.final_norm, self.config.rms_norm_eps, self.score_head,
+                      self._space.hidden[: residual.shape[0]], rewards)
 
-    def _layers(self, batch: Batch, cache: PagedCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _layers(self, batch: Batch, cache: KVCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream and the last branch, not added to it yet, of all rows or of `rows`: both [n, hidden]."""
         count = batch.token_ids.shape[0]
         wanted = count if rows is None else rows.shape[0]
@@ -246,20 +251,6 @@ class Decoder:
                                      f"reserve_logits({hidden.shape[0]}) first")
             out = self._logits[: hidden.shape[0]]
         kernels.linear(hidden, self.head, out)
-        return out
-
-    def score(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Raw rewards of hidden float32 [n, hidden]: float32 [n] in `out`, or in the workspace.
-
-        Raises ModelError for a model without a reward head.
-        """
-        if self.score_head is None:
-            raise ModelError("this model has no reward head: load it with head='reward'")
-        count = hidden.shape[0]
-        if out is None:
-            self._check_rows(count)
-            out = self._space.scores[:count].view(count)
-        kernels.linear(hidden, self.score_head, out.view(count, 1))
         return out
 
     def _check_rows(self, rows: int) -> None:

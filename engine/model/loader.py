@@ -20,6 +20,7 @@ from stars.model.files import is_file, printed
 from stars.model.normalisation import STATISTICS, read_normalisation
 from stars.model.rope import rope_tables
 from stars.model.tokenizer import has_chat_template
+from stars.target import target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_ROWS = 256
@@ -74,7 +75,7 @@ def load_model(
         raise ModelError(f"head {head!r} is not supported: use 'lm' or 'reward'")
     config = load_config(directory)
     if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else config.dtype
+        dtype = target_of(device.type).dtype or config.dtype
         if dtype not in DTYPES:
             raise ModelError(f"{directory} is stored as {dtype}, which is not supported: choose a dtype")
     checkpoint = Checkpoint(directory)
@@ -167,10 +168,10 @@ class _Reader:
         self.names = names
         self.device = device
         self.deterministic = deterministic
-        on_cpu = device.type == "cpu"
-        self.rounded = on_cpu and dtype == "bfloat16"
-        self.activations = torch.float32 if on_cpu else DTYPES[dtype]  # of keys and values, too
-        self.kind = None if on_cpu else self.activations  # of matrices; None: the narrowest that is exact
+        float32 = target_of(device.type).float32
+        self.rounded = float32 and dtype == "bfloat16"
+        self.activations = torch.float32 if float32 else DTYPES[dtype]  # of keys and values, too
+        self.kind = None if float32 else self.activations  # of matrices; None: the narrowest that is exact
 
     def matrix(self, *layers: str) -> Weight:
         """The weights of `layers`, one below the other, packed, with their biases where they have some."""
@@ -327,7 +328,7 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _dtypes(device: torch.device) -> tuple[str, ...]:
-    return ("auto", "float32", "bfloat16") + (() if device.type == "cpu" else ("float16",))
+    return ("auto", *target_of(device.type).dtypes)
 
 
 def _check_device(device: torch.device | str) -> torch.device:

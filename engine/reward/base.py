@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from stars.arguments import integer, shown
+from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
+from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
 
 
@@ -53,34 +55,28 @@ class Trailing(Protocol):
         """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
 
 
-class Limits(NamedTuple):
-    """What the engine sizes a reward model by."""
-
-    cache_tokens: int
-    page_size: int
-    max_num_seqs: int  # sessions open at once
-    max_num_lanes: int  # candidates kept at once, beside the best seen of each session
-    max_segment_size: int
-    device: str
-    dtype: str
-    deterministic: bool
-    padded: bool = False  # whether passes are padded to the shapes of captured graphs
-    prefill_backend: str = "auto"  # as in EngineConfig
-
-
 class Reward(ABC):
     """Scores responses. The engine opens a session per response, starts it, scores candidates, commits the winners.
 
-    A handle that `score` returned is valid until `commit` or `discard` takes it; both come before its session's close.
+    A handle that `score` or `score_trailing` returned is valid until `commit` or `discard` takes it; both come before
+    its session's close. It may be committed to the session it was scored under, or to a fork made of that since: of two
+    winners of one session, one goes to the session and the other to its fork. Forks come before any of these commits.
+
+    What was scored need not be what becomes the response: it may go on with a part of a candidate, and with tokens that
+    nobody scored. The handle is then discarded and nothing else is said. The session's history stays as it was, and the
+    next score of the session runs what is missing.
     """
 
     needs_text = False  # whether `Candidate.text` must be filled
     locks: Sequence[Any] = ()  # of models that other engines may share, known once it is bound
     exclusive = False  # whether it has a state that two engines cannot share
-    engine: weakref.ref | None = None  # whose it is, if it is exclusive; the engine sets it
+    engine: weakref.ref[Any] | None = None  # whose it is, if it is exclusive; the engine sets it
 
-    def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
-        """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not)."""
+    def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
+        """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not).
+
+        tokenizer, vocab_size: the language model's. config: the engine's, and of the same sizes for a reward model.
+        """
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Raises RequestError or RewardError if this prompt could never be scored."""
@@ -89,18 +85,34 @@ class Reward(ABC):
         """Whether a session can be opened now; False means later."""
         return True
 
+    def reserve(self, session: Any, tokens: int) -> bool:
+        """Takes what a response needs to grow by so many of the language model's tokens.
+
+        Asked after `open`, before `start`, before each segment, and for a fork before its first commit; tokens: since
+        the last commit or resume. False, and nothing changed, where there is no room now: the response waits until
+        others end. Must be True for a response that is alone, if `check` let its prompt pass.
+        """
+        return True
+
     @abstractmethod
     def open(self, prompt: Prompt, max_tokens: int) -> Any:
-        """A session for one response to this prompt, with everything reserved that it will need; no work yet.
+        """A session for one response to this prompt, with what the prompt needs; no work yet.
 
         RewardError, and nothing kept, where it could not be scored: its request ends so, before a token is drawn.
         """
+
+    def fork(self, session: Any) -> Any:
+        """A second session with the same history, of a started session: from here on each goes its own way.
+
+        For a rule that keeps one response twice. Takes nothing that could be lacking: room comes with `reserve`.
+        """
+        raise RewardError(f"{type(self).__name__} cannot keep a response twice: give it a method fork(session)")
 
     def start(self, sessions: list[Any]) -> None:
         """Runs the prompts of newly opened sessions, all together. No two of them begin with the same page."""
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
-        """Candidates of one response worth scoring at once, each of `tokens` new tokens, beside others' candidates."""
+        """Candidates of one response worth scoring at once, each of `tokens` new tokens, besides others' candidates."""
         return 1 << 30
 
     @abstractmethod
@@ -120,16 +132,11 @@ class Reward(ABC):
         return None
 
     def resume(self, session: Any, token_ids: list[int], text: str | None) -> None:
-        """Takes a response (as in `Candidate`) that an engine had committed before it was interrupted; after `start`.
+        """Takes a response (as in `Candidate`) that was committed to an earlier session, before an interrupt or while
+        others needed its pages; after `start`. With `deterministic`, segment after segment, as they were committed.
 
         Needed where a session keeps what was committed.
         """
-
-    def fork(self, session: Any) -> Any:
-        """A second session with the same history, which goes its own way from now on. RewardError where a session
-        cannot be shared so."""
-        raise RewardError(f"{type(self).__name__} has no fork(session), which this policy needs: write it, or use a "
-                          "policy that keeps one response")
 
     def reset(self) -> None:
         """Forgets every session and handle: the engine was interrupted, and opens anew what it still needs.
@@ -138,7 +145,10 @@ class Reward(ABC):
         """
 
     def commit(self, winners: list[tuple[Any, Any]]) -> None:
-        """(session, handle) pairs: the scored candidate becomes the session's history; handles are consumed."""
+        """(session, handle) pairs: the scored candidate becomes the session's history; handles are consumed.
+
+        No session and no handle comes twice.
+        """
 
     def discard(self, handle: Any) -> None:
         """The scored candidate is gone."""

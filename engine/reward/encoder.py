@@ -11,15 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from stars.arguments import shown
+from stars.config import EngineConfig
 from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, RequestError, RewardError
 from stars.model.normalisation import read_normalisation
+from stars.model.tokenizer import Tokenizer
 from stars.model.tokenizer_limits import is_failure
 from stars.prompt import Prompt
 from stars.reward.base import (
     Candidate,
     ContextFull,
-    Limits,
     Reward,
     Scored,
     check_path,
@@ -31,6 +32,9 @@ from stars.reward.encoder_model import choose_padding, context_length, load_enco
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 ROUNDING = 1e-4
 """How far padding may move a logit of order 1; float32 moves it by some 1e-6."""
+
+Encoded = dict[str, list[int]]
+"""What the model is given of one text, by the names of its inputs."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +48,10 @@ class EncoderReward(Reward):
     for models with several; a model with one label needs none. batch_size: texts of one forward pass; one where the
     engine is deterministic, where there is no pad token, or where padding would change a score.
 
-    Of messages the contents are read, a line each. A response counts as `max_tokens` tokens beside its prompt: where
+    Of messages the contents are read, a line each. A response counts as `max_tokens` tokens besides its prompt: where
     that is more than the model's context, the request ends with an error before a token is drawn. A response that takes
     more tokens of the reward model than of the language model may outgrow the context all the same: where segments are
-    scored, one that does so behind its first segment ends there with finish_reason "length", as at the end of a
+    scored, one that does so after its first segment ends there with finish_reason "length", as at the end of a
     context. Elsewhere the request ends with an error: in a first segment, and where a finished response is scored, by
     Sample(score=True) and BestOfN.
     A tokenizer with regular expressions of its own, or with steps that make a text very long, is refused at the load.
@@ -70,12 +74,12 @@ class EncoderReward(Reward):
         self.label = label
         self.batch_size = self._batch_size = batch_size  # the latter: what the model bears
 
-    def bind(self, tokenizer, vocab_size: int, limits: Limits) -> None:
+    def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads model and tokenizer; RewardError without transformers, for a missing head and for a label unnamed."""
         if tokenizer is None:
             raise RewardError("the model directory has no tokenizer.json, so the reward model cannot be given text: "
                               "add the tokenizer")
-        self.model, self.tokenizer, checkpoint = load_encoder(self.model_path, limits.device)
+        self.model, self.tokenizer, checkpoint = load_encoder(self.model_path, config.device)
         labels = self.model.config.num_labels
         if self.label is None and labels != 1:
             raise RewardError(f"{self.model_path} has {labels} labels: choose the one whose logit is the reward with "
@@ -90,15 +94,13 @@ class EncoderReward(Reward):
         self._types = getattr(self.model.config.get_text_config(), "type_vocab_size", None)
         taken = inspect.signature(self.model.forward).parameters
         self._inputs = [name for name in INPUTS if name in taken]
-        self._batch_size = self.batch_size if not limits.deterministic and self._pad is not None else 1
+        self._batch_size = self.batch_size if not config.deterministic and self._pad is not None else 1
+        self._newest: tuple[Prompt, str, Encoded | RewardError] | None = None
         self._try_out()
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses prompts that cannot be shown as text, or fill the model's context by themselves."""
-        text = _text(prompt)
-        if text is None:
-            raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")
-        [encoded] = self._encode([(text, "")])
+        _, encoded = self._read(prompt)
         if isinstance(encoded, RewardError):
             raise RequestError(str(encoded))
         tokens = len(encoded["input_ids"])
@@ -108,24 +110,23 @@ class EncoderReward(Reward):
             raise RequestError(f"the prompt makes {tokens} tokens for the reward model, whose context is "
                                f"{self.max_model_len}: shorten the prompt")
 
-    def open(self, prompt: Prompt, max_tokens: int) -> Any:
+    def open(self, prompt: Prompt, max_tokens: int) -> _Session:
         """The session is the prompt's text. RewardError where the response could not be scored to its end."""
-        text = _text(prompt)
-        [encoded] = self._encode([(text, "")])
+        text, encoded = self._read(prompt)
         if isinstance(encoded, RewardError):
             raise encoded
         needed = len(encoded["input_ids"]) + max_tokens
         if needed > self.max_model_len:
             raise RewardError(f"prompt and max_tokens make {needed} tokens for the reward model, whose context is "
                               f"{self.max_model_len}: lower max_tokens or shorten the prompt")
-        problem = self._problem(encoded)
-        if problem is not None:
-            raise problem
+        checked = self._checked(encoded)
+        if isinstance(checked, RewardError):
+            raise checked
         return _Session(text)
 
-    def fork(self, session: Any) -> Any:
-        """The same text."""
-        return session
+    def fork(self, session: _Session) -> _Session:
+        """The same prompt: there is no other history."""
+        return _Session(session.text)
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """A share of one forward pass."""
@@ -133,23 +134,37 @@ class EncoderReward(Reward):
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """Whole texts, the longest together, batch_size at a time; a batch that fails is scored text by text."""
-        encoded = self._encode([(candidate.session.text, candidate.text.rstrip(REPLACEMENT))
-                                for candidate in candidates])
-        results: list[Scored | None] = [None] * len(candidates)
-        for index, text in enumerate(encoded):
-            problem = text if isinstance(text, RewardError) else self._problem(text)
-            if problem is not None:
-                results[index] = Scored(problem)
-        order = sorted((i for i, result in enumerate(results) if result is None),
-                       key=lambda i: len(encoded[i]["input_ids"]))
+        results: dict[int, Scored] = {}
+        texts: dict[int, Encoded] = {}
+        for index, text in enumerate(self._encode([(candidate.session.text, (candidate.text or "").rstrip(REPLACEMENT))
+                                                   for candidate in candidates])):
+            checked = self._checked(text)
+            if isinstance(checked, RewardError):
+                results[index] = Scored(checked)
+            else:
+                texts[index] = checked
+        order = sorted(texts, key=lambda index: len(texts[index]["input_ids"]))
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            for i, reward in zip(chosen, self._rewards([encoded[i] for i in chosen]), strict=True):
-                length = len(encoded[i]["input_ids"])
-                results[i] = Scored(reward, length, length)
-        return results
+            for index, reward in zip(chosen, self._rewards([texts[index] for index in chosen]), strict=True):
+                length = len(texts[index]["input_ids"])
+                results[index] = Scored(reward, length, length)
+        return [results[index] for index in range(len(candidates))]
 
-    def _encode(self, pairs: list[tuple[str, str]]) -> list[dict[str, list[int]] | RewardError]:
+    def _read(self, prompt: Prompt) -> tuple[str, Encoded | RewardError]:
+        """A prompt's text, and what the model is given of it with an empty response; the newest prompt's is kept.
+
+        RequestError for a prompt that has no text.
+        """
+        if self._newest is None or self._newest[0] is not prompt:
+            text = _text(prompt)
+            if text is None:
+                raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as "
+                                   "text")
+            self._newest = prompt, text, self._encode([(text, "")])[0]
+        return self._newest[1:]
+
+    def _encode(self, pairs: list[tuple[str, str]]) -> list[Encoded | RewardError]:
         """The model's inputs for each (prompt, response), or why there are none."""
         try:
             if self.inputs == "joined":
@@ -167,9 +182,11 @@ class EncoderReward(Reward):
         batch = {name: batch[name] for name in self._inputs if name in batch}
         return [{name: values[i] for name, values in batch.items()} for i in range(len(pairs))]
 
-    def _problem(self, encoded: dict[str, list[int]]) -> RewardError | None:
+    def _checked(self, encoded: Encoded | RewardError) -> Encoded | RewardError:
         """Why a text cannot be scored. Checked here, since on a GPU an index out of range ends the process's use of it.
         """
+        if isinstance(encoded, RewardError):
+            return encoded
         ids, types = encoded["input_ids"], encoded.get("token_type_ids", ())
         if len(ids) > self.max_model_len:
             return ContextFull(f"the text is {len(ids)} tokens for the reward model, whose context is "
@@ -180,9 +197,9 @@ class EncoderReward(Reward):
         if self._types and max(types, default=0) >= self._types:
             return RewardError(f"the reward model's tokenizer gives texts the type {max(types)} and the model knows "
                                f'{self._types} types: use inputs="joined"')
-        return None
+        return encoded
 
-    def _rewards(self, texts: list[dict[str, list[int]]]) -> list[float | RewardError]:
+    def _rewards(self, texts: list[Encoded]) -> list[float | RewardError]:
         """The rewards of encoded texts, from one forward pass if it succeeds."""
         try:
             logits = self._logits(texts)
@@ -195,9 +212,9 @@ class EncoderReward(Reward):
         if self._normalisation is not None:
             mean, std = self._normalisation
             return [(logit - mean) / std for logit in logits]
-        return logits
+        return [*logits]
 
-    def _logits(self, texts: list[dict[str, list[int]]]) -> list[float]:
+    def _logits(self, texts: list[Encoded]) -> list[float]:
         """The raw logits of encoded texts in one forward pass, filled up on the right to the longest."""
         width = max(len(text["input_ids"]) for text in texts)
         fill = {"input_ids": self._pad or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
@@ -205,19 +222,18 @@ class EncoderReward(Reward):
                                     device=self.model.device)
                  for name in texts[0]}  # [texts, width] each
         with torch.inference_mode():
-            return self.model(**batch).logits[:, self._column].float().tolist()
+            logits: list[float] = self.model(**batch).logits[:, self._column].float().tolist()
+        return logits
 
     def _try_out(self) -> None:
         """Scores two texts alone and together: ModelError if it cannot, and one at a time from then on if they differ.
         """
-        short, long = encoded = self._encode([("a", " b"), ("a", " b c d e f g")])
-        for text in encoded:
-            problem = text if isinstance(text, RewardError) else self._problem(text)
-            if problem is not None:
-                if text is short:
-                    raise ModelError(f"{self.model_path} cannot score a text of two letters: {problem}")
-                self._batch_size = 1  # a context of a few tokens, in which there is little to batch
-                return
+        short, long = map(self._checked, self._encode([("a", " b"), ("a", " b c d e f g")]))
+        if isinstance(short, RewardError):
+            raise ModelError(f"{self.model_path} cannot score a text of two letters: {short}")
+        if isinstance(long, RewardError):
+            self._batch_size = 1  # a context of a few tokens, in which there is little to batch
+            return
         [alone] = self._rewards([short])
         if isinstance(alone, RewardError):
             raise ModelError(f"{self.model_path} cannot score a text ({alone}): use a model that reads text alone, "
@@ -246,7 +262,7 @@ def _text(prompt: Prompt) -> str | None:
     return prompt.given if prompt.given is not None else prompt.text
 
 
-def _content(message: dict) -> str:
+def _content(message: dict[str, Any]) -> str:
     """A message's text: its content, or the texts of its content's parts; nothing where there is none (a tool call)."""
     content = message.get("content")
     parts = [content] if content is None or isinstance(content, str) else content

@@ -75,21 +75,21 @@ def load_encoder(directory: Path, device: str) -> tuple[Any, Any, Checkpoint]:
                          "or another device") from error
 
 
-def context_length(model, tokenizer) -> int:
+def context_length(model: Any, tokenizer: Any) -> int:
     """The most tokens of one text: what configuration and tokenizer say, and no more than its positions have rows."""
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     for name, module in model.named_modules():
         rows = getattr(module, "num_embeddings", None)
         if rows is None or name.rpartition(".")[2] not in POSITION_TABLES:
             continue
-        # RoBERTa and its kin count from the row behind that of padding, BART and its kin from row `offset`.
+        # RoBERTa and its kin count from the row after that of padding, BART and its kin from row `offset`.
         padding = getattr(module, "padding_idx", None)
         limits.append(rows - getattr(module, "offset", 0) - (0 if padding is None else padding + 1))
     numbers = [limit for limit in limits if isinstance(limit, (int, float)) and limit > 0]
     return int(min([*numbers, 1 << 30]))
 
 
-def num_embeddings(model) -> float:
+def num_embeddings(model: Any) -> float:
     """Rows of the token embeddings: ids from there on cannot be looked up; infinite where a model has no table."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
@@ -97,7 +97,7 @@ def num_embeddings(model) -> float:
         return math.inf
 
 
-def choose_padding(model, tokenizer) -> int | None:
+def choose_padding(model: Any, tokenizer: Any) -> int | None:
     """The token that fills up short texts, told to the model; None where there is none, and texts go one by one.
 
     Models that read their reward at the last token find it by this id.
@@ -116,7 +116,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200].rstrip(' .:')}" if text else type(error).__name__
 
 
-def _check_layers(config, checkpoint: Checkpoint) -> None:
+def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
     """transformers builds every layer that a configuration asks for before it reads a weight."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > max(len(checkpoint.tensors), MOST_SHARED_LAYERS):

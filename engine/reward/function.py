@@ -10,7 +10,9 @@ from collections.abc import Callable, Sized
 from typing import Any, Literal
 
 from stars.arguments import bare, shown
+from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError, describe, log
+from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored, checked_batch_size
 
@@ -25,7 +27,7 @@ class FunctionReward(Reward):
     An exception, a wrong count or a value that is not a number ends the request it happened in and no other.
     """
 
-    def __init__(self, fn: Callable[[Any, list], Any], inputs: Literal["text", "ids"] = "text",
+    def __init__(self, fn: Callable[[Any, list[Any]], Any], inputs: Literal["text", "ids"] = "text",
                  batch_size: int | None = None):
         if not callable(fn):
             raise RewardError(f"FunctionReward needs a callable fn(prompt, responses), not {type(fn).__name__}")
@@ -39,12 +41,12 @@ class FunctionReward(Reward):
             raise RewardError(f'FunctionReward.inputs is {shown(inputs)}, it must be "text" or "ids"')
         if batch_size is not None:
             batch_size = checked_batch_size("FunctionReward", batch_size)
-        self.fn = fn
+        self.fn: Callable[[Any, list[Any]], Any] = fn
         self.inputs = inputs
         self.batch_size = batch_size
         self.needs_text = inputs == "text"
 
-    def bind(self, tokenizer, vocab_size, limits) -> None:
+    def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """A text reward needs the LM's tokenizer."""
         if self.needs_text and tokenizer is None:
             raise RewardError('the model directory has no tokenizer.json, so the reward cannot be given text: '
@@ -55,15 +57,15 @@ class FunctionReward(Reward):
         if self.needs_text and prompt.given is None and prompt.text is None:
             raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")
 
-    def open(self, prompt: Prompt, max_tokens: int) -> Any:
+    def open(self, prompt: Prompt, max_tokens: int) -> _Session:
         """The session is what the callable gets as its prompt."""
         if self.inputs == "ids":
             return _Session(list(prompt.token_ids))
         return _Session(prompt.given if prompt.given is not None else prompt.text)
 
-    def fork(self, session: Any) -> Any:
-        """The same prompt."""
-        return session
+    def fork(self, session: _Session) -> _Session:
+        """The same prompt: there is no other history."""
+        return _Session(session.prompt)
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """`batch_size`, or all."""
@@ -71,7 +73,7 @@ class FunctionReward(Reward):
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One call per response, so that a failing call fails one response."""
-        results: list[Scored | None] = [None] * len(candidates)
+        results: dict[int, Scored] = {}
         by_session: dict[int, list[int]] = {}
         for index, candidate in enumerate(candidates):
             by_session.setdefault(id(candidate.session), []).append(index)
@@ -81,13 +83,13 @@ class FunctionReward(Reward):
             rewards = self._call(session.prompt, responses)
             for index, reward in zip(indices, rewards, strict=True):
                 results[index] = Scored(reward)
-        return results
+        return [results[index] for index in range(len(candidates))]
 
-    def _call(self, prompt, responses: list) -> list[float | RewardError]:
+    def _call(self, prompt: Any, responses: list[Any]) -> list[float | RewardError]:
         count = len(responses)
         try:
             # It gets copies: what it does to them must not reach the next call.
-            rewards = bare(self.fn(copy.deepcopy(prompt), responses))
+            rewards: Any = bare(self.fn(copy.deepcopy(prompt), responses))
             if rewards is None or isinstance(rewards, (numbers.Number, str, bytes)):
                 return [RewardError(f"the reward function returned {shown(rewards)} where a list of {count} float"
                                     f"{'s' if count > 1 else ''} is expected")] * count
@@ -108,11 +110,11 @@ class FunctionReward(Reward):
 
 
 class _Session:
-    def __init__(self, prompt):
+    def __init__(self, prompt: Any):
         self.prompt = prompt
 
 
-def _number(value) -> float | RewardError:
+def _number(value: Any) -> float | RewardError:
     try:
         if hasattr(value, "item"):
             try:

@@ -1,7 +1,6 @@
-"""Drafted segments behind the first rows of a scoring pass; what is written is said in `stars.kernels.append_draft`.
+"""Drafted segments after the first rows of a scoring pass; what is written is said in `stars.kernels.append_draft`.
 
-One program a sequence. Computed, not measured: a few kilobytes, so the launch (about 2 us) is all there is; a program
-waits for its lane, for what that lane drew, and for the stores.
+One program a sequence, which waits for its lane, for what that lane drew, and for the stores.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from stars.kernels.types import Draft, TrailingRows
 
 
 @triton.jit
-def append_draft_kernel(out_tokens, steps, stop_ids, lanes, row_start, closing, token_ids, last, tokens, vocab_size,
+def append_draft_kernel(out_tokens, steps, stop_ids, lanes, row_start, closing, token_ids, last, vocab_size,
                         STEPS: tl.constexpr, STEPS_BLOCK: tl.constexpr, STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr,
                         CLOSING: tl.constexpr, CLOSING_BLOCK: tl.constexpr):
-    """One program a sequence: its lane's tokens without a stop token, and its closing tokens behind them."""
+    """One program a sequence: its lane's tokens without a stop token, and its closing tokens after them."""
     sequence = tl.program_id(0)
     lane = tl.load(lanes + sequence)
     if lane >= 0:
@@ -33,12 +32,11 @@ def append_draft_kernel(out_tokens, steps, stop_ids, lanes, row_start, closing, 
         count = drawn - tl.where(drawn > 0, stopped, 0)
         tl.store(token_ids + first + at, tl.where((ids >= 0) & (ids < vocab_size), ids, 0), mask=at < count)
 
-        behind = tl.arange(0, CLOSING_BLOCK)
-        ids = tl.load(closing + sequence * CLOSING + behind, mask=behind < CLOSING, other=-1)
+        after = tl.arange(0, CLOSING_BLOCK)
+        ids = tl.load(closing + sequence * CLOSING + after, mask=after < CLOSING, other=-1)
         given = (ids >= 0).to(tl.int32)
         tl.store(token_ids + first + count + tl.cumsum(given, axis=0) - 1, ids, mask=ids >= 0)
         tl.store(last + sequence, first + count + tl.sum(given, axis=0) - 1)
-        tl.store(tokens + sequence, tl.load(tokens + sequence) + drawn)
 
 
 def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:

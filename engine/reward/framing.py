@@ -1,0 +1,110 @@
+"""What a causal reward model reads: the prompt as it renders it, the response, and the tokens that close it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from stars.detokenizer import REPLACEMENT
+from stars.errors import RequestError, RewardError
+from stars.model.config import ModelConfig
+from stars.model.tokenizer import Tokenizer
+from stars.prompt import Prompt
+
+
+class Frame(NamedTuple):
+    """What stands around the responses to one prompt."""
+
+    prefix: list[int]  # the reward model's ids of the prompt
+    text: str  # the prompt's text, where responses are re-encoded
+    special: bool  # whether that text is encoded with special tokens around it
+    closing: list[int]  # ids after every response
+
+
+class Framing:
+    """Renders prompts and responses for one reward model; template, close and chat_template_kwargs as `CausalReward`'s.
+
+    shape: the reward model's. RewardError where the model lacks what `close` asks for.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, same_vocabulary: bool, shape: ModelConfig, template: str,
+                 close: str, chat_template_kwargs: dict[str, Any]):
+        if close == "template" and (tokenizer is None or not tokenizer.has_chat_template):
+            raise RewardError('close="template" needs a chat template, which the reward model does not have: '
+                              'use close="none" or "eos"')
+        eos = shape.eos_token_ids[:1]
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            eos = (tokenizer.eos_token_id,)
+        if close == "eos" and not eos:
+            raise RewardError('close="eos" needs an EOS token, which the reward model does not name: use close="none"')
+        self.vocab_size = shape.vocab_size
+        self._tokenizer = tokenizer
+        self._encoder = None if same_vocabulary else tokenizer  # of texts, where ids are not passed through
+        self._template = template
+        self._close = close
+        self._eos = list(eos) if close == "eos" else []
+        self._chat_template_kwargs = chat_template_kwargs
+        self._newest: tuple[Prompt, Frame] | None = None
+
+    @property
+    def same_vocabulary(self) -> bool:
+        """Whether the language model's ids are passed through."""
+        return self._encoder is None
+
+    def frame(self, prompt: Prompt) -> Frame:
+        """How the model reads this prompt and what stands around its responses; the newest prompt's is kept.
+
+        A request is checked, asked for room at every step it waits and opened once a sample, always with one prompt.
+        Raises RequestError for a prompt that cannot be rendered.
+        """
+        if self._newest is None or self._newest[0] is not prompt:
+            self._newest = prompt, self._render(prompt)
+        return self._newest[1]
+
+    def ids(self, frame: Frame, token_ids: Sequence[int], text: str | None) -> tuple[list[int], int]:
+        """(ids of prompt, response and closing; how many of them are not closing) of a response as in `Candidate`."""
+        if self._encoder is None:
+            content = frame.prefix + list(token_ids)
+        elif text:
+            # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
+            content = self._encoder.encode(frame.text + text.rstrip(REPLACEMENT), add_special_tokens=frame.special)
+        else:
+            content = frame.prefix
+        return content + frame.closing, len(content)
+
+    def outside(self, ids: Sequence[int]) -> str | None:
+        """Why `ids` cannot be scored: a tokenizer may know more tokens than the model."""
+        if max(ids) < self.vocab_size:
+            return None
+        return (f"token id {max(ids)} is outside the reward model's vocabulary of {self.vocab_size}: use the tokenizer "
+                "it came with")
+
+    def _render(self, prompt: Prompt) -> Frame:
+        messages = prompt.given if isinstance(prompt.given, list) else None
+        if self._template == "chat" or (self._template == "auto" and messages is not None):
+            return self._chat(messages, prompt.text)
+        if self._close == "template":
+            raise RequestError('close="template" needs a chat prompt: give {"messages": [...]}, or use '
+                               'template="chat"')
+        if self._encoder is None:
+            return Frame(prompt.token_ids, "", False, self._eos)
+        if prompt.text is None:
+            raise RequestError("these prompt ids cannot be decoded for the reward model's vocabulary: give the prompt "
+                               "as text")
+        special = messages is None  # a rendered template holds its special tokens
+        return Frame(self._encoder.encode(prompt.text, add_special_tokens=special), prompt.text, special, self._eos)
+
+    def _chat(self, messages: list[dict[str, Any]] | None, text: str | None) -> Frame:
+        """The frame that the reward model's chat template makes of `messages`; without them, of `text` as a turn."""
+        if self._tokenizer is None or not self._tokenizer.has_chat_template:
+            raise RequestError("the reward model has no chat template: give the prompt as text, or build "
+                               'CausalReward with template="raw"')
+        if messages is None:
+            if text is None:
+                raise RequestError("these prompt ids cannot be decoded for the reward model's chat template: give "
+                                   'the prompt as text, or use template="raw"')
+            messages = [{"role": "user", "content": text}]
+        before, after = self._tokenizer.split_template(messages, **self._chat_template_kwargs)
+        prefix = self._tokenizer.encode(before, add_special_tokens=False)
+        closing = self._tokenizer.encode(after, add_special_tokens=False) if self._close == "template" else self._eos
+        return Frame(prefix, before, False, closing)

@@ -1,0 +1,339 @@
+"""The queue: who waits, who runs, and who gives its pages back when they run out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from stars.arguments import shown
+from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.config import EngineConfig
+from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
+from stars.passes import Passes, Span
+from stars.policies import Plan
+from stars.request import Group, Hypothesis, Request
+from stars.reward.base import Reward
+from stars.round import Round
+
+
+@dataclass(eq=False)
+class Unit:
+    """What is admitted and pre-empted together: the population of a completion, which is decided together, or one of
+    several whole responses, which need not be drafted side by side."""
+
+    group: Group
+    whole: Hypothesis | None = None  # the one of several
+
+    @property
+    def request(self) -> Request:
+        """Whose it is."""
+        return self.group.request
+
+    @property
+    def unfinished(self) -> list[Hypothesis]:
+        """Its responses that still grow."""
+        members = self.group.hypotheses if self.whole is None else [self.whole]
+        return [hypothesis for hypothesis in members if hypothesis.finish_reason is None]
+
+
+def units_of(request: Request) -> Iterator[Unit]:
+    """The units of a request, in order."""
+    for group in request.groups:
+        if _together(request.plan):
+            yield Unit(group)
+        else:
+            yield from (Unit(group, hypothesis) for hypothesis in group.hypotheses)
+
+
+def _together(plan: Plan) -> bool:
+    """Whether the responses of a group are decided together before they end."""
+    return not plan.whole
+
+
+class Scheduler:
+    """Units in the order they came: those in front run, as many as both caches hold, the others wait.
+
+    Pages are taken for a prompt at admission and for a segment before each round. Where they run out, the unit that was
+    admitted last is pre-empted: it goes back to its last boundary, gives everything back and waits in front of all
+    others. Admitted again, its prompt and what it had committed are computed anew, and it goes on from there.
+
+    The oldest unit never gives way, so that it ends. A unit that gave way is not admitted again before another one has
+    given something back: it would need more than there was.
+    """
+
+    def __init__(self, cache: PagedCache, reward: Reward | None, passes: Passes, round_: Round, config: EngineConfig):
+        self.waiting: deque[Unit] = deque()  # in order; finished ones leave when they are first
+        self.running: list[Unit] = []  # as they were admitted
+        self._config = config
+        self._cache = cache
+        self._reward = reward
+        self._passes = passes
+        self._round = round_
+        self._gave_way: Unit | None = None  # the last one, until another gives something back
+
+    @property
+    def num_running(self) -> int:
+        """Responses that hold pages and still grow."""
+        return sum(len(unit.unfinished) for unit in self.running)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups of which something runs, as they were admitted."""
+        return list(dict.fromkeys(unit.group for unit in self.running))
+
+    @property
+    def _scorer(self) -> Reward:
+        """The reward: whoever needs one was refused where there is none."""
+        assert self._reward is not None
+        return self._reward
+
+    def check(self, name: str, plan: Plan, prompt: int, max_tokens: int) -> None:
+        """RequestError unless the responses to a prompt of so many tokens that are decided together can be held at all.
+
+        name: of the policy that asks for them.
+        """
+        population = plan.lanes.population
+        if population == 1 or not _together(plan):
+            return
+        if population > self._config.max_num_seqs:
+            raise RequestError(f"{name} decodes {shown(population)} responses together and max_num_seqs is "
+                               f"{self._config.max_num_seqs}: build the engine with more, or draw fewer")
+        if not self._cache.could_hold(prompt - 1, [prompt - 1 + max_tokens] * population):
+            raise RequestError(f"{name} decodes {population} responses of up to {max_tokens} tokens together, which do "
+                               f"not fit cache_tokens={self._config.cache_tokens}: raise it, lower max_tokens, or draw "
+                               "fewer")
+
+    def add(self, request: Request) -> None:
+        """Queues `request`."""
+        self.waiting += units_of(request)
+
+    # -- a round's room -------------------------------------------------------------------------------------------
+
+    def reserve(self) -> list[Request]:
+        """Takes the pages of a segment for every running unit, the oldest first; returns the requests that it ends.
+
+        Units give way, the youngest first, where pages run out.
+        """
+        ended = []
+        for unit in list(self.running):
+            for hypothesis in unit.unfinished:
+                while hypothesis.table is not None and not self._reserve(hypothesis):
+                    if len(self.running) > 1:
+                        self._preempt(self.running[-1])
+                    else:
+                        ended.append(self._refuse(unit, "reserve has no room for the next segment of this prompt"))
+        return ended
+
+    def _reserve(self, hypothesis: Hypothesis, opened: bool = False) -> bool:
+        """Takes the pages of the next segment in both caches; False where they are not there.
+
+        opened: the hypothesis holds nothing yet but what its table and session were opened with.
+        """
+        table = _table(hypothesis)
+        try:
+            self._cache.reserve(table, _next_length(hypothesis) - table.length)
+        except OutOfPages:
+            return False
+        if hypothesis.session is None:
+            return True
+        # A response that is scored at its end grows in the reward's cache then, all at once.
+        unseen = len(hypothesis.token_ids) if opened or hypothesis.request.plan.score.when == "end" else 0
+        return self._scorer.reserve(hypothesis.session, unseen + hypothesis.next_segment)
+
+    def _preempt(self, unit: Unit) -> None:
+        """Takes everything from a running `unit` and puts it in front of those that wait."""
+        for hypothesis in unit.unfinished:
+            self._round.drop_best(hypothesis)
+            hypothesis.preempt()
+        self._give_up(unit)
+        self.running.remove(unit)
+        self.waiting.appendleft(unit)
+
+    def _give_up(self, unit: Unit) -> None:
+        """Takes everything from `unit`, until another gives something back."""
+        for hypothesis in unit.unfinished:
+            self._close(hypothesis)
+        self._gave_way = unit
+
+    def _refuse(self, unit: Unit, problem: str) -> Request:
+        """Ends the request of a unit that cannot be held although nothing else holds anything."""
+        request, hypotheses = unit.request, unit.unfinished
+        for hypothesis in hypotheses:
+            self._close(hypothesis)
+        if not self._cache.can_open(request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses]):
+            raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
+        return self.fail(request, RewardError(f"{type(self._reward).__name__}.{problem} while nothing else is open: "
+                                              "refuse it in check"))
+
+    # -- admission ------------------------------------------------------------------------------------------------
+
+    def admit(self, only: Request | None = None) -> list[Request]:
+        """Moves waiting units, in order, into the running ones as long as the pages of prompt and first segment are
+        there; returns the requests that this ends.
+
+        With `only`, those of one request.
+        """
+        ended: list[Request] = []
+        while opened := self._open_units(only, ended):
+            ended += self._start(opened)
+        first = self._first(only)
+        if first is not None and not self.running:
+            ended.append(self._refuse(first, "can_open refuses this prompt"))
+        return ended
+
+    def _first(self, only: Request | None) -> Unit | None:
+        """The unit to be admitted next."""
+        while self.waiting and not self.waiting[0].unfinished:
+            self.waiting.popleft()
+        return next((unit for unit in self.waiting if unit.unfinished and only in (None, unit.request)), None)
+
+    def _open_units(self, only: Request | None, ended: list[Request]) -> list[Hypothesis]:
+        """Opens what can be started together; a request that fails is appended to `ended`.
+
+        Who could share pages with one that was opened a moment ago waits until those are written, the rest of its own
+        unit too.
+        """
+        opened: list[Hypothesis] = []
+        beginnings: set[tuple[int, ...]] = set()
+        while (unit := self._first(only)) is not None and not (unit is self._gave_way and self.running):
+            for hypothesis in unit.unfinished:
+                if hypothesis.table is not None:
+                    continue
+                beginning = self._beginning(hypothesis)
+                if beginning in beginnings:
+                    return opened
+                if all(other.table is None for other in unit.unfinished) and not self._has_room(unit):
+                    return opened
+                try:
+                    if not self._open(hypothesis):
+                        if any(one.table is not None for one in unit.unfinished):
+                            self._give_up(unit)
+                        return [other for other in opened if other.table is not None]
+                except IntegrityError:
+                    raise
+                except Exception as error:
+                    ended.append(self.fail(unit.request, error))
+                    opened = [other for other in opened if other.table is not None]
+                    break
+                opened.append(hypothesis)
+                if beginning is not None:
+                    beginnings.add(beginning)
+            else:
+                self.waiting.remove(unit)
+                self.running.append(unit)
+        return opened
+
+    def _has_room(self, unit: Unit) -> bool:
+        """Whether all of `unit` can be opened in the language model's cache, with a segment each."""
+        hypotheses = unit.unfinished
+        return self.num_running + len(hypotheses) <= self._config.max_num_seqs and self._cache.can_open(
+            unit.request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses])
+
+    def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
+        """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
+        history = hypothesis.request.prompt.token_ids[:-1]
+        stop = self._cache.shared_length(history) + self._config.page_size
+        return tuple(history[:stop]) if len(history) >= stop else None
+
+    def _open(self, hypothesis: Hypothesis) -> bool:
+        """Takes the pages of prompt, committed tokens and a segment in both caches; False if the reward has no room."""
+        request = hypothesis.request
+        scored = request.plan.score.when != "never"
+        if scored and not self._scorer.can_open(request.prompt, request.params.max_tokens):
+            return False
+        table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1])
+        if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
+            hypothesis.metrics.prompt_tokens_cached = table.length
+        if scored:
+            hypothesis.session = self._scorer.open(request.prompt, request.params.max_tokens)
+        return self._reserve(hypothesis, opened=True)
+
+    def _start(self, opened: list[Hypothesis]) -> list[Request]:
+        """Runs the prompts of newly opened hypotheses, and what they had committed before, through both models; returns
+        the requests whose prompt alone cannot be scored."""
+        exact = self._config.deterministic
+        # The last token is the first input of a draft.
+        self._passes.prefill([(_table(hypothesis), ids, len(ids) - 1) for hypothesis in opened for ids in
+                              [hypothesis.request.prompt.token_ids + ([] if exact else hypothesis.token_ids)]])
+        for hypothesis in opened:
+            self._cache.publish(_table(hypothesis), hypothesis.request.prompt.token_ids[:-1])
+        if exact:
+            self._redraft([hypothesis for hypothesis in opened if hypothesis.token_ids])
+        scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
+        if not scored:
+            return []
+        self._scorer.start([hypothesis.session for hypothesis in scored])
+        for hypothesis in scored:
+            if hypothesis.token_ids and hypothesis.request.plan.score.when == "segment":
+                for stop in list(hypothesis.ends) if exact else [len(hypothesis.token_ids)]:
+                    ids = hypothesis.token_ids[:stop]
+                    text = hypothesis.request.detokenizer.decode(ids) if self._scorer.needs_text else None
+                    self._scorer.resume(hypothesis.session, ids, text)
+        requests = list({hypothesis.request.request_id: hypothesis.request for hypothesis in scored
+                         if hypothesis.request.prompt_reward is None}.values())
+        self._round.prompt_rewards(requests)
+        failed = [request for request in requests if request.finished]
+        self.release(failed)
+        return failed
+
+    def _redraft(self, hypotheses: list[Hypothesis]) -> None:
+        """Runs what was committed through the language model again as it was drafted, a segment at a time in slabs.
+
+        So every key has the bits that it had: attention adds up what lies in pages and what lies in a slab apart.
+        """
+        waiting = [(hypothesis, list(hypothesis.ends)) for hypothesis in hypotheses]
+        while waiting:
+            slabs = [self._cache.take_slab() for _ in waiting]
+            spans, moves = [], []
+            for (hypothesis, ends), slab in zip(waiting, slabs, strict=True):
+                table, prompt = _table(hypothesis), hypothesis.request.prompt.token_ids
+                first, stop = table.length, len(prompt) - 1 + ends.pop(0)
+                rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
+                spans.append(Span(table, (prompt + hypothesis.token_ids)[first:stop], first, rows))
+                moves.append(CommitMove(table, rows.start, len(rows), first))
+            self._passes.redraft(spans)
+            self._cache.commit(moves)
+            for slab in slabs:
+                self._cache.return_slab(slab)
+            waiting = [(hypothesis, ends) for hypothesis, ends in waiting if ends]
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def fail(self, request: Request, error: Exception) -> Request:
+        """Ends every unfinished response of `request` with an error, and gives back what it held."""
+        self._round.fail(request, sentence(error))
+        self.release([request])
+        log(f"request {request.request_id} ends with an error: {sentence(error)}", error)
+        return request
+
+    def release(self, requests: Iterable[Request]) -> None:
+        """Gives back what finished responses of `requests` held; units that are finished leave."""
+        for request in requests:
+            for hypothesis in request.hypotheses:
+                if hypothesis.finish_reason is not None and self._close(hypothesis):
+                    self._gave_way = None
+        self.running = [unit for unit in self.running if unit.unfinished]
+        while self.waiting and not self.waiting[0].unfinished:  # those after it wait until they are first
+            self.waiting.popleft()
+
+    def _close(self, hypothesis: Hypothesis) -> bool:
+        """Gives back its pages and its session; whether it held something."""
+        return self._round.close(hypothesis)
+
+    def reset(self, requests: Iterable[Request]) -> None:
+        """Begins anew over emptied caches: all that is unfinished of `requests` waits, in their order."""
+        self.running = []
+        self.waiting = deque(unit for request in requests for unit in units_of(request) if unit.unfinished)
+        self._gave_way = None
+
+
+def _next_length(hypothesis: Hypothesis) -> int:
+    """Positions of the language model's cache that it needs until its next segment is committed."""
+    return len(hypothesis.request.prompt.token_ids) - 1 + len(hypothesis.token_ids) + hypothesis.next_segment
+
+
+def _table(hypothesis: Hypothesis) -> BlockTable:
+    """The pages of a response that holds some."""
+    assert hypothesis.table is not None
+    return hypothesis.table

@@ -1,0 +1,43 @@
+"""The engine's parts built by hand: settings of any sizes, unchecked, and what is made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from stars.cache import PagedCache
+from stars.config import EngineConfig
+from stars.model.config import ModelConfig
+from stars.sizes import ModelSizes
+from stars.target import CPU, CUDA, Target
+from toy import ToyModel
+
+PADDED = CPU._replace(padded=True, chunk=CUDA.chunk, trailing=True, measures_widths=True)
+"""The CPU, worked as a GPU is: idle rows, tiles, and scores that trail their drafts."""
+
+
+def config_of(target: Target = CPU, **given: Any) -> EngineConfig:
+    """An EngineConfig as it is given, without a look at whether it makes sense; small sizes for what is left out."""
+    sizes = dict(device=target.device, dtype="float32", deterministic=False, cache_tokens=256, page_size=4,
+                 max_model_len=64, max_model_len_from="max_model_len", max_num_seqs=4, max_num_lanes=8,
+                 max_segment_size=4, prefill_backend="auto")
+    return EngineConfig(**(sizes | given), target=target)
+
+
+def shape_of(num_layers: int, num_kv_heads: int, head_dim: int) -> ModelConfig:
+    """A model whose cache has this shape; nothing else of it counts."""
+    return dataclasses.replace(ToyModel().config, num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+
+def cache_of(shape: ModelConfig, *, page_size: int, num_pages: int, num_slabs: int, slab_len: int,
+             dtype: torch.dtype = torch.float32, target: Target = CPU) -> PagedCache:
+    """The cache of a model of `shape`, of exactly these sizes."""
+    config = config_of(target, cache_tokens=page_size * num_pages, page_size=page_size)
+    return PagedCache(shape, config, ModelSizes(num_slabs, slab_len, 1, 1, 0), dtype)
+
+
+def work_as(monkeypatch: Any, target: Target) -> None:
+    """Engines that are built from now on, for the rest of a test, work as `target` says."""
+    monkeypatch.setattr("stars.config.target_of", lambda device: target)

@@ -1,0 +1,106 @@
+"""Derived sizes: the formulas of `stars.sizes` by hand, and beside what an engine really allocates."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+
+import stars
+from building import PADDED, config_of, work_as
+from stars.config import EngineConfig
+from stars.reward import CausalReward
+from stars.sizes import ModelSizes, history_entries, language_model, pass_rows, reward_model, slab_length, table_width
+from stars.target import CPU, CUDA, target_of
+from toy import ToyModel
+
+GIVEN = dict(cache_tokens=1000, page_size=16, max_model_len=250, max_num_seqs=5, max_num_lanes=21, max_segment_size=113)
+LM, RM = ToyModel(vocab=37, seed=1, positions=300), ToyModel(vocab=37, seed=2, positions=2000, head="reward")
+
+
+def test_the_formulas_by_hand():
+    config = config_of(**(GIVEN | dict(cache_tokens=1008)))
+    assert (config.num_pages, config.num_slabs) == (63, 26)
+    drafts = language_model(config)
+    assert drafts == ModelSizes(num_slabs=26, slab_len=113, max_sequences=5, max_positions=250, max_lanes=21)
+    assert (pass_rows(config, drafts), table_width(config, drafts)) == (256, 16)
+    assert history_entries(config, 37) == 5 * 37 and history_entries(config, 5000) == 5 * 250
+    scores = reward_model(RM.config, config)
+    assert scores == ModelSizes(num_slabs=26, slab_len=258, max_sequences=21, max_positions=1008 + 258, max_lanes=0)
+    assert (pass_rows(config, scores), table_width(config, scores)) == (258, 80)
+    assert reward_model(LM.config, config).max_positions == 300  # its context is shorter than what the cache holds
+
+
+def test_pages_of_a_budget_that_is_no_multiple():
+    """The budget is rounded up to whole pages, and is the tokens of those from then on."""
+    assert config_of(cache_tokens=17, page_size=16).num_pages == 2
+    config = EngineConfig.resolve(LM.config, **GIVEN)
+    assert (config.cache_tokens, config.num_pages) == (1008, 63)
+
+
+@pytest.mark.parametrize("target", [CPU, PADDED._replace(measures_widths=False)], ids=["cpu", "padded"])
+def test_an_engine_allocates_what_the_formulas_say(monkeypatch, target):
+    """Caches, block tables and the buffers of passes and drafts, of both models, idle rows included where padded."""
+    work_as(monkeypatch, target)
+    engine = stars.Engine(LM.decoder(), CausalReward(RM.decoder()), **GIVEN)
+    config, reward, drafter = engine.config, engine.reward, engine._round.drafter
+    assert config.target is target
+    for passes, cache, sizes in ((engine._passes, engine._cache, language_model(config)),
+                                 (reward._passes, reward.cache, reward_model(RM.config, config))):
+        assert cache.k_pages.shape[1] == config.num_pages * config.page_size == 1008
+        assert cache.k_slabs.shape[1] == sizes.num_slabs * sizes.slab_len
+        rows, sequences = target.rows(pass_rows(config, sizes)), target.rows(sizes.max_sequences)
+        assert passes._buffers["token_ids"].shape == (rows,) and passes._buffers["last"].shape == (sequences,)
+        assert passes._block_tables.shape == (sequences, table_width(config, sizes))
+        assert passes.decoder.cos.shape[0] >= sizes.max_positions
+        assert passes.decoder.max_rows >= rows
+        longest = table_width(config, sizes) * config.page_size
+        assert sizes.max_positions <= longest < sizes.max_positions + config.page_size
+    lanes = target.rows(config.max_num_lanes)
+    assert lanes == (24 if target.padded else 21) and drafter.decoder.max_logits >= lanes
+    assert drafter._buffers["out_tokens"].shape == (lanes, 113)
+    assert drafter._block_tables.shape == (lanes, 16)
+    assert drafter._history["entries"].shape == (5 * 37, 2)
+    assert reward.cache.slab_len == slab_length(113) == 258
+    assert (drafter._tiling is not None) == target.padded == (reward._passes._tiling is not None)
+
+
+def test_the_targets():
+    """Whatever is no CPU is worked as a GPU is; one that is not padded has the rows that are asked for."""
+    assert [target_of(name) for name in ("cpu", "cuda", "meta")] == [CPU, CUDA, CUDA]
+    assert [CPU.rows(count) for count in (1, 5, 129)] == [1, 5, 129]
+    assert [CUDA.rows(count) for count in (1, 5, 129, 257)] == [1, 8, 144, 384]
+    for target in (CPU, CUDA):
+        assert target.dtype in (None, *target.dtypes) and target.captured_prefill <= target.chunk
+
+
+def test_a_configuration_is_frozen():
+    config = EngineConfig.resolve(LM.config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.page_size = 32
+    assert config.target is CPU and "Target" not in repr(config)
+
+
+def test_the_engines_keywords_are_those_of_its_configuration():
+    """Spelled out in both signatures: the same names with the same defaults, so that help and editors show them."""
+    engine, config = (inspect.signature(function).parameters for function in (stars.Engine, EngineConfig.resolve))
+    shared = [name for name in config if name != "model"]
+    assert shared == ["device", "dtype", "deterministic", "cache_tokens", "page_size", "max_model_len", "max_num_seqs",
+                      "max_num_lanes", "max_segment_size", "prefill_backend"]
+    assert [engine[name].default for name in shared] == [config[name].default for name in shared]
+    assert [name for name in engine if name not in shared] == ["model", "reward", "tokenizer", "others"]
+    assert engine["others"].kind is inspect.Parameter.VAR_KEYWORD
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    (dict(max_lanes=3), r"Engine has no parameter 'max_lanes': did you mean max_num_lanes\?"),
+    (dict(tensor_parallel_size=2), "Engine.tensor_parallel_size is not implemented: "),
+    (dict(frobnicate=math.nan), "Engine has no parameter 'frobnicate': there are model, device, dtype, "),
+])
+def test_other_keywords_are_only_ever_refused(given, words):
+    with pytest.raises(stars.RequestError, match=words):
+        stars.Engine(LM.decoder(), **given)
+    engine = stars.Engine(LM.decoder(), tensor_parallel_size=1, **GIVEN)
+    assert engine.config == EngineConfig.resolve(LM.config, **GIVEN)
