@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -79,20 +80,20 @@ class Hypothesis:
     boundary: Boundary | None = None  # None before its first round
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
-    @property
-    def request(self) -> Request:
-        """Whose response it is."""
-        return self.group.request
+    def __post_init__(self) -> None:
+        self.request = self.group.request
+        self.sample = self.group.index * self.request.plan.lanes.population + self.slot  # of its random stream
 
     @property
-    def sample(self) -> int:
-        """Index of its random stream within the request."""
-        return self.group.index * self.request.plan.lanes.population + self.slot
+    def pages(self) -> BlockTable:
+        """Its table, of a response that holds one."""
+        assert self.table is not None
+        return self.table
 
     @property
     def next_segment(self) -> int:
         """Most tokens of the draft that comes next."""
-        return min(self.request.plan.segment.draft, self.request.params.max_tokens - len(self.token_ids))
+        return min(self.request.plan.segment.draft, self.request.max_tokens - len(self.token_ids))
 
     @property
     def last_token(self) -> int:
@@ -186,7 +187,7 @@ class Group:
     hypotheses: list[Hypothesis] = field(default_factory=list)  # by slot; those that were dropped are gone
     round: int = 0  # of the segment being decided
     memory: Any = None  # what the rule returned last
-    dropped: Metrics = field(default_factory=Metrics)  # of what was drawn for hypotheses that are gone
+    dropped: Metrics = field(default_factory=Metrics)  # of what was drawn for hypotheses that are gone; never changed
     boundary: Mark | None = None  # None before its first round
 
     def __post_init__(self) -> None:
@@ -219,13 +220,13 @@ class Group:
         for hypothesis in self.hypotheses:
             if hypothesis.table is not None or hypothesis.finish_reason is not None:
                 hypothesis.mark_boundary()
-        self.boundary = Mark(tuple(self.hypotheses), self.memory, copy.copy(self.dropped))
+        self.boundary = Mark(tuple(self.hypotheses), self.memory, self.dropped)
 
     def go_back(self) -> None:
         """As `Hypothesis.go_back`: who appeared since the boundary is gone, who vanished is there again."""
         if self.boundary is not None:
             self.hypotheses = list(self.boundary.hypotheses)
-            self.memory, self.dropped = self.boundary.memory, copy.copy(self.boundary.dropped)
+            self.memory, self.dropped = self.boundary.memory, self.boundary.dropped
         self.round = 0
         for hypothesis in self.hypotheses:
             hypothesis.go_back()
@@ -270,10 +271,21 @@ class Request:
     stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
     groups: list[Group] = field(default_factory=list)  # one for each completion
     prompt_reward: float | None = None
-    owner: weakref.ref | None = None  # who waits for it in generate or stream; None: whoever calls step
+    owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
         self.groups = [Group(self, index) for index in range(self.params.n)]
+
+    @property
+    def max_tokens(self) -> int:
+        """Of each response: settled when the request was checked."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
+
+    @property
+    def stop(self) -> Sequence[str]:
+        """The stop strings."""
+        return self.params.stop or ()
 
     @property
     def hypotheses(self) -> list[Hypothesis]:
@@ -296,7 +308,7 @@ class Request:
             return None
         text = self.detokenizer.decode(hypothesis.content_ids(extra))
         stopped = isinstance((extra or hypothesis).stop_reason, str)
-        found = find_stop(text, self.params.stop) if stopped else None
+        found = find_stop(text, self.stop) if stopped else None
         return text[: found[0]] if found else text
 
     def output(self) -> RequestOutput:
@@ -314,7 +326,7 @@ class Request:
         if len(group.hypotheses) == 1 and (only.segments or not self.plan.whole):
             text = self.response_text(only)
             if text is not None and only.finish_reason is None:
-                text = hold_back(text, self.params.stop)
+                text = hold_back(text, self.stop)
             return CompletionOutput(
                 group.index, text, list(only.token_ids), only.cumulative_logprob, only.finish_reason, only.stop_reason,
                 only.reward, list(only.segments), group.metrics(), only.error)
@@ -323,7 +335,7 @@ class Request:
         token_ids = [token for segment in shared for token in segment.token_ids]
         text = None if self.tokenizer is None else self.detokenizer.decode(token_ids)
         if text is not None and failed is None:
-            text = hold_back(text, self.params.stop)
+            text = hold_back(text, self.stop)
         logprob = 0.0
         for segment in shared:
             logprob += segment.logprob

@@ -240,13 +240,13 @@ class Scheduler:
         """Takes the pages of prompt, committed tokens and a segment in both caches; False if the reward has no room."""
         request = hypothesis.request
         scored = request.plan.score.when != "never"
-        if scored and not self._scorer.can_open(request.prompt, request.params.max_tokens):
+        if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
         table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1])
         if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
             hypothesis.metrics.prompt_tokens_cached = table.length
         if scored:
-            hypothesis.session = self._scorer.open(request.prompt, request.params.max_tokens)
+            hypothesis.session = self._scorer.open(request.prompt, request.max_tokens)
         return self._reserve(hypothesis, opened=True)
 
     def _start(self, opened: list[Hypothesis]) -> list[Request]:

@@ -193,7 +193,7 @@ def test_a_causal_reward_that_fails_on_a_prompt_takes_nobody_along(monkeypatch):
     score = made.reward.score
 
     def nan(candidates):
-        return [result._replace(reward=math.nan) if not candidate.token_ids and candidate.session.prefix[0] == 2
+        return [result._replace(reward=math.nan) if not candidate.token_ids and candidate.session.frame.prefix[0] == 2
                 else result for candidate, result in zip(candidates, score(candidates), strict=True)]
 
     monkeypatch.setattr(made.reward, "score", nan)
