@@ -463,9 +463,9 @@ class Engine:
             self._one_by_one(error)
         self._show_warnings()
 
-    def _schedule(self, only: Request | None = None) -> None:
+    def _schedule(self, only: Group | None = None) -> None:
         """Sees to it that whoever runs has the pages of a segment, and admits what fits besides; with `only`, of one
-        request."""
+        group."""
         self._changing = True
         self._settle(self._scheduler.reserve())
         self._settle(self._scheduler.admit(only))
@@ -484,31 +484,32 @@ class Engine:
         self._changing = False
 
     def _one_by_one(self, error: Exception) -> None:
-        """Gives every request that was at work when `error` was raised a segment by itself: who fails alone ends."""
-        held = [hypothesis.request for request in self._requests.values() for hypothesis in request.hypotheses
-                if hypothesis.table is not None]
-        requests = list({request.request_id: request for request in held}.values())
-        if not requests:
+        """Gives every group that was at work when `error` was raised a segment by itself: who fails alone ends."""
+        groups = [group for request in self._requests.values() for group in request.groups
+                  if any(hypothesis.table is not None for hypothesis in group.hypotheses)]
+        if not groups:
             raise error
         self._recover()
-        if len(requests) == 1:
-            self._fail(requests[0], error)
+        if len(groups) == 1:
+            self._fail(groups[0].request, error)
             return
-        log(f"a round raised {describe(error)}: each of its {len(requests)} requests is run by itself", error)
-        for request in requests:
+        log(f"a round raised {describe(error)}: each of its {len(groups)} completions is run by itself", error)
+        for group in groups:
+            if group.finished:  # as another one of its request failed
+                continue
             self._changing = True
             self._recover()  # nobody else holds a page
             try:
-                self._schedule(request)
+                self._schedule(group)
                 mine = self._scheduler.groups
                 while mine:  # to the end of a segment: the round that failed may be a later one of it
                     self._run_round(mine)
-                    mine = [group for group in mine if group.undecided]
+                    mine = [group] if group.undecided else []
             except IntegrityError:
                 raise
             except Exception as alone:
                 self._recover()
-                self._fail(request, alone)
+                self._fail(group.request, alone)
 
     def _fail(self, request: Request, error: Exception) -> None:
         before, self._changing = self._changing, True
@@ -521,7 +522,7 @@ class Engine:
             return
         self.config.target.synchronise()  # what the stopped call had launched may still read what the host fills next
         requests = list(self._requests.values())
-        for group in [group for request in requests for group in request.groups]:
+        for group in (group for request in requests for group in request.groups):
             # A round that did not end never happened; after one, a segment that goes on is begun again.
             if group.undecided or group in self._in_round:
                 group.go_back()
@@ -530,7 +531,7 @@ class Engine:
         self._cache.reset()
         if self.reward is not None:
             self.reward.reset()
-        for hypothesis in [hypothesis for request in requests for hypothesis in request.hypotheses]:
+        for hypothesis in (hypothesis for request in requests for hypothesis in request.hypotheses):
             hypothesis.let_go()
         self._scheduler.reset(requests)
         self._settle([request for request in requests if request.finished])
@@ -584,7 +585,7 @@ class _Owner:
 
     __slots__ = ("news", "waits_for", "__weakref__")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
 

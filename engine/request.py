@@ -121,19 +121,6 @@ class Hypothesis:
             self.metrics = copy.copy(mark.metrics)
             self._history = None
 
-    def preempt(self) -> None:
-        """Goes back to the boundary because its pages are needed: the attempts since then will be drawn again.
-
-        What they took of the clock stays counted; everything else is counted when it is drawn again.
-        """
-        spent = self.metrics
-        if self.attempts:
-            self.go_back()
-        if self.boundary is not None:  # else it was opened a moment ago, and nothing of it was computed
-            self.metrics.lm_seconds, self.metrics.rm_seconds = spent.lm_seconds, spent.rm_seconds
-            self.metrics.num_preemptions += 1
-        self.attempts = []
-
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
         self.table = self.session = self.best = None

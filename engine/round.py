@@ -105,7 +105,7 @@ class Round:
                error: str | None = None) -> None:
         """Ends a response; its pages and its reward session are for the scheduler to close once the round is over."""
         hypothesis.finish_reason, hypothesis.stop_reason, hypothesis.error = reason, stop_reason, error
-        self._forget_attempts(hypothesis)
+        self.forget_attempts(hypothesis)
 
     def drop_best(self, hypothesis: Hypothesis) -> None:
         """Gives back what the best seen of an undecided segment holds."""
@@ -113,8 +113,8 @@ class Round:
             self._release(hypothesis.best)
             hypothesis.best = None
 
-    def close(self, hypothesis: Hypothesis) -> bool:
-        """Gives back the pages and the session of a response; whether it held something."""
+    def close(self, hypothesis: Hypothesis) -> None:
+        """Gives back the pages and the session of a response."""
         table, session = hypothesis.table, hypothesis.session
         if table is not None:
             self.cache.close(table)
@@ -127,7 +127,6 @@ class Round:
                 raise
             except Exception as error:  # the response has ended, and nobody else has to do with it
                 log(f"the reward could not close a response: {describe(error)}", error)
-        return table is not None or session is not None
 
     def prompt_rewards(self, requests: Sequence[Request]) -> None:
         """Scores the empty response of requests whose plan asks for that."""
@@ -406,7 +405,7 @@ class Round:
         for winner in winners:
             _append(winner)
         for winner in winners:
-            self._forget_attempts(winner.hypothesis)
+            self.forget_attempts(winner.hypothesis)
             self._release(winner.lane)  # of an earlier round too, which the end of this round does not reach
         for request, fault in faults:
             self.fail(request, fault)
@@ -458,6 +457,8 @@ class Round:
 
     def _commit_rows(self, winners: Sequence[Winner]) -> None:
         """The language model's pages hold all but the last token of each response afterwards."""
+        for winner in winners:  # a fork has no room yet, and a rule's own tokens come on top of a segment
+            self.cache.reserve(winner.hypothesis.table, len(winner.token_ids))
         # The slab holds the token before the segment and all of the segment but its last token.
         moves, lacking = [], []
         for winner in winners:
@@ -533,7 +534,7 @@ class Round:
     def _drop(self, hypothesis: Hypothesis) -> None:
         """A hypothesis that is not kept: what was drawn for it counts, nothing else of it stays."""
         group = hypothesis.group
-        self._forget_attempts(hypothesis)
+        self.forget_attempts(hypothesis)
         self.close(hypothesis)
         group.hypotheses = [other for other in group.hypotheses if other is not hypothesis]
         drawn = hypothesis.metrics.drawn()
@@ -581,7 +582,8 @@ class Round:
             if lane is not hypothesis.best:
                 self._release(lane)
 
-    def _forget_attempts(self, hypothesis: Hypothesis) -> None:
+    def forget_attempts(self, hypothesis: Hypothesis) -> None:
+        """Gives back what the attempts of an undecided segment hold."""
         self.drop_best(hypothesis)
         hypothesis.attempts = []
 

@@ -97,8 +97,8 @@ class Scheduler:
         if population == 1 or not _together(plan):
             return
         if population > self._config.max_num_seqs:
-            raise RequestError(f"{name} decodes {shown(population)} responses together and max_num_seqs is "
-                               f"{self._config.max_num_seqs}: build the engine with more, or draw fewer")
+            raise RequestError(f"{name}'s population is {shown(population)} and the engine decodes "
+                               f"{self._config.max_num_seqs} responses at once: build it with a larger max_num_seqs")
         if not self._cache.could_hold(prompt - 1, [prompt - 1 + max_tokens] * population):
             raise RequestError(f"{name} decodes {population} responses of up to {max_tokens} tokens together, which do "
                                f"not fit cache_tokens={self._config.cache_tokens}: raise it, lower max_tokens, or draw "
@@ -143,9 +143,15 @@ class Scheduler:
 
     def _preempt(self, unit: Unit) -> None:
         """Takes everything from a running `unit` and puts it in front of those that wait."""
-        for hypothesis in unit.unfinished:
-            self._round.drop_best(hypothesis)
-            hypothesis.preempt()
+        spent = {hypothesis: hypothesis.metrics for hypothesis in unit.unfinished}
+        if unit.group.undecided:
+            unit.group.go_back()
+            for hypothesis in unit.group.hypotheses:
+                self._round.forget_attempts(hypothesis)
+        for hypothesis, metrics in spent.items():
+            # The attempts that were given up are counted when they are drawn again; the clock ran for them, too.
+            hypothesis.metrics.lm_seconds, hypothesis.metrics.rm_seconds = metrics.lm_seconds, metrics.rm_seconds
+            hypothesis.metrics.num_preemptions += 1
         self._give_up(unit)
         self.running.remove(unit)
         self.waiting.appendleft(unit)
@@ -153,14 +159,14 @@ class Scheduler:
     def _give_up(self, unit: Unit) -> None:
         """Takes everything from `unit`, until another gives something back."""
         for hypothesis in unit.unfinished:
-            self._close(hypothesis)
+            self._round.close(hypothesis)
         self._gave_way = unit
 
     def _refuse(self, unit: Unit, problem: str) -> Request:
         """Ends the request of a unit that cannot be held although nothing else holds anything."""
         request, hypotheses = unit.request, unit.unfinished
         for hypothesis in hypotheses:
-            self._close(hypothesis)
+            self._round.close(hypothesis)
         if not self._cache.can_open(request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses]):
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
         return self.fail(request, RewardError(f"{type(self._reward).__name__}.{problem} while nothing else is open: "
@@ -168,11 +174,11 @@ class Scheduler:
 
     # -- admission ------------------------------------------------------------------------------------------------
 
-    def admit(self, only: Request | None = None) -> list[Request]:
+    def admit(self, only: Group | None = None) -> list[Request]:
         """Moves waiting units, in order, into the running ones as long as the pages of prompt and first segment are
         there; returns the requests that this ends.
 
-        With `only`, those of one request.
+        With `only`, those of one group.
         """
         ended: list[Request] = []
         while opened := self._open_units(only, ended):
@@ -182,13 +188,13 @@ class Scheduler:
             ended.append(self._refuse(first, "can_open refuses this prompt"))
         return ended
 
-    def _first(self, only: Request | None) -> Unit | None:
+    def _first(self, only: Group | None) -> Unit | None:
         """The unit to be admitted next."""
         while self.waiting and not self.waiting[0].unfinished:
             self.waiting.popleft()
-        return next((unit for unit in self.waiting if unit.unfinished and only in (None, unit.request)), None)
+        return next((unit for unit in self.waiting if unit.unfinished and only in (None, unit.group)), None)
 
-    def _open_units(self, only: Request | None, ended: list[Request]) -> list[Hypothesis]:
+    def _open_units(self, only: Group | None, ended: list[Request]) -> list[Hypothesis]:
         """Opens what can be started together; a request that fails is appended to `ended`.
 
         Who could share pages with one that was opened a moment ago waits until those are written, the rest of its own
@@ -311,15 +317,12 @@ class Scheduler:
         """Gives back what finished responses of `requests` held; units that are finished leave."""
         for request in requests:
             for hypothesis in request.hypotheses:
-                if hypothesis.finish_reason is not None and self._close(hypothesis):
+                if hypothesis.finish_reason is not None and hypothesis.table is not None:
+                    self._round.close(hypothesis)
                     self._gave_way = None
         self.running = [unit for unit in self.running if unit.unfinished]
         while self.waiting and not self.waiting[0].unfinished:  # those after it wait until they are first
             self.waiting.popleft()
-
-    def _close(self, hypothesis: Hypothesis) -> bool:
-        """Gives back its pages and its session; whether it held something."""
-        return self._round.close(hypothesis)
 
     def reset(self, requests: Iterable[Request]) -> None:
         """Begins anew over emptied caches: all that is unfinished of `requests` waits, in their order."""

@@ -225,6 +225,10 @@ class Mine(Reward):
         self.fault("open", prompt.token_ids)
         return list(prompt.token_ids)
 
+    def reserve(self, session, tokens):
+        self.fault("reserve", session)
+        return True
+
     def start(self, sessions):
         self.fault("start", *sessions)
 
@@ -246,7 +250,7 @@ class Mine(Reward):
 
 
 @pytest.mark.rounds_raise
-@pytest.mark.parametrize("where", ["can_open", "open", "start", "score", "commit", "discard"])
+@pytest.mark.parametrize("where", ["can_open", "open", "reserve", "start", "score", "commit", "discard"])
 def test_an_exception_anywhere_in_a_reward_ends_who_caused_it(where):
     made = toy_engine(LM, Mine(where))
     params = stars.SamplingParams(max_tokens=12, seed=7)
