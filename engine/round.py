@@ -458,14 +458,12 @@ class Round:
     def _commit_rows(self, winners: Sequence[Winner]) -> None:
         """The language model's pages hold all but the last token of each response afterwards."""
         for winner in winners:  # a fork has no room yet, and a rule's own tokens come on top of a segment
-            self.cache.reserve(winner.hypothesis.table, len(winner.token_ids))
+            self.cache.reserve(winner.hypothesis.pages, len(winner.token_ids))
         # The slab holds the token before the segment and all of the segment but its last token.
         moves, lacking = [], []
         for winner in winners:
             table, lane = winner.hypothesis.pages, winner.lane
             rows = 0 if lane.slab is None else min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids))
-            if rows < len(winner.token_ids) or winner.hypothesis is not lane.hypothesis:  # more than was reserved
-                self.cache.reserve(table, len(winner.token_ids))
             winner.rows = rows
             if rows:
                 moves.append(CommitMove(table, _slab(lane) * self.cache.slab_len, rows, table.length))

@@ -103,9 +103,10 @@ POPULATION = 3
 
 
 def forced(one: Judged, count: int, state: State) -> Keep:
-    """An attempt with `count` tokens that were not drafted in the place of its last one; all of one that has ended."""
-    room = state.max_tokens - one.tokens + 1
-    return whole(one) if one.finished else Keep(one.hypothesis, one.attempt, one.drafted - 1, [
+    """An attempt with `count` tokens that were not drafted in the place of its last two; all of one that has ended."""
+    cut = min(2, one.drafted)
+    room = state.max_tokens - one.tokens + cut
+    return whole(one) if one.finished else Keep(one.hypothesis, one.attempt, one.drafted - cut, [
         FORCED, 1, FORCED][-min(room, count):])
 
 
@@ -332,6 +333,19 @@ def test_a_population_that_gives_way_goes_on_to_the_same_text(causal):
             assert [segment.token_ids for segment in got.segments] == [segment.token_ids for segment in wanted.segments]
             assert got.reward == pytest.approx(wanted.reward, abs=TOLERANCE)
             assert got.cumulative_logprob == pytest.approx(wanted.cumulative_logprob, abs=TOLERANCE)
+
+
+def test_the_best_seen_of_earlier_rounds_is_committed_from_its_slab():
+    """Every attempt is rejected, a lane a round: nothing but the prompt is read anew, by either model."""
+    engine = breeding_engine()
+    prefills = []
+    for passes in (engine._passes, engine.reward._passes):
+        prefill = passes.prefill
+        passes.prefill = lambda given, prefill=prefill: (prefills.append(len(given)), prefill(given))
+    [output] = engine.generate({"prompt_token_ids": ids(9, 11)}, stars.SamplingParams(max_tokens=12, seed=1),
+                               stars.STARS(4, 5, reward_threshold=math.inf, width=1), use_tqdm=False)
+    assert prefills == [1, 1] and output.metrics.fallbacks == output.metrics.segments > 1
+    assert len({segment.winner for segment in output.outputs[0].segments}) > 1
 
 
 # -- whole responses, and the random numbers of a rule ------------------------------------------------------------
