@@ -475,6 +475,32 @@ def test_the_quota_of_a_container(cgroup, mounts, files, quota, tmp_path):
 
 
 @linux_only
+def test_nothing_of_the_hosts_streams_and_locales_is_needed():
+    """The first operation of a process counts the CPUs, whatever C++ library the process has loaded by then."""
+    names = library.library_path().read_bytes()
+    assert b"_ZSt9terminatev" in names  # the names of what is needed do lie in the file, as they are
+    assert [name for name in (b"basic_ifstream", b"basic_filebuf", b"stringstream", b"basic_istream", b"_ZNSt6locale")
+            if name in names] == []
+
+
+@linux_only
+@pytest.mark.parametrize("text, quota", [
+    ("", 0.0), ("\n", 0.0), ("max\n", 0.0), ("-1 100000\n", 0.0), ("0 100000\n", 0.0), ("150000 0\n", 0.0),
+    ("150000 max\n", 0.0), ("150000x\n", 0.0), ("9" * 400, 0.0), (" 150000  50000\n", 3.0), ("\0\1" * 3000, 0.0),
+    ("0" * 5000 + "150000 100000\n", 1.5),  # more than is read at once
+])
+def test_a_quota_is_two_whole_numbers_and_anything_else_is_none(text, quota, tmp_path):
+    assert loaded().stars_cpu_quota(system(tmp_path, "0::/\n", CPU2, v2(text))) == quota
+
+
+@linux_only
+def test_a_file_that_cannot_be_read_is_no_quota(tmp_path):
+    root = system(tmp_path, "0::/\n", CPU2, {})
+    (tmp_path / "sys/fs/cgroup/cpu.max").mkdir(parents=True)  # it opens, and reading it fails
+    assert loaded().stars_cpu_quota(root) == 0.0
+
+
+@linux_only
 def test_the_usable_cpus_are_the_quota_rounded_up_or_the_affinity(tmp_path, monkeypatch):
     cpus = len(os.sched_getaffinity(0))
     for quota, usable in ((1000, 1), (100000, 1), (100001, min(2, cpus)), (150000, min(2, cpus)), (10**9, cpus)):

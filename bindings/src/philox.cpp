@@ -49,9 +49,10 @@ int32_t stars_gumbel(uint64_t seed, uint32_t position, uint32_t attempt, uint32_
   if (vocab > 0 && !out) return stars::fail("stars_gumbel", "out must not be null");
   auto* noise = stars::base::gumbel_noise;
 #ifdef STARS_X86
-  const stars::op_table* table = &stars::ops();
-  if (table == &stars::avx512::table) noise = stars::avx512::gumbel_noise;
-  if (table == &stars::avx2::table) noise = stars::avx2::gumbel_noise;
+  // What the sampler of the table draws: that of "avx512_bf16" is a table of its own with avx512's sampler.
+  auto* const sampler = stars::ops().sample_step;
+  if (sampler == stars::avx512::table.sample_step) noise = stars::avx512::gumbel_noise;
+  if (sampler == stars::avx2::table.sample_step) noise = stars::avx2::gumbel_noise;
 #endif
   noise(seed, position, attempt, stream, vocab, out);
   return STARS_OK;
