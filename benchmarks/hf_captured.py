@@ -34,7 +34,7 @@ class CapturedHistory:
         self._set_count(0)
 
     def extend(self, ids: Tensor) -> Tensor:
-        """Runs ids [rows, n] behind the history; hidden state [rows, hidden] of the last one."""
+        """Runs ids [rows, n] after the history; hidden state [rows, hidden] of the last one."""
         rows, new = ids.shape
         one = self._passes.get(("extend", rows, new))
         if one is None:
@@ -139,7 +139,7 @@ class _StaticLayer(DynamicLayer):
         self.rows, self.capacity, self.length = rows, capacity, length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Writes [rows, heads, n, head_dim]; all of the buffers, what lies behind is for the mask to hide."""
+        """Writes [rows, heads, n, head_dim]; all of the buffers, what comes after is for the mask to hide."""
         rows, heads, new, dim = key_states.shape
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -211,7 +211,7 @@ class _Cached:
             self.cache = DynamicCache(config=backbone.config)
 
     def extend(self, ids: Tensor) -> Tensor:
-        """Runs ids [rows, n] behind the history; hidden state [rows, hidden] of the last one."""
+        """Runs ids [rows, n] after the history; hidden state [rows, hidden] of the last one."""
         states = self.backbone(input_ids=ids, past_key_values=self.cache, use_cache=True).last_hidden_state
         return states[:, -1]
 

@@ -104,8 +104,8 @@ def test_a_part_that_ends_its_process_costs_no_other(tmp_path):
     assert stage["parts"] == {"before it breaks": "ok", "dies": "failed", "behind it": "ok"}, output
     assert [one["name"] for one in stage["figures"]] == ["of a stage that breaks", "of a part behind one that dies"]
     assert stage["status"] == "failed" and stage["error"] == "failed: dies" and code == 0  # no stage of correctness
-    assert stage["notes"] == ["dies ended the process: the parts behind it ran in another"]
-    assert output.count("Fatal Python error: Aborted") <= 1 and "serving again, behind dies" in output
+    assert stage["notes"] == ["dies ended the process: the parts after it ran in another"]
+    assert output.count("Fatal Python error: Aborted") <= 1 and "serving again, after dies" in output
 
 
 def test_a_part_that_is_stuck_costs_no_other(tmp_path):

@@ -207,7 +207,7 @@ class Run:
                         found = one.found()
                         self.report.stage(found, save=False)
                         if self._stuck(one, found):
-                            one.stop()  # and what lies behind that part runs in another process
+                            one.stop()  # and what comes after that part runs in another process
                     self._note_background()
                     self.report.save(time.monotonic() - self.begin)
                     saved = time.monotonic()
@@ -227,14 +227,14 @@ class Run:
                 self.report.background.setdefault(name, round(time.monotonic() - self.begin, 1))
 
     def _again(self, ended: Running) -> Running | None:
-        """A stage that one of its parts has ended, for the parts behind that one, in what is left of its time."""
+        """A stage that one of its parts has ended, for the parts after that one, in what is left of its time."""
         found, left = ended.found(), ended.deadline - time.monotonic()
         culprits = [name for name, how in found["parts"].items() if how == RUNNING or name == found.get("ended_by")]
         if ended.timed_out or not culprits or left < _worth(ended.stage) or ended.times == MOST_TIMES:
             return None
         found["parts"] |= dict.fromkeys(culprits, FAILED)
-        found["notes"].append(f"{', '.join(culprits)} ended the process: the parts behind it ran in another")
-        print(f"{ended.stage.name} again, behind {', '.join(culprits)} ({left:.0f} s)", flush=True)
+        found["notes"].append(f"{', '.join(culprits)} ended the process: the parts after it ran in another")
+        print(f"{ended.stage.name} again, after {', '.join(culprits)} ({left:.0f} s)", flush=True)
         content = {name: value for name, value in found.items() if name not in ("correctness", "ended_by")}
         ended.out.write_text(json.dumps(content))  # what is read of it until the new process writes
         again = Running(ended.stage, self.options, self.scratch, self.environment, content, ended.times + 1)

@@ -112,7 +112,7 @@ def median_seconds(call: Callable[[], object], device: str, repeats: int = 5, wa
 
 
 def _between(call: Callable[[], object]) -> float:
-    """Seconds of `call` on the device, behind one that is not timed: without it the host's launching would be, too."""
+    """Seconds of `call` on the device, after one that is not timed: without it the host's launching would be, too."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     call()
     start.record()

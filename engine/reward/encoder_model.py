@@ -165,5 +165,5 @@ def _check_tokenizer(tokenizer: Any, directory: Path) -> None:
         check_encoder(backend, f"the tokenizer of {directory}")
     # Of a vocabulary made up, the sign of a space may be a part.
     if len(set(tokenizer.get_vocab()) - {token.content for token in tokenizer.added_tokens_decoder.values()}) < 2:
-        raise TokenizerError(f"the tokenizer of {directory} knows no word beside its special tokens, so every text "
+        raise TokenizerError(f"the tokenizer of {directory} knows no word besides its special tokens, so every text "
                              "would be the same to the reward model: add tokenizer.json")
