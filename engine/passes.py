@@ -76,6 +76,7 @@ class Passes:
         self._buffers = Buffers(target, True, **columns)
         self._host = {name: self._buffers.host(name) for name in columns}
         self._rewards = Buffers(target, rewards=(torch.float32, (sequences,)))
+        self._host_rewards = self._rewards.host("rewards")
         self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
@@ -130,7 +131,7 @@ class Passes:
     def rewards(self, count: int) -> list[float]:
         """Those of the last scoring pass, of `count` spans, once they are there."""
         self._rewards.wait()
-        rewards: list[float] = self._rewards.host("rewards")[:count].tolist()
+        rewards: list[float] = self._host_rewards[:count].tolist()
         return rewards
 
     def _batches(self, spans: Sequence[Span], into_slab: bool) -> Iterator[list[Span]]:
