@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -256,36 +257,37 @@ class PagedCache:
         for start in range(0, len(source), self._most_moves):
             self._run_moves(source[start : start + self._most_moves], target[start : start + self._most_moves])
 
-    def block_tables(self, tables: Sequence[BlockTable], out: Tensor | None = None) -> Tensor:
-        """Page ids of `tables`, int32 [tables, most pages], padded with 0.
-
-        With `out`, an int32 buffer at least that large, the leading entries of its rows are overwritten, what lies
-        behind a table's pages is left as it is, and the rows of `tables` are returned as a view.
-        """
-        width = 0
-        for table in tables:
-            self._check(table)
-            width = max(width, len(table.pages))
-        if out is not None and (out.dtype != torch.int32 or out.shape[0] < len(tables) or out.shape[1] < width):
-            raise IntegrityError(
-                f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
-                f"{width} pages: allocate it for the largest batch"
-            )
-        if out is not None and not self.target.own_memory:
-            # Written in place: after a draft, views and copies of torch have left the caches and cost more than this.
-            rows = out.numpy()
-            for row, table in zip(rows, tables, strict=False):
-                row[:width] = table.pages + [0] * (width - len(table.pages))
-            return out[: len(tables)]
+    def block_tables(self, tables: Sequence[BlockTable]) -> Tensor:
+        """Page ids of `tables`, int32 [tables, most pages], padded with 0."""
+        width = self._width(tables)
         flat = array("i")
         for table in tables:
             flat.extend(table.pages)
             flat.extend([0] * (width - len(table.pages)))
-        result = self._to_device(flat).view(len(tables), width)
-        if out is None:
-            return result
-        out[: len(tables), :width].copy_(result)
-        return out[: len(tables)]
+        return self._to_device(flat).view(len(tables), width)
+
+    def write_block_tables(self, tables: Sequence[BlockTable], out: Tensor, host: np.ndarray | None) -> None:
+        """As `block_tables`, into the leading entries of the rows of `out`, int32 [rows, width].
+
+        host: the array of the memory of `out`, None where that is a device's own. What lies after the most pages of a
+        table is left as it is.
+        """
+        width = self._width(tables)
+        into = out if host is None else host
+        if into.dtype not in (torch.int32, np.int32) or into.shape[0] < len(tables) or into.shape[1] < width:
+            raise IntegrityError(
+                f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
+                f"{width} pages: allocate it for the largest batch"
+            )
+        if host is None:
+            out[: len(tables), :width].copy_(self.block_tables(tables))
+            return
+        # By way of numpy: after a draft, views and copies of torch have left the caches and cost more than this.
+        for row, table in enumerate(tables):
+            count = len(table.pages)
+            host[row, :count] = table.pages
+            if count < width:
+                host[row, count:width] = 0
 
     # -- slabs ----------------------------------------------------------------------------------------------------
 
@@ -329,6 +331,14 @@ class PagedCache:
 
     def _pages_for(self, positions: int) -> int:
         return -(-positions // self.page_size)
+
+    def _width(self, tables: Sequence[BlockTable]) -> int:
+        """Most pages of one of the tables, which must be open here."""
+        width = 0
+        for table in tables:
+            self._check(table)
+            width = max(width, len(table.pages))
+        return width
 
     def _pages_together(self, prefix: int, lengths: Sequence[int]) -> int:
         """Pages of tables of `lengths` positions that share the full pages of their first `prefix`."""

@@ -85,8 +85,10 @@ class Drafter:
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in (
             *LaneState._fields, "seq_group", "prefix_len", "slab_start", *PENALTIES)})
+        self._done = [self._state.done[:count] for count in range(rows + 1)]  # by lanes
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
         self._block_tables = torch.zeros(rows, table_width(config, sizes), dtype=torch.int32, device=cache.device)
+        self._host_tables = None if target.own_memory else self._block_tables.numpy()
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs(steps_a_graph(decoder.launches + STEP_LAUNCHES))
@@ -161,7 +163,7 @@ class Drafter:
 
         self._buffers.upload()
         key = rows, filters, penalties, *(shape(tiles) if tiles is not None else ())
-        self._graphs.run(key, step, self._state.done[:rows], times)
+        self._graphs.run(key, step, self._done[rows], times)
         self._buffers.fetch()
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
@@ -189,7 +191,7 @@ class Drafter:
             host.top_p[row] = params.top_p
             host.min_p[row] = params.min_p
             host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
-        self.cache.block_tables(tables, out=self._block_tables)
+        self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         count = len(lanes)
         if self._tiling is None:
             return count, None

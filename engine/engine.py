@@ -22,7 +22,6 @@ from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, 
 from stars.cache import PagedCache
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
-from stars.detokenizer import stop_tokens
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
 from stars.fit import check_fit
@@ -42,6 +41,7 @@ from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
 from stars.sources import check_model, check_reward, resolve_tokenizer
+from stars.stops import stop_tokens
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
 from stars.width import WidthChooser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,7 @@ class Passes:
         self._rewards = Buffers(target, rewards=(torch.float32, (sequences,)))
         self._host_rewards = self._rewards.host("rewards")
         self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
+        self._host_tables = None if target.own_memory else self._block_tables.numpy()
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
@@ -134,19 +135,21 @@ class Passes:
         rewards: list[float] = self._host_rewards[:count].tolist()
         return rewards
 
-    def _batches(self, spans: Sequence[Span], into_slab: bool) -> Iterator[list[Span]]:
+    def _batches(self, spans: Sequence[Span], into_slab: bool) -> list[list[Span]]:
         """Splits into passes; a later chunk of a table comes in a later pass than the chunks it attends to."""
+        batches: list[list[Span]] = []
         batch: list[Span] = []
         rows = 0
         for span in spans:
             full = rows + len(span.token_ids) > self.max_rows or len(batch) == self.max_sequences
             if batch and (full or (batch[-1].table is span.table and not into_slab)):
-                yield batch
+                batches.append(batch)
                 batch, rows = [], 0
             batch.append(span)
             rows += len(span.token_ids)
         if batch:
-            yield batch
+            batches.append(batch)
+        return batches
 
     def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None, scored: bool = True) -> None:
         rows, sequences, tiles = self._fill(spans, into_slab)
@@ -226,7 +229,7 @@ class Passes:
             closing[:sequences] = -1
             for row, one in zip(closing, drafted, strict=False):
                 row[: len(one.closing)] = one.closing
-        self.cache.block_tables(tables, out=self._block_tables)
+        self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         return rows, sequences, tiles
 
     def _write(self, count: int, idle: int, **columns: Sequence[int]) -> None:

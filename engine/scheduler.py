@@ -191,6 +191,8 @@ class Scheduler:
         With `only`, those of one group.
         """
         ended: list[Request] = []
+        if not self.waiting:
+            return ended
         while opened := self._open_units(only, ended):
             ended += self._start(opened)
         first = self._first(only)
@@ -202,8 +204,6 @@ class Scheduler:
         """The unit to be admitted next."""
         while self.waiting and not self.waiting[0].unfinished:
             self.waiting.popleft()
-        if not self.waiting:
-            return None
         return next((unit for unit in self.waiting if unit.unfinished and only in (None, unit.group)), None)
 
     def _open_units(self, only: Group | None, ended: list[Request]) -> list[Hypothesis]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stars.cache import BlockTable, CommitMove
-from stars.detokenizer import REPLACEMENT
 from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
+from stars.model.tokenizer import REPLACEMENT
 from stars.passes import MOST_CLOSING, Drafted, Span
 from stars.reward.base import Candidate, ContextFull, Scored, TrailingCandidate
 from stars.reward.session import Handle, Session, SessionReward
