@@ -111,7 +111,7 @@ class CompletionOutput:
     """One completion of a prompt."""
 
     index: int
-    text: str = ""
+    text: str | None = ""  # None without a tokenizer
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
     cumulative_logprob: float = 0.0  # under the LM with its penalties (temperature 1, no filter), nats
     finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs

@@ -112,7 +112,7 @@ class STARS:
     reward_threshold: float | None = None
     width: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
               width=None if self.width is None else _size(self, "width"))
         threshold = as_float(self.reward_threshold)
@@ -128,6 +128,7 @@ class STARS:
 
     def plan(self) -> Plan:
         """Soft or hard threshold, capped, best seen on exhaustion."""
+        assert self.reward_threshold is not None
         # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
         alpha = self.alpha if math.isfinite(self.reward_threshold) else 1.0
         return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.width, self.max_attempts),
@@ -142,7 +143,7 @@ class Sample:
 
     score: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _keep(self, score=flag("Sample.score", self.score))
 
     def plan(self) -> Plan:
@@ -157,7 +158,7 @@ class BestOfN:
 
     n: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _keep(self, n=_size(self, "n"))
 
     def plan(self) -> Plan:
@@ -175,7 +176,7 @@ class BlockwiseBestOfK:
     k: int = 8
     segment_size: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _keep(self, k=_size(self, "k", MAX_ATTEMPTS), segment_size=_size(self, "segment_size"))
 
     def plan(self) -> Plan:
@@ -207,11 +208,13 @@ def plan_of(policy: Any) -> Plan:
 def _checked(plan: Plan, where: str) -> Plan:
     propose = _one_of(f"{where}.propose", plan.propose, Sampled)
     lanes, score = _one_of(f"{where}.lanes", plan.lanes, Lanes), _one_of(f"{where}.score", plan.score, Score)
-    if isinstance(plan.segment, Fixed):
-        segment: Fixed | Whole = Fixed(integer(f"{where}.segment.size", plan.segment.size, 1, MAX_SIZE))
-    else:
-        segment = _one_of(f"{where}.segment", plan.segment, Fixed, Whole)
+    segment = plan.segment
+    if isinstance(segment, Fixed):
+        segment = Fixed(integer(f"{where}.segment.size", segment.size, 1, MAX_SIZE))
+    elif isinstance(segment, Whole):
         segment = Whole(integer(f"{where}.segment.piece", segment.piece, 1, MAX_SIZE))
+    else:
+        raise RequestError(f"{where}.segment is {shown(segment)}, it must be a stars.policies.Fixed or Whole")
     lanes = Lanes(None if lanes.width is None else integer(f"{where}.lanes.width", lanes.width, 1, MAX_SIZE),
                   integer(f"{where}.lanes.attempts", lanes.attempts, 1, MAX_ATTEMPTS),
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE))
@@ -244,7 +247,8 @@ def _checked_rule(where: str, rule: Any) -> Rule:
     integer(f"{where}.uniforms", rule.uniforms, 0, MAX_UNIFORMS)
     integer(f"{where}.group_uniforms", getattr(rule, "group_uniforms", 0), 0, MAX_UNIFORMS)
     if not isinstance(rule, Threshold):
-        return rule
+        checked: Rule = rule
+        return checked
     return replace(
         rule, alpha=real(f"{where}.alpha", rule.alpha, "between 0 and 1", lambda value: 0.0 <= value <= 1.0),
         beta=real(f"{where}.beta", rule.beta, "finite, 0 or above", lambda value: 0.0 <= value < math.inf),
@@ -261,12 +265,10 @@ def rule_name(rule: Rule) -> str:
 Choice = TypeVar("Choice")
 
 
-def _one_of(where: str, value: Any, *kinds: type[Choice]) -> Choice:
-    for kind in kinds:
-        if isinstance(value, kind):
-            return value
-    names = " or ".join(f"stars.policies.{kind.__name__}" for kind in kinds)
-    raise RequestError(f"{where} is {shown(value)}, it must be a {names}")
+def _one_of(where: str, value: Any, kind: type[Choice]) -> Choice:
+    if isinstance(value, kind):
+        return value
+    raise RequestError(f"{where} is {shown(value)}, it must be a stars.policies.{kind.__name__}")
 
 
 def _named(where: str, value: Any, choices: tuple[str, ...]) -> None:

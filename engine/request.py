@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -47,6 +48,7 @@ class Boundary(NamedTuple):
     tokens: int
     segments: int
     drafts: int
+    ends: int
     logprobs: int
     cumulative_logprob: float
     reward: float | None
@@ -66,6 +68,7 @@ class Hypothesis:
     token_ids: list[int] = field(default_factory=list)  # committed
     segments: list[Segment] = field(default_factory=list)
     drafts: int = 0  # committed: the number of the next one in the random stream
+    ends: list[int] = field(default_factory=list)  # tokens of the response after each pass that wrote committed keys
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
     best: Lane | None = None  # best seen of the segment being decided; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
@@ -78,20 +81,20 @@ class Hypothesis:
     boundary: Boundary | None = None  # None before its first round
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
-    @property
-    def request(self) -> Request:
-        """Whose response it is."""
-        return self.group.request
+    def __post_init__(self) -> None:
+        self.request = self.group.request
+        self.sample = self.group.index * self.request.plan.lanes.population + self.slot  # of its random stream
 
     @property
-    def sample(self) -> int:
-        """Index of its random stream within the request."""
-        return self.group.index * self.request.plan.lanes.population + self.slot
+    def pages(self) -> BlockTable:
+        """Its table, of a response that holds one."""
+        assert self.table is not None
+        return self.table
 
     @property
     def next_segment(self) -> int:
         """Most tokens of the draft that comes next."""
-        return min(self.request.plan.segment.draft, self.request.params.max_tokens - len(self.token_ids))
+        return min(self.request.plan.segment.draft, self.request.max_tokens - len(self.token_ids))
 
     @property
     def last_token(self) -> int:
@@ -100,9 +103,9 @@ class Hypothesis:
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
-        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.logprobs),
-                                 self.cumulative_logprob, self.reward, self.finish_reason, self.stop_reason,
-                                 copy.copy(self.metrics))
+        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
+                                 len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
+                                 self.stop_reason, copy.copy(self.metrics))
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
@@ -112,6 +115,7 @@ class Hypothesis:
         if mark is not None:
             del self.token_ids[mark.tokens :]
             del self.segments[mark.segments :]
+            del self.ends[mark.ends :]
             del self.logprobs[mark.logprobs :]
             self.drafts, self.cumulative_logprob, self.reward = mark.drafts, mark.cumulative_logprob, mark.reward
             self.finish_reason, self.stop_reason = mark.finish_reason, mark.stop_reason
@@ -127,8 +131,9 @@ class Hypothesis:
         """A second hypothesis with this one's history, in a slot of its own; without a place in the caches yet."""
         return Hypothesis(
             self.group, slot, token_ids=list(self.token_ids), segments=list(self.segments), drafts=self.drafts,
-            cumulative_logprob=self.cumulative_logprob, reward=self.reward, finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason, error=self.error, metrics=self.metrics.kept())
+            ends=list(self.ends), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
+            finish_reason=self.finish_reason, stop_reason=self.stop_reason, error=self.error,
+            metrics=self.metrics.kept())
 
     def whole_record(self, note: Note | None) -> Attempt:
         """The user's view of a whole response that competes with others."""
@@ -170,7 +175,7 @@ class Group:
     hypotheses: list[Hypothesis] = field(default_factory=list)  # by slot; those that were dropped are gone
     round: int = 0  # of the segment being decided
     memory: Any = None  # what the rule returned last
-    dropped: Metrics = field(default_factory=Metrics)  # of what was drawn for hypotheses that are gone
+    dropped: Metrics = field(default_factory=Metrics)  # of what was drawn for hypotheses that are gone; never changed
     boundary: Mark | None = None  # None before its first round
 
     def __post_init__(self) -> None:
@@ -203,13 +208,13 @@ class Group:
         for hypothesis in self.hypotheses:
             if hypothesis.table is not None or hypothesis.finish_reason is not None:
                 hypothesis.mark_boundary()
-        self.boundary = Mark(tuple(self.hypotheses), self.memory, copy.copy(self.dropped))
+        self.boundary = Mark(tuple(self.hypotheses), self.memory, self.dropped)
 
     def go_back(self) -> None:
         """As `Hypothesis.go_back`: who appeared since the boundary is gone, who vanished is there again."""
         if self.boundary is not None:
             self.hypotheses = list(self.boundary.hypotheses)
-            self.memory, self.dropped = self.boundary.memory, copy.copy(self.boundary.dropped)
+            self.memory, self.dropped = self.boundary.memory, self.boundary.dropped
         self.round = 0
         for hypothesis in self.hypotheses:
             hypothesis.go_back()
@@ -254,10 +259,21 @@ class Request:
     stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
     groups: list[Group] = field(default_factory=list)  # one for each completion
     prompt_reward: float | None = None
-    owner: weakref.ref | None = None  # who waits for it in generate or stream; None: whoever calls step
+    owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
         self.groups = [Group(self, index) for index in range(self.params.n)]
+
+    @property
+    def max_tokens(self) -> int:
+        """Of each response: settled when the request was checked."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
+
+    @property
+    def stop(self) -> Sequence[str]:
+        """The stop strings."""
+        return self.params.stop or ()
 
     @property
     def hypotheses(self) -> list[Hypothesis]:
@@ -280,12 +296,12 @@ class Request:
             return None
         text = self.detokenizer.decode(hypothesis.content_ids(extra))
         stopped = isinstance((extra or hypothesis).stop_reason, str)
-        found = find_stop(text, self.params.stop) if stopped else None
+        found = find_stop(text, self.stop) if stopped else None
         return text[: found[0]] if found else text
 
     def _settled(self, text: str) -> str:
         """`text` less what may still change: an unfinished character at its end, a possible start of a stop string."""
-        return hold_back(text, self.params.stop) if self.params.stop else text.removesuffix(REPLACEMENT)
+        return hold_back(text, self.stop) if self.stop else text.removesuffix(REPLACEMENT)
 
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""

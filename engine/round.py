@@ -35,6 +35,7 @@ class Winner:
     finish_reason: str | None
     stop_reason: int | str | None
     reward: float | None = None  # of the response with it, where that is known
+    rows: int = 0  # of keys that were committed from the lane's slab
 
     @property
     def as_drawn(self) -> bool:
@@ -66,6 +67,12 @@ class Round:
         self._trails = config.target.trailing
         self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
 
+    @property
+    def _scorer(self) -> Reward:
+        """The reward: whoever needs one was refused where there is none."""
+        assert self.reward is not None
+        return self.reward
+
     def run(self, groups: Sequence[Group]) -> list[Group]:
         """One round for all of `groups`; returns those whose segment was decided or that ended.
 
@@ -73,7 +80,7 @@ class Round:
         """
         drawn: dict[Hypothesis, list[Lane]] = {}
         self._propose([hypothesis for group in groups for hypothesis in group.active], drawn)
-        self._draft([lane for lanes in drawn.values() for lane in lanes])
+        self._draft(drawn)
         decisions = self._decide(groups, drawn)
         self._commit(groups, decisions, drawn)
         for hypothesis, lanes in drawn.items():
@@ -107,14 +114,15 @@ class Round:
             hypothesis.best = None
 
     def close(self, hypothesis: Hypothesis) -> None:
-        """Gives back what a response held in both models' caches."""
-        if hypothesis.table is not None:
-            self.cache.close(hypothesis.table)
+        """Gives back the pages and the session of a response."""
+        table, session = hypothesis.table, hypothesis.session
+        if table is not None:
+            self.cache.close(table)
             hypothesis.table = None
-        if hypothesis.session is not None:
-            session, hypothesis.session = hypothesis.session, None
+        if session is not None:
+            hypothesis.session = None
             try:
-                self.reward.close(session)
+                self._scorer.close(session)
             except IntegrityError:
                 raise
             except Exception as error:  # the response has ended, and nobody else has to do with it
@@ -129,14 +137,14 @@ class Round:
         for request, result in zip(asked, self._score(
                 [(holder, Candidate(holder.session, [], "")) for holder in holders]), strict=True):
             if result.handle is not None:
-                self.reward.discard(result.handle)
+                self._scorer.discard(result.handle)
             fault = reward_problem(result.reward)
             if fault is None and result.reward == float("-inf"):
                 fault = "the reward of the prompt alone is -inf: it must be finite, or set alpha=1"
             if fault is not None:
                 self.fail(request, fault)
             else:
-                request.prompt_reward = result.reward
+                request.prompt_reward = _number(result.reward)
 
     # -- propose --------------------------------------------------------------------------------------------------
 
@@ -164,16 +172,18 @@ class Round:
                                                   len(active), most))
         return widths
 
-    def _draft(self, lanes: Sequence[Lane]) -> None:
+    def _draft(self, drawn: dict[Hypothesis, list[Lane]]) -> None:
+        lanes = [lane for own in drawn.values() for lane in own]
         if not lanes:
             return
         specs = []
-        for lane in lanes:
-            hypothesis = lane.hypothesis
+        for hypothesis, own in drawn.items():
             request = hypothesis.request
-            specs.append(LaneSpec(hypothesis.table, hypothesis.last_token, lane.slab, hypothesis.next_segment,
-                                  request.seed, lane.attempt, _stream(hypothesis), request.params, request.stop_ids,
-                                  hypothesis.history() if request.params.penalties else None))
+            table, last, most, stream = (hypothesis.pages, hypothesis.last_token, hypothesis.next_segment,
+                                         _stream(hypothesis))
+            history = hypothesis.history() if request.params.penalties else None
+            specs += [LaneSpec(table, last, _slab(lane), most, request.seed, lane.attempt, stream, request.params,
+                               request.stop_ids, history) for lane in own]
         begin = time.perf_counter()
         self.drafter.launch(specs)
         if self._trails:  # the device drafts while the host prepares what follows
@@ -199,15 +209,15 @@ class Round:
         scored: dict[Hypothesis, list[tuple[int, Lane]]] = {}  # with their places in the draft
         for place, lane in enumerate(lanes):
             request = lane.hypothesis.request
-            if request.plan.score.when == "segment" and not request.params.stop:  # stop strings are found by the host
+            if request.plan.score.when == "segment" and not request.stop:  # stop strings are found by the host
                 scored.setdefault(lane.hypothesis, []).append((place, lane))
         batch, candidates = [], []
         for hypothesis, own in scored.items():
             room = hypothesis.next_segment
-            for place, lane in own[: max(1, self.reward.lanes_per_pass(room, len(scored)))]:
+            for place, lane in own[: max(1, self._scorer.lanes_per_pass(room, len(scored)))]:
                 batch.append(lane)
                 candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, place, room))
-        trailing = self.reward.score_trailing(self.drafter.device_draft, candidates) if candidates else None
+        trailing = self._scorer.score_trailing(self.drafter.device_draft, candidates) if candidates else None
         if trailing is not None:
             self._trailing = batch, trailing
 
@@ -241,7 +251,7 @@ class Round:
                 owners = [h for group in waiting for h in group.active if unscored[h]]
                 for hypothesis in owners:
                     lanes = unscored[hypothesis]
-                    batch += lanes[: max(1, self.reward.lanes_per_pass(len(lanes[0].token_ids), len(owners)))]
+                    batch += lanes[: max(1, self._scorer.lanes_per_pass(len(lanes[0].token_ids), len(owners)))]
                 results = self._score([(lane.hypothesis, self._candidate(lane.hypothesis, lane)) for lane in batch])
                 for lane, result in zip(batch, results, strict=True):
                     lane.score_handle = result.handle
@@ -273,23 +283,24 @@ class Round:
         if group.finished:  # with another group of its request
             return
         in_order = group.request.plan.decide.in_order
-        faults: dict[Hypothesis, float | RewardError] = {}
+        faults: dict[Hypothesis, tuple[str, bool]] = {}  # and whether the model's context is full
         fresh = False
         for lane, result in found:
-            if reward_problem(result.reward) is not None:
-                faults.setdefault(lane.hypothesis, result.reward)
+            fault = reward_problem(result.reward)
+            if fault is not None:
+                faults.setdefault(lane.hypothesis, (fault, isinstance(result.reward, ContextFull)))
                 continue
-            lane.reward = result.reward
+            lane.reward = _number(result.reward)
             if lane.hypothesis not in faults:
                 self._may_judge(lane)
                 fresh = True
         if in_order and fresh and self._ask(group, decisions):
             return
-        for hypothesis, fault in faults.items():
-            if isinstance(fault, ContextFull) and hypothesis.token_ids:
+        for hypothesis, (fault, full) in faults.items():
+            if full and hypothesis.token_ids:
                 self.finish(hypothesis, "length")
             else:
-                self.fail(group.request, reward_problem(fault))
+                self.fail(group.request, fault)
                 return
         all_scored = not any(unscored[hypothesis] for hypothesis in group.active)
         if not group.finished and (faults if in_order else all_scored):
@@ -349,17 +360,17 @@ class Round:
         left = 0 if plan.whole else sum(map(_attempts_left, group.active))
         uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment,
                                  group.index * plan.lanes.population, getattr(plan.decide, "group_uniforms", 0))
-        return State(segment, group.round, unscored, left, request.params.max_tokens, request.prompt_reward, 0,
+        return State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, 0,
                      [hypothesis.slot for hypothesis in group.hypotheses], uniforms, group.memory)
 
     def _candidate(self, hypothesis: Hypothesis, extra: Lane | Winner, final: bool = False) -> Candidate:
-        text = hypothesis.request.response_text(hypothesis, extra) if self.reward.needs_text else None
+        text = hypothesis.request.response_text(hypothesis, extra) if self._scorer.needs_text else None
         return Candidate(hypothesis.session, hypothesis.content_ids(extra), text, final)
 
     def _score(self, candidates: Sequence[tuple[Hypothesis, Candidate]]) -> list[Scored]:
         """Scores and keeps the counts and the time of each candidate's hypothesis."""
         begin = time.perf_counter()
-        results = self.reward.score([candidate for _, candidate in candidates])
+        results = self._scorer.score([candidate for _, candidate in candidates])
         _count([hypothesis for hypothesis, _ in candidates], results, time.perf_counter() - begin)
         return results
 
@@ -447,19 +458,20 @@ class Round:
     def _commit_rows(self, winners: Sequence[Winner]) -> None:
         """The language model's pages hold all but the last token of each response afterwards."""
         for winner in winners:  # a fork has no room yet, and a rule's own tokens come on top of a segment
-            self.cache.reserve(winner.hypothesis.table, len(winner.token_ids))
+            self.cache.reserve(winner.hypothesis.pages, len(winner.token_ids))
         # The slab holds the token before the segment and all of the segment but its last token.
         moves, lacking = [], []
         for winner in winners:
-            table, lane = winner.hypothesis.table, winner.lane
+            table, lane = winner.hypothesis.pages, winner.lane
             rows = 0 if lane.slab is None else min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids))
+            winner.rows = rows
             if rows:
-                moves.append(CommitMove(table, lane.slab * self.cache.slab_len, rows, table.length))
+                moves.append(CommitMove(table, _slab(lane) * self.cache.slab_len, rows, table.length))
             if rows < len(winner.token_ids):
                 lacking.append(winner)
         self.cache.commit(moves)
         if lacking:
-            self.passes.prefill([(winner.hypothesis.table, token_ids, len(token_ids) - 1) for winner in lacking
+            self.passes.prefill([(winner.hypothesis.pages, token_ids, len(token_ids) - 1) for winner in lacking
                                  for token_ids in [winner.hypothesis.request.prompt.token_ids
                                                    + winner.hypothesis.token_ids + winner.token_ids]])
 
@@ -468,13 +480,17 @@ class Round:
         scored = [winner for winner in winners if winner.hypothesis.request.plan.score.when == "segment"]
         drawn = [winner for winner in scored if winner.as_drawn and winner.lane.score_handle is not None]
         if drawn:
-            self.reward.commit([(winner.hypothesis.session, winner.lane.score_handle) for winner in drawn])
+            self._scorer.commit([(winner.hypothesis.session, winner.lane.score_handle) for winner in drawn])
             for winner in drawn:
+                winner.lane.score_handle = None
+        for winner in scored:
+            if not winner.as_drawn and winner.lane.score_handle is not None:  # a session may need its room
+                self._scorer.discard(winner.lane.score_handle)
                 winner.lane.score_handle = None
         for winner in scored:
             if not winner.as_drawn or winner.lane.slab is None:
                 candidate = self._candidate(winner.hypothesis, winner)
-                self.reward.resume(candidate.session, candidate.token_ids, candidate.text)
+                self._scorer.resume(candidate.session, candidate.token_ids, candidate.text)
 
     def _score_ended(self, winners: Sequence[Winner]) -> list[tuple[Request, str]]:
         """Gives the lanes that end a response the one reward it gets; returns the problems there were.
@@ -491,23 +507,23 @@ class Round:
         faults = []
         for winner, result in zip(ended, results, strict=True):
             if result.handle is not None:
-                self.reward.discard(result.handle)
+                self._scorer.discard(result.handle)
             fault = reward_problem(result.reward)
             if fault is not None:
                 faults.append((winner.hypothesis.request, fault))
                 continue
-            winner.reward = result.reward
+            winner.reward = _number(result.reward)
             if winner.as_drawn:
-                winner.lane.reward = result.reward
+                winner.lane.reward = winner.reward
         return faults
 
     def _fork(self, hypothesis: Hypothesis, slot: int) -> Hypothesis:
         """A second hypothesis with the history that this one has now."""
         fork = hypothesis.fork(slot)
         if hypothesis.finish_reason is None:
-            fork.table = self.cache.fork(hypothesis.table)
+            fork.table = self.cache.fork(hypothesis.pages)
             if hypothesis.session is not None:
-                fork.session = self.reward.fork(hypothesis.session)
+                fork.session = self._scorer.fork(hypothesis.session)
         fork.mark_boundary()
         group = hypothesis.group
         group.hypotheses = sorted([*group.hypotheses, fork], key=lambda one: one.slot)
@@ -519,7 +535,9 @@ class Round:
         self.forget_attempts(hypothesis)
         self.close(hypothesis)
         group.hypotheses = [other for other in group.hypotheses if other is not hypothesis]
-        group.dropped.add(hypothesis.metrics.drawn())
+        drawn = hypothesis.metrics.drawn()
+        drawn.add(group.dropped)
+        group.dropped = drawn
 
     def _conclude(self, group: Group) -> None:
         """All of a group's responses have ended: one of them is the completion."""
@@ -539,7 +557,7 @@ class Round:
         if _failed(group):
             return
         notes = decision.notes if decision is not None else {}
-        if not decides(decision):
+        if decision is None or not decides(decision):
             decision = EXHAUST[request.plan.exhaust](judged, self._state(group, judged))
         attempts = [hypothesis.whole_record(notes.get((hypothesis.slot, 1))) for hypothesis in members]
         kept = {keep.hypothesis for keep in decision.keep}
@@ -572,8 +590,20 @@ class Round:
             self.cache.return_slab(lane.slab)
             lane.slab = None
         if lane.score_handle is not None:
-            self.reward.discard(lane.score_handle)
+            self._scorer.discard(lane.score_handle)
             lane.score_handle = None
+
+
+def _slab(lane: Lane) -> int:
+    """The slab of a lane that has one."""
+    assert lane.slab is not None
+    return lane.slab
+
+
+def _number(reward: float | RewardError) -> float:
+    """A reward that has no problem."""
+    assert not isinstance(reward, RewardError)
+    return reward
 
 
 def _stream(hypothesis: Hypothesis) -> int:
@@ -645,17 +675,17 @@ def _ending(hypothesis: Hypothesis, token_ids: list[int]) -> tuple[int, str | No
     """If `token_ids` were committed: how many of them, up to a stop string; whether they end the response, and why."""
     request = hypothesis.request
     last = token_ids[-1]
-    if request.params.stop:
+    if request.stop:
         # The token that ends the response is no part of its text, so it cannot complete a stop string either.
         content = token_ids[:-1] if last in request.stop_ids else token_ids
-        cut = cut_at_stop(request.detokenizer, hypothesis.token_ids, content, request.params.stop)
+        cut = cut_at_stop(request.detokenizer, hypothesis.token_ids, content, request.stop)
         if cut is not None:
             count, stop = cut
             return count, "stop", stop
     if last in request.stop_ids:
         own = last in request.eos_token_ids
         return len(token_ids), "stop", None if own else request.stop_tokens.get(last, last)
-    ends = len(hypothesis.token_ids) + len(token_ids) >= request.params.max_tokens
+    ends = len(hypothesis.token_ids) + len(token_ids) >= request.max_tokens
     return len(token_ids), "length" if ends else None, None
 
 
@@ -665,6 +695,9 @@ def _append(winner: Winner) -> None:
     plan = hypothesis.request.plan
     logprobs = lane.logprobs[: winner.drafted]
     hypothesis.drafts += 1
+    first = len(hypothesis.token_ids)
+    total = len(winner.token_ids)
+    hypothesis.ends += [first + stop for stop in (*range(winner.rows, total, plan.segment.draft), total) if stop]
     hypothesis.token_ids += winner.token_ids
     hypothesis.cumulative_logprob += sum(logprobs)
     hypothesis.reward = winner.reward

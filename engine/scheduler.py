@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 from stars.arguments import shown
 from stars.cache import BlockTable, CommitMove, PagedCache
@@ -258,13 +257,13 @@ class Scheduler:
         """Takes the pages of prompt, committed tokens and a segment in both caches; False if the reward has no room."""
         request = hypothesis.request
         scored = request.plan.score.when != "never"
-        if scored and not self._scorer.can_open(request.prompt, request.params.max_tokens):
+        if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
         table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1])
         if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
             hypothesis.metrics.prompt_tokens_cached = table.length
         if scored:
-            hypothesis.session = self._scorer.open(request.prompt, request.params.max_tokens)
+            hypothesis.session = self._scorer.open(request.prompt, request.max_tokens)
         return self._reserve(hypothesis, opened=True)
 
     def _start(self, opened: list[Hypothesis]) -> list[Request]:
@@ -284,7 +283,7 @@ class Scheduler:
         self._scorer.start([hypothesis.session for hypothesis in scored])
         for hypothesis in scored:
             if hypothesis.token_ids and hypothesis.request.plan.score.when == "segment":
-                for stop in _ends(hypothesis) if exact else [len(hypothesis.token_ids)]:
+                for stop in list(hypothesis.ends) if exact else [len(hypothesis.token_ids)]:
                     ids = hypothesis.token_ids[:stop]
                     text = hypothesis.request.detokenizer.decode(ids) if self._scorer.needs_text else None
                     self._scorer.resume(hypothesis.session, ids, text)
@@ -300,7 +299,7 @@ class Scheduler:
 
         So every key has the bits that it had: attention adds up what lies in pages and what lies in a slab apart.
         """
-        waiting = [(hypothesis, _ends(hypothesis)) for hypothesis in hypotheses]
+        waiting = [(hypothesis, list(hypothesis.ends)) for hypothesis in hypotheses]
         while waiting:
             slabs = [self._cache.take_slab() for _ in waiting]
             spans, moves = [], []
@@ -352,14 +351,6 @@ def _length(hypothesis: Hypothesis) -> int:
 def _next_length(hypothesis: Hypothesis) -> int:
     """Positions that it needs until its next segment is committed."""
     return _length(hypothesis) + hypothesis.next_segment
-
-
-def _ends(hypothesis: Hypothesis) -> list[int]:
-    """Where its drafts end, in tokens of the response."""
-    plan, tokens = hypothesis.request.plan, len(hypothesis.token_ids)
-    if plan.whole:
-        return [*range(plan.segment.draft, tokens, plan.segment.draft), tokens]
-    return list(accumulate(len(segment.token_ids) for segment in hypothesis.segments))
 
 
 def _table(hypothesis: Hypothesis) -> BlockTable:

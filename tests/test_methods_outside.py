@@ -18,6 +18,8 @@ import pytest
 
 import oracle
 import stars
+from building import PADDED, work_as
+from stars.passes import Passes
 from stars.policies import Fixed, Lanes, Plan, Sampled, Score, Whole
 from stars.rules import Decision, Judged, Keep, Note, State, whole
 from test_conservation import nothing_is_held
@@ -101,9 +103,10 @@ POPULATION = 3
 
 
 def forced(one: Judged, count: int, state: State) -> Keep:
-    """An attempt with `count` tokens that were not drafted in the place of its last one; all of one that has ended."""
-    room = state.max_tokens - one.tokens + 1
-    return whole(one) if one.finished else Keep(one.hypothesis, one.attempt, one.drafted - 1, [
+    """An attempt with `count` tokens that were not drafted in the place of its last two; all of one that has ended."""
+    cut = min(2, one.drafted)
+    room = state.max_tokens - one.tokens + cut
+    return whole(one) if one.finished else Keep(one.hypothesis, one.attempt, one.drafted - cut, [
         FORCED, 1, FORCED][-min(room, count):])
 
 
@@ -210,12 +213,20 @@ def breeding_engine(causal: bool = True, **options) -> stars.Engine:
     return toy_engine(LM, reward, **options)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["reward model", "function"])
+@pytest.mark.parametrize("causal, trailing", [(True, False), (True, True), (False, False)],
+                         ids=["reward model", "trailing reward model", "function"])
 @pytest.mark.parametrize("lanes", [64, 3], ids=["one round", "rounds of one lane"])
 @pytest.mark.parametrize("ignore_eos", [True, False])
-def test_a_population_equals_the_slow_oracle(causal, lanes, ignore_eos):
-    """Beside two requests of other policies, step by step; attempts that no longer have their slab are kept, too."""
-    engine = breeding_engine(causal, max_num_lanes=lanes * 6, max_num_seqs=12)
+def test_a_population_equals_the_slow_oracle(causal, trailing, lanes, ignore_eos, monkeypatch):
+    """With two requests of other policies, step by step; attempts that no longer have their slab are kept, too.
+
+    Trailing: scores after the draft without the host, which read what the reward's pages hold after cuts and forks.
+    """
+    if trailing:
+        work_as(monkeypatch, PADDED)
+        passes, score = [], Passes.score_trailing
+        monkeypatch.setattr(Passes, "score_trailing", lambda *given: (passes.append(1), score(*given)))
+    engine = breeding_engine(causal, max_num_lanes=lanes * 6, max_num_seqs=12, page_size=16 if trailing else 4)
     params = stars.SamplingParams(max_tokens=17, n=2, seed=7 + lanes, ignore_eos=ignore_eos)
     prompts = [ids(9, 11, seed=1), ids(4, 11, seed=2)]
     attempts = 2 if lanes == 64 else 4
@@ -230,6 +241,7 @@ def test_a_population_equals_the_slow_oracle(causal, lanes, ignore_eos):
             last[output.request_id] = output
         engine.check_integrity()
     nothing_is_held(engine)
+    assert not trailing or len(passes) > 5
     stop_ids = set() if ignore_eos else {EOS}
     for name, prompt in zip(names, prompts, strict=True):
         def reward(response: list[int], prompt: list[int] = prompt) -> float:
@@ -298,6 +310,42 @@ def test_an_interrupted_round_of_a_population_never_happened(place):
         assert (one.metrics.attempts, one.metrics.segments) == (other.metrics.attempts, other.metrics.segments)
         assert one.reward == pytest.approx(other.reward, abs=TOLERANCE)
         assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["reward model", "function"])
+def test_a_population_that_gives_way_goes_on_to_the_same_text(causal):
+    """Three requests of populations in caches that hold little more than one of them."""
+    params = [stars.SamplingParams(max_tokens=30, n=2, seed=seed, ignore_eos=True) for seed in (1, 2, 3)]
+    prompts = [{"prompt_token_ids": ids(length, 11, seed=length)} for length in (11, 5, 14)]
+
+    def run(cache_tokens: int) -> list[stars.RequestOutput]:
+        engine = breeding_engine(causal, cache_tokens=cache_tokens)
+        outputs = engine.generate(prompts, params, Breed(), use_tqdm=False)
+        nothing_is_held(engine)
+        return outputs
+
+    roomy, scarce = run(4096), run(180)
+    assert sum(output.metrics.num_preemptions for output in scarce) >= 2
+    assert not sum(output.metrics.num_preemptions for output in roomy)
+    for one, other in zip(scarce, roomy, strict=True):
+        for got, wanted in zip(one.outputs, other.outputs, strict=True):
+            assert got.error is None
+            assert [segment.token_ids for segment in got.segments] == [segment.token_ids for segment in wanted.segments]
+            assert got.reward == pytest.approx(wanted.reward, abs=TOLERANCE)
+            assert got.cumulative_logprob == pytest.approx(wanted.cumulative_logprob, abs=TOLERANCE)
+
+
+def test_the_best_seen_of_earlier_rounds_is_committed_from_its_slab():
+    """Every attempt is rejected, a lane a round: nothing but the prompt is read anew, by either model."""
+    engine = breeding_engine()
+    prefills = []
+    for passes in (engine._passes, engine.reward._passes):
+        prefill = passes.prefill
+        passes.prefill = lambda given, prefill=prefill: (prefills.append(len(given)), prefill(given))
+    [output] = engine.generate({"prompt_token_ids": ids(9, 11)}, stars.SamplingParams(max_tokens=12, seed=1),
+                               stars.STARS(4, 5, reward_threshold=math.inf, width=1), use_tqdm=False)
+    assert prefills == [1, 1] and output.metrics.fallbacks == output.metrics.segments > 1
+    assert len({segment.winner for segment in output.outputs[0].segments}) > 1
 
 
 # -- whole responses, and the random numbers of a rule ------------------------------------------------------------

@@ -114,8 +114,11 @@ def test_a_small_cache_of_a_causal_reward(cache_tokens):
 
 
 def test_deterministic_mode_keeps_every_bit():
-    """What was committed is computed again as it was drafted and scored."""
-    large, small = (run(engine(causal_reward(), size, deterministic=True)) for size in (LARGE, 120))
+    """What was committed is computed again as it was drafted and scored: only of a first layer it would not show."""
+    lm = ToyModel(vocab=11, seed=1, positions=160)
+    rm = ToyModel(vocab=11, seed=3, positions=160, head="reward", sharpness=1.5)
+    large, small = (run(toy_engine(lm, stars.CausalReward(rm.decoder()), cache_tokens=size, page_size=5,
+                                   max_num_seqs=14, deterministic=True)) for size in (LARGE, 120))
     assert preemptions(small) > 5
     assert [text(one) for one in small] == [text(one) for one in large]
 

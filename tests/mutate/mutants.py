@@ -168,10 +168,9 @@ MUTANTS = [
            "            table.pages[i] = page", "a private copy leaves a reference behind", "cache"),
     Mutant("engine/cache.py", "pages = table.pages[: self._pages_for(table.length)]",
            "pages = table.pages[: table.length // self.page_size]", "a fork lacks its tail", "cache"),
-    Mutant("engine/cache.py", "            self._replace(shared, fresh)\n            table.pages +="
-           " fresh[len(shared) :]", "            table.pages += fresh",
-           "a segment is reserved in a page that another table refers to",
-           "cache"),
+    Mutant("engine/cache.py",
+           "            self._replace(shared, fresh)\n            table.pages += fresh[len(shared) :]",
+           "            table.pages += fresh", "a segment is reserved in a page that another table refers to", "cache"),
     Mutant("engine/cache.py", "stop = table.length // self.page_size, self._pages_for(table.length + tokens)",
            "stop = table.length // self.page_size, self._pages_for(table.length + tokens - 1)",
            "a segment lacks the page of its last position", "cache"),
@@ -253,7 +252,7 @@ MUTANTS = [
            "the last token's log-probability of each segment is left out", "engine oracle"),
     Mutant("engine/round.py", "metrics.lm_tokens_drawn += len(token_ids)", "metrics.lm_tokens_drawn += "
            "hypothesis.next_segment", "tokens that EOS saved are counted as drawn", "engine oracle"),
-    Mutant("engine/round.py", "and not request.params.stop:", "and True:",
+    Mutant("engine/round.py", "and not request.stop:", "and True:",
            "a segment is scored with what stands behind its stop string", "planted_rewards"),
     Mutant("engine/scheduler.py", "metrics.prompt_tokens_cached = table.length",
            "metrics.prompt_tokens_cached = len(request.prompt.token_ids)", "all of a prompt is reported as cached",
