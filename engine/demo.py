@@ -89,7 +89,7 @@ def _opening(engine: Engine, opening: str, params: SamplingParams, policy: STARS
     plain.outputs[0].reward = _reward(engine, opening, params)
     _say("", style("bold", f'"{opening}"'))
     _say(f"  plain sampling, reward {number(plain.outputs[0].reward)}")
-    _say(*wrapped(opening + plain.outputs[0].text, width, "      "))
+    _say(*wrapped(opening + (plain.outputs[0].text or ""), width, "      "))
     _say("  STARS, segment by segment")
     shown = 0
     seconds = 0.0

@@ -141,11 +141,10 @@ class Engine:
         """Makes `reward` this engine's, where it has a state of its own; RewardError if it is another's."""
         if not reward.exclusive:
             return
-        holder = reward.engine() if reward.engine is not None else None
-        if holder is not None and holder is not self:
-            del holder
+        owner = reward.engine
+        if owner is not None and owner() not in (None, self):
             gc.collect()  # it may be one that nobody uses any more
-            if reward.engine() is not None:
+            if owner() is not None:
                 raise RewardError(f"this {type(reward).__name__} belongs to another engine: make one for each engine")
         reward.engine = weakref.ref(self)
 
@@ -255,12 +254,13 @@ class Engine:
             for completion in output.outputs:
                 if completion.error is not None:
                     raise RequestError(f"a sample of {output.prompt!r} could not be scored: {completion.error}")
-        return [completion.reward for output in outputs for completion in output.outputs]
+        return [completion.reward for output in outputs for completion in output.outputs
+                if completion.reward is not None]
 
     # -- step by step ---------------------------------------------------------------------------------------------
 
     @one_at_a_time
-    def add_request(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
+    def add_request(self, /, prompt: Any = None, sampling_params: SamplingParams | None = None,
                     policy: Policy | None = None, *, request_id: str | None = None, **others: Any) -> str:
         """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands."""
         refuse_others("add_request", others, CALL, ("prompt", "sampling_params", "policy", "request_id"))
@@ -324,26 +324,28 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
         eos = () if params.ignore_eos else self._eos_token_ids
-        named = stop_tokens(self.tokenizer, params.stop, self.model_config.vocab_size)
-        stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids, *named)))
+        named = stop_tokens(self.tokenizer, params.stop or (), self.model_config.vocab_size)
+        stop_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()), *named)))
         if len(stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: "
                                "give fewer")
         vocab_size = self.model_config.vocab_size
         prompt = parse_prompt(given, self.tokenizer, vocab_size)
         params = params.settle(len(prompt.token_ids), self.config.max_model_len, vocab_size)
-        needed = len(prompt.token_ids) + params.max_tokens
+        max_tokens = params.max_tokens
+        assert max_tokens is not None  # `settle` made it a number
+        needed = len(prompt.token_ids) + max_tokens
         if needed > self.config.max_model_len:
             raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens="
-                               f"{shown(params.max_tokens)} make {shown(needed)}, the limit is "
+                               f"{shown(max_tokens)} make {shown(needed)}, the limit is "
                                f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
                                "shorten the prompt or lower max_tokens")
-        if params.max_tokens > draft * (MAX_SEGMENT + 1):
-            raise RequestError(f"max_tokens={params.max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
+        if max_tokens > draft * (MAX_SEGMENT + 1):
+            raise RequestError(f"max_tokens={max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
                                f"{draft} tokens: use longer segments or fewer tokens")
-        self._scheduler.check(type(policy).__name__, plan, len(prompt.token_ids), params.max_tokens)
-        if plan.score.when != "never":
-            self.reward.check(prompt, params.max_tokens)
+        self._scheduler.check(type(policy).__name__, plan, len(prompt.token_ids), max_tokens)
+        if self.reward is not None and plan.score.when != "never":
+            self.reward.check(prompt, max_tokens)
         if request_id is None:
             request_id = self._new_id()
         elif not isinstance(request_id, str) and not (type(request_id) is int and abs(request_id) < 1 << 64):
@@ -388,7 +390,8 @@ class Engine:
         self._recover()
         if owner is not None:
             owner.waits_for.add(request_id)
-            request.owner = weakref.ref(owner, lambda _, orphans=self._orphans: orphans.append(request_id))
+            orphans = self._orphans
+            request.owner = weakref.ref(owner, lambda _: orphans.append(request_id))
         self._changing = True
         self._requests[request_id] = request
         self._scheduler.add(request)

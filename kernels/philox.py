@@ -120,11 +120,6 @@ def signed_stream(stream: int) -> int:
     return stream - (1 << 32) if stream >> 31 else stream
 
 
-def unpack_stream(stream: int) -> tuple[int, int]:
-    """(segment, sample) of counter word 3, signed or not."""
-    return stream & MAX_SEGMENT, (stream & 0xFFFFFFFF) >> 20
-
-
 def accept_uniform(seed: int, attempt: int, segment: int, sample: int) -> float:
     """The uniform of the accept test of one attempt: a float64, the same bits in every implementation."""
     from stars.bindings import libstars

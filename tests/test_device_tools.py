@@ -137,15 +137,15 @@ print(table([], {}))
 
 def test_a_measured_table_says_which_products_are_ours(tmp_path, monkeypatch):
     """What the products' stage writes is what `linear` reads: the next larger number of rows, None where cuBLAS won."""
-    monkeypatch.setattr(product_table, "TABLES", tmp_path / "none")
     product_table._measured.cache_clear()
-    assert product_table.tile(1, 6144, 4096) is None  # and the card, which is not there, was not asked
+    assert product_table.tile(1, 6144, 4096) is None  # there is no card here, and its name is not asked for
     best = {"name": "qkv", "out_features": 6144, "in_features": 4096}
     entries = [best | {"rows": 16, "best": "ours", "tile": [16, 32, 256, 4, 4]},
                best | {"rows": 1, "best": "cublas", "tile": [16, 16, 512, 4, 4]},
                best | {"rows": 144, "best": "ours", "tile": [128, 64, 64, 4, 4]}]
     (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text(json.dumps({"products": entries}))
     monkeypatch.setattr(product_table, "TABLES", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     product_table._measured.cache_clear()
     try:

@@ -53,7 +53,7 @@ def decide_reference(state: DecideState) -> None:
     for lane, (seed, stream, attempt, tokens, max_tokens, start, reward_threshold, beta, reward) in enumerate(
             zip(*columns, strict=True)):
         tau = law.threshold(tokens, max_tokens, start, reward_threshold)
-        uniform = philox.accept_uniform(seed, attempt, *philox.unpack_stream(stream))
+        uniform = philox.accept_uniform(seed, attempt, stream & philox.MAX_SEGMENT, (stream & 0xFFFFFFFF) >> 20)
         state.accepted[lane] = int(reward < math.inf and law.accepts(uniform, reward, tau, beta))
 
 

@@ -1,6 +1,6 @@
 """Runs mypy over the package, as tests/test_types.py does, and over further files that are named to it.
 
-`python tests/type_check.py` prints what is wrong, with --all what mypy finds in the files of NOT_YET, too.
+`python tests/type_check.py [FILES]` prints what mypy finds in the package, and in FILES.
 
 mypy finds modules by folder, and no folder is called `stars`: the files are handed to it under their import names. What
 it asks of them stands in pyproject.toml. It keeps what it has learnt in build/mypy: the first run reads torch's types.
@@ -22,15 +22,6 @@ from mypy.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"}
-
-NOT_YET = frozenset({
-    "bindings/libstars.py", "engine/engine.py", "engine/law.py", "engine/model/decoder.py", "engine/policies.py",
-    "engine/request.py", "engine/round.py", "engine/scheduler.py", "kernels/graph.py", "kernels/linear.py",
-    "kernels/philox.py", "kernels/prefill_attention.py", "kernels/rope_write.py", "kernels/sample_step.py",
-    "kernels/triton/score.py", "kernels/types.py",
-})
-"""Files whose types are not in order yet: what mypy finds in them is passed over, and one without a finding has to be
-taken off."""
 
 
 def sources() -> Iterator[BuildSource]:
@@ -54,19 +45,12 @@ def findings(files: Sequence[BuildSource], cache: Path) -> list[str]:
         return error.messages
 
 
-def verdict(lines: Sequence[str], exempt: frozenset[str]) -> list[str]:
-    """What is wrong: findings in files that are not `exempt`, and exemptions that nothing needs."""
-    found = {match[1] for line in lines if (match := re.match(r"([^:]+):\d+: error: ", line))}
-    return [line for line in lines if line.split(":")[0] not in exempt] + [
-        f"{path}: mypy finds nothing in it: take it off NOT_YET" for path in sorted(exempt - found)]
-
-
 def main(arguments: Sequence[str]) -> int:
-    more = [BuildSource(path, Path(path).stem) for path in arguments if path != "--all"]
+    # By a name of its whole path: what mypy keeps of a name it says of another file of that name, too.
+    more = [BuildSource(path, re.sub(r"\W", "_", path)) for path in arguments]
     lines = findings([*sources(), *more], ROOT / "build" / "mypy")
-    wrong = verdict(lines, NOT_YET)
-    print("\n".join(lines if "--all" in arguments else wrong))
-    return 1 if wrong else 0
+    print("\n".join(lines))
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def one_order(terms: int, scale: float) -> float:
     """Six standard deviations of the error of a float32 sum of `terms` products of root mean square `scale`, one after
     the other.
 
-    After k of them the sum is about scale * sqrt(k), and adding the next rounds it by at most 2^-24 of that. Such errors
-    are independent, so their variance is at most 2^-48 scale^2 (1 + ... + terms). Simulated, the largest of 6144 sums of
-    4096 normal products is off by half of this; products rounded to TF32 are off by ten times as much.
+    After k of them the sum is about scale * sqrt(k), and adding the next rounds it by at most 2^-24 of that. Such
+    errors are independent, so their variance is at most 2^-48 scale^2 (1 + ... + terms). Simulated, the largest of 6144
+    sums of 4096 normal products is off by half of this; products rounded to TF32 are off by ten times as much.
     """
     return 6 * 2.0**-24 * scale * math.sqrt(terms * (terms + 1) / 2)
 

@@ -8,6 +8,7 @@ made up. It patches torch for good, so it belongs in a process of its own.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -156,6 +157,7 @@ def install() -> None:
     fake_tensor.init_gpu_context = lambda *device: None
     cuda = torch.cuda
     cuda.is_available, cuda.current_device = lambda: True, lambda: 0
+    cuda.get_device_name = lambda *device: os.environ.get("STARS_FAKE_GPU", "none")  # whose product table is meant
     cuda.get_device_capability, cuda.mem_get_info = lambda *device: (9, 0), lambda *device: (70 << 30, 80 << 30)
     cuda.is_current_stream_capturing = lambda: _capturing
     cuda.Event, cuda.CUDAGraph, cuda.Stream, cuda.graph_pool_handle = Event, Graph, object, object

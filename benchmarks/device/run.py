@@ -175,8 +175,9 @@ class Run:
             if self.report.facts().get("gpu") is False:  # nothing else could run
                 break
             if group[0].name == "machine":
-                # Behind the stage whose figures every ratio rests on. The kernels of correctness are left to their
+                # After the stage whose figures every ratio rests on. The kernels of correctness are left to their
                 # stages, which compile side by side themselves.
+                self.environment["STARS_FAKE_GPU"] = self.report.facts().get("machine", {}).get("gpu", "none")
                 ahead = [stage.name for stage in chosen if stage.name in ("headline-8b", "products", "micro")]
                 if ahead:
                     self._help("ahead.py", "--only", ",".join(ahead))

@@ -95,7 +95,7 @@ class Decoder:
         self.sin = sin
         self.dtype = dtype
         self.max_rows = self.max_logits = 0
-        self._space: Workspace | None = None
+        self._reserved: Workspace | None = None
         self._logits: Tensor | None = None
         self._outgrown: list[Workspace | Tensor] = []
         self.reserve(max_rows)
@@ -125,7 +125,7 @@ class Decoder:
         """
         if max_rows <= self.max_rows:
             return
-        self._outgrow(self._space)
+        self._outgrow(self._reserved)
         config = self.config
         heads_width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
@@ -133,7 +133,7 @@ class Decoder:
         def buffer(width: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.empty(max_rows, width, dtype=dtype, device=self.device)
 
-        self._space = Workspace(
+        self._reserved = Workspace(
             residual=buffer(config.hidden_size),
             picked=buffer(config.hidden_size),
             normed=buffer(config.hidden_size),
@@ -146,6 +146,12 @@ class Decoder:
             hidden=buffer(config.hidden_size, self.dtype if self.score_head is None else torch.float32),
         )
         self.max_rows = max_rows
+
+    @property
+    def _space(self) -> Workspace:
+        """What was reserved, by the constructor at the latest."""
+        assert self._reserved is not None
+        return self._reserved
 
     def reserve_logits(self, rows: int) -> None:
         """Makes room for the logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows."""
@@ -249,6 +255,7 @@ class Decoder:
             if hidden.shape[0] > self.max_logits:
                 raise IntegrityError(f"logits of {hidden.shape[0]} rows exceed the {self.max_logits} reserved: "
                                      f"reserve_logits({hidden.shape[0]}) first")
+            assert self._logits is not None
             out = self._logits[: hidden.shape[0]]
         kernels.linear(hidden, self.head, out)
         return out

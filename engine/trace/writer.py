@@ -114,7 +114,7 @@ def _segments(completion: CompletionOutput, tokenizer: Any) -> list[TraceSegment
             if tokenizer is None:
                 text = None
             elif ends and number == winner:  # a stop string and what follows it are no part of the text
-                text = _added(shown, completion.text)
+                text = _added(shown, completion.text or "")
             else:
                 text = _added(shown, _decode(tokenizer, before + attempt.token_ids, ends))
             margin = None

@@ -46,8 +46,8 @@ def read(path: Path) -> dict[tuple[int, int], list[tuple[int, Tile | None]]]:
 
 @cache
 def _measured() -> dict[tuple[int, int], list[tuple[int, Tile | None]]]:
-    """The table of this machine's card; where there are no tables at all the card is not even asked."""
-    if not TABLES.is_dir():
+    """The table of this machine's card; empty where there is no card (Triton's interpreter) or no table of it."""
+    if not torch.cuda.is_available():
         return {}
     return read(TABLES / f"{slug(torch.cuda.get_device_name())}.json")
 
