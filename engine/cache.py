@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stars.buffers import Buffers
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages
+from stars.kernels.buffers import Buffers
 from stars.kernels.copy_rows import copy_rows
 from stars.kernels.graph import Graphs
 from stars.kernels.types import LayerKV
@@ -32,13 +33,15 @@ class BlockTable:
     """The pages of one hypothesis: key position p lies in pages[p // page_size], and `length` positions are valid.
 
     It has room for len(pages) * page_size positions. Whoever writes keys by itself (a prefill) sets `length` after it.
+    `own` belongs to the cache: no other table refers to pages[own:], and no index entry names them.
     """
 
-    __slots__ = ("pages", "length")
+    __slots__ = ("pages", "length", "own")
 
-    def __init__(self, pages: list[int], length: int):
+    def __init__(self, pages: list[int], length: int, own: int):
         self.pages = pages
         self.length = length
+        self.own = own
 
     def __repr__(self) -> str:
         return f"BlockTable(pages={self.pages}, length={self.length})"
@@ -91,6 +94,7 @@ class PagedCache:
         self._most_moves = max(1, min(num_slabs * slab_len, MOST_MOVES))
         moves = (torch.int32, (self._most_moves,))
         self._moves = Buffers(self.target, source=moves, target=moves)
+        self._move_source, self._move_target = self._moves.host("source"), self._moves.host("target")
         self._graphs = Graphs()
         self._never_done = torch.zeros(1, dtype=torch.int32, device=device)
         self._tables: set[BlockTable] = set()
@@ -130,7 +134,7 @@ class PagedCache:
         if fresh > free:
             raise OutOfPages(fresh, free)
         self.pool.share(shared)
-        table = BlockTable(shared + self.pool.alloc(fresh), len(shared) * self.page_size)
+        table = BlockTable(shared + self.pool.alloc(fresh), len(shared) * self.page_size, len(shared))
         self._tables.add(table)
         return table
 
@@ -160,6 +164,7 @@ class PagedCache:
         self._check(table)
         self._check_range(table, 0, len(token_ids))
         table.length = max(table.length, len(token_ids))
+        table.own = max(table.own, len(token_ids) // self.page_size)
         self.pool.publish(table.pages, self._chunks(token_ids))
 
     def fork(self, table: BlockTable) -> BlockTable:
@@ -167,7 +172,8 @@ class PagedCache:
         self._check(table)
         pages = table.pages[: self._pages_for(table.length)]
         self.pool.share(pages)
-        forked = BlockTable(pages, table.length)
+        table.own = max(table.own, len(pages))
+        forked = BlockTable(pages, table.length, len(pages))
         self._tables.add(forked)
         return forked
 
@@ -180,10 +186,9 @@ class PagedCache:
         if not tokens:
             return
         start, stop = table.length // self.page_size, self._pages_for(table.length + tokens)
-        shared = [(table, i) for i in range(start, min(stop, len(table.pages)))
-                  if self.pool.references(table.pages[i]) > 1]
         missing = max(0, stop - len(table.pages))
-        if shared or missing:
+        shared = [(table, i) for i in range(start, min(stop, table.own)) if self.pool.references(table.pages[i]) > 1]
+        if missing or shared:
             fresh = self.pool.alloc(len(shared) + missing)
             self._replace(shared, fresh)
             table.pages += fresh[len(shared) :]
@@ -252,35 +257,37 @@ class PagedCache:
         for start in range(0, len(source), self._most_moves):
             self._run_moves(source[start : start + self._most_moves], target[start : start + self._most_moves])
 
-    def block_tables(self, tables: Sequence[BlockTable], out: Tensor | None = None) -> Tensor:
-        """Page ids of `tables`, int32 [tables, most pages], padded with 0.
-
-        With `out`, an int32 buffer at least that large, the leading entries of its rows are overwritten, what lies
-        behind a table's pages is left as it is, and the rows of `tables` are returned as a view.
-        """
-        for table in tables:
-            self._check(table)
-        width = max((len(table.pages) for table in tables), default=0)
-        if out is not None and (out.dtype != torch.int32 or out.shape[0] < len(tables) or out.shape[1] < width):
-            raise IntegrityError(
-                f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
-                f"{width} pages: allocate it for the largest batch"
-            )
-        if out is not None and not self.target.own_memory:
-            # Written in place: after a draft, views and copies of torch have left the caches and cost more than this.
-            rows = out.numpy()
-            for row, table in zip(rows, tables, strict=False):
-                row[:width] = table.pages + [0] * (width - len(table.pages))
-            return out[: len(tables)]
+    def block_tables(self, tables: Sequence[BlockTable]) -> Tensor:
+        """Page ids of `tables`, int32 [tables, most pages], padded with 0."""
+        width = self._width(tables)
         flat = array("i")
         for table in tables:
             flat.extend(table.pages)
             flat.extend([0] * (width - len(table.pages)))
-        result = self._to_device(flat).view(len(tables), width)
-        if out is None:
-            return result
-        out[: len(tables), :width].copy_(result)
-        return out[: len(tables)]
+        return self._to_device(flat).view(len(tables), width)
+
+    def write_block_tables(self, tables: Sequence[BlockTable], out: Tensor, host: np.ndarray | None) -> None:
+        """As `block_tables`, into the leading entries of the rows of `out`, int32 [rows, width].
+
+        host: the array of the memory of `out`, None where that is a device's own. What lies after the most pages of a
+        table is left as it is.
+        """
+        width = self._width(tables)
+        into = out if host is None else host
+        if into.dtype not in (torch.int32, np.int32) or into.shape[0] < len(tables) or into.shape[1] < width:
+            raise IntegrityError(
+                f"a block table buffer of {out.dtype} {tuple(out.shape)} cannot hold {len(tables)} tables of "
+                f"{width} pages: allocate it for the largest batch"
+            )
+        if host is None:
+            out[: len(tables), :width].copy_(self.block_tables(tables))
+            return
+        # By way of numpy: after a draft, views and copies of torch have left the caches and cost more than this.
+        for row, table in enumerate(tables):
+            count = len(table.pages)
+            host[row, :count] = table.pages
+            if count < width:
+                host[row, count:width] = 0
 
     # -- slabs ----------------------------------------------------------------------------------------------------
 
@@ -310,6 +317,9 @@ class PagedCache:
         for table in self._tables:
             if not 0 <= table.length <= len(table.pages) * self.page_size:
                 raise IntegrityError(f"{table} does not satisfy length <= pages * {self.page_size}")
+            for page in table.pages[table.own :]:
+                if self.pool.references(page) != 1 or self.pool.is_published(page):
+                    raise IntegrityError(f"page {page} of {table} is shared, and the table takes it for its own")
         taken = sum(self._slab_taken)
         if taken + len(self._free_slabs) != self.num_slabs or len(set(self._free_slabs)) != len(self._free_slabs):
             counts = f"{len(self._free_slabs)} free + {taken} taken of {self.num_slabs}"
@@ -321,6 +331,14 @@ class PagedCache:
 
     def _pages_for(self, positions: int) -> int:
         return -(-positions // self.page_size)
+
+    def _width(self, tables: Sequence[BlockTable]) -> int:
+        """Most pages of one of the tables, which must be open here."""
+        width = 0
+        for table in tables:
+            self._check(table)
+            width = max(width, len(table.pages))
+        return width
 
     def _pages_together(self, prefix: int, lengths: Sequence[int]) -> int:
         """Pages of tables of `lengths` positions that share the full pages of their first `prefix`."""
@@ -353,8 +371,8 @@ class PagedCache:
 
     def _make_private(self, writes: Sequence[tuple[BlockTable, int, int]]) -> None:
         """Lets each table alone refer to its pages of positions start .. stop - 1, and no index entry name them."""
-        if not any(self.pool.references(page) > 1 or self.pool.is_published(page) for table, start, stop in writes
-                   for page in table.pages[start // self.page_size : self._pages_for(stop) if stop > start else 0]):
+        writes = [write for write in writes if write[1] < min(write[2], write[0].own * self.page_size)]
+        if not writes:
             return
         seen: set[tuple[BlockTable, int]] = set()
         taken: Counter[int] = Counter()
@@ -377,6 +395,9 @@ class PagedCache:
         for page in published:
             self.pool.unpublish(page)
         self._replace(replaced, fresh)
+        for table, start, stop in writes:
+            if self._pages_for(stop) >= table.own:
+                table.own = min(table.own, start // self.page_size)
 
     def _replace(self, replaced: Sequence[tuple[BlockTable, int]], fresh: Sequence[int]) -> None:
         """Gives each (table, index of a page) a copy of that page in one of the `fresh` pages."""
@@ -391,11 +412,10 @@ class PagedCache:
         """Copies slab rows `source` to page rows `target` in every layer, from buffers at fixed addresses: replayed."""
         count = rows = len(source)
         self._moves.wait()
-        places = self._moves.host("source"), self._moves.host("target")
-        places[0][:count], places[1][:count] = source, target
+        self._move_source[:count], self._move_target[:count] = source, target
         if self.target.padded_moves:  # few captured shapes; a row -1 copies nothing
             rows = min(bucket(count), self._most_moves)
-            places[0][count:rows] = places[1][count:rows] = -1
+            self._move_source[count:rows] = self._move_target[count:rows] = -1
         self._moves.upload()
 
         def step() -> None:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import apply_penalties, sample_step
+from stars.kernels.buffers import Buffers
 from stars.kernels.graph import Graphs, steps_a_graph
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
@@ -83,9 +83,12 @@ class Drafter:
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
-        self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in LaneState._fields})
+        self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in (
+            *LaneState._fields, "seq_group", "prefix_len", "slab_start", *PENALTIES)})
+        self._done = [self._state.done[:count] for count in range(rows + 1)]  # by lanes
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
         self._block_tables = torch.zeros(rows, table_width(config, sizes), dtype=torch.int32, device=cache.device)
+        self._host_tables = None if target.own_memory else self._block_tables.numpy()
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs(steps_a_graph(decoder.launches + STEP_LAUNCHES))
@@ -102,11 +105,16 @@ class Drafter:
 
     def launch(self, lanes: list[LaneSpec]) -> None:
         """Starts a draft, without waiting for a GPU; its results must be taken before the next."""
-        filters, penalties = any(lane.params.filters for lane in lanes), any(lane.params.penalties for lane in lanes)
+        filters = penalties = False
+        longest = 0
+        for lane in lanes:
+            filters |= lane.params.filters
+            penalties |= lane.params.penalties
+            longest = max(longest, lane.max_tokens)
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._run(filled, max(lane.max_tokens for lane in lanes), filters, penalties)
+        self._run(filled, longest, filters, penalties)
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
@@ -154,14 +162,14 @@ class Drafter:
             sample_step(logits, state, filters=filters)
 
         self._buffers.upload()
-        self._graphs.run((rows, filters, penalties, *shape(tiles)), step, self._state.done[:rows], times)
+        key = rows, filters, penalties, *(shape(tiles) if tiles is not None else ())
+        self._graphs.run(key, step, self._done[rows], times)
         self._buffers.fetch()
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
         """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""
         self._buffers.wait()
-        host, seq_group = self._host, self._buffers.host("seq_group")
-        prefix_len, slab_start = self._buffers.host("prefix_len"), self._buffers.host("slab_start")
+        host, slab_len = self._host, self.cache.slab_len
         tables: list[BlockTable] = []
         # Entry by entry: after a draft all of this code has left the caches, and numpy's conversions of whole lists
         # touch several times as much of it.
@@ -169,9 +177,9 @@ class Drafter:
             table, params = lane.table, lane.params
             if not tables or tables[-1] is not table:
                 tables.append(table)
-            seq_group[row] = len(tables) - 1
-            prefix_len[row] = host.positions[row] = table.length
-            slab_start[row] = host.slots[row] = lane.slab * self.cache.slab_len
+            host.seq_group[row] = len(tables) - 1
+            host.prefix_len[row] = host.positions[row] = table.length
+            host.slab_start[row] = host.slots[row] = lane.slab * slab_len
             host.token_ids[row] = lane.last_token
             host.max_tokens[row] = lane.max_tokens
             host.slab_used[row] = host.steps[row] = host.done[row] = 0
@@ -183,13 +191,13 @@ class Drafter:
             host.top_p[row] = params.top_p
             host.min_p[row] = params.min_p
             host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
-        self.cache.block_tables(tables, out=self._block_tables)
+        self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         count = len(lanes)
         if self._tiling is None:
             return count, None
         rows = self.target.rows(count)
         self._idle(slice(count, rows), len(tables) - 1)
-        groups = seq_group[:count].tolist()
+        groups = host.seq_group[:count].tolist()
         keys = [lane.table.length for lane in lanes]
         return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", keys)
 
@@ -197,7 +205,7 @@ class Drafter:
         """Writes every lane's penalties, and the history of each response that has some."""
         self._history.wait()
         entries = self._history.host("entries")
-        start, count, repetition, frequency, presence = (self._buffers.host(name) for name in PENALTIES)
+        host = self._host
         first = stop = 0
         table = None
         for row, lane in enumerate(lanes):
@@ -206,15 +214,16 @@ class Drafter:
                 if lane.history is not None:
                     stop += len(lane.history)
                     entries[first:stop] = lane.history
-            start[row], count[row] = first, stop - first
-            repetition[row] = lane.params.repetition_penalty
-            frequency[row], presence[row] = lane.params.frequency_penalty, lane.params.presence_penalty
+            host.history_start[row], host.history_count[row] = first, stop - first
+            host.repetition[row] = lane.params.repetition_penalty
+            host.frequency[row], host.presence[row] = lane.params.frequency_penalty, lane.params.presence_penalty
         self._history.upload(stop * entries.strides[0])
 
     def _idle(self, rows: slice, group: int) -> None:
         """Lanes that are done before they start: they write nothing, and nobody reads what they compute."""
-        for name in ("token_ids", "positions", "slab_used", "prefix_len", "slab_start", "steps"):
-            self._buffers.host(name)[rows] = 0
-        self._buffers.host("seq_group")[rows] = group
-        self._host.slots[rows] = -1
-        self._host.done[rows] = 1
+        host = self._host
+        for column in (host.token_ids, host.positions, host.slab_used, host.prefix_len, host.slab_start, host.steps):
+            column[rows] = 0
+        host.seq_group[rows] = group
+        host.slots[rows] = -1
+        host.done[rows] = 1

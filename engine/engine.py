@@ -22,7 +22,6 @@ from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, 
 from stars.cache import PagedCache
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
-from stars.detokenizer import stop_tokens
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
 from stars.fit import check_fit
@@ -42,6 +41,7 @@ from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
 from stars.sources import check_model, check_reward, resolve_tokenizer
+from stars.stops import stop_tokens
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
 from stars.width import WidthChooser
@@ -458,21 +458,21 @@ class Engine:
                 self._abort([self._requests[self._orphans[0]]])
             self._orphans.popleft()
         try:
-            self._schedule()
-            self._run_round(self._scheduler.groups)
+            self._run_round(self._schedule())
         except IntegrityError:
             raise
         except Exception as error:
             self._one_by_one(error)
         self._show_warnings()
 
-    def _schedule(self, only: Group | None = None) -> None:
-        """Sees to it that whoever runs has the pages of a segment, and admits what fits besides; with `only`, of one
-        group."""
+    def _schedule(self, only: Group | None = None) -> list[Group]:
+        """The groups of the next round, as the scheduler plans it; with `only`, of one group."""
         self._changing = True
-        self._settle(self._scheduler.reserve())
-        self._settle(self._scheduler.admit(only))
+        groups, ended = self._scheduler.plan(only)
+        if ended:
+            self._settle(ended)
         self._changing = False
+        return groups
 
     def _run_round(self, groups: Sequence[Group]) -> None:
         if not groups:
@@ -503,8 +503,7 @@ class Engine:
             self._changing = True
             self._recover()  # nobody else holds a page
             try:
-                self._schedule(group)
-                mine = self._scheduler.groups
+                mine = self._schedule(group)
                 while mine:  # to the end of a segment: the round that failed may be a later one of it
                     self._run_round(mine)
                     mine = [group] if group.undecided else []
@@ -548,15 +547,16 @@ class Engine:
         for request in requests:
             if request.request_id not in self._requests:
                 continue
-            if request.finished:
+            finished = request.finished
+            if finished:
                 self._note_out_of_reach(request)
             if request.owner is None:
                 self._changed[request.request_id] = request
             elif (owner := request.owner()) is not None:
                 owner.news = True
-                if request.finished:
+                if finished:
                     owner.waits_for.discard(request.request_id)
-            if request.finished:
+            if finished:
                 del self._requests[request.request_id]
 
     def _note_out_of_reach(self, request: Request) -> None:

@@ -96,8 +96,10 @@ class Metrics:
 
     def add(self, other: Metrics) -> None:
         """Adds the counts and times of `other`; the width is the larger of the two."""
+        width, own = max(self.width, other.width), vars(self)
         for name, value in vars(other).items():
-            setattr(self, name, max(self.width, value) if name == "width" else getattr(self, name) + value)
+            own[name] += value
+        self.width = width
 
 
 KEPT = ("segments", "attempts_counted", "accepted", "fallbacks", "lm_tokens_kept")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import append_draft, prefill_attention
+from stars.kernels.buffers import Buffers
 from stars.kernels.graph import Graphs
 from stars.kernels.types import Batch, Draft, Tiles, TrailingRows
 from stars.model.decoder import Decoder
@@ -76,7 +76,9 @@ class Passes:
         self._buffers = Buffers(target, True, **columns)
         self._host = {name: self._buffers.host(name) for name in columns}
         self._rewards = Buffers(target, rewards=(torch.float32, (sequences,)))
+        self._host_rewards = self._rewards.host("rewards")
         self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
+        self._host_tables = None if target.own_memory else self._block_tables.numpy()
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
@@ -130,22 +132,24 @@ class Passes:
     def rewards(self, count: int) -> list[float]:
         """Those of the last scoring pass, of `count` spans, once they are there."""
         self._rewards.wait()
-        rewards: list[float] = self._rewards.host("rewards")[:count].tolist()
+        rewards: list[float] = self._host_rewards[:count].tolist()
         return rewards
 
-    def _batches(self, spans: Sequence[Span], into_slab: bool) -> Iterator[list[Span]]:
+    def _batches(self, spans: Sequence[Span], into_slab: bool) -> list[list[Span]]:
         """Splits into passes; a later chunk of a table comes in a later pass than the chunks it attends to."""
+        batches: list[list[Span]] = []
         batch: list[Span] = []
         rows = 0
         for span in spans:
             full = rows + len(span.token_ids) > self.max_rows or len(batch) == self.max_sequences
             if batch and (full or (batch[-1].table is span.table and not into_slab)):
-                yield batch
+                batches.append(batch)
                 batch, rows = [], 0
             batch.append(span)
             rows += len(span.token_ids)
         if batch:
-            yield batch
+            batches.append(batch)
+        return batches
 
     def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None, scored: bool = True) -> None:
         rows, sequences, tiles = self._fill(spans, into_slab)
@@ -225,7 +229,7 @@ class Passes:
             closing[:sequences] = -1
             for row, one in zip(closing, drafted, strict=False):
                 row[: len(one.closing)] = one.closing
-        self.cache.block_tables(tables, out=self._block_tables)
+        self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         return rows, sequences, tiles
 
     def _write(self, count: int, idle: int, **columns: Sequence[int]) -> None:

@@ -6,8 +6,8 @@ import operator
 from typing import Any, NamedTuple
 
 from stars.arguments import MAX_SHOWN, shown
-from stars.detokenizer import finished
 from stars.errors import RequestError
+from stars.model.tokenizer import finished
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 

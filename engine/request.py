@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stars.cache import BlockTable
-from stars.detokenizer import Detokenizer, find_stop, hold_back
+from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.policies import Plan, Policy
 from stars.prompt import Prompt
 from stars.rules import Judged, Note
 from stars.sampling import SamplingParams
+from stars.stops import find_stop, hold_back
 
 
 @dataclass(eq=False)
@@ -298,6 +299,10 @@ class Request:
         found = find_stop(text, self.stop) if stopped else None
         return text[: found[0]] if found else text
 
+    def _settled(self, text: str) -> str:
+        """`text` less what may still change: an unfinished character at its end, a possible start of a stop string."""
+        return hold_back(text, self.stop) if self.stop else text.removesuffix(REPLACEMENT)
+
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""
         completions = [self._completion(group) for group in self.groups]
@@ -313,7 +318,7 @@ class Request:
         if len(group.hypotheses) == 1 and (only.segments or not self.plan.whole):
             text = self.response_text(only)
             if text is not None and only.finish_reason is None:
-                text = hold_back(text, self.stop)
+                text = self._settled(text)
             return CompletionOutput(
                 group.index, text, list(only.token_ids), only.cumulative_logprob, only.finish_reason, only.stop_reason,
                 only.reward, list(only.segments), group.metrics(), only.error)
@@ -322,7 +327,7 @@ class Request:
         token_ids = [token for segment in shared for token in segment.token_ids]
         text = None if self.tokenizer is None else self.detokenizer.decode(token_ids)
         if text is not None and failed is None:
-            text = hold_back(text, self.stop)
+            text = self._settled(text)
         logprob = 0.0
         for segment in shared:
             logprob += segment.logprob

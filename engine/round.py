@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from stars.cache import CommitMove, PagedCache
 from stars.config import EngineConfig
-from stars.detokenizer import cut_at_stop
 from stars.draft import Drafter, LaneSpec
 from stars.errors import IntegrityError, RewardError, describe, log
 from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, pack_stream, rule_uniforms
@@ -18,6 +17,7 @@ from stars.policies import rule_name
 from stars.request import Group, Hypothesis, Lane, Request
 from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
 from stars.rules import EARLIER, EXHAUST, Decision, Judged, Keep, State, best, decides, problem
+from stars.stops import cut_at_stop
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""

@@ -80,7 +80,7 @@ class Scheduler:
     @property
     def groups(self) -> list[Group]:
         """The groups of which something runs, as they were admitted."""
-        return list(dict.fromkeys(unit.group for unit in self.running))
+        return list(dict.fromkeys([unit.group for unit in self.running]))
 
     @property
     def _scorer(self) -> Reward:
@@ -110,6 +110,15 @@ class Scheduler:
 
     # -- a round's room -------------------------------------------------------------------------------------------
 
+    def plan(self, only: Group | None = None) -> tuple[list[Group], list[Request]]:
+        """The groups of the next round, and the requests that ended on the way.
+
+        Whoever runs gets the pages of a segment, and what fits besides is admitted; with `only`, of one group.
+        """
+        ended = self.reserve()
+        ended += self.admit(only)
+        return self.groups, ended
+
     def reserve(self) -> list[Request]:
         """Takes the pages of a segment for every running unit, the oldest first; returns the requests that it ends.
 
@@ -130,16 +139,16 @@ class Scheduler:
 
         opened: the hypothesis holds nothing yet but what its table and session were opened with.
         """
-        table = _table(hypothesis)
+        table, request, segment = _table(hypothesis), hypothesis.group.request, hypothesis.next_segment
         try:
-            self._cache.reserve(table, _next_length(hypothesis) - table.length)
+            self._cache.reserve(table, _length(hypothesis) + segment - table.length)
         except OutOfPages:
             return False
         if hypothesis.session is None:
             return True
         # A response that is scored at its end grows in the reward's cache then, all at once.
-        unseen = len(hypothesis.token_ids) if opened or hypothesis.request.plan.score.when == "end" else 0
-        return self._scorer.reserve(hypothesis.session, unseen + hypothesis.next_segment)
+        unseen = len(hypothesis.token_ids) if opened or request.plan.score.when == "end" else 0
+        return self._scorer.reserve(hypothesis.session, unseen + segment)
 
     def _preempt(self, unit: Unit) -> None:
         """Takes everything from a running `unit` and puts it in front of those that wait."""
@@ -181,6 +190,8 @@ class Scheduler:
         With `only`, those of one group.
         """
         ended: list[Request] = []
+        if not self.waiting:
+            return ended
         while opened := self._open_units(only, ended):
             ended += self._start(opened)
         first = self._first(only)
@@ -316,10 +327,11 @@ class Scheduler:
     def release(self, requests: Iterable[Request]) -> None:
         """Gives back what finished responses of `requests` held; units that are finished leave."""
         for request in requests:
-            for hypothesis in request.hypotheses:
-                if hypothesis.finish_reason is not None and hypothesis.table is not None:
-                    self._round.close(hypothesis)
-                    self._gave_way = None
+            for group in request.groups:
+                for hypothesis in group.hypotheses:
+                    if hypothesis.finish_reason is not None and hypothesis.table is not None:
+                        self._round.close(hypothesis)
+                        self._gave_way = None
         self.running = [unit for unit in self.running if unit.unfinished]
         while self.waiting and not self.waiting[0].unfinished:  # those after it wait until they are first
             self.waiting.popleft()
@@ -331,9 +343,14 @@ class Scheduler:
         self._gave_way = None
 
 
+def _length(hypothesis: Hypothesis) -> int:
+    """Positions that it has in the language model's cache: those of all its tokens but the last."""
+    return len(hypothesis.group.request.prompt.token_ids) - 1 + len(hypothesis.token_ids)
+
+
 def _next_length(hypothesis: Hypothesis) -> int:
-    """Positions of the language model's cache that it needs until its next segment is committed."""
-    return len(hypothesis.request.prompt.token_ids) - 1 + len(hypothesis.token_ids) + hypothesis.next_segment
+    """Positions that it needs until its next segment is committed."""
+    return _length(hypothesis) + hypothesis.next_segment
 
 
 def _table(hypothesis: Hypothesis) -> BlockTable:

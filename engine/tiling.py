@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from stars.buffers import Buffers
 from stars.config import EngineConfig
+from stars.kernels.buffers import Buffers
 from stars.kernels.triton import tiles
 from stars.kernels.types import Tiles
 from stars.model.config import ModelConfig
@@ -47,8 +47,6 @@ class Tiling:
                      self._buffers["slab"][: tiles.bucket(max(1, used[1]))], *plan, self._workspace)
 
 
-def shape(chosen: Tiles | None) -> tuple[int, ...]:
+def shape(chosen: Tiles) -> tuple[int, ...]:
     """What of the tiles is fixed in a captured graph: part of its key."""
-    if chosen is None:
-        return ()
     return (len(chosen.prefix), len(chosen.slab), chosen.packed, chosen.packed_slab, chosen.splits, chosen.split_keys)

@@ -97,11 +97,16 @@ def operation(
 
 def column(tensor: Tensor) -> Column:
     """The column of the table that serves operations on `tensor` in this thread."""
-    if _references_only and get_ident() in _references_only:
+    if only_references():
         return "reference"
     if tensor.is_cuda:
         return "cuda"
     return "cpu" if tensor.is_cpu and _libstars().available() else "reference"
+
+
+def only_references() -> bool:
+    """Whether this thread is inside `references_only`."""
+    return bool(_references_only) and get_ident() in _references_only
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stars.kernels.dispatch import column
+from stars.kernels.dispatch import column, only_references
 
 MAX_GRAPHS = 128
 """Recordings kept, on a GPU several of a shape; the least recently used one makes room."""
@@ -47,9 +47,14 @@ class Graphs:
         second time (the later steps of a first run among them, one by one), all `times` steps are run without asking
         the device (steps of lanes that are done do nothing), and `rare` shapes are not captured.
         """
+        program = self._recorded.get(key)  # CUDA graphs go by their steps, too
+        if program is not None and not only_references():
+            self._recorded.move_to_end(key)
+            ran: int = program.run(times, done)
+            return ran
         where = column(done)
         if where == "cpu":
-            return self._run_program(key, step, done, times)
+            return self._record(key, step, done, times)
         if where == "cuda":
             return self._run_graph(key, step, times, rare)
         return self._run_plainly(step, done, times)
@@ -61,12 +66,8 @@ class Graphs:
                 return ran
         return times
 
-    def _run_program(self, key: Hashable, step: Callable[[], None], done: Tensor, times: int) -> int:
-        program = self._recorded.get(key)
-        if program is not None:
-            self._recorded.move_to_end(key)
-            ran: int = program.run(times, done)
-            return ran
+    def _record(self, key: Hashable, step: Callable[[], None], done: Tensor, times: int) -> int:
+        """Runs a shape that is new to libstars, and records its first step."""
         from stars.bindings import libstars
 
         with libstars.record() as program:

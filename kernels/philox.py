@@ -124,8 +124,8 @@ def accept_uniform(seed: int, attempt: int, segment: int, sample: int) -> float:
     """The uniform of the accept test of one attempt: a float64, the same bits in every implementation."""
     from stars.bindings import libstars
 
+    split_seed(seed), pack_attempt(attempt, KIND_ACCEPT), pack_stream(segment, sample)  # raise what is out of range
     if libstars.available():  # of one number, a hundredth of what numpy takes
-        split_seed(seed), pack_attempt(attempt, KIND_ACCEPT), pack_stream(segment, sample)  # raise what is out of range
         return libstars.accept_uniform(seed, attempt, segment, sample)
     return accept_uniform_reference(seed, attempt, segment, sample)
 

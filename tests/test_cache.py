@@ -146,13 +146,15 @@ def test_block_tables_are_padded_and_fit_a_given_buffer():
     assert result.tolist() == [tables[0].pages, [0, 0, 0], tables[2].pages + [0, 0]]
     assert cache.block_tables([]).shape == (0, 0)
     out = torch.full((4, 5), 99, dtype=torch.int32)
-    view = cache.block_tables(tables, out=out)
-    assert view.data_ptr() == out.data_ptr() and view.shape == (3, 5) and view.is_contiguous()
-    assert view[:, :3].tolist() == result.tolist()
-    assert view[:, 3:].eq(99).all() and out[3].eq(99).all()  # wide buffers are not written to their end
+    for host in (out.numpy(), None):
+        out.fill_(99)
+        cache.write_block_tables(tables, out, host)
+        assert out[:3, :3].tolist() == result.tolist()
+        assert out[:, 3:].eq(99).all() and out[3].eq(99).all()  # wide buffers are not written to their end
     for bad in (torch.zeros(2, 5, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, 5).long()):
-        with pytest.raises(IntegrityError, match="cannot hold 3 tables of 3 pages"):
-            cache.block_tables(tables, out=bad)
+        for host in (bad.numpy(), None):
+            with pytest.raises(IntegrityError, match="cannot hold 3 tables of 3 pages"):
+                cache.write_block_tables(tables, bad, host)
 
 
 def test_a_cache_of_impossible_size_is_refused():

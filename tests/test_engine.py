@@ -12,7 +12,7 @@ import pytest
 import oracle
 import stars
 from editing import edit_json
-from stars.detokenizer import hold_back
+from stars.stops import hold_back
 from toy import ToyModel, facts, ids, scripted_engine, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1)

@@ -13,7 +13,6 @@ from stars import rules as law
 from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
 from stars.cli.rows import rows_of_file
-from stars.detokenizer import find_stop
 from stars.errors import IntegrityError
 from stars.kernels.graph import Graphs
 from stars.kernels.rms_norm import rms_norm
@@ -21,6 +20,7 @@ from stars.model.config import parse_config
 from stars.model.rope import inverse_frequencies, parse_rope
 from stars.passes import Passes, Span
 from stars.sizes import ModelSizes
+from stars.stops import find_stop
 from stars.width import WidthChooser
 from toy import ToyModel, ids, toy_engine
 

@@ -16,10 +16,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import stars
 from building import PADDED, work_as
-from stars.detokenizer import Detokenizer, cut_at_stop, find_stop, finished, hold_back, stop_tokens
 from stars.errors import RequestError, TokenizerError
-from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.model.tokenizer import Detokenizer, Tokenizer, finished, load_tokenizer
 from stars.reward.causal import CausalReward
+from stars.stops import cut_at_stop, find_stop, hold_back, stop_tokens
 from stars.trace import request_trace
 from toy import ToyModel, scripted_engine, toy_engine
 

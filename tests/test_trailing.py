@@ -16,7 +16,7 @@ from stars.bindings import libstars
 from stars.kernels.dispatch import references_only
 from stars.passes import Passes
 from stars.reward.causal import CausalReward
-from stars.reward.scoring import Scoring
+from stars.reward.scoring import ScoringReward
 from test_invariance import LM, PREFIX, RM, decided, requests, run
 from toy import ids, toy_engine
 
@@ -84,7 +84,7 @@ def test_rewards_that_need_the_host_trail_nothing(trailed):
 
 
 def test_a_token_that_the_reward_model_does_not_know_ends_its_request(trailed, monkeypatch):
-    monkeypatch.setattr(Scoring, "_problem", lambda self, ids: (
+    monkeypatch.setattr(ScoringReward, "_problem", lambda self, ids: (
         stars.RewardError("it is unknown") if len(ids) > 20 else None))
     made = engine()
     asked = [{"prompt_token_ids": ids(length, vocab=37, seed=length)} for length in (4, 15)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, TokenizerError
 from stars.model.chat_template import ChatTemplate
 from stars.model.files import MAX_BYTES, is_file, read_json, read_text
@@ -26,6 +27,9 @@ from stars.model.tokenizer_limits import (
     refusing,
 )
 
+REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete UTF-8 sequence to
+CONTEXT = 8
+"""Prompt tokens decoded in front of a response: enough for a character of four byte tokens and one whole one before."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 TEMPLATE_VARIABLES = ("self", "messages", "tools", "documents", "add_generation_prompt")  # not for a token to replace
@@ -164,6 +168,39 @@ class Tokenizer:
         if prefix.startswith(prompt) and not prefix[len(prompt) :].strip():
             prefix = prompt
         return prefix, closing
+
+
+class Detokenizer:
+    """Text of the responses to one prompt, as it stands after that prompt.
+
+    Many decoders treat the first token of a text in their own way: those of Llama 2's kind take its space off. So a
+    response is decoded after the prompt's last tokens, whose text is then cut off. A character that the prompt leaves
+    unfinished belongs to the response that completes it.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]):
+        self._tokenizer = tokenizer
+        count = CONTEXT
+        while True:
+            self._context = list(prompt_token_ids[-count:])
+            self._text: str = tokenizer.decode(self._context)
+            # Special tokens decode to nothing and a lone space may be taken off. After a character that shows, the
+            # rest is decoded as it is in the whole text.
+            if count >= len(prompt_token_ids) or self._text.strip(" " + REPLACEMENT):
+                break
+            count *= 2
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a response or of its beginning; special tokens are left out."""
+        text: str = self._tokenizer.decode([*self._context, *token_ids])
+        if text.startswith(self._text):
+            return text[len(self._text) :]
+        return text[len(os.path.commonprefix([self._text, text])) :]
+
+
+def finished(text: str) -> str:
+    """`text` without the character at its end that lacks bytes: the sign for it may change with the next token."""
+    return text.removesuffix(REPLACEMENT)
 
 
 def _replace_invalid_bytes(tokens: list[str]) -> list[str]:

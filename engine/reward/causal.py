@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from stars.arguments import shown
@@ -11,22 +9,20 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.errors import RequestError, RewardError
-from stars.kernels.types import Draft
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Reward, Scored, TrailingCandidate, check_path
+from stars.reward.base import check_path
 from stars.reward.framing import Framing
-from stars.reward.scoring import Scoring, TrailingScores, outside
-from stars.reward.session import Handle, Session, Sessions
+from stars.reward.scoring import ScoringReward, outside
 from stars.sizes import reward_model
 
 REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are taken for it
 
 
-class CausalReward(Reward):
+class CausalReward(ScoringReward):
     """A sequence-classification model with one label: the raw logit at the last token, head in float32.
 
     model: HF directory, or a Decoder with a reward head. template: "chat" renders prompt and response with the RM's
@@ -99,9 +95,8 @@ class CausalReward(Reward):
         self.cache = PagedCache(shape, config, sizes, self.decoder.dtype)
         with self.decoder.lock:  # another engine may be at work with it
             self._passes = Passes(self.decoder, self.cache, config, sizes)
-        self._sessions = Sessions(self.cache, self._passes, self.max_model_len,
-                                  0 if self.same_vocabulary else REENCODE_SLACK)
-        self._scoring = Scoring(self.framing.encoder, self._sessions, self.cache, self._passes, shape)
+        self.vocab_size = shape.vocab_size
+        self.slack = 0 if self.same_vocabulary else REENCODE_SLACK
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""
@@ -109,77 +104,15 @@ class CausalReward(Reward):
         if not frame.prefix:
             raise RequestError("the prompt is empty for the reward model: give at least one character that is no "
                                "special token")
-        ids, size = frame.prefix + frame.closing, self.decoder.config.vocab_size
-        if max(ids) >= size:
-            raise RequestError(outside(ids, size))
+        ids = frame.prefix + frame.closing
+        if max(ids) >= self.vocab_size:
+            raise RequestError(outside(ids, self.vocab_size))
         needed = len(frame.prefix) + max_tokens + len(frame.closing)
         if needed > self.max_model_len:
             raise RequestError(f"prompt and max_tokens make {needed} tokens for the reward model, whose context is "
                                f"{self.max_model_len}: shorten the prompt or lower max_tokens")
-        capacity, tokens = self._sessions.capacity(frame, max_tokens), self.cache.num_pages * self.cache.page_size
+        capacity = min(len(frame.prefix) + max_tokens + self.slack, self.max_model_len)
+        tokens = self.cache.num_pages * self.cache.page_size
         if capacity > tokens:
             raise RequestError(f"prompt and max_tokens need {capacity} tokens of the reward model's cache, which has "
                                f"{tokens}: raise cache_tokens")
-
-    def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
-        """Whether the prompt's pages are free."""
-        return self._sessions.can_open(self.framing.frame(prompt))
-
-    def open(self, prompt: Prompt, max_tokens: int) -> Session:
-        """Reserves pages for the prompt."""
-        return self._sessions.open(self.framing.frame(prompt))
-
-    def fork(self, session: Session) -> Session:
-        """The same history, in the same pages as long as neither writes."""
-        return self._sessions.fork(session)
-
-    def reserve(self, session: Session, tokens: int) -> bool:
-        """Pages for so many tokens more, and some for a response that re-encodes to more."""
-        return self._sessions.reserve(session, tokens)
-
-    def start(self, sessions: list[Session]) -> None:
-        """Prefills the prompts, all but their last tokens, and offers their pages for sharing."""
-        self._sessions.start(sessions)
-
-    def resume(self, session: Session, token_ids: list[int], text: str | None) -> None:
-        """Writes the response into the session's pages, all but its last token; in deterministic mode as it was scored
-        and committed, so that every key has the bits that it had."""
-        if self.deterministic:
-            [scored] = self.score([Candidate(session, token_ids, text)])
-            if isinstance(scored.reward, RewardError):
-                raise scored.reward
-            self.commit([(session, scored.handle)])
-            return
-        self._scoring.resume(session, token_ids, text)
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        self.cache.reset()
-
-    def lanes_per_pass(self, tokens: int, responses: int) -> int:
-        """As many candidates as fill one pass over the weights."""
-        return max(1, math.ceil(self.target.ridge_rows / max(1, tokens * responses)))
-
-    def score(self, candidates: list[Candidate]) -> list[Scored]:
-        """One ragged forward over the new tokens of all candidates."""
-        return self._scoring.score(candidates)
-
-    def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> TrailingScores | None:
-        """A pass that trails the draft, where the LM's ids are passed through and all fit a slab and a pass."""
-        return self._scoring.score_trailing(draft, candidates)
-
-    def commit(self, winners: list[tuple[Session, Handle]]) -> None:
-        """The winners' slabs go into pages, up to the end of the response."""
-        self._sessions.commit(winners)
-
-    def discard(self, handle: Handle | None) -> None:
-        """Frees the slab."""
-        self._sessions.discard(handle)
-
-    def close(self, session: Session) -> None:
-        """Drops the response's pages."""
-        self._sessions.close(session)
-
-    def check_integrity(self) -> None:
-        """The cache's books."""
-        self.cache.check_integrity()

@@ -12,10 +12,9 @@ import torch
 
 from stars.arguments import shown
 from stars.config import EngineConfig
-from stars.detokenizer import REPLACEMENT
 from stars.errors import ModelError, RequestError, RewardError
 from stars.model.normalisation import read_normalisation
-from stars.model.tokenizer import Tokenizer
+from stars.model.tokenizer import REPLACEMENT, Tokenizer
 from stars.model.tokenizer_limits import is_failure
 from stars.prompt import Prompt
 from stars.reward.base import (

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stars.cache import BlockTable, PagedCache
-from stars.detokenizer import REPLACEMENT
+from stars.cache import BlockTable, CommitMove
 from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
-from stars.model.config import ModelConfig
-from stars.model.tokenizer import Tokenizer
-from stars.passes import MOST_CLOSING, Drafted, Passes, Span
+from stars.model.tokenizer import REPLACEMENT
+from stars.passes import MOST_CLOSING, Drafted, Span
 from stars.reward.base import Candidate, ContextFull, Scored, TrailingCandidate
-from stars.reward.session import Handle, Session, Sessions
+from stars.reward.session import Handle, Session, SessionReward
+from stars.target import Target
 
 
 class Plan(NamedTuple):
@@ -33,24 +33,35 @@ class Plan(NamedTuple):
         return self.table is not self.session.table
 
 
-class Scoring:
+class ScoringReward(SessionReward):
     """Scores every candidate the same way: what its session's pages lack is run into a slab, and the reward is read at
     the end. What a slab does not hold is run into pages first, in chunks: a finished response's into its session's, a
     candidate's into pages of its own. What is still being drafted is filled in on the device.
 
-    encoder: of texts; None where the language model's ids are passed through. shape: the reward model's.
+    Whoever binds it sets what follows, besides what sessions need.
     """
 
-    def __init__(self, encoder: Tokenizer | None, sessions: Sessions, cache: PagedCache, passes: Passes,
-                 shape: ModelConfig):
-        self._encoder = encoder
-        self._sessions = sessions
-        self._cache = cache
-        self._passes = passes
-        self._vocab_size = shape.vocab_size
-        self._max_model_len = shape.context_length
+    target: Target
+    deterministic: bool
+    max_model_len: int
+    vocab_size: int  # of the reward model
+    slack: int  # tokens that a response may run longer than the LM's say, before more pages are taken
 
-    def score(self, candidates: Sequence[Candidate]) -> list[Scored]:
+    def reserve(self, session: Session, tokens: int) -> bool:
+        """Pages for so many tokens more, and some for a response that re-encodes to more."""
+        longest = min(self.max_model_len, self.cache.num_pages * self.cache.page_size)
+        stop = min(len(session.committed) + tokens + self.slack, longest)
+        try:
+            self.cache.reserve(session.table, max(0, stop - session.table.length))
+        except OutOfPages:
+            return False
+        return True
+
+    def lanes_per_pass(self, tokens: int, responses: int) -> int:
+        """As many candidates as fill one pass over the weights."""
+        return max(1, math.ceil(self.target.ridge_rows / max(1, tokens * responses)))
+
+    def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""
         results: dict[int, Scored] = {}
         plans: dict[int, Plan] = {}
@@ -68,14 +79,14 @@ class Scoring:
 
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> TrailingScores | None:
         """A pass that trails the draft, where the LM's ids are passed through and all fit a slab and a pass."""
-        if self._encoder is not None:
+        if self.framing.encoder is not None:
             return None
         plans = [self._trailing_plan(candidate) for candidate in candidates]
         rows = [len(plan.ids) - plan.start for plan in plans]
-        if max(rows) > self._cache.slab_len or not self._passes.fits(rows) or any(
+        if max(rows) > self.cache.slab_len or not self._passes.fits(rows) or any(
                 len(plan.session.frame.closing) > MOST_CLOSING for plan in plans):
             return None
-        slabs = [self._cache.take_slab() for _ in plans]
+        slabs = [self.cache.take_slab() for _ in plans]
         self._passes.score_trailing(draft, list(map(self._span, plans, slabs)))
         return TrailingScores(self, plans, slabs)
 
@@ -92,19 +103,65 @@ class Scoring:
         return results
 
     def resume(self, session: Session, token_ids: list[int], text: str | None) -> None:
-        """Writes a response into the session's pages, all but its last token."""
+        """Writes the response into the session's pages, all but its last token; in deterministic mode as it was scored
+        and committed, so that every key has the bits that it had."""
+        if self.deterministic:
+            [scored] = self.score([Candidate(session, token_ids, text)])
+            if isinstance(scored.reward, RewardError):
+                raise scored.reward
+            self.commit([(session, scored.handle)])
+            return
         ids, content = self._ids(session, token_ids, text)
-        self._sessions.make_room(session, content - 1)
-        self._sessions.write(session, ids, content - 1)
+        self._make_room(session, content - 1)
+        self._write(session, ids, content - 1)
+
+    def commit(self, winners: list[tuple[Session, Handle]]) -> None:
+        """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped.
+
+        Raises OutOfPages for a fork that nothing was reserved for.
+        """
+        for session, handle in winners:
+            self._make_room(session, handle.content - 1)
+        moves, slabs = [], []
+        for session, (ids, content, valid, slab) in winners:
+            keep = content - 1  # the last content token stays out: the next score starts with it
+            if slab is None:
+                self._write(session, ids, keep)
+                continue
+            at = min(valid, keep)
+            moves.append(CommitMove(session.table, slab * self.cache.slab_len, keep - at, at))
+            slabs.append(slab)
+            session.committed = ids[:keep]
+        if moves:
+            self.cache.commit(moves)
+            for slab in slabs:
+                self.cache.return_slab(slab)
+
+    def discard(self, handle: Handle | None) -> None:
+        """Frees the slab."""
+        if handle is not None and handle.slab is not None:
+            self.cache.return_slab(handle.slab)
+
+    def _make_room(self, session: Session, stop: int) -> None:
+        """Room for `stop` positions, where a text is longer than was reserved; raises OutOfPages."""
+        if stop > len(session.table.pages) * self.cache.page_size:
+            self.cache.reserve(session.table, stop - session.table.length)
+
+    def _write(self, session: Session, ids: list[int], stop: int) -> None:
+        """ids[:stop] into the session's pages, which then end there."""
+        self.cache.truncate(session.table, _common(session, ids, stop))
+        self._passes.prefill([(session.table, ids, stop)])
+        session.committed = ids[:stop]
 
     def _ids(self, session: Session, token_ids: list[int], text: str | None) -> tuple[list[int], int]:
         """(ids of prompt, response and closing; how many of them are not closing) of a response as in `Candidate`."""
         prefix, prompt, special, closing = session.frame
-        if self._encoder is None:
+        encoder = self.framing.encoder
+        if encoder is None:
             content = prefix + token_ids
         elif text:
             # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
-            content = self._encoder.encode(prompt + text.rstrip(REPLACEMENT), add_special_tokens=special)
+            content = encoder.encode(prompt + text.rstrip(REPLACEMENT), add_special_tokens=special)
         else:
             content = prefix
         return content + closing, len(content)
@@ -118,15 +175,15 @@ class Scoring:
             return problem
         table = session.table
         try:
-            self._sessions.make_room(session, content - 1)
-            start = session.common(ids, len(ids) - 1)
+            self._make_room(session, content - 1)
+            start = _common(session, ids, len(ids) - 1)
             run = len(ids) - start
             if candidate.final and start < content - 1:
                 start = content - 1
-                self._sessions.write(session, ids, start)
-            if len(ids) - start > self._cache.slab_len:
+                self._write(session, ids, start)
+            if len(ids) - start > self.cache.slab_len:
                 start = len(ids) - 1
-                table = self._cache.open(ids[:start])  # shared with the prompt where it can be
+                table = self.cache.open(ids[:start])  # shared with the prompt where it can be
                 run = len(ids) - table.length
                 self._passes.prefill([(table, ids, start)])
         except OutOfPages as error:
@@ -138,7 +195,7 @@ class Scoring:
         frame = session.frame
         known = len(frame.prefix) + len(token_ids)
         ids = frame.prefix + token_ids + [0] * (max_tokens + len(frame.closing))
-        start = session.common(ids, known - 1)
+        start = _common(session, ids, known - 1)
         return Plan(session, session.table, ids, known + max_tokens, start, len(ids) - start,
                     Drafted(lane, known - start, frame.closing))
 
@@ -149,35 +206,35 @@ class Scoring:
             first.setdefault(plan.table, index)
         # Spans of one table are made adjacent, so that its pages are read once for all of them.
         order = sorted(plans, key=lambda index: first[plans[index].table])
-        slabs = [self._cache.take_slab() for _ in order]
+        slabs = [self.cache.take_slab() for _ in order]
         rewards = self._passes.score([self._span(plans[index], slab) for index, slab in zip(order, slabs, strict=True)])
         return {index: self._scored(plans[index], slab, reward)
                 for index, slab, reward in zip(order, slabs, rewards, strict=True)}
 
     def _span(self, plan: Plan, slab: int) -> Span:
-        first, rows = slab * self._cache.slab_len, len(plan.ids) - plan.start
+        first, rows = slab * self.cache.slab_len, len(plan.ids) - plan.start
         return Span(plan.table, plan.ids[plan.start :], plan.start, range(first, first + rows), plan.drafted)
 
     def _scored(self, plan: Plan, slab: int, reward: float | RewardError) -> Scored:
         if plan.own:
-            self._cache.return_slab(slab)
-            self._cache.close(plan.table)
+            self.cache.return_slab(slab)
+            self.cache.close(plan.table)
         handle = Handle(plan.ids, plan.content, plan.start, None if plan.own else slab)
         return Scored(reward, plan.run, len(plan.ids), handle)
 
     def _problem(self, ids: list[int]) -> RewardError | None:
         """Why this text is never scored."""
-        if max(ids) >= self._vocab_size:
-            return RewardError(outside(ids, self._vocab_size))
-        if len(ids) > self._max_model_len:
+        if max(ids) >= self.vocab_size:
+            return RewardError(outside(ids, self.vocab_size))
+        if len(ids) > self.max_model_len:
             return ContextFull(f"the response re-encodes to {len(ids)} tokens for the reward model, whose context is "
-                               f"{self._max_model_len}: lower max_tokens")
+                               f"{self.max_model_len}: lower max_tokens")
         return None
 
     def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
         """Why a response cannot be scored; raised where others hold pages, so that it is tried again by itself."""
         problem = RewardError(f"the response re-encodes to {tokens} tokens for the reward model and {error}")
-        if self._cache.num_tables > 1:
+        if self.cache.num_tables > 1:
             raise problem from error
         return problem
 
@@ -185,12 +242,20 @@ class Scoring:
 class TrailingScores:
     """Scores that trail their draft: `stars.reward.base.Trailing`."""
 
-    def __init__(self, scoring: Scoring, plans: Sequence[Plan], slabs: Sequence[int]):
+    def __init__(self, scoring: ScoringReward, plans: Sequence[Plan], slabs: Sequence[int]):
         self._scoring, self._plans, self._slabs = scoring, plans, slabs
 
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
-        """Waits for the pass; the same results as `Scoring.score` gives."""
+        """Waits for the pass; the same results as `ScoringReward.score` gives."""
         return self._scoring.trailing_results(self._plans, self._slabs, token_ids)
+
+
+def _common(session: Session, ids: list[int], stop: int) -> int:
+    """How many of ids[:stop] are in the session's pages already, from the first on."""
+    stop = min(stop, len(ids), session.table.length)
+    if ids[:stop] == session.committed[:stop]:
+        return stop
+    return next(i for i in range(stop) if ids[i] != session.committed[i])
 
 
 def outside(ids: Sequence[int], vocab_size: int) -> str:

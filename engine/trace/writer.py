@@ -14,8 +14,8 @@ import os
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-from stars.detokenizer import Detokenizer
 from stars.line_file import LineFile
+from stars.model.tokenizer import Detokenizer
 from stars.trace.json_lines import dumps, plain
 from stars.trace.records import FORMAT, VERSION, TraceAttempt, TraceCompletion, TraceRequest, TraceSegment
 from stars.version import __version__

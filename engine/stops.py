@@ -1,50 +1,13 @@
-"""Response ids to text: after the prompt they answer, up to a stop string, and what a stream must hold back."""
+"""Stop strings: where a text ends at one, what a stream must hold back, and which of them are single tokens."""
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
 from stars.errors import RequestError
-
-REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete UTF-8 sequence to
-CONTEXT = 8
-"""Prompt tokens decoded in front of a response: enough for a character of four byte tokens and one whole one before."""
-
-
-class Detokenizer:
-    """Text of the responses to one prompt, as it stands after that prompt.
-
-    Many decoders treat the first token of a text in their own way: those of Llama 2's kind take its space off. So a
-    response is decoded after the prompt's last tokens, whose text is then cut off. A character that the prompt leaves
-    unfinished belongs to the response that completes it.
-    """
-
-    def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]):
-        self._tokenizer = tokenizer
-        count = CONTEXT
-        while True:
-            self._context = list(prompt_token_ids[-count:])
-            self._text: str = tokenizer.decode(self._context)
-            # Special tokens decode to nothing and a lone space may be taken off. After a character that shows, the
-            # rest is decoded as it is in the whole text.
-            if count >= len(prompt_token_ids) or self._text.strip(" " + REPLACEMENT):
-                break
-            count *= 2
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a response or of its beginning; special tokens are left out."""
-        text: str = self._tokenizer.decode([*self._context, *token_ids])
-        if text.startswith(self._text):
-            return text[len(self._text) :]
-        return text[len(os.path.commonprefix([self._text, text])) :]
-
-
-def finished(text: str) -> str:
-    """`text` without the character at its end that lacks bytes: the sign for it may change with the next token."""
-    return text.removesuffix(REPLACEMENT)
+from stars.model.tokenizer import Detokenizer, finished
 
 
 def find_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int, str] | None:
