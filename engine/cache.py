@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stars.buffers import Buffers
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages
-from stars.kernels.buffers import Buffers
 from stars.kernels.copy_rows import copy_rows
 from stars.kernels.graph import Graphs
 from stars.kernels.types import LayerKV

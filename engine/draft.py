@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import apply_penalties, sample_step
-from stars.kernels.buffers import Buffers
 from stars.kernels.graph import Graphs, steps_a_graph
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles

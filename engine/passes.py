@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import append_draft, prefill_attention
-from stars.kernels.buffers import Buffers
 from stars.kernels.graph import Graphs
 from stars.kernels.types import Batch, Draft, Tiles, TrailingRows
 from stars.model.decoder import Decoder

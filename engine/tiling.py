@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from stars.buffers import Buffers
 from stars.config import EngineConfig
-from stars.kernels.buffers import Buffers
 from stars.kernels.triton import tiles
 from stars.kernels.types import Tiles
 from stars.model.config import ModelConfig

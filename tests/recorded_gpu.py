@@ -16,9 +16,9 @@ import torch
 import stars
 from building import PADDED, work_as
 from held import tensors_of
+from stars import buffers
 from stars.bindings import libstars
 from stars.cache import PagedCache
-from stars.kernels import buffers
 from stars.kernels import graph as graphs
 from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.sample_step import sample_step

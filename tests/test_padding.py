@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from building import PADDED, config_of
+from stars.buffers import Buffers
 from stars.cache import PagedCache
 from stars.draft import Drafter, LaneSpec
-from stars.kernels.buffers import Buffers
 from stars.kernels.dispatch import references_only
 from stars.kernels.philox import pack_stream
 from stars.passes import Passes, Span

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from stars.kernels import buffers
+from stars import buffers
 from stars.model.checkpoint import Checkpoint
 from stars.target import CPU
 

@@ -1,25 +1,16 @@
-"""Tensors at fixed addresses on a device, which recorded passes read: filled on the host, moved in one transfer."""
+"""Tensors at fixed addresses on a device, filled on the host and moved in one transfer."""
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stars.target import Target
+
 ALIGNMENT = 64  # bytes
-
-
-class Target(Protocol):
-    """Where the tensors are, as of `stars.target.Target`."""
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def own_memory(self) -> bool: ...
 
 
 class Buffers:
