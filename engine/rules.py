@@ -204,6 +204,10 @@ class Always:
         return Decision([whole(one) for one in first.values()], [], notes)
 
 
+OWN_RULES = frozenset({Threshold, Argmax, Always})
+"""Rules whose decisions always satisfy `problem`, as a test shows: those of others are checked each time."""
+
+
 def whole(one: Judged) -> Keep:
     """All of an attempt."""
     return Keep(one.hypothesis, one.attempt, one.drafted)
