@@ -8,7 +8,6 @@ from typing import NamedTuple
 from stars.cache import CommitMove, PagedCache
 from stars.outputs import Segment
 from stars.passes import Passes
-from stars.proposer import slab_of
 from stars.request import Group, Hypothesis, Lane, Winner
 from stars.reward.base import Reward
 from stars.rules import EARLIER, Decision, Keep
@@ -101,10 +100,10 @@ class Committer:
         moves, lacking = [], []
         for winner in winners:
             table, lane = winner.hypothesis.pages, winner.lane
-            rows = 0 if lane.slab is None else min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids))
+            rows = min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids)) if lane.slab is not None else 0
             winner.rows = rows
-            if rows:
-                moves.append(CommitMove(table, slab_of(lane) * self._cache.slab_len, rows, table.length))
+            if lane.slab is not None and rows:
+                moves.append(CommitMove(table, lane.slab * self._cache.slab_len, rows, table.length))
             if rows < len(winner.token_ids):
                 lacking.append(winner)
         self._cache.commit(moves)

@@ -95,16 +95,14 @@ class Judge:
         return [Candidate(hypothesis.session, ids, request.response_text(hypothesis, extra), final)
                 for ids, extra in zip(contents, extras, strict=True)]
 
-    def _next_pass(self, waiting: Sequence[Group], unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
+    def _next_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
         """Scores the next lanes of each response, in attempt order, as many as are worth it at once."""
-        owners = [hypothesis for group in waiting for hypothesis in unfinished(group) if unscored[hypothesis]]
         batch: list[Lane] = []
         candidates: list[Candidate] = []
-        for hypothesis in owners:
-            lanes = unscored[hypothesis]
-            lanes = lanes[: max(1, self._scorer.lanes_per_pass(len(lanes[0].token_ids), len(owners)))]
-            batch += lanes
-            candidates += self._candidates(hypothesis, lanes)
+        for hypothesis, lanes in unscored.items():
+            first = lanes[: max(1, self._scorer.lanes_per_pass(len(lanes[0].token_ids), len(unscored)))]
+            batch += first
+            candidates += self._candidates(hypothesis, first)
         return _with_handles(batch, self.score([lane.hypothesis for lane in batch], candidates))
 
     def _trailing_pass(self) -> list[tuple[Lane, Scored]]:
@@ -143,17 +141,18 @@ class Judge:
                 self._ask(group, decisions)
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
         found = self._trailing_pass()
-        while waiting:
+        while unscored:
             of_group: dict[Group, list[tuple[Lane, Scored]]] = {group: [] for group in waiting}
-            for lane, result in found or self._next_pass(waiting, unscored):
+            for lane, result in found or self._next_pass(unscored):
                 hypothesis = lane.hypothesis
                 if hypothesis in unscored:  # else it was scored while it drew tokens of no logits
                     del unscored[hypothesis][0]
                     of_group[hypothesis.group].append((lane, result))
             for group, scores in of_group.items():
                 self._take(group, scores, unscored, decisions)
-            waiting = [group for group in waiting if group not in decisions
-                       and any([unscored[hypothesis] for hypothesis in unfinished(group)])]
+            unscored = {hypothesis: lanes for hypothesis, lanes in unscored.items()
+                        if lanes and hypothesis.finish_reason is None and hypothesis.group not in decisions}
+            waiting = list(dict.fromkeys([hypothesis.group for hypothesis in unscored]))
             found = []
         for group in groups:
             members = unfinished(group)
@@ -207,7 +206,7 @@ class Judge:
                 group.request.fail(fault)
                 return
         members = unfinished(group)
-        if members and (faults if in_order else not any([unscored[hypothesis] for hypothesis in members])):
+        if members and (faults if in_order else not any([unscored.get(hypothesis) for hypothesis in members])):
             self._ask(group, decisions)
 
     def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
@@ -217,7 +216,9 @@ class Judge:
             return not unfinished(group)
         for hypothesis in group.hypotheses:
             for lane in hypothesis.attempts:
-                lane.note = decision.notes.get((hypothesis.slot, lane.attempt), lane.note)
+                note = decision.notes.get((hypothesis.slot, lane.attempt))
+                if note is not None:
+                    lane.note = note
         if not decides(decision):
             return False
         decisions[group] = decision

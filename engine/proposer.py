@@ -29,11 +29,18 @@ class Proposer:
         drawn: dict[Hypothesis, list[Lane]] = {}
         specs: list[LaneSpec] = []
         for hypothesis, width in zip(active, self._widths(active), strict=True):
+            request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
+            table, last = hypothesis.pages, hypothesis.last_token
+            max_tokens = min(hypothesis.max_segment, request.max_tokens - len(hypothesis.token_ids))
+            stream = pack_stream(hypothesis.drafts, hypothesis.sample)
+            history = hypothesis.history() if request.params.penalties else None
             first = len(hypothesis.attempts) + 1
-            lanes = drawn[hypothesis] = [Lane(hypothesis, attempt, self._cache.take_slab())
-                                         for attempt in range(first, first + width)]
+            for attempt in range(first, first + width):
+                slab = self._cache.take_slab()
+                lanes.append(Lane(hypothesis, attempt, slab))
+                specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, attempt, stream, request.params,
+                                      request.stop_ids, history))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
-            specs += _specs(hypothesis, lanes)
         self._launched = time.perf_counter()
         if specs:
             self.drafter.launch(specs)
@@ -68,20 +75,3 @@ class Proposer:
                 widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),
                                                   len(active), max_width))
         return widths
-
-
-def _specs(hypothesis: Hypothesis, lanes: Sequence[Lane]) -> list[LaneSpec]:
-    """What the drafter is told of the lanes of one hypothesis."""
-    request, committed = hypothesis.request, hypothesis.token_ids
-    table, last = hypothesis.pages, hypothesis.last_token
-    max_tokens = min(hypothesis.max_segment, request.max_tokens - len(committed))
-    stream = pack_stream(hypothesis.drafts, hypothesis.sample)
-    history = hypothesis.history() if request.params.penalties else None
-    return [LaneSpec(table, last, slab_of(lane), max_tokens, request.seed, lane.attempt, stream, request.params,
-                     request.stop_ids, history) for lane in lanes]
-
-
-def slab_of(lane: Lane) -> int:
-    """The slab of a lane that has one."""
-    assert lane.slab is not None
-    return lane.slab

@@ -57,7 +57,7 @@ class Round:
                 self._keep_best(hypothesis, lanes)
             else:
                 self._give_back(hypothesis, lanes)
-        return [group for group in groups if group.finished or not group.undecided]
+        return [group for group in groups if group in decisions or group.request.whole or group.finished]
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""

@@ -160,15 +160,16 @@ class Threshold:
         keep: dict[int, Keep] = {}
         notes = {}
         for one in judged:
-            if one.attempt == EARLIER:
-                keep[one.hypothesis] = whole(one)
+            slot, attempt = one.hypothesis, one.attempt
+            if attempt == EARLIER:
+                keep[slot] = whole(one)
                 continue
             tau = threshold(one.tokens, state.max_tokens, start, self.reward_threshold)
             reward = scored(one)
-            accepted = one.hypothesis not in keep and accepts(one.uniforms[0], reward, tau, self.beta)
-            notes[one.hypothesis, one.attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
+            accepted = slot not in keep and accepts(one.uniforms[0], reward, tau, self.beta)
+            notes[slot, attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
             if accepted:
-                keep[one.hypothesis] = whole(one)
+                keep[slot] = whole(one)
         return Decision(list(keep.values()) if len(keep) == len(state.live) else [], [], notes)
 
 

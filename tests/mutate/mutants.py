@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant("engine/rules.py", "return max(judged, key=lambda one: -math.inf if one.reward is None else one.reward)",
            "return max(reversed(judged), key=lambda one: -math.inf if one.reward is None else one.reward)",
            "the latest of equally good rejected candidates wins", "rules oracle engine"),
-    Mutant("engine/rules.py", "accepted = one.hypothesis not in keep and accepts(", "accepted = accepts(",
+    Mutant("engine/rules.py", "accepted = slot not in keep and accepts(", "accepted = accepts(",
            "the last accepted attempt wins", "rules oracle"),
     Mutant("engine/rules.py", "if len(keep) == len(state.live) else []", "if keep else []",
            "a group is decided before all of it is", "rules"),
@@ -247,7 +247,7 @@ MUTANTS = [
     Mutant("engine/request.py", "self.cumulative_logprob += logprob\n",
            "self.cumulative_logprob += sum(logprobs[:-1])\n",
            "the last token's log-probability of each segment is left out", "engine oracle"),
-    Mutant("engine/request.py", "metrics.lm_tokens_drawn += len(lane.token_ids)", "metrics.lm_tokens_drawn += "
+    Mutant("engine/request.py", "metrics.lm_tokens_drawn += len(token_ids)", "metrics.lm_tokens_drawn += "
            "self.next_segment", "tokens that EOS saved are counted as drawn", "engine oracle"),
     Mutant("engine/judge.py", "and not request.stop:", "and True:",
            "a segment is scored with what stands behind its stop string", "planted_rewards"),
