@@ -94,21 +94,23 @@ class Committer:
 
     def _commit_rows(self, winners: Sequence[Winner]) -> None:
         """The language model's pages hold all but the last token of each response afterwards."""
-        for winner in winners:  # a fork has no room yet, and a rule's own tokens come on top of a segment
-            self._cache.reserve(winner.hypothesis.pages, len(winner.token_ids))
+        tables = [winner.hypothesis.pages for winner in winners]
+        for table, winner in zip(tables, winners, strict=True):
+            # A fork has no room yet, and a rule's own tokens come on top of a segment.
+            self._cache.reserve(table, len(winner.token_ids))
         # The slab holds the token before the segment and all of the segment but its last token.
         moves, lacking = [], []
-        for winner in winners:
-            table, lane = winner.hypothesis.pages, winner.lane
+        for table, winner in zip(tables, winners, strict=True):
+            lane = winner.lane
             rows = min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids)) if lane.slab is not None else 0
             winner.rows = rows
             if lane.slab is not None and rows:
                 moves.append(CommitMove(table, lane.slab * self._cache.slab_len, rows, table.length))
             if rows < len(winner.token_ids):
-                lacking.append(winner)
+                lacking.append((table, winner))
         self._cache.commit(moves)
         if lacking:
-            self._passes.prefill([(winner.hypothesis.pages, token_ids, len(token_ids) - 1) for winner in lacking
+            self._passes.prefill([(table, token_ids, len(token_ids) - 1) for table, winner in lacking
                                   for token_ids in [winner.hypothesis.request.prompt.token_ids
                                                     + winner.hypothesis.token_ids + winner.token_ids]])
 
