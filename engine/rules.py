@@ -197,12 +197,13 @@ class Always:
     uniforms: ClassVar[int] = 0
 
     def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
-        """Decides at once."""
+        """Decides once every live hypothesis has an attempt."""
         first: dict[int, Judged] = {}
         for one in judged:
             first.setdefault(one.hypothesis, one)
         notes = {(one.hypothesis, one.attempt): Note(None, None, True) for one in first.values()}
-        return Decision([whole(one) for one in first.values()], [], notes)
+        keep = [whole(one) for one in first.values()] if len(first) == len(state.live) else []
+        return Decision(keep, [], notes)
 
 
 OWN_RULES = frozenset({Threshold, Argmax, Always})
