@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ from stars.policies import Plan, Policy
 from stars.prompt import Prompt
 from stars.rules import Judged, Note
 from stars.sampling import SamplingParams
-from stars.stops import find_stop, hold_back
+from stars.stops import cut_at_stop, find_stop, hold_back
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Lane:
     """One candidate of one segment: drafted, perhaps scored, then committed or gone."""
 
@@ -37,9 +36,34 @@ class Lane:
     judged: Judged | None = None  # what the rule is shown of it, once it may be judged
     score_handle: Any = None  # what the reward keeps of it until it is committed or discarded
 
-    def attempt_record(self) -> Attempt:
-        """The user's view of this candidate."""
-        return _record(self.token_ids, self.reward, self.note, sum(self.logprobs))
+@dataclass(eq=False, slots=True)
+class Winner:
+    """What becomes history of one hypothesis: drafted tokens of a lane, all of them unless a rule cut them, and what a
+    rule put after them."""
+
+    hypothesis: Hypothesis  # the lane's own or a fork of that
+    lane: Lane
+    token_ids: list[int]
+    drafted: int  # how many of them the lane drew
+    finish_reason: str | None
+    stop_reason: int | str | None
+    as_drawn: bool  # whether it is the lane as it was drawn
+    reward: float | None = None  # of the response with it, where that is known
+    rows: int = 0  # of keys that were committed from the lane's slab
+
+    @classmethod
+    def of(cls, lane: Lane, hypothesis: Hypothesis) -> Winner:
+        """All of a lane."""
+        return cls(hypothesis, lane, lane.token_ids, len(lane.token_ids), lane.finish_reason, lane.stop_reason, True,
+                   lane.reward)
+
+    @classmethod
+    def cut(cls, lane: Lane, hypothesis: Hypothesis, tokens: int, then: Sequence[int]) -> Winner:
+        """The first `tokens` of a lane, and `then`, up to where that ends the response."""
+        token_ids = lane.token_ids[:tokens] + list(then)
+        count, finish_reason, stop_reason = hypothesis.ending(token_ids)
+        as_drawn = count == len(token_ids) == tokens == len(lane.token_ids)
+        return cls(hypothesis, lane, token_ids[:count], min(tokens, count), finish_reason, stop_reason, as_drawn)
 
 
 class Boundary(NamedTuple):
@@ -84,6 +108,7 @@ class Hypothesis:
     def __post_init__(self) -> None:
         self.request = self.group.request
         self.sample = self.group.index * self.request.plan.lanes.population + self.slot  # of its random stream
+        self.max_segment = self.request.plan.segment.draft
 
     @property
     def pages(self) -> BlockTable:
@@ -94,7 +119,7 @@ class Hypothesis:
     @property
     def next_segment(self) -> int:
         """Most tokens of the draft that comes next."""
-        return min(self.request.plan.segment.draft, self.request.max_tokens - len(self.token_ids))
+        return min(self.max_segment, self.request.max_tokens - len(self.token_ids))
 
     @property
     def last_token(self) -> int:
@@ -105,7 +130,7 @@ class Hypothesis:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
         self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
                                  len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, copy.copy(self.metrics))
+                                 self.stop_reason, _copy(self.metrics))
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
@@ -119,8 +144,13 @@ class Hypothesis:
             del self.logprobs[mark.logprobs :]
             self.drafts, self.cumulative_logprob, self.reward = mark.drafts, mark.cumulative_logprob, mark.reward
             self.finish_reason, self.stop_reason = mark.finish_reason, mark.stop_reason
-            self.metrics = copy.copy(mark.metrics)
+            self.metrics = _copy(mark.metrics)
             self._history = None
+
+    def finish(self, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        """Ends the response; what it holds in the caches is given back once the round is over."""
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
+        self.attempts = []
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
@@ -134,6 +164,66 @@ class Hypothesis:
             ends=list(self.ends), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
             finish_reason=self.finish_reason, stop_reason=self.stop_reason, error=self.error,
             metrics=self.metrics.kept())
+
+    def ending(self, token_ids: list[int]) -> tuple[int, str | None, int | str | None]:
+        """If `token_ids` were committed: how many of them, up to a stop string; whether they end the response, and why.
+        """
+        request, last = self.request, token_ids[-1]
+        if request.stop:
+            # The token that ends the response is no part of its text, so it cannot complete a stop string either.
+            content = token_ids[:-1] if last in request.stop_ids else token_ids
+            cut = cut_at_stop(request.detokenizer, self.token_ids, content, request.stop)
+            if cut is not None:
+                count, stop = cut
+                return count, "stop", stop
+        if last in request.stop_ids:
+            own = last in request.eos_token_ids
+            return len(token_ids), "stop", None if own else request.stop_tokens.get(last, last)
+        ends = len(self.token_ids) + len(token_ids) >= request.max_tokens
+        return len(token_ids), "length" if ends else None, None
+
+    def take_drafts(self, lanes: Sequence[Lane], seconds: float) -> bool:
+        """Counts what was drawn in the lanes, in so many seconds each, and cuts it where it ends the response.
+
+        False where token -1 says that the logits were NaN or infinite.
+        """
+        request, metrics = self.request, self.metrics
+        # A whole response is one attempt, in however many pieces it is drafted.
+        metrics.attempts += len(lanes) if not request.whole else not self.drafts
+        metrics.lm_seconds += seconds * len(lanes)
+        left = request.max_tokens - len(self.token_ids)
+        for lane in lanes:
+            token_ids = lane.token_ids
+            metrics.lm_tokens_drawn += len(token_ids)
+            last = token_ids[-1]
+            if last < 0:
+                return False
+            if last in request.stop_ids or len(token_ids) >= left or request.stop:
+                count, lane.finish_reason, lane.stop_reason = self.ending(token_ids)
+                lane.token_ids, lane.logprobs = token_ids[:count], lane.logprobs[:count]
+        return True
+
+    def append(self, winner: Winner) -> None:
+        """Makes a winner the newest segment of the response, or the newest piece of a whole one."""
+        lane, request = winner.lane, self.request
+        logprobs = lane.logprobs if winner.as_drawn else lane.logprobs[: winner.drafted]
+        logprob = sum(logprobs)
+        self.drafts += 1
+        first, total = len(self.token_ids), len(winner.token_ids)
+        self.ends += [first + stop for stop in (*range(winner.rows, total, self.max_segment), total) if stop]
+        self.token_ids += winner.token_ids
+        self.cumulative_logprob += logprob
+        self.reward = winner.reward
+        if request.whole:
+            self.logprobs += logprobs
+            return
+        attempts = [_record(attempt.token_ids, attempt.reward, attempt.note, sum(attempt.logprobs))
+                    for attempt in lane.hypothesis.attempts]
+        record = attempts[lane.attempt - 1]
+        segment = Segment(winner.token_ids, record.reward, record.threshold, record.accepted, attempts,
+                          lane.attempt - 1, logprob)
+        self.segments.append(segment)
+        self.metrics.keep(segment, request.plan.decide.in_order)
 
     def whole_record(self, note: Note | None) -> Attempt:
         """The user's view of a whole response that competes with others."""
@@ -157,13 +247,17 @@ class Hypothesis:
             return ids[:-1]
         return ids
 
+    def contents(self, extras: Sequence[Extra]) -> list[list[int]]:
+        """`content_ids` with each of `extras`."""
+        return [self.content_ids(extra) for extra in extras]
+
 
 class Mark(NamedTuple):
     """A group as it was when its newest segment began; its hypotheses' own boundaries are with them."""
 
     hypotheses: tuple[Hypothesis, ...]
     memory: Any
-    dropped: Metrics
+    dropped: Metrics | None
 
 
 @dataclass(eq=False)
@@ -175,7 +269,7 @@ class Group:
     hypotheses: list[Hypothesis] = field(default_factory=list)  # by slot; those that were dropped are gone
     round: int = 0  # of the segment being decided
     memory: Any = None  # what the rule returned last
-    dropped: Metrics = field(default_factory=Metrics)  # of what was drawn for hypotheses that are gone; never changed
+    dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
     boundary: Mark | None = None  # None before its first round
 
     def __post_init__(self) -> None:
@@ -189,12 +283,23 @@ class Group:
     @property
     def finished(self) -> bool:
         """True when every hypothesis has a finish reason."""
-        return all(hypothesis.finish_reason is not None for hypothesis in self.hypotheses)
+        for hypothesis in self.hypotheses:  # a loop, as it is asked several times a round
+            if hypothesis.finish_reason is None:
+                return False
+        return True
+
+    @property
+    def failed(self) -> bool:
+        """Whether the completion has ended without a result."""
+        return any(hypothesis.finish_reason in ("error", "abort") for hypothesis in self.hypotheses)
 
     @property
     def undecided(self) -> bool:
         """Whether a segment goes on: a round of it was drawn, and nothing is kept yet."""
-        return any(hypothesis.attempts for hypothesis in self.hypotheses)
+        for hypothesis in self.hypotheses:
+            if hypothesis.attempts:
+                return True
+        return False
 
     @property
     def free_slots(self) -> list[int]:
@@ -219,6 +324,21 @@ class Group:
         for hypothesis in self.hypotheses:
             hypothesis.go_back()
 
+    def fork(self, parent: Hypothesis, slot: int) -> Hypothesis:
+        """A new member with the history of `parent`."""
+        fork = parent.fork(slot)
+        self.hypotheses = sorted([*self.hypotheses, fork], key=lambda one: one.slot)
+        return fork
+
+    def drop(self, hypothesis: Hypothesis) -> None:
+        """One that is not kept: what was drawn for it counts, nothing else of it stays."""
+        hypothesis.attempts = []
+        self.hypotheses = [other for other in self.hypotheses if other is not hypothesis]
+        drawn = hypothesis.metrics.drawn()
+        if self.dropped is not None:
+            drawn.add(self.dropped)
+        self.dropped = drawn
+
     def shared(self) -> list[Segment]:
         """The segments from which all of its hypotheses descend: what may be shown."""
         shared = []
@@ -232,14 +352,15 @@ class Group:
         """Of all that was drawn for the completion, and of what is kept of it so far."""
         if len(self.hypotheses) == 1:
             [only] = self.hypotheses
-            metrics = copy.copy(only.metrics)
+            metrics = _copy(only.metrics)
         else:
             metrics = Metrics()
             for hypothesis in self.hypotheses:
                 metrics.add(hypothesis.metrics.drawn())
             for segment in self.shared():
                 metrics.keep(segment, self.request.plan.decide.in_order)
-        metrics.add(self.dropped)
+        if self.dropped is not None:
+            metrics.add(self.dropped)
         return metrics
 
 
@@ -262,18 +383,17 @@ class Request:
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
-        self.groups = [Group(self, index) for index in range(self.params.n)]
-
-    @property
-    def max_tokens(self) -> int:
-        """Of each response: settled when the request was checked."""
-        assert self.params.max_tokens is not None
-        return self.params.max_tokens
-
-    @property
-    def stop(self) -> Sequence[str]:
-        """The stop strings."""
-        return self.params.stop or ()
+        params, plan = self.params, self.plan
+        assert params.max_tokens is not None  # settled when the request was checked
+        self.max_tokens: int = params.max_tokens  # of each response
+        self.stop: Sequence[str] = params.stop or ()
+        # At temperature 0 all attempts are equal: one is drawn.
+        self.max_attempts = 1 if params.temperature == 0 else plan.lanes.attempts
+        self.whole = plan.whole
+        self.scores_segments = plan.score.when == "segment"
+        # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
+        self.proposes_model = params.temperature == 1.0 and not params.filters
+        self.groups = [Group(self, index) for index in range(params.n)]
 
     @property
     def hypotheses(self) -> list[Hypothesis]:
@@ -283,7 +403,13 @@ class Request:
     @property
     def finished(self) -> bool:
         """True when every hypothesis has a finish reason."""
-        return all(group.finished for group in self.groups)
+        return all([group.finished for group in self.groups])
+
+    def fail(self, message: str) -> None:
+        """Ends every unfinished response with an error."""
+        for hypothesis in self.hypotheses:
+            if hypothesis.finish_reason is None:
+                hypothesis.finish("error", error=message)
 
     @cached_property
     def detokenizer(self) -> Detokenizer:
@@ -306,8 +432,8 @@ class Request:
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""
         completions = [self._completion(group) for group in self.groups]
-        metrics = Metrics()
-        for completion in completions:
+        metrics = _copy(completions[0].metrics)
+        for completion in completions[1:]:
             metrics.add(completion.metrics)
         return RequestOutput(self.request_id, self.prompt.given, list(self.prompt.token_ids), completions,
                              self.finished, self.seed, self.policy, self.prompt_reward, metrics)
@@ -347,6 +473,12 @@ class Extra(Protocol):
     def stop_reason(self) -> int | str | None: ...
 
 
+def _copy(metrics: Metrics) -> Metrics:
+    """A third of what `copy.copy` takes."""
+    return Metrics(**vars(metrics))
+
+
 def _record(token_ids: list[int], reward: float | None, note: Note | None, logprob: float) -> Attempt:
+    """The user's view of an attempt."""
     threshold, probability, accepted = note if note is not None else (None, None, False)
     return Attempt(token_ids, reward, threshold, probability, accepted, logprob)

@@ -160,15 +160,16 @@ class Threshold:
         keep: dict[int, Keep] = {}
         notes = {}
         for one in judged:
-            if one.attempt == EARLIER:
-                keep[one.hypothesis] = whole(one)
+            slot, attempt = one.hypothesis, one.attempt
+            if attempt == EARLIER:
+                keep[slot] = whole(one)
                 continue
             tau = threshold(one.tokens, state.max_tokens, start, self.reward_threshold)
             reward = scored(one)
-            accepted = one.hypothesis not in keep and accepts(one.uniforms[0], reward, tau, self.beta)
-            notes[one.hypothesis, one.attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
+            accepted = slot not in keep and accepts(one.uniforms[0], reward, tau, self.beta)
+            notes[slot, attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
             if accepted:
-                keep[one.hypothesis] = whole(one)
+                keep[slot] = whole(one)
         return Decision(list(keep.values()) if len(keep) == len(state.live) else [], [], notes)
 
 
@@ -196,12 +197,17 @@ class Always:
     uniforms: ClassVar[int] = 0
 
     def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
-        """Decides at once."""
+        """Decides once every live hypothesis has an attempt."""
         first: dict[int, Judged] = {}
         for one in judged:
             first.setdefault(one.hypothesis, one)
         notes = {(one.hypothesis, one.attempt): Note(None, None, True) for one in first.values()}
-        return Decision([whole(one) for one in first.values()], [], notes)
+        keep = [whole(one) for one in first.values()] if len(first) == len(state.live) else []
+        return Decision(keep, [], notes)
+
+
+OWN_RULES = frozenset({Threshold, Argmax, Always})
+"""Rules whose decisions always satisfy `problem`, as a test shows: those of others are checked each time."""
 
 
 def whole(one: Judged) -> Keep:

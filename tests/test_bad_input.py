@@ -10,7 +10,7 @@ import pytest
 
 import stars
 from stars.errors import RequestError
-from stars.round import NAN_LOGITS
+from stars.proposer import NAN_LOGITS
 from toy import ToyModel, ids, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1, layers=1, positions=64)

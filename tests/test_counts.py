@@ -208,7 +208,7 @@ def test_what_the_width_chooser_is_told():
     """
     script = Script([0.0] * 3, [0.0, 1.5], [0.0], [0.0] * 4, [0.5, 0.4], [2.0, 0.0], [0.0] * 5, [3.0])
     engine = toy_engine(LM, stars.FunctionReward(script, inputs="ids"), max_num_lanes=8)
-    engine._round.chooser = chooser = Chooser(3, 2, 1, 4, 2, 2, 5)
+    engine._round.proposer.chooser = chooser = Chooser(3, 2, 1, 4, 2, 2, 5)
     [output] = engine.generate(PROMPT, params(4, n=2), hard(2, 6, None), use_tqdm=False)
     assert chooser.asked == [(0, 0, 2, 4), (0, 0, 2, 4),  # of 3 and 2 attempts, the second one's second is accepted
                              (1, 2, 2, 3), (1, 2, 2, 4),  # nothing is
@@ -226,7 +226,7 @@ def test_what_the_width_chooser_is_told():
 def test_requests_do_not_share_what_the_width_chooser_is_told():
     script = Script([1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0], [1.0])
     engine = toy_engine(LM, stars.FunctionReward(script, inputs="ids"), max_num_lanes=7)
-    engine._round.chooser = chooser = Chooser(3, 3, 1, 1)
+    engine._round.proposer.chooser = chooser = Chooser(3, 3, 1, 1)
     policy = hard(2, 9, None)
     for max_tokens in (4, 2):
         engine.add_request(PROMPT, params(max_tokens), policy)
@@ -239,7 +239,7 @@ def test_a_given_width_is_kept_to_what_there_is():
     """The chooser is not asked; the share of three responses of eight lanes is two."""
     script = Script(*[[0.0, 0.0]] * 3, *[[0.0, 0.0]] * 3, *[[0.0]] * 3)
     engine = toy_engine(LM, stars.FunctionReward(script, inputs="ids"), max_num_lanes=8)
-    engine._round.chooser = chooser = Chooser()
+    engine._round.proposer.chooser = chooser = Chooser()
     [output] = engine.generate(PROMPT, params(2, n=3), hard(2, 5, 4), use_tqdm=False)
     assert not chooser.asked and not script.calls
     assert [completion.metrics.width for completion in output.outputs] == [2, 2, 2]

@@ -23,7 +23,9 @@ import torch
 
 import oracle
 import stars
-import stars.round
+import stars.judge
+import stars.proposer
+import stars.request
 import stars.rules
 from stars.bindings import libstars
 from stars.rules import Decision, Threshold
@@ -230,13 +232,13 @@ def prompt_reward_zero(monkeypatch):
 
 def prompt_reward_of_first_candidate(monkeypatch):
     """r(x) is the reward of the first candidate that was ever drawn, instead of the empty response's."""
-    state, first = stars.round.Round._state, {}
+    shown, first = stars.judge.shown, {}
 
-    def state_with_first(self, group, judged):
-        reward = first.setdefault(group, judged[0].reward)
-        return state(self, group, judged)._replace(prompt_reward=reward)
+    def shown_with_first(group):
+        judged, state = shown(group)
+        return judged, state._replace(prompt_reward=first.setdefault(group, judged[0].reward))
 
-    monkeypatch.setattr(stars.round.Round, "_state", state_with_first)
+    monkeypatch.setattr(stars.judge, "shown", shown_with_first)
 
 
 def alpha_swapped(monkeypatch):
@@ -248,19 +250,24 @@ def alpha_swapped(monkeypatch):
 
 def cap_per_round(monkeypatch):
     """max_attempts counts rounds instead of attempts."""
-    monkeypatch.setattr(stars.round, "_max_attempts",
-                        lambda request: request.plan.lanes.attempts * request.plan.lanes.width)
+    settle = stars.request.Request.__post_init__
+
+    def settle_more(self):
+        settle(self)
+        self.max_attempts *= self.plan.lanes.width
+
+    monkeypatch.setattr(stars.request.Request, "__post_init__", settle_more)
 
 
 def _shift_length(monkeypatch, less: Callable) -> None:
     """The threshold is taken at `less(lane)` tokens fewer."""
-    judge = stars.round.Round._may_judge
+    judge = stars.judge.may_judge
 
-    def judge_shorter(self, lane):
-        judge(self, lane)
+    def judge_shorter(lane):
+        judge(lane)
         lane.judged = lane.judged._replace(tokens=lane.judged.tokens - less(lane))
 
-    monkeypatch.setattr(stars.round.Round, "_may_judge", judge_shorter)
+    monkeypatch.setattr(stars.judge, "may_judge", judge_shorter)
 
 
 def threshold_without_candidate(monkeypatch):
@@ -275,14 +282,14 @@ def eos_not_counted(monkeypatch):
 
 def uniform_reused(monkeypatch):
     """All attempts of a segment are tested with one uniform."""
-    uniform = stars.round.accept_uniform
-    monkeypatch.setattr(stars.round, "accept_uniform",
+    uniform = stars.judge.accept_uniform
+    monkeypatch.setattr(stars.judge, "accept_uniform",
                         lambda seed, attempt, segment, sample: uniform(seed, 1, segment, sample))
 
 
 def noise_reused(monkeypatch):
     """Attempts of later segments repeat the noise of the first."""
-    monkeypatch.setattr(stars.round, "pack_stream", lambda segment, sample: sample << 20)
+    monkeypatch.setattr(stars.proposer, "pack_stream", lambda segment, sample: sample << 20)
 
 
 @pytest.mark.parametrize("error", [

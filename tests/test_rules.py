@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stars import rules
@@ -133,6 +133,23 @@ def test_rules_that_read_rewards_say_where_there_are_none(rule):
 
 
 # -- what a decision must satisfy ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(st.one_of(THRESHOLDS, st.sampled_from([Argmax(), Always()])), st.integers(0, 2),
+       st.lists(st.one_of(st.just([]), ATTEMPTS), min_size=1, max_size=3), st.integers(0, 3), st.booleans())
+def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, population, left, finished):
+    """The loop does not check them. `over`: how many of the hypotheses had finished before. Others may have no
+    attempt that is scored yet; an argmax is asked when all are."""
+    assume(any(population) or not isinstance(rule, Argmax))
+    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 3
+    live = tuple(range(len(population)))
+    ones = [one for slot, attempts in enumerate(population) for one in (
+        [earlier(slot)] if slot < over else
+        [judged(slot, attempt, reward, uniform, 3 + tokens % 10, finished) for attempt, (reward, uniform, tokens)
+         in enumerate(attempts, 1)])]
+    decision = rule(ones, state(live, left))
+    assert problem(decision, ones, state(live, left), len(live), 11, (0, 7), False) is None
 
 
 def asked(decision, ones=None, live=(0,), population=2, wholes=False, max_tokens=12) -> str | None:

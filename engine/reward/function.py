@@ -89,7 +89,8 @@ class FunctionReward(Reward):
         count = len(responses)
         try:
             # It gets copies: what it does to them must not reach the next call.
-            rewards: Any = bare(self.fn(copy.deepcopy(prompt), responses))
+            own = list(prompt) if self.inputs == "ids" else copy.deepcopy(prompt)
+            rewards: Any = bare(self.fn(own, responses))
             if rewards is None or isinstance(rewards, (numbers.Number, str, bytes)):
                 return [RewardError(f"the reward function returned {shown(rewards)} where a list of {count} float"
                                     f"{'s' if count > 1 else ''} is expected")] * count

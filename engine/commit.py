@@ -1,0 +1,156 @@
+"""Committing: what a decision keeps becomes history, in both caches and in the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from stars.cache import CommitMove, PagedCache
+from stars.outputs import Segment
+from stars.passes import Passes
+from stars.request import Group, Hypothesis, Lane, Winner
+from stars.reward.base import Reward
+from stars.rules import EARLIER, Decision, Keep
+
+
+class Arranged(NamedTuple):
+    """What is to be done about the decisions of a round."""
+
+    winners: list[Winner]
+    twins: list[tuple[Winner, int]]  # kept a second time, for this slot: a fork of what is committed
+    dropped: list[Hypothesis]  # they have left their groups, and still hold what they held
+
+
+class Committer:
+    """Writes winners into both caches, and forks what is kept twice."""
+
+    def __init__(self, cache: PagedCache, passes: Passes, reward: Reward | None):
+        self._cache = cache
+        self._passes = passes
+        self._reward = reward
+
+    @property
+    def _scorer(self) -> Reward:
+        """The reward: whoever needs one was refused where there is none."""
+        assert self._reward is not None
+        return self._reward
+
+    def arrange(self, groups: Sequence[Group], decisions: dict[Group, Decision],
+                drawn: dict[Hypothesis, list[Lane]]) -> Arranged:
+        """Drops and forks as the decisions say, and lists what is to be committed. Of whole responses every piece is.
+
+        A fork has the history of its parent before this round, or, where both keep the same, after its commit.
+        """
+        arranged = Arranged([], [], [])
+        for group in groups:
+            if group.request.whole:
+                arranged.winners.extend([Winner.of(lane, hypothesis) for hypothesis in group.active
+                                         for lane in drawn[hypothesis]])
+            elif group in decisions and not group.finished:
+                self._arrange(group, decisions[group], arranged)
+        return arranged
+
+    def commit(self, winners: Sequence[Winner]) -> None:
+        """Winners that go on are history in both caches afterwards."""
+        self._commit_rows(winners)
+        scored = [winner for winner in winners if winner.hypothesis.request.scores_segments]
+        if scored:
+            self._commit_scored(scored)
+
+    def fork(self, hypothesis: Hypothesis, slot: int) -> Hypothesis:
+        """A second hypothesis with the history that this one has now."""
+        fork = hypothesis.group.fork(hypothesis, slot)
+        if hypothesis.finish_reason is None:
+            fork.table = self._cache.fork(hypothesis.pages)
+            if hypothesis.session is not None:
+                fork.session = self._scorer.fork(hypothesis.session)
+        fork.mark_boundary()
+        return fork
+
+    def _arrange(self, group: Group, decision: Decision, arranged: Arranged) -> None:
+        members = {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
+        for slot in decision.drop:
+            group.drop(members[slot])
+            arranged.dropped.append(members[slot])
+        slots = iter(group.free_slots) if len(decision.keep) > 1 else iter(())
+        seen: dict[int, list[tuple[Keep, Winner]]] = {}
+        for keep in decision.keep:
+            parent = members[keep.hypothesis]
+            first, kept = keep.hypothesis not in seen, seen.setdefault(keep.hypothesis, [])
+            if keep.attempt == EARLIER:
+                if not first:
+                    self.fork(parent, next(slots))
+                continue
+            twin = next((winner for other, winner in kept if _same(other, keep)), None) if kept else None
+            if twin is not None:
+                arranged.twins.append((twin, next(slots)))
+                continue
+            hypothesis = parent if first else self.fork(parent, next(slots))
+            lane = parent.attempts[keep.attempt - 1]
+            winner = (Winner.of(lane, hypothesis) if not keep.then and keep.tokens == len(lane.token_ids) else
+                      Winner.cut(lane, hypothesis, keep.tokens, keep.then))
+            arranged.winners.append(winner)
+            kept.append((keep, winner))
+
+    def _commit_rows(self, winners: Sequence[Winner]) -> None:
+        """The language model's pages hold all but the last token of each response afterwards."""
+        tables = [winner.hypothesis.pages for winner in winners]
+        for table, winner in zip(tables, winners, strict=True):
+            # A fork has no room yet, and a rule's own tokens come on top of a segment.
+            self._cache.reserve(table, len(winner.token_ids))
+        # The slab holds the token before the segment and all of the segment but its last token.
+        moves, lacking = [], []
+        for table, winner in zip(tables, winners, strict=True):
+            lane = winner.lane
+            rows = min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids)) if lane.slab is not None else 0
+            winner.rows = rows
+            if lane.slab is not None and rows:
+                moves.append(CommitMove(table, lane.slab * self._cache.slab_len, rows, table.length))
+            if rows < len(winner.token_ids):
+                lacking.append((table, winner))
+        self._cache.commit(moves)
+        if lacking:
+            self._passes.prefill([(table, token_ids, len(token_ids) - 1) for table, winner in lacking
+                                  for token_ids in [winner.hypothesis.request.prompt.token_ids
+                                                    + winner.hypothesis.token_ids + winner.token_ids]])
+
+    def _commit_scored(self, winners: Sequence[Winner]) -> None:
+        """The reward's sessions hold what the responses hold afterwards."""
+        drawn = [winner for winner in winners if winner.as_drawn and winner.lane.score_handle is not None]
+        if drawn:
+            self._scorer.commit([(winner.hypothesis.session, winner.lane.score_handle) for winner in drawn])
+            for winner in drawn:
+                winner.lane.score_handle = None
+        for winner in winners:
+            if not winner.as_drawn and winner.lane.score_handle is not None:  # a session may need its room
+                self._scorer.discard(winner.lane.score_handle)
+                winner.lane.score_handle = None
+        for winner in winners:
+            if not winner.as_drawn or winner.lane.slab is None:
+                hypothesis = winner.hypothesis
+                text = hypothesis.request.response_text(hypothesis, winner) if self._scorer.needs_text else None
+                self._scorer.resume(hypothesis.session, hypothesis.content_ids(winner), text)
+
+
+def keep_whole(group: Group, decision: Decision) -> list[Hypothesis]:
+    """Makes the whole responses that a decision keeps segments, with all of the group as attempts; drops the others,
+    which are returned."""
+    members = group.hypotheses
+    attempts = [hypothesis.whole_record(decision.notes.get((hypothesis.slot, 1))) for hypothesis in members]
+    kept, dropped = {keep.hypothesis for keep in decision.keep}, []
+    for index, hypothesis in enumerate(members):
+        if hypothesis.slot not in kept:
+            group.drop(hypothesis)
+            dropped.append(hypothesis)
+            continue
+        record = attempts[index]
+        segment = Segment(list(hypothesis.token_ids), record.reward, record.threshold, record.accepted, attempts, index,
+                          hypothesis.cumulative_logprob)
+        hypothesis.segments.append(segment)
+        hypothesis.metrics.keep(segment, group.request.plan.decide.in_order)
+    return dropped
+
+
+def _same(one: Keep, other: Keep) -> bool:
+    """Whether two hypotheses that are kept so have the same history."""
+    return (one.attempt, one.tokens, list(one.then)) == (other.attempt, other.tokens, list(other.then))

@@ -1,0 +1,335 @@
+"""Judging: lanes are scored, in attempt order, and the rule of each group is asked what becomes of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from stars.errors import RewardError, describe, log
+from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
+from stars.kernels.types import Draft
+from stars.policies import rule_name
+from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
+from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
+from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
+
+
+class Judge:
+    """Decides groups: its results are decisions, and responses that end for want of a reward or by a rule's fault."""
+
+    def __init__(self, reward: Reward | None, vocab_size: int):
+        self._reward = reward
+        self._vocab_size = vocab_size
+        self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
+
+    @property
+    def _scorer(self) -> Reward:
+        """The reward: whoever needs one was refused where there is none."""
+        assert self._reward is not None
+        return self._reward
+
+    def reset(self) -> None:
+        """After a round that was stopped in the middle, whose caches were emptied."""
+        self._trailing = None
+
+    # -- scores ---------------------------------------------------------------------------------------------------
+
+    def score_trailing(self, drawn: dict[Hypothesis, list[Lane]], draft: Draft) -> None:
+        """Starts the first scoring pass after the draft: the device hands the tokens on, the host reads them later."""
+        scored: dict[Hypothesis, list[tuple[int, Lane]]] = {}  # with their places in the draft
+        for place, lane in enumerate([lane for lanes in drawn.values() for lane in lanes]):
+            request = lane.hypothesis.request
+            if request.scores_segments and not request.stop:  # stop strings are found by the host
+                scored.setdefault(lane.hypothesis, []).append((place, lane))
+        batch, candidates = [], []
+        for hypothesis, own in scored.items():
+            room = hypothesis.next_segment
+            for place, lane in own[: max(1, self._scorer.lanes_per_pass(room, len(scored)))]:
+                batch.append(lane)
+                candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, place, room))
+        trailing = self._scorer.score_trailing(draft, candidates) if candidates else None
+        if trailing is not None:
+            self._trailing = batch, trailing
+
+    def score(self, hypotheses: Sequence[Hypothesis], candidates: list[Candidate]) -> list[Scored]:
+        """Scores candidates, and keeps the counts and the time of each one's hypothesis."""
+        begin = time.perf_counter()
+        results = self._scorer.score(candidates)
+        _count(hypotheses, results, time.perf_counter() - begin)
+        return results
+
+    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Request, str]]:
+        """Gives what ends a response the one reward it gets; returns the problems there were.
+
+        Where segments are scored, what a rule cut or continued has no reward yet either.
+        """
+        ended = [winner for winner in winners if winner.finish_reason is not None and (
+            winner.hypothesis.request.plan.score.when == "end"
+            or winner.hypothesis.request.scores_segments and not winner.as_drawn)]
+        if not ended:
+            return []
+        faults = []
+        candidates: list[Candidate] = []
+        for winner in ended:
+            candidates += self._candidates(winner.hypothesis, [winner], final=True)
+        results = self.score([winner.hypothesis for winner in ended], candidates)
+        for winner, result in zip(ended, results, strict=True):
+            if result.handle is not None:
+                self._scorer.discard(result.handle)
+            if isinstance(reward := usable(result.reward), str):
+                faults.append((winner.hypothesis.request, reward))
+                continue
+            winner.reward = reward
+            if winner.as_drawn:
+                winner.lane.reward = reward
+        return faults
+
+    def _candidates(self, hypothesis: Hypothesis, extras: Sequence[Extra],
+                    final: bool = False) -> list[Candidate]:
+        """The response with each of `extras`."""
+        contents = hypothesis.contents(extras)
+        if not self._scorer.needs_text:
+            return [Candidate(hypothesis.session, ids, None, final) for ids in contents]
+        request = hypothesis.request
+        return [Candidate(hypothesis.session, ids, request.response_text(hypothesis, extra), final)
+                for ids, extra in zip(contents, extras, strict=True)]
+
+    def _next_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
+        """Scores the next lanes of each response, in attempt order, as many as are worth it at once."""
+        batch: list[Lane] = []
+        candidates: list[Candidate] = []
+        for hypothesis, lanes in unscored.items():
+            first = lanes[: max(1, self._scorer.lanes_per_pass(len(lanes[0].token_ids), len(unscored)))]
+            batch += first
+            candidates += self._candidates(hypothesis, first)
+        return _with_handles(batch, self.score([lane.hypothesis for lane in batch], candidates))
+
+    def _trailing_pass(self) -> list[tuple[Lane, Scored]]:
+        """The lanes that were scored without the host, with their scores."""
+        if self._trailing is None:
+            return []
+        begin = time.perf_counter()
+        batch, trailing = self._trailing
+        results = trailing.results([lane.hypothesis.content_ids(lane) for lane in batch])
+        self._trailing = None
+        scored = _with_handles(batch, results)
+        _count([lane.hypothesis for lane in batch], results, time.perf_counter() - begin)
+        return scored
+
+    # -- decisions ------------------------------------------------------------------------------------------------
+
+    def decide(self, groups: Sequence[Group], drawn: dict[Hypothesis, list[Lane]]) -> dict[Group, Decision]:
+        """What becomes of each group whose segment is decided. Groups of whole responses are asked later."""
+        groups = [group for group in groups if not group.request.whole]
+        decisions: dict[Group, Decision] = {}
+        unscored: dict[Hypothesis, list[Lane]] = {}
+        waiting: list[Group] = []
+        for group in groups:
+            members, scored = unfinished(group), group.request.scores_segments
+            for hypothesis in members:
+                lanes = drawn[hypothesis]
+                hypothesis.attempts += lanes
+                if scored:
+                    unscored[hypothesis] = list(lanes)
+                else:
+                    for lane in lanes:
+                        may_judge(lane)
+            if scored and members:
+                waiting.append(group)
+            elif members:
+                self._ask(group, decisions)
+        # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
+        found = self._trailing_pass()
+        while unscored:
+            of_group: dict[Group, list[tuple[Lane, Scored]]] = {group: [] for group in waiting}
+            for lane, result in found or self._next_pass(unscored):
+                hypothesis = lane.hypothesis
+                if hypothesis in unscored:  # else it was scored while it drew tokens of no logits
+                    del unscored[hypothesis][0]
+                    of_group[hypothesis.group].append((lane, result))
+            for group, scores in of_group.items():
+                self._take(group, scores, unscored, decisions)
+            unscored = {hypothesis: lanes for hypothesis, lanes in unscored.items()
+                        if lanes and hypothesis.finish_reason is None and hypothesis.group not in decisions}
+            waiting = list(dict.fromkeys([hypothesis.group for hypothesis in unscored]))
+            found = []
+        for group in groups:
+            members = unfinished(group)
+            if group in decisions or not members:
+                continue
+            if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
+                decisions[group] = EXHAUST[group.request.plan.exhaust](*shown(group))
+            else:
+                group.round += 1
+        return decisions
+
+    def decide_whole(self, group: Group) -> Decision | None:
+        """Which of the whole responses of a group are kept, all of which have ended: each is one attempt at the one
+        segment there is. None where its rule is at fault."""
+        judged, state = shown(group)
+        decision = self._answer(group, judged, state)
+        if decision is None and group.failed:
+            return None
+        if decision is None or not decides(decision):
+            notes = decision.notes if decision is not None else {}
+            decision = EXHAUST[group.request.plan.exhaust](judged, state._replace(memory=group.memory))
+            decision = decision._replace(notes=notes)
+        return decision
+
+    def _take(self, group: Group, scores: Sequence[tuple[Lane, Scored]], unscored: dict[Hypothesis, list[Lane]],
+              decisions: dict[Group, Decision]) -> None:
+        """Takes the scores of a pass, each hypothesis' in attempt order, and asks the rule.
+
+        What comes after the decision was scored for nothing: a fault there must not depend on the width.
+        """
+        if not unfinished(group):  # with another group of its request
+            return
+        in_order = group.request.plan.decide.in_order
+        faults: dict[Hypothesis, tuple[str, bool]] = {}  # and whether the model's context is full
+        fresh = False
+        for lane, result in scores:
+            reward = usable(result.reward)
+            if isinstance(reward, str):
+                faults.setdefault(lane.hypothesis, (reward, isinstance(result.reward, ContextFull)))
+                continue
+            lane.reward = reward
+            if lane.hypothesis not in faults:
+                may_judge(lane)
+                fresh = True
+        if in_order and fresh and self._ask(group, decisions):
+            return
+        for hypothesis, (fault, full) in faults.items():
+            if full and hypothesis.token_ids:
+                hypothesis.finish("length")
+            else:
+                group.request.fail(fault)
+                return
+        members = unfinished(group)
+        if members and (faults if in_order else not any([unscored.get(hypothesis) for hypothesis in members])):
+            self._ask(group, decisions)
+
+    def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
+        """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
+        decision = self._answer(group, *shown(group))
+        if decision is None:
+            return not unfinished(group)
+        for hypothesis in group.hypotheses:
+            for lane in hypothesis.attempts:
+                note = decision.notes.get((hypothesis.slot, lane.attempt))
+                if note is not None:
+                    lane.note = note
+        if not decides(decision):
+            return False
+        decisions[group] = decision
+        return True
+
+    def _answer(self, group: Group, judged: Sequence[Judged], state: State) -> Decision | None:
+        """What the rule says, its memory kept; a rule at fault ends its request and no other."""
+        request = group.request
+        plan, fault = request.plan, None
+        try:
+            decision = plan.decide(judged, state)
+            if type(plan.decide) not in OWN_RULES:
+                fault = problem(decision, judged, state, plan.lanes.population, self._vocab_size, request.stop_ids,
+                                request.whole)
+        except Exception as error:
+            decision, fault = None, f"raised {describe(error)}"
+            log(f"the rule {rule_name(plan.decide)} {fault}", error)
+        if fault is not None:
+            message = f"the rule {rule_name(plan.decide)} {fault}: mend the rule"
+            if request.whole:  # whose responses have ended, and of which none is the completion yet
+                for hypothesis in group.hypotheses:
+                    hypothesis.finish("error", error=message)
+            request.fail(message)
+            return None
+        if decision is not None:
+            group.memory = decision.memory
+        return decision
+
+
+def unfinished(group: Group) -> list[Hypothesis]:
+    """The members that still grow."""
+    return [hypothesis for hypothesis in group.hypotheses if hypothesis.finish_reason is None]
+
+
+def usable(reward: float | RewardError) -> float | str:
+    """A reward, or why it cannot be used."""
+    if type(reward) is float and reward < math.inf:  # no NaN either
+        return reward
+    fault = reward_problem(reward)
+    if fault is not None:
+        return fault
+    assert not isinstance(reward, RewardError)
+    return reward
+
+
+def may_judge(lane: Lane) -> None:
+    """From now on the rule is shown this lane."""
+    hypothesis = lane.hypothesis
+    request = hypothesis.request
+    lane.judged = Judged(
+        hypothesis.slot, lane.attempt, len(hypothesis.token_ids) + len(lane.token_ids), lane.finish_reason is not None,
+        lane.logprobs if request.proposes_model else (), lane.logprobs, (), lane.reward,
+        hypothesis.reward if hypothesis.segments else request.prompt_reward, _uniforms(hypothesis, lane.attempt))
+
+
+def shown(group: Group) -> tuple[list[Judged], State]:
+    """What a rule is shown: of each hypothesis its attempts so far, in order, as far as they are scored."""
+    request = group.request
+    plan = request.plan
+    judged: list[Judged] = []
+    segment = unscored = left = 0
+    for hypothesis in group.hypotheses:
+        segment = max(segment, len(hypothesis.segments))
+        if request.whole:
+            judged.append(_whole_judged(hypothesis))
+        elif hypothesis.finish_reason is not None:
+            judged.append(Judged(hypothesis.slot, EARLIER, len(hypothesis.token_ids), True, (), (), (),
+                                 hypothesis.reward, hypothesis.reward, ()))
+        else:
+            attempts = hypothesis.attempts
+            scored = [lane.judged for lane in attempts if lane.judged is not None]
+            judged += scored
+            unscored += len(attempts) - len(scored)
+            left += request.max_attempts - len(attempts)
+    count = getattr(plan.decide, "group_uniforms", 0)
+    uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment, group.index * plan.lanes.population,
+                             count) if count else ()
+    return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, 0,
+                         [hypothesis.slot for hypothesis in group.hypotheses], uniforms, group.memory)
+
+
+def _whole_judged(hypothesis: Hypothesis) -> Judged:
+    """A whole response, as its rule is shown it."""
+    logprobs, request = hypothesis.logprobs, hypothesis.request
+    return Judged(hypothesis.slot, 1, len(hypothesis.token_ids), True, logprobs if request.proposes_model else (),
+                  logprobs, (), hypothesis.reward, request.prompt_reward, _uniforms(hypothesis, 1))
+
+
+def _uniforms(hypothesis: Hypothesis, attempt: int) -> tuple[float, ...]:
+    """As many random numbers of an attempt as its rule declares; the first is that of the accept test."""
+    request = hypothesis.request
+    count, segment = request.plan.decide.uniforms, len(hypothesis.segments)
+    if not count:
+        return ()
+    first = accept_uniform(request.seed, attempt, segment, hypothesis.sample)
+    if count == 1:
+        return (first,)
+    return first, *rule_uniforms(request.seed, KIND_RULE, attempt, segment, hypothesis.sample, count - 1)
+
+
+def _with_handles(batch: Sequence[Lane], results: Sequence[Scored]) -> list[tuple[Lane, Scored]]:
+    """Lanes with their scores; each keeps what the reward keeps of it."""
+    for lane, result in zip(batch, results, strict=True):
+        lane.score_handle = result.handle
+    return list(zip(batch, results, strict=True))
+
+
+def _count(hypotheses: Sequence[Hypothesis], results: Sequence[Scored], seconds: float) -> None:
+    """Adds scores that took `seconds` to the metrics of each candidate's response."""
+    for hypothesis, result in zip(hypotheses, results, strict=True):
+        metrics = hypothesis.metrics
+        metrics.rm_seconds += seconds / len(results)
+        metrics.rm_tokens_scored += result.tokens_run
+        metrics.rm_tokens_full_rescore += result.tokens_full

@@ -1,0 +1,77 @@
+"""Proposing: how many lanes each hypothesis gets in a round, and what the language model drafts in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from stars.cache import PagedCache
+from stars.draft import Drafter, LaneSpec
+from stars.kernels.philox import pack_stream
+from stars.request import Hypothesis, Lane
+from stars.width import WidthChooser
+
+NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
+
+
+class Proposer:
+    """Draws attempts at the next segment of every hypothesis, all lanes of all of them together."""
+
+    def __init__(self, drafter: Drafter, cache: PagedCache, chooser: WidthChooser, max_num_lanes: int):
+        self.drafter = drafter
+        self.chooser = chooser
+        self._cache = cache
+        self._max_num_lanes = max_num_lanes
+        self._launched = 0.0  # when the draft that is under way was started
+
+    def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
+        """Starts the draft of the lanes that are returned, without waiting for it."""
+        drawn: dict[Hypothesis, list[Lane]] = {}
+        specs: list[LaneSpec] = []
+        for hypothesis, width in zip(active, self._widths(active), strict=True):
+            request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
+            table, last = hypothesis.pages, hypothesis.last_token
+            max_tokens = min(hypothesis.max_segment, request.max_tokens - len(hypothesis.token_ids))
+            stream = pack_stream(hypothesis.drafts, hypothesis.sample)
+            history = hypothesis.history() if request.params.penalties else None
+            first = len(hypothesis.attempts) + 1
+            for attempt in range(first, first + width):
+                slab = self._cache.take_slab()
+                lanes.append(Lane(hypothesis, attempt, slab))
+                specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, attempt, stream, request.params,
+                                      request.stop_ids, history))
+            hypothesis.metrics.width = max(hypothesis.metrics.width, width)
+        self._launched = time.perf_counter()
+        if specs:
+            self.drafter.launch(specs)
+        return drawn
+
+    def collect(self, drawn: dict[Hypothesis, list[Lane]]) -> None:
+        """Takes what was drafted in the lanes. Without logits to draw from, a request fails."""
+        count = sum([len(lanes) for lanes in drawn.values()])
+        if not count:
+            return
+        drafted = iter(self.drafter.drafted(count))
+        seconds = (time.perf_counter() - self._launched) / count
+        for hypothesis, lanes in drawn.items():
+            for lane in lanes:
+                lane.token_ids, lane.logprobs = next(drafted)
+            if not hypothesis.take_drafts(lanes, seconds):
+                hypothesis.request.fail(NAN_LOGITS)
+
+    def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
+        share = max(1, self._max_num_lanes // len(active)) if active else 1
+        widths = []
+        for hypothesis in active:
+            request = hypothesis.request
+            width = request.plan.lanes.width
+            max_width = min(share, request.max_attempts - len(hypothesis.attempts))
+            if width is not None:
+                widths.append(min(width, max_width))
+            elif max_width == 1:
+                widths.append(1)
+            else:
+                seen = [h.metrics for h in request.hypotheses]
+                widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),
+                                                  len(active), max_width))
+        return widths
