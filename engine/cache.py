@@ -22,7 +22,7 @@ from stars.page_pool import PagePool
 from stars.sizes import ModelSizes
 from stars.target import bucket
 
-MOST_MOVES = 2048
+MAX_MOVES = 2048
 """Rows of one replayed copy: 64 responses that commit 32 tokens each. More are copied in parts."""
 
 CLOSED = -1
@@ -91,8 +91,8 @@ class PagedCache:
             LayerKV(self.k_pages[i], self.v_pages[i], self.k_slabs[i], self.v_slabs[i], page_size)
             for i in range(shape.num_layers)
         ]
-        self._most_moves = max(1, min(num_slabs * slab_len, MOST_MOVES))
-        moves = (torch.int32, (self._most_moves,))
+        self._max_moves = max(1, min(num_slabs * slab_len, MAX_MOVES))
+        moves = (torch.int32, (self._max_moves,))
         self._moves = Buffers(self.target, source=moves, target=moves)
         self._move_source, self._move_target = self._moves.host("source"), self._moves.host("target")
         self._graphs = Graphs()
@@ -254,8 +254,8 @@ class PagedCache:
             source.extend(range(slab_start, slab_start + count))
             target.extend(self._rows(table, at, at + count))
             table.length = at + count
-        for start in range(0, len(source), self._most_moves):
-            self._run_moves(source[start : start + self._most_moves], target[start : start + self._most_moves])
+        for start in range(0, len(source), self._max_moves):
+            self._run_moves(source[start : start + self._max_moves], target[start : start + self._max_moves])
 
     def block_tables(self, tables: Sequence[BlockTable]) -> Tensor:
         """Page ids of `tables`, int32 [tables, most pages], padded with 0."""
@@ -414,7 +414,7 @@ class PagedCache:
         self._moves.wait()
         self._move_source[:count], self._move_target[:count] = source, target
         if self.target.padded_moves:  # few captured shapes; a row -1 copies nothing
-            rows = min(bucket(count), self._most_moves)
+            rows = min(bucket(count), self._max_moves)
             self._move_source[count:rows] = self._move_target[count:rows] = -1
         self._moves.upload()
 

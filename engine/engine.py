@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 LOW_ACCEPT_RATE = 0.02
 """Below this, over at least LOW_ACCEPT_ATTEMPTS attempts, the threshold is reported as out of the reward's reach."""
 LOW_ACCEPT_ATTEMPTS = 100
-MOST_WARNED = 100  # policies that are remembered, and warned of
+MAX_WARNED = 100  # policies that are remembered, and warned of
 
 
 class Engine:
@@ -562,7 +562,7 @@ class Engine:
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
         plan = request.plan
-        if not isinstance(plan.decide, Threshold) or plan in self._warned or len(self._warned) == MOST_WARNED:
+        if not isinstance(plan.decide, Threshold) or plan in self._warned or len(self._warned) == MAX_WARNED:
             return
         metrics = [hypothesis.metrics for hypothesis in request.hypotheses]
         counted, accepted = sum(m.attempts_counted for m in metrics), sum(m.accepted for m in metrics)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from stars.errors import warn
 from stars.policies import Policy
 
-MOST_CHARACTERS = 48  # of a text in a repr
-MOST_COMPLETIONS = 3  # of a request in its repr
+MAX_CHARACTERS = 48  # of a text in a repr
+MAX_COMPLETIONS = 3  # of a request in its repr
 
 
 class Attempt(NamedTuple):
@@ -143,7 +143,7 @@ class RequestOutput:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __repr__(self) -> str:
-        shown = [repr(output) for output in self.outputs[:MOST_COMPLETIONS]]
+        shown = [repr(output) for output in self.outputs[:MAX_COMPLETIONS]]
         if len(self.outputs) > len(shown):
             shown.append(f"… {len(self.outputs) - len(shown)} more")
         return (f"RequestOutput(request_id={_clipped(self.request_id)}, prompt={_clipped(self.prompt)}, "
@@ -163,10 +163,10 @@ def warn_of_errors(outputs: Sequence[RequestOutput], stacklevel: int) -> None:
 
 def _clipped(value: Any) -> str:
     """`repr(value)`, a long text cut."""
-    if isinstance(value, str) and len(value) > MOST_CHARACTERS:
-        value = value[:MOST_CHARACTERS] + "…"
+    if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+        value = value[:MAX_CHARACTERS] + "…"
     text = repr(value)
-    return text if len(text) <= 2 * MOST_CHARACTERS else text[: 2 * MOST_CHARACTERS] + "…"
+    return text if len(text) <= 2 * MAX_CHARACTERS else text[: 2 * MAX_CHARACTERS] + "…"
 
 
 def _number(value: float | None) -> str:

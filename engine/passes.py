@@ -22,7 +22,7 @@ GATHERED_ROWS = 128
 """Rows of a sequence, on average, from which on a library may run a prefill pass: it has the keys gathered first, a
 shared beginning once for every sequence."""
 
-MOST_CLOSING = 32
+MAX_CLOSING = 32
 """Closing tokens that a span which trails a draft may have."""
 
 
@@ -72,7 +72,7 @@ class Passes:
             token_ids=row, positions=row, slots=row, row_start=start, last=sequence, seq_group=sequence,
             prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
-            lanes=sequence, segment_start=start, closing=(torch.int32, (sequences, MOST_CLOSING)))
+            lanes=sequence, segment_start=start, closing=(torch.int32, (sequences, MAX_CLOSING)))
         self._buffers = Buffers(target, True, **columns)
         self._host = {name: self._buffers.host(name) for name in columns}
         self._rewards = Buffers(target, rewards=(torch.float32, (sequences,)))

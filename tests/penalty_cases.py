@@ -9,12 +9,12 @@ from sampler_lanes import make_lanes
 from stars.kernels.types import LaneState, Penalties
 
 
-def make_penalties(draw: np.random.Generator, lanes: int, vocab: int, most_entries: int) -> Penalties:
+def make_penalties(draw: np.random.Generator, lanes: int, vocab: int, max_entries: int) -> Penalties:
     """Lanes that share histories two by two, some of them empty, with penalties of which some are off."""
     history, start, count = [], [], []
     for lane in range(lanes):
         if lane % 2 == 0:
-            tokens = np.flatnonzero(draw.random(vocab) < draw.random() * most_entries / vocab)
+            tokens = np.flatnonzero(draw.random(vocab) < draw.random() * max_entries / vocab)
             begin = len(history)
             history += [(int(token), int(draw.integers(0, 4))) for token in tokens]
         start.append(begin)
@@ -30,10 +30,10 @@ def make_penalties(draw: np.random.Generator, lanes: int, vocab: int, most_entri
 
 
 def make_case(seed: int, lanes: int, vocab: int, steps: int = 7,
-              most_entries: int = 40) -> tuple[torch.Tensor, LaneState, Penalties]:
+              max_entries: int = 40) -> tuple[torch.Tensor, LaneState, Penalties]:
     """Logits [lanes, vocab], lanes that drew 0 to `steps` tokens (words of the history among them), penalties."""
     draw = np.random.default_rng(seed)
-    penalties = make_penalties(draw, lanes, vocab, most_entries)
+    penalties = make_penalties(draw, lanes, vocab, max_entries)
     state = make_lanes(lanes, max_steps=max(1, steps))
     state.done.copy_(torch.tensor(draw.random(lanes) < 0.2))
     for lane in range(lanes):

@@ -738,7 +738,7 @@ def test_copy_rows_agrees_with_its_reference_bit_for_bit():
 
 def test_a_commit_of_more_rows_than_one_copy_holds(monkeypatch):
     """In parts, and replayed: every row arrives."""
-    monkeypatch.setattr("stars.cache.MOST_MOVES", 5)
+    monkeypatch.setattr("stars.cache.MAX_MOVES", 5)
     cache = make_cache()
     for _ in range(2):
         tables, moves = [], []

@@ -77,7 +77,7 @@ def test_the_whole_dry_run(tmp_path):
     assert all(counts[name][1] >= count for name, count in least.items()), counts
     assert {"logits", "aligned", "steps", "reward passes"} <= set(by_name(found)["headline-8b"]["parts"])
     table = output[output.rindex("CPU, dry run") :].rstrip().splitlines()
-    assert len(table) <= report.MOST_LINES and table[-1].endswith(".json") and "correct" in table[-2]
+    assert len(table) <= report.MAX_LINES and table[-1].endswith(".json") and "correct" in table[-2]
     products = json.loads(next(tmp_path.glob("*-products.json")).read_text())
     assert {entry["name"] for entry in products["products"]} == {"gate_up", "o"}
 
@@ -379,7 +379,7 @@ def test_rows_and_bounds():
     made.stages = {name.name: stage | {"stage": name.name, "figures": figures if index == 0 else []}
                    for index, name in enumerate(stages.STAGES)}
     lines = made.lines()
-    assert len(lines) == report.MOST_LINES
+    assert len(lines) == report.MAX_LINES
     assert sum("not measured" in line for line in lines) == len(aims.AIMS) - 1
     assert any(line.startswith("figure 90 ") and line.endswith("met") for line in lines)
     made.stages["machine"]["facts"] = {"machine": {"gpu": "NVIDIA H100 80GB HBM3"}}

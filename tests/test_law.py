@@ -32,7 +32,7 @@ from stars.rules import Decision, Threshold
 from toy import EOS, ToyModel, table_reward, toy_engine
 
 FALSE_POSITIVE_RATE = 1e-6
-LEAST_EXPECTED = 8.0  # counts of a cell; smaller cells are pooled
+MIN_EXPECTED = 8.0  # counts of a cell; smaller cells are pooled
 DRAWS = 2048 if libstars.available() else 768
 PROMPT = [1, 2, 3]
 MODEL = ToyModel(vocab=5, seed=4, layers=1)
@@ -128,7 +128,7 @@ def p_value(observed: dict[Prefix, Counter], law: Callable[[Prefix], dict]) -> f
         pool_expected, pool_count = 0.0, 0
         for outcome, mean in sorted(expected.items(), key=lambda item: item[1]):
             pool_expected, pool_count = pool_expected + mean, pool_count + counts[outcome]
-            if pool_expected >= LEAST_EXPECTED:
+            if pool_expected >= MIN_EXPECTED:
                 cells.append((pool_expected, pool_count))
                 pool_expected, pool_count = 0.0, 0
         if len(cells) > 1:  # what is left in the pool is 0, since the largest comes last

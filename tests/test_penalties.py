@@ -41,10 +41,10 @@ def test_the_reference_is_the_formula(seed):
 
 @pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("lanes, vocab, steps, most_entries",
+@pytest.mark.parametrize("lanes, vocab, steps, max_entries",
                          [(1, 17, 1, 10), (5, 257, 7, 60), (37, 1000, 33, 900), (3, 5000, 128, 4000)])
-def test_libstars_forms_the_same_bits(seed, lanes, vocab, steps, most_entries):
-    logits, state, penalties = make_case(seed, lanes, vocab, steps, most_entries)
+def test_libstars_forms_the_same_bits(seed, lanes, vocab, steps, max_entries):
+    logits, state, penalties = make_case(seed, lanes, vocab, steps, max_entries)
     got, wanted = logits.clone(), logits.clone()
     libstars.apply_penalties(got, state, penalties)
     apply_penalties_reference(wanted, state, penalties)

@@ -23,8 +23,8 @@ import stars
 from stars.cli.options import shipped_pair
 
 MAX_FILES = 19
-"""15 was aimed at, and 20 was the number when the queue, the proposal, the judgement and the commit of a round, and what a
-reward model scores, stood in three files instead of seven."""
+"""15 was aimed at. It was 20 when the queue, the proposal, the judgement and the commit of a round, and what a reward
+model scores, stood in three files instead of seven."""
 CHANGES_BEFORE = 129  # 132 with the frames that Python 3.11 gives list comprehensions
 INLINED = {"<listcomp>", "<dictcomp>", "<setcomp>"}  # no calls of their own from Python 3.12 on
 ENGINE = Path(stars.__file__).resolve().parent
@@ -107,11 +107,11 @@ if __name__ == "__main__":
     path = path_of_a_step()
     ways = changes_of(path)
     print(f"{len({call.room for call in path})} files, {len(ways)} changes\n")
-    for room, count in Counter(call.room for call in path).most_common():
+    for room, count in Counter(call.room for call in path).max_common():
         names = Counter(call.function for call in path if call.room == room)
         print(f"{count:4} calls  {room}: " + ", ".join(f"{name} {times}" for name, times in names.items()))
     print("\nchanges, the most frequent first")
-    for (old, new), count in Counter(ways).most_common():
+    for (old, new), count in Counter(ways).max_common():
         print(f"{count:4}  {old or 'the caller'} -> {new}")
     print("\nthe path")
     last = ""

@@ -26,7 +26,7 @@ UNUSED = {
     "engine/cache.py: PagedCache.num_free_slabs": "the same of slabs",
     "engine/page_pool.py: PagePool.num_cached": "the same of pages that only the prefix cache holds",
     "engine/page_pool.py: PagePool.num_published": "the same of pages that can be found again",
-    "kernels/dispatch.py: references_only": "how the references of one thread are held against the rest, replays included",
+    "kernels/dispatch.py: references_only": "how the references are held against the rest, replays included",
     "kernels/philox.py: gumbel_noise": "the noise that the sampler's is held to",
 }
 """What may stand although only tests call it, as "file: Class.name", and why."""

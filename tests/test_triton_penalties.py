@@ -15,10 +15,10 @@ if INTERPRETED:
 CASES = [(1, 17, 1, 10), (5, 257, 7, 60), (37, 1000, 33, 900), (3, 9000, 16, 8000), (2, 300, 128, 250)]
 
 
-@pytest.mark.parametrize("lanes, vocab, steps, most_entries", CASES)
-def test_bits_of_the_reference(lanes, vocab, steps, most_entries):
+@pytest.mark.parametrize("lanes, vocab, steps, max_entries", CASES)
+def test_bits_of_the_reference(lanes, vocab, steps, max_entries):
     for seed in range(3):
-        logits, state, penalties = make_case(seed, lanes, vocab, steps, most_entries)
+        logits, state, penalties = make_case(seed, lanes, vocab, steps, max_entries)
         wide = torch.full((lanes, vocab + 3), 7.0)
         got = wide[:, :vocab]  # rows lie apart
         got.copy_(logits)

@@ -17,7 +17,7 @@ from stars.kernels.linear import Weight, linear_reference
 from stars.kernels.rope_write import rope_write_reference
 from stars.kernels.types import Batch, LayerKV
 
-MOST_ROWS = 70
+MAX_ROWS = 70
 
 
 def run(record: Record, settings: Settings) -> None:
@@ -29,7 +29,7 @@ def run(record: Record, settings: Settings) -> None:
 
 def _linears(record: Record, settings: Settings, dtype: torch.dtype) -> None:
     ops = launchers(settings.dry)
-    real = () if settings.dry else ((1, 6144, 4096), (MOST_ROWS, 4096, 4096))
+    real = () if settings.dry else ((1, 6144, 4096), (MAX_ROWS, 4096, 4096))
     for rows, out_features, in_features in (*real, (1, 17, 40), (37, 40, 304)):
         with record.checking(f"linear {str(dtype)[6:]} {rows} x {out_features} x {in_features}"):
             linear(record, ops, settings.device, dtype, rows, out_features, in_features)

@@ -16,7 +16,7 @@ from timing import seconds_a_call
 
 QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.limit"
 
-LEAST_BYTES = 1 << 30
+MIN_BYTES = 1 << 30
 """Of a buffer whose figure counts as the limit: of a smaller one a part may still be in the second-level cache."""
 
 
@@ -53,7 +53,7 @@ def _copy(record: Record, settings: Settings) -> None:
         source = torch.randint(-(2**31), 2**31, (size // 4,), dtype=torch.int32, device=settings.device)
         target = torch.empty_like(source)
         seconds = seconds_a_call([lambda source=source, target=target: target.copy_(source)], settings.device, least=4)
-        best = max(best, 2 * size / seconds / 1e9 if size >= LEAST_BYTES or settings.dry else 0.0)
+        best = max(best, 2 * size / seconds / 1e9 if size >= MIN_BYTES or settings.dry else 0.0)
         record.figure(f"copy of {size >> 20} MiB, read and written", 2 * size / seconds / 1e9, "GB/s", bytes=2 * size,
                       spread=[2 * size / one / 1e9 for one in reversed(seconds.spread)])
         record.fact("copy_gb_s", best)
@@ -73,7 +73,7 @@ def _read(record: Record, settings: Settings) -> None:
                         reader.read(words, out, choice) for block, steps, warps in reader.CHOICES}
         found = {name: seconds_a_call([call], settings.device, repeats=5, least=4) for name, call in readers.items()}
         fastest = min(found, key=found.get)
-        best = max(best, size / found[fastest] / 1e9 if size >= LEAST_BYTES or settings.dry else 0.0)
+        best = max(best, size / found[fastest] / 1e9 if size >= MIN_BYTES or settings.dry else 0.0)
         record.figure(f"read of {size >> 20} MiB, {fastest}", size / found[fastest] / 1e9, "GB/s",
                       spread=[size / one / 1e9 for one in reversed(found[fastest].spread)],
                       all={name: size / seconds / 1e9 for name, seconds in found.items()})

@@ -20,7 +20,7 @@ from stages import STAGES
 
 ORDER = [stage.name for stage in STAGES]
 FORMAT = 2  # of the JSON file; raised when a field changes its meaning
-MOST_LINES = 60  # of the table
+MAX_LINES = 60  # of the table
 KEEP = "products"  # the fact that is a table of its own, to be committed as defaults
 
 
@@ -125,7 +125,7 @@ class Report:
             yield from [(aim, figure) for figure in figures if figure["aim"] == aim.key] or [(aim, None)]
 
     def lines(self) -> list[str]:
-        """At most MOST_LINES: the machine, a line a stage, the rows, what failed, and what room is left for."""
+        """At most MAX_LINES: the machine, a line a stage, the rows, what failed, and what room is left for."""
         whole = self.whole()
         machine = whole["machine"]
         lines = [f"{machine.get('gpu', 'CPU, dry run: figures mean nothing')}, torch {machine.get('torch')}, commit "
@@ -153,11 +153,11 @@ class Report:
         last.append("correct" if self.correct else f"NOT CORRECT: {', '.join(self.failed_stages) or 'see above'}")
         last.append(f"{whole['seconds']:.0f} s, written to {self.target}")
         others = [figure for stage in self.stages.values() for figure in stage["figures"] if not figure["aim"]]
-        for figure in others[: max(0, MOST_LINES - len(lines) - len(last))]:
+        for figure in others[: max(0, MAX_LINES - len(lines) - len(last))]:
             ratio = "" if figure["ratio"] is None else f"{figure['ratio']:.2f}"
             of = f"  of {figure['of']}" if figure["of"] and ratio else ""
             lines.append(f"{figure['name'][:73]:<74}{number(figure['value']):>8} {figure['unit']:<8}{ratio:>6}{of}")
-        return lines[: MOST_LINES - len(last)] + last
+        return lines[: MAX_LINES - len(last)] + last
 
     def print(self) -> None:
         """What went wrong, then the table."""

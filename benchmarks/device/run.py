@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from importable import ROOT
 from record import FAILED, OK, RUNNING, complete, empty
 from report import FORMAT, Report, gpu_slug
-from stages import LEAST_SECONDS, QUICK_SECONDS, STAGES, TOTAL_SECONDS, Stage, groups
+from stages import MIN_SECONDS, QUICK_SECONDS, STAGES, TOTAL_SECONDS, Stage, groups
 
 HERE = Path(__file__).resolve().parent
 POLL_SECONDS = 0.1
 IMPORT_SECONDS = 60.0  # from a cold disk
-AGAIN_SECONDS, MOST_TIMES = 12.0, 3  # what is left for it to be worth starting a stage again; how often it is started
+AGAIN_SECONDS, MAX_TIMES = 12.0, 3  # what is left for it to be worth starting a stage again; how often it is started
 SAVE_SECONDS = 0.5
 
 
@@ -160,7 +160,7 @@ class Run:
             for one in now:
                 one.await_imports(self.begin + self.total)
             left = self.total - (time.monotonic() - self.begin)
-            if left < LEAST_SECONDS:
+            if left < MIN_SECONDS:
                 for stage in (stage for rest in [group, *waiting] for stage in rest):
                     if stage.name not in self.report.stages:
                         self.report.stage(self._missing(stage, "skipped", "the time of the run was used up"))
@@ -218,7 +218,7 @@ class Run:
         """Whether one of its parts takes too long, while there is time for others."""
         most = self.options.part_seconds or one.stage.part_seconds
         return RUNNING in found["parts"].values() and time.monotonic() - found.get("part_began", 1e18) > most and (
-            one.deadline - time.monotonic() > _worth(one.stage) and one.times < MOST_TIMES)
+            one.deadline - time.monotonic() > _worth(one.stage) and one.times < MAX_TIMES)
 
     def _note_background(self) -> None:
         """When what runs beside the stages had ended: until then it shared the cores with what was timed."""
@@ -230,7 +230,7 @@ class Run:
         """A stage that one of its parts has ended, for the parts after that one, in what is left of its time."""
         found, left = ended.found(), ended.deadline - time.monotonic()
         culprits = [name for name, how in found["parts"].items() if how == RUNNING or name == found.get("ended_by")]
-        if ended.timed_out or not culprits or left < _worth(ended.stage) or ended.times == MOST_TIMES:
+        if ended.timed_out or not culprits or left < _worth(ended.stage) or ended.times == MAX_TIMES:
             return None
         found["parts"] |= dict.fromkeys(culprits, FAILED)
         found["notes"].append(f"{', '.join(culprits)} ended the process: the parts after it ran in another")

@@ -51,7 +51,7 @@ STAGES = (
 
 TOTAL_SECONDS, QUICK_SECONDS = 293, 118
 """Of a call, imports and waits included; what writes the tables at the end stays under 300 and 120."""
-LEAST_SECONDS = 4  # a stage is not begun with less
+MIN_SECONDS = 4  # a stage is not begun with less
 
 
 def groups(stages: list[Stage]) -> list[list[Stage]]:

@@ -12,7 +12,7 @@ import torch
 
 ROTATED_BYTES = 256 << 20
 """What the rotated buffers hold together: five times the second-level cache of an H100 or H200 (50 MB)."""
-MOST_SETS = 64
+MAX_SETS = 64
 
 
 @cache
@@ -42,7 +42,7 @@ def rehearsal() -> Iterator[None]:
 
 def sets(bytes_a_set: float, dry: bool) -> int:
     """How many sets of buffers to rotate through for honest figures of memory."""
-    return 2 if dry or _rehearsing else int(min(MOST_SETS, max(2, ROTATED_BYTES // max(1, bytes_a_set))))
+    return 2 if dry or _rehearsing else int(min(MAX_SETS, max(2, ROTATED_BYTES // max(1, bytes_a_set))))
 
 
 class Seconds(float):

@@ -14,7 +14,7 @@ namespace stars::STARS_ISA {
 namespace {
 
 constexpr float infinity = __builtin_inff();
-constexpr int64_t most_rows = 64;                // of a unit, where a token has fewer query heads per KV head
+constexpr int64_t max_rows = 64;                // of a unit, where a token has fewer query heads per KV head
 constexpr int64_t serial_work = 12 * 1024;       // products below which waking other threads costs more than it saves
 
 struct unit {
@@ -285,7 +285,7 @@ class worker {
 // Adds the units of the sequences first .. last - 1, which share their pages.
 void add_units(const call& c, int64_t first, int64_t last, unit* units, int64_t& count) {
   const stars_batch& b = c.p.batch;
-  const int64_t tokens_per_unit = c.repeat < most_rows ? most_rows / c.repeat : 1;
+  const int64_t tokens_per_unit = c.repeat < max_rows ? max_rows / c.repeat : 1;
   // The last rows of a causal batch see the most: they come first, so that the threads end together.
   int64_t sequence = last - 1;
   for (int64_t end = b.row_start[last]; end > b.row_start[first];) {

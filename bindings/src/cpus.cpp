@@ -35,7 +35,7 @@ int affinity_cpus() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) count = std::min(std::max(count, 1), CPU_COUNT(&set));
 #endif
-  return std::clamp(count, 1, kMostThreads);
+  return std::clamp(count, 1, kMaxThreads);
 }
 
 // One mounted cgroup hierarchy that can limit CPU time.
@@ -191,7 +191,7 @@ double cpu_quota(const char* root) {
 int usable_cpus(const char* root) {
   const char* told = std::getenv("STARS_USABLE_CPUS");
   if (const long count = told ? std::strtol(told, nullptr, 10) : 0; count > 0)
-    return static_cast<int>(std::min<long>(count, kMostThreads));
+    return static_cast<int>(std::min<long>(count, kMaxThreads));
   const int cpus = affinity_cpus();
   const double quota = cpu_quota(root);
   return quota > 0.0 && quota < cpus ? static_cast<int>(std::ceil(quota)) : cpus;

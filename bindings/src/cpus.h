@@ -4,9 +4,9 @@
 namespace stars {
 
 // More threads than this are never used.
-constexpr int kMostThreads = 256;
+constexpr int kMaxThreads = 256;
 
-// CPUs of the affinity mask, or what the quota allows, rounded up, where that is less; 1 .. kMostThreads. The
+// CPUs of the affinity mask, or what the quota allows, rounded up, where that is less; 1 .. kMaxThreads. The
 // environment's STARS_USABLE_CPUS is believed instead. `root` stands before the paths that are read, "" but for tests.
 int usable_cpus(const char* root);
 

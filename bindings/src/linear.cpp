@@ -27,7 +27,7 @@ namespace {
 constexpr int64_t kUnitsPerPanel = kHalfPanel / vector_width;
 // Rows of a tile. With 16 registers, 6 x 2 sums, two vectors of weights and a value of x fill them. With 32, 8 rows
 // reached 112 GFLOP/s a core where 12 reached 108 and 14 100 (Zen 4, peak 118).
-constexpr int kMostRows = vector_width == 16 ? 8 : 6;
+constexpr int kMaxRows = vector_width == 16 ? 8 : 6;
 
 // Inputs of a cell.
 template <class Cell>
@@ -180,7 +180,7 @@ void row_block(const Block<X>& b, const T* weight, int64_t unit, int64_t end) {
     for (; unit < end; ++unit) tile<ROWS, 1>(b, weight, unit);
 }
 
-template <class T, int ROWS = kMostRows, class X>
+template <class T, int ROWS = kMaxRows, class X>
 void row_block(int64_t rows, const Block<X>& b, const T* weight, int64_t unit, int64_t end) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS)
@@ -217,7 +217,7 @@ const uint32_t* cells_of(const float* x, int64_t rows, int64_t in_features) {
 #endif
 
 constexpr int64_t kBlockOfK = 256;  // of a panel; stays in the first-level cache while row blocks pass over it
-constexpr int64_t kRowsPerPass = 8 * kMostRows;  // whose x stays in the second, and whose pages in the first TLB
+constexpr int64_t kRowsPerPass = 8 * kMaxRows;  // whose x stays in the second, and whose pages in the first TLB
 
 // Rows begin .. end - 1, at most kRowsPerPass, by units first_unit .. last_unit - 1.
 template <class T, class X>
@@ -226,7 +226,7 @@ void pass(const stars_linear_params& p, int64_t begin, int64_t end, int64_t firs
   // Rounded again for each range of columns: about a microsecond at most, as much as a barrier after doing so once.
   const X* x = cells_of<X>(p.x + begin * p.in_features, end - begin, p.in_features);
   const int64_t x_stride = panel_depth(p.in_features, kInputs<X> == 2);
-  const int64_t blocks = (end - begin + kMostRows - 1) / kMostRows;
+  const int64_t blocks = (end - begin + kMaxRows - 1) / kMaxRows;
   const auto block_at = [&](int64_t block) { return begin + (end - begin) * block / blocks; };
   const auto run = [&](int64_t block, int64_t k, int64_t k_end, int64_t unit, int64_t unit_end) {
     const int64_t row = block_at(block);
@@ -262,13 +262,13 @@ void linear(const stars_linear_params& p) {
                                            : product<uint32_t, XOfPairs>;
   // A task is worth its barrier from about a microsecond on. More tasks than threads, so that a thread that is held up
   // leaves work to the others.
-  constexpr int64_t kLeastTask = 32 * 1024;  // multiply-adds
+  constexpr int64_t kMinTask = 32 * 1024;  // multiply-adds
   const int64_t panels = panel_count(p.out_features), threads = num_threads();
-  const int64_t worth = p.rows * p.in_features * panels * kPanel / kLeastTask;
+  const int64_t worth = p.rows * p.in_features * panels * kPanel / kMinTask;
   const int64_t tasks = std::clamp<int64_t>(worth / threads, 1, 4) * threads;
   if (worth < 2 || threads == 1) return run(p, 0, p.rows, 0, panels * kUnitsPerPanel);
   const int64_t column_tasks = std::min((panels + 1) / 2, tasks);
-  const int64_t row_tasks = std::clamp<int64_t>(tasks / column_tasks, 1, std::max<int64_t>(p.rows / kMostRows, 1));
+  const int64_t row_tasks = std::clamp<int64_t>(tasks / column_tasks, 1, std::max<int64_t>(p.rows / kMaxRows, 1));
   parallel(column_tasks * row_tasks, [run, column_tasks, row_tasks, params = &p](int64_t task) {
     const int64_t row_task = task % row_tasks, column_task = task / row_tasks;
     const int64_t panels = panel_count(params->out_features), rows = params->rows;

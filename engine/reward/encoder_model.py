@@ -13,9 +13,9 @@ from stars.model.checkpoint import Checkpoint
 from stars.model.files import is_file, read_json, shown
 from stars.model.tokenizer_limits import check_encoder, check_file, is_failure
 
-MOST_SHARED_LAYERS = 256
+MAX_SHARED_LAYERS = 256
 """Layers a model may have although its files hold fewer tensors: some models use one layer's weights for all."""
-MOST_LISTED = 1 << 20
+MAX_LISTED = 1 << 20
 """The largest number in a list of a configuration, or the longest side of a tensor: transformers repeats things by such
 numbers."""
 VOCABULARIES = ("tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*bpe.codes", "dict.txt",
@@ -119,7 +119,7 @@ def one_line(error: BaseException) -> str:
 def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
     """transformers builds every layer that a configuration asks for before it reads a weight."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > max(len(checkpoint.tensors), MOST_SHARED_LAYERS):
+    if isinstance(layers, int) and layers > max(len(checkpoint.tensors), MAX_SHARED_LAYERS):
         raise ModelError(f"config.json of {checkpoint.directory} asks for {layers} layers and its files hold "
                          f"{len(checkpoint.tensors)} tensors: use config.json of the same checkpoint")
 
@@ -127,7 +127,7 @@ def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
 def _check_sizes(config: dict[str, Any], checkpoint: Checkpoint) -> None:
     """transformers makes lists as long as a configuration says while it reads it: of labels, of layers, of patterns."""
     longest = max((side for info in checkpoint.tensors.values() for side in info.shape), default=1)
-    layers = max(len(checkpoint.tensors), MOST_SHARED_LAYERS)
+    layers = max(len(checkpoint.tensors), MAX_SHARED_LAYERS)
     stack: list[tuple[str, Any, bool]] = [("", config, False)]
     while stack:
         name, value, listed = stack.pop()
@@ -136,7 +136,7 @@ def _check_sizes(config: dict[str, Any], checkpoint: Checkpoint) -> None:
         elif isinstance(value, list):
             stack.extend((name, part, True) for part in value)
         elif isinstance(value, int):
-            most = max(longest, MOST_LISTED) if listed else longest if name == "num_labels" else (
+            most = max(longest, MAX_LISTED) if listed else longest if name == "num_labels" else (
                 layers if name.endswith(("layers", "layer", "blocks")) else None)
             if most is not None and value > most:
                 raise ModelError(f"config.json of {checkpoint.directory} has {shown(value)} in {shown(name)} and its "

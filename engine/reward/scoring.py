@@ -10,7 +10,7 @@ from stars.cache import BlockTable, CommitMove
 from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
 from stars.model.tokenizer import REPLACEMENT
-from stars.passes import MOST_CLOSING, Drafted, Span
+from stars.passes import MAX_CLOSING, Drafted, Span
 from stars.reward.base import Candidate, ContextFull, Scored, TrailingCandidate
 from stars.reward.session import Handle, Session, SessionReward
 from stars.target import Target
@@ -84,7 +84,7 @@ class ScoringReward(SessionReward):
         plans = [self._trailing_plan(candidate) for candidate in candidates]
         rows = [len(plan.ids) - plan.start for plan in plans]
         if max(rows) > self.cache.slab_len or not self._passes.fits(rows) or any(
-                len(plan.session.frame.closing) > MOST_CLOSING for plan in plans):
+                len(plan.session.frame.closing) > MAX_CLOSING for plan in plans):
             return None
         slabs = [self.cache.take_slab() for _ in plans]
         self._passes.score_trailing(draft, list(map(self._span, plans, slabs)))

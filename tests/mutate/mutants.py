@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-LEAST_MUTANTS = 80
-LEAST_CAUGHT = 0.9
+MIN_MUTANTS = 80
+MIN_CAUGHT = 0.9
 
 
 class Mutant(NamedTuple):
@@ -186,8 +186,8 @@ MUTANTS = [
            "a table is lengthened by truncate", "cache"),
     Mutant("engine/cache.py", "count = min(size - offset, stop - start)", "count = min(size, stop - start)",
            "rows that begin within a page run into the next", "cache"),
-    Mutant("engine/cache.py", "for start in range(0, len(source), self._most_moves):",
-           "for start in range(0, len(source) - 1, self._most_moves):",
+    Mutant("engine/cache.py", "for start in range(0, len(source), self._max_moves):",
+           "for start in range(0, len(source) - 1, self._max_moves):",
            "a long commit loses a part of one row", "cache"),
     Mutant("engine/page_pool.py", "for page in reversed(pages):", "for page in pages:",
            "a prefix is forgotten from its root on", "page_pool cache"),

@@ -30,12 +30,12 @@ from typing import NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mutate.mutants import LEAST_CAUGHT, MUTANTS, Mutant, problem, test_file  # noqa: E402
+from mutate.mutants import MIN_CAUGHT, MUTANTS, Mutant, problem, test_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("engine", "kernels", "bindings", "tests", "benchmarks")
 CPP = (".cpp", ".h")
-PATIENCE, LEAST_LIMIT = 5.0, 60.0  # times what the tests take without an error, and seconds
+PATIENCE, MIN_LIMIT = 5.0, 60.0  # times what the tests take without an error, and seconds
 FAILED, COLLECTION_FAILED = 1, 2  # exit codes of pytest
 
 T, Out = TypeVar("T"), TypeVar("Out")
@@ -224,7 +224,7 @@ class Runner:
                 tree.build()
             results = []
             for mutant in piece:
-                limit = max(LEAST_LIMIT, PATIENCE * sum(seconds[name] for name in mutant.tests.split()))
+                limit = max(MIN_LIMIT, PATIENCE * sum(seconds[name] for name in mutant.tests.split()))
                 results.append(tree.plant(mutant, limit))
                 report(results[-1])
             if piece is native:
@@ -302,9 +302,9 @@ def summary(results: Sequence[Result], seconds: float) -> int:
     caught = len(results) - len(survivors)
     for mutant in survivors:
         print(f"survived: {mutant.file}: {mutant.error} ({mutant.tests})")
-    print(f"{caught} of {len(results)} errors caught ({caught / len(results):.1%}; {LEAST_CAUGHT:.0%} are needed) in "
+    print(f"{caught} of {len(results)} errors caught ({caught / len(results):.1%}; {MIN_CAUGHT:.0%} are needed) in "
           f"{seconds / 60:.1f} minutes")
-    return 0 if caught >= LEAST_CAUGHT * len(results) else 1
+    return 0 if caught >= MIN_CAUGHT * len(results) else 1
 
 
 def _tool(name: str) -> str | None:
