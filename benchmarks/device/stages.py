@@ -25,7 +25,7 @@ STAGES = (
     Stage("machine", "machine", 15, quick=True),
     Stage("first-kernels", "first_light:kernels", 28, "first light", True, True),
     Stage("first-engine", "first_light:small_engine", 28, "first light", True, True),
-    Stage("headline-8b", "headline:llama_8b", 74, quick=True, imports="torch,transformers", part_seconds=30),
+    Stage("headline-8b", "headline:llama_8b", 72, quick=True, imports="torch,transformers", part_seconds=30),
     Stage("beside-8b", "beside:llama_8b", 64, imports="torch,transformers", part_seconds=45),
     Stage("kernels-rows", "kernel_rows", 40, "kernels", True),
     Stage("kernels-products", "kernel_products", 40, "kernels", True),
@@ -35,7 +35,7 @@ STAGES = (
     Stage("kernels-sampler", "kernel_sampler", 40, "kernels", True),
     Stage("engine", "engine_checks", 40, "kernels", True),
     Stage("products", "tune_products", 15),
-    Stage("micro", "micro", 20),
+    Stage("micro", "micro", 19),
     Stage("ncu", "ncu", 18, dry=False),
     Stage("serving", "serving:llama_8b", 22),
     # Asked for by name.
