@@ -96,7 +96,7 @@ def assert_close(q, kv, batch, window=None, softcap=None) -> None:
     """The largest error against float64 is at most twice that of torch in float32, plus a floor.
 
     The floor is 16 half-ulps of the largest value: weights sum to 1, so what is lost in one rounding of the result is
-    half an ulp of it, and torch may be lucky where only a few keys are seen.
+    half an ulp of it. torch may be lucky where only a few keys are seen.
     """
     scale = q.shape[-1] ** -0.5
     truth = exact(q, kv, batch, scale, window, softcap)
