@@ -108,7 +108,7 @@ def assert_close(q, kv, batch, window=None, softcap=None) -> None:
 
 
 # One lane without prefix, lanes that share pages and differ in how much of them is valid, a lane that holds one page
-# and one token more, several rows a lane (scoring), and a lane that has ended and only repeats itself.
+# and one token more. Two have several rows (scoring), and one has ended and only repeats itself.
 SLAB_SEQUENCES = [
     Sequence(0, 0, 0, 1), Sequence(1, 100, 17, 1), Sequence(1, 97, 3, 5), Sequence(1, 100, 0, 1),
     Sequence(2, 17, 37, 37), Sequence(3, 16, 0, 2), Sequence(4, 15, 63, 1),

@@ -309,7 +309,7 @@ def attention(
     """
     rows, heads, head_dim = q.shape
     kv_heads = kv.k_pages.shape[1]
-    _check(q, kv, batch, out)
+    _check(q, kv, out)
     tiles = batch.tiles or build(batch, heads, kv_heads, kv.page_size)
     plan = Plan(tiles.packed, tiles.packed_slab, tiles.splits, tiles.split_keys)
     piece, block_keys, num_warps, num_stages, slab_stages, max_registers = settings(
@@ -359,7 +359,7 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _check(q: Tensor, kv: LayerKV, batch: Batch, out: Tensor) -> None:
+def _check(q: Tensor, kv: LayerKV, out: Tensor) -> None:
     heads, head_dim = q.shape[1:]
     kv_heads = kv.k_pages.shape[1]
     tensors = (q, out, *kv[:4])
