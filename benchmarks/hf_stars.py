@@ -69,7 +69,7 @@ class HFStars:
 
     width: candidates drafted at once. rm_lanes: candidates the reward model reads at once. cache: transformers' own
     DynamicCache, which copies the history at every step, or buffers of the final size, which are appended to in place,
-    or those read whole under a mask, in captured graphs: then a loop may be used again and again for prompts and
+    or those read whole under a mask, in captured graphs. Then a loop may be used again and again for prompts and
     responses of one length, and captures once.
     """
 

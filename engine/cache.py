@@ -86,7 +86,7 @@ class PagedCache:
         self.v_pages = torch.empty_like(self.k_pages)  # [layers, num_pages * page_size, kv_heads, head_dim]
         self.k_slabs = torch.empty(shape.num_layers, num_slabs * slab_len, *row, dtype=dtype, device=device)
         self.v_slabs = torch.empty_like(self.k_slabs)  # [layers, num_slabs * slab_len, kv_heads, head_dim]
-        self.pool = PagePool(num_pages)  # behind the tensors, which fail at once where there is no memory for them
+        self.pool = PagePool(num_pages)  # after the tensors, which fail at once where there is no memory for them
         self._layers = [
             LayerKV(self.k_pages[i], self.v_pages[i], self.k_slabs[i], self.v_slabs[i], page_size)
             for i in range(shape.num_layers)

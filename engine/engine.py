@@ -63,10 +63,9 @@ class Engine:
         `FunctionReward`), a callable fn(prompt, responses) -> floats, or None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
         "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"
-        keeps the checkpoint's values); "bfloat16" also rounds the activations of their products where the CPU
-        multiplies bfloat16 pairs (AVX512-BF16): about twice as fast at many rows on a Zen 4, slower than float32 on the
-        Xeon that was measured. Sums, attention, norms and caches are float32. On a GPU everything has the dtype
-        ("auto": the checkpoint's).
+        keeps the checkpoint's values). "bfloat16" also rounds the activations of their products where the CPU
+        multiplies bfloat16 pairs (AVX512-BF16); README.md has what that gave on two processors. Sums, attention, norms
+        and caches are float32. On a GPU everything has the dtype ("auto": the checkpoint's).
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.

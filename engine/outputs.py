@@ -1,4 +1,4 @@
-"""What the engine returns: vLLM's RequestOutput and CompletionOutput, with the segments and attempts behind them."""
+"""What the engine returns: vLLM's RequestOutput and CompletionOutput, with their segments and attempts."""
 
 from __future__ import annotations
 

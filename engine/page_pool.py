@@ -14,9 +14,9 @@ ROOT = -1
 class PagePool:
     """Reference counts of `num_pages` pages and an index from token prefixes to the pages that hold them.
 
-    A page is free (nobody refers to it, its content is worthless), in use (one reference per holder), or cached
-    (nobody refers to it, but it is published, so that a later request with the same prefix can share it). Cached pages
-    count as available: `alloc` reuses the least recently released one when no page is free.
+    A page is free (nobody refers to it, its content is worthless), in use (one reference per holder), or cached:
+    nobody refers to it, but it is published, and a later request with the same prefix can share it. Cached pages count
+    as available: `alloc` reuses the least recently released one when no page is free.
 
     The index maps (parent page, the page's tokens) to a page, so a hit compares every token and is exact. Its size is
     bounded by the number of pages: a page has one entry or none.

@@ -26,7 +26,7 @@ MAX_CLOSING = 32
 """Closing tokens that a span which trails a draft may have."""
 
 
-class Drafted(NamedTuple):
+class DraftedPart(NamedTuple):
     """What the device fills in of a span that trails a draft: the segment of a lane, and closing tokens after it."""
 
     lane: int
@@ -44,7 +44,7 @@ class Span(NamedTuple):
     token_ids: Sequence[int]
     start: int
     slots: Sequence[int]  # flat row of the slabs or of the pages for each token
-    drafted: Drafted | None = None
+    drafted: DraftedPart | None = None
 
 
 class Passes:

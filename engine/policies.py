@@ -96,8 +96,8 @@ class Policy(Protocol):
 class STARS:
     """Segment-level rejection sampling under a rising threshold (arXiv 2511.03827; parameter names are the paper's).
 
-    A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1), where
-    tau(n) = min(t, r0 + n / N * (t - r0)), r0 = (1 - alpha) * r(prompt) + alpha * t, t = reward_threshold,
+    A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1). Here
+    tau(n) = min(t, r0 + n / N * (t - r0)) and r0 = (1 - alpha) * r(prompt) + alpha * t, with t = reward_threshold,
     n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections the best reward seen
     wins. `beta = 0` is the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in
     attempt order wins, so the width changes the speed and never the law; None lets the engine choose it.

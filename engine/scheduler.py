@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from stars.arguments import shown
-from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.cache import CommitMove, PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
 from stars.passes import Passes, Span
@@ -139,7 +139,7 @@ class Scheduler:
 
         opened: the hypothesis holds nothing yet but what its table and session were opened with.
         """
-        table, request, segment = _table(hypothesis), hypothesis.group.request, hypothesis.next_segment
+        table, request, segment = hypothesis.pages, hypothesis.request, hypothesis.next_segment
         try:
             self._cache.reserve(table, _length(hypothesis) + segment - table.length)
         except OutOfPages:
@@ -271,10 +271,10 @@ class Scheduler:
         the requests whose prompt alone cannot be scored."""
         exact = self._config.deterministic
         # The last token is the first input of a draft.
-        self._passes.prefill([(_table(hypothesis), ids, len(ids) - 1) for hypothesis in opened for ids in
+        self._passes.prefill([(hypothesis.pages, ids, len(ids) - 1) for hypothesis in opened for ids in
                               [hypothesis.request.prompt.token_ids + ([] if exact else hypothesis.token_ids)]])
         for hypothesis in opened:
-            self._cache.publish(_table(hypothesis), hypothesis.request.prompt.token_ids[:-1])
+            self._cache.publish(hypothesis.pages, hypothesis.request.prompt.token_ids[:-1])
         if exact:
             self._redraft([hypothesis for hypothesis in opened if hypothesis.token_ids])
         scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
@@ -304,7 +304,7 @@ class Scheduler:
             slabs = [self._cache.take_slab() for _ in waiting]
             spans, moves = [], []
             for (hypothesis, ends), slab in zip(waiting, slabs, strict=True):
-                table, prompt = _table(hypothesis), hypothesis.request.prompt.token_ids
+                table, prompt = hypothesis.pages, hypothesis.request.prompt.token_ids
                 first, stop = table.length, len(prompt) - 1 + ends.pop(0)
                 rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
                 spans.append(Span(table, (prompt + hypothesis.token_ids)[first:stop], first, rows))
@@ -345,15 +345,9 @@ class Scheduler:
 
 def _length(hypothesis: Hypothesis) -> int:
     """Positions that it has in the language model's cache: those of all its tokens but the last."""
-    return len(hypothesis.group.request.prompt.token_ids) - 1 + len(hypothesis.token_ids)
+    return len(hypothesis.request.prompt.token_ids) - 1 + len(hypothesis.token_ids)
 
 
 def _next_length(hypothesis: Hypothesis) -> int:
     """Positions that it needs until its next segment is committed."""
     return _length(hypothesis) + hypothesis.next_segment
-
-
-def _table(hypothesis: Hypothesis) -> BlockTable:
-    """The pages of a response that holds some."""
-    assert hypothesis.table is not None
-    return hypothesis.table

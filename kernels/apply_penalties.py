@@ -1,7 +1,7 @@
 """Penalties on what was said already, on the logits of every lane and in place, before a draw.
 
 As in vLLM. A token of the prompt or the response has its logit divided by `repetition` where it is positive and
-multiplied by it where it is not; then `frequency` times its count in the response is subtracted, and `presence` if it
+multiplied by it where it is not. Then `frequency` times its count in the response is subtracted, and `presence` if it
 is there at all. The response is the committed one and what the lane has drawn of its segment: candidates of one segment
 are penalised for their own words only.
 

@@ -44,8 +44,8 @@ class Graphs:
 
         `step` is called on the first run of a `key` and replayed afterwards: it must touch the same addresses and have
         the same shapes each time, and read everything else from memory. On a GPU a shape is captured once it is run a
-        second time (the later steps of a first run among them, one by one), all `times` steps are run without asking
-        the device (steps of lanes that are done do nothing), and `rare` shapes are not captured.
+        second time (the later steps of a first run among them, one by one); `rare` shapes are not captured. All
+        `times` steps are run without asking the device: steps of lanes that are done do nothing.
         """
         program = self._recorded.get(key)  # CUDA graphs go by their steps, too
         if program is not None and not only_references():

@@ -12,7 +12,7 @@ The law (every implementation, on every device, gives these words bit for bit):
 - A word w gives the uniform u = ((w >> 8) + 0.5) / 2^24, which is never 0 and never 1.
 - The accept uniform of an attempt is word 0 at counter words c0 = 0, c1 = 0 and kind 1.
 - Token noise is standard Gumbel, g = -log(-log u), with -log u formed from k = w >> 8 as
-  -log((k + 0.5) / 2^24) for k < 2^23 and -log1p(-(2^24 - k - 0.5) / 2^24) otherwise: in float32 the plain form rounds
+  -log((k + 0.5) / 2^24) for k < 2^23 and -log1p(-(2^24 - k - 0.5) / 2^24) otherwise. In float32 the plain form rounds
   the largest u to 1 and the noise to infinity once in 2^24 words.
 
 No request id, lane, batch position or width enters, so every schedule draws the same numbers.

@@ -10,9 +10,9 @@ not take (softcap in torch's, float32, `deterministic=True`), our own kernel doe
 - Their bits may depend on the other sequences: flash-attn 2 divides the keys of a pass of single rows by how many
   sequences there are. So `deterministic=True` is left to our kernel too.
 
-**No card has run these calls yet.** torch's SDPA is tested on the CPU, the others against stand-ins with the signatures
-of flash-attn 2.6 to 2.8, flash-attn-4 4.0.0b4 to b36 and torch 2.10 to 2.13, which were read; those of flash-attn-4 b36
-compile for sm_90 and sm_100. It compiles at the first call of a kind (type, head_dim, heads, window), for seconds.
+**No card has run flash-attn's calls yet.** torch's SDPA is tested on the CPU, the others against stand-ins with the
+signatures of flash-attn 2.6 to 2.8, flash-attn-4 4.0.0b4 to b36 and torch 2.10 to 2.13, which were read. Those of
+flash-attn-4 b36 compile for sm_90 and sm_100, at the first call of a kind (type, head_dim, heads, window), for seconds.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ Semantics, for every lane that is not done:
 
 1. The log-probability of a token is log_softmax(logits) of the logits given (penalised, if they were): no temperature,
    no filter.
-2. temperature 0: the token is the argmax of the raw logits. Otherwise z = logits / temperature in float32 and, in
-   vLLM's order,
-   min_p keeps z >= z_max + log(min_p), which is p >= min_p * p_max of p = softmax(z);
-   top_k keeps z >= the k-th largest z of the kept, so that ties at the threshold stay;
+2. temperature 0: the token is the argmax of the raw logits. Otherwise z = logits / temperature in float32, and
+   filters apply in vLLM's order.
+   min_p keeps z >= z_max + log(min_p), which is p >= min_p * p_max of p = softmax(z).
+   top_k keeps z >= the k-th largest z of the kept, so that ties at the threshold stay.
    top_p keeps a token if the probability of the strictly more probable kept tokens is below top_p of that of all kept
    tokens, so that ties at the threshold stay and at least the most probable token does.
    The token is the argmax over the kept of z + g, g the Gumbel noise of `stars.kernels.philox`. If temperature is so

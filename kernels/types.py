@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     """What one forward pass runs over: `rows` tokens of `sequences` sequences. All tensors are int32.
 
     Rows of sequence s are row_start[s] .. row_start[s + 1] - 1. With `into_slab`, a row is written to the slab and sees
-    the sequence's first prefix_len page keys and its slab keys up to itself; without, it is written to the pages at
+    the sequence's first prefix_len page keys and its slab keys up to itself. Without, it is written to the pages at
     position prefix_len + i and sees the page keys up to itself.
     """
 

@@ -20,8 +20,8 @@ from stars.kernels.dispatch import references_only
 from tiny_models import TinyModel, write_model
 
 # Property tests see the same examples in every run, from a fixed seed and no store of earlier ones. One draw in twenty
-# takes a constant that hypothesis found in the source of every module imported so far, so that what a test saw, and so
-# what it caught, depended on which other files were collected beside it: there are no such constants here.
+# takes a constant that hypothesis found in the source of every module imported so far. What a test saw, and so what it
+# caught, would depend on which other files were collected with it: there are no such constants here.
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile("fixed")
 HypothesisProvider._maybe_draw_constant = lambda self, choice_type, constraints, *, p=0.05: None

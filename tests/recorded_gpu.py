@@ -1,6 +1,6 @@
 """A GPU's host side over libstars' arithmetic: everything of `fake_cuda` that can go stale, with values in it.
 
-Passes are padded with idle lanes and rows, host and device have memory of their own that only transfers connect, and a
+Passes are padded with idle lanes and rows, host and device have memory of their own that only transfers connect. A
 CUDA graph is a program of libstars: what was captured is replayed at the addresses of that time, and capturing runs
 nothing. A step without filters draws without them, whatever a lane asks for, as the Triton sampler does.
 """

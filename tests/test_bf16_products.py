@@ -1,9 +1,9 @@
 """Products of weights of arithmetic "bfloat16": pairs of bfloat16 values where the machine multiplies such, else as
 before in float32.
 
-Tolerances are derived. A product of two bfloat16 values is exact in float32, so that a sum of K of them, in any order,
-errs by at most K u / (1 - K u) times the sum of their magnitudes with u = 2^-24 (Higham, Accuracy and Stability of
-Numerical Algorithms, section 3.1). Rounding a value to bfloat16 changes it by at most 2^-8 of itself.
+Tolerances are derived. A product of two bfloat16 values is exact in float32. So a sum of K of them, in any order, errs
+by at most K u / (1 - K u) times the sum of their magnitudes with u = 2^-24. (Higham, Accuracy and Stability of
+Numerical Algorithms, section 3.1.) Rounding a value to bfloat16 changes it by at most 2^-8 of itself.
 """
 
 from __future__ import annotations

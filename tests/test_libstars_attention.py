@@ -96,7 +96,7 @@ def assert_close(q, kv, batch, window=None, softcap=None) -> None:
     """The largest error against float64 is at most twice that of torch in float32, plus a floor.
 
     The floor is 16 half-ulps of the largest value: weights sum to 1, so what is lost in one rounding of the result is
-    half an ulp of it, and torch may be lucky where only a few keys are seen.
+    half an ulp of it. torch may be lucky where only a few keys are seen.
     """
     scale = q.shape[-1] ** -0.5
     truth = exact(q, kv, batch, scale, window, softcap)
@@ -108,7 +108,7 @@ def assert_close(q, kv, batch, window=None, softcap=None) -> None:
 
 
 # One lane without prefix, lanes that share pages and differ in how much of them is valid, a lane that holds one page
-# and one token more, several rows a lane (scoring), and a lane that has ended and only repeats itself.
+# and one token more. Two have several rows (scoring), and one has ended and only repeats itself.
 SLAB_SEQUENCES = [
     Sequence(0, 0, 0, 1), Sequence(1, 100, 17, 1), Sequence(1, 97, 3, 5), Sequence(1, 100, 0, 1),
     Sequence(2, 17, 37, 37), Sequence(3, 16, 0, 2), Sequence(4, 15, 63, 1),

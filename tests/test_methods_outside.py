@@ -2,9 +2,9 @@
 
 A threshold rule is one function and one row: its law is tested by enumeration as those of the package are. A second
 method has a population of three, of which it keeps two winners, drops one, forks one and continues one with tokens that
-were not drafted: it is compared with a slow oracle that has no cache and recomputes everything. If the pages of either
+were not drafted. It is compared with a slow oracle that has no cache and recomputes everything. If the pages of either
 model held a wrong row after a fork, a cut or a forced token, log-probabilities and rewards would differ from the
-oracle's by far more than the rounding (2e-4, as in test_oracle.py), and soon the tokens would too.
+oracle's by far more than the rounding (2e-4, as in test_oracle.py). Soon the tokens would too.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from stars.kernels.prefill_attention import (
 from stars.kernels.types import Batch, LayerKV
 
 HEAD_DIM = 16
-IDLE = 3  # rows behind the real ones
+IDLE = 3  # rows after the real ones
 
 
 @pytest.fixture(autouse=True)
@@ -113,8 +113,8 @@ def reference(of: Pass, dtype: torch.dtype, scale: float, window: int | None, so
 
 
 def plain_attention(q, k, v, cu_q, cu_k, scale, left, right, softcap=None) -> torch.Tensor:
-    """Attention over ragged sequences as the libraries document it, in the type of q: the last row is at the last key,
-    and a row sees `left` keys before its own and `right` behind it; None is all of them."""
+    """Attention over ragged sequences as the libraries document it, in the type of q. The last row is at the last key;
+    a row sees `left` keys before its own and `right` after it, None being all of them."""
     out = torch.empty_like(q)
     for s in range(len(cu_q) - 1):
         rows, keys = slice(int(cu_q[s]), int(cu_q[s + 1])), slice(int(cu_k[s]), int(cu_k[s + 1]))

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 @pytest.fixture(scope="module")
 def other(tiny_model, tmp_path_factory) -> Path:
     """A reward model whose tokenizer changes its mind: pairs of letters merge in a random order of precedence, so that
-    a letter more can undo the pair before it, and the one before that; some words become one token at their last
+    a letter more can undo the pair before it, and the one before that. Some words become one token at their last
     letter. The letters q, v, x and z merge with nothing."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 

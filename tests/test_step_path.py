@@ -107,11 +107,11 @@ if __name__ == "__main__":
     path = path_of_a_step()
     ways = changes_of(path)
     print(f"{len({call.room for call in path})} files, {len(ways)} changes\n")
-    for room, count in Counter(call.room for call in path).max_common():
+    for room, count in Counter(call.room for call in path).most_common():
         names = Counter(call.function for call in path if call.room == room)
         print(f"{count:4} calls  {room}: " + ", ".join(f"{name} {times}" for name, times in names.items()))
     print("\nchanges, the most frequent first")
-    for (old, new), count in Counter(ways).max_common():
+    for (old, new), count in Counter(ways).most_common():
         print(f"{count:4}  {old or 'the caller'} -> {new}")
     print("\nthe path")
     last = ""

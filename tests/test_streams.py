@@ -128,7 +128,7 @@ def test_all_samples_of_a_request_are_different_streams():
 @pytest.mark.parametrize("seed", [2**63, 2**63 + 7, 2**64 - 1, -3])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_seed_of_64_bits_is_the_oracles(seed, causal):
-    """Tokens and verdicts of a soft threshold, also where the kernel of a reward model takes the verdict."""
+    """Tokens and verdicts of a soft threshold, also of a reward model's own rewards."""
     score = table_reward(3)
     reward = stars.CausalReward(RM.decoder()) if causal else stars.FunctionReward(
         lambda prompt, responses: [score(response) for response in responses], inputs="ids")
@@ -192,8 +192,8 @@ def reference_of_peaks(filters: tuple) -> LaneState:
 
 
 def test_one_peak_over_a_flat_tail_equals_the_reference(instruction_set):  # noqa: F811
-    """A peak of log(128k) weighs as much as all of the tail, of which the noise's largest values alone can win; and
-    filters, for which the tail is one tie of 128258 tokens: all of them are kept or none."""
+    """A peak of log(128k) weighs as much as all of the tail, of which the noise's largest values alone can win. To
+    filters the tail is one tie of 128258 tokens: all of them are kept or none."""
     logits = peak_rows()
     for filters in FILTERS:
         lanes = make_lanes(len(PEAKS), 1.0, *filters, max_steps=1, seed=filters[0])

@@ -7,6 +7,7 @@ its modules does not count.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"}
 USERS = ("engine", "kernels", "bindings", "benchmarks")
 TYPES = {"Exception", "Generic", "NamedTuple", "Protocol", "object"}  # bases that call no method of ours
+
+UNLISTED = {"__init__.py", "encoder.py", "encoder_model.py", "function.py"}  # "encoders; callables" there
 
 UNUSED = {
     "engine/cache.py: PagedCache.num_free_pages": "what conservation of pages is checked by",
@@ -112,6 +115,16 @@ def test_imports_count_wherever_they_stand():
     parsed = {name: ast.parse(source if name == "p.here" else "")
               for name in ("p", "p.here", "p.early", "p.typed", "p.late", "p.other")}
     assert graph(parsed)["p.here"] == {"p", "p.early", "p.typed", "p.late"}
+
+
+def test_the_architecture_names_every_room():
+    """Its list has the files of engine/ and of the reward's room, and no others."""
+    listed = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf8").split("```")[1]
+    named = set(re.findall(r"\b\w+\.py\b", listed))
+    files = {path.name for folder in ("engine", "engine/reward") for path in (ROOT / folder).glob("*.py")}
+    everywhere = {path.name for folder in PACKAGES.values() for path in (ROOT / folder).rglob("*.py")}
+    assert not files - named - UNLISTED, "rooms that ARCHITECTURE.md does not name"
+    assert not named - everywhere, "rooms that are gone"
 
 
 # -- what is defined is used ------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def assert_close(case: Case, window: int | None = None, softcap: float | None = 
     """The largest error against float64 is at most twice that of torch in the same type, plus a floor.
 
     The floor is a few half-units in the last place of the largest value (16 in float32, where sums taken in another
-    order lose as much; 2 in the short types, whose one rounding of weights and result is the larger part): torch may
+    order lose as much; 2 in the short types, whose one rounding of weights and result is the larger part). torch may
     be lucky where only a few keys are seen.
     """
     dtype = case.q.dtype

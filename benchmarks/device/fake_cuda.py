@@ -2,7 +2,7 @@
 
 What the engine does on a GPU's host side runs as it is, and what only a card would complain of is noted in `faults`:
 a launch that mixes devices or types it cannot take, a kernel that would be compiled while a graph is captured, an
-operation that a capture forbids, a host buffer that is touched before its transfer has ended. Draws and verdicts are
+operation that a capture forbids, a host buffer that is touched before its transfer has ended. Draws and rewards are
 made up. It patches torch for good, so it belongs in a process of its own.
 """
 

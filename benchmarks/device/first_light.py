@@ -36,7 +36,7 @@ def kernels(record: Record, settings: Settings) -> None:
         "rms_norm": of(kernel_rows.rms_norm, 37, wide), "rope_write": of(kernel_products.rope_write, 128, False),
         "linear": of(kernel_products.linear, 16, 40, wide), "swiglu": of(kernel_rows.swiglu, 17, wide),
         "take_rows, embedding": of(kernel_rows.rows), "copy_rows": of(kernel_rows.copies),
-        "score_and_decide": kernel_sampler.rewards, "append_draft": kernel_sampler.followed,
+        "score_and_decide": kernel_sampler.rewards, "append_draft": kernel_sampler.appended,
         "apply_penalties": kernel_sampler.penalised, "prefill of libraries": kernel_prefill.backends}
     if not settings.dry:
         parts["philox words"] = kernel_sampler.words

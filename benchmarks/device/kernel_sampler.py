@@ -33,7 +33,7 @@ def run(record: Record, settings: Settings) -> None:
     sizes += [(37, 9, fp32), (1000, 17, bf16)] + ([] if settings.dry else [(5003, 33, fp32)])
     parts |= {f"draws of {vocab}, {str(dtype)[6:]}": partial(draws, vocab=vocab, lanes=lanes, dtype=dtype)
               for vocab, lanes, dtype in sizes}
-    parts |= {"penalties": penalised, "followers": followed, "ends": ends, "verdicts": rewards}
+    parts |= {"penalties": penalised, "followers": appended, "ends": ends, "verdicts": rewards}
     run_apart(record, settings, parts, most=3)
 
 
@@ -166,7 +166,7 @@ def ends(record: Record, settings: Settings) -> None:
         record.check(f"sample_step, ends of lanes: {field}", equal)
 
 
-def followed(record: Record, settings: Settings) -> None:
+def appended(record: Record, settings: Settings) -> None:
     """Segments that ended with a stop token, with NaN, empty, full, of lanes in any order and of none."""
     ops, device = launchers(settings.dry), settings.device
     draw = np.random.default_rng(0)

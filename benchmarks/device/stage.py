@@ -1,7 +1,7 @@
 """One stage in a process of its own: stage.py NAME --out FILE [--standby] [--dry-run] [--quick] [--parts FILE].
 
 With --standby it imports what is slow to import, says so by an empty file FILE with the suffix .ready, and then waits
-for one line on its standard input, the JSON of {"deadline": of time.monotonic(), "facts": {…}}: so the imports of a
+for one line on its standard input, the JSON of {"deadline": of time.monotonic(), "facts": {…}}. So the imports of a
 stage fall into the time of the one before it.
 """
 

@@ -26,7 +26,7 @@ namespace {
 // A unit is what a tile holds of a panel at a time: one vector of columns of its lower half and one of its upper half.
 constexpr int64_t kUnitsPerPanel = kHalfPanel / vector_width;
 // Rows of a tile. With 16 registers, 6 x 2 sums, two vectors of weights and a value of x fill them. With 32, 8 rows
-// reached 112 GFLOP/s a core where 12 reached 108 and 14 100 (Zen 4, peak 118).
+// were the fastest of 8, 12 and 14 (benchmarks/README.md).
 constexpr int kMaxRows = vector_width == 16 ? 8 : 6;
 
 // Inputs of a cell.

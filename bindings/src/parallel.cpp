@@ -33,7 +33,7 @@ inline void pause() {
 // The tasks of one thread, next in the high half of `range` and end in the low half, so that a claim is one
 // compare-and-swap and a thread that runs out can take from another. A thread begins with the same share of the tasks
 // each time: its part of a weight stays in its own cache. What the thread needs to begin is all in this one cache line,
-// on which it spins: every further line costs a transfer between cores, 50 to 170 ns each way where this was measured.
+// on which it spins: every further line costs a transfer between cores (benchmarks/README.md).
 struct alignas(64) Share {
   std::atomic<uint64_t> range{0};
   Body body;  // read under a claim only

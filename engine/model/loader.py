@@ -63,7 +63,7 @@ def load_model(
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
-    them too: about twice as fast with many rows on a Zen 4. Sums, norms, biases, attention, the cache and the reward
+    them too. Sums, norms, biases, attention, the cache and the reward
     head stay float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and
     with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
     (raw - mean) / std. max_model_len: positions that there is room for, as many as the model's context has and at most

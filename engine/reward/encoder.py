@@ -49,7 +49,7 @@ class EncoderReward(Reward):
 
     Of messages the contents are read, a line each. A response counts as `max_tokens` tokens besides its prompt: where
     that is more than the model's context, the request ends with an error before a token is drawn. A response that takes
-    more tokens of the reward model than of the language model may outgrow the context all the same: where segments are
+    more tokens of the reward model than of the language model may outgrow the context all the same. Where segments are
     scored, one that does so after its first segment ends there with finish_reason "length", as at the end of a
     context. Elsewhere the request ends with an error: in a first segment, and where a finished response is scored, by
     Sample(score=True) and BestOfN.

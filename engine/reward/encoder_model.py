@@ -30,7 +30,7 @@ def load_encoder(directory: Path, device: str) -> tuple[Any, Any, Checkpoint]:
     """(model on `device` in float32, tokenizer, the checkpoint's headers).
 
     RewardError without transformers; TokenizerError for a tokenizer that is missing, or that could take a text without
-    bound; ModelError of one sentence for whatever else cannot be loaded, for code of the directory's own, for pickles,
+    bound. ModelError of one sentence for whatever else cannot be loaded, for code of the directory's own, for pickles,
     adapters, missing heads and sizes that its files do not bear out.
     """
     if not (directory / "config.json").is_file():

@@ -10,7 +10,7 @@ from stars.cache import BlockTable, CommitMove
 from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
 from stars.model.tokenizer import REPLACEMENT
-from stars.passes import MAX_CLOSING, Drafted, Span
+from stars.passes import MAX_CLOSING, DraftedPart, Span
 from stars.reward.base import Candidate, ContextFull, Scored, TrailingCandidate
 from stars.reward.session import Handle, Session, SessionReward
 from stars.target import Target
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     content: int  # of the ids without the closing
     start: int
     run: int  # tokens that the model runs in all
-    drafted: Drafted | None = None  # what of the ids the device fills in
+    drafted: DraftedPart | None = None  # what of the ids the device fills in
 
     @property
     def own(self) -> bool:
@@ -197,7 +197,7 @@ class ScoringReward(SessionReward):
         ids = frame.prefix + token_ids + [0] * (max_tokens + len(frame.closing))
         start = _common(session, ids, known - 1)
         return Plan(session, session.table, ids, known + max_tokens, start, len(ids) - start,
-                    Drafted(lane, known - start, frame.closing))
+                    DraftedPart(lane, known - start, frame.closing))
 
     def _run(self, plans: dict[int, Plan]) -> dict[int, Scored]:
         """Scores the plans in one call; closes tables of their own."""

@@ -7,9 +7,9 @@ parts
     out = sum_p 2^(L_p - M) o_p / sum_p 2^(L_p - M),    M = max_p L_p.
 
 - The prefix pass packs the rows of all lanes of a request, times the query heads of a KV head, into one matrix per
-  tile (`stars.kernels.triton.tiles`), so a page is read once per request and not once per lane (cascade attention:
-  Juravsky et al., "Hydragen", arXiv 2402.05099; Ye et al., "FlashInfer", arXiv 2501.01005) and the products run on
-  tensor cores though each lane has one row. Its keys are divided among programs (Dao et al., "Flash-Decoding", 2023).
+  tile (`stars.kernels.triton.tiles`). So a page is read once per request and not once per lane, and products run on
+  tensor cores though each lane has one row. (Cascade attention: Juravsky et al., "Hydragen", arXiv 2402.05099; Ye
+  et al., "FlashInfer", arXiv 2501.01005.) Its keys are divided among programs (Dao et al., "Flash-Decoding", 2023).
 - The slab pass is one program per sequence, KV head and tile: the drafted keys, causal.
 - Inside a part the softmax is online (Dao et al., arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867).
 
@@ -19,8 +19,8 @@ itself. Sums are in float32; scores are scaled by log2(e), since the hardware's 
 Everything that varies between replays of a captured graph (lengths, tables, tiles, window starts) is read on the
 device. What is fixed at capture: the lengths of the tensors of tiles, and the numbers of `Tiles`.
 
-**The same bits in any company.** Keys are taken in blocks counted from position 0, a block that a row does not see
-changes nothing in it (its weights are 2^-inf = 0, its rescaling 2^0 = 1), and parts are merged in order. So with
+**The same bits in any company.** Keys are taken in blocks counted from position 0, and parts are merged in order. A
+block that a row does not see changes nothing in it: its weights are 2^-inf = 0, its rescaling 2^0 = 1. So with
 split_keys > 0 the bits of a row depend on its own keys and on the settings of the launch, not on other rows.
 
 **Head sizes.** A tile's width is the next power of two: 80 and 96 are computed as 128 with zeros. That costs 1.6 and
@@ -309,7 +309,7 @@ def attention(
     """
     rows, heads, head_dim = q.shape
     kv_heads = kv.k_pages.shape[1]
-    _check(q, kv, batch, out)
+    _check(q, kv, out)
     tiles = batch.tiles or build(batch, heads, kv_heads, kv.page_size)
     plan = Plan(tiles.packed, tiles.packed_slab, tiles.splits, tiles.split_keys)
     piece, block_keys, num_warps, num_stages, slab_stages, max_registers = settings(
@@ -359,7 +359,7 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _check(q: Tensor, kv: LayerKV, batch: Batch, out: Tensor) -> None:
+def _check(q: Tensor, kv: LayerKV, out: Tensor) -> None:
     heads, head_dim = q.shape[1:]
     kv_heads = kv.k_pages.shape[1]
     tensors = (q, out, *kv[:4])

@@ -5,7 +5,7 @@
 `linear` is torch.mm or torch.addmm with out=: no allocation, so it can be captured. Bytes of a small batch: the
 weights, once.
 
-`linear_invariant` adds up the products of a row in one fixed order: the tile is the same at any number of rows, the
+`linear_invariant` adds up the products of a row in one fixed order. The tile is the same at any number of rows, the
 loop over the inner dimension runs from its start to its end in one program, and rows that are not there count as zero.
 (cuBLAS chooses its algorithm, and with it the order, by the number of rows.) It reads the weights once for each 64
 rows, from memory for the first of them and from the second-level cache for the others, which run at the same time.
@@ -113,7 +113,7 @@ def _inner(itemsize: int) -> int:
 
 
 def _registers(itemsize: int) -> int | None:
-    """Most registers of a thread, by the size of a weight; None leaves it to the assembler, which with float32 settled
+    """Most registers of a thread, by the size of a weight; None leaves it to the assembler. With float32 that settled
     for 80 or 96 and spilled one or two numbers (sm_90 and sm_100 with Triton 3.7, sm_100 with 3.8).
 
     168 are three programs a processor instead of four or five. Beside a 16-bit x, shared memory has room for one.

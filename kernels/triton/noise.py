@@ -84,7 +84,7 @@ def exp(x):
 def gumbel(words):
     """Standard Gumbel noise -log(-log u), u = ((w >> 8) + 0.5) / 2^24, of uint32 words.
 
-    Near u = 1 the inner logarithm is a series in v = 1 - u, which is exact in float32 where u is not: for v <= 1/16
+    Near u = 1 the inner logarithm is a series in v = 1 - u, which is exact in float32 where u is not. For v <= 1/16
     five terms err by v^5 / 6 = 2e-7 of the sum. Below, -log u >= 0.0645, so an error of 2^-22 * ln 2 in the logarithm
     and one of 2^-25 in u are 3e-6 of it; the outer logarithm adds 2e-7. In all the noise errs by less than 4e-6.
     """

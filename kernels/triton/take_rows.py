@@ -1,8 +1,8 @@
 """Selected rows of a matrix, the embedding's among them: out[i] = x[index[i]].
 
-torch.index_select(out=) does neither of two things needed here: it wants equal types on both sides (the residual
-stream may be wider than the table), and an index out of range is an assertion on the device that ends the process's
-use of it. Here such a row becomes NaN, which does not pass unseen, as in libstars.
+torch.index_select(out=) does neither of two things needed here. It wants equal types on both sides, and the residual
+stream may be wider than the table. To it an index out of range is an assertion on the device that ends the process's
+use of it: here such a row becomes NaN, which does not pass unseen, as in libstars.
 
 Bytes: 2 * n * width * itemsize.
 """

@@ -65,8 +65,8 @@ def plan(
     """How to divide a batch of this shape. keys: page keys that each sequence sees; capacity: keys a row of the block
     tables can hold, a constant of the engine.
 
-    Deterministic plans depend on the kind of the pass alone, which is given and not seen (a score of one row is no
-    draft), never on how many sequences there are or how long they are, so that the bits of a row do not either.
+    Deterministic plans depend on the kind of the pass alone, which is given and not seen: a score of one row is no
+    draft. How many sequences there are and how long they are does not enter, nor does it then into the bits of a row.
     """
     heads_per_kv = heads // kv_heads
     if deterministic:
