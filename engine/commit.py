@@ -50,6 +50,18 @@ class Committer:
                 self._arrange(group, decisions[group], arranged)
         return arranged
 
+    def discard_others(self, winners: Sequence[Winner]) -> None:
+        """Gives back the scores of a decided segment that are not committed: what a rule cut or continued is scored
+        again, and there is a slab for that only once those of the segment's attempts are free."""
+        if all(winner.as_drawn for winner in winners):
+            return
+        kept = {winner.lane for winner in winners if winner.as_drawn and winner.finish_reason is None}
+        for winner in winners:
+            for lane in winner.lane.hypothesis.attempts:
+                if lane.score_handle is not None and lane not in kept:
+                    self._scorer.discard(lane.score_handle)
+                    lane.score_handle = None
+
     def commit(self, winners: Sequence[Winner]) -> None:
         """Winners that go on are history in both caches afterwards."""
         self._commit_rows(winners)
@@ -120,10 +132,6 @@ class Committer:
         if drawn:
             self._scorer.commit([(winner.hypothesis.session, winner.lane.score_handle) for winner in drawn])
             for winner in drawn:
-                winner.lane.score_handle = None
-        for winner in winners:
-            if not winner.as_drawn and winner.lane.score_handle is not None:  # a session may need its room
-                self._scorer.discard(winner.lane.score_handle)
                 winner.lane.score_handle = None
         for winner in winners:
             if not winner.as_drawn or winner.lane.slab is None:

@@ -233,7 +233,9 @@ class Judge:
             if type(plan.decide) not in OWN_RULES:
                 fault = problem(decision, judged, state, plan.lanes.population, self._vocab_size, request.stop_ids,
                                 request.whole)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever else a user's rule raises, sys.exit too, is that request's error
             decision, fault = None, f"raised {describe(error)}"
             log(f"the rule {rule_name(plan.decide)} {fault}", error)
         if fault is not None:

@@ -202,7 +202,12 @@ def plan_of(policy: Any) -> Plan:
         raise RequestError(f"policy is {name}, it must be an object such as stars.STARS(reward_threshold=1.0)")
     if not isinstance(plan, Plan):
         raise RequestError(f"{name}.plan() returned {shown(plan)}, it must return a stars.policies.Plan")
-    return _checked(plan, f"{name}.plan()")
+    try:
+        return _checked(plan, f"{name}.plan()")
+    except RequestError:
+        raise
+    except Exception as error:  # an attribute of somebody else's that cannot be read
+        raise RequestError(f"{name}.plan() returned a plan that raised {describe(error)}: mend the policy") from error
 
 
 def _checked(plan: Plan, where: str) -> Plan:

@@ -118,6 +118,7 @@ class Round:
         winners, twins, dropped = self._committer.arrange(groups, decisions, drawn)
         for hypothesis in dropped:
             self._drop(hypothesis, drawn)
+        self._committer.discard_others(winners)
         faults = self._judge.score_ended(winners)
         self._committer.commit([winner for winner in winners if winner.finish_reason is None])
         for winner in winners:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -264,6 +265,10 @@ def problem(decision: Any, judged: Sequence[Judged], state: State, population: i
     if not isinstance(decision.notes, Mapping) or not all(
             isinstance(note, Note) for note in decision.notes.values()):
         return "returned notes that are no stars.rules.Note by (hypothesis, attempt)"
+    for threshold, probability, accepted in decision.notes.values():
+        if type(accepted) is not bool or any(
+                value is not None and not isinstance(value, (int, float)) for value in (threshold, probability)):
+            return "returned notes whose threshold, probability and accepted are not a float, a float and a bool"
     if not decides(decision):
         return None
     shown = {(one.hypothesis, one.attempt): one for one in judged}
@@ -272,7 +277,7 @@ def problem(decision: Any, judged: Sequence[Judged], state: State, population: i
         if not isinstance(keep, Keep):
             return f"keeps {type(keep).__name__} instead of a stars.rules.Keep"
         one = shown.get((keep.hypothesis, keep.attempt))
-        if one is None:
+        if one is None or not isinstance(keep.attempt, Integral):
             return f"keeps attempt {keep.attempt!r} of hypothesis {keep.hypothesis!r}, which was not judged"
         kept.add(keep.hypothesis)
         fault = _keep_problem(keep, one, state, vocab_size, stop_ids, whole_responses)
@@ -282,6 +287,8 @@ def problem(decision: Any, judged: Sequence[Judged], state: State, population: i
         if slot not in state.live or slot in kept:
             return (f"drops hypothesis {slot!r}, which it keeps too" if slot in kept else
                     f"drops hypothesis {slot!r}, which is not there")
+    if len(set(decision.drop)) < len(decision.drop):
+        return "drops a hypothesis twice"
     for slot in state.live:
         if slot not in kept and slot not in decision.drop:
             return f"leaves hypothesis {slot} neither kept nor dropped"

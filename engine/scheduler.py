@@ -73,9 +73,9 @@ class Scheduler:
         self._gave_way: Unit | None = None  # the last one, until another gives something back
 
     @property
-    def num_running(self) -> int:
-        """Responses that hold pages and still grow."""
-        return sum(len(unit.unfinished) for unit in self.running)
+    def _places(self) -> int:
+        """Responses that may run side by side until the next admission: a rule may fork a group to its population."""
+        return sum(_places(unit) for unit in self.running)
 
     @property
     def groups(self) -> list[Group]:
@@ -244,7 +244,7 @@ class Scheduler:
     def _has_room(self, unit: Unit) -> bool:
         """Whether all of `unit` can be opened in the language model's cache, with a segment each."""
         hypotheses = unit.unfinished
-        return self.num_running + len(hypotheses) <= self._config.max_num_seqs and self._cache.can_open(
+        return self._places + _places(unit) <= self._config.max_num_seqs and self._cache.can_open(
             unit.request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses])
 
     def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
@@ -341,6 +341,11 @@ class Scheduler:
         self.running = []
         self.waiting = deque(unit for request in requests for unit in units_of(request) if unit.unfinished)
         self._gave_way = None
+
+
+def _places(unit: Unit) -> int:
+    """Responses that a unit may have at once before it ends."""
+    return unit.request.plan.lanes.population if unit.whole is None else 1
 
 
 def _length(hypothesis: Hypothesis) -> int:

@@ -519,3 +519,108 @@ def test_a_reward_that_cannot_be_forked_says_so():
                                    Breed(), use_tqdm=False)
     assert "Own cannot keep a response twice" in output.outputs[0].error
     nothing_is_held(engine)
+
+
+# -- what a rule may ask of an engine that is full, and what it may get wrong ------------------------------------
+
+
+class Shorten:
+    """Keeps one token of each hypothesis' last attempt, and ends the third segment with EOS."""
+
+    in_order, uniforms = False, 0
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        if state.left:
+            return None
+        last = {one.hypothesis: one for one in judged}
+        then = [EOS] if state.segment == 2 else []
+        return Decision([Keep(slot, one.attempt, 1, then) for slot, one in last.items()])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_is_cut_is_scored_when_every_slab_is_held(deterministic):
+    """Four lanes and four best seen hold all slabs of the reward model while the segment is decided."""
+    params = stars.SamplingParams(max_tokens=12, seed=5, top_k=1, stop_token_ids=[EOS], ignore_eos=True)
+    policy = Planned(Plan(Sampled(), Fixed(3), Lanes(1, 2, 4), Score("segment"), Shorten()))
+    outputs = [breeding_engine(max_num_lanes=lanes, max_num_seqs=4, deterministic=deterministic).generate(
+        {"prompt_token_ids": ids(5, 11, seed=1)}, params, policy, use_tqdm=False)[0].outputs[0] for lanes in (4, 64)]
+    assert outputs[0].error is None and len(outputs[0].segments) == 3 and outputs[0].token_ids[-1] == EOS
+    assert outputs[0].token_ids == outputs[1].token_ids
+    assert outputs[0].reward == pytest.approx(outputs[1].reward, abs=TOLERANCE)
+
+
+class Swell:
+    """Of four hypotheses one is left after the first segment, and four again after the third."""
+
+    in_order, uniforms = False, 0
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        first, *others = judged
+        if state.segment not in (0, 2):
+            return Decision([whole(one) for one in judged])
+        return Decision([whole(first)] * (1 if state.segment == 0 else 4), [one.hypothesis for one in others])
+
+
+def test_a_population_that_shrank_may_grow_again():
+    """Nobody is admitted into its places meanwhile: an engine of four lanes cannot draw for seven responses."""
+    engine = breeding_engine(causal=False, max_num_lanes=4, max_num_seqs=4)
+    params = stars.SamplingParams(max_tokens=12, seed=5, ignore_eos=True)
+    prompt = {"prompt_token_ids": ids(5, 11, seed=1)}
+    engine.add_request(prompt, params, Planned(Plan(Sampled(), Fixed(2), Lanes(1, 1, 4), Score("segment"), Swell())))
+    for _ in range(4):
+        engine.add_request(prompt, params, stars.BlockwiseBestOfK(1, 1))
+    done = {}
+    while engine.has_unfinished_requests():
+        assert sum(len(unit.unfinished) for unit in engine._scheduler.running) <= 4
+        done |= {output.request_id: output for output in engine.step() if output.finished}
+    assert len(done) == 5 and all(output.outputs[0].error is None for output in done.values())
+    nothing_is_held(engine)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A policy of a plan that is given."""
+
+    made: Plan
+
+    def plan(self) -> Plan:
+        return self.made
+
+
+def exits(judged: Sequence[Judged], state: State) -> Decision | None:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("answer, problem", [
+    (exits, "raised SystemExit: 3"),
+    (lambda judged, state: Decision([whole(judged[0])], [1, 1]), "drops a hypothesis twice"),
+    (lambda judged, state: Decision([Keep(one.hypothesis, 1.0, one.drafted) for one in judged]),
+     "keeps attempt 1.0 of hypothesis 0, which was not judged"),
+    (lambda judged, state: Decision([whole(one) for one in judged], [], {(0, 1): Note(None, None, "yes")}),
+     "returned notes whose threshold, probability and accepted are not a float, a float and a bool"),
+], ids=["exit", "dropped twice", "no attempt number", "not accepted"])
+def test_a_rule_at_fault_is_named(answer, problem):
+    class Faulty:
+        in_order, uniforms = False, 0
+
+        def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+            return answer(judged, state)
+
+    engine = breeding_engine(causal=False)
+    policy = Planned(Plan(Sampled(), Fixed(3), Lanes(1, 1, 2), Score("segment"), Faulty()))
+    params = stars.SamplingParams(max_tokens=6, seed=5, ignore_eos=True)
+    with pytest.warns(UserWarning):
+        [output] = engine.generate({"prompt_token_ids": ids(5, 11, seed=1)}, params, policy, use_tqdm=False)
+    assert output.outputs[0].error.startswith(f"the rule Faulty {problem}")
+    nothing_is_held(engine)
+
+
+def test_a_rule_whose_attributes_raise_is_refused():
+    class Unreadable(Swell):
+        @property
+        def in_order(self) -> bool:
+            raise KeyError("order")
+
+    policy = Planned(Plan(Sampled(), Fixed(3), Lanes(1, 1, 2), Score("segment"), Unreadable()))
+    with pytest.raises(stars.RequestError, match=r"Planned.plan\(\) returned a plan that raised KeyError: 'order'"):
+        breeding_engine(causal=False).add_request({"prompt_token_ids": [1]}, stars.SamplingParams(), policy)
