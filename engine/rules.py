@@ -272,7 +272,7 @@ def problem(decision: Any, judged: Sequence[Judged], state: State, population: i
     if not decides(decision):
         return None
     shown = {(one.hypothesis, one.attempt): one for one in judged}
-    kept = set()
+    kept: set[int] = set()
     for keep in decision.keep:
         if not isinstance(keep, Keep):
             return f"keeps {type(keep).__name__} instead of a stars.rules.Keep"
