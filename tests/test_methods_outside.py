@@ -624,3 +624,16 @@ def test_a_rule_whose_attributes_raise_is_refused():
     policy = Planned(Plan(Sampled(), Fixed(3), Lanes(1, 1, 2), Score("segment"), Unreadable()))
     with pytest.raises(stars.RequestError, match=r"Planned.plan\(\) returned a plan that raised KeyError: 'order'"):
         breeding_engine(causal=False).add_request({"prompt_token_ids": [1]}, stars.SamplingParams(), policy)
+
+
+def test_a_population_that_the_reward_model_cannot_hold_is_refused(tiny_model):
+    """One of another vocabulary takes room for texts that re-encode to more tokens: refused before it is queued."""
+    policy = Planned(Plan(Sampled(), Fixed(3), Lanes(1, 1, 3), Score("segment"), Swell()))
+    engines = [stars.Engine(str(tiny_model(tokenizer=True, chat_template=True)), stars.CausalReward(
+        str(tiny_model(tokenizer=True, chat_template=True, head="reward", tokenizer_seed=seed))), cache_tokens=128,
+        max_num_seqs=4, max_num_lanes=4) for seed in (0, 1)]
+    params = stars.SamplingParams(max_tokens=6, seed=5)
+    engines[0].add_request("The dog", params, policy)
+    with pytest.raises(stars.RequestError, match="^Planned decodes 3 responses of up to 6 tokens together, which do "
+                       "not fit the reward model's cache of cache_tokens=128: raise it, lower max_tokens, or draw few"):
+        engines[1].add_request("The dog", params, policy)
