@@ -342,9 +342,9 @@ class Engine:
         if max_tokens > draft * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
                                f"{draft} tokens: use longer segments or fewer tokens")
-        self._scheduler.check(type(policy).__name__, plan, len(prompt.token_ids), max_tokens)
         if self.reward is not None and plan.score.when != "never":
             self.reward.check(prompt, max_tokens)
+        self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens)
         if request_id is None:
             request_id = self._new_id()
         elif not isinstance(request_id, str) and not (type(request_id) is int and abs(request_id) < 1 << 64):

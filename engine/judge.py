@@ -12,7 +12,7 @@ from stars.kernels.types import Draft
 from stars.policies import rule_name
 from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
 from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
-from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
+from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, Threshold, decides, problem
 
 
 class Judge:
@@ -211,10 +211,11 @@ class Judge:
 
     def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
-        decision = self._answer(group, *shown(group))
+        # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
+        decision = self._answer(group, *shown(group, type(group.request.plan.decide) is not Threshold))
         if decision is None:
             return not unfinished(group)
-        for hypothesis in group.hypotheses:
+        for hypothesis in group.hypotheses if decision.notes else ():
             for lane in hypothesis.attempts:
                 note = decision.notes.get((hypothesis.slot, lane.attempt))
                 if note is not None:
@@ -276,8 +277,11 @@ def may_judge(lane: Lane) -> None:
         hypothesis.reward if hypothesis.segments else request.prompt_reward, _uniforms(hypothesis, lane.attempt))
 
 
-def shown(group: Group) -> tuple[list[Judged], State]:
-    """What a rule is shown: of each hypothesis its attempts so far, in order, as far as they are scored."""
+def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
+    """What a rule is shown: of each hypothesis its attempts so far, in order, as far as they are scored.
+
+    Without `rejected`, those are left out that a note of the rule calls not accepted.
+    """
     request = group.request
     plan = request.plan
     judged: list[Judged] = []
@@ -291,9 +295,9 @@ def shown(group: Group) -> tuple[list[Judged], State]:
                                  hypothesis.reward, hypothesis.reward, ()))
         else:
             attempts = hypothesis.attempts
-            scored = [lane.judged for lane in attempts if lane.judged is not None]
-            judged += scored
-            unscored += len(attempts) - len(scored)
+            unscored += sum([lane.judged is None for lane in attempts])
+            judged += [lane.judged for lane in attempts if lane.judged is not None and (
+                rejected or lane.note is None or lane.note.accepted)]
             left += request.max_attempts - len(attempts)
     count = getattr(plan.decide, "group_uniforms", 0)
     uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment, group.index * plan.lanes.population,

@@ -12,6 +12,7 @@ from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
 from stars.passes import Passes, Span
 from stars.policies import Plan
+from stars.prompt import Prompt
 from stars.request import Group, Hypothesis, Request
 from stars.reward.base import Reward
 from stars.round import Round
@@ -88,8 +89,8 @@ class Scheduler:
         assert self._reward is not None
         return self._reward
 
-    def check(self, name: str, plan: Plan, prompt: int, max_tokens: int) -> None:
-        """RequestError unless the responses to a prompt of so many tokens that are decided together can be held at all.
+    def check(self, name: str, plan: Plan, prompt: Prompt, max_tokens: int) -> None:
+        """RequestError unless the responses to a prompt that are decided together can be held at all.
 
         name: of the policy that asks for them.
         """
@@ -99,10 +100,14 @@ class Scheduler:
         if population > self._config.max_num_seqs:
             raise RequestError(f"{name}'s population is {shown(population)} and the engine decodes "
                                f"{self._config.max_num_seqs} responses at once: build it with a larger max_num_seqs")
-        if not self._cache.could_hold(prompt - 1, [prompt - 1 + max_tokens] * population):
-            raise RequestError(f"{name} decodes {population} responses of up to {max_tokens} tokens together, which do "
-                               f"not fit cache_tokens={self._config.cache_tokens}: raise it, lower max_tokens, or draw "
-                               "fewer")
+        history = len(prompt.token_ids) - 1
+        where = f"cache_tokens={self._config.cache_tokens}"
+        if self._cache.could_hold(history, [history + max_tokens] * population):
+            if plan.score.when == "never" or self._scorer.could_hold(prompt, max_tokens, population):
+                return
+            where = f"the reward model's cache of {where}"
+        raise RequestError(f"{name} decodes {population} responses of up to {max_tokens} tokens together, which do "
+                           f"not fit {where}: raise it, lower max_tokens, or draw fewer")
 
     def add(self, request: Request) -> None:
         """Queues `request`."""

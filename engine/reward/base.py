@@ -81,6 +81,10 @@ class Reward(ABC):
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Raises RequestError or RewardError if this prompt could never be scored."""
 
+    def could_hold(self, prompt: Prompt, max_tokens: int, responses: int) -> bool:
+        """Whether so many responses to a prompt that `check` accepts could be open together, with nothing besides."""
+        return True
+
     def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
         """Whether a session can be opened now; False means later."""
         return True

@@ -11,6 +11,7 @@ from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
 from stars.model.tokenizer import REPLACEMENT
 from stars.passes import MAX_CLOSING, DraftedPart, Span
+from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Scored, TrailingCandidate
 from stars.reward.session import Handle, Session, SessionReward
 from stars.target import Target
@@ -47,10 +48,14 @@ class ScoringReward(SessionReward):
     vocab_size: int  # of the reward model
     slack: int  # tokens that a response may run longer than the LM's say, before more pages are taken
 
+    def could_hold(self, prompt: Prompt, max_tokens: int, responses: int) -> bool:
+        """Whether `reserve` could give each of them all it may ask for."""
+        history = len(self.framing.frame(prompt).prefix) - 1
+        return self.cache.could_hold(history, [self._room(history + max_tokens)] * responses)
+
     def reserve(self, session: Session, tokens: int) -> bool:
         """Pages for so many tokens more, and some for a response that re-encodes to more."""
-        longest = min(self.max_model_len, self.cache.num_pages * self.cache.page_size)
-        stop = min(len(session.committed) + tokens + self.slack, longest)
+        stop = self._room(len(session.committed) + tokens)
         try:
             self.cache.reserve(session.table, max(0, stop - session.table.length))
         except OutOfPages:
@@ -141,6 +146,10 @@ class ScoringReward(SessionReward):
         """Frees the slab."""
         if handle is not None and handle.slab is not None:
             self.cache.return_slab(handle.slab)
+
+    def _room(self, positions: int) -> int:
+        """Positions of pages for a response of so many, as far as context and cache go."""
+        return min(positions + self.slack, self.max_model_len, self.cache.num_pages * self.cache.page_size)
 
     def _make_room(self, session: Session, stop: int) -> None:
         """Room for `stop` positions, where a text is longer than was reserved; raises OutOfPages."""
