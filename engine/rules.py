@@ -1,9 +1,9 @@
 """Decisions: pure functions from what was drawn and scored to what is kept. Tuples in, tuples out.
 
-A rule is a callable of two attributes. It sees every attempt at the segment that is being decided, of every hypothesis
-of its group, and says which of them become history. It knows nothing of caches, models or devices. It never changes
-what it is given, and calls with equal arguments give equal answers. What `State` says of rounds depends on how many lanes
-there were: a text that is to be the same at any width must not depend on it.
+A rule is a callable of two attributes. It sees every attempt at the segment that is being decided, of every
+hypothesis of its group, and says which of them become history. It knows nothing of caches, models or devices. It
+never changes what it is given, and calls with equal arguments give equal answers. What `State` says of rounds depends
+on how many lanes there were: a text that is to be the same at any width must not depend on it.
 """
 
 from __future__ import annotations
