@@ -606,7 +606,7 @@ def _no_params(given: Any) -> str:
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:
     """`value` for each of `count` prompts, or its own items."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple)) or isinstance(value, Plan):  # which is a tuple, and refused by name later
         return [value] * count
     if len(value) != count:
         raise RequestError(f"{name} has {len(value)} entries for {count} prompts: give one for all, or one for each")

@@ -12,7 +12,7 @@ from stars.kernels.types import Draft
 from stars.policies import rule_name
 from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
 from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
-from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, Threshold, decides, problem
+from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
 
 
 class Judge:
@@ -212,7 +212,7 @@ class Judge:
     def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
         # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
-        decision = self._answer(group, *shown(group, type(group.request.plan.decide) is not Threshold))
+        decision = self._answer(group, *shown(group, not getattr(group.request.plan.decide, "skips_rejected", False)))
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():

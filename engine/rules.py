@@ -87,7 +87,8 @@ class Decision(NamedTuple):
 class Rule(Protocol):
     """in_order: asked after every scoring pass with a prefix, in attempt order, of every hypothesis' attempts; what it
     keeps must not depend on where the prefix was cut after the winner. Otherwise every attempt that was drawn is scored
-    first. uniforms: random numbers that it needs of each attempt.
+    first. uniforms: random numbers that it needs of each attempt. A rule may also have `group_uniforms`, as many random
+    numbers of a round, and `skips_rejected`: True says that it need not see again what a note of its rejected.
 
     None: nothing is decided. The loop scores what is unscored, else draws another round, and when nothing is left
     applies the plan's exhaustion. A kept attempt that its note does not call accepted counts as a fallback.
@@ -155,6 +156,7 @@ class Threshold:
     reward_threshold: float
     in_order: ClassVar[bool] = True
     uniforms: ClassVar[int] = 1
+    skips_rejected: ClassVar[bool] = True
 
     def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
         """Decides once every live hypothesis has an accepted attempt."""
@@ -266,13 +268,16 @@ def problem(decision: Any, judged: Sequence[Judged], state: State, population: i
     if not isinstance(decision.notes, Mapping) or not all(
             isinstance(note, Note) for note in decision.notes.values()):
         return "returned notes that are no stars.rules.Note by (hypothesis, attempt)"
+    shown = {(one.hypothesis, one.attempt): one for one in judged}
+    for key in decision.notes:
+        if key not in shown:
+            return f"returned a note of {key!r}, which is no (hypothesis, attempt) that was judged"
     for threshold, probability, accepted in decision.notes.values():
         if type(accepted) is not bool or any(
                 value is not None and not isinstance(value, (int, float)) for value in (threshold, probability)):
             return "returned notes whose threshold, probability and accepted are not a float, a float and a bool"
     if not decides(decision):
         return None
-    shown = {(one.hypothesis, one.attempt): one for one in judged}
     kept: set[int] = set()
     for keep in decision.keep:
         if not isinstance(keep, Keep):

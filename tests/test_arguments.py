@@ -650,3 +650,11 @@ def test_only_the_command_line_prints():
                for node in ast.walk(tree)):
             printing.add(path.name if path.parent.name != "cli" else "cli")
     assert printing == {"cli", "demo.py", "compile_check.py"}
+
+
+def test_a_plan_is_no_policy():
+    """A plan is a tuple, and is not taken for a list of policies."""
+    engine = toy_engine(LM)
+    for prompts in (PROMPT, [PROMPT] * 6):
+        with pytest.raises(stars.RequestError, match="policy is Plan, it must be an object such as"):
+            engine.generate(prompts, policy=stars.Sample().plan(), use_tqdm=False)

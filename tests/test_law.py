@@ -234,9 +234,11 @@ def prompt_reward_of_first_candidate(monkeypatch):
     """r(x) is the reward of the first candidate that was ever drawn, instead of the empty response's."""
     shown, first = stars.judge.shown, {}
 
-    def shown_with_first(group):
-        judged, state = shown(group)
-        return judged, state._replace(prompt_reward=first.setdefault(group, judged[0].reward))
+    def shown_with_first(group, *given):
+        judged, state = shown(group, *given)
+        if judged:
+            first.setdefault(group, judged[0].reward)
+        return judged, state._replace(prompt_reward=first[group])
 
     monkeypatch.setattr(stars.judge, "shown", shown_with_first)
 

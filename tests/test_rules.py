@@ -195,6 +195,7 @@ def test_what_has_ended_is_not_continued():
     (Decision([], [0, 1]), "drops every hypothesis"),
     (Decision([Keep(0, 1, 3)] * 3, [1]), "keeps 3 hypotheses, which is more than the population of 2"),
     ("no", "returned str instead of"), (Decision([("x",)]), "keeps tuple instead of"),
+    (Decision([], notes={0: Note(None, None, True)}), "returned a note of 0, which is no (hypothesis, attempt)"),
     (Decision([], notes=None), "returned notes that are no"), (Decision([], notes={(0, 1): 1.0}), "returned notes"),
 ])
 def test_decisions_that_cannot_be_done(decision, fault):
