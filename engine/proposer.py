@@ -31,8 +31,7 @@ class Proposer:
         for hypothesis, width in zip(active, self._widths(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
             table, last = hypothesis.pages, hypothesis.last_token
-            max_tokens = min(hypothesis.max_segment, request.max_tokens - len(hypothesis.token_ids))
-            stream = pack_stream(hypothesis.drafts, hypothesis.sample)
+            max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             first = len(hypothesis.attempts) + 1
             for attempt in range(first, first + width):

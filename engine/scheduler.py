@@ -41,15 +41,10 @@ class Unit:
 def units_of(request: Request) -> Iterator[Unit]:
     """The units of a request, in order."""
     for group in request.groups:
-        if _together(request.plan):
-            yield Unit(group)
-        else:
+        if request.whole:
             yield from (Unit(group, hypothesis) for hypothesis in group.hypotheses)
-
-
-def _together(plan: Plan) -> bool:
-    """Whether the responses of a group are decided together before they end."""
-    return not plan.whole
+        else:
+            yield Unit(group)
 
 
 class Scheduler:
@@ -95,7 +90,7 @@ class Scheduler:
         name: of the policy that asks for them.
         """
         population = plan.lanes.population
-        if population == 1 or not _together(plan):
+        if population == 1 or plan.whole:
             return
         if population > self._config.max_num_seqs:
             raise RequestError(f"{name}'s population is {shown(population)} and the engine decodes "
