@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -289,19 +290,24 @@ class Slow(stars.reward.base.Reward):
     """Starts one session a call, and fails where it is told to."""
 
     def __init__(self, fails: bool):
-        self.fails, self.started = fails, []
+        self.fails, self.started, self.reserved = fails, [], []
 
     def open(self, prompt, max_tokens):
-        return prompt.token_ids
+        return SimpleNamespace(ids=prompt.token_ids)
+
+    def reserve(self, session, tokens):
+        assert session in self.started or session not in self.reserved, "asked again before it has started"
+        self.reserved.append(session)
+        return True
 
     def start_in_chunks(self, sessions, max_rows):
-        if self.fails and len(sessions[0]) == 53 and len(self.started) > 2:
+        if self.fails and len(sessions[0].ids) == 53 and len(self.started) > 2:
             raise ZeroDivisionError("while it starts")
-        self.started.append(len(sessions[0]))
+        self.started.append(sessions[0])
         return stars.reward.base.Progress(1, 1)
 
     def score(self, candidates):
-        assert all(len(candidate.session) in self.started for candidate in candidates), "it has not started"
+        assert all(candidate.session in self.started for candidate in candidates), "it has not started"
         return [stars.reward.base.Scored(1.0) for _ in candidates]
 
 
