@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import apply_penalties, sample_step
-from stars.kernels.graph import Graphs, steps_a_graph
+from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
 from stars.model.decoder import Decoder
@@ -27,7 +28,6 @@ from stars.sizes import history_entries, language_model, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
-STEP_LAUNCHES = 8  # on a GPU, at most: the logits, their penalties and their draw
 
 PENALTIES = ("history_start", "history_count", "repetition", "frequency", "presence")
 """The buffers of the entries of a Penalties, in its order."""
@@ -69,7 +69,6 @@ class Drafter:
         sizes, max_segment_size = language_model(config), config.max_segment_size
         rows = target.rows(sizes.max_lanes)
         decoder.reserve(rows)
-        decoder.reserve_logits(rows)
         decoder.reserve_positions(sizes.max_positions)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
@@ -79,6 +78,8 @@ class Drafter:
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
+        # Between the parts of a step, which are recorded apart: not the decoder's, which grow for other engines.
+        self._logits = torch.empty(rows, decoder.config.vocab_size, dtype=decoder.dtype, device=cache.device)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
@@ -91,7 +92,8 @@ class Drafter:
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(steps_a_graph(decoder.launches + STEP_LAUNCHES))
+        self._graphs = Graphs()
+        self._under_way: tuple[list[Part], Tensor, int] | None = None  # parts, done, and the steps not launched yet
 
     @property
     def device_draft(self) -> Draft:
@@ -104,7 +106,8 @@ class Drafter:
         return self.drafted(len(lanes))
 
     def launch(self, lanes: list[LaneSpec]) -> None:
-        """Starts a draft, without waiting for a GPU; its results must be taken before the next."""
+        """Starts a draft, without waiting for a GPU. `pace` launches the rest of it; its results must be taken before
+        the next."""
         filters = penalties = False
         longest = 0
         for lane in lanes:
@@ -114,10 +117,21 @@ class Drafter:
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._run(filled, longest, filters, penalties)
+        self._start(filled, longest, filters, penalties)
+
+    def pace(self) -> None:
+        """Launches the rest of the draft that was started, and the transfer of its results; none, and nothing."""
+        if self._under_way is None:
+            return
+        parts, done, left = self._under_way
+        if left:
+            self._graphs.run(parts, done, left)
+        self._buffers.fetch()
+        self._under_way = None
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
+        self.pace()
         self._buffers.wait()
         steps = self._host.steps[:count].tolist()
         longest = max(steps)
@@ -136,7 +150,8 @@ class Drafter:
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
-                self._run(filled, 1, False)
+                self._start(filled, 1, False)
+                self.pace()
                 self._buffers.wait()
                 seconds = min(seconds, time.perf_counter() - begin)
             return seconds
@@ -145,26 +160,36 @@ class Drafter:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
-    def _run(self, filled: tuple[int, Tiles | None], times: int, filters: bool, penalties: bool = False) -> None:
-        """Sends the buffers, runs the steps, and fetches the buffers back, all in stream order."""
-        rows, tiles = filled
-
-        def step() -> None:  # not called where a recorded step is replayed: the views are made here
-            state = LaneState(*(tensor[:rows] for tensor in self._state))
-            batch = Batch(
-                state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
-                self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
-                self._buffers["slab_start"][:rows], state.slab_used, tiles)
-            logits = self.decoder.logits(self.decoder.forward(batch, self.cache))  # [rows, vocab]
-            if penalties:
-                apply_penalties(logits, state, Penalties(self._history["entries"], *(
-                    self._buffers[name][:rows] for name in PENALTIES)))
-            sample_step(logits, state, filters=filters)
-
+    def _start(self, filled: tuple[int, Tiles | None], times: int, filters: bool, penalties: bool = False) -> None:
+        """Sends the buffers and launches the first steps, in stream order."""
         self._buffers.upload()
-        key = rows, filters, penalties, *(shape(tiles) if tiles is not None else ())
-        self._graphs.run(key, step, self._done[rows], times)
-        self._buffers.fetch()
+        parts, done = self._parts(*filled, filters, penalties), self._done[filled[0]]
+        self._graphs.run(parts, done, times)
+        self._under_way = parts, done, 0
+
+    def _parts(self, rows: int, tiles: Tiles | None, filters: bool, penalties: bool) -> list[Part]:
+        """A step: the forward pass up to the logits, and what is drawn from them. Not called where a recorded step is
+        replayed: the views are made here."""
+        def state() -> LaneState:
+            return LaneState(*(tensor[:rows] for tensor in self._state))
+
+        def forward() -> None:
+            lanes = state()
+            batch = Batch(
+                lanes.token_ids, lanes.positions, lanes.slots, True, self._row_start[: rows + 1],
+                self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
+                self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
+            self.decoder.logits(self.decoder.forward(batch, self.cache), self._logits[:rows])
+
+        def sample() -> None:
+            lanes, logits = state(), self._logits[:rows]
+            if penalties:
+                apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
+                    self._buffers[name][:rows] for name in PENALTIES)))
+            sample_step(logits, lanes, filters=filters)
+
+        return [Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), forward),
+                Part(("sample", rows, filters, penalties), sample)]
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
         """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""
