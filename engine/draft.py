@@ -23,6 +23,7 @@ from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
 from stars.model.decoder import Decoder
+from stars.pacing import Pacing
 from stars.sampling import SamplingParams
 from stars.sizes import history_entries, language_model, table_width
 from stars.tiling import Tiling, shape
@@ -53,6 +54,14 @@ class Drafted(NamedTuple):
 
     token_ids: list[int]
     logprobs: list[float]
+
+
+class UnderWay(NamedTuple):
+    """A draft of which not all was launched."""
+
+    parts: list[Part]  # of a step
+    done: Tensor  # int32 [rows]
+    left: int  # steps to be launched
 
 
 class Drafter:
@@ -93,7 +102,9 @@ class Drafter:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
-        self._under_way: tuple[list[Part], Tensor, int] | None = None  # parts, done, and the steps not launched yet
+        self._pacing = Pacing(rows) if target.own_memory else None
+        self._under_way: UnderWay | None = None
+        self._shortest = math.inf  # seconds of a step, as measured
 
     @property
     def device_draft(self) -> Draft:
@@ -106,8 +117,11 @@ class Drafter:
         return self.drafted(len(lanes))
 
     def launch(self, lanes: list[LaneSpec]) -> None:
-        """Starts a draft, without waiting for a GPU. `pace` launches the rest of it; its results must be taken before
-        the next."""
+        """Starts a draft, without waiting for a GPU; its results must be taken before the next.
+
+        A GPU gets the first steps, which it is busy with while the host does something else. The others it gets by
+        `pace`. On the CPU the draft is then over.
+        """
         filters = penalties = False
         longest = 0
         for lane in lanes:
@@ -117,17 +131,18 @@ class Drafter:
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._start(filled, longest, filters, penalties)
+        self._start(filled, len(lanes), longest, filters, penalties)
 
     def pace(self) -> None:
-        """Launches the rest of the draft that was started, and the transfer of its results; none, and nothing."""
+        """Launches the rest of the draft that was started, as the device gets on with it, and the transfer of its
+        results. Ends where all lanes have ended; does nothing where no draft was started."""
         if self._under_way is None:
             return
-        parts, done, left = self._under_way
-        if left:
-            self._graphs.run(parts, done, left)
+        under_way, self._under_way = self._under_way, None
+        self._advance(under_way, wait=True)
         self._buffers.fetch()
-        self._under_way = None
+        if self._pacing is not None:
+            self._pacing.end()
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
@@ -150,22 +165,36 @@ class Drafter:
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
-                self._start(filled, 1, False)
+                self._start(filled, lanes, 1, False)
                 self.pace()
                 self._buffers.wait()
                 seconds = min(seconds, time.perf_counter() - begin)
+            self._shortest = min(self._shortest, seconds)
+            if self._pacing is not None:
+                self._pacing.measured(self._shortest)
             return seconds
         finally:
             for slab in slabs:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
-    def _start(self, filled: tuple[int, Tiles | None], times: int, filters: bool, penalties: bool = False) -> None:
+    def _start(self, filled: tuple[int, Tiles | None], lanes: int, times: int, filters: bool,
+               penalties: bool = False) -> None:
         """Sends the buffers and launches the first steps, in stream order."""
         self._buffers.upload()
-        parts, done = self._parts(*filled, filters, penalties), self._done[filled[0]]
-        self._graphs.run(parts, done, times)
-        self._under_way = parts, done, 0
+        if self._pacing is not None:
+            self._pacing.begin(lanes)
+        under_way = UnderWay(self._parts(*filled, filters, penalties), self._done[filled[0]], times)
+        self._under_way = under_way._replace(left=self._advance(under_way, wait=False))
+
+    def _advance(self, under_way: UnderWay, wait: bool) -> int:
+        """Launches the steps that need no waiting for the device, or, with `wait`, all; how many are left."""
+        parts, done, left = under_way
+        if self._pacing is not None:
+            return self._pacing.launch(lambda: self._graphs.run(parts, done), left, wait)
+        if left:
+            self._graphs.run(parts, done, left)
+        return 0
 
     def _parts(self, rows: int, tiles: Tiles | None, filters: bool, penalties: bool) -> list[Part]:
         """A step: the forward pass up to the logits, and what is drawn from them. Not called where a recorded step is
@@ -186,7 +215,8 @@ class Drafter:
             if penalties:
                 apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
                     self._buffers[name][:rows] for name in PENALTIES)))
-            sample_step(logits, lanes, filters=filters)
+            sample_step(logits, lanes, filters=filters,
+                        ended=None if self._pacing is None else self._pacing.ended[:rows])
 
         return [Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), forward),
                 Part(("sample", rows, filters, penalties), sample)]
