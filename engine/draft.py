@@ -91,7 +91,7 @@ class Drafter:
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(steps_a_graph(decoder.launches + STEP_LAUNCHES))
+        self._graphs = Graphs(steps_a_graph(decoder.launches(rows) + STEP_LAUNCHES))
 
     @property
     def device_draft(self) -> Draft:
@@ -155,7 +155,7 @@ class Drafter:
                 state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
                 self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
                 self._buffers["slab_start"][:rows], state.slab_used, tiles)
-            logits = self.decoder.logits(self.decoder.forward(batch, self.cache))  # [rows, vocab]
+            logits = self.decoder.draft_logits(batch, self.cache)  # [rows, vocab]
             if penalties:
                 apply_penalties(logits, state, Penalties(self._history["entries"], *(
                     self._buffers[name][:rows] for name in PENALTIES)))

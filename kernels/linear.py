@@ -78,12 +78,14 @@ def _narrowest(matrix: Tensor) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""
-    bias = None if weight.bias is None else weight.bias.to(x.dtype)
-    out.copy_(torch.nn.functional.linear(x, weight.dense().to(x.dtype), bias))
+    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features], whose type the sums have if it is wider.
+    """
+    kind = torch.promote_types(x.dtype, out.dtype)
+    bias = None if weight.bias is None else weight.bias.to(x.dtype).to(kind)
+    out.copy_(torch.nn.functional.linear(x.to(kind), weight.dense().to(x.dtype).to(kind), bias))
 
 
 @operation(cpu="stars.bindings.libstars:linear", cuda="stars.kernels.triton.linear:linear",
            reference=linear_reference)
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""
+    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features], of x's type or float32."""

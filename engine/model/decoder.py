@@ -55,12 +55,15 @@ class KVCache(Protocol):
 
 def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype, scores: bool = False) -> int:
     """Bytes that a decoder reserves for passes of `rows` rows and logits of `logits_rows`; `scores`: a reward model's.
+
+    Logits are float32 whatever the dtype.
     """
     heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     width = 5 * config.hidden_size + 3 * heads_width + 2 * kv_width + 3 * config.intermediate_size
     # A reward head reads float32 hidden states.
     wider = (torch.float32.itemsize - dtype.itemsize) * config.hidden_size if scores else 0
-    return (rows * width + logits_rows * config.vocab_size) * dtype.itemsize + rows * wider
+    logits = logits_rows * config.vocab_size * torch.float32.itemsize
+    return rows * (width * dtype.itemsize + wider) + logits
 
 
 class Decoder:
@@ -113,9 +116,8 @@ class Decoder:
             raise ModelError(f"{name} given is on {self.device.type} and the engine on {device}: load it with "
                              f"device={device!r}")
 
-    @property
-    def launches(self) -> int:
-        """Kernels that one pass launches on a GPU: ten a layer, the embedding and the final norm."""
+    def launches(self, rows: int) -> int:
+        """Kernels that a pass of `rows` rows launches on a GPU: ten a layer, the embedding and the final norm."""
         return 10 * len(self.layers) + 2
 
     def reserve(self, max_rows: int) -> None:
@@ -154,10 +156,11 @@ class Decoder:
         return self._reserved
 
     def reserve_logits(self, rows: int) -> None:
-        """Makes room for the logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows."""
+        """Makes room for the float32 logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows.
+        """
         if rows > self.max_logits:
             self._outgrow(self._logits)
-            self._logits = torch.empty(rows, self.config.vocab_size, dtype=self.dtype, device=self.device)
+            self._logits = torch.empty(rows, self.config.vocab_size, device=self.device)
             self.max_logits = rows
 
     def reserve_positions(self, count: int) -> None:
@@ -244,21 +247,31 @@ class Decoder:
             kernels.linear(gated, layer.down, branch)
         return residual, branch
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits of hidden [n, hidden]: [n, vocab] in `out`, or in the workspace.
+    def draft_logits(self, batch: Batch, cache: KVCache) -> Tensor:
+        """The forward pass and the head, of all rows: logits float32 [rows, vocab], which the next ones overwrite.
 
-        Raises ModelError for a model without a language model head.
+        Raises IntegrityError for more rows than reserved, ModelError for a model without a language model head.
         """
+        return self.logits(self.forward(batch, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden [n, hidden]: float32 [n, vocab], in the workspace.
+
+        Raises IntegrityError for more rows than reserved, ModelError for a model without a language model head.
+        """
+        head, out = self._head(hidden.shape[0])
+        kernels.linear(hidden, head, out)
+        return out
+
+    def _head(self, rows: int) -> tuple[Weight, Tensor]:
+        """The language model head, and the room for its logits of `rows` rows."""
         if self.head is None:
             raise ModelError("this model has no language model head: load it with head='lm'")
-        if out is None:
-            if hidden.shape[0] > self.max_logits:
-                raise IntegrityError(f"logits of {hidden.shape[0]} rows exceed the {self.max_logits} reserved: "
-                                     f"reserve_logits({hidden.shape[0]}) first")
-            assert self._logits is not None
-            out = self._logits[: hidden.shape[0]]
-        kernels.linear(hidden, self.head, out)
-        return out
+        if rows > self.max_logits:
+            raise IntegrityError(f"logits of {rows} rows exceed the {self.max_logits} reserved: "
+                                 f"reserve_logits({rows}) first")
+        assert self._logits is not None
+        return self.head, self._logits[:rows]
 
     def _check_rows(self, rows: int) -> None:
         if rows > self.max_rows:
