@@ -11,8 +11,8 @@ from stars.kernels.linear import Weight
 def embedding_reference(token_ids: Tensor, weight: Weight, out: Tensor) -> None:
     """out[i] = weight[token_ids[i]]. token_ids int32 [rows]; weight [vocab, hidden]; out [rows, hidden]."""
     if weight.quant is not None:
-        raise ValueError(f"embedding: the weight is in {weight.quant.name}, give it unquantised: its rows are looked up, "
-                         "not multiplied")
+        raise ValueError(f"embedding: the weight is in {weight.quant.name}, give it unquantised: its rows are "
+                         "looked up, not multiplied")
     out.copy_(weight.dense()[token_ids.long()])
 
 
