@@ -87,8 +87,8 @@ class Drafter:
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
-        # Between the parts of a step, which are recorded apart: not the decoder's, which grow for other engines.
-        self._logits = torch.empty(rows, decoder.config.vocab_size, dtype=decoder.dtype, device=cache.device)
+        # Between the parts of a step, which are recorded apart: the decoder's own may grow for another engine.
+        self._logits = decoder.reserve_logits(rows)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
@@ -208,7 +208,7 @@ class Drafter:
                 lanes.token_ids, lanes.positions, lanes.slots, True, self._row_start[: rows + 1],
                 self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
                 self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
-            self.decoder.logits(self.decoder.forward(batch, self.cache), self._logits[:rows])
+            self.decoder.draft_logits(batch, self.cache, self._logits[:rows])
 
         def sample() -> None:
             lanes, logits = state(), self._logits[:rows]

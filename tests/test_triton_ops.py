@@ -152,14 +152,15 @@ def test_linear(rows, out_features, in_features, dtype):
     matrix = torch.randn(out_features, in_features, generator=generator(1)).to(dtype)
     for bias in (None, torch.randn(out_features, generator=generator(2)).to(dtype)):
         weight = Weight(matrix, bias, out_features, in_features, deterministic=True)
+        exact = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
+        size = x.double().abs() @ matrix.double().abs().T + 4
         for out_dtype in {dtype, torch.float32}:
-            out = torch.empty(rows, out_features, dtype=out_dtype)
-            linear.linear(x, weight, out)
-            exact = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
-            size = x.double().abs() @ matrix.double().abs().T + 4
             # in_features float32 roundings of the sum at most, and one of the result.
             bound = size * in_features * 2**-24 + exact.abs() * torch.finfo(out_dtype).eps
-            assert bool(((out.double() - exact).abs() <= bound).all())
+            for product in (linear.linear, linear_reference):
+                for given in (weight, Weight(matrix, bias, out_features, in_features))[: 1 + (dtype != out_dtype)]:
+                    product(x, given, out := torch.empty(rows, out_features, dtype=out_dtype))
+                    assert bool(((out.double() - exact).abs() <= bound).all())
         wanted = torch.empty(rows, out_features, dtype=dtype)
         linear_reference(x, weight, wanted)
         linear.linear(x, Weight(matrix, bias, out_features, in_features), out := torch.empty_like(wanted))
@@ -169,17 +170,17 @@ def test_linear(rows, out_features, in_features, dtype):
 @pytest.mark.parametrize("tile", [(16, 32, 256, 4, 4), (16, 16, 512, 4, 4), (16, 128, 128, 8, 4), (128, 64, 64, 4, 4)])
 def test_a_product_in_measured_tiles(monkeypatch, tile):
     """What a card's table may name is the same product; `linear` goes by it, but not where bits must not change."""
-    from stars.kernels.triton import product_table
+    from stars.kernels.triton import tuned
 
     rows, out_features, in_features = 17, 49, 304
     x = torch.randn(rows, in_features, generator=generator(3)).bfloat16()
     matrix = torch.randn(out_features, in_features, generator=generator(4)).bfloat16()
     asked = []
-    monkeypatch.setattr(product_table, "tile", lambda *shape: asked.append(shape) or product_table.Tile(*tile))
+    monkeypatch.setattr(tuned, "plain", lambda *shape: asked.append(shape) or tuned.Tile(*tile))
     monkeypatch.setattr(torch, "mm", None)  # cuBLAS is not asked
     weight = Weight(matrix, None, out_features, in_features)
     linear.linear(x, weight, out := torch.empty(rows, out_features, dtype=torch.bfloat16))
-    assert asked == [(rows, out_features, in_features)]
+    assert asked == [("bf16", rows, out_features, in_features)]
     exact = x.double() @ matrix.double().T
     bound = (x.double().abs() @ matrix.double().abs().T + 4) * in_features * 2**-24
     bound += exact.abs() * torch.finfo(out.dtype).eps
@@ -576,6 +577,12 @@ def test_rewards(hidden, dtype):
         # in each of the terms, which add up to about 1.
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5 + (
             0 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps))
+        added, alone = torch.empty_like(ours), (residual + branch)
+        score.score(alone, None, weight, 1e-6, head, room, added)  # as behind the fused chain
+        # The interpreter cuts a sum where torch rounds it; see assert_near.
+        assert dtype == torch.bfloat16 or torch.equal(added, ours)
+        score_reference(alone, None, weight, 1e-6, head, room, wanted)
+        torch.testing.assert_close(added, wanted, rtol=0, atol=1e-5 + 6 * torch.finfo(dtype).eps)
         one = torch.full((1,), -9.0)
         score.score(residual[lanes // 2 :][:1], branch[lanes // 2 :][:1], weight, 1e-6, head, room, one)
         assert torch.equal(one[0], ours[lanes // 2]), "a lane depends on its company"

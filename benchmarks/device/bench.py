@@ -174,8 +174,8 @@ class Bench:
             cache.close(table)
 
     def step_bytes(self, lanes: int) -> int:
-        """Weights, the prefix once, half a slab a lane, logits written and read."""
-        logits = 2 * lanes * self.lm.config.vocab_size * self.lm.dtype.itemsize
+        """Weights, the prefix once, half a slab a lane, float32 logits written and read."""
+        logits = 2 * lanes * self.lm.config.vocab_size * 4
         return int(weight_bytes(self.lm) + kv_bytes_a_token(self.lm) * (self.context + lanes * SEGMENT / 2) + logits)
 
     def reward_pass_seconds(self, context: int, count: int, repeats: int = 7) -> list[float]:

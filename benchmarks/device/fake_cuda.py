@@ -25,7 +25,8 @@ from stars.model.checkpoint import Checkpoint
 from stars.target import CPU
 
 CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.select.int", "aten.mm.out",
-              "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default", "aten.alias.default"}
+              "aten.mm.dtype_out", "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default",
+              "aten.alias.default"}
 """Operations of torch that a capture may meet: views, and products into given memory."""
 MAPPED = {("finish_kernel", "ended")}
 """Parameters of kernels that may be given pinned memory of the host."""
