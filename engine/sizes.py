@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 
 from stars.config import EngineConfig
+from stars.kernels.linear import SCHEMES
 from stars.kernels.triton.tiles import max_workspace
 from stars.model.config import ModelConfig
-from stars.model.decoder import workspace_bytes
+from stars.model.fusing import split_bytes
 from stars.model.loader import DTYPES
+from stars.model.workspace import workspace_bytes
 
 RESERVE = 2 << 30
 """Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, captured graphs, torch's allocator."""
@@ -85,6 +87,8 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + sizes.num_slabs * sizes.slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(
             max_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, lanes))
+        if not config.deterministic:
+            needed[f"{name}'s activations"] += split_bytes(shape, SCHEMES[dtype], not drafts)
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
         needed[f"{name}'s activations"] += 4 * (sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)
         if backend != "triton":

@@ -15,8 +15,8 @@ from stars import device, fit, sizes
 from stars.config import EngineConfig
 from stars.errors import ModelError
 from stars.kernels.triton import tiles
-from stars.model.decoder import workspace_bytes
 from stars.model.loader import inspect_model
+from stars.model.workspace import workspace_bytes
 from stars.reward import CausalReward
 from stars.target import CUDA, bucket
 from toy import ToyModel
@@ -122,7 +122,7 @@ def test_activations_are_those_of_the_decoder():
     decoder = model.decoder()
     decoder.reserve(100)
     decoder.reserve_logits(70)
-    held = sum(t.numel() * t.element_size() for t in (*decoder._space, decoder._logits) if t is not None)
+    held = sum(tensor.nbytes for tensor in (*decoder._space, decoder._logits, *decoder._split))
     assert workspace_bytes(model.config, 100, 70, torch.float32) == held
 
 
