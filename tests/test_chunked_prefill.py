@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 
@@ -286,6 +285,11 @@ def test_an_abort_in_the_middle_of_a_prompt():
     assert [unit.request.request_id for unit in made._scheduler.running] == ["0"]
 
 
+class Opened:
+    def __init__(self, ids):
+        self.ids = ids
+
+
 class Slow(stars.reward.base.Reward):
     """Starts one session a call, and fails where it is told to."""
 
@@ -293,7 +297,7 @@ class Slow(stars.reward.base.Reward):
         self.fails, self.started, self.reserved = fails, [], []
 
     def open(self, prompt, max_tokens):
-        return SimpleNamespace(ids=prompt.token_ids)
+        return Opened(prompt.token_ids)
 
     def reserve(self, session, tokens):
         assert session in self.started or session not in self.reserved, "asked again before it has started"
