@@ -9,6 +9,7 @@ from stars.config import EngineConfig
 from stars.passes import Passes, Span
 from stars.request import Hypothesis
 from stars.reward.base import Reward
+from stars.streams import SideStream
 
 
 class Allowance:
@@ -32,7 +33,8 @@ class Allowance:
 class Prefiller:
     """Runs what responses that were admitted begin with through both models, a bounded number of rows at a time.
 
-    Each model has a queue of its own, in the order of admission. What was begun goes before what was not.
+    Each model has a queue of its own, in the order of admission. What was begun goes before what was not. The two
+    models' passes of a round are launched side by side.
     """
 
     def __init__(self, cache: PagedCache, reward: Reward | None, passes: Passes, config: EngineConfig):
@@ -40,14 +42,22 @@ class Prefiller:
         self._reward = reward
         self._passes = passes
         self._exact = config.deterministic
+        # Two models have buffers, graphs and workspaces of their own. One that is both has not, and its engines' lock
+        # tells; rewards that say nothing of their models run where everything else does.
+        locks = reward.locks if reward is not None else ()
+        self._side = SideStream(config.target) if locks and passes.decoder.lock not in locks else None
 
     def advance(self, hypotheses: Sequence[Hypothesis], language: Allowance, reward: Allowance) -> list[Hypothesis]:
         """Reads on for those of `hypotheses` that are being read, given in the order of their admission; returns those
         that both models have read to their end, which may draw from now on."""
-        self._run_language(hypotheses, language)
         scored = [hypothesis for hypothesis in hypotheses if hypothesis.session is not None]
-        if scored:
-            self._run_reward(scored, reward)
+        if scored and self._side is not None:
+            self._side.side_by_side(lambda: self._run_language(hypotheses, language),
+                                    lambda: self._run_reward(scored, reward))
+        else:
+            self._run_language(hypotheses, language)
+            if scored:
+                self._run_reward(scored, reward)
         ready = [hypothesis for hypothesis in hypotheses if self._written(hypothesis) and self._scored(hypothesis)]
         for hypothesis in ready:
             hypothesis.prefill = None
