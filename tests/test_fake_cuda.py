@@ -10,6 +10,7 @@ import pytest
 
 import stars
 from stars.kernels import prefill_attention
+from stars.passes import Passes
 from triton_process import needs_triton, run_pytest
 
 FAKED = os.environ.get("STARS_TEST_FAKE_CUDA") == "1"
@@ -81,6 +82,42 @@ if FAKED:
         assert len(replayed) >= 3, rounds
         for found in replayed:
             assert found["replay"] and not found["synchronize"] and not found["blocking transfer"], found
+
+    def test_long_prompts_beside_responses_that_decode(monkeypatch):
+        """No round runs more rows of a prompt through a model than it may; both models' are launched on two streams,
+        and once their shapes were seen a round with prompts in it replays, too."""
+        rows = []
+        prefill = Passes.prefill
+        monkeypatch.setattr(Passes, "prefill", lambda *given: (rows.append((given[0], prefill(*given))), rows[-1][1])[1])
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton",
+                                  max_num_batched_tokens=64)
+            policy = stars.STARS(segment_size=4, max_attempts=8, reward_threshold=0.3, width=4)
+            long = len(engine.tokenizer.encode(LONG))
+            assert long > 5 * 64
+            for prompt in PROMPTS[:2]:
+                engine.add_request(prompt, stars.SamplingParams(max_tokens=200, seed=3, ignore_eos=True), policy)
+            engine.step()
+            rounds = []
+            for seed in range(3):
+                # Other words from the first page on, so that nothing is shared.
+                engine.add_request(f"{seed} {LONG}", stars.SamplingParams(max_tokens=8, seed=seed), policy)
+                while len(rounds) < 8 * (seed + 1):
+                    rows.clear()
+                    before = fake_cuda.events.copy()
+                    engine.step()
+                    rounds.append((rows[:], fake_cuda.events - before))
+            assert len(engine._scheduler.groups) >= 2, "those that decode have not ended"
+            engine.check_integrity()
+        read = [(given, found) for given, found in rounds if any(count for _, count in given)]
+        assert len(read) >= 15
+        for given, found in read:
+            for passes in (engine._passes, engine.reward._passes):
+                assert sum(count for owner, count in given if owner is passes) <= 64
+            assert found["stream wait"] >= 2 and not found["synchronize"]
+        replayed = [found for _, found in read[-3:] if not found["launch"] and not found["capture"]]
+        assert replayed and not any(found["blocking transfer"] for found in replayed), read[-3:]
 
     def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
         """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them
