@@ -151,6 +151,17 @@ class Passes:
         self._prepared = None  # not before it is whole
         self._prepared = self._prepare(spans, True, draft)
 
+    def prepare(self, spans: Sequence[Span]) -> None:
+        """As `prepare_trailing`, for spans that the host knows; it may be called while the pass before runs, whose
+        rewards are still to be taken. What is sent is read in stream order, so one set of buffers serves both."""
+        self._prepared = None
+        self._prepared = self._prepare(spans, True)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a pass waits to be launched: none does where another one came between."""
+        return self._prepared is not None
+
     def launch_prepared(self) -> None:
         """Launches the pass that was prepared, without waiting for the draft; its results are taken with `rewards`,
         before the next pass."""

@@ -65,6 +65,19 @@ class Trailing(Protocol):
         """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
 
 
+class Ahead(Protocol):
+    """The scoring of candidates that the host knows, prepared."""
+
+    def launch(self) -> None:
+        """Starts it, once, when the results of what was started before were taken."""
+
+    def results(self) -> list[Scored]:
+        """The scores, once they are there: what `score` would have returned."""
+
+    def drop(self) -> None:
+        """It will not be launched: gives back what it took."""
+
+
 class Reward(ABC):
     """Scores responses. The engine opens a session per response, starts it, scores candidates, commits the winners.
 
@@ -151,8 +164,17 @@ class Reward(ABC):
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> Trailing | None:
         """Prepares to score candidates after the draft that is under way, without waiting for it.
 
-        Nothing else is asked of the reward before that was launched and its results are taken. None, and nothing done,
-        where the reward needs the host to see the drafts first (which is what a reward that is a function does).
+        Nothing else but `score_ahead` is asked of the reward before that was launched and its results are taken. None,
+        and nothing done, where the reward needs the host to see the drafts first (which is what a reward that is a
+        function does).
+        """
+        return None
+
+    def score_ahead(self, candidates: list[Candidate]) -> Ahead | None:
+        """Prepares `score`, while scores that were launched before are still being computed.
+
+        Asked where the device works beside the host, of one lot at a time: it is launched or dropped before anything
+        else is asked but the results that are under way. None, and nothing done, where there is nothing to prepare.
         """
         return None
 
