@@ -19,24 +19,25 @@ def check_row_invariance(decoder: Decoder, target: Target) -> None:
     Attention, norms and the sampler work row by row in a fixed order in every implementation of `stars.kernels`.
     """
     layer = decoder.layers[0]  # the others have the same shapes
-    for name, weight, dtype in (
-        ("qkv", layer.qkv, decoder.dtype), ("o", layer.o, decoder.dtype), ("gate_up", layer.gate_up, decoder.dtype),
-        ("down", layer.down, decoder.dtype), ("head", decoder.head, decoder.dtype),
-        ("reward head", decoder.score_head, torch.float32),
+    kind = decoder.dtype
+    for name, weight, given, taken in (
+        ("qkv", layer.qkv, kind, kind), ("o", layer.o, kind, kind), ("gate_up", layer.gate_up, kind, kind),
+        ("down", layer.down, kind, kind), ("head", decoder.head, kind, torch.float32),
+        ("reward head", decoder.score_head, torch.float32, torch.float32),
     ):
-        if weight is not None and not _invariant(weight, decoder.device, dtype):
+        if weight is not None and not _invariant(weight, decoder.device, given, taken):
             raise ModelError(f"deterministic=True cannot be kept here, because the bits of a row of the {name} product "
                              f"change with the number of rows: {target.one_order}")
 
 
-def _invariant(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
+def _invariant(weight: Weight, device: torch.device, given: torch.dtype, taken: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(ROW_COUNTS), weight.in_features, generator=generator)  # [rows, in_features]
-    x = x.to(device, dtype)
-    whole = torch.empty(max(ROW_COUNTS), weight.out_features, device=device, dtype=dtype)
+    x = x.to(device, given)
+    whole = torch.empty(max(ROW_COUNTS), weight.out_features, device=device, dtype=taken)
     linear(x, weight, whole)
     for rows in ROW_COUNTS:
-        part = torch.empty(rows, weight.out_features, device=device, dtype=dtype)
+        part = torch.empty(rows, weight.out_features, device=device, dtype=taken)
         linear(x[:rows].contiguous(), weight, part)
         if not torch.equal(part, whole[:rows]):
             return False

@@ -49,6 +49,9 @@ class Round:
         drawn = self.proposer.launch([hypothesis for group in groups for hypothesis in group.active])
         if self._trails and drawn:  # the device drafts while the host prepares what follows
             self._judge.score_trailing(drawn, self.drafter.device_draft)
+        if drawn:
+            self.drafter.pace()
+        self._judge.launch_trailing()
         self.proposer.collect(drawn)
         decisions = self._judge.decide(groups, drawn)
         self._commit(groups, decisions, drawn)
@@ -85,7 +88,7 @@ class Round:
         table, session = hypothesis.table, hypothesis.session
         if table is not None:
             self._cache.close(table)
-            hypothesis.table = None
+            hypothesis.table = hypothesis.prefill = None
         if session is not None:
             hypothesis.session = None
             try:
@@ -100,7 +103,8 @@ class Round:
         asked = [request for request in requests if request.plan.score.prompt and request.prompt_reward is None]
         if not asked:
             return
-        holders = [next(h for h in request.hypotheses if h.session is not None) for request in asked]
+        holders = [next(h for h in request.hypotheses if h.session is not None and h.prefill is None)
+                   for request in asked]
         results = self._judge.score(holders, [Candidate(holder.session, [], "") for holder in holders])
         for request, result in zip(asked, results, strict=True):
             if result.handle is not None:

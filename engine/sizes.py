@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 
 from stars.config import EngineConfig
+from stars.kernels.linear import SCHEMES
 from stars.kernels.triton.tiles import max_workspace
 from stars.model.config import ModelConfig
-from stars.model.decoder import workspace_bytes
+from stars.model.fusing import split_bytes
+from stars.model.workspace import workspace_bytes
 from stars.target import BUCKETS
 
 LIBRARIES = 1 << 30
@@ -21,7 +23,6 @@ LAUNCH_BYTES = 64 << 10
 
 CAPTURED_PASSES = 2 * len(BUCKETS)
 """Passes of one kind, drafts or others, that stay captured: two shapes of attention for every number of rows."""
-
 
 MAX_CLOSING = 32
 """Closing tokens that are reckoned with where a chat template says them: of a span which trails a draft at most."""
@@ -66,7 +67,7 @@ def longest_text(shape: ModelConfig, cache_tokens: int, slab_len: int) -> int:
 
 def pass_rows(config: EngineConfig, sizes: ModelSizes) -> int:
     """Rows of a prefill or scoring pass at most, idle ones apart: a chunk, or a slab that is longer."""
-    return max(config.target.chunk, sizes.slab_len)
+    return max(config.chunk, sizes.slab_len)
 
 
 def table_width(config: EngineConfig, sizes: ModelSizes) -> int:
@@ -107,6 +108,8 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int 
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + sizes.num_slabs * sizes.slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(
             max_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, lanes))
+        if not config.deterministic:
+            needed[f"{name}'s activations"] += split_bytes(shape, SCHEMES[dtype], not drafts)
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
         needed[f"{name}'s activations"] += 4 * (sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)
         if backend != "triton":

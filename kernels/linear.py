@@ -11,7 +11,8 @@ from torch import Tensor
 from stars.kernels.dispatch import Implementation, operation
 from stars.kernels.quant import QuantWeight, check, dequantize
 
-_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""What unquantised matrices are called in tables of tiles."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Weight:
     @property
     def scheme(self) -> str:
         """What the matrix is stored in, as tables of tiles call it: "bf16", "fp16", "fp32", or a QuantWeight's name."""
-        return _SCHEMES[self.values.dtype] if self.quant is None else self.quant.name
+        return SCHEMES[self.values.dtype] if self.quant is None else self.quant.name
 
     def dense(self) -> Tensor:
         """The matrix [out_features, in_features]; of a quantised one in float32."""
@@ -97,9 +98,10 @@ def _narrowest(matrix: Tensor) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""
-    bias = None if weight.bias is None else weight.bias.to(x.dtype)
-    out.copy_(torch.nn.functional.linear(x, weight.dense().to(x.dtype), bias))
+    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features], formed in the wider of their types."""
+    kind = torch.promote_types(x.dtype, out.dtype)
+    bias = None if weight.bias is None else weight.bias.to(x.dtype).to(kind)
+    out.copy_(torch.nn.functional.linear(x.to(kind), weight.dense().to(x.dtype).to(kind), bias))
 
 
 def _unquantised(x: Tensor, weight: Weight, out: Tensor) -> bool:
@@ -109,4 +111,4 @@ def _unquantised(x: Tensor, weight: Weight, out: Tensor) -> bool:
 @operation(cpu=[Implementation("stars.bindings.libstars:linear", _unquantised)],
            cuda="stars.kernels.triton.linear:linear", reference=linear_reference)
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""
+    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features], of x's type or float32."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from stars.cache import PagedCache
 from stars.config import EngineConfig
+from stars.kernels.linear import Weight, pack
+from stars.kernels.quant import quantize
+from stars.kernels.triton.tuned import Table
 from stars.model.config import ModelConfig
+from stars.model.decoder import Decoder
 from stars.sizes import ModelSizes
 from stars.target import CPU, CUDA, Target
 from toy import ToyModel
@@ -44,3 +49,31 @@ def cache_of(shape: ModelConfig, *, page_size: int, num_pages: int, num_slabs: i
 def work_as(monkeypatch: Any, target: Target) -> None:
     """Engines that are built from now on, for the rest of a test, work as `target` says."""
     monkeypatch.setattr("stars.config.target_of", lambda device: target)
+
+
+def as_on_a_gpu(decoder: Decoder, scheme: str = "fp32", deterministic: bool = False) -> Decoder:
+    """The decoder with weights as a GPU has them, in float32 or quantised; its passes may be fused, as `fusing` says.
+
+    An embedding that is the head too and a reward head stay float32.
+    """
+    def held(weight: Weight | None, stored: str = "fp32") -> Weight | None:
+        if weight is None:
+            return None
+        matrix = weight.dense().float().contiguous()
+        if stored == "fp32":
+            return Weight(matrix, weight.bias, weight.out_features, weight.in_features, deterministic=deterministic)
+        kind, _, group = stored.partition("-")
+        return pack(quantize(matrix, kind, int(group or 0)), weight.bias)
+
+    layers = [layer._replace(**{name: held(getattr(layer, name), scheme) for name in ("qkv", "o", "gate_up", "down")})
+              for layer in decoder.layers]
+    embedding = held(decoder.embedding)
+    head = embedding if decoder.head is decoder.embedding else held(decoder.head, scheme)
+    with patch("stars.model.decoder.target_of", lambda device: CUDA):
+        return Decoder(decoder.config, embedding, layers, decoder.final_norm, head, held(decoder.score_head),
+                       decoder.cos, decoder.sin, decoder.max_rows)
+
+
+def fused_up_to(rows: int, *decoders: Decoder) -> Table:
+    """The table of a card that was seen to be faster at fused passes of up to `rows` rows of these decoders."""
+    return Table(chains={(one._fusing.shape, one._fusing.scheme): ((rows, True),) for one in decoders})

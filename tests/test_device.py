@@ -22,9 +22,9 @@ from stars.kernels.quant import quantize
 from stars.kernels.triton import tiles
 from stars.model.checkpoint import Checkpoint
 from stars.model.config import ModelConfig, load_config
-from stars.model.decoder import workspace_bytes
 from stars.model.loader import inspect_model
 from stars.model.tokenizer import load_tokenizer
+from stars.model.workspace import workspace_bytes
 from stars.reward import CausalReward
 from stars.reward.base import Held
 from stars.sizes import Occupant
@@ -294,7 +294,7 @@ def test_activations_are_those_of_the_decoder():
     decoder = model.decoder()
     decoder.reserve(100)
     decoder.reserve_logits(70)
-    held = sum(t.numel() * t.element_size() for t in (*decoder._space, decoder._logits) if t is not None)
+    held = sum(tensor.nbytes for tensor in (*decoder._space, decoder._logits, *decoder._split))
     assert workspace_bytes(model.config, 100, 70, torch.float32) == held
 
 

@@ -224,8 +224,8 @@ def test_a_population_equals_the_slow_oracle(causal, trailing, lanes, ignore_eos
     """
     if trailing:
         work_as(monkeypatch, PADDED)
-        passes, score = [], Passes.score_trailing
-        monkeypatch.setattr(Passes, "score_trailing", lambda *given: (passes.append(1), score(*given)))
+        passes, score = [], Passes.launch_prepared
+        monkeypatch.setattr(Passes, "launch_prepared", lambda *given: (passes.append(1), score(*given)))
     engine = breeding_engine(causal, max_num_lanes=lanes * 6, max_num_seqs=12, page_size=16 if trailing else 4)
     params = stars.SamplingParams(max_tokens=17, n=2, seed=7 + lanes, ignore_eos=ignore_eos)
     prompts = [ids(9, 11, seed=1), ids(4, 11, seed=2)]
@@ -341,7 +341,8 @@ def test_the_best_seen_of_earlier_rounds_is_committed_from_its_slab():
     prefills = []
     for passes in (engine._passes, engine.reward._passes):
         prefill = passes.prefill
-        passes.prefill = lambda given, prefill=prefill: (prefills.append(len(given)), prefill(given))
+        passes.prefill = lambda given, *rows, prefill=prefill: (
+            prefills.append(len(given)), prefill(given, *rows))[1]
     [output] = engine.generate({"prompt_token_ids": ids(9, 11)}, stars.SamplingParams(max_tokens=12, seed=1),
                                stars.STARS(4, 5, reward_threshold=math.inf, width=1), use_tqdm=False)
     assert prefills == [1, 1] and output.metrics.fallbacks == output.metrics.segments > 1

@@ -66,7 +66,7 @@ def test_an_engine_allocates_what_the_formulas_say(monkeypatch, target):
         longest = table_width(config, sizes) * config.page_size
         assert sizes.max_positions <= longest < sizes.max_positions + config.page_size
     lanes = target.rows(config.max_num_lanes)
-    assert lanes == (24 if target.padded else 21) and drafter.decoder.max_logits >= lanes
+    assert lanes == (24 if target.padded else 21) and drafter._logits.shape[0] >= lanes
     assert drafter._buffers["out_tokens"].shape == (lanes, 113)
     assert drafter._block_tables.shape == (lanes, 16)
     assert drafter._history["entries"].shape == (5 * 37, 2)
@@ -104,7 +104,8 @@ def test_the_engines_keywords_are_those_of_its_configuration():
     engine, config = (inspect.signature(function).parameters for function in (stars.Engine, EngineConfig.resolve))
     shared = [name for name in config if name != "model"]
     assert shared == ["device", "dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "page_size",
-                      "max_model_len", "max_num_seqs", "max_num_lanes", "max_segment_size", "prefill_backend"]
+                      "max_model_len", "max_num_seqs", "max_num_lanes", "max_segment_size", "prefill_backend",
+                      "max_num_batched_tokens"]
     assert [engine[name].default for name in shared] == [config[name].default for name in shared]
     assert [name for name in engine if name not in shared] == ["model", "reward", "tokenizer", "others"]
     assert engine["others"].kind is inspect.Parameter.VAR_KEYWORD

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 import stars
-from building import PADDED, work_as
+from building import PADDED, as_on_a_gpu, fused_up_to, work_as
+from stars import kernels
 from stars.kernels import dispatch, graph
-from stars.kernels.linear import Weight
+from stars.kernels.linear import Weight, pack
+from stars.kernels.triton import tuned
+from stars.model.decoder import Decoder
 from stars.reward import CausalReward
 from toy import ToyModel, ids
 from triton_process import INTERPRETED, run_in_interpreter
 
-SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=40, layers=2)
+SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=96, layers=2)
 
 if INTERPRETED:
     from triton.runtime import interpreter
@@ -27,25 +32,27 @@ if INTERPRETED:
     interpreter._patch_lang_tensor = _patch_tensor_for_this_numpy
 
 
-def dense(weight: Weight | None) -> Weight | None:
-    """The weight as a GPU holds it."""
-    if weight is None:
-        return None
-    return Weight(weight.dense().float().contiguous(), weight.bias, weight.out_features, weight.in_features)
+def as_dequantised(decoder: Decoder) -> Decoder:
+    """The CPU's decoder of the matrices that a quantised one's weights stand for."""
+    def packed(weight: Weight | None) -> Weight | None:
+        return None if weight is None else pack(weight.dense().float().contiguous(), weight.bias)
+
+    layers = [layer._replace(**{name: packed(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")})
+              for layer in decoder.layers]
+    return Decoder(decoder.config, packed(decoder.embedding), layers, decoder.final_norm, packed(decoder.head),
+                   packed(decoder.score_head), decoder.cos, decoder.sin, decoder.max_rows)
 
 
-def completions(on_triton: bool) -> list[stars.CompletionOutput]:
-    pair = []
-    for model in (ToyModel(seed=1, **SIZES), ToyModel(seed=2, head="reward", **SIZES)):
-        decoder = model.decoder()
-        if on_triton:
-            decoder.embedding, decoder.head, decoder.score_head = map(
-                dense, (decoder.embedding, decoder.head, decoder.score_head))
-            decoder.layers = tuple(layer._replace(**{name: dense(getattr(layer, name)) for name in
-                                                     ("qkv", "o", "gate_up", "down")}) for layer in decoder.layers)
-        pair.append(decoder)
-    engine = stars.Engine(pair[0], CausalReward(pair[1]), cache_tokens=512, page_size=16, max_num_seqs=4,
-                          max_num_lanes=8, max_segment_size=4)
+def pair(scheme: str = "fp32") -> tuple[Decoder, Decoder]:
+    """A language model and a reward model with weights as a GPU has them."""
+    lm, rm = (as_on_a_gpu(model.decoder(), scheme) for model in (
+        ToyModel(seed=1, **SIZES), ToyModel(seed=2, head="reward", **SIZES)))
+    return lm, rm
+
+
+def completions(lm: Decoder, rm: Decoder) -> list[stars.CompletionOutput]:
+    engine = stars.Engine(lm, CausalReward(rm), cache_tokens=512, page_size=16, max_num_seqs=4, max_num_lanes=8,
+                          max_segment_size=4)
     params = [stars.SamplingParams(max_tokens=7, seed=5),
               stars.SamplingParams(max_tokens=7, seed=5, top_k=9, presence_penalty=0.5, repetition_penalty=1.3)]
     policy = stars.STARS(segment_size=4, max_attempts=4, beta=0.3, reward_threshold=1.0, width=2)
@@ -55,13 +62,14 @@ def completions(on_triton: bool) -> list[stars.CompletionOutput]:
     return [output.outputs[0] for output in outputs]
 
 
-def test_the_engine_over_triton_gives_the_text_of_the_cpu(monkeypatch):
-    """Idle lanes, rows and tiles included; tokens and verdicts equal, rewards within float32."""
-    theirs = completions(on_triton=False)
+def assert_same_text(monkeypatch, lm: Decoder, rm: Decoder) -> None:
+    """Over the Triton kernels as on the CPU; idle lanes, rows and tiles included. Tokens and verdicts are equal, rewards
+    within float32."""
+    theirs = completions(as_dequantised(lm), as_dequantised(rm))
     monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
     monkeypatch.setattr(graph, "column", lambda done: "reference")
     work_as(monkeypatch, PADDED)
-    ours = completions(on_triton=True)
+    ours = completions(lm, rm)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.error is None and mine.token_ids == other.token_ids
         for segment, same in zip(mine.segments, other.segments, strict=True):
@@ -69,6 +77,43 @@ def test_the_engine_over_triton_gives_the_text_of_the_cpu(monkeypatch):
                 assert (attempt.token_ids, attempt.accepted) == (its.token_ids, its.accepted)
                 assert attempt.reward == pytest.approx(its.reward, abs=1e-4)
     assert sum(len(segment.attempts) for one in ours for segment in one.segments) > 4
+
+
+@pytest.fixture
+def called(monkeypatch) -> Counter[str]:
+    """How often the operations were called that the lists of a decoder do not share."""
+    counts: Counter[str] = Counter()
+
+    def counted(name, operation):
+        return lambda *given: (counts.update([name]), operation(*given))[1]
+
+    for name in ("linear", "qkv_rope"):
+        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
+    return counts
+
+
+def test_the_engine_over_triton_gives_the_text_of_the_cpu(monkeypatch):
+    assert_same_text(monkeypatch, *pair())
+
+
+@pytest.mark.parametrize("rows", [128, 16])
+def test_fused_passes_give_the_text_of_the_cpu(monkeypatch, called, rows):
+    """All of them, or drafts and not the prompts."""
+    lm, rm = pair()
+    with tuned.using(fused_up_to(rows, lm, rm)):
+        for decoder in (lm, rm):
+            decoder.reserve_fused()
+        assert_same_text(monkeypatch, lm, rm)
+    assert called["qkv_rope"] > 10
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "int4-32"])
+def test_quantised_weights_give_the_text_of_their_matrices(monkeypatch, called, scheme):
+    """Prompts of more rows than are fused go through the single operations."""
+    monkeypatch.setattr(tuned, "MAX_FUSED_ROWS", 16)
+    lm, rm = pair(scheme)
+    assert_same_text(monkeypatch, lm, rm)
+    assert called["qkv_rope"] > 10
 
 
 run_in_interpreter(globals())

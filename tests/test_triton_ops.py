@@ -19,7 +19,7 @@ from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.embedding import embedding_reference
 from stars.kernels.linear import Weight, linear_reference
 from stars.kernels.rms_norm import rms_norm_reference
-from stars.kernels.sample_step import sampling_threshold
+from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.score import score_reference
 from stars.kernels.swiglu import swiglu_reference
 from stars.kernels.take_rows import take_rows_reference
@@ -152,14 +152,15 @@ def test_linear(rows, out_features, in_features, dtype):
     matrix = torch.randn(out_features, in_features, generator=generator(1)).to(dtype)
     for bias in (None, torch.randn(out_features, generator=generator(2)).to(dtype)):
         weight = Weight(matrix, bias, out_features, in_features, deterministic=True)
+        exact = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
+        size = x.double().abs() @ matrix.double().abs().T + 4
         for out_dtype in {dtype, torch.float32}:
-            out = torch.empty(rows, out_features, dtype=out_dtype)
-            linear.linear(x, weight, out)
-            exact = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
-            size = x.double().abs() @ matrix.double().abs().T + 4
             # in_features float32 roundings of the sum at most, and one of the result.
             bound = size * in_features * 2**-24 + exact.abs() * torch.finfo(out_dtype).eps
-            assert bool(((out.double() - exact).abs() <= bound).all())
+            for product in (linear.linear, linear_reference):
+                for given in (weight, Weight(matrix, bias, out_features, in_features))[: 1 + (dtype != out_dtype)]:
+                    product(x, given, out := torch.empty(rows, out_features, dtype=out_dtype))
+                    assert bool(((out.double() - exact).abs() <= bound).all())
         wanted = torch.empty(rows, out_features, dtype=dtype)
         linear_reference(x, weight, wanted)
         linear.linear(x, Weight(matrix, bias, out_features, in_features), out := torch.empty_like(wanted))
@@ -169,17 +170,17 @@ def test_linear(rows, out_features, in_features, dtype):
 @pytest.mark.parametrize("tile", [(16, 32, 256, 4, 4), (16, 16, 512, 4, 4), (16, 128, 128, 8, 4), (128, 64, 64, 4, 4)])
 def test_a_product_in_measured_tiles(monkeypatch, tile):
     """What a card's table may name is the same product; `linear` goes by it, but not where bits must not change."""
-    from stars.kernels.triton import product_table
+    from stars.kernels.triton import tuned
 
     rows, out_features, in_features = 17, 49, 304
     x = torch.randn(rows, in_features, generator=generator(3)).bfloat16()
     matrix = torch.randn(out_features, in_features, generator=generator(4)).bfloat16()
     asked = []
-    monkeypatch.setattr(product_table, "tile", lambda *shape: asked.append(shape) or product_table.Tile(*tile))
+    monkeypatch.setattr(tuned, "plain", lambda *shape: asked.append(shape) or tuned.Tile(*tile))
     monkeypatch.setattr(torch, "mm", None)  # cuBLAS is not asked
     weight = Weight(matrix, None, out_features, in_features)
     linear.linear(x, weight, out := torch.empty(rows, out_features, dtype=torch.bfloat16))
-    assert asked == [(rows, out_features, in_features)]
+    assert asked == [("bf16", rows, out_features, in_features)]
     exact = x.double() @ matrix.double().T
     bound = (x.double().abs() @ matrix.double().abs().T + 4) * in_features * 2**-24
     bound += exact.abs() * torch.finfo(out.dtype).eps
@@ -496,6 +497,28 @@ def test_a_lane_without_a_column_is_ended_and_writes_nothing():
             assert torch.equal(getattr(lanes, name)[1], getattr(expected, name)[1])
 
 
+def test_lanes_that_a_draw_ends_are_told_of():
+    """By a stop id, a limit, NaN, and where no column is left; not those that go on, or had ended before."""
+    logits = torch.full((6, 2100), -math.inf)
+    logits[:, 2099] = 0.0
+    logits[2] = math.nan
+    lanes = make_lanes(6, 1.0, max_steps=3)
+    lanes.stop_ids[0, 2] = 2099
+    lanes.max_tokens[1] = 1
+    lanes.done[3] = 1
+    lanes.steps[4] = 3
+    for _ in range(2):  # what was told stays
+        ended = torch.full((9,), -5, dtype=torch.int32)
+        sample_step.sample_step(logits, same := copy_of(lanes), filters=False, ended=ended)
+        assert ended.tolist() == [1, 1, 1, -5, 1, -5, -5, -5, -5] and same.done.tolist() == [1, 1, 1, 1, 1, 0]
+    reference = torch.zeros(4, dtype=torch.int32)
+    without = LaneState(*(tensor[:4].clone() for tensor in lanes))
+    sample_step_reference(logits[:4], without, ended=reference)
+    assert reference.tolist() == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"ended is torch.int32 \[5\] for 6 lanes"):
+        sample_step.sample_step(logits, lanes, ended=torch.zeros(5, dtype=torch.int32))
+
+
 def test_a_lane_does_not_depend_on_its_company():
     logits = random_logits(0, 5, 4200)
     lanes = make_lanes(5)
@@ -554,6 +577,12 @@ def test_rewards(hidden, dtype):
         # in each of the terms, which add up to about 1.
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5 + (
             0 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps))
+        added, alone = torch.empty_like(ours), (residual + branch)
+        score.score(alone, None, weight, 1e-6, head, room, added)  # as behind the fused chain
+        # The interpreter cuts a sum where torch rounds it; see assert_near.
+        assert dtype == torch.bfloat16 or torch.equal(added, ours)
+        score_reference(alone, None, weight, 1e-6, head, room, wanted)
+        torch.testing.assert_close(added, wanted, rtol=0, atol=1e-5 + 6 * torch.finfo(dtype).eps)
         one = torch.full((1,), -9.0)
         score.score(residual[lanes // 2 :][:1], branch[lanes // 2 :][:1], weight, 1e-6, head, room, one)
         assert torch.equal(one[0], ours[lanes // 2]), "a lane depends on its company"

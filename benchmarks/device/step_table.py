@@ -115,6 +115,6 @@ def bytes_of(bench: Bench, lanes: int) -> dict[str, float]:
     found = {name: float(weight.values.numel() * weight.values.element_size()) for name, weight in of.items()}
     keys = kv_bytes_a_token(bench.lm) / config.num_layers * (bench.context + lanes * SEGMENT / 2)
     hidden, intermediate = lanes * config.hidden_size * size, lanes * config.intermediate_size * size
-    qkv, logits = lanes * layer.qkv.out_features * size, lanes * config.vocab_size * size
+    qkv, logits = lanes * layer.qkv.out_features * size, lanes * config.vocab_size * 4  # float32
     return found | {"attention_kernel": keys, "rms_norm_kernel": 4 * hidden, "swiglu_kernel": 3 * intermediate,
                     "rope_write_kernel": 2 * qkv, "take_rows_kernel": 2 * hidden, "scan_kernel": logits}

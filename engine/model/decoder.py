@@ -1,9 +1,14 @@
-"""The decoder: one class for language models and reward models, a fixed list of operations over fixed buffers."""
+"""The decoder: one class for language models and reward models, two fixed lists of operations over fixed buffers.
+
+The list of single operations runs anywhere. The fused list, on a GPU, is five launches a layer (six where attention
+merges in one of its own) instead of ten: norms, rotation, gate and residual stream are ends of the products. Which of
+them a pass takes depends on its number of rows alone; both read the same weights.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,9 +17,11 @@ from torch import Tensor
 from stars import kernels
 from stars.errors import IntegrityError, ModelError
 from stars.kernels.linear import Weight
-from stars.kernels.types import Batch, LayerKV
+from stars.kernels.types import Batch, LayerKV, SplitSpace, Stream
 from stars.model.config import ModelConfig
+from stars.model.fusing import fusing
 from stars.model.rope import rope_tables
+from stars.model.workspace import Workspace, make_workspace
 from stars.target import target_of
 
 
@@ -31,36 +38,11 @@ class LayerWeights(NamedTuple):
     down: Weight  # [hidden, intermediate]
 
 
-class Workspace(NamedTuple):
-    """Every intermediate of a pass, in the decoder's dtype unless said otherwise; n rows use the first n of each."""
-
-    residual: Tensor  # [max_rows, hidden]
-    picked: Tensor  # [max_rows, hidden] the residual stream of the selected rows
-    normed: Tensor  # [max_rows, hidden]
-    qkv: Tensor  # [max_rows, (heads + 2 * kv_heads) * head_dim]
-    q: Tensor  # [max_rows, heads * head_dim]
-    attended: Tensor  # [max_rows, heads * head_dim]
-    branch: Tensor  # [max_rows, hidden] what attention or MLP adds to the residual stream
-    gate_up: Tensor  # [max_rows, 2 * intermediate]
-    gated: Tensor  # [max_rows, intermediate]
-    hidden: Tensor  # [max_rows, hidden] after the final norm; float32 before a reward head
-
-
 class KVCache(Protocol):
     """What a pass reads keys and values from, and writes them to."""
 
     def layer(self, i: int) -> LayerKV:
         """Those of layer `i`."""
-
-
-def workspace_bytes(config: ModelConfig, rows: int, logits_rows: int, dtype: torch.dtype, scores: bool = False) -> int:
-    """Bytes that a decoder reserves for passes of `rows` rows and logits of `logits_rows`; `scores`: a reward model's.
-    """
-    heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    width = 5 * config.hidden_size + 3 * heads_width + 2 * kv_width + 3 * config.intermediate_size
-    # A reward head reads float32 hidden states.
-    wider = (torch.float32.itemsize - dtype.itemsize) * config.hidden_size if scores else 0
-    return (rows * width + logits_rows * config.vocab_size) * dtype.itemsize + rows * wider
 
 
 class Decoder:
@@ -97,10 +79,20 @@ class Decoder:
         self.max_rows = self.max_logits = 0
         self._reserved: Workspace | None = None
         self._logits: Tensor | None = None
-        self._outgrown: list[Workspace | Tensor] = []
+        self._outgrown: list[Workspace | SplitSpace | Tensor] = []
+        self._split = SplitSpace(torch.empty(0), torch.empty(0))
+        self._fusing = fusing(config, self._ends()) if target_of(self.device.type).triton else None
         self.reserve(max_rows)
+        self.reserve_fused()
         if head is not None:
             self.reserve_logits(max_rows)
+
+    def _ends(self) -> Iterator[tuple[str, Weight]]:
+        """Every product of the fused list: what is fused into it, and its weight."""
+        for layer in self.layers:
+            yield from (("qkv", layer.qkv), ("residual", layer.o), ("swiglu", layer.gate_up), ("residual", layer.down))
+        if self.head is not None:
+            yield "normed", self.head
 
     @property
     def device(self) -> torch.device:
@@ -113,10 +105,14 @@ class Decoder:
             raise ModelError(f"{name} given is on {self.device.type} and the engine on {device}: load it with "
                              f"device={device!r}")
 
-    @property
-    def launches(self) -> int:
-        """Kernels that one pass launches on a GPU: ten a layer, the embedding and the final norm."""
-        return 10 * len(self.layers) + 2
+    def launches(self, rows: int) -> int:
+        """Kernels that a pass of `rows` rows launches on a GPU, at most.
+
+        A layer's are ten or, fused, six: attention's two, and its four products with all that is between them. Besides,
+        there are the embedding and the final norm.
+        """
+        fused = self._fusing is not None and self._fusing.fuses(rows)
+        return (6 if fused else 10) * len(self.layers) + 2
 
     def reserve(self, max_rows: int) -> None:
         """Makes room for passes of `max_rows` rows; does nothing where there is room already.
@@ -126,26 +122,14 @@ class Decoder:
         if max_rows <= self.max_rows:
             return
         self._outgrow(self._reserved)
-        config = self.config
-        heads_width = config.num_heads * config.head_dim
-        kv_width = config.num_kv_heads * config.head_dim
-
-        def buffer(width: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.empty(max_rows, width, dtype=dtype, device=self.device)
-
-        self._reserved = Workspace(
-            residual=buffer(config.hidden_size),
-            picked=buffer(config.hidden_size),
-            normed=buffer(config.hidden_size),
-            qkv=buffer(heads_width + 2 * kv_width),
-            q=buffer(heads_width),
-            attended=buffer(heads_width),
-            branch=buffer(config.hidden_size),
-            gate_up=buffer(2 * config.intermediate_size),
-            gated=buffer(config.intermediate_size),
-            hidden=buffer(config.hidden_size, self.dtype if self.score_head is None else torch.float32),
-        )
+        self._reserved = make_workspace(self.config, max_rows, self.dtype, self.device, self.score_head is not None)
         self.max_rows = max_rows
+
+    def reserve_fused(self) -> None:
+        """Makes room for the passes that are fused by the table in force; to be called again where another is put."""
+        if self._fusing is not None:
+            self._outgrow(self._split)
+            self._split = self._fusing.split_space(self.device)
 
     @property
     def _space(self) -> Workspace:
@@ -153,12 +137,16 @@ class Decoder:
         assert self._reserved is not None
         return self._reserved
 
-    def reserve_logits(self, rows: int) -> None:
-        """Makes room for the logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows."""
-        if rows > self.max_logits:
+    def reserve_logits(self, rows: int) -> Tensor:
+        """Makes room for float32 logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows.
+
+        Returns that room, [at least `rows`, vocab]: growing it later leaves it to whoever holds it.
+        """
+        if self._logits is None or rows > self.max_logits:
             self._outgrow(self._logits)
-            self._logits = torch.empty(rows, self.config.vocab_size, dtype=self.dtype, device=self.device)
+            self._logits = torch.empty(rows, self.config.vocab_size, device=self.device)
             self.max_logits = rows
+        return self._logits
 
     def reserve_positions(self, count: int) -> None:
         """Makes the tables of the rotation reach `count` positions; does nothing where they do already.
@@ -174,7 +162,7 @@ class Decoder:
         self._outgrow(self.sin)
         self.cos, self.sin = rope_tables(self.config.rope, self.config.head_dim, count, self.device)
 
-    def _outgrow(self, buffers: Workspace | Tensor | None) -> None:
+    def _outgrow(self, buffers: Workspace | SplitSpace | Tensor | None) -> None:
         """Programs of libstars hold what they use; a CUDA graph, of another engine perhaps, holds addresses only."""
         if buffers is not None and target_of(self.device.type).triton:
             self._outgrown.append(buffers)
@@ -186,9 +174,14 @@ class Decoder:
         (indices into the batch's rows), in whose case all after the last layer's attention runs for those rows only.
         Raises IntegrityError for more rows than reserved.
         """
-        residual, branch = self._layers(batch, cache, rows)
-        hidden = self._space.hidden[: residual.shape[0]]  # [n, hidden]
-        kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
+        if self._fuses(batch):
+            residual = self._stream(batch, cache, rows).residual
+            hidden = self._space.hidden[: residual.shape[0]]  # [n, hidden]
+            kernels.rms_norm(residual, self.final_norm, self.config.rms_norm_eps, hidden)
+        else:
+            residual, branch = self._layers(batch, cache, rows)
+            hidden = self._space.hidden[: residual.shape[0]]
+            kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
         return hidden
 
     def score(self, batch: Batch, cache: KVCache, last: Tensor, rewards: Tensor) -> None:
@@ -198,15 +191,19 @@ class Decoder:
         """
         if self.score_head is None:
             raise ModelError("this model has no reward head: load it with head='reward'")
-        residual, branch = self._layers(batch, cache, last)
+        branch = None
+        if self._fuses(batch):
+            residual = self._stream(batch, cache, last).residual
+        else:
+            residual, branch = self._layers(batch, cache, last)
         kernels.score(residual, branch, self.final_norm, self.config.rms_norm_eps, self.score_head,
                       self._space.hidden[: residual.shape[0]], rewards)
 
     def _layers(self, batch: Batch, cache: KVCache, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The residual stream and the last branch, not added to it yet, of all rows or of `rows`: both [n, hidden]."""
-        count = batch.token_ids.shape[0]
-        wanted = count if rows is None else rows.shape[0]
-        self._check_rows(max(count, wanted))
+        """The list of single operations: the residual stream and the last branch, not added to it yet, of all rows or
+        of `rows`: both [n, hidden].
+        """
+        count, wanted = self._count(batch, rows)
         config, space = self.config, self._space
         eps = config.rms_norm_eps
         residual = space.residual[:count]  # [count, hidden]
@@ -227,15 +224,10 @@ class Decoder:
                 kernels.rms_norm(branch, layer.input_norm, eps, normed, residual)
             kernels.linear(normed, layer.qkv, qkv)
             kernels.rope_write(qkv, batch, self.cos, self.sin, kv, q, layer.q_norm, layer.k_norm, eps)
-            kernels.attention(
-                q, kv, batch, config.attention_scale, attended_heads, config.sliding_window[index],
-                config.attention_softcap,
-            )
+            self._attend(index, q, kv, batch, attended_heads)
             if rows is not None and index == last:
-                picked_attended = space.q[:wanted]  # the queries are spent: their buffer takes the selected rows
-                kernels.take_rows(attended, rows, picked_attended)
-                kernels.take_rows(residual, rows, space.picked[:wanted])
-                attended, residual, normed = picked_attended, space.picked[:wanted], space.normed[:wanted]
+                attended, residual = self._pick(rows, attended, residual)
+                normed = space.normed[:wanted]
                 branch, gate_up, gated = space.branch[:wanted], space.gate_up[:wanted], space.gated[:wanted]
             kernels.linear(attended, layer.o, branch)
             kernels.rms_norm(branch, layer.mlp_norm, eps, normed, residual)
@@ -244,22 +236,89 @@ class Decoder:
             kernels.linear(gated, layer.down, branch)
         return residual, branch
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits of hidden [n, hidden]: [n, vocab] in `out`, or in the workspace.
+    def _fuses(self, batch: Batch) -> bool:
+        """Whether a pass takes the fused list; by its number of rows."""
+        return self._fusing is not None and self._fusing.fuses(batch.token_ids.shape[0])
 
-        Raises ModelError for a model without a language model head.
+    def _stream(self, batch: Batch, cache: KVCache, rows: Tensor | None) -> Stream:
+        """The fused list: the residual stream after the last layer, scaled for the final norm; all rows, or `rows`."""
+        count, wanted = self._count(batch, rows)
+        config, space, split = self.config, self._space, self._split
+        eps = config.rms_norm_eps
+        stream = Stream(space.residual[:count], space.normed[:count], space.squares[:count])
+        q = space.q[:count].view(count, config.num_heads, config.head_dim)
+        attended = space.attended[:count]  # [count, heads * head_dim]
+        attended_heads = attended.view(count, config.num_heads, config.head_dim)
+        gated = space.gated[:count]
+        gains = [*(layer.input_norm for layer in self.layers), self.final_norm]
+
+        kernels.embedding_scaled(batch.token_ids, self.embedding, gains[0], stream)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            kv = cache.layer(index)
+            kernels.qkv_rope(stream, layer.qkv, eps, batch, self.cos, self.sin, kv, q, layer.q_norm, layer.k_norm,
+                             split)
+            self._attend(index, q, kv, batch, attended_heads)
+            if rows is not None and index == last:
+                attended, residual = self._pick(rows, attended, stream.residual)
+                stream = Stream(residual, space.normed[:wanted], space.squares[:wanted])
+                gated = space.gated[:wanted]
+            kernels.linear_residual(attended, layer.o, layer.mlp_norm, stream, split)
+            kernels.linear_swiglu(stream, layer.gate_up, eps, gated, split)
+            kernels.linear_residual(gated, layer.down, gains[index + 1], stream, split)
+        return stream
+
+    def _attend(self, index: int, q: Tensor, kv: LayerKV, batch: Batch, out: Tensor) -> None:
+        config = self.config
+        kernels.attention(q, kv, batch, config.attention_scale, out, config.sliding_window[index],
+                          config.attention_softcap)
+
+    def _pick(self, rows: Tensor, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention's results and the residual stream of `rows`, behind the last layer's attention."""
+        # The queries are spent: their buffer takes the selected rows.
+        taken = self._space.q[: rows.shape[0]], self._space.picked[: rows.shape[0]]
+        kernels.take_rows(attended, rows, taken[0])
+        kernels.take_rows(residual, rows, taken[1])
+        return taken
+
+    def _count(self, batch: Batch, rows: Tensor | None) -> tuple[int, int]:
+        """Rows of a pass, and of what it returns; IntegrityError for more than reserved."""
+        count = batch.token_ids.shape[0]
+        wanted = count if rows is None else rows.shape[0]
+        if max(count, wanted) > self.max_rows:
+            raise IntegrityError(f"a pass of {max(count, wanted)} rows exceeds the {self.max_rows} reserved: "
+                                 f"reserve({max(count, wanted)}) first")
+        return count, wanted
+
+    def draft_logits(self, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Tensor:
+        """The forward pass and the head, of all rows: logits float32 [rows, vocab], in `out` or where the next ones
+        overwrite them.
+
+        Raises IntegrityError for more rows than reserved, ModelError for a model without a language model head.
         """
-        if self.head is None:
-            raise ModelError("this model has no language model head: load it with head='lm'")
-        if out is None:
-            if hidden.shape[0] > self.max_logits:
-                raise IntegrityError(f"logits of {hidden.shape[0]} rows exceed the {self.max_logits} reserved: "
-                                     f"reserve_logits({hidden.shape[0]}) first")
-            assert self._logits is not None
-            out = self._logits[: hidden.shape[0]]
-        kernels.linear(hidden, self.head, out)
+        if not self._fuses(batch):
+            return self.logits(self.forward(batch, cache), out)
+        head, out = self._head(batch.token_ids.shape[0], out)
+        kernels.linear_normed(self._stream(batch, cache, None), head, self.config.rms_norm_eps, out, self._split)
         return out
 
-    def _check_rows(self, rows: int) -> None:
-        if rows > self.max_rows:
-            raise IntegrityError(f"a pass of {rows} rows exceeds the {self.max_rows} reserved: reserve({rows}) first")
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits of hidden [n, hidden]: float32 [n, vocab], in `out` or in the workspace.
+
+        Raises IntegrityError for more rows than reserved, ModelError for a model without a language model head.
+        """
+        head, out = self._head(hidden.shape[0], out)
+        kernels.linear(hidden, head, out)
+        return out
+
+    def _head(self, rows: int, out: Tensor | None) -> tuple[Weight, Tensor]:
+        """The language model head, and the room for its logits of `rows` rows: `out`, or the workspace's."""
+        if self.head is None:
+            raise ModelError("this model has no language model head: load it with head='lm'")
+        if out is not None:
+            return self.head, out
+        if rows > self.max_logits:
+            raise IntegrityError(f"logits of {rows} rows exceed the {self.max_logits} reserved: "
+                                 f"reserve_logits({rows}) first")
+        assert self._logits is not None
+        return self.head, self._logits[:rows]

@@ -2,8 +2,8 @@
 
     out = x @ weight.T + bias
 
-`linear` is torch.mm or torch.addmm with out=: no allocation, so it can be captured. Bytes of a small batch: the
-weights, once.
+`linear` is torch.mm or torch.addmm with out=: no allocation, so it can be captured. A float32 `out` of 16-bit operands
+takes the float32 sums as they are, in torch.mm too. Bytes of a small batch: the weights, once.
 
 `linear_invariant` adds up the products of a row in one fixed order. The tile is the same at any number of rows, the
 loop over the inner dimension runs from its start to its end in one program, and rows that are not there count as zero.
@@ -19,12 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from stars.kernels.linear import Weight
-from stars.kernels.triton import product_table
-from stars.kernels.triton.product_table import Tile
+from stars.kernels.triton import tuned
+from stars.kernels.triton.tuned import Tile
 from stars.kernels.triton.variant import Variant
 
 BLOCK_ROWS = 64  # the least that Hopper's matrix instruction takes
 BLOCK_FEATURES = 32  # so that 4096 features are 128 programs, one for each processor
+
+WIDENS = "dtype_out" in torch.ops.aten.mm.overloads()
+"""Whether torch's product of 16-bit matrices, on a GPU, takes an `out` of float32."""
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -63,15 +66,19 @@ def linear_kernel(x, weight, bias, out, rows, x_stride, out_stride, OUT_FEATURES
 
 
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """As `stars.kernels.linear`. The kernel takes weights packed as deterministic, tensors of different types, and what
-    the card's table says that it is faster at."""
+    """As `stars.kernels.linear`. The kernel takes weights packed as deterministic, tensors of types that the library
+    does not, and what the card's table says that it is faster at."""
     matrix, bias = weight.values, weight.bias
-    same = x.dtype == matrix.dtype == out.dtype and (bias is None or bias.dtype == x.dtype)
-    measured = product_table.tile(x.shape[0], *matrix.shape) if same and x.element_size() == 2 else None
-    if weight.deterministic or not same:
+    alike = x.dtype == matrix.dtype and (bias is None or bias.dtype == x.dtype)
+    widened = out.dtype == torch.float32 and x.element_size() == 2  # logits: rounded to 16 bits, they would have ties
+    library = alike and (out.dtype == x.dtype or (widened and bias is None and WIDENS and x.is_cuda))
+    measured = tuned.plain(tuned.scheme(weight), x.shape[0], *matrix.shape) if library else None
+    if weight.deterministic or not library:
         linear_invariant(x, weight, out)
     elif measured is not None:
         launch(x, weight, out, measured)
+    elif widened:
+        torch.mm(x, matrix.t(), out_dtype=torch.float32, out=out)
     elif bias is None:
         torch.mm(x, matrix.t(), out=out)
     else:
