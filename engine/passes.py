@@ -16,15 +16,12 @@ from stars.kernels.graph import Graphs, Part
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import ModelSizes, pass_rows, table_width
+from stars.sizes import MAX_CLOSING, ModelSizes, pass_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
 """Rows of a sequence, on average, from which on a library may run a prefill pass: it has the keys gathered first, a
 shared beginning once for every sequence."""
-
-MAX_CLOSING = 32
-"""Closing tokens that a span which trails a draft may have."""
 
 
 class DraftedPart(NamedTuple):

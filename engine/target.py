@@ -58,10 +58,9 @@ class Target(NamedTuple):
 #
 # Ridge rows: from which on a pass over the weights is bound by arithmetic rather than by reading them.
 #
-# Reward lag: a last token whose keys wait for the next score is a row more of every candidate, and four candidates of 32
-# tokens would no longer be the 128 rows that a pass is made for. On the CPU, where no pass is filled up, it is one row in
-# 33, and there the bits of a reward stay those of a score that starts with that token: attention adds up what lies in
-# pages and what lies in a slab apart.
+# Reward lag: a last token whose keys wait for the next score is a row more of every candidate, and four candidates of
+# 32 tokens would not be the 128 rows that a pass is made for. On the CPU, where no pass is padded, it is one row in 33,
+# and there a reward's bits are those of a score that starts with that token: attention adds up pages and slab apart.
 #
 # Widths: measuring them compiles and captures steps on a GPU. On the CPU a step of a large model can take seconds.
 

@@ -120,9 +120,9 @@ class Draft(NamedTuple):
 class TrailingRows(NamedTuple):
     """The rows of a pass that trails a draft, whose sequences take their tokens from it; changed by `append_draft`.
 
-    The rows after row_start[s] are for a sequence's segment and its closing tokens; what they do not need stays 0 and is
-    run for nothing. Row row_start[s] itself holds the token before the segment, or belongs to another sequence; -1 where
-    the segment begins in row 0.
+    The rows after row_start[s] are for a sequence's segment and its closing tokens; what they do not need stays 0 and
+    is run for nothing. Row row_start[s] itself holds the token before the segment, or belongs to another sequence; it
+    is -1 where the segment begins in row 0.
     """
 
     lanes: Tensor  # int32 [sequences] lane of the draft, or -1: the sequence is left alone

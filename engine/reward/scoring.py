@@ -10,10 +10,11 @@ from stars.cache import BlockTable, CommitMove
 from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
 from stars.model.tokenizer import REPLACEMENT
-from stars.passes import MAX_CLOSING, DraftedPart, Span
+from stars.passes import DraftedPart, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Progress, Scored, TrailingCandidate
 from stars.reward.session import Handle, Session, SessionReward
+from stars.sizes import MAX_CLOSING
 
 
 class Plan(NamedTuple):
@@ -61,8 +62,8 @@ class ScoringReward(SessionReward):
         return True
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
-        """As many candidates as fill one pass over the weights; where a pass is filled up with idle rows, as many as fit
-        the rows it is made for."""
+        """As many candidates as fill one pass over the weights; where a pass is padded, as many as fit the rows it is
+        made for."""
         ridge = self.target.ridge_rows
         if not self.target.padded:
             return max(1, math.ceil(ridge / max(1, tokens * responses)))
@@ -139,7 +140,8 @@ class ScoringReward(SessionReward):
                          token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for a pass that trailed a draft, by which the responses became `token_ids`."""
         rewards = self._passes.rewards(len(plans))
-        drawn, unread = [], []
+        drawn: list[Plan] = []
+        unread: list[int] = []
         for plan, response in zip(plans, token_ids, strict=True):
             ids, content = self._ids(plan.session, response, None)
             start = min(plan.start, len(ids) - 1)
