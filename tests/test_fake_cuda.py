@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import stars
 from stars.kernels import graph, prefill_attention
@@ -131,6 +132,24 @@ if FAKED:
         params = stars.SamplingParams(max_tokens=draw.randint(8, 64), seed=index, **draw.choice(kinds))
         length = draw.choice((draw.randint(2, 40), draw.randint(40, 256), draw.randint(256, 600)))
         return {"prompt_token_ids": draw.choices(range(20, 200), k=length)}, params, policy
+
+    def test_caches_take_what_memory_leaves(monkeypatch):
+        """Of a small card: both the most tokens that fit, slabs of a segment, as the pair reads the same ids."""
+        with fake_cuda.gpu():
+            seen = []
+            for free in (1.9, 1.8):
+                monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (int(free * 2**30), 2 << 30))
+                engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", prefill_backend="triton")
+                caches = engine._cache, engine.reward.cache
+                assert {cache.k_pages.shape[1] for cache in caches} == {engine.config.cache_tokens}
+                assert {cache.slab_len for cache in caches} == {128} and engine.config.max_model_len == 1024
+                seen.append((engine.config.cache_tokens, sum(cache.k_pages.nbytes for cache in caches)))
+            assert seen[1][0] > 2048 and seen[0][0] < 64 * 1024  # more would not be used
+            # A tenth of a GiB more is in pages, to less than a page: of keys, and as many values.
+            page = 2 * sum(cache.k_pages.nbytes // cache.num_pages for cache in caches)
+            assert abs(2 * (seen[0][1] - seen[1][1]) - 0.1 * 2**30) < page
+            decode(engine, 40, 0.2)
+            engine.check_integrity()
 
     def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
         """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them
