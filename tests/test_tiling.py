@@ -42,13 +42,13 @@ def check_work(work, plan: Plan, row_start, seq_group, keys, kind, heads_per_kv)
         assert tiles.setdefault(tile_row, [(place, tile_rows, parts, arrivals), 0])[0] == (place, tile_rows, parts, arrivals)
         tiles[tile_row][1] += 1
         assert tile_row <= first and first + count <= tile_row + tile_rows and 0 < count and 0 <= split <= splits
-        assert count * heads_per_kv <= (plan.width if split < splits else plan.slab_width)
+        assert count * heads_per_kv <= plan.width and (split < splits or not plan.lanes or count <= plan.lanes)
         for row in range(first, first + count):
             if split < splits:
                 assert seq_group[sequence_of[row]] == owner and begin % tiling.KEYS_MULTIPLE == 0
                 covered[row][begin : min(end, seen[row])] += 1
             else:
-                assert into_slab and sequence_of[row] == owner
+                assert into_slab and sequence_of[row] == owner + (row - first if plan.lanes else 0)
                 slabs[row] += 1
             if parts > 1:
                 at = place + split * tile_rows + row - tile_row
@@ -128,7 +128,7 @@ def test_what_is_sent_is_the_list_and_an_older_longer_one_does_not_show(tiling_o
     starts, groups, keys = [0, 1, 2, 3], [0, 0, 1], [1000, 990, 17]
     tiles = made.fill(4, starts, groups, "draft", keys)
     count = int(tiles.items[0, 0])
-    plan = Plan(tiles.width, tiles.slab_width, tiles.split_keys)
+    plan = Plan(tiles.width, tiles.lanes, tiles.split_keys)
     work = tiling.work(starts, tiling.groups_of(groups, keys), "draft", 32, 8, plan, 132)
     assert tiles.items[1 : 1 + count].tolist() == work.items.tolist()
     assert tiles.row_seq[:3].tolist() == [0, 1, 2] and tiles.items.shape[1] == FIELDS

@@ -180,7 +180,7 @@ def _bits(record: Record, settings: Settings, kind: str) -> None:
     exact, theirs = plain(case, None, None, torch.float64), plain(case, None, None, torch.bfloat16)
     for width in (16, 64, 128):
         for split_keys in (128, 256, 1024, 0):
-            plan = tiling.Plan(width, 16 if PASSES[kind] == "draft" else width, split_keys)
+            plan = tiling.Plan(width, tiling.lanes(width, PASSES[kind], 128, False), split_keys)
             out = launched(ops, with_plan(case, plan, PASSES[kind]))
             within(record, f"attention {kind}, tiles of {width}, ranges of {split_keys or 'any'} keys", out, theirs, exact)
     starts, groups = case.batch.row_start.tolist(), _groups(case)

@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     """The numbers of `Tiles` that say how work is divided."""
 
     width: int
-    slab_width: int
+    lanes: int
     split_keys: int
 
 
@@ -139,15 +139,22 @@ def plan(
             count = row_start[group.stop] - row_start[group.start]
             saved += (group.keys + 1) * (-(-count // narrow) - WIDE_COST * -(-count // wide))
         width = possible[saved > 0]
-    return plan_of(width, kind, capacity, deterministic)
+    return plan_of(width, kind, head_dim, float32, capacity, deterministic)
 
 
-def plan_of(width: int, kind: Kind, capacity: int, deterministic: bool) -> Plan:
+def plan_of(width: int, kind: Kind, head_dim: int, float32: bool, capacity: int, deterministic: bool) -> Plan:
     """The plan of a pass whose tiles are so wide."""
     split_keys = 0
     if deterministic:  # partial results of long chunks would be large; their programs fill a card as they are
         split_keys = -(-capacity // FIXED_SPLITS // SPLIT_MULTIPLE) * SPLIT_MULTIPLE if kind != "prefill" else 1 << 30
-    return Plan(width, NARROW if kind == "draft" else width, split_keys)
+    return Plan(width, lanes(width, kind, head_dim, float32), split_keys)
+
+
+def lanes(width: int, kind: Kind, head_dim: int, float32: bool) -> int:
+    """Lanes of a draft whose slabs are an item together, one a warp; 0 where slabs are items of one sequence each."""
+    if kind != "draft":
+        return 0
+    return 1 if float32 or head_dim > 128 else 8 if width > 64 else 4
 
 
 def range_keys(ends: Sequence[int], kv_heads: int, multiprocessors: int) -> int:
@@ -182,12 +189,15 @@ def work(
             spans.append((group, row, after - row, keys - (end - after) * hidden))
     ends = [span[3] for span in spans]
     length = plan.split_keys or range_keys(ends, kv_heads, min(multiprocessors, MAX_PROCESSORS))
-    pieces = [] if kind == "draft" or not into_slab else _pieces(row_start, spans)
-    counts = [len(of_tile) for of_tile in pieces] if pieces else [span[2] * into_slab for span in spans]
+    pieces = [] if plan.lanes or not into_slab else _pieces(row_start, spans)
+    if plan.lanes:
+        counts = [-(-span[2] // plan.lanes) for span in spans]
+    else:
+        counts = [len(of_tile) for of_tile in pieces] if into_slab else [0] * len(spans)
     tiles = []
     place = 0
     for (group, row, rows, end), count in zip(spans, counts, strict=True):
-        splits = -(-end // length)
+        splits = max(1, -(-end // length))
         parts = splits + into_slab
         tiles.append((group, row, rows, 0, end, 0, splits, place, row, rows, splits + count, parts))
         if parts > 1:
@@ -209,8 +219,11 @@ def work(
         if pieces:
             slabs[:, :3] = [piece for of_tile in pieces for piece in of_tile]
         else:  # a row a sequence
-            slabs[:, 0] = slabs[:, 1] = np.arange(len(slabs))
-            slabs[:, 2] = 1
+            ahead = np.array(counts)
+            skipped = (np.arange(len(slabs)) - (ahead.cumsum() - ahead).repeat(ahead)) * plan.lanes
+            slabs[:, 1] += skipped
+            slabs[:, 0] = slabs[:, 1]
+            np.minimum(slabs[:, 2] - skipped, plan.lanes, out=slabs[:, 2])
         items = np.concatenate((ranges, slabs))
     row_parts = None
     if plan.width != NARROW:
