@@ -8,21 +8,15 @@ from typing import NamedTuple
 import torch
 
 from stars.config import EngineConfig
+from stars.kernels.graph import LATER_BYTES, LAUNCH_BYTES
 from stars.kernels.linear import SCHEMES
-from stars.kernels.triton.tiles import max_workspace
+from stars.kernels.triton.tiles import Kind, max_workspace
 from stars.model.config import ModelConfig
 from stars.model.fusing import split_bytes
 from stars.model.workspace import workspace_bytes
-from stars.target import BUCKETS
 
 LIBRARIES = 1 << 30
 """Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, what torch's allocator rounds up."""
-
-LAUNCH_BYTES = 64 << 10
-"""Of a GPU's memory that the driver keeps for one captured launch: 10 to 64 KiB, see benchmarks/NOTES.md."""
-
-CAPTURED_PASSES = 2 * len(BUCKETS)
-"""Passes of one kind, drafts or others, that stay captured: two shapes of attention for every number of rows."""
 
 MAX_CLOSING = 32
 """Closing tokens that are reckoned with where a chat template says them: of a span which trails a draft at most."""
@@ -70,15 +64,28 @@ def pass_rows(config: EngineConfig, sizes: ModelSizes) -> int:
     return max(config.chunk, sizes.slab_len)
 
 
+def padded_rows(config: EngineConfig, sizes: ModelSizes) -> int:
+    """The same, idle ones included."""
+    return max(config.target.rows(pass_rows(config, sizes), kind) for kind in ("prefill", "score"))
+
+
 def table_width(config: EngineConfig, sizes: ModelSizes) -> int:
     """Pages of the longest text: entries of a row of the block tables."""
     return math.ceil(sizes.max_positions / config.page_size)
 
 
-def graph_bytes(shape: ModelConfig) -> int:
-    """Of a GPU's memory for the captured passes of one kind over a model of this shape, as long as it has at most ten
-    launches a layer and ten besides."""
-    return CAPTURED_PASSES * 10 * (shape.num_layers + 1) * LAUNCH_BYTES
+def captured_passes(config: EngineConfig, sizes: ModelSizes) -> int:
+    """Passes of one model that are captured at start-up: two widths of attention's tiles for each number of rows."""
+    most: dict[Kind, int] = {"prefill": pass_rows(config, sizes)}
+    most |= {"draft": sizes.max_lanes} if sizes.max_lanes else {"score": pass_rows(config, sizes)}
+    return 2 * sum(len(config.target.shapes(kind, rows)) for kind, rows in most.items())
+
+
+def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes) -> int:
+    """Of a GPU's memory for what is captured of a model of this shape, at most: ten launches a layer and ten besides,
+    among which are those of draws, at start-up; and what its passes and its drafts may capture later."""
+    later = LATER_BYTES * (2 if sizes.max_lanes else 1)
+    return captured_passes(config, sizes) * 10 * (shape.num_layers + 1) * LAUNCH_BYTES + later
 
 
 def history_entries(config: EngineConfig, vocab_size: int) -> int:
@@ -100,10 +107,11 @@ class Occupant(NamedTuple):
 def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int = 0) -> dict[str, int]:
     """Bytes of GPU memory that an engine over `models` takes, by what for; `reward`: of one in no cache of ours."""
     target = config.target
-    needed = {}
+    needed, graphs = {}, 0
     for name, (shape, dtype, weight_bytes, drafts, slab_len, backend) in models.items():
         sizes = language_model(config) if drafts else reward_model(shape, config, slab_len)
-        rows, lanes = target.rows(pass_rows(config, sizes)), target.rows(sizes.max_lanes) if drafts else 0
+        rows, lanes = padded_rows(config, sizes), target.rows(sizes.max_lanes, "draft") if drafts else 0
+        graphs += graph_bytes(config, shape, sizes)
         needed[f"{name}'s weights"] = weight_bytes
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + sizes.num_slabs * sizes.slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(
@@ -117,7 +125,7 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int 
         if drafts:
             needed["the words that penalties count"] = 8 * history_entries(config, shape.vocab_size)
     needed["the reward"] = reward
-    needed["captured graphs"] = sum((2 if model.drafts else 1) * graph_bytes(model.config) for model in models.values())
+    needed["captured graphs"] = graphs
     needed["libraries"] = LIBRARIES
     return needed
 

@@ -13,8 +13,8 @@ from held import bytes_of
 from stars.model.decoder import Decoder
 from stars.model.loader import DTYPES
 from stars.reward import CausalReward
-from stars.sizes import LIBRARIES, Occupant, graph_bytes, needed_bytes
-from stars.target import CUDA
+from stars.sizes import LIBRARIES, Occupant, needed_bytes
+from stars.target import CUDA, ROWS
 from toy import ToyModel
 
 POSITIONS = 4096
@@ -42,7 +42,7 @@ def decoder(model: ToyModel, dtype: torch.dtype) -> Decoder:
 @pytest.fixture
 def built(monkeypatch):
     """(engine, its reward, what was said) for sizes; the engine as a GPU's, but in this machine's memory."""
-    work_as(monkeypatch, PADDED._replace(measures_widths=False))
+    work_as(monkeypatch, PADDED)
 
     def build(dtype: str = "float32", deterministic: bool = False, prefill: str = "triton", **sizes):
         monkeypatch.setattr("stars.reward.causal.check_row_invariance", lambda decoder, target: None)
@@ -73,11 +73,16 @@ def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
     assert said["the language model's cache"] == caches(engine._cache)
     assert said["the reward model's cache"] == caches(reward.cache)
     assert said["the language model's weights"] == 1000 and said["the reward model's weights"] == 10
-    assert said["captured graphs"] == 2 * graph_bytes(engine.model_config) + graph_bytes(reward.decoder.config)
     drafter = engine._round.drafter
+    lanes = len(drafter._buffers["done"])
+    shapes = {"draft": sum(rows <= lanes for rows in ROWS["draft"]) + max(0, lanes - 256) // 128, "score": 10,
+              "prefill": 5}
+    passes = {shape: 2 * sum(shapes[kind] for kind in kinds) for shape, kinds in (
+        (engine.model_config, ("draft", "prefill")), (reward.decoder.config, ("score", "prefill")))}
+    assert said["captured graphs"] == (3 << 25) + sum(
+        count * 10 * (shape.num_layers + 1) << 16 for shape, count in passes.items())
     assert said["the words that penalties count"] == drafter._history["entries"].nbytes
     triton = pytest.importorskip("stars.kernels.triton.sample_step")
-    lanes = drafter._buffers["done"].shape[0]
     sampler = triton.make_workspace(lanes, LM["vocab"], torch.device("cpu"))
     lm, rm = engine._passes.decoder, reward.decoder
     taken = {

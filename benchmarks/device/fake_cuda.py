@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ MAPPED = {("finish_kernel", "ended")}
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
 
 faults: list[str] = []
-events: Counter[str] = Counter()  # launches, replays, captures, waits, transfers
+events: Counter[str] = Counter()  # launches, replays, captures, compiled kernels, waits, transfers
+launched: Counter[str] = Counter()  # outside of captures, by kernel
 mode = FakeTensorMode(allow_non_fake_inputs=True)
 draw = np.random.default_rng(0)
 on_variant: Callable[[JITFunction, tuple, dict], None] | None = None  # told of every kernel to be compiled
@@ -119,8 +121,10 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
         faults.append(f"{name} is compiled during a capture")
     if on_variant is not None and kind not in _compiled:
         on_variant(self, args, kwargs)
+    events["compile"] += kind not in _compiled
     _compiled.add(kind)
     events["launch"] += not _capturing
+    launched[name] += not _capturing
 
 
 class FakeBuffers(buffers.Buffers):
@@ -163,6 +167,11 @@ class FakeBuffers(buffers.Buffers):
             host["rewards"][:] = draw.normal(size=host["rewards"].shape)
 
 
+def capturing() -> bool:
+    """Whether a capture is under way."""
+    return _capturing
+
+
 def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:
     """In place of pinned memory: what kernels are given is fake, and what the host reads says that no lane has ended.
     """
@@ -178,6 +187,7 @@ def install() -> None:
     cuda.is_available, cuda.current_device = lambda: True, lambda: 0
     cuda.get_device_name = lambda *device: os.environ.get("STARS_FAKE_GPU", "none")  # whose product table is meant
     cuda.get_device_capability, cuda.mem_get_info = lambda *device: (9, 0), lambda *device: (70 << 30, 80 << 30)
+    cuda.get_device_properties = lambda *device: SimpleNamespace(multi_processor_count=132)
     cuda.is_current_stream_capturing = lambda: _capturing
     cuda.Event, cuda.CUDAGraph, cuda.Stream, cuda.graph_pool_handle = Event, Graph, Stream, object
     cuda.current_stream = lambda *device: Stream()

@@ -9,6 +9,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.errors import RequestError, RewardError
+from stars.kernels.types import Draft
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
@@ -90,6 +91,11 @@ class CausalReward(ScoringReward):
             self._passes = Passes(self.decoder, self.cache, config, sizes)
         self.vocab_size = shape.vocab_size
         self.slack = 0 if self.same_vocabulary else REENCODE_SLACK
+
+    def warm_up(self, draft: Draft) -> None:
+        """Captures every shape of a pass."""
+        with self.decoder.lock:
+            self._passes.warm_up(draft)
 
     def _framing(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> Framing:
         """Compares vocabularies; RewardError where they cannot be compared or do not match."""
