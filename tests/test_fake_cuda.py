@@ -139,7 +139,8 @@ if FAKED:
         a round with prompts in it replays, too."""
         rows = []
         prefill = Passes.prefill
-        monkeypatch.setattr(Passes, "prefill", lambda *given: (rows.append((given[0], prefill(*given))), rows[-1][1])[1])
+        monkeypatch.setattr(Passes, "prefill", lambda *given: (
+            rows.append((given[0], prefill(*given))), rows[-1][1])[1])
         with fake_cuda.gpu():
             engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
                                   max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton",
