@@ -118,7 +118,9 @@ class ScoringReward(SessionReward):
             start = _common(session, ids, len(ids) - 1)
             rows.append(len(ids) - start)
             plans.append(Plan(session, session.table, ids, content, start, rows[-1]))
-        if max(rows) > self.cache.slab_len or not self._passes.fits(rows):
+        # What is longer is run in passes of captured shapes, one after the other.
+        if (max(rows) > self.cache.slab_len or not self._passes.fits(rows)
+                or sum(rows) > self.target.captured_score):
             return None
         slabs = [self.cache.take_slab() for _ in plans]
         ahead = AheadScores(self, plans, slabs)
