@@ -83,8 +83,8 @@ def settings(head_dim: int, dtype: torch.dtype, width: int, capability: int = 90
     # tensor memory, and masked columns (80, 96) then take the last ones.
     num_warps = 8 if width * columns >= (64 if capability >= 100 else 128) * 128 else 4
     by_warps = columns <= 128  # else the sums of a warp, [16, columns], leave no registers
-    # sm_80 holds a block in registers, and less in shared memory.
-    small = capability < 90 and (width * columns > 64 * 128 or columns > 128)
+    # Of the widest, blocks of 64 take all shared memory and the last registers; sm_80 holds a block in registers.
+    small = columns > 128 or capability < 90 and width * columns > 64 * 128
     return Settings(32 if small else 64, num_warps, 3, by_warps, 64, 255)
 
 

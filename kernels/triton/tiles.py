@@ -305,7 +305,7 @@ def build_as(
     if found.row_parts is not None:
         row_parts[:] = found.row_parts
     row_seq = np.repeat(np.arange(len(row_start) - 1, dtype=np.int32), np.diff(row_start))
-    row_seq, row_parts, items = (torch.from_numpy(array).to(device) for array in (row_seq, row_parts, items))
-    return Tiles(row_seq, row_parts, items, *plan, count,
+    tensors = [torch.from_numpy(array).to(device) for array in (row_seq, row_parts, items)]
+    return Tiles(tensors[0], tensors[1], tensors[2], *plan, count,
                  torch.empty(found.places * heads * (head_dim + 1), dtype=torch.float32, device=device),
                  torch.zeros(rows * kv_heads, dtype=torch.int32, device=device))
