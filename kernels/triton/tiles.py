@@ -2,8 +2,9 @@
 
 A tile is a run of adjacent rows of one group, lanes of one request, which read the same pages. The query heads that
 share a KV head (H of them) are packed with the rows: a tile of R rows is a matrix of R * H query vectors, at most
-`width`, so R = width // H. Its page keys are divided into `splits` ranges, of which a long context has many and a short
-one has one; its slab keys are a part more, by sequences: no piece of that crosses a sequence or a tile.
+`width`, so R = width // H. Its page keys are divided into ranges, of which a long context has many and a short one has
+one; its slab keys are a part more. Of that, a piece holds rows of one sequence, or where each has one row, `lanes` of
+them; no piece crosses a tile.
 
 The list of work has one item for every range of a tile, and for every piece of a slab. A program takes an item and a KV
 head at a time, so a captured graph fixes how wide tiles are and how many programs walk the list, and nothing of what is
@@ -48,7 +49,7 @@ WIDE_COST = 1.5
 FIELDS = 12
 """int32 numbers of an item: group (of a slab: sequence); first row; rows; first key; end of keys; number of the range
 (of a slab: `splits`); ranges of the tile; the tile's place in the workspace, in rows; its first row; its rows; items
-of the tile; unused. The list begins with an entry as long, which holds the number of items."""
+of the tile; its parts. The list begins with an entry as long, which holds the number of items."""
 
 Kind = Literal["draft", "score", "prefill"]
 """Of a pass: one row a sequence after its slab, rows into slabs, rows into pages."""
