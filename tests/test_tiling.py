@@ -1,4 +1,4 @@
-"""The list of work of attention on a GPU: every key of every row once, few shapes, and the bounds that memory rests on."""
+"""The list of work of attention on a GPU: every key of every row once, few shapes, and memory's bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ KINDS = ("draft", "score", "prefill")
 def random_batch(draw: np.random.Generator, kind: str, most_rows: int = 600):
     """(row_start, seq_group, keys): lanes of one row or spans of many, few groups or many, contexts alike or not."""
     sequences = int(draw.integers(1, 40))
-    counts = np.ones(sequences, int) if kind == "draft" else draw.integers(1, draw.choice([2, 34, most_rows]), sequences)
+    counts = np.ones(sequences, int) if kind == "draft" else draw.integers(
+        1, draw.choice([2, 34, most_rows]), sequences)
     groups = np.unique(np.sort(draw.integers(0, draw.choice([1, 3, sequences]), sequences)), return_inverse=True)[1]
     longest = np.minimum(draw.lognormal(6, draw.choice([0, 1, 3]), sequences), CAPACITY - counts).astype(int)
     keys = longest * (draw.random(sequences) < 0.9)  # some see no page key
@@ -39,7 +40,8 @@ def check_work(work, plan: Plan, row_start, seq_group, keys, kind, heads_per_kv)
     slabs, taken, tiles = np.zeros(rows, int), set(), {}
     for owner, first, count, begin, end, split, splits, place, tile_row, tile_rows, arrivals, _ in work.items.tolist():
         parts = splits + into_slab
-        assert tiles.setdefault(tile_row, [(place, tile_rows, parts, arrivals), 0])[0] == (place, tile_rows, parts, arrivals)
+        said = place, tile_rows, parts, arrivals
+        assert tiles.setdefault(tile_row, [said, 0])[0] == said
         tiles[tile_row][1] += 1
         assert tile_row <= first and first + count <= tile_row + tile_rows and 0 < count and 0 <= split <= splits
         assert count * heads_per_kv <= plan.width and (split < splits or not plan.lanes or count <= plan.lanes)
@@ -98,7 +100,8 @@ def tiling_of(monkeypatch):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_number_of_rows_and_a_kind_have_two_shapes_at_most(tiling_of, deterministic):
-    """And `shapes` knows them, whatever the mix: also the tensors and the number of programs are those of the capture."""
+    """And `shapes` knows them, whatever the mix: also the tensors and the number of programs are those of the
+    capture."""
     draw = np.random.default_rng(5)
     made = tiling_of(1024, deterministic)
     for kind in KINDS:

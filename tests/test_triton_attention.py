@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 
@@ -196,13 +195,14 @@ def test_softcap_of_small_and_large_scores():
 
 
 @pytest.mark.parametrize("dtype, sequences, into_slab, width, lanes", [
-    (torch.float16, DRAFT, True, 16, 4), (torch.float16, DRAFT, True, 64, 4), (torch.float16, DRAFT, True, 128, 8),
-    (torch.float16, SCORING, True, 64, 0), (torch.float16, SCORING, True, 16, 0), (torch.float16, SCORING, True, 128, 0),
-    (torch.float16, PREFILL, False, 128, 0), (torch.float16, PREFILL, False, 16, 0), (torch.float32, DRAFT, True, 16, 1),
+    (torch.float16, DRAFT, True, 16, 4), (torch.float16, DRAFT, True, 64, 4), (torch.float16, DRAFT, True, 128, 4),
+    (torch.float16, SCORING, True, 64, 0), (torch.float16, SCORING, True, 16, 0),
+    (torch.float16, SCORING, True, 128, 0), (torch.float16, PREFILL, False, 128, 0),
+    (torch.float16, PREFILL, False, 16, 0), (torch.float32, DRAFT, True, 16, 1),
     (torch.float32, PREFILL, False, 16, 0)])
 def test_every_width_and_division_against_float64(dtype, sequences, into_slab, width, lanes):
-    """One range a tile and several, on few processors and on more than there is work: tickets are zero again, and a second
-    launch over the same list gives the same bits."""
+    """One range a tile and several, on few processors and on more than there is work: tickets are zero again, and a
+    second launch over the same list gives the same bits."""
     case = make_case(sequences, into_slab, heads=3, kv_heads=1, dtype=dtype)
     planned = with_plan(case, Plan(width, lanes, 0), 50)
     assert_close(planned)
@@ -223,8 +223,16 @@ def test_a_long_context_is_divided_among_programs_beside_short_ones(window):
     assert_close(with_plan(case, Plan(64, 4, 0), 24), window)
 
 
+@pytest.mark.parametrize("width, lanes, head_dim, window", [(16, 4, 64, None), (64, 4, 80, 9), (128, 8, 96, None)])
+def test_lanes_of_a_request_take_a_warp_each(width, lanes, head_dim, window):
+    """Eleven lanes, of slabs of 1 to 33 keys: pieces of 3 to 8 of them."""
+    sequences = [Sequence(0, 20 + lane % 3, lane * lane * 32 // 100, 1) for lane in range(11)]
+    case = make_case(sequences, True, heads=3, kv_heads=1, head_dim=head_dim, dtype=torch.float16)
+    assert_close(with_plan(case, Plan(width, lanes, 0)), window)
+
+
 def test_many_parts_are_merged_in_several_loads():
-    """31 ranges and a slab of 2 x 4 vectors, more than a thread loads at once; an empty slab part in between is none."""
+    """31 ranges and a slab of 2 x 4 vectors, more than a thread loads at once."""
     case = make_case([Sequence(0, 31 * 128 - 5, 2, 1), Sequence(0, 31 * 128 - 9, 0, 1)], True, heads=8, kv_heads=2,
                      head_dim=128, dtype=torch.float16)
     planned = with_plan(case, Plan(16, 4, 0), 200)
@@ -234,19 +242,24 @@ def test_many_parts_are_merged_in_several_loads():
 
 
 def test_rows_of_one_part_are_written_directly_and_idle_ones_not_at_all():
-    """Empty prefixes: the slab is the only part; no workspace is needed, and an idle row after them stays as it was."""
+    """No workspace is needed for a prompt's rows, and an idle row after them stays as it was."""
+    case = make_case(PREFILL, False, dtype=torch.float16)
+    for width in (16, 64):
+        planned = with_plan(case, Plan(width, 0, 0))
+        tiles = planned.batch.tiles
+        assert tiles.workspace.numel() == 0
+        parts = torch.cat((tiles.row_parts, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE)))
+        longer = planned._replace(q=torch.cat((case.q, case.q[:1])),
+                                  batch=planned.batch._replace(tiles=tiles._replace(row_parts=parts)))
+        out = run(longer)
+        assert torch.equal(out[:-1], run(planned)) and bool(out[-1].isnan().all())
+
+
+def test_empty_prefixes_leave_the_slab_alone():
     sequences = [Sequence(0, 0, 3, 1), Sequence(1, 0, 0, 1), Sequence(2, 0, 20, 1)]
     case = make_case(sequences, True, dtype=torch.float16)
     for width in (16, 64):
-        planned = with_plan(case, Plan(width, 4, 0))
-        assert planned.batch.tiles.workspace.numel() == 0
-        assert_close(planned)
-        longer = planned._replace(q=torch.cat((case.q, case.q[:1])))
-        tiles = planned.batch.tiles
-        parts = torch.cat((tiles.row_parts, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE)))
-        longer = longer._replace(batch=planned.batch._replace(tiles=tiles._replace(row_parts=parts)))
-        out = run(longer)
-        assert torch.equal(out[:3], run(planned)) and bool(out[3].isnan().all())
+        assert_close(with_plan(case, Plan(width, 4, 0)), 4)
 
 
 def test_an_empty_list_touches_nothing():
@@ -290,6 +303,8 @@ def test_wrong_types_and_plans_are_refused():
         run(case._replace(kv=case.kv._replace(page_size=24)))
     with pytest.raises(ValueError, match="split_keys"):
         run(with_plan(case, Plan(16, 1, 8)))
+    with pytest.raises(ValueError, match="slabs of 4 lanes are no item"):
+        run(with_plan(case, Plan(16, 4, 0)))
     with pytest.raises(ValueError, match="float32 takes tiles of 16"):
         run(with_plan(case, Plan(64, 1, 0)))
 

@@ -14,9 +14,9 @@ parts
 - Inside a part the softmax is online (Dao et al., arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867).
 
 Without a slab (prefill) the same code runs over the pages, causal. Where a tile has one part, its program writes the
-output itself. Else, of low tiles, the last program of a tile and KV head to end merges the parts (there are few vectors,
-and a launch more would take longer); of wide tiles, a second launch does, on all processors. Sums are in float32; scores
-are scaled by log2(e), since the hardware's exponential is 2^x.
+output itself. Else, of low tiles, the last program of a tile and KV head to end merges the parts (there are few
+vectors, and a launch more would take longer); of wide tiles, a second launch does, on all processors. Sums are in
+float32; scores are scaled by log2(e), since the hardware's exponential is 2^x.
 
 Everything that varies between replays of a captured graph (lengths, tables, the list, window starts) is read on the
 device. What is fixed at capture: rows, the widths of tiles, and the number of programs.
@@ -71,7 +71,8 @@ def settings(head_dim: int, dtype: torch.dtype, width: int, capability: int = 90
 
     float32 is computed without tensor cores (they would round to 10 bits), from operands in registers: blocks are small
     and nothing is prefetched, since this type is for tests and comparisons. The assembler is to use all registers of
-    two programs of 8 warps a processor: left to itself it settled for 64 or 72, and spilled two.
+    two programs of 8 warps a processor: left to itself it settled for 64 or 72, and spilled two. So with the
+    other types, of one program of 8 warps or two of 4.
     """
     columns = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
@@ -82,10 +83,9 @@ def settings(head_dim: int, dtype: torch.dtype, width: int, capability: int = 90
     # tensor memory, and masked columns (80, 96) then take the last ones.
     num_warps = 8 if width * columns >= (64 if capability >= 100 else 128) * 128 else 4
     by_warps = columns <= 128  # else the sums of a warp, [16, columns], leave no registers
-    if width == NARROW:
-        return Settings(64, num_warps, 3, by_warps, 64, None if by_warps else 255)
-    # sm_80 holds a block in registers.
-    return Settings(32 if capability < 90 and width * columns > 64 * 128 else 64, num_warps, 3, by_warps, 64)
+    # Of the widest, blocks of 64 take all shared memory and the last registers; sm_80 holds a block in registers.
+    small = columns > 128 or capability < 90 and width * columns > 64 * 128
+    return Settings(32 if small else 64, num_warps, 3, by_warps, 64, 255)
 
 
 @triton.jit
@@ -124,8 +124,8 @@ def _attend(
 ):
     """Softmax of the rows of q [PACKED, WIDTH] over keys `begin` .. `end` - 1: (output, log2 of the sum of weights).
 
-    A row sees the keys from `first` (with WINDOW) to before `beyond`, both [PACKED]. Keys are in the pages of `table`, a
-    row of the block table, or with `in_slab` from row `slab` on; PAGES and SLABS say which of the two may be.
+    A row sees the keys from `first` (with WINDOW) to before `beyond`, both [PACKED]. Keys are in the pages of `table`,
+    a row of the block table, or with `in_slab` from row `slab` on; PAGES and SLABS say which of the two may be.
     """
     column = tl.arange(0, WIDTH)
     paged_end = tl.where(in_slab, 0, end) if SLABS else end
@@ -186,7 +186,8 @@ def _attend_by_warps(
     PACKED: tl.constexpr, BLOCK_KEYS: tl.constexpr, PAGES: tl.constexpr, SLABS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):
-    """`_attend` for a tile as low as one product of the tensor cores: each warp takes 16 keys of its own of every block.
+    """`_attend` for a tile as low as one product of the tensor cores: each warp takes 16 keys of its own of every
+    block.
 
     Products are batches of WARPS, each a warp's (compilers lay the first dimension out along warps), and so are the
     running softmaxes: within the loop no warp waits for another but for the keys' arrival. They are merged at its end.
@@ -275,8 +276,8 @@ def _leave(
     output, size, vector, live, out, partial, sizes, item, first_row, split, parts, kv_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, INTO_SLAB: tl.constexpr,
 ):
-    """Leaves an item's result in `out` where it is the only part of its tile, else among the parts. With a slab there are
-    two at least.
+    """Leaves an item's result in `out` where it is the only part of its tile, else among the parts. With a slab there
+    are two at least.
 
     output [..., WIDTH] of vectors size [...], which are those of `live`, `vector` heads after the item's first.
     """
@@ -325,7 +326,8 @@ def _merge_if_last(
             first = (place + row).to(tl.int64) * HEADS + kv_head * PER_KV + head
             merged = _merged(partial, sizes, first, step, count, parts, HEAD_DIM, WIDTH, VECTORS, AT_ONCE)
             base = (tile_row + row).to(tl.int64) * HEADS + kv_head * PER_KV
-            tl.store(out + (base + head)[:, None] * HEAD_DIM + column[None, :], merged.to(out.dtype.element_ty), mask=kept)
+            tl.store(out + (base + head)[:, None] * HEAD_DIM + column[None, :], merged.to(out.dtype.element_ty),
+                     mask=kept)
 
 
 @triton.jit
@@ -392,12 +394,12 @@ def _item(
         table += owner.to(tl.int64) * table_stride
     if WARPS > 0 and PACKED == 16:
         output, size = _attend_by_warps(
-            queries, keys, values, table, slab, in_slab, begin, end, first, beyond, kv_head, scale, softcap_scale, KV_HEADS,
-            HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, PAGES, SLABS, WINDOW, SOFTCAP, STAGES, WARPS)
+            queries, keys, values, table, slab, in_slab, begin, end, first, beyond, kv_head, scale, softcap_scale,
+            KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, PAGES, SLABS, WINDOW, SOFTCAP, STAGES, WARPS)
     else:
         output, size = _attend(
-            queries, keys, values, table, slab, in_slab, begin, end, first, beyond, kv_head, scale, softcap_scale, KV_HEADS,
-            HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, PAGES, SLABS, WINDOW, SOFTCAP, STAGES)
+            queries, keys, values, table, slab, in_slab, begin, end, first, beyond, kv_head, scale, softcap_scale,
+            KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, PAGES, SLABS, WINDOW, SOFTCAP, STAGES)
     _leave(output, size, vector, live, out, partial, sizes, item, first_row, split, splits + INTO_SLAB, kv_head, HEADS,
            KV_HEADS, HEAD_DIM, WIDTH, INTO_SLAB)
 
@@ -430,7 +432,8 @@ def _lanes(
     begin = 0
     if WINDOW:
         begin = tl.maximum(tl.min(tl.where(there, first, 2147483647), 0), 0) // 16 * 16
-    at = (slab * STRIDE + kv_head * HEAD_DIM)[:, None, None] + (tl.arange(0, 16) * STRIDE)[None, :, None] + column[None, None, :]
+    inside = (tl.arange(0, 16) * STRIDE)[None, :, None] + column[None, None, :]
+    at = (slab * STRIDE + kv_head * HEAD_DIM)[:, None, None] + inside
     sums = tl.zeros([WARPS, 16, WIDTH], tl.float32)
     top = tl.full([WARPS, 16], float("-inf"), tl.float32)
     total = tl.zeros([WARPS, 16], tl.float32)
@@ -456,15 +459,15 @@ def _lanes(
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
     size = tl.where(nothing, float("-inf"), top + tl.log2(total))
-    _leave(sums * (1.0 / total)[:, :, None], size, vector, live, out, partial, sizes, item, first_row, splits, splits + 1,
-           kv_head, HEADS, KV_HEADS, HEAD_DIM, WIDTH, True)
+    _leave(sums * (1.0 / total)[:, :, None], size, vector, live, out, partial, sizes, item, first_row, splits,
+           splits + 1, kv_head, HEADS, KV_HEADS, HEAD_DIM, WIDTH, True)
 
 
 @triton.jit
 def _fields(item):
     """What a unit of work begins with, loaded at once."""
-    return (tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4), tl.load(item + 5),
-            tl.load(item + 6))
+    return (tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4),
+            tl.load(item + 5), tl.load(item + 6))
 
 
 @triton.jit(do_not_specialize=["table_stride", "split_keys", "window"])
@@ -478,9 +481,9 @@ def attention_kernel(
 ):
     """One program: units `program_id`, `program_id` + programs and so on of the list.
 
-    A unit is an item and a KV head. An item is a tile of PACKED query vectors and a range of its page keys, or rows of a
-    tile and their slab keys, the tile's last part: of one sequence, or where that has one row, of LANES sequences. With
-    WARPS, tiles of 16 vectors divide keys among so many warps.
+    A unit is an item and a KV head. An item is a tile of PACKED query vectors and a range of its page keys, or rows of
+    a tile and their slab keys, the tile's last part: of one sequence, or where that has one row, of LANES sequences.
+    With WARPS, tiles of 16 vectors divide keys among so many warps.
 
     partial [places, HEADS, HEAD_DIM] and sizes [places, HEADS] (log2 of the sum of weights, -inf where no key was seen)
     are float32: row r of a tile has its part p at place + p * tile_rows + r. tickets [rows, KV_HEADS] are zero before
@@ -495,28 +498,28 @@ def attention_kernel(
         kv_head = unit % KV_HEADS
         item = first_item + unit // KV_HEADS * ITEM
         if LANES == 0 or (LANES == 1 and PACKED == 16):
-            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len, slab_start,
-                  slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
+            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len,
+                  slab_start, slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
                   table_stride, split_keys, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE,
                   PACKED, BLOCK_KEYS, WARPS, True, INTO_SLAB, INTO_SLAB, WINDOW, SOFTCAP, STAGES)
         elif split < splits:
-            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len, slab_start,
-                  slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
+            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len,
+                  slab_start, slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
                   table_stride, split_keys, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE,
                   PACKED, BLOCK_KEYS, WARPS, True, False, INTO_SLAB, WINDOW, SOFTCAP, STAGES)
         elif LANES == 1:
-            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len, slab_start,
-                  slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
+            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len,
+                  slab_start, slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
                   table_stride, split_keys, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE,
                   16, BLOCK_KEYS, WARPS, False, True, INTO_SLAB, WINDOW, SOFTCAP, STAGES)
         else:
-            _lanes(q, k_slabs, v_slabs, out, partial, sizes, slab_start, slab_used, item, first_row, count, splits, kv_head,
-                   window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, WARPS, WINDOW, SOFTCAP,
+            _lanes(q, k_slabs, v_slabs, out, partial, sizes, slab_start, slab_used, item, first_row, count, splits,
+                   kv_head, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, WARPS, WINDOW, SOFTCAP,
                    STAGES if FUSED else 2)  # wide tiles leave no registers for more
         if FUSED:
             if splits + INTO_SLAB > 1:
-                _merge_if_last(out, partial, sizes, tickets, item, splits + INTO_SLAB, kv_head, HEADS, KV_HEADS, HEAD_DIM,
-                               WIDTH, AT_ONCE)
+                _merge_if_last(out, partial, sizes, tickets, item, splits + INTO_SLAB, kv_head, HEADS, KV_HEADS,
+                               HEAD_DIM, WIDTH, AT_ONCE)
         owner, first_row, count, begin, end, split, splits = _fields(
             first_item + (unit + tl.num_programs(0)) // KV_HEADS * ITEM)
 
@@ -537,7 +540,8 @@ def merge_kernel(
     most = tl.max(parts, 0)
     if most > 1:
         first = place.to(tl.int64) * HEADS + vector % HEADS
-        merged = _merged(partial, sizes, first, step.to(tl.int64) * HEADS, parts, most, HEAD_DIM, WIDTH, VECTORS, AT_ONCE)
+        merged = _merged(partial, sizes, first, step.to(tl.int64) * HEADS, parts, most, HEAD_DIM, WIDTH, VECTORS,
+                         AT_ONCE)
         tl.store(out + vector.to(tl.int64)[:, None] * HEAD_DIM + column[None, :], merged.to(out.dtype.element_ty),
                  mask=(parts > 1)[:, None] & (column < HEAD_DIM)[None, :])
 
@@ -565,6 +569,8 @@ def attention(
     chosen = settings(head_dim, q.dtype, tiles.width, _capability(q.device))
     if tiles.split_keys % chosen.block_keys:
         raise ValueError(f"split_keys is {tiles.split_keys}: it must be a multiple of {chosen.block_keys}")
+    if tiles.lanes > max(1, chosen.num_warps * chosen.by_warps):
+        raise ValueError(f"slabs of {tiles.lanes} lanes are no item for {chosen.num_warps} warps")
     if q.dtype == torch.float32 and tiles.width > NARROW:
         raise ValueError(f"attention in float32 takes tiles of {NARROW} query vectors, not of {tiles.width}")
     columns = triton.next_power_of_2(head_dim)

@@ -2,8 +2,9 @@
 
 A tile is a run of adjacent rows of one group, lanes of one request, which read the same pages. The query heads that
 share a KV head (H of them) are packed with the rows: a tile of R rows is a matrix of R * H query vectors, at most
-`width`, so R = width // H. Its page keys are divided into `splits` ranges, of which a long context has many and a short
-one has one; its slab keys are a part more, by sequences: no piece of that crosses a sequence or a tile.
+`width`, so R = width // H. Its page keys are divided into ranges, of which a long context has many and a short one has
+one; its slab keys are a part more. Of that, a piece holds rows of one sequence, or where each has one row, `lanes` of
+them; no piece crosses a tile.
 
 The list of work has one item for every range of a tile, and for every piece of a slab. A program takes an item and a KV
 head at a time, so a captured graph fixes how wide tiles are and how many programs walk the list, and nothing of what is
@@ -46,9 +47,9 @@ WIDE_COST = 1.5
 """Time of a key in a wide tile over that in a narrow one, which is bound by memory."""
 
 FIELDS = 12
-"""int32 numbers of an item: group (of a slab: sequence); first row; rows; first key; end of keys; number of the range (of
-a slab: `splits`); ranges of the tile; the tile's place in the workspace, in rows; its first row; its rows; items of the
-tile; unused. The list begins with an entry as long, which holds the number of items."""
+"""int32 numbers of an item: group (of a slab: sequence); first row; rows; first key; end of keys; number of the range
+(of a slab: `splits`); ranges of the tile; the tile's place in the workspace, in rows; its first row; its rows; items
+of the tile; its parts. The list begins with an entry as long, which holds the number of items."""
 
 Kind = Literal["draft", "score", "prefill"]
 """Of a pass: one row a sequence after its slab, rows into slabs, rows into pages."""
@@ -154,7 +155,9 @@ def lanes(width: int, kind: Kind, head_dim: int, float32: bool) -> int:
     """Lanes of a draft whose slabs are an item together, one a warp; 0 where slabs are items of one sequence each."""
     if kind != "draft":
         return 0
-    return 1 if float32 or head_dim > 128 else 8 if width > 64 else 4
+    if float32 or head_dim > 128:  # warps share every block of keys
+        return 1
+    return 8 if width > 64 and head_dim > 64 else 4  # as many as such programs have warps at least
 
 
 def range_keys(ends: Sequence[int], kv_heads: int, multiprocessors: int) -> int:
@@ -205,13 +208,12 @@ def work(
     table = np.array(tiles, np.int32)
     splits_of = table[:, 6]
     ranges = table.repeat(splits_of, 0)
-    if len(ranges):
-        if int(splits_of.max()) > 1:
-            ranges[:, 5] = np.arange(len(ranges)) - (splits_of.cumsum() - splits_of).repeat(splits_of)
-            ranges[:, 3] = ranges[:, 5] * length
-            np.minimum(ranges[:, 4], ranges[:, 3] + length, out=ranges[:, 4])
-        if len(ranges) * kv_heads > multiprocessors:  # else all begin at once
-            ranges = ranges[(ranges[:, 3] - ranges[:, 4]).argsort(kind="stable")]
+    if len(ranges) > len(tiles):
+        ranges[:, 5] = np.arange(len(ranges)) - (splits_of.cumsum() - splits_of).repeat(splits_of)
+        ranges[:, 3] = ranges[:, 5] * length
+        np.minimum(ranges[:, 4], ranges[:, 3] + length, out=ranges[:, 4])
+    if len(ranges) * kv_heads > multiprocessors:  # else all begin at once
+        ranges = ranges[(ranges[:, 3] - ranges[:, 4]).argsort(kind="stable")]
     items = ranges
     if into_slab:
         slabs = table.repeat(counts, 0)
@@ -262,8 +264,8 @@ def max_items(rows: int, kv_heads: int, deterministic: bool) -> int:
 
 
 def max_workspace(rows: int, heads: int, head_dim: int, deterministic: bool) -> int:
-    """float32 numbers that attention needs besides its output for any batch of at most `rows` rows: a partial result and
-    its log-sum-exp for every part of a row."""
+    """float32 numbers that attention needs besides its output for any batch of at most `rows` rows: a partial result
+    and its log-sum-exp for every part of a row."""
     if deterministic:
         vectors = (FIXED_SPLITS + 1) * rows * heads
     else:  # a range and the slab, and as many ranges more as there are processors, of tiles of 128 vectors
@@ -304,7 +306,7 @@ def build_as(
     if found.row_parts is not None:
         row_parts[:] = found.row_parts
     row_seq = np.repeat(np.arange(len(row_start) - 1, dtype=np.int32), np.diff(row_start))
-    row_seq, row_parts, items = (torch.from_numpy(array).to(device) for array in (row_seq, row_parts, items))
-    return Tiles(row_seq, row_parts, items, *plan, count,
+    tensors = [torch.from_numpy(array).to(device) for array in (row_seq, row_parts, items)]
+    return Tiles(tensors[0], tensors[1], tensors[2], *plan, count,
                  torch.empty(found.places * heads * (head_dim + 1), dtype=torch.float32, device=device),
                  torch.zeros(rows * kv_heads, dtype=torch.int32, device=device))
