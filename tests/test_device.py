@@ -6,6 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -186,8 +187,8 @@ def test_too_little_memory():
     with pytest.raises(ModelError) as caught:
         fit.fit_memory(config, {"the language model": weights}, 0, 5 << 30, 80 << 30)
     assert str(caught.value) == (
-        "the GPU has 5.0 GiB free and lacks 2.4 GiB (6.0 GiB for the language model's weights, 65 MiB for the language "
-        "model's cache, 294 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
+        "the GPU has 5.0 GiB free and lacks 2.2 GiB (6.0 GiB for the language model's weights, 65 MiB for the language "
+        "model's cache, 102 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
         "max_segment_size, or use smaller models")
     with pytest.raises(ModelError, match=r"^the GPU has 9\.0 GiB free, 1\.0 GiB of it within gpu_memory_utilization="
                                          r"0\.9, and lacks .*: raise gpu_memory_utilization, or lower max_num_lanes"):

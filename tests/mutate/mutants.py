@@ -233,6 +233,12 @@ MUTANTS = [
            "closing tokens of the pass before stay", "trailing"),
     Mutant("engine/passes.py", "sum(rows) <= self.max_rows", "sum(rows) <= 2 * self.max_rows",
            "a pass after a draft has more rows than there is room for", "planted"),
+    Mutant("engine/pacing.py", "if self._ended[: self._lanes].all():", "if False:",
+           "a draft goes on whose lanes have all ended", "pacing"),
+    Mutant("engine/pacing.py", "            torch.cuda.synchronize()\n", "            pass\n",
+           "the lanes of an interrupted draft end the next one", "pacing"),
+    Mutant("engine/pacing.py", "if self._launched >= self.ahead:", "if self._launched > self.ahead:",
+           "the host runs further ahead than it may", "pacing"),
     # -- rounds, counts, ends -----------------------------------------------------------------------------------------
     Mutant("engine/outputs.py", "up_to_it = in_order and segment.accepted", "up_to_it = segment.accepted",
            "an argmax counts the attempts up to its winner only", "planted_rewards counts"),
@@ -519,6 +525,8 @@ MUTANTS = [
            "a step too many where a shape is seen first", "planted"),
     Mutant("kernels/graph.py", "if rare or key not in self._seen or", "if key not in self._seen or",
            "shapes that are rare are captured", "graphs"),
+    Mutant("kernels/graph.py", "        while held + size > LATER_BYTES:\n", "        while False:\n",
+           "captures take any memory", "graphs"),
     # -- trace and command line ---------------------------------------------------------------------------------------
     Mutant("engine/trace/writer.py", "margin = attempt.reward - attempt.threshold", "margin = attempt.threshold - "
            "attempt.reward", "margins change their sign", "trace"),
