@@ -114,7 +114,7 @@ class Graphs:
         if graph is None:
             # The first run compiles kernels and lets libraries allocate, which a capture does not permit.
             size = part.launches * LAUNCH_BYTES
-            if rare or key not in self._seen or size > LATER_BYTES:
+            if key not in self._seen or size > LATER_BYTES:
                 part.call()
                 if not rare:
                     self._seen.add(key)  # not before: what was interrupted while it compiled must not be captured next

@@ -523,7 +523,7 @@ MUTANTS = [
            "parity"),
     Mutant("kernels/graph.py", "return 1 + (program.run(times - 1, done) if", "return 1 + (program.run(times, done) if",
            "a step too many where a shape is seen first", "planted"),
-    Mutant("kernels/graph.py", "if rare or key not in self._seen or", "if key not in self._seen or",
+    Mutant("kernels/graph.py", "                if not rare:\n", "                if True:\n",
            "shapes that are rare are captured", "graphs"),
     Mutant("kernels/graph.py", "        while held + size > LATER_BYTES:\n", "        while False:\n",
            "captures take any memory", "graphs"),
