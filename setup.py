@@ -82,7 +82,7 @@ setup(
     packages=["stars", "stars.cli", "stars.model", "stars.reward", "stars.trace", "stars.kernels",
               "stars.kernels.triton", "stars.bindings"],
     package_data={"stars": ["demo_models/*/*", "demo_models/README.md", "trace/page.html", "py.typed"],
-                  "stars.bindings": ["stars.h"], "stars.kernels.triton": ["product_tables/*.json"]},
+                  "stars.bindings": ["stars.h"], "stars.kernels.triton": ["tuned/*.json"]},
     ext_modules=[Extension("stars.bindings.lib.libstars", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     install_requires=["torch>=2.6", "numpy", "safetensors", "tokenizers", "jinja2>=3.1", "tqdm"],

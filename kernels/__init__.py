@@ -5,7 +5,12 @@ from stars.kernels.apply_penalties import apply_penalties
 from stars.kernels.attention import attention
 from stars.kernels.copy_rows import copy_rows
 from stars.kernels.embedding import embedding
+from stars.kernels.embedding_scaled import embedding_scaled
 from stars.kernels.linear import Weight, linear, pack
+from stars.kernels.linear_normed import linear_normed
+from stars.kernels.linear_residual import linear_residual
+from stars.kernels.linear_swiglu import linear_swiglu
+from stars.kernels.qkv_rope import qkv_rope
 from stars.kernels.rms_norm import rms_norm
 from stars.kernels.rope_write import rope_write
 from stars.kernels.sample_step import sample_step
@@ -13,5 +18,6 @@ from stars.kernels.score import score
 from stars.kernels.swiglu import swiglu
 from stars.kernels.take_rows import take_rows
 
-__all__ = ["Weight", "append_draft", "apply_penalties", "attention", "copy_rows", "embedding", "linear", "pack",
-           "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows"]
+__all__ = ["Weight", "append_draft", "apply_penalties", "attention", "copy_rows", "embedding", "embedding_scaled",
+           "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack", "qkv_rope", "rms_norm", "rope_write",
+           "sample_step", "score", "swiglu", "take_rows"]

@@ -129,3 +129,25 @@ class TrailingRows(NamedTuple):
     closing: Tensor  # int32 [sequences, max_closing] ids after the segment, padded with -1
     token_ids: Tensor  # int32 [rows] out: segment and closing tokens
     last: Tensor  # int32 [sequences] out: row of the last token
+
+
+class Stream(NamedTuple):
+    """The residual stream of a fused pass, and what the next norm needs of it, so that no norm is a launch.
+
+    Whoever writes the residual writes all three; whoever reads `scaled` multiplies its product by 1 / rms, which
+    `squares` gives: 1 / sqrt(sum(squares) / hidden + eps).
+    """
+
+    residual: Tensor  # [rows, hidden] of the decoder's dtype
+    scaled: Tensor  # [rows, hidden] of the decoder's dtype: the residual as stored, times the next norm's weight
+    squares: Tensor  # float32 [rows, hidden / 32] squares of the residual as stored, added up by blocks of 32 features
+
+
+class SplitSpace(NamedTuple):
+    """Room in which programs that share a tile meet; as large as `stars.kernels.triton.tuned.room` says.
+
+    One for each decoder, as two may run at the same time; reserved outside of captures.
+    """
+
+    partial: Tensor  # float32 [floats] sums over parts of the inner dimension
+    tickets: Tensor  # int32 [counters] programs that have arrived; zero between launches

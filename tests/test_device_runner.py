@@ -79,7 +79,7 @@ def test_the_whole_dry_run(tmp_path):
     table = output[output.rindex("CPU, dry run") :].rstrip().splitlines()
     assert len(table) <= report.MAX_LINES and table[-1].endswith(".json") and "correct" in table[-2]
     products = json.loads(next(tmp_path.glob("*-products.json")).read_text())
-    assert {entry["name"] for entry in products["products"]} == {"gate_up", "o"}
+    assert {entry["name"] for entry in products["plain"]} == {"gate_up", "o"}
 
 
 def test_a_stage_that_breaks_costs_that_stage_only(tmp_path):
@@ -274,7 +274,7 @@ def test_a_rerun_keeps_the_rest_of_a_table(tmp_path):
         table.unlink()
     run(tmp_path, "--rerun", str(tmp_path), broken=",".join(
         f"{stage.name}=pass" for stage in ALWAYS if stage.name not in ("machine", "products")))
-    table = json.loads(next(tmp_path.glob("*-products.json")).read_text())["products"]
+    table = json.loads(next(tmp_path.glob("*-products.json")).read_text())["plain"]
     assert sorted((entry["rows"], entry["name"]) for entry in table) == [
         (1, "gate_up"), (1, "o"), (8, "gate_up"), (8, "o")]
 

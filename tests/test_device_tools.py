@@ -19,7 +19,7 @@ sys.path.insert(0, str(DEVICE))
 import ncu  # noqa: E402
 import record as records  # noqa: E402
 
-from stars.kernels.triton import product_table  # noqa: E402
+from stars.kernels.triton import tuned  # noqa: E402
 
 SETUP = f"import sys; sys.path.insert(0, {str(DEVICE)!r})\nimport importable; importable.install()\n"
 
@@ -135,29 +135,113 @@ print(table([], {}))
     assert list(rows)[0].startswith("all") and empty == "[]"
 
 
-def test_a_measured_table_says_which_products_are_ours(tmp_path, monkeypatch):
-    """What the products' stage writes is what `linear` reads: the next larger number of rows, None where cuBLAS won."""
-    product_table._measured.cache_clear()
-    assert product_table.tile(1, 6144, 4096) is None  # there is no card here, and its name is not asked for
-    best = {"name": "qkv", "out_features": 6144, "in_features": 4096}
-    entries = [best | {"rows": 16, "best": "ours", "tile": [16, 32, 256, 4, 4]},
-               best | {"rows": 1, "best": "cublas", "tile": [16, 16, 512, 4, 4]},
-               best | {"rows": 144, "best": "ours", "tile": [128, 64, 64, 4, 4]}]
-    (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text(json.dumps({"products": entries}))
-    monkeypatch.setattr(product_table, "TABLES", tmp_path)
+@pytest.fixture
+def cards(tmp_path, monkeypatch):
+    """Puts a machine's card by its name, with tables in `tmp_path`."""
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    product_table._measured.cache_clear()
-    try:
-        small, tall = product_table.Tile(16, 32, 256, 4, 4), product_table.Tile(128, 64, 64, 4, 4)
-        assert [product_table.tile(rows, 6144, 4096) for rows in (1, 2, 16, 17, 132, 144, 145)] == [
-            None, small, small, tall, tall, tall, None]
-        assert product_table.tile(16, 4096, 4096) is None
-        monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another card")
-        product_table._measured.cache_clear()
-        assert product_table.tile(16, 6144, 4096) is None
-    finally:
-        product_table._measured.cache_clear()
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+
+    def forget() -> None:
+        for known in (tuned._of_the_card, tuned._shared, tuned.default):
+            known.cache_clear()
+
+    def put(name: str) -> None:
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+        forget()
+
+    yield put
+    forget()
+
+
+def test_a_measured_table_says_which_products_are_ours(tmp_path, cards):
+    """What the products' stage writes is what `linear` reads: the next larger number of rows, None where cuBLAS won."""
+    best = {"name": "qkv", "scheme": "bf16", "out_features": 6144, "in_features": 4096}
+    small, tall = tuned.Tile(16, 32, 256, 4, 4), tuned.Tile(128, 64, 64, 4, 4)
+    entries = [best | {"rows": 16, "best": "ours", "tile": small._asdict()},
+               best | {"rows": 1, "best": "cublas", "tile": small._asdict()},
+               best | {"rows": 144, "best": "ours", "tile": tall._asdict()}]
+    content = {"version": tuned.VERSION, "plain": entries, "tiles": [], "chains": []}
+    (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text(json.dumps(content))
+    cards("NVIDIA H100 80GB HBM3")
+    assert [tuned.plain("bf16", rows, 6144, 4096) for rows in (1, 2, 16, 17, 132, 144, 145)] == [
+        None, small, small, tall, tall, tall, None]
+    assert tuned.plain("fp16", 16, 6144, 4096) == small  # the same bytes, the same instructions
+    assert tuned.plain("bf16", 16, 4096, 4096) is None and tuned.plain("fp32", 16, 6144, 4096) is None
+    cards("another card")
+    assert tuned.plain("bf16", 16, 6144, 4096) is None
+
+
+def test_a_measured_table_says_what_is_fused(tmp_path, cards):
+    shape = tuned.ModelShape(4096, 6144, 14336, 128256)
+    tile = tuned.Tile(16, 64, 128, 4, 4, splits=4, swap=True, pdl=True, prefetch=512)
+    chain = {"model": shape._asdict(), "scheme": "bf16", "us": 5300}
+    content = {"version": tuned.VERSION, "plain": [], "chains": [chain | {"rows": 16, "fused": True},
+                                                                 chain | {"rows": 64, "fused": False}],
+               "tiles": [{"end": "qkv", "scheme": "bf16", "rows": 16, "out_features": 6144, "in_features": 4096,
+                          "tile": tile._asdict()}]}
+    (tmp_path / "a-card.json").write_text(json.dumps(content))
+    cards("A card")
+    assert [tuned.fused(shape, "bf16", rows) for rows in (1, 16, 17, 64, 65)] == [True, True, False, False, False]
+    assert not tuned.fused(shape._replace(vocab=32000), "bf16", 1) and not tuned.fused(shape, "fp32", 1)
+    assert tuned.fused(shape, "int4-32", 128) and not tuned.fused(shape, "int4-32", 129)
+    assert tuned.tile("qkv", "bf16", 3, 6144, 4096) == tile
+    assert tuned.tile("qkv", "bf16", 17, 6144, 4096) == tuned.default("qkv", "bf16", 17, 6144, 4096)
+    with tuned.using(tuned.Table()):
+        assert not tuned.fused(shape, "bf16", 1) and tuned.tile("qkv", "bf16", 3, 6144, 4096) != tile
+    assert tuned.fused(shape, "bf16", 1)
+
+
+def test_a_table_of_another_version_is_a_warning_and_the_library(tmp_path, cards):
+    (tmp_path / "a-card.json").write_text(json.dumps({"gpu": "A card", "products": [{"rows": 1}]}))
+    cards("A card")
+    with pytest.warns(UserWarning, match=r"a-card.json is a table of version None, not 2: .* has written a new one$"):
+        assert tuned.plain("bf16", 1, 6144, 4096) is None
+    assert not tuned.fused(tuned.ModelShape(4096, 6144, 14336, 128256), "bf16", 1)
+
+
+def test_the_tables_that_are_shipped_are_of_this_version():
+    files = sorted(tuned.FOLDER.glob("*.json"))
+    assert [file.name for file in files] == ["nvidia-h100-80gb-hbm3.json"]
+    for file in files:
+        assert file.name == f"{tuned.slug(json.loads(file.read_text())['gpu'])}.json"
+    table = tuned.read(files[0])
+    assert len(table.plain) == 5 and not table.chains  # no card has run the fused rotation
+    with tuned.using(table):
+        assert tuned.plain("bf16", 1, 4096, 14336) == tuned.Tile(16, 32, 512, 4, 3)
+        assert tuned.plain("bf16", 400, 4096, 14336) is None
+
+
+def test_default_tiles_are_those_that_a_chain_of_products_liked():
+    """`results/skinny-h100-80gb-hbm3-2026-11-27.json`, chain "tuned at 16 rows"."""
+    measured = {("qkv", 6144, 4096): (64, 128, 4, 4, 4, False), ("residual", 4096, 4096): (64, 128, 4, 4, 4, True),
+                ("swiglu", 28672, 4096): (64, 128, 4, 4, 1, True), ("residual", 4096, 14336): (32, 512, 4, 3, 2, False),
+                ("normed", 128256, 4096): (64, 256, 4, 3, 1, False)}
+    for (end, out_features, in_features), wanted in measured.items():
+        assert tuned.default(end, "bf16", 16, out_features, in_features, 227)[1:7] == wanted
+
+
+def test_default_tiles_fit_every_card_and_every_size():
+    for shared in sorted(set(tuned.SHARED.values())):
+        for end in ("qkv", "residual", "swiglu", "normed", "plain"):
+            for scheme, item in (("bf16", 2), ("fp32", 4), ("fp8", 2), ("int4-128", 2)):
+                for rows in (1, 16, 17, 33, 65, 1000):
+                    for out_features, in_features in ((96, 96), (6144, 4096), (4096, 14336), (152064, 8192)):
+                        tile = tuned.default(end, scheme, rows, out_features, in_features, shared)
+                        assert tile.stages * tile.inner * (tile.rows + tile.features) * item <= 1024 * (shared - 8)
+                        assert tile.stages >= 2 and tile.splits * 512 <= max(512, in_features)
+                        assert tile.features % tuned.SUMMED == 0 and (end != "plain" or tile.splits == 1)
+
+
+def test_room_is_what_the_largest_launch_needs():
+    """By hand: a head of 80 in three tiles of 32, two splits, three blocks of 16 rows; and a product in one piece."""
+    tile = tuned.Tile(16, 32, 128, 4, 4, splits=2)
+    assert tuned.needed("qkv", tile, 33, 6 * 80, 80) == (3 * 6 * 2 * 16 * 96, 3 * 6)
+    assert tuned.needed("residual", tile, 5, 100, 0) == (4 * 2 * 16 * 32, 4)
+    assert tuned.needed("qkv", tile._replace(splits=1, features=128), 5, 6 * 80, 80) == (0, 0)
+    entry = {("residual", "bf16", 100, 64): ((8, tile), (40, tile._replace(splits=1)))}
+    with tuned.using(tuned.Table(tiles=entry)):
+        assert tuned.room(40, [tuned.Product("residual", "bf16", 100, 64)]) == (4 * 2 * 16 * 32, 4)
 
 
 def test_kernels_compiled_ahead_are_found_by_their_launch(tmp_path):

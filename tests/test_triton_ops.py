@@ -169,17 +169,17 @@ def test_linear(rows, out_features, in_features, dtype):
 @pytest.mark.parametrize("tile", [(16, 32, 256, 4, 4), (16, 16, 512, 4, 4), (16, 128, 128, 8, 4), (128, 64, 64, 4, 4)])
 def test_a_product_in_measured_tiles(monkeypatch, tile):
     """What a card's table may name is the same product; `linear` goes by it, but not where bits must not change."""
-    from stars.kernels.triton import product_table
+    from stars.kernels.triton import tuned
 
     rows, out_features, in_features = 17, 49, 304
     x = torch.randn(rows, in_features, generator=generator(3)).bfloat16()
     matrix = torch.randn(out_features, in_features, generator=generator(4)).bfloat16()
     asked = []
-    monkeypatch.setattr(product_table, "tile", lambda *shape: asked.append(shape) or product_table.Tile(*tile))
+    monkeypatch.setattr(tuned, "plain", lambda *shape: asked.append(shape) or tuned.Tile(*tile))
     monkeypatch.setattr(torch, "mm", None)  # cuBLAS is not asked
     weight = Weight(matrix, None, out_features, in_features)
     linear.linear(x, weight, out := torch.empty(rows, out_features, dtype=torch.bfloat16))
-    assert asked == [(rows, out_features, in_features)]
+    assert asked == [("bf16", rows, out_features, in_features)]
     exact = x.double() @ matrix.double().T
     bound = (x.double().abs() @ matrix.double().abs().T + 4) * in_features * 2**-24
     bound += exact.abs() * torch.finfo(out.dtype).eps

@@ -1,11 +1,12 @@
 """The products of an 8B model: cuBLAS, cublasLt, and our kernel over a list of tiles; the best of each goes to a table.
 
-The table (`<result>-products.json`) is what `stars.kernels.triton.product_table` reads: copied to
-kernels/triton/product_tables/<its own "file">, it makes `linear` go by it on cards of that name.
+The table (`<result>-products.json`) is what `stars.kernels.triton.tuned` reads: copied to kernels/triton/tuned/<its own
+"file">, it makes `linear` go by it on cards of that name. What a table there says of fused passes is kept.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from rehearse import compile_first
 from timing import ROTATED_BYTES, Seconds, rehearsing, seconds_a_call, sets
 
 from stars.kernels.linear import Weight
-from stars.kernels.triton.product_table import Tile, slug
+from stars.kernels.triton.tuned import FOLDER, VERSION, Tile, slug
 
 
 class Product(NamedTuple):
@@ -53,7 +54,7 @@ def run(record: Record, settings: Settings) -> None:
         lambda silent, rows=rows: _of_rows(silent, settings, rows, products, []) for rows in counts
         if _part(rows) not in record.done])
     # What a process before this one has measured stays in the table.
-    before = record.content["facts"].get("products", {"products": []})["products"]
+    before = record.content["facts"].get("products", {"plain": []})["plain"]
     table = [entry for entry in before if _part(entry["rows"]) in record.done]
     for rows in counts:
         record.part(_part(rows), _of_rows, record, settings, rows, products, table, least=1.5)
@@ -74,7 +75,16 @@ def _of_rows(record: Record, settings: Settings, rows: int, products: tuple[Prod
         entry = _measure(record, settings, rows, product, store)
         table.append(entry)
         gpu = "none" if settings.dry else torch.cuda.get_device_name()
-        record.fact("products", {"gpu": gpu, "file": f"{slug(gpu)}.json", "dtype": "bfloat16", "products": table})
+        file = f"{slug(gpu)}.json"
+        record.fact("products", {"version": VERSION, "gpu": gpu, "file": file, "plain": table, **_of_passes(file)})
+
+
+def _of_passes(file: str) -> dict[str, list]:
+    """What the table in force says of fused passes, which are not measured here."""
+    path = FOLDER / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    known = content.get("version") == VERSION
+    return {kind: content[kind] if known else [] for kind in ("tiles", "chains")}
 
 
 def _measure(record: Record, settings: Settings, rows: int, product: Product, store: torch.Tensor) -> dict:
@@ -128,6 +138,6 @@ def _measure(record: Record, settings: Settings, rows: int, product: Product, st
                   None if limit is None else 1e6 * limit, "its weights at read bandwidth", tile=best_tile,
                   spread=[1e6 * one for one in found[fastest].spread],
                   **{kind: None if seconds is None else 1e6 * seconds for kind, seconds in found.items()})
-    return {"name": name, "rows": rows, "out_features": out_features, "in_features": in_features, "best": fastest,
-            "tile": best_tile, "us": {kind: None if seconds is None else round(1e6 * seconds, 2)
+    return {"name": name, "scheme": "bf16", "rows": rows, "out_features": out_features, "in_features": in_features,
+            "best": fastest, "tile": None if best_tile is None else best_tile._asdict(), "us": {kind: None if seconds is None else round(1e6 * seconds, 2)
                                       for kind, seconds in found.items()}}

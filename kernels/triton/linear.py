@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from stars.kernels.linear import Weight
-from stars.kernels.triton import product_table
-from stars.kernels.triton.product_table import Tile
+from stars.kernels.triton import tuned
+from stars.kernels.triton.tuned import Tile
 from stars.kernels.triton.variant import Variant
 
 BLOCK_ROWS = 64  # the least that Hopper's matrix instruction takes
@@ -67,7 +67,7 @@ def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     the card's table says that it is faster at."""
     matrix, bias = weight.values, weight.bias
     same = x.dtype == matrix.dtype == out.dtype and (bias is None or bias.dtype == x.dtype)
-    measured = product_table.tile(x.shape[0], *matrix.shape) if same and x.element_size() == 2 else None
+    measured = tuned.plain(tuned.scheme(weight), x.shape[0], *matrix.shape) if same else None
     if weight.deterministic or not same:
         linear_invariant(x, weight, out)
     elif measured is not None:
