@@ -37,7 +37,7 @@ from stars.kernels.linear import Weight
 from stars.kernels.triton import tuned
 from stars.kernels.triton.dequant import load_block
 from stars.kernels.triton.tuned import SUMMED, Tile
-from stars.kernels.triton.variant import Variant
+from stars.kernels.triton.variant import ARCHES, Variant
 from stars.kernels.types import Batch, LayerKV, SplitSpace, Stream
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -239,9 +239,9 @@ def product_kernel(
 
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     there = row < rows
-    square = 0.0
-    if NORM and SPLITS * TILES == 1:  # asked for here, and used after the loop
-        square = _squares(squares, row, there, BLOCK_ROWS, IN_FEATURES // _SUMMED)
+    asked = 0.0
+    if NORM and SPLITS * TILES == 1:  # on their way beside the weights, and used after the loop
+        asked = _squares(squares, row, there, BLOCK_ROWS, IN_FEATURES // _SUMMED)
     if END == "qkv":
         position = tl.load(positions + row, mask=there, other=0).to(tl.int64)
         slot = tl.load(slots + row, mask=there, other=-1).to(tl.int64)
@@ -270,18 +270,21 @@ def product_kernel(
         total = tl.trans(total)
 
     local = tl.arange(0, BLOCK_ROWS)[:, None] * UNIT_WIDTH + offset[None, :]
-    last = True
     counter = tl.program_id(0) * UNITS + unit
     parts = partial + counter.to(tl.int64) * (SPLITS * SIZE)
     if SPLITS * TILES > 1:
         tl.store(parts + part * SIZE + local, total, mask=there[:, None] & present[None, :])
         tl.debug_barrier()
         last = tl.atomic_add(tickets + counter, 1, sem="acq_rel") == SPLITS * TILES - 1
+    else:
+        last = True
     if last:
         if SPLITS * TILES > 1:
             tl.debug_barrier()
-            if NORM:
-                square = _squares(squares, row, there, BLOCK_ROWS, IN_FEATURES // _SUMMED)
+        if NORM and SPLITS * TILES > 1:
+            square = _squares(squares, row, there, BLOCK_ROWS, IN_FEATURES // _SUMMED)
+        else:
+            square = asked
         if END == "qkv":
             WIDTH: tl.constexpr = HEAD_WIDTH // 2
             if SPLITS * TILES > 1:
@@ -422,7 +425,7 @@ def launch(
         return
     tile = tuned.tile(end, scheme, FIXED_ROWS if weight.deterministic else rows, out_features, in_features)
     if end == "qkv":
-        tile = tile._replace(features=min(tile.features, tuned.head_width(head_dim)))
+        tile = tuned.of_heads(tile, head_dim)
     floats, tickets = tuned.needed(end, tile, rows, out_features, head_dim)
     if floats and (space is None or space.partial.numel() < floats or space.tickets.numel() < tickets):
         raise ValueError(f"a product with end {end}: {rows} rows of {out_features} features in {tile.splits} splits "
@@ -469,3 +472,62 @@ def _check_out(name: str, out: Tensor, rows: int, features: int) -> None:
     _check(name, out=out)
     if out.shape != (rows, features):
         raise ValueError(f"{name}: out is {list(out.shape)}, expected [{rows}, {features}]")
+
+
+def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_features: int, *, bias: bool = False,
+             heads: int = 0, kv_heads: int = 0, head_dim: int = 0, qk_norm: bool = False, tile: Tile | None = None,
+             arches: tuple[int, ...] = ARCHES) -> Variant:
+    """One product in the tile that is its default on the smallest of `ARCHES`, or in a given one."""
+    chosen = tuned.default(end, kind, rows, out_features, in_features, tuned.SHARED[80]) if tile is None else tile
+    if end == "qkv":
+        chosen = tuned.of_heads(chosen, head_dim)
+    constexprs = dict(
+        OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=chosen.rows, BLOCK_FEATURES=chosen.features,
+        BLOCK_INNER=chosen.inner, SPLITS=chosen.splits, END=end, HAS_BIAS=bias, HEADS=heads, KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=chosen.swap, SCHEME="none", GROUP=0, PDL=chosen.pdl,
+        CHUNKS=_chunks(chosen))
+    kinds = dict.fromkeys(constexprs, "constexpr") | {"rows": "i32", "ahead": "i32", "eps": "fp32"}
+    if end != "plain":
+        kinds |= {"squares": "*fp32", "partial": "*fp32", "tickets": "*i32"}
+    if end == "qkv":
+        kinds |= {"positions": "*i32", "slots": "*i32", **dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")}
+    if end == "normed":
+        kinds["out"] = "*fp32"
+    if end == "residual":
+        kinds["gain"] = "*fp32"
+    signature = {name: kinds.get(name, "*" + kind) for name in product_kernel.arg_names}
+    return Variant(f"skinny {end} {kind} {name}", product_kernel, signature, constexprs, chosen.warps, chosen.stages,
+                   arches)
+
+
+def variants() -> list[Variant]:
+    """The products of an 8B model in every default tile, dependent launches, and the shapes of other families."""
+    found = []
+    llama = (("qkv", 6144, 4096, dict(heads=32, kv_heads=8, head_dim=128)), ("residual", 4096, 4096, {}),
+             ("swiglu", 28672, 4096, {}), ("residual", 4096, 14336, {}), ("normed", 128256, 4096, {}),
+             ("plain", 6144, 4096, {}))
+    for kind, counts in (("bf16", (1, 32, 64, 128)), ("fp16", (1, 128)), ("fp32", (1,))):
+        found += [_variant(f"{out_features} {in_features}, {rows} rows", end, kind, rows, out_features, in_features,
+                           **more) for rows in counts for end, out_features, in_features, more in llama]
+    for end, out_features, in_features, more in llama[:-1]:
+        chosen = tuned.default(end, "bf16", 1, out_features, in_features, tuned.SHARED[90])
+        found.append(_variant(f"{out_features} {in_features}, dependent", end, "bf16", 1, out_features, in_features,
+                              tile=chosen._replace(pdl=True, prefetch=512), arches=(90, 100), **more))
+    for head_dim, hidden in ((64, 896), (80, 2560), (96, 3072), (128, 5120), (256, 3072)):
+        for rows in (1, 128):
+            found.append(_variant(f"heads of {head_dim}, {rows} rows", "qkv", "bf16", rows, 16 * head_dim, hidden,
+                                  bias=True, heads=8, kv_heads=4, head_dim=head_dim, qk_norm=head_dim > 64))
+        whole = Tile(16, tuned.head_width(head_dim), 64, 4, 4)
+        found.append(_variant(f"heads of {head_dim} in one tile", "qkv", "bf16", 1, 16 * head_dim, hidden, heads=8,
+                              kv_heads=4, head_dim=head_dim, qk_norm=True, tile=whole))
+    for end, out_features, in_features in (("residual", 896, 4864), ("residual", 1600, 1000), ("swiglu", 9728, 896),
+                                           ("normed", 32001, 896), ("plain", 1000, 1000)):
+        found += [_variant(f"{out_features} {in_features} bias, {rows} rows", end, "bf16", rows, out_features,
+                           in_features, bias=True) for rows in (1, 64)]
+    for kind in ("bf16", "fp16", "fp32"):
+        found.append(Variant(
+            f"embedding_scaled {kind}", embedding_scaled_kernel,
+            {"token_ids": "*i32", "table": f"*{kind}", "gain": "*fp32", "residual": f"*{kind}", "scaled": f"*{kind}",
+             "squares": "*fp32", "vocab": "i32", "HIDDEN": "constexpr", "BLOCK": "constexpr"},
+            {"HIDDEN": 4096, "BLOCK": EMBEDDED}, 4, 1))
+    return found

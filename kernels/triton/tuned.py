@@ -39,6 +39,9 @@ SUMMED = 32
 PROGRAMS = 256
 """Programs that a product is to have at least, by splits: two for each processor of a large card."""
 
+HEAD_NUMBERS = 1 << 14
+"""Rows times features of whole heads that a program ends: 64 registers a thread of eight warps."""
+
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB of shared memory a block may have, by compute capability."""
 
@@ -171,7 +174,7 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
     elif rows > 64:
         chosen = Tile(128, 128, 64, 8, 4, swap=True)
     elif rows > 32:
-        chosen = Tile(64, 128, 64, 4, 4, swap=True)
+        chosen = Tile(64, 128, 64, 8, 4, swap=True)
     elif rows > 16:
         chosen = Tile(32, 64, 128, 4, 4, swap=True)
     elif end == "normed":
@@ -214,13 +217,15 @@ def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
     for product in products:
         for count in range(1, rows + 1):
             chosen = tile(product.end, product.scheme, count, product.out_features, product.in_features)
+            chosen = chosen if product.end != "qkv" else of_heads(chosen, product.head_dim)
             more = needed(product.end, chosen, count, product.out_features, product.head_dim)
             floats, tickets = max(floats, more[0]), max(tickets, more[1])
     return floats, tickets
 
 
 def needed(end: str, tile: Tile, rows: int, out_features: int, head_dim: int = 0) -> tuple[int, int]:
-    """(floats, tickets) that one launch meets in; zeros where no programs share anything."""
+    """(floats, tickets) that one launch meets in; zeros where no programs share anything. A tile `of_heads` for "qkv".
+    """
     units, tiles, width = units_of(end, tile, out_features, head_dim)
     if tiles * tile.splits == 1:
         return 0, 0
@@ -232,9 +237,14 @@ def units_of(end: str, tile: Tile, out_features: int, head_dim: int = 0) -> tupl
     """(units, tiles of a unit, features of a unit): what is ended as a whole, a head of "qkv" or else a tile."""
     if end != "qkv":
         return -(-out_features // tile.features), 1, tile.features
-    features = min(tile.features, head_width(head_dim))
-    tiles = -(-head_dim // features)
-    return out_features // head_dim, tiles, tiles * features
+    tiles = -(-head_dim // tile.features)
+    return out_features // head_dim, tiles, tiles * tile.features
+
+
+def of_heads(tile: Tile, head_dim: int) -> Tile:
+    """The tile for the end "qkv": no wider than a head, and no more rows than registers hold of whole heads."""
+    width = head_width(head_dim)
+    return tile._replace(features=min(tile.features, width), rows=min(tile.rows, max(16, HEAD_NUMBERS // width)))
 
 
 def head_width(head_dim: int) -> int:
