@@ -19,10 +19,10 @@ from stars.bindings.operations import (
     swiglu,
     take_rows,
 )
-from stars.bindings.recording import Program, record
+from stars.bindings.recording import Program, leave_out, record
 
 __all__ = [
     "Program", "accept_uniform", "append_draft", "apply_penalties", "attention", "available", "copy_rows",
-    "embedding", "gumbel", "isa", "library_path", "linear", "num_threads", "pack", "philox", "record", "rms_norm",
-    "rope_write", "sample_step", "set_num_threads", "swiglu", "take_rows", "unpack", "usable_cpus",
+    "embedding", "gumbel", "isa", "leave_out", "library_path", "linear", "num_threads", "pack", "philox", "record",
+    "rms_norm", "rope_write", "sample_step", "set_num_threads", "swiglu", "take_rows", "unpack", "usable_cpus",
 ]

@@ -30,13 +30,19 @@ class Program:
         if not self._handle:
             raise MemoryError(last_error())
         self._kept: list[object] = []  # every tensor of a recorded operation: their memory must outlive the program
+        self._whole = True  # False: something ran in between that no program can hold
 
     def __len__(self) -> int:
-        """Operations recorded."""
-        return len(self._kept)
+        """Operations recorded; 0 where something ran in between that no program can hold, see `leave_out`."""
+        return len(self._kept) if self._whole else 0
 
     def run(self, times: int, done: Tensor) -> int:
-        """Runs the operations up to `times` times, until all of `done` int32 are non-zero; returns how often."""
+        """Runs the operations up to `times` times, until all of `done` int32 are non-zero; returns how often.
+
+        Raises RuntimeError where `leave_out` was called while they were recorded.
+        """
+        if not self._whole:
+            raise RuntimeError("a program that left out an operation was run; call its operations one by one")
         pointer = address("run", "done", done, torch.int32, done.shape)
         ran = int(loaded().stars_program_run(self._handle, times, pointer, done.numel()))
         if ran < 0:
@@ -47,6 +53,10 @@ class Program:
         """Appends an operation; `kept` holds the tensors that it reads and writes."""
         check_status(loaded().stars_program_add(self._handle, op, ctypes.byref(params)))
         self._kept.append(kept)
+
+    def leave_out(self) -> None:
+        """As the function of this name, for this program."""
+        self._whole = False
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -76,6 +86,13 @@ def run(op: int, params: ctypes.Structure, kept: object) -> None:
         program = _recorded_program()
         if program is not None:
             program.add(op, params, kept)
+
+
+def leave_out() -> None:
+    """Says that this thread runs an operation that libstars does not have: what it records cannot be replayed."""
+    program = _recorded_program() if _recordings else None
+    if program is not None:
+        program.leave_out()
 
 
 def _recorded_program() -> Program | None:

@@ -132,8 +132,9 @@ def _implementations(given: str | Sequence[Implementation]) -> tuple[Implementat
 def _choice(row: Operation, asked: Column) -> Callable[..., None]:
     """What an operation calls for a column: its first implementation whose condition holds, or else the reference."""
     implementations = () if asked == "reference" else row.cpu if asked == "cpu" else row.cuda
+    otherwise = _beside_libstars(row.reference) if asked == "cpu" else row.reference
     if not implementations:
-        return row.reference
+        return otherwise
     if implementations[0].when is None:
         return implementations[0].load()
 
@@ -142,7 +143,17 @@ def _choice(row: Operation, asked: Column) -> Callable[..., None]:
             if implementation.when is None or implementation.when(*args, **kwargs):
                 implementation.load()(*args, **kwargs)
                 return
-        row.reference(*args, **kwargs)
+        otherwise(*args, **kwargs)
+
+    return run
+
+
+def _beside_libstars(reference: Callable[..., None]) -> Callable[..., None]:
+    """A reference that serves tensors of libstars' column: a program that is being recorded would go on without it."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        _libstars().leave_out()
+        reference(*args, **kwargs)
 
     return run
 

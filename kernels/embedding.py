@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stars.kernels.dispatch import operation
+from stars.kernels.dispatch import Implementation, operation
 from stars.kernels.linear import Weight
 
 
 def embedding_reference(token_ids: Tensor, weight: Weight, out: Tensor) -> None:
     """out[i] = weight[token_ids[i]]. token_ids int32 [rows]; weight [vocab, hidden]; out [rows, hidden]."""
+    if weight.quant is not None:
+        raise ValueError(f"embedding: the weight is in {weight.quant.name}, give it unquantised: its rows are "
+                         "looked up, not multiplied")
     out.copy_(weight.dense()[token_ids.long()])
 
 
-@operation(cpu="stars.bindings.libstars:embedding", cuda="stars.kernels.triton.embedding:embedding",
+def _unquantised(token_ids: Tensor, weight: Weight, out: Tensor) -> bool:
+    return weight.quant is None
+
+
+@operation(cpu=[Implementation("stars.bindings.libstars:embedding", _unquantised)],
+           cuda=[Implementation("stars.kernels.triton.embedding:embedding", _unquantised)],
            reference=embedding_reference, by="out")
 def embedding(token_ids: Tensor, weight: Weight, out: Tensor) -> None:
-    """out[i] = weight[token_ids[i]]. token_ids int32 [rows]; weight [vocab, hidden]; out [rows, hidden]."""
+    """out[i] = weight[token_ids[i]]. token_ids int32 [rows]; weight [vocab, hidden]; out [rows, hidden].
+
+    Raises ValueError for a quantised weight.
+    """

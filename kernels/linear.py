@@ -8,15 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stars.kernels.dispatch import operation
+from stars.kernels.dispatch import Implementation, operation
+from stars.kernels.quant import QuantWeight, check, dequantize
+
+_SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Weight:
     """A matrix [out_features, in_features] and its bias, as `pack` made them for one device.
 
-    `values` is the matrix itself, or, where `packed`, libstars' layout of it: the matrix is then not stored twice, and
-    `dense()` rebuilds it.
+    `values` is the matrix itself; where `packed`, libstars' layout of it; where there is a `quant`, its values. The
+    matrix is not stored twice: `dense()` rebuilds it.
     """
 
     values: Tensor
@@ -27,9 +30,17 @@ class Weight:
     dtype: torch.dtype | None = None  # of the matrix that `values` holds, where packed
     deterministic: bool = False  # on a GPU: the bits of a row do not depend on the number of rows
     arithmetic: Literal["float32", "bfloat16"] = "float32"  # of libstars' products, see `pack`
+    quant: QuantWeight | None = None
+
+    @property
+    def scheme(self) -> str:
+        """How a GPU stores it, as tables of tiles call it: "bf16", "fp16", "fp32", or a QuantWeight's name."""
+        return _SCHEMES[self.values.dtype] if self.quant is None else self.quant.name
 
     def dense(self) -> Tensor:
-        """The matrix [out_features, in_features]."""
+        """The matrix [out_features, in_features]; of a quantised one in float32."""
+        if self.quant is not None:
+            return dequantize(self.quant)
         if not self.packed:
             return self.values
         assert self.dtype is not None
@@ -39,7 +50,7 @@ class Weight:
 
 
 def pack(
-    matrix: Tensor, bias: Tensor | None = None, deterministic: bool = False,
+    matrix: Tensor | QuantWeight, bias: Tensor | None = None, deterministic: bool = False,
     arithmetic: Literal["float32", "bfloat16"] = "float32",
 ) -> Weight:
     """A Weight of `matrix` [out_features, in_features].
@@ -53,7 +64,15 @@ def pack(
     With `arithmetic` "bfloat16" the matrix is rounded to bfloat16, and on a CPU that multiplies bfloat16 pairs
     (`libstars.isa()` is "avx512_bf16") so are the activations of every product; sums are float32 still. Other CPUs,
     and the references, multiply the rounded matrix in float32.
+
+    A QuantWeight is taken as it is, `arithmetic` says nothing of it: a GPU multiplies activations of 16 bits by it, at
+    any number of rows, and the CPU dequantises it for every product. Raises ValueError where its tensors do not fit.
     """
+    if isinstance(matrix, QuantWeight):
+        check(matrix)
+        bias = None if bias is None else bias.float().contiguous()
+        return Weight(matrix.values, bias, matrix.out_features, matrix.in_features, deterministic=deterministic,
+                      quant=matrix)
     if arithmetic == "bfloat16":
         matrix = matrix.to(torch.bfloat16)
     out_features, in_features = matrix.shape
@@ -83,7 +102,11 @@ def linear_reference(x: Tensor, weight: Weight, out: Tensor) -> None:
     out.copy_(torch.nn.functional.linear(x, weight.dense().to(x.dtype), bias))
 
 
-@operation(cpu="stars.bindings.libstars:linear", cuda="stars.kernels.triton.linear:linear",
-           reference=linear_reference)
+def _unquantised(x: Tensor, weight: Weight, out: Tensor) -> bool:
+    return weight.quant is None
+
+
+@operation(cpu=[Implementation("stars.bindings.libstars:linear", _unquantised)],
+           cuda="stars.kernels.triton.linear:linear", reference=linear_reference)
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]."""

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stars.kernels.linear import Weight
-from stars.kernels.triton import tuned
+from stars.kernels.triton import skinny, tuned
 from stars.kernels.triton.tuned import Tile
 from stars.kernels.triton.variant import Variant
 
@@ -65,9 +65,12 @@ def linear_kernel(x, weight, bias, out, rows, x_stride, out_stride, OUT_FEATURES
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     """As `stars.kernels.linear`. The kernel takes weights packed as deterministic, tensors of different types, and what
     the card's table says that it is faster at."""
+    if weight.quant is not None:
+        skinny.plain(x, weight, out)
+        return
     matrix, bias = weight.values, weight.bias
     same = x.dtype == matrix.dtype == out.dtype and (bias is None or bias.dtype == x.dtype)
-    measured = tuned.plain(tuned.scheme(weight), x.shape[0], *matrix.shape) if same else None
+    measured = tuned.plain(weight.scheme, x.shape[0], *matrix.shape) if same else None
     if weight.deterministic or not same:
         linear_invariant(x, weight, out)
     elif measured is not None:

@@ -1,0 +1,195 @@
+"""Weights in 8 and 4 bits: rounding within derived bounds, layouts, what is refused, and products on the CPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from stars import kernels
+from stars.bindings import libstars
+from stars.kernels.dispatch import references_only
+from stars.kernels.graph import Graphs
+from stars.kernels.quant import FP8, QuantWeight, check, dequantize, quantize
+
+SCHEMES = [("fp8", 0, False), ("int8", 0, False), ("int4", 32, False), ("int4", 128, False), ("int4", 32, True),
+           ("int4", 128, True)]
+NAMES = [f"{scheme}-{group}{' zeros' if zeros else ''}" for scheme, group, zeros in SCHEMES]
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Rows of very different sizes, one of zeros, one of positive numbers only."""
+    matrix = numbers(rows, columns, seed=seed) * torch.logspace(-3, 2, rows)[:, None]
+    matrix[rows // 2] = 0.0
+    matrix[rows // 3] = matrix[rows // 3].abs() + 1.0
+    return matrix
+
+
+# -- rounding -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme, group, asymmetric", SCHEMES, ids=NAMES)
+def test_no_weight_is_further_away_than_half_a_step(scheme, group, asymmetric, dtype):
+    matrix = weights(17, 384).to(dtype)
+    quant = quantize(matrix, scheme, group, asymmetric)
+    check(quant)
+    error = (dequantize(quant) - matrix.float()).abs()
+    scales = quant.scales.float()[:, None] if group == 0 else quant.scales.float().repeat_interleave(group, 1)
+    if scheme == "fp8":  # three bits behind the point; below the normal numbers, 2^-6, steps of 2^-9
+        bound = torch.maximum(matrix.float().abs() * 2.0**-4, scales * 2.0**-10)
+    else:  # a scale in float16 is off by 2^-11, and with it the ends of the range, by no more than 15 steps of that
+        bound = scales / 2 + (15 * 2.0**-11 * scales if group else 0.0)
+    assert bool((error <= bound * (1 + 1e-5)).all())
+    assert bool((dequantize(quant)[17 // 2] == 0).all())
+
+
+def test_the_largest_weight_of_a_row_is_kept():
+    matrix = weights(17, 96)
+    for scheme in ("fp8", "int8"):
+        kept = dequantize(quantize(matrix, scheme)).abs().amax(1)
+        torch.testing.assert_close(kept, matrix.abs().amax(1), rtol=1e-6, atol=0)
+
+
+def test_zeros_use_the_whole_range():
+    """Weights of one sign: sixteen steps between 0 and the largest, where a symmetric group has eight."""
+    matrix = numbers(9, 128).abs() + 1.0
+    off = [(dequantize(quantize(matrix, "int4", 32, asymmetric)) - matrix).abs().max() for asymmetric in (False, True)]
+    assert off[1] < 0.6 * off[0]
+    assert bool((quantize(matrix, "int4", 32, True).zeros == 0).all())
+    assert bool((quantize(-matrix, "int4", 32, True).zeros == 15).all())
+
+
+def test_scales_of_groups_are_float16_where_that_holds_them():
+    assert quantize(numbers(5, 64), "int4", 32).scales.dtype == torch.float16
+    for factor in (1e-6, 1e6):
+        quant = quantize(numbers(5, 64) * factor, "int4", 32)
+        assert quant.scales.dtype == torch.float32
+        off = (dequantize(quant) - numbers(5, 64) * factor).abs().view(5, 2, 32)
+        assert bool((off <= 0.5001 * quant.scales[:, :, None]).all())
+
+
+def test_tiny_weights_stay_finite():
+    matrix = torch.tensor([[1e-45, -1e-40, 1e-38, 0.0] * 32])
+    for scheme, group, asymmetric in SCHEMES:
+        assert bool(dequantize(quantize(matrix, scheme, group, asymmetric)).isfinite().all())
+
+
+# -- layout -------------------------------------------------------------------------------------------------------
+
+
+def test_the_low_nibble_is_the_even_column():
+    values = torch.zeros(2, 16, dtype=torch.uint8)
+    values[1, 3] = 0x2F  # column 6: 15, column 7: 2
+    quant = QuantWeight(values, torch.full((2, 1), 0.5), None, 32, "int4")
+    wanted = torch.full((2, 32), -4.0)
+    wanted[1, 6], wanted[1, 7] = 3.5, -3.0
+    assert torch.equal(dequantize(quant), wanted)
+    zeros = torch.tensor([[0], [15]], dtype=torch.uint8)
+    shifted = dequantize(quant._replace(zeros=zeros))
+    assert float(shifted[0, 0]) == 0.0 and float(shifted[1, 0]) == -7.5 and float(shifted[1, 6]) == 0.0
+
+
+def test_each_group_has_its_own_scale_and_zero():
+    values = torch.full((1, 32), 0x19, dtype=torch.uint8)  # 9 in even columns, 1 in odd ones
+    quant = QuantWeight(values, torch.tensor([[1.0, 2.0]]), torch.tensor([[1, 9]], dtype=torch.uint8), 32, "int4")
+    dense = dequantize(quant, torch.float16)
+    assert dense.dtype == torch.float16
+    assert dense[0, :32].tolist() == [8.0, 0.0] * 16 and dense[0, 32:].tolist() == [0.0, -16.0] * 16
+
+
+def test_what_a_matrix_takes():
+    shapes = {"fp8": 17 * 384 + 17 * 4, "int8": 17 * 384 + 17 * 4, "int4-32": 17 * 192 + 17 * 12 * 2,
+              "int4-128": 17 * 192 + 17 * 3 * 2}
+    for scheme, group, asymmetric in SCHEMES:
+        quant = quantize(numbers(17, 384), scheme, group, asymmetric)
+        assert (quant.out_features, quant.in_features) == (17, 384)
+        assert quant.nbytes == shapes[quant.name] + (17 * 384 // group if asymmetric else 0)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+EIGHT, FOUR = quantize(numbers(3, 64), "int8"), quantize(numbers(3, 64), "int4", 32, asymmetric=True)
+
+
+@pytest.mark.parametrize("message, call", [
+    ("scheme is 'nf4', it must be one of fp8, int8, int4", lambda: quantize(numbers(3, 64), "nf4")),
+    ("int4: group is 64, it must be 32 or 128", lambda: quantize(numbers(3, 64), "int4", 64)),
+    ("int8: group is 32, it must be 0", lambda: quantize(numbers(3, 64), "int8", 32)),
+    ("int4-128: in_features is 192, it must be a multiple of the group of 128",
+     lambda: quantize(numbers(3, 192), "int4", 128)),
+    ("fp8 has no zeros", lambda: quantize(numbers(3, 64), "fp8", asymmetric=True)),
+    ("matrix is torch.int64 [2, 2]", lambda: quantize(torch.ones(2, 2, dtype=torch.int64), "fp8")),
+    ("matrix is torch.float32 [4]", lambda: quantize(torch.ones(4), "fp8")),
+    ("matrix has NaN or infinity", lambda: quantize(torch.tensor([[1.0, float("inf")]]), "int8")),
+    ("int8: values are torch.uint8", lambda: check(EIGHT._replace(values=EIGHT.values.view(torch.uint8)))),
+    ("int8: scales are torch.float32 [2], give torch.float32 [3]", lambda: check(EIGHT._replace(scales=torch.ones(2)))),
+    ("int8: scales are torch.float16", lambda: check(EIGHT._replace(scales=EIGHT.scales.half()))),
+    ("int8: zeros are torch.uint8 [3, 2], give None", lambda: check(EIGHT._replace(zeros=FOUR.zeros))),
+    ("int4-32: scales are torch.float32 [3]", lambda: check(FOUR._replace(scales=torch.ones(3)))),
+    ("int4-32: zeros are torch.int8 [3, 2], give torch.uint8 [3, 2]",
+     lambda: check(FOUR._replace(zeros=FOUR.zeros.to(torch.int8)))),
+    ("int4-128: in_features is 64", lambda: kernels.pack(FOUR._replace(group=128))),
+    ("int4-32: values are not contiguous", lambda: check(FOUR._replace(values=FOUR.values.t().contiguous().t()))),
+])
+def test_what_does_not_fit_is_named(message, call):
+    with pytest.raises(ValueError) as raised:
+        call()
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_embedding_stays_unquantised():
+    ids, out = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, 64)
+    for column in (nullcontext(), references_only()):
+        with column, pytest.raises(ValueError, match="embedding: the weight is in int8, give it unquantised"):
+            kernels.embedding(ids, kernels.pack(EIGHT), out)
+
+
+# -- products on the CPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme, group, asymmetric", SCHEMES, ids=NAMES)
+def test_a_product_is_that_of_the_dequantised_matrix(scheme, group, asymmetric):
+    quant, bias, x = quantize(weights(17, 384), scheme, group, asymmetric), numbers(17, seed=1), numbers(5, 384, seed=2)
+    weight = kernels.pack(quant, bias.to(torch.bfloat16))
+    assert weight.quant is not None and torch.equal(weight.dense(), dequantize(quant))
+    out = torch.empty(5, 17)
+    kernels.linear(x, weight, out)
+    assert torch.equal(out, torch.nn.functional.linear(x, dequantize(quant), bias.to(torch.bfloat16).float()))
+
+
+@pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
+def test_a_recording_does_not_forget_what_libstars_has_no_operation_for():
+    """A step with a quantised product runs whole every time, beside one of libstars' own products alone."""
+    first, second = kernels.pack(numbers(64, 64)), kernels.pack(EIGHT)
+    x, between, out = torch.empty(2, 64), torch.empty(2, 64), torch.empty(2, 3)
+    done = torch.zeros(1, dtype=torch.int32)
+
+    def step() -> None:
+        kernels.linear(x, first, between)
+        kernels.linear(between, second, out)
+
+    graphs = Graphs()
+    for seed in range(3):
+        x.copy_(numbers(2, 64, seed=seed))
+        assert graphs.run("a step", step, done) == 1
+        wanted = torch.nn.functional.linear(between, dequantize(EIGHT))
+        assert torch.equal(out, wanted)
+    with libstars.record() as program:
+        kernels.linear(x, first, between)
+    assert len(program) == 1
+    with libstars.record() as program:
+        step()
+    assert len(program) == 0
+    with pytest.raises(RuntimeError, match="left out an operation"):
+        program.run(1, done)
+
+
+def test_values_of_fp8_are_the_format_of_the_cards():
+    assert quantize(torch.tensor([[448.0, 1.0, -0.3]]), "fp8").values.dtype == FP8
+    assert quantize(torch.tensor([[448.0, 1.0, -0.3]]), "fp8").values.float().tolist() == [[448.0, 1.0, -0.3125]]
