@@ -35,6 +35,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stars.kernels.linear import Weight
 from stars.kernels.triton import tuned
+from stars.kernels.triton.dequant import load_block
 from stars.kernels.triton.tuned import SUMMED, Tile
 from stars.kernels.triton.variant import ARCHES, Variant
 from stars.kernels.types import Batch, LayerKV, SplitSpace, Stream
@@ -49,23 +50,6 @@ FIXED_ROWS = 64
 
 EMBEDDED = 1024
 """Features of a row that a program of the embedding takes."""
-
-
-@triton.jit
-def load_block(weight, scales, zeros, feature, present, start, IN_FEATURES: tl.constexpr, BLOCK_INNER: tl.constexpr,
-               FULL: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows `feature` of the weight, columns from `start` on, as [features, BLOCK_INNER] of the activations' DTYPE.
-
-    Zero where a row is not `present` (FULL: all are) and beyond IN_FEATURES. SCHEME "none": DTYPE's own numbers.
-    """
-    inner = start + tl.arange(0, BLOCK_INNER)
-    at = weight + feature.to(tl.int64)[:, None] * IN_FEATURES + inner[None, :]
-    if IN_FEATURES % BLOCK_INNER != 0:
-        return tl.load(at, mask=present[:, None] & (inner < IN_FEATURES)[None, :], other=0.0)
-    elif FULL:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=present[:, None], other=0.0)
 
 
 @triton.jit
@@ -427,12 +411,12 @@ def launch(
     `tuned.needed`.
     """
     rows, in_features = x.shape
-    scheme, out_features = tuned.scheme(weight), weight.out_features
-    matrix = weight.values
+    scheme, out_features = weight.scheme, weight.out_features
+    matrix, quant = weight.values, weight.quant
     _check(f"a product with end {end}", x=x, weight=matrix, **({} if stream is None else stream._asdict()))
     if in_features != weight.in_features:
         raise ValueError(f"a product with end {end}: rows of {in_features} beside a weight of {weight.in_features}")
-    if x.dtype != matrix.dtype:
+    if quant is None and x.dtype != matrix.dtype:
         raise ValueError(f"a product with end {end}: x is {x.dtype} and the weight {matrix.dtype}")
     if stream is not None and stream.squares.shape != (rows, stream.residual.shape[1] // SUMMED):
         raise ValueError(f"a product with end {end}: squares are {list(stream.squares.shape)} beside a residual of "
@@ -448,15 +432,19 @@ def launch(
                          f"meet in {floats} numbers and {tickets} tickets: reserve what `tuned.room` says")
     units, tiles, _ = tuned.units_of(end, tile, out_features, head_dim)
     pdl = tile.pdl and matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) >= (9, 0)
+    values = matrix.view(torch.uint8) if scheme == "fp8" else matrix  # not every card has the type, all have bytes
+    scales, zeros = (matrix, None) if quant is None else (quant.scales, quant.zeros)
     # x and the matrix stand in for what an end does not read.
     product_kernel[(triton.cdiv(rows, tile.rows), units * tiles * tile.splits)](
-        x, matrix, matrix, matrix, matrix if weight.bias is None else weight.bias, x if out is None else out,
+        x, values, scales, zeros, matrix if weight.bias is None else weight.bias, x if out is None else out,
         *((x, x) if stream is None else (stream.squares, stream.residual)), x if gain is None else gain,
         x if stream is None else stream.scaled, *((x,) * 8 if turn is None else turn),
         *((x, x) if space is None else space), rows,
-        _ahead(tile, in_features, matrix.element_size() * matrix.shape[1]) if pdl else 0, eps, OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=tile.rows, BLOCK_FEATURES=tile.features,
+        _ahead(tile, in_features, matrix.element_size() * matrix.shape[1]) if pdl else 0, eps,
+        OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=tile.rows, BLOCK_FEATURES=tile.features,
         BLOCK_INNER=tile.inner, SPLITS=tile.splits, END=end, HAS_BIAS=weight.bias is not None, HEADS=heads,
-        KV_HEADS=kv_heads, HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=tile.swap, SCHEME="none", GROUP=0, PDL=pdl,
+        KV_HEADS=kv_heads, HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=tile.swap,
+        SCHEME="none" if quant is None else quant.scheme, GROUP=0 if quant is None else quant.group, PDL=pdl,
         CHUNKS=_chunks(tile), num_warps=tile.warps, num_stages=tile.stages,
         **({"launch_pdl": True} if pdl else {}))
 
