@@ -237,10 +237,12 @@ def test_the_room_of_fused_passes_is_what_is_said(scheme, head):
     model = ToyModel(vocab=1501, hidden=1088, heads=17, kv_heads=1, head_dim=64, intermediate=2048, head=head)
     given = model.decoder()
     alone = as_on_a_gpu(given, scheme)
-    taken = sum(tensor.nbytes for tensor in alone._split)
-    assert split_bytes(model.config, torch.float32, scheme, head == "reward") == taken and (taken > 0) == (scheme != "fp32")
+
+    def said() -> int:
+        return split_bytes(model.config, torch.float32, scheme, head == "reward")
+
+    assert said() == sum(tensor.nbytes for tensor in alone._split) and (said() > 0) == (scheme != "fp32")
     with tuned.using(fused_up_to(5, alone)):
         alone.reserve_fused()
-        taken = sum(tensor.nbytes for tensor in alone._split)
-        assert split_bytes(model.config, torch.float32, scheme, head == "reward") == taken > 0
+        assert said() == sum(tensor.nbytes for tensor in alone._split) > 0
         assert not bool(alone._split.tickets.any())
