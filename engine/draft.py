@@ -13,21 +13,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import apply_penalties, sample_step
-from stars.kernels.graph import Graphs, steps_a_graph
+from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
 from stars.model.decoder import Decoder
+from stars.pacing import Pacing
 from stars.sampling import SamplingParams
 from stars.sizes import history_entries, language_model, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
-STEP_LAUNCHES = 8  # on a GPU, at most: the logits, their penalties and their draw
+SAMPLE_LAUNCHES = 7  # on a GPU, at most: penalties and the draw
 
 PENALTIES = ("history_start", "history_count", "repetition", "frequency", "presence")
 """The buffers of the entries of a Penalties, in its order."""
@@ -55,6 +57,14 @@ class Drafted(NamedTuple):
     logprobs: list[float]
 
 
+class UnderWay(NamedTuple):
+    """A draft of which not all was launched."""
+
+    parts: list[Part]  # of a step
+    done: Tensor  # int32 [rows]
+    left: int  # steps to be launched
+
+
 class Drafter:
     """Owns the lane buffers of one language model.
 
@@ -67,9 +77,8 @@ class Drafter:
         self.cache = cache
         self.target = target = config.target
         sizes, max_segment_size = language_model(config), config.max_segment_size
-        rows = target.rows(sizes.max_lanes)
+        rows = target.rows(sizes.max_lanes, "draft")
         decoder.reserve(rows)
-        decoder.reserve_logits(rows)
         decoder.reserve_positions(sizes.max_positions)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
@@ -79,6 +88,8 @@ class Drafter:
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
+        # Between the parts of a step, which are recorded apart: the decoder's own may grow for another engine.
+        self._logits = decoder.reserve_logits(rows)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
@@ -91,7 +102,10 @@ class Drafter:
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(steps_a_graph(decoder.launches(rows) + STEP_LAUNCHES))
+        self._graphs = Graphs()
+        self._pacing = Pacing(rows) if target.own_memory else None
+        self._under_way: UnderWay | None = None
+        self._shortest = math.inf  # seconds of a step, as measured
 
     @property
     def device_draft(self) -> Draft:
@@ -104,7 +118,11 @@ class Drafter:
         return self.drafted(len(lanes))
 
     def launch(self, lanes: list[LaneSpec]) -> None:
-        """Starts a draft, without waiting for a GPU; its results must be taken before the next."""
+        """Starts a draft, without waiting for a GPU; its results must be taken before the next.
+
+        A GPU gets the first steps, which it is busy with while the host does something else. The others it gets by
+        `pace`. On the CPU the draft is then over.
+        """
         filters = penalties = False
         longest = 0
         for lane in lanes:
@@ -114,16 +132,41 @@ class Drafter:
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._run(filled, longest, filters, penalties)
+        self._start(filled, len(lanes), longest, filters, penalties)
+
+    def pace(self) -> None:
+        """Launches the rest of the draft that was started, as the device gets on with it, and the transfer of its
+        results. Ends where all lanes have ended; does nothing where no draft was started."""
+        if self._under_way is None:
+            return
+        under_way, self._under_way = self._under_way, None
+        self._advance(under_way, wait=True)
+        self._buffers.fetch()
+        if self._pacing is not None:
+            self._pacing.end()
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
+        self.pace()
         self._buffers.wait()
         steps = self._host.steps[:count].tolist()
         longest = max(steps)
         tokens = self._host.out_tokens[:count, :longest].tolist()
         logprobs = self._host.out_logprobs[:count, :longest].tolist()
         return [Drafted(tokens[i][: steps[i]], logprobs[i][: steps[i]]) for i in range(count)]
+
+    def warm_up(self) -> None:
+        """Runs and captures every shape of a step on a GPU, on lanes that are all idle."""
+        assert self._tiling is not None
+        for rows in self.target.shapes("draft", len(self._state.done)):  # workspaces that grow later are held twice
+            self._buffers.wait()
+            self._idle(slice(0, rows), 0)
+            self._buffers.upload()
+            for tiles in self._tiling.shapes(rows, "draft"):
+                self._graphs.warm_up(self._forward(rows, tiles))
+            for filters in (True, False):
+                for penalties in (True, False):
+                    self._graphs.warm_up(self._sample(rows, filters, penalties))
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
@@ -136,35 +179,66 @@ class Drafter:
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
-                self._run(filled, 1, False)
+                self._start(filled, lanes, 1, False)
+                self.pace()
                 self._buffers.wait()
                 seconds = min(seconds, time.perf_counter() - begin)
+            self._shortest = min(self._shortest, seconds)
+            if self._pacing is not None:
+                self._pacing.measured(self._shortest)
             return seconds
         finally:
             for slab in slabs:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
-    def _run(self, filled: tuple[int, Tiles | None], times: int, filters: bool, penalties: bool = False) -> None:
-        """Sends the buffers, runs the steps, and fetches the buffers back, all in stream order."""
-        rows, tiles = filled
-
-        def step() -> None:  # not called where a recorded step is replayed: the views are made here
-            state = LaneState(*(tensor[:rows] for tensor in self._state))
-            batch = Batch(
-                state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
-                self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
-                self._buffers["slab_start"][:rows], state.slab_used, tiles)
-            logits = self.decoder.draft_logits(batch, self.cache)  # [rows, vocab]
-            if penalties:
-                apply_penalties(logits, state, Penalties(self._history["entries"], *(
-                    self._buffers[name][:rows] for name in PENALTIES)))
-            sample_step(logits, state, filters=filters)
-
+    def _start(self, filled: tuple[int, Tiles | None], lanes: int, times: int, filters: bool,
+               penalties: bool = False) -> None:
+        """Sends the buffers and launches the first steps, in stream order."""
         self._buffers.upload()
-        key = rows, filters, penalties, *(shape(tiles) if tiles is not None else ())
-        self._graphs.run(key, step, self._done[rows], times)
-        self._buffers.fetch()
+        if self._pacing is not None:
+            self._pacing.begin(lanes)
+        rows, tiles = filled
+        parts = [self._forward(rows, tiles), self._sample(rows, filters, penalties)]
+        under_way = UnderWay(parts, self._done[rows], times)
+        self._under_way = under_way._replace(left=self._advance(under_way, wait=False))
+
+    def _advance(self, under_way: UnderWay, wait: bool) -> int:
+        """Launches the steps that need no waiting for the device, or, with `wait`, all; how many are left."""
+        parts, done, left = under_way
+        if self._pacing is not None:
+            return self._pacing.launch(lambda: self._graphs.run(parts, done), left, wait)
+        if left:
+            self._graphs.run(parts, done, left)
+        return 0
+
+    def _forward(self, rows: int, tiles: Tiles | None) -> Part:
+        """The first part of a step, up to the logits. What it runs is made where it is recorded, not where replayed."""
+        def run() -> None:
+            lanes = self._lanes(rows)
+            batch = Batch(
+                lanes.token_ids, lanes.positions, lanes.slots, True, self._row_start[: rows + 1],
+                self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
+                self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
+            self.decoder.draft_logits(batch, self.cache, self._logits[:rows])
+
+        return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run,
+                    self.decoder.launches(rows) + 1)
+
+    def _sample(self, rows: int, filters: bool, penalties: bool) -> Part:
+        """The second part: what is drawn from the logits, and the step to the next."""
+        def run() -> None:
+            lanes, logits = self._lanes(rows), self._logits[:rows]
+            if penalties:
+                apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
+                    self._buffers[name][:rows] for name in PENALTIES)))
+            sample_step(logits, lanes, filters=filters,
+                        ended=None if self._pacing is None else self._pacing.ended[:rows])
+
+        return Part(("sample", rows, filters, penalties), run, SAMPLE_LAUNCHES)
+
+    def _lanes(self, rows: int) -> LaneState:
+        return LaneState(*(tensor[:rows] for tensor in self._state))
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
         """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""
@@ -195,7 +269,7 @@ class Drafter:
         count = len(lanes)
         if self._tiling is None:
             return count, None
-        rows = self.target.rows(count)
+        rows = self.target.rows(count, "draft")
         self._idle(slice(count, rows), len(tables) - 1)
         groups = host.seq_group[:count].tolist()
         keys = [lane.table.length for lane in lanes]

@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import append_draft, prefill_attention
-from stars.kernels.graph import Graphs
-from stars.kernels.types import Batch, Draft, Tiles, TrailingRows
+from stars.kernels.graph import Graphs, Part
+from stars.kernels.triton.tiles import Kind
+from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import ModelSizes, pass_rows, table_width
+from stars.sizes import ModelSizes, padded_rows, pass_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
 """Rows of a sequence, on average, from which on a library may run a prefill pass: it has the keys gathered first, a
 shared beginning once for every sequence."""
+
+KINDS: tuple[Kind, ...] = ("prefill", "score")
+PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
 
 MAX_CLOSING = 32
 """Closing tokens that a span which trails a draft may have."""
@@ -47,11 +52,19 @@ class Span(NamedTuple):
     drafted: DraftedPart | None = None
 
 
+class Prepared(NamedTuple):
+    """A pass whose buffers were filled and sent."""
+
+    parts: list[Part]
+    rare: bool  # whether it is too long to capture
+    scored: bool  # whether it ends with rewards
+
+
 class Passes:
     """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed.
 
-    On a padded target, rows and sequences are filled up to buckets with idle ones, so that few captured shapes serve
-    all, and attention gets its tiles.
+    On a padded target, rows and sequences are filled up with idle ones, so that few captured shapes serve all, and
+    attention gets its tiles. How many sequences there are follows from the rows.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig, sizes: ModelSizes):
@@ -63,7 +76,7 @@ class Passes:
                                               config.deterministic)
         self.max_rows = pass_rows(config, sizes)
         self.max_sequences = sizes.max_sequences
-        rows, sequences = target.rows(self.max_rows), target.rows(self.max_sequences)
+        rows, sequences = padded_rows(config, sizes), target.rows(self.max_sequences, "draft")
         decoder.reserve(rows)
         decoder.reserve_positions(sizes.max_positions)
         row, sequence = (torch.int32, (rows,)), (torch.int32, (sequences,))
@@ -83,6 +96,7 @@ class Passes:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
+        self._prepared: Prepared | None = None  # the pass that trails a draft, until it is launched
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]) -> None:
         """For each (table, token_ids, stop): writes keys and values of token_ids[table.length:stop] into the pages.
@@ -97,7 +111,7 @@ class Passes:
                 # Making shared pages private comes before any pass reads the block table.
                 slots = self.cache.rows(table, start, end)
                 spans.append(Span(table, token_ids[start:end], start, slots))
-        for batch in self._batches(spans, into_slab=False):
+        for batch in self._batches(spans, self.max_rows, into_slab=False):
             self._run(batch, into_slab=False)
             for span in batch:
                 span.table.length = span.start + len(span.token_ids)
@@ -108,26 +122,34 @@ class Passes:
         Spans of one table should be adjacent, so that its pages are read once for all of them.
         """
         rewards: list[float] = []
-        for batch in self._batches(spans, into_slab=True):
+        for batch in self._batches(spans, min(self.max_rows, self.target.captured_score), into_slab=True):
             self._run(batch, into_slab=True)
             rewards += self.rewards(len(batch))
         return rewards
 
     def redraft(self, spans: Sequence[Span]) -> None:
         """Runs the spans into their slabs, as drafts had done it token by token."""
-        for batch in self._batches(spans, into_slab=True):
+        for batch in self._batches(spans, self.max_rows, into_slab=True):
             self._run(batch, into_slab=True, scored=False)
 
     def fits(self, rows: Sequence[int]) -> bool:
         """Whether one pass holds spans of so many rows each."""
         return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
 
-    def score_trailing(self, draft: Draft, spans: Sequence[Span]) -> None:
-        """As `score`, for spans that trail a draft and fit one pass, without waiting for that draft.
+    def prepare_trailing(self, draft: Draft, spans: Sequence[Span]) -> None:
+        """The host's part of a scoring pass of spans that trail a draft and fit one pass: what it reads is sent.
 
-        Their results are taken with `rewards`, before the next pass.
+        It runs with `launch_prepared`, once all steps of the draft were launched, unless another pass came before.
         """
-        self._run(spans, into_slab=True, draft=draft)
+        self._prepared = None  # not before it is whole
+        self._prepared = self._prepare(spans, True, draft)
+
+    def launch_prepared(self) -> None:
+        """Launches the pass that was prepared, without waiting for the draft; its results are taken with `rewards`,
+        before the next pass."""
+        assert self._prepared is not None
+        prepared, self._prepared = self._prepared, None
+        self._launch(prepared)
 
     def rewards(self, count: int) -> list[float]:
         """Those of the last scoring pass, of `count` spans, once they are there."""
@@ -135,13 +157,35 @@ class Passes:
         rewards: list[float] = self._host_rewards[:count].tolist()
         return rewards
 
-    def _batches(self, spans: Sequence[Span], into_slab: bool) -> list[list[Span]]:
-        """Splits into passes; a later chunk of a table comes in a later pass than the chunks it attends to."""
+    def warm_up(self, draft: Draft | None = None) -> None:
+        """Runs and captures every shape of a pass on a GPU, on rows that are all idle, and runs the longest.
+
+        Of a reward model, whose passes trail `draft`, scoring passes too.
+        """
+        assert self._tiling is not None
+        self.cache.warm_up()
+        for kind in KINDS if draft is not None else KINDS[:1]:
+            longest = self.target.rows(self.max_rows, kind)
+            for rows in dict.fromkeys((longest, *self.target.shapes(kind, longest))):
+                sequences = self._sequences(rows)
+                self._fill_idle(rows, sequences)
+                for tiles in self._tiling.shapes(rows, kind):
+                    forward = self._forward(rows, sequences, tiles, None, kind == "score", kind == "score")
+                    if rows <= self.target.captured(kind):
+                        self._graphs.warm_up(forward)
+                    else:
+                        forward.call()
+                if kind == "score" and draft is not None and rows <= self.target.captured(kind):
+                    self._graphs.warm_up(self._append(draft, rows, sequences))
+
+    def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
+        """Splits into passes of up to `max_rows` rows, or one longer span; a later chunk of a table comes in a later
+        pass than the chunks it attends to."""
         batches: list[list[Span]] = []
         batch: list[Span] = []
         rows = 0
         for span in spans:
-            full = rows + len(span.token_ids) > self.max_rows or len(batch) == self.max_sequences
+            full = rows + len(span.token_ids) > max_rows or len(batch) == self.max_sequences
             if batch and (full or (batch[-1].table is span.table and not into_slab)):
                 batches.append(batch)
                 batch, rows = [], 0
@@ -151,26 +195,44 @@ class Passes:
             batches.append(batch)
         return batches
 
-    def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None, scored: bool = True) -> None:
+    def _run(self, spans: Sequence[Span], into_slab: bool, scored: bool = True) -> None:
+        self._prepared = None
+        self._launch(self._prepare(spans, into_slab, scored=scored))
+
+    def _prepare(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None,
+                 scored: bool = True) -> Prepared:
+        """Fills the buffers and sends them; what is then to be run."""
         rows, sequences, tiles = self._fill(spans, into_slab)
-        captured = into_slab or rows <= self.target.captured_prefill
+        scored = scored and into_slab
+        # Redrafts, which come after a response gave way, have no shapes of their own.
+        captured = rows <= self.target.captured("score" if into_slab else "prefill") and scored == into_slab
         prefill = None
-        if not captured and self._gathers(spans):
+        if not captured and not into_slab and self._gathers(spans):
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
-        scored = scored and into_slab
+        self._buffers.upload()
+        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored)]
+        if draft is not None:  # the device fills in what was drawn
+            parts.insert(0, self._append(draft, rows, sequences))
+        return Prepared(parts, not captured, scored)
+
+    def _launch(self, prepared: Prepared) -> None:
+        self._graphs.run(prepared.parts, self._never_done, rare=prepared.rare)
+        if prepared.scored:
+            self._rewards.fetch()
+
+    def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
+                 scored: bool) -> Part:
+        """The model's part of a pass. What it runs is made where it is recorded, not where replayed."""
         buffers = self._buffers
 
-        def step() -> None:  # not called where a recorded pass is replayed: the views are made here
-            def first(name: str) -> torch.Tensor:
-                return buffers[name][:sequences]
+        def first(name: str) -> Tensor:
+            return buffers[name][:sequences]
 
-            token_ids, last = buffers["token_ids"][:rows], first("last")
-            if draft is not None:
-                append_draft(draft, TrailingRows(first("lanes"), buffers["segment_start"][: sequences + 1],
-                                                 first("closing"), token_ids, last), self.decoder.config.vocab_size)
-            batch = Batch(token_ids, buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
+        def run() -> None:
+            last = first("last")
+            batch = Batch(buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
                           first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
             if scored:
@@ -178,11 +240,24 @@ class Passes:
             else:
                 self.decoder.forward(batch, self.cache, last)
 
-        buffers.upload()
-        key = rows, sequences, into_slab, scored, draft is not None, *(shape(tiles) if tiles is not None else ())
-        self._graphs.run(key, step, self._never_done, rare=not captured)
-        if scored:
-            self._rewards.fetch()
+        key = "forward", rows, sequences, into_slab, scored, *(shape(tiles) if tiles is not None else ())
+        return Part(key, run, self.decoder.launches(rows) + PICKED_LAUNCHES)
+
+    def _append(self, draft: Draft, rows: int, sequences: int) -> Part:
+        """What a draft drew, into the rows of a pass that trails it."""
+        buffers = self._buffers
+
+        def run() -> None:
+            append_draft(draft, TrailingRows(
+                buffers["lanes"][:sequences], buffers["segment_start"][: sequences + 1],
+                buffers["closing"][:sequences], buffers["token_ids"][:rows], buffers["last"][:sequences]),
+                self.decoder.config.vocab_size)
+
+        return Part(("append", rows, sequences), run)
+
+    def _sequences(self, rows: int) -> int:
+        """Sequences of a padded pass of `rows` rows, each of which has one at least, idle ones included."""
+        return min(rows, len(self._buffers["last"]))
 
     def _gathers(self, spans: Sequence[Span]) -> bool:
         """Whether a library runs this prefill: few long sequences, with no more keys than the memory check counted."""
@@ -209,9 +284,11 @@ class Passes:
             row_start.append(len(token_ids))
         rows, sequences, tiles = len(token_ids), len(spans), None
         if self._tiling is not None:
-            rows, sequences = self.target.rows(rows), self.target.rows(sequences)
+            kind: Kind = "score" if into_slab else "prefill"
+            rows = self.target.rows(rows, kind)
+            sequences = self._sequences(rows)
             keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
-            tiles = self._tiling.fill(rows, row_start, groups, "score" if into_slab else "prefill", keys)
+            tiles = self._tiling.fill(rows, row_start, groups, kind, keys)
         # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
         self._write(rows, 0, token_ids=token_ids, positions=positions)
         self._write(rows, -1, slots=slots)
@@ -231,6 +308,16 @@ class Passes:
                 row[: len(one.closing)] = one.closing
         self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         return rows, sequences, tiles
+
+    def _fill_idle(self, rows: int, sequences: int) -> None:
+        """A pass without spans, sent: nothing of it is written or read."""
+        self._buffers.wait()
+        self._write(rows, 0, token_ids=(), positions=())
+        self._write(rows, -1, slots=())
+        self._write(sequences + 1, 0, row_start=(), segment_start=())
+        self._write(sequences, 0, seq_group=(), last=(), prefix_len=(), slab_start=())
+        self._write(sequences, -1, lanes=())
+        self._buffers.upload()
 
     def _write(self, count: int, idle: int, **columns: Sequence[int]) -> None:
         """Writes the columns of the host's block, and `idle` into what is left of their first `count` entries."""

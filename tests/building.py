@@ -19,7 +19,7 @@ from stars.sizes import ModelSizes
 from stars.target import CPU, CUDA, Target
 from toy import ToyModel
 
-PADDED = CPU._replace(padded=True, chunk=CUDA.chunk, trailing=True, measures_widths=True)
+PADDED = CPU._replace(padded=True, chunk=CUDA.chunk, trailing=True)
 """The CPU, worked as a GPU is: idle rows, tiles, and scores that trail their drafts."""
 
 

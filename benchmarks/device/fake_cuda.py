@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from stars import buffers
+from stars import buffers, pacing
 from stars.model.checkpoint import Checkpoint
 from stars.target import CPU
 
@@ -28,10 +29,13 @@ CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.
               "aten.mm.dtype_out", "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default",
               "aten.alias.default"}
 """Operations of torch that a capture may meet: views, and products into given memory."""
+MAPPED = {("finish_kernel", "ended")}
+"""Parameters of kernels that may be given pinned memory of the host."""
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
 
 faults: list[str] = []
-events: Counter[str] = Counter()  # launches, replays, captures, waits, transfers
+events: Counter[str] = Counter()  # launches, replays, captures, compiled kernels, waits, transfers
+launched: Counter[str] = Counter()  # outside of captures, by kernel
 mode = FakeTensorMode(allow_non_fake_inputs=True)
 draw = np.random.default_rng(0)
 on_variant: Callable[[JITFunction, tuple, dict], None] | None = None  # told of every kernel to be compiled
@@ -92,7 +96,8 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
         parameter = parameters[key]
         if isinstance(value, torch.Tensor):
             offset = value.storage_offset() * value.element_size()
-            if value.device.type != "cuda" or offset % 16:
+            there = value.device.type == "cuda" or (name, key) in MAPPED
+            if not there or offset % 16:
                 faults.append(f"{name}: {key} is on {value.device}, {offset % 16} bytes from a multiple of 16")
             special.append((key, value.dtype))
         elif parameter.is_constexpr or value is None:  # which Triton compiles in
@@ -109,8 +114,10 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
         faults.append(f"{name} is compiled during a capture")
     if on_variant is not None and kind not in _compiled:
         on_variant(self, args, kwargs)
+    events["compile"] += kind not in _compiled
     _compiled.add(kind)
     events["launch"] += not _capturing
+    launched[name] += not _capturing
 
 
 class FakeBuffers(buffers.Buffers):
@@ -153,6 +160,19 @@ class FakeBuffers(buffers.Buffers):
             host["rewards"][:] = draw.normal(size=host["rewards"].shape)
 
 
+def capturing() -> bool:
+    """Whether a capture is under way."""
+    return _capturing
+
+
+def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:
+    """In place of pinned memory: what kernels are given is fake, and what the host reads says that no lane has ended.
+    """
+    with unset_fake_temporarily():
+        flags = np.zeros(count, dtype=np.int32)
+    return torch.empty(count, dtype=torch.int32), flags
+
+
 def install() -> None:
     """Replaces what talks to a card, for the rest of the process."""
     fake_tensor.init_gpu_context = lambda *device: None
@@ -160,12 +180,14 @@ def install() -> None:
     cuda.is_available, cuda.current_device = lambda: True, lambda: 0
     cuda.get_device_name = lambda *device: os.environ.get("STARS_FAKE_GPU", "none")  # whose product table is meant
     cuda.get_device_capability, cuda.mem_get_info = lambda *device: (9, 0), lambda *device: (70 << 30, 80 << 30)
+    cuda.get_device_properties = lambda *device: SimpleNamespace(multi_processor_count=132)
     cuda.is_current_stream_capturing = lambda: _capturing
     cuda.Event, cuda.CUDAGraph, cuda.Stream, cuda.graph_pool_handle = Event, Graph, object, object
     cuda.stream, cuda.synchronize, cuda.empty_cache = (lambda stream: nullcontext()), _synchronize, lambda: None
     JITFunction.run = launch
     for module in ("cache", "draft", "passes", "tiling"):
         __import__(f"stars.{module}", fromlist=["Buffers"]).Buffers = FakeBuffers
+    pacing.mapped = mapped
     torch.Tensor.pin_memory = lambda self: self
     torch.frombuffer, torch.from_numpy = _faked(torch.frombuffer), _faked(torch.from_numpy)
     Checkpoint.read = _faked(Checkpoint.read)
