@@ -473,17 +473,25 @@ def _check_out(name: str, out: Tensor, rows: int, features: int) -> None:
 
 def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_features: int, *, bias: bool = False,
              heads: int = 0, kv_heads: int = 0, head_dim: int = 0, qk_norm: bool = False, tile: Tile | None = None,
-             arches: tuple[int, ...] = ARCHES) -> Variant:
-    """One product in the tile that is its default on the smallest of `ARCHES`, or in a given one."""
-    chosen = tuned.default(end, kind, rows, out_features, in_features, tuned.SHARED[80]) if tile is None else tile
+             arches: tuple[int, ...] = ARCHES, scheme: str = "none", group: int = 0, zeros: bool = False,
+             scale: str = "") -> Variant:
+    """One product in the tile that is its default on the smallest of `ARCHES`, or in a given one.
+
+    kind: of the activations, and of the weight where there is no scheme. scale: of groups, where not as `pack` has it.
+    """
+    scale = scale or ("fp16" if group == 32 else "fp32")
+    stored = kind if scheme == "none" else f"{scheme}-{group}" if group else scheme
+    chosen = tuned.default(end, stored, rows, out_features, in_features, tuned.SHARED[80]) if tile is None else tile
     if end == "qkv":
         chosen = tuned.of_heads(chosen, head_dim)
     constexprs = dict(
         OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=chosen.rows, BLOCK_FEATURES=chosen.features,
         BLOCK_INNER=chosen.inner, SPLITS=chosen.splits, END=end, HAS_BIAS=bias, HEADS=heads, KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=chosen.swap, SCHEME="none", GROUP=0, PDL=chosen.pdl,
-        CHUNKS=_chunks(chosen))
+        HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=chosen.swap, SCHEME=scheme, GROUP=group, PDL=chosen.pdl,
+        CHUNKS=_chunks(chosen), **({} if zeros else {"zeros": None}))
     kinds = dict.fromkeys(constexprs, "constexpr") | {"rows": "i32", "ahead": "i32", "eps": "fp32"}
+    if scheme != "none":
+        kinds |= {"weight": "*i8" if scheme == "int8" else "*u8", "scales": f"*{scale}"}
     if end != "plain":
         kinds |= {"squares": "*fp32", "partial": "*fp32", "tickets": "*i32"}
     if end == "qkv":
@@ -492,9 +500,10 @@ def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_fe
         kinds["out"] = "*fp32"
     if end == "residual":
         kinds["gain"] = "*fp32"
-    signature = {name: kinds.get(name, "*" + kind) for name in product_kernel.arg_names}
-    return Variant(f"skinny {end} {kind} {name}", product_kernel, signature, constexprs, chosen.warps, chosen.stages,
-                   arches)
+    signature = {name: kinds.get(name, f"*{scale if name == 'zeros' else kind}") for name in product_kernel.arg_names}
+    stored = "" if scheme == "none" else f" {stored}"
+    return Variant(f"skinny {end} {kind}{stored} {name}", product_kernel, signature, constexprs, chosen.warps,
+                   chosen.stages, arches)
 
 
 def variants() -> list[Variant]:
@@ -522,6 +531,21 @@ def variants() -> list[Variant]:
                                            ("normed", 32001, 896), ("plain", 1000, 1000)):
         found += [_variant(f"{out_features} {in_features} bias, {rows} rows", end, "bf16", rows, out_features,
                            in_features, bias=True) for rows in (1, 64)]
+    for scheme, group in (("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 128)):
+        stored = dict(scheme=scheme, group=group)
+        found += [_variant(f"{out_features} {in_features}, {rows} rows", end, "bf16", rows, out_features, in_features,
+                           **more, **stored)
+                  for end, out_features, in_features, more in llama for rows in (1, 128)]
+        found += [_variant(f"28672 4096, {rows} rows", "swiglu", "bf16", rows, 28672, 4096, **stored)
+                  for rows in (32, 64)]
+        found += [_variant("896 4864 bias", "residual", "fp16", 128, 896, 4864, bias=True, **stored),
+                  _variant("9728 896 bias", "swiglu", "fp16", 1, 9728, 896, bias=True, **stored),
+                  _variant("1000 1152", "plain", "fp32", 1, 1000, 1152, **stored)]
+    for group in (32, 128):
+        found += [_variant(f"1000 1152 zeros, {rows} rows", "plain", kind, rows, 1000, 1152, scheme="int4", group=group,
+                           zeros=True) for rows in (1, 128) for kind in ("bf16", "fp16")]
+    found += [_variant(f"1000 1152 wide scales, {rows} rows", "plain", "bf16", rows, 1000, 1152, scheme="int4", group=32,
+                       zeros=True, scale="fp32") for rows in (1, 128)]
     for kind in ("bf16", "fp16", "fp32"):
         found.append(Variant(
             f"embedding_scaled {kind}", embedding_scaled_kernel,
