@@ -33,6 +33,9 @@ VERSION = 2
 MAX_FUSED_ROWS = 128
 """Rows up to which a pass over quantised weights is fused."""
 
+FIXED_ROWS = 64
+"""Rows whose tile serves weights packed as deterministic, at any number of rows."""
+
 SUMMED = 32
 """Features whose squares make one entry of `Stream.squares`."""
 
@@ -79,6 +82,7 @@ class Product(NamedTuple):
     out_features: int
     in_features: int
     head_dim: int = 0  # of "qkv"
+    deterministic: bool = False
 
 
 class Table(NamedTuple):
@@ -219,7 +223,8 @@ def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
     floats = tickets = 1
     for product in products:
         for count in range(1, rows + 1):
-            chosen = tile(product.end, product.scheme, count, product.out_features, product.in_features)
+            asked = FIXED_ROWS if product.deterministic else count
+            chosen = tile(product.end, product.scheme, asked, product.out_features, product.in_features)
             chosen = chosen if product.end != "qkv" else of_heads(chosen, product.head_dim)
             more = needed(product.end, chosen, count, product.out_features, product.head_dim)
             floats, tickets = max(floats, more[0]), max(tickets, more[1])
