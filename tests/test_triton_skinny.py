@@ -153,7 +153,7 @@ def test_linear_swiglu(rows, hidden, intermediate, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, in_features, features", [(1, 160, 37), (17, 1000, 100), (33, 544, 64)])
+@pytest.mark.parametrize("rows, in_features, features", [(1, 160, 37), (18, 1000, 40), (33, 544, 64)])
 def test_plain(rows, in_features, features, dtype):
     x = numbers(rows, in_features, seed=1, dtype=dtype)
     for tile in tiles_of(rows, dtype, (16, 64)):
@@ -247,7 +247,8 @@ def test_embedding_scaled(rows, hidden, dtype, stored):
     gain, tokens = 1 + 0.1 * numbers(hidden, seed=2), torch.tensor([16, 0, 3, 3, 9][:rows], dtype=torch.int32)
 
     def fresh() -> Stream:
-        return Stream(*torch.full((2, rows, hidden), torch.nan, dtype=dtype), torch.full((rows, hidden // 32), torch.nan))
+        none = torch.full((2, rows, hidden), torch.nan, dtype=dtype)
+        return Stream(*none, torch.full((rows, hidden // 32), torch.nan))
 
     got, wanted = fresh(), fresh()
     skinny.embedding_scaled(tokens, table, gain, got)
@@ -282,12 +283,12 @@ def test_parts_are_added_in_their_order():
     assert out.tolist() == [[1.0] * 32] * 16
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_default_tiles_in_the_room_that_is_reserved_for_them(dtype):
     """Every default tile up to 130 rows, in exactly the floats and tickets that `tuned.room` gives."""
-    heads, kv_heads, head_dim = shape = Heads(2, 1, 80)
+    heads, kv_heads, head_dim = shape = Heads(2, 1, 48)
     hidden, scheme = 96, SCHEMES[dtype]
-    weights = {"qkv": weight_of(320, hidden, dtype, False), "swiglu": weight_of(100, hidden, dtype, False),
+    weights = {"qkv": weight_of(192, hidden, dtype, False), "swiglu": weight_of(100, hidden, dtype, False),
                "residual": weight_of(hidden, 1056, dtype, False), "normed": weight_of(37, hidden, dtype, False)}
     floats, tickets = tuned.room(130, [
         tuned.Product(end, scheme, weight.out_features, weight.in_features, head_dim if end == "qkv" else 0)
@@ -315,7 +316,8 @@ def test_default_tiles_in_the_room_that_is_reserved_for_them(dtype):
 
 def test_rows_of_deterministic_weights_do_not_depend_on_their_company():
     weight = weight_of(100, 1056, torch.bfloat16, bias=True, deterministic=True)
-    whole, space = stream_of(130, 1056, torch.bfloat16), space_of()
+    whole = stream_of(130, 1056, torch.bfloat16)
+    space = space_of(*tuned.room(130, [tuned.Product("normed", "bf16", 100, 1056, deterministic=True)]))
     skinny.linear_normed(whole, weight, EPS, together := torch.full((130, 100), torch.nan), space)
     for first, rows in ((0, 1), (129, 1), (20, 17), (60, 64)):
         part = Stream(*(one[first : first + rows].contiguous() for one in whole))
@@ -336,6 +338,8 @@ def test_what_does_not_fit_is_refused():
         skinny.linear_normed(stream._replace(scaled=stream.scaled.bfloat16()), weight, EPS, out, space_of())
     with pytest.raises(ValueError, match="takes contiguous tensors: x, scaled"):
         skinny.linear_normed(stream._replace(scaled=numbers(96, 5, seed=1).T), weight, EPS, out, space_of())
+    with pytest.raises(ValueError, match="squares are \\[5, 3\\] beside a residual of \\[5, 95\\], expected one for 32"):
+        skinny.linear_normed(stream._replace(residual=torch.empty(5, 95)), weight, EPS, out, space_of())
     with pytest.raises(ValueError, match="rows of 64 beside a weight of 96"):
         skinny.linear_residual(torch.ones(5, 64), weight_of(96, 96, torch.float32, False), torch.ones(96), stream,
                                space_of())
