@@ -288,8 +288,9 @@ def test_default_tiles_in_the_room_that_is_reserved_for_them(dtype):
     """Every default tile up to 130 rows, in exactly the floats and tickets that `tuned.room` gives."""
     heads, kv_heads, head_dim = shape = Heads(2, 1, 48)
     hidden, scheme = 96, SCHEMES[dtype]
+    inner = 288 if dtype == torch.float32 else 1056
     weights = {"qkv": weight_of(192, hidden, dtype, False), "swiglu": weight_of(100, hidden, dtype, False),
-               "residual": weight_of(hidden, 1056 if dtype != torch.float32 else 288, dtype, False), "normed": weight_of(37, hidden, dtype, False)}
+               "residual": weight_of(hidden, inner, dtype, False), "normed": weight_of(37, hidden, dtype, False)}
     floats, tickets = tuned.room(130, [
         tuned.Product(end, scheme, weight.out_features, weight.in_features, head_dim if end == "qkv" else 0)
         for end, weight in weights.items()])
@@ -308,7 +309,7 @@ def test_default_tiles_in_the_room_that_is_reserved_for_them(dtype):
         skinny.linear_normed(stream, weights["normed"], EPS, logits := torch.full((rows, 37), torch.nan), space)
         product_of(stream.scaled, weights["normed"], rstd_of(stream)).holds(logits)
         before = stream.residual.double()
-        x = numbers(rows, weights["residual"].in_features, seed=rows, dtype=dtype)
+        x = numbers(rows, inner, seed=rows, dtype=dtype)
         skinny.linear_residual(x, weights["residual"], torch.ones(hidden), stream, space)
         product = product_of(x, weights["residual"])
         Bounded(before + product.exact, product.bound + before.abs() * 2.0**-24).holds(stream.residual)
