@@ -103,6 +103,7 @@ class Drafter:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
+        self._launches = 1 + max(decoder.launches(count) for count in (1, rows))  # with the head
         self._pacing = Pacing(rows) if target.own_memory else None
         self._under_way: UnderWay | None = None
         self._shortest = math.inf  # seconds of a step, as measured
@@ -222,8 +223,7 @@ class Drafter:
                 self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
             self.decoder.draft_logits(batch, self.cache, self._logits[:rows])
 
-        return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run,
-                    self.decoder.launches(rows) + 1)
+        return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run, self._launches)
 
     def _sample(self, rows: int, filters: bool, penalties: bool) -> Part:
         """The second part: what is drawn from the logits, and the step to the next."""

@@ -17,7 +17,7 @@ from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import ModelSizes, padded_rows, pass_rows, table_width
+from stars.sizes import MAX_CLOSING, ModelSizes, padded_rows, pass_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
@@ -27,15 +27,12 @@ shared beginning once for every sequence."""
 KINDS: tuple[Kind, ...] = ("prefill", "score")
 PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
 
-MAX_CLOSING = 32
-"""Closing tokens that a span which trails a draft may have."""
-
 
 class DraftedPart(NamedTuple):
     """What the device fills in of a span that trails a draft: the segment of a lane, and closing tokens after it."""
 
     lane: int
-    at: int  # of the span's tokens, the first that is filled in; not the span's first
+    at: int  # of the span's tokens, the first that is filled in
     closing: Sequence[int]
 
 
@@ -96,6 +93,8 @@ class Passes:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
+        self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
+        self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
         self._prepared: Prepared | None = None  # the pass that trails a draft, until it is launched
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]) -> None:
@@ -171,11 +170,11 @@ class Passes:
                 self._fill_idle(rows, sequences)
                 for tiles in self._tiling.shapes(rows, kind):
                     forward = self._forward(rows, sequences, tiles, None, kind == "score", kind == "score")
-                    if rows <= self.target.captured(kind):
+                    if rows <= self._captured[kind]:
                         self._graphs.warm_up(forward)
                     else:
                         forward.call()
-                if kind == "score" and draft is not None and rows <= self.target.captured(kind):
+                if kind == "score" and draft is not None and rows <= self._captured[kind]:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
 
     def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
@@ -205,7 +204,7 @@ class Passes:
         rows, sequences, tiles = self._fill(spans, into_slab)
         scored = scored and into_slab
         # Redrafts, which come after a response gave way, have no shapes of their own.
-        captured = rows <= self.target.captured("score" if into_slab else "prefill") and scored == into_slab
+        captured = rows <= self._captured["score" if into_slab else "prefill"] and scored == into_slab
         prefill = None
         if not captured and not into_slab and self._gathers(spans):
             prefill = prefill_attention.build(
@@ -241,7 +240,7 @@ class Passes:
                 self.decoder.forward(batch, self.cache, last)
 
         key = "forward", rows, sequences, into_slab, scored, *(shape(tiles) if tiles is not None else ())
-        return Part(key, run, self.decoder.launches(rows) + PICKED_LAUNCHES)
+        return Part(key, run, self._launches)
 
     def _append(self, draft: Draft, rows: int, sequences: int) -> Part:
         """What a draft drew, into the rows of a pass that trails it."""
@@ -299,7 +298,7 @@ class Passes:
         drafted = [span.drafted for span in spans if span.drafted is not None]
         if drafted:
             self._write(sequences, -1, lanes=[one.lane for one in drafted])
-            # To the draft, a sequence begins with the token before its segment.
+            # To the draft, a sequence begins with the row before its segment, though it be another sequence's, or -1.
             self._write(sequences + 1, 0, segment_start=[
                 start + one.at - 1 for start, one in zip(row_start, drafted, strict=False)])
             closing = self._host["closing"]

@@ -36,6 +36,7 @@ class Target(NamedTuple):
     captured_prefill: int  # rows up to which a prefill pass is captured
     captured_score: int  # rows up to which a scoring pass is; more candidates than that are scored in several
     ridge_rows: int  # rows of a scoring pass
+    reward_lag: int  # last tokens of a text that its reward's pages lack: each candidate's first rows
     trailing: bool  # a draft's scoring is launched while it runs, as the host would only wait for it
     captured_at_start: bool  # every shape is captured, and widths are measured, where an engine is built
     one_order: str  # what to do where the bits of a row depend on how many rows there are
@@ -73,6 +74,10 @@ class Target(NamedTuple):
 #
 # Ridge rows: from which on a pass over the weights is bound by arithmetic rather than by reading them.
 #
+# Reward lag: a last token whose keys wait for the next score is a row more of every candidate, and four candidates of
+# 32 tokens would not be the 128 rows that a pass is made for. On the CPU, where no pass is padded, it is one row in 33,
+# and there a reward's bits are those of a score that starts with that token: attention adds up pages and slab apart.
+#
 # At start-up: compiling and capturing in the midst of requests would hold all of them up. On the CPU nothing is
 # compiled, a step of a large model can take seconds, and widths are measured where a policy first leaves its width to
 # the engine.
@@ -89,6 +94,7 @@ CPU = Target(
     captured_prefill=256,
     captured_score=1 << 30,
     ridge_rows=32,
+    reward_lag=1,
     trailing=False,
     captured_at_start=False,
     one_order="install with a C++ compiler, so that libstars is built",
@@ -106,6 +112,7 @@ CUDA = Target(
     captured_prefill=256,
     captured_score=512,
     ridge_rows=128,
+    reward_lag=0,
     trailing=True,
     captured_at_start=True,
     one_order="load the model with deterministic=True too",

@@ -17,7 +17,7 @@ MAX_PROGRAMS = 128
 LAUNCH_BYTES = 64 << 10
 """Of a GPU's memory, at most, that the driver keeps for one captured launch: see benchmarks/NOTES.md."""
 
-LATER_BYTES = 128 << 20
+LATER_BYTES = 32 << 20
 """Of a GPU's memory for CUDA graphs that were not captured at start-up; the least recently used one makes room."""
 
 

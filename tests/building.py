@@ -19,16 +19,19 @@ from stars.sizes import ModelSizes
 from stars.target import CPU, CUDA, Target
 from toy import ToyModel
 
-PADDED = CPU._replace(padded=True, chunk=CUDA.chunk, trailing=True)
+UNPADDED = CPU._replace(reward_lag=CUDA.reward_lag)
+"""The CPU, whose rewards' pages hold what a GPU's hold: what follows has the same bits."""
+PADDED = UNPADDED._replace(padded=True, chunk=CUDA.chunk, trailing=True)
 """The CPU, worked as a GPU is: idle rows, tiles, and scores that trail their drafts."""
 
 
 def config_of(target: Target = CPU, **given: Any) -> EngineConfig:
     """An EngineConfig as it is given, without a look at whether it makes sense; small sizes for what is left out."""
-    sizes = dict(device=target.device, dtype="float32", deterministic=False, cache_tokens=256, page_size=4,
-                 max_model_len=64, max_model_len_from="max_model_len", max_num_seqs=4, max_num_lanes=8,
-                 max_segment_size=4, prefill_backend="auto")
-    return EngineConfig(**(sizes | given), target=target)
+    sizes = dict(device=target.device, dtype="float32", deterministic=False, cache_tokens=256,
+                 gpu_memory_utilization=1.0, page_size=4, max_model_len=64, max_model_len_from="max_model_len",
+                 max_num_seqs=4, max_num_lanes=8, max_segment_size=4, prefill_backend="auto")
+    sizes |= given
+    return EngineConfig(**sizes, least_cache_tokens=sizes["cache_tokens"], target=target)
 
 
 def shape_of(num_layers: int, num_kv_heads: int, head_dim: int) -> ModelConfig:

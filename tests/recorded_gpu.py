@@ -223,6 +223,7 @@ def install(monkeypatch) -> RecordedGpu:
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "stream", nothing)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.stream.synchronize)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 8 << 30))
     return gpu
 
 

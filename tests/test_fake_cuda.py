@@ -184,6 +184,24 @@ if FAKED:
                 assert ours + library <= (6 if whole else 10) * layers + most - (name == "draft_logits" and whole)
                 assert said == (6 if whole else 10) * layers + 2 and library == (0 if whole else 4 * layers + 4 - most)
 
+    def test_caches_take_what_memory_leaves(monkeypatch):
+        """Of a small card: both the most tokens that fit, slabs of a segment, as the pair reads the same ids."""
+        with fake_cuda.gpu():
+            seen = []
+            for free in (1.9, 1.8):
+                monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (int(free * 2**30), 2 << 30))
+                engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", prefill_backend="triton")
+                caches = engine._cache, engine.reward.cache
+                assert {cache.k_pages.shape[1] for cache in caches} == {engine.config.cache_tokens}
+                assert {cache.slab_len for cache in caches} == {128} and engine.config.max_model_len == 1024
+                seen.append((engine.config.cache_tokens, sum(cache.k_pages.nbytes for cache in caches)))
+            assert seen[1][0] > 2048 and seen[0][0] < 64 * 1024  # more would not be used
+            # A tenth of a GiB more is in pages, to less than a page: of keys, and as many values.
+            page = 2 * sum(cache.k_pages.nbytes // cache.num_pages for cache in caches)
+            assert abs(2 * (seen[0][1] - seen[1][1]) - 0.1 * 2**30) < page
+            decode(engine, 40, 0.2)
+            engine.check_integrity()
+
     def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
         """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them
         run to their end, on replays, and nothing that a card would complain of."""

@@ -58,6 +58,14 @@ class Trailing(Protocol):
         """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
 
 
+class Held(NamedTuple):
+    """What a reward holds of a GPU's memory."""
+
+    model: Any = None  # that it runs over pages and slabs of its own: a directory, or a Decoder
+    slab_len: int = 0  # tokens of such a slab
+    other_bytes: int = 0  # of whatever else
+
+
 class Reward(ABC):
     """Scores responses. The engine opens a session per response, starts it, scores candidates, commits the winners.
 
@@ -74,6 +82,14 @@ class Reward(ABC):
     locks: Sequence[Any] = ()  # of models that other engines may share, known once it is bound
     exclusive = False  # whether it has a state that two engines cannot share
     engine: weakref.ref[Any] | None = None  # whose it is, if it is exclusive; the engine sets it
+
+    def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
+        """What `bind` will take of a GPU's memory, so that caches leave room for it.
+
+        Asked there before any weight is read, with what `bind` will be given (its config may have fewer cache_tokens):
+        what is refused then may be refused here already. Nothing changes.
+        """
+        return Held()
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not).
