@@ -39,8 +39,8 @@ FIXED_ROWS = 64
 SUMMED = 32
 """Features whose squares make one entry of `Stream.squares`."""
 
-PROGRAMS = 256
-"""Programs that a product is to have at least, by splits: two for each processor of a large card."""
+WARPS = 1024
+"""Warps that a product is to have at least, by splits: eight for each processor of a large card."""
 
 HEAD_NUMBERS = 1 << 14
 """Rows times features of whole heads that a program ends: 64 registers a thread of eight warps."""
@@ -195,8 +195,7 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
             stages=chosen.stages - 1)
     programs = -(-out_features // chosen.features) * -(-rows // chosen.rows)
     splits = 1
-    wanted = PROGRAMS if floats else 2 * PROGRAMS  # of half as many warps
-    while end != "plain" and splits * programs < wanted and splits < 8 and in_features >= 1024 * splits:
+    while end != "plain" and splits * programs * chosen.warps < WARPS and splits < 8 and in_features >= 1024 * splits:
         splits *= 2
     return chosen._replace(splits=splits)
 
