@@ -532,7 +532,7 @@ def variants() -> list[Variant]:
         found += [_variant(f"{out_features} {in_features} bias, {rows} rows", end, "bf16", rows, out_features,
                            in_features, bias=True) for rows in (1, 64)]
     for scheme, group in (("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 128)):
-        stored = dict(scheme=scheme, group=group)
+        stored: dict[str, Any] = dict(scheme=scheme, group=group)
         for end, out_features, in_features, more in llama:
             name, sizes = f"{out_features} {in_features}", (out_features, in_features)
             found += [_variant(f"{name}, {rows} rows", end, "bf16", rows, *sizes, **more, **stored)
