@@ -253,8 +253,8 @@ def product_kernel(
         if IN_FEATURES % BLOCK_INNER == 0:
             rows_of_x = tl.load(x_at + start, mask=there[:, None], other=0.0)
         else:
-            beyond = start + tl.arange(0, BLOCK_INNER) < IN_FEATURES
-            rows_of_x = tl.load(x_at + start, mask=there[:, None] & beyond[None, :], other=0.0)
+            within = start + tl.arange(0, BLOCK_INNER) < IN_FEATURES
+            rows_of_x = tl.load(x_at + start, mask=there[:, None] & within[None, :], other=0.0)
         if _INTERPRETED:  # whose product of bfloat16 takes the bits for integers
             w = w.to(tl.float32)
             rows_of_x = rows_of_x.to(tl.float32)
