@@ -31,7 +31,7 @@ CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.
 """Operations of torch that a capture may meet: views, and products into given memory."""
 MAPPED = {("finish_kernel", "ended")}
 """Parameters of kernels that may be given pinned memory of the host."""
-LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
+LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"}
 
 faults: list[str] = []
 events: Counter[str] = Counter()  # launches, replays, captures, compiled kernels, waits, transfers
