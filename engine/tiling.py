@@ -46,25 +46,27 @@ class Tiling:
 
         keys: page keys that each sequence sees.
         """
-        heads_per_kv = self.heads // self.kv_heads
-        plan = tiles.plan(rows, row_start, seq_group, kind, heads_per_kv, self.head_dim, self.float32, keys,
+        groups = tiles.groups_of(seq_group, keys)
+        plan = tiles.plan(rows, row_start, groups, kind, self.heads // self.kv_heads, self.head_dim, self.float32,
                           self.capacity, self.deterministic)
-        work = tiles.work(row_start, seq_group, kind, self.heads, self.kv_heads, keys, plan, self._processors)
+        work = tiles.work(row_start, groups, kind, self.heads, self.kv_heads, plan, self._processors)
         used = row_start[-1]
         self._buffers.wait()
         table = self._buffers.host("table")
-        row_parts = table[self._rows : 4 * self._rows].reshape(-1, 3)
-        table[:used] = np.repeat(np.arange(len(seq_group)), np.diff(row_start))
-        row_parts[:used] = work.row_parts
-        row_parts[used:rows] = 0
+        sequences = np.arange(len(seq_group))
+        table[:used] = sequences if kind == "draft" else sequences.repeat(np.diff(row_start))
+        if work.row_parts is not None:
+            row_parts = table[self._rows : self._rows + 3 * rows].reshape(-1, 3)
+            row_parts[:used] = work.row_parts
+            row_parts[used:] = 0
         self._send(work.items)
         return self._tiles(rows, plan)
 
     def shapes(self, rows: int, kind: tiles.Kind) -> list[Tiles]:
         """One without any work for every shape that `fill` can return for a pass of so many rows and this kind."""
         heads_per_kv = self.heads // self.kv_heads
-        plans = [tiles.plan_of(width, kind, self.capacity, self.deterministic) for width in tiles.widths(
-            rows, kind, heads_per_kv, self.head_dim, self.float32, self.deterministic)]
+        plans = [tiles.plan_of(width, kind, self.head_dim, self.float32, self.capacity, self.deterministic)
+                 for width in tiles.widths(rows, kind, heads_per_kv, self.head_dim, self.float32, self.deterministic)]
         self._buffers.wait()
         self._buffers.host("table")[self._rows : self._rows + 3 * rows] = 0
         self._send(np.zeros((0, tiles.FIELDS), np.int32))
@@ -93,4 +95,4 @@ class Tiling:
 
 def shape(chosen: Tiles) -> tuple[int, ...]:
     """What of the work is fixed in a captured graph, besides its rows and its kind: part of its key."""
-    return (chosen.width, chosen.slab_width, chosen.split_keys)
+    return (chosen.width, chosen.lanes, chosen.split_keys)

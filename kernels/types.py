@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
     row_parts: Tensor  # int32 [rows, 3] place of the first part of each row, rows between its parts, parts
     items: Tensor  # int32 [1 + items + `spare_items`, FIELDS] the number of items, and the list of work
     width: int  # query rows times query heads per key head of a full tile
-    slab_width: int  # the same of a full piece of a slab
+    lanes: int  # of a draft, whose slabs are one item; 0: of no draft, where a sequence's slab is
     split_keys: int  # keys of one range, counted from position 0; 0 divides what a tile sees evenly
     programs: int  # that walk the list
     workspace: Tensor  # float32 [at least heads * (head_dim + 1) times the places of the list]

@@ -19,7 +19,6 @@ from stars.bindings import libstars
 from stars.config import EngineConfig
 from stars.errors import ModelError
 from stars.kernels.quant import quantize
-from stars.kernels.triton import tiles
 from stars.model.checkpoint import Checkpoint
 from stars.model.config import ModelConfig, load_config
 from stars.model.loader import inspect_model
@@ -188,8 +187,8 @@ def test_too_little_memory():
     with pytest.raises(ModelError) as caught:
         fit.fit_memory(config, {"the language model": weights}, 0, 5 << 30, 80 << 30)
     assert str(caught.value) == (
-        "the GPU has 5.0 GiB free and lacks 2.4 GiB (6.0 GiB for the language model's weights, 65 MiB for the language "
-        "model's cache, 294 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
+        "the GPU has 5.0 GiB free and lacks 2.2 GiB (6.0 GiB for the language model's weights, 65 MiB for the language "
+        "model's cache, 102 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
         "max_segment_size, or use smaller models")
     with pytest.raises(ModelError, match=r"^the GPU has 9\.0 GiB free, 1\.0 GiB of it within gpu_memory_utilization="
                                          r"0\.9, and lacks .*: raise gpu_memory_utilization, or lower max_num_lanes"):
@@ -296,25 +295,6 @@ def test_activations_are_those_of_the_decoder():
     decoder.reserve_logits(70)
     held = sum(tensor.nbytes for tensor in (*decoder._space, decoder._logits, *decoder._split))
     assert workspace_bytes(model.config, 100, 70, torch.float32) == held
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_no_plan_needs_more_attention_workspace_than_was_reserved(deterministic):
-    """Every shape of pass the engine could run, in 400 random ones: drafts, scores, prefill, idle rows included."""
-    draw = np.random.default_rng(0)
-    for _ in range(400):
-        kv_heads, heads_per_kv = int(draw.choice([1, 2, 8])), int(draw.choice([1, 3, 4, 7, 8, 16]))
-        heads, into_slab = kv_heads * heads_per_kv, bool(draw.random() < 0.7)
-        counts = draw.integers(1, draw.choice([2, 34, 600]), draw.integers(1, 40))
-        groups = np.sort(draw.integers(0, len(counts), len(counts)))
-        groups = np.unique(groups, return_inverse=True)[1]
-        starts = np.concatenate(([0], np.cumsum(counts)))
-        keys = np.minimum(draw.lognormal(6, draw.choice([0, 1, 3]), len(counts)), 32768).astype(int)
-        kind = "prefill" if not into_slab else "draft" if max(counts) == 1 else "score"
-        plan = tiles.plan(starts, groups, kind, heads, kv_heads, keys, 32768, deterministic)
-        rows = CUDA.rows(int(starts[-1]), "score")
-        needed = tiles.workspace_size(plan, into_slab, rows, heads, 64)
-        assert needed <= tiles.max_workspace(rows, heads, 64, deterministic)
 
 
 def test_cache_bytes_are_those_of_the_cache():

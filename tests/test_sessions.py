@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 TOLERANCE = 1e-4  # rewards of order 1 to 10, float32
 CONFIG = config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4)
+LONGER = dataclasses.replace(CONFIG, max_segment_size=24)  # whose slabs hold tokens besides that nobody scored
 PROMPT = "The quick brown fox"
 WORDS = (" jumps", " over", " the lazy", " dog", ", and", " sleeps on", "!")
 LONG = " zq" * 18  # more tokens than a slab of 40 holds
@@ -173,7 +174,7 @@ def test_forks_of_forks_before_anything_was_committed(bench, kind):
 def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, lag, kind, dropped, told):
     """The handle is discarded, and the next score runs what the session has not seen; also twice in a row, and less
     where the session is told of the response meanwhile."""
-    made = bench(kind)
+    made = bench(kind, LONGER)
     reward, session = made.reward, made.open()
     response = made.ids(" dogs")
     [first] = made.score((session, response))
@@ -208,7 +209,7 @@ def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, lag, kind, d
 def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, lanes, operations):
     """The same spans, their tokens filled in on the device: so also where the response has tokens nobody scored, and
     where a lane drew nothing but the end, so that a pass may have no row to read its reward at."""
-    made = bench(kind)
+    made = bench(kind, LONGER)
     reward, session = made.reward, made.open()
     response = made.ids(" dogs sleep")
     [first] = made.score((session, response))
@@ -314,3 +315,66 @@ def test_an_encoder_reads_a_prompt_once(bench, monkeypatch):
     assert calls == [[(PROMPT, "")]]
     other = parse_prompt("A girl", made.tokenizer, 10**6)
     assert reward.open(other, 30).text == "A girl" and len(calls) == 2
+
+
+# -- prompts in chunks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sessions_that_start_in_chunks(bench, kind):
+    """Three prompts, five rows of the model a call: those that have started score as they would have at once, between
+    the calls too, and one that is closed before it has started leaves nothing behind."""
+    made = bench(kind, config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4,
+                                 max_num_batched_tokens=5))
+    reward, ids = made.reward, made.ids(" jumps over")
+    prompts = [parse_prompt(text, made.tokenizer, 10**6) for text in (PROMPT, "Quite another one, and longer", "A dog")]
+    sessions = [reward.open(prompt, 20) for prompt in prompts]
+    left, calls = list(sessions), []
+    while left:
+        progress = reward.start_in_chunks(left, 5)
+        calls.append(progress)
+        assert 0 <= progress.rows <= 5 and 0 <= progress.done <= len(left)
+        assert progress.rows or progress.done, "nothing was done"
+        for session in left[: progress.done]:
+            [one] = made.score((session, ids))
+            reward.discard(one.handle)
+            made.prompt = prompts[sessions.index(session)]
+            made.check(one, ids)
+        left = left[progress.done :]
+        reward.check_integrity()
+    if kind in CAUSAL:
+        # All but the last token of each, but for pages that the first of them has offered to the others.
+        rows = sum(one.rows for one in calls)
+        assert rows <= sum(len(session.committed) for session in sessions) and len(calls) >= rows / 5 > 1
+        late = reward.open(parse_prompt("Nobody waits for it, as it is closed early", made.tokenizer, 10**6), 20)
+        assert reward.start_in_chunks([late], 5) == (0, 5)
+        reward.close(late)
+    else:
+        assert calls == [(3, 0)]
+    for session in sessions:
+        reward.close(session)
+    made.all_free()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_response_that_is_taken_up_in_chunks(bench, kind, deterministic):
+    """What was committed before, again: some rows a call, and what comes after it is scored as if nothing had been."""
+    made = bench(kind, config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4,
+                                 max_num_batched_tokens=7, deterministic=deterministic))
+    reward, session = made.reward, made.open()
+    ids, more = made.ids(" jumps over the lazy dog, and sleeps on"), made.ids(" all day")
+    calls = []
+    while not calls or not calls[-1].done:
+        calls.append(reward.resume_in_chunks(session, ids, made.tokenizer.decode(ids), None if deterministic else 7))
+    assert calls[-1].done == 1 and [one.done for one in calls[:-1]] == [0] * (len(calls) - 1)
+    if kind in CAUSAL and not deterministic:
+        assert len(calls) > 1 and all(0 < one.rows <= 7 for one in calls)
+    elif kind in CAUSAL:
+        longer = ids + more
+        assert len(calls) == 1 and reward.resume_in_chunks(session, longer, made.tokenizer.decode(longer), 1) == (0, 0)
+    [one] = made.score((session, ids + more))
+    made.check(one, ids + more)
+    reward.discard(one.handle)
+    reward.close(session)
+    made.all_free()
