@@ -35,7 +35,7 @@ class Weight:
 
     @property
     def scheme(self) -> str:
-        """What the matrix is stored in, as tables of tiles call it: "bf16", "fp16", "fp32", or a QuantWeight's name."""
+        """How a GPU stores it, as tables of tiles call it: "bf16", "fp16", "fp32", or a QuantWeight's name."""
         return SCHEMES[self.values.dtype] if self.quant is None else self.quant.name
 
     def dense(self) -> Tensor:
@@ -66,14 +66,17 @@ def pack(
     (`libstars.isa()` is "avx512_bf16") so are the activations of every product; sums are float32 still. Other CPUs,
     and the references, multiply the rounded matrix in float32.
 
-    A QuantWeight is taken as it is, `arithmetic` says nothing of it: a GPU multiplies activations of 16 bits by it, at
-    any number of rows, and the CPU dequantises it for every product. Raises ValueError where its tensors do not fit.
+    Of a QuantWeight, scales of groups of 128 become float32, and zeros take the scales' type: a GPU asks for no less
+    than four bytes ahead of time. Its kernels multiply by it at any number of rows, the CPU dequantises it for every
+    product; `arithmetic` says nothing of it. Raises ValueError where its tensors do not fit.
     """
     if isinstance(matrix, QuantWeight):
         check(matrix)
+        scales = matrix.scales.float() if matrix.group == 128 else matrix.scales
+        quant = matrix._replace(scales=scales, zeros=None if matrix.zeros is None else matrix.zeros.to(scales.dtype))
         bias = None if bias is None else bias.float().contiguous()
-        return Weight(matrix.values, bias, matrix.out_features, matrix.in_features, deterministic=deterministic,
-                      quant=matrix)
+        return Weight(quant.values, bias, quant.out_features, quant.in_features, deterministic=deterministic,
+                      quant=quant)
     if arithmetic == "bfloat16":
         matrix = matrix.to(torch.bfloat16)
     out_features, in_features = matrix.shape
@@ -98,7 +101,7 @@ def _narrowest(matrix: Tensor) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features], formed in the wider of their types."""
+    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]: formed in the wider type."""
     kind = torch.promote_types(x.dtype, out.dtype)
     bias = None if weight.bias is None else weight.bias.to(x.dtype).to(kind)
     out.copy_(torch.nn.functional.linear(x.to(kind), weight.dense().to(x.dtype).to(kind), bias))

@@ -184,6 +184,7 @@ def test_a_measured_table_says_what_is_fused(tmp_path, cards):
     cards("A card")
     assert [tuned.fused(shape, "bf16", rows) for rows in (1, 16, 17, 64, 65)] == [True, True, False, False, False]
     assert not tuned.fused(shape._replace(vocab=32000), "bf16", 1) and not tuned.fused(shape, "fp32", 1)
+    assert not tuned.fused(shape, "fp16", 1)  # whose range ends at 65504
     assert tuned.fused(shape, "int4-32", 128) and not tuned.fused(shape, "int4-32", 129)
     assert tuned.tile("qkv", "bf16", 3, 6144, 4096) == tile
     assert tuned.tile("qkv", "bf16", 17, 6144, 4096) == tuned.default("qkv", "bf16", 17, 6144, 4096)
@@ -239,6 +240,9 @@ def test_room_is_what_the_largest_launch_needs():
     assert tuned.needed("qkv", tile, 33, 6 * 80, 80) == (3 * 6 * 2 * 16 * 96, 3 * 6)
     assert tuned.needed("residual", tile, 5, 100, 0) == (4 * 2 * 16 * 32, 4)
     assert tuned.needed("qkv", tile._replace(splits=1, features=128), 5, 6 * 80, 80) == (0, 0)
+    wide = tuned.Tile(128, 128, 64, 8, 4)
+    assert [tuned.of_heads(wide, head_dim)[:2] for head_dim in (16, 80, 128, 256)] == [
+        (128, 16), (128, 128), (128, 128), (64, 128)]
     entry = {("residual", "bf16", 100, 64): ((8, tile), (40, tile._replace(splits=1)))}
     with tuned.using(tuned.Table(tiles=entry)):
         assert tuned.room(40, [tuned.Product("residual", "bf16", 100, 64)]) == (4 * 2 * 16 * 32, 4)

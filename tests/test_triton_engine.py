@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 import stars
 from building import PADDED, as_on_a_gpu, fused_up_to, work_as
@@ -17,7 +18,7 @@ from stars.reward import CausalReward
 from toy import ToyModel, ids
 from triton_process import INTERPRETED, run_in_interpreter
 
-SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=96, layers=2)
+SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, layers=2)
 
 if INTERPRETED:
     from triton.runtime import interpreter
@@ -56,19 +57,26 @@ def completions(lm: Decoder, rm: Decoder) -> list[stars.CompletionOutput]:
     params = [stars.SamplingParams(max_tokens=7, seed=5),
               stars.SamplingParams(max_tokens=7, seed=5, top_k=9, presence_penalty=0.5, repetition_penalty=1.3)]
     policy = stars.STARS(segment_size=4, max_attempts=4, beta=0.3, reward_threshold=1.0, width=2)
-    outputs = engine.generate([{"prompt_token_ids": ids(length, 23, length)} for length in (5, 20)], params, policy,
-                              use_tqdm=False)
+    outputs = engine.generate([{"prompt_token_ids": ids(length, 23, length)} for length in (5, 20)],
+                              params, policy, use_tqdm=False)
     engine.check_integrity()
     return [output.outputs[0] for output in outputs]
 
 
-def assert_same_text(monkeypatch, lm: Decoder, rm: Decoder) -> None:
-    """Over the Triton kernels as on the CPU; idle lanes, rows and tiles included. Tokens and verdicts are equal, rewards
-    within float32."""
+def same_text(monkeypatch, lm: Decoder, rm: Decoder) -> Counter[str]:
+    """Over the Triton kernels as on the CPU, idle lanes, rows and tiles included: equal tokens and verdicts, rewards
+    within float32. Returns how often products of either list of a decoder were formed, by their weights' schemes."""
     theirs = completions(as_dequantised(lm), as_dequantised(rm))
     monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
     monkeypatch.setattr(graph, "column", lambda done: "reference")
     work_as(monkeypatch, PADDED)
+    called: Counter[str] = Counter()
+
+    def counted(name, operation):
+        return lambda *given: (called.update([(name, given[1].scheme)]), operation(*given))[1]
+
+    for name in ("linear", "qkv_rope"):
+        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
     ours = completions(lm, rm)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.error is None and mine.token_ids == other.token_ids
@@ -77,43 +85,35 @@ def assert_same_text(monkeypatch, lm: Decoder, rm: Decoder) -> None:
                 assert (attempt.token_ids, attempt.accepted) == (its.token_ids, its.accepted)
                 assert attempt.reward == pytest.approx(its.reward, abs=1e-4)
     assert sum(len(segment.attempts) for one in ours for segment in one.segments) > 4
-
-
-@pytest.fixture
-def called(monkeypatch) -> Counter[str]:
-    """How often the operations were called that the lists of a decoder do not share."""
-    counts: Counter[str] = Counter()
-
-    def counted(name, operation):
-        return lambda *given: (counts.update([name]), operation(*given))[1]
-
-    for name in ("linear", "qkv_rope"):
-        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
-    return counts
+    return called
 
 
 def test_the_engine_over_triton_gives_the_text_of_the_cpu(monkeypatch):
-    assert_same_text(monkeypatch, *pair())
+    assert set(same_text(monkeypatch, *pair())) == {("linear", "fp32")}
 
 
-@pytest.mark.parametrize("rows", [128, 16])
-def test_fused_passes_give_the_text_of_the_cpu(monkeypatch, called, rows):
-    """All of them, or drafts and not the prompts."""
-    lm, rm = pair()
-    with tuned.using(fused_up_to(rows, lm, rm)):
-        for decoder in (lm, rm):
-            decoder.reserve_fused()
-        assert_same_text(monkeypatch, lm, rm)
-    assert called["qkv_rope"] > 10
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_logits_of_16_bits_are_products_in_float32(monkeypatch, dtype):
+    """Rounded to 16 bits, more than one in thirty would be lost in an equal of its row."""
+    decoder = as_on_a_gpu(ToyModel(vocab=997, hidden=96, heads=2, head_dim=16, seed=4).decoder(), dtype)
+    hidden = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).to(decoder.dtype)
+    monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
+    logits = decoder.logits(hidden)
+    left, right = hidden.double(), decoder.head.values.double().T
+    assert logits.dtype == torch.float32
+    assert bool(((logits - left @ right).abs() <= 1e-6 * (left.abs() @ right.abs())).all())
+    for row in logits:
+        assert len(row.to(decoder.dtype).unique()) < 0.97 * 997 < 0.99 * 997 < len(row.unique())
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "int8", "int4-32"])
-def test_quantised_weights_give_the_text_of_their_matrices(monkeypatch, called, scheme):
-    """Prompts of more rows than are fused go through the single operations."""
+def test_fused_passes_give_the_text_of_the_cpu(monkeypatch):
+    """Of quantised weights and, as a table says so, of others; prompts go through the single operations."""
     monkeypatch.setattr(tuned, "MAX_FUSED_ROWS", 16)
-    lm, rm = pair(scheme)
-    assert_same_text(monkeypatch, lm, rm)
-    assert called["qkv_rope"] > 10
+    lm, rm = pair("int4-32")[0], pair()[1]
+    with tuned.using(fused_up_to(16, rm)):
+        rm.reserve_fused()
+        called = same_text(monkeypatch, lm, rm)
+    assert set(called) == {(name, scheme) for name in ("linear", "qkv_rope") for scheme in ("int4-32", "fp32")}
 
 
 run_in_interpreter(globals())

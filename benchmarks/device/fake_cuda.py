@@ -31,7 +31,7 @@ CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.
 """Operations of torch that a capture may meet: views, and products into given memory."""
 MAPPED = {("finish_kernel", "ended")}
 """Parameters of kernels that may be given pinned memory of the host."""
-LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
+LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"}
 
 faults: list[str] = []
 events: Counter[str] = Counter()  # launches, replays, captures, compiled kernels, waits, transfers
@@ -107,7 +107,7 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
             if not there or offset % 16:
                 faults.append(f"{name}: {key} is on {value.device}, {offset % 16} bytes from a multiple of 16")
             special.append((key, value.dtype))
-        elif parameter.is_constexpr:
+        elif parameter.is_constexpr or value is None:  # which Triton compiles in
             special.append((key, value))
         elif isinstance(value, int) and not isinstance(value, bool):
             special.append((key, "int") if parameter.do_not_specialize else (key, value == 1, value % 16 == 0))

@@ -26,8 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stars.kernels.linear import Weight
-
 FOLDER = Path(__file__).with_name("tuned")
 
 VERSION = 2
@@ -35,16 +33,22 @@ VERSION = 2
 MAX_FUSED_ROWS = 128
 """Rows up to which a pass over quantised weights is fused."""
 
+FIXED_ROWS = 64
+"""Rows whose tile serves weights packed as deterministic, at any number of rows."""
+
 SUMMED = 32
 """Features whose squares make one entry of `Stream.squares`."""
 
-PROGRAMS = 256
-"""Programs that a product is to have at least, by splits: two for each processor of a large card."""
+WARPS = 1024
+"""Warps that a product is to have at least, by splits: eight for each processor of a large card."""
+
+HEAD_NUMBERS = 1 << 14
+"""Rows times features of whole heads that a program ends: 64 registers a thread of eight warps."""
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB of shared memory a block may have, by compute capability."""
 
-_FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_FLOATS = ("bf16", "fp16", "fp32")
 
 
 class Tile(NamedTuple):
@@ -78,6 +82,7 @@ class Product(NamedTuple):
     out_features: int
     in_features: int
     head_dim: int = 0  # of "qkv"
+    deterministic: bool = False
 
 
 class Table(NamedTuple):
@@ -95,14 +100,6 @@ _in_force: list[Table] = []
 def slug(gpu: str) -> str:
     """The card's name as a file's: "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-
-
-def scheme(weight: Weight) -> str:
-    """How a weight is stored, as tables call it: "bf16", "fp16", "fp32", "fp8", "int8", "int4-32" or "int4-128"."""
-    quant = getattr(weight, "quant", None)
-    if quant is None:
-        return _FLOATS[weight.values.dtype]
-    return f"{quant.scheme}-{quant.group}" if quant.group else str(quant.scheme)
 
 
 def parse(content: Mapping[str, Any]) -> Table:
@@ -159,11 +156,12 @@ def tile(end: str, scheme: str, rows: int, out_features: int, in_features: int) 
 def fused(model: ModelShape, scheme: str, rows: int) -> bool:
     """Whether a pass of so many rows is fused: where this was measured ahead, and over quantised weights.
 
-    There is no library for those, up to `MAX_FUSED_ROWS`.
+    There is no library for those, up to `MAX_FUSED_ROWS`. Not in float16: `Stream.scaled` holds a residual that was not
+    normed yet, which in some models leaves that type's range.
     """
-    if scheme not in _FLOATS.values() and rows <= MAX_FUSED_ROWS:
+    if scheme not in _FLOATS and rows <= MAX_FUSED_ROWS:
         return True
-    return bool(_outcome(_table().chains, (model, _measured_as(scheme)), rows))
+    return bool(_outcome(_table().chains, (model, scheme), rows))
 
 
 @cache
@@ -173,30 +171,52 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
     Up to 16 rows they are the best that an H100 was seen to like in a chain of all products of an 8B step, by their
     proportions. Beyond, tiles grow with the rows: a program reads as many activations as weights at the most.
     """
+    shared = _shared() if shared is None else shared
+    floats = scheme in _FLOATS
     if scheme == "fp32":  # without tensor cores
         chosen = Tile(16, 32, 32, 4, 2)
+    elif not floats:
+        chosen = _quantised(rows, shared)
     elif rows > 64:
         chosen = Tile(128, 128, 64, 8, 4, swap=True)
     elif rows > 32:
-        chosen = Tile(64, 128, 64, 4, 4, swap=True)
+        chosen = Tile(64, 128, 64, 8, 4, swap=True)
     elif rows > 16:
         chosen = Tile(32, 64, 128, 4, 4, swap=True)
-    elif scheme in _FLOATS.values() and end == "normed":
+    elif end == "normed":
         chosen = Tile(16, 64, 256, 4, 3)
-    elif scheme in _FLOATS.values() and end == "residual" and in_features >= 2 * out_features:
+    elif end == "residual" and in_features >= 2 * out_features:
         chosen = Tile(16, 32, 512, 4, 3)
     else:
-        chosen = Tile(16, 64, 128, 4, 4, swap=end != "qkv" or scheme not in _FLOATS.values())
-    limit = 1024 * ((_shared() if shared is None else shared) - 8)  # the rest is for sums and turned tiles
-    item = 4 if scheme == "fp32" else 2
-    while chosen.stages * chosen.inner * (chosen.rows + chosen.features) * item > limit:
+        chosen = Tile(16, 64, 128, 4, 4, swap=end != "qkv")
+    limit = 1024 * (shared - 8)  # the rest is for sums and turned tiles
+    # Bytes of an activation, which beside quantised weights may be a float32, and of a weight.
+    x, item = (2, 2) if scheme in ("bf16", "fp16") else (4, 4 if scheme == "fp32" else 1)
+    while chosen.stages * chosen.inner * (chosen.rows * x + chosen.features * item) > limit:
         chosen = chosen._replace(inner=chosen.inner // 2) if chosen.inner > 64 else chosen._replace(
             stages=chosen.stages - 1)
     programs = -(-out_features // chosen.features) * -(-rows // chosen.rows)
     splits = 1
-    while end != "plain" and splits * programs < PROGRAMS and splits < 8 and in_features >= 1024 * splits:
+    most = 4 if end == "qkv" and not floats else 8  # two warps that add up more parts of a whole head would spill
+    while (end != "plain" and splits * programs * chosen.warps < WARPS and splits < most
+           and in_features >= 1024 * splits):
         splits *= 2
     return chosen._replace(splits=splits)
+
+
+def _quantised(rows: int, shared: int) -> Tile:
+    """Tiles in which no number is turned from bits twice, and whose loads are of sixteen bytes a thread.
+
+    Up to 32 rows by the matrix instruction of a warp: with the weights as its left operand, whose rows two warps share,
+    or as its right one. (Four warps with them on the left get Hopper's matrix instruction, for which Triton loads a
+    left operand of 8 bits byte by byte.) Beyond, that instruction takes them as its right operand, from shared memory;
+    older cards, whose instruction takes them from registers, have too few for 128 rows of 128 features.
+    """
+    if rows > 64:
+        return Tile(128, 128 if shared >= SHARED[90] else 64, 64, 8, 3)
+    if rows > 32:
+        return Tile(64, 128, 64, 8, 4)
+    return Tile(16, 64, 128, 2, 4, swap=True) if rows <= 16 else Tile(32, 128, 128, 4, 3)
 
 
 def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
@@ -204,14 +224,17 @@ def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
     floats = tickets = 1
     for product in products:
         for count in range(1, rows + 1):
-            chosen = tile(product.end, product.scheme, count, product.out_features, product.in_features)
+            asked = FIXED_ROWS if product.deterministic else count
+            chosen = tile(product.end, product.scheme, asked, product.out_features, product.in_features)
+            chosen = chosen if product.end != "qkv" else of_heads(chosen, product.head_dim)
             more = needed(product.end, chosen, count, product.out_features, product.head_dim)
             floats, tickets = max(floats, more[0]), max(tickets, more[1])
     return floats, tickets
 
 
 def needed(end: str, tile: Tile, rows: int, out_features: int, head_dim: int = 0) -> tuple[int, int]:
-    """(floats, tickets) that one launch meets in; zeros where no programs share anything."""
+    """(floats, tickets) that one launch meets in; zeros where no programs share anything. A tile `of_heads` for "qkv".
+    """
     units, tiles, width = units_of(end, tile, out_features, head_dim)
     if tiles * tile.splits == 1:
         return 0, 0
@@ -223,9 +246,14 @@ def units_of(end: str, tile: Tile, out_features: int, head_dim: int = 0) -> tupl
     """(units, tiles of a unit, features of a unit): what is ended as a whole, a head of "qkv" or else a tile."""
     if end != "qkv":
         return -(-out_features // tile.features), 1, tile.features
-    features = min(tile.features, head_width(head_dim))
-    tiles = -(-head_dim // features)
-    return out_features // head_dim, tiles, tiles * features
+    tiles = -(-head_dim // tile.features)
+    return out_features // head_dim, tiles, tiles * tile.features
+
+
+def of_heads(tile: Tile, head_dim: int) -> Tile:
+    """The tile for the end "qkv": no wider than a head, and no more rows than registers hold of whole heads."""
+    width = head_width(head_dim)
+    return tile._replace(features=min(tile.features, width), rows=min(tile.rows, max(16, HEAD_NUMBERS // width)))
 
 
 def head_width(head_dim: int) -> int:
