@@ -327,6 +327,18 @@ def test_rows_of_deterministic_weights_do_not_depend_on_their_company():
         assert torch.equal(alone, together[first : first + rows])
 
 
+def test_no_more_is_asked_for_ahead_than_a_part_has():
+    """By hand: 1000 columns of 2 bytes in blocks of 128 are 7 whole blocks and 104 columns, in parts of 2 blocks each;
+    the smallest part has one block and 104 columns, and what is asked for is a piece a thread, of 16 bytes at least."""
+    tile = Tile(16, 64, 128, 4, 4, splits=4, pdl=True, prefetch=4096)
+    assert skinny._chunks(tile) == 2
+    assert skinny._ahead(tile, 1000, 2000) == 2 * (128 + 104)
+    assert skinny._ahead(tile._replace(prefetch=256), 1000, 2000) == 256
+    assert skinny._ahead(tile._replace(prefetch=31), 1000, 2000) == 0
+    assert skinny._ahead(tile, 1024, 512) == 128  # four bits each
+    assert skinny._ahead(tile, 1001, 2002) == 0  # rows that do not begin at a multiple of 16 bytes
+
+
 def test_what_does_not_fit_is_refused():
     stream, weight = stream_of(5, 96, torch.float32), weight_of(64, 96, torch.float32, bias=False)
     out = torch.empty(5, 64)

@@ -27,7 +27,7 @@ from stars.target import CPU
 CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.select.int", "aten.mm.out",
               "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default", "aten.alias.default"}
 """Operations of torch that a capture may meet: views, and products into given memory."""
-LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
+LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"}
 
 faults: list[str] = []
 events: Counter[str] = Counter()  # launches, replays, captures, waits, transfers
