@@ -537,8 +537,8 @@ def variants() -> list[Variant]:
             name = f"{out_features} {in_features}"
             found.append(_variant(f"{name}, 1 rows", end, "bf16", 1, out_features, in_features, **more, **stored))
             large = tuned.default(end, "fp8", 128, out_features, in_features, tuned.SHARED[90])
-            found += [_variant(f"{name}, {words}", end, "bf16", 128, out_features, in_features, arches=arches, tile=tile,
-                               **more, **stored)
+            found += [_variant(f"{name}, {words}", end, "bf16", 128, out_features, in_features, arches=arches,
+                               tile=tile, **more, **stored)
                       for words, arches, tile in (("128 rows", (80,), None), ("large tile", (90, 100), large))]
         found += [_variant(f"28672 4096, {rows} rows", "swiglu", "bf16", rows, 28672, 4096, **stored)
                   for rows in (32, 64)]
