@@ -26,7 +26,7 @@ REPRESENTATIVE = [
     "skinny residual bf16 fp8 4096 4096, 1 rows", "skinny swiglu bf16 int4-32 28672 4096, 64 rows"]
 
 # Every scheme, few rows and many.
-QUANTISED = ["skinny swiglu bf16 fp8 28672 4096, 1 rows", "skinny plain bf16 int8 6144 4096, 128 rows",
+QUANTISED = ["skinny swiglu bf16 fp8 28672 4096, 1 rows", "skinny swiglu bf16 int8 28672 4096, 64 rows",
              "skinny swiglu bf16 int4-32 28672 4096, large tile", "skinny plain bf16 int4-128 1000 1152 zeros, 1 rows"]
 
 

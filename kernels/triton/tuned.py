@@ -161,7 +161,7 @@ def fused(model: ModelShape, scheme: str, rows: int) -> bool:
     """
     if scheme not in _FLOATS and rows <= MAX_FUSED_ROWS:
         return True
-    return bool(_outcome(_table().chains, (model, scheme), rows))
+    return scheme != "fp16" and bool(_outcome(_table().chains, (model, scheme), rows))
 
 
 @cache
