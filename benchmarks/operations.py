@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
 from weakref import ref
 
@@ -15,6 +15,7 @@ from stars.bindings import libstars, recording
 from stars.bindings.layouts import OPERATIONS
 from stars.cache import BlockTable
 from stars.draft import LaneSpec
+from stars.kernels.graph import Part
 from stars.passes import Span
 
 NAMES = {number: name for name, number in OPERATIONS.items()}
@@ -38,10 +39,11 @@ class _Catch:
     def __init__(self):
         self.split = _Split()
 
-    def run(self, key, step: Callable[[], None], done, times: int = 1, rare: bool = False) -> int:
+    def run(self, parts: Sequence[Part], done, times: int = 1, rare: bool = False) -> int:
         recording._recordings[get_ident()] = ref(self.split)
         try:
-            step()
+            for part in parts:
+                part.call()
         finally:
             del recording._recordings[get_ident()]
         return times

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from stars import kernels
-from stars.kernels.graph import Graphs
+from stars.kernels.graph import Graphs, Part
 
 
 class Pass(NamedTuple):
@@ -46,7 +46,7 @@ class Products:
 
     def run(self, rows: int, wanted: int, times: int = 1) -> None:
         """Runs the products of one pass `times` times."""
-        self._graphs.run((rows, wanted), lambda: self._step(rows, wanted), self._done, times)
+        self._graphs.run([Part((rows, wanted), lambda: self._step(rows, wanted))], self._done, times)
 
     def _step(self, rows: int, wanted: int) -> None:
         last = self.decoder.layers[-1]

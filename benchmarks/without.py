@@ -42,7 +42,7 @@ def main() -> None:
             drafter._graphs = graphs
             filled = drafter._fill(specs)
             begin = time.perf_counter()
-            drafter._run(filled, STEPS, True)
+            drafter._start(filled, lanes, STEPS, True)
             seconds[name].append((time.perf_counter() - begin) / STEPS)
     step = {name: round(statistics.median(values) * 1e6, 2) for name, values in seconds.items()}
     result = {"machine": describe_machine(), "lanes": lanes, "context": context, "unit": "us a step, median",
@@ -64,7 +64,7 @@ def _record(drafter, specs: list[LaneSpec], left_out: tuple[str, ...]) -> Graphs
             else:
                 setattr(kernels, name, lambda *_: None)
         drafter._graphs = Graphs()
-        drafter._run(drafter._fill(specs), 1, True)
+        drafter._start(drafter._fill(specs), len(specs), 1, True)
         return drafter._graphs
     finally:
         for name, operation in kept[0].items():

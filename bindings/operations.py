@@ -115,8 +115,10 @@ def attention(
     )
 
 
-def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None) -> None:
     """Advances `lanes` in place by one draw from logits float32 [lanes, vocab], by the filters of each of them."""
+    if ended is not None:
+        raise ValueError("sample_step: `ended` is for a GPU: on the CPU read lanes.done")
     count, max_steps = lanes.out_tokens.shape
     vocab, max_stop_ids = logits.shape[-1], lanes.stop_ids.shape[1]
     each = (count,)

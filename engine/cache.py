@@ -15,7 +15,7 @@ from stars.buffers import Buffers
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages
 from stars.kernels.copy_rows import copy_rows
-from stars.kernels.graph import Graphs
+from stars.kernels.graph import Graphs, Part
 from stars.kernels.types import LayerKV
 from stars.model.config import ModelConfig
 from stars.page_pool import PagePool
@@ -422,7 +422,7 @@ class PagedCache:
             copy_rows(self.k_slabs, self.v_slabs, self._moves["source"][:rows], self.k_pages, self.v_pages,
                       self._moves["target"][:rows])
 
-        self._graphs.run(rows, step, self._never_done)
+        self._graphs.run([Part(rows, step)], self._never_done)
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         size = self.page_size

@@ -13,21 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import apply_penalties, sample_step
-from stars.kernels.graph import Graphs, steps_a_graph
+from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
 from stars.model.decoder import Decoder
+from stars.pacing import Pacing
 from stars.sampling import SamplingParams
 from stars.sizes import history_entries, language_model, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
-STEP_LAUNCHES = 8  # on a GPU, at most: the logits, their penalties and their draw
 
 PENALTIES = ("history_start", "history_count", "repetition", "frequency", "presence")
 """The buffers of the entries of a Penalties, in its order."""
@@ -55,6 +56,14 @@ class Drafted(NamedTuple):
     logprobs: list[float]
 
 
+class UnderWay(NamedTuple):
+    """A draft of which not all was launched."""
+
+    parts: list[Part]  # of a step
+    done: Tensor  # int32 [rows]
+    left: int  # steps to be launched
+
+
 class Drafter:
     """Owns the lane buffers of one language model.
 
@@ -69,7 +78,6 @@ class Drafter:
         sizes, max_segment_size = language_model(config), config.max_segment_size
         rows = target.rows(sizes.max_lanes)
         decoder.reserve(rows)
-        decoder.reserve_logits(rows)
         decoder.reserve_positions(sizes.max_positions)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
         self._buffers = Buffers(
@@ -79,6 +87,8 @@ class Drafter:
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
+        # Between the parts of a step, which are recorded apart: not the decoder's, which grow for other engines.
+        decoder.reserve_logits(rows)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
@@ -91,7 +101,10 @@ class Drafter:
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(steps_a_graph(decoder.launches(rows) + STEP_LAUNCHES))
+        self._graphs = Graphs()
+        self._pacing = Pacing(rows) if target.own_memory else None
+        self._under_way: UnderWay | None = None
+        self._shortest = math.inf  # seconds of a step, as measured
 
     @property
     def device_draft(self) -> Draft:
@@ -104,7 +117,11 @@ class Drafter:
         return self.drafted(len(lanes))
 
     def launch(self, lanes: list[LaneSpec]) -> None:
-        """Starts a draft, without waiting for a GPU; its results must be taken before the next."""
+        """Starts a draft, without waiting for a GPU; its results must be taken before the next.
+
+        A GPU gets the first steps, which it is busy with while the host does something else. The others it gets by
+        `pace`. On the CPU the draft is then over.
+        """
         filters = penalties = False
         longest = 0
         for lane in lanes:
@@ -114,10 +131,22 @@ class Drafter:
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._run(filled, longest, filters, penalties)
+        self._start(filled, len(lanes), longest, filters, penalties)
+
+    def pace(self) -> None:
+        """Launches the rest of the draft that was started, as the device gets on with it, and the transfer of its
+        results. Ends where all lanes have ended; does nothing where no draft was started."""
+        if self._under_way is None:
+            return
+        under_way, self._under_way = self._under_way, None
+        self._advance(under_way, wait=True)
+        self._buffers.fetch()
+        if self._pacing is not None:
+            self._pacing.end()
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
+        self.pace()
         self._buffers.wait()
         steps = self._host.steps[:count].tolist()
         longest = max(steps)
@@ -136,35 +165,61 @@ class Drafter:
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
-                self._run(filled, 1, False)
+                self._start(filled, lanes, 1, False)
+                self.pace()
                 self._buffers.wait()
                 seconds = min(seconds, time.perf_counter() - begin)
+            self._shortest = min(self._shortest, seconds)
+            if self._pacing is not None:
+                self._pacing.measured(self._shortest)
             return seconds
         finally:
             for slab in slabs:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
-    def _run(self, filled: tuple[int, Tiles | None], times: int, filters: bool, penalties: bool = False) -> None:
-        """Sends the buffers, runs the steps, and fetches the buffers back, all in stream order."""
-        rows, tiles = filled
-
-        def step() -> None:  # not called where a recorded step is replayed: the views are made here
-            state = LaneState(*(tensor[:rows] for tensor in self._state))
-            batch = Batch(
-                state.token_ids, state.positions, state.slots, True, self._row_start[: rows + 1],
-                self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
-                self._buffers["slab_start"][:rows], state.slab_used, tiles)
-            logits = self.decoder.draft_logits(batch, self.cache)  # [rows, vocab]
-            if penalties:
-                apply_penalties(logits, state, Penalties(self._history["entries"], *(
-                    self._buffers[name][:rows] for name in PENALTIES)))
-            sample_step(logits, state, filters=filters)
-
+    def _start(self, filled: tuple[int, Tiles | None], lanes: int, times: int, filters: bool,
+               penalties: bool = False) -> None:
+        """Sends the buffers and launches the first steps, in stream order."""
         self._buffers.upload()
-        key = rows, filters, penalties, *(shape(tiles) if tiles is not None else ())
-        self._graphs.run(key, step, self._done[rows], times)
-        self._buffers.fetch()
+        if self._pacing is not None:
+            self._pacing.begin(lanes)
+        under_way = UnderWay(self._parts(*filled, filters, penalties), self._done[filled[0]], times)
+        self._under_way = under_way._replace(left=self._advance(under_way, wait=False))
+
+    def _advance(self, under_way: UnderWay, wait: bool) -> int:
+        """Launches the steps that need no waiting for the device, or, with `wait`, all; how many are left."""
+        parts, done, left = under_way
+        if self._pacing is not None:
+            return self._pacing.launch(lambda: self._graphs.run(parts, done), left, wait)
+        if left:
+            self._graphs.run(parts, done, left)
+        return 0
+
+    def _parts(self, rows: int, tiles: Tiles | None, filters: bool, penalties: bool) -> list[Part]:
+        """A step: the forward pass up to the logits, and what is drawn from them. Not called where a recorded step is
+        replayed: the views are made here."""
+        def state() -> LaneState:
+            return LaneState(*(tensor[:rows] for tensor in self._state))
+
+        def forward() -> None:
+            lanes = state()
+            batch = Batch(
+                lanes.token_ids, lanes.positions, lanes.slots, True, self._row_start[: rows + 1],
+                self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
+                self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
+            self.decoder.draft_logits(batch, self.cache)
+
+        def sample() -> None:
+            lanes, logits = state(), self.decoder._logits[:rows]
+            if penalties:
+                apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
+                    self._buffers[name][:rows] for name in PENALTIES)))
+            sample_step(logits, lanes, filters=filters,
+                        ended=None if self._pacing is None else self._pacing.ended[:rows])
+
+        return [Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), forward),
+                Part(("sample", rows, filters, penalties), sample)]
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
         """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""

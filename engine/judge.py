@@ -36,7 +36,8 @@ class Judge:
     # -- scores ---------------------------------------------------------------------------------------------------
 
     def score_trailing(self, drawn: dict[Hypothesis, list[Lane]], draft: Draft) -> None:
-        """Starts the first scoring pass after the draft: the device hands the tokens on, the host reads them later."""
+        """Prepares the first scoring pass after the draft, for `launch_trailing`: the device hands the tokens on, the
+        host reads them later."""
         scored: dict[Hypothesis, list[tuple[int, Lane]]] = {}  # with their places in the draft
         for place, lane in enumerate([lane for lanes in drawn.values() for lane in lanes]):
             request = lane.hypothesis.request
@@ -51,6 +52,11 @@ class Judge:
         trailing = self._scorer.score_trailing(draft, candidates) if candidates else None
         if trailing is not None:
             self._trailing = batch, trailing
+
+    def launch_trailing(self) -> None:
+        """Launches the pass that `score_trailing` prepared, if it did, behind the whole draft."""
+        if self._trailing is not None:
+            self._trailing[1].launch()
 
     def score(self, hypotheses: Sequence[Hypothesis], candidates: list[Candidate]) -> list[Scored]:
         """Scores candidates, and keeps the counts and the time of each one's hypothesis."""

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import append_draft, prefill_attention
-from stars.kernels.graph import Graphs
-from stars.kernels.types import Batch, Draft, Tiles, TrailingRows
+from stars.kernels.graph import Graphs, Part
+from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
 from stars.sizes import ModelSizes, pass_rows, table_width
@@ -45,6 +46,14 @@ class Span(NamedTuple):
     start: int
     slots: Sequence[int]  # flat row of the slabs or of the pages for each token
     drafted: DraftedPart | None = None
+
+
+class Prepared(NamedTuple):
+    """A pass whose buffers were filled and sent."""
+
+    parts: list[Part]
+    rare: bool  # whether it is too long to capture
+    scored: bool  # whether it ends with rewards
 
 
 class Passes:
@@ -83,6 +92,7 @@ class Passes:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
+        self._prepared: Prepared | None = None  # the pass that trails a draft, until it is launched
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]) -> None:
         """For each (table, token_ids, stop): writes keys and values of token_ids[table.length:stop] into the pages.
@@ -122,12 +132,20 @@ class Passes:
         """Whether one pass holds spans of so many rows each."""
         return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
 
-    def score_trailing(self, draft: Draft, spans: Sequence[Span]) -> None:
-        """As `score`, for spans that trail a draft and fit one pass, without waiting for that draft.
+    def prepare_trailing(self, draft: Draft, spans: Sequence[Span]) -> None:
+        """The host's part of a scoring pass of spans that trail a draft and fit one pass: what it reads is sent.
 
-        Their results are taken with `rewards`, before the next pass.
+        It runs with `launch_prepared`, once all steps of the draft were launched, unless another pass came before.
         """
-        self._run(spans, into_slab=True, draft=draft)
+        self._prepared = None  # not before it is whole
+        self._prepared = self._prepare(spans, True, draft)
+
+    def launch_prepared(self) -> None:
+        """Launches the pass that was prepared, without waiting for the draft; its results are taken with `rewards`,
+        before the next pass."""
+        assert self._prepared is not None
+        prepared, self._prepared = self._prepared, None
+        self._launch(prepared)
 
     def rewards(self, count: int) -> list[float]:
         """Those of the last scoring pass, of `count` spans, once they are there."""
@@ -151,7 +169,13 @@ class Passes:
             batches.append(batch)
         return batches
 
-    def _run(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None, scored: bool = True) -> None:
+    def _run(self, spans: Sequence[Span], into_slab: bool, scored: bool = True) -> None:
+        self._prepared = None
+        self._launch(self._prepare(spans, into_slab, scored=scored))
+
+    def _prepare(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None,
+                 scored: bool = True) -> Prepared:
+        """Fills the buffers and sends them; what is then to be run."""
         rows, sequences, tiles = self._fill(spans, into_slab)
         captured = into_slab or rows <= self.target.captured_prefill
         prefill = None
@@ -159,18 +183,33 @@ class Passes:
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
-        scored = scored and into_slab
+        self._buffers.upload()
+        return Prepared(self._parts(rows, sequences, tiles, prefill, into_slab, scored and into_slab, draft),
+                        not captured, scored and into_slab)
+
+    def _launch(self, prepared: Prepared) -> None:
+        self._graphs.run(prepared.parts, self._never_done, rare=prepared.rare)
+        if prepared.scored:
+            self._rewards.fetch()
+
+    def _parts(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
+               scored: bool, draft: Draft | None) -> list[Part]:
+        """A pass: what the device fills in, where it trails a draft, and the model. Not called where a recorded pass is
+        replayed: the views are made here."""
         buffers = self._buffers
 
-        def step() -> None:  # not called where a recorded pass is replayed: the views are made here
-            def first(name: str) -> torch.Tensor:
-                return buffers[name][:sequences]
+        def first(name: str) -> Tensor:
+            return buffers[name][:sequences]
 
-            token_ids, last = buffers["token_ids"][:rows], first("last")
-            if draft is not None:
-                append_draft(draft, TrailingRows(first("lanes"), buffers["segment_start"][: sequences + 1],
-                                                 first("closing"), token_ids, last), self.decoder.config.vocab_size)
-            batch = Batch(token_ids, buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
+        def append() -> None:
+            assert draft is not None
+            append_draft(draft, TrailingRows(first("lanes"), buffers["segment_start"][: sequences + 1],
+                                             first("closing"), buffers["token_ids"][:rows], first("last")),
+                         self.decoder.config.vocab_size)
+
+        def forward() -> None:
+            last = first("last")
+            batch = Batch(buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
                           first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
             if scored:
@@ -178,11 +217,9 @@ class Passes:
             else:
                 self.decoder.forward(batch, self.cache, last)
 
-        buffers.upload()
-        key = rows, sequences, into_slab, scored, draft is not None, *(shape(tiles) if tiles is not None else ())
-        self._graphs.run(key, step, self._never_done, rare=not captured)
-        if scored:
-            self._rewards.fetch()
+        key = "forward", rows, sequences, into_slab, scored, *(shape(tiles) if tiles is not None else ())
+        parts = [Part(key, forward)]
+        return parts if draft is None else [Part(("append", rows, sequences), append), *parts]
 
     def _gathers(self, spans: Sequence[Span]) -> bool:
         """Whether a library runs this prefill: few long sequences, with no more keys than the memory check counted."""

@@ -49,6 +49,9 @@ class Round:
         drawn = self.proposer.launch([hypothesis for group in groups for hypothesis in group.active])
         if self._trails and drawn:  # the device drafts while the host prepares what follows
             self._judge.score_trailing(drawn, self.drafter.device_draft)
+        if drawn:
+            self.drafter.pace()
+        self._judge.launch_trailing()
         self.proposer.collect(drawn)
         decisions = self._judge.decide(groups, drawn)
         self._commit(groups, decisions, drawn)

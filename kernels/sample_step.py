@@ -32,7 +32,7 @@ from stars.kernels.dispatch import operation
 from stars.kernels.types import LaneState
 
 
-def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
+def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None) -> None:
     """As `sample_step`; any device, one lane at a time. ValueError if filters=False and a lane has a filter."""
     _check(logits, lanes)
     filtered = (lanes.top_k > 0) | (lanes.top_p < 1.0) | (lanes.min_p > 0.0)
@@ -59,14 +59,18 @@ def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True
             lanes.token_ids[lane] = token
             for counter in (lanes.positions, lanes.slots, lanes.slab_used):
                 counter[lane] += 1
+        if ended is not None and lanes.done[lane]:
+            ended[lane] = 1
 
 
 @operation(cpu="stars.bindings.libstars:sample_step", cuda="stars.kernels.triton.sample_step:sample_step",
            reference=sample_step_reference)
-def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True) -> None:
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None) -> None:
     """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab].
 
     With filters=False the caller knows that no lane has top_k, top_p or min_p: a GPU then leaves out four launches.
+    ended: int32 [lanes] or longer, which gets a 1 for each lane that this draw ends; a GPU also takes pinned memory of
+    the host, and libstars, whose `done` the host sees as it is, takes none.
     """
 
 

@@ -8,6 +8,8 @@ nothing. A step without filters draws without them, whatever a lane asks for, as
 from __future__ import annotations
 
 import importlib
+import random
+from collections import deque
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,14 +31,55 @@ TARGET = PADDED._replace(own_memory=True, padded_moves=True, chunk=64, ridge_row
 """Widths are not measured: that would capture before there is an engine."""
 
 
+class Stream:
+    """What the device was given and has not done yet. It does as much of it as `quick` says whenever it gets more, and
+    all that is waited for."""
+
+    def __init__(self):
+        self.works: deque = deque()
+        self.given = 0  # works in all, those that are done too
+        self.quick = random.Random(3).randrange  # of so many works, how many are done at once
+
+    def give(self, work) -> int:
+        """The work's place, for `wait`."""
+        self.works.append(work)
+        self.given += 1
+        self.wait(self.given - len(self.works) + self.quick(len(self.works) + 1))
+        return self.given
+
+    def wait(self, place: int) -> None:
+        while self.works and self.given - len(self.works) < place:
+            self.works.popleft()()
+
+    def synchronize(self) -> None:
+        self.wait(self.given)
+
+
+class Event:
+    """A place in the stream."""
+
+    stream: Stream
+
+    def __init__(self):
+        self.place = 0
+
+    def record(self) -> None:
+        self.place = self.stream.given
+
+    def synchronize(self) -> None:
+        self.stream.wait(self.place)
+
+
 class SplitBuffers:
     """`Buffers` on a device with memory of its own: what was not sent is not there, what was not waited for neither."""
+
+    stream: Stream
 
     def __init__(self, target, /, zeroed=True, **fields):
         self._there, self._here = (buffers.Buffers(CPU, **fields) for _ in range(2))
         if not zeroed:
             self._there._here.fill_(0x77)
-        self._busy, self._coming = False, None
+        self._busy, self._place = False, 0
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._there[name]
@@ -46,17 +89,16 @@ class SplitBuffers:
         return self._here.host(name)
 
     def wait(self) -> None:
+        self.stream.wait(self._place)
         self._busy = False
-        if self._coming is not None:
-            self._here._here.copy_(self._coming)
-            self._coming = None
 
     def upload(self, size: int | None = None) -> None:
-        self._there._here[:size].copy_(self._here._here[:size])
         self._busy = True
+        self._place = self.stream.give(lambda: self._there._here[:size].copy_(self._here._here[:size]))
 
     def fetch(self) -> None:
-        self._coming, self._busy = self._there._here.clone(), True
+        self._busy = True
+        self._place = self.stream.give(lambda: self._here._here.copy_(self._there._here))
 
 
 class RecordedGpu:
@@ -64,17 +106,36 @@ class RecordedGpu:
 
     def __init__(self):
         self.memory: list[torch.Tensor] = []  # of its engines, which a capture must leave as it is
-        self.captures = self.replays = 0
+        self.captures = self.replays = self.launched = 0  # launched: parts that ran without being captured
         self.capturing: Graph | None = None
+        self.stream = Event.stream = SplitBuffers.stream = Stream()
 
     def graph(self) -> Graph:
         return Graph(self)
 
     def copy_rows(self, *given: torch.Tensor) -> None:
         if self.capturing is None:
+            self.stream.synchronize()
             copy(*given)
         else:
             self.capturing.copies.append(given)
+
+    def to_device(self, cache, values) -> torch.Tensor:
+        self.stream.synchronize()  # it is read at once
+        return torch.tensor(list(values), dtype=torch.int32)
+
+    def sample_step(self, logits, lanes, filters=True, ended=None) -> None:
+        """`sample_step` that looks at filters only where it is told that there are some."""
+        before = lanes.done.clone()
+        if not filters:
+            off = lanes.top_k.shape
+            lanes = lanes._replace(top_k=torch.zeros(off, dtype=torch.int32), top_p=torch.ones(off),
+                                   min_p=torch.zeros(off))
+        sample_step(logits, lanes, filters)
+        if self.capturing is None:
+            tell(before, lanes.done, ended)
+        else:
+            self.capturing.told.append((lanes.done, ended))
 
 
 class Graph:
@@ -84,8 +145,9 @@ class Graph:
         self.gpu = gpu
 
     def capture_begin(self, pool, capture_error_mode) -> None:
+        self.gpu.stream.synchronize()  # recording also runs what it records
         self.before = [(tensor, tensor.clone()) for tensor in self.gpu.memory]
-        self.recording, self.copies = libstars.record(), []
+        self.recording, self.copies, self.told = libstars.record(), [], []
         self.program = self.recording.__enter__()
         self.gpu.capturing = self
         self.gpu.captures += 1
@@ -93,23 +155,27 @@ class Graph:
     def capture_end(self) -> None:
         self.recording.__exit__(None, None, None)
         self.gpu.capturing = None
-        for tensor, value in self.before:  # recording also runs what it records
+        for tensor, value in self.before:
             tensor.copy_(value)
         del self.before, self.recording
 
     def replay(self) -> None:
         self.gpu.replays += 1
+        self.gpu.stream.give(self._run)
+
+    def _run(self) -> None:
+        before = [done.clone() for done, _ in self.told]
         self.program.run(1, torch.zeros(1, dtype=torch.int32))
         for given in self.copies:
             copy(*given)
+        for (done, ended), was in zip(self.told, before, strict=True):
+            tell(was, done, ended)
 
 
-def draw(logits, lanes, filters=True) -> None:
-    """`sample_step` that looks at filters only where it is told that there are some."""
-    if not filters:
-        off = lanes.top_k.shape
-        lanes = lanes._replace(top_k=torch.zeros(off, dtype=torch.int32), top_p=torch.ones(off), min_p=torch.zeros(off))
-    sample_step(logits, lanes, filters)
+def tell(before: torch.Tensor, done: torch.Tensor, ended: torch.Tensor | None) -> None:
+    """The flags of the lanes that a draw ended."""
+    if ended is not None:
+        ended[: len(done)][(before == 0) & (done != 0)] = 1
 
 
 def copy(k_source, v_source, source, k_target, v_target, target) -> None:
@@ -117,6 +183,11 @@ def copy(k_source, v_source, source, k_target, v_target, target) -> None:
     there = source >= 0
     assert torch.equal(there, target >= 0)
     copy_rows_reference(k_source, v_source, source[there], k_target, v_target, target[there])
+
+
+def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:
+    flags = torch.zeros(count, dtype=torch.int32)
+    return flags, flags.numpy()
 
 
 @contextmanager
@@ -130,15 +201,29 @@ def install(monkeypatch) -> RecordedGpu:
     for module in ("cache", "draft", "passes", "tiling"):
         monkeypatch.setattr(importlib.import_module(f"stars.{module}"), "Buffers", SplitBuffers)
     work_as(monkeypatch, TARGET)
-    monkeypatch.setattr(PagedCache, "_to_device", lambda cache, values: torch.tensor(list(values), dtype=torch.int32))
-    monkeypatch.setattr("stars.draft.sample_step", draw)
+    monkeypatch.setattr(PagedCache, "_to_device", lambda cache, values: gpu.to_device(cache, values))
+    monkeypatch.setattr("stars.draft.sample_step", gpu.sample_step)
     monkeypatch.setattr("stars.cache.copy_rows", gpu.copy_rows)
+    monkeypatch.setattr("stars.pacing.mapped", mapped)
     monkeypatch.setattr(graphs, "column", lambda done: "cuda")
+    replay = graphs.Graphs._replay
+
+    def launched(run: graphs.Graphs, part: graphs.Part, rare: bool) -> None:
+        def call() -> None:
+            if gpu.capturing is None:
+                gpu.stream.synchronize()
+                gpu.launched += 1
+            part.call()
+
+        replay(run, part._replace(call=call), rare)
+
+    monkeypatch.setattr(graphs.Graphs, "_replay", launched)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", gpu.graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "stream", nothing)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.stream.synchronize)
     return gpu
 
 
@@ -148,5 +233,5 @@ def build(gpu: RecordedGpu, model, reward, **sizes) -> stars.Engine:
     for cache in (engine._cache, engine.reward.cache):
         gpu.memory += tensors_of(cache)
     gpu.memory += tensors_of([part._buffers for part in (engine._passes, engine.reward._passes, engine._round.drafter)],
-                             engine._passes._rewards, engine.reward._passes._rewards)
+                             engine._passes._rewards, engine.reward._passes._rewards, engine._round.drafter._logits)
     return engine

@@ -108,7 +108,6 @@ if FAKED:
             bench.tokens = 64
             record.part("arrivals", serving.arrivals, record, bench)
             record.part("together", end_to_end.together, record, bench)
-            record.part("lengths of graphs", end_to_end.graph_lengths, record, bench)
             bench.engine.check_integrity()
         assert record.finish(), record.content["notes"]
         figures = {one["name"]: one for one in record.content["figures"]}

@@ -9,6 +9,7 @@ import torch
 
 from stars.bindings import libstars
 from stars.kernels import graph as graphs
+from stars.kernels.graph import Part
 
 
 class Card:
@@ -17,6 +18,7 @@ class Card:
     def __init__(self):
         self.ran, self.captured, self.replays, self.noted = 0, 0, 0, None
         self.pools, self.broken, self.fault, self.stream, self.waits = [], [], None, None, 0
+        self.order: list[str] = []
 
     def faulty_step(self) -> None:
         """A step that raises once `fault` says where: "run" or "capture"."""
@@ -49,6 +51,9 @@ def card(monkeypatch) -> Card:
     class Graph:
         steps = 0
 
+        def __init__(self) -> None:
+            self.names: list[str] = []
+
         def capture_begin(self, pool, capture_error_mode) -> None:
             assert pool not in card.broken and card.stream is not None and card.noted is None
             card.noted, card.captured = self, card.captured + 1
@@ -61,6 +66,7 @@ def card(monkeypatch) -> Card:
         def replay(self) -> None:
             assert card.noted is None and card.stream is None
             card.ran += self.steps
+            card.order += self.names
             card.replays += 1
 
     monkeypatch.setattr(graphs, "column", lambda done: "cuda")
@@ -72,39 +78,44 @@ def card(monkeypatch) -> Card:
     return card
 
 
-@pytest.mark.parametrize("max_steps", [1, 4, 7, 32])
-@pytest.mark.parametrize("times", [1, 3, 4, 9, 32])
-def test_every_step_runs_and_a_shape_is_captured_once(card, max_steps, times):
-    run, done = graphs.Graphs(max_steps), torch.zeros(1, dtype=torch.int32)
+@pytest.mark.parametrize("times", [1, 3, 9])
+def test_every_step_runs_and_a_part_is_captured_once(card, times):
+    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
     captured = []
     for repeat in range(1, 5):
-        assert run.run("shape", card.step, done, times) == times
-        assert card.ran == repeat * times
+        assert run.run([Part("a", card.step), Part("b", card.step)], done, times) == times
+        assert card.ran == repeat * times * 2
         captured.append(card.captured)
-    assert captured[0] == (times > 1)  # one step: the shape may never come again
-    assert captured[1] == captured[-1] <= 1 + min(max_steps, times).bit_length()
+    assert captured[0] == 2 * (times > 1)  # at the first run a library may allocate, and kernels are compiled
+    assert captured[1:] == [2, 2, 2]
 
 
-def test_a_segment_that_fits_is_one_replay(card):
-    run, done = graphs.Graphs(max_steps=32), torch.zeros(1, dtype=torch.int32)
-    for _ in range(2):
-        run.run("shape", card.step, done, 32)
-    card.replays = 0
-    run.run("shape", card.step, done, 32)
-    assert card.replays == 1
+def test_parts_are_replayed_in_their_order_and_serve_several_steps(card):
+    """A forward pass with either of two ways to draw behind it: three captures for two steps."""
+    run, done, order = graphs.Graphs(), torch.zeros(1, dtype=torch.int32), []
 
+    def part(key: str) -> Part:
+        def call() -> None:
+            if card.noted is None:
+                order.append(key)
+            else:
+                card.noted.names.append(key)
+        return Part(key, call)
 
-def test_graphs_hold_as_many_steps_as_their_launches_allow():
-    assert [graphs.steps_a_graph(launches) for launches in (30, 64, 329, 5000)] == [34, 16, 3, 1]
+    card.order = order
+    for draw in ("plain", "filtered", "plain", "filtered"):
+        run.run([part("forward"), part(draw)], done)
+    assert order == ["forward", "plain", "forward", "filtered"] * 2
+    assert card.captured == 3 and card.replays == 5  # of eight parts, three ran plainly
 
 
 def test_a_shape_seen_once_and_rare_shapes_are_not_captured(card):
     run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
-    run.run("once", card.step, done)
+    run.run([Part("once", card.step)], done)
     for _ in range(3):
-        run.run("rare", card.step, done, rare=True)
+        run.run([Part("rare", card.step)], done, rare=True)
     assert (card.ran, card.captured) == (4, 0)
-    run.run("once", card.step, done)
+    run.run([Part("once", card.step)], done)
     assert (card.ran, card.captured) == (5, 1)
 
 
@@ -112,7 +123,7 @@ def test_the_least_recently_used_shape_makes_room(card, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
     for key in ("a", "b", "a", "c", "a", "b"):
-        run.run(key, card.step, done, 2)
+        run.run([Part(key, card.step)], done, 2)
     assert card.captured == 4  # a, b, c, and b again
     assert card.waits == 2  # the one that makes room may be running still
 
@@ -122,21 +133,21 @@ def test_an_interrupted_first_step_is_run_plainly_again(card):
     run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
     card.fault = "run"
     with pytest.raises(KeyboardInterrupt):
-        run.run("shape", card.faulty_step, done)
-    run.run("shape", card.faulty_step, done)
+        run.run([Part("shape", card.faulty_step)], done)
+    run.run([Part("shape", card.faulty_step)], done)
     assert (card.ran, card.captured) == (1, 0)
 
 
 def test_a_failed_capture_is_tried_again_in_new_memory(card):
     run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
-    run.run("other", card.faulty_step, done, 2)
-    run.run("shape", card.faulty_step, done)
+    run.run([Part("other", card.faulty_step)], done, 2)
+    run.run([Part("shape", card.faulty_step)], done)
     card.fault = "capture"
     with pytest.raises(KeyboardInterrupt):
-        run.run("shape", card.faulty_step, done)
+        run.run([Part("shape", card.faulty_step)], done)
     ran = card.ran
-    run.run("shape", card.faulty_step, done)
-    run.run("other", card.faulty_step, done)
+    run.run([Part("shape", card.faulty_step)], done)
+    run.run([Part("other", card.faulty_step)], done)
     assert card.ran == ran + 2 and len({pool for pool, _ in card.pools}) == 2
 
 
@@ -144,7 +155,7 @@ def test_graphs_of_one_owner_share_memory_and_those_of_two_do_not(card):
     done = torch.zeros(1, dtype=torch.int32)
     for run in (graphs.Graphs(), graphs.Graphs()):
         for key in ("a", "b"):
-            run.run(key, card.step, done, 2)
+            run.run([Part(key, card.step)], done, 2)
     assert card.pools[0] == card.pools[1] and card.pools[2] == card.pools[3]
     assert not set(card.pools[0]) & set(card.pools[2])
 
@@ -155,5 +166,5 @@ def test_a_step_that_records_nothing_runs_every_time():
     ran = []
     run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
     for times in (1, 3, 2):
-        assert run.run("shape", lambda: ran.append(1), done, times) == times
+        assert run.run([Part("shape", lambda: ran.append(1))], done, times) == times
     assert len(ran) == 6

@@ -14,7 +14,7 @@ from stars.bindings import libstars
 from stars.cache import CommitMove, PagedCache
 from stars.cli.rows import rows_of_file
 from stars.errors import IntegrityError
-from stars.kernels.graph import Graphs
+from stars.kernels.graph import Graphs, Part
 from stars.kernels.rms_norm import rms_norm
 from stars.model.config import parse_config
 from stars.model.rope import inverse_frequencies, parse_rope
@@ -143,10 +143,10 @@ def test_a_recorded_step_runs_as_often_as_asked(operations, times):
         rms_norm(ones, torch.ones(8), 1e-6, out, residual)
 
     for run in (1, 2, 3):
-        assert graphs.run("shape", step, done, times) == times
+        assert graphs.run([Part("shape", step)], done, times) == times
         assert residual.tolist() == [[float(run * times)] * 8]
     done[:] = 1
-    assert graphs.run("shape", step, done, times) == 1 and residual[0, 0] == 3 * times + 1
+    assert graphs.run([Part("shape", step)], done, times) == 1 and residual[0, 0] == 3 * times + 1
 
 
 def test_a_prompt_that_just_fits_and_what_of_it_was_cached():

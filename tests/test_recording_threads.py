@@ -13,7 +13,7 @@ import torch
 from stars import kernels
 from stars.bindings import libstars, recording
 from stars.kernels.dispatch import column, references_only
-from stars.kernels.graph import Graphs
+from stars.kernels.graph import Graphs, Part
 
 pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 
@@ -93,7 +93,7 @@ def test_graphs_of_two_threads_do_not_mix():
         for shape in range(20):
             machine = Machine(factor, 3 + shape % 4)
             for _ in range(2):
-                assert graphs.run(shape, machine.step, machine.done, 3) == 3
+                assert graphs.run([Part(shape, machine.step)], machine.done, 3) == 3
             results.append(machine.x[0, 0].item())
 
     results: tuple[list[float], list[float]] = ([], [])
@@ -144,7 +144,7 @@ def test_an_interrupt_anywhere_leaves_no_recording_behind():
     graphs = Graphs()
 
     def run() -> None:
-        graphs.run("shape", machine.step, machine.done)
+        graphs.run([Part("shape", machine.step)], machine.done)
 
     count = 0
     while True:
@@ -158,7 +158,7 @@ def test_an_interrupt_anywhere_leaves_no_recording_behind():
             machine.step()
         assert len(program) == 3, count
         machine.x.fill_(1.0)
-        graphs.run("shape", machine.step, machine.done)
+        graphs.run([Part("shape", machine.step)], machine.done)
         assert machine.x.tolist() == [[2.0] * 4], count
     assert count > 300  # all of it was seen
 

@@ -210,6 +210,7 @@ def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, op
                   torch.full((3, 2), -1, dtype=torch.int32))
     asked = [TrailingCandidate(session, response, lane, 4) for lane in (2, 0, 1)]
     trailing = reward.score_trailing(draft, asked)
+    trailing.launch()
     whole = [response + drawn[candidate.lane] for candidate in asked]
     trailed = trailing.results(whole)
     scored = made.score(*((session, ids) for ids in whole))

@@ -27,14 +27,14 @@ needs_libstars = pytest.mark.skipif(not libstars.available(), reason="libstars i
 def trailed(monkeypatch) -> list[int]:
     """Engines built from now on let scoring trail drafts; the sizes of such passes."""
     sizes = []
-    score_trailing = Passes.score_trailing
+    prepare_trailing = Passes.prepare_trailing
 
     def counted(self, draft, spans):
         sizes.append(len(spans))
-        score_trailing(self, draft, spans)
+        prepare_trailing(self, draft, spans)
 
     work_as(monkeypatch, PADDED)
-    monkeypatch.setattr(Passes, "score_trailing", counted)
+    monkeypatch.setattr(Passes, "prepare_trailing", counted)
     return sizes
 
 
@@ -113,13 +113,13 @@ def near(got, wanted) -> bool:
     return got == wanted
 
 
-@pytest.mark.parametrize("place", ["score_trailing", "rewards", "drafted"])
+@pytest.mark.parametrize("place", ["prepare_trailing", "launch_prepared", "rewards", "pace", "drafted"])
 def test_an_interrupt_loses_nothing(trailed, monkeypatch, place):
     """Slabs go back, and the segment is drawn again from the same random numbers."""
     chosen = requests()[:2]
     before = run(engine(), chosen)
     made = engine()
-    holder = {"score_trailing": Passes, "rewards": Passes, "drafted": type(made._round.drafter)}[place]
+    holder = Passes if hasattr(Passes, place) else type(made._round.drafter)
     whole, calls = getattr(holder, place), []
 
     def interrupted(*arguments, **named):

@@ -19,7 +19,7 @@ from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.embedding import embedding_reference
 from stars.kernels.linear import Weight, linear_reference
 from stars.kernels.rms_norm import rms_norm_reference
-from stars.kernels.sample_step import sampling_threshold
+from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.score import score_reference
 from stars.kernels.swiglu import swiglu_reference
 from stars.kernels.take_rows import take_rows_reference
@@ -495,6 +495,28 @@ def test_a_lane_without_a_column_is_ended_and_writes_nothing():
         assert lanes.done.tolist() == [0, 1, 0]
         for name in set(LaneState._fields) - {"done"}:
             assert torch.equal(getattr(lanes, name)[1], getattr(expected, name)[1])
+
+
+def test_lanes_that_a_draw_ends_are_told_of():
+    """By a stop id, a limit, NaN, and where no column is left; not those that go on, or had ended before."""
+    logits = torch.full((6, 2100), -math.inf)
+    logits[:, 2099] = 0.0
+    logits[2] = math.nan
+    lanes = make_lanes(6, 1.0, max_steps=3)
+    lanes.stop_ids[0, 2] = 2099
+    lanes.max_tokens[1] = 1
+    lanes.done[3] = 1
+    lanes.steps[4] = 3
+    for _ in range(2):  # what was told stays
+        ended = torch.full((9,), -5, dtype=torch.int32)
+        sample_step.sample_step(logits, same := copy_of(lanes), filters=False, ended=ended)
+        assert ended.tolist() == [1, 1, 1, -5, 1, -5, -5, -5, -5] and same.done.tolist() == [1, 1, 1, 1, 1, 0]
+    reference = torch.zeros(4, dtype=torch.int32)
+    without = LaneState(*(tensor[:4].clone() for tensor in lanes))
+    sample_step_reference(logits[:4], without, ended=reference)
+    assert reference.tolist() == [1, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"ended is torch.int32 \[5\] for 6 lanes"):
+        sample_step.sample_step(logits, lanes, ended=torch.zeros(5, dtype=torch.int32))
 
 
 def test_a_lane_does_not_depend_on_its_company():

@@ -147,11 +147,12 @@ def scripted_engine(tokenizer: Any, vocab: int, script: Sequence[int], prompt_to
 
     def logits(hidden, out=None):
         place = seen[0].long() - (prompt_tokens - 1)  # of the token to come in the response
-        return torch.nn.functional.one_hot(table[place], vocab).float() * 100 - 50
+        drawn = torch.nn.functional.one_hot(table[place], vocab).float() * 100 - 50
+        return drawn if out is None else out.copy_(drawn)
 
     decoder.forward, decoder.logits = noting, logits
-    engine._round.drafter._graphs.run = lambda key, step, done, times=1: [
-        step() for _ in range(times) if not bool(done.all())]
+    engine._round.drafter._graphs.run = lambda parts, done, times=1: [
+        part.call() for _ in range(times) if not bool(done.all()) for part in parts]
     return engine
 
 

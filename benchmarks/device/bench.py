@@ -68,12 +68,14 @@ class Timed:
         self.stretches.append((start, stop))
         return ran
 
-    def seconds(self) -> list[float]:
-        """Of each run, once they have ended."""
+    def seconds(self, count: int | None = None) -> list[float]:
+        """Of each run, once they have ended; with `count` of each of so many drafts of as many runs, their gaps too."""
+        each = 1 if count is None else len(self.stretches) // count
+        first, last = self.stretches[::each], self.stretches[each - 1 :: each]
         if not self.on_gpu:
-            return [stop - start for start, stop in self.stretches]
+            return [stop - start for (start, _), (_, stop) in zip(first, last, strict=True)]
         torch.cuda.synchronize()
-        return [start.elapsed_time(stop) / 1e3 for start, stop in self.stretches]
+        return [start.elapsed_time(stop) / 1e3 for (start, _), (_, stop) in zip(first, last, strict=True)]
 
 
 @contextmanager
@@ -161,10 +163,11 @@ class Bench:
                      for index, slab in enumerate(slabs)]
             for _ in range(2):  # compiled at the first, captured at the second
                 drafter.draft(specs)
-            with timing(drafter, self.settings.device) as timed:
-                for _ in range(1 if rehearsing() else repeats):
+            count = 1 if rehearsing() else repeats
+            with timing(drafter, self.settings.device) as timed:  # on a GPU a run a step
+                for _ in range(count):
                     drafter.draft(specs)
-            return [seconds / steps for seconds in timed.seconds()]
+            return [seconds / steps for seconds in timed.seconds(count)]
         finally:
             for slab in slabs:
                 cache.return_slab(slab)

@@ -16,7 +16,6 @@ from record import Record, Settings
 from timing import Seconds
 
 import stars
-from stars.kernels.graph import Graphs
 
 
 def llama_1b(record: Record, settings: Settings) -> None:
@@ -50,7 +49,6 @@ def whole(record: Record, settings: Settings, name: str) -> None:
     record.part("together", together, record, bench)
     for width in (1, 8, 16):
         record.part(f"width {width}", bench.aligned, 0.3, width)
-    record.part("lengths of graphs", graph_lengths, record, bench)
     record.part("memory", bench.memory, "at the end")
     record.part("deterministic", deterministic, record, bench)
 
@@ -88,25 +86,6 @@ def together(record: Record, bench: Bench, policies: Sequence[str] = ("plain", "
         record.figure(f"{bench.name}: {count} prompts at once, {name}", tokens / at_once, "token/s", tokens / alone,
                       "one by one", bench.aim("together"), higher_is_better=True,
                       spread=[tokens / one for one in reversed(at_once.spread)])
-
-
-def graph_lengths(record: Record, bench: Bench) -> None:
-    """Graphs of one step, of eight, and of a whole segment: time of a step, and memory the driver takes."""
-    dry = bench.settings.dry
-    for steps in (1, 8, SEGMENT):
-        drafter = bench.engine._round.drafter
-        kept, drafter._graphs = drafter._graphs, Graphs(steps)
-        try:
-            if not dry:
-                torch.cuda.empty_cache()
-            before = None if dry else torch.cuda.mem_get_info()[0]
-            begin = time.perf_counter()
-            seconds = statistics.median(bench.step_seconds(1 if dry else 8))
-            taken = None if before is None else (before - torch.cuda.mem_get_info()[0]) / 2**20
-            record.figure(f"{bench.name}: step at 8 lanes, graphs of {steps} steps", 1e3 * seconds, "ms",
-                          memory_mib=taken, seconds_with_capture=time.perf_counter() - begin)
-        finally:
-            drafter._graphs = kept
 
 
 def deterministic(record: Record, bench: Bench) -> None:

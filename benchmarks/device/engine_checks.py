@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ import stars
 from stars.cache import CommitMove
 from stars.draft import LaneSpec
 from stars.errors import ModelError
+from stars.kernels.graph import Part
 from stars.kernels.philox import pack_stream
 from stars.reward import CausalReward
 from stars.sampling import SamplingParams
@@ -97,9 +98,10 @@ def _lanes(of: stars.Engine, table, token: int, slabs: list[int], attempts: rang
 class _Eager:
     """Stands in for the graphs of a drafter: every step is launched."""
 
-    def run(self, key, step: Callable[[], None], done, times: int = 1, rare: bool = False) -> int:
+    def run(self, parts: Sequence[Part], done, times: int = 1, rare: bool = False) -> int:
         for _ in range(times):
-            step()
+            for part in parts:
+                part.call()
         return times
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from stars import buffers
+from stars import buffers, pacing
 from stars.model.checkpoint import Checkpoint
 from stars.target import CPU
 
@@ -28,6 +28,8 @@ CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.
               "aten.mm.dtype_out", "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default",
               "aten.alias.default"}
 """Operations of torch that a capture may meet: views, and products into given memory."""
+MAPPED = {("finish_kernel", "ended")}
+"""Parameters of kernels that may be given pinned memory of the host."""
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
 
 faults: list[str] = []
@@ -92,7 +94,8 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
         parameter = parameters[key]
         if isinstance(value, torch.Tensor):
             offset = value.storage_offset() * value.element_size()
-            if value.device.type != "cuda" or offset % 16:
+            there = value.device.type == "cuda" or (name, key) in MAPPED
+            if not there or offset % 16:
                 faults.append(f"{name}: {key} is on {value.device}, {offset % 16} bytes from a multiple of 16")
             special.append((key, value.dtype))
         elif parameter.is_constexpr:
@@ -153,6 +156,14 @@ class FakeBuffers(buffers.Buffers):
             host["rewards"][:] = draw.normal(size=host["rewards"].shape)
 
 
+def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:
+    """In place of pinned memory: what kernels are given is fake, and what the host reads says that no lane has ended.
+    """
+    with unset_fake_temporarily():
+        flags = np.zeros(count, dtype=np.int32)
+    return torch.empty(count, dtype=torch.int32), flags
+
+
 def install() -> None:
     """Replaces what talks to a card, for the rest of the process."""
     fake_tensor.init_gpu_context = lambda *device: None
@@ -166,6 +177,7 @@ def install() -> None:
     JITFunction.run = launch
     for module in ("cache", "draft", "passes", "tiling"):
         __import__(f"stars.{module}", fromlist=["Buffers"]).Buffers = FakeBuffers
+    pacing.mapped = mapped
     torch.Tensor.pin_memory = lambda self: self
     torch.frombuffer, torch.from_numpy = _faked(torch.frombuffer), _faked(torch.from_numpy)
     Checkpoint.read = _faked(Checkpoint.read)

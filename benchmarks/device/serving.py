@@ -29,30 +29,30 @@ def llama_8b(record: Record, settings: Settings) -> None:
 
 @contextmanager
 def counted():
-    """Counts, inside: graphs replayed and captured, steps launched one by one, kernels compiled."""
+    """Counts, inside: graphs captured, parts of steps launched one by one, kernels compiled."""
     seen: Counter[str] = Counter()
-    run_graph, capture = Graphs._run_graph, Graphs._capture
+    replay, capture = Graphs._replay, Graphs._capture
 
-    def noted_run(self, key, step, times, rare):
+    def noted_replay(self, part, rare):
         def launched() -> None:
             seen["launched"] += 1
-            step()
+            part.call()
 
-        return run_graph(self, key, launched, times, rare)
+        replay(self, part._replace(call=launched), rare)
 
-    def noted_capture(self, step, steps):
+    def noted_capture(self, call):
         before = seen["launched"]
-        graph = capture(self, step, steps)
+        graph = capture(self, call)
         seen["launched"] = before  # these were captured, not launched
         seen["captured"] += 1
         return graph
 
-    Graphs._run_graph, Graphs._capture = noted_run, noted_capture
+    Graphs._replay, Graphs._capture = noted_replay, noted_capture
     try:
         with _compiles(seen):
             yield seen
     finally:
-        Graphs._run_graph, Graphs._capture = run_graph, capture
+        Graphs._replay, Graphs._capture = replay, capture
 
 
 @contextmanager

@@ -49,7 +49,10 @@ class TrailingCandidate(NamedTuple):
 
 
 class Trailing(Protocol):
-    """The scoring of trailing candidates, under way."""
+    """The scoring of trailing candidates, prepared."""
+
+    def launch(self) -> None:
+        """Starts it, once, when the whole draft was launched."""
 
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
@@ -128,10 +131,10 @@ class Reward(ABC):
         """
 
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> Trailing | None:
-        """Starts to score candidates after the draft that is under way, without waiting for it.
+        """Prepares to score candidates after the draft that is under way, without waiting for it.
 
-        Nothing else is asked of the reward before the results are taken. None, and nothing done, where the reward needs
-        the host to see the drafts first (which is what a reward that is a function does).
+        Nothing else is asked of the reward before that was launched and its results are taken. None, and nothing done,
+        where the reward needs the host to see the drafts first (which is what a reward that is a function does).
         """
         return None
 

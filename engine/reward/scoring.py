@@ -92,8 +92,12 @@ class ScoringReward(SessionReward):
                 len(plan.session.frame.closing) > MAX_CLOSING for plan in plans):
             return None
         slabs = [self.cache.take_slab() for _ in plans]
-        self._passes.score_trailing(draft, list(map(self._span, plans, slabs)))
+        self._passes.prepare_trailing(draft, list(map(self._span, plans, slabs)))
         return TrailingScores(self, plans, slabs)
+
+    def launch_trailing(self) -> None:
+        """Starts the pass that was prepared to trail a draft."""
+        self._passes.launch_prepared()
 
     def trailing_results(self, plans: Sequence[Plan], slabs: Sequence[int],
                          token_ids: Sequence[list[int]]) -> list[Scored]:
@@ -253,6 +257,10 @@ class TrailingScores:
 
     def __init__(self, scoring: ScoringReward, plans: Sequence[Plan], slabs: Sequence[int]):
         self._scoring, self._plans, self._slabs = scoring, plans, slabs
+
+    def launch(self) -> None:
+        """Starts the pass, behind the draft."""
+        self._scoring.launch_trailing()
 
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for the pass; the same results as `ScoringReward.score` gives."""

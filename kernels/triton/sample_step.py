@@ -164,9 +164,14 @@ def _leader(left, part):
 @triton.jit
 def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used, steps, max_tokens, done, out_tokens,
                   out_logprobs, max_steps, temperatures, seeds, attempts, streams, stop_ids, highest, total, ceiling,
-                  mode, bounds, VOCAB: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, TILE: tl.constexpr,
-                  STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr, FILTERS: tl.constexpr):
-    """One program a lane: draws the token from the tiles that may hold it, and advances the lane."""
+                  mode, bounds, ended, VOCAB: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr,
+                  TILE: tl.constexpr, STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr, FILTERS: tl.constexpr,
+                  TELLS: tl.constexpr):
+    """One program a lane: draws the token from the tiles that may hold it, and advances the lane.
+
+    A lane that ends is noted in `ended` as well, where it TELLS: a store that nothing here waits for, as it may go to
+    the host's memory.
+    """
     lane = tl.program_id(0)
     # All that can be found without waiting is asked for first.
     seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
@@ -218,6 +223,8 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
         stopped = tl.max((ids == drawn).to(tl.int32), axis=0)
         if (drawn < 0) | (step + 1 >= ends_at) | (stopped != 0):
             tl.store(done + lane, 1)
+            if TELLS:
+                tl.store(ended + lane, 1)
         else:
             tl.store(token_ids + lane, drawn)
             tl.store(positions + lane, tl.load(positions + lane) + 1)
@@ -225,6 +232,8 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
             tl.store(slab_used + lane, tl.load(slab_used + lane) + 1)
     elif tl.load(done + lane) == 0:  # no column is left for its token
         tl.store(done + lane, 1)
+        if TELLS:
+            tl.store(ended + lane, 1)
 
 
 # -- host -------------------------------------------------------------------------------------------------------------
@@ -261,7 +270,8 @@ def shared_workspace(lanes: int, vocab: int, device: torch.device) -> Workspace:
     return kept[-1]
 
 
-def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, workspace: Workspace | None = None) -> None:
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None,
+                workspace: Workspace | None = None) -> None:
     """As `stars.kernels.sample_step`, for logits of float32, bfloat16 or float16 with adjacent columns.
 
     With filters=False the caller knows that no lane has top_k, top_p or min_p, and four launches are left out; a lane
@@ -269,6 +279,8 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, workspac
     """
     count, vocab = logits.shape
     _check(logits, lanes)
+    if ended is not None and (ended.dtype != torch.int32 or ended.shape[0] < count or not ended.is_contiguous()):
+        raise ValueError(f"sample_step: ended is {ended.dtype} {list(ended.shape)} for {count} lanes, or not contiguous")
     if count == 0:
         return
     space = shared_workspace(count, vocab, logits.device) if workspace is None else workspace
@@ -298,10 +310,10 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, workspac
     finish_kernel[(count,)](
         logits, stride, lanes.token_ids, lanes.positions, lanes.slots, lanes.slab_used, lanes.steps, lanes.max_tokens,
         lanes.done, lanes.out_tokens, lanes.out_logprobs, max_steps, lanes.temperature, lanes.seeds, lanes.attempts,
-        lanes.streams, lanes.stop_ids, space.highest, space.total, space.ceiling, space.mode, space.bounds, VOCAB=vocab,
-        TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE, STOPS=lanes.stop_ids.shape[1],
-        STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])), FILTERS=filters, num_warps=FINISH_WARPS,
-        maxnreg=FINISH_REGISTERS)
+        lanes.streams, lanes.stop_ids, space.highest, space.total, space.ceiling, space.mode, space.bounds,
+        lanes.done if ended is None else ended, VOCAB=vocab, TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE,
+        STOPS=lanes.stop_ids.shape[1], STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])),
+        FILTERS=filters, TELLS=ended is not None, num_warps=FINISH_WARPS, maxnreg=FINISH_REGISTERS)
 
 
 def _check(logits: Tensor, lanes: LaneState) -> None:
@@ -331,7 +343,7 @@ def variants() -> list[Variant]:
             tiles = triton.cdiv(vocab, TILE)
             constexprs = {"VOCAB": vocab, "TILES": tiles, "TILES_BLOCK": triton.next_power_of_2(tiles), "TILE": TILE,
                           "SAMPLE": SAMPLE, "BLOCK": list_block(vocab), "STOPS": 16, "STOPS_BLOCK": 16,
-                          "FILTERS": filters}
+                          "FILTERS": filters, "TELLS": True}
             kinds = {"logits": f"*{kind}"} | _KINDS
             signature = {argument: "constexpr" if argument in constexprs else kinds.get(argument, "*i32")
                          for argument in kernel.arg_names}
