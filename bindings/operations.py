@@ -149,7 +149,7 @@ def copy_rows(
 
 
 def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
-    """Writes segments and closing tokens after the first row of every sequence that has a lane.
+    """Writes segments and closing tokens after the row `row_start` of every sequence that has a lane.
 
     They must fit the rows of their sequences, and the lanes the draft: neither is checked.
     """

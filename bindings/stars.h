@@ -214,15 +214,15 @@ typedef struct {
   int64_t lanes;
 } stars_decide_params;
 
-/* Drafted segments, less the stop token that ended them, and closing tokens after the first row of every sequence that
- * has a lane; see kernels/append_draft.py. They must fit the rows that the sequence has. */
+/* Drafted segments, less the stop token that ended them, and closing tokens after the row row_start of every sequence
+ * that has a lane; see kernels/append_draft.py. They must fit the rows that the sequence has. */
 typedef struct {
   int64_t size;
   const int32_t* out_tokens; /* [lanes, max_steps] */
   const int32_t* steps;      /* [lanes] */
   const int32_t* stop_ids;   /* [lanes, max_stop_ids], padded with -1 */
   const int32_t* lanes;      /* [sequences], -1 leaves the sequence alone */
-  const int32_t* row_start;  /* [sequences + 1] */
+  const int32_t* row_start;  /* [sequences + 1], from -1 on */
   const int32_t* closing;    /* [sequences, max_closing], padded with -1 */
   int32_t* token_ids;        /* [rows] */
   int32_t* last;             /* [sequences] */

@@ -31,7 +31,7 @@ class DraftedPart(NamedTuple):
     """What the device fills in of a span that trails a draft: the segment of a lane, and closing tokens after it."""
 
     lane: int
-    at: int  # of the span's tokens, the first that is filled in; not the span's first
+    at: int  # of the span's tokens, the first that is filled in
     closing: Sequence[int]
 
 
@@ -259,7 +259,7 @@ class Passes:
         drafted = [span.drafted for span in spans if span.drafted is not None]
         if drafted:
             self._write(sequences, -1, lanes=[one.lane for one in drafted])
-            # To the draft, a sequence begins with the token before its segment.
+            # To the draft, a sequence begins with the row before its segment, though it be another sequence's, or -1.
             self._write(sequences + 1, 0, segment_start=[
                 start + one.at - 1 for start, one in zip(row_start, drafted, strict=False)])
             closing = self._host["closing"]

@@ -28,6 +28,7 @@ class Target(NamedTuple):
     chunk: int  # rows of a prefill pass
     captured_prefill: int  # rows up to which a prefill pass is captured
     ridge_rows: int  # rows of a scoring pass
+    reward_lag: int  # last tokens of a text that its reward's pages lack: each candidate's first rows
     trailing: bool  # a draft's scoring is launched while it runs, as the host would only wait for it
     measures_widths: bool  # at start-up; else where a policy first leaves its width to the engine
     one_order: str  # what to do where the bits of a row depend on how many rows there are
@@ -50,6 +51,11 @@ class Target(NamedTuple):
 #
 # Ridge rows: from which on a pass over the weights is bound by arithmetic rather than by reading them.
 #
+# Reward lag: a last token whose keys wait for the next score is a row more of every candidate, and four candidates of 32
+# tokens would no longer be the 128 rows that a pass is made for. On the CPU, where no pass is filled up, it is one row in
+# 33, and there the bits of a reward stay those of a score that starts with that token: attention adds up what lies in
+# pages and what lies in a slab apart.
+#
 # Widths: measuring them compiles and captures steps on a GPU. On the CPU a step of a large model can take seconds.
 
 CPU = Target(
@@ -64,6 +70,7 @@ CPU = Target(
     chunk=256,
     captured_prefill=256,
     ridge_rows=32,
+    reward_lag=1,
     trailing=False,
     measures_widths=False,
     one_order="install with a C++ compiler, so that libstars is built",
@@ -81,6 +88,7 @@ CUDA = Target(
     chunk=2048,
     captured_prefill=256,
     ridge_rows=128,
+    reward_lag=0,
     trailing=True,
     measures_widths=True,
     one_order="load the model with deterministic=True too",

@@ -1,7 +1,7 @@
 """Drafted segments as the input of a scoring pass, without a detour over the host: the pass can trail the draft.
 
-A reward model that reads the language model's token ids scores, of every lane, the last committed token, the segment
-without the stop token that ended it, and its closing tokens. How long the segment became is known on the device alone.
+A reward model that reads the language model's token ids scores, of every lane, the segment without the stop token that
+ended it, and its closing tokens. How long the segment became is known on the device alone.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ def append_draft_reference(draft: Draft, trailing: TrailingRows, vocab_size: int
         first = starts[sequence] + 1
         for row, token in enumerate(ids, first):
             trailing.token_ids[row] = token
-        trailing.last[sequence] = first + len(ids) - 1
+        trailing.last[sequence] = max(0, first + len(ids) - 1)
 
 
 @operation(cpu="stars.bindings.libstars:append_draft", cuda="stars.kernels.triton.append_draft:append_draft",
            reference=append_draft_reference, by="draft.steps")
 def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:
-    """Writes segments and closing tokens after the first row of every sequence that has a lane.
+    """Writes segments and closing tokens after the row `row_start` of every sequence that has a lane.
 
     Ids outside `vocab_size` become 0 (whoever reads the draft refuses the lane). Rows after the last are left alone.
+    Where nothing is written the last row is that of `row_start`, or 0 where that is -1: whoever gave no row before the
+    segment knows not to read it.
     """

@@ -120,15 +120,16 @@ class Draft(NamedTuple):
 class TrailingRows(NamedTuple):
     """The rows of a pass that trails a draft, whose sequences take their tokens from it; changed by `append_draft`.
 
-    Row row_start[s] of a sequence holds the token before the segment, the rows after it are for the segment and the
-    closing tokens; what they do not need stays 0 and is run for nothing.
+    The rows after row_start[s] are for a sequence's segment and its closing tokens; what they do not need stays 0 and is
+    run for nothing. Row row_start[s] itself holds the token before the segment, or belongs to another sequence; -1 where
+    the segment begins in row 0.
     """
 
     lanes: Tensor  # int32 [sequences] lane of the draft, or -1: the sequence is left alone
-    row_start: Tensor  # int32 [sequences + 1] as in Batch, or where the tokens before the segments are
+    row_start: Tensor  # int32 [sequences + 1] the row before each segment
     closing: Tensor  # int32 [sequences, max_closing] ids after the segment, padded with -1
     token_ids: Tensor  # int32 [rows] out: segment and closing tokens
-    last: Tensor  # int32 [sequences] out: row of the last token
+    last: Tensor  # int32 [sequences] out: row of the last token, at least 0
 
 
 class Stream(NamedTuple):

@@ -19,7 +19,9 @@ from stars.sizes import ModelSizes
 from stars.target import CPU, CUDA, Target
 from toy import ToyModel
 
-PADDED = CPU._replace(padded=True, chunk=CUDA.chunk, trailing=True, measures_widths=True)
+UNPADDED = CPU._replace(reward_lag=CUDA.reward_lag)
+"""The CPU, whose rewards' pages hold what a GPU's hold: what follows has the same bits."""
+PADDED = UNPADDED._replace(padded=True, chunk=CUDA.chunk, trailing=True, measures_widths=True)
 """The CPU, worked as a GPU is: idle rows, tiles, and scores that trail their drafts."""
 
 

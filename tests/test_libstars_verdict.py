@@ -185,14 +185,14 @@ def make_draft(draw: np.random.Generator, lanes: int, max_steps: int, stop_ids: 
 
 
 def make_trailing(draw: np.random.Generator, draft: Draft, sequences: int, max_closing: int) -> TrailingRows:
-    """Sequences of lanes in any order, or of none, with room for what they may get."""
+    """Sequences of lanes in any order, or of none, with room for what they may get; the first begins in row 0 or 1."""
     lanes, max_steps = draft.out_tokens.shape
     room = 1 + max_steps + max_closing + draw.integers(0, 3, sequences)
-    starts = np.concatenate(([0], np.cumsum(room)))
+    starts = np.concatenate(([0], np.cumsum(room))) - draw.integers(0, 2)
     closing = np.where(np.arange(max_closing) < draw.integers(0, max_closing + 1, (sequences, 1)),
                        draw.integers(0, 2 * VOCAB, (sequences, max_closing)), -1)
     return TrailingRows(*(torch.tensor(values, dtype=torch.int32) for values in (
-        draw.integers(-1, lanes, sequences), starts, closing, draw.integers(0, VOCAB, starts[-1]),
+        draw.integers(-1, lanes, sequences), starts, closing, draw.integers(0, VOCAB, 1 + starts[-1]),
         np.full(sequences, -9))))
 
 

@@ -5,6 +5,7 @@ The reward model is a toy with a tokenizer of its own, so every score has an exp
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from stars.errors import RequestError, RewardError
 from stars.model.tokenizer import load_tokenizer
 from stars.prompt import Prompt
 from stars.reward.base import Candidate
+from stars.target import CPU, CUDA
 from tiny_models import write_tokenizer
 from toy import ToyModel, facts, table_reward, toy_engine
 
@@ -45,8 +47,9 @@ class Pairs:
 
 def bound(lm_tokenizer=None, **options) -> stars.CausalReward:
     """A reward model bound to a language model of another vocabulary, unless it is given its tokenizer."""
+    config = options.pop("config", CONFIG)
     reward = stars.CausalReward(RM.decoder(), tokenizer=options.pop("tokenizer", Pairs()), **options)
-    reward.bind(lm_tokenizer or Pairs(), VOCAB, CONFIG)
+    reward.bind(lm_tokenizer or Pairs(), VOCAB, config)
     return reward
 
 
@@ -177,6 +180,26 @@ def test_ids_of_added_tokens_are_a_part_of_the_vocabulary(tmp_path):
 def test_responses_share_an_encoders_batch():
     reward = stars.EncoderReward("a directory that is not read here", batch_size=8)
     assert [reward.lanes_per_pass(16, responses) for responses in (1, 2, 3, 8, 9, 100)] == [8, 4, 2, 1, 1, 1]
+
+
+def test_candidates_fill_a_pass():
+    """On a GPU the rows it is made for and no more, closing tokens counted; on the CPU up to the first that exceeds them.
+    """
+    tokens, responses = (1, 13, 16, 31, 32, 33, 128, 200), (1, 3, 64)
+
+    def lanes(target, close="none"):
+        reward = bound(close=close, config=dataclasses.replace(CONFIG, target=target))
+        if close == "template":
+            assert reward.framing.longest_closing == 0  # until a prompt was rendered
+            opened(reward, Prompt([{"role": "user", "content": "ab"}], [5], None))
+        return [[reward.lanes_per_pass(count, among) for count in tokens] for among in responses]
+
+    assert lanes(CPU) == lanes(CPU, "eos") == [[32, 3, 2, 2, 1, 1, 1, 1], [11, 1, 1, 1, 1, 1, 1, 1], [1] * 8]
+    gpu = PADDED._replace(ridge_rows=CUDA.ridge_rows)
+    assert lanes(gpu) == [[128, 9, 8, 4, 4, 3, 1, 1], [42, 3, 2, 1, 1, 1, 1, 1], [2, 1, 1, 1, 1, 1, 1, 1]]
+    assert lanes(gpu, "eos") == lanes(gpu, "template") == [
+        [64, 9, 7, 4, 3, 3, 1, 1], [21, 3, 2, 1, 1, 1, 1, 1], [1] * 8]
+    assert lanes(gpu._replace(reward_lag=1)) == lanes(gpu, "eos")
 
 
 class Letters:

@@ -8,6 +8,7 @@ import pytest
 
 import recorded_gpu
 import stars
+from building import UNPADDED, work_as
 from stars.bindings import libstars
 from toy import ids, toy_engine, toy_pair
 
@@ -45,7 +46,9 @@ class Alone:
     """What each request gives by itself, in an engine on the CPU that is as new."""
 
     def __init__(self):
-        self.engine = toy_engine(LM, RM, **SIZES)
+        with pytest.MonkeyPatch.context() as patch:
+            work_as(patch, UNPADDED)
+            self.engine = toy_engine(LM, RM, **SIZES)
         self.known: dict = {}
 
     def __call__(self, batch: list[tuple]) -> list:

@@ -5,6 +5,7 @@ Expected values come from a session of its own that is asked for the whole respo
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from stars.kernels.types import Draft
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.prompt import Prompt, parse_prompt
 from stars.reward.base import Candidate, Reward, TrailingCandidate
+from stars.target import CPU, CUDA
 from test_encoder_rewards import write_encoder
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -76,14 +78,21 @@ def lm(tiny_model) -> Tokenizer:
     return load_tokenizer(tiny_model(family="llama", tokenizer=True, chat_template=True))
 
 
+@pytest.fixture(scope="module", params=[CPU.reward_lag, CUDA.reward_lag], ids=["lagging", "whole"])
+def lag(request) -> int:
+    """Last tokens that pages lack: as on the CPU, as on a GPU."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def bench(tiny_model, tmp_path_factory, lm):
+def bench(tiny_model, tmp_path_factory, lm, lag):
     """bench(kind): a reward of that kind, of its own."""
     same = tiny_model(family="qwen2", head="reward", tokenizer=True, chat_template=True)
     other = tiny_model(family="llama", head="reward", tokenizer=True, chat_template=True, tokenizer_seed=2, seed=7)
     encoder: Path = write_encoder(tmp_path_factory.mktemp("encoder"), "Bert", max_position_embeddings=150)
 
     def get(kind: str, config=CONFIG) -> Bench:
+        config = dataclasses.replace(config, target=config.target._replace(reward_lag=lag))
         if kind in CAUSAL:
             reward = stars.CausalReward(same if kind.startswith("same") else other, **CAUSAL[kind])
         elif kind == "encoder":
@@ -161,7 +170,7 @@ def test_forks_of_forks_before_anything_was_committed(bench, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dropped, told", [(1, False), (4, False), (4, True)])
-def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, kind, dropped, told):
+def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, lag, kind, dropped, told):
     """The handle is discarded, and the next score runs what the session has not seen; also twice in a row, and less
     where the session is told of the response meanwhile."""
     made = bench(kind)
@@ -169,14 +178,14 @@ def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, kind, droppe
     response = made.ids(" dogs")
     [first] = made.score((session, response))
     reward.commit([(session, first.handle)])
-    known = len(response) - 1  # the last committed token is run again
+    known = len(response) - lag  # what lies in no page is run again
     for word in WORDS[:2]:
         [one] = made.score((session, response + made.ids(word + " lived near")))
         reward.discard(one.handle)
         response = response + made.ids(word + " lived near")[:-dropped] + made.ids(" 3")
         if told:
             reward.resume(session, response, made.tokenizer.decode(response))
-            known = len(response) - 1
+            known = len(response) - lag
     scored = made.score(*((session, response + made.ids(word)) for word in WORDS))
     for word, one in zip(WORDS, scored, strict=True):
         made.check(one, response + made.ids(word))
@@ -188,27 +197,28 @@ def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, kind, droppe
     [last] = made.score((session, response + made.ids(WORDS[2] + " on")))
     made.check(last, response + made.ids(WORDS[2] + " on"))
     if kind.startswith("same"):
-        assert last.tokens_run == len(made.ids(" on")) + 1 + len(session.frame.closing)
+        assert last.tokens_run == len(made.ids(" on")) + lag + len(session.frame.closing)
     reward.discard(last.handle)
     reward.close(session)
     made.all_free()
 
 
 @pytest.mark.parametrize("kind", ["same", "same, eos", "same, chat"])
-@pytest.mark.parametrize("unseen", [0, 1, 5])
-def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, operations):
-    """The same spans, their tokens filled in on the device: so also where the response has tokens nobody scored."""
+@pytest.mark.parametrize("unseen, lanes", [(0, (2, 0, 1)), (0, (3, 2, 0, 3, 1)), (1, (2, 3, 0, 1)), (5, (2, 0, 1))])
+def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, lanes, operations):
+    """The same spans, their tokens filled in on the device: so also where the response has tokens nobody scored, and
+    where a lane drew nothing but the end, so that a pass may have no row to read its reward at."""
     made = bench(kind)
     reward, session = made.reward, made.open()
     response = made.ids(" dogs sleep")
     [first] = made.score((session, response))
     reward.commit([(session, first.handle)])
     response = response + made.ids(" lived near the forest, and on")[:unseen]
-    drawn = [made.ids(text)[:4] for text in (" the lazy fox", " jumps", " girl on 3")]
+    drawn = [made.ids(text)[:4] for text in (" the lazy fox", " jumps", " girl on 3", "")]
     draft = Draft(torch.tensor([(ids + [9] * 4)[:4] for ids in drawn], dtype=torch.int32),
-                  torch.tensor([len(ids) for ids in drawn], dtype=torch.int32),
-                  torch.full((3, 2), -1, dtype=torch.int32))
-    asked = [TrailingCandidate(session, response, lane, 4) for lane in (2, 0, 1)]
+                  torch.tensor([len(ids) or 1 for ids in drawn], dtype=torch.int32),
+                  torch.tensor([[-1, -1]] * 3 + [[8, 9]], dtype=torch.int32))
+    asked = [TrailingCandidate(session, response, lane, 4) for lane in lanes]
     trailing = reward.score_trailing(draft, asked)
     trailing.launch()
     whole = [response + drawn[candidate.lane] for candidate in asked]
@@ -219,9 +229,12 @@ def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, op
         assert mine[1:3] == wanted[1:3] and mine.handle._replace(slab=0) == wanted.handle._replace(slab=0)
         reward.discard(wanted.handle)
     fork = reward.fork(session)
-    reward.commit([(session, trailed[0].handle), (fork, trailed[2].handle)])
-    reward.discard(trailed[1].handle)
-    for holder, ids in ((session, whole[0]), (fork, whole[2])):
+    first, second = lanes.index(2), lanes.index(1)
+    reward.commit([(session, trailed[first].handle), (fork, trailed[second].handle)])
+    for index, one in enumerate(trailed):
+        if index not in (first, second):
+            reward.discard(one.handle)
+    for holder, ids in ((session, whole[first]), (fork, whole[second])):
         [one] = made.score((holder, ids + made.ids(" dog")))
         made.check(one, ids + made.ids(" dog"))
         reward.discard(one.handle)

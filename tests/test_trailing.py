@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 
 import stars
-from building import PADDED, work_as
+from building import PADDED, UNPADDED, work_as
 from stars.bindings import libstars
 from stars.kernels.dispatch import references_only
 from stars.passes import Passes
@@ -44,9 +44,10 @@ def engine(close: str = "none", **options) -> stars.Engine:
 
 @pytest.mark.parametrize("close", ["none", "eos"])
 @pytest.mark.parametrize("implementation", [pytest.param("libstars", marks=needs_libstars), "references"])
-def test_the_same_attempts_and_rewards(implementation, close, request):
+def test_the_same_attempts_and_rewards(implementation, close, request, monkeypatch):
     """All policies and early ends, closing tokens or not, recorded and replayed; the pages of both models balance."""
     chosen = requests()
+    work_as(monkeypatch, UNPADDED)
     with references_only() if implementation == "references" else contextlib.nullcontext():
         if implementation == "references":
             chosen = chosen[:3]

@@ -20,7 +20,7 @@ void append_draft(const stars_append_draft_params& p) {
     for (int64_t i = 0; i < count; ++i) p.token_ids[row++] = drawn[i] >= 0 && drawn[i] < p.vocab ? drawn[i] : 0;
     for (int64_t i = 0; i < p.max_closing; ++i)
       if (closing[i] >= 0) p.token_ids[row++] = closing[i];
-    p.last[sequence] = static_cast<int32_t>(row - 1);
+    p.last[sequence] = static_cast<int32_t>(std::max<int64_t>(row - 1, 0));
   }
 }
 

@@ -42,6 +42,7 @@ class Framing:
         self._eos = list(eos) if close == "eos" else []
         self._chat_template_kwargs = chat_template_kwargs
         self._newest: tuple[Prompt, Frame] | None = None
+        self.longest_closing = len(self._eos)  # of the frames so far
 
     def frame(self, prompt: Prompt) -> Frame:
         """How the model reads this prompt and what stands around its responses; the newest prompt's is kept.
@@ -50,7 +51,9 @@ class Framing:
         Raises RequestError for a prompt that cannot be rendered.
         """
         if self._newest is None or self._newest[0] is not prompt:
-            self._newest = prompt, self._render(prompt)
+            frame = self._render(prompt)
+            self.longest_closing = max(self.longest_closing, len(frame.closing))
+            self._newest = prompt, frame
         return self._newest[1]
 
     def _render(self, prompt: Prompt) -> Frame:

@@ -14,7 +14,6 @@ from stars.passes import MAX_CLOSING, DraftedPart, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Scored, TrailingCandidate
 from stars.reward.session import Handle, Session, SessionReward
-from stars.target import Target
 
 
 class Plan(NamedTuple):
@@ -42,7 +41,6 @@ class ScoringReward(SessionReward):
     Whoever binds it sets what follows, besides what sessions need.
     """
 
-    target: Target
     deterministic: bool
     max_model_len: int
     vocab_size: int  # of the reward model
@@ -50,7 +48,7 @@ class ScoringReward(SessionReward):
 
     def could_hold(self, prompt: Prompt, max_tokens: int, responses: int) -> bool:
         """Whether `reserve` could give each of them all it may ask for."""
-        history = len(self.framing.frame(prompt).prefix) - 1
+        history = len(self.framing.frame(prompt).prefix) - self.target.reward_lag
         return self.cache.could_hold(history, [self._room(history + max_tokens)] * responses)
 
     def reserve(self, session: Session, tokens: int) -> bool:
@@ -63,8 +61,13 @@ class ScoringReward(SessionReward):
         return True
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
-        """As many candidates as fill one pass over the weights."""
-        return max(1, math.ceil(self.target.ridge_rows / max(1, tokens * responses)))
+        """As many candidates as fill one pass over the weights; where a pass is filled up with idle rows, as many as fit
+        the rows it is made for."""
+        ridge = self.target.ridge_rows
+        if not self.target.padded:
+            return max(1, math.ceil(ridge / max(1, tokens * responses)))
+        rows = responses * (self.target.reward_lag + tokens + self.framing.longest_closing)
+        return max(1, ridge // max(1, rows))
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""
@@ -102,18 +105,25 @@ class ScoringReward(SessionReward):
     def trailing_results(self, plans: Sequence[Plan], slabs: Sequence[int],
                          token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for a pass that trailed a draft, by which the responses became `token_ids`."""
-        results = []
         rewards = self._passes.rewards(len(plans))
-        for plan, slab, response, reward in zip(plans, slabs, token_ids, rewards, strict=True):
+        drawn, unread = [], []
+        for plan, response in zip(plans, token_ids, strict=True):
             ids, content = self._ids(plan.session, response, None)
-            plan = plan._replace(ids=ids, content=content, run=len(ids) - plan.start)
-            problem = self._problem(ids)
-            results.append(self._scored(plan, slab, reward if problem is None else problem))
-        return results
+            start = min(plan.start, len(ids) - 1)
+            if start < plan.start:  # nothing was drawn, so that the pass had no row to read the reward at
+                unread.append(len(drawn))
+            drawn.append(plan._replace(ids=ids, content=content, start=start, run=len(ids) - start, drafted=None))
+        if unread:
+            again = self._passes.score([self._span(drawn[index], slabs[index]) for index in unread])
+            for index, reward in zip(unread, again, strict=True):
+                rewards[index] = reward
+        problems = [self._problem(plan.ids) for plan in drawn]
+        return [self._scored(plan, slab, reward if problem is None else problem)
+                for plan, slab, reward, problem in zip(drawn, slabs, rewards, problems, strict=True)]
 
     def resume(self, session: Session, token_ids: list[int], text: str | None) -> None:
-        """Writes the response into the session's pages, all but its last token; in deterministic mode as it was scored
-        and committed, so that every key has the bits that it had."""
+        """Writes the response into the session's pages; in deterministic mode as it was scored and committed, so that
+        every key has the bits that it had."""
         if self.deterministic:
             [scored] = self.score([Candidate(session, token_ids, text)])
             if isinstance(scored.reward, RewardError):
@@ -121,19 +131,21 @@ class ScoringReward(SessionReward):
             self.commit([(session, scored.handle)])
             return
         ids, content = self._ids(session, token_ids, text)
-        self._make_room(session, content - 1)
-        self._write(session, ids, content - 1)
+        stop = content - self.target.reward_lag
+        self._make_room(session, stop)
+        self._write(session, ids, stop)
 
     def commit(self, winners: list[tuple[Session, Handle]]) -> None:
         """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped.
 
         Raises OutOfPages for a fork that nothing was reserved for.
         """
+        lag = self.target.reward_lag
         for session, handle in winners:
-            self._make_room(session, handle.content - 1)
+            self._make_room(session, handle.content - lag)
         moves, slabs = [], []
         for session, (ids, content, valid, slab) in winners:
-            keep = content - 1  # the last content token stays out: the next score starts with it
+            keep = content - lag
             if slab is None:
                 self._write(session, ids, keep)
                 continue
@@ -188,8 +200,8 @@ class ScoringReward(SessionReward):
             return problem
         table = session.table
         try:
-            self._make_room(session, content - 1)
-            start = _common(session, ids, len(ids) - 1)
+            self._make_room(session, content - (1 if candidate.final else self.target.reward_lag))
+            start = _common(session, ids, len(ids) - 1)  # the reward is read at a row
             run = len(ids) - start
             if candidate.final and start < content - 1:
                 start = content - 1
@@ -208,7 +220,7 @@ class ScoringReward(SessionReward):
         frame = session.frame
         known = len(frame.prefix) + len(token_ids)
         ids = frame.prefix + token_ids + [0] * (max_tokens + len(frame.closing))
-        start = _common(session, ids, known - 1)
+        start = _common(session, ids, known - self.target.reward_lag)
         return Plan(session, session.table, ids, known + max_tokens, start, len(ids) - start,
                     DraftedPart(lane, known - start, frame.closing))
 

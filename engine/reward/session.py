@@ -9,10 +9,11 @@ from stars.passes import Passes
 from stars.prompt import Prompt
 from stars.reward.base import Reward
 from stars.reward.framing import Frame, Framing
+from stars.target import Target
 
 
 class Session:
-    """One response: its pages hold `committed`, which is everything but the last token of the text so far."""
+    """One response: its pages hold `committed`, which is the text so far, less what `Target.reward_lag` leaves out."""
 
     __slots__ = ("table", "frame", "committed")
 
@@ -32,28 +33,28 @@ class Handle(NamedTuple):
 
 
 class SessionReward(Reward):
-    """A reward whose sessions have pages in a cache of its own. The last token of a text stays out of them: a score
-    starts there.
+    """A reward whose sessions have pages in a cache of its own.
 
-    Whoever binds it sets framing, cache and passes.
+    Whoever binds it sets target, framing, cache and passes.
     """
 
+    target: Target
     framing: Framing
     cache: PagedCache
     _passes: Passes
 
     def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
         """Whether the prompt's pages are free."""
-        return self.cache.can_open(self.framing.frame(prompt).prefix[:-1])
+        return self.cache.can_open(self._history(self.framing.frame(prompt)))
 
     def open(self, prompt: Prompt, max_tokens: int) -> Session:
         """Takes the prompt's pages; raises OutOfPages."""
         frame = self.framing.frame(prompt)
-        history = frame.prefix[:-1]
+        history = self._history(frame)
         return Session(self.cache.open(history), frame, history)
 
     def start(self, sessions: list[Session]) -> None:
-        """Prefills the prompts, all but their last tokens, and offers their pages for sharing."""
+        """Prefills the prompts, and offers their pages for sharing."""
         self._passes.prefill([(session.table, session.committed, len(session.committed)) for session in sessions])
         for session in sessions:
             self.cache.publish(session.table, session.committed)
@@ -73,3 +74,7 @@ class SessionReward(Reward):
     def check_integrity(self) -> None:
         """The cache's books."""
         self.cache.check_integrity()
+
+    def _history(self, frame: Frame) -> list[int]:
+        """What of the prompt lies in pages before anything is scored."""
+        return frame.prefix[: len(frame.prefix) - self.target.reward_lag]

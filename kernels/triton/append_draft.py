@@ -1,4 +1,4 @@
-"""Drafted segments after the first rows of a scoring pass; what is written is said in `stars.kernels.append_draft`.
+"""Drafted segments as rows of a scoring pass; what is written is said in `stars.kernels.append_draft`.
 
 One program a sequence, which waits for its lane, for what that lane drew, and for the stores.
 """
@@ -36,7 +36,7 @@ def append_draft_kernel(out_tokens, steps, stop_ids, lanes, row_start, closing, 
         ids = tl.load(closing + sequence * CLOSING + after, mask=after < CLOSING, other=-1)
         given = (ids >= 0).to(tl.int32)
         tl.store(token_ids + first + count + tl.cumsum(given, axis=0) - 1, ids, mask=ids >= 0)
-        tl.store(last + sequence, first + count + tl.sum(given, axis=0) - 1)
+        tl.store(last + sequence, tl.maximum(first + count + tl.sum(given, axis=0) - 1, 0))
 
 
 def append_draft(draft: Draft, trailing: TrailingRows, vocab_size: int) -> None:

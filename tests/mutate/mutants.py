@@ -517,7 +517,7 @@ MUTANTS = [
     Mutant("bindings/src/decide.cpp", "attempt, stream & 0xFFFFF, stream >> 20);",
            "attempt, stream & 0xFFFFF, stream >> 20 & 0x7FF);", "samples from 2048 on are judged like those before",
            "libstars_verdict"),
-    Mutant("bindings/src/append_draft.cpp", "static_cast<int32_t>(row - 1);", "static_cast<int32_t>(row);",
+    Mutant("bindings/src/append_draft.cpp", "std::max<int64_t>(row - 1, 0)", "std::max<int64_t>(row, 0)",
            "a trailing pass scores the row after the last", "libstars_verdict"),
     Mutant("bindings/src/apply_penalties.cpp", "(count > 0 ? presence : 0.0)", "presence",
            "presence penalises words of the prompt", "penalties"),
