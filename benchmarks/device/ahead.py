@@ -179,6 +179,17 @@ def _headline() -> None:
     rehearse("Llama-3.1-8B")
 
 
+def _chain() -> None:
+    """Every tile that is tried, in every product, over one layer."""
+    import fake_cuda
+    import tune_chain
+    from record import Settings
+    from timing import rehearsal
+
+    with fake_cuda.gpu(), rehearsal():
+        tune_chain.rehearse(Settings())
+
+
 def _small_engine() -> None:
     """The one of first light, in both of its types. Verdicts are made up, so it runs a few times."""
     import engine_checks
@@ -228,6 +239,7 @@ def _reader() -> None:
 
 STAGES: dict[str, Callable[[], None]] = {
     "headline-8b": _engine_of(_headline),
+    "tune-chain": _engine_of(_chain),
     "first-kernels": _on_cpu("first_light", "kernels"),
     "first-engine": _engine_of(_small_engine),
     "products": _on_cpu("tune_products"),
