@@ -239,6 +239,9 @@ def test_room_is_what_the_largest_launch_needs():
     assert tuned.needed("qkv", tile, 33, 6 * 80, 80) == (3 * 6 * 2 * 16 * 96, 3 * 6)
     assert tuned.needed("residual", tile, 5, 100, 0) == (4 * 2 * 16 * 32, 4)
     assert tuned.needed("qkv", tile._replace(splits=1, features=128), 5, 6 * 80, 80) == (0, 0)
+    wide = tuned.Tile(128, 128, 64, 8, 4)
+    assert [tuned.of_heads(wide, head_dim)[:2] for head_dim in (16, 80, 128, 256)] == [
+        (128, 16), (128, 128), (128, 128), (64, 128)]
     entry = {("residual", "bf16", 100, 64): ((8, tile), (40, tile._replace(splits=1)))}
     with tuned.using(tuned.Table(tiles=entry)):
         assert tuned.room(40, [tuned.Product("residual", "bf16", 100, 64)]) == (4 * 2 * 16 * 32, 4)

@@ -22,7 +22,7 @@ from stars.kernels import dispatch
 from stars.kernels.dispatch import OPERATIONS, Implementation, operation, references_only
 from stars.kernels.linear import pack
 from stars.kernels.prefill_attention import build
-from stars.kernels.types import Batch, LayerKV
+from stars.kernels.types import Batch, LayerKV, SplitSpace, Stream
 from test_libstars_verdict import VOCAB, make_draft, make_trailing
 
 ROWS = sorted(OPERATIONS)
@@ -146,13 +146,32 @@ def of_append_draft() -> tuple:
     return draft, make_trailing(draw, draft, 6, 2), VOCAB
 
 
+def stream() -> Stream:
+    """Five rows of 64 features whose scaled and squares are not of their residual, so that each is seen to be read."""
+    return Stream(numbers(5, 64, seed=4), numbers(5, 64, seed=5), numbers(5, 2, seed=6).square() * 32)
+
+
+def space() -> SplitSpace:
+    return SplitSpace(torch.zeros(1), ints([0]))
+
+
 CASES: dict[str, Callable[[], tuple]] = {
     "append_draft": of_append_draft,
     "apply_penalties": lambda: penalty_cases.make_case(4, lanes=5, vocab=37),
     "attention": lambda: (numbers(5, 4, 6), caches(), batch(), 0.4, torch.zeros(5, 4, 6), 7, 20.0),
     "copy_rows": lambda: (*numbers(2, 3, 11, 2, 5), ints([4, 0, 9]), *torch.zeros(2, 3, 7, 2, 5), ints([6, 1, 2])),
     "embedding": lambda: (ints([3, 16, 3, 0, 7]), pack(numbers(17, 9)), torch.zeros(5, 9)),
+    "embedding_scaled": lambda: (ints([3, 16, 3, 0, 7]), pack(numbers(17, 64)), numbers(64, seed=1), stream()),
     "linear": lambda: (numbers(5, 9), pack(numbers(17, 9, seed=1), numbers(17, seed=2)), torch.zeros(5, 17)),
+    "linear_normed": lambda: (stream(), pack(numbers(17, 64, seed=1), numbers(17, seed=2)), 1e-5, torch.zeros(5, 17),
+                              space()),
+    "linear_residual": lambda: (numbers(5, 9), pack(numbers(64, 9, seed=1), numbers(64, seed=2)), numbers(64, seed=3),
+                                stream(), space()),
+    "linear_swiglu": lambda: (stream(), pack(numbers(34, 64, seed=1), numbers(34, seed=2)), 1e-5, torch.zeros(5, 17),
+                              space()),
+    "qkv_rope": lambda: (stream(), pack(numbers(48, 64, seed=7), numbers(48, seed=8)), 1e-5, batch(),
+                         *numbers(2, 13, 3, seed=1).sin(), caches(), torch.zeros(5, 4, 6), numbers(6, seed=2),
+                         numbers(6, seed=3), space()),
     "rms_norm": lambda: (numbers(5, 9), numbers(9, seed=1), 1e-5, torch.zeros(5, 9), numbers(5, 9, seed=2)),
     "rope_write": lambda: (numbers(5, 8 * 6), batch(), *numbers(2, 13, 3, seed=1).sin(), caches(), torch.zeros(5, 4, 6),
                            numbers(6, seed=2), numbers(6, seed=3), 1e-5),

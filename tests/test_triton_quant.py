@@ -8,14 +8,28 @@ import numpy as np
 import pytest
 import torch
 
+from stars.kernels.linear import Weight, pack
 from stars.kernels.quant import QuantWeight, dequantize, quantize
+from test_triton_skinny import (
+    EPS,
+    Bounded,
+    Heads,
+    forced,
+    numbers,
+    product_of,
+    rope_case,
+    rstd_of,
+    space_of,
+    stream_of,
+)
 from triton_process import INTERPRETED, run_in_interpreter
 
 if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from stars.kernels.triton import dequant
+    from stars.kernels.triton import dequant, linear, skinny, tuned
+    from stars.kernels.triton.tuned import Tile
 
     @triton.jit
     def block_kernel(weight, scales, zeros, out, rows, start, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
@@ -31,10 +45,6 @@ SCHEMES = [("fp8", 0, False), ("int8", 0, False), ("int4", 32, False), ("int4", 
 NAMES = [f"{scheme}-{group}{' zeros' if zeros else ''}" for scheme, group, zeros in SCHEMES]
 
 
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def stored(quant: QuantWeight) -> torch.Tensor:
     return quant.values.view(torch.uint8) if quant.scheme == "fp8" else quant.values
 
@@ -46,7 +56,7 @@ def stored(quant: QuantWeight) -> torch.Tensor:
 def test_a_block_is_that_of_the_dequantised_matrix(scheme, group, asymmetric):
     """Scales of groups are applied, those of rows are not; beyond the rows and columns that there are lies zero."""
     for columns, block in ((384, 128), (384, 256), (640, 64)):
-        quant = quantize(numbers(13, columns), scheme, group, asymmetric)
+        quant = quantize(numbers(13, columns, seed=0), scheme, group, asymmetric)
         wanted = dequantize(quant if group else quant._replace(scales=torch.ones(13)))
         for start in range(0, columns, block):
             out = torch.full((16, block), torch.nan)
@@ -158,6 +168,123 @@ def test_the_ptx_of_four_bits():
     for kind, name in kinds():
         assert torch.equal(unpacked(run_ptx(getattr(dequant, f"_STEPS_{name}").value, 4, word), kind), steps)
         assert torch.equal(unpacked(run_ptx(getattr(dequant, f"_INT4_{name}").value, 4, word), kind), steps - 8)
+
+
+# -- products -----------------------------------------------------------------------------------------------------
+
+
+def weight_of(out_features: int, in_features: int, scheme: str, group: int, asymmetric: bool, bias: bool = False,
+              **options) -> Weight:
+    matrix = numbers(out_features, in_features, seed=11) * in_features**-0.5
+    matrix *= torch.logspace(-1, 1, out_features)[:, None]  # so that scales differ
+    given = numbers(out_features, seed=12) if bias else None
+    return pack(quantize(matrix, scheme, group, asymmetric), given, **options)
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def tiles_of(scheme: str, group: int, features: tuple[int, int]) -> list[Tile]:
+    """Both orders of the operands, with and without splits, groups wider and narrower than a block."""
+    wide = 256 if group == 128 else 64
+    return [Tile(16, features[0], 64, 4, 2), Tile(32, features[1], wide, 2, 2, splits=3, swap=True)]
+
+
+@pytest.mark.parametrize("scheme, group, asymmetric", SCHEMES, ids=NAMES)
+def test_products_of_any_number_of_rows(scheme, group, asymmetric):
+    """By the tiles that are chosen where no card was measured, through the operation's own entry."""
+    weight = weight_of(37, 256, scheme, group, asymmetric, bias=True)
+    for rows, dtype in zip((1, 17, 33, 130), (*DTYPES, torch.bfloat16), strict=True):
+        x = numbers(rows, 256, seed=1, dtype=dtype)
+        for out_dtype in {dtype, torch.float32} if rows == 17 else {dtype}:
+            linear.linear(x, weight, out := torch.full((rows, 37), torch.nan, dtype=out_dtype))
+            product_of(x, weight).holds(out)
+
+
+@pytest.mark.parametrize("scheme, group, asymmetric", SCHEMES, ids=NAMES)
+def test_every_end(scheme, group, asymmetric):
+    """Schemes take turns with the types of activations."""
+    hidden, rows = 128, 5
+    for index in (0, 1):
+        dtype = DTYPES[(index + (group == 32)) % 2]
+        stream, space = stream_of(rows, hidden, dtype), space_of(1 << 14)
+        head = weight_of(37, hidden, scheme, group, asymmetric, bias=index == 0)
+        with forced("normed", head, tiles_of(scheme, group, (32, 64))[index]):
+            skinny.linear_normed(stream, head, EPS, out := torch.full((rows, 37), torch.nan), space)
+        product_of(stream.scaled, head, rstd_of(stream)).holds(out)
+
+        up = weight_of(2 * 50, hidden, scheme, group, asymmetric)
+        product = product_of(stream.scaled, up, rstd_of(stream))
+        (gate, value), (off_gate, off_value) = (one.chunk(2, 1) for one in product)
+        with forced("swiglu", up, tiles_of(scheme, group, (32, 64))[index]):
+            skinny.linear_swiglu(stream, up, EPS, out := torch.full((rows, 50), torch.nan, dtype=dtype), space)
+        exact = torch.nn.functional.silu(gate) * value
+        Bounded(exact, 1.1 * off_gate * value.abs() + (gate.abs() + off_gate) * off_value
+                + exact.abs() * 16 * 2.0**-24).holds(out)
+
+        down, before = weight_of(hidden, 256, scheme, group, asymmetric, bias=index == 1), stream.residual.double()
+        x = numbers(rows, 256, seed=7, dtype=dtype)
+        product = product_of(x, down)
+        with forced("residual", down, tiles_of(scheme, group, (32, 64))[index]):
+            skinny.linear_residual(x, down, torch.ones(hidden), stream, space)
+        Bounded(before + product.exact, product.bound + before.abs() * 2.0**-24).holds(stream.residual)
+        squares = stream.residual.double().square().view(rows, -1, 32).sum(2)
+        Bounded(squares, squares * 32 * 2.0**-24).holds(stream.squares)
+        assert not space.tickets.any()
+
+
+@pytest.mark.parametrize("scheme, group, asymmetric", SCHEMES, ids=NAMES)
+def test_queries_keys_and_values(scheme, group, asymmetric):
+    """At position 0, where nothing turns."""
+    rows, hidden, shape = 5, 128, Heads(2, 1, 48)
+    for index, dtype in enumerate(DTYPES[:2]):
+        stream, space = stream_of(rows, hidden, dtype), space_of()
+        batch, cos, sin, kv = rope_case(rows, shape, dtype, True)
+        batch.positions.zero_()
+        cos[0], sin[0] = 1.0, 0.0
+        weight = weight_of(4 * 48, hidden, scheme, group, asymmetric, bias=index == 0)
+        q = torch.full((rows, 2, 48), torch.nan, dtype=dtype)
+        with forced("qkv", weight, tiles_of(scheme, group, (64, 32))[index]):
+            skinny.qkv_rope(stream, weight, EPS, batch, cos, sin, kv, q, None, None, space)
+        exact, off = (one.view(rows, 4, 48) for one in product_of(stream.scaled, weight, rstd_of(stream)))
+        Bounded(exact[:, :2], off[:, :2]).holds(q)
+        written = batch.slots >= 0
+        slots = batch.slots[written].long()
+        Bounded(exact[written, 2:3], off[written, 2:3]).holds(kv.k_slabs[slots])
+        Bounded(exact[written, 3:], off[written, 3:]).holds(kv.v_slabs[slots])
+
+
+@pytest.mark.parametrize("scheme, group, asymmetric", [("fp8", 0, False), ("int4", 128, True)])
+def test_default_tiles_up_to_a_scoring_pass(scheme, group, asymmetric):
+    """In exactly the room that `tuned.room` reserves for them."""
+    hidden = 128
+    down, head = (weight_of(*shape, scheme, group, asymmetric) for shape in ((hidden, 1152), (37, hidden)))
+    space = space_of(*tuned.room(130, [tuned.Product("residual", down.scheme, hidden, 1152),
+                                       tuned.Product("normed", head.scheme, 37, hidden)]))
+    for rows in (1, 33, 130):
+        stream, x = stream_of(rows, hidden, torch.bfloat16), numbers(rows, 1152, seed=rows, dtype=torch.bfloat16)
+        before, product = stream.residual.double(), product_of(x, down)
+        skinny.linear_residual(x, down, torch.ones(hidden), stream, space)
+        Bounded(before + product.exact, product.bound + before.abs() * 2.0**-24).holds(stream.residual)
+        skinny.linear_normed(stream, head, EPS, out := torch.full((rows, 37), torch.nan), space)
+        product_of(stream.scaled, head, rstd_of(stream)).holds(out)
+
+
+def test_rows_of_deterministic_weights_do_not_depend_on_their_company():
+    weight = weight_of(37, 128, "int4", 32, False, deterministic=True)
+    x = numbers(130, 128, seed=1, dtype=torch.bfloat16)
+    linear.linear(x, weight, together := torch.full((130, 37), torch.nan))
+    for first, rows in ((0, 1), (129, 1), (20, 17), (60, 64)):
+        linear.linear(x[first : first + rows], weight, alone := torch.full((rows, 37), torch.nan))
+        assert torch.equal(alone, together[first : first + rows])
+
+
+def test_what_does_not_fit_is_refused():
+    weight = weight_of(37, 384, "int8", 0, False)
+    with pytest.raises(ValueError, match="rows of 64 beside a weight of 384"):
+        linear.linear(torch.ones(5, 64), weight, torch.empty(5, 37))
+    with pytest.raises(ValueError, match="out is \\[5, 36\\], expected \\[5, 37\\]"):
+        linear.linear(torch.ones(5, 384), weight, torch.empty(5, 36))
 
 
 run_in_interpreter(globals())

@@ -61,7 +61,7 @@ def space_of(floats: int = 1 << 17, tickets: int = 1 << 10) -> SplitSpace:
 
 
 def forced(end: str, weight: Weight, tile: Tile) -> AbstractContextManager[None]:
-    key = (end, SCHEMES[weight.values.dtype].replace("fp16", "bf16"), weight.out_features, weight.in_features)
+    key = (end, weight.scheme.replace("fp16", "bf16"), weight.out_features, weight.in_features)
     return tuned.using(tuned.Table(tiles={key: ((1 << 20, tile),)}))
 
 

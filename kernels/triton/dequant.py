@@ -117,8 +117,9 @@ def load_block(weight, scales, zeros, feature, present, start, IN_FEATURES: tl.c
     """Rows `feature` of a weight, columns from `start` on, as [features, BLOCK_INNER] of the activations' DTYPE.
 
     Zero where a row is not `present` (FULL: all are) and beyond IN_FEATURES. SCHEME "none": a weight of DTYPE itself;
-    else that of a QuantWeight, fp8 as uint8, without the scales of whole rows. zeros: None where there are none. `start`
-    is a multiple of BLOCK_INNER; a group is a multiple of it or the other way round. (float32 in the interpreter.)
+    else that of a QuantWeight, fp8 as uint8, without the scales of whole rows. zeros: None where there are none.
+    `start` is a multiple of BLOCK_INNER; a group is a multiple of it or the other way round. In the interpreter numbers
+    are float32.
     """
     if SCHEME == "none":
         return _load(weight, feature, present, start, IN_FEATURES, BLOCK_INNER, FULL)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stars.kernels.linear import Weight
-from stars.kernels.triton import tuned
+from stars.kernels.triton import skinny, tuned
 from stars.kernels.triton.tuned import Tile
 from stars.kernels.triton.variant import Variant
 
@@ -68,11 +68,14 @@ def linear_kernel(x, weight, bias, out, rows, x_stride, out_stride, OUT_FEATURES
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     """As `stars.kernels.linear`. The kernel takes weights packed as deterministic, tensors of types that the library
     does not, and what the card's table says that it is faster at."""
+    if weight.quant is not None:
+        skinny.plain(x, weight, out)
+        return
     matrix, bias = weight.values, weight.bias
     alike = x.dtype == matrix.dtype and (bias is None or bias.dtype == x.dtype)
     widened = out.dtype == torch.float32 and x.element_size() == 2  # logits: rounded to 16 bits, they would have ties
     library = alike and (out.dtype == x.dtype or (widened and bias is None and WIDENS and x.is_cuda))
-    measured = tuned.plain(tuned.scheme(weight), x.shape[0], *matrix.shape) if library else None
+    measured = tuned.plain(weight.scheme, x.shape[0], *matrix.shape) if library else None
     if weight.deterministic or not library:
         linear_invariant(x, weight, out)
     elif measured is not None:

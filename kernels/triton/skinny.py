@@ -35,8 +35,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stars.kernels.linear import Weight
 from stars.kernels.triton import tuned
+from stars.kernels.triton.dequant import load_block
 from stars.kernels.triton.tuned import SUMMED, Tile
-from stars.kernels.triton.variant import Variant
+from stars.kernels.triton.variant import ARCHES, Variant
 from stars.kernels.types import Batch, LayerKV, SplitSpace, Stream
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -49,23 +50,6 @@ FIXED_ROWS = 64
 
 EMBEDDED = 1024
 """Features of a row that a program of the embedding takes."""
-
-
-@triton.jit
-def load_block(weight, scales, zeros, feature, present, start, IN_FEATURES: tl.constexpr, BLOCK_INNER: tl.constexpr,
-               FULL: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows `feature` of the weight, columns from `start` on, as [features, BLOCK_INNER] of the activations' DTYPE.
-
-    Zero where a row is not `present` (FULL: all are) and beyond IN_FEATURES. SCHEME "none": DTYPE's own numbers.
-    """
-    inner = start + tl.arange(0, BLOCK_INNER)
-    at = weight + feature.to(tl.int64)[:, None] * IN_FEATURES + inner[None, :]
-    if IN_FEATURES % BLOCK_INNER != 0:
-        return tl.load(at, mask=present[:, None] & (inner < IN_FEATURES)[None, :], other=0.0)
-    elif FULL:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=present[:, None], other=0.0)
 
 
 @triton.jit
@@ -255,9 +239,9 @@ def product_kernel(
 
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     there = row < rows
-    square = 0.0
-    if NORM and SPLITS * TILES == 1:  # asked for here, and used after the loop
-        square = _squares(squares, row, there, BLOCK_ROWS, IN_FEATURES // _SUMMED)
+    asked = 0.0
+    if NORM and SPLITS * TILES == 1:  # on their way beside the weights, and used after the loop
+        asked = _squares(squares, row, there, BLOCK_ROWS, IN_FEATURES // _SUMMED)
     if END == "qkv":
         position = tl.load(positions + row, mask=there, other=0).to(tl.int64)
         slot = tl.load(slots + row, mask=there, other=-1).to(tl.int64)
@@ -286,18 +270,21 @@ def product_kernel(
         total = tl.trans(total)
 
     local = tl.arange(0, BLOCK_ROWS)[:, None] * UNIT_WIDTH + offset[None, :]
-    last = True
     counter = tl.program_id(0) * UNITS + unit
     parts = partial + counter.to(tl.int64) * (SPLITS * SIZE)
     if SPLITS * TILES > 1:
         tl.store(parts + part * SIZE + local, total, mask=there[:, None] & present[None, :])
         tl.debug_barrier()
         last = tl.atomic_add(tickets + counter, 1, sem="acq_rel") == SPLITS * TILES - 1
+    else:
+        last = True
     if last:
         if SPLITS * TILES > 1:
             tl.debug_barrier()
-            if NORM:
-                square = _squares(squares, row, there, BLOCK_ROWS, IN_FEATURES // _SUMMED)
+        if NORM and SPLITS * TILES > 1:
+            square = _squares(squares, row, there, BLOCK_ROWS, IN_FEATURES // _SUMMED)
+        else:
+            square = asked
         if END == "qkv":
             WIDTH: tl.constexpr = HEAD_WIDTH // 2
             if SPLITS * TILES > 1:
@@ -424,12 +411,12 @@ def launch(
     `tuned.needed`.
     """
     rows, in_features = x.shape
-    scheme, out_features = tuned.scheme(weight), weight.out_features
-    matrix = weight.values
+    scheme, out_features = weight.scheme, weight.out_features
+    matrix, quant = weight.values, weight.quant
     _check(f"a product with end {end}", x=x, weight=matrix, **({} if stream is None else stream._asdict()))
     if in_features != weight.in_features:
         raise ValueError(f"a product with end {end}: rows of {in_features} beside a weight of {weight.in_features}")
-    if x.dtype != matrix.dtype:
+    if quant is None and x.dtype != matrix.dtype:
         raise ValueError(f"a product with end {end}: x is {x.dtype} and the weight {matrix.dtype}")
     if stream is not None and stream.squares.shape != (rows, stream.residual.shape[1] // SUMMED):
         raise ValueError(f"a product with end {end}: squares are {list(stream.squares.shape)} beside a residual of "
@@ -438,22 +425,26 @@ def launch(
         return
     tile = tuned.tile(end, scheme, FIXED_ROWS if weight.deterministic else rows, out_features, in_features)
     if end == "qkv":
-        tile = tile._replace(features=min(tile.features, tuned.head_width(head_dim)))
+        tile = tuned.of_heads(tile, head_dim)
     floats, tickets = tuned.needed(end, tile, rows, out_features, head_dim)
     if floats and (space is None or space.partial.numel() < floats or space.tickets.numel() < tickets):
         raise ValueError(f"a product with end {end}: {rows} rows of {out_features} features in {tile.splits} splits "
                          f"meet in {floats} numbers and {tickets} tickets: reserve what `tuned.room` says")
     units, tiles, _ = tuned.units_of(end, tile, out_features, head_dim)
     pdl = tile.pdl and matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) >= (9, 0)
+    values = matrix.view(torch.uint8) if scheme == "fp8" else matrix  # not every card has the type, all have bytes
+    scales, zeros = (matrix, None) if quant is None else (quant.scales, quant.zeros)
     # x and the matrix stand in for what an end does not read.
     product_kernel[(triton.cdiv(rows, tile.rows), units * tiles * tile.splits)](
-        x, matrix, matrix, matrix, matrix if weight.bias is None else weight.bias, x if out is None else out,
+        x, values, scales, zeros, matrix if weight.bias is None else weight.bias, x if out is None else out,
         *((x, x) if stream is None else (stream.squares, stream.residual)), x if gain is None else gain,
         x if stream is None else stream.scaled, *((x,) * 8 if turn is None else turn),
         *((x, x) if space is None else space), rows,
-        _ahead(tile, in_features, matrix.element_size() * matrix.shape[1]) if pdl else 0, eps, OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=tile.rows, BLOCK_FEATURES=tile.features,
+        _ahead(tile, in_features, matrix.element_size() * matrix.shape[1]) if pdl else 0, eps,
+        OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=tile.rows, BLOCK_FEATURES=tile.features,
         BLOCK_INNER=tile.inner, SPLITS=tile.splits, END=end, HAS_BIAS=weight.bias is not None, HEADS=heads,
-        KV_HEADS=kv_heads, HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=tile.swap, SCHEME="none", GROUP=0, PDL=pdl,
+        KV_HEADS=kv_heads, HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=tile.swap,
+        SCHEME="none" if quant is None else quant.scheme, GROUP=0 if quant is None else quant.group, PDL=pdl,
         CHUNKS=_chunks(tile), num_warps=tile.warps, num_stages=tile.stages,
         **({"launch_pdl": True} if pdl else {}))
 
@@ -481,3 +472,62 @@ def _check_out(name: str, out: Tensor, rows: int, features: int) -> None:
     _check(name, out=out)
     if out.shape != (rows, features):
         raise ValueError(f"{name}: out is {list(out.shape)}, expected [{rows}, {features}]")
+
+
+def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_features: int, *, bias: bool = False,
+             heads: int = 0, kv_heads: int = 0, head_dim: int = 0, qk_norm: bool = False, tile: Tile | None = None,
+             arches: tuple[int, ...] = ARCHES) -> Variant:
+    """One product in the tile that is its default on the smallest of `ARCHES`, or in a given one."""
+    chosen = tuned.default(end, kind, rows, out_features, in_features, tuned.SHARED[80]) if tile is None else tile
+    if end == "qkv":
+        chosen = tuned.of_heads(chosen, head_dim)
+    constexprs = dict(
+        OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=chosen.rows, BLOCK_FEATURES=chosen.features,
+        BLOCK_INNER=chosen.inner, SPLITS=chosen.splits, END=end, HAS_BIAS=bias, HEADS=heads, KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=chosen.swap, SCHEME="none", GROUP=0, PDL=chosen.pdl,
+        CHUNKS=_chunks(chosen))
+    kinds = dict.fromkeys(constexprs, "constexpr") | {"rows": "i32", "ahead": "i32", "eps": "fp32"}
+    if end != "plain":
+        kinds |= {"squares": "*fp32", "partial": "*fp32", "tickets": "*i32"}
+    if end == "qkv":
+        kinds |= {"positions": "*i32", "slots": "*i32", **dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")}
+    if end == "normed":
+        kinds["out"] = "*fp32"
+    if end == "residual":
+        kinds["gain"] = "*fp32"
+    signature = {name: kinds.get(name, "*" + kind) for name in product_kernel.arg_names}
+    return Variant(f"skinny {end} {kind} {name}", product_kernel, signature, constexprs, chosen.warps, chosen.stages,
+                   arches)
+
+
+def variants() -> list[Variant]:
+    """The products of an 8B model in every default tile, dependent launches, and the shapes of other families."""
+    found = []
+    llama = (("qkv", 6144, 4096, dict(heads=32, kv_heads=8, head_dim=128)), ("residual", 4096, 4096, {}),
+             ("swiglu", 28672, 4096, {}), ("residual", 4096, 14336, {}), ("normed", 128256, 4096, {}),
+             ("plain", 6144, 4096, {}))
+    for kind, counts in (("bf16", (1, 32, 64, 128)), ("fp16", (1, 128)), ("fp32", (1,))):
+        found += [_variant(f"{out_features} {in_features}, {rows} rows", end, kind, rows, out_features, in_features,
+                           **more) for rows in counts for end, out_features, in_features, more in llama]
+    for end, out_features, in_features, more in llama[:-1]:
+        chosen = tuned.default(end, "bf16", 1, out_features, in_features, tuned.SHARED[90])
+        found.append(_variant(f"{out_features} {in_features}, dependent", end, "bf16", 1, out_features, in_features,
+                              tile=chosen._replace(pdl=True, prefetch=512), arches=(90, 100), **more))
+    for head_dim, hidden in ((64, 896), (80, 2560), (96, 3072), (128, 5120), (256, 3072)):
+        for rows in (1, 128):
+            found.append(_variant(f"heads of {head_dim}, {rows} rows", "qkv", "bf16", rows, 16 * head_dim, hidden,
+                                  bias=True, heads=8, kv_heads=4, head_dim=head_dim, qk_norm=head_dim > 64))
+        whole = Tile(16, tuned.head_width(head_dim), 64, 4, 4)
+        found.append(_variant(f"heads of {head_dim} in one tile", "qkv", "bf16", 1, 16 * head_dim, hidden, heads=8,
+                              kv_heads=4, head_dim=head_dim, qk_norm=True, tile=whole))
+    for end, out_features, in_features in (("residual", 896, 4864), ("residual", 1600, 1000), ("swiglu", 9728, 896),
+                                           ("normed", 32001, 896), ("plain", 1000, 1000)):
+        found += [_variant(f"{out_features} {in_features} bias, {rows} rows", end, "bf16", rows, out_features,
+                           in_features, bias=True) for rows in (1, 64)]
+    for kind in ("bf16", "fp16", "fp32"):
+        found.append(Variant(
+            f"embedding_scaled {kind}", embedding_scaled_kernel,
+            {"token_ids": "*i32", "table": f"*{kind}", "gain": "*fp32", "residual": f"*{kind}", "scaled": f"*{kind}",
+             "squares": "*fp32", "vocab": "i32", "HIDDEN": "constexpr", "BLOCK": "constexpr"},
+            {"HIDDEN": 4096, "BLOCK": EMBEDDED}, 4, 1))
+    return found

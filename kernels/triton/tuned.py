@@ -26,8 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stars.kernels.linear import Weight
-
 FOLDER = Path(__file__).with_name("tuned")
 
 VERSION = 2
@@ -41,10 +39,13 @@ SUMMED = 32
 PROGRAMS = 256
 """Programs that a product is to have at least, by splits: two for each processor of a large card."""
 
+HEAD_NUMBERS = 1 << 14
+"""Rows times features of whole heads that a program ends: 64 registers a thread of eight warps."""
+
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB of shared memory a block may have, by compute capability."""
 
-_FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_FLOATS = ("bf16", "fp16", "fp32")
 
 
 class Tile(NamedTuple):
@@ -95,14 +96,6 @@ _in_force: list[Table] = []
 def slug(gpu: str) -> str:
     """The card's name as a file's: "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-
-
-def scheme(weight: Weight) -> str:
-    """How a weight is stored, as tables call it: "bf16", "fp16", "fp32", "fp8", "int8", "int4-32" or "int4-128"."""
-    quant = getattr(weight, "quant", None)
-    if quant is None:
-        return _FLOATS[weight.values.dtype]
-    return f"{quant.scheme}-{quant.group}" if quant.group else str(quant.scheme)
 
 
 def parse(content: Mapping[str, Any]) -> Table:
@@ -161,7 +154,7 @@ def fused(model: ModelShape, scheme: str, rows: int) -> bool:
 
     There is no library for those, up to `MAX_FUSED_ROWS`.
     """
-    if scheme not in _FLOATS.values() and rows <= MAX_FUSED_ROWS:
+    if scheme not in _FLOATS and rows <= MAX_FUSED_ROWS:
         return True
     return bool(_outcome(_table().chains, (model, _measured_as(scheme)), rows))
 
@@ -173,20 +166,23 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
     Up to 16 rows they are the best that an H100 was seen to like in a chain of all products of an 8B step, by their
     proportions. Beyond, tiles grow with the rows: a program reads as many activations as weights at the most.
     """
+    floats = scheme in _FLOATS
     if scheme == "fp32":  # without tensor cores
         chosen = Tile(16, 32, 32, 4, 2)
+    elif not floats:
+        chosen = _quantised(scheme, rows)
     elif rows > 64:
         chosen = Tile(128, 128, 64, 8, 4, swap=True)
     elif rows > 32:
-        chosen = Tile(64, 128, 64, 4, 4, swap=True)
+        chosen = Tile(64, 128, 64, 8, 4, swap=True)
     elif rows > 16:
         chosen = Tile(32, 64, 128, 4, 4, swap=True)
-    elif scheme in _FLOATS.values() and end == "normed":
+    elif end == "normed":
         chosen = Tile(16, 64, 256, 4, 3)
-    elif scheme in _FLOATS.values() and end == "residual" and in_features >= 2 * out_features:
+    elif end == "residual" and in_features >= 2 * out_features:
         chosen = Tile(16, 32, 512, 4, 3)
     else:
-        chosen = Tile(16, 64, 128, 4, 4, swap=end != "qkv" or scheme not in _FLOATS.values())
+        chosen = Tile(16, 64, 128, 4, 4, swap=end != "qkv")
     limit = 1024 * ((_shared() if shared is None else shared) - 8)  # the rest is for sums and turned tiles
     item = 4 if scheme == "fp32" else 2
     while chosen.stages * chosen.inner * (chosen.rows + chosen.features) * item > limit:
@@ -194,9 +190,25 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
             stages=chosen.stages - 1)
     programs = -(-out_features // chosen.features) * -(-rows // chosen.rows)
     splits = 1
-    while end != "plain" and splits * programs < PROGRAMS and splits < 8 and in_features >= 1024 * splits:
+    wanted = PROGRAMS if floats else 2 * PROGRAMS  # of half as many warps
+    while end != "plain" and splits * programs < wanted and splits < 8 and in_features >= 1024 * splits:
         splits *= 2
     return chosen._replace(splits=splits)
+
+
+def _quantised(scheme: str, rows: int) -> Tile:
+    """Tiles in which no number is turned from bits twice, and whose loads are of sixteen bytes a thread.
+
+    Up to 32 rows by the matrix instruction of a warp, weights as its left operand, whose rows two warps share; four
+    warps would get Hopper's matrix instruction, for which Triton loads an 8-bit left operand byte by byte. Beyond, that
+    instruction takes the numbers as its right operand, from shared memory.
+    """
+    if rows > 64:
+        return Tile(128, 128, 64, 8, 3)
+    if rows > 32:
+        return Tile(64, 128, 64, 4, 4)
+    inner = 256 if scheme == "int4-128" else 128  # two scales a row, which are four bytes: less is not loaded ahead
+    return Tile(32 if rows > 16 else 16, 64, inner, 2, 4, swap=True)
 
 
 def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
@@ -205,13 +217,15 @@ def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
     for product in products:
         for count in range(1, rows + 1):
             chosen = tile(product.end, product.scheme, count, product.out_features, product.in_features)
+            chosen = chosen if product.end != "qkv" else of_heads(chosen, product.head_dim)
             more = needed(product.end, chosen, count, product.out_features, product.head_dim)
             floats, tickets = max(floats, more[0]), max(tickets, more[1])
     return floats, tickets
 
 
 def needed(end: str, tile: Tile, rows: int, out_features: int, head_dim: int = 0) -> tuple[int, int]:
-    """(floats, tickets) that one launch meets in; zeros where no programs share anything."""
+    """(floats, tickets) that one launch meets in; zeros where no programs share anything. A tile `of_heads` for "qkv".
+    """
     units, tiles, width = units_of(end, tile, out_features, head_dim)
     if tiles * tile.splits == 1:
         return 0, 0
@@ -223,9 +237,14 @@ def units_of(end: str, tile: Tile, out_features: int, head_dim: int = 0) -> tupl
     """(units, tiles of a unit, features of a unit): what is ended as a whole, a head of "qkv" or else a tile."""
     if end != "qkv":
         return -(-out_features // tile.features), 1, tile.features
-    features = min(tile.features, head_width(head_dim))
-    tiles = -(-head_dim // features)
-    return out_features // head_dim, tiles, tiles * features
+    tiles = -(-head_dim // tile.features)
+    return out_features // head_dim, tiles, tiles * tile.features
+
+
+def of_heads(tile: Tile, head_dim: int) -> Tile:
+    """The tile for the end "qkv": no wider than a head, and no more rows than registers hold of whole heads."""
+    width = head_width(head_dim)
+    return tile._replace(features=min(tile.features, width), rows=min(tile.rows, max(16, HEAD_NUMBERS // width)))
 
 
 def head_width(head_dim: int) -> int:
