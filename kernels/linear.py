@@ -35,7 +35,7 @@ class Weight:
 
     @property
     def scheme(self) -> str:
-        """What the matrix is stored in, as tables of tiles call it: "bf16", "fp16", "fp32", or a QuantWeight's name."""
+        """How a GPU stores it, as tables of tiles call it: "bf16", "fp16", "fp32", or a QuantWeight's name."""
         return SCHEMES[self.values.dtype] if self.quant is None else self.quant.name
 
     def dense(self) -> Tensor:

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars
 from stars.kernels import prefill_attention
+from stars.kernels.triton import tuned
+from stars.model.decoder import Decoder
 from triton_process import needs_triton, run_pytest
 
 FAKED = os.environ.get("STARS_TEST_FAKE_CUDA") == "1"
@@ -25,6 +29,15 @@ if FAKED:
     import fake_cuda
 
     fake_cuda.install()
+
+    class Products(TorchDispatchMode):
+        """Counts a library's products."""
+
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+            return function(*args, **(kwargs or {}))
 
     @pytest.fixture(autouse=True)
     def no_fault():
@@ -81,6 +94,45 @@ if FAKED:
         assert len(replayed) >= 3, rounds
         for found in replayed:
             assert found["replay"] and not found["synchronize"] and not found["blocking transfer"], found
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_the_launches_of_a_pass(monkeypatch, fused):
+        """Of a draft's step, its head included, and of a scoring pass: no more than a decoder says, and six a layer
+        where it is fused, in which case nothing is left to a library."""
+        passes = {"draft_logits": [], "score": []}  # of each: rows, launches of ours and of a library, those it says
+
+        def counted(name):
+            run = getattr(Decoder, name)
+
+            def call(decoder, batch, *given):
+                before = fake_cuda.events["launch"]
+                with Products() as products:
+                    done = run(decoder, batch, *given)
+                if not torch.cuda.is_current_stream_capturing():
+                    rows = len(batch.token_ids)
+                    passes[name].append((rows, fake_cuda.events["launch"] - before, products.count,
+                                         decoder.launches(rows)))
+                return done
+
+            return call
+
+        for name in passes:
+            monkeypatch.setattr(Decoder, name, counted(name))
+        shapes = [tuned.ModelShape(256, 512, 704, vocab) for vocab in (8192, 0)]
+        table = tuned.Table(chains={(shape, "bf16"): ((128, True),) for shape in shapes} if fused else {})
+        with fake_cuda.gpu(), tuned.using(table):
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton")
+            decode(engine, 0, 0.0)
+            engine.check_integrity()
+        for name, layers, most in (("draft_logits", 6, 3), ("score", 3, 4)):
+            assert any(rows <= 128 for rows, *_ in passes[name])
+            for rows, ours, library, said in passes[name]:
+                whole = fused and rows <= 128
+                # Besides the layers: the embedding; a draft's head and, where it is not fused, its final norm; of a
+                # score, the two picks of its last rows and the reward.
+                assert ours + library <= (6 if whole else 10) * layers + most - (name == "draft_logits" and whole)
+                assert said == (6 if whole else 10) * layers + 2 and library == (0 if whole else 4 * layers + 4 - most)
 
     def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
         """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them

@@ -98,7 +98,7 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
             if not there or offset % 16:
                 faults.append(f"{name}: {key} is on {value.device}, {offset % 16} bytes from a multiple of 16")
             special.append((key, value.dtype))
-        elif parameter.is_constexpr:
+        elif parameter.is_constexpr or value is None:  # which Triton compiles in
             special.append((key, value))
         elif isinstance(value, int) and not isinstance(value, bool):
             special.append((key, "int") if parameter.do_not_specialize else (key, value == 1, value % 16 == 0))
