@@ -18,19 +18,21 @@ class LayerKV(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How attention on a GPU divides the rows of a batch among programs; built by `stars.kernels.triton.tiles`.
+    """How attention on a GPU divides a batch among programs; built by `stars.kernels.triton.tiles`, which says more.
 
-    The tensors are read on the device, the numbers fix the shape of the launch. A tile with 0 rows is not used.
+    The tensors are read on the device, the numbers fix the shape of the launch. Rows that are in no item are not
+    computed.
     """
 
     row_seq: Tensor  # int32 [rows] sequence of each row
-    prefix: Tensor  # int32 [tiles, 3] group, first row, rows: rows of one group, which read its pages together
-    slab: Tensor  # int32 [slab tiles, 3] sequence, first row, rows: rows of one sequence; unused when not into_slab
-    packed: int  # query rows times query heads per key head of a full prefix tile
-    packed_slab: int  # the same of a full slab tile
-    splits: int  # parts the page keys of a tile are divided into
-    split_keys: int  # keys of one part, counted from position 0; 0 divides what a tile sees evenly
-    workspace: Tensor | None = None  # float32 [at least `workspace_size`]; None takes the device's shared one
+    row_parts: Tensor  # int32 [rows, 3] place of the first part of each row, rows between its parts, parts
+    items: Tensor  # int32 [1 + items + `spare_items`, FIELDS] the number of items, and the list of work
+    width: int  # query rows times query heads per key head of a full tile
+    slab_width: int  # the same of a full piece of a slab
+    split_keys: int  # keys of one range, counted from position 0; 0 divides what a tile sees evenly
+    programs: int  # that walk the list
+    workspace: Tensor  # float32 [at least heads * (head_dim + 1) times the places of the list]
+    tickets: Tensor  # int32 [at least rows * key heads] zero before and after every launch
 
 
 class Prefill(NamedTuple):

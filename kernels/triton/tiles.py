@@ -1,17 +1,18 @@
-"""The division of a batch's rows into tiles for attention on a GPU: host side, no Triton needed.
+"""The division of a batch's rows and keys into work for attention on a GPU: host side, no Triton needed.
 
-A tile is a run of adjacent rows that one program per KV head works on. The query heads that share a KV head (H of them)
-are packed with the rows: a tile of R rows is a matrix of R * H query vectors, at most `packed`, so R = packed // H.
-Prefix tiles hold rows of one group, lanes of one request, since they read the same pages; slab tiles hold rows of one
-sequence. No tile crosses a group (a sequence), and each begins where the one before ended.
+A tile is a run of adjacent rows of one group, lanes of one request, which read the same pages. The query heads that
+share a KV head (H of them) are packed with the rows: a tile of R rows is a matrix of R * H query vectors, at most
+`width`, so R = width // H. Its page keys are divided into `splits` ranges, of which a long context has many and a short
+one has one; its slab keys are a part more, by sequences: no piece of that crosses a sequence or a tile.
 
-A captured graph fixes the number of tiles, not their contents: the tensors are as long as a bucket says, and tiles
-that hold 0 rows end at once. Since empty programs are not free either, a graph is best keyed by
-`bucket(number of tiles)`, besides the number of rows.
+The list of work has one item for every range of a tile, and for every piece of a slab. A program takes an item and a KV
+head at a time, so a captured graph fixes how wide tiles are and how many programs walk the list, and nothing of what is
+in it. For a number of rows and a kind of pass, tiles have one of two widths.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -20,156 +21,262 @@ import torch
 
 from stars.kernels.types import Batch, Tiles
 
-MAX_SPLITS = 16
-"""Parts a context is divided into at most: each costs a pass of a row's partial result through memory."""
+NARROW = 16
+"""Query vectors of the lowest tile: the least height of a tensor core product."""
+
+MAX_SPLITS = 31
+"""Ranges that the keys of a tile are divided into at most: each is a partial result that goes through memory."""
+
+FIXED_SPLITS = 16
+"""Ranges of the longest context where they are fixed by position."""
 
 SPLIT_MULTIPLE = 256
 """split_keys is a multiple of this, and so of every block of keys a kernel reads at a time."""
 
-PROGRAMS_WANTED = 132
-"""Programs that fill a card once: the processors of an H100 or H200 (an A100 has 108, a B200 148)."""
+LEAST_KEYS = 128
+"""Keys of a range: fewer spend more time on their partial result than on themselves."""
 
-MAX_PARTIAL = 2 * PROGRAMS_WANTED * 128
-"""Query vectors whose partial results a plan may ask for, over all splits: twice a card full of the largest tiles."""
+KEYS_MULTIPLE = 128
+"""Where ranges begin, a multiple of every block of keys."""
+
+MAX_PROCESSORS = 160
+"""Multiprocessors that contexts are divided among at most (an A100 has 108, an H100 or H200 132, a B200 148)."""
+
+WIDE_COST = 1.5
+"""Time of a key in a wide tile over that in a narrow one, which is bound by memory."""
+
+FIELDS = 12
+"""int32 numbers of an item: group (of a slab: sequence); first row; rows; first key; end of keys; number of the range (of
+a slab: `splits`); ranges of the tile; the tile's place in the workspace, in rows; its first row; its rows; items of the
+tile; unused. The list begins with an entry as long, which holds the number of items."""
 
 Kind = Literal["draft", "score", "prefill"]
 """Of a pass: one row a sequence after its slab, rows into slabs, rows into pages."""
 
 
 class Plan(NamedTuple):
-    """The numbers of `Tiles`: what is fixed when a graph is captured."""
+    """The numbers of `Tiles` that say how work is divided."""
 
-    packed: int
-    packed_slab: int
-    splits: int
+    width: int
+    slab_width: int
     split_keys: int
 
 
-def bucket(count: int) -> int:
-    """The next power of two: tensors of tiles have such lengths, so that there are few graphs."""
-    return 1 << max(0, count - 1).bit_length()
+class Work(NamedTuple):
+    """The list of work of a batch, as the device reads it."""
+
+    items: np.ndarray  # int32 [items, FIELDS]
+    row_parts: np.ndarray  # int32 [rows, 3]
+    places: int  # rows of partial results
 
 
-def packing(max_rows: int, heads_per_kv: int) -> int:
-    """Packed rows of a full tile when no group (or sequence) has more than `max_rows` rows: 16, 32, 64 or 128.
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a card. An interpreter runs programs one after another, so that few are better."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
-    16 is the least height of a tensor core product; more than 128 would leave no registers for the sums.
+
+def programs(rows: int, heads: int, width: int, multiprocessors: int) -> int:
+    """Programs that walk the list: two a processor, or as many as tiles of so many rows have at least."""
+    return max(2 * multiprocessors, -(-rows * heads // width))
+
+
+def widths(rows: int, kind: Kind, heads_per_kv: int, head_dim: int, float32: bool, deterministic: bool) -> list[int]:
+    """Query vectors of full tiles: what a pass of `rows` rows may be given, narrow first, then wide.
+
+    Wide tiles have 128, or 64 where that is enough or the sums of 128 would leave no registers. A deterministic engine
+    has one width for each kind of pass, since the bits of a row depend on it.
     """
-    return min(128, max(16, bucket(max_rows * heads_per_kv), bucket(heads_per_kv)))
+    vectors = rows * heads_per_kv
+    if float32:
+        return [NARROW]
+    if deterministic:
+        return [64 if kind == "draft" or head_dim > 128 else 128]
+    if vectors <= NARROW:
+        return [NARROW]
+    return [NARROW, 64 if vectors <= 64 or head_dim > 128 else 128]
 
 
 def plan(
-    row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, heads: int, kv_heads: int, keys: Sequence[int],
-    capacity: int, deterministic: bool = False,
+    rows: int, row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, heads_per_kv: int, head_dim: int,
+    float32: bool, keys: Sequence[int], capacity: int, deterministic: bool = False,
 ) -> Plan:
-    """How to divide a batch of this shape. keys: page keys that each sequence sees; capacity: keys a row of the block
-    tables can hold, a constant of the engine.
+    """How to divide a batch of `rows` rows, idle ones included. keys: page keys that each sequence sees; capacity: keys a
+    row of the block tables can hold, a constant of the engine.
 
     Deterministic plans depend on the kind of the pass alone, which is given and not seen: a score of one row is no
     draft. How many sequences there are and how long they are does not enter, nor does it then into the bits of a row.
     """
-    heads_per_kv = heads // kv_heads
-    if deterministic:
-        split_keys = -(-capacity // MAX_SPLITS)
-        split_keys = -(-split_keys // SPLIT_MULTIPLE) * SPLIT_MULTIPLE
-        if kind == "prefill":  # partial results of long chunks would be large; their programs fill a card as they are
-            return Plan(128, 128, 1, 0)
-        draft = kind == "draft"
-        return Plan(64 if draft else 128, packing(1, heads_per_kv) if draft else 128, -(-capacity // split_keys),
-                    split_keys)
-    counts = np.diff(np.asarray(row_start))
-    in_group = np.bincount(np.asarray(seq_group), weights=counts)
-    packed = packing(int(in_group.max()), heads_per_kv)
-    tiles = np.ceil(in_group / (packed // heads_per_kv))  # [groups]
-    seen = np.zeros(len(in_group))
-    np.maximum.at(seen, seq_group, keys)
-    longest = max(1.0, seen.max())
-    # As many parts of the longest context as make one program's share of all keys of one of them: where one context is
-    # long, its programs would read on after all others have ended.
-    share = max(1.0, float((tiles * seen).sum())) * kv_heads / PROGRAMS_WANTED
-    # Parts of fewer than 128 keys spend more time on their partial results than on their keys. The length enters by its
-    # power of two, so that few graphs serve all.
-    splits = bucket(max(1, int(min(MAX_SPLITS, longest / share, min(capacity, bucket(int(longest))) // 128))))
-    while splits > 1 and splits * row_start[-1] * heads > MAX_PARTIAL:
-        splits //= 2
-    return Plan(packed, packing(int(counts.max()), heads_per_kv), splits, 0)
+    possible = widths(rows, kind, heads_per_kv, head_dim, float32, deterministic)
+    width = possible[0]
+    if len(possible) > 1:
+        narrow, wide = NARROW // heads_per_kv, possible[1] // heads_per_kv
+        costs = [0.0, 0.0]
+        sequence, sequences = 0, len(seq_group)
+        while sequence < sequences:
+            start = sequence
+            sequence = _end_of_group(seq_group, start)
+            count = row_start[sequence] - row_start[start]
+            longest = max(1, *keys[start:sequence])
+            costs[0] += -(-count // narrow) * longest
+            costs[1] += -(-count // wide) * longest * WIDE_COST
+        width = possible[costs[1] < costs[0]]
+    return plan_of(width, kind, capacity, deterministic)
 
 
-def tile_table(row_start: Sequence[int], owner: Sequence[int], rows_per_tile: int) -> np.ndarray:
-    """int32 [tiles, 3]: (owner, first row, rows) of each tile; owner[s] is the group of sequence s, or s itself."""
-    tiles: list[tuple[int, int, int]] = []
-    sequence = 0
-    while sequence < len(owner):
-        begin = row_start[sequence]
-        held_by = owner[sequence]
-        while sequence < len(owner) and owner[sequence] == held_by:
-            sequence += 1
-        end = row_start[sequence]
-        tiles += [(held_by, row, min(rows_per_tile, end - row)) for row in range(begin, end, rows_per_tile)]
-    return np.array(tiles, dtype=np.int32).reshape(-1, 3)
+def plan_of(width: int, kind: Kind, capacity: int, deterministic: bool) -> Plan:
+    """The plan of a pass whose tiles are so wide."""
+    split_keys = 0
+    if deterministic:  # partial results of long chunks would be large; their programs fill a card as they are
+        split_keys = -(-capacity // FIXED_SPLITS // SPLIT_MULTIPLE) * SPLIT_MULTIPLE if kind != "prefill" else 1 << 30
+    return Plan(width, NARROW if kind == "draft" else width, split_keys)
 
 
-def fill(
-    row_start: Sequence[int], seq_group: Sequence[int], into_slab: bool, heads_per_kv: int, plan: Plan,
-    row_seq: np.ndarray, prefix: np.ndarray, slab: np.ndarray,
-) -> tuple[int, int]:
-    """Writes the tiles of a batch into int32 buffers [rows], [tiles, 3], [slab tiles, 3]; what is left of them is
-    zeroed. Returns the tiles used, (prefix, slab). Raises ValueError if a buffer is too short."""
-    sequences = range(len(seq_group))
-    prefix_tiles = tile_table(row_start, seq_group, plan.packed // heads_per_kv)
-    slab_tiles = tile_table(row_start, sequences, plan.packed_slab // heads_per_kv) if into_slab else prefix_tiles[:0]
-    for buffer, tiles in ((prefix, prefix_tiles), (slab, slab_tiles)):
-        if len(tiles) > len(buffer):
-            raise ValueError(f"{len(tiles)} tiles do not fit a buffer of {len(buffer)}")
-        buffer[: len(tiles)] = tiles
-        buffer[len(tiles) :] = 0
-    row_seq[: row_start[-1]] = np.repeat(sequences, np.diff(row_start))
-    row_seq[row_start[-1] :] = 0
-    return len(prefix_tiles), len(slab_tiles)
+def _end_of_group(seq_group: Sequence[int], start: int) -> int:
+    """The sequence after the last of the group of sequence `start`."""
+    group, sequence, sequences = seq_group[start], start + 1, len(seq_group)
+    while sequence < sequences and seq_group[sequence] == group:
+        sequence += 1
+    return sequence
 
 
-def max_tiles(rows: int, sequences: int, packed: int, heads_per_kv: int) -> int:
-    """Upper bound of the tiles of any batch of this many rows and sequences."""
-    return min(rows, rows // (packed // heads_per_kv) + sequences)
+def tiles_of(
+    row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, rows_per_tile: int, keys: Sequence[int],
+) -> list[tuple[int, int, int, int]]:
+    """(group, first row, rows, end of the page keys that it sees) of each tile, in order of rows."""
+    found: list[tuple[int, int, int, int]] = []
+    sequence, sequences = 0, len(seq_group)
+    while sequence < sequences:
+        start = sequence
+        sequence = _end_of_group(seq_group, start)
+        begin, end = row_start[start], row_start[sequence]
+        longest = max(keys[start:sequence])
+        # Of one causal sequence, a tile sees no further than its last row; of several, masks see to the rest.
+        hidden = kind == "prefill" and sequence == start + 1
+        for row in range(begin, end, rows_per_tile):
+            stop = min(row + rows_per_tile, end)
+            found.append((seq_group[start], row, stop - row, longest - (end - stop) * hidden))
+    return found
 
 
-def workspace_size(plan: Plan, into_slab: bool, rows: int, heads: int, head_dim: int) -> int:
-    """float32 numbers that attention needs besides its output: a partial result and its log-sum-exp a part."""
-    parts = plan.splits + into_slab
-    return 0 if parts == 1 else parts * rows * heads * (head_dim + 1)
+def range_keys(ends: Sequence[int], kv_heads: int, multiprocessors: int) -> int:
+    """Keys of a range: as many as make one processor's share of all keys of all tiles.
+
+    The longest context is not divided further than MAX_SPLITS. Where there are fewer tiles than processors, ranges are
+    as long as is needed for one each, as a second one would double the time.
+    """
+    share = -(-sum(ends) * kv_heads // multiprocessors)
+    length = max(LEAST_KEYS, share, -(-max(ends) // MAX_SPLITS))
+    length = -(-length // KEYS_MULTIPLE) * KEYS_MULTIPLE
+    most = multiprocessors // kv_heads
+    if len(ends) < most:
+        while sum([-(-end // length) for end in ends]) > most:
+            length += max(KEYS_MULTIPLE, length // 8 // KEYS_MULTIPLE * KEYS_MULTIPLE)
+    return length
+
+
+def work(
+    row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, heads: int, kv_heads: int, keys: Sequence[int],
+    plan: Plan, multiprocessors: int,
+) -> Work:
+    """The list of work of a batch under a plan, long ranges first."""
+    tiles = tiles_of(row_start, seq_group, kind, plan.width // (heads // kv_heads), keys)
+    into_slab = kind != "prefill"
+    table = np.array(tiles, dtype=np.int32).reshape(-1, 4)
+    rows, ends = table[:, 2], table[:, 3]
+    length = plan.split_keys or range_keys([tile[3] for tile in tiles], kv_heads, min(multiprocessors, MAX_PROCESSORS))
+    splits = -(-ends // length)
+    parts = splits + into_slab
+    kept = rows * parts * (parts > 1)
+    places = np.cumsum(kept)
+    first_place = places - kept
+    # Pieces of slabs: cut where a sequence or a tile begins.
+    if kind == "draft":
+        starts = np.arange(row_start[-1])
+        sequences = starts
+    elif into_slab:
+        starts = np.unique(np.concatenate((np.asarray(row_start[:-1]), table[:, 1])))
+        sequences = np.searchsorted(np.asarray(row_start), starts, "right") - 1
+    else:
+        starts = sequences = np.zeros(0, np.int64)
+    tile_of_piece = np.searchsorted(table[:, 1], starts, "right") - 1
+    arrivals = splits + np.bincount(tile_of_piece, minlength=len(tiles)) if into_slab else splits
+    ranges = int(splits.sum())
+    items = np.zeros((ranges + len(starts), FIELDS), np.int32)
+    tile = np.repeat(np.arange(len(tiles)), splits)
+    split = np.arange(ranges) - np.repeat(np.cumsum(splits) - splits, splits)
+    items[:ranges, :3] = table[tile, :3]
+    items[:ranges, 3] = split * length
+    items[:ranges, 4] = np.minimum(ends[tile], (split + 1) * length)
+    items[:ranges, 5] = split
+    if into_slab:
+        pieces = items[ranges:]
+        pieces[:, 0], pieces[:, 1] = sequences, starts
+        pieces[:-1, 2] = starts[1:] - starts[:-1]
+        pieces[-1, 2] = row_start[-1] - starts[-1]
+        pieces[:, 5] = splits[tile_of_piece]
+        tile = np.concatenate((tile, tile_of_piece))
+    common = np.stack((splits, first_place, table[:, 1], rows, arrivals), 1)
+    items[:, 6:11] = common[tile]
+    if ranges * kv_heads > multiprocessors:  # else all begin at once
+        order = np.argsort(items[:ranges, 3] - items[:ranges, 4], kind="stable")
+        items[:ranges] = items[order]
+    row_parts = np.repeat(np.stack((first_place, rows, parts), 1), rows, 0)
+    row_parts[:, 0] += np.arange(row_start[-1]) - np.repeat(table[:, 1], rows)
+    return Work(items, row_parts, int(places[-1]))
+
+
+def spare_items(programs: int, kv_heads: int) -> int:
+    """Items behind the list that are read, and not used: each program reads ahead by a unit, `programs` further on."""
+    return -(-programs // kv_heads) + 1
+
+
+def max_items(rows: int, kv_heads: int, deterministic: bool) -> int:
+    """Upper bound of the items of any batch of at most `rows` rows, those that end the list apart."""
+    # A tile and a piece of a slab have a row at least; of ranges beyond one a tile there is one a processor at most.
+    return rows * (1 + (FIXED_SPLITS if deterministic else 1)) + MAX_PROCESSORS // kv_heads
 
 
 def max_workspace(rows: int, heads: int, head_dim: int, deterministic: bool) -> int:
-    """`workspace_size` of the largest plan for at most `rows` rows, idle ones included."""
-    size = (MAX_SPLITS + 1) * rows * heads
-    if not deterministic:
-        size = min(size, 2 * MAX_PARTIAL + 2 * rows * heads)  # idle rows at most double the rows; and the slab's part
-    return size * (head_dim + 1)
+    """float32 numbers that attention needs besides its output for any batch of at most `rows` rows: a partial result and
+    its log-sum-exp for every part of a row."""
+    if deterministic:
+        vectors = (FIXED_SPLITS + 1) * rows * heads
+    else:  # a range and the slab, and as many ranges more as there are processors, of tiles of 128 vectors
+        vectors = 2 * rows * heads + min(MAX_SPLITS * rows * heads, MAX_PROCESSORS * 128)
+    return vectors * (head_dim + 1)
 
 
-def build(batch: Batch, heads: int, kv_heads: int, page_size: int, deterministic: bool = False) -> Tiles:
+def build(
+    batch: Batch, heads: int, kv_heads: int, head_dim: int, page_size: int, float32: bool, deterministic: bool = False,
+) -> Tiles:
     """Tiles of a batch whose contents are read back from its device: for single calls, not for captured graphs.
 
     Rows into a slab are taken for scores.
     """
     row_start, seq_group = batch.row_start.tolist(), batch.seq_group.tolist()
+    kind: Kind = "score" if batch.into_slab else "prefill"
     keys = np.array(batch.prefix_len.tolist()) + (0 if batch.into_slab else np.diff(row_start))
-    capacity = batch.block_tables.shape[1] * page_size
-    chosen = plan(row_start, seq_group, "score" if batch.into_slab else "prefill", heads, kv_heads, keys.tolist(),
-                  capacity, deterministic)
-    return build_as(chosen, row_start, seq_group, batch.into_slab, heads // kv_heads, batch.row_start.device)
+    chosen = plan(row_start[-1], row_start, seq_group, kind, heads // kv_heads, head_dim, float32, keys.tolist(),
+                  batch.block_tables.shape[1] * page_size, deterministic)
+    return build_as(chosen, row_start, seq_group, kind, heads, kv_heads, head_dim, keys.tolist(),
+                    batch.row_start.device)
 
 
 def build_as(
-    plan: Plan, row_start: Sequence[int], seq_group: Sequence[int], into_slab: bool, heads_per_kv: int,
-    device: torch.device | str,
+    plan: Plan, row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, heads: int, kv_heads: int, head_dim: int,
+    keys: Sequence[int], device: torch.device | str, multiprocessors: int | None = None,
 ) -> Tiles:
     """Tiles of a given plan in new tensors."""
-    rows, sequences = row_start[-1], len(seq_group)
-    buffers = [np.zeros(rows, np.int32)] + [
-        np.zeros((max_tiles(rows, sequences, packed, heads_per_kv), 3), np.int32)
-        for packed in (plan.packed, plan.packed_slab)
-    ]
-    used = fill(row_start, seq_group, into_slab, heads_per_kv, plan, *buffers)
-    row_seq, prefix, slab = (torch.from_numpy(buffer).to(device) for buffer in buffers)
-    return Tiles(row_seq, prefix[: bucket(used[0])], slab[: bucket(used[1])], *plan)
+    device = torch.device(device)
+    multiprocessors = multiprocessors or processors(device)
+    found = work(row_start, seq_group, kind, heads, kv_heads, keys, plan, multiprocessors)
+    count = programs(row_start[-1], heads, plan.width, multiprocessors)
+    items = np.zeros((1 + len(found.items) + spare_items(count, kv_heads), FIELDS), np.int32)
+    items[0, 0] = len(found.items)
+    items[1 : 1 + len(found.items)] = found.items
+    row_seq = np.repeat(np.arange(len(seq_group), dtype=np.int32), np.diff(row_start))
+    tensors = (torch.from_numpy(array).to(device) for array in (row_seq, found.row_parts.astype(np.int32), items))
+    return Tiles(*tensors, *plan, count,
+                 torch.empty(found.places * heads * (head_dim + 1), dtype=torch.float32, device=device),
+                 torch.zeros(row_start[-1] * kv_heads, dtype=torch.int32, device=device))
