@@ -20,10 +20,9 @@ from stars.kernels.types import LayerKV
 from stars.model.config import ModelConfig
 from stars.page_pool import PagePool
 from stars.sizes import ModelSizes
-from stars.target import bucket
 
 MAX_MOVES = 2048
-"""Rows of one replayed copy: 64 responses that commit 32 tokens each. More are copied in parts."""
+"""Rows of one copy: 64 responses that commit 32 tokens each. More are copied in parts."""
 
 CLOSED = -1
 """Length of a closed table."""
@@ -219,6 +218,11 @@ class PagedCache:
         self.pool.free(table.pages)
         table.pages, table.length = [], CLOSED
 
+    def warm_up(self) -> None:
+        """Compiles what a GPU copies rows with: nothing is moved."""
+        nothing = self._to_device(array("i", [-1]))
+        copy_rows(self.k_slabs, self.v_slabs, nothing, self.k_pages, self.v_pages, nothing)
+
     # -- rows -----------------------------------------------------------------------------------------------------
 
     def rows(self, table: BlockTable, start: int, stop: int) -> array[int]:
@@ -409,20 +413,17 @@ class PagedCache:
             table.pages[i] = page
 
     def _run_moves(self, source: array[int], target: array[int]) -> None:
-        """Copies slab rows `source` to page rows `target` in every layer, from buffers at fixed addresses: replayed."""
-        count = rows = len(source)
+        """Copies slab rows `source` to page rows `target` in every layer, from buffers at fixed addresses."""
+        rows = len(source)
         self._moves.wait()
-        self._move_source[:count], self._move_target[:count] = source, target
-        if self.target.padded_moves:  # few captured shapes; a row -1 copies nothing
-            rows = min(bucket(count), self._max_moves)
-            self._move_source[count:rows] = self._move_target[count:rows] = -1
+        self._move_source[:rows], self._move_target[:rows] = source, target
         self._moves.upload()
 
         def step() -> None:
             copy_rows(self.k_slabs, self.v_slabs, self._moves["source"][:rows], self.k_pages, self.v_pages,
                       self._moves["target"][:rows])
 
-        self._graphs.run([Part(rows, step)], self._never_done)
+        self._graphs.run([Part(rows, step)], self._never_done, rare=True)  # on a GPU it is one launch, of any rows
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         size = self.page_size

@@ -29,6 +29,7 @@ from stars.sizes import history_entries, language_model, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
+SAMPLE_LAUNCHES = 7  # on a GPU, at most: penalties and the draw
 
 PENALTIES = ("history_start", "history_count", "repetition", "frequency", "presence")
 """The buffers of the entries of a Penalties, in its order."""
@@ -76,7 +77,7 @@ class Drafter:
         self.cache = cache
         self.target = target = config.target
         sizes, max_segment_size = language_model(config), config.max_segment_size
-        rows = target.rows(sizes.max_lanes)
+        rows = target.rows(sizes.max_lanes, "draft")
         decoder.reserve(rows)
         decoder.reserve_positions(sizes.max_positions)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
@@ -87,8 +88,8 @@ class Drafter:
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
-        # Between the parts of a step, which are recorded apart: not the decoder's, which grow for other engines.
-        decoder.reserve_logits(rows)
+        # Between the parts of a step, which are recorded apart: the decoder's own may grow for another engine.
+        self._logits = decoder.reserve_logits(rows)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
@@ -154,6 +155,19 @@ class Drafter:
         logprobs = self._host.out_logprobs[:count, :longest].tolist()
         return [Drafted(tokens[i][: steps[i]], logprobs[i][: steps[i]]) for i in range(count)]
 
+    def warm_up(self) -> None:
+        """Runs and captures every shape of a step on a GPU, on lanes that are all idle."""
+        assert self._tiling is not None
+        for rows in self.target.shapes("draft", len(self._state.done)):  # workspaces that grow later are held twice
+            self._buffers.wait()
+            self._idle(slice(0, rows), 0)
+            self._buffers.upload()
+            for tiles in self._tiling.shapes(rows, "draft"):
+                self._graphs.warm_up(self._forward(rows, tiles))
+            for filters in (True, False):
+                for penalties in (True, False):
+                    self._graphs.warm_up(self._sample(rows, filters, penalties))
+
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
         table = self.cache.open([])
@@ -184,7 +198,9 @@ class Drafter:
         self._buffers.upload()
         if self._pacing is not None:
             self._pacing.begin(lanes)
-        under_way = UnderWay(self._parts(*filled, filters, penalties), self._done[filled[0]], times)
+        rows, tiles = filled
+        parts = [self._forward(rows, tiles), self._sample(rows, filters, penalties)]
+        under_way = UnderWay(parts, self._done[rows], times)
         self._under_way = under_way._replace(left=self._advance(under_way, wait=False))
 
     def _advance(self, under_way: UnderWay, wait: bool) -> int:
@@ -196,30 +212,33 @@ class Drafter:
             self._graphs.run(parts, done, left)
         return 0
 
-    def _parts(self, rows: int, tiles: Tiles | None, filters: bool, penalties: bool) -> list[Part]:
-        """A step: the forward pass up to the logits, and what is drawn from them. Not called where a recorded step is
-        replayed: the views are made here."""
-        def state() -> LaneState:
-            return LaneState(*(tensor[:rows] for tensor in self._state))
-
-        def forward() -> None:
-            lanes = state()
+    def _forward(self, rows: int, tiles: Tiles | None) -> Part:
+        """The first part of a step, up to the logits. What it runs is made where it is recorded, not where replayed."""
+        def run() -> None:
+            lanes = self._lanes(rows)
             batch = Batch(
                 lanes.token_ids, lanes.positions, lanes.slots, True, self._row_start[: rows + 1],
                 self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
                 self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
-            self.decoder.draft_logits(batch, self.cache)
+            self.decoder.draft_logits(batch, self.cache, self._logits[:rows])
 
-        def sample() -> None:
-            lanes, logits = state(), self.decoder._logits[:rows]
+        return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run,
+                    self.decoder.launches(rows) + 1)
+
+    def _sample(self, rows: int, filters: bool, penalties: bool) -> Part:
+        """The second part: what is drawn from the logits, and the step to the next."""
+        def run() -> None:
+            lanes, logits = self._lanes(rows), self._logits[:rows]
             if penalties:
                 apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
                     self._buffers[name][:rows] for name in PENALTIES)))
             sample_step(logits, lanes, filters=filters,
                         ended=None if self._pacing is None else self._pacing.ended[:rows])
 
-        return [Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), forward),
-                Part(("sample", rows, filters, penalties), sample)]
+        return Part(("sample", rows, filters, penalties), run, SAMPLE_LAUNCHES)
+
+    def _lanes(self, rows: int) -> LaneState:
+        return LaneState(*(tensor[:rows] for tensor in self._state))
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
         """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""
@@ -250,7 +269,7 @@ class Drafter:
         count = len(lanes)
         if self._tiling is None:
             return count, None
-        rows = self.target.rows(count)
+        rows = self.target.rows(count, "draft")
         self._idle(slice(count, rows), len(tables) - 1)
         groups = host.seq_group[:count].tolist()
         keys = [lane.table.length for lane in lanes]

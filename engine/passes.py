@@ -13,15 +13,19 @@ from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.kernels import append_draft, prefill_attention
 from stars.kernels.graph import Graphs, Part
+from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import ModelSizes, pass_rows, table_width
+from stars.sizes import ModelSizes, padded_rows, pass_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
 """Rows of a sequence, on average, from which on a library may run a prefill pass: it has the keys gathered first, a
 shared beginning once for every sequence."""
+
+KINDS: tuple[Kind, ...] = ("prefill", "score")
+PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
 
 MAX_CLOSING = 32
 """Closing tokens that a span which trails a draft may have."""
@@ -59,8 +63,8 @@ class Prepared(NamedTuple):
 class Passes:
     """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed.
 
-    On a padded target, rows and sequences are filled up to buckets with idle ones, so that few captured shapes serve
-    all, and attention gets its tiles.
+    On a padded target, rows and sequences are filled up with idle ones, so that few captured shapes serve all, and
+    attention gets its tiles. How many sequences there are follows from the rows.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig, sizes: ModelSizes):
@@ -72,7 +76,7 @@ class Passes:
                                               config.deterministic)
         self.max_rows = pass_rows(config, sizes)
         self.max_sequences = sizes.max_sequences
-        rows, sequences = target.rows(self.max_rows), target.rows(self.max_sequences)
+        rows, sequences = padded_rows(config, sizes), target.rows(self.max_sequences, "draft")
         decoder.reserve(rows)
         decoder.reserve_positions(sizes.max_positions)
         row, sequence = (torch.int32, (rows,)), (torch.int32, (sequences,))
@@ -107,7 +111,7 @@ class Passes:
                 # Making shared pages private comes before any pass reads the block table.
                 slots = self.cache.rows(table, start, end)
                 spans.append(Span(table, token_ids[start:end], start, slots))
-        for batch in self._batches(spans, into_slab=False):
+        for batch in self._batches(spans, self.max_rows, into_slab=False):
             self._run(batch, into_slab=False)
             for span in batch:
                 span.table.length = span.start + len(span.token_ids)
@@ -118,14 +122,14 @@ class Passes:
         Spans of one table should be adjacent, so that its pages are read once for all of them.
         """
         rewards: list[float] = []
-        for batch in self._batches(spans, into_slab=True):
+        for batch in self._batches(spans, min(self.max_rows, self.target.captured_score), into_slab=True):
             self._run(batch, into_slab=True)
             rewards += self.rewards(len(batch))
         return rewards
 
     def redraft(self, spans: Sequence[Span]) -> None:
         """Runs the spans into their slabs, as drafts had done it token by token."""
-        for batch in self._batches(spans, into_slab=True):
+        for batch in self._batches(spans, self.max_rows, into_slab=True):
             self._run(batch, into_slab=True, scored=False)
 
     def fits(self, rows: Sequence[int]) -> bool:
@@ -153,13 +157,35 @@ class Passes:
         rewards: list[float] = self._host_rewards[:count].tolist()
         return rewards
 
-    def _batches(self, spans: Sequence[Span], into_slab: bool) -> list[list[Span]]:
-        """Splits into passes; a later chunk of a table comes in a later pass than the chunks it attends to."""
+    def warm_up(self, draft: Draft | None = None) -> None:
+        """Runs and captures every shape of a pass on a GPU, on rows that are all idle, and runs the longest.
+
+        Of a reward model, whose passes trail `draft`, scoring passes too.
+        """
+        assert self._tiling is not None
+        self.cache.warm_up()
+        for kind in KINDS if draft is not None else KINDS[:1]:
+            longest = self.target.rows(self.max_rows, kind)
+            for rows in dict.fromkeys((longest, *self.target.shapes(kind, longest))):
+                sequences = self._sequences(rows)
+                self._fill_idle(rows, sequences)
+                for tiles in self._tiling.shapes(rows, kind):
+                    forward = self._forward(rows, sequences, tiles, None, kind == "score", kind == "score")
+                    if rows <= self.target.captured(kind):
+                        self._graphs.warm_up(forward)
+                    else:
+                        forward.call()
+                if kind == "score" and draft is not None and rows <= self.target.captured(kind):
+                    self._graphs.warm_up(self._append(draft, rows, sequences))
+
+    def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
+        """Splits into passes of up to `max_rows` rows, or one longer span; a later chunk of a table comes in a later
+        pass than the chunks it attends to."""
         batches: list[list[Span]] = []
         batch: list[Span] = []
         rows = 0
         for span in spans:
-            full = rows + len(span.token_ids) > self.max_rows or len(batch) == self.max_sequences
+            full = rows + len(span.token_ids) > max_rows or len(batch) == self.max_sequences
             if batch and (full or (batch[-1].table is span.table and not into_slab)):
                 batches.append(batch)
                 batch, rows = [], 0
@@ -177,37 +203,34 @@ class Passes:
                  scored: bool = True) -> Prepared:
         """Fills the buffers and sends them; what is then to be run."""
         rows, sequences, tiles = self._fill(spans, into_slab)
-        captured = into_slab or rows <= self.target.captured_prefill
+        scored = scored and into_slab
+        # Redrafts, which come after a response gave way, have no shapes of their own.
+        captured = rows <= self.target.captured("score" if into_slab else "prefill") and scored == into_slab
         prefill = None
-        if not captured and self._gathers(spans):
+        if not captured and not into_slab and self._gathers(spans):
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
         self._buffers.upload()
-        return Prepared(self._parts(rows, sequences, tiles, prefill, into_slab, scored and into_slab, draft),
-                        not captured, scored and into_slab)
+        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored)]
+        if draft is not None:  # the device fills in what was drawn
+            parts.insert(0, self._append(draft, rows, sequences))
+        return Prepared(parts, not captured, scored)
 
     def _launch(self, prepared: Prepared) -> None:
         self._graphs.run(prepared.parts, self._never_done, rare=prepared.rare)
         if prepared.scored:
             self._rewards.fetch()
 
-    def _parts(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
-               scored: bool, draft: Draft | None) -> list[Part]:
-        """A pass: what the device fills in, where it trails a draft, and the model. Not called where a recorded pass is
-        replayed: the views are made here."""
+    def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
+                 scored: bool) -> Part:
+        """The model's part of a pass. What it runs is made where it is recorded, not where replayed."""
         buffers = self._buffers
 
         def first(name: str) -> Tensor:
             return buffers[name][:sequences]
 
-        def append() -> None:
-            assert draft is not None
-            append_draft(draft, TrailingRows(first("lanes"), buffers["segment_start"][: sequences + 1],
-                                             first("closing"), buffers["token_ids"][:rows], first("last")),
-                         self.decoder.config.vocab_size)
-
-        def forward() -> None:
+        def run() -> None:
             last = first("last")
             batch = Batch(buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
@@ -218,8 +241,23 @@ class Passes:
                 self.decoder.forward(batch, self.cache, last)
 
         key = "forward", rows, sequences, into_slab, scored, *(shape(tiles) if tiles is not None else ())
-        parts = [Part(key, forward)]
-        return parts if draft is None else [Part(("append", rows, sequences), append), *parts]
+        return Part(key, run, self.decoder.launches(rows) + PICKED_LAUNCHES)
+
+    def _append(self, draft: Draft, rows: int, sequences: int) -> Part:
+        """What a draft drew, into the rows of a pass that trails it."""
+        buffers = self._buffers
+
+        def run() -> None:
+            append_draft(draft, TrailingRows(
+                buffers["lanes"][:sequences], buffers["segment_start"][: sequences + 1],
+                buffers["closing"][:sequences], buffers["token_ids"][:rows], buffers["last"][:sequences]),
+                self.decoder.config.vocab_size)
+
+        return Part(("append", rows, sequences), run)
+
+    def _sequences(self, rows: int) -> int:
+        """Sequences of a padded pass of `rows` rows, each of which has one at least, idle ones included."""
+        return min(rows, len(self._buffers["last"]))
 
     def _gathers(self, spans: Sequence[Span]) -> bool:
         """Whether a library runs this prefill: few long sequences, with no more keys than the memory check counted."""
@@ -246,9 +284,11 @@ class Passes:
             row_start.append(len(token_ids))
         rows, sequences, tiles = len(token_ids), len(spans), None
         if self._tiling is not None:
-            rows, sequences = self.target.rows(rows), self.target.rows(sequences)
+            kind: Kind = "score" if into_slab else "prefill"
+            rows = self.target.rows(rows, kind)
+            sequences = self._sequences(rows)
             keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
-            tiles = self._tiling.fill(rows, row_start, groups, "score" if into_slab else "prefill", keys)
+            tiles = self._tiling.fill(rows, row_start, groups, kind, keys)
         # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
         self._write(rows, 0, token_ids=token_ids, positions=positions)
         self._write(rows, -1, slots=slots)
@@ -268,6 +308,16 @@ class Passes:
                 row[: len(one.closing)] = one.closing
         self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         return rows, sequences, tiles
+
+    def _fill_idle(self, rows: int, sequences: int) -> None:
+        """A pass without spans, sent: nothing of it is written or read."""
+        self._buffers.wait()
+        self._write(rows, 0, token_ids=(), positions=())
+        self._write(rows, -1, slots=())
+        self._write(sequences + 1, 0, row_start=(), segment_start=())
+        self._write(sequences, 0, seq_group=(), last=(), prefix_len=(), slab_start=())
+        self._write(sequences, -1, lanes=())
+        self._buffers.upload()
 
     def _write(self, count: int, idle: int, **columns: Sequence[int]) -> None:
         """Writes the columns of the host's block, and `idle` into what is left of their first `count` entries."""

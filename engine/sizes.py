@@ -57,6 +57,11 @@ def pass_rows(config: EngineConfig, sizes: ModelSizes) -> int:
     return max(config.target.chunk, sizes.slab_len)
 
 
+def padded_rows(config: EngineConfig, sizes: ModelSizes) -> int:
+    """The same, idle ones included."""
+    return max(config.target.rows(pass_rows(config, sizes), kind) for kind in ("prefill", "score"))
+
+
 def table_width(config: EngineConfig, sizes: ModelSizes) -> int:
     """Pages of the longest text: entries of a row of the block tables."""
     return math.ceil(sizes.max_positions / config.page_size)
@@ -82,7 +87,7 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
     needed = {}
     for name, (shape, parameters, drafts, backend) in models.items():
         sizes = language_model(config) if drafts else reward_model(shape, config)
-        rows, lanes = target.rows(pass_rows(config, sizes)), target.rows(sizes.max_lanes) if drafts else 0
+        rows, lanes = padded_rows(config, sizes), target.rows(sizes.max_lanes, "draft") if drafts else 0
         needed[f"{name}'s weights"] = parameters * dtype.itemsize
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + sizes.num_slabs * sizes.slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(

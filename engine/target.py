@@ -6,12 +6,20 @@ from typing import NamedTuple
 
 import torch
 
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 144, 160, 192, 256)
+from stars.kernels.triton.tiles import Kind
 
+ROWS: dict[Kind, tuple[int, ...]] = {
+    "draft": (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256),
+    "score": (16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+    "prefill": (32, 64, 128, 192, 256),
+}
+"""Rows that a pass of a kind is padded to where shapes are captured: few, as each is captured at start-up.
 
-def bucket(count: int) -> int:
-    """The number of rows a pass of `count` rows is padded to where shapes are captured: few shapes serve all counts."""
-    return next((size for size in BUCKETS if size >= count), -(-count // 128) * 128)
+Up to 128 rows a pass is bound by its weights, and an idle row costs little: of drafts every step is one, and one of a
+single stream gets no idle row at all; scores begin at a candidate of a short segment, prompts at what is left of a
+chunk. Beyond that an idle row costs what any other does: steps of a third to a half of what is there."""
+
+STEP = 128  # beyond the last of these
 
 
 class Target(NamedTuple):
@@ -24,18 +32,30 @@ class Target(NamedTuple):
     triton: bool  # operations are Triton's kernels, in CUDA graphs, and serve some shapes only; libraries may prefill
     own_memory: bool  # apart from the host's: what passes between them is sent and waited for
     padded: bool  # passes are filled up with idle rows to few captured shapes, and attention gets its tiles
-    padded_moves: bool  # commits are, too: Triton's copy passes over a row -1, which libstars' has not
     chunk: int  # rows of a prefill pass
     captured_prefill: int  # rows up to which a prefill pass is captured
+    captured_score: int  # rows up to which a scoring pass is; more candidates than that are scored in several
     ridge_rows: int  # rows of a scoring pass
     reward_lag: int  # last tokens of a text that its reward's pages lack: each candidate's first rows
     trailing: bool  # a draft's scoring is launched while it runs, as the host would only wait for it
-    measures_widths: bool  # at start-up; else where a policy first leaves its width to the engine
+    captured_at_start: bool  # every shape is captured, and widths are measured, where an engine is built
     one_order: str  # what to do where the bits of a row depend on how many rows there are
 
-    def rows(self, count: int) -> int:
+    def rows(self, count: int, kind: Kind) -> int:
         """The rows of a pass of `count` rows, idle ones included."""
-        return bucket(count) if self.padded else count
+        if not self.padded:
+            return count
+        return next((size for size in ROWS[kind] if size >= count), -(-count // STEP) * STEP)
+
+    def captured(self, kind: Kind) -> int:
+        """Rows of the longest pass of a kind that is captured; a draft always is."""
+        return {"draft": 1 << 30, "score": self.captured_score, "prefill": self.captured_prefill}[kind]
+
+    def shapes(self, kind: Kind, most: int) -> list[int]:
+        """The rows that passes of up to `most` rows are padded to, as far as they are captured; the most first."""
+        most = min(self.rows(most, kind), self.captured(kind))
+        return [*range(most // STEP * STEP, ROWS[kind][-1], -STEP), *(
+            size for size in reversed(ROWS[kind]) if size <= most)]
 
     def synchronise(self) -> None:
         """Waits for whatever the device still has to do."""
@@ -49,14 +69,14 @@ class Target(NamedTuple):
 # Captured prefill: prompts of a few hundred tokens, whose passes would otherwise take the host longer to launch than
 # the GPU to run. Longer ones are launched one by one, and may use a library.
 #
+# Captured scores: four times the ridge. Passes of so many rows are bound by arithmetic, so that more candidates cost
+# the same in two of them; longer ones, of one long candidate or behind a draft of many, outlast their launches.
+#
 # Ridge rows: from which on a pass over the weights is bound by arithmetic rather than by reading them.
 #
-# Reward lag: a last token whose keys wait for the next score is a row more of every candidate, and four candidates of 32
-# tokens would no longer be the 128 rows that a pass is made for. On the CPU, where no pass is filled up, it is one row in
-# 33, and there the bits of a reward stay those of a score that starts with that token: attention adds up what lies in
-# pages and what lies in a slab apart.
-#
-# Widths: measuring them compiles and captures steps on a GPU. On the CPU a step of a large model can take seconds.
+# At start-up: compiling and capturing in the midst of requests would hold all of them up. On the CPU nothing is
+# compiled, a step of a large model can take seconds, and widths are measured where a policy first leaves its width to
+# the engine.
 
 CPU = Target(
     device="cpu",
@@ -66,13 +86,13 @@ CPU = Target(
     triton=False,
     own_memory=False,
     padded=False,
-    padded_moves=False,
     chunk=256,
     captured_prefill=256,
+    captured_score=1 << 30,
     ridge_rows=32,
     reward_lag=1,
     trailing=False,
-    measures_widths=False,
+    captured_at_start=False,
     one_order="install with a C++ compiler, so that libstars is built",
 )
 
@@ -84,13 +104,13 @@ CUDA = Target(
     triton=True,
     own_memory=True,
     padded=True,
-    padded_moves=True,
     chunk=2048,
     captured_prefill=256,
+    captured_score=512,
     ridge_rows=128,
     reward_lag=0,
     trailing=True,
-    measures_widths=True,
+    captured_at_start=True,
     one_order="load the model with deterministic=True too",
 )
 

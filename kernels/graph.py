@@ -14,8 +14,11 @@ from stars.kernels.dispatch import column, only_references
 MAX_PROGRAMS = 128
 """Programs of libstars kept; the least recently used one makes room."""
 
-MAX_GRAPHS = 128
-"""CUDA graphs kept; the least recently used one makes room."""
+LAUNCH_BYTES = 64 << 10
+"""Of a GPU's memory, at most, that the driver keeps for one captured launch: see benchmarks/NOTES.md."""
+
+LATER_BYTES = 128 << 20
+"""Of a GPU's memory for CUDA graphs that were not captured at start-up; the least recently used one makes room."""
 
 
 class Part(NamedTuple):
@@ -23,6 +26,14 @@ class Part(NamedTuple):
 
     key: Hashable  # says everything that is fixed in the recording
     call: Callable[[], None]  # runs it: the same addresses and shapes for one key, all else read from memory
+    launches: int = 1  # on a GPU, at most
+
+
+class Captured(NamedTuple):
+    """A part's CUDA graph, and the memory that it is reckoned with."""
+
+    graph: torch.cuda.CUDAGraph
+    bytes: int
 
 
 class Graphs:
@@ -35,7 +46,8 @@ class Graphs:
 
     def __init__(self) -> None:
         self._programs: OrderedDict[Hashable, Any] = OrderedDict()  # by the keys of all parts of a step
-        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()  # by the key of a part
+        self._at_start: dict[Hashable, torch.cuda.CUDAGraph] = {}  # by the key of a part; these stay
+        self._later: OrderedDict[Hashable, Captured] = OrderedDict()
         self._seen: set[Hashable] = set()  # parts that ran on a GPU without being captured
         self._pool: Any = None  # memory that the CUDA graphs share: they never run at the same time
         self._stream: torch.cuda.Stream | None = None  # that they are captured on, see `_capture`
@@ -43,8 +55,9 @@ class Graphs:
     def run(self, parts: Sequence[Part], done: Tensor, times: int = 1, rare: bool = False) -> int:
         """Runs the step of `parts` up to `times` times, until all of `done` int32 [n] are non-zero; returns how often.
 
-        On a GPU a part is captured once it is run a second time; those of `rare` steps are not captured. The device is
-        not asked there: all `times` steps are run, and those of lanes that are done do nothing.
+        On a GPU a part that `warm_up` did not capture is captured once it is run a second time; those of `rare` steps
+        are launched one by one. The device is not asked there: all `times` steps are run, and those of lanes that are
+        done do nothing.
         """
         key = tuple([part.key for part in parts])
         program = self._programs.get(key)
@@ -61,6 +74,13 @@ class Graphs:
                     self._replay(part, rare)
             return times
         return self._run_plainly(parts, done, times)
+
+    def warm_up(self, part: Part) -> None:
+        """Captures a part on a GPU, for good, before it is needed: it runs, which compiles its kernels, and is replayed
+        once, by which the device gets it."""
+        part.call()
+        graph = self._at_start[part.key] = self._capture(part.call)
+        graph.replay()
 
     def _run_plainly(self, parts: Sequence[Part], done: Tensor, times: int) -> int:
         for ran in range(1, times + 1):
@@ -87,22 +107,30 @@ class Graphs:
 
     def _replay(self, part: Part, rare: bool) -> None:
         key = part.key
-        graph = self._graphs.get(key)
+        graph = self._at_start.get(key)
+        if graph is None and key in self._later:
+            self._later.move_to_end(key)
+            graph = self._later[key].graph
         if graph is None:
             # The first run compiles kernels and lets libraries allocate, which a capture does not permit.
-            if rare or key not in self._seen:
+            size = part.launches * LAUNCH_BYTES
+            if rare or key not in self._seen or size > LATER_BYTES:
                 part.call()
                 if not rare:
                     self._seen.add(key)  # not before: what was interrupted while it compiled must not be captured next
                 return
             graph = self._capture(part.call)
-            if len(self._graphs) == MAX_GRAPHS:
-                torch.cuda.synchronize()  # the one that makes room may be running
-                self._graphs.popitem(last=False)
-            self._graphs[key] = graph
-        else:
-            self._graphs.move_to_end(key)
+            self._make_room(size)
+            self._later[key] = Captured(graph, size)
         graph.replay()
+
+    def _make_room(self, size: int) -> None:
+        """Gives up the least recently used of the later graphs, until there is memory for another."""
+        held = sum([captured.bytes for captured in self._later.values()])
+        if held + size > LATER_BYTES:
+            torch.cuda.synchronize()  # they may be running
+        while held + size > LATER_BYTES:
+            held -= self._later.popitem(last=False)[1].bytes
 
     def _capture(self, call: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """A graph of what `call` launches.

@@ -21,7 +21,7 @@ from toy import ToyModel
 
 UNPADDED = CPU._replace(reward_lag=CUDA.reward_lag)
 """The CPU, whose rewards' pages hold what a GPU's hold: what follows has the same bits."""
-PADDED = UNPADDED._replace(padded=True, chunk=CUDA.chunk, trailing=True, measures_widths=True)
+PADDED = UNPADDED._replace(padded=True, chunk=CUDA.chunk, trailing=True)
 """The CPU, worked as a GPU is: idle rows, tiles, and scores that trail their drafts."""
 
 

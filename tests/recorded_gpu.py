@@ -26,9 +26,8 @@ from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.sample_step import sample_step
 from stars.target import CPU, CUDA
 
-TARGET = PADDED._replace(own_memory=True, padded_moves=True, chunk=64, ridge_rows=CUDA.ridge_rows,
-                         measures_widths=False)
-"""Widths are not measured: that would capture before there is an engine."""
+TARGET = PADDED._replace(own_memory=True, chunk=64, captured_score=48, ridge_rows=CUDA.ridge_rows)
+"""Nothing is captured at start-up, before there is an engine whose memory a capture leaves as it is."""
 
 
 class Stream:

@@ -18,7 +18,7 @@ from stars.kernels.triton import tiles
 from stars.model.loader import inspect_model
 from stars.model.workspace import workspace_bytes
 from stars.reward import CausalReward
-from stars.target import CUDA, bucket
+from stars.target import CUDA
 from toy import ToyModel
 
 
@@ -140,7 +140,7 @@ def test_no_plan_needs_more_attention_workspace_than_was_reserved(deterministic)
         keys = np.minimum(draw.lognormal(6, draw.choice([0, 1, 3]), len(counts)), 32768).astype(int)
         kind = "prefill" if not into_slab else "draft" if max(counts) == 1 else "score"
         plan = tiles.plan(starts, groups, kind, heads, kv_heads, keys, 32768, deterministic)
-        rows = bucket(int(starts[-1]))
+        rows = CUDA.rows(int(starts[-1]), "score")
         needed = tiles.workspace_size(plan, into_slab, rows, heads, 64)
         assert needed <= tiles.max_workspace(rows, heads, 64, deterministic)
 

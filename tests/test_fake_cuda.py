@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars
-from stars.kernels import prefill_attention
+from stars.kernels import graph, prefill_attention
 from stars.kernels.triton import tuned
 from stars.model.decoder import Decoder
+from stars.target import CUDA
 from triton_process import needs_triton, run_pytest
 
 FAKED = os.environ.get("STARS_TEST_FAKE_CUDA") == "1"
@@ -77,8 +79,8 @@ if FAKED:
             assert {tensor.device.type for tensor in (q, keys, values, out, *prefill[1:4])} == {"cuda"}
             assert len(keys) == len(values) == sum(prefill.k_lengths) and len(q) == len(out) == prefill.rows
 
-    def test_a_round_that_was_seen_before_launches_nothing_by_itself():
-        """Its draft, scores and commits are replays, and nothing but events is waited for."""
+    def test_a_round_launches_nothing_by_itself():
+        """Its draft and scores are replays, a commit is one launch a model, and nothing but events is waited for."""
         with fake_cuda.gpu():
             engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
                                   max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton")
@@ -87,13 +89,61 @@ if FAKED:
             engine.add_request(PROMPTS[0], params, policy)
             rounds = []
             while engine.has_unfinished_requests():
-                before = fake_cuda.events.copy()
+                before, launched = fake_cuda.events.copy(), fake_cuda.launched.copy()
                 engine.step()
-                rounds.append(fake_cuda.events - before)
-        replayed = [found for found in rounds if not found["launch"] and not found["capture"]]
-        assert len(replayed) >= 3, rounds
-        for found in replayed:
+                rounds.append((fake_cuda.events - before, fake_cuda.launched - launched))
+        assert len(rounds) > 4
+        for found, launched in rounds:
+            assert not found["capture"] and not found["compile"] and set(launched) <= {"copy_rows_kernel"}, launched
             assert found["replay"] and not found["synchronize"] and not found["blocking transfer"], found
+            assert found["launch"] <= 2
+
+    def test_a_round_under_load_replays_known_shapes_alone(monkeypatch):
+        """Random arrivals after start-up: nothing is captured or compiled, and what is launched by itself is a prompt's
+        pass that is too long to capture, or a scoring pass that is, or a copy of rows."""
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=1 << 14,
+                                  max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton")
+            eager = []  # (rows, whether into slabs) of passes
+            replay = graph.Graphs._replay
+
+            def noted(graphs, part, rare) -> None:
+                def call() -> None:
+                    if not fake_cuda.capturing():
+                        eager.append(part.key)
+                    part.call()
+
+                replay(graphs, part._replace(call=call), rare)
+
+            monkeypatch.setattr(graph.Graphs, "_replay", noted)
+            draw = random.Random(7)
+            start = fake_cuda.events.copy()
+            waiting = [arrival(draw, index) for index in range(40)]
+            rounds = 0
+            while waiting or engine.has_unfinished_requests():
+                for _ in range(min(len(waiting), draw.choice((0, 1, 1, 3)))):
+                    engine.add_request(*waiting.pop())
+                for output in engine.step() if engine.has_unfinished_requests() else ():
+                    assert output.outputs[0].error is None
+                rounds += 1
+            engine.check_integrity()
+        seen = fake_cuda.events - start
+        assert not seen["capture"] and not seen["compile"] and seen["replay"] > 1000 and rounds > 40
+        passes = [(key[1], key[3]) for key in eager if isinstance(key, tuple) and key[0] == "forward"]
+        assert min(rows for rows, into_slab in passes if not into_slab) > CUDA.captured_prefill
+        assert all(rows > CUDA.captured_score for rows, into_slab in passes if into_slab)
+        assert all(isinstance(key, int) for key in eager if not isinstance(key, tuple))  # copies of rows
+
+    def arrival(draw: random.Random, index: int) -> tuple:
+        """A request: prompts of 2 to 600 tokens, several policies, filters and penalties."""
+        policy = draw.choice((
+            stars.STARS(segment_size=16, max_attempts=8, reward_threshold=0.3, width=draw.choice((1, 3, 4, None))),
+            stars.STARS(segment_size=32, max_attempts=3, reward_threshold=0.3, width=2), stars.Sample(),
+            stars.BestOfN(n=3), stars.BlockwiseBestOfK(k=3, segment_size=8)))
+        kinds = (dict(), dict(top_k=20), dict(presence_penalty=0.5), dict(top_p=0.9, repetition_penalty=1.2))
+        params = stars.SamplingParams(max_tokens=draw.randint(8, 64), seed=index, **draw.choice(kinds))
+        length = draw.choice((draw.randint(2, 40), draw.randint(40, 256), draw.randint(256, 600)))
+        return {"prompt_token_ids": draw.choices(range(20, 200), k=length)}, params, policy
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_the_launches_of_a_pass(monkeypatch, fused):

@@ -120,12 +120,28 @@ def test_a_shape_seen_once_and_rare_shapes_are_not_captured(card):
 
 
 def test_the_least_recently_used_shape_makes_room(card, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    """Bounded by the bytes that the driver keeps of captured launches; one that is too large is never captured."""
+    monkeypatch.setattr(graphs, "LATER_BYTES", 5 * graphs.LAUNCH_BYTES)
     run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
-    for key in ("a", "b", "a", "c", "a", "b"):
+    launches = {"a": 2, "b": 3, "c": 1, "large": 6}
+    for key in ("a", "b", "a", "c", "large", "a", "b", "c"):
+        run.run([Part(key, card.step, launches[key])], done, 2)
+    assert card.captured == 5  # a, b, c in the place of b, b in the place of c, and c in that of a
+    assert card.waits == 3  # the one that makes room may be running still
+    assert card.ran == 16
+
+
+def test_what_was_captured_at_start_up_stays(card, monkeypatch):
+    monkeypatch.setattr(graphs, "LATER_BYTES", graphs.LAUNCH_BYTES)
+    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+    for key in ("a", "b"):
+        run.warm_up(Part(key, card.step, 100))
+    assert (card.ran, card.captured, card.replays) == (4, 2, 2)  # each ran plainly, and was replayed
+    for key in ("c", "d", "a", "b"):
         run.run([Part(key, card.step)], done, 2)
-    assert card.captured == 4  # a, b, c, and b again
-    assert card.waits == 2  # the one that makes room may be running still
+    card.replays = 0
+    run.run([Part("a", card.step), Part("b", card.step)], done)
+    assert card.captured == 4 and card.replays == 2
 
 
 def test_an_interrupted_first_step_is_run_plainly_again(card):

@@ -43,7 +43,7 @@ def decoder(model: ToyModel, dtype: torch.dtype) -> Decoder:
 @pytest.fixture
 def built(monkeypatch):
     """(engine, its reward, what was said) for sizes; the engine as a GPU's, but in this machine's memory."""
-    work_as(monkeypatch, PADDED._replace(measures_widths=False))
+    work_as(monkeypatch, PADDED)
 
     def build(dtype: str = "float32", deterministic: bool = False, prefill: str = "triton", **sizes):
         monkeypatch.setattr("stars.reward.causal.check_row_invariance", lambda decoder, target: None)

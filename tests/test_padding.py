@@ -14,7 +14,7 @@ from stars.kernels.philox import pack_stream
 from stars.passes import Passes, Span
 from stars.sampling import SamplingParams
 from stars.sizes import ModelSizes
-from stars.target import BUCKETS, CPU, Target, bucket
+from stars.target import CPU, CUDA, ROWS, Target
 from toy import ToyModel
 
 PROMPTS = [[1, 2, 3], [4, 1, 1, 2, 3, 4, 2, 1, 3, 4, 4, 1, 2, 2, 3, 1, 4]]
@@ -76,11 +76,15 @@ def test_scores_with_idle_rows_are_the_same(sizes):
     assert results[0] == results[1]
 
 
-def test_buckets_cover_every_count():
-    """A count is never padded to fewer rows than it has, and buckets do not shrink as counts grow."""
-    sizes = [bucket(count) for count in range(1, 700)]
+@pytest.mark.parametrize("kind", ["draft", "score", "prefill"])
+def test_a_pass_is_padded_to_no_fewer_rows(kind):
+    """Rows do not shrink as counts grow, and each is a shape that start-up captures, where it is captured at all."""
+    sizes = [CUDA.rows(count, kind) for count in range(1, 700)]
     assert all(size >= count for count, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
-    assert [bucket(size) for size in BUCKETS] == list(BUCKETS)
+    assert [CUDA.rows(size, kind) for size in ROWS[kind]] == list(ROWS[kind])
+    for most in (1, 3, 16, 64, 200, 256, 300, 512, 699):
+        found = {size for size in sizes[:most] if size <= CUDA.captured(kind)}
+        assert CUDA.shapes(kind, most) == sorted(found, reverse=True)
 
 
 def test_buffers_are_one_memory_on_the_cpu():

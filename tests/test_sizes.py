@@ -14,7 +14,16 @@ import stars
 from building import PADDED, config_of, work_as
 from stars.config import EngineConfig
 from stars.reward import CausalReward
-from stars.sizes import ModelSizes, history_entries, language_model, pass_rows, reward_model, slab_length, table_width
+from stars.sizes import (
+    ModelSizes,
+    history_entries,
+    language_model,
+    padded_rows,
+    pass_rows,
+    reward_model,
+    slab_length,
+    table_width,
+)
 from stars.target import CPU, CUDA, target_of
 from toy import ToyModel
 
@@ -42,7 +51,7 @@ def test_pages_of_a_budget_that_is_no_multiple():
     assert (config.cache_tokens, config.num_pages) == (1008, 63)
 
 
-@pytest.mark.parametrize("target", [CPU, PADDED._replace(measures_widths=False)], ids=["cpu", "padded"])
+@pytest.mark.parametrize("target", [CPU, PADDED], ids=["cpu", "padded"])
 def test_an_engine_allocates_what_the_formulas_say(monkeypatch, target):
     """Caches, block tables and the buffers of passes and drafts, of both models, idle rows included where padded."""
     work_as(monkeypatch, target)
@@ -53,15 +62,15 @@ def test_an_engine_allocates_what_the_formulas_say(monkeypatch, target):
                                  (reward._passes, reward.cache, reward_model(RM.config, config))):
         assert cache.k_pages.shape[1] == config.num_pages * config.page_size == 1008
         assert cache.k_slabs.shape[1] == sizes.num_slabs * sizes.slab_len
-        rows, sequences = target.rows(pass_rows(config, sizes)), target.rows(sizes.max_sequences)
+        rows, sequences = padded_rows(config, sizes), target.rows(sizes.max_sequences, "draft")
         assert passes._buffers["token_ids"].shape == (rows,) and passes._buffers["last"].shape == (sequences,)
         assert passes._block_tables.shape == (sequences, table_width(config, sizes))
         assert passes.decoder.cos.shape[0] >= sizes.max_positions
         assert passes.decoder.max_rows >= rows
         longest = table_width(config, sizes) * config.page_size
         assert sizes.max_positions <= longest < sizes.max_positions + config.page_size
-    lanes = target.rows(config.max_num_lanes)
-    assert lanes == (24 if target.padded else 21) and drafter._logits.shape[0] == lanes
+    lanes = target.rows(config.max_num_lanes, "draft")
+    assert lanes == (24 if target.padded else 21) and drafter._logits.shape[0] >= lanes
     assert drafter._buffers["out_tokens"].shape == (lanes, 113)
     assert drafter._block_tables.shape == (lanes, 16)
     assert drafter._history["entries"].shape == (5 * 37, 2)
@@ -72,8 +81,14 @@ def test_an_engine_allocates_what_the_formulas_say(monkeypatch, target):
 def test_the_targets():
     """Whatever is no CPU is worked as a GPU is; one that is not padded has the rows that are asked for."""
     assert [target_of(name) for name in ("cpu", "cuda", "meta")] == [CPU, CUDA, CUDA]
-    assert [CPU.rows(count) for count in (1, 5, 129)] == [1, 5, 129]
-    assert [CUDA.rows(count) for count in (1, 5, 129, 257)] == [1, 8, 144, 384]
+    assert [CPU.rows(count, "score") for count in (1, 5, 129)] == [1, 5, 129]
+    assert [CUDA.rows(count, "draft") for count in (1, 5, 129, 257)] == [1, 8, 160, 384]
+    assert [CUDA.rows(count, "score") for count in (1, 129, 511, 513)] == [16, 192, 512, 640]
+    assert [CUDA.rows(count, "prefill") for count in (1, 33, 257)] == [32, 64, 384]
+    assert CUDA.shapes("draft", 21) == [24, 16, 12, 8, 4, 2, 1]
+    assert CUDA.shapes("draft", 300) == [384, 256, 192, 160, 128, 96, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1]
+    assert CUDA.shapes("prefill", 2048) == [256, 192, 128, 64, 32]  # longer ones are not captured
+    assert CUDA.shapes("score", 258) == [384, 256, 192, 128, 96, 64, 48, 32, 16]
     for target in (CPU, CUDA):
         assert target.dtype in (None, *target.dtypes) and target.captured_prefill <= target.chunk
 

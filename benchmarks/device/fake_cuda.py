@@ -33,7 +33,8 @@ MAPPED = {("finish_kernel", "ended")}
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"}
 
 faults: list[str] = []
-events: Counter[str] = Counter()  # launches, replays, captures, waits, transfers
+events: Counter[str] = Counter()  # launches, replays, captures, compiled kernels, waits, transfers
+launched: Counter[str] = Counter()  # outside of captures, by kernel
 mode = FakeTensorMode(allow_non_fake_inputs=True)
 draw = np.random.default_rng(0)
 on_variant: Callable[[JITFunction, tuple, dict], None] | None = None  # told of every kernel to be compiled
@@ -112,8 +113,10 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
         faults.append(f"{name} is compiled during a capture")
     if on_variant is not None and kind not in _compiled:
         on_variant(self, args, kwargs)
+    events["compile"] += kind not in _compiled
     _compiled.add(kind)
     events["launch"] += not _capturing
+    launched[name] += not _capturing
 
 
 class FakeBuffers(buffers.Buffers):
@@ -154,6 +157,11 @@ class FakeBuffers(buffers.Buffers):
             host["out_logprobs"][:] = -1.0
         if "rewards" in host:
             host["rewards"][:] = draw.normal(size=host["rewards"].shape)
+
+
+def capturing() -> bool:
+    """Whether a capture is under way."""
+    return _capturing
 
 
 def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -137,12 +137,16 @@ class Decoder:
         assert self._reserved is not None
         return self._reserved
 
-    def reserve_logits(self, rows: int) -> None:
-        """Makes room for float32 logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows."""
-        if rows > self.max_logits:
+    def reserve_logits(self, rows: int) -> Tensor:
+        """Makes room for float32 logits of `rows` rows: apart from `reserve`, as only drafts need them, of few rows.
+
+        Returns that room, [at least `rows`, vocab]: growing it later leaves it to whoever holds it.
+        """
+        if self._logits is None or rows > self.max_logits:
             self._outgrow(self._logits)
             self._logits = torch.empty(rows, self.config.vocab_size, device=self.device)
             self.max_logits = rows
+        return self._logits
 
     def reserve_positions(self, count: int) -> None:
         """Makes the tables of the rotation reach `count` positions; does nothing where they do already.
@@ -286,30 +290,33 @@ class Decoder:
                                  f"reserve({max(count, wanted)}) first")
         return count, wanted
 
-    def draft_logits(self, batch: Batch, cache: KVCache) -> Tensor:
-        """The forward pass and the head, of all rows: logits float32 [rows, vocab], which the next ones overwrite.
+    def draft_logits(self, batch: Batch, cache: KVCache, out: Tensor | None = None) -> Tensor:
+        """The forward pass and the head, of all rows: logits float32 [rows, vocab], in `out` or where the next ones
+        overwrite them.
 
         Raises IntegrityError for more rows than reserved, ModelError for a model without a language model head.
         """
         if not self._fuses(batch):
-            return self.logits(self.forward(batch, cache))
-        head, out = self._head(batch.token_ids.shape[0])
+            return self.logits(self.forward(batch, cache), out)
+        head, out = self._head(batch.token_ids.shape[0], out)
         kernels.linear_normed(self._stream(batch, cache, None), head, self.config.rms_norm_eps, out, self._split)
         return out
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden [n, hidden]: float32 [n, vocab], in the workspace.
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits of hidden [n, hidden]: float32 [n, vocab], in `out` or in the workspace.
 
         Raises IntegrityError for more rows than reserved, ModelError for a model without a language model head.
         """
-        head, out = self._head(hidden.shape[0])
+        head, out = self._head(hidden.shape[0], out)
         kernels.linear(hidden, head, out)
         return out
 
-    def _head(self, rows: int) -> tuple[Weight, Tensor]:
-        """The language model head, and the room for its logits of `rows` rows."""
+    def _head(self, rows: int, out: Tensor | None) -> tuple[Weight, Tensor]:
+        """The language model head, and the room for its logits of `rows` rows: `out`, or the workspace's."""
         if self.head is None:
             raise ModelError("this model has no language model head: load it with head='lm'")
+        if out is not None:
+            return self.head, out
         if rows > self.max_logits:
             raise IntegrityError(f"logits of {rows} rows exceed the {self.max_logits} reserved: "
                                  f"reserve_logits({rows}) first")

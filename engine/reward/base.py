@@ -81,6 +81,12 @@ class Reward(ABC):
         tokenizer, vocab_size: the language model's. config: the engine's, and of the same sizes for a reward model.
         """
 
+    def warm_up(self, draft: Draft) -> None:
+        """Called after `bind` on a GPU: compiles and captures what will be run, lest it be in the midst of requests.
+
+        draft: what `score_trailing` will be given.
+        """
+
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Raises RequestError or RewardError if this prompt could never be scored."""
 

@@ -9,6 +9,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.errors import RequestError, RewardError
+from stars.kernels.types import Draft
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
@@ -97,6 +98,11 @@ class CausalReward(ScoringReward):
             self._passes = Passes(self.decoder, self.cache, config, sizes)
         self.vocab_size = shape.vocab_size
         self.slack = 0 if self.same_vocabulary else REENCODE_SLACK
+
+    def warm_up(self, draft: Draft) -> None:
+        """Captures every shape of a pass."""
+        with self.decoder.lock:
+            self._passes.warm_up(draft)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""

@@ -280,7 +280,8 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: T
     count, vocab = logits.shape
     _check(logits, lanes)
     if ended is not None and (ended.dtype != torch.int32 or ended.shape[0] < count or not ended.is_contiguous()):
-        raise ValueError(f"sample_step: ended is {ended.dtype} {list(ended.shape)} for {count} lanes, or not contiguous")
+        raise ValueError(f"sample_step: ended is {ended.dtype} {list(ended.shape)} for {count} lanes, or not "
+                         "contiguous")
     if count == 0:
         return
     space = shared_workspace(count, vocab, logits.device) if workspace is None else workspace

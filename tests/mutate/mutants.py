@@ -227,7 +227,7 @@ MUTANTS = [
            "idle lanes draw", "reuse padding"),
     Mutant("engine/passes.py", "len(batch) == self.max_sequences", "len(batch) > self.max_sequences",
            "a pass of one sequence too many", "planted"),
-    Mutant("engine/passes.py", "return parts if draft is None else [", "return parts if True else [",
+    Mutant("engine/passes.py", "if draft is not None:  # the device", "if False:  # the device",
            "a pass that trails a draft does not take its tokens", "trailing"),
     Mutant("engine/passes.py", "            closing[:sequences] = -1\n", "",
            "closing tokens of the pass before stay", "trailing"),
@@ -432,10 +432,10 @@ MUTANTS = [
            "one best seen for all responses", "sizes"),
     Mutant("engine/config.py", "return math.ceil(self.cache_tokens / self.page_size)",
            "return self.cache_tokens // self.page_size", "a budget is rounded down to pages", "sizes"),
-    Mutant("engine/target.py", "return bucket(count) if self.padded else count", "return bucket(count)",
+    Mutant("engine/target.py", "        if not self.padded:\n", "        if False:\n",
            "passes on the CPU have idle rows", "sizes"),
-    Mutant("engine/target.py", "if size >= count), -(-count // 128) * 128)", "if size >= count), count // 128 * 128)",
-           "more than 256 rows are padded to fewer", "padding"),
+    Mutant("engine/target.py", "if size >= count), -(-count // STEP) * STEP)",
+           "if size >= count), count // STEP * STEP)", "more than 256 rows are padded to fewer", "padding"),
     # -- random numbers, penalties, filters: the references -----------------------------------------------------------
     Mutant("kernels/philox.py", "return segment | sample << 20", "return segment | (sample & 0x7FF) << 20",
            "samples from 2048 on repeat those before", "streams"),
@@ -476,7 +476,7 @@ MUTANTS = [
            "parity"),
     Mutant("kernels/graph.py", "return 1 + (program.run(times - 1, done) if", "return 1 + (program.run(times, done) if",
            "a step too many where a shape is seen first", "planted"),
-    Mutant("kernels/graph.py", "if rare or key not in self._seen:", "if key not in self._seen:",
+    Mutant("kernels/graph.py", "if rare or key not in self._seen or", "if key not in self._seen or",
            "shapes that are rare are captured", "graphs"),
     # -- trace and command line ---------------------------------------------------------------------------------------
     Mutant("engine/trace/writer.py", "margin = attempt.reward - attempt.threshold", "margin = attempt.threshold - "
