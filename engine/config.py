@@ -32,6 +32,8 @@ class EngineConfig:
     page_size: tokens of a page. max_model_len: most tokens of a prompt and its response together.
     max_num_seqs: responses decoded at once. max_num_lanes: candidates drafted at once, over all responses.
     max_segment_size: tokens of the longest segment a policy may ask for.
+    max_num_batched_tokens: rows of prompts that each model runs in a round at most while other responses decode; longer
+        prompts are read over several rounds. None: the device's default, 2048 on a GPU and no bound on the CPU.
     prefill_backend: on a GPU, whose attention runs prompts of more than 256 tokens: "flash-attn-4", "flash-attn-2",
         "varlen" or "sdpa" (both torch's), "triton" (our own), or "auto", the first of these that suits the model.
     """
@@ -48,6 +50,7 @@ class EngineConfig:
     max_segment_size: int
     prefill_backend: str
     target: Target = field(repr=False)  # what follows from the device
+    max_num_batched_tokens: int | None = None  # None: no bound
 
     @property
     def num_pages(self) -> int:
@@ -59,11 +62,17 @@ class EngineConfig:
         """Slabs of each model's cache: one a lane, and one for the best seen of each response."""
         return self.max_num_lanes + self.max_num_seqs
 
+    @property
+    def chunk(self) -> int:
+        """Rows of a prefill pass, and of a prompt that is read in several: no more than a round may run."""
+        rows = self.max_num_batched_tokens
+        return self.target.chunk if rows is None else min(self.target.chunk, rows)
+
     @classmethod
     def resolve(cls, model: ModelConfig, device: str = "auto", dtype: str = "auto", deterministic: bool = False, *,
                 cache_tokens: int | None = None, page_size: int = 16, max_model_len: int | None = None,
                 max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
-                prefill_backend: str = "auto") -> EngineConfig:
+                prefill_backend: str = "auto", max_num_batched_tokens: int | None = None) -> EngineConfig:
         """Fills in defaults and refuses what cannot work; RequestError."""
         device, dtype = _name(device), _name(dtype)
         dtype = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
@@ -81,6 +90,8 @@ class EngineConfig:
         max_model_len = None if max_model_len is None else _size("max_model_len", max_model_len)
         page_size, max_segment_size = _size("page_size", page_size), _size("max_segment_size", max_segment_size)
         max_num_seqs, max_num_lanes = _size("max_num_seqs", max_num_seqs), _size("max_num_lanes", max_num_lanes)
+        batched_tokens = (target.batched_tokens if max_num_batched_tokens is None else
+                          _size("max_num_batched_tokens", max_num_batched_tokens))
         if target.triton:
             check_gpu()
             check_model(model)
@@ -103,7 +114,7 @@ class EngineConfig:
             device=device, dtype=dtype, deterministic=deterministic, cache_tokens=tokens, page_size=page_size,
             max_model_len=limits[source], max_model_len_from=source, max_num_seqs=min(max_num_seqs, max_num_lanes),
             max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend,
-            target=target)
+            target=target, max_num_batched_tokens=batched_tokens)
         rows = tokens + config.num_slabs * max_segment_size
         if rows * model.num_kv_heads > MAX_SIZE:
             raise RequestError(f"cache_tokens={tokens}, max_num_lanes={max_num_lanes} and max_segment_size="

@@ -82,7 +82,8 @@ class Engine:
     def __init__(self, model: Any, reward: Any = None, *, tokenizer: Any = None, device: str = "auto",
                  dtype: str = "auto", deterministic: bool = False, cache_tokens: int | None = None,
                  page_size: int = 16, max_model_len: int | None = None, max_num_seqs: int = 64,
-                 max_num_lanes: int = 64, max_segment_size: int = 128, prefill_backend: str = "auto", **others: Any):
+                 max_num_lanes: int = 64, max_segment_size: int = 128, prefill_backend: str = "auto",
+                 max_num_batched_tokens: int | None = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
         check_model(model)
@@ -91,7 +92,8 @@ class Engine:
         self.config = config = EngineConfig.resolve(
             load_config(model) if from_files else model.config, device, dtype, deterministic,
             cache_tokens=cache_tokens, page_size=page_size, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-            max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend)
+            max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend,
+            max_num_batched_tokens=max_num_batched_tokens)
         if from_files:
             # Everything that can be refused is refused before any weight is read.
             reward = resolve_reward(reward)
@@ -155,7 +157,7 @@ class Engine:
         if "_warned" not in vars(self):
             return "Engine(not built)"
         shape, config = self.model_config, self.config
-        running = len({group.request.request_id for group in self._scheduler.groups})
+        running = len({unit.request.request_id for unit in self._scheduler.running})
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
                 f"{shape.vocab_size}; reward {type(self.reward).__name__ if self.reward is not None else None}; "
                 f"{config.device}, {config.dtype}; max_model_len {config.max_model_len}, cache_tokens "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,6 +75,7 @@ class Passes:
         self.prefill_backend = choose_prefill(decoder.config, decoder.dtype, target, config.prefill_backend,
                                               config.deterministic)
         self.max_rows = pass_rows(config, sizes)
+        self.chunk = config.chunk
         self.max_sequences = sizes.max_sequences
         rows, sequences = padded_rows(config, sizes), target.rows(self.max_sequences, "draft")
         decoder.reserve(rows)
@@ -98,23 +99,33 @@ class Passes:
         self._graphs = Graphs()
         self._prepared: Prepared | None = None  # the pass that trails a draft, until it is launched
 
-    def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]) -> None:
+    def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """For each (table, token_ids, stop): writes keys and values of token_ids[table.length:stop] into the pages.
 
-        token_ids are the tokens from position 0 on. Afterwards table.length == stop.
+        token_ids are the tokens from position 0 on. Afterwards table.length == stop, of the first tables only where
+        `max_rows` did not suffice: whole chunks are run, in order, and no more rows than that. Returns the rows run.
         """
-        spans = []
-        for table, token_ids, stop in tables:
-            # Chunk boundaries are fixed by position, not by what else is in the batch.
-            for start in range(table.length, stop, self.target.chunk):
-                end = min(stop, start + self.target.chunk)
-                # Making shared pages private comes before any pass reads the block table.
-                slots = self.cache.rows(table, start, end)
-                spans.append(Span(table, token_ids[start:end], start, slots))
+        spans, rows = [], 0
+        for table, token_ids, start, end in self._chunks(tables):
+            if max_rows is not None and rows + end - start > max_rows:
+                break
+            # Making shared pages private comes before any pass reads the block table.
+            slots = self.cache.rows(table, start, end)
+            spans.append(Span(table, token_ids[start:end], start, slots))
+            rows += end - start
         for batch in self._batches(spans, self.max_rows, into_slab=False):
             self._run(batch, into_slab=False)
             for span in batch:
                 span.table.length = span.start + len(span.token_ids)
+        return rows
+
+    def _chunks(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]
+                ) -> Iterator[tuple[BlockTable, Sequence[int], int, int]]:
+        """(table, token_ids, start, end) of each chunk. Boundaries are fixed by position, not by what else is in the
+        batch, nor by how many chunks are run at a time."""
+        for table, token_ids, stop in tables:
+            for start in range(table.length, stop, self.chunk):
+                yield table, token_ids, start, min(stop, start + self.chunk)
 
     def score(self, spans: Sequence[Span]) -> list[float]:
         """Runs the spans into their slabs; the reward at the last token of each.

@@ -81,6 +81,15 @@ class Boundary(NamedTuple):
     metrics: Metrics
 
 
+@dataclass(eq=False, slots=True)
+class Prefill:
+    """How far both models have read what a response begins with that was admitted: prompt, and committed tokens."""
+
+    published: bool = False  # the language model's pages hold the prompt and are offered for sharing
+    started: bool = False  # the reward's session has read the prompt
+    resumed: int = 0  # tokens of the response that the session has taken up
+
+
 @dataclass(eq=False)
 class Hypothesis:
     """One response in the making: its own history in both caches and its own random stream."""
@@ -89,6 +98,7 @@ class Hypothesis:
     slot: int
     table: BlockTable | None = None
     session: Any = None  # the reward's state of this response
+    prefill: Prefill | None = None  # while what it begins with is being read: it draws nothing yet
     token_ids: list[int] = field(default_factory=list)  # committed
     segments: list[Segment] = field(default_factory=list)
     drafts: int = 0  # committed: the number of the next one in the random stream
@@ -115,6 +125,17 @@ class Hypothesis:
         """Its table, of a response that holds one."""
         assert self.table is not None
         return self.table
+
+    @property
+    def reading(self) -> Prefill:
+        """How far it is read, of a response that is being read."""
+        assert self.prefill is not None
+        return self.prefill
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.request.prompt.token_ids) + len(self.token_ids)
 
     @property
     def next_segment(self) -> int:
@@ -154,7 +175,7 @@ class Hypothesis:
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.session = self.best = None
+        self.table = self.session = self.best = self.prefill = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -277,8 +298,8 @@ class Group:
 
     @property
     def active(self) -> list[Hypothesis]:
-        """Those that draw in the next round. Of whole responses some may still wait for room."""
-        return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None]
+        """Those that draw in the next round. Of whole responses some may still wait for room, or be read."""
+        return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None and h.prefill is None]
 
     @property
     def finished(self) -> bool:
@@ -311,7 +332,8 @@ class Group:
         """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that have begun."""
         self.round = 0
         for hypothesis in self.hypotheses:
-            if hypothesis.table is not None or hypothesis.finish_reason is not None:
+            begun = hypothesis.table is not None and hypothesis.prefill is None
+            if begun or hypothesis.finish_reason is not None:
                 hypothesis.mark_boundary()
         self.boundary = Mark(tuple(self.hypotheses), self.memory, self.dropped)
 

@@ -88,7 +88,7 @@ class Round:
         table, session = hypothesis.table, hypothesis.session
         if table is not None:
             self._cache.close(table)
-            hypothesis.table = None
+            hypothesis.table = hypothesis.prefill = None
         if session is not None:
             hypothesis.session = None
             try:
@@ -103,7 +103,8 @@ class Round:
         asked = [request for request in requests if request.plan.score.prompt and request.prompt_reward is None]
         if not asked:
             return
-        holders = [next(h for h in request.hypotheses if h.session is not None) for request in asked]
+        holders = [next(h for h in request.hypotheses if h.session is not None and h.prefill is None)
+                   for request in asked]
         results = self._judge.score(holders, [Candidate(holder.session, [], "") for holder in holders])
         for request, result in zip(asked, results, strict=True):
             if result.handle is not None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stars.arguments import shown
-from stars.cache import CommitMove, PagedCache
+from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
-from stars.passes import Passes, Span
+from stars.passes import Passes
 from stars.policies import Plan
+from stars.prefilling import Allowance, Prefiller
 from stars.prompt import Prompt
-from stars.request import Group, Hypothesis, Request
+from stars.request import Group, Hypothesis, Prefill, Request
 from stars.reward.base import Reward
 from stars.round import Round
 
@@ -37,6 +38,14 @@ class Unit:
         members = self.group.hypotheses if self.whole is None else [self.whole]
         return [hypothesis for hypothesis in members if hypothesis.finish_reason is None]
 
+    @property
+    def ready(self) -> bool:
+        """Whether both models have read what all of its responses begin with: it draws in the next round."""
+        for hypothesis in self.unfinished:
+            if hypothesis.table is None or hypothesis.prefill is not None:
+                return False
+        return True
+
 
 def units_of(request: Request) -> Iterator[Unit]:
     """The units of a request, in order."""
@@ -49,6 +58,8 @@ def units_of(request: Request) -> Iterator[Unit]:
 
 class Scheduler:
     """Units in the order they came: those in front run, as many as both caches hold, the others wait.
+
+    Who is admitted draws once both models have read its prompt, a bounded number of rows a round where others decode.
 
     Pages are taken for a prompt at admission and for a segment before each round. Where they run out, the unit that was
     admitted last is pre-empted: it goes back to its last boundary, gives everything back and waits in front of all
@@ -64,7 +75,7 @@ class Scheduler:
         self._config = config
         self._cache = cache
         self._reward = reward
-        self._passes = passes
+        self._prefiller = Prefiller(cache, reward, passes, config)
         self._round = round_
         self._gave_way: Unit | None = None  # the last one, until another gives something back
 
@@ -75,8 +86,8 @@ class Scheduler:
 
     @property
     def groups(self) -> list[Group]:
-        """The groups of which something runs, as they were admitted."""
-        return list(dict.fromkeys([unit.group for unit in self.running]))
+        """The groups of which something draws in the next round, as they were admitted."""
+        return list(dict.fromkeys([unit.group for unit in self.running if unit.ready]))
 
     @property
     def _scorer(self) -> Reward:
@@ -127,7 +138,8 @@ class Scheduler:
         ended = []
         for unit in list(self.running):
             for hypothesis in unit.unfinished:
-                while hypothesis.table is not None and not self._reserve(hypothesis):
+                # While it is read it has the pages that it was admitted with.
+                while hypothesis.table is not None and hypothesis.prefill is None and not self._reserve(hypothesis):
                     if len(self.running) > 1:
                         self._preempt(self.running[-1])
                     else:
@@ -162,14 +174,15 @@ class Scheduler:
             hypothesis.metrics.lm_seconds, hypothesis.metrics.rm_seconds = metrics.lm_seconds, metrics.rm_seconds
             hypothesis.metrics.num_preemptions += 1
         self._give_up(unit)
-        self.running.remove(unit)
-        self.waiting.appendleft(unit)
 
     def _give_up(self, unit: Unit) -> None:
-        """Takes everything from `unit`, until another gives something back."""
+        """Takes everything from `unit`, which waits in front of all others until another gives something back."""
         for hypothesis in unit.unfinished:
             self._round.close(hypothesis)
         self._gave_way = unit
+        if unit in self.running:
+            self.running.remove(unit)
+            self.waiting.appendleft(unit)
 
     def _refuse(self, unit: Unit, problem: str) -> Request:
         """Ends the request of a unit that cannot be held although nothing else holds anything."""
@@ -185,61 +198,75 @@ class Scheduler:
 
     def admit(self, only: Group | None = None) -> list[Request]:
         """Moves waiting units, in order, into the running ones as long as the pages of prompt and first segment are
-        there; returns the requests that this ends.
+        there, and reads on in what those begin with that were admitted; returns the requests that this ends.
 
-        With `only`, those of one group.
+        Where something decodes, so many rows of each model are run at most as `max_num_batched_tokens` says; otherwise
+        all are. With `only`, units of one group are admitted.
         """
         ended: list[Request] = []
-        if not self.waiting:
+        if not self.waiting and not self._unread:
             return ended
-        while opened := self._open_units(only, ended):
-            ended += self._start(opened)
+        rows = self._config.max_num_batched_tokens if any(unit.ready for unit in self.running) else None
+        language, reward = Allowance(rows), Allowance(rows)
+        while True:
+            opened, used = self._open_units(only, ended), language.used + reward.used
+            ready = self._prefiller.advance(self._unread, language, reward)
+            ended += self._begin(ready)
+            # What was read may be shared from now on: those that waited for it are opened next.
+            if not opened and not ready and language.used + reward.used == used:
+                break
         first = self._first(only)
         if first is not None and not self.running:
             ended.append(self._refuse(first, "can_open refuses this prompt"))
         return ended
 
+    @property
+    def _unread(self) -> list[Hypothesis]:
+        """Responses that were admitted and are still being read, in the order of their admission."""
+        return [hypothesis for unit in self.running for hypothesis in unit.unfinished if hypothesis.prefill is not None]
+
     def _first(self, only: Group | None) -> Unit | None:
-        """The unit to be admitted next."""
+        """The unit to be admitted next: the rest of one that has been admitted in part, or the first that waits."""
+        if self.running and any(hypothesis.table is None for hypothesis in self.running[-1].unfinished):
+            return self.running[-1]
         while self.waiting and not self.waiting[0].unfinished:
             self.waiting.popleft()
         return next((unit for unit in self.waiting if unit.unfinished and only in (None, unit.group)), None)
 
-    def _open_units(self, only: Group | None, ended: list[Request]) -> list[Hypothesis]:
-        """Opens what can be started together; a request that fails is appended to `ended`.
+    def _open_units(self, only: Group | None, ended: list[Request]) -> bool:
+        """Opens what can be read side by side; a request that fails is appended to `ended`. Whether there is something
+        new to be read.
 
-        Who could share pages with one that was opened a moment ago waits until those are written, the rest of its own
-        unit too.
+        Who could share pages with one that is being read waits until those are written, the rest of its own unit too.
         """
         opened: list[Hypothesis] = []
-        beginnings: set[tuple[int, ...]] = set()
-        while (unit := self._first(only)) is not None and not (unit is self._gave_way and self.running):
+        beginnings = {self._beginning(hypothesis) for hypothesis in self._unread} - {None}
+        while (unit := self._first(only)) is not None:
+            if unit not in self.running and (unit is self._gave_way and self.running or not self._has_room(unit)):
+                break
             for hypothesis in unit.unfinished:
                 if hypothesis.table is not None:
                     continue
                 beginning = self._beginning(hypothesis)
                 if beginning in beginnings:
-                    return opened
-                if all(other.table is None for other in unit.unfinished) and not self._has_room(unit):
-                    return opened
+                    return bool(opened)
                 try:
                     if not self._open(hypothesis):
                         if any(one.table is not None for one in unit.unfinished):
                             self._give_up(unit)
-                        return [other for other in opened if other.table is not None]
+                        return any(other.table is not None for other in opened)
                 except IntegrityError:
                     raise
                 except Exception as error:
                     ended.append(self.fail(unit.request, error))
-                    opened = [other for other in opened if other.table is not None]
                     break
                 opened.append(hypothesis)
                 if beginning is not None:
                     beginnings.add(beginning)
-            else:
-                self.waiting.remove(unit)
-                self.running.append(unit)
-        return opened
+                if unit not in self.running:
+                    self.waiting.remove(unit)
+                    self.running.append(unit)
+        return bool(opened)
 
     def _has_room(self, unit: Unit) -> bool:
         """Whether all of `unit` can be opened in the language model's cache, with a segment each."""
@@ -260,60 +287,22 @@ class Scheduler:
         if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
         table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1])
+        hypothesis.prefill = Prefill()
         if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
             hypothesis.metrics.prompt_tokens_cached = table.length
         if scored:
             hypothesis.session = self._scorer.open(request.prompt, request.max_tokens)
         return self._reserve(hypothesis, opened=True)
 
-    def _start(self, opened: list[Hypothesis]) -> list[Request]:
-        """Runs the prompts of newly opened hypotheses, and what they had committed before, through both models; returns
-        the requests whose prompt alone cannot be scored."""
-        exact = self._config.deterministic
-        # The last token is the first input of a draft.
-        self._passes.prefill([(hypothesis.pages, ids, len(ids) - 1) for hypothesis in opened for ids in
-                              [hypothesis.request.prompt.token_ids + ([] if exact else hypothesis.token_ids)]])
-        for hypothesis in opened:
-            self._cache.publish(hypothesis.pages, hypothesis.request.prompt.token_ids[:-1])
-        if exact:
-            self._redraft([hypothesis for hypothesis in opened if hypothesis.token_ids])
-        scored = [hypothesis for hypothesis in opened if hypothesis.session is not None]
-        if not scored:
-            return []
-        self._scorer.start([hypothesis.session for hypothesis in scored])
-        for hypothesis in scored:
-            if hypothesis.token_ids and hypothesis.request.plan.score.when == "segment":
-                for stop in list(hypothesis.ends) if exact else [len(hypothesis.token_ids)]:
-                    ids = hypothesis.token_ids[:stop]
-                    text = hypothesis.request.detokenizer.decode(ids) if self._scorer.needs_text else None
-                    self._scorer.resume(hypothesis.session, ids, text)
-        requests = list({hypothesis.request.request_id: hypothesis.request for hypothesis in scored
-                         if hypothesis.request.prompt_reward is None}.values())
+    def _begin(self, ready: Sequence[Hypothesis]) -> list[Request]:
+        """What comes before the first draft of responses that were read; returns the requests whose prompt alone cannot
+        be scored."""
+        requests = list({hypothesis.request.request_id: hypothesis.request for hypothesis in ready
+                         if hypothesis.session is not None and hypothesis.request.prompt_reward is None}.values())
         self._round.prompt_rewards(requests)
         failed = [request for request in requests if request.finished]
         self.release(failed)
         return failed
-
-    def _redraft(self, hypotheses: list[Hypothesis]) -> None:
-        """Runs what was committed through the language model again as it was drafted, a segment at a time in slabs.
-
-        So every key has the bits that it had: attention adds up what lies in pages and what lies in a slab apart.
-        """
-        waiting = [(hypothesis, list(hypothesis.ends)) for hypothesis in hypotheses]
-        while waiting:
-            slabs = [self._cache.take_slab() for _ in waiting]
-            spans, moves = [], []
-            for (hypothesis, ends), slab in zip(waiting, slabs, strict=True):
-                table, prompt = hypothesis.pages, hypothesis.request.prompt.token_ids
-                first, stop = table.length, len(prompt) - 1 + ends.pop(0)
-                rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
-                spans.append(Span(table, (prompt + hypothesis.token_ids)[first:stop], first, rows))
-                moves.append(CommitMove(table, rows.start, len(rows), first))
-            self._passes.redraft(spans)
-            self._cache.commit(moves)
-            for slab in slabs:
-                self._cache.return_slab(slab)
-            waiting = [(hypothesis, ends) for hypothesis, ends in waiting if ends]
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -350,7 +339,7 @@ def _places(unit: Unit) -> int:
 
 def _length(hypothesis: Hypothesis) -> int:
     """Positions that it has in the language model's cache: those of all its tokens but the last."""
-    return len(hypothesis.request.prompt.token_ids) - 1 + len(hypothesis.token_ids)
+    return hypothesis.length - 1
 
 
 def _next_length(hypothesis: Hypothesis) -> int:

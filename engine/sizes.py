@@ -54,7 +54,7 @@ def longest_text(shape: ModelConfig, cache_tokens: int, slab_len: int) -> int:
 
 def pass_rows(config: EngineConfig, sizes: ModelSizes) -> int:
     """Rows of a prefill or scoring pass at most, idle ones apart: a chunk, or a slab that is longer."""
-    return max(config.target.chunk, sizes.slab_len)
+    return max(config.chunk, sizes.slab_len)
 
 
 def padded_rows(config: EngineConfig, sizes: ModelSizes) -> int:

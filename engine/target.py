@@ -33,6 +33,7 @@ class Target(NamedTuple):
     own_memory: bool  # apart from the host's: what passes between them is sent and waited for
     padded: bool  # passes are filled up with idle rows to few captured shapes, and attention gets its tiles
     chunk: int  # rows of a prefill pass
+    batched_tokens: int | None  # rows of prompts in a round beside decoding responses, by default; None: no bound
     captured_prefill: int  # rows up to which a prefill pass is captured
     captured_score: int  # rows up to which a scoring pass is; more candidates than that are scored in several
     ridge_rows: int  # rows of a scoring pass
@@ -66,6 +67,12 @@ class Target(NamedTuple):
 # Chunks: enough rows to be bound by arithmetic, few enough to keep activations in a processor's caches. A GPU's
 # products need more rows to be bound by it.
 #
+# Batched tokens: what a round may run of prompts while others decode. On a GPU a row costs two models of P parameters
+# 4 P floating point operations, and a step of a draft reads 2 P bytes: at 600 TFLOP/s and 3 TB/s, 2,048 rows take two
+# thirds of the time of drafting a segment of 32 tokens, whatever P is. So no round is twice as long for them. On the
+# CPU the bound is the user's to set: who joins later than it could decodes in rounds of fewer lanes, which cost as
+# much as those of many.
+#
 # Captured prefill: prompts of a few hundred tokens, whose passes would otherwise take the host longer to launch than
 # the GPU to run. Longer ones are launched one by one, and may use a library.
 #
@@ -87,6 +94,7 @@ CPU = Target(
     own_memory=False,
     padded=False,
     chunk=256,
+    batched_tokens=None,
     captured_prefill=256,
     captured_score=1 << 30,
     ridge_rows=32,
@@ -105,6 +113,7 @@ CUDA = Target(
     own_memory=True,
     padded=True,
     chunk=2048,
+    batched_tokens=2048,
     captured_prefill=256,
     captured_score=512,
     ridge_rows=128,

@@ -50,35 +50,67 @@ class Stream:
         while self.works and self.given - len(self.works) < place:
             self.works.popleft()()
 
+    def wait_stream(self, other: Stream) -> None:
+        """What comes next here waits for what the other was given so far."""
+        place = other.given
+        self.give(lambda: other.wait(place))
+
     def synchronize(self) -> None:
         self.wait(self.given)
 
 
-class Event:
-    """A place in the stream."""
+class Streams:
+    """The device's: what it is given goes to the current one."""
 
-    stream: Stream
+    def __init__(self, main: Stream):
+        self.all, self.current = [main], main
 
-    def __init__(self):
-        self.place = 0
+    def new(self) -> Stream:
+        self.all.append(Stream())
+        return self.all[-1]
 
-    def record(self) -> None:
-        self.place = self.stream.given
+    @contextmanager
+    def on(self, stream: Stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def give(self, work) -> tuple[Stream, int]:
+        return self.current, self.current.give(work)
 
     def synchronize(self) -> None:
-        self.stream.wait(self.place)
+        for stream in self.all:
+            stream.synchronize()
+
+
+class Event:
+    """A place in a stream."""
+
+    streams: Streams
+
+    def __init__(self):
+        self.place = None
+
+    def record(self) -> None:
+        self.place = self.streams.current, self.streams.current.given
+
+    def synchronize(self) -> None:
+        if self.place is not None:
+            self.place[0].wait(self.place[1])
 
 
 class SplitBuffers:
     """`Buffers` on a device with memory of its own: what was not sent is not there, what was not waited for neither."""
 
-    stream: Stream
+    streams: Streams
 
     def __init__(self, target, /, zeroed=True, **fields):
         self._there, self._here = (buffers.Buffers(CPU, **fields) for _ in range(2))
         if not zeroed:
             self._there._here.fill_(0x77)
-        self._busy, self._place = False, 0
+        self._busy, self._place = False, None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._there[name]
@@ -88,16 +120,17 @@ class SplitBuffers:
         return self._here.host(name)
 
     def wait(self) -> None:
-        self.stream.wait(self._place)
+        if self._place is not None:
+            self._place[0].wait(self._place[1])
         self._busy = False
 
     def upload(self, size: int | None = None) -> None:
         self._busy = True
-        self._place = self.stream.give(lambda: self._there._here[:size].copy_(self._here._here[:size]))
+        self._place = self.streams.give(lambda: self._there._here[:size].copy_(self._here._here[:size]))
 
     def fetch(self) -> None:
         self._busy = True
-        self._place = self.stream.give(lambda: self._here._here.copy_(self._there._here))
+        self._place = self.streams.give(lambda: self._here._here.copy_(self._there._here))
 
 
 class RecordedGpu:
@@ -107,20 +140,21 @@ class RecordedGpu:
         self.memory: list[torch.Tensor] = []  # of its engines, which a capture must leave as it is
         self.captures = self.replays = self.launched = 0  # launched: parts that ran without being captured
         self.capturing: Graph | None = None
-        self.stream = Event.stream = SplitBuffers.stream = Stream()
+        self.stream = Stream()  # the usual one
+        self.streams = Event.streams = SplitBuffers.streams = Streams(self.stream)
 
     def graph(self) -> Graph:
         return Graph(self)
 
     def copy_rows(self, *given: torch.Tensor) -> None:
         if self.capturing is None:
-            self.stream.synchronize()
+            self.streams.current.synchronize()
             copy(*given)
         else:
             self.capturing.copies.append(given)
 
     def to_device(self, cache, values) -> torch.Tensor:
-        self.stream.synchronize()  # it is read at once
+        self.streams.current.synchronize()  # it is read at once
         return torch.tensor(list(values), dtype=torch.int32)
 
     def sample_step(self, logits, lanes, filters=True, ended=None) -> None:
@@ -144,7 +178,7 @@ class Graph:
         self.gpu = gpu
 
     def capture_begin(self, pool, capture_error_mode) -> None:
-        self.gpu.stream.synchronize()  # recording also runs what it records
+        self.gpu.streams.synchronize()  # recording also runs what it records
         self.before = [(tensor, tensor.clone()) for tensor in self.gpu.memory]
         self.recording, self.copies, self.told = libstars.record(), [], []
         self.program = self.recording.__enter__()
@@ -160,7 +194,7 @@ class Graph:
 
     def replay(self) -> None:
         self.gpu.replays += 1
-        self.gpu.stream.give(self._run)
+        self.gpu.streams.give(self._run)
 
     def _run(self) -> None:
         before = [done.clone() for done, _ in self.told]
@@ -189,11 +223,6 @@ def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:
     return flags, flags.numpy()
 
 
-@contextmanager
-def nothing(stream):
-    yield
-
-
 def install(monkeypatch) -> RecordedGpu:
     """Engines built from now on, for the rest of a test, take the way of a GPU; see `build`."""
     gpu = RecordedGpu()
@@ -210,7 +239,7 @@ def install(monkeypatch) -> RecordedGpu:
     def launched(run: graphs.Graphs, part: graphs.Part, rare: bool) -> None:
         def call() -> None:
             if gpu.capturing is None:
-                gpu.stream.synchronize()
+                gpu.streams.current.synchronize()
                 gpu.launched += 1
             part.call()
 
@@ -220,9 +249,10 @@ def install(monkeypatch) -> RecordedGpu:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", gpu.graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
-    monkeypatch.setattr(torch.cuda, "stream", nothing)
-    monkeypatch.setattr(torch.cuda, "synchronize", gpu.stream.synchronize)
+    monkeypatch.setattr(torch.cuda, "Stream", gpu.streams.new)
+    monkeypatch.setattr(torch.cuda, "stream", gpu.streams.on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: gpu.streams.current)
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.streams.synchronize)
     return gpu
 
 

@@ -354,7 +354,8 @@ def test_prompts_with_a_common_beginning_wait_for_it_once(monkeypatch, common, o
     engine = toy_engine(LM, max_num_seqs=8, page_size=16)
     started = []
     prefill = engine._passes.prefill
-    monkeypatch.setattr(engine._passes, "prefill", lambda tables: (started.append(len(tables)), prefill(tables)))
+    monkeypatch.setattr(engine._passes, "prefill", lambda tables, *rows: (
+        started.append(len(tables)), prefill(tables, *rows))[1])
     draw = np.random.default_rng(1)
     head = draw.integers(1, 5, common).tolist()
     prompts = [{"prompt_token_ids": [*head, *draw.integers(1, 5, own).tolist(), 1]} for _ in range(6)]

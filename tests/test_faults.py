@@ -651,7 +651,7 @@ def test_twenty_thousand_operations(causal, operations):
     def rewarded():
         return stars.CausalReward(RM.decoder()) if causal else stars.FunctionReward(reward, inputs="ids")
 
-    made = toy_engine(LM, rewarded(), cache_tokens=96, max_num_seqs=5, max_num_lanes=12)
+    made = toy_engine(LM, rewarded(), cache_tokens=96, max_num_seqs=5, max_num_lanes=12, max_num_batched_tokens=7)
     quiet = toy_engine(LM, rewarded())
     wanted = [tokens(quiet.generate(*chosen, use_tqdm=False)[0]) for chosen in HEALTHY]
     made_of: dict[str, tuple[int | None, object]] = {}  # unfinished, by id: which of HEALTHY, and the request

@@ -341,7 +341,8 @@ def test_the_best_seen_of_earlier_rounds_is_committed_from_its_slab():
     prefills = []
     for passes in (engine._passes, engine.reward._passes):
         prefill = passes.prefill
-        passes.prefill = lambda given, prefill=prefill: (prefills.append(len(given)), prefill(given))
+        passes.prefill = lambda given, *rows, prefill=prefill: (
+            prefills.append(len(given)), prefill(given, *rows))[1]
     [output] = engine.generate({"prompt_token_ids": ids(9, 11)}, stars.SamplingParams(max_tokens=12, seed=1),
                                stars.STARS(4, 5, reward_threshold=math.inf, width=1), use_tqdm=False)
     assert prefills == [1, 1] and output.metrics.fallbacks == output.metrics.segments > 1

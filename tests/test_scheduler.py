@@ -341,15 +341,21 @@ PRESSED = [({"prompt_token_ids": ids(7 + index, 11, index)},
            for index, policy in enumerate((POLICIES[0], POLICIES[1], Population(2)))]
 
 
-def pressed(made: stars.Engine) -> list:
-    """Tokens of a few requests that do not fit together; interrupts are survived."""
-    for index, job in enumerate(PRESSED):
-        while str(index) not in made._requests:
-            try:
-                made.add_request(*job, request_id=str(index))
-            except KeyboardInterrupt:
-                made.check_integrity()
-    requests = dict(made._requests)
+def pressed(made: stars.Engine, jobs: Sequence[tuple] = PRESSED, later: Sequence[tuple] = ()) -> list:
+    """Tokens of a few requests that do not fit together, `later` ones added after a step; interrupts are survived."""
+    requests = {}
+
+    def add(jobs: Sequence[tuple]) -> None:
+        for job in jobs:
+            name = str(len(requests))
+            while name not in made._requests:
+                try:
+                    made.add_request(*job, request_id=name)
+                except KeyboardInterrupt:
+                    made.check_integrity()
+            requests[name] = made._requests[name]
+
+    add(jobs)
     left = True
     while left:
         try:
@@ -357,25 +363,31 @@ def pressed(made: stars.Engine) -> list:
             left = made.has_unfinished_requests()
         except KeyboardInterrupt:
             made.check_integrity()
+        if len(requests) < len(jobs) + len(later):
+            add(later)
+            left = True
     return [([(one.token_ids, one.finish_reason) for one in output.outputs], output.metrics.attempts,
              output.metrics.accept_rate) for output in (request.output() for request in requests.values())]
 
 
-def interrupt_everywhere(causal: bool, step: int, counts: Callable[[int, int], set[int]]) -> None:
+def interrupt_everywhere(causal: bool, step: int, counts: Callable[[int, int], set[int]],
+                         traffic: Callable[[stars.Engine], list] = pressed, **options: Any) -> None:
     """Before every `step`-th bytecode of the queue, of going back and of the ledger: at those of its runs that
     counts(number of the place, how often it runs) names."""
-    made = engine(causal_reward() if causal else function_reward(), 42, max_num_seqs=6, page_size=3)
-    wanted = pressed(made)
+    made = engine(causal_reward() if causal else function_reward(), 42, max_num_seqs=6, page_size=3, **options)
+    wanted = traffic(made)
     with Interrupts() as seen:
-        pressed(made)
-    functions = ("go_back", "let_go", "reserve", "open", "close", "can_open", "_replace", "resume")
-    places = sorted(place for place in seen.seen if place[0].endswith("scheduler.py")
-                    or place[0].endswith(("request.py", "cache.py", "causal.py")) and place[2] in functions)
-    assert {place[2] for place in places} >= {"_preempt", "_give_up", "_open", "_start", "reserve", "release"}
+        traffic(made)
+    functions = ("go_back", "let_go", "reserve", "open", "close", "can_open", "_replace", "resume_in_chunks",
+                 "start_in_chunks")
+    places = sorted(place for place in seen.seen if place[0].endswith(("scheduler.py", "prefilling.py"))
+                    or place[0].endswith(("request.py", "cache.py", "scoring.py", "session.py"))
+                    and place[2] in functions)
+    assert {place[2] for place in places} >= {"_preempt", "_give_up", "_open", "advance", "reserve", "release"}
     for number, place in enumerate(places[3::step]):
         for count in sorted(counts(number, seen.seen[place])):
             with Interrupts(place, count):
-                got = pressed(made)
+                got = traffic(made)
             nothing_is_held(made)
             assert got == wanted, f"after an interrupt at {place}"
 

@@ -314,3 +314,66 @@ def test_an_encoder_reads_a_prompt_once(bench, monkeypatch):
     assert calls == [[(PROMPT, "")]]
     other = parse_prompt("A girl", made.tokenizer, 10**6)
     assert reward.open(other, 30).text == "A girl" and len(calls) == 2
+
+
+# -- prompts in chunks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sessions_that_start_in_chunks(bench, kind):
+    """Three prompts, five rows of the model a call: those that have started score as they would have at once, between
+    the calls too, and one that is closed before it has started leaves nothing behind."""
+    made = bench(kind, config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4,
+                                 max_num_batched_tokens=5))
+    reward, ids = made.reward, made.ids(" jumps over")
+    prompts = [parse_prompt(text, made.tokenizer, 10**6) for text in (PROMPT, "Quite another one, and longer", "A dog")]
+    sessions = [reward.open(prompt, 20) for prompt in prompts]
+    left, calls = list(sessions), []
+    while left:
+        progress = reward.start_in_chunks(left, 5)
+        calls.append(progress)
+        assert 0 <= progress.rows <= 5 and 0 <= progress.done <= len(left)
+        assert progress.rows or progress.done, "nothing was done"
+        for session in left[: progress.done]:
+            [one] = made.score((session, ids))
+            reward.discard(one.handle)
+            made.prompt = prompts[sessions.index(session)]
+            made.check(one, ids)
+        left = left[progress.done :]
+        reward.check_integrity()
+    if kind in CAUSAL:
+        # All but the last token of each, but for pages that the first of them has offered to the others.
+        rows = sum(one.rows for one in calls)
+        assert rows <= sum(len(session.committed) for session in sessions) and len(calls) >= rows / 5 > 1
+        late = reward.open(parse_prompt("Nobody waits for it, as it is closed early", made.tokenizer, 10**6), 20)
+        assert reward.start_in_chunks([late], 5) == (0, 5)
+        reward.close(late)
+    else:
+        assert calls == [(3, 0)]
+    for session in sessions:
+        reward.close(session)
+    made.all_free()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_response_that_is_taken_up_in_chunks(bench, kind, deterministic):
+    """What was committed before, again: some rows a call, and what comes after it is scored as if nothing had been."""
+    made = bench(kind, config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4,
+                                 max_num_batched_tokens=7, deterministic=deterministic))
+    reward, session = made.reward, made.open()
+    ids, more = made.ids(" jumps over the lazy dog, and sleeps on"), made.ids(" all day")
+    calls = []
+    while not calls or not calls[-1].done:
+        calls.append(reward.resume_in_chunks(session, ids, made.tokenizer.decode(ids), None if deterministic else 7))
+    assert calls[-1].done == 1 and [one.done for one in calls[:-1]] == [0] * (len(calls) - 1)
+    if kind in CAUSAL and not deterministic:
+        assert len(calls) > 1 and all(0 < one.rows <= 7 for one in calls)
+    elif kind in CAUSAL:
+        longer = ids + more
+        assert len(calls) == 1 and reward.resume_in_chunks(session, longer, made.tokenizer.decode(longer), 1) == (0, 0)
+    [one] = made.score((session, ids + more))
+    made.check(one, ids + more)
+    reward.discard(one.handle)
+    reward.close(session)
+    made.all_free()

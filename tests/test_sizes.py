@@ -114,7 +114,7 @@ def test_the_engines_keywords_are_those_of_its_configuration():
     engine, config = (inspect.signature(function).parameters for function in (stars.Engine, EngineConfig.resolve))
     shared = [name for name in config if name != "model"]
     assert shared == ["device", "dtype", "deterministic", "cache_tokens", "page_size", "max_model_len", "max_num_seqs",
-                      "max_num_lanes", "max_segment_size", "prefill_backend"]
+                      "max_num_lanes", "max_segment_size", "prefill_backend", "max_num_batched_tokens"]
     assert [engine[name].default for name in shared] == [config[name].default for name in shared]
     assert [name for name in engine if name not in shared] == ["model", "reward", "tokenizer", "others"]
     assert engine["others"].kind is inspect.Parameter.VAR_KEYWORD

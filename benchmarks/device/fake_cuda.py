@@ -58,6 +58,13 @@ class Event:
         events["wait"] += 1
 
 
+class Stream:
+    """Streams wait for one another, not the host for them."""
+
+    def wait_stream(self, other: Stream) -> None:
+        events["stream wait"] += 1
+
+
 class Graph:
     """Counts captures and replays."""
 
@@ -180,7 +187,8 @@ def install() -> None:
     cuda.get_device_name = lambda *device: os.environ.get("STARS_FAKE_GPU", "none")  # whose product table is meant
     cuda.get_device_capability, cuda.mem_get_info = lambda *device: (9, 0), lambda *device: (70 << 30, 80 << 30)
     cuda.is_current_stream_capturing = lambda: _capturing
-    cuda.Event, cuda.CUDAGraph, cuda.Stream, cuda.graph_pool_handle = Event, Graph, object, object
+    cuda.Event, cuda.CUDAGraph, cuda.Stream, cuda.graph_pool_handle = Event, Graph, Stream, object
+    cuda.current_stream = lambda *device: Stream()
     cuda.stream, cuda.synchronize, cuda.empty_cache = (lambda stream: nullcontext()), _synchronize, lambda: None
     JITFunction.run = launch
     for module in ("cache", "draft", "passes", "tiling"):

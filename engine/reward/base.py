@@ -39,6 +39,13 @@ class Scored(NamedTuple):
     handle: Any = None  # kept until commit or discard
 
 
+class Progress(NamedTuple):
+    """How far a reward has come with what it was asked to read."""
+
+    done: int  # of what was asked, the first ones
+    rows: int  # that its model ran for it
+
+
 class TrailingCandidate(NamedTuple):
     """A candidate that is still being drafted."""
 
@@ -124,6 +131,17 @@ class Reward(ABC):
     def start(self, sessions: list[Any]) -> None:
         """Runs the prompts of newly opened sessions, all together. No two of them begin with the same page."""
 
+    def start_in_chunks(self, sessions: list[Any], max_rows: int | None) -> Progress:
+        """As `start`, of whose work as much is done now as takes at most `max_rows` rows (None: all of it), the first
+        sessions first; returns how many of them have started.
+
+        The engine asks this. Where others decode, it asks once a round, until all have started; between, any of these
+        sessions may be closed, and others may be opened that come after them. A reward that runs no prompts, or cannot
+        stop in between, starts all.
+        """
+        self.start(sessions)
+        return Progress(len(sessions), 0)
+
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """Candidates of one response worth scoring at once, each of `tokens` new tokens, besides others' candidates."""
         return 1 << 30
@@ -150,6 +168,13 @@ class Reward(ABC):
 
         Needed where a session keeps what was committed.
         """
+
+    def resume_in_chunks(self, session: Any, token_ids: list[int], text: str | None,
+                         max_rows: int | None) -> Progress:
+        """As `resume`, in at most `max_rows` rows now (None: all of them); done is 1 once all of the response is taken
+        up. The engine asks this, with the same response until it is."""
+        self.resume(session, token_ids, text)
+        return Progress(1, 0)
 
     def reset(self) -> None:
         """Forgets every session and handle: the engine was interrupted, and opens anew what it still needs.

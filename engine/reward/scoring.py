@@ -12,7 +12,7 @@ from stars.kernels.types import Draft
 from stars.model.tokenizer import REPLACEMENT
 from stars.passes import MAX_CLOSING, DraftedPart, Span
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, ContextFull, Scored, TrailingCandidate
+from stars.reward.base import Candidate, ContextFull, Progress, Scored, TrailingCandidate
 from stars.reward.session import Handle, Session, SessionReward
 
 
@@ -124,16 +124,25 @@ class ScoringReward(SessionReward):
     def resume(self, session: Session, token_ids: list[int], text: str | None) -> None:
         """Writes the response into the session's pages; in deterministic mode as it was scored and committed, so that
         every key has the bits that it had."""
+        self.resume_in_chunks(session, token_ids, text, None)
+
+    def resume_in_chunks(self, session: Session, token_ids: list[int], text: str | None,
+                         max_rows: int | None) -> Progress:
+        """As `resume`, in whole chunks; in deterministic mode all of what is missing, or nothing."""
+        ids, content = self._ids(session, token_ids, text)
         if self.deterministic:
+            rows = len(ids) - _common(session, ids, len(ids) - 1)
+            if max_rows is not None and rows > max_rows:
+                return Progress(0, 0)
             [scored] = self.score([Candidate(session, token_ids, text)])
             if isinstance(scored.reward, RewardError):
                 raise scored.reward
             self.commit([(session, scored.handle)])
-            return
-        ids, content = self._ids(session, token_ids, text)
+            return Progress(1, rows)
         stop = content - self.target.reward_lag
         self._make_room(session, stop)
-        self._write(session, ids, stop)
+        rows = self._write(session, ids, stop, max_rows)
+        return Progress(int(session.table.length == stop), rows)
 
     def commit(self, winners: list[tuple[Session, Handle]]) -> None:
         """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped.
@@ -172,11 +181,13 @@ class ScoringReward(SessionReward):
         if stop > len(session.table.pages) * self.cache.page_size:
             self.cache.reserve(session.table, stop - session.table.length)
 
-    def _write(self, session: Session, ids: list[int], stop: int) -> None:
-        """ids[:stop] into the session's pages, which then end there."""
+    def _write(self, session: Session, ids: list[int], stop: int, max_rows: int | None = None) -> int:
+        """ids[:stop] into the session's pages, which then end there, or, after at most `max_rows` rows, before; returns
+        the rows run."""
         self.cache.truncate(session.table, _common(session, ids, stop))
-        self._passes.prefill([(session.table, ids, stop)])
-        session.committed = ids[:stop]
+        rows = self._passes.prefill([(session.table, ids, stop)], max_rows)
+        session.committed = ids[: session.table.length]
+        return rows
 
     def _ids(self, session: Session, token_ids: list[int], text: str | None) -> tuple[list[int], int]:
         """(ids of prompt, response and closing; how many of them are not closing) of a response as in `Candidate`."""

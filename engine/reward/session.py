@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import NamedTuple
 
 from stars.cache import BlockTable, PagedCache
 from stars.passes import Passes
 from stars.prompt import Prompt
-from stars.reward.base import Reward
+from stars.reward.base import Progress, Reward
 from stars.reward.framing import Frame, Framing
 from stars.target import Target
 
@@ -55,9 +56,16 @@ class SessionReward(Reward):
 
     def start(self, sessions: list[Session]) -> None:
         """Prefills the prompts, and offers their pages for sharing."""
-        self._passes.prefill([(session.table, session.committed, len(session.committed)) for session in sessions])
-        for session in sessions:
+        self.start_in_chunks(sessions, None)
+
+    def start_in_chunks(self, sessions: list[Session], max_rows: int | None) -> Progress:
+        """As `start`, in whole chunks. Of a session that has not started `committed` is what its pages will hold."""
+        rows = self._passes.prefill([(session.table, session.committed, len(session.committed))
+                                     for session in sessions], max_rows)
+        read = list(takewhile(lambda session: session.table.length == len(session.committed), sessions))
+        for session in read:
             self.cache.publish(session.table, session.committed)
+        return Progress(len(read), rows)
 
     def fork(self, session: Session) -> Session:
         """A second session with the same history, in the same pages as long as neither writes."""

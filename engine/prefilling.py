@@ -1,0 +1,157 @@
+"""Prompts on their way into both caches, and what was committed before: in chunks, first come, first served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stars.cache import CommitMove, PagedCache
+from stars.config import EngineConfig
+from stars.passes import Passes, Span
+from stars.request import Hypothesis
+from stars.reward.base import Reward
+from stars.streams import SideStream
+
+
+class Allowance:
+    """Rows of prompts that one model may still run in a round. left: None where there is no bound."""
+
+    def __init__(self, rows: int | None):
+        self.left = rows
+        self.used = 0
+
+    def take(self, rows: int) -> None:
+        """Counts rows that were run."""
+        self.used += rows
+        if self.left is not None:
+            self.left = max(0, self.left - rows)
+
+    def fits(self, rows: int) -> bool:
+        """Whether a piece of so many rows, which cannot be divided, may be run. The first of a round always may."""
+        return self.left is None or rows <= self.left or not self.used
+
+
+class Prefiller:
+    """Runs what responses that were admitted begin with through both models, a bounded number of rows at a time.
+
+    Each model has a queue of its own, in the order of admission. What was begun goes before what was not. The two
+    models' passes of a round are launched side by side.
+    """
+
+    def __init__(self, cache: PagedCache, reward: Reward | None, passes: Passes, config: EngineConfig):
+        self._cache = cache
+        self._reward = reward
+        self._passes = passes
+        self._exact = config.deterministic
+        # Two models have buffers, graphs and workspaces of their own. One that is both has not, and its engines' lock
+        # tells; rewards that say nothing of their models run where everything else does.
+        locks = reward.locks if reward is not None else ()
+        self._side = SideStream(config.target) if locks and passes.decoder.lock not in locks else None
+
+    def advance(self, hypotheses: Sequence[Hypothesis], language: Allowance, reward: Allowance) -> list[Hypothesis]:
+        """Reads on for those of `hypotheses` that are being read, given in the order of their admission; returns those
+        that both models have read to their end, which may draw from now on."""
+        scored = [hypothesis for hypothesis in hypotheses if hypothesis.session is not None]
+        if scored and self._side is not None:
+            self._side.side_by_side(lambda: self._run_language(hypotheses, language),
+                                    lambda: self._run_reward(scored, reward))
+        else:
+            self._run_language(hypotheses, language)
+            if scored:
+                self._run_reward(scored, reward)
+        ready = [hypothesis for hypothesis in hypotheses if self._written(hypothesis) and self._scored(hypothesis)]
+        for hypothesis in ready:
+            hypothesis.prefill = None
+        return ready
+
+    def _written(self, hypothesis: Hypothesis) -> bool:
+        """Whether the language model's pages hold all tokens but the last, which is the first input of a draft."""
+        return hypothesis.reading.published and hypothesis.pages.length == hypothesis.length - 1
+
+    def _scored(self, hypothesis: Hypothesis) -> bool:
+        """Whether the reward's session, if there is one, holds the response so far."""
+        if hypothesis.session is None:
+            return True
+        return hypothesis.reading.started and hypothesis.reading.resumed == self._to_resume(hypothesis)
+
+    def _to_resume(self, hypothesis: Hypothesis) -> int:
+        """Tokens of the response that its session takes up. One that is scored at its end grows there then."""
+        return len(hypothesis.token_ids) if hypothesis.request.plan.score.when == "segment" else 0
+
+    def _run_language(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
+        if self._exact:
+            self._redraft(hypotheses, allowance)
+        unread = [hypothesis for hypothesis in hypotheses if not hypothesis.reading.published]
+        if not unread:
+            return
+        jobs = []
+        for hypothesis in unread:
+            ids = hypothesis.request.prompt.token_ids + ([] if self._exact else hypothesis.token_ids)
+            jobs.append((hypothesis.pages, ids, len(ids) - 1))
+        allowance.take(self._passes.prefill(jobs, allowance.left))
+        for hypothesis, (table, _, stop) in zip(unread, jobs, strict=True):
+            if table.length == stop:
+                self._cache.publish(table, hypothesis.request.prompt.token_ids[:-1])
+                hypothesis.reading.published = True
+
+    def _redraft(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
+        """Runs what was committed through the language model again as it was drafted, a segment at a time in slabs.
+
+        So every key has the bits that it had: attention adds up what lies in pages and what lies in a slab apart.
+        """
+        waiting = [hypothesis for hypothesis in hypotheses
+                   if hypothesis.reading.published and not self._written(hypothesis)]
+        while waiting:
+            pieces = []
+            for hypothesis in waiting:
+                first, begin = hypothesis.pages.length, len(hypothesis.request.prompt.token_ids) - 1
+                stop = next(begin + end for end in hypothesis.ends if begin + end > first)
+                if not allowance.fits(stop - first):
+                    break
+                allowance.take(stop - first)
+                pieces.append((hypothesis, first, stop))
+            if not pieces:
+                return
+            slabs = [self._cache.take_slab() for _ in pieces]
+            spans, moves = [], []
+            for (hypothesis, first, stop), slab in zip(pieces, slabs, strict=True):
+                table, ids = hypothesis.pages, hypothesis.request.prompt.token_ids + hypothesis.token_ids
+                rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
+                spans.append(Span(table, ids[first:stop], first, rows))
+                moves.append(CommitMove(table, rows.start, len(rows), first))
+            self._passes.redraft(spans)
+            self._cache.commit(moves)
+            for slab in slabs:
+                self._cache.return_slab(slab)
+            waiting = [hypothesis for hypothesis in waiting if not self._written(hypothesis)]
+
+    def _run_reward(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
+        assert self._reward is not None
+        if not self._resume([hypothesis for hypothesis in hypotheses if hypothesis.reading.started], allowance):
+            return
+        new = [hypothesis for hypothesis in hypotheses if not hypothesis.reading.started]
+        if not new:
+            return
+        progress = self._reward.start_in_chunks([hypothesis.session for hypothesis in new], allowance.left)
+        allowance.take(progress.rows)
+        started = new[: progress.done]
+        for hypothesis in started:
+            hypothesis.reading.started = True
+        self._resume(started, allowance)
+
+    def _resume(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> bool:
+        """Lets sessions that have started take up what was committed; False where no more rows are left for that."""
+        assert self._reward is not None
+        for hypothesis in hypotheses:
+            reading, stop = hypothesis.reading, self._to_resume(hypothesis)
+            while reading.resumed < stop:
+                end = next(end for end in hypothesis.ends if end > reading.resumed) if self._exact else stop
+                ids = hypothesis.token_ids[:end]
+                text = hypothesis.request.detokenizer.decode(ids) if self._reward.needs_text else None
+                # In deterministic mode what was committed together is run together.
+                rows = None if self._exact and not allowance.used else allowance.left
+                progress = self._reward.resume_in_chunks(hypothesis.session, ids, text, rows)
+                allowance.take(progress.rows)
+                if not progress.done:
+                    return False
+                reading.resumed = end
+        return True
