@@ -14,9 +14,9 @@ from importable import ROOT
 
 SHIPPED = ROOT / "kernels" / "triton" / "tuned"
 PREFIX = "tuned "
-IDENTITY = {"plain": ("scheme", "out_features", "in_features"), "tiles": ("end", "scheme", "out_features", "in_features"),
-            "chains": ("model", "scheme")}
-"""What an entry is for, besides its rows: measured anew, all of its rows are."""
+IDENTITY = {"plain": ("scheme", "rows", "out_features", "in_features"),
+            "tiles": ("end", "scheme", "rows", "out_features", "in_features"), "chains": ("model", "scheme", "rows")}
+"""What an entry is for: what was measured takes its place."""
 
 
 def part(version: int, gpu: str, file: str, **entries: list[dict]) -> dict[str, Any]:

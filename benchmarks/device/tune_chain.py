@@ -56,7 +56,13 @@ FLOAT_64 = {name: (Tile(64, 128, 64, 4, 4, splits, True), Tile(64, 64, 128, 4, 4
 FLOAT_128 = {name: (Tile(128, 128, 64, 8, 4, splits, True), Tile(128, 64, 64, 4, 4, splits, True),
                     Tile(64, 128, 64, 4, 4, splits, True), Tile(128, 64, 64, 4, 5, splits))
              for name, splits in (("gate_up", 1), ("down", 4), ("qkv", 2), ("o", 4), ("head", 1))}
-PREFETCH = (0, 512, 2048)
+PREFETCH = (512, 2048)
+EIGHT = Tile(16, 64, 128, 2, 4, swap=True)
+BITS_8 = {name: tuple(tile._replace(splits=splits) for splits in some for tile in (
+    EIGHT, EIGHT._replace(stages=6), EIGHT._replace(inner=256, stages=3)))
+    for name, some in (("gate_up", (1, 2)), ("down", (4, 8)), ("qkv", (4, 8)), ("o", (4, 8)), ("head", (1,)))}
+"""Of weights of 8 bits; why two warps, `tuned.default` says."""
+
 TOY = {"down": (Tile(16, 64, 32, 4, 2, splits=2, swap=True),), "qkv": (Tile(16, 32, 64, 4, 2),)}
 
 LENGTH = 32  # rows of a candidate that is scored
@@ -86,8 +92,11 @@ class Kind(NamedTuple):
     candidates: dict[str, tuple[Tile, ...]]
 
 
-def kinds(dry: bool) -> list[Kind]:
-    """The most telling first."""
+def kinds(dry: bool, scheme: str = "") -> list[Kind]:
+    """The most telling first; few for a quantised scheme."""
+    if scheme:
+        return [Kind("1 row", Shape(1, 1), False, BITS_8), Kind("16 rows", Shape(16, 1), False, {}),
+                Kind("scores of 128 rows", Shape(4, LENGTH), True, {})]
     if dry:
         return [Kind("1 row", Shape(1, 1), False, TOY), Kind("scores of 4 rows", Shape(2, 2), True, {})]
     return [Kind("1 row", Shape(1, 1), False, FLOAT_16), Kind("16 rows", Shape(16, 1), False, FLOAT_16),
@@ -108,14 +117,14 @@ def run(record: Record, settings: Settings) -> None:
         record.part(kind.name, tuner.measure, kind, least=2)
 
 
-def pair(settings: Settings, layers: int | None = None) -> tuple[Decoder, Decoder]:
-    """A language model of an 8B shape, and a reward model over the same layers."""
+def pair(settings: Settings, layers: int | None = None, scheme: str = "") -> tuple[Decoder, Decoder]:
+    """A language model of an 8B shape, and a reward model over the same layers. scheme: as of `random_decoder`."""
     dtype = torch.float32 if settings.dry else torch.bfloat16
     shape = "tiny" if settings.dry else "Llama-3.1-8B"
     # A dry run's passes are fused, too, and its weights as a GPU's.
     with patch("stars.model.decoder.target_of", lambda device: CUDA), patch("models.pack", plainly):
         decoder = random_decoder(config_of(shape, layers=layers), settings.device, dtype,
-                                 seed=None)
+                                 seed=None, scheme=scheme)
         return decoder, scoring_over(decoder)
 
 
@@ -124,10 +133,10 @@ def plainly(matrix: Tensor, **options) -> Weight:
     return Weight(matrix, None, *matrix.shape)
 
 
-def rehearse(settings: Settings) -> None:
+def rehearse(settings: Settings, scheme: str = "") -> None:
     """Launches all that is tried, over one layer; in a rehearsal, where nothing but compiling comes of it."""
-    decoder, scorer = pair(settings, layers=1)
-    for kind in kinds(settings.dry):
+    decoder, scorer = pair(settings, 1, scheme)
+    for kind in kinds(settings.dry, scheme):
         of = scorer if kind.scores else decoder
         make_room(of)
         one = Pass(of, Store(of, settings, kind.shape.rows, 64), kind.shape)
@@ -137,7 +146,7 @@ def rehearse(settings: Settings) -> None:
                           if name in start)]
         for tiles in tried:
             Replay(one, table_of(of, tiles), settings.dry)
-            if kind.name in ("1 row", "16 rows"):
+            if kind.name in ("1 row", "16 rows") and not scheme:
                 Replay(one, table_of(of, dependent(tiles)), settings.dry)
 
 
@@ -159,6 +168,7 @@ class Tuner:
         self.record, self.settings, self.label = record, settings, label
         self.decoders = {False: decoder, True: scorer}
         self.scheme = decoder.layers[0].qkv.scheme
+        self.quantised = decoder.layers[0].qkv.quant is not None
         self.known: dict[int, Tiles] = {}  # chosen, by rows
         self.stores: dict[bool, Store] = {}
         self.context = 32 if settings.dry else 1024
@@ -176,13 +186,19 @@ class Tuner:
 
     def measure(self, kind: Kind) -> None:
         """The tiles of one number of rows, and the rows of the table that come of them."""
-        settings, decoder, rows = self.settings, self.decoders[kind.scores], kind.shape.rows
+        record, settings, decoder, rows = self.record, self.settings, self.decoders[kind.scores], kind.shape.rows
         one = self.one(kind.shape, kind.scores)
         right = one.reference()
-        library = Replay(one, table_of(decoder, None), settings.dry)
-        unfused = Replay(one, table_of(decoder, None, tuned._table()), settings.dry)
-        plain_error = error(unfused.outcome(), right)
-        self.bound = 2 * plain_error + 1e-5
+        rivals = {"library": table_of(decoder, None), "unfused": table_of(decoder, None, tuned._table())}
+        if self.quantised:  # there is no library, and they are always fused
+            rivals = {"default tiles": table_of(decoder, None)}
+        others = [Replay(one, table, settings.dry) for table in rivals.values()]
+        theirs = error(others[-1].outcome(), right)
+        errors = settings.facts.get("chain errors", {}) | record.content["facts"].get("chain errors", {})
+        if not self.quantised:
+            errors[kind.name] = theirs
+            record.fact("chain errors", errors)
+        self.bound = 2 * errors.get(kind.name, 0.01) + 1e-5
         self.wrong: list[str] = []
         tiles, replay = self._first(one, self._starts(kind), right)
         if replay is None:
@@ -193,29 +209,29 @@ class Tuner:
                 tiles, replay = self._descend(one, tiles, replay, right, (
                     {**tiles, name: tile} for tile in kind.candidates.get(name, ())
                     if name in tiles and name not in known))
-            if rows in (1, 16) and not settings.dry and not kind.scores:
+            if rows in (1, 16) and not settings.dry and not kind.scores and not self.quantised:
                 tiles, replay = self._dependents(one, tiles, replay, right)
         except OutOfTime as problem:
             self.record.note(f"{kind.name}: {problem}")
-        final = alternating([library, unfused, replay], 7, settings.dry)
-        seconds = [statistics.median(times) for times in final]
+        final = dict(zip((*rivals, "fused"), alternating([*others, replay], 7, settings.dry), strict=True))
+        seconds = {name: statistics.median(times) for name, times in final.items()}
         got = replay.outcome()
         wrong, steady = error(got, right), bool(torch.equal(got, replay.outcome()))
         good = wrong <= self.bound and steady
-        record, name = self.record, f"{self.label}, {self.scheme}: chain, {kind.name}"
+        name = f"{self.label}, {self.scheme}: chain, {kind.name}"
         record.check(f"{name}, fused beside float32", good, error=wrong, bound=self.bound, same_bits=steady)
         record.check(f"{name}, no tile was wrong", not self.wrong, wrong=self.wrong[:6])
-        self._note(kind, Chosen(tiles, seconds[2], seconds[1], good), seconds, wrong, final)
+        self._note(kind, Chosen(tiles, seconds["fused"], seconds[[*rivals][-1]], good), final, wrong)
 
-    def _note(self, kind: Kind, chosen: Chosen, seconds: list[float], wrong: float, all_times: list[list[float]]) -> None:
+    def _note(self, kind: Kind, chosen: Chosen, final: dict[str, list[float]], wrong: float) -> None:
         record, rows, decoder = self.record, kind.shape.rows, self.decoders[kind.scores]
         of, bandwidth = products_of(decoder), self.settings.bandwidth
         size = sum(stored_bytes(weight) for name, weight in of.items() if name != "head") * len(decoder.layers)
         size += stored_bytes(of["head"]) if "head" in of else 0
         limit = None if bandwidth is None else 1e3 * size / bandwidth
         name = f"{self.label}, {self.scheme}: chain, {kind.name}"
-        for what, of_it, times in zip(("library", "unfused", "fused"), seconds, all_times, strict=True):
-            record.figure(f"{name}, {what}", 1e3 * of_it, "ms", limit, "its weights at read bandwidth",
+        for what, times in final.items():
+            record.figure(f"{name}, {what}", 1e3 * statistics.median(times), "ms", limit, "its weights at read bandwidth",
                           {"1 row": "chain", "16 rows": "chain-16"}.get(kind.name, "") if what == "fused" and (
                               self.scheme == "bf16") else "", bytes=size, spread=[1e3 * min(times), 1e3 * max(times)],
                           tiles={name: tuple(tile) for name, tile in chosen.tiles.items()} if what == "fused" else None)
@@ -223,10 +239,10 @@ class Tuner:
                         "in_features": of[product].in_features, "tile": tile._asdict()}
                        for product, tile in chosen.tiles.items() if product not in self.known.get(rows, {})]
         self.known[rows] = chosen.tiles | self.known.get(rows, {})
-        self.chains.append({
+        self.chains += [] if self.quantised else [{
             "model": decoder._fusing.shape._asdict(), "scheme": self.scheme, "rows": rows, "fused": chosen.fused,
-            "right": chosen.right, "error": wrong, "us": {what: round(1e6 * one, 1) for what, one in zip(
-                ("library", "unfused", "fused"), seconds, strict=True)}})
+            "right": chosen.right, "error": wrong, "us": {what: round(1e6 * statistics.median(times), 1)
+                                                                   for what, times in final.items()}}]
         gpu = "none" if self.settings.dry else torch.cuda.get_device_name()
         record.fact(f"{PREFIX}{self.scheme}", part(tuned.VERSION, gpu, f"{tuned.slug(gpu)}.json", tiles=self.tiles,
                                                    chains=self.chains))
@@ -283,7 +299,7 @@ class Tuner:
         for name in PRODUCTS:
             if early[name].pdl:
                 early, ahead = self._descend(one, early, ahead, right, (
-                    {**early, name: early[name]._replace(prefetch=size)} for size in PREFETCH[1:]))
+                    {**early, name: early[name]._replace(prefetch=size)} for size in PREFETCH))
         return early, ahead
 
 
