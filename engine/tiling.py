@@ -46,17 +46,19 @@ class Tiling:
 
         keys: page keys that each sequence sees.
         """
-        heads_per_kv = self.heads // self.kv_heads
-        plan = tiles.plan(rows, row_start, seq_group, kind, heads_per_kv, self.head_dim, self.float32, keys,
+        groups = tiles.groups_of(seq_group, keys)
+        plan = tiles.plan(rows, row_start, groups, kind, self.heads // self.kv_heads, self.head_dim, self.float32,
                           self.capacity, self.deterministic)
-        work = tiles.work(row_start, seq_group, kind, self.heads, self.kv_heads, keys, plan, self._processors)
+        work = tiles.work(row_start, groups, kind, self.heads, self.kv_heads, plan, self._processors)
         used = row_start[-1]
         self._buffers.wait()
         table = self._buffers.host("table")
-        row_parts = table[self._rows : 4 * self._rows].reshape(-1, 3)
-        table[:used] = np.repeat(np.arange(len(seq_group)), np.diff(row_start))
-        row_parts[:used] = work.row_parts
-        row_parts[used:rows] = 0
+        sequences = np.arange(len(seq_group))
+        table[:used] = sequences if kind == "draft" else sequences.repeat(np.diff(row_start))
+        if work.row_parts is not None:
+            row_parts = table[self._rows : self._rows + 3 * rows].reshape(-1, 3)
+            row_parts[:used] = work.row_parts
+            row_parts[used:] = 0
         self._send(work.items)
         return self._tiles(rows, plan)
 

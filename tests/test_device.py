@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,9 +13,8 @@ from building import cache_of
 from stars import device, fit, sizes
 from stars.config import EngineConfig
 from stars.errors import ModelError
-from stars.kernels.triton import tiles
+from stars.model.decoder import workspace_bytes
 from stars.model.loader import inspect_model
-from stars.model.workspace import workspace_bytes
 from stars.reward import CausalReward
 from stars.target import CUDA
 from toy import ToyModel
@@ -122,27 +120,8 @@ def test_activations_are_those_of_the_decoder():
     decoder = model.decoder()
     decoder.reserve(100)
     decoder.reserve_logits(70)
-    held = sum(tensor.nbytes for tensor in (*decoder._space, decoder._logits, *decoder._split))
+    held = sum(t.numel() * t.element_size() for t in (*decoder._space, decoder._logits) if t is not None)
     assert workspace_bytes(model.config, 100, 70, torch.float32) == held
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_no_plan_needs_more_attention_workspace_than_was_reserved(deterministic):
-    """Every shape of pass the engine could run, in 400 random ones: drafts, scores, prefill, idle rows included."""
-    draw = np.random.default_rng(0)
-    for _ in range(400):
-        kv_heads, heads_per_kv = int(draw.choice([1, 2, 8])), int(draw.choice([1, 3, 4, 7, 8, 16]))
-        heads, into_slab = kv_heads * heads_per_kv, bool(draw.random() < 0.7)
-        counts = draw.integers(1, draw.choice([2, 34, 600]), draw.integers(1, 40))
-        groups = np.sort(draw.integers(0, len(counts), len(counts)))
-        groups = np.unique(groups, return_inverse=True)[1]
-        starts = np.concatenate(([0], np.cumsum(counts)))
-        keys = np.minimum(draw.lognormal(6, draw.choice([0, 1, 3]), len(counts)), 32768).astype(int)
-        kind = "prefill" if not into_slab else "draft" if max(counts) == 1 else "score"
-        plan = tiles.plan(starts, groups, kind, heads, kv_heads, keys, 32768, deterministic)
-        rows = CUDA.rows(int(starts[-1]), "score")
-        needed = tiles.workspace_size(plan, into_slab, rows, heads, 64)
-        assert needed <= tiles.max_workspace(rows, heads, 64, deterministic)
 
 
 def test_cache_bytes_are_those_of_the_cache():

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -186,6 +187,7 @@ def install() -> None:
     cuda.is_available, cuda.current_device = lambda: True, lambda: 0
     cuda.get_device_name = lambda *device: os.environ.get("STARS_FAKE_GPU", "none")  # whose product table is meant
     cuda.get_device_capability, cuda.mem_get_info = lambda *device: (9, 0), lambda *device: (70 << 30, 80 << 30)
+    cuda.get_device_properties = lambda *device: SimpleNamespace(multi_processor_count=132)
     cuda.is_current_stream_capturing = lambda: _capturing
     cuda.Event, cuda.CUDAGraph, cuda.Stream, cuda.graph_pool_handle = Event, Graph, Stream, object
     cuda.current_stream = lambda *device: Stream()

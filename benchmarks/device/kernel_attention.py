@@ -164,34 +164,50 @@ def check(record: Record, settings: Settings, ops, launch: Launch) -> None:
     name += "" if softcap is None else f", softcap {softcap:g}"
     with record.checking(name):
         case = make_case(*KINDS[kind], *heads, head_dim, dtype, settings.device)
+        starts = case.batch.row_start.tolist()
+        case = with_plan(case, tiling.plan(starts[-1], starts, _groups(case), PASSES[kind], heads[0] // heads[1],
+                                           head_dim, dtype == torch.float32, 4096), PASSES[kind])
         exact, theirs = plain(case, window, softcap, torch.float64), plain(case, window, softcap, dtype)
         within(record, name, launched(ops, case, window, softcap), theirs, exact)
 
 
 def _bits(record: Record, settings: Settings, kind: str) -> None:
-    """Under one deterministic plan: splits 1, 2, 4, 16 agree with float64, and a sequence alone has the same bits."""
+    """Ranges of 64 keys to all, and narrow and wide tiles, agree with float64; under a deterministic plan a sequence alone
+    has the same bits."""
     ops, device = launchers(settings.dry), settings.device
     spans, into_slab = KINDS[kind]
     case = make_case(spans, into_slab, 8, 2, 128, torch.bfloat16, device)
-    starts, groups = case.batch.row_start.tolist(), case.batch.seq_group.tolist()
     exact, theirs = plain(case, None, None, torch.float64), plain(case, None, None, torch.bfloat16)
-    for splits in (1, 2, 4, 16):
-        plan = tiling.Plan(32, 32, splits, 0)
-        tiles = tiling.build_as(plan, starts, groups, into_slab, 4, device)
-        out = launched(ops, case._replace(batch=case.batch._replace(tiles=tiles)))
-        within(record, f"attention {kind}, {splits} splits", out, theirs, exact)
-    plan = tiling.plan(starts, groups, PASSES[kind], 8, 2, [span.prefix for span in spans], 4096, deterministic=True)
-    tiles = tiling.build_as(plan, starts, groups, into_slab, 4, device)
-    together = launched(ops, case._replace(batch=case.batch._replace(tiles=tiles)))
+    for width in (16, 64, 128):
+        for split_keys in (128, 256, 1024, 0):
+            plan = tiling.Plan(width, 16 if PASSES[kind] == "draft" else width, split_keys)
+            out = launched(ops, with_plan(case, plan, PASSES[kind]))
+            within(record, f"attention {kind}, tiles of {width}, ranges of {split_keys or 'any'} keys", out, theirs, exact)
+    starts, groups = case.batch.row_start.tolist(), _groups(case)
+    plan = tiling.plan(starts[-1], starts, groups, PASSES[kind], 4, 128, False, 4096, deterministic=True)
+    together = launched(ops, with_plan(case, plan, PASSES[kind]))
     for index, span in enumerate(spans):
         batch = case.batch
+        rows = slice(starts[index], starts[index + 1])
         one = batch._replace(
             row_start=torch.tensor([0, span.count], dtype=torch.int32, device=device),
             seq_group=batch.seq_group[index : index + 1] * 0,
             block_tables=batch.block_tables[span.group : span.group + 1],
             prefix_len=batch.prefix_len[index : index + 1], slab_start=batch.slab_start[index : index + 1],
-            slab_used=batch.slab_used[index : index + 1],
-            tiles=tiling.build_as(plan, [0, span.count], [0], into_slab, 4, device))
-        rows = slice(starts[index], starts[index + 1])
-        alone = launched(ops, Case(case.q[rows].contiguous(), case.kv, one, [span]))
-        same(record, f"attention {kind}, sequence {index} alone, deterministic plan", alone, together[rows])
+            slab_used=batch.slab_used[index : index + 1])
+        alone = Case(case.q[rows].contiguous(), case.kv, one, [span._replace(group=0)])
+        same(record, f"attention {kind}, sequence {index} alone, deterministic plan",
+             launched(ops, with_plan(alone, plan, PASSES[kind])), together[rows])
+
+
+def with_plan(case: Case, plan: tiling.Plan, kind: tiling.Kind) -> Case:
+    """The case under a given plan."""
+    heads, head_dim = case.q.shape[1:]
+    tiles = tiling.build_as(plan, case.batch.row_start.tolist(), _groups(case), kind, heads, case.kv.k_pages.shape[1],
+                            head_dim, case.q.device)
+    return case._replace(batch=case.batch._replace(tiles=tiles))
+
+
+def _groups(case: Case) -> list[tiling.Group]:
+    keys = [span.prefix + (0 if case.batch.into_slab else span.count) for span in case.spans]
+    return tiling.groups_of([span.group for span in case.spans], keys)

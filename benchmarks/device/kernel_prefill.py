@@ -79,7 +79,7 @@ def times(record: Record, settings: Settings, ops: SimpleNamespace, heads: int, 
     for rows, prefix in ((16, 16),) if settings.dry else ((512, 1024), (2048, 14336)):
         case = make_case([Span(0, prefix, 0, rows)], False, heads, kv_heads, head_dim, torch.bfloat16, settings.device,
                          made_on=settings.device)
-        tiles = tiling.build(case.batch, heads, kv_heads, case.kv.page_size)
+        tiles = tiling.build(case.batch, heads, kv_heads, head_dim, case.kv.page_size, float32=False)
         case = case._replace(batch=case.batch._replace(tiles=tiles))
         out = torch.empty_like(case.q)
         scale = head_dim**-0.5

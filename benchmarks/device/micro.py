@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import kernel_prefill
 import torch
-from kernel_attention import SLAB_LEN, Span, make_case
+from kernel_attention import SLAB_LEN, Span, make_case, with_plan
 from kernel_sampler import lane_state
 from launchers import launchers
 from record import Record, Settings
@@ -100,19 +100,20 @@ def _attend(record: Record, settings: Settings, ops, shape: Shape, spans: list[S
                      made_on=settings.device)
     count = min(sets(read, settings.dry), 24)
     caches = [LayerKV(*(tensor.clone() for tensor in case.kv[:4]), case.kv.page_size) for _ in range(count)]
-    starts, owners = case.batch.row_start.tolist(), case.batch.seq_group.tolist()
+    starts = case.batch.row_start.tolist()
     keys = [span.prefix + (0 if into_slab else span.count) for span in spans]
-    kind = "score" if into_slab else "prefill"
-    plan = tiling.plan(starts, owners, kind, shape.heads, shape.kv_heads, keys, 1 << 17)
-    batch = case.batch._replace(tiles=tiling.build_as(plan, starts, owners, into_slab, shape.heads // shape.kv_heads,
-                                                      settings.device))
+    lanes = into_slab and max(span.count for span in spans) == 1
+    kind = "draft" if lanes else "score" if into_slab else "prefill"
+    plan = tiling.plan(rows, starts, tiling.groups_of([span.group for span in spans], keys), kind,
+                       shape.heads // shape.kv_heads, shape.head_dim, False, 1 << 17)
+    batch = with_plan(case, plan, kind).batch
     out = torch.empty_like(case.q)
     flops = sum(4 * shape.heads * shape.head_dim * span.count * (span.prefix + span.slab_used + span.count / 2)
                 for span in spans)
     peak = settings.facts.get("matmul_tflop_s")
     _time(record, settings, name, lambda index: lambda: ops.attention(
-        case.q, caches[index % count], batch, shape.head_dim**-0.5, out), read, flops=flops, splits=plan.splits,
-        packed=plan.packed, arithmetic_us=None if not peak else flops / peak / 1e6, slab_len=SLAB_LEN)
+        case.q, caches[index % count], batch, shape.head_dim**-0.5, out), read, flops=flops, width=plan.width,
+        arithmetic_us=None if not peak else flops / peak / 1e6, slab_len=SLAB_LEN)
 
 
 def prefill(record: Record, settings: Settings, ops, shape: Shape) -> None:

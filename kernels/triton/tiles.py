@@ -62,11 +62,20 @@ class Plan(NamedTuple):
     split_keys: int
 
 
+class Group(NamedTuple):
+    """Adjacent sequences that read the same pages."""
+
+    row: int  # of the block tables
+    start: int  # first sequence
+    stop: int  # the one after the last
+    keys: int  # page keys that the longest of them sees
+
+
 class Work(NamedTuple):
     """The list of work of a batch, as the device reads it."""
 
     items: np.ndarray  # int32 [items, FIELDS]
-    row_parts: np.ndarray  # int32 [rows, 3]
+    row_parts: np.ndarray | None  # int32 [rows, 3]; None: no second launch reads it
     places: int  # rows of partial results
 
 
@@ -97,12 +106,26 @@ def widths(rows: int, kind: Kind, heads_per_kv: int, head_dim: int, float32: boo
     return [NARROW, 64 if vectors <= 64 or head_dim > 128 else 128]
 
 
+def groups_of(seq_group: Sequence[int], keys: Sequence[int]) -> list[Group]:
+    """The groups of a batch in order. keys: page keys that each sequence sees."""
+    found: list[Group] = []
+    start, held_by, longest = 0, -1, 0
+    for sequence, group in enumerate(seq_group):
+        if group != held_by:
+            if sequence:
+                found.append(Group(held_by, start, sequence, longest))
+            start, held_by, longest = sequence, group, 0
+        longest = max(longest, keys[sequence])
+    found.append(Group(held_by, start, len(seq_group), longest))
+    return found
+
+
 def plan(
-    rows: int, row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, heads_per_kv: int, head_dim: int,
-    float32: bool, keys: Sequence[int], capacity: int, deterministic: bool = False,
+    rows: int, row_start: Sequence[int], groups: Sequence[Group], kind: Kind, heads_per_kv: int, head_dim: int,
+    float32: bool, capacity: int, deterministic: bool = False,
 ) -> Plan:
-    """How to divide a batch of `rows` rows, idle ones included. keys: page keys that each sequence sees; capacity: keys a
-    row of the block tables can hold, a constant of the engine.
+    """How to divide a batch of `rows` rows, idle ones included. capacity: keys a row of the block tables can hold, a
+    constant of the engine.
 
     Deterministic plans depend on the kind of the pass alone, which is given and not seen: a score of one row is no
     draft. How many sequences there are and how long they are does not enter, nor does it then into the bits of a row.
@@ -111,16 +134,11 @@ def plan(
     width = possible[0]
     if len(possible) > 1:
         narrow, wide = NARROW // heads_per_kv, possible[1] // heads_per_kv
-        costs = [0.0, 0.0]
-        sequence, sequences = 0, len(seq_group)
-        while sequence < sequences:
-            start = sequence
-            sequence = _end_of_group(seq_group, start)
-            count = row_start[sequence] - row_start[start]
-            longest = max(1, *keys[start:sequence])
-            costs[0] += -(-count // narrow) * longest
-            costs[1] += -(-count // wide) * longest * WIDE_COST
-        width = possible[costs[1] < costs[0]]
+        saved = 0.0  # time of the narrow tiles less that of the wide ones
+        for group in groups:
+            count = row_start[group.stop] - row_start[group.start]
+            saved += (group.keys + 1) * (-(-count // narrow) - WIDE_COST * -(-count // wide))
+        width = possible[saved > 0]
     return plan_of(width, kind, capacity, deterministic)
 
 
@@ -130,33 +148,6 @@ def plan_of(width: int, kind: Kind, capacity: int, deterministic: bool) -> Plan:
     if deterministic:  # partial results of long chunks would be large; their programs fill a card as they are
         split_keys = -(-capacity // FIXED_SPLITS // SPLIT_MULTIPLE) * SPLIT_MULTIPLE if kind != "prefill" else 1 << 30
     return Plan(width, NARROW if kind == "draft" else width, split_keys)
-
-
-def _end_of_group(seq_group: Sequence[int], start: int) -> int:
-    """The sequence after the last of the group of sequence `start`."""
-    group, sequence, sequences = seq_group[start], start + 1, len(seq_group)
-    while sequence < sequences and seq_group[sequence] == group:
-        sequence += 1
-    return sequence
-
-
-def tiles_of(
-    row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, rows_per_tile: int, keys: Sequence[int],
-) -> list[tuple[int, int, int, int]]:
-    """(group, first row, rows, end of the page keys that it sees) of each tile, in order of rows."""
-    found: list[tuple[int, int, int, int]] = []
-    sequence, sequences = 0, len(seq_group)
-    while sequence < sequences:
-        start = sequence
-        sequence = _end_of_group(seq_group, start)
-        begin, end = row_start[start], row_start[sequence]
-        longest = max(keys[start:sequence])
-        # Of one causal sequence, a tile sees no further than its last row; of several, masks see to the rest.
-        hidden = kind == "prefill" and sequence == start + 1
-        for row in range(begin, end, rows_per_tile):
-            stop = min(row + rows_per_tile, end)
-            found.append((seq_group[start], row, stop - row, longest - (end - stop) * hidden))
-    return found
 
 
 def range_keys(ends: Sequence[int], kv_heads: int, multiprocessors: int) -> int:
@@ -169,61 +160,81 @@ def range_keys(ends: Sequence[int], kv_heads: int, multiprocessors: int) -> int:
     length = max(LEAST_KEYS, share, -(-max(ends) // MAX_SPLITS))
     length = -(-length // KEYS_MULTIPLE) * KEYS_MULTIPLE
     most = multiprocessors // kv_heads
-    if len(ends) < most:
+    if len(ends) <= most:
         while sum([-(-end // length) for end in ends]) > most:
             length += max(KEYS_MULTIPLE, length // 8 // KEYS_MULTIPLE * KEYS_MULTIPLE)
     return length
 
 
 def work(
-    row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, heads: int, kv_heads: int, keys: Sequence[int],
-    plan: Plan, multiprocessors: int,
+    row_start: Sequence[int], groups: Sequence[Group], kind: Kind, heads: int, kv_heads: int, plan: Plan,
+    multiprocessors: int,
 ) -> Work:
     """The list of work of a batch under a plan, long ranges first."""
-    tiles = tiles_of(row_start, seq_group, kind, plan.width // (heads // kv_heads), keys)
-    into_slab = kind != "prefill"
-    table = np.array(tiles, dtype=np.int32).reshape(-1, 4)
-    rows, ends = table[:, 2], table[:, 3]
-    length = plan.split_keys or range_keys([tile[3] for tile in tiles], kv_heads, min(multiprocessors, MAX_PROCESSORS))
-    splits = -(-ends // length)
-    parts = splits + into_slab
-    kept = rows * parts * (parts > 1)
-    places = np.cumsum(kept)
-    first_place = places - kept
-    # Pieces of slabs: cut where a sequence or a tile begins.
-    if kind == "draft":
-        starts = np.arange(row_start[-1])
-        sequences = starts
-    elif into_slab:
-        starts = np.unique(np.concatenate((np.asarray(row_start[:-1]), table[:, 1])))
-        sequences = np.searchsorted(np.asarray(row_start), starts, "right") - 1
-    else:
-        starts = sequences = np.zeros(0, np.int64)
-    tile_of_piece = np.searchsorted(table[:, 1], starts, "right") - 1
-    arrivals = splits + np.bincount(tile_of_piece, minlength=len(tiles)) if into_slab else splits
-    ranges = int(splits.sum())
-    items = np.zeros((ranges + len(starts), FIELDS), np.int32)
-    tile = np.repeat(np.arange(len(tiles)), splits)
-    split = np.arange(ranges) - np.repeat(np.cumsum(splits) - splits, splits)
-    items[:ranges, :3] = table[tile, :3]
-    items[:ranges, 3] = split * length
-    items[:ranges, 4] = np.minimum(ends[tile], (split + 1) * length)
-    items[:ranges, 5] = split
+    rows_per_tile, into_slab = plan.width // (heads // kv_heads), kind != "prefill"
+    spans: list[tuple[int, int, int, int]] = []  # of tiles: group, first row, rows, end of the keys that it sees
+    for group, start, stop, keys in groups:
+        begin, end = row_start[start], row_start[stop]
+        # Of one causal sequence, a tile sees no further than its last row; of several, masks see to the rest.
+        hidden = not into_slab and stop == start + 1
+        for row in range(begin, end, rows_per_tile):
+            after = min(row + rows_per_tile, end)
+            spans.append((group, row, after - row, keys - (end - after) * hidden))
+    ends = [span[3] for span in spans]
+    length = plan.split_keys or range_keys(ends, kv_heads, min(multiprocessors, MAX_PROCESSORS))
+    pieces = [] if kind == "draft" or not into_slab else _pieces(row_start, spans)
+    counts = [len(of_tile) for of_tile in pieces] if pieces else [span[2] * into_slab for span in spans]
+    tiles = []
+    place = 0
+    for (group, row, rows, end), count in zip(spans, counts, strict=True):
+        splits = -(-end // length)
+        parts = splits + into_slab
+        tiles.append((group, row, rows, 0, end, 0, splits, place, row, rows, splits + count, parts))
+        if parts > 1:
+            place += rows * parts
+    table = np.array(tiles, np.int32)
+    splits_of = table[:, 6]
+    ranges = table.repeat(splits_of, 0)
+    if len(ranges):
+        if int(splits_of.max()) > 1:
+            ranges[:, 5] = np.arange(len(ranges)) - (splits_of.cumsum() - splits_of).repeat(splits_of)
+            ranges[:, 3] = ranges[:, 5] * length
+            np.minimum(ranges[:, 4], ranges[:, 3] + length, out=ranges[:, 4])
+        if len(ranges) * kv_heads > multiprocessors:  # else all begin at once
+            ranges = ranges[(ranges[:, 3] - ranges[:, 4]).argsort(kind="stable")]
+    items = ranges
     if into_slab:
-        pieces = items[ranges:]
-        pieces[:, 0], pieces[:, 1] = sequences, starts
-        pieces[:-1, 2] = starts[1:] - starts[:-1]
-        pieces[-1, 2] = row_start[-1] - starts[-1]
-        pieces[:, 5] = splits[tile_of_piece]
-        tile = np.concatenate((tile, tile_of_piece))
-    common = np.stack((splits, first_place, table[:, 1], rows, arrivals), 1)
-    items[:, 6:11] = common[tile]
-    if ranges * kv_heads > multiprocessors:  # else all begin at once
-        order = np.argsort(items[:ranges, 3] - items[:ranges, 4], kind="stable")
-        items[:ranges] = items[order]
-    row_parts = np.repeat(np.stack((first_place, rows, parts), 1), rows, 0)
-    row_parts[:, 0] += np.arange(row_start[-1]) - np.repeat(table[:, 1], rows)
-    return Work(items, row_parts, int(places[-1]))
+        slabs = table.repeat(counts, 0)
+        slabs[:, 5] = slabs[:, 6]
+        if pieces:
+            slabs[:, :3] = [piece for of_tile in pieces for piece in of_tile]
+        else:  # a row a sequence
+            slabs[:, 0] = slabs[:, 1] = np.arange(len(slabs))
+            slabs[:, 2] = 1
+        items = np.concatenate((ranges, slabs))
+    row_parts = None
+    if plan.width != NARROW:
+        of_rows = table.repeat(table[:, 2], 0)
+        row_parts = of_rows[:, (7, 9, 11)]
+        row_parts[:, 0] += np.arange(len(row_parts)) - of_rows[:, 1]
+    return Work(items, row_parts, place)
+
+
+def _pieces(row_start: Sequence[int], spans: Sequence[tuple[int, int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """The (sequence, first row, rows) of the slabs of each tile, cut where a sequence or a tile begins."""
+    found = []
+    sequence = 0
+    for _, row, rows, _ in spans:
+        of_tile = []
+        stop = row + rows
+        while row < stop:
+            while row_start[sequence + 1] <= row:
+                sequence += 1
+            after = min(stop, row_start[sequence + 1])
+            of_tile.append((sequence, row, after - row))
+            row = after
+        found.append(of_tile)
+    return found
 
 
 def spare_items(programs: int, kv_heads: int) -> int:
@@ -257,26 +268,30 @@ def build(
     row_start, seq_group = batch.row_start.tolist(), batch.seq_group.tolist()
     kind: Kind = "score" if batch.into_slab else "prefill"
     keys = np.array(batch.prefix_len.tolist()) + (0 if batch.into_slab else np.diff(row_start))
-    chosen = plan(row_start[-1], row_start, seq_group, kind, heads // kv_heads, head_dim, float32, keys.tolist(),
+    groups = groups_of(seq_group, keys.tolist())
+    chosen = plan(row_start[-1], row_start, groups, kind, heads // kv_heads, head_dim, float32,
                   batch.block_tables.shape[1] * page_size, deterministic)
-    return build_as(chosen, row_start, seq_group, kind, heads, kv_heads, head_dim, keys.tolist(),
-                    batch.row_start.device)
+    return build_as(chosen, row_start, groups, kind, heads, kv_heads, head_dim, batch.row_start.device)
 
 
 def build_as(
-    plan: Plan, row_start: Sequence[int], seq_group: Sequence[int], kind: Kind, heads: int, kv_heads: int, head_dim: int,
-    keys: Sequence[int], device: torch.device | str, multiprocessors: int | None = None,
+    plan: Plan, row_start: Sequence[int], groups: Sequence[Group], kind: Kind, heads: int, kv_heads: int, head_dim: int,
+    device: torch.device | str, multiprocessors: int | None = None,
 ) -> Tiles:
     """Tiles of a given plan in new tensors."""
     device = torch.device(device)
     multiprocessors = multiprocessors or processors(device)
-    found = work(row_start, seq_group, kind, heads, kv_heads, keys, plan, multiprocessors)
-    count = programs(row_start[-1], heads, plan.width, multiprocessors)
+    rows = row_start[-1]
+    found = work(row_start, groups, kind, heads, kv_heads, plan, multiprocessors)
+    count = programs(rows, heads, plan.width, multiprocessors)
     items = np.zeros((1 + len(found.items) + spare_items(count, kv_heads), FIELDS), np.int32)
     items[0, 0] = len(found.items)
     items[1 : 1 + len(found.items)] = found.items
-    row_seq = np.repeat(np.arange(len(seq_group), dtype=np.int32), np.diff(row_start))
-    tensors = (torch.from_numpy(array).to(device) for array in (row_seq, found.row_parts.astype(np.int32), items))
-    return Tiles(*tensors, *plan, count,
+    row_parts = np.zeros((rows, 3), np.int32)
+    if found.row_parts is not None:
+        row_parts[:] = found.row_parts
+    row_seq = np.repeat(np.arange(len(row_start) - 1, dtype=np.int32), np.diff(row_start))
+    row_seq, row_parts, items = (torch.from_numpy(array).to(device) for array in (row_seq, row_parts, items))
+    return Tiles(row_seq, row_parts, items, *plan, count,
                  torch.empty(found.places * heads * (head_dim + 1), dtype=torch.float32, device=device),
-                 torch.zeros(row_start[-1] * kv_heads, dtype=torch.int32, device=device))
+                 torch.zeros(rows * kv_heads, dtype=torch.int32, device=device))
