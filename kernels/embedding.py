@@ -10,10 +10,15 @@ from stars.kernels.linear import Weight
 
 def embedding_reference(token_ids: Tensor, weight: Weight, out: Tensor) -> None:
     """out[i] = weight[token_ids[i]]. token_ids int32 [rows]; weight [vocab, hidden]; out [rows, hidden]."""
+    out.copy_(looked_up(weight)[token_ids.long()])
+
+
+def looked_up(weight: Weight) -> Tensor:
+    """The matrix, whose rows are wanted one by one. Raises ValueError for a quantised weight."""
     if weight.quant is not None:
         raise ValueError(f"embedding: the weight is in {weight.quant.name}, give it unquantised: its rows are "
                          "looked up, not multiplied")
-    out.copy_(weight.dense()[token_ids.long()])
+    return weight.dense()
 
 
 def _unquantised(token_ids: Tensor, weight: Weight, out: Tensor) -> bool:

@@ -66,14 +66,17 @@ def pack(
     (`libstars.isa()` is "avx512_bf16") so are the activations of every product; sums are float32 still. Other CPUs,
     and the references, multiply the rounded matrix in float32.
 
-    A QuantWeight is taken as it is, `arithmetic` says nothing of it: a GPU multiplies activations of 16 bits by it, at
-    any number of rows, and the CPU dequantises it for every product. Raises ValueError where its tensors do not fit.
+    Of a QuantWeight scales of groups of 128 become float32, and zeros take the scales' type: a GPU asks for no less than
+    four bytes ahead of time. Its kernels multiply by it at any number of rows, the CPU dequantises it for every product;
+    `arithmetic` says nothing of it. Raises ValueError where its tensors do not fit.
     """
     if isinstance(matrix, QuantWeight):
         check(matrix)
+        scales = matrix.scales.float() if matrix.group == 128 else matrix.scales
+        quant = matrix._replace(scales=scales, zeros=None if matrix.zeros is None else matrix.zeros.to(scales.dtype))
         bias = None if bias is None else bias.float().contiguous()
-        return Weight(matrix.values, bias, matrix.out_features, matrix.in_features, deterministic=deterministic,
-                      quant=matrix)
+        return Weight(quant.values, bias, quant.out_features, quant.in_features, deterministic=deterministic,
+                      quant=quant)
     if arithmetic == "bfloat16":
         matrix = matrix.to(torch.bfloat16)
     out_features, in_features = matrix.shape

@@ -131,5 +131,6 @@ def _measure(record: Record, settings: Settings, rows: int, product: Product, st
                   spread=[1e6 * one for one in found[fastest].spread],
                   **{kind: None if seconds is None else 1e6 * seconds for kind, seconds in found.items()})
     return {"name": name, "scheme": "bf16", "rows": rows, "out_features": out_features, "in_features": in_features,
-            "best": fastest, "tile": None if best_tile is None else best_tile._asdict(), "us": {kind: None if seconds is None else round(1e6 * seconds, 2)
+            "best": fastest, "tile": None if best_tile is None else best_tile._asdict(),
+            "us": {kind: None if seconds is None else round(1e6 * seconds, 2)
                                       for kind, seconds in found.items()}}

@@ -130,9 +130,9 @@ def load_block(weight, scales, zeros, feature, present, start, IN_FEATURES: tl.c
         WIDTH: tl.constexpr = BLOCK_INNER // GROUPS
         steps = tl.reshape(steps, (steps.shape[0], GROUPS, WIDTH))
         if zeros is not None:
-            zero = _load(zeros, feature, present, start // GROUP, IN_FEATURES // GROUP, GROUPS, FULL)
+            zero = _load_groups(zeros, feature, present, start // GROUP, IN_FEATURES // GROUP, GROUPS, FULL)
             steps -= zero.to(steps.dtype)[:, :, None]
-        scale = _load(scales, feature, present, start // GROUP, IN_FEATURES // GROUP, GROUPS, FULL)
+        scale = _load_groups(scales, feature, present, start // GROUP, IN_FEATURES // GROUP, GROUPS, FULL)
         return tl.reshape(steps * scale.to(steps.dtype)[:, :, None], (steps.shape[0], BLOCK_INNER))
     else:
         stored = _load(weight, feature, present, start, IN_FEATURES, BLOCK_INNER, FULL)
@@ -150,6 +150,21 @@ def _load(matrix, row, present, start, COLUMNS: tl.constexpr, BLOCK: tl.constexp
         return tl.load(at)
     else:
         return tl.load(at, mask=present[:, None], other=0)
+
+
+@triton.jit
+def _load_groups(matrix, row, present, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """As `_load`. Numbers of two bytes come in pairs where they can: what is less than four is not loaded ahead."""
+    kind: tl.constexpr = matrix.dtype.element_ty
+    if kind.primitive_bitwidth == 16 and BLOCK % 2 == 0 and COLUMNS % 2 == 0:
+        pairs = matrix.to(tl.pointer_type(tl.int32), bitcast=True)
+        pair = _load(pairs, row, present, start // 2, COLUMNS // 2, BLOCK // 2, FULL)
+        low = pair.to(tl.int16).to(kind, bitcast=True)
+        high = (pair >> 16).to(tl.int16).to(kind, bitcast=True)
+        numbers = tl.reshape(tl.join(low, high), (pair.shape[0], BLOCK))
+    else:
+        numbers = _load(matrix, row, present, start, COLUMNS, BLOCK, FULL)
+    return numbers
 
 
 @triton.jit

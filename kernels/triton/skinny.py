@@ -11,21 +11,21 @@ A norm is cut in two (`stars.kernels.types.Stream`): whoever writes the residual
 weight, and its squares added up by blocks of 32 features; whoever reads that multiplies by 1 / rms at its end. So no
 norm is a launch, and no program reads whole rows before its loop.
 
-Weights are read once, in tiles of features over the inner dimension or, with splits, over a part of it. What is ended as
-a whole is a unit: a tile, or for `qkv` a head. Where several programs share a unit, each leaves its sums in
+Weights are read once, in tiles of features over the inner dimension or, with splits, over a part of it. What is ended
+as a whole is a unit: a tile, or for `qkv` a head. Where several programs share a unit, each leaves its sums in
 `SplitSpace.partial` and takes a ticket; the last to arrive adds up all parts, in their order, goes on with the end and
 puts the counter back to zero. So bits depend on the tile, never on who was last. Blocks of rows are neighbours in the
 order of launch and share the weights that they read through the second-level cache.
 
-With programmatic dependent launch (`Tile.pdl`) a kernel starts while the one before it still runs: it asks for its first
-weights, which depend on nothing, into the second-level cache, and then waits. All else is read and written after.
+With programmatic dependent launch (`Tile.pdl`) a kernel starts while the one before it still runs: it asks for its
+first weights, which depend on nothing, into the second-level cache, and then waits. All else is read and written after.
 
 Bytes: the weights, once. Activations, sums of parts and what is written stay in the second-level cache.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,9 +44,6 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _SUMMED = tl.constexpr(SUMMED)
 _SQUARES = tl.constexpr(2048)
 """Squares that a program holds at a time: sixteen registers a thread."""
-
-FIXED_ROWS = 64
-"""Rows whose tile serves weights packed as deterministic at any number of rows."""
 
 EMBEDDED = 1024
 """Features of a row that a program of the embedding takes."""
@@ -111,7 +108,7 @@ def _halves(total, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def _end_head(low, high, head, row, there, position, slot, rstd, scales, bias, out, cos, sin, keys, values, q_norm,
               k_norm, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
               QK_NORM: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """A head of queries, keys or values from its halves [BLOCK_ROWS, WIDTH]; all in float32, rounded once at the end."""
+    """A head of queries, keys or values from its halves [BLOCK_ROWS, WIDTH]; in float32, rounded once at the end."""
     HALF: tl.constexpr = HEAD_DIM // 2
     column = tl.arange(0, WIDTH)
     inside = column < HALF
@@ -205,6 +202,7 @@ def product_kernel(
         OUT_FEATURES + BLOCK_FEATURES - 1) // BLOCK_FEATURES
     UNIT_WIDTH: tl.constexpr = TILES * BLOCK_FEATURES
     SIZE: tl.constexpr = BLOCK_ROWS * UNIT_WIDTH
+    FULL: tl.constexpr = UNIT_WIDTH == HEAD_DIM if END == "qkv" else OUT_FEATURES % BLOCK_FEATURES == 0
     BLOCKS: tl.constexpr = (IN_FEATURES + BLOCK_INNER - 1) // BLOCK_INNER
     work = tl.program_id(1)
     part = work % SPLITS
@@ -218,22 +216,20 @@ def product_kernel(
             offset = work // SPLITS % TILES * BLOCK_FEATURES + index
             present = offset < HEAD_DIM
         feature = unit * HEAD_DIM + offset
-        FULL: tl.constexpr = UNIT_WIDTH == HEAD_DIM
     elif END == "swiglu":
         offset = index
         feature = unit * HALF + index % HALF + index // HALF * (OUT_FEATURES // 2)  # half of them gate, half of them up
         present = unit * HALF + index % HALF < OUT_FEATURES // 2
-        FULL: tl.constexpr = OUT_FEATURES % BLOCK_FEATURES == 0
     else:
         offset = index
         feature = unit * BLOCK_FEATURES + index
         present = feature < OUT_FEATURES
-        FULL: tl.constexpr = OUT_FEATURES % BLOCK_FEATURES == 0
     if PDL:
         if ahead > 0:
             BITS: tl.constexpr = 4 if SCHEME == "int4" else weight.dtype.element_ty.primitive_bitwidth
-            _prefetch(weight, tl.minimum(feature, OUT_FEATURES - 1), part * BLOCKS // SPLITS * (BLOCK_INNER * BITS // 8),
-                      ahead, IN_FEATURES * BITS // 8, BLOCK_FEATURES, CHUNKS)
+            first = part * BLOCKS // SPLITS * (BLOCK_INNER * BITS // 8)
+            _prefetch(weight, tl.minimum(feature, OUT_FEATURES - 1), first, ahead, IN_FEATURES * BITS // 8,
+                      BLOCK_FEATURES, CHUNKS)
         gdc_wait()
         gdc_launch_dependents()
 
@@ -418,12 +414,13 @@ def launch(
         raise ValueError(f"a product with end {end}: rows of {in_features} beside a weight of {weight.in_features}")
     if quant is None and x.dtype != matrix.dtype:
         raise ValueError(f"a product with end {end}: x is {x.dtype} and the weight {matrix.dtype}")
-    if stream is not None and stream.squares.shape != (rows, stream.residual.shape[1] // SUMMED):
+    if stream is not None and (rows, stream.residual.shape[1]) != (
+            stream.squares.shape[0], SUMMED * stream.squares.shape[1]):
         raise ValueError(f"a product with end {end}: squares are {list(stream.squares.shape)} beside a residual of "
                          f"{list(stream.residual.shape)}, expected one for {SUMMED} features")
     if rows == 0:
         return
-    tile = tuned.tile(end, scheme, FIXED_ROWS if weight.deterministic else rows, out_features, in_features)
+    tile = tuned.tile(end, scheme, tuned.FIXED_ROWS if weight.deterministic else rows, out_features, in_features)
     if end == "qkv":
         tile = tuned.of_heads(tile, head_dim)
     floats, tickets = tuned.needed(end, tile, rows, out_features, head_dim)
@@ -476,17 +473,25 @@ def _check_out(name: str, out: Tensor, rows: int, features: int) -> None:
 
 def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_features: int, *, bias: bool = False,
              heads: int = 0, kv_heads: int = 0, head_dim: int = 0, qk_norm: bool = False, tile: Tile | None = None,
-             arches: tuple[int, ...] = ARCHES) -> Variant:
-    """One product in the tile that is its default on the smallest of `ARCHES`, or in a given one."""
-    chosen = tuned.default(end, kind, rows, out_features, in_features, tuned.SHARED[80]) if tile is None else tile
+             arches: tuple[int, ...] = ARCHES, scheme: str = "none", group: int = 0, zeros: bool = False,
+             scale: str = "") -> Variant:
+    """One product in the tile that is its default on the smallest of `ARCHES`, or in a given one.
+
+    kind: of the activations, and of the weight where there is no scheme. scale: of groups, where not as `pack` has it.
+    """
+    scale = scale or ("fp16" if group == 32 else "fp32")
+    stored = kind if scheme == "none" else f"{scheme}-{group}" if group else scheme
+    chosen = tuned.default(end, stored, rows, out_features, in_features, tuned.SHARED[80]) if tile is None else tile
     if end == "qkv":
         chosen = tuned.of_heads(chosen, head_dim)
     constexprs = dict(
         OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=chosen.rows, BLOCK_FEATURES=chosen.features,
         BLOCK_INNER=chosen.inner, SPLITS=chosen.splits, END=end, HAS_BIAS=bias, HEADS=heads, KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=chosen.swap, SCHEME="none", GROUP=0, PDL=chosen.pdl,
-        CHUNKS=_chunks(chosen))
+        HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=chosen.swap, SCHEME=scheme, GROUP=group, PDL=chosen.pdl,
+        CHUNKS=_chunks(chosen), **({} if zeros else {"zeros": None}))
     kinds = dict.fromkeys(constexprs, "constexpr") | {"rows": "i32", "ahead": "i32", "eps": "fp32"}
+    if scheme != "none":
+        kinds |= {"weight": "*i8" if scheme == "int8" else "*u8", "scales": f"*{scale}"}
     if end != "plain":
         kinds |= {"squares": "*fp32", "partial": "*fp32", "tickets": "*i32"}
     if end == "qkv":
@@ -495,17 +500,19 @@ def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_fe
         kinds["out"] = "*fp32"
     if end == "residual":
         kinds["gain"] = "*fp32"
-    signature = {name: kinds.get(name, "*" + kind) for name in product_kernel.arg_names}
-    return Variant(f"skinny {end} {kind} {name}", product_kernel, signature, constexprs, chosen.warps, chosen.stages,
-                   arches)
+    signature = {name: kinds.get(name, f"*{scale if name == 'zeros' else kind}") for name in product_kernel.arg_names}
+    stored = "" if scheme == "none" else f" {stored}"
+    return Variant(f"skinny {end} {kind}{stored} {name}", product_kernel, signature, constexprs, chosen.warps,
+                   chosen.stages, arches)
 
 
 def variants() -> list[Variant]:
     """The products of an 8B model in every default tile, dependent launches, and the shapes of other families."""
     found = []
-    llama = (("qkv", 6144, 4096, dict(heads=32, kv_heads=8, head_dim=128)), ("residual", 4096, 4096, {}),
-             ("swiglu", 28672, 4096, {}), ("residual", 4096, 14336, {}), ("normed", 128256, 4096, {}),
-             ("plain", 6144, 4096, {}))
+    llama: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
+        ("qkv", 6144, 4096, dict(heads=32, kv_heads=8, head_dim=128)), ("residual", 4096, 4096, {}),
+        ("swiglu", 28672, 4096, {}), ("residual", 4096, 14336, {}), ("normed", 128256, 4096, {}),
+        ("plain", 6144, 4096, {}))
     for kind, counts in (("bf16", (1, 32, 64, 128)), ("fp16", (1, 128)), ("fp32", (1,))):
         found += [_variant(f"{out_features} {in_features}, {rows} rows", end, kind, rows, out_features, in_features,
                            **more) for rows in counts for end, out_features, in_features, more in llama]
@@ -524,6 +531,21 @@ def variants() -> list[Variant]:
                                            ("normed", 32001, 896), ("plain", 1000, 1000)):
         found += [_variant(f"{out_features} {in_features} bias, {rows} rows", end, "bf16", rows, out_features,
                            in_features, bias=True) for rows in (1, 64)]
+    for scheme, group in (("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 128)):
+        stored = dict(scheme=scheme, group=group)
+        found += [_variant(f"{out_features} {in_features}, {rows} rows", end, "bf16", rows, out_features, in_features,
+                           **more, **stored)
+                  for end, out_features, in_features, more in llama for rows in (1, 128)]
+        found += [_variant(f"28672 4096, {rows} rows", "swiglu", "bf16", rows, 28672, 4096, **stored)
+                  for rows in (32, 64)]
+        found += [_variant("896 4864 bias", "residual", "fp16", 128, 896, 4864, bias=True, **stored),
+                  _variant("9728 896 bias", "swiglu", "fp16", 1, 9728, 896, bias=True, **stored),
+                  _variant("1000 1152", "plain", "fp32", 1, 1000, 1152, **stored)]
+    for group in (32, 128):
+        found += [_variant(f"1000 1152 zeros, {rows} rows", "plain", kind, rows, 1000, 1152, scheme="int4", group=group,
+                           zeros=True) for rows in (1, 128) for kind in ("bf16", "fp16")]
+    found += [_variant(f"1000 1152 wide scales, {rows} rows", "plain", "bf16", rows, 1000, 1152, scheme="int4", group=32,
+                       zeros=True, scale="fp32") for rows in (1, 128)]
     for kind in ("bf16", "fp16", "fp32"):
         found.append(Variant(
             f"embedding_scaled {kind}", embedding_scaled_kernel,

@@ -33,6 +33,9 @@ VERSION = 2
 MAX_FUSED_ROWS = 128
 """Rows up to which a pass over quantised weights is fused."""
 
+FIXED_ROWS = 64
+"""Rows whose tile serves weights packed as deterministic, at any number of rows."""
+
 SUMMED = 32
 """Features whose squares make one entry of `Stream.squares`."""
 
@@ -79,6 +82,7 @@ class Product(NamedTuple):
     out_features: int
     in_features: int
     head_dim: int = 0  # of "qkv"
+    deterministic: bool = False
 
 
 class Table(NamedTuple):
@@ -170,7 +174,7 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
     if scheme == "fp32":  # without tensor cores
         chosen = Tile(16, 32, 32, 4, 2)
     elif not floats:
-        chosen = _quantised(scheme, rows)
+        chosen = _quantised(rows)
     elif rows > 64:
         chosen = Tile(128, 128, 64, 8, 4, swap=True)
     elif rows > 32:
@@ -184,8 +188,9 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
     else:
         chosen = Tile(16, 64, 128, 4, 4, swap=end != "qkv")
     limit = 1024 * ((_shared() if shared is None else shared) - 8)  # the rest is for sums and turned tiles
-    item = 4 if scheme == "fp32" else 2
-    while chosen.stages * chosen.inner * (chosen.rows + chosen.features) * item > limit:
+    # Bytes of an activation, which beside quantised weights may be a float32, and of a weight.
+    x, item = (2, 2) if scheme in ("bf16", "fp16") else (4, 4 if scheme == "fp32" else 1)
+    while chosen.stages * chosen.inner * (chosen.rows * x + chosen.features * item) > limit:
         chosen = chosen._replace(inner=chosen.inner // 2) if chosen.inner > 64 else chosen._replace(
             stages=chosen.stages - 1)
     programs = -(-out_features // chosen.features) * -(-rows // chosen.rows)
@@ -196,19 +201,18 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
     return chosen._replace(splits=splits)
 
 
-def _quantised(scheme: str, rows: int) -> Tile:
+def _quantised(rows: int) -> Tile:
     """Tiles in which no number is turned from bits twice, and whose loads are of sixteen bytes a thread.
 
-    Up to 32 rows by the matrix instruction of a warp, weights as its left operand, whose rows two warps share; four
-    warps would get Hopper's matrix instruction, for which Triton loads an 8-bit left operand byte by byte. Beyond, that
-    instruction takes the numbers as its right operand, from shared memory.
+    Up to 32 rows by the matrix instruction of a warp: with the weights as its left operand, whose rows two warps share,
+    or as its right one. (Four warps with them on the left get Hopper's matrix instruction, for which Triton loads a left
+    operand of 8 bits byte by byte.) Beyond, that instruction takes the numbers as its right operand, from shared memory.
     """
     if rows > 64:
         return Tile(128, 128, 64, 8, 3)
     if rows > 32:
-        return Tile(64, 128, 64, 4, 4)
-    inner = 256 if scheme == "int4-128" else 128  # two scales a row, which are four bytes: less is not loaded ahead
-    return Tile(32 if rows > 16 else 16, 64, inner, 2, 4, swap=True)
+        return Tile(64, 128, 64, 8, 4)
+    return Tile(16, 64, 128, 2, 4, swap=True) if rows <= 16 else Tile(32, 128, 128, 4, 3)
 
 
 def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
@@ -216,7 +220,8 @@ def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
     floats = tickets = 1
     for product in products:
         for count in range(1, rows + 1):
-            chosen = tile(product.end, product.scheme, count, product.out_features, product.in_features)
+            asked = FIXED_ROWS if product.deterministic else count
+            chosen = tile(product.end, product.scheme, asked, product.out_features, product.in_features)
             chosen = chosen if product.end != "qkv" else of_heads(chosen, product.head_dim)
             more = needed(product.end, chosen, count, product.out_features, product.head_dim)
             floats, tickets = max(floats, more[0]), max(tickets, more[1])
