@@ -66,9 +66,9 @@ def pack(
     (`libstars.isa()` is "avx512_bf16") so are the activations of every product; sums are float32 still. Other CPUs,
     and the references, multiply the rounded matrix in float32.
 
-    Of a QuantWeight scales of groups of 128 become float32, and zeros take the scales' type: a GPU asks for no less than
-    four bytes ahead of time. Its kernels multiply by it at any number of rows, the CPU dequantises it for every product;
-    `arithmetic` says nothing of it. Raises ValueError where its tensors do not fit.
+    Of a QuantWeight, scales of groups of 128 become float32, and zeros take the scales' type: a GPU asks for no less
+    than four bytes ahead of time. Its kernels multiply by it at any number of rows, the CPU dequantises it for every
+    product; `arithmetic` says nothing of it. Raises ValueError where its tensors do not fit.
     """
     if isinstance(matrix, QuantWeight):
         check(matrix)

@@ -80,6 +80,21 @@ def test_tiny_weights_stay_finite():
         assert bool(dequantize(quantize(matrix, scheme, group, asymmetric)).isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group, asymmetric", [(32, False), (128, True)])
+def test_rounding_the_scales_of_groups_costs_a_product_little(group, asymmetric, dtype):
+    """A GPU multiplies steps by scales in the activations' type: two roundings of a weight, where a matrix of that type
+    has one. Independent errors, so about 1.4 times as large together; twice is what a kernel may have."""
+    x, matrix = numbers(8, 1024, seed=3).to(dtype).double(), numbers(256, 1024, seed=4)
+    quant = quantize(matrix, "int4", group, asymmetric)
+    exact = dequantize(quant)
+    steps = (exact.view(256, -1, group) / quant.scales.float()[:, :, None]).round()
+    ours = (steps.to(dtype) * quant.scales.to(dtype)[:, :, None]).view(256, 1024)
+    wanted = x @ exact.double().T
+    error, plain = ((x @ rounded.double().T - wanted).square().mean().sqrt() for rounded in (ours, exact.to(dtype)))
+    assert 0 < error < 1.6 * plain and plain < 2 * torch.finfo(dtype).eps * wanted.square().mean().sqrt()
+
+
 # -- layout -------------------------------------------------------------------------------------------------------
 
 

@@ -533,9 +533,13 @@ def variants() -> list[Variant]:
                            in_features, bias=True) for rows in (1, 64)]
     for scheme, group in (("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 128)):
         stored = dict(scheme=scheme, group=group)
-        found += [_variant(f"{out_features} {in_features}, {rows} rows", end, "bf16", rows, out_features, in_features,
-                           **more, **stored)
-                  for end, out_features, in_features, more in llama for rows in (1, 128)]
+        for end, out_features, in_features, more in llama:
+            name, sizes = f"{out_features} {in_features}", (out_features, in_features)
+            found += [_variant(f"{name}, {rows} rows", end, "bf16", rows, *sizes, **more, **stored)
+                      for rows in (1, 128)]
+            wide = tuned.default(end, "fp8", 128, *sizes, tuned.SHARED[90])
+            found.append(_variant(f"{name}, large tile", end, "bf16", 128, *sizes, tile=wide, arches=(90, 100), **more,
+                                  **stored))
         found += [_variant(f"28672 4096, {rows} rows", "swiglu", "bf16", rows, 28672, 4096, **stored)
                   for rows in (32, 64)]
         found += [_variant("896 4864 bias", "residual", "fp16", 128, 896, 4864, bias=True, **stored),
@@ -544,8 +548,8 @@ def variants() -> list[Variant]:
     for group in (32, 128):
         found += [_variant(f"1000 1152 zeros, {rows} rows", "plain", kind, rows, 1000, 1152, scheme="int4", group=group,
                            zeros=True) for rows in (1, 128) for kind in ("bf16", "fp16")]
-    found += [_variant(f"1000 1152 wide scales, {rows} rows", "plain", "bf16", rows, 1000, 1152, scheme="int4", group=32,
-                       zeros=True, scale="fp32") for rows in (1, 128)]
+    found += [_variant(f"1000 1152 wide scales, {rows} rows", "plain", "bf16", rows, 1000, 1152, scheme="int4",
+                       group=32, zeros=True, scale="fp32") for rows in (1, 128)]
     for kind in ("bf16", "fp16", "fp32"):
         found.append(Variant(
             f"embedding_scaled {kind}", embedding_scaled_kernel,

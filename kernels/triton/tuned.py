@@ -170,11 +170,12 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
     Up to 16 rows they are the best that an H100 was seen to like in a chain of all products of an 8B step, by their
     proportions. Beyond, tiles grow with the rows: a program reads as many activations as weights at the most.
     """
+    shared = _shared() if shared is None else shared
     floats = scheme in _FLOATS
     if scheme == "fp32":  # without tensor cores
         chosen = Tile(16, 32, 32, 4, 2)
     elif not floats:
-        chosen = _quantised(rows)
+        chosen = _quantised(rows, shared)
     elif rows > 64:
         chosen = Tile(128, 128, 64, 8, 4, swap=True)
     elif rows > 32:
@@ -187,7 +188,7 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
         chosen = Tile(16, 32, 512, 4, 3)
     else:
         chosen = Tile(16, 64, 128, 4, 4, swap=end != "qkv")
-    limit = 1024 * ((_shared() if shared is None else shared) - 8)  # the rest is for sums and turned tiles
+    limit = 1024 * (shared - 8)  # the rest is for sums and turned tiles
     # Bytes of an activation, which beside quantised weights may be a float32, and of a weight.
     x, item = (2, 2) if scheme in ("bf16", "fp16") else (4, 4 if scheme == "fp32" else 1)
     while chosen.stages * chosen.inner * (chosen.rows * x + chosen.features * item) > limit:
@@ -195,21 +196,23 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
             stages=chosen.stages - 1)
     programs = -(-out_features // chosen.features) * -(-rows // chosen.rows)
     splits = 1
-    wanted = PROGRAMS if floats else 2 * PROGRAMS  # of half as many warps
-    while end != "plain" and splits * programs < wanted and splits < 8 and in_features >= 1024 * splits:
+    wanted = PROGRAMS if floats else PROGRAMS * 4 // chosen.warps
+    most = 4 if end == "qkv" and not floats else 8  # two warps that add up more parts of a whole head would spill
+    while end != "plain" and splits * programs < wanted and splits < most and in_features >= 1024 * splits:
         splits *= 2
     return chosen._replace(splits=splits)
 
 
-def _quantised(rows: int) -> Tile:
+def _quantised(rows: int, shared: int) -> Tile:
     """Tiles in which no number is turned from bits twice, and whose loads are of sixteen bytes a thread.
 
     Up to 32 rows by the matrix instruction of a warp: with the weights as its left operand, whose rows two warps share,
-    or as its right one. (Four warps with them on the left get Hopper's matrix instruction, for which Triton loads a left
-    operand of 8 bits byte by byte.) Beyond, that instruction takes the numbers as its right operand, from shared memory.
+    or as its right one. (Four warps with them on the left get Hopper's matrix instruction, for which Triton loads a
+    left operand of 8 bits byte by byte.) Beyond, that instruction takes them as its right operand, from shared memory;
+    older cards, whose instruction takes them from registers, have too few for 128 rows of 128 features.
     """
     if rows > 64:
-        return Tile(128, 128, 64, 8, 3)
+        return Tile(128, 128 if shared >= SHARED[90] else 64, 64, 8, 3)
     if rows > 32:
         return Tile(64, 128, 64, 8, 4)
     return Tile(16, 64, 128, 2, 4, swap=True) if rows <= 16 else Tile(32, 128, 128, 4, 3)
