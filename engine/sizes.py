@@ -93,7 +93,7 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
         needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(
             max_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, lanes))
         if not config.deterministic:
-            needed[f"{name}'s activations"] += split_bytes(shape, SCHEMES[dtype], not drafts)
+            needed[f"{name}'s activations"] += split_bytes(shape, dtype, SCHEMES[dtype], not drafts)
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
         needed[f"{name}'s activations"] += 4 * (sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)
         if backend != "triton":

@@ -101,7 +101,7 @@ def _narrowest(matrix: Tensor) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features], formed in the wider of their types."""
+    """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features]: formed in the wider type."""
     kind = torch.promote_types(x.dtype, out.dtype)
     bias = None if weight.bias is None else weight.bias.to(x.dtype).to(kind)
     out.copy_(torch.nn.functional.linear(x.to(kind), weight.dense().to(x.dtype).to(kind), bias))

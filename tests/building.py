@@ -10,7 +10,7 @@ import torch
 
 from stars.cache import PagedCache
 from stars.config import EngineConfig
-from stars.kernels.linear import Weight, pack
+from stars.kernels.linear import SCHEMES, Weight, pack
 from stars.kernels.quant import quantize
 from stars.kernels.triton.tuned import Table
 from stars.model.config import ModelConfig
@@ -51,26 +51,31 @@ def work_as(monkeypatch: Any, target: Target) -> None:
 
 
 def as_on_a_gpu(decoder: Decoder, scheme: str = "fp32", deterministic: bool = False) -> Decoder:
-    """The decoder with weights as a GPU has them, in float32 or quantised; its passes may be fused, as `fusing` says.
+    """The decoder with weights as a GPU has them, of a float type or quantised; its passes may be fused, see `fusing`.
 
-    An embedding that is the head too and a reward head stay float32.
+    An embedding that is the head too is not quantised; a reward head is float32.
     """
-    def held(weight: Weight | None, stored: str = "fp32") -> Weight | None:
+    floats = {name: kind for kind, name in SCHEMES.items()}
+    dtype = floats.get(scheme, torch.float32)
+
+    def held(weight: Weight | None, stored: str) -> Weight | None:
         if weight is None:
             return None
-        matrix = weight.dense().float().contiguous()
-        if stored == "fp32":
-            return Weight(matrix, weight.bias, weight.out_features, weight.in_features, deterministic=deterministic)
-        kind, _, group = stored.partition("-")
-        return pack(quantize(matrix, kind, int(group or 0)), weight.bias)
+        matrix = weight.dense().float()
+        if stored not in floats:
+            kind, _, group = stored.partition("-")
+            return pack(quantize(matrix, kind, int(group or 0)), weight.bias)
+        kind = floats[stored]
+        return Weight(matrix.to(kind).contiguous(), None if weight.bias is None else weight.bias.to(kind),
+                      weight.out_features, weight.in_features, deterministic=deterministic)
 
     layers = [layer._replace(**{name: held(getattr(layer, name), scheme) for name in ("qkv", "o", "gate_up", "down")})
               for layer in decoder.layers]
-    embedding = held(decoder.embedding)
+    embedding = held(decoder.embedding, SCHEMES[dtype])
     head = embedding if decoder.head is decoder.embedding else held(decoder.head, scheme)
     with patch("stars.model.decoder.target_of", lambda device: CUDA):
-        return Decoder(decoder.config, embedding, layers, decoder.final_norm, head, held(decoder.score_head),
-                       decoder.cos, decoder.sin, decoder.max_rows)
+        return Decoder(decoder.config, embedding, layers, decoder.final_norm, head,
+                       held(decoder.score_head, "fp32"), decoder.cos, decoder.sin, decoder.max_rows, dtype)
 
 
 def fused_up_to(rows: int, *decoders: Decoder) -> Table:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from building import as_on_a_gpu, fused_up_to
+from building import as_on_a_gpu, cache_of, fused_up_to
 from stars import kernels
 from stars.kernels.dispatch import references_only
 from stars.kernels.linear import Weight
@@ -17,7 +17,7 @@ from stars.kernels.triton import tuned
 from stars.model.decoder import Decoder
 from stars.model.fusing import split_bytes
 from stars.target import CUDA
-from test_parity import Row, Runner, ints, tokens
+from test_parity import PAGE, SLAB, Row, Runner, ints, tokens
 from tiny_models import TinyModel
 from toy import ToyModel
 
@@ -46,6 +46,13 @@ def dense(weight: Weight) -> Weight:
 
 class Drafting(Runner):
     """A pass in slabs over all rows is a draft's: logits instead of hidden states."""
+
+    def __init__(self, directory, head: str = "lm", dtype: torch.dtype = torch.float32):
+        super().__init__(directory, head)
+        self.cache = cache_of(self.decoder.config, page_size=PAGE, num_pages=64, num_slabs=6, slab_len=SLAB,
+                              dtype=dtype)
+        for tensor in (self.cache.k_pages, self.cache.v_pages, self.cache.k_slabs, self.cache.v_slabs):
+            tensor.fill_(torch.nan)
 
     def _run(self, batch, rows, score):
         if rows is None and batch.into_slab:
@@ -148,6 +155,31 @@ def test_what_is_never_fused(tiny_model, called, tiny, deterministic):
     assert not any(tensor.numel() for tensor in runner.decoder._split)
 
 
+def test_float16_is_never_fused(called):
+    """The residual stream times a norm's weight, not divided by its length yet, can be beyond the largest number."""
+    decoder = as_on_a_gpu(ToyModel(hidden=32).decoder(), "fp16")
+    assert decoder.dtype == decoder.layers[0].o.values.dtype == torch.float16 and decoder._fusing is None
+    assert split_bytes(decoder.config, torch.float16, "int8") == 0 < split_bytes(decoder.config, torch.bfloat16, "int8")
+
+
+def test_fused_passes_in_bfloat16_are_as_exact(tiny_model):
+    """Beside the same weights in float32, logits err no more than those of the single operations, or little more."""
+    directory = tiny_model(TinyModel("llama", hidden=96, layers=4, vocab=397))
+    exact = Drafting(directory)
+    given = as_on_a_gpu(exact.decoder, "bf16")
+    exact.decoder = as_on_a_gpu(given)  # of the rounded weights
+    errors = []
+    for rows in (0, 128):
+        runner = Drafting(directory, dtype=torch.bfloat16)
+        runner.decoder = given
+        with tuned.using(fused_up_to(rows, given)), references_only():
+            found, wanted = passes(runner, "lm"), passes(exact, "lm")
+        assert found["lanes"].dtype == torch.float32
+        errors.append(float((found["lanes"] - wanted["lanes"]).square().mean().sqrt()))
+    single, fused = errors
+    assert 0.005 < single < 0.2 and fused < 1.2 * single, errors
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scheme", ["fp8", "int8", "int4-32", "int4-128"])
 def test_quantised_weights_are_those_of_their_matrices(monkeypatch, tiny_model, called, scheme, tied):
@@ -182,9 +214,9 @@ def test_some_quantised_layers_are_enough_and_a_quantised_head_is_not(tiny_model
         else:
             layers = [mine._replace(down=its.down) for mine, its in zip(layers, quantised.layers, strict=True)]
         with references_only(), patch("stars.model.decoder.target_of", lambda device: CUDA):
-            runner.decoder, theirs.decoder = (Decoder(
-                plain.config, plain.embedding, given, plain.final_norm, last, None, plain.cos, plain.sin, 64)
-                for given, last in ((layers, head), ([layer._replace(down=dense(layer.down)) for layer in layers],
+            runner.decoder, theirs.decoder = (
+                Decoder(plain.config, plain.embedding, given, plain.final_norm, last, None, plain.cos, plain.sin, 64)
+                for given, last in ((layers, head), ([one._replace(down=dense(one.down)) for one in layers],
                                                      dense(head))))
             found, wanted = passes(runner, "lm"), passes(theirs, "lm")
         for what, tensor in wanted.items():
@@ -205,10 +237,12 @@ def test_the_room_of_fused_passes_is_what_is_said(scheme, head):
     model = ToyModel(vocab=1501, hidden=1088, heads=17, kv_heads=1, head_dim=64, intermediate=2048, head=head)
     given = model.decoder()
     alone = as_on_a_gpu(given, scheme)
-    taken = sum(tensor.nbytes for tensor in alone._split)
-    assert split_bytes(model.config, scheme, head == "reward") == taken and (taken > 0) == (scheme != "fp32")
+
+    def said() -> int:
+        return split_bytes(model.config, torch.float32, scheme, head == "reward")
+
+    assert said() == sum(tensor.nbytes for tensor in alone._split) and (said() > 0) == (scheme != "fp32")
     with tuned.using(fused_up_to(5, alone)):
         alone.reserve_fused()
-        taken = sum(tensor.nbytes for tensor in alone._split)
-        assert split_bytes(model.config, scheme, head == "reward") == taken > 0
+        assert said() == sum(tensor.nbytes for tensor in alone._split) > 0
         assert not bool(alone._split.tickets.any())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 import stars
 from building import PADDED, as_on_a_gpu, fused_up_to, work_as
@@ -65,8 +66,8 @@ def completions(lm: Decoder, rm: Decoder) -> list[stars.CompletionOutput]:
 
 
 def same_text(monkeypatch, lm: Decoder, rm: Decoder, target: Target = NARROW) -> Counter[str]:
-    """Over the Triton kernels as on the CPU; idle lanes, rows and tiles included. Tokens and verdicts are equal, rewards
-    within float32. How often those operations were called that the lists of a decoder do not share."""
+    """Over the Triton kernels as on the CPU, idle lanes, rows and tiles included: equal tokens and verdicts, rewards
+    within float32. Returns how often products were called, of either list of a decoder."""
     theirs = completions(as_dequantised(lm), as_dequantised(rm))
     monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
     monkeypatch.setattr(graph, "column", lambda done: "reference")
@@ -91,6 +92,20 @@ def same_text(monkeypatch, lm: Decoder, rm: Decoder, target: Target = NARROW) ->
 
 def test_the_engine_over_triton_gives_the_text_of_the_cpu(monkeypatch):
     assert not same_text(monkeypatch, *pair(), PADDED)["qkv_rope"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_logits_of_16_bits_are_products_in_float32(monkeypatch, dtype):
+    """Rounded to 16 bits, more than one in twenty would have an equal in its row."""
+    decoder = as_on_a_gpu(ToyModel(vocab=997, hidden=96, heads=2, head_dim=16, seed=4).decoder(), dtype)
+    hidden = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).to(decoder.dtype)
+    monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
+    logits = decoder.logits(hidden)
+    left, right = hidden.double(), decoder.head.values.double().T
+    assert logits.dtype == torch.float32
+    assert bool(((logits - left @ right).abs() <= 1e-6 * (left.abs() @ right.abs())).all())
+    for row in logits:
+        assert len(row.to(decoder.dtype).unique()) < 0.95 * 997 < 0.99 * 997 < len(row.unique())
 
 
 def test_fused_passes_give_the_text_of_the_cpu(monkeypatch):

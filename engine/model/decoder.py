@@ -81,7 +81,7 @@ class Decoder:
         self._logits: Tensor | None = None
         self._outgrown: list[Workspace | SplitSpace | Tensor] = []
         self._split = SplitSpace(torch.empty(0), torch.empty(0))
-        self._fusing = fusing(config, self._ends()) if target_of(self.device.type).triton else None
+        self._fusing = fusing(config, dtype, self._ends()) if target_of(self.device.type).triton else None
         self.reserve(max_rows)
         self.reserve_fused()
         if head is not None:

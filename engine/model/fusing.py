@@ -36,14 +36,15 @@ class Fusing(NamedTuple):
         return SplitSpace(torch.empty(floats, device=device), torch.zeros(tickets, dtype=torch.int32, device=device))
 
 
-def fusing(config: ModelConfig, weights: Iterable[tuple[str, Weight]]) -> Fusing | None:
-    """Of a decoder with these weights and the ends of their products, the layers' first; None: no pass is ever fused.
+def fusing(config: ModelConfig, dtype: torch.dtype, weights: Iterable[tuple[str, Weight]]) -> Fusing | None:
+    """Of a decoder with activations of `dtype`, and with these weights and ends of their products, the layers' first.
 
-    Deterministic weights promise one order of sums at any number of rows. The single operations keep it up to a whole
-    prefill, and the fused products are made for few rows, so such a decoder takes the one list for all.
+    None: no pass is ever fused, see `fusable`. Deterministic weights promise one order of sums at any number of rows.
+    The single operations keep it up to a whole prefill, and the fused products are made for few rows, so such a decoder
+    takes the one list for all.
     """
     weights = list(weights)
-    if config.hidden_size % tuned.SUMMED or any(weight.deterministic for _, weight in weights):
+    if not fusable(config, dtype) or any(weight.deterministic for _, weight in weights):
         return None
     products = {Product(end, weight.scheme, weight.out_features, weight.in_features,
                         config.head_dim if end == "qkv" else 0) for end, weight in weights}
@@ -53,7 +54,16 @@ def fusing(config: ModelConfig, weights: Iterable[tuple[str, Weight]]) -> Fusing
     return Fusing(_shape(config, scores), stored.scheme, frozenset(products))
 
 
-def split_bytes(config: ModelConfig, scheme: str, scores: bool = False) -> int:
+def fusable(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether the fused list serves a model at all.
+
+    Squares are added up by blocks of features. And what the fused products read is the residual stream times a norm's
+    weight, not divided by its length yet: in float16 that may be beyond the largest number where the norm is not.
+    """
+    return config.hidden_size % tuned.SUMMED == 0 and dtype != torch.float16
+
+
+def split_bytes(config: ModelConfig, dtype: torch.dtype, scheme: str, scores: bool = False) -> int:
     """Bytes of the room that a decoder on a GPU reserves, all of its matrices stored in `scheme`; `scores`: a reward
     model's.
     """
@@ -64,8 +74,7 @@ def split_bytes(config: ModelConfig, scheme: str, scores: bool = False) -> int:
                 Product("swiglu", scheme, 2 * intermediate, hidden), Product("residual", scheme, hidden, intermediate)}
     if not scores:
         products.add(Product("normed", scheme, config.vocab_size, hidden))
-    fused = not hidden % tuned.SUMMED
-    return 4 * sum(Fusing(shape, scheme, frozenset(products)).room()) if fused else 0
+    return 4 * sum(Fusing(shape, scheme, frozenset(products)).room()) if fusable(config, dtype) else 0
 
 
 def _shape(config: ModelConfig, scores: bool) -> ModelShape:
