@@ -7,10 +7,11 @@ import math
 from typing import Any, Literal
 
 import torch
+from timing import rehearsing
 from torch import Tensor
 
 from stars.kernels.linear import Weight, pack
-from stars.kernels.quant import QuantWeight, quantize
+from stars.kernels.quant import FP8, QuantWeight, quantize
 from stars.model.config import ModelConfig, parse_config
 from stars.model.decoder import Decoder, LayerWeights
 from stars.model.rope import rope_tables
@@ -103,6 +104,13 @@ def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch
 def as_quantised(matrix: Tensor, scheme: str) -> QuantWeight:
     """In the scheme that tables call so, a part of the rows at a time: float32 takes twice the room."""
     kind, _, group = scheme.partition("-")
+    if rehearsing():  # whatever its values are
+        rows, columns = matrix.shape
+        stored = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}[kind]
+        values = torch.empty(rows, columns // (2 if kind == "int4" else 1), dtype=stored, device=matrix.device)
+        scales = torch.empty((rows, columns // int(group)) if group else (rows,), device=matrix.device,
+                             dtype=torch.float16 if group else torch.float32)
+        return QuantWeight(values, scales, None, int(group or 0), kind)
     parts = [quantize(rows, kind, int(group or 0)) for rows in matrix.split(1 << 15)]
     return parts[0]._replace(values=torch.cat([part.values for part in parts]),
                              scales=torch.cat([part.scales for part in parts]))

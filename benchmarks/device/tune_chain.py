@@ -25,7 +25,8 @@ from rehearse import compile_first
 from tables import PREFIX, part
 from torch import Tensor
 
-from stars.kernels.linear import Weight
+from stars.kernels.linear import Weight, pack
+from stars.kernels.quant import QuantWeight
 from stars.kernels.triton import tuned
 from stars.kernels.triton.tuned import Tile
 from stars.model.decoder import Decoder
@@ -128,9 +129,9 @@ def pair(settings: Settings, layers: int | None = None, scheme: str = "") -> tup
         return decoder, scoring_over(decoder)
 
 
-def plainly(matrix: Tensor, **options) -> Weight:
+def plainly(matrix: Tensor | QuantWeight, **options) -> Weight:
     """A Weight as a GPU has it."""
-    return Weight(matrix, None, *matrix.shape)
+    return pack(matrix) if isinstance(matrix, QuantWeight) else Weight(matrix, None, *matrix.shape)
 
 
 def rehearse(settings: Settings, scheme: str = "") -> None:
