@@ -218,7 +218,8 @@ host.run(record, Settings())
 print([check["passed"] for check in record.content["checks"]], record.content["parts"], record.finish())
 crash = record.content["facts"].get("libstars, the crash", {{}})
 print(record.content["facts"]["libstars"]["how"], sorted(crash), {{one["how"] for name, one in crash.items()
-      if name in host.CIRCUMSTANCES}}, all("SIG11 si_code" in crash[name]["said"] for name in host.CIRCUMSTANCES if crash))
+      if name in host.CIRCUMSTANCES}}, all("SIG11 si_code" in crash[name]["said"] for name in host.CIRCUMSTANCES
+                                           if crash))
 """
 
 

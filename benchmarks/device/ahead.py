@@ -147,7 +147,8 @@ def _on_cpu(module: str, function: str = "run") -> Callable[[], None]:
 
         JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
         stage = importlib.import_module(module)
-        for name in ("kernel_rows", "kernel_products", "kernel_fused", "kernel_attention", "kernel_sampler", "first_light"):
+        for name in ("kernel_rows", "kernel_products", "kernel_fused", "kernel_attention", "kernel_sampler",
+                     "first_light"):
             importlib.import_module(name).run_apart = _inline
         for name in ("micro", "tune_products"):
             importlib.import_module(name).compile_first = lambda *given: None

@@ -149,12 +149,13 @@ class Bench:
             self.sync()
         after = self._of_the_driver()
         self.record.fact(f"{self.name}: start-up", {
-            "seconds": round(time.perf_counter() - begin, 2), "captures": seen["captured"], "compiled": seen["compiled"],
-            "launched": seen["launched"], "driver_mib": None if driver is None else round((after - driver) / 2**20, 1)})
+            "seconds": round(time.perf_counter() - begin, 2), "captures": seen["captured"],
+            "compiled": seen["compiled"], "launched": seen["launched"],
+            "driver_mib": None if driver is None else round((after - driver) / 2**20, 1)})
         return engine
 
     def _of_the_driver(self) -> int | None:
-        """Bytes of the card that are taken and that torch does not know of: graphs, kernels, workspaces of libraries."""
+        """Bytes of the card that are taken and torch does not know of: graphs, kernels, workspaces of libraries."""
         if self.settings.dry or rehearsing():
             return None
         self.sync()
@@ -234,8 +235,8 @@ class Bench:
         return int(weight_bytes(self.rm) + kv_bytes_a_token(self.rm) * (context + 2 * count * self.reward_rows))
 
     def early_stop(self, lanes: int, ends_after: int = 4, repeats: int = 5) -> None:
-        """A draft whose lanes all end after a few of its steps, beside a whole one, by the clock: the same tokens so far,
-        in less time."""
+        """A draft whose lanes all end after a few of its steps, beside a whole one, by the clock: the same tokens so
+        far, in less time."""
         engine = self.engine
         cache, drafter = engine._cache, engine._round.drafter
         table = cache.open([])

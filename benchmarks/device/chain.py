@@ -1,8 +1,8 @@
 """A pass of a whole decoder as the engine runs it, in one graph: its seconds under a table of tiles, and whether it is
 right beside torch in float32.
 
-Every layer has weights of its own, so that each is read from memory once; attention and all else between the products is
-the engine's. Draft passes go up to the logits, scoring passes up to the rewards.
+Every layer has weights of its own, so that each is read from memory once; attention and all else between the products
+is the engine's. Draft passes go up to the logits, scoring passes up to the rewards.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def weights_of(decoder: Decoder) -> dict[str, Weight]:
 
 
 def table_of(decoder: Decoder, tiles: dict[str, Tile] | None, plain: Table | None = None) -> Table:
-    """What puts these tiles in force, fused at any number of rows; None: nothing is fused. plain: whose products without
-    an end are used where nothing is fused."""
+    """What puts these tiles in force, fused at any number of rows; None: nothing is fused. plain: whose products
+    without an end are used where nothing is fused."""
     kept = {} if plain is None else plain.plain
     if tiles is None:
         return Table(kept)

@@ -1,8 +1,8 @@
 """Does libstars run on this machine's processor? One operation, in a process of its own; where that ends with a signal,
 what was being called, and which of its circumstances decides.
 
-libstars is built beside the stages (`build_libstars.py`). Here it is loaded, its CPUs are counted and a product is formed
-by several threads. After a crash the same is run again with single circumstances changed, under a handler that says the
+libstars is built beside the stages (`build_libstars.py`). Here it is loaded, its CPUs are counted and a product is
+formed by several threads. After a crash the same is run again with single circumstances changed, under a handler that says the
 address, the registers and the calls, and what the machine says of its CPUs is written down.
 """
 
@@ -68,20 +68,22 @@ static void on(int s, siginfo_t* i, void* c) {
 #endif
   memset(&d, 0, sizeof d); dladdr(pc, &d);
   n = snprintf(b, sizeof b, "SIG%d si_code %d addr %p pc %p = %s+0x%lx (%s)\n", s, i->si_code, i->si_addr, pc,
-               d.dli_fname ? d.dli_fname : "?", (long)((char*)pc - (char*)d.dli_fbase), d.dli_sname ? d.dli_sname : "?");
+               d.dli_fname ? d.dli_fname : "?", (long)((char*)pc - (char*)d.dli_fbase),
+               d.dli_sname ? d.dli_sname : "?");
   write(2, b, n);
   m = backtrace(f, 24);
   for (k = 2; k < m && k < 16; k++) {
     memset(&d, 0, sizeof d); dladdr(f[k], &d); const char* q = d.dli_fname ? strrchr(d.dli_fname, '/') : 0;
-    n = snprintf(b, sizeof b, "  #%d %s+0x%lx %.90s\n", k - 2, q ? q + 1 : "?", (long)((char*)f[k] - (char*)d.dli_fbase),
-                 d.dli_sname ? d.dli_sname : "?");
+    n = snprintf(b, sizeof b, "  #%d %s+0x%lx %.90s\n", k - 2, q ? q + 1 : "?",
+                 (long)((char*)f[k] - (char*)d.dli_fbase), d.dli_sname ? d.dli_sname : "?");
     write(2, b, n);
   }
   signal(s, SIG_DFL); raise(s);
 }
 __attribute__((constructor)) static void start(void) {
   void* f[2]; static char stack[1 << 16]; struct sigaction a; stack_t t = {stack, 0, sizeof stack};
-  backtrace(f, 2); sigaltstack(&t, 0); memset(&a, 0, sizeof a); a.sa_sigaction = on; a.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  backtrace(f, 2); sigaltstack(&t, 0); memset(&a, 0, sizeof a);
+  a.sa_sigaction = on; a.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &a, 0); sigaction(SIGBUS, &a, 0); sigaction(SIGILL, &a, 0); sigaction(SIGABRT, &a, 0);
 }
 """

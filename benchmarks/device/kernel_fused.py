@@ -1,5 +1,5 @@
-"""The fused products: every end, in every type and every scheme of weights, against float64; the same bits when a launch
-begins while the one before it still runs."""
+"""The fused products: every end, in every type and every scheme of weights, against float64; the same bits when a
+launch begins while the one before it still runs."""
 
 from __future__ import annotations
 

@@ -55,4 +55,5 @@ def launchers(dry: bool) -> SimpleNamespace:
         append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, copy_rows=copy_rows,
         embedding=embedding, embedding_scaled=embedding_scaled, linear=linear, linear_invariant=linear_invariant,
         linear_normed=linear_normed, linear_residual=linear_residual, linear_swiglu=linear_swiglu, product=launch,
-        qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step, score=score, swiglu=swiglu, take_rows=take_rows)
+        qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step, score=score,
+        swiglu=swiglu, take_rows=take_rows)

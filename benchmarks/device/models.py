@@ -120,8 +120,8 @@ def scoring_over(decoder: Decoder) -> Decoder:
     """A reward model of the same layers, with a random head."""
     hidden = decoder.config.hidden_size
     score = torch.empty(1, hidden, device=decoder.device).normal_(0.0, 1 / math.sqrt(hidden))
-    return Decoder(decoder.config, decoder.embedding, decoder.layers, decoder.final_norm, None, pack(score), decoder.cos,
-                   decoder.sin, 64, decoder.dtype)
+    return Decoder(decoder.config, decoder.embedding, decoder.layers, decoder.final_norm, None, pack(score),
+                   decoder.cos, decoder.sin, 64, decoder.dtype)
 
 
 def as_deterministic(decoder: Decoder) -> Decoder:

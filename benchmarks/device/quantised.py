@@ -58,16 +58,16 @@ def of_scheme(record: Record, settings: Settings, name: str, scheme: str) -> Non
 
 
 def accuracy(record: Record, settings: Settings, decoder: Decoder, scheme: str) -> None:
-    """The error of logits is no more than twice that of 16-bit weights; a token is another one only where two of them lie
-    within that error."""
+    """The error of logits is no more than twice that of 16-bit weights; a token is another one only where two of them
+    lie within that error."""
     shape = Shape(4 if settings.dry else 16, 1)
     one = Pass(decoder, Store(decoder, settings, shape.rows, 32 if settings.dry else 1024), shape)
     got, right = Replay(one, tuned._table(), settings.dry).outcome(), one.reference()
     wrong, theirs = error(got, right), settings.facts.get("chain errors", {}).get("16 rows")
     record.figure(f"8B {scheme}: error of logits beside dequantised weights in float32", wrong, "of them", theirs,
                   "that of bf16 weights")
-    record.check(f"8B {scheme}: logits beside dequantised weights in float32", wrong <= 2 * (theirs or 0.01), error=wrong,
-                 bf16=theirs)
+    record.check(f"8B {scheme}: logits beside dequantised weights in float32", wrong <= 2 * (theirs or 0.01),
+                 error=wrong, bf16=theirs)
     best, drawn = right.argmax(1, keepdim=True), got.argmax(1, keepdim=True)
     behind = (right.gather(1, best) - right.gather(1, drawn))[:, 0]
     within = 2 * (got - right).abs().amax(1)
@@ -84,11 +84,11 @@ def steps(record: Record, settings: Settings, bench: Bench, scheme: str, aimed: 
         times = bench.step_seconds(lanes)
         ms, size, bandwidth = 1e3 * statistics.median(times), bench.step_bytes(lanes), settings.bandwidth
         name = f"{bench.name}: step, {lanes} lane{'s' * (lanes > 1)} over {bench.context} shared keys"
-        record.figure(name, ms, "ms", None if bandwidth is None else 1e3 * size / bandwidth, "its bytes at read bandwidth",
-                      bytes=size, spread=[1e3 * min(times), 1e3 * max(times)])
+        record.figure(name, ms, "ms", None if bandwidth is None else 1e3 * size / bandwidth,
+                      "its bytes at read bandwidth", bytes=size, spread=[1e3 * min(times), 1e3 * max(times)])
+        aim = f"step-{scheme}{'-16' * (lanes == 16)}" if aimed and lanes in (1, 16) else ""
         record.figure(f"{name}, steps a second", 1e3 / ms, "/s", 1e3 / before[str(lanes)] if str(lanes) in before else
-                      None, "with bf16 weights", f"step-{scheme}{'-16' * (lanes == 16)}" if aimed and lanes in (1, 16) else
-                      "", higher_is_better=True)
+                      None, "with bf16 weights", aim, higher_is_better=True)
 
 
 def step_alone(record: Record, settings: Settings, name: str, scheme: str) -> None:

@@ -1,5 +1,5 @@
-"""32 prompts that arrive at random: the time to the first segment, and the rounds with work that was not captured; what a
-long prompt does to those that are drawing."""
+"""32 prompts that arrive at random: the time to the first segment, and the rounds with work that was not captured; what
+a long prompt does to those that are drawing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def arrivals(record: Record, bench: Bench) -> None:
                        ("compiled", "a compile")):
         slow = [seconds for seconds, one in zip(lengths, rounds, strict=True) if one[name]]
         record.figure(f"{bench.name}: rounds with {what}, of {len(rounds)}", float(len(slow)), "rounds",
-                      float(len(rounds)), "all rounds", bench.aim({"captured": "rounds", "compiled": "rounds"}.get(name, "")),
+                      float(len(rounds)), "all rounds", "" if name == "launched" else bench.aim("rounds"),
                       events=seen[name], longest_ms=1e3 * max(slow, default=0.0))
     waits = sorted(first.values())
     record.figure(f"{bench.name}: time to first segment at random arrivals, median", 1e3 * statistics.median(waits),

@@ -1,7 +1,7 @@
 """The tuned table of a run: what its stages have measured, in the form that `stars.kernels.triton.tuned` reads.
 
-A stage leaves its part as a fact "tuned ...". What no stage has measured is taken from the table in the checkout, so that
-the whole can take that one's place.
+A stage leaves its part as a fact "tuned ...". What no stage has measured is taken from the table in the checkout, so
+that the whole can take that one's place.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which tiles bring a fused step near the read bandwidth, and at how many rows is it ahead of the unfused one?
 
 Tiles are chosen inside a pass of a whole 8B decoder (`chain.Pass`): what is fastest alone need not be in company. One
-product after the other, each candidate in turns with the best so far, at 1 and at 16 rows; at others the same tiles with
-other blocks of rows. Then what gains by dependent launches and by prefetching. Each pass is held against torch in
-float32: no more than twice the error of the unfused pass, no NaN from poisoned buffers, the same bits at a replay.
+product after the other, each candidate in turns with the best so far, at 1 and at 16 rows; at others the same tiles, or
+a few with other blocks of rows. Then what gains by dependent launches and by prefetching. Each pass is held against
+torch in float32: no more than twice the error of the unfused pass, no NaN from poisoned buffers, the same bits again.
 
 The outcome is the part of the tuned table (`tables.whole`) that says so; the stages after this one run by it.
 """
@@ -48,14 +48,14 @@ FLOAT_16 = {
     "head": (Tile(16, 64, 256, 4, 3), Tile(16, 64, 256, 4, 4), Tile(16, 128, 128, 4, 3), SWAPPED,
              Tile(16, 128, 128, 4, 4, swap=True)),
 }
-"""Of 16-bit weights, one block of rows. They fit 227 KiB of shared memory; the first of an H100's are those that a chain
-of products without attention liked best (benchmarks/NOTES.md)."""
+"""Of 16-bit weights, one block of rows. They fit 227 KiB of shared memory; those that a chain of products without
+attention liked best on an H100 are among them (benchmarks/NOTES.md)."""
 
 FLOAT_64 = {name: (Tile(64, 128, 64, 4, 4, splits, True), Tile(64, 64, 128, 4, 4, splits, True),
                    Tile(32, 128, 64, 4, 4, splits, True), Tile(64, 64, 64, 4, 5, splits))
             for name, splits in (("gate_up", 1), ("down", 4), ("qkv", 2), ("o", 4), ("head", 1))}
-FLOAT_128 = {name: (Tile(128, 128, 64, 8, 4, splits, True), Tile(128, 64, 64, 4, 4, splits, True),
-                    Tile(64, 128, 64, 4, 4, splits, True), Tile(128, 64, 64, 4, 5, splits))
+FLOAT_128 = {name: (Tile(128, 128, 64, 8, 4, splits, True), Tile(128, 64, 64, 8, 4, splits, True),
+                    Tile(64, 128, 64, 4, 4, splits, True), Tile(128, 64, 64, 8, 5, splits))
              for name, splits in (("gate_up", 1), ("down", 4), ("qkv", 2), ("o", 4), ("head", 1))}
 PREFETCH = (512, 2048)
 EIGHT = Tile(16, 64, 128, 2, 4, swap=True)
@@ -231,14 +231,17 @@ class Tuner:
         size += stored_bytes(of["head"]) if "head" in of else 0
         limit = None if bandwidth is None else 1e3 * size / bandwidth
         name = f"{self.label}, {self.scheme}: chain, {kind.name}"
+        aims = {"1 row": "chain", "16 rows": "chain-16"} if self.scheme == "bf16" else {}
         for what, times in final.items():
-            record.figure(f"{name}, {what}", 1e3 * statistics.median(times), "ms", limit, "its weights at read bandwidth",
-                          {"1 row": "chain", "16 rows": "chain-16"}.get(kind.name, "") if what == "fused" and (
-                              self.scheme == "bf16") else "", bytes=size, spread=[1e3 * min(times), 1e3 * max(times)],
-                          tiles={name: tuple(tile) for name, tile in chosen.tiles.items()} if what == "fused" else None)
-        self.tiles += [{"end": ENDS[product], "scheme": self.scheme, "rows": rows, "out_features": of[product].out_features,
-                        "in_features": of[product].in_features, "tile": tile._asdict()}
-                       for product, tile in chosen.tiles.items() if product not in self.known.get(rows, {})]
+            detail = {} if what != "fused" else {
+                "tiles": {product: tuple(tile) for product, tile in chosen.tiles.items()}}
+            record.figure(f"{name}, {what}", 1e3 * statistics.median(times), "ms", limit,
+                          "its weights at read bandwidth", aims.get(kind.name, "") if what == "fused" else "",
+                          bytes=size, spread=[1e3 * min(times), 1e3 * max(times)], **detail)
+        self.tiles += [] if not chosen.right else [{
+            "end": ENDS[product], "scheme": self.scheme, "rows": rows,
+            "out_features": of[product].out_features, "in_features": of[product].in_features, "tile": tile._asdict()}
+            for product, tile in chosen.tiles.items() if product not in self.known.get(rows, {})]
         self.known[rows] = chosen.tiles | self.known.get(rows, {})
         self.chains += [] if self.quantised else [{
             "model": decoder._fusing.shape._asdict(), "scheme": self.scheme, "rows": rows, "fused": chosen.fused,
@@ -292,11 +295,13 @@ class Tuner:
         return tiles, replay
 
     def _dependents(self, one: Pass, tiles: Tiles, replay: Replay, right: Tensor) -> tuple[Tiles, Replay]:
-        """Dependent launches for all, then for each product by itself; what is prefetched; and whether that was worth it."""
+        """Dependent launches for all of them or, where that gains nothing, for each by itself; then what is prefetched.
+        """
         early, ahead = self._descend(one, tiles, replay, right, [dependent(tiles)])
         if early == tiles:  # not for all of them: for some?
             for name in PRODUCTS:
-                early, ahead = self._descend(one, early, ahead, right, [{**early, name: early[name]._replace(pdl=True)}])
+                early, ahead = self._descend(one, early, ahead, right, [
+                    {**early, name: early[name]._replace(pdl=True)}])
         for name in PRODUCTS:
             if early[name].pdl:
                 early, ahead = self._descend(one, early, ahead, right, (
