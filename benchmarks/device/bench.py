@@ -294,12 +294,11 @@ class Bench:
         return Tokens(middle - begin, end - middle, output)
 
     def side_by_side(self, *runs: Callable[[], Tokens], repeats: int | None = None) -> list[list[Tokens]]:
-        """Each of `runs` in turn, A B A B …, after two of each that compile and capture: all of their results."""
+        """Each of `runs` in turn, A B A B …, after one of each that compiles what is not yet: all of their results."""
         if repeats is None:
             repeats = 1 if self.settings.dry or rehearsing() else 3
         for run in runs:
-            for _ in range(1 if self.settings.dry else 2):
-                run()
+            run()
         results: list[list[Tokens]] = [[] for _ in runs]
         for _ in range(repeats):
             for found, run in zip(results, runs, strict=True):

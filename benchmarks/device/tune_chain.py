@@ -174,8 +174,14 @@ class Tuner:
         self.stores: dict[bool, Store] = {}
         self.context = 32 if settings.dry else 1024
         own = record.content["facts"].get(f"{PREFIX}{self.scheme}", {})
-        self.tiles: list[dict] = own.get("tiles", [])
-        self.chains: list[dict] = own.get("chains", [])
+        self.tiles: list[dict] = list(own.get("tiles", []))
+        self.chains: list[dict] = list(own.get("chains", []))
+        for entry in self.tiles:  # of a process before this one
+            for name, weight in products_of(decoder).items():
+                if (ENDS[name], weight.out_features, weight.in_features) == (
+                        entry["end"], entry["out_features"], entry["in_features"]):
+                    self.known.setdefault(entry["rows"], {})[name] = Tile(**entry["tile"])
+        self.reserve = 0.0  # seconds that are left to the parts after this one
 
     def one(self, shape: Shape, scores: bool) -> Pass:
         """A pass over a common context."""
@@ -188,6 +194,7 @@ class Tuner:
     def measure(self, kind: Kind) -> None:
         """The tiles of one number of rows, and the rows of the table that come of them."""
         record, settings, decoder, rows = self.record, self.settings, self.decoders[kind.scores], kind.shape.rows
+        self.reserve = seconds_left() * {"1 row": 0.55, "16 rows": 0.4}.get(kind.name, 0.1)
         one = self.one(kind.shape, kind.scores)
         right = one.reference()
         rivals = {"library": table_of(decoder, None), "unfused": table_of(decoder, None, tuned._table())}
@@ -243,8 +250,10 @@ class Tuner:
             "out_features": of[product].out_features, "in_features": of[product].in_features, "tile": tile._asdict()}
             for product, tile in chosen.tiles.items() if product not in self.known.get(rows, {})]
         self.known[rows] = chosen.tiles | self.known.get(rows, {})
+        shape = decoder._fusing.shape._asdict()
+        self.chains = [entry for entry in self.chains if (entry["model"], entry["rows"]) != (shape, rows)]
         self.chains += [] if self.quantised else [{
-            "model": decoder._fusing.shape._asdict(), "scheme": self.scheme, "rows": rows, "fused": chosen.fused,
+            "model": shape, "scheme": self.scheme, "rows": rows, "fused": chosen.fused,
             "right": chosen.right, "error": wrong, "us": {what: round(1e6 * statistics.median(times), 1)
                                                                    for what, times in final.items()}}]
         gpu = "none" if self.settings.dry else torch.cuda.get_device_name()
@@ -274,7 +283,7 @@ class Tuner:
         for other in tried:
             if replay is not None and other == tiles:
                 continue
-            if seconds_left() < 1.5:
+            if replay is not None and seconds_left() < max(1.5, self.reserve):
                 raise OutOfTime("no time was left for the other tiles")
             try:
                 new = Replay(one, table_of(one.decoder, other), self.settings.dry)
