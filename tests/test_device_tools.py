@@ -18,6 +18,7 @@ sys.path.insert(0, str(DEVICE))
 
 import ncu  # noqa: E402
 import record as records  # noqa: E402
+import tables  # noqa: E402
 
 from stars.kernels.triton import tuned  # noqa: E402
 
@@ -133,6 +134,106 @@ print(table([], {}))
     assert rows["down (splitKreduce_kernel)"]["launches"] == 2 and rows["rms_norm_kernel"]["launches"] == 5
     assert rows["all, from the first launch to the end of the last"]["us_a_step"] == 1 + 2 * 163 + 359 + 26
     assert list(rows)[0].startswith("all") and empty == "[]"
+
+
+def test_a_fused_step_is_taken_apart(tmp_path):
+    """Its products have one name, and are told apart by their place in a layer."""
+    code = """
+from step_table import labels
+layer = ["product_kernel", "attention_kernel", "product_kernel", "product_kernel", "product_kernel"]
+names = ["embedding_scaled_kernel", *layer, *layer[:2], "merge_kernel", *layer[2:], "product_kernel", "scan_kernel"]
+print([label.split(" ")[0] for label in labels(names)])
+"""
+    layer = ["qkv", "attention_kernel", "o", "gate_up", "down"]
+    assert python(code, tmp_path) == [str(["embedding_scaled_kernel", *layer, *layer[:2], "merge_kernel", *layer[2:],
+                                           "head", "scan_kernel"])]
+
+
+def test_a_table_is_what_was_measured_and_what_was_not(tmp_path):
+    """Of the stages' parts, and of the table in the checkout for all else; read again, it says the same."""
+    tile = tuned.Tile(16, 64, 128, 4, 4, splits=2)._asdict()
+    plain = {"scheme": "bf16", "out_features": 64, "in_features": 32, "best": "ours", "tile": tile}
+    chain = {"model": tuned.ModelShape(32, 64, 96, 100)._asdict(), "scheme": "bf16", "fused": True}
+    entry = {"end": "qkv", "scheme": "bf16", "out_features": 64, "in_features": 32, "tile": tile}
+    (tmp_path / "a.json").write_text(json.dumps({
+        "version": 2, "plain": [plain | {"rows": 1, "best": "cublas"}, plain | {"rows": 16}], "tiles": [],
+        "chains": [chain | {"rows": 1, "fused": False}, chain | {"rows": 4}]}))
+    facts = {"tuned bf16": tables.part(2, "A", "a.json", tiles=[entry | {"rows": 1}], chains=[chain | {"rows": 1}]),
+             "tuned fp8": tables.part(2, "A", "a.json", tiles=[entry | {"rows": 1, "scheme": "fp8"}]),
+             "tuned products": tables.part(2, "A", "a.json", plain=[plain | {"rows": 1}]), "read_gb_s": 1.0}
+    found = tables.whole(facts, tmp_path)
+    assert [(one["rows"], one["best"]) for one in found["plain"]] == [(1, "ours"), (16, "ours")]
+    assert [(one["rows"], one["fused"]) for one in found["chains"]] == [(1, True), (4, True)]
+    assert [one["scheme"] for one in found["tiles"]] == ["bf16", "fp8"] and found["file"] == "a.json"
+    assert tables.whole({"read_gb_s": 1.0}, tmp_path) is None
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "products": []}))
+    assert len(tables.whole(facts, tmp_path)["plain"]) == 1 == len(tables.whole(facts, tmp_path / "none")["chains"])
+    (tmp_path / "b.json").write_text(tables.text(found))
+    table = tuned.read(tmp_path / "b.json")
+    with tuned.using(table):
+        assert tuned.fused(tuned.ModelShape(32, 64, 96, 100), "bf16", 3) and table == tuned.parse(found)
+        assert tuned.tile("qkv", "fp8", 1, 64, 32) == tuned.Tile(**tile) == tuned.plain("bf16", 9, 64, 32)
+
+
+def test_later_stages_go_by_what_was_measured(tmp_path):
+    code = """
+import stage, tables
+from record import Settings
+from stars.kernels.triton import tuned
+tile = tuned.Tile(16, 64, 64, 4, 4)
+facts = {"tuned bf16": tables.part(2, "A", "a.json", tiles=[
+    {"end": "qkv", "scheme": "bf16", "rows": 8, "out_features": 64, "in_features": 32, "tile": tile._asdict()}])}
+before = tuned.tile("qkv", "bf16", 5, 64, 32)
+with stage.tuned_in_force(Settings(facts=facts)):
+    print(tuned.tile("qkv", "bf16", 5, 64, 32) == tile)
+with stage.tuned_in_force(Settings()):
+    print(tuned.tile("qkv", "bf16", 5, 64, 32) == before != tile)
+"""
+    assert python(code, tmp_path) == ["True", "True"]
+
+
+def test_tiles_that_are_tried_fit_a_block(tmp_path):
+    """Of every product, and few enough for their stage; what the card's compiler makes of them is in NOTES."""
+    code = """
+import tune_chain
+from stars.kernels.triton import tuned
+for candidates, bytes_a_weight in ((tune_chain.FLOAT_16, 2), (tune_chain.FLOAT_64, 2), (tune_chain.FLOAT_128, 2),
+                                   (tune_chain.BITS_8, 1)):
+    print(max(tile.stages * tile.inner * (2 * tile.rows + bytes_a_weight * tile.features) // 1024
+              for tiles in candidates.values() for tile in tiles), set(candidates) == set(tune_chain.PRODUCTS),
+          sum(map(len, candidates.values())) <= 50, all(len(set(tiles)) == len(tiles) for tiles in candidates.values()))
+"""
+    for line in python(code, tmp_path):
+        most, *rest = line.split()
+        assert int(most) <= tuned.SHARED[90] - 8 and rest == ["True"] * 3, line
+
+
+CRASH = """
+import host; from record import Record, Settings
+host.PROGRAM = {program!r}
+host.LIBRARY = host.HERE / "host.py"  # one that is there and is no library
+host.shutil.which = lambda tool, which=host.shutil.which: None if "gdb" in tool else which(tool)
+record = Record("record.json", "host")
+host.run(record, Settings())
+print([check["passed"] for check in record.content["checks"]], record.content["parts"], record.finish())
+crash = record.content["facts"].get("libstars, the crash", {{}})
+print(record.content["facts"]["libstars"]["how"], sorted(crash), {{one["how"] for name, one in crash.items()
+      if name in host.CIRCUMSTANCES}}, all("SIG11 si_code" in crash[name]["said"] for name in host.CIRCUMSTANCES
+                                           if crash))
+"""
+
+
+def test_a_library_that_crashes_is_looked_into(tmp_path):
+    """By what signal, from where, in which circumstances; a wrong product is a failed check, and no crash."""
+    abort = "import os, signal\nprint('usable', flush=True)\nsignal.raise_signal(signal.SIGSEGV)"
+    checks, crash = python(CRASH.format(program=abort), tmp_path)[-2:]
+    assert checks == "[False] {'libstars': 'failed'} False"
+    assert crash == ("SIGSEGV ['16 CPUs given', 'again', 'avx2', 'environment', 'machine', 'two threads', "
+                     "'without torch'] {'SIGSEGV'} True")
+    assert python(CRASH.format(program="print('error', 0.5)"), tmp_path)[-2:] == [
+        "[False] {'libstars': 'failed'} False", "0 [] set() True"]
+    assert python(CRASH.format(program="print('isa x')\nprint('error 1e-7')"), tmp_path)[-2] == (
+        "[True] {'libstars': 'ok'} True")
 
 
 @pytest.fixture

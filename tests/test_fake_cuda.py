@@ -247,6 +247,7 @@ if FAKED:
         from bench import Bench
         from headline import Headline
         from record import Record, Settings
+        from timing import rehearsal
 
         for library in prefill_attention.BACKENDS:
             monkeypatch.setitem(prefill_attention.BACKENDS, library, lambda *given: None)
@@ -260,10 +261,14 @@ if FAKED:
             record.part("plain tokens", bench.plain)
             record.part("reward passes", headline.reward_passes)
             record.part("prefill", bench.prefill)
-            record.part("fewer rows", headline.fewer_rows)
+            record.part("unfused", headline.unfused)
+            with rehearsal():  # what lanes draw is made up anew each time
+                record.part("early stop", bench.early_stop, 16)
+            record.part("fewer rows", end_to_end.fewer_rows, bench)
             record.part("memory", bench.memory, "at the end")
             bench.tokens = 64
             record.part("arrivals", serving.arrivals, record, bench)
+            record.part("a long prompt", serving.long_prompt, record, bench)
             record.part("together", end_to_end.together, record, bench)
             bench.engine.check_integrity()
         assert record.finish(), record.content["notes"]
@@ -273,12 +278,32 @@ if FAKED:
         assert step["value"] == 1 / 32 and step["detail"]["bytes"] == bench.step_bytes(1) > 2 * 436e6 + 1050e6
         aims = [one["aim"] for one in record.content["figures"] if one["aim"]]
         assert aims[:3] == ["step", "step-16", "aligned-0.3"] and {"rm-4k", "rm-16k", "together"} <= set(aims)
-        passes = [name for name in figures if name.startswith("8B: RM pass, 4 x 33 rows after 16352")]
-        assert passes == ["8B: RM pass, 4 x 33 rows after 16352", "8B: RM pass, 4 x 33 rows after 16352, over 1024"]
+        passes = [name for name in figures if name.startswith("8B: RM pass, 4 x 32 rows after 16352")]
+        assert passes == ["8B: RM pass, 4 x 32 rows after 16352", "8B: RM pass, 4 x 32 rows after 16352, over 1024"]
         arrived = figures["8B: time to first segment at random arrivals, median"]
         assert arrived["detail"]["requests"] == serving.PROMPTS
         counted = [figures[name]["detail"]["events"] for name in figures if name.startswith("8B: rounds with")]
         assert counted[0] > 0 and counted[1:] == [0, 0]  # prompts of more rows than are captured; else all is known
+
+    def test_every_tile_that_is_tried_on_a_card_is_launched(monkeypatch):
+        """In passes of one layer of the 8B shape: nothing is left out by an error, and each is told to be compiled."""
+        import tune_chain
+        from record import Settings
+        from timing import rehearsal
+
+        seen = []  # (whether it is dependent, what is loaded) of each product
+
+        def noted(function, args, kwargs) -> None:
+            if function.fn.__name__ == "product_kernel":
+                seen.append((kwargs["PDL"], kwargs["SCHEME"]))
+
+        monkeypatch.setattr(fake_cuda, "on_variant", noted)
+        with fake_cuda.gpu(), rehearsal():
+            for scheme in ("", "fp8", "int8"):
+                tune_chain.rehearse(Settings(), scheme)
+        tried = {(pdl, scheme): seen.count((pdl, scheme)) for pdl, scheme in set(seen)}
+        assert set(tried) == {(False, "none"), (True, "none"), (False, "fp8"), (False, "int8")}
+        assert tried[False, "none"] > 60 < tried[True, "none"] + 20 and tried[False, "fp8"] >= 25, tried
 else:
 
     @needs_triton

@@ -147,7 +147,8 @@ def _on_cpu(module: str, function: str = "run") -> Callable[[], None]:
 
         JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
         stage = importlib.import_module(module)
-        for name in ("kernel_rows", "kernel_products", "kernel_attention", "kernel_sampler", "first_light"):
+        for name in ("kernel_rows", "kernel_products", "kernel_fused", "kernel_attention", "kernel_sampler",
+                     "first_light"):
             importlib.import_module(name).run_apart = _inline
         for name in ("micro", "tune_products"):
             importlib.import_module(name).compile_first = lambda *given: None
@@ -177,6 +178,21 @@ def _engine_of(record: Callable[[], None]) -> Callable[[], None]:
 
 def _headline() -> None:
     rehearse("Llama-3.1-8B")
+
+
+def _chain(schemes: tuple[str, ...] = ("",)) -> Callable[[], None]:
+    """Every tile that is tried, in every product, over one layer."""
+    def record() -> None:
+        import fake_cuda
+        import tune_chain
+        from record import Settings
+        from timing import rehearsal
+
+        with fake_cuda.gpu(), rehearsal():
+            for scheme in schemes:
+                tune_chain.rehearse(Settings(), scheme)
+
+    return record
 
 
 def _small_engine() -> None:
@@ -228,11 +244,14 @@ def _reader() -> None:
 
 STAGES: dict[str, Callable[[], None]] = {
     "headline-8b": _engine_of(_headline),
+    "tune-chain": _engine_of(_chain()),
+    "quantised-8b": _engine_of(_chain(("fp8", "int8"))),
     "first-kernels": _on_cpu("first_light", "kernels"),
     "first-engine": _engine_of(_small_engine),
     "products": _on_cpu("tune_products"),
     "micro": _on_cpu("micro"),
     "kernels-rows": _on_cpu("kernel_rows"),
+    "kernels-fused": _on_cpu("kernel_fused"),
     "kernels-products": _on_cpu("kernel_products"),
     "kernels-attention": _on_cpu("kernel_attention"),
     "kernels-attention-more": _on_cpu("kernel_attention", "more"),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from common import forced_accept
+from counting import counted
 from models import SHAPES, config_of, kv_bytes_a_token, parameters, random_decoder, weight_bytes
 from record import Record, Settings
 from timing import Seconds, rehearsing
@@ -25,6 +26,7 @@ from stars.config import EngineConfig
 from stars.draft import LaneSpec
 from stars.fit import occupant
 from stars.kernels.philox import accept_uniform
+from stars.model.decoder import Decoder
 from stars.passes import Span
 from stars.policies import Fixed, Lanes, Plan, Sampled, Score
 from stars.reward import CausalReward
@@ -119,27 +121,50 @@ def fitting(record: Record, settings: Settings, name: str, instead: str) -> str:
 class Bench:
     """One pair of models of the same shape, and an engine over them. `layers`: fewer, where only kernels matter."""
 
-    def __init__(self, record: Record, settings: Settings, name: str, layers: int | None = None, seed: int | None = 1):
-        self.record, self.settings, self.name = record, settings, SHORT.get(name, name)
+    def __init__(self, record: Record, settings: Settings, name: str, layers: int | None = None, seed: int | None = 1,
+                 pair: tuple[Decoder, Decoder] | None = None, scheme: str = ""):
+        self.record, self.settings = record, settings
+        self.name = f"{SHORT.get(name, name)} {scheme}".rstrip()
         dtype = torch.float32 if settings.dry else torch.bfloat16
         self.shape = "toy" if settings.dry else name
         begin = time.perf_counter()
-        self.lm, self.rm = (random_decoder(config_of(self.shape, head, layers=layers), settings.device, dtype, head,
-                                           seed=None if seed is None else seed + (head == "reward"))
-                            for head in ("lm", "reward"))
+        self.lm, self.rm = pair or (random_decoder(
+            config_of(self.shape, head, layers=layers), settings.device, dtype, head, scheme=scheme,
+            seed=None if seed is None else seed + (head == "reward")) for head in ("lm", "reward"))
         self.sync()
         weights = time.perf_counter() - begin
         self.context = 32 if settings.dry else 1024
         self.tokens = 2 * SEGMENT if settings.dry else 4 * SEGMENT
-        self.engine = self.build(self.lm, self.rm)
-        self.sync()
+        self.engine = self.start()
         record.fact(f"{self.name}: seconds to build", {"weights": round(weights, 2),
                                                   "all": round(time.perf_counter() - begin, 2)})
         self.memory("after building")
 
+    def start(self) -> stars.Engine:
+        """The engine, and what its start took: captures, their seconds, and the memory that the driver has for them."""
+        driver = self._of_the_driver()
+        begin = time.perf_counter()
+        with counted() as seen:
+            engine = self.build(self.lm, self.rm)
+            self.sync()
+        after = self._of_the_driver()
+        self.record.fact(f"{self.name}: start-up", {
+            "seconds": round(time.perf_counter() - begin, 2), "captures": seen["captured"],
+            "compiled": seen["compiled"], "launched": seen["launched"],
+            "driver_mib": None if driver is None else round((after - driver) / 2**20, 1)})
+        return engine
+
+    def _of_the_driver(self) -> int | None:
+        """Bytes of the card that are taken and torch does not know of: graphs, kernels, workspaces of libraries."""
+        if self.settings.dry or rehearsing():
+            return None
+        self.sync()
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
     def aim(self, key: str) -> str:
         """The row a figure stands for: rows are those of the 8B pair."""
-        return key if self.name == "8B" else ""
+        return key if self.name.split(" ")[0] == "8B" else ""
 
     def build(self, lm, rm, deterministic: bool = False) -> stars.Engine:
         """An engine over two decoders."""
@@ -178,15 +203,20 @@ class Bench:
         logits = 2 * lanes * self.lm.config.vocab_size * 4
         return int(weight_bytes(self.lm) + kv_bytes_a_token(self.lm) * (self.context + lanes * SEGMENT / 2) + logits)
 
+    @property
+    def reward_rows(self) -> int:
+        """Of a candidate of a whole segment: its tokens, and the last committed ones whose keys the pages lack."""
+        return SEGMENT + self.engine.config.target.reward_lag
+
     def reward_pass_seconds(self, context: int, count: int, repeats: int = 7) -> list[float]:
-        """Seconds of a scoring pass of `count` candidates: the committed token before each and its SEGMENT tokens."""
+        """Seconds of a scoring pass of `count` candidates of `reward_rows` rows."""
         passes, cache = self.engine.reward._passes, self.engine.reward.cache
         table = cache.open([])
         cache.reserve(table, context)
         slabs = [cache.take_slab() for _ in range(count)]
         try:
             passes.prefill([(table, self.prompt(context), context)])
-            rows = SEGMENT + 1
+            rows = self.reward_rows
             spans = [Span(table, self.prompt(rows), context, range(start, start + rows))
                      for start in (slab * cache.slab_len for slab in slabs)]
             for _ in range(2):
@@ -202,7 +232,41 @@ class Bench:
 
     def reward_pass_bytes(self, context: int, count: int) -> int:
         """Weights, the history once, every candidate's keys and values written and read."""
-        return int(weight_bytes(self.rm) + kv_bytes_a_token(self.rm) * (context + 2 * count * (SEGMENT + 1)))
+        return int(weight_bytes(self.rm) + kv_bytes_a_token(self.rm) * (context + 2 * count * self.reward_rows))
+
+    def early_stop(self, lanes: int, ends_after: int = 4, repeats: int = 5) -> None:
+        """A draft whose lanes all end after a few of its steps, beside a whole one, by the clock: the same tokens so
+        far, in less time."""
+        engine = self.engine
+        cache, drafter = engine._cache, engine._round.drafter
+        table = cache.open([])
+        cache.reserve(table, self.context)
+        slabs = [cache.take_slab() for _ in range(lanes)]
+        try:
+            engine._passes.prefill([(table, self.prompt(self.context), self.context)])
+            whole = [LaneSpec(table, 5, slab, SEGMENT, 3, index + 1, 0, stars.SamplingParams(temperature=0.8), ())
+                     for index, slab in enumerate(slabs)]
+            drawn = drafter.draft(whole)
+            stopped = [spec._replace(stop_ids=(one.token_ids[ends_after - 1],)) for spec, one in zip(
+                whole, drawn, strict=True)]
+            found, seconds = drafter.draft(stopped), {"whole": [], "stopped": []}
+            for _ in range(1 if rehearsing() else repeats):
+                for name, specs in (("whole", whole), ("stopped", stopped)):
+                    self.sync()
+                    begin = time.perf_counter()
+                    drafter.draft(specs)
+                    seconds[name].append(time.perf_counter() - begin)
+        finally:
+            for slab in slabs:
+                cache.return_slab(slab)
+            cache.close(table)
+        long, short = (Seconds.of(times) for times in seconds.values())
+        self.record.check(f"{self.name}: lanes that stop have the tokens of those that go on", all(
+            len(one.token_ids) <= ends_after and one.token_ids == other.token_ids[: len(one.token_ids)]
+            for one, other in zip(found, drawn, strict=True)) or rehearsing())
+        self.record.figure(f"{self.name}: draft of {lanes} lanes that end after {ends_after} of {SEGMENT} steps",
+                           1e3 * short, "ms", 1e3 * long, "the whole draft", self.aim("early-stop"),
+                           steps=max(len(one.token_ids) for one in found), spread=[1e3 * one for one in short.spread])
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
@@ -230,22 +294,22 @@ class Bench:
         return Tokens(middle - begin, end - middle, output)
 
     def side_by_side(self, *runs: Callable[[], Tokens], repeats: int | None = None) -> list[list[Tokens]]:
-        """Each of `runs` in turn, A B A B …, after two of each that compile and capture: all of their results."""
+        """Each of `runs` in turn, A B A B …, after one of each that compiles what is not yet: all of their results."""
         if repeats is None:
             repeats = 1 if self.settings.dry or rehearsing() else 3
         for run in runs:
-            for _ in range(1 if self.settings.dry else 2):
-                run()
+            run()
         results: list[list[Tokens]] = [[] for _ in runs]
         for _ in range(repeats):
             for found, run in zip(results, runs, strict=True):
                 found.append(run())
         return results
 
-    def aligned(self, rate: float, width: int | None = None, aim: str = "", note: str = "") -> None:
+    def aligned(self, rate: float, width: int | None = None, aim: str = "", note: str = "", repeats: int | None = None,
+                ) -> None:
         """STARS at a forced accept rate beside plain sampling, drafts of equal length."""
         plain, aligned = self.side_by_side(lambda: self.complete(Plain()), lambda: self.complete(
-            self.policy(width), rate))
+            self.policy(width), rate), repeats=1 if self.settings.dry or rehearsing() else repeats)
         ratios = [one.seconds / other.seconds for one, other in zip(aligned, plain, strict=True)]
         seconds, metrics = median(aligned), aligned[-1].output.metrics
         free, ms = "free" if width is None else width, 1e3 * seconds / self.tokens

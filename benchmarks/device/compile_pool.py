@@ -7,6 +7,7 @@ Whether the card's own launches find it depends on nothing but Triton's own key:
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -79,11 +80,15 @@ class Pool:
             knobs.runtime.jit_cache_hook = described
             yield
 
-    def wait(self) -> dict[str, list[float]]:
-        """Until all is compiled: seconds of each, by kernel. What could not be compiled is printed."""
+    def wait(self, limit: float = math.inf) -> dict[str, list[float]]:
+        """Until all is compiled, or for `limit` seconds: seconds of each, by kernel. What could not be is printed."""
         seconds: dict[str, list[float]] = {}
+        until = time.monotonic() + limit
         for (_, name, _), task in self.tasks.items():
-            error = task.exception()
+            try:
+                error = task.exception(None if math.isinf(limit) else max(0.0, until - time.monotonic()))
+            except TimeoutError as problem:  # it is compiled where it is launched, if it is
+                error = problem
             if error is None:
                 seconds.setdefault(name, []).append(round(task.result(), 3))
             else:
@@ -91,7 +96,11 @@ class Pool:
         return seconds
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Ends the workers, whatever they are at."""
+        processes = list(self._pool._processes.values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
 
 
 def describe(function, args: tuple, kwargs: dict) -> None:

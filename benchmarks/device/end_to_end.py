@@ -49,6 +49,7 @@ def whole(record: Record, settings: Settings, name: str) -> None:
     record.part("together", together, record, bench)
     for width in (1, 8, 16):
         record.part(f"width {width}", bench.aligned, 0.3, width)
+    record.part("fewer rows a scoring pass", fewer_rows, bench)
     record.part("memory", bench.memory, "at the end")
     record.part("deterministic", deterministic, record, bench)
 
@@ -86,6 +87,17 @@ def together(record: Record, bench: Bench, policies: Sequence[str] = ("plain", "
         record.figure(f"{bench.name}: {count} prompts at once, {name}", tokens / at_once, "token/s", tokens / alone,
                       "one by one", bench.aim("together"), higher_is_better=True,
                       spread=[tokens / one for one in reversed(at_once.spread)])
+
+
+def fewer_rows(bench: Bench) -> None:
+    """A quarter of the rows in a scoring pass: whether so many candidates should be read at once."""
+    reward = bench.engine.reward
+    target = reward.target
+    reward.target = target._replace(ridge_rows=target.ridge_rows // 4)
+    try:
+        bench.aligned(0.3, note=f", {reward.target.ridge_rows} rows a scoring pass")
+    finally:
+        reward.target = target
 
 
 def deterministic(record: Record, bench: Bench) -> None:

@@ -116,7 +116,7 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
     sizes = grid(given) if callable(grid) else grid
     if not all(isinstance(size, int) and 0 < size < limit for size, limit in zip(sizes, (2**31, 65536, 65536))):
         faults.append(f"{name}: a grid of {sizes}")
-    kind = (name, tuple(special), kwargs.get("num_warps"))
+    kind = (name, tuple(special), tuple((option, kwargs[option]) for option in sorted(LAUNCH_OPTIONS & set(kwargs))))
     if _capturing and kind not in _compiled:
         faults.append(f"{name} is compiled during a capture")
     if on_variant is not None and kind not in _compiled:

@@ -7,6 +7,7 @@ from functools import partial
 
 import engine_checks
 import kernel_attention
+import kernel_fused
 import kernel_prefill
 import kernel_products
 import kernel_rows
@@ -34,7 +35,9 @@ def kernels(record: Record, settings: Settings) -> None:
         "attention, prefill": attended("prefill"),
         "sample_step": partial(kernel_sampler.draws, vocab=1000, lanes=16, dtype=BF16),
         "rms_norm": of(kernel_rows.rms_norm, 37, wide), "rope_write": of(kernel_products.rope_write, 128, False),
-        "linear": of(kernel_products.linear, 16, 40, wide), "swiglu": of(kernel_rows.swiglu, 17, wide),
+        "linear": of(kernel_products.linear, 16, 40, wide),
+        **{f"fused, {scheme}": partial(kernel_fused.first, scheme=scheme) for scheme in ("bf16", "fp8", "int8")},
+        "swiglu": of(kernel_rows.swiglu, 17, wide),
         "take_rows, embedding": of(kernel_rows.rows), "copy_rows": of(kernel_rows.copies),
         "score_and_decide": kernel_sampler.rewards, "append_draft": kernel_sampler.appended,
         "apply_penalties": kernel_sampler.penalised, "prefill of libraries": kernel_prefill.backends}

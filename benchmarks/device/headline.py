@@ -13,6 +13,9 @@ from models import hf_over
 from record import Record, Settings
 from timing import Seconds
 
+from stars.kernels.graph import Graphs
+from stars.kernels.triton import tuned
+
 STEP_LANES = (1, 16, 8, 4)
 
 
@@ -22,13 +25,14 @@ def llama_8b(record: Record, settings: Settings) -> None:
     headline = Headline(record, settings, Bench(record, settings, name))
     record.part("steps", headline.steps, least=4)
     record.part("aligned", headline.bench.aligned, 0.3, None, "aligned-0.3", least=6)
+    record.part("unfused steps", headline.unfused, least=2)
+    record.part("early stop", headline.bench.early_stop, 4 if settings.dry else 16, least=2)
     record.part("logits", headline.same_function, least=3)
     record.part("plain tokens", headline.bench.plain, least=4)
     record.part("reward passes", headline.reward_passes, least=5)
     record.part("prefill", headline.bench.prefill, least=2)
     record.part("aligned at 0.1", headline.bench.aligned, 0.1, None, "aligned-0.1", least=10)
     record.part("aligned at 0.7", headline.bench.aligned, 0.7, None, "aligned-0.7", least=6)
-    record.part("fewer rows a scoring pass", headline.fewer_rows, least=6)
     # Behind everything that is timed: once CUPTI was there, launches of this process are slower.
     record.part("kernels of a step", headline.kernels, least=4)
     record.part("memory", headline.bench.memory, "at the end")
@@ -49,6 +53,7 @@ class Headline:
             repeats = bench.step_seconds(lanes)
             seconds, size = statistics.median(repeats), bench.step_bytes(lanes)
             self.step_ms[lanes] = 1e3 * seconds
+            self.record.fact(f"{bench.name}: step ms", {str(count): round(ms, 4) for count, ms in self.step_ms.items()})
             name = f"{bench.name}: step, {lanes} lane{'s' * (lanes > 1)} over {bench.context} shared keys"
             self.record.figure(name, 1e3 * seconds, "ms", None if bandwidth is None else 1e3 * size / bandwidth,
                                "its bytes at read bandwidth", bytes=size,
@@ -61,6 +66,20 @@ class Headline:
                 self.record.figure(f"{bench.name}: step, 16 lanes over 1", 1e3 * seconds, "ms", 1e3 * one,
                                    "the step at 1 lane", bench.aim("step-16"),
                                    spread=[1e3 * min(repeats), 1e3 * max(repeats)])
+
+    def unfused(self) -> None:
+        """The same step where no pass is fused, which is what cards without a table run."""
+        bench, drafter = self.bench, self.bench.engine._round.drafter
+        kept, drafter._graphs = drafter._graphs, Graphs()
+        try:
+            with tuned.using(tuned._table()._replace(chains={})):
+                for lanes in (1, 4) if self.settings.dry else (1, 16):
+                    times = bench.step_seconds(lanes)
+                    self.record.figure(f"{bench.name}: step, {lanes} lane{'s' * (lanes > 1)}, unfused",
+                                       1e3 * statistics.median(times), "ms", self.step_ms.get(lanes),
+                                       "the step by the table", spread=[1e3 * min(times), 1e3 * max(times)])
+        finally:
+            drafter._graphs = kept
 
     def kernels(self) -> None:
         """The table of kernels at each number of lanes, and the three longest, for the profiler that asks why."""
@@ -94,7 +113,7 @@ class Headline:
                 seconds = Seconds.of(bench.reward_pass_seconds(context, count))
                 spread = [1e3 * one for one in seconds.spread]
                 size, bandwidth = bench.reward_pass_bytes(context, count), self.settings.bandwidth
-                name = f"{bench.name}: RM pass, {count} x {SEGMENT + 1} rows after {context}"
+                name = f"{bench.name}: RM pass, {count} x {bench.reward_rows} rows after {context}"
                 self.record.figure(name, 1e3 * seconds, "ms", None if bandwidth is None else 1e3 * size / bandwidth,
                                    "its bytes at read bandwidth", bytes=size, spread=spread)
                 if aim:
@@ -102,16 +121,6 @@ class Headline:
                                        f"after {contexts[0]}", bench.aim(aim) if count == many else "",
                                        spread=spread)
                 base.setdefault(count, seconds)
-
-    def fewer_rows(self) -> None:
-        """A quarter of the rows in a scoring pass: whether so many candidates should be read at once."""
-        reward = self.bench.engine.reward
-        target = reward.target
-        reward.target = target._replace(ridge_rows=target.ridge_rows // 4)
-        try:
-            self.bench.aligned(0.3, note=f", {reward.target.ridge_rows} rows a scoring pass")
-        finally:
-            reward.target = target
 
     def same_function(self) -> None:
         """Logits and rewards beside transformers' over the same tensors."""
@@ -133,7 +142,12 @@ def same_function(record: Record, bench: Bench) -> None:
     # them by twice that, and another function by several spreads.
     allowed = 1e-3 if bench.settings.dry else 0.3
     lm = hf_over(bench.lm, bench.shape, "lm")
-    theirs, ours = lm(ids).logits[0, -1].float(), our_logits(bench, prompt)
+    theirs, drawn = lm(ids).logits[0, -1].float(), our_logits(bench, prompt)
+    ours = drawn.float()
+    if not bench.settings.dry:  # one in 65,536 numbers is a bfloat16 by chance
+        rounded = (ours.bfloat16().float() == ours).float().mean().item()
+        record.check(f"{bench.name}: logits are float32, and not rounded to 16 bits", drawn.dtype == torch.float32 and
+                     rounded < 0.01, share_of_bfloat16=rounded)
     error, spread = (ours - theirs).abs().max().item(), theirs.std().item()
     record.check(f"{bench.name}: logits as transformers', within the type's error", error < allowed * spread,
                  error=error, spread=spread)
@@ -145,7 +159,7 @@ def same_function(record: Record, bench: Bench) -> None:
 
 
 def our_logits(bench: Bench, prompt: Sequence[int]) -> torch.Tensor:
-    """Logits after the prompt, float32 [vocab], by a draft step over all but its last token."""
+    """Logits after the prompt [vocab], by a draft step over all but its last token."""
     from stars import SamplingParams
     from stars.draft import LaneSpec
 
@@ -156,7 +170,7 @@ def our_logits(bench: Bench, prompt: Sequence[int]) -> torch.Tensor:
     try:
         engine._passes.prefill([(table, prompt, len(prompt) - 1)])
         drafter.draft([LaneSpec(table, prompt[-1], slab, 1, 0, 1, 0, SamplingParams(), ())])
-        return drafter.decoder._logits[0].float().clone()
+        return drafter._logits[0].clone()
     finally:
         cache.return_slab(slab)
         cache.close(table)

@@ -159,7 +159,15 @@ def ends(record: Record, settings: Settings) -> None:
     state.done[5] = 1
     wanted = on_cpu(state)
     sample_step_reference(logits, wanted)
-    ops.sample_step(logits.to(device), state)
+    # Where the host reads it: on a card pinned memory, which the kernel writes by the host's own address.
+    ended = torch.zeros(lanes + 3, dtype=torch.int32, pin_memory=device != "cpu")
+    ops.sample_step(logits.to(device), state, ended=ended)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    told = wanted.done.clone()
+    told[5] = 0  # it had ended before
+    record.check("sample_step, lanes that end are told to the host", ended.tolist() == [*told.tolist(), 0, 0, 0],
+                 ended=ended.tolist())
     for field, mine, right in zip(LaneState._fields, state, wanted, strict=True):
         equal = torch.equal(mine.cpu(), right) if mine.dtype != torch.float32 else torch.allclose(
             mine.cpu(), right, atol=1e-5, equal_nan=True)

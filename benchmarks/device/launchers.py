@@ -13,7 +13,12 @@ def launchers(dry: bool) -> SimpleNamespace:
         from stars.kernels.attention import attention_reference
         from stars.kernels.copy_rows import copy_rows_reference
         from stars.kernels.embedding import embedding_reference
+        from stars.kernels.embedding_scaled import embedding_scaled_reference
         from stars.kernels.linear import linear_reference
+        from stars.kernels.linear_normed import linear_normed_reference
+        from stars.kernels.linear_residual import linear_residual_reference
+        from stars.kernels.linear_swiglu import linear_swiglu_reference
+        from stars.kernels.qkv_rope import qkv_rope_reference
         from stars.kernels.rms_norm import rms_norm_reference
         from stars.kernels.rope_write import rope_write_reference
         from stars.kernels.sample_step import sample_step_reference
@@ -24,10 +29,13 @@ def launchers(dry: bool) -> SimpleNamespace:
         return SimpleNamespace(
             append_draft=append_draft_reference, apply_penalties=apply_penalties_reference,
             attention=attention_reference, copy_rows=copy_rows_reference, embedding=embedding_reference,
-            linear=linear_reference, linear_invariant=linear_reference,
+            embedding_scaled=embedding_scaled_reference, linear=linear_reference, linear_invariant=linear_reference,
+            linear_normed=linear_normed_reference, linear_residual=linear_residual_reference,
+            linear_swiglu=linear_swiglu_reference, qkv_rope=qkv_rope_reference,
             product=lambda x, weight, out, tile: linear_reference(x, weight, out), rms_norm=rms_norm_reference,
             rope_write=rope_write_reference,
-            sample_step=lambda logits, lanes, filters=True: sample_step_reference(logits.float(), lanes, filters),
+            sample_step=lambda logits, lanes, filters=True, ended=None: sample_step_reference(
+                logits.float(), lanes, filters, ended),
             score=score_reference, swiglu=swiglu_reference, take_rows=take_rows_reference)
     from stars.kernels.triton.append_draft import append_draft
     from stars.kernels.triton.apply_penalties import apply_penalties
@@ -39,10 +47,13 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.rope_write import rope_write
     from stars.kernels.triton.sample_step import sample_step
     from stars.kernels.triton.score import score
+    from stars.kernels.triton.skinny import embedding_scaled, linear_normed, linear_residual, linear_swiglu, qkv_rope
     from stars.kernels.triton.swiglu import swiglu
     from stars.kernels.triton.take_rows import take_rows
 
     return SimpleNamespace(
         append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, copy_rows=copy_rows,
-        embedding=embedding, linear=linear, linear_invariant=linear_invariant, product=launch, rms_norm=rms_norm,
-        rope_write=rope_write, sample_step=sample_step, score=score, swiglu=swiglu, take_rows=take_rows)
+        embedding=embedding, embedding_scaled=embedding_scaled, linear=linear, linear_invariant=linear_invariant,
+        linear_normed=linear_normed, linear_residual=linear_residual, linear_swiglu=linear_swiglu, product=launch,
+        qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step, score=score,
+        swiglu=swiglu, take_rows=take_rows)

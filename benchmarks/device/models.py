@@ -7,9 +7,11 @@ import math
 from typing import Any, Literal
 
 import torch
+from timing import rehearsing
 from torch import Tensor
 
 from stars.kernels.linear import Weight, pack
+from stars.kernels.quant import FP8, QuantWeight, quantize
 from stars.model.config import ModelConfig, parse_config
 from stars.model.decoder import Decoder, LayerWeights
 from stars.model.rope import rope_tables
@@ -33,12 +35,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         model_type="llama", vocab_size=500, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, intermediate_size=192, max_position_embeddings=2048, rms_norm_eps=1e-5,
         rope_theta=10000.0),
+    "tiny": dict(
+        model_type="llama", vocab_size=100, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, intermediate_size=96, max_position_embeddings=128, rms_norm_eps=1e-5,
+        rope_theta=10000.0),
     "toy-qwen3": dict(
         model_type="qwen3", vocab_size=300, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, head_dim=128, intermediate_size=160, max_position_embeddings=2048, rms_norm_eps=1e-6,
         rope_theta=10000.0),
 }
-"""As in the config.json of the models of these names."""
+"""As in the config.json of the models of these names; the small ones are for the CPU and Triton's interpreter."""
 
 LOGIT_SPREAD = 2.0  # standard deviation of the logits, about
 Head = Literal["lm", "reward"]
@@ -52,12 +58,13 @@ def config_of(shape: str, head: Head = "lm", dtype: str = "bfloat16", layers: in
 
 def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch.dtype, head: Head = "lm", *,
                    seed: int | None = 0, deterministic: bool = False,
-                   made_on: torch.device | str | None = None) -> Decoder:
+                   made_on: torch.device | str | None = None, scheme: str = "") -> Decoder:
     """A decoder with random weights, scaled so that activations stay near 1 and the head's outputs are spread.
 
     Drawn in float32 or, for the large ones, in `dtype`, on `made_on` (the device itself, unless the same weights are
     wanted on two devices). Every number is one that bfloat16 has, so that a model of another library holds the same.
-    seed None leaves the drawing to torch's own generator.
+    seed None leaves the drawing to torch's own generator. scheme: the layers' matrices and the head are quantised so,
+    "fp8", "int8" or "int4-128".
     """
     made_on = torch.device(made_on if made_on is not None else device)
     generator = None if seed is None else torch.Generator(made_on).manual_seed(seed)
@@ -68,7 +75,8 @@ def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch
         return values.normal_(0.0, scale, generator=generator).to(device, dtype)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> Weight:
-        return pack(normal(rows, columns, scale / math.sqrt(columns)), deterministic=deterministic)
+        values = normal(rows, columns, scale / math.sqrt(columns))
+        return pack(as_quantised(values, scheme) if scheme else values, deterministic=deterministic)
 
     def norm(size: int) -> Tensor:
         values = torch.empty(size, device=made_on).normal_(1.0, 0.1, generator=generator)
@@ -93,6 +101,29 @@ def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch
     return Decoder(config, embedding, layers, final_norm, out, score, cos, sin, 64, dtype)
 
 
+def as_quantised(matrix: Tensor, scheme: str) -> QuantWeight:
+    """In the scheme that tables call so, a part of the rows at a time: float32 takes twice the room."""
+    kind, _, group = scheme.partition("-")
+    if rehearsing():  # whatever its values are
+        rows, columns = matrix.shape
+        stored = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}[kind]
+        values = torch.empty(rows, columns // (2 if kind == "int4" else 1), dtype=stored, device=matrix.device)
+        scales = torch.empty((rows, columns // int(group)) if group else (rows,), device=matrix.device,
+                             dtype=torch.float16 if group else torch.float32)
+        return QuantWeight(values, scales, None, int(group or 0), kind)
+    parts = [quantize(rows, kind, int(group or 0)) for rows in matrix.split(1 << 15)]
+    return parts[0]._replace(values=torch.cat([part.values for part in parts]),
+                             scales=torch.cat([part.scales for part in parts]))
+
+
+def scoring_over(decoder: Decoder) -> Decoder:
+    """A reward model of the same layers, with a random head."""
+    hidden = decoder.config.hidden_size
+    score = torch.empty(1, hidden, device=decoder.device).normal_(0.0, 1 / math.sqrt(hidden))
+    return Decoder(decoder.config, decoder.embedding, decoder.layers, decoder.final_norm, None, pack(score),
+                   decoder.cos, decoder.sin, 64, decoder.dtype)
+
+
 def as_deterministic(decoder: Decoder) -> Decoder:
     """The same tensors under weights whose products do not depend on the number of rows."""
     def marked(weight: Weight | None) -> Weight | None:
@@ -108,7 +139,12 @@ def weight_bytes(decoder: Decoder) -> int:
     """What a step reads of the weights: all but the embedding table, of which a row a token is read."""
     weights = [weight for layer in decoder.layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     weights += [weight for weight in (decoder.head, decoder.score_head) if weight is not None]
-    return sum(weight.values.numel() * weight.values.element_size() for weight in weights)
+    return sum(stored_bytes(weight) for weight in weights)
+
+
+def stored_bytes(weight: Weight) -> int:
+    """What a product of few rows reads of its weight."""
+    return weight.values.nbytes if weight.quant is None else weight.quant.nbytes
 
 
 def kv_bytes_a_token(decoder: Decoder) -> int:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from record import Record, Settings
+from record import Record, Settings, seconds_left
 from timing import rehearsal
 
 
@@ -37,7 +37,7 @@ def compile_first(record: Record, settings: Settings, measures: Sequence[Callabl
                     measure(Record(Path(folder) / "rehearsal.json", "rehearsal"))
                 except Exception:  # its turn comes again, and then it counts
                     traceback.print_exc()
-        pool.wait()
+        pool.wait(0.5 * seconds_left())
         record.fact(f"{record.content['stage']}: kernels compiled ahead",
                     {"kernels": len(pool.tasks), "seconds": round(time.perf_counter() - begin, 2)})
     finally:

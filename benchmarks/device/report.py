@@ -17,15 +17,15 @@ from typing import Any
 from aims import AIMS, Aim
 from record import OK, number
 from stages import STAGES
+from tables import PREFIX, text, whole
 
 ORDER = [stage.name for stage in STAGES]
 FORMAT = 2  # of the JSON file; raised when a field changes its meaning
-MAX_LINES = 60  # of the table
-KEEP = "products"  # the fact that is a table of its own, to be committed as defaults
+MAX_LINES = 72  # of the table
 
 
 class Report:
-    """The result's file, its log and its tables: five files at most, each replaced in one step."""
+    """The result's file, its log and its tables: four files at most, each replaced in one step."""
 
     def __init__(self, options: argparse.Namespace, before: dict[str, Any]):
         self.options = options
@@ -54,6 +54,8 @@ class Report:
         self.stages = {name: before[name] for name in ORDER if name in before}
         if save:
             self.save()
+            if any(name.startswith(PREFIX) for name in found["facts"]):
+                self.keep_table()
 
     def facts(self) -> dict[str, Any]:
         """What the stages so far have to say to later ones."""
@@ -92,6 +94,15 @@ class Report:
         self.seconds = self.seconds if seconds is None else seconds
         self._guard(lambda: _replace(self.target, json.dumps(self.whole(), indent=1) + "\n"))
 
+    def keep_table(self) -> Path | None:
+        """tuned/<the name by which it is read>: what was measured, to be dropped into kernels/triton/."""
+        table = whole(self.facts())
+        if table is None:
+            return None
+        path = self.folder / "tuned" / table["file"]
+        self._guard(lambda: (path.parent.mkdir(exist_ok=True), _replace(path, text(table))))
+        return path
+
     def _guard(self, write: Callable[[], object]) -> None:
         """A disk that is full ends no run: the table still comes."""
         try:
@@ -108,9 +119,7 @@ class Report:
         self.save(seconds)
         if not self.options.dry_run and facts.get("gpu") is not False:
             self._guard(lambda: _replace(self.target.with_name(f"{self.target.stem}-notes.md"), self.notes() + "\n"))
-        if facts.get(KEEP):
-            self._guard(lambda: _replace(self.target.with_name(f"{self.target.stem}-{KEEP}.json"),
-                                         json.dumps(facts[KEEP], indent=1) + "\n"))
+        self.keep_table()
         self._guard(self._log.close)
         if facts.get("gpu") is False:  # nothing was found, and nothing is left behind
             self.target.unlink()

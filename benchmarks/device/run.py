@@ -5,10 +5,12 @@
 
 Every stage is a process with a time limit of its own, so that a crash or a hang loses that stage and no other. What is
 found goes to DIR (or $OUT, or benchmarks/results) as it is found, so that a run that is stopped anywhere keeps what it
-had: device-<gpu>-<time>.json, its log, and at the end a block for NOTES.md. --quick takes two minutes: first light and
-the 8B headline. --rerun takes the newest JSON of FOLDER and runs what failed or is missing there. --dry-run runs on the
-CPU: toy shapes, torch references instead of kernels, no graphs; it shows that the script works, and its figures mean
-nothing. A table comes last; exit status 1 means that something was not correct.
+had: device-<gpu>-<time>.json, its log, tuned/<gpu>.json (to be dropped into kernels/triton/; the stages behind the one
+that writes it already go by it), and at the end a block for NOTES.md. --quick takes two minutes: first light and the 8B
+headline, by the table that is there. --rerun takes the newest JSON of FOLDER and runs what failed or is missing there.
+--dry-run runs on the CPU: toy shapes, torch references or Triton's interpreter instead of kernels, no graphs; it shows
+that the script works, and its figures mean nothing. A table comes last; exit status 1 means that something was not
+correct.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ POLL_SECONDS = 0.1
 IMPORT_SECONDS = 60.0  # from a cold disk
 AGAIN_SECONDS, MAX_TIMES = 12.0, 3  # what is left for it to be worth starting a stage again; how often it is started
 SAVE_SECONDS = 0.5
+AHEAD = ("headline-8b", "quantised-8b", "kernels-fused", "kernels-attention", "kernels-attention-more",
+         "kernels-sampler", "kernels-products", "kernels-rows", "engine", "products", "micro")
+"""Stages whose kernels are compiled in the background, once the card was described."""
 
 
 def main() -> int:
@@ -152,9 +157,13 @@ class Run:
         """The groups of stages one after the other; the next one imports while one runs."""
         waiting = groups(chosen)
         standby = self._prepare(waiting[0]) if waiting else []
-        if any(stage.name == "first-engine" for stage in chosen):
-            # At once, by a few: its kernels would take one process as long as the stage may.
-            self._help("ahead.py", "--only", "first-engine", "--workers", "5")
+        names = [stage.name for stage in chosen]
+        if "host" in names or "engine" in names:
+            self._help("build_libstars.py")
+        # At once: the kernels of one small engine would take one process as long as its stage may; and a hundred tiles.
+        for name, workers in (("first-engine", 5), ("tune-chain", 8)):
+            if name in names:
+                self._help("ahead.py", "--only", name, "--workers", str(workers))
         while waiting:
             group, now = waiting.pop(0), standby
             for one in now:
@@ -175,13 +184,11 @@ class Run:
             if self.report.facts().get("gpu") is False:  # nothing else could run
                 break
             if group[0].name == "machine":
-                # After the stage whose figures every ratio rests on. The kernels of correctness are left to their
-                # stages, which compile side by side themselves.
+                # After the stage whose figures every ratio rests on, in the order in which they are needed.
                 self.environment["STARS_FAKE_GPU"] = self.report.facts().get("machine", {}).get("gpu", "none")
-                ahead = [stage.name for stage in chosen if stage.name in ("headline-8b", "products", "micro")]
+                ahead = [name for name in names if name in AHEAD]
                 if ahead:
                     self._help("ahead.py", "--only", ",".join(ahead))
-                self._help("build_libstars.py")
 
     def _prepare(self, group: list[Stage]) -> list[Running]:
         started = [Running(stage, self.options, self.scratch, self.environment,

@@ -76,8 +76,20 @@ def run(module: str, record: Record, settings: Settings) -> None:
 
     torch.set_num_threads(1 if settings.dry else min(8, os.cpu_count() or 1))
     name, _, function = module.partition(":")
-    with torch.no_grad():
+    with torch.no_grad(), tuned_in_force(settings):
         getattr(importlib.import_module(name), function or "run")(record, settings)
+
+
+def tuned_in_force(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Whoever runs inside goes by the table that the stages before have measured, if there is one."""
+    from tables import whole
+
+    table = whole(settings.facts)
+    if table is None:
+        return contextlib.nullcontext()
+    from stars.kernels.triton import tuned
+
+    return tuned.using(tuned.parse(table))
 
 
 def die_with_the_runner() -> None:

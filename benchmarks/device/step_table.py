@@ -15,7 +15,9 @@ PRODUCTS = {("rms_norm_kernel", "rope_write_kernel"): "qkv", ("attention_kernel"
 
 PROFILED_STEPS = 4  # of a draft: the profiler takes as long over a launch as the card
 PRODUCT = "linear_kernel"  # our own, which is named by its neighbours as a library's is
-FIRST = "take_rows_kernel"  # of a step: the embedding
+FUSED = "product_kernel"  # our own with an end, which is named by its place in a layer
+AFTER_ATTENTION = ("o", "gate_up", "down")
+FIRST = ("take_rows_kernel", "embedding_scaled_kernel")  # of a step: the embedding
 
 
 class Launch(NamedTuple):
@@ -70,7 +72,7 @@ def table(all_launches: list[Launch], bytes_of: dict[str, float]) -> list[dict]:
 
 def split_steps(all_launches: list[Launch]) -> list[list[Launch]]:
     """Whole steps: from an embedding to what comes before the next."""
-    begins = [index for index, launch in enumerate(all_launches) if own_name(launch.name) == FIRST]
+    begins = [index for index, launch in enumerate(all_launches) if own_name(launch.name) in FIRST]
     return [all_launches[first:last] for first, last in zip(begins, begins[1:], strict=False)]
 
 
@@ -78,8 +80,16 @@ def labels(names: list[str]) -> list[str]:
     """A name for each: our own kernel's, or for a library's which product it is."""
     ours = [own_name(name) for name in names]
     found = []
+    place = -1  # of a fused product: behind an attention, in order
     for index, (name, own) in enumerate(zip(names, ours, strict=True)):
+        if own == FUSED:
+            following = next((one for one in ours[index + 1 :] if one), "")
+            between = "qkv" if following == "attention_kernel" else "head"
+            found.append(f"{AFTER_ATTENTION[place] if 0 <= place < 3 else between} ({FUSED})")
+            place += 1
+            continue
         if own:
+            place = 0 if own in ("attention_kernel", "merge_kernel") else place
             found.append(own)
             continue
         before = next((one for one in reversed(ours[:index]) if one), "")
@@ -107,14 +117,15 @@ def bytes_of(bench: Bench, lanes: int) -> dict[str, float]:
     Not what a product's second launch (a sum over parts) or the merge of partial results moves, which plans decide.
     """
     from bench import SEGMENT
-    from models import kv_bytes_a_token
+    from models import kv_bytes_a_token, stored_bytes
 
     layer, config = bench.lm.layers[0], bench.lm.config
     size = bench.lm.dtype.itemsize
     of = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down, "head": bench.lm.head}
-    found = {name: float(weight.values.numel() * weight.values.element_size()) for name, weight in of.items()}
+    found = {name: float(stored_bytes(weight)) for name, weight in of.items()}
     keys = kv_bytes_a_token(bench.lm) / config.num_layers * (bench.context + lanes * SEGMENT / 2)
     hidden, intermediate = lanes * config.hidden_size * size, lanes * config.intermediate_size * size
     qkv, logits = lanes * layer.qkv.out_features * size, lanes * config.vocab_size * 4  # float32
     return found | {"attention_kernel": keys, "rms_norm_kernel": 4 * hidden, "swiglu_kernel": 3 * intermediate,
-                    "rope_write_kernel": 2 * qkv, "take_rows_kernel": 2 * hidden, "scan_kernel": logits}
+                    "rope_write_kernel": 2 * qkv, "take_rows_kernel": 2 * hidden, "embedding_scaled_kernel": 3 * hidden,
+                    "scan_kernel": logits}

@@ -16,7 +16,7 @@ MAX_SETS = 64
 
 
 @cache
-def _capture_stream() -> torch.cuda.Stream:
+def capture_stream() -> torch.cuda.Stream:
     """One for all captures, as libraries keep a workspace for every stream."""
     return torch.cuda.Stream()
 
@@ -78,7 +78,7 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: 
     rounds = max(1, -(-least // len(calls)))
     # Not by torch.cuda.graph, which collects garbage and gives memory back: hundreds of figures are captured.
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(_capture_stream()):
+    with torch.cuda.stream(capture_stream()):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             for _ in range(rounds):

@@ -1,12 +1,10 @@
 """The products of an 8B model: cuBLAS, cublasLt, and our kernel over a list of tiles; the best of each goes to a table.
 
-The table (`<result>-products.json`) is what `stars.kernels.triton.tuned` reads: copied to kernels/triton/tuned/<its own
-"file">, it makes `linear` go by it on cards of that name. What a table there says of fused passes is kept.
+The outcome is the part "plain" of the tuned table (`tables.whole`), by which `linear` goes on cards of that name.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,10 +13,11 @@ from compare import within
 from launchers import launchers
 from record import Record, Settings, device_lost
 from rehearse import compile_first
+from tables import PREFIX, part
 from timing import ROTATED_BYTES, Seconds, rehearsing, seconds_a_call, sets
 
 from stars.kernels.linear import Weight
-from stars.kernels.triton.tuned import FOLDER, VERSION, Tile, slug
+from stars.kernels.triton.tuned import VERSION, Tile, slug
 
 
 class Product(NamedTuple):
@@ -32,8 +31,10 @@ class Product(NamedTuple):
 REAL = (Product("gate_up", 28672, 4096), Product("down", 4096, 14336), Product("qkv", 6144, 4096),
         Product("o", 4096, 4096), Product("head", 128256, 4096))
 TOY = (Product("gate_up", 96, 64), Product("o", 64, 64))
-ROWS = (1, 16, 144, 8, 32, 132)
-"""The most telling first. A scoring pass of four candidates has 132 rows, and 144 with those that pad it."""
+ROWS = (1, 16, 128, 8, 32)
+"""The most telling first. A scoring pass of four candidates of 32 tokens has 128 rows."""
+
+FACT = f"{PREFIX}products"
 
 SKINNY = (Tile(16, 32, 256, 4, 4), Tile(16, 16, 512, 4, 4), Tile(16, 32, 512, 4, 3), Tile(16, 64, 256, 4, 4),
           Tile(16, 64, 128, 4, 6), Tile(16, 128, 128, 8, 4), Tile(64, 32, 128, 4, 4), Tile(64, 64, 128, 4, 4))
@@ -54,7 +55,7 @@ def run(record: Record, settings: Settings) -> None:
         lambda silent, rows=rows: _of_rows(silent, settings, rows, products, []) for rows in counts
         if _part(rows) not in record.done])
     # What a process before this one has measured stays in the table.
-    before = record.content["facts"].get("products", {"plain": []})["plain"]
+    before = record.content["facts"].get(FACT, {"plain": []})["plain"]
     table = [entry for entry in before if _part(entry["rows"]) in record.done]
     for rows in counts:
         record.part(_part(rows), _of_rows, record, settings, rows, products, table, least=1.5)
@@ -75,16 +76,7 @@ def _of_rows(record: Record, settings: Settings, rows: int, products: tuple[Prod
         entry = _measure(record, settings, rows, product, store)
         table.append(entry)
         gpu = "none" if settings.dry else torch.cuda.get_device_name()
-        file = f"{slug(gpu)}.json"
-        record.fact("products", {"version": VERSION, "gpu": gpu, "file": file, "plain": table, **_of_passes(file)})
-
-
-def _of_passes(file: str) -> dict[str, list]:
-    """What the table in force says of fused passes, which are not measured here."""
-    path = FOLDER / file
-    content = json.loads(path.read_text()) if path.exists() else {}
-    known = content.get("version") == VERSION
-    return {kind: content[kind] if known else [] for kind in ("tiles", "chains")}
+        record.fact(FACT, part(VERSION, gpu, f"{slug(gpu)}.json", plain=table))
 
 
 def _measure(record: Record, settings: Settings, rows: int, product: Product, store: torch.Tensor) -> dict:
