@@ -21,7 +21,8 @@ REPRESENTATIVE = [
     "sample_step select bf16 128256", "sample_step draw bf16 128256", "sample_step finish bf16 128256",
     "sample_step finish filters bf16 128256", "score bf16 weight fp32 4096",
     "score bf16 weight fp32 4096 bias", "append_draft 32",
-    "attention one lane 128 bf16", "attention 16 lanes 128 bf16", "skinny qkv bf16 6144 4096, 1 rows", "skinny residual bf16 4096 4096, 1 rows",
+    "attention one lane 128 bf16", "attention 16 lanes 128 bf16", "skinny qkv bf16 6144 4096, 1 rows",
+    "skinny residual bf16 4096 4096, 1 rows",
     "skinny normed bf16 128256 4096, 1 rows", "skinny qkv bf16 heads of 80, 128 rows", "embedding_scaled bf16",
     "skinny residual bf16 fp8 4096 4096, 1 rows", "skinny swiglu bf16 int4-32 28672 4096, 64 rows"]
 
