@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stars.config import MAX_SIZE, EngineConfig
-from stars.device import check_model, check_scheme
+from stars.device import check_model
 from stars.errors import ModelError
-from stars.kernels.linear import Weight
-from stars.model.decoder import Decoder
 from stars.model.loader import DTYPES, inspect_model
 from stars.model.tokenizer import Tokenizer
 from stars.prefill import choose_prefill
@@ -51,8 +48,6 @@ def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool) -> O
         shape, weight_bytes, dtype = model.config, 0, model.dtype
     if target.triton:
         check_model(shape, sampled=drafts)
-        for scheme in sorted(_schemes(model)):
-            check_scheme(scheme)
     backend = choose_prefill(shape, dtype, target, config.prefill_backend, config.deterministic)
     return Occupant(shape, dtype, weight_bytes, drafts, slab_len, backend)
 
@@ -98,16 +93,3 @@ def _advice(config: EngineConfig, fitting: int, more_is_free: bool) -> str:
 def _amount(size: int) -> str:
     """Bytes as they are said."""
     return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{math.ceil(size / 2**20)} MiB"
-
-
-def _schemes(model: str | Path | Decoder) -> set[str]:
-    """In what a decoder's quantised weights are; those of a directory are not read yet."""
-    if isinstance(model, (str, Path)):
-        return set()
-    return {weight.quant.scheme for weight in _weights(model) if weight.quant is not None}
-
-
-def _weights(decoder: Decoder) -> Iterator[Weight]:
-    for layer in decoder.layers:
-        yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
-    yield from (weight for weight in (decoder.embedding, decoder.head, decoder.score_head) if weight is not None)

@@ -14,11 +14,10 @@ from safetensors import safe_open
 import recorded_gpu
 import stars
 from building import cache_of, work_as
-from stars import device, fit, kernels, sizes
+from stars import device, fit, sizes
 from stars.bindings import libstars
 from stars.config import EngineConfig
 from stars.errors import ModelError
-from stars.kernels.quant import quantize
 from stars.model.checkpoint import Checkpoint
 from stars.model.config import ModelConfig, load_config
 from stars.model.loader import inspect_model
@@ -263,28 +262,6 @@ def test_what_an_encoder_takes_is_left_free(tmp_path):
     config = on_a_gpu()
     assert stars.EncoderReward(directory).holds(None, 37, config) == Held(other_bytes=4 * parameters)
     assert stars.FunctionReward(len, inputs="ids").holds(None, 37, config) == Held()
-
-
-@pytest.mark.parametrize("capability, refused", [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)])
-def test_a_card_without_fp8(monkeypatch, capability, refused):
-    """A decoder with such weights is refused where it meets the card; other schemes, and other cards, are not."""
-    model = ToyModel(vocab=5, seed=0, layers=2, head_dim=64)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(fit, "choose_prefill", lambda *settings: "triton")
-    config = on_a_gpu(model.config)
-    for scheme, place in (("fp8", "down"), ("int8", "qkv"), ("fp8", "head")):
-        decoder = model.decoder()
-        weight = kernels.pack(quantize(torch.randn(4, 16), scheme))
-        if place == "head":
-            decoder.head = weight
-        else:
-            decoder.layers = decoder.layers[0], decoder.layers[1]._replace(**{place: weight})
-        if refused and scheme == "fp8":
-            with pytest.raises(ModelError, match=f"fp8 weights and the GPU has compute capability {capability[0]}."
-                                                 f"{capability[1]}, where those need 8.9: use int8 or int4"):
-                fit.occupant(config, decoder, 4, True)
-        else:
-            assert fit.occupant(config, decoder, 4, True).weight_bytes == 0
 
 
 def test_activations_are_those_of_the_decoder():
