@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from stars.arguments import flag, integer, shown
+from stars.arguments import flag, integer, real, shown
 from stars.device import check_gpu, check_model
 from stars.errors import ModelError, RequestError
 from stars.model.config import ModelConfig
@@ -19,6 +19,8 @@ from stars.prefill import choose_prefill
 from stars.target import Target, target_of
 
 DEFAULT_CACHE_TOKENS = 1 << 15
+LEAST_CACHE_TOKENS = 1 << 11
+"""What a GPU must have room for where no length is asked for: a prompt of a thousand tokens, and as long a response."""
 MAX_SIZE = (1 << 31) - 1  # positions, slots and lanes are int32
 DTYPE_NAMES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 """Other names of dtypes, vLLM's among them."""
@@ -28,7 +30,10 @@ DTYPE_NAMES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float"
 class EngineConfig:
     """Settings that are fixed when the engine is built, for both of its models. Names are vLLM's where it has one.
 
-    cache_tokens: the budget of each model's KV cache in tokens (default 32768); memory is touched only as it is used.
+    cache_tokens: the budget of each model's KV cache in tokens. Left out it is 32768 on the CPU, where memory is
+        touched only as it is used, and on a GPU what there is memory for, by `gpu_memory_utilization`.
+    gpu_memory_utilization: on a GPU, where cache_tokens is left out: the share of its memory, above 0 and at most 1,
+        that may be in use once the engine is built, by whomever. Where it is given, all that is free may be (1).
     page_size: tokens of a page. max_model_len: most tokens of a prompt and its response together.
     max_num_seqs: responses decoded at once. max_num_lanes: candidates drafted at once, over all responses.
     max_segment_size: tokens of the longest segment a policy may ask for.
@@ -42,6 +47,8 @@ class EngineConfig:
     dtype: str
     deterministic: bool
     cache_tokens: int
+    least_cache_tokens: int  # below cache_tokens until `fitted` has said how many there is memory for
+    gpu_memory_utilization: float
     page_size: int
     max_model_len: int
     max_model_len_from: str
@@ -70,7 +77,8 @@ class EngineConfig:
 
     @classmethod
     def resolve(cls, model: ModelConfig, device: str = "auto", dtype: str = "auto", deterministic: bool = False, *,
-                cache_tokens: int | None = None, page_size: int = 16, max_model_len: int | None = None,
+                cache_tokens: int | None = None, gpu_memory_utilization: float = 0.9, page_size: int = 16,
+                max_model_len: int | None = None,
                 max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
                 prefill_backend: str = "auto", max_num_batched_tokens: int | None = None) -> EngineConfig:
         """Fills in defaults and refuses what cannot work; RequestError."""
@@ -86,7 +94,9 @@ class EngineConfig:
         if not isinstance(dtype, str) or dtype not in ("auto", *target.dtypes):
             choices = ", ".join(f'"{name}"' for name in target.dtypes)
             raise RequestError(f'dtype is {shown(dtype)}, it must be "auto" or one of {choices} on device "{device}"')
-        cache_tokens = DEFAULT_CACHE_TOKENS if cache_tokens is None else _size("cache_tokens", cache_tokens)
+        cache_tokens = None if cache_tokens is None else _size("cache_tokens", cache_tokens)
+        share = real("gpu_memory_utilization", gpu_memory_utilization, "above 0 and at most 1",
+                     lambda value: 0.0 < value <= 1.0)
         max_model_len = None if max_model_len is None else _size("max_model_len", max_model_len)
         page_size, max_segment_size = _size("page_size", page_size), _size("max_segment_size", max_segment_size)
         max_num_seqs, max_num_lanes = _size("max_num_seqs", max_num_seqs), _size("max_num_lanes", max_num_lanes)
@@ -105,22 +115,39 @@ class EngineConfig:
         if max_model_len is not None and max_model_len > model.context_length:
             raise RequestError(f"max_model_len is {max_model_len}, the model's context is "
                                f"{model.context_length}: lower it")
-        tokens = math.ceil(cache_tokens / page_size) * page_size
-        limits = {"the model's context": model.context_length, "cache_tokens": tokens}
+        max_num_seqs = min(max_num_seqs, max_num_lanes)
+        limits = {"the model's context": model.context_length}
+        if cache_tokens is None and target.own_memory:
+            longest = model.context_length if max_model_len is None else max_model_len
+            most = MAX_SIZE // model.num_kv_heads - (max_num_lanes + max_num_seqs) * max_segment_size
+            least = _pages(longest if max_model_len is not None else min(longest, LEAST_CACHE_TOKENS), page_size)
+            # More than all responses can fill would never be used.
+            tokens = max(least, min(_pages(max_num_seqs * longest, page_size), most // page_size * page_size))
+        else:
+            least = tokens = _pages(cache_tokens or DEFAULT_CACHE_TOKENS, page_size)
+            share = share if cache_tokens is None else 1.0
+            limits["cache_tokens"] = tokens
         if max_model_len is not None:
             limits["max_model_len"] = max_model_len
         source = min(limits, key=lambda name: limits[name])
         config = cls(
-            device=device, dtype=dtype, deterministic=deterministic, cache_tokens=tokens, page_size=page_size,
-            max_model_len=limits[source], max_model_len_from=source, max_num_seqs=min(max_num_seqs, max_num_lanes),
-            max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend,
-            target=target, max_num_batched_tokens=batched_tokens)
+            device=device, dtype=dtype, deterministic=deterministic, cache_tokens=tokens, least_cache_tokens=least,
+            gpu_memory_utilization=share, page_size=page_size, max_model_len=limits[source], max_model_len_from=source,
+            max_num_seqs=max_num_seqs, max_num_lanes=max_num_lanes, max_segment_size=max_segment_size,
+            prefill_backend=prefill_backend, target=target, max_num_batched_tokens=batched_tokens)
         rows = tokens + config.num_slabs * max_segment_size
         if rows * model.num_kv_heads > MAX_SIZE:
             raise RequestError(f"cache_tokens={tokens}, max_num_lanes={max_num_lanes} and max_segment_size="
                                f"{max_segment_size} make {rows} rows of {model.num_kv_heads} heads, which are numbered "
                                "in int32: lower them")
         return config
+
+    def fitted(self, cache_tokens: int) -> EngineConfig:
+        """The same with so many tokens, whole pages, for which there is memory: no text can be longer than they are."""
+        if cache_tokens >= self.max_model_len:
+            return replace(self, cache_tokens=cache_tokens, least_cache_tokens=cache_tokens)
+        return replace(self, cache_tokens=cache_tokens, least_cache_tokens=cache_tokens, max_model_len=cache_tokens,
+                       max_model_len_from="gpu_memory_utilization")
 
 
 @contextmanager
@@ -134,6 +161,11 @@ def allocation(config: EngineConfig) -> Iterator[None]:
                              f"{config.max_num_lanes} and max_segment_size={config.max_segment_size}: lower them"
                              ) from error
         raise
+
+
+def _pages(tokens: int, page_size: int) -> int:
+    """`tokens`, filled up to whole pages."""
+    return math.ceil(tokens / page_size) * page_size
 
 
 def _size(name: str, value: Any) -> int:

@@ -9,6 +9,7 @@ from stars.kernels.limits import MAX_HEADS_A_KEY, MAX_HIDDEN, MAX_VOCAB
 from stars.model.config import ModelConfig
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies
+FP8_CAPABILITY = (8, 9)  # converts e4m3
 MIN_TRITON = (3, 6)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that attention has kernels for."""
@@ -31,6 +32,14 @@ def check_gpu() -> None:
     if version < MIN_TRITON:
         raise ModelError(f"triton is {triton.__version__} and the kernels need {MIN_TRITON[0]}.{MIN_TRITON[1]} or "
                          "more: pip install --upgrade triton")
+
+
+def check_scheme(scheme: str) -> None:
+    """Raises ModelError for weights in a scheme of `stars.kernels.quant` that the GPU cannot take apart."""
+    capability = torch.cuda.get_device_capability()
+    if scheme == "fp8" and capability < FP8_CAPABILITY:
+        raise ModelError(f"the model has fp8 weights and the GPU has compute capability {capability[0]}."
+                         f"{capability[1]}, where those need {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}: use int8 or int4")
 
 
 def check_model(config: ModelConfig, sampled: bool = True) -> None:

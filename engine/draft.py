@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -57,14 +59,6 @@ class Drafted(NamedTuple):
     logprobs: list[float]
 
 
-class UnderWay(NamedTuple):
-    """A draft of which not all was launched."""
-
-    parts: list[Part]  # of a step
-    done: Tensor  # int32 [rows]
-    left: int  # steps to be launched
-
-
 class Drafter:
     """Owns the lane buffers of one language model.
 
@@ -103,9 +97,9 @@ class Drafter:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
+        self._launches = 1 + max(decoder.launches(count) for count in (1, rows))  # with the head
         self._pacing = Pacing(rows) if target.own_memory else None
-        self._under_way: UnderWay | None = None
-        self._shortest = math.inf  # seconds of a step, as measured
+        self._under_way: tuple[Callable[[], int], int] | None = None  # a step, and how many are to be launched yet
 
     @property
     def device_draft(self) -> Draft:
@@ -137,13 +131,12 @@ class Drafter:
     def pace(self) -> None:
         """Launches the rest of the draft that was started, as the device gets on with it, and the transfer of its
         results. Ends where all lanes have ended; does nothing where no draft was started."""
-        if self._under_way is None:
+        if self._pacing is None or self._under_way is None:
             return
-        under_way, self._under_way = self._under_way, None
-        self._advance(under_way, wait=True)
+        (step, left), self._under_way = self._under_way, None
+        self._pacing.launch(step, left, wait=True)
         self._buffers.fetch()
-        if self._pacing is not None:
-            self._pacing.end()
+        self._pacing.end()
 
     def drafted(self, count: int) -> list[Drafted]:
         """The results of the draft of `count` lanes that was started, once they are there."""
@@ -183,9 +176,8 @@ class Drafter:
                 self.pace()
                 self._buffers.wait()
                 seconds = min(seconds, time.perf_counter() - begin)
-            self._shortest = min(self._shortest, seconds)
             if self._pacing is not None:
-                self._pacing.measured(self._shortest)
+                self._pacing.measured(seconds)
             return seconds
         finally:
             for slab in slabs:
@@ -196,21 +188,14 @@ class Drafter:
                penalties: bool = False) -> None:
         """Sends the buffers and launches the first steps, in stream order."""
         self._buffers.upload()
-        if self._pacing is not None:
-            self._pacing.begin(lanes)
         rows, tiles = filled
         parts = [self._forward(rows, tiles), self._sample(rows, filters, penalties)]
-        under_way = UnderWay(parts, self._done[rows], times)
-        self._under_way = under_way._replace(left=self._advance(under_way, wait=False))
-
-    def _advance(self, under_way: UnderWay, wait: bool) -> int:
-        """Launches the steps that need no waiting for the device, or, with `wait`, all; how many are left."""
-        parts, done, left = under_way
-        if self._pacing is not None:
-            return self._pacing.launch(lambda: self._graphs.run(parts, done), left, wait)
-        if left:
-            self._graphs.run(parts, done, left)
-        return 0
+        if self._pacing is None:
+            self._graphs.run(parts, self._done[rows], times)
+            return
+        step = partial(self._graphs.run, parts, self._done[rows])
+        self._pacing.begin(lanes)
+        self._under_way = step, self._pacing.launch(step, times, wait=False)
 
     def _forward(self, rows: int, tiles: Tiles | None) -> Part:
         """The first part of a step, up to the logits. What it runs is made where it is recorded, not where replayed."""
@@ -222,8 +207,7 @@ class Drafter:
                 self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
             self.decoder.draft_logits(batch, self.cache, self._logits[:rows])
 
-        return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run,
-                    self.decoder.launches(rows) + 1)
+        return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run, self._launches)
 
     def _sample(self, rows: int, filters: bool, penalties: bool) -> Part:
         """The second part: what is drawn from the logits, and the step to the next."""

@@ -24,7 +24,7 @@ from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
-from stars.fit import check_fit
+from stars.fit import fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
 from stars.model.loader import load_model
@@ -81,24 +81,24 @@ class Engine:
     @torch.inference_mode(False)  # what is allocated here is written outside the caller's inference mode, too
     def __init__(self, model: Any, reward: Any = None, *, tokenizer: Any = None, device: str = "auto",
                  dtype: str = "auto", deterministic: bool = False, cache_tokens: int | None = None,
-                 page_size: int = 16, max_model_len: int | None = None, max_num_seqs: int = 64,
-                 max_num_lanes: int = 64, max_segment_size: int = 128, prefill_backend: str = "auto",
-                 max_num_batched_tokens: int | None = None, **others: Any):
+                 gpu_memory_utilization: float = 0.9, page_size: int = 16, max_model_len: int | None = None,
+                 max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
+                 prefill_backend: str = "auto", max_num_batched_tokens: int | None = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
         check_model(model)
         check_reward(reward)
         from_files = isinstance(model, (str, Path))
-        self.config = config = EngineConfig.resolve(
-            load_config(model) if from_files else model.config, device, dtype, deterministic,
-            cache_tokens=cache_tokens, page_size=page_size, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-            max_num_lanes=max_num_lanes, max_segment_size=max_segment_size, prefill_backend=prefill_backend,
-            max_num_batched_tokens=max_num_batched_tokens)
-        if from_files:
-            # Everything that can be refused is refused before any weight is read.
-            reward = resolve_reward(reward)
-            check_fit(config, model, reward)
+        shape = load_config(model) if from_files else model.config
+        config = EngineConfig.resolve(
+            shape, device, dtype, deterministic, cache_tokens=cache_tokens,
+            gpu_memory_utilization=gpu_memory_utilization, page_size=page_size, max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs, max_num_lanes=max_num_lanes, max_segment_size=max_segment_size,
+            prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens)
+        self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
+        # Everything that can be refused is refused before any weight is read.
+        self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size)
         decoder = model if not from_files else load_model(
             model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
             max_model_len=config.max_model_len)
@@ -107,7 +107,6 @@ class Engine:
             check_row_invariance(decoder, config.target)
         self.model_config = decoder.config
         self.tokenizer = tokenizer
-        self.reward = resolve_reward(reward)
         sizes = language_model(config)
         with allocation(config):
             self._cache = PagedCache(self.model_config, config, sizes, decoder.dtype)

@@ -1,51 +1,113 @@
-"""Whether both models fit a GPU's memory: refused in one sentence, by their files' headers, before weights are read."""
+"""What a GPU has memory for, by files' headers: caches are made as large, and what does not fit is refused in one
+sentence, before any weight is read."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from stars.config import EngineConfig
-from stars.device import check_model
+from stars.config import MAX_SIZE, EngineConfig
+from stars.device import check_model, check_scheme
 from stars.errors import ModelError
-from stars.model.config import ModelConfig
+from stars.kernels.linear import Weight
+from stars.model.decoder import Decoder
 from stars.model.loader import DTYPES, inspect_model
+from stars.model.tokenizer import Tokenizer
 from stars.prefill import choose_prefill
-from stars.reward.base import Reward
+from stars.reward.base import Held, Reward
 from stars.sizes import Occupant, needed_bytes
 
 
-def check_fit(config: EngineConfig, model: str | Path, reward: Reward | None) -> None:
-    """Raises ModelError unless weights, caches, slabs and activations of both models fit the GPU; the CPU is not asked.
+def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Tokenizer | None,
+        vocab_size: int) -> EngineConfig:
+    """`config` with as many cache_tokens as a GPU has memory for, at most its own; on the CPU as it is.
+
+    model: a directory or a Decoder, whose tokenizer and vocabulary the others are. Raises ModelError where weights,
+    caches, slabs, activations and graphs of both models do not fit.
     """
     if not config.target.own_memory:
-        return
-    directories = {"the language model": model}
-    reward_model = getattr(reward, "model", None)
-    if isinstance(reward_model, (str, Path)):
-        directories["the reward model"] = reward_model
-    models = {}
-    for name, directory in directories.items():
-        summary = inspect_model(directory)
-        drafts = name == "the language model"
-        check_model(summary.config, sampled=drafts)
-        models[name] = occupant(config, summary.config, summary.parameters, drafts)
+        return config
+    held = reward.holds(tokenizer, vocab_size, config) if reward is not None else Held()
+    models = {"the language model": occupant(config, model, config.max_segment_size, True)}
+    if held.model is not None:
+        models["the reward model"] = occupant(config, held.model, held.slab_len, False)
     torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
-    check_memory(needed_bytes(config, models), torch.cuda.mem_get_info()[0])
+    free, total = torch.cuda.mem_get_info()
+    return fit_memory(config, models, held.other_bytes, free, total)
 
 
-def occupant(config: EngineConfig, shape: ModelConfig, parameters: int, drafts: bool) -> Occupant:
-    """A model of that shape, and whose attention the GPU at hand has for its long prompts."""
-    backend = choose_prefill(shape, DTYPES[config.dtype], config.target, config.prefill_backend, config.deterministic)
-    return Occupant(shape, parameters, drafts, backend)
+def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool) -> Occupant:
+    """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it."""
+    target, dtype = config.target, DTYPES[config.dtype]
+    if isinstance(model, (str, Path)):
+        summary = inspect_model(model)
+        shape, weight_bytes = summary.config, summary.parameters * dtype.itemsize
+    else:
+        shape, weight_bytes, dtype = model.config, 0, model.dtype
+    if target.triton:
+        check_model(shape, sampled=drafts)
+        for scheme in sorted(_schemes(model)):
+            check_scheme(scheme)
+    backend = choose_prefill(shape, dtype, target, config.prefill_backend, config.deterministic)
+    return Occupant(shape, dtype, weight_bytes, drafts, slab_len, backend)
 
 
-def check_memory(needed: dict[str, int], free: int) -> None:
-    """Raises ModelError unless `free` bytes hold what is needed, by name: how much is missing, and what to lower."""
-    missing = sum(needed.values()) - free
-    if missing <= 0:
-        return
-    parts = ", ".join(f"{size / 2**30:.1f} GiB for {name}" for name, size in needed.items())
-    raise ModelError(f"the GPU has {free / 2**30:.1f} GiB free and lacks {missing / 2**30:.1f} GiB ({parts}): lower "
-                     "cache_tokens, max_num_lanes or max_segment_size, or use smaller models")
+def fit_memory(config: EngineConfig, models: dict[str, Occupant], reward: int, free: int, total: int) -> EngineConfig:
+    """`config` with as many tokens as `free` bytes of `total` hold beside all else; ModelError where its least do not.
+
+    reward: bytes of one that is none of the models.
+    """
+    share, least = config.gpu_memory_utilization, config.least_cache_tokens
+    budget = free - round((1.0 - share) * total)
+
+    def needed(tokens: int) -> dict[str, int]:
+        return needed_bytes(config.fitted(tokens), models, reward)
+
+    most = config.cache_tokens
+    if least < most:  # rows of a cache are numbered in int32, one for each key head
+        most = max(least, min([most] + [MAX_SIZE // model.config.num_kv_heads for model in models.values()]))
+    sizes = range(config.page_size, most + 1, config.page_size)
+    fitting = bisect_right(sizes, budget, key=lambda tokens: sum(needed(tokens).values())) * config.page_size
+    if fitting >= least:
+        return config.fitted(fitting)
+    parts = needed(least)
+    total_needed = sum(parts.values())
+    listed = ", ".join(f"{_amount(size)} for {name}" for name, size in parts.items() if size > total_needed // 1000)
+    usable = "" if share == 1.0 else f", {_amount(max(0, budget))} of it within gpu_memory_utilization={share:g},"
+    raise ModelError(f"the GPU has {_amount(free)} free{usable} and lacks {_amount(total_needed - budget)} ({listed}): "
+                     f"{_advice(config, fitting, total_needed <= free)}")
+
+
+def _advice(config: EngineConfig, fitting: int, more_is_free: bool) -> str:
+    """Which setting to change where only `fitting` tokens fit; `more_is_free`: all would, in the whole of the GPU."""
+    ways = ["raise gpu_memory_utilization"] if more_is_free else []
+    if fitting:
+        given = config.least_cache_tokens == config.cache_tokens and config.gpu_memory_utilization == 1.0
+        name = "cache_tokens" if given else "max_model_len"
+        ways.append(f"lower {name} to {fitting}")
+    else:
+        ways.append("lower max_num_lanes, max_num_seqs or max_segment_size, or use smaller models")
+    return ", or ".join(ways)
+
+
+def _amount(size: int) -> str:
+    """Bytes as they are said."""
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{math.ceil(size / 2**20)} MiB"
+
+
+def _schemes(model: str | Path | Decoder) -> set[str]:
+    """In what a decoder's quantised weights are; those of a directory are not read yet."""
+    if isinstance(model, (str, Path)):
+        return set()
+    return {weight.quant.scheme for weight in _weights(model) if weight.quant is not None}
+
+
+def _weights(decoder: Decoder) -> Iterator[Weight]:
+    for layer in decoder.layers:
+        yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
+    yield from (weight for weight in (decoder.embedding, decoder.head, decoder.score_head) if weight is not None)

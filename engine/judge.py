@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stars.errors import RewardError, describe, log
 from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
 from stars.kernels.types import Draft
 from stars.policies import rule_name
 from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
-from stars.reward.base import Candidate, ContextFull, Reward, Scored, Trailing, TrailingCandidate, reward_problem
+from stars.reward.base import (
+    Ahead,
+    Candidate,
+    ContextFull,
+    Reward,
+    Scored,
+    Trailing,
+    TrailingCandidate,
+    reward_problem,
+)
 from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
 
 
 class Judge:
     """Decides groups: its results are decisions, and responses that end for want of a reward or by a rule's fault."""
 
-    def __init__(self, reward: Reward | None, vocab_size: int):
+    def __init__(self, reward: Reward | None, vocab_size: int, ahead: bool):
         self._reward = reward
         self._vocab_size = vocab_size
         self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
+        self._looks_ahead = ahead  # whether the device works beside the host
+        self._ahead: tuple[list[Lane], Ahead] | None = None  # the next scoring pass, where it was prepared
+        self._idle = math.inf  # seconds that the host last waited for a pass during which it prepared none
+        self._preparing = 0.0  # seconds that it last took to prepare one
 
     @property
     def _scorer(self) -> Reward:
@@ -31,7 +44,7 @@ class Judge:
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
-        self._trailing = None
+        self._trailing = self._ahead = None
 
     # -- scores ---------------------------------------------------------------------------------------------------
 
@@ -101,23 +114,83 @@ class Judge:
         return [Candidate(hypothesis.session, ids, request.response_text(hypothesis, extra), final)
                 for ids, extra in zip(contents, extras, strict=True)]
 
-    def _next_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
-        """Scores the next lanes of each response, in attempt order, as many as are worth it at once."""
-        batch: list[Lane] = []
-        candidates: list[Candidate] = []
-        for hypothesis, lanes in unscored.items():
-            first = lanes[: max(1, self._scorer.lanes_per_pass(len(lanes[0].token_ids), len(unscored)))]
-            batch += first
-            candidates += self._candidates(hypothesis, first)
-        return _with_handles(batch, self.score([lane.hypothesis for lane in batch], candidates))
+    def _next_lanes(self, unscored: dict[Hypothesis, list[Lane]]) -> dict[Hypothesis, list[Lane]]:
+        """The next lanes of each response, in attempt order, as many as are worth it at once."""
+        return {hypothesis: lanes[: max(1, self._scorer.lanes_per_pass(len(lanes[0].token_ids), len(unscored)))]
+                for hypothesis, lanes in unscored.items()}
 
-    def _trailing_pass(self) -> list[tuple[Lane, Scored]]:
+    def _next_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
+        """Scores the next lanes of each response."""
+        begin = time.perf_counter()
+        chosen = self._next_lanes(unscored)
+        batch = [lane for lanes in chosen.values() for lane in lanes]
+        hypotheses = [lane.hypothesis for lane in batch]
+        ahead = self._take_ahead(batch)
+        candidates: list[Candidate] = []
+        if ahead is None:
+            for hypothesis, lanes in chosen.items():
+                candidates += self._candidates(hypothesis, lanes)
+            ahead = self._scorer.score_ahead(candidates) if self._looks_ahead else None
+        if ahead is None:
+            return _with_handles(batch, self.score(hypotheses, candidates))
+        ahead.launch()
+        self._look_ahead(unscored, batch)
+        results = self._wait(ahead.results)
+        scored = _with_handles(batch, results)
+        _count(hypotheses, results, time.perf_counter() - begin)
+        return scored
+
+    def _look_ahead(self, unscored: dict[Hypothesis, list[Lane]], batch: Sequence[Lane]) -> None:
+        """Prepares the pass that comes next if the one of `batch`, which the device is at, decides nothing.
+
+        The host has nothing else to do meanwhile, and the device nothing once that pass has ended: it is at work again
+        as soon as the rule has spoken. Where preparing takes the host longer than a pass takes the device, it does so
+        only for what is scored whatever a rule says. Launched before the rule has spoken it is never: a pass takes ten
+        times as long as the host needs to ask a rule and to replay a graph, and more than one in ten is not wanted.
+        """
+        taken = set(batch)
+        left = {hypothesis: rest for hypothesis, lanes in unscored.items()
+                if (rest := [lane for lane in lanes if lane not in taken])}
+        if not left or (self._preparing > self._idle and any(
+                [hypothesis.request.plan.decide.in_order for hypothesis in left])):
+            return
+        begin = time.perf_counter()
+        chosen = self._next_lanes(left)
+        candidates: list[Candidate] = []
+        for hypothesis, lanes in chosen.items():
+            candidates += self._candidates(hypothesis, lanes)
+        ahead = self._scorer.score_ahead(candidates)
+        if ahead is not None:
+            self._ahead = [lane for lanes in chosen.values() for lane in lanes], ahead
+            self._preparing = time.perf_counter() - begin
+
+    def _wait(self, results: Callable[..., list[Scored]], *given: list[list[int]]) -> list[Scored]:
+        """Takes the results of a pass, and the time that it takes the device."""
+        begin = time.perf_counter()
+        scored = results(*given)
+        if self._ahead is None:
+            self._idle = time.perf_counter() - begin
+        return scored
+
+    def _take_ahead(self, batch: Sequence[Lane]) -> Ahead | None:
+        """What was prepared, if it scores `batch`, in its order; otherwise it is dropped."""
+        if self._ahead is None:
+            return None
+        prepared, ahead = self._ahead
+        self._ahead = None
+        if prepared == batch:
+            return ahead
+        ahead.drop()
+        return None
+
+    def _trailing_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
         """The lanes that were scored without the host, with their scores."""
         if self._trailing is None:
             return []
         begin = time.perf_counter()
         batch, trailing = self._trailing
-        results = trailing.results([lane.hypothesis.content_ids(lane) for lane in batch])
+        self._look_ahead(unscored, batch)
+        results = self._wait(trailing.results, [lane.hypothesis.content_ids(lane) for lane in batch])
         self._trailing = None
         scored = _with_handles(batch, results)
         _count([lane.hypothesis for lane in batch], results, time.perf_counter() - begin)
@@ -146,7 +219,7 @@ class Judge:
             elif members:
                 self._ask(group, decisions)
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
-        found = self._trailing_pass()
+        found = self._trailing_pass(unscored)
         while unscored:
             of_group: dict[Group, list[tuple[Lane, Scored]]] = {group: [] for group in waiting}
             for lane, result in found or self._next_pass(unscored):
@@ -160,6 +233,7 @@ class Judge:
                         if lanes and hypothesis.finish_reason is None and hypothesis.group not in decisions}
             waiting = list(dict.fromkeys([hypothesis.group for hypothesis in unscored]))
             found = []
+        self._take_ahead([])
         for group in groups:
             members = unfinished(group)
             if group in decisions or not members:

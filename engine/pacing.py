@@ -40,13 +40,15 @@ class Pacing:
     def __init__(self, lanes: int):
         self.ended, self._ended = mapped(lanes)  # int32 [lanes]
         self.ahead = FIRST_AHEAD
+        self._shortest = math.inf  # seconds of a step
         self._events: list[torch.cuda.Event] = []  # a ring: of step i at i modulo `ahead`
         self._lanes = self._launched = 0
         self._running = False
 
     def measured(self, seconds: float) -> None:
-        """Takes the time of the shortest step into account."""
-        self.ahead = 1 + max(1, math.ceil(QUEUED / max(seconds, 1e-6)))
+        """Takes the time of a step into account: the shortest of all decides."""
+        self._shortest = min(self._shortest, seconds)
+        self.ahead = 1 + max(1, math.ceil(QUEUED / max(self._shortest, 1e-6)))
 
     def begin(self, lanes: int) -> None:
         """A draft of `lanes` lanes, idle ones not counted, of which nothing was launched yet."""

@@ -17,7 +17,7 @@ from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import ModelSizes, padded_rows, pass_rows, table_width
+from stars.sizes import MAX_CLOSING, ModelSizes, padded_rows, pass_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
@@ -26,9 +26,6 @@ shared beginning once for every sequence."""
 
 KINDS: tuple[Kind, ...] = ("prefill", "score")
 PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
-
-MAX_CLOSING = 32
-"""Closing tokens that a span which trails a draft may have."""
 
 
 class DraftedPart(NamedTuple):
@@ -97,6 +94,8 @@ class Passes:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
+        self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
+        self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
         self._prepared: Prepared | None = None  # the pass that trails a draft, until it is launched
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
@@ -155,6 +154,17 @@ class Passes:
         self._prepared = None  # not before it is whole
         self._prepared = self._prepare(spans, True, draft)
 
+    def prepare(self, spans: Sequence[Span]) -> None:
+        """As `prepare_trailing`, for spans that the host knows; it may be called while the pass before runs, whose
+        rewards are still to be taken. What is sent is read in stream order, so one set of buffers serves both."""
+        self._prepared = None
+        self._prepared = self._prepare(spans, True)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a pass waits to be launched: none does where another one came between."""
+        return self._prepared is not None
+
     def launch_prepared(self) -> None:
         """Launches the pass that was prepared, without waiting for the draft; its results are taken with `rewards`,
         before the next pass."""
@@ -182,11 +192,11 @@ class Passes:
                 self._fill_idle(rows, sequences)
                 for tiles in self._tiling.shapes(rows, kind):
                     forward = self._forward(rows, sequences, tiles, None, kind == "score", kind == "score")
-                    if rows <= self.target.captured(kind):
+                    if rows <= self._captured[kind]:
                         self._graphs.warm_up(forward)
                     else:
                         forward.call()
-                if kind == "score" and draft is not None and rows <= self.target.captured(kind):
+                if kind == "score" and draft is not None and rows <= self._captured[kind]:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
 
     def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
@@ -216,7 +226,7 @@ class Passes:
         rows, sequences, tiles = self._fill(spans, into_slab)
         scored = scored and into_slab
         # Redrafts, which come after a response gave way, have no shapes of their own.
-        captured = rows <= self.target.captured("score" if into_slab else "prefill") and scored == into_slab
+        captured = rows <= self._captured["score" if into_slab else "prefill"] and scored == into_slab
         prefill = None
         if not captured and not into_slab and self._gathers(spans):
             prefill = prefill_attention.build(
@@ -252,7 +262,7 @@ class Passes:
                 self.decoder.forward(batch, self.cache, last)
 
         key = "forward", rows, sequences, into_slab, scored, *(shape(tiles) if tiles is not None else ())
-        return Part(key, run, self.decoder.launches(rows) + PICKED_LAUNCHES)
+        return Part(key, run, self._launches)
 
     def _append(self, draft: Draft, rows: int, sequences: int) -> Part:
         """What a draft drew, into the rows of a pass that trails it."""

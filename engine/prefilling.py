@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from stars.cache import CommitMove, PagedCache
 from stars.config import EngineConfig
+from stars.errors import RewardError
 from stars.passes import Passes, Span
 from stars.request import Hypothesis
-from stars.reward.base import Reward
+from stars.reward.base import Progress, Reward
 from stars.streams import SideStream
 
 
@@ -132,7 +133,7 @@ class Prefiller:
         if not new:
             return
         progress = self._reward.start_in_chunks([hypothesis.session for hypothesis in new], allowance.left)
-        allowance.take(progress.rows)
+        self._count(progress, allowance, "start_in_chunks")
         started = new[: progress.done]
         for hypothesis in started:
             hypothesis.reading.started = True
@@ -150,8 +151,15 @@ class Prefiller:
                 # In deterministic mode what was committed together is run together.
                 rows = None if self._exact and not allowance.used else allowance.left
                 progress = self._reward.resume_in_chunks(hypothesis.session, ids, text, rows)
-                allowance.take(progress.rows)
+                self._count(progress, allowance, "resume_in_chunks")
                 if not progress.done:
                     return False
                 reading.resumed = end
         return True
+
+    def _count(self, progress: Progress, allowance: Allowance, method: str) -> None:
+        """Takes what a reward has run; RewardError where nobody else has to be waited for and it has done nothing."""
+        if allowance.left is None and not progress.done and not progress.rows:
+            raise RewardError(f"{type(self._reward).__name__}.{method} has done nothing although max_rows is None: let "
+                              "it do all that it is asked")
+        allowance.take(progress.rows)

@@ -29,7 +29,7 @@ class Round:
                  chooser: WidthChooser, config: EngineConfig):
         self.drafter = drafter
         self.proposer = Proposer(drafter, cache, chooser, config.max_num_lanes)
-        self._judge = Judge(reward, drafter.decoder.config.vocab_size)
+        self._judge = Judge(reward, drafter.decoder.config.vocab_size, config.target.trailing)
         self._committer = Committer(cache, passes, reward)
         self._cache = cache
         self._reward = reward

@@ -8,15 +8,18 @@ from typing import NamedTuple
 import torch
 
 from stars.config import EngineConfig
+from stars.kernels.graph import LATER_BYTES, LAUNCH_BYTES
 from stars.kernels.linear import SCHEMES
-from stars.kernels.triton.tiles import max_workspace
+from stars.kernels.triton.tiles import Kind, max_workspace
 from stars.model.config import ModelConfig
 from stars.model.fusing import split_bytes
-from stars.model.loader import DTYPES
 from stars.model.workspace import workspace_bytes
 
-RESERVE = 2 << 30
-"""Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, captured graphs, torch's allocator."""
+LIBRARIES = 1 << 30
+"""Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, what torch's allocator rounds up."""
+
+MAX_CLOSING = 32
+"""Closing tokens that are reckoned with where a chat template says them: of a span which trails a draft at most."""
 
 
 class ModelSizes(NamedTuple):
@@ -35,16 +38,20 @@ def language_model(config: EngineConfig) -> ModelSizes:
                       config.max_num_lanes)
 
 
-def reward_model(shape: ModelConfig, config: EngineConfig) -> ModelSizes:
-    """The sizes of a reward model with a cache of its own."""
-    slab_len = slab_length(config.max_segment_size)
+def reward_model(shape: ModelConfig, config: EngineConfig, slab_len: int) -> ModelSizes:
+    """The sizes of a reward model with a cache of its own, and slabs as of `slab_length`."""
     positions = longest_text(shape, config.num_pages * config.page_size, slab_len)
     return ModelSizes(config.num_slabs, slab_len, config.max_num_lanes, positions, 0)
 
 
-def slab_length(max_segment_size: int) -> int:
-    """Tokens of a reward model's slab: a segment may re-encode to more tokens, and closing tokens come after it."""
-    return 2 * max_segment_size + 32
+def slab_length(config: EngineConfig, reencodes: bool, closing: int) -> int:
+    """Tokens of a reward model's slab: a segment, and so many closing tokens. One that is encoded again may be longer.
+
+    What is longer than a slab is run into pages.
+    """
+    if reencodes:
+        return 2 * config.max_segment_size + 32
+    return config.target.reward_lag + config.max_segment_size + closing
 
 
 def longest_text(shape: ModelConfig, cache_tokens: int, slab_len: int) -> int:
@@ -67,6 +74,20 @@ def table_width(config: EngineConfig, sizes: ModelSizes) -> int:
     return math.ceil(sizes.max_positions / config.page_size)
 
 
+def captured_passes(config: EngineConfig, sizes: ModelSizes) -> int:
+    """Passes of one model that are captured at start-up: two widths of attention's tiles for each number of rows."""
+    most: dict[Kind, int] = {"prefill": pass_rows(config, sizes)}
+    most |= {"draft": sizes.max_lanes} if sizes.max_lanes else {"score": pass_rows(config, sizes)}
+    return 2 * sum(len(config.target.shapes(kind, rows)) for kind, rows in most.items())
+
+
+def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes) -> int:
+    """Of a GPU's memory for what is captured of a model of this shape, at most: ten launches a layer and ten besides,
+    among which are those of draws, at start-up; and what its passes and its drafts may capture later."""
+    later = LATER_BYTES * (2 if sizes.max_lanes else 1)
+    return captured_passes(config, sizes) * 10 * (shape.num_layers + 1) * LAUNCH_BYTES + later
+
+
 def history_entries(config: EngineConfig, vocab_size: int) -> int:
     """Distinct words that the histories of all responses may have; two int32 each."""
     return config.max_num_seqs * min(config.max_model_len, vocab_size)
@@ -76,19 +97,22 @@ class Occupant(NamedTuple):
     """A model that is to be held on the GPU."""
 
     config: ModelConfig
-    parameters: int
+    dtype: torch.dtype  # of activations, keys and values
+    weight_bytes: int  # that are still to be read
     drafts: bool  # whether tokens are drawn from it
+    slab_len: int = 0  # of a reward model, as of `slab_length`
     prefill_backend: str = "triton"  # whose attention runs its long prompts, as of `choose_prefill`
 
 
-def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str, int]:
-    """Bytes of GPU memory that an engine over `models` takes, by what for."""
-    dtype, target = DTYPES[config.dtype], config.target
-    needed = {}
-    for name, (shape, parameters, drafts, backend) in models.items():
-        sizes = language_model(config) if drafts else reward_model(shape, config)
+def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int = 0) -> dict[str, int]:
+    """Bytes of GPU memory that an engine over `models` takes, by what for; `reward`: of one in no cache of ours."""
+    target = config.target
+    needed, graphs = {}, 0
+    for name, (shape, dtype, weight_bytes, drafts, slab_len, backend) in models.items():
+        sizes = language_model(config) if drafts else reward_model(shape, config, slab_len)
         rows, lanes = padded_rows(config, sizes), target.rows(sizes.max_lanes, "draft") if drafts else 0
-        needed[f"{name}'s weights"] = parameters * dtype.itemsize
+        graphs += graph_bytes(config, shape, sizes)
+        needed[f"{name}'s weights"] = weight_bytes
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + sizes.num_slabs * sizes.slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(
             max_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, lanes))
@@ -100,7 +124,9 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant]) -> dict[str,
             needed[f"{name}'s activations"] += cache_bytes(shape, config.cache_tokens, dtype) // shape.num_layers
         if drafts:
             needed["the words that penalties count"] = 8 * history_entries(config, shape.vocab_size)
-    needed["libraries and captured graphs"] = RESERVE
+    needed["the reward"] = reward
+    needed["captured graphs"] = graphs
+    needed["libraries"] = LIBRARIES
     return needed
 
 

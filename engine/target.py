@@ -81,6 +81,10 @@ class Target(NamedTuple):
 #
 # Ridge rows: from which on a pass over the weights is bound by arithmetic rather than by reading them.
 #
+# Reward lag: a last token whose keys wait for the next score is a row more of every candidate, and four candidates of
+# 32 tokens would not be the 128 rows that a pass is made for. On the CPU, where no pass is padded, it is one row in 33,
+# and there a reward's bits are those of a score that starts with that token: attention adds up pages and slab apart.
+#
 # At start-up: compiling and capturing in the midst of requests would hold all of them up. On the CPU nothing is
 # compiled, a step of a large model can take seconds, and widths are measured where a policy first leaves its width to
 # the engine.

@@ -65,8 +65,8 @@ class Tiling:
     def shapes(self, rows: int, kind: tiles.Kind) -> list[Tiles]:
         """One without any work for every shape that `fill` can return for a pass of so many rows and this kind."""
         heads_per_kv = self.heads // self.kv_heads
-        plans = [tiles.plan_of(width, kind, self.capacity, self.deterministic) for width in tiles.widths(
-            rows, kind, heads_per_kv, self.head_dim, self.float32, self.deterministic)]
+        plans = [tiles.plan_of(width, kind, self.head_dim, self.float32, self.capacity, self.deterministic)
+                 for width in tiles.widths(rows, kind, heads_per_kv, self.head_dim, self.float32, self.deterministic)]
         self._buffers.wait()
         self._buffers.host("table")[self._rows : self._rows + 3 * rows] = 0
         self._send(np.zeros((0, tiles.FIELDS), np.int32))
@@ -95,4 +95,4 @@ class Tiling:
 
 def shape(chosen: Tiles) -> tuple[int, ...]:
     """What of the work is fixed in a captured graph, besides its rows and its kind: part of its key."""
-    return (chosen.width, chosen.slab_width, chosen.split_keys)
+    return (chosen.width, chosen.lanes, chosen.split_keys)

@@ -79,7 +79,6 @@ ENGINE = {
     "enable_expert_parallel": Absent((False,), _ONE_DEVICE),
     "distributed_executor_backend": Absent((None,), _ONE_DEVICE),
     "disable_custom_all_reduce": Absent((False, True), _ONE_DEVICE),
-    "gpu_memory_utilization": Absent((), _CACHE),
     "kv_cache_memory_bytes": Absent((None,), _CACHE),
     "num_gpu_blocks_override": Absent((None,), _CACHE),
     "swap_space": Absent((0, 4), "nothing is swapped, leave it out and give cache_tokens"),

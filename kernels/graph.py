@@ -17,7 +17,7 @@ MAX_PROGRAMS = 128
 LAUNCH_BYTES = 64 << 10
 """Of a GPU's memory, at most, that the driver keeps for one captured launch: see benchmarks/NOTES.md."""
 
-LATER_BYTES = 128 << 20
+LATER_BYTES = 32 << 20
 """Of a GPU's memory for CUDA graphs that were not captured at start-up; the least recently used one makes room."""
 
 
@@ -114,7 +114,7 @@ class Graphs:
         if graph is None:
             # The first run compiles kernels and lets libraries allocate, which a capture does not permit.
             size = part.launches * LAUNCH_BYTES
-            if rare or key not in self._seen or size > LATER_BYTES:
+            if key not in self._seen or size > LATER_BYTES:
                 part.call()
                 if not rare:
                     self._seen.add(key)  # not before: what was interrupted while it compiled must not be captured next

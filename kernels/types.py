@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
     row_parts: Tensor  # int32 [rows, 3] place of the first part of each row, rows between its parts, parts
     items: Tensor  # int32 [1 + items + `spare_items`, FIELDS] the number of items, and the list of work
     width: int  # query rows times query heads per key head of a full tile
-    slab_width: int  # the same of a full piece of a slab
+    lanes: int  # of a draft, whose slabs are one item; 0: of no draft, where a sequence's slab is
     split_keys: int  # keys of one range, counted from position 0; 0 divides what a tile sees evenly
     programs: int  # that walk the list
     workspace: Tensor  # float32 [at least heads * (head_dim + 1) times the places of the list]
@@ -122,9 +122,9 @@ class Draft(NamedTuple):
 class TrailingRows(NamedTuple):
     """The rows of a pass that trails a draft, whose sequences take their tokens from it; changed by `append_draft`.
 
-    The rows after row_start[s] are for a sequence's segment and its closing tokens; what they do not need stays 0 and is
-    run for nothing. Row row_start[s] itself holds the token before the segment, or belongs to another sequence; -1 where
-    the segment begins in row 0.
+    The rows after row_start[s] are for a sequence's segment and its closing tokens; what they do not need stays 0 and
+    is run for nothing. Row row_start[s] itself holds the token before the segment, or belongs to another sequence; it
+    is -1 where the segment begins in row 0.
     """
 
     lanes: Tensor  # int32 [sequences] lane of the draft, or -1: the sequence is left alone

@@ -27,10 +27,11 @@ PADDED = UNPADDED._replace(padded=True, chunk=CUDA.chunk, trailing=True)
 
 def config_of(target: Target = CPU, **given: Any) -> EngineConfig:
     """An EngineConfig as it is given, without a look at whether it makes sense; small sizes for what is left out."""
-    sizes = dict(device=target.device, dtype="float32", deterministic=False, cache_tokens=256, page_size=4,
-                 max_model_len=64, max_model_len_from="max_model_len", max_num_seqs=4, max_num_lanes=8,
-                 max_segment_size=4, prefill_backend="auto")
-    return EngineConfig(**(sizes | given), target=target)
+    sizes = dict(device=target.device, dtype="float32", deterministic=False, cache_tokens=256,
+                 gpu_memory_utilization=1.0, page_size=4, max_model_len=64, max_model_len_from="max_model_len",
+                 max_num_seqs=4, max_num_lanes=8, max_segment_size=4, prefill_backend="auto")
+    sizes |= given
+    return EngineConfig(**sizes, least_cache_tokens=sizes["cache_tokens"], target=target)
 
 
 def shape_of(num_layers: int, num_kv_heads: int, head_dim: int) -> ModelConfig:

@@ -97,6 +97,22 @@ def test_odd_sizes_of_an_engine(name, value):
     refused(stars.RequestError, f"{name} is ", EngineConfig.resolve, LM.config, **{name: value})
 
 
+@pytest.mark.parametrize("value", [*ODD, 0, -0.5, 1.5, 2],
+                         ids=lambda value: shown(value)[:20])
+def test_odd_shares_of_a_gpus_memory(value):
+    refused(stars.RequestError, "gpu_memory_utilization is ", EngineConfig.resolve, LM.config,
+            gpu_memory_utilization=value)
+
+
+def test_shares_of_a_gpus_memory():
+    """vLLM's name and default. On the CPU it decides nothing; a given cache_tokens goes before it."""
+    default, given = EngineConfig.resolve(LM.config), EngineConfig.resolve(LM.config, cache_tokens=4096)
+    assert (default.gpu_memory_utilization, default.cache_tokens, given.gpu_memory_utilization) == (0.9, 32768, 1.0)
+    for share in (1, 1.0, np.float32(0.5), fractions.Fraction(1, 3)):
+        config = EngineConfig.resolve(LM.config, gpu_memory_utilization=share)
+        assert config == dataclasses.replace(default, gpu_memory_utilization=float(share))
+
+
 def test_caches_whose_rows_have_no_number():
     """Rows are numbered in int32: refused before anything is allocated."""
     refused(stars.RequestError, "make 2147485695 rows of 1 heads, which are numbered in int32", EngineConfig.resolve,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import stars
 from stars.errors import RequestError
+from stars.model.checkpoint import Checkpoint
 from stars.proposer import NAN_LOGITS
 from toy import ToyModel, ids, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1, layers=1, positions=64)
 REWARD = table_reward(seed=3)
 PROMPT = {"prompt_token_ids": ids(7, seed=1)}
+KINDS = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8"}
 POLICY = stars.STARS(segment_size=3, max_attempts=3, reward_threshold=1.5)
 
 
@@ -185,6 +190,8 @@ def test_limits_of_the_cache():
     (dict(device="cuda:7"), "device is 'cuda:7'"),
     (dict(prefill_backend="sdpa"), "on the CPU there is no choice"), (dict(dtype="int8"), "dtype is 'int8'"),
     (dict(cache_tokens=0), "cache_tokens is 0"), (dict(page_size=-4), "page_size is -4"),
+    (dict(gpu_memory_utilization=0.0), "gpu_memory_utilization is 0.0, it must be above 0 and at most 1"),
+    (dict(gpu_memory_utilization=1.01), "gpu_memory_utilization is 1.01, it must be above 0 and at most 1"),
     (dict(max_num_lanes=1.5), "max_num_lanes is 1.5"), (dict(max_num_seqs=True), "max_num_seqs is True"),
     (dict(max_model_len=65), "max_model_len is 65, the model's context is 64"),
 ])
@@ -202,6 +209,43 @@ def test_models_and_rewards_that_are_none(tmp_path):
     refused(stars.RewardError, "FunctionReward.batch_size is 0", stars.FunctionReward, len, batch_size=0)
     refused(stars.RewardError, 'use FunctionReward(fn, inputs="ids")', toy_engine, LM, lambda prompt, responses: [])
     refused(stars.RewardError, "EncoderReward.inputs is 'both'", stars.EncoderReward, tmp_path, inputs="both")
+
+
+QUANTISED = [
+    ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"), ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
+    ({"quant_method": "fp8", "activation_scheme": "static"}, "fp8"), ({"quant_method": "mxfp4"}, "mxfp4"),
+    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "compressed-tensors"),
+    ({"bits": 3}, "an unnamed method"), ("4 bits", "an unnamed method"),
+    ({"quant_method": "a\nb"}, "an unnamed method"),
+]
+
+
+@pytest.mark.parametrize("quantization, method", QUANTISED, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("head", ["lm", "reward"])
+def test_a_checkpoint_that_is_quantised_otherwise(tiny_model, copied, monkeypatch, quantization, method, head):
+    """In one sentence that names the method, before a weight of either model is read."""
+    copy = copied(tiny_model(family="llama", head=head))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    monkeypatch.setattr(Checkpoint, "read", lambda *given: pytest.fail("a tensor was read"))
+    models = (copy,) if head == "lm" else (LM.decoder(), copy)
+    refused(stars.ModelError, f"is quantised with {method}, which is not supported: use the float32, bfloat16 or "
+            "float16 model", stars.Engine, *models, cache_tokens=512)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_a_checkpoint_that_is_quantised_and_does_not_say_so(tiny_model, copied, kind):
+    """The type of its tensors is what is refused, or the scales beside them."""
+    copy = copied(tiny_model(family="llama"))
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(kind)
+    save_file(tensors, copy / "model.safetensors")
+    refused(stars.ModelError, f"{name} of {copy} is stored as {KINDS[kind]}, which is not supported: use the float32",
+            stars.Engine, copy, cache_tokens=512)
+    save_file(tensors | {f"{name}_scale": torch.ones(1)}, copy / "model.safetensors")
+    refused(stars.ModelError, f"has 1 tensor ({name}_scale) that a llama model with this config.json does not have",
+            stars.Engine, copy, cache_tokens=512)
 
 
 def test_reward_of_the_prompt_that_is_not_finite(engine):

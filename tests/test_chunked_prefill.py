@@ -330,6 +330,24 @@ def test_a_reward_that_starts_slowly(fails):
     assert errors == [{None}, {"ZeroDivisionError: while it starts"} if fails else {None}, {None}, {None}]
 
 
+@pytest.mark.rounds_raise
+def test_a_reward_that_never_starts_ends_its_request():
+    class Never(Slow):
+        def start_in_chunks(self, sessions, max_rows):
+            if len(sessions[0].ids) == 53:
+                return stars.reward.base.Progress(0, 0)
+            return super().start_in_chunks(sessions, max_rows)
+
+    made = engine(Never(False), 64)
+    names, done = [made.add_request(*job) for job in LONG], {}
+    while made.has_unfinished_requests():
+        done |= {output.request_id: output for output in made.step()}
+    nothing_is_held(made)
+    assert [{one.error for one in done[name].outputs} for name in names] == [
+        {None}, {"Never.start_in_chunks has done nothing although max_rows is None: let it do all that it is asked"},
+        {None}, {None}]
+
+
 @IGNORED
 @pytest.mark.parametrize("causal", [False, True], ids=["function", "causal"])
 def test_an_interrupt_between_chunks_loses_nothing(causal):

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
+import recorded_gpu
 import stars
-from building import cache_of
-from stars import device, fit, sizes
+from building import cache_of, work_as
+from stars import device, fit, kernels, sizes
+from stars.bindings import libstars
 from stars.config import EngineConfig
 from stars.errors import ModelError
-from stars.model.decoder import workspace_bytes
+from stars.kernels.quant import quantize
+from stars.model.checkpoint import Checkpoint
+from stars.model.config import ModelConfig, load_config
 from stars.model.loader import inspect_model
+from stars.model.tokenizer import load_tokenizer
+from stars.model.workspace import workspace_bytes
 from stars.reward import CausalReward
+from stars.reward.base import Held
+from stars.sizes import Occupant
 from stars.target import CUDA
-from toy import ToyModel
+from test_encoder_rewards import write_encoder
+from toy import ToyModel, toy_pair
+
+needs_libstars = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
+LM = ToyModel(vocab=37, seed=1, positions=100_000)
+RM = ToyModel(vocab=37, seed=2, kv_heads=2, positions=50_000, head="reward")
+GIVEN = dict(page_size=16, max_num_seqs=5, max_num_lanes=9, max_segment_size=7)
 
 
 def test_no_gpu(monkeypatch):
@@ -92,26 +109,182 @@ def test_a_model_on_another_device():
         stars.Engine(model.decoder(), CausalReward(elsewhere))
 
 
+def on_a_gpu(config: ModelConfig = LM.config, **settings) -> EngineConfig:
+    """The settings of an engine on a GPU, of which there is none here."""
+    with pytest.MonkeyPatch.context() as patch:
+        work_as(patch, CUDA._replace(triton=False))
+        return dataclasses.replace(EngineConfig.resolve(config, **(GIVEN | settings)), target=CUDA)
+
+
+def models(config: EngineConfig) -> dict[str, Occupant]:
+    """Both models, their weights of 3 and 2 million bytes."""
+    return {"the language model": Occupant(LM.config, torch.bfloat16, 3_000_000, True),
+            "the reward model": Occupant(RM.config, torch.bfloat16, 2_000_000, False, config.max_segment_size)}
+
+
+def needed(config: EngineConfig, reward: int = 0) -> int:
+    return sum(sizes.needed_bytes(config, models(config), reward).values())
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+@pytest.mark.parametrize("share", [0.9, 0.37, 1.0])
+@pytest.mark.parametrize("reward", [0, 12345])
+def test_a_cache_takes_what_memory_leaves(page_size, share, reward):
+    """The most whole pages that fit beside all else, of both models alike; a page more would not."""
+    config = on_a_gpu(gpu_memory_utilization=share, page_size=page_size)
+    assert (config.least_cache_tokens, config.cache_tokens) == (2048, 5 * 100_000)
+    draw, total = np.random.default_rng(page_size), 90_000_000_000
+    for _ in range(20):
+        tokens = int(draw.integers(2048 // page_size, 5 * 100_000 // page_size)) * page_size
+        budget = needed(config.fitted(tokens), reward) + int(draw.integers(0, 100))
+        free = budget + round((1.0 - share) * total)
+        fitted = fit.fit_memory(config, models(config), reward, free, total)
+        assert fitted.cache_tokens == fitted.least_cache_tokens == tokens
+        assert (fitted.max_model_len, fitted.max_model_len_from) == (
+            (tokens, "gpu_memory_utilization") if tokens < 100_000 else (100_000, "the model's context"))
+        assert fitted == dataclasses.replace(config, **{name: getattr(fitted, name) for name in (
+            "cache_tokens", "least_cache_tokens", "max_model_len", "max_model_len_from")})
+    assert fit.fit_memory(config, models(config), reward, total, total).cache_tokens == 5 * 100_000
+
+
+def test_the_least_is_what_was_asked_for():
+    """To the byte: tokens that are given, or a length that is given; else a few thousand, or a shorter context."""
+    for settings, least, most in (
+            (dict(cache_tokens=777), 784, 784), (dict(max_model_len=3001), 3008, 15_008),
+            (dict(), 2048, 5 * 100_000), (dict(max_num_lanes=1, max_model_len=40), 48, 48)):
+        config = on_a_gpu(**settings)
+        assert (config.least_cache_tokens, config.cache_tokens) == (least, most)
+        total = 90_000_000_000
+        free = needed(config.fitted(least)) + (0 if "cache_tokens" in settings else round(0.1 * total))
+        fitted = fit.fit_memory(config, models(config), 0, free, total)
+        assert fitted.cache_tokens == least
+        advice = "lower cache_tokens" if "cache_tokens" in settings else "raise gpu_memory_utilization, or lower m"
+        with pytest.raises(ModelError, match=f"lacks 1 MiB .*: {advice}"):
+            fit.fit_memory(config, models(config), 0, free - 1, total)
+    short = dataclasses.replace(LM.config, max_position_embeddings=100)
+    assert on_a_gpu(short).least_cache_tokens == 112 and on_a_gpu(short).cache_tokens == 5 * 100 + 12
+
+
+@pytest.mark.parametrize("settings", [dict(cache_tokens=30_000), dict(max_model_len=30_000), dict()])
+def test_what_is_advised_is_enough(settings):
+    """The sentence says how much is missing and the setting to change, and what it says then fits."""
+    config, total = on_a_gpu(**settings), 90_000_000_000
+    for tokens in (16, 1600):
+        free = needed(config.fitted(tokens)) + 5 + (0 if "cache_tokens" in settings else round(0.1 * total))
+        with pytest.raises(ModelError) as caught:
+            fit.fit_memory(config, models(config), 0, free, total)
+        found = re.search(r"lower (\w+) to (\d+)$", str(caught.value))
+        assert found[1] in (settings or ["max_model_len"]) and int(found[2]) == tokens
+        again = on_a_gpu(**{found[1]: tokens})
+        assert fit.fit_memory(again, models(again), 0, free, total).cache_tokens >= tokens
+        assert ("raise gpu_memory_utilization, or " in str(caught.value)) == ("cache_tokens" not in settings)
+
+
 def test_too_little_memory():
     """The sentence adds up: what is free, what is missing, for what, and which settings to lower."""
-    fit.check_memory({"weights": 2 << 30, "caches": 1 << 30}, 3 << 30)
-    with pytest.raises(ModelError, match=r"4\.0 GiB free and lacks 2\.5 GiB \(6\.0 GiB for weights, 0\.5 GiB for caches"
-                                         r"\): lower cache_tokens"):
-        fit.check_memory({"weights": 6 << 30, "caches": 1 << 29}, 4 << 30)
+    config = on_a_gpu(cache_tokens=1 << 20)
+    weights = models(config)["the language model"]._replace(weight_bytes=6 << 30)
+    with pytest.raises(ModelError) as caught:
+        fit.fit_memory(config, {"the language model": weights}, 0, 5 << 30, 80 << 30)
+    assert str(caught.value) == (
+        "the GPU has 5.0 GiB free and lacks 2.2 GiB (6.0 GiB for the language model's weights, 65 MiB for the language "
+        "model's cache, 102 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
+        "max_segment_size, or use smaller models")
+    with pytest.raises(ModelError, match=r"^the GPU has 9\.0 GiB free, 1\.0 GiB of it within gpu_memory_utilization="
+                                         r"0\.9, and lacks .*: raise gpu_memory_utilization, or lower max_num_lanes"):
+        fit.fit_memory(on_a_gpu(), {"the language model": weights}, 0, 9 << 30, 80 << 30)
 
 
 def test_a_pair_that_does_not_fit(monkeypatch):
     """All that the two models need is named, from their directories alone."""
-    models = Path(stars.__file__).parent / "demo_models"
-    config = dataclasses.replace(EngineConfig.resolve(inspect_model(models / "lm").config), device="cuda", target=CUDA)
+    pair = Path(stars.__file__).parent / "demo_models"
+    lm = load_config(pair / "lm")
+    config = on_a_gpu(lm, cache_tokens=32768, max_num_lanes=64, max_num_seqs=64, max_segment_size=128)
     monkeypatch.setattr(fit, "choose_prefill", lambda *settings: "triton")  # which asks the card
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
+    given = config, pair / "lm", CausalReward(str(pair / "rm")), load_tokenizer(pair / "lm"), lm.vocab_size
     parts = ".*".join(f"the {model} model's {part}" for model in ("language", "reward")
                       for part in ("weights", "cache", "activations"))
-    with pytest.raises(ModelError, match=f"lacks 2[.]. GiB .*{parts}.*, 2.0 GiB for libraries .*: lower cache_tokens"):
-        fit.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
+    with pytest.raises(ModelError, match=f"lacks 1[.]. GiB .*{parts}.*, 1.0 GiB for libraries.*: lower max_num_lanes"):
+        fit.fit(*given)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 3 << 30))
-    fit.check_fit(config, models / "lm", CausalReward(str(models / "rm")))
+    assert fit.fit(*given) == config
+    # Weights by their headers, slabs of a segment, as both read the same ids.
+    occupants = [fit.occupant(config, pair / "lm", 128, True), fit.occupant(config, pair / "rm", 9, False)]
+    assert [one.weight_bytes for one in occupants] == [
+        2 * inspect_model(pair / name).parameters for name in ("lm", "rm")]
+    assert given[2].holds(*given[3:], config) == Held(str(pair / "rm"), 128)
+
+
+def test_nothing_is_read_of_a_pair_that_does_not_fit(monkeypatch):
+    """An engine is refused before a tensor is read; on the CPU memory is not asked for."""
+    pair = Path(stars.__file__).parent / "demo_models"
+    monkeypatch.setattr(Checkpoint, "read", lambda *given: pytest.fail("a tensor was read"))
+    work_as(monkeypatch, CUDA._replace(triton=False, dtypes=("bfloat16",)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (11 << 28, 3 << 30))
+    with pytest.raises(ModelError, match="2.5 GiB of it within gpu_memory_utilization=0.9, and lacks .*: lower m"):
+        stars.Engine(pair / "lm", pair / "rm", max_num_lanes=4096)
+
+
+@needs_libstars
+def test_an_engine_of_what_memory_leaves(monkeypatch):
+    """Both caches have the tokens that fit beside models that are there already, and the engine decodes."""
+    gpu = recorded_gpu.install(monkeypatch)
+    lm, rm = toy_pair(29, (1, 2), positions=4001)
+    sized = dict(page_size=16, max_num_seqs=3, max_num_lanes=6, max_segment_size=16)
+
+    def build(free: int) -> stars.Engine:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 << 30))
+        return recorded_gpu.build(gpu, lm.decoder(), CausalReward(rm.decoder()), **sized)
+
+    engine = build(2 << 30)
+    assert engine.config.cache_tokens == 12_016 and engine.config.max_model_len == 4001  # three whole responses
+    held = {"the language model": Occupant(lm.config, torch.float32, 0, True),
+            "the reward model": Occupant(rm.config, torch.float32, 0, False, 16)}
+    enough = sum(sizes.needed_bytes(engine.config.fitted(2512), held).values()) + round(0.1 * (2 << 30))
+    engine = build(enough)
+    for cache in (engine._cache, engine.reward.cache):
+        assert cache.num_pages == 157 and cache.k_pages.shape[1] == 2512
+    assert engine.reward.cache.slab_len == 16 and engine.config.max_model_len == 2512
+    params, policy = stars.SamplingParams(max_tokens=9, seed=1), stars.STARS(4, 2, reward_threshold=0.5, width=2)
+    [output] = engine.generate({"prompt_token_ids": [3, 4, 5]}, params, policy, use_tqdm=False)
+    assert output.outputs[0].error is None
+    engine.check_integrity()
+    with pytest.raises(stars.RequestError, match=r"the limit is 2512 \(gpu_memory_utilization\)"):
+        engine.generate({"prompt_token_ids": [3]}, stars.SamplingParams(max_tokens=2512), use_tqdm=False)
+
+
+def test_what_an_encoder_takes_is_left_free(tmp_path):
+    """Its weights in float32, by the headers of its files."""
+    pytest.importorskip("transformers")
+    directory = write_encoder(tmp_path, "Bert")
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 it is no dictionary
+    config = on_a_gpu()
+    assert stars.EncoderReward(directory).holds(None, 37, config) == Held(other_bytes=4 * parameters)
+    assert stars.FunctionReward(len, inputs="ids").holds(None, 37, config) == Held()
+
+
+@pytest.mark.parametrize("capability, refused", [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)])
+def test_a_card_without_fp8(monkeypatch, capability, refused):
+    """A decoder with such weights is refused where it meets the card; other schemes, and other cards, are not."""
+    model = ToyModel(vocab=5, seed=0, layers=2, head_dim=64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(fit, "choose_prefill", lambda *settings: "triton")
+    config = on_a_gpu(model.config)
+    for scheme, place in (("fp8", "down"), ("int8", "qkv"), ("fp8", "head")):
+        decoder = model.decoder()
+        weight = kernels.pack(quantize(torch.randn(4, 16), scheme))
+        if place == "head":
+            decoder.head = weight
+        else:
+            decoder.layers = decoder.layers[0], decoder.layers[1]._replace(**{place: weight})
+        if refused and scheme == "fp8":
+            with pytest.raises(ModelError, match=f"fp8 weights and the GPU has compute capability {capability[0]}."
+                                                 f"{capability[1]}, where those need 8.9: use int8 or int4"):
+                fit.occupant(config, decoder, 4, True)
+        else:
+            assert fit.occupant(config, decoder, 4, True).weight_bytes == 0
 
 
 def test_activations_are_those_of_the_decoder():
@@ -120,7 +293,7 @@ def test_activations_are_those_of_the_decoder():
     decoder = model.decoder()
     decoder.reserve(100)
     decoder.reserve_logits(70)
-    held = sum(t.numel() * t.element_size() for t in (*decoder._space, decoder._logits) if t is not None)
+    held = sum(tensor.nbytes for tensor in (*decoder._space, decoder._logits, *decoder._split))
     assert workspace_bytes(model.config, 100, 70, torch.float32) == held
 
 

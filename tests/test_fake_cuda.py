@@ -15,6 +15,7 @@ import stars
 from stars.kernels import graph, prefill_attention
 from stars.kernels.triton import tuned
 from stars.model.decoder import Decoder
+from stars.passes import Passes
 from stars.target import CUDA
 from triton_process import needs_triton, run_pytest
 
@@ -183,6 +184,60 @@ if FAKED:
                 # score, the two picks of its last rows and the reward.
                 assert ours + library <= (6 if whole else 10) * layers + most - (name == "draft_logits" and whole)
                 assert said == (6 if whole else 10) * layers + 2 and library == (0 if whole else 4 * layers + 4 - most)
+
+    def test_long_prompts_beside_responses_that_decode(monkeypatch):
+        """No round runs more rows of prompts through a model than it may; both models' are launched on two streams, and
+        a round with prompts in it replays, too."""
+        rows = []
+        prefill = Passes.prefill
+        monkeypatch.setattr(Passes, "prefill", lambda *given: (
+            rows.append((given[0], prefill(*given))), rows[-1][1])[1])
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton",
+                                  max_num_batched_tokens=64)
+            policy = stars.STARS(segment_size=4, max_attempts=8, reward_threshold=0.3, width=4)
+            long = len(engine.tokenizer.encode(LONG))
+            assert long > 5 * 64
+            for prompt in PROMPTS[:2]:
+                engine.add_request(prompt, stars.SamplingParams(max_tokens=200, seed=3, ignore_eos=True), policy)
+            engine.step()
+            rounds = []
+            for seed in range(3):
+                # Other words from the first page on, so that nothing is shared.
+                engine.add_request(f"{seed} {LONG}", stars.SamplingParams(max_tokens=8, seed=seed), policy)
+                while len(rounds) < 8 * (seed + 1):
+                    rows.clear()
+                    before, launched = fake_cuda.events.copy(), fake_cuda.launched.copy()
+                    engine.step()
+                    rounds.append((rows[:], fake_cuda.events - before, fake_cuda.launched - launched))
+            assert len(engine._scheduler.groups) >= 2, "those that decode have not ended"
+            engine.check_integrity()
+        read = [one for one in rounds if any(count for _, count in one[0])]
+        assert len(read) >= 15
+        for given, found, launched in read:
+            for passes in (engine._passes, engine.reward._passes):
+                assert sum(count for owner, count in given if owner is passes) <= 64
+            assert found["stream wait"] >= 2 and not found["synchronize"] and not found["blocking transfer"], found
+            assert not found["capture"] and not found["compile"] and set(launched) <= {"copy_rows_kernel"}, launched
+
+    def test_caches_take_what_memory_leaves(monkeypatch):
+        """Of a small card: both the most tokens that fit, slabs of a segment, as the pair reads the same ids."""
+        with fake_cuda.gpu():
+            seen = []
+            for free in (1.9, 1.8):
+                monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (int(free * 2**30), 2 << 30))
+                engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", prefill_backend="triton")
+                caches = engine._cache, engine.reward.cache
+                assert {cache.k_pages.shape[1] for cache in caches} == {engine.config.cache_tokens}
+                assert {cache.slab_len for cache in caches} == {128} and engine.config.max_model_len == 1024
+                seen.append((engine.config.cache_tokens, sum(cache.k_pages.nbytes for cache in caches)))
+            assert seen[1][0] > 2048 and seen[0][0] < 64 * 1024  # more would not be used
+            # A tenth of a GiB more is in pages, to less than a page: of keys, and as many values.
+            page = 2 * sum(cache.k_pages.nbytes // cache.num_pages for cache in caches)
+            assert abs(2 * (seen[0][1] - seen[1][1]) - 0.1 * 2**30) < page
+            decode(engine, 40, 0.2)
+            engine.check_integrity()
 
     def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
         """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them

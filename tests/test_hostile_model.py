@@ -268,8 +268,8 @@ def test_tables_reach_max_model_len_and_no_further(linked):
     engine = stars.Engine(lm, rm, cache_tokens=100, max_model_len=70, max_segment_size=9)
     assert engine.config.max_model_len == 70
     assert engine._round.drafter.decoder.cos.shape == (70, 3)
-    # 112 tokens of the cache's pages, and a slab of 2 * 9 + 32 behind them
-    assert engine.reward.decoder.cos.shape == engine.reward.decoder.sin.shape == (112 + 50, 3)
+    # 112 tokens of the cache's pages, and a slab behind them: the token before a segment, and a segment
+    assert engine.reward.decoder.cos.shape == engine.reward.decoder.sin.shape == (112 + 1 + 9, 3)
     assert engine.reward.max_model_len == 10**8
     engine = stars.Engine(lm, cache_tokens=100)
     assert engine.config.max_model_len == 112 and engine._round.drafter.decoder.cos.shape[0] == 112
@@ -423,17 +423,17 @@ def test_gpu_memory_counts_tables_of_the_lengths_in_use(linked):
     wide = dataclasses.replace(summary.config, max_position_embeddings=10**8)
     settings = dataclasses.replace(EngineConfig.resolve(summary.config, max_model_len=64), device="cuda",
                                    target=CUDA)
-    needed = [sizes.needed_bytes(settings, {"the language model": sizes.Occupant(shape, 1, True)})
+    needed = [sizes.needed_bytes(settings, {"the language model": sizes.Occupant(shape, torch.float32, 1, True)})
               for shape in (summary.config, wide)]
     assert needed[0] == needed[1]
     longer = dataclasses.replace(settings, max_model_len=100)
-    grown = sizes.needed_bytes(longer, {"the language model": sizes.Occupant(wide, 1, True)})
+    grown = sizes.needed_bytes(longer, {"the language model": sizes.Occupant(wide, torch.float32, 1, True)})
     name = "the language model's activations"
     assert grown[name] - needed[0][name] == 36 * 6 * 4  # cosines and sines of 3 pairs, float32
-    rewards = [sizes.needed_bytes(settings, {"the reward model": sizes.Occupant(shape, 1, False)})
+    rewards = [sizes.needed_bytes(settings, {"the reward model": sizes.Occupant(shape, torch.float32, 1, False, 300)})
                for shape in (dataclasses.replace(summary.config, max_position_embeddings=positions)
                              for positions in (1000, 10**6, 10**8))]
-    most = settings.cache_tokens + 2 * settings.max_segment_size + 32
+    most = settings.cache_tokens + 300
     name = "the reward model's activations"
     assert rewards[1][name] - rewards[0][name] == (most - 1000) * 6 * 4 and rewards[1] == rewards[2]
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import recorded_gpu
 import stars
+from building import UNPADDED, work_as
 from stars import pacing
 from stars.bindings import libstars
 from toy import ids, toy_engine, toy_pair
@@ -136,6 +137,7 @@ def ended_soon(engine: stars.Engine, seed: int) -> list:
 @pytest.mark.parametrize("quick", [lambda works: 0, lambda works: works - 1, None], ids=["slow", "quick", "any"])
 def test_a_draft_whose_lanes_have_ended_launches_no_more(monkeypatch, quick):
     """The CPU's attempts; of 32 steps those of the longest lane run, and fewer than `ahead` more."""
+    work_as(monkeypatch, UNPADDED)
     plain = toy_engine(LM, RM, **SIZES)
     wanted = {seed: ended_soon(plain, seed) for seed in range(12)}
     gpu = recorded_gpu.install(monkeypatch)
@@ -160,6 +162,7 @@ def test_a_draft_whose_lanes_have_ended_launches_no_more(monkeypatch, quick):
 @pytest.mark.parametrize("given", [True, False], ids=["behind a replay", "before a replay"])
 def test_an_interrupt_between_two_launches_loses_nothing(monkeypatch, given):
     """The round is drawn again, whatever of it is still under way on the device."""
+    work_as(monkeypatch, UNPADDED)
     plain = toy_engine(LM, RM, **SIZES)
     wanted = {seed: ended_soon(plain, seed) for seed in range(4)}
     gpu = recorded_gpu.install(monkeypatch)

@@ -183,8 +183,7 @@ def test_responses_share_an_encoders_batch():
 
 
 def test_candidates_fill_a_pass():
-    """On a GPU the rows it is made for and no more, closing tokens counted; on the CPU up to the first that exceeds them.
-    """
+    """On a GPU the rows it is made for and no more, closing tokens counted; on the CPU up to the first beyond."""
     tokens, responses = (1, 13, 16, 31, 32, 33, 128, 200), (1, 3, 64)
 
     def lanes(target, close="none"):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 TOLERANCE = 1e-4  # rewards of order 1 to 10, float32
 CONFIG = config_of(cache_tokens=1024, page_size=4, max_num_seqs=4, max_num_lanes=8, max_segment_size=4)
+LONGER = dataclasses.replace(CONFIG, max_segment_size=24)  # whose slabs hold tokens besides that nobody scored
 PROMPT = "The quick brown fox"
 WORDS = (" jumps", " over", " the lazy", " dog", ", and", " sleeps on", "!")
 LONG = " zq" * 18  # more tokens than a slab of 40 holds
@@ -173,7 +174,7 @@ def test_forks_of_forks_before_anything_was_committed(bench, kind):
 def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, lag, kind, dropped, told):
     """The handle is discarded, and the next score runs what the session has not seen; also twice in a row, and less
     where the session is told of the response meanwhile."""
-    made = bench(kind)
+    made = bench(kind, LONGER)
     reward, session = made.reward, made.open()
     response = made.ids(" dogs")
     [first] = made.score((session, response))
@@ -208,7 +209,7 @@ def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, lag, kind, d
 def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, lanes, operations):
     """The same spans, their tokens filled in on the device: so also where the response has tokens nobody scored, and
     where a lane drew nothing but the end, so that a pass may have no row to read its reward at."""
-    made = bench(kind)
+    made = bench(kind, LONGER)
     reward, session = made.reward, made.open()
     response = made.ids(" dogs sleep")
     [first] = made.score((session, response))

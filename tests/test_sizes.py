@@ -38,10 +38,14 @@ def test_the_formulas_by_hand():
     assert drafts == ModelSizes(num_slabs=26, slab_len=113, max_sequences=5, max_positions=250, max_lanes=21)
     assert (pass_rows(config, drafts), table_width(config, drafts)) == (256, 16)
     assert history_entries(config, 37) == 5 * 37 and history_entries(config, 5000) == 5 * 250
-    scores = reward_model(RM.config, config)
+    scores = reward_model(RM.config, config, 258)
     assert scores == ModelSizes(num_slabs=26, slab_len=258, max_sequences=21, max_positions=1008 + 258, max_lanes=0)
     assert (pass_rows(config, scores), table_width(config, scores)) == (258, 80)
-    assert reward_model(LM.config, config).max_positions == 300  # its context is shorter than what the cache holds
+    assert reward_model(LM.config, config, 258).max_positions == 300  # its context is shorter than what the cache holds
+    assert slab_length(config, True, 0) == slab_length(config, True, 5) == 258
+    assert (slab_length(config, False, 0), slab_length(config, False, 5)) == (114, 119)
+    on_gpu = dataclasses.replace(config, target=CUDA)  # where a segment's first row is its first token
+    assert (slab_length(on_gpu, False, 0), slab_length(on_gpu, False, 5)) == (113, 118)
 
 
 def test_pages_of_a_budget_that_is_no_multiple():
@@ -59,7 +63,8 @@ def test_an_engine_allocates_what_the_formulas_say(monkeypatch, target):
     config, reward, drafter = engine.config, engine.reward, engine._round.drafter
     assert config.target is target
     for passes, cache, sizes in ((engine._passes, engine._cache, language_model(config)),
-                                 (reward._passes, reward.cache, reward_model(RM.config, config))):
+                                 (reward._passes, reward.cache,
+                                  reward_model(RM.config, config, 113 + target.reward_lag))):
         assert cache.k_pages.shape[1] == config.num_pages * config.page_size == 1008
         assert cache.k_slabs.shape[1] == sizes.num_slabs * sizes.slab_len
         rows, sequences = padded_rows(config, sizes), target.rows(sizes.max_sequences, "draft")
@@ -74,7 +79,7 @@ def test_an_engine_allocates_what_the_formulas_say(monkeypatch, target):
     assert drafter._buffers["out_tokens"].shape == (lanes, 113)
     assert drafter._block_tables.shape == (lanes, 16)
     assert drafter._history["entries"].shape == (5 * 37, 2)
-    assert reward.cache.slab_len == slab_length(113) == 258
+    assert reward.cache.slab_len == 113 + target.reward_lag
     assert (drafter._tiling is not None) == target.padded == (reward._passes._tiling is not None)
 
 
@@ -113,8 +118,9 @@ def test_the_engines_keywords_are_those_of_its_configuration():
     """Spelled out in both signatures: the same names with the same defaults, so that help and editors show them."""
     engine, config = (inspect.signature(function).parameters for function in (stars.Engine, EngineConfig.resolve))
     shared = [name for name in config if name != "model"]
-    assert shared == ["device", "dtype", "deterministic", "cache_tokens", "page_size", "max_model_len", "max_num_seqs",
-                      "max_num_lanes", "max_segment_size", "prefill_backend", "max_num_batched_tokens"]
+    assert shared == ["device", "dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "page_size",
+                      "max_model_len", "max_num_seqs", "max_num_lanes", "max_segment_size", "prefill_backend",
+                      "max_num_batched_tokens"]
     assert [engine[name].default for name in shared] == [config[name].default for name in shared]
     assert [name for name in engine if name not in shared] == ["model", "reward", "tokenizer", "others"]
     assert engine["others"].kind is inspect.Parameter.VAR_KEYWORD

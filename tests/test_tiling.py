@@ -1,4 +1,4 @@
-"""The list of work of attention on a GPU: every key of every row once, few shapes, and the bounds that memory rests on."""
+"""The list of work of attention on a GPU: every key of every row once, few shapes, and memory's bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ KINDS = ("draft", "score", "prefill")
 def random_batch(draw: np.random.Generator, kind: str, most_rows: int = 600):
     """(row_start, seq_group, keys): lanes of one row or spans of many, few groups or many, contexts alike or not."""
     sequences = int(draw.integers(1, 40))
-    counts = np.ones(sequences, int) if kind == "draft" else draw.integers(1, draw.choice([2, 34, most_rows]), sequences)
+    counts = np.ones(sequences, int) if kind == "draft" else draw.integers(
+        1, draw.choice([2, 34, most_rows]), sequences)
     groups = np.unique(np.sort(draw.integers(0, draw.choice([1, 3, sequences]), sequences)), return_inverse=True)[1]
     longest = np.minimum(draw.lognormal(6, draw.choice([0, 1, 3]), sequences), CAPACITY - counts).astype(int)
     keys = longest * (draw.random(sequences) < 0.9)  # some see no page key
@@ -39,16 +40,17 @@ def check_work(work, plan: Plan, row_start, seq_group, keys, kind, heads_per_kv)
     slabs, taken, tiles = np.zeros(rows, int), set(), {}
     for owner, first, count, begin, end, split, splits, place, tile_row, tile_rows, arrivals, _ in work.items.tolist():
         parts = splits + into_slab
-        assert tiles.setdefault(tile_row, [(place, tile_rows, parts, arrivals), 0])[0] == (place, tile_rows, parts, arrivals)
+        said = place, tile_rows, parts, arrivals
+        assert tiles.setdefault(tile_row, [said, 0])[0] == said
         tiles[tile_row][1] += 1
         assert tile_row <= first and first + count <= tile_row + tile_rows and 0 < count and 0 <= split <= splits
-        assert count * heads_per_kv <= (plan.width if split < splits else plan.slab_width)
+        assert count * heads_per_kv <= plan.width and (split < splits or not plan.lanes or count <= plan.lanes)
         for row in range(first, first + count):
             if split < splits:
                 assert seq_group[sequence_of[row]] == owner and begin % tiling.KEYS_MULTIPLE == 0
                 covered[row][begin : min(end, seen[row])] += 1
             else:
-                assert into_slab and sequence_of[row] == owner
+                assert into_slab and sequence_of[row] == owner + (row - first if plan.lanes else 0)
                 slabs[row] += 1
             if parts > 1:
                 at = place + split * tile_rows + row - tile_row
@@ -98,7 +100,8 @@ def tiling_of(monkeypatch):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_number_of_rows_and_a_kind_have_two_shapes_at_most(tiling_of, deterministic):
-    """And `shapes` knows them, whatever the mix: also the tensors and the number of programs are those of the capture."""
+    """And `shapes` knows them, whatever the mix: also the tensors and the number of programs are those of the
+    capture."""
     draw = np.random.default_rng(5)
     made = tiling_of(1024, deterministic)
     for kind in KINDS:
@@ -128,7 +131,7 @@ def test_what_is_sent_is_the_list_and_an_older_longer_one_does_not_show(tiling_o
     starts, groups, keys = [0, 1, 2, 3], [0, 0, 1], [1000, 990, 17]
     tiles = made.fill(4, starts, groups, "draft", keys)
     count = int(tiles.items[0, 0])
-    plan = Plan(tiles.width, tiles.slab_width, tiles.split_keys)
+    plan = Plan(tiles.width, tiles.lanes, tiles.split_keys)
     work = tiling.work(starts, tiling.groups_of(groups, keys), "draft", 32, 8, plan, 132)
     assert tiles.items[1 : 1 + count].tolist() == work.items.tolist()
     assert tiles.row_seq[:3].tolist() == [0, 1, 2] and tiles.items.shape[1] == FIELDS

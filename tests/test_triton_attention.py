@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 
@@ -195,18 +194,19 @@ def test_softcap_of_small_and_large_scores():
         assert_close(case._replace(q=case.q * 30), None, softcap)
 
 
-@pytest.mark.parametrize("dtype, sequences, into_slab, width, slab_width", [
-    (torch.float16, DRAFT, True, 16, 16), (torch.float16, DRAFT, True, 64, 16), (torch.float16, SCORING, True, 64, 64),
-    (torch.float16, SCORING, True, 16, 16), (torch.float16, SCORING, True, 128, 128),
-    (torch.float16, PREFILL, False, 128, 128), (torch.float16, PREFILL, False, 16, 16), (torch.float32, DRAFT, True, 16, 16),
-    (torch.float32, PREFILL, False, 16, 16)])
-def test_every_width_and_division_against_float64(dtype, sequences, into_slab, width, slab_width):
-    """One range a tile and several, on few processors and on more than there is work: tickets are zero again, and a second
-    launch over the same list gives the same bits."""
+@pytest.mark.parametrize("dtype, sequences, into_slab, width, lanes", [
+    (torch.float16, DRAFT, True, 16, 4), (torch.float16, DRAFT, True, 64, 4), (torch.float16, DRAFT, True, 128, 4),
+    (torch.float16, SCORING, True, 64, 0), (torch.float16, SCORING, True, 16, 0),
+    (torch.float16, SCORING, True, 128, 0), (torch.float16, PREFILL, False, 128, 0),
+    (torch.float16, PREFILL, False, 16, 0), (torch.float32, DRAFT, True, 16, 1),
+    (torch.float32, PREFILL, False, 16, 0)])
+def test_every_width_and_division_against_float64(dtype, sequences, into_slab, width, lanes):
+    """One range a tile and several, on few processors and on more than there is work: tickets are zero again, and a
+    second launch over the same list gives the same bits."""
     case = make_case(sequences, into_slab, heads=3, kv_heads=1, dtype=dtype)
-    planned = with_plan(case, Plan(width, slab_width, 0), 50)
+    planned = with_plan(case, Plan(width, lanes, 0), 50)
     assert_close(planned)
-    planned = with_plan(case, Plan(width, slab_width, 64), 2)
+    planned = with_plan(case, Plan(width, lanes, 64), 2)
     assert_close(planned, 37)
     assert not planned.batch.tiles.tickets.any()
     assert torch.equal(run(planned, 37), run(planned, 37))
@@ -216,42 +216,55 @@ def test_every_width_and_division_against_float64(dtype, sequences, into_slab, w
 def test_a_long_context_is_divided_among_programs_beside_short_ones(window):
     long = [Sequence(0, 1100, 3, 1), Sequence(1, 17, 0, 1), Sequence(2, 129, 1, 1), Sequence(2, 128, 2, 1)]
     case = make_case(long, True, dtype=torch.float16)
-    planned = with_plan(case, Plan(16, 16, 0), 24)
+    planned = with_plan(case, Plan(16, 4, 0), 24)
     items = planned.batch.tiles.items
     assert items[1 : 1 + int(items[0, 0]), 6].max() == 9  # of 128 keys, the last one of 76
     assert_close(planned, window)
-    assert_close(with_plan(case, Plan(64, 16, 0), 24), window)
+    assert_close(with_plan(case, Plan(64, 4, 0), 24), window)
+
+
+@pytest.mark.parametrize("width, lanes, head_dim, window", [(16, 4, 64, None), (64, 4, 80, 9), (128, 8, 96, None)])
+def test_lanes_of_a_request_take_a_warp_each(width, lanes, head_dim, window):
+    """Eleven lanes, of slabs of 1 to 33 keys: pieces of 3 to 8 of them."""
+    sequences = [Sequence(0, 20 + lane % 3, lane * lane * 32 // 100, 1) for lane in range(11)]
+    case = make_case(sequences, True, heads=3, kv_heads=1, head_dim=head_dim, dtype=torch.float16)
+    assert_close(with_plan(case, Plan(width, lanes, 0)), window)
 
 
 def test_many_parts_are_merged_in_several_loads():
-    """31 ranges and a slab of 2 x 4 vectors, more than a thread loads at once; an empty slab part in between is none."""
+    """31 ranges and a slab of 2 x 4 vectors, more than a thread loads at once."""
     case = make_case([Sequence(0, 31 * 128 - 5, 2, 1), Sequence(0, 31 * 128 - 9, 0, 1)], True, heads=8, kv_heads=2,
                      head_dim=128, dtype=torch.float16)
-    planned = with_plan(case, Plan(16, 16, 0), 200)
-    assert planned.batch.tiles.row_parts[:, 2].tolist() == [32, 32]
+    planned = with_plan(case, Plan(16, 4, 0), 200)
+    assert planned.batch.tiles.items[1, 6] == 31
     assert_close(planned)
-    assert_close(with_plan(case, Plan(64, 16, 0), 200))
+    assert_close(with_plan(case, Plan(64, 4, 0), 200))
 
 
 def test_rows_of_one_part_are_written_directly_and_idle_ones_not_at_all():
-    """Empty prefixes: the slab is the only part; no workspace is needed, and an idle row after them stays as it was."""
+    """No workspace is needed for a prompt's rows, and an idle row after them stays as it was."""
+    case = make_case(PREFILL, False, dtype=torch.float16)
+    for width in (16, 64):
+        planned = with_plan(case, Plan(width, 0, 0))
+        tiles = planned.batch.tiles
+        assert tiles.workspace.numel() == 0
+        parts = torch.cat((tiles.row_parts, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE)))
+        longer = planned._replace(q=torch.cat((case.q, case.q[:1])),
+                                  batch=planned.batch._replace(tiles=tiles._replace(row_parts=parts)))
+        out = run(longer)
+        assert torch.equal(out[:-1], run(planned)) and bool(out[-1].isnan().all())
+
+
+def test_empty_prefixes_leave_the_slab_alone():
     sequences = [Sequence(0, 0, 3, 1), Sequence(1, 0, 0, 1), Sequence(2, 0, 20, 1)]
     case = make_case(sequences, True, dtype=torch.float16)
     for width in (16, 64):
-        planned = with_plan(case, Plan(width, 16, 0))
-        assert planned.batch.tiles.workspace.numel() == 0
-        assert_close(planned)
-        longer = planned._replace(q=torch.cat((case.q, case.q[:1])))
-        tiles = planned.batch.tiles
-        parts = torch.cat((tiles.row_parts, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE)))
-        longer = longer._replace(batch=planned.batch._replace(tiles=tiles._replace(row_parts=parts)))
-        out = run(longer)
-        assert torch.equal(out[:3], run(planned)) and bool(out[3].isnan().all())
+        assert_close(with_plan(case, Plan(width, 4, 0)), 4)
 
 
 def test_an_empty_list_touches_nothing():
     """What a graph is captured with."""
-    case = with_plan(make_case(DRAFT, True, dtype=torch.float16), Plan(64, 16, 0))
+    case = with_plan(make_case(DRAFT, True, dtype=torch.float16), Plan(64, 4, 0))
     tiles = case.batch.tiles
     tiles.items[0] = 0
     tiles.row_parts.zero_()
@@ -260,10 +273,10 @@ def test_an_empty_list_touches_nothing():
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("sequences, into_slab, plan", [
-    (DRAFT, True, Plan(64, 16, 64)), (SCORING, True, Plan(64, 64, 64)), (PREFILL, False, Plan(64, 64, 1 << 30))])
+    (DRAFT, True, Plan(64, 4, 64)), (SCORING, True, Plan(64, 0, 64)), (PREFILL, False, Plan(64, 0, 1 << 30))])
 def test_a_sequence_alone_has_the_bits_it_has_in_company(dtype, sequences, into_slab, plan):
     if dtype == torch.float32:
-        plan = plan._replace(width=16, slab_width=16)
+        plan = plan._replace(width=16, lanes=min(1, plan.lanes))
     case = make_case(sequences, into_slab, dtype=dtype)
     kind = "prefill" if not into_slab else "draft" if sequences is DRAFT else "score"
     together = run(with_plan(case, plan, 3, kind), 37)
@@ -283,15 +296,17 @@ def test_a_sequence_alone_has_the_bits_it_has_in_company(dtype, sequences, into_
 
 
 def test_wrong_types_and_plans_are_refused():
-    case = with_plan(make_case(DRAFT[:2], True), Plan(16, 16, 0))
+    case = with_plan(make_case(DRAFT[:2], True), Plan(16, 1, 0))
     with pytest.raises(TypeError, match="float16"):
         run(case._replace(q=case.q.half()))
     with pytest.raises(ValueError, match="page_size"):
         run(case._replace(kv=case.kv._replace(page_size=24)))
     with pytest.raises(ValueError, match="split_keys"):
-        run(with_plan(case, Plan(16, 16, 8)))
+        run(with_plan(case, Plan(16, 1, 8)))
+    with pytest.raises(ValueError, match="slabs of 4 lanes are no item"):
+        run(with_plan(case, Plan(16, 4, 0)))
     with pytest.raises(ValueError, match="float32 takes tiles of 16"):
-        run(with_plan(case, Plan(64, 16, 0)))
+        run(with_plan(case, Plan(64, 1, 0)))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ REPRESENTATIVE = [
     "sample_step select bf16 128256", "sample_step draw bf16 128256", "sample_step finish bf16 128256",
     "sample_step finish filters bf16 128256", "score bf16 weight fp32 4096",
     "score bf16 weight fp32 4096 bias", "append_draft 32",
-    "attention 16 lanes 128 bf16"]
+    "attention one lane 128 bf16", "attention 16 lanes 128 bf16"]
 
 
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:

@@ -172,17 +172,17 @@ def check(record: Record, settings: Settings, ops, launch: Launch) -> None:
 
 
 def _bits(record: Record, settings: Settings, kind: str) -> None:
-    """Ranges of 64 keys to all, and narrow and wide tiles, agree with float64; under a deterministic plan a sequence alone
-    has the same bits."""
+    """Ranges of 64 keys to all, and narrow and wide tiles, agree with float64; under a deterministic plan a sequence
+    alone has the same bits."""
     ops, device = launchers(settings.dry), settings.device
     spans, into_slab = KINDS[kind]
     case = make_case(spans, into_slab, 8, 2, 128, torch.bfloat16, device)
     exact, theirs = plain(case, None, None, torch.float64), plain(case, None, None, torch.bfloat16)
     for width in (16, 64, 128):
         for split_keys in (128, 256, 1024, 0):
-            plan = tiling.Plan(width, 16 if PASSES[kind] == "draft" else width, split_keys)
-            out = launched(ops, with_plan(case, plan, PASSES[kind]))
-            within(record, f"attention {kind}, tiles of {width}, ranges of {split_keys or 'any'} keys", out, theirs, exact)
+            plan = tiling.Plan(width, tiling.lanes(width, PASSES[kind], 128, False), split_keys)
+            name = f"attention {kind}, tiles of {width}, ranges of {split_keys or 'any'} keys"
+            within(record, name, launched(ops, with_plan(case, plan, PASSES[kind])), theirs, exact)
     starts, groups = case.batch.row_start.tolist(), _groups(case)
     plan = tiling.plan(starts[-1], starts, groups, PASSES[kind], 4, 128, False, 4096, deterministic=True)
     together = launched(ops, with_plan(case, plan, PASSES[kind]))

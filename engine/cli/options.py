@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
-ENGINE = ("dtype", "deterministic", "cache_tokens", "max_model_len", "max_num_seqs", "max_num_lanes")
+ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
+          "max_num_lanes")
 POLICY_FLAGS = {
     "stars": ("segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width"),
     "sample": (),
@@ -86,6 +87,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--deterministic", action="store_true", default=None,
                        help="the same text for a seed at any width and in any batch")
     group.add_argument("--cache-tokens", type=int, metavar="N", help="budget of each model's KV cache")
+    group.add_argument("--gpu-memory-utilization", type=float, metavar="P",
+                       help="on a GPU without --cache-tokens: the share of its memory that may be in use (0.9)")
     group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and response together")
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="responses decoded at once")
     group.add_argument("--max-num-lanes", type=int, metavar="N", help="candidates drafted at once")

@@ -65,6 +65,27 @@ class Trailing(Protocol):
         """The scores, once they are there; token_ids are each candidate's as in `Candidate`."""
 
 
+class Ahead(Protocol):
+    """The scoring of candidates that the host knows, prepared."""
+
+    def launch(self) -> None:
+        """Starts it, once, when the results of what was started before were taken."""
+
+    def results(self) -> list[Scored]:
+        """The scores, once they are there: what `score` would have returned."""
+
+    def drop(self) -> None:
+        """It will not be launched: gives back what it took."""
+
+
+class Held(NamedTuple):
+    """What a reward holds of a GPU's memory."""
+
+    model: Any = None  # that it runs over pages and slabs of its own: a directory, or a Decoder
+    slab_len: int = 0  # tokens of such a slab
+    other_bytes: int = 0  # of whatever else
+
+
 class Reward(ABC):
     """Scores responses. The engine opens a session per response, starts it, scores candidates, commits the winners.
 
@@ -81,6 +102,14 @@ class Reward(ABC):
     locks: Sequence[Any] = ()  # of models that other engines may share, known once it is bound
     exclusive = False  # whether it has a state that two engines cannot share
     engine: weakref.ref[Any] | None = None  # whose it is, if it is exclusive; the engine sets it
+
+    def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
+        """What `bind` will take of a GPU's memory, so that caches leave room for it.
+
+        Asked there before any weight is read, with what `bind` will be given (its config may have fewer cache_tokens):
+        what is refused then may be refused here already. Nothing changes.
+        """
+        return Held()
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Called once, when the engine is built: load, allocate, check that it fits the LM (RewardError if not).
@@ -157,8 +186,17 @@ class Reward(ABC):
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> Trailing | None:
         """Prepares to score candidates after the draft that is under way, without waiting for it.
 
-        Nothing else is asked of the reward before that was launched and its results are taken. None, and nothing done,
-        where the reward needs the host to see the drafts first (which is what a reward that is a function does).
+        Nothing else but `score_ahead` is asked of the reward before that was launched and its results are taken. None,
+        and nothing done, where the reward needs the host to see the drafts first (which is what a reward that is a
+        function does).
+        """
+        return None
+
+    def score_ahead(self, candidates: list[Candidate]) -> Ahead | None:
+        """Prepares `score`, while scores that were launched before are still being computed.
+
+        Asked where the device works beside the host, of one lot at a time: it is launched or dropped before anything
+        else is asked but the results that are under way. None, and nothing done, where there is nothing to prepare.
         """
         return None
 

@@ -10,15 +10,16 @@ from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.errors import RequestError, RewardError
 from stars.kernels.types import Draft
+from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
 from stars.prompt import Prompt
-from stars.reward.base import check_path
+from stars.reward.base import Held, check_path
 from stars.reward.framing import Framing
 from stars.reward.scoring import ScoringReward, outside
-from stars.sizes import reward_model
+from stars.sizes import reward_model, slab_length
 
 REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are taken for it
 
@@ -61,6 +62,11 @@ class CausalReward(ScoringReward):
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.tokenizer = tokenizer
 
+    def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
+        """The model, and slabs for what its vocabulary makes of a segment."""
+        shape = self.model.config if hasattr(self.model, "forward") else load_config(self.model)
+        return Held(self.model, self._slab_length(self._framing(tokenizer, vocab_size, shape), config))
+
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, compares vocabularies, allocates the cache."""
         if hasattr(self.model, "forward"):
@@ -68,8 +74,6 @@ class CausalReward(ScoringReward):
         else:
             self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
                                       deterministic=config.deterministic, max_model_len=1)
-            if self.tokenizer is None:
-                self.tokenizer = load_tokenizer(self.model)
         self.decoder.check_device(config.device, "the reward model")
         self.locks = (self.decoder.lock,)
         if config.deterministic:
@@ -77,22 +81,11 @@ class CausalReward(ScoringReward):
         self.target = config.target
         shape = self.decoder.config
         self.deterministic = config.deterministic
-        if tokenizer is not None and self.tokenizer is not None:
-            self.same_vocabulary = tokenizer.same_vocabulary(self.tokenizer)
-        elif tokenizer is None and self.tokenizer is None:
-            self.same_vocabulary = True  # as far as anybody knows
-        else:
-            side = "reward model" if self.tokenizer is None else "model"
-            raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
-                              "other's: add the tokenizer to both directories or to neither")
-        if self.same_vocabulary and shape.vocab_size < vocab_size and self.tokenizer is None:
-            raise RewardError(f"the reward model's vocabulary of {shape.vocab_size} does not match the model's of "
-                              f"{vocab_size}: use a reward model of the same vocabulary, or give both a tokenizer")
-        self.framing = Framing(self.tokenizer, self.same_vocabulary, shape, self.template, self.close_policy,
-                               self.chat_template_kwargs)
+        self.framing = self._framing(tokenizer, vocab_size, shape)
+        self.same_vocabulary = self.framing.encoder is None
         self.needs_text = not self.same_vocabulary
         self.max_model_len = shape.context_length
-        sizes = reward_model(shape, config)
+        sizes = reward_model(shape, config, self._slab_length(self.framing, config))
         self.cache = PagedCache(shape, config, sizes, self.decoder.dtype)
         with self.decoder.lock:  # another engine may be at work with it
             self._passes = Passes(self.decoder, self.cache, config, sizes)
@@ -103,6 +96,26 @@ class CausalReward(ScoringReward):
         """Captures every shape of a pass."""
         with self.decoder.lock:
             self._passes.warm_up(draft)
+
+    def _framing(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> Framing:
+        """Compares vocabularies; RewardError where they cannot be compared or do not match."""
+        if self.tokenizer is None and not hasattr(self.model, "forward"):
+            self.tokenizer = load_tokenizer(self.model)
+        if tokenizer is not None and self.tokenizer is not None:
+            same = tokenizer.same_vocabulary(self.tokenizer)
+        elif tokenizer is None and self.tokenizer is None:
+            same = True  # as far as anybody knows
+        else:
+            side = "reward model" if self.tokenizer is None else "model"
+            raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
+                              "other's: add the tokenizer to both directories or to neither")
+        if same and shape.vocab_size < vocab_size and self.tokenizer is None:
+            raise RewardError(f"the reward model's vocabulary of {shape.vocab_size} does not match the model's of "
+                              f"{vocab_size}: use a reward model of the same vocabulary, or give both a tokenizer")
+        return Framing(self.tokenizer, same, shape, self.template, self.close_policy, self.chat_template_kwargs)
+
+    def _slab_length(self, framing: Framing, config: EngineConfig) -> int:
+        return slab_length(config, framing.encoder is not None, framing.closing_room)
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
         """Refuses a prompt whose response could not fit the RM's context or its cache."""

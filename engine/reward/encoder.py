@@ -13,6 +13,7 @@ import torch
 from stars.arguments import shown
 from stars.config import EngineConfig
 from stars.errors import ModelError, RequestError, RewardError
+from stars.model.checkpoint import Checkpoint
 from stars.model.normalisation import read_normalisation
 from stars.model.tokenizer import REPLACEMENT, Tokenizer
 from stars.model.tokenizer_limits import is_failure
@@ -20,6 +21,7 @@ from stars.prompt import Prompt
 from stars.reward.base import (
     Candidate,
     ContextFull,
+    Held,
     Reward,
     Scored,
     check_path,
@@ -72,6 +74,11 @@ class EncoderReward(Reward):
         self.inputs = inputs
         self.label = label
         self.batch_size = self._batch_size = batch_size  # the latter: what the model bears
+
+    def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
+        """The weights, which become float32; a pass over a few texts is small beside them."""
+        return Held(other_bytes=torch.float32.itemsize * sum(
+            info.size for info in Checkpoint(self.model_path).tensors.values()))
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads model and tokenizer; RewardError without transformers, for a missing head and for a label unnamed."""

@@ -8,6 +8,7 @@ from stars.errors import RequestError, RewardError
 from stars.model.config import ModelConfig
 from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
+from stars.sizes import MAX_CLOSING
 
 
 class Frame(NamedTuple):
@@ -43,6 +44,7 @@ class Framing:
         self._chat_template_kwargs = chat_template_kwargs
         self._newest: tuple[Prompt, Frame] | None = None
         self.longest_closing = len(self._eos)  # of the frames so far
+        self.closing_room = MAX_CLOSING if close == "template" else len(self._eos)  # of most frames to come
 
     def frame(self, prompt: Prompt) -> Frame:
         """How the model reads this prompt and what stands around its responses; the newest prompt's is kept.

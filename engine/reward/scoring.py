@@ -10,10 +10,11 @@ from stars.cache import BlockTable, CommitMove
 from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
 from stars.model.tokenizer import REPLACEMENT
-from stars.passes import MAX_CLOSING, DraftedPart, Span
+from stars.passes import DraftedPart, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Progress, Scored, TrailingCandidate
 from stars.reward.session import Handle, Session, SessionReward
+from stars.sizes import MAX_CLOSING
 
 
 class Plan(NamedTuple):
@@ -61,8 +62,8 @@ class ScoringReward(SessionReward):
         return True
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
-        """As many candidates as fill one pass over the weights; where a pass is filled up with idle rows, as many as fit
-        the rows it is made for."""
+        """As many candidates as fill one pass over the weights; where a pass is padded, as many as fit the rows it is
+        made for."""
         ridge = self.target.ridge_rows
         if not self.target.padded:
             return max(1, math.ceil(ridge / max(1, tokens * responses)))
@@ -102,11 +103,47 @@ class ScoringReward(SessionReward):
         """Starts the pass that was prepared to trail a draft."""
         self._passes.launch_prepared()
 
+    def score_ahead(self, candidates: list[Candidate]) -> AheadScores | None:
+        """One pass, of candidates that all fit a slab and of which none is scored in pages of its own."""
+        plans, rows = [], []
+        for candidate in candidates:
+            session = candidate.session
+            ids, content = self._ids(session, candidate.token_ids, candidate.text)
+            if candidate.final or self._problem(ids) is not None:
+                return None
+            try:
+                self._make_room(session, content - self.target.reward_lag)
+            except OutOfPages:  # who is to end for that is found where they are scored
+                return None
+            start = _common(session, ids, len(ids) - 1)
+            rows.append(len(ids) - start)
+            plans.append(Plan(session, session.table, ids, content, start, rows[-1]))
+        # What is longer is run in passes of captured shapes, one after the other.
+        if (max(rows) > self.cache.slab_len or not self._passes.fits(rows)
+                or sum(rows) > self.target.captured_score):
+            return None
+        slabs = [self.cache.take_slab() for _ in plans]
+        ahead = AheadScores(self, plans, slabs)
+        self._passes.prepare(ahead.spans)
+        return ahead
+
+    def launch_ahead(self, spans: Sequence[Span]) -> None:
+        """Starts the pass that was prepared, whatever was run in between."""
+        if not self._passes.prepared:
+            self._passes.prepare(spans)
+        self._passes.launch_prepared()
+
+    def ahead_results(self, plans: Sequence[Plan], slabs: Sequence[int]) -> list[Scored]:
+        """Waits for the pass."""
+        return [self._scored(plan, slab, reward)
+                for plan, slab, reward in zip(plans, slabs, self._passes.rewards(len(plans)), strict=True)]
+
     def trailing_results(self, plans: Sequence[Plan], slabs: Sequence[int],
                          token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for a pass that trailed a draft, by which the responses became `token_ids`."""
         rewards = self._passes.rewards(len(plans))
-        drawn, unread = [], []
+        drawn: list[Plan] = []
+        unread: list[int] = []
         for plan, response in zip(plans, token_ids, strict=True):
             ids, content = self._ids(plan.session, response, None)
             start = min(plan.start, len(ids) - 1)
@@ -288,6 +325,27 @@ class TrailingScores:
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for the pass; the same results as `ScoringReward.score` gives."""
         return self._scoring.trailing_results(self._plans, self._slabs, token_ids)
+
+
+class AheadScores:
+    """Scores of candidates that the host knows: `stars.reward.base.Ahead`."""
+
+    def __init__(self, scoring: ScoringReward, plans: Sequence[Plan], slabs: Sequence[int]):
+        self._scoring, self._plans, self._slabs = scoring, plans, slabs
+        self.spans = list(map(scoring._span, plans, slabs))
+
+    def launch(self) -> None:
+        """Starts the pass."""
+        self._scoring.launch_ahead(self.spans)
+
+    def results(self) -> list[Scored]:
+        """Waits for the pass; the same results as `ScoringReward.score` gives."""
+        return self._scoring.ahead_results(self._plans, self._slabs)
+
+    def drop(self) -> None:
+        """Frees the slabs."""
+        for slab in self._slabs:
+            self._scoring.cache.return_slab(slab)
 
 
 def _common(session: Session, ids: list[int], stop: int) -> int:

@@ -10,13 +10,13 @@ parts
   tile (`stars.kernels.triton.tiles`). So a page is read once per request and not once per lane, and products run on
   tensor cores though each lane has one row. (Cascade attention: Juravsky et al., "Hydragen", arXiv 2402.05099; Ye
   et al., "FlashInfer", arXiv 2501.01005.) Its keys are divided among programs (Dao et al., "Flash-Decoding", 2023).
-- The slab pass is one item per sequence and tile: the drafted keys, causal.
+- Slabs, the drafted keys, are items of their own, causal: of one sequence, or of some lanes that draft side by side.
 - Inside a part the softmax is online (Dao et al., arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867).
 
 Without a slab (prefill) the same code runs over the pages, causal. Where a tile has one part, its program writes the
-output itself. Else, of low tiles, the last program of a tile and KV head to end merges the parts (there are few vectors,
-and a launch more would take longer); of wide tiles, a second launch does, on all processors. Sums are in float32; scores
-are scaled by log2(e), since the hardware's exponential is 2^x.
+output itself. Else, of low tiles, the last program of a tile and KV head to end merges the parts (there are few
+vectors, and a launch more would take longer); of wide tiles, a second launch does, on all processors. Sums are in
+float32; scores are scaled by log2(e), since the hardware's exponential is 2^x.
 
 Everything that varies between replays of a captured graph (lengths, tables, the list, window starts) is read on the
 device. What is fixed at capture: rows, the widths of tiles, and the number of programs.
@@ -45,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stars.kernels.limits import MAX_HEADS_A_KEY
-from stars.kernels.triton.tiles import FIELDS, NARROW, build
+from stars.kernels.triton.tiles import FIELDS, NARROW, Kind, build, lanes
 from stars.kernels.triton.variant import ARCHES, Variant
 from stars.kernels.types import Batch, LayerKV
 
@@ -58,10 +58,8 @@ class Settings(NamedTuple):
     """How a launch is compiled."""
 
     block_keys: int
-    slab_keys: int  # of a block of the slab
     num_warps: int
-    num_stages: int  # of the loop over pages: one less is the number of blocks that have a buffer
-    slab_stages: int
+    num_stages: int  # of the loops over keys: one less is the number of blocks that have a buffer
     by_warps: bool  # whether each warp takes keys of its own, where a tile is as low as one product
     at_once: int  # numbers that a thread loads at once when it merges
     max_registers: int | None = None  # of a thread; None leaves it to the assembler
@@ -73,22 +71,21 @@ def settings(head_dim: int, dtype: torch.dtype, width: int, capability: int = 90
 
     float32 is computed without tensor cores (they would round to 10 bits), from operands in registers: blocks are small
     and nothing is prefetched, since this type is for tests and comparisons. The assembler is to use all registers of
-    two programs of 8 warps a processor: left to itself it settled for 64 or 72, and spilled two.
+    two programs of 8 warps a processor: left to itself it settled for 64 or 72, and spilled two. So with the
+    other types, of one program of 8 warps or two of 4.
     """
     columns = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
-        return Settings(32, 32, 8 if columns > 64 else 4, 1, 1, False, 32, 128)
+        return Settings(32, 8 if columns > 64 else 4, 1, False, 32, 128)
     if capability >= 120:  # GeForce: the tensor cores of sm_80, and 99 KB of shared memory
         capability = 80
     # The sums take width * columns / (32 * num_warps) registers a thread, at most 64. sm_100 needs them in passing from
     # tensor memory, and masked columns (80, 96) then take the last ones.
     num_warps = 8 if width * columns >= (64 if capability >= 100 else 128) * 128 else 4
     by_warps = columns <= 128  # else the sums of a warp, [16, columns], leave no registers
-    slab_keys = 16 * num_warps if by_warps else 64
-    if width == NARROW:
-        return Settings(64, 64, num_warps, 3, 2, by_warps, 64, None if by_warps else 255)
-    # sm_80 holds a block in registers.
-    return Settings(32 if capability < 90 and width > 64 else 64, slab_keys, num_warps, 3, 2, by_warps, 64)
+    # Of the widest, blocks of 64 take all shared memory and the last registers; sm_80 holds a block in registers.
+    small = columns > 128 or capability < 90 and width * columns > 64 * 128
+    return Settings(32 if small else 64, num_warps, 3, by_warps, 64, 255)
 
 
 @triton.jit
@@ -127,8 +124,8 @@ def _attend(
 ):
     """Softmax of the rows of q [PACKED, WIDTH] over keys `begin` .. `end` - 1: (output, log2 of the sum of weights).
 
-    A row sees the keys from `first` (with WINDOW) to before `beyond`, both [PACKED]. Keys are in the pages of `table`, a
-    row of the block table, or with `in_slab` from row `slab` on; PAGES and SLABS say which of the two may be.
+    A row sees the keys from `first` (with WINDOW) to before `beyond`, both [PACKED]. Keys are in the pages of `table`,
+    a row of the block table, or with `in_slab` from row `slab` on; PAGES and SLABS say which of the two may be.
     """
     column = tl.arange(0, WIDTH)
     paged_end = tl.where(in_slab, 0, end) if SLABS else end
@@ -189,7 +186,8 @@ def _attend_by_warps(
     PACKED: tl.constexpr, BLOCK_KEYS: tl.constexpr, PAGES: tl.constexpr, SLABS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):
-    """`_attend` for a tile as low as one product of the tensor cores: each warp takes 16 keys of its own of every block.
+    """`_attend` for a tile as low as one product of the tensor cores: each warp takes 16 keys of its own of every
+    block.
 
     Products are batches of WARPS, each a warp's (compilers lay the first dimension out along warps), and so are the
     running softmaxes: within the loop no warp waits for another but for the keys' arrival. They are merged at its end.
@@ -274,60 +272,73 @@ def _merged(
 
 
 @triton.jit
-def _finish(
-    output, size, out, partial, sizes, tickets, item, first_row, count, split, parts, kv_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
-    FUSED: tl.constexpr, AT_ONCE: tl.constexpr,
+def _leave(
+    output, size, vector, live, out, partial, sizes, item, first_row, split, parts, kv_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, INTO_SLAB: tl.constexpr,
 ):
-    """Leaves an item's result in `out` where it is the only part of its tile, else among the parts; with FUSED, the last
-    item of a tile and KV head to end merges them."""
+    """Leaves an item's result in `out` where it is the only part of its tile, else among the parts. With a slab there
+    are two at least.
+
+    output [..., WIDTH] of vectors size [...], which are those of `live`, `vector` heads after the item's first.
+    """
     PER_KV: tl.constexpr = HEADS // KV_HEADS
     column = tl.arange(0, WIDTH)
-    packed = tl.arange(0, PACKED)
-    live = packed < count * PER_KV
-    head = packed // PER_KV * HEADS + packed % PER_KV
-    at = (head * HEAD_DIM)[:, None] + column[None, :]
-    used = live[:, None] & (column < HEAD_DIM)[None, :]
-    if parts == 1:
+    if len(vector.shape) == 2:
+        at = (vector * HEAD_DIM)[:, :, None] + column[None, None, :]
+        used = live[:, :, None] & (column < HEAD_DIM)[None, None, :]
+    else:
+        at = (vector * HEAD_DIM)[:, None] + column[None, :]
+        used = live[:, None] & (column < HEAD_DIM)[None, :]
+    direct = False if INTO_SLAB else parts == 1
+    if direct:
         base = first_row.to(tl.int64) * HEADS + kv_head * PER_KV
         tl.store(out + base * HEAD_DIM + at, output.to(out.dtype.element_ty), mask=used)
     else:
         # Not carried through the loop over keys, which needs the registers.
-        place = tl.load(item + 7)
-        tile_row = tl.load(item + 8)
-        tile_rows = tl.load(item + 9)
-        arrivals = tl.load(item + 10)
-        part = (place + split * tile_rows + first_row - tile_row).to(tl.int64) * HEADS + kv_head * PER_KV
+        place = tl.load(item + 7) + split * tl.load(item + 9) + first_row - tl.load(item + 8)
+        part = place.to(tl.int64) * HEADS + kv_head * PER_KV
         tl.store(partial + part * HEAD_DIM + at, output, mask=used)
-        tl.store(sizes + part + head, size, mask=live)
-        if FUSED:
-            ticket = tickets + tile_row * KV_HEADS + kv_head
-            tl.debug_barrier()  # every thread's numbers are written before the one thread that counts says so
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == arrivals - 1:
-                tl.store(ticket, 0)
-                VECTORS: tl.constexpr = triton.next_power_of_2(PER_KV)
-                vector = tl.arange(0, VECTORS)
-                kept = (vector < PER_KV)[:, None] & (column < HEAD_DIM)[None, :]
-                count_of = tl.where(vector < PER_KV, parts, 0)
-                step = tl.zeros_like(vector).to(tl.int64) + tile_rows * HEADS
-                for row in range(0, tile_rows):
-                    first = (place + row).to(tl.int64) * HEADS + kv_head * PER_KV + vector
-                    merged = _merged(partial, sizes, first, step, count_of, parts, HEAD_DIM, WIDTH, VECTORS, AT_ONCE)
-                    base = (tile_row + row).to(tl.int64) * HEADS + kv_head * PER_KV
-                    tl.store(out + (base + vector)[:, None] * HEAD_DIM + column[None, :],
-                             merged.to(out.dtype.element_ty), mask=kept)
+        tl.store(sizes + part + vector, size, mask=live)
+
+
+@triton.jit
+def _merge_if_last(
+    out, partial, sizes, tickets, item, parts, kv_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+):
+    """Counts an item whose part was left; the last one of its tile and KV head merges all parts."""
+    PER_KV: tl.constexpr = HEADS // KV_HEADS
+    VECTORS: tl.constexpr = triton.next_power_of_2(PER_KV)
+    place = tl.load(item + 7)
+    tile_row = tl.load(item + 8)
+    tile_rows = tl.load(item + 9)
+    arrivals = tl.load(item + 10)
+    ticket = tickets + tile_row * KV_HEADS + kv_head
+    tl.debug_barrier()  # every thread's numbers are written before the one thread that counts says so
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == arrivals - 1:
+        tl.store(ticket, 0)
+        head = tl.arange(0, VECTORS)
+        column = tl.arange(0, WIDTH)
+        kept = (head < PER_KV)[:, None] & (column < HEAD_DIM)[None, :]
+        count = tl.where(head < PER_KV, parts, 0)
+        step = tl.zeros_like(head).to(tl.int64) + tile_rows * HEADS
+        for row in range(0, tile_rows):
+            first = (place + row).to(tl.int64) * HEADS + kv_head * PER_KV + head
+            merged = _merged(partial, sizes, first, step, count, parts, HEAD_DIM, WIDTH, VECTORS, AT_ONCE)
+            base = (tile_row + row).to(tl.int64) * HEADS + kv_head * PER_KV
+            tl.store(out + (base + head)[:, None] * HEAD_DIM + column[None, :], merged.to(out.dtype.element_ty),
+                     mask=kept)
 
 
 @triton.jit
 def _item(
-    q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, tickets,
+    q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes,
     row_start, block_tables, prefix_len, slab_start, slab_used, row_seq, item,
     owner, first_row, count, begin, end, split, splits, kv_head,
     table_stride, split_keys, window, scale, softcap_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_KEYS: tl.constexpr, WARPS: tl.constexpr, PAGES: tl.constexpr, SLABS: tl.constexpr,
-    INTO_SLAB: tl.constexpr, FUSED: tl.constexpr, AT_ONCE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr,
+    INTO_SLAB: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
 ):
     """One KV head of an item, which is a range of page keys (with PAGES) or the keys of a slab (with SLABS)."""
     PER_KV: tl.constexpr = HEADS // KV_HEADS
@@ -337,7 +348,8 @@ def _item(
     live = packed < count * PER_KV
     # In 64 bits where the tile begins, in 32 bits from there, which saves registers.
     base = first_row.to(tl.int64) * HEADS + kv_head * PER_KV
-    at = ((packed // PER_KV * HEADS + packed % PER_KV) * HEAD_DIM)[:, None] + column[None, :]
+    vector = packed // PER_KV * HEADS + packed % PER_KV
+    at = (vector * HEAD_DIM)[:, None] + column[None, :]
     queries = tl.load(q + base * HEAD_DIM + at, mask=live[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
     in_slab = split == splits
     seq = tl.load(row_seq + row, mask=live, other=0)
@@ -382,21 +394,80 @@ def _item(
         table += owner.to(tl.int64) * table_stride
     if WARPS > 0 and PACKED == 16:
         output, size = _attend_by_warps(
-            queries, keys, values, table, slab, in_slab, begin, end, first, beyond, kv_head, scale, softcap_scale, KV_HEADS,
-            HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, PAGES, SLABS, WINDOW, SOFTCAP, STAGES, WARPS)
+            queries, keys, values, table, slab, in_slab, begin, end, first, beyond, kv_head, scale, softcap_scale,
+            KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, PAGES, SLABS, WINDOW, SOFTCAP, STAGES, WARPS)
     else:
         output, size = _attend(
-            queries, keys, values, table, slab, in_slab, begin, end, first, beyond, kv_head, scale, softcap_scale, KV_HEADS,
-            HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, PAGES, SLABS, WINDOW, SOFTCAP, STAGES)
-    _finish(output, size, out, partial, sizes, tickets, item, first_row, count, split, splits + INTO_SLAB, kv_head, HEADS,
-            KV_HEADS, HEAD_DIM, WIDTH, PACKED, FUSED, AT_ONCE)
+            queries, keys, values, table, slab, in_slab, begin, end, first, beyond, kv_head, scale, softcap_scale,
+            KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, PACKED, BLOCK_KEYS, PAGES, SLABS, WINDOW, SOFTCAP, STAGES)
+    _leave(output, size, vector, live, out, partial, sizes, item, first_row, split, splits + INTO_SLAB, kv_head, HEADS,
+           KV_HEADS, HEAD_DIM, WIDTH, INTO_SLAB)
+
+
+@triton.jit
+def _lanes(
+    q, keys, values, out, partial, sizes, slab_start, slab_used, item, first_row, count, splits, kv_head,
+    window, scale, softcap_scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+):
+    """One KV head of the slabs of `count` lanes of a draft, which are as many rows and sequences: each warp takes one.
+
+    Slabs are short, and a program's way to its keys is long: of one lane each, programs would mostly wait.
+    """
+    PER_KV: tl.constexpr = HEADS // KV_HEADS
+    STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    column = tl.arange(0, WIDTH)
+    lane = tl.arange(0, WARPS)
+    head = tl.arange(0, 16)
+    there = lane < count
+    live = there[:, None] & (head < PER_KV)[None, :]
+    vector = (lane * HEADS)[:, None] + head[None, :]
+    base = first_row.to(tl.int64) * HEADS + kv_head * PER_KV
+    queries = tl.load(q + base * HEAD_DIM + (vector * HEAD_DIM)[:, :, None] + column[None, None, :],
+                      mask=live[:, :, None] & (column < HEAD_DIM)[None, None, :], other=0.0)
+    position = tl.load(slab_used + first_row + lane, mask=there, other=-1)
+    slab = tl.load(slab_start + first_row + lane, mask=there, other=0).to(tl.int64)
+    first = position - window + 1
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(tl.min(tl.where(there, first, 2147483647), 0), 0) // 16 * 16
+    inside = (tl.arange(0, 16) * STRIDE)[None, :, None] + column[None, None, :]
+    at = (slab * STRIDE + kv_head * HEAD_DIM)[:, None, None] + inside
+    sums = tl.zeros([WARPS, 16, WIDTH], tl.float32)
+    top = tl.full([WARPS, 16], float("-inf"), tl.float32)
+    total = tl.zeros([WARPS, 16], tl.float32)
+    for block in tl.range(begin, tl.max(position, 0) + 1, 16, num_stages=STAGES):
+        key = block + tl.arange(0, 16)
+        seen = key[None, :] <= position[:, None]
+        read = seen[:, :, None] & (column < HEAD_DIM)[None, None, :]
+        k = tl.load(keys + block * STRIDE + at, mask=read, other=0.0)
+        v = tl.load(values + block * STRIDE + at, mask=read, other=0.0)
+        scores = tl.dot(queries, tl.trans(k, 0, 2, 1)) * scale
+        if SOFTCAP:
+            scores = _tanh(scores) * softcap_scale
+        if WINDOW:
+            seen = seen & (key[None, :] >= first[:, None])
+        scores = tl.where(seen[:, None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 2))
+        base_of = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - base_of[:, :, None])
+        shrink = tl.exp2(top - base_of)
+        total = total * shrink + tl.sum(weights, 2)
+        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, :, None])
+        top = higher
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    size = tl.where(nothing, float("-inf"), top + tl.log2(total))
+    _leave(sums * (1.0 / total)[:, :, None], size, vector, live, out, partial, sizes, item, first_row, splits,
+           splits + 1, kv_head, HEADS, KV_HEADS, HEAD_DIM, WIDTH, True)
 
 
 @triton.jit
 def _fields(item):
     """What a unit of work begins with, loaded at once."""
-    return (tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4), tl.load(item + 5),
-            tl.load(item + 6))
+    return (tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4),
+            tl.load(item + 5), tl.load(item + 6))
 
 
 @triton.jit(do_not_specialize=["table_stride", "split_keys", "window"])
@@ -405,15 +476,14 @@ def attention_kernel(
     row_start, block_tables, prefix_len, slab_start, slab_used, row_seq, items,
     table_stride, split_keys, window, scale, softcap_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    PACKED: tl.constexpr, PACKED_SLAB: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLAB_KEYS: tl.constexpr,
-    WARPS: tl.constexpr, INTO_SLAB: tl.constexpr, FUSED: tl.constexpr, AT_ONCE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, STAGES: tl.constexpr, SLAB_STAGES: tl.constexpr,
+    PACKED: tl.constexpr, LANES: tl.constexpr, BLOCK_KEYS: tl.constexpr, WARPS: tl.constexpr, INTO_SLAB: tl.constexpr,
+    FUSED: tl.constexpr, AT_ONCE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """One program: units `program_id`, `program_id` + programs and so on of the list, up to an item without rows.
+    """One program: units `program_id`, `program_id` + programs and so on of the list.
 
-    A unit is an item and a KV head. An item is a tile of PACKED query vectors and a range of its page keys, or
-    PACKED_SLAB query vectors of one sequence and its slab keys, the tile's last part. With WARPS, tiles of 16 vectors
-    divide keys among so many warps.
+    A unit is an item and a KV head. An item is a tile of PACKED query vectors and a range of its page keys, or rows of
+    a tile and their slab keys, the tile's last part: of one sequence, or where that has one row, of LANES sequences.
+    With WARPS, tiles of 16 vectors divide keys among so many warps.
 
     partial [places, HEADS, HEAD_DIM] and sizes [places, HEADS] (log2 of the sum of weights, -inf where no key was seen)
     are float32: row r of a tile has its part p at place + p * tile_rows + r. tickets [rows, KV_HEADS] are zero before
@@ -427,21 +497,29 @@ def attention_kernel(
         # Neighbours in time work on the KV heads of one key, which lie side by side in memory.
         kv_head = unit % KV_HEADS
         item = first_item + unit // KV_HEADS * ITEM
-        if PACKED == PACKED_SLAB:
-            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, tickets, row_start, block_tables, prefix_len,
+        if LANES == 0 or (LANES == 1 and PACKED == 16):
+            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len,
                   slab_start, slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
                   table_stride, split_keys, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE,
-                  PACKED, BLOCK_KEYS, WARPS, True, INTO_SLAB, INTO_SLAB, FUSED, AT_ONCE, WINDOW, SOFTCAP, STAGES)
+                  PACKED, BLOCK_KEYS, WARPS, True, INTO_SLAB, INTO_SLAB, WINDOW, SOFTCAP, STAGES)
         elif split < splits:
-            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, tickets, row_start, block_tables, prefix_len,
+            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len,
                   slab_start, slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
                   table_stride, split_keys, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE,
-                  PACKED, BLOCK_KEYS, WARPS, True, False, INTO_SLAB, FUSED, AT_ONCE, WINDOW, SOFTCAP, STAGES)
+                  PACKED, BLOCK_KEYS, WARPS, True, False, INTO_SLAB, WINDOW, SOFTCAP, STAGES)
+        elif LANES == 1:
+            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, row_start, block_tables, prefix_len,
+                  slab_start, slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
+                  table_stride, split_keys, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE,
+                  16, BLOCK_KEYS, WARPS, False, True, INTO_SLAB, WINDOW, SOFTCAP, STAGES)
         else:
-            _item(q, k_pages, v_pages, k_slabs, v_slabs, out, partial, sizes, tickets, row_start, block_tables, prefix_len,
-                  slab_start, slab_used, row_seq, item, owner, first_row, count, begin, end, split, splits, kv_head,
-                  table_stride, split_keys, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, PAGE_SIZE,
-                  PACKED_SLAB, SLAB_KEYS, WARPS, False, True, INTO_SLAB, FUSED, AT_ONCE, WINDOW, SOFTCAP, SLAB_STAGES)
+            _lanes(q, k_slabs, v_slabs, out, partial, sizes, slab_start, slab_used, item, first_row, count, splits,
+                   kv_head, window, scale, softcap_scale, HEADS, KV_HEADS, HEAD_DIM, WIDTH, WARPS, WINDOW, SOFTCAP,
+                   STAGES if FUSED else 2)  # wide tiles leave no registers for more
+        if FUSED:
+            if splits + INTO_SLAB > 1:
+                _merge_if_last(out, partial, sizes, tickets, item, splits + INTO_SLAB, kv_head, HEADS, KV_HEADS,
+                               HEAD_DIM, WIDTH, AT_ONCE)
         owner, first_row, count, begin, end, split, splits = _fields(
             first_item + (unit + tl.num_programs(0)) // KV_HEADS * ITEM)
 
@@ -462,7 +540,8 @@ def merge_kernel(
     most = tl.max(parts, 0)
     if most > 1:
         first = place.to(tl.int64) * HEADS + vector % HEADS
-        merged = _merged(partial, sizes, first, step.to(tl.int64) * HEADS, parts, most, HEAD_DIM, WIDTH, VECTORS, AT_ONCE)
+        merged = _merged(partial, sizes, first, step.to(tl.int64) * HEADS, parts, most, HEAD_DIM, WIDTH, VECTORS,
+                         AT_ONCE)
         tl.store(out + vector.to(tl.int64)[:, None] * HEAD_DIM + column[None, :], merged.to(out.dtype.element_ty),
                  mask=(parts > 1)[:, None] & (column < HEAD_DIM)[None, :])
 
@@ -490,6 +569,8 @@ def attention(
     chosen = settings(head_dim, q.dtype, tiles.width, _capability(q.device))
     if tiles.split_keys % chosen.block_keys:
         raise ValueError(f"split_keys is {tiles.split_keys}: it must be a multiple of {chosen.block_keys}")
+    if tiles.lanes > max(1, chosen.num_warps * chosen.by_warps):
+        raise ValueError(f"slabs of {tiles.lanes} lanes are no item for {chosen.num_warps} warps")
     if q.dtype == torch.float32 and tiles.width > NARROW:
         raise ValueError(f"attention in float32 takes tiles of {NARROW} query vectors, not of {tiles.width}")
     columns = triton.next_power_of_2(head_dim)
@@ -504,21 +585,15 @@ def attention(
         batch.row_start, batch.block_tables, batch.prefix_len, batch.slab_start, batch.slab_used, tiles.row_seq,
         tiles.items, batch.block_tables.stride(0), tiles.split_keys, window or 0, scale, softcap_scale,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, WIDTH=columns, PAGE_SIZE=kv.page_size, PACKED=tiles.width,
-        PACKED_SLAB=tiles.slab_width, BLOCK_KEYS=chosen.block_keys, SLAB_KEYS=_slab_keys(chosen, tiles.slab_width),
-        WARPS=chosen.num_warps * chosen.by_warps, INTO_SLAB=batch.into_slab, FUSED=fused,
-        AT_ONCE=_at_once(chosen.at_once * chosen.num_warps, heads // kv_heads, columns), WINDOW=window is not None,
-        SOFTCAP=softcap is not None, STAGES=chosen.num_stages, SLAB_STAGES=chosen.slab_stages,
+        LANES=tiles.lanes, BLOCK_KEYS=chosen.block_keys, WARPS=chosen.num_warps * chosen.by_warps,
+        INTO_SLAB=batch.into_slab, FUSED=fused, WINDOW=window is not None, SOFTCAP=softcap is not None,
+        AT_ONCE=_at_once(chosen.at_once * chosen.num_warps, heads // kv_heads, columns), STAGES=chosen.num_stages,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages, maxnreg=chosen.max_registers)
     if not fused:
         merge_kernel[(triton.cdiv(rows * heads, MERGED_VECTORS),)](
             tiles.workspace, sizes, out, tiles.row_parts, rows, HEADS=heads, HEAD_DIM=head_dim, WIDTH=columns,
             VECTORS=MERGED_VECTORS, AT_ONCE=_at_once(MERGED_NUMBERS * 4, MERGED_VECTORS, columns), num_warps=4,
             num_stages=1)
-
-
-def _slab_keys(chosen: Settings, slab_width: int) -> int:
-    """Keys of a block of the slab: of low tiles as warps divide it, of others as of the pages."""
-    return chosen.slab_keys if slab_width == NARROW else chosen.block_keys
 
 
 def _at_once(numbers: int, vectors: int, columns: int) -> int:
@@ -554,17 +629,16 @@ def _check(q: Tensor, kv: LayerKV, out: Tensor) -> None:
 
 
 class _Case(NamedTuple):
-    """A kind of pass: tiles of `width` and `slab_width` query vectors."""
+    """A kind of pass with tiles of `width` query vectors."""
 
     name: str
     width: int
-    slab_width: int
-    into_slab: bool
+    kind: Kind
 
 
 _CASES = (
-    _Case("one lane", 16, 16, True), _Case("16 lanes", 64, 16, True), _Case("32 lanes", 128, 16, True),
-    _Case("scoring", 128, 128, True), _Case("prefill", 128, 128, False), _Case("few rows", 16, 16, False),
+    _Case("one lane", 16, "draft"), _Case("16 lanes", 64, "draft"), _Case("32 lanes", 128, "draft"),
+    _Case("scoring", 128, "score"), _Case("prefill", 128, "prefill"), _Case("few rows", 16, "score"),
 )
 
 
@@ -590,7 +664,7 @@ def variants() -> list[Variant]:
 def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = False) -> list[Variant]:
     """One for each group of targets that share settings; `limited` has a window and a softcap."""
     # Beyond 128 columns tiles have 64 vectors at most, as `tiles.wide` says.
-    width, slab_width = (min(size, 64 if head_dim > 128 else 128) for size in (case.width, case.slab_width))
+    width = min(case.width, 64 if head_dim > 128 else 128)
     groups: dict[Settings, list[int]] = {}
     for arch in ARCHES:
         groups.setdefault(settings(head_dim, dtype, width, arch), []).append(arch)
@@ -598,11 +672,11 @@ def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = Fa
     for chosen, arches in groups.items():
         columns = triton.next_power_of_2(head_dim)
         constexprs = dict(
-            HEADS=32, KV_HEADS=8, HEAD_DIM=head_dim, WIDTH=columns, PAGE_SIZE=16, PACKED=width, PACKED_SLAB=slab_width,
-            BLOCK_KEYS=chosen.block_keys, SLAB_KEYS=_slab_keys(chosen, slab_width),
-            WARPS=chosen.num_warps * chosen.by_warps, INTO_SLAB=case.into_slab, FUSED=width == NARROW,
+            HEADS=32, KV_HEADS=8, HEAD_DIM=head_dim, WIDTH=columns, PAGE_SIZE=16, PACKED=width,
+            LANES=lanes(width, case.kind, head_dim, dtype == torch.float32), BLOCK_KEYS=chosen.block_keys,
+            WARPS=chosen.num_warps * chosen.by_warps, INTO_SLAB=case.kind != "prefill", FUSED=width == NARROW,
             AT_ONCE=_at_once(chosen.at_once * chosen.num_warps, 4, columns), WINDOW=limited, SOFTCAP=limited,
-            STAGES=chosen.num_stages, SLAB_STAGES=chosen.slab_stages)
+            STAGES=chosen.num_stages)
         pointers = dict.fromkeys(("q", "k_pages", "v_pages", "k_slabs", "v_slabs", "out"), "*" + _TYPES[dtype])
         pointers |= dict.fromkeys(("partial", "sizes"), "*fp32")
         kinds = {**dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(_INTEGERS, "i32"), **pointers,

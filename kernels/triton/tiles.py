@@ -2,8 +2,9 @@
 
 A tile is a run of adjacent rows of one group, lanes of one request, which read the same pages. The query heads that
 share a KV head (H of them) are packed with the rows: a tile of R rows is a matrix of R * H query vectors, at most
-`width`, so R = width // H. Its page keys are divided into `splits` ranges, of which a long context has many and a short
-one has one; its slab keys are a part more, by sequences: no piece of that crosses a sequence or a tile.
+`width`, so R = width // H. Its page keys are divided into ranges, of which a long context has many and a short one has
+one; its slab keys are a part more. Of that, a piece holds rows of one sequence, or where each has one row, `lanes` of
+them; no piece crosses a tile.
 
 The list of work has one item for every range of a tile, and for every piece of a slab. A program takes an item and a KV
 head at a time, so a captured graph fixes how wide tiles are and how many programs walk the list, and nothing of what is
@@ -46,9 +47,9 @@ WIDE_COST = 1.5
 """Time of a key in a wide tile over that in a narrow one, which is bound by memory."""
 
 FIELDS = 12
-"""int32 numbers of an item: group (of a slab: sequence); first row; rows; first key; end of keys; number of the range (of
-a slab: `splits`); ranges of the tile; the tile's place in the workspace, in rows; its first row; its rows; items of the
-tile; unused. The list begins with an entry as long, which holds the number of items."""
+"""int32 numbers of an item: group (of a slab: sequence); first row; rows; first key; end of keys; number of the range
+(of a slab: `splits`); ranges of the tile; the tile's place in the workspace, in rows; its first row; its rows; items
+of the tile; its parts. The list begins with an entry as long, which holds the number of items."""
 
 Kind = Literal["draft", "score", "prefill"]
 """Of a pass: one row a sequence after its slab, rows into slabs, rows into pages."""
@@ -58,7 +59,7 @@ class Plan(NamedTuple):
     """The numbers of `Tiles` that say how work is divided."""
 
     width: int
-    slab_width: int
+    lanes: int
     split_keys: int
 
 
@@ -139,15 +140,24 @@ def plan(
             count = row_start[group.stop] - row_start[group.start]
             saved += (group.keys + 1) * (-(-count // narrow) - WIDE_COST * -(-count // wide))
         width = possible[saved > 0]
-    return plan_of(width, kind, capacity, deterministic)
+    return plan_of(width, kind, head_dim, float32, capacity, deterministic)
 
 
-def plan_of(width: int, kind: Kind, capacity: int, deterministic: bool) -> Plan:
+def plan_of(width: int, kind: Kind, head_dim: int, float32: bool, capacity: int, deterministic: bool) -> Plan:
     """The plan of a pass whose tiles are so wide."""
     split_keys = 0
     if deterministic:  # partial results of long chunks would be large; their programs fill a card as they are
         split_keys = -(-capacity // FIXED_SPLITS // SPLIT_MULTIPLE) * SPLIT_MULTIPLE if kind != "prefill" else 1 << 30
-    return Plan(width, NARROW if kind == "draft" else width, split_keys)
+    return Plan(width, lanes(width, kind, head_dim, float32), split_keys)
+
+
+def lanes(width: int, kind: Kind, head_dim: int, float32: bool) -> int:
+    """Lanes of a draft whose slabs are an item together, one a warp; 0 where slabs are items of one sequence each."""
+    if kind != "draft":
+        return 0
+    if float32 or head_dim > 128:  # warps share every block of keys
+        return 1
+    return 8 if width > 64 and head_dim > 64 else 4  # as many as such programs have warps at least
 
 
 def range_keys(ends: Sequence[int], kv_heads: int, multiprocessors: int) -> int:
@@ -182,12 +192,15 @@ def work(
             spans.append((group, row, after - row, keys - (end - after) * hidden))
     ends = [span[3] for span in spans]
     length = plan.split_keys or range_keys(ends, kv_heads, min(multiprocessors, MAX_PROCESSORS))
-    pieces = [] if kind == "draft" or not into_slab else _pieces(row_start, spans)
-    counts = [len(of_tile) for of_tile in pieces] if pieces else [span[2] * into_slab for span in spans]
+    pieces = [] if plan.lanes or not into_slab else _pieces(row_start, spans)
+    if plan.lanes:
+        counts = [-(-span[2] // plan.lanes) for span in spans]
+    else:
+        counts = [len(of_tile) for of_tile in pieces] if into_slab else [0] * len(spans)
     tiles = []
     place = 0
     for (group, row, rows, end), count in zip(spans, counts, strict=True):
-        splits = -(-end // length)
+        splits = max(1, -(-end // length))
         parts = splits + into_slab
         tiles.append((group, row, rows, 0, end, 0, splits, place, row, rows, splits + count, parts))
         if parts > 1:
@@ -195,13 +208,12 @@ def work(
     table = np.array(tiles, np.int32)
     splits_of = table[:, 6]
     ranges = table.repeat(splits_of, 0)
-    if len(ranges):
-        if int(splits_of.max()) > 1:
-            ranges[:, 5] = np.arange(len(ranges)) - (splits_of.cumsum() - splits_of).repeat(splits_of)
-            ranges[:, 3] = ranges[:, 5] * length
-            np.minimum(ranges[:, 4], ranges[:, 3] + length, out=ranges[:, 4])
-        if len(ranges) * kv_heads > multiprocessors:  # else all begin at once
-            ranges = ranges[(ranges[:, 3] - ranges[:, 4]).argsort(kind="stable")]
+    if len(ranges) > len(tiles):
+        ranges[:, 5] = np.arange(len(ranges)) - (splits_of.cumsum() - splits_of).repeat(splits_of)
+        ranges[:, 3] = ranges[:, 5] * length
+        np.minimum(ranges[:, 4], ranges[:, 3] + length, out=ranges[:, 4])
+    if len(ranges) * kv_heads > multiprocessors:  # else all begin at once
+        ranges = ranges[(ranges[:, 3] - ranges[:, 4]).argsort(kind="stable")]
     items = ranges
     if into_slab:
         slabs = table.repeat(counts, 0)
@@ -209,8 +221,11 @@ def work(
         if pieces:
             slabs[:, :3] = [piece for of_tile in pieces for piece in of_tile]
         else:  # a row a sequence
-            slabs[:, 0] = slabs[:, 1] = np.arange(len(slabs))
-            slabs[:, 2] = 1
+            ahead = np.array(counts)
+            skipped = (np.arange(len(slabs)) - (ahead.cumsum() - ahead).repeat(ahead)) * plan.lanes
+            slabs[:, 1] += skipped
+            slabs[:, 0] = slabs[:, 1]
+            np.minimum(slabs[:, 2] - skipped, plan.lanes, out=slabs[:, 2])
         items = np.concatenate((ranges, slabs))
     row_parts = None
     if plan.width != NARROW:
@@ -249,8 +264,8 @@ def max_items(rows: int, kv_heads: int, deterministic: bool) -> int:
 
 
 def max_workspace(rows: int, heads: int, head_dim: int, deterministic: bool) -> int:
-    """float32 numbers that attention needs besides its output for any batch of at most `rows` rows: a partial result and
-    its log-sum-exp for every part of a row."""
+    """float32 numbers that attention needs besides its output for any batch of at most `rows` rows: a partial result
+    and its log-sum-exp for every part of a row."""
     if deterministic:
         vectors = (FIXED_SPLITS + 1) * rows * heads
     else:  # a range and the slab, and as many ranges more as there are processors, of tiles of 128 vectors
@@ -291,7 +306,7 @@ def build_as(
     if found.row_parts is not None:
         row_parts[:] = found.row_parts
     row_seq = np.repeat(np.arange(len(row_start) - 1, dtype=np.int32), np.diff(row_start))
-    row_seq, row_parts, items = (torch.from_numpy(array).to(device) for array in (row_seq, row_parts, items))
-    return Tiles(row_seq, row_parts, items, *plan, count,
+    tensors = [torch.from_numpy(array).to(device) for array in (row_seq, row_parts, items)]
+    return Tiles(tensors[0], tensors[1], tensors[2], *plan, count,
                  torch.empty(found.places * heads * (head_dim + 1), dtype=torch.float32, device=device),
                  torch.zeros(rows * kv_heads, dtype=torch.int32, device=device))
