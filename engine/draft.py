@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache

@@ -285,6 +285,7 @@ def test_a_measured_table_says_what_is_fused(tmp_path, cards):
     cards("A card")
     assert [tuned.fused(shape, "bf16", rows) for rows in (1, 16, 17, 64, 65)] == [True, True, False, False, False]
     assert not tuned.fused(shape._replace(vocab=32000), "bf16", 1) and not tuned.fused(shape, "fp32", 1)
+    assert not tuned.fused(shape, "fp16", 1)  # whose range ends at 65504
     assert tuned.fused(shape, "int4-32", 128) and not tuned.fused(shape, "int4-32", 129)
     assert tuned.tile("qkv", "bf16", 3, 6144, 4096) == tile
     assert tuned.tile("qkv", "bf16", 17, 6144, 4096) == tuned.default("qkv", "bf16", 17, 6144, 4096)

@@ -146,6 +146,42 @@ if FAKED:
         length = draw.choice((draw.randint(2, 40), draw.randint(40, 256), draw.randint(256, 600)))
         return {"prompt_token_ids": draw.choices(range(20, 200), k=length)}, params, policy
 
+    def test_long_prompts_beside_responses_that_decode(monkeypatch):
+        """No round runs more rows of prompts through a model than it may; both models' are launched on two streams, and
+        a round with prompts in it replays, too."""
+        rows = []
+        prefill = Passes.prefill
+        monkeypatch.setattr(Passes, "prefill", lambda *given: (
+            rows.append((given[0], prefill(*given))), rows[-1][1])[1])
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton",
+                                  max_num_batched_tokens=64)
+            policy = stars.STARS(segment_size=4, max_attempts=8, reward_threshold=0.3, width=4)
+            long = len(engine.tokenizer.encode(LONG))
+            assert long > 5 * 64
+            for prompt in PROMPTS[:2]:
+                engine.add_request(prompt, stars.SamplingParams(max_tokens=200, seed=3, ignore_eos=True), policy)
+            engine.step()
+            rounds = []
+            for seed in range(3):
+                # Other words from the first page on, so that nothing is shared.
+                engine.add_request(f"{seed} {LONG}", stars.SamplingParams(max_tokens=8, seed=seed), policy)
+                while len(rounds) < 8 * (seed + 1):
+                    rows.clear()
+                    before, launched = fake_cuda.events.copy(), fake_cuda.launched.copy()
+                    engine.step()
+                    rounds.append((rows[:], fake_cuda.events - before, fake_cuda.launched - launched))
+            assert len(engine._scheduler.groups) >= 2, "those that decode have not ended"
+            engine.check_integrity()
+        read = [one for one in rounds if any(count for _, count in one[0])]
+        assert len(read) >= 15
+        for given, found, launched in read:
+            for passes in (engine._passes, engine.reward._passes):
+                assert sum(count for owner, count in given if owner is passes) <= 64
+            assert found["stream wait"] >= 2 and not found["synchronize"] and not found["blocking transfer"], found
+            assert not found["capture"] and not found["compile"] and set(launched) <= {"copy_rows_kernel"}, launched
+
     @pytest.mark.parametrize("fused", [False, True])
     def test_the_launches_of_a_pass(monkeypatch, fused):
         """Of a draft's step, its head included, and of a scoring pass: no more than a decoder says, and six a layer
@@ -184,42 +220,6 @@ if FAKED:
                 # score, the two picks of its last rows and the reward.
                 assert ours + library <= (6 if whole else 10) * layers + most - (name == "draft_logits" and whole)
                 assert said == (6 if whole else 10) * layers + 2 and library == (0 if whole else 4 * layers + 4 - most)
-
-    def test_long_prompts_beside_responses_that_decode(monkeypatch):
-        """No round runs more rows of prompts through a model than it may; both models' are launched on two streams, and
-        a round with prompts in it replays, too."""
-        rows = []
-        prefill = Passes.prefill
-        monkeypatch.setattr(Passes, "prefill", lambda *given: (
-            rows.append((given[0], prefill(*given))), rows[-1][1])[1])
-        with fake_cuda.gpu():
-            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
-                                  max_num_seqs=16, max_num_lanes=64, max_segment_size=32, prefill_backend="triton",
-                                  max_num_batched_tokens=64)
-            policy = stars.STARS(segment_size=4, max_attempts=8, reward_threshold=0.3, width=4)
-            long = len(engine.tokenizer.encode(LONG))
-            assert long > 5 * 64
-            for prompt in PROMPTS[:2]:
-                engine.add_request(prompt, stars.SamplingParams(max_tokens=200, seed=3, ignore_eos=True), policy)
-            engine.step()
-            rounds = []
-            for seed in range(3):
-                # Other words from the first page on, so that nothing is shared.
-                engine.add_request(f"{seed} {LONG}", stars.SamplingParams(max_tokens=8, seed=seed), policy)
-                while len(rounds) < 8 * (seed + 1):
-                    rows.clear()
-                    before, launched = fake_cuda.events.copy(), fake_cuda.launched.copy()
-                    engine.step()
-                    rounds.append((rows[:], fake_cuda.events - before, fake_cuda.launched - launched))
-            assert len(engine._scheduler.groups) >= 2, "those that decode have not ended"
-            engine.check_integrity()
-        read = [one for one in rounds if any(count for _, count in one[0])]
-        assert len(read) >= 15
-        for given, found, launched in read:
-            for passes in (engine._passes, engine.reward._passes):
-                assert sum(count for owner, count in given if owner is passes) <= 64
-            assert found["stream wait"] >= 2 and not found["synchronize"] and not found["blocking transfer"], found
-            assert not found["capture"] and not found["compile"] and set(launched) <= {"copy_rows_kernel"}, launched
 
     def test_caches_take_what_memory_leaves(monkeypatch):
         """Of a small card: both the most tokens that fit, slabs of a segment, as the pair reads the same ids."""

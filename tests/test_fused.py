@@ -15,7 +15,7 @@ from stars.kernels.dispatch import references_only
 from stars.kernels.linear import Weight
 from stars.kernels.triton import tuned
 from stars.model.decoder import Decoder
-from stars.model.fusing import split_bytes
+from stars.model.fusing import fusing, split_bytes
 from stars.target import CUDA
 from test_parity import PAGE, SLAB, Row, Runner, ints, tokens
 from tiny_models import TinyModel
@@ -160,6 +160,14 @@ def test_float16_is_never_fused(called):
     decoder = as_on_a_gpu(ToyModel(hidden=32).decoder(), "fp16")
     assert decoder.dtype == decoder.layers[0].o.values.dtype == torch.float16 and decoder._fusing is None
     assert split_bytes(decoder.config, torch.float16, "int8") == 0 < split_bytes(decoder.config, torch.bfloat16, "int8")
+
+
+def test_weights_of_another_type_are_never_fused():
+    """Neither libstars' packed ones nor wider ones: the kernels take the activations' type."""
+    decoder = as_on_a_gpu(ToyModel(hidden=32).decoder())
+    assert fusing(decoder.config, torch.float32, decoder._ends()) == decoder._fusing is not None
+    assert fusing(decoder.config, torch.bfloat16, decoder._ends()) is None
+    assert fusing(decoder.config, torch.float32, ToyModel(hidden=32).decoder()._ends()) is None
 
 
 def test_fused_passes_in_bfloat16_are_as_exact(tiny_model):

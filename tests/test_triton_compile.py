@@ -21,7 +21,14 @@ REPRESENTATIVE = [
     "sample_step select bf16 128256", "sample_step draw bf16 128256", "sample_step finish bf16 128256",
     "sample_step finish filters bf16 128256", "score bf16 weight fp32 4096",
     "score bf16 weight fp32 4096 bias", "append_draft 32",
-    "attention one lane 128 bf16", "attention 16 lanes 128 bf16"]
+    "attention one lane 128 bf16", "attention 16 lanes 128 bf16", "skinny qkv bf16 6144 4096, 1 rows",
+    "skinny residual bf16 4096 4096, 1 rows",
+    "skinny normed bf16 128256 4096, 1 rows", "skinny qkv bf16 heads of 80, 128 rows", "embedding_scaled bf16",
+    "skinny residual bf16 fp8 4096 4096, 1 rows", "skinny swiglu bf16 int4-32 28672 4096, 64 rows"]
+
+# Every scheme, few rows and many.
+QUANTISED = ["skinny swiglu bf16 fp8 28672 4096, 1 rows", "skinny swiglu bf16 int8 28672 4096, 64 rows",
+             "skinny swiglu bf16 int4-32 28672 4096, large tile", "skinny plain bf16 int4-128 1000 1152 zeros, 1 rows"]
 
 
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:
@@ -37,6 +44,35 @@ def test_representative_kernels_fit_every_architecture():
     names = {usage["name"] for usage in usages}
     assert names >= set(REPRESENTATIVE) and {usage["arch"] for usage in usages} == {80, 90, 100}
     assert all(0 < usage["registers"] <= 255 and usage["spill_bytes"] == 0 for usage in usages)
+
+
+def test_quantised_weights_are_asked_for_ahead():
+    """In a loop over the inner dimension nothing is waited for: all loads are copies into shared memory, those of
+    weights and activations of sixteen bytes, those of scales and zeros of four at least."""
+    code = f"""
+import re, triton
+from triton.backends.compiler import GPUTarget
+from stars.kernels.triton import skinny
+from stars.kernels.triton.variant import attributes
+for variant in skinny.variants():
+    if variant.name in {QUANTISED!r}:
+        source = triton.compiler.ASTSource(variant.kernel, variant.signature, variant.constexprs, attributes(variant))
+        options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages)
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        loops = re.findall(r"^(\\S*L__BB\\S+):(.*?)bra\\S* \\s*\\1;", ptx, re.DOTALL | re.MULTILINE)
+        [loop] = [body for _, body in loops if "mma" in body]
+        print(variant.name, "|", loop.count("ld.global"), *re.findall(r"cp.async.c..shared.global .*?, 0x(\\w+)", loop))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = dict(line.split(" | ") for line in done.stdout.splitlines())
+    assert set(found) == set(QUANTISED)
+    for name, counts in found.items():
+        waited, *sizes = counts.split()
+        groups = [size for size in sizes if size in ("4", "8")]
+        assert waited == "0" and set(sizes) - {"4", "8"} == {"10"}, name
+        assert len(groups) == (0 if "int4" not in name else 2 if "zeros" in name else 1), name
 
 
 def test_a_name_that_no_kernel_has_is_a_failure():

@@ -288,8 +288,9 @@ def test_default_tiles_in_the_room_that_is_reserved_for_them(dtype):
     """Every default tile up to 130 rows, in exactly the floats and tickets that `tuned.room` gives."""
     heads, kv_heads, head_dim = shape = Heads(2, 1, 48)
     hidden, scheme = 96, SCHEMES[dtype]
+    inner = 288 if dtype == torch.float32 else 1056
     weights = {"qkv": weight_of(192, hidden, dtype, False), "swiglu": weight_of(100, hidden, dtype, False),
-               "residual": weight_of(hidden, 1056 if dtype != torch.float32 else 288, dtype, False), "normed": weight_of(37, hidden, dtype, False)}
+               "residual": weight_of(hidden, inner, dtype, False), "normed": weight_of(37, hidden, dtype, False)}
     floats, tickets = tuned.room(130, [
         tuned.Product(end, scheme, weight.out_features, weight.in_features, head_dim if end == "qkv" else 0)
         for end, weight in weights.items()])
@@ -308,7 +309,7 @@ def test_default_tiles_in_the_room_that_is_reserved_for_them(dtype):
         skinny.linear_normed(stream, weights["normed"], EPS, logits := torch.full((rows, 37), torch.nan), space)
         product_of(stream.scaled, weights["normed"], rstd_of(stream)).holds(logits)
         before = stream.residual.double()
-        x = numbers(rows, weights["residual"].in_features, seed=rows, dtype=dtype)
+        x = numbers(rows, inner, seed=rows, dtype=dtype)
         skinny.linear_residual(x, weights["residual"], torch.ones(hidden), stream, space)
         product = product_of(x, weights["residual"])
         Bounded(before + product.exact, product.bound + before.abs() * 2.0**-24).holds(stream.residual)
@@ -324,6 +325,18 @@ def test_rows_of_deterministic_weights_do_not_depend_on_their_company():
         part = Stream(*(one[first : first + rows].contiguous() for one in whole))
         skinny.linear_normed(part, weight, EPS, alone := torch.full((rows, 100), torch.nan), space)
         assert torch.equal(alone, together[first : first + rows])
+
+
+def test_no_more_is_asked_for_ahead_than_a_part_has():
+    """By hand: 1000 columns of 2 bytes in blocks of 128 are 7 whole blocks and 104 columns, in parts of 2 blocks each;
+    the smallest part has one block and 104 columns, and what is asked for is a piece a thread, of 16 bytes at least."""
+    tile = Tile(16, 64, 128, 4, 4, splits=4, pdl=True, prefetch=4096)
+    assert skinny._chunks(tile) == 2
+    assert skinny._ahead(tile, 1000, 2000) == 2 * (128 + 104)
+    assert skinny._ahead(tile._replace(prefetch=256), 1000, 2000) == 256
+    assert skinny._ahead(tile._replace(prefetch=31), 1000, 2000) == 0
+    assert skinny._ahead(tile, 1024, 512) == 128  # four bits each
+    assert skinny._ahead(tile, 1001, 2002) == 0  # rows that do not begin at a multiple of 16 bytes
 
 
 def test_what_does_not_fit_is_refused():

@@ -2,8 +2,8 @@
 what was being called, and which of its circumstances decides.
 
 libstars is built beside the stages (`build_libstars.py`). Here it is loaded, its CPUs are counted and a product is
-formed by several threads. After a crash the same is run again with single circumstances changed, under a handler that says the
-address, the registers and the calls, and what the machine says of its CPUs is written down.
+formed by several threads. After a crash the same is run again with single circumstances changed, under a handler that
+says the address, the registers and the calls, and what the machine says of its CPUs is written down.
 """
 
 from __future__ import annotations

@@ -39,12 +39,13 @@ class Fusing(NamedTuple):
 def fusing(config: ModelConfig, dtype: torch.dtype, weights: Iterable[tuple[str, Weight]]) -> Fusing | None:
     """Of a decoder with activations of `dtype`, and with these weights and ends of their products, the layers' first.
 
-    None: no pass is ever fused, see `fusable`. Deterministic weights promise one order of sums at any number of rows.
-    The single operations keep it up to a whole prefill, and the fused products are made for few rows, so such a decoder
-    takes the one list for all.
+    None: no pass is ever fused, see `fusable`. The products take weights of the activations' type and quantised ones.
+    Deterministic weights promise one order of sums at any number of rows. The single operations keep it up to a whole
+    prefill, and the fused products are made for few rows, so such a decoder takes the one list for all.
     """
     weights = list(weights)
-    if not fusable(config, dtype) or any(weight.deterministic for _, weight in weights):
+    if not fusable(config, dtype) or any(weight.deterministic or (weight.quant is None and weight.values.dtype != dtype)
+                                         for _, weight in weights):
         return None
     products = {Product(end, weight.scheme, weight.out_features, weight.in_features,
                         config.head_dim if end == "qkv" else 0) for end, weight in weights}

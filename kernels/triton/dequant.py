@@ -180,8 +180,8 @@ def _bytes(stored, SCHEME: tl.constexpr, DTYPE: tl.constexpr):
         code: tl.constexpr = _INT8_BF16 if SCHEME == "int8" else _FP8_BF16
         numbers = tl.inline_asm_elementwise(code, "=r,=r,r", [stored], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
-        code: tl.constexpr = _INT8_FP16 if SCHEME == "int8" else _FP8_FP16
-        numbers = tl.inline_asm_elementwise(code, "=r,=r,r", [stored], dtype=tl.float16, is_pure=True, pack=4)
+        half: tl.constexpr = _INT8_FP16 if SCHEME == "int8" else _FP8_FP16
+        numbers = tl.inline_asm_elementwise(half, "=r,=r,r", [stored], dtype=tl.float16, is_pure=True, pack=4)
     return numbers
 
 
@@ -193,10 +193,9 @@ def _nibbles(stored, ZEROS: tl.constexpr, DTYPE: tl.constexpr):
         low = ((stored & 15).to(tl.int32) - zero).to(tl.float32)
         high = ((stored >> 4).to(tl.int32) - zero).to(tl.float32)
     else:
-        if DTYPE == tl.bfloat16:
-            code: tl.constexpr = _STEPS_BF16 if ZEROS else _INT4_BF16
-        else:
-            code: tl.constexpr = _STEPS_FP16 if ZEROS else _INT4_FP16
+        wide: tl.constexpr = _STEPS_BF16 if ZEROS else _INT4_BF16
+        narrow: tl.constexpr = _STEPS_FP16 if ZEROS else _INT4_FP16
+        code: tl.constexpr = wide if DTYPE == tl.bfloat16 else narrow
         # A pair of neighbours at a time: taken apart for Triton, and one register again for the matrix instruction.
         pair = tl.inline_asm_elementwise(code, "=r,=r,=r,=r,r", [stored], dtype=tl.int32, is_pure=True, pack=4)
         low = pair.to(tl.int16).to(DTYPE, bitcast=True)

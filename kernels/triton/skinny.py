@@ -253,8 +253,8 @@ def product_kernel(
         if IN_FEATURES % BLOCK_INNER == 0:
             rows_of_x = tl.load(x_at + start, mask=there[:, None], other=0.0)
         else:
-            beyond = start + tl.arange(0, BLOCK_INNER) < IN_FEATURES
-            rows_of_x = tl.load(x_at + start, mask=there[:, None] & beyond[None, :], other=0.0)
+            within = start + tl.arange(0, BLOCK_INNER) < IN_FEATURES
+            rows_of_x = tl.load(x_at + start, mask=there[:, None] & within[None, :], other=0.0)
         if _INTERPRETED:  # whose product of bfloat16 takes the bits for integers
             w = w.to(tl.float32)
             rows_of_x = rows_of_x.to(tl.float32)
@@ -532,24 +532,24 @@ def variants() -> list[Variant]:
         found += [_variant(f"{out_features} {in_features} bias, {rows} rows", end, "bf16", rows, out_features,
                            in_features, bias=True) for rows in (1, 64)]
     for scheme, group in (("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 128)):
-        stored = dict(scheme=scheme, group=group)
+        stored: dict[str, Any] = dict(scheme=scheme, group=group)
         for end, out_features, in_features, more in llama:
-            name, sizes = f"{out_features} {in_features}", (out_features, in_features)
-            found += [_variant(f"{name}, {rows} rows", end, "bf16", rows, *sizes, **more, **stored)
-                      for rows in (1, 128)]
-            wide = tuned.default(end, "fp8", 128, *sizes, tuned.SHARED[90])
-            found.append(_variant(f"{name}, large tile", end, "bf16", 128, *sizes, tile=wide, arches=(90, 100), **more,
-                                  **stored))
+            name = f"{out_features} {in_features}"
+            found.append(_variant(f"{name}, 1 rows", end, "bf16", 1, out_features, in_features, **more, **stored))
+            large = tuned.default(end, "fp8", 128, out_features, in_features, tuned.SHARED[90])
+            found += [_variant(f"{name}, {words}", end, "bf16", 128, out_features, in_features, arches=arches,
+                               tile=tile, **more, **stored)
+                      for words, arches, tile in (("128 rows", (80,), None), ("large tile", (90, 100), large))]
         found += [_variant(f"28672 4096, {rows} rows", "swiglu", "bf16", rows, 28672, 4096, **stored)
                   for rows in (32, 64)]
-        found += [_variant("896 4864 bias", "residual", "fp16", 128, 896, 4864, bias=True, **stored),
+        found += [_variant("896 4864 bias", "residual", "fp16", 128, 896, 4864, bias=True, arches=(80,), **stored),
                   _variant("9728 896 bias", "swiglu", "fp16", 1, 9728, 896, bias=True, **stored),
                   _variant("1000 1152", "plain", "fp32", 1, 1000, 1152, **stored)]
     for group in (32, 128):
         found += [_variant(f"1000 1152 zeros, {rows} rows", "plain", kind, rows, 1000, 1152, scheme="int4", group=group,
-                           zeros=True) for rows in (1, 128) for kind in ("bf16", "fp16")]
+                           zeros=True) for rows in (1, 64) for kind in ("bf16", "fp16")]
     found += [_variant(f"1000 1152 wide scales, {rows} rows", "plain", "bf16", rows, 1000, 1152, scheme="int4",
-                       group=32, zeros=True, scale="fp32") for rows in (1, 128)]
+                       group=32, zeros=True, scale="fp32") for rows in (1, 64)]
     for kind in ("bf16", "fp16", "fp32"):
         found.append(Variant(
             f"embedding_scaled {kind}", embedding_scaled_kernel,

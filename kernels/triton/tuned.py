@@ -39,8 +39,8 @@ FIXED_ROWS = 64
 SUMMED = 32
 """Features whose squares make one entry of `Stream.squares`."""
 
-PROGRAMS = 256
-"""Programs that a product is to have at least, by splits: two for each processor of a large card."""
+WARPS = 1024
+"""Warps that a product is to have at least, by splits: eight for each processor of a large card."""
 
 HEAD_NUMBERS = 1 << 14
 """Rows times features of whole heads that a program ends: 64 registers a thread of eight warps."""
@@ -156,11 +156,12 @@ def tile(end: str, scheme: str, rows: int, out_features: int, in_features: int) 
 def fused(model: ModelShape, scheme: str, rows: int) -> bool:
     """Whether a pass of so many rows is fused: where this was measured ahead, and over quantised weights.
 
-    There is no library for those, up to `MAX_FUSED_ROWS`.
+    There is no library for those, up to `MAX_FUSED_ROWS`. Not in float16: `Stream.scaled` holds a residual that was not
+    normed yet, which in some models leaves that type's range.
     """
     if scheme not in _FLOATS and rows <= MAX_FUSED_ROWS:
         return True
-    return bool(_outcome(_table().chains, (model, _measured_as(scheme)), rows))
+    return scheme != "fp16" and bool(_outcome(_table().chains, (model, scheme), rows))
 
 
 @cache
@@ -196,9 +197,9 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
             stages=chosen.stages - 1)
     programs = -(-out_features // chosen.features) * -(-rows // chosen.rows)
     splits = 1
-    wanted = PROGRAMS if floats else PROGRAMS * 4 // chosen.warps
     most = 4 if end == "qkv" and not floats else 8  # two warps that add up more parts of a whole head would spill
-    while end != "plain" and splits * programs < wanted and splits < most and in_features >= 1024 * splits:
+    while (end != "plain" and splits * programs * chosen.warps < WARPS and splits < most
+           and in_features >= 1024 * splits):
         splits *= 2
     return chosen._replace(splits=splits)
 
