@@ -445,6 +445,7 @@ def test_a_pair_that_does_not_fit_the_card(tmp_path):
             "import torch, bench; from record import Record, Settings\n"
             "from stars import prefill\n"
             "torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *given: (9, 0)\n"
+            "torch.cuda.get_device_name = lambda *given: 'none'\n"
             "needed = bench.needs('Llama-3.1-8B')\n"
             "record = Record('record.json', 'headline-8b')\n"
             "for free in (75e9, 40e9):\n"
@@ -453,7 +454,7 @@ def test_a_pair_that_does_not_fit_the_card(tmp_path):
             "print(record.content['notes'], sum(needed.values()) < 75e9, len(needed))")
     lines = python(code, tmp_path).splitlines()
     assert lines[0] == "Llama-3.1-8B" and lines[-2] == "Llama-3.2-1B"
-    assert "a pair of Llama-3.1-8B needs" in lines[-1] and lines[-1].endswith("Llama-3.2-1B instead'] True 8")
+    assert "a pair of Llama-3.1-8B needs" in lines[-1] and lines[-1].endswith("Llama-3.2-1B instead'] True 10")
 
 
 def test_parameters_are_those_of_a_checkpoint():

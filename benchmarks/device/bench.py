@@ -24,14 +24,14 @@ from timing import Seconds, rehearsing
 import stars
 from stars.config import EngineConfig
 from stars.draft import LaneSpec
-from stars.fit import occupant
 from stars.kernels.philox import accept_uniform
 from stars.model.decoder import Decoder
 from stars.passes import Span
 from stars.policies import Fixed, Lanes, Plan, Sampled, Score
+from stars.prefill import choose_prefill
 from stars.reward import CausalReward
 from stars.rules import Always
-from stars.sizes import needed_bytes
+from stars.sizes import Occupant, needed_bytes, slab_length
 
 SEGMENT, MAX_ATTEMPTS = 32, 20
 LIMITS = dict(cache_tokens=1 << 15, max_model_len=(1 << 14) + 512, max_num_seqs=32, max_num_lanes=64,
@@ -102,9 +102,13 @@ class Tokens(NamedTuple):
 def needs(name: str, limits: dict = LIMITS) -> dict[str, int]:
     """Bytes that the pair of this shape and its engine take, by the engine's own formula."""
     config = EngineConfig.resolve(config_of(name), "cuda", "bfloat16", **limits)
-    return needed_bytes(config, {
-        "the language model": occupant(config, config_of(name), parameters(config_of(name), "lm"), True),
-        "the reward model": occupant(config, config_of(name, "reward"), parameters(config_of(name), "reward"), False)})
+    models = {}
+    for said, head in (("the language model", "lm"), ("the reward model", "reward")):
+        shape = config_of(name, head)
+        backend = choose_prefill(shape, torch.bfloat16, config.target, config.prefill_backend, False)
+        models[said] = Occupant(shape, torch.bfloat16, 2 * parameters(shape, head), head == "lm",
+                                slab_length(config, False, 0), backend)
+    return needed_bytes(config, models)
 
 
 def fitting(record: Record, settings: Settings, name: str, instead: str) -> str:
