@@ -32,6 +32,7 @@ class Buffers:
         self._there = block(total, dtype=torch.uint8, device=target.device)
         self._here = self._there
         self._sent: torch.cuda.Event | None = None
+        self._moving = False  # whether a transfer was begun whose event is not recorded yet
         if target.own_memory:
             self._here = block(total, dtype=torch.uint8, device="cpu", pin_memory=True)
             self._sent = torch.cuda.Event()
@@ -52,17 +53,24 @@ class Buffers:
 
     def wait(self) -> None:
         """Returns once the last upload was read and the last `fetch` is there: the host's block is the host's again."""
+        if self._moving:  # whoever began it was interrupted
+            torch.cuda.synchronize()
+            self._moving = False
         if self._sent is not None:
             self._sent.synchronize()
 
     def upload(self, size: int | None = None) -> None:
         """Host to device, in stream order; the first `size` bytes only, where given."""
         if self._sent is not None:
-            self._there[:size].copy_(self._here[:size], non_blocking=True)
-            self._sent.record()
+            self._move(self._there[:size], self._here[:size], self._sent)
 
     def fetch(self) -> None:
         """Device to host, in stream order; the values are there after `wait`."""
         if self._sent is not None:
-            self._here.copy_(self._there, non_blocking=True)
-            self._sent.record()
+            self._move(self._here, self._there, self._sent)
+
+    def _move(self, into: Tensor, come_from: Tensor, sent: torch.cuda.Event) -> None:
+        self._moving = True
+        into.copy_(come_from, non_blocking=True)
+        sent.record()
+        self._moving = False

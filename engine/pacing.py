@@ -25,6 +25,12 @@ def mapped(count: int) -> tuple[Tensor, np.ndarray]:
     return tensor, tensor.numpy()
 
 
+_kept: list[Tensor] = []
+"""The flags of every engine, for good: a few hundred bytes each. torch's allocator of pinned memory knows of copies
+and not of kernels, so that of an engine which goes away in the midst of a draft it would hand out flags again that the
+steps under way have yet to store to."""
+
+
 class Pacing:
     """Launches the steps of a draft at most `ahead` of the device, and no more once all its lanes have ended.
 
@@ -39,6 +45,7 @@ class Pacing:
 
     def __init__(self, lanes: int):
         self.ended, self._ended = mapped(lanes)  # int32 [lanes]
+        _kept.append(self.ended)
         self.ahead = FIRST_AHEAD
         self._shortest = math.inf  # seconds of a step
         self._events: list[torch.cuda.Event] = []  # a ring: of step i at i modulo `ahead`

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -193,3 +195,14 @@ def test_an_interrupt_between_two_launches_loses_nothing(monkeypatch, given):
             assert left > 0
             break
     assert max(behind) > 3 and len(behind) > 4  # the device had steps to do
+
+
+def test_flags_are_nobody_elses_once_their_engine_has_gone(monkeypatch):
+    """Steps of a draft that nobody waited for may be under way, and torch does not know that they store to them."""
+    monkeypatch.setattr(pacing, "mapped", recorded_gpu.mapped)
+    monkeypatch.setattr(pacing, "_kept", [])
+    pacer = pacing.Pacing(3)
+    flags = weakref.ref(pacer.ended)
+    del pacer
+    gc.collect()
+    assert flags() is not None and pacing._kept[0] is flags()

@@ -100,6 +100,27 @@ def test_buffers_are_one_memory_on_the_cpu():
     assert buffers.host("a").tolist() == [1] * 3
 
 
+@pytest.mark.parametrize("move", [Buffers.upload, Buffers.fetch])
+def test_a_transfer_whose_event_was_not_recorded_is_waited_for(monkeypatch, move):
+    """An interrupt may come between the two, and the event would be that of the transfer before."""
+    class Event:
+        def record(self) -> None:
+            raise KeyboardInterrupt
+
+        def synchronize(self) -> None:
+            waited.append("event")
+
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("device"))
+    buffers = Buffers(CPU, a=(torch.int32, (3,)))
+    buffers._sent = Event()  # as on a device with memory of its own
+    with pytest.raises(KeyboardInterrupt):
+        move(buffers)
+    buffers.wait()
+    buffers.wait()
+    assert waited == ["device", "event", "event"]
+
+
 def test_long_prompts_through_a_library_fill_the_same_pages():
     """torch's SDPA in the place of our attention, over ragged prompts and a second chunk; float32 within rounding."""
     prompts = [[1, 2, 3, 4, 1, 2, 3] * 3, [4, 1, 1, 2, 3], [2] * 11, [3, 1] * 9]

@@ -10,7 +10,8 @@ four bytes at a time: written in PTX, since what Triton makes of a cast takes up
 a unit that converts one number of sixteen lanes a cycle). No instruction needs more than sm_80, e4m3 neither.
 
 Numbers are exact but for int4's product with a scale: both are rounded to the activations' type, 2^-9 of a weight each
-in bfloat16. Scales of whole rows are no concern of these: they are applied to float32 sums, at the end of a product.
+in bfloat16. e4m3's two codes of NaN, 0x7f and 0xff, become 480 and -480: whoever reads weights refuses them. Scales of
+whole rows are no concern of these: they are applied to float32 sums, at the end of a product.
 """
 
 from __future__ import annotations
