@@ -239,6 +239,15 @@ if FAKED:
             decode(engine, 40, 0.2)
             engine.check_integrity()
 
+    def test_next_to_nothing_is_outgrown():
+        """What a decoder outgrows is kept for graphs that may use it, and no memory was reckoned for it."""
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", prefill_backend="triton")
+        for decoder in (engine._passes.decoder, engine.reward.decoder):
+            kept = [tensor for one in decoder._outgrown for tensor in (one if isinstance(one, tuple) else [one])]
+            reserved = sum(tensor.nbytes for tensor in decoder._reserved)
+            assert kept and sum(tensor.nbytes for tensor in kept) < reserved // 100
+
     def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
         """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them
         run to their end, on replays, and nothing that a card would complain of."""
