@@ -13,6 +13,7 @@ from launchers import launchers
 from models import as_quantised
 from parallel import run_apart
 from record import Record, Settings
+from timing import rehearsing
 from torch import Tensor
 
 from stars.kernels.embedding_scaled import embedding_scaled_reference
@@ -85,7 +86,9 @@ class Case:
     def weight(self, out_features: int, in_features: int, bias: bool = False) -> Weight:
         """Random, so that products of normal numbers are normal numbers."""
         generator = torch.Generator(self.device).manual_seed(out_features)
-        matrix = torch.randn(out_features, in_features, generator=generator, device=self.device) * in_features**-0.5
+        matrix = torch.empty(out_features, in_features, device=self.device)
+        if not rehearsing():
+            matrix.normal_(0.0, in_features**-0.5, generator=generator)
         given = self.draw(out_features).to(self.dtype) if bias else None
         if self.scheme in ("bf16", "fp16", "fp32"):
             return Weight(matrix.to(self.dtype), given, out_features, in_features)
@@ -102,6 +105,8 @@ class Case:
 
     def exact(self, x: Tensor, weight: Weight, stream: Stream | None = None) -> Tensor:
         """rstd * (x @ weight.T) + bias in float64."""
+        if rehearsing():
+            return torch.ones(x.shape[0], weight.out_features, dtype=torch.float64, device=x.device)
         product = x.double() @ weight.dense().double().t()
         if stream is not None:
             product *= torch.rsqrt(stream.squares.double().sum(1, keepdim=True) / self.sizes.hidden + EPS)
@@ -138,7 +143,7 @@ def normed(case: Case) -> None:
     for dtype in dict.fromkeys((torch.float32, case.dtype)):
         got, plain = (case.nothing(case.rows, case.sizes.vocab, dtype=dtype) for _ in range(2))
         case.ops.linear_normed(stream, weight, EPS, got, case.space)
-        linear_normed_reference(stream, weight, EPS, plain, case.space)
+        rehearsing() or linear_normed_reference(stream, weight, EPS, plain, case.space)
         case.holds(f"linear_normed to {str(dtype)[6:]}", got, plain, case.exact(stream.scaled, weight, stream),
                    case.sizes.hidden)
     case.free("linear_normed")
@@ -148,7 +153,7 @@ def swiglu(case: Case) -> None:
     stream, weight = case.stream(), case.weight(2 * case.sizes.intermediate, case.sizes.hidden, bias=True)
     got, plain = (case.nothing(case.rows, case.sizes.intermediate) for _ in range(2))
     case.ops.linear_swiglu(stream, weight, EPS, got, case.space)
-    linear_swiglu_reference(stream, weight, EPS, plain, case.space)
+    rehearsing() or linear_swiglu_reference(stream, weight, EPS, plain, case.space)
     gate, up = case.exact(stream.scaled, weight, stream).chunk(2, 1)
     # silu's slope is below 1.1, so that an error of the gate counts as much, times up; and the other way round.
     wide = 2 * max(gate.abs().max().item(), up.abs().max().item())
@@ -167,7 +172,7 @@ def residual(case: Case) -> None:
         got, plain = (Stream(before.clone(), case.nothing(case.rows, hidden), case.nothing(
             case.rows, hidden // 32, dtype=torch.float32)) for _ in range(2))
         case.ops.linear_residual(x, weight, gain, got, case.space)
-        linear_residual_reference(x, weight, gain, plain, case.space)
+        rehearsing() or linear_residual_reference(x, weight, gain, plain, case.space)
         product = case.exact(x, weight)
         within(case.record, f"linear_residual of {in_features}, {case.name}", got.residual, plain.residual,
                before.double() + product, chain=case.chain(in_features, product.std().item()))
@@ -206,7 +211,8 @@ def rope(case: Case) -> None:
         exact = case.exact(stream.scaled, weight, stream)
         truth = rotated(torch.float64, lambda batch, kv, q, norms=norms: rope_write_reference(
             exact, batch, angles.cos(), angles.sin(), kv, q, *norms, EPS))
-        got, plain = rotated(case.dtype, ours(case.ops.qkv_rope)), rotated(case.dtype, ours(qkv_rope_reference))
+        got, plain = rotated(case.dtype, ours(case.ops.qkv_rope)), rotated(case.dtype, ours(
+            case.ops.qkv_rope if rehearsing() else qkv_rope_reference))
         for part, mine, theirs, right in zip(("q", "k pages", "v pages", "k slabs", "v slabs"), got, plain, truth,
                                              strict=True):
             # A norm of a head divides by its spread; a rotation adds two errors.
@@ -222,7 +228,7 @@ def plain_end(case: Case) -> None:
         x, weight = case.draw(rows, case.sizes.hidden).to(case.dtype), case.weight(case.sizes.vocab, case.sizes.hidden)
         got, plain = (case.nothing(rows, case.sizes.vocab) for _ in range(2))
         case.ops.linear(x, weight, got)
-        linear_reference(x, weight, plain)
+        rehearsing() or linear_reference(x, weight, plain)
         case.holds(f"linear, {rows} rows", got, plain, case.exact(x, weight), case.sizes.hidden)
 
 

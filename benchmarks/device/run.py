@@ -40,8 +40,8 @@ POLL_SECONDS = 0.1
 IMPORT_SECONDS = 60.0  # from a cold disk
 AGAIN_SECONDS, MAX_TIMES = 12.0, 3  # what is left for it to be worth starting a stage again; how often it is started
 SAVE_SECONDS = 0.5
-AHEAD = ("headline-8b", "quantised-8b", "kernels-fused", "kernels-attention", "kernels-attention-more",
-         "kernels-sampler", "kernels-products", "kernels-rows", "engine", "products", "micro")
+AHEAD = ("headline-8b", "quantised-8b", "kernels-attention", "kernels-attention-more", "kernels-sampler", "engine",
+         "kernels-products", "kernels-rows", "kernels-fused", "products", "micro")
 """Stages whose kernels are compiled in the background, once the card was described."""
 
 

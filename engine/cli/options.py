@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
 ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
-          "max_num_lanes")
+          "max_num_lanes", "max_num_batched_tokens")
 POLICY_FLAGS = {
     "stars": ("segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width"),
     "sample": (),
@@ -92,6 +92,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and response together")
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="responses decoded at once")
     group.add_argument("--max-num-lanes", type=int, metavar="N", help="candidates drafted at once")
+    group.add_argument("--max-num-batched-tokens", type=int, metavar="N",
+                       help="tokens of prompts that each model reads in a round while others decode")
 
 
 def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, needs_reward: bool) -> None:
