@@ -71,6 +71,8 @@ if FAKED:
                                   deterministic=deterministic, cache_tokens=8192, max_num_seqs=8, max_num_lanes=16,
                                   max_segment_size=32)
             assert seen == [True, True] * deterministic and engine._passes.prefill_backend == backend
+            # A library that compiles does so at start-up: a call for each layer of both models.
+            assert len(gathered) == (backend == "sdpa") * (6 + 3)
             for top_k, presence in ((0, 0.0), (40, 0.2), (0, 0.0), (40, 0.2)):
                 decode(engine, top_k, presence)
             engine.generate(LONG, stars.SamplingParams(max_tokens=4), use_tqdm=False)
