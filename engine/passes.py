@@ -17,7 +17,7 @@ from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import MAX_CLOSING, ModelSizes, padded_rows, pass_rows, table_width
+from stars.sizes import MAX_CLOSING, ModelSizes, padded_rows, pass_rows, score_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
@@ -95,6 +95,7 @@ class Passes:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
+        self._most: dict[Kind, int] = {"prefill": self.max_rows, "score": score_rows(config, sizes)}  # rows
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
         self._prepared: Prepared | None = None  # a pass whose buffers are filled, until it is launched or another comes
@@ -188,7 +189,7 @@ class Passes:
         self.cache.warm_up()
         self._warm_up_library()
         for kind in KINDS if draft is not None else KINDS[:1]:
-            longest = self.target.rows(self.max_rows, kind)
+            longest = self.target.rows(self._most[kind], kind)
             for rows in dict.fromkeys((longest, *self.target.shapes(kind, longest))):
                 sequences = self._sequences(rows)
                 self._fill_idle(rows, sequences)
