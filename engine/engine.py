@@ -101,7 +101,7 @@ class Engine:
         self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size)
         decoder = model if not from_files else load_model(
             model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
-            max_model_len=config.max_model_len)
+            max_rows=1, max_model_len=config.max_model_len)  # passes and drafts reserve what they need
         decoder.check_device(config.device, "the model")
         if config.deterministic:
             check_row_invariance(decoder, config.target)

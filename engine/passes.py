@@ -17,7 +17,7 @@ from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import MAX_CLOSING, ModelSizes, padded_rows, pass_rows, table_width
+from stars.sizes import MAX_CLOSING, ModelSizes, padded_rows, pass_rows, score_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
@@ -74,6 +74,7 @@ class Passes:
         self.max_rows = pass_rows(config, sizes)
         self.chunk = config.chunk
         self.max_sequences = sizes.max_sequences
+        self._longest = sizes.max_positions  # tokens of a text
         rows, sequences = padded_rows(config, sizes), target.rows(self.max_sequences, "draft")
         decoder.reserve(rows)
         decoder.reserve_positions(sizes.max_positions)
@@ -94,9 +95,10 @@ class Passes:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs()
+        self._most: dict[Kind, int] = {"prefill": self.max_rows, "score": score_rows(config, sizes)}  # rows
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
-        self._prepared: Prepared | None = None  # the pass that trails a draft, until it is launched
+        self._prepared: Prepared | None = None  # a pass whose buffers are filled, until it is launched or another comes
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """For each (table, token_ids, stop): writes keys and values of token_ids[table.length:stop] into the pages.
@@ -185,8 +187,9 @@ class Passes:
         """
         assert self._tiling is not None
         self.cache.warm_up()
+        self._warm_up_library()
         for kind in KINDS if draft is not None else KINDS[:1]:
-            longest = self.target.rows(self.max_rows, kind)
+            longest = self.target.rows(self._most[kind], kind)
             for rows in dict.fromkeys((longest, *self.target.shapes(kind, longest))):
                 sequences = self._sequences(rows)
                 self._fill_idle(rows, sequences)
@@ -198,6 +201,14 @@ class Passes:
                         forward.call()
                 if kind == "score" and draft is not None and rows <= self._captured[kind]:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
+
+    def _warm_up_library(self) -> None:
+        """Runs a prompt of a whole chunk through the library, if one is chosen: some compile when they are called."""
+        tokens = min(self.chunk, self.cache.num_pages * self.cache.page_size, self._longest)
+        if self.prefill_backend != "triton" and tokens > self._captured["prefill"]:
+            table = self.cache.open([0] * tokens)
+            self.prefill([(table, [0] * tokens, tokens)])
+            self.cache.close(table)
 
     def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
         """Splits into passes of up to `max_rows` rows, or one longer span; a later chunk of a table comes in a later

@@ -145,11 +145,14 @@ class Graphs:
             # Not by torch.cuda.graph, which waits for the device and gives back all memory that torch keeps at hand: a
             # shape may come up in the midst of requests.
             with torch.cuda.stream(self._stream):
-                graph.capture_begin(self._pool, capture_error_mode="thread_local")
                 try:
+                    graph.capture_begin(self._pool, capture_error_mode="thread_local")
                     call()
                 finally:
-                    graph.capture_end()
+                    # An interrupt may come as soon as the capture has begun, before `capture_begin` returns. A stream
+                    # that is left capturing makes every wait for the device fail from then on.
+                    if torch.cuda.is_current_stream_capturing():
+                        graph.capture_end()
         except BaseException:
             self._pool = None  # torch may still take it for one that is being filled
             raise

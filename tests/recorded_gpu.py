@@ -253,6 +253,7 @@ def install(monkeypatch) -> RecordedGpu:
     monkeypatch.setattr(torch.cuda, "stream", gpu.streams.on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: gpu.streams.current)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.streams.synchronize)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing is not None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 8 << 30))
     return gpu
 

@@ -71,6 +71,8 @@ if FAKED:
                                   deterministic=deterministic, cache_tokens=8192, max_num_seqs=8, max_num_lanes=16,
                                   max_segment_size=32)
             assert seen == [True, True] * deterministic and engine._passes.prefill_backend == backend
+            # A library that compiles does so at start-up: a call for each layer of both models.
+            assert len(gathered) == (backend == "sdpa") * (6 + 3)
             for top_k, presence in ((0, 0.0), (40, 0.2), (0, 0.0), (40, 0.2)):
                 decode(engine, top_k, presence)
             engine.generate(LONG, stars.SamplingParams(max_tokens=4), use_tqdm=False)
@@ -238,6 +240,15 @@ if FAKED:
             assert abs(2 * (seen[0][1] - seen[1][1]) - 0.1 * 2**30) < page
             decode(engine, 40, 0.2)
             engine.check_integrity()
+
+    def test_next_to_nothing_is_outgrown():
+        """What a decoder outgrows is kept for graphs that may use it, and no memory was reckoned for it."""
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", prefill_backend="triton")
+        for decoder in (engine._passes.decoder, engine.reward.decoder):
+            kept = [tensor for one in decoder._outgrown for tensor in (one if isinstance(one, tuple) else [one])]
+            reserved = sum(tensor.nbytes for tensor in decoder._reserved)
+            assert kept and sum(tensor.nbytes for tensor in kept) < reserved // 100
 
     def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
         """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them

@@ -21,7 +21,7 @@ class Card:
         self.order: list[str] = []
 
     def faulty_step(self) -> None:
-        """A step that raises once `fault` says where: "run" or "capture"."""
+        """A step that raises once `fault` says where: "run" or "capture"; "begin" is when a capture has just begun."""
         if self.fault == ("run" if self.noted is None else "capture"):
             if self.noted is not None:
                 self.broken.append(self.pools[-1][0])
@@ -58,6 +58,10 @@ def card(monkeypatch) -> Card:
             assert pool not in card.broken and card.stream is not None and card.noted is None
             card.noted, card.captured = self, card.captured + 1
             card.pools.append((pool, card.stream))
+            if card.fault == "begin":
+                card.fault = None
+                card.broken.append(pool)
+                raise KeyboardInterrupt
 
         def capture_end(self) -> None:
             assert card.noted is self
@@ -74,6 +78,7 @@ def card(monkeypatch) -> Card:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "stream", card.on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.noted is not None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(card, "waits", card.waits + 1))
     return card
 
@@ -154,13 +159,15 @@ def test_an_interrupted_first_step_is_run_plainly_again(card):
     assert (card.ran, card.captured) == (1, 0)
 
 
-def test_a_failed_capture_is_tried_again_in_new_memory(card):
+@pytest.mark.parametrize("fault", ["begin", "capture"])
+def test_a_failed_capture_is_ended_and_tried_again_in_new_memory(card, fault):
     run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
     run.run([Part("other", card.faulty_step)], done, 2)
     run.run([Part("shape", card.faulty_step)], done)
-    card.fault = "capture"
+    card.fault = fault
     with pytest.raises(KeyboardInterrupt):
         run.run([Part("shape", card.faulty_step)], done)
+    assert card.noted is None, "the stream is left capturing"
     ran = card.ran
     run.run([Part("shape", card.faulty_step)], done)
     run.run([Part("other", card.faulty_step)], done)

@@ -73,7 +73,7 @@ class CausalReward(ScoringReward):
             self.decoder: Decoder = self.model
         else:
             self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
-                                      deterministic=config.deterministic, max_model_len=1)
+                                      deterministic=config.deterministic, max_rows=1, max_model_len=1)
         self.decoder.check_device(config.device, "the reward model")
         self.locks = (self.decoder.lock,)
         if config.deterministic:
