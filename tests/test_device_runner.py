@@ -83,7 +83,8 @@ def test_the_whole_dry_run(tmp_path):
     table = output[output.rindex("CPU, dry run") :].rstrip().splitlines()
     assert len(table) <= report.MAX_LINES and table[-1].endswith(".json") and "correct" in table[-2]
     table = json.loads((tmp_path / "tuned" / "none.json").read_text())
-    assert {entry["name"] for entry in table["plain"]} == {"gate_up", "o"}
+    assert {(entry["name"], entry.get("out")) for entry in table["plain"]} == {
+        ("gate_up", None), ("o", None), ("head", "fp32")}
     assert {entry["end"] for entry in table["tiles"]} == {"qkv", "residual", "swiglu", "normed"}
     assert [(entry["rows"], entry["model"]["vocab"]) for entry in table["chains"]] == [(1, 100), (4, 0)]
 
@@ -281,7 +282,7 @@ def test_a_rerun_keeps_the_rest_of_a_table(tmp_path):
         f"{stage.name}=pass" for stage in ALWAYS if stage.name not in ("machine", "products")))
     table = json.loads((tmp_path / "tuned" / "none.json").read_text())["plain"]
     assert sorted((entry["rows"], entry["name"]) for entry in table) == [
-        (1, "gate_up"), (1, "o"), (8, "gate_up"), (8, "o")]
+        (1, "gate_up"), (1, "head"), (1, "o"), (8, "gate_up"), (8, "head"), (8, "o")]
 
 
 def test_parts_that_were_well_are_not_run_again(tmp_path):
