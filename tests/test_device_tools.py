@@ -313,8 +313,8 @@ def test_a_table_of_another_version_is_a_warning_and_the_library(tmp_path, cards
     ("[2]", "TypeError: it holds no object"),
     ('{"version": 2, "plain": [], "tiles": []}', "KeyError: 'chains'"),
     ('{"version": 2, "plain": [{"rows": 1}], "tiles": [], "chains": []}', "KeyError: '.*'"),
-    ('{"version": 2, "plain": [], "chains": [], "tiles": [{"end": "qkv", "scheme": "bf16", "rows": 1, "out_features": 1, '
-     '"in_features": 1, "tile": {"rows": 16, "depth": 1}}]}', "TypeError: .*'depth'"),
+    ('{"version": 2, "plain": [], "chains": [], "tiles": [{"end": "qkv", "scheme": "bf16", "rows": 1, "out_features": '
+     '1, "in_features": 1, "tile": {"rows": 16, "depth": 1}}]}', "TypeError: .*'depth'"),
 ])
 def test_a_broken_table_is_a_warning_and_the_library(tmp_path, cards, text, why):
     (tmp_path / "a-card.json").write_text(text)

@@ -331,8 +331,10 @@ if FAKED:
 
         record = Record(tmp_path / "record.json", "tune-chain")
         with fake_cuda.gpu():
-            decoder = models.random_decoder(models.config_of("Llama-3.2-1B", layers=1), "cuda", torch.bfloat16, seed=None)
-            tuner = tune_chain.Tuner(record, Settings(facts={"read_gb_s": 3000.0}), decoder, models.scoring_over(decoder))
+            config = models.config_of("Llama-3.2-1B", layers=1)
+            decoder = models.random_decoder(config, "cuda", torch.bfloat16, seed=None)
+            settings = Settings(facts={"read_gb_s": 3000.0})
+            tuner = tune_chain.Tuner(record, settings, decoder, models.scoring_over(decoder))
             kinds = tune_chain.kinds(False)
             for kind in kinds:
                 record.part(kind.name, tuner.measure, kind)

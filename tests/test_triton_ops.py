@@ -566,7 +566,7 @@ def test_a_quantised_reward_head_is_refused(scheme):
     head = pack(quantize(torch.randn(1, 64, generator=generator(0)), scheme, 0))
     rows = torch.ones(2, 64)
     rewards = torch.full((2,), -9.0)
-    with pytest.raises(ValueError, match=f"^score: the head is stored as {scheme} and must be of floating point numbers"):
+    with pytest.raises(ValueError, match=f"^score: the head is stored as {scheme} and must be of floating point"):
         score.score(rows, None, torch.ones(64), 0.0, head, torch.empty(0), rewards)
     assert bool((rewards == -9.0).all())
     whole = Weight(torch.ones(1, 64, dtype=torch.int8), None, 1, 64)

@@ -321,7 +321,8 @@ def test_rows_of_deterministic_weights_do_not_depend_on_their_company():
     whole = stream_of(130, 1056, torch.bfloat16)
     skinny.plain(whole.scaled, weight, together := torch.full((130, 100), torch.nan))
     for first, rows in ((0, 1), (129, 1), (20, 17), (60, 64)):
-        skinny.plain(whole.scaled[first : first + rows].contiguous(), weight, alone := torch.full((rows, 100), torch.nan))
+        part = whole.scaled[first : first + rows].contiguous()
+        skinny.plain(part, weight, alone := torch.full((rows, 100), torch.nan))
         assert torch.equal(alone, together[first : first + rows])
 
 

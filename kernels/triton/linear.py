@@ -75,7 +75,9 @@ def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     alike = x.dtype == matrix.dtype and (bias is None or bias.dtype == x.dtype)
     widened = out.dtype == torch.float32 and x.element_size() == 2  # logits: rounded to 16 bits, they would have ties
     library = alike and (out.dtype == x.dtype or (widened and bias is None and WIDENS and x.is_cuda))
-    measured = tuned.plain(weight.scheme, x.shape[0], *matrix.shape, SCHEMES[out.dtype]) if library else None
+    measured = None
+    if library:
+        measured = tuned.plain(weight.scheme, x.shape[0], weight.out_features, weight.in_features, SCHEMES[out.dtype])
     if weight.deterministic or not library:
         linear_invariant(x, weight, out)
     elif measured is not None:

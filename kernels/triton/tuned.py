@@ -135,8 +135,8 @@ def read(path: Path) -> Table:
         problem = f"is a table of version {content.get('version')}, not {VERSION}"
     except (OSError, ValueError, LookupError, TypeError) as error:
         problem = f"cannot be read ({type(error).__name__}: {error})"
-    warnings.warn(f"{path} {problem}: products on this card go to the library until `make device` has written a new one",
-                  stacklevel=2)
+    warnings.warn(f"{path} {problem}: products on this card go to the library until `make device` has written a new "
+                  "one", stacklevel=2)
     return Table()
 
 
