@@ -268,7 +268,7 @@ def test_a_rerun_repeats_what_failed_or_is_missing(tmp_path):
     assert all(stage["status"] == "ok" for stage in second["stages"]) and len(second["runs"]) == 2
     assert list(by_name(second)) == [stage.name for stage in ALWAYS]
     figures = [one["name"] for one in by_name(second)["products"]["figures"]]
-    assert figures[0] == "of a stage that breaks" and len(figures) == 5  # its good part was kept, and not repeated
+    assert figures[0] == "of a stage that breaks" and len(figures) == 7  # its good part was kept, and not repeated
 
 
 def test_a_rerun_keeps_the_rest_of_a_table(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from stars import kernels
 from stars.bindings import libstars
 from stars.kernels.dispatch import references_only
-from stars.kernels.graph import Graphs
+from stars.kernels.graph import Graphs, Part
 from stars.kernels.quant import FP8, QuantWeight, check, dequantize, quantize
 
 SCHEMES = [("fp8", 0, False), ("int8", 0, False), ("int4", 32, False), ("int4", 128, False), ("int4", 32, True),
@@ -192,7 +192,7 @@ def test_a_recording_does_not_forget_what_libstars_has_no_operation_for():
     graphs = Graphs()
     for seed in range(3):
         x.copy_(numbers(2, 64, seed=seed))
-        assert graphs.run("a step", step, done) == 1
+        assert graphs.run([Part("a step", step)], done) == 1
         wanted = torch.nn.functional.linear(between, dequantize(EIGHT))
         assert torch.equal(out, wanted)
     with libstars.record() as program:
