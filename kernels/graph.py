@@ -15,7 +15,7 @@ MAX_PROGRAMS = 128
 """Programs of libstars kept; the least recently used one makes room."""
 
 LAUNCH_BYTES = 64 << 10
-"""Of a GPU's memory, at most, that the driver keeps for one captured launch: see benchmarks/NOTES.md."""
+"""Of a GPU's memory, at most, that the driver keeps for one captured launch; reckoned, see benchmarks/NOTES.md."""
 
 LATER_BYTES = 32 << 20
 """Of a GPU's memory for CUDA graphs that were not captured at start-up; the least recently used one makes room."""
@@ -41,7 +41,7 @@ class Graphs:
 
     A step is a list of parts. On a GPU each part is captured by itself and they are replayed back to back: what comes
     between two of them may change from step to step, and one capture serves every step it is a part of. The gap from
-    one graph to the next is one to two microseconds, of which a step of a large model has thousands.
+    one graph to the next is one to two microseconds, by reckoning, not measured; a step of a large model has thousands.
     """
 
     def __init__(self) -> None:

@@ -166,6 +166,9 @@ def test_a_table_is_what_was_measured_and_what_was_not(tmp_path):
     assert [(one["rows"], one["fused"]) for one in found["chains"]] == [(1, True), (4, True)]
     assert [one["scheme"] for one in found["tiles"]] == ["bf16", "fp8"] and found["file"] == "a.json"
     assert tables.whole({"read_gb_s": 1.0}, tmp_path) is None
+    wide = tables.part(2, "A", "a.json", plain=[plain | {"rows": 1, "out": "fp32"}])
+    assert [one["best"] for one in tables.whole({"tuned products": wide}, tmp_path)["plain"]] == [
+        "ours", "cublas", "ours"]  # an output of another type is another product
     (tmp_path / "a.json").write_text(json.dumps({"version": 1, "products": []}))
     assert len(tables.whole(facts, tmp_path)["plain"]) == 1 == len(tables.whole(facts, tmp_path / "none")["chains"])
     (tmp_path / "b.json").write_text(tables.text(found))
@@ -261,13 +264,16 @@ def test_a_measured_table_says_which_products_are_ours(tmp_path, cards):
     small, tall = tuned.Tile(16, 32, 256, 4, 4), tuned.Tile(128, 64, 64, 4, 4)
     entries = [best | {"rows": 16, "best": "ours", "tile": small._asdict()},
                best | {"rows": 1, "best": "cublas", "tile": small._asdict()},
-               best | {"rows": 144, "best": "ours", "tile": tall._asdict()}]
+               best | {"rows": 144, "best": "ours", "tile": tall._asdict()},
+               best | {"rows": 1, "best": "ours", "tile": tall._asdict(), "out": "fp32"}]
     content = {"version": tuned.VERSION, "plain": entries, "tiles": [], "chains": []}
     (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text(json.dumps(content))
     cards("NVIDIA H100 80GB HBM3")
     assert [tuned.plain("bf16", rows, 6144, 4096) for rows in (1, 2, 16, 17, 132, 144, 145)] == [
         None, small, small, tall, tall, tall, None]
-    assert tuned.plain("fp16", 16, 6144, 4096) == small  # the same bytes, the same instructions
+    assert tuned.plain("fp16", 16, 6144, 4096) is None  # not measured
+    assert tuned.plain("bf16", 16, 6144, 4096, "bf16") == small
+    assert [tuned.plain("bf16", rows, 6144, 4096, "fp32") for rows in (1, 16, 17, 144)] == [tall, None, None, None]
     assert tuned.plain("bf16", 16, 4096, 4096) is None and tuned.plain("fp32", 16, 6144, 4096) is None
     cards("another card")
     assert tuned.plain("bf16", 16, 6144, 4096) is None
@@ -300,6 +306,22 @@ def test_a_table_of_another_version_is_a_warning_and_the_library(tmp_path, cards
     with pytest.warns(UserWarning, match=r"a-card.json is a table of version None, not 2: .* has written a new one$"):
         assert tuned.plain("bf16", 1, 6144, 4096) is None
     assert not tuned.fused(tuned.ModelShape(4096, 6144, 14336, 128256), "bf16", 1)
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ('{"version": 2, "plain": [', "JSONDecodeError: Expecting value: .*"),
+    ("[2]", "TypeError: it holds no object"),
+    ('{"version": 2, "plain": [], "tiles": []}', "KeyError: 'chains'"),
+    ('{"version": 2, "plain": [{"rows": 1}], "tiles": [], "chains": []}', "KeyError: '.*'"),
+    ('{"version": 2, "plain": [], "chains": [], "tiles": [{"end": "qkv", "scheme": "bf16", "rows": 1, "out_features": '
+     '1, "in_features": 1, "tile": {"rows": 16, "depth": 1}}]}', "TypeError: .*'depth'"),
+])
+def test_a_broken_table_is_a_warning_and_the_library(tmp_path, cards, text, why):
+    (tmp_path / "a-card.json").write_text(text)
+    cards("A card")
+    with pytest.warns(UserWarning, match=rf"a-card.json cannot be read \({why}\): products .* has written a new one$"):
+        assert tuned.plain("bf16", 1, 6144, 4096) is None
+    assert tuned.tile("qkv", "bf16", 1, 6144, 4096) == tuned.default("qkv", "bf16", 1, 6144, 4096)
 
 
 def test_the_tables_that_are_shipped_are_of_this_version():

@@ -315,6 +315,69 @@ if FAKED:
         tried = {(pdl, scheme): seen.count((pdl, scheme)) for pdl, scheme in set(seen)}
         assert set(tried) == {(False, "none"), (True, "none"), (False, "fp8"), (False, "int8")}
         assert tried[False, "none"] > 60 < tried[True, "none"] + 20 and tried[False, "fp8"] >= 25, tried
+
+    @pytest.fixture
+    def numbers(monkeypatch):
+        """Whatever is read from the device is a small number, and true; replays take a tenth more or less."""
+        import chain
+
+        draw = random.Random(5)
+
+        def right(one: chain.Pass) -> torch.Tensor:
+            config, head = one.decoder.config, one.decoder.head
+            return torch.empty(one.shape.rows, config.hidden_size if head is None else head.out_features, device="cuda")
+
+        monkeypatch.setattr(chain.Pass, "reference", right)
+        monkeypatch.setattr(fake_cuda.Event, "elapsed_time", lambda self, other: draw.uniform(0.9, 1.1))
+        monkeypatch.setattr(torch, "equal", lambda one, other: one.shape == other.shape)
+        for name, value in (("__float__", 1e-3), ("__int__", 0), ("__bool__", True)):
+            monkeypatch.setattr(fake_cuda.FakeTensor, name, lambda self, value=value: value, raising=False)
+
+    def test_tiles_are_chosen_in_a_pass(numbers, tmp_path):
+        """The whole search of a card over one layer, in 16 bits: every part ends, and the table says what was found.
+        """
+        import models
+        import tune_chain
+        from record import Record, Settings
+
+        record = Record(tmp_path / "record.json", "tune-chain")
+        with fake_cuda.gpu():
+            config = models.config_of("Llama-3.2-1B", layers=1)
+            decoder = models.random_decoder(config, "cuda", torch.bfloat16, seed=None)
+            settings = Settings(facts={"read_gb_s": 3000.0})
+            tuner = tune_chain.Tuner(record, settings, decoder, models.scoring_over(decoder))
+            kinds = tune_chain.kinds(False)
+            for kind in kinds:
+                record.part(kind.name, tuner.measure, kind)
+        assert record.finish() and not record.content["notes"], record.content["notes"]
+        found = record.content["facts"]["tuned bf16"]
+        assert [(entry["rows"], entry["model"]["vocab"] > 0) for entry in found["chains"]] == [
+            (kind.shape.rows, not kind.scores) for kind in kinds]
+        table = tuned.parse({"plain": []} | found)
+        ends = {key[0]: [rows for rows, _ in entries] for key, entries in table.tiles.items()}
+        assert ends["normed"] == [1, 4, 16, 64, 128] and ends["qkv"] == ends["swiglu"] == [1, 4, 16, 32, 64, 128]
+        assert any(tile.pdl and tile.prefetch for entries in table.tiles.values() for _, tile in entries)
+
+    def test_quantised_weights_are_measured(numbers, monkeypatch, tmp_path):
+        """The whole stage of a scheme over one layer: tiles, accuracy, steps, tokens of a pair."""
+        import models
+        import quantised
+        from record import Record, Settings
+
+        for library in prefill_attention.BACKENDS:
+            monkeypatch.setitem(prefill_attention.BACKENDS, library, lambda *given: None)
+        monkeypatch.setattr(quantised, "config_of", lambda shape, head: models.config_of(shape, head, layers=1))
+        record = Record(tmp_path / "record.json", "quantised-8b")
+        settings = Settings(facts={"read_gb_s": 3000.0, "chain errors": {"16 rows": 0.01}})
+        with fake_cuda.gpu():
+            record.part("fp8", quantised.of_scheme, record, settings, "Llama-3.2-1B", "fp8")
+        assert record.finish() and not record.content["notes"], record.content["notes"]
+        table = tuned.parse({"plain": []} | record.content["facts"]["tuned fp8"])
+        assert {(key[0], key[1]): [rows for rows, _ in entries] for key, entries in table.tiles.items()
+                if key[0] in ("swiglu", "normed")} == {("swiglu", "fp8"): [1, 16, 128], ("normed", "fp8"): [1, 16]}
+        names = {check["name"] for check in record.content["checks"]}
+        assert {"8B, fp8: chain, scores of 128 rows, fused beside float32",
+                "8B fp8: logits beside dequantised weights in float32"} <= names
 else:
 
     @needs_triton

@@ -17,7 +17,8 @@ from stars.kernels import dispatch, philox
 from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.embedding import embedding_reference
-from stars.kernels.linear import Weight, linear_reference
+from stars.kernels.linear import Weight, linear_reference, pack
+from stars.kernels.quant import quantize
 from stars.kernels.rms_norm import rms_norm_reference
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.score import score_reference
@@ -180,7 +181,7 @@ def test_a_product_in_measured_tiles(monkeypatch, tile):
     monkeypatch.setattr(torch, "mm", None)  # cuBLAS is not asked
     weight = Weight(matrix, None, out_features, in_features)
     linear.linear(x, weight, out := torch.empty(rows, out_features, dtype=torch.bfloat16))
-    assert asked == [("bf16", rows, out_features, in_features)]
+    assert asked == [("bf16", rows, out_features, in_features, "bf16")]
     exact = x.double() @ matrix.double().T
     bound = (x.double().abs() @ matrix.double().abs().T + 4) * in_features * 2**-24
     bound += exact.abs() * torch.finfo(out.dtype).eps
@@ -557,6 +558,20 @@ def test_rewards_at_the_edges_are_what_they_are():
     score.score(residual, branch, weight, 0.0, Weight(matrix, None, 1, 1024), torch.empty(0), rewards)
     assert torch.equal(rewards.nan_to_num(-7.0), edges.nan_to_num(-7.0))
     assert torch.equal(rewards.isnan(), edges.isnan()) and torch.equal(rewards.isinf(), edges.isinf())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_quantised_reward_head_is_refused(scheme):
+    """Its numbers are as many as a head's, and without its scales they would be read as one."""
+    head = pack(quantize(torch.randn(1, 64, generator=generator(0)), scheme, 0))
+    rows = torch.ones(2, 64)
+    rewards = torch.full((2,), -9.0)
+    with pytest.raises(ValueError, match=f"^score: the head is stored as {scheme} and must be of floating point"):
+        score.score(rows, None, torch.ones(64), 0.0, head, torch.empty(0), rewards)
+    assert bool((rewards == -9.0).all())
+    whole = Weight(torch.ones(1, 64, dtype=torch.int8), None, 1, 64)
+    with pytest.raises(ValueError, match="^score: the head is stored as torch.int8 and must be"):
+        score.score(rows, None, torch.ones(64), 0.0, whole, torch.empty(0), rewards)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -319,11 +319,10 @@ def test_default_tiles_in_the_room_that_is_reserved_for_them(dtype):
 def test_rows_of_deterministic_weights_do_not_depend_on_their_company():
     weight = weight_of(100, 1056, torch.bfloat16, bias=True, deterministic=True)
     whole = stream_of(130, 1056, torch.bfloat16)
-    space = space_of(*tuned.room(130, [tuned.Product("normed", "bf16", 100, 1056, deterministic=True)]))
-    skinny.linear_normed(whole, weight, EPS, together := torch.full((130, 100), torch.nan), space)
+    skinny.plain(whole.scaled, weight, together := torch.full((130, 100), torch.nan))
     for first, rows in ((0, 1), (129, 1), (20, 17), (60, 64)):
-        part = Stream(*(one[first : first + rows].contiguous() for one in whole))
-        skinny.linear_normed(part, weight, EPS, alone := torch.full((rows, 100), torch.nan), space)
+        part = whole.scaled[first : first + rows].contiguous()
+        skinny.plain(part, weight, alone := torch.full((rows, 100), torch.nan))
         assert torch.equal(alone, together[first : first + rows])
 
 

@@ -152,7 +152,7 @@ def _on_cpu(module: str, function: str = "run") -> Callable[[], None]:
             importlib.import_module(name).run_apart = _inline
         for name in ("micro", "tune_products"):
             importlib.import_module(name).compile_first = lambda *given: None
-        torch.cuda.get_device_name, torch.mm = lambda: "none", lambda *given, out: out
+        torch.cuda.get_device_name, torch.mm = lambda: "none", lambda *given, out, **named: out
         with tempfile.TemporaryDirectory() as folder, rehearsal(), torch.no_grad():
             getattr(stage, function)(Record(Path(folder) / "record.json", module), OnCPU())
 

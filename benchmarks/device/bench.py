@@ -190,7 +190,7 @@ class Bench:
             params = stars.SamplingParams(temperature=0.8)
             specs = [LaneSpec(table, 5, slab, steps, 1, index + 1, 0, params, ())
                      for index, slab in enumerate(slabs)]
-            for _ in range(2):  # compiled at the first, captured at the second
+            for _ in range(2):  # what start-up did not compile or capture is, before it is timed
                 drafter.draft(specs)
             count = 1 if rehearsing() else repeats
             with timing(drafter, self.settings.device) as timed:  # on a GPU a run a step

@@ -78,7 +78,7 @@ def together(record: Record, bench: Bench, policies: Sequence[str] = ("plain", "
                 raise RuntimeError(errors[0])
             return time.perf_counter() - begin
 
-        for _ in range(1 if bench.settings.dry else 2):  # a shape is captured at its second run
+        for _ in range(1 if bench.settings.dry else 2):  # what start-up did not capture is, at its second run
             run(range(count))
             run(chosen[:1])
         at_once = Seconds.of([run(range(count)) for _ in range(1 if bench.settings.dry else 3)])

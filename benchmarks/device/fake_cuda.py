@@ -27,7 +27,7 @@ from stars.target import CPU
 
 CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.select.int", "aten.mm.out",
               "aten.mm.dtype_out", "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default",
-              "aten.alias.default"}
+              "aten.alias.default", "aten.view.dtype", "aten.detach.default"}
 """Operations of torch that a capture may meet: views, and products into given memory."""
 MAPPED = {("finish_kernel", "ended")}
 """Parameters of kernels that may be given pinned memory of the host."""
@@ -69,7 +69,7 @@ class Stream:
 class Graph:
     """Counts captures and replays."""
 
-    def capture_begin(self, pool, capture_error_mode) -> None:
+    def capture_begin(self, pool=None, capture_error_mode="global") -> None:
         global _capturing
         assert not _capturing
         _capturing = True

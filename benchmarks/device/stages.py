@@ -68,8 +68,3 @@ def groups(stages: list[Stage]) -> list[list[Stage]]:
         else:
             found.append([stage])
     return found
-
-
-def sum_of_limits(stages: list[Stage]) -> int:
-    """The most that `stages` take together."""
-    return sum(max(stage.seconds for stage in group) for group in groups(stages))

@@ -14,9 +14,9 @@ from importable import ROOT
 
 SHIPPED = ROOT / "kernels" / "triton" / "tuned"
 PREFIX = "tuned "
-IDENTITY = {"plain": ("scheme", "rows", "out_features", "in_features"),
+IDENTITY = {"plain": ("scheme", "out", "rows", "out_features", "in_features"),
             "tiles": ("end", "scheme", "rows", "out_features", "in_features"), "chains": ("model", "scheme", "rows")}
-"""What an entry is for: what was measured takes its place."""
+"""What an entry is for: what was measured takes its place. What an entry lacks is as it usually is."""
 
 
 def part(version: int, gpu: str, file: str, **entries: list[dict]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def text(table: dict[str, Any]) -> str:
 
 
 def _identity(entry: dict[str, Any], fields: tuple[str, ...]) -> str:
-    return json.dumps([entry[field] for field in fields], sort_keys=True)
+    return json.dumps([entry.get(field) for field in fields], sort_keys=True)
 
 
 def _shipped(path: Path, version: int) -> dict[str, Any]:

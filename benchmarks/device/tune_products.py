@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from compare import within
+from compare import one_order, within
 from launchers import launchers
 from record import Record, Settings, device_lost
 from rehearse import compile_first
@@ -26,15 +26,18 @@ class Product(NamedTuple):
     name: str
     out_features: int
     in_features: int
+    widened: bool = False  # the output is float32, as logits are
 
 
 REAL = (Product("gate_up", 28672, 4096), Product("down", 4096, 14336), Product("qkv", 6144, 4096),
-        Product("o", 4096, 4096), Product("head", 128256, 4096))
-TOY = (Product("gate_up", 96, 64), Product("o", 64, 64))
+        Product("o", 4096, 4096), Product("head", 128256, 4096, widened=True))
+TOY = (Product("gate_up", 96, 64), Product("o", 64, 64), Product("head", 100, 64, widened=True))
 ROWS = (1, 16, 128, 8, 32)
 """The most telling first. A scoring pass of four candidates of 32 tokens has 128 rows."""
 
 FACT = f"{PREFIX}products"
+
+SPREAD = 1 / 64  # standard deviation of weights
 
 SKINNY = (Tile(16, 32, 256, 4, 4), Tile(16, 16, 512, 4, 4), Tile(16, 32, 512, 4, 3), Tile(16, 64, 256, 4, 4),
           Tile(16, 64, 128, 4, 6), Tile(16, 128, 128, 8, 4), Tile(64, 32, 128, 4, 4), Tile(64, 64, 128, 4, 4))
@@ -71,7 +74,7 @@ def _of_rows(record: Record, settings: Settings, rows: int, products: tuple[Prod
     store = torch.empty((max(ROTATED_BYTES, 2 * largest) if not settings.dry else 4 * largest) // 2,
                         dtype=torch.bfloat16, device=settings.device)
     if not rehearsing():
-        store.normal_(0.0, 1 / 64)
+        store.normal_(0.0, SPREAD)
     for product in products:
         entry = _measure(record, settings, rows, product, store)
         table.append(entry)
@@ -80,20 +83,25 @@ def _of_rows(record: Record, settings: Settings, rows: int, products: tuple[Prod
 
 
 def _measure(record: Record, settings: Settings, rows: int, product: Product, store: torch.Tensor) -> dict:
-    name, out_features, in_features = product
+    name, out_features, in_features, widened = product
     size = out_features * in_features
     count = min(len(store) // size, max(2, sets(2 * size, settings.dry)))
     weights = [Weight(store[index * size : (index + 1) * size].view(out_features, in_features), None, out_features,
                       in_features) for index in range(count)]
     x = torch.randn(rows, in_features, device=settings.device).bfloat16()
-    out = torch.empty(rows, out_features, device=settings.device, dtype=torch.bfloat16)
+    out = torch.empty(rows, out_features, device=settings.device, dtype=torch.float32 if widened else x.dtype)
 
     def timed(one: Callable[[Weight], object]) -> Seconds:
         return seconds_a_call([lambda weight=weight: one(weight) for weight in weights], settings.device, repeats=5,
                               least=6)
 
-    def library(weight: Weight) -> None:
-        torch.mm(x, weight.values.t(), out=out)
+    def library(weight: Weight, out: torch.Tensor = out) -> None:
+        if not widened:
+            torch.mm(x, weight.values.t(), out=out)
+        elif settings.dry:  # torch widens on a GPU alone
+            torch.mm(x.float(), weight.values.t().float(), out=out)
+        else:
+            torch.mm(x, weight.values.t(), out_dtype=torch.float32, out=out)
 
     found: dict[str, Seconds | None] = {}
     for kind in ("cublas", "cublaslt"):
@@ -121,9 +129,10 @@ def _measure(record: Record, settings: Settings, rows: int, product: Product, st
     if best_tile is not None and not rehearsing():  # the fastest is worth nothing if it is wrong
         got, plain = torch.full_like(out, torch.nan), torch.empty_like(out)
         launchers(settings.dry).product(x, weights[0], got, best_tile)
-        torch.mm(x, weights[0].values.t(), out=plain)
+        library(weights[0], plain)
         within(record, f"product {name}, {rows} rows, {tuple(best_tile)}", got, plain,
-               x.float() @ weights[0].values.float().t())
+               x.float() @ weights[0].values.float().t(),
+               chain=one_order(in_features, SPREAD) if widened else 0.0)
     fastest = min((kind for kind in found if found[kind] is not None), key=lambda kind: found[kind])
     limit = None if settings.bandwidth is None else 2 * size / settings.bandwidth
     record.figure(f"product {name}, {rows} rows, {fastest}", 1e6 * found[fastest], "us",
@@ -131,6 +140,6 @@ def _measure(record: Record, settings: Settings, rows: int, product: Product, st
                   spread=[1e6 * one for one in found[fastest].spread],
                   **{kind: None if seconds is None else 1e6 * seconds for kind, seconds in found.items()})
     return {"name": name, "scheme": "bf16", "rows": rows, "out_features": out_features, "in_features": in_features,
-            "best": fastest, "tile": None if best_tile is None else best_tile._asdict(),
-            "us": {kind: None if seconds is None else round(1e6 * seconds, 2)
-                                      for kind, seconds in found.items()}}
+            **({"out": "fp32"} if widened else {}), "best": fastest,
+            "tile": None if best_tile is None else best_tile._asdict(),
+            "us": {kind: None if seconds is None else round(1e6 * seconds, 2) for kind, seconds in found.items()}}

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stars.kernels.linear import Weight
+from stars.kernels.linear import SCHEMES, Weight
 from stars.kernels.triton import skinny, tuned
 from stars.kernels.triton.tuned import Tile
 from stars.kernels.triton.variant import Variant
@@ -75,7 +75,9 @@ def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     alike = x.dtype == matrix.dtype and (bias is None or bias.dtype == x.dtype)
     widened = out.dtype == torch.float32 and x.element_size() == 2  # logits: rounded to 16 bits, they would have ties
     library = alike and (out.dtype == x.dtype or (widened and bias is None and WIDENS and x.is_cuda))
-    measured = tuned.plain(weight.scheme, x.shape[0], *matrix.shape) if library else None
+    measured = None
+    if library:
+        measured = tuned.plain(weight.scheme, x.shape[0], weight.out_features, weight.in_features, SCHEMES[out.dtype])
     if weight.deterministic or not library:
         linear_invariant(x, weight, out)
     elif measured is not None:

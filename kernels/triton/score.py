@@ -46,6 +46,9 @@ def score(residual: Tensor, branch: Tensor | None, norm_weight: Tensor, eps: flo
     """As `stars.kernels.score`; the residual is left as it is and `hidden` is not used."""
     lanes, width = residual.shape
     matrix, bias = head.values, head.bias
+    if head.quant is not None or not matrix.is_floating_point():
+        raise ValueError(f"score: the head is stored as {head.scheme if head.quant else matrix.dtype} and must be of "
+                         "floating point numbers: leave it out of quantisation")
     if width > MAX_HIDDEN or norm_weight.numel() != width or matrix.numel() != width:
         raise ValueError(f"score: rows of {width}, a norm of {norm_weight.numel()} and a head of {matrix.numel()} must "
                          f"be equal and at most {MAX_HIDDEN}")

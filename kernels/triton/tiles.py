@@ -35,7 +35,7 @@ SPLIT_MULTIPLE = 256
 """split_keys is a multiple of this, and so of every block of keys a kernel reads at a time."""
 
 LEAST_KEYS = 128
-"""Keys of a range: fewer spend more time on their partial result than on themselves."""
+"""Keys of a range: fewer spend more time on their partial result than on themselves, by reckoning, not measured."""
 
 KEYS_MULTIPLE = 128
 """Where ranges begin, a multiple of every block of keys."""
@@ -44,7 +44,7 @@ MAX_PROCESSORS = 160
 """Multiprocessors that contexts are divided among at most (an A100 has 108, an H100 or H200 132, a B200 148)."""
 
 WIDE_COST = 1.5
-"""Time of a key in a wide tile over that in a narrow one, which is bound by memory."""
+"""Time of a key in a wide tile over that in a narrow one, which is bound by memory; by reckoning, not measured."""
 
 FIELDS = 12
 """int32 numbers of an item: group (of a slab: sequence); first row; rows; first key; end of keys; number of the range

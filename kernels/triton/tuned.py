@@ -3,13 +3,14 @@
 One file a card, `tuned/<slug>.json`, which `benchmarks/device` writes:
 
     {"version": 2, "gpu": the card's name,
-     "plain":  [{"scheme", "rows", "out_features", "in_features", "best": "ours" or a library, "tile": {...}}, ...],
+     "plain":  [{"scheme", "rows", "out_features", "in_features", "best": "ours" or a library, "tile": {...},
+                 "out": "fp32" where the output is of that type and the weights are not}, ...],
      "tiles":  [{"end", "scheme", "rows", "out_features", "in_features", "tile": {...}}, ...],
      "chains": [{"model": {"hidden", "qkv", "intermediate", "vocab"}, "scheme", "rows", "fused": bool}, ...]}
 
 Everything was measured at some numbers of rows; a number between two goes by the larger. Figures beside these fields
-are for readers. Where there is no file, or one of another version, products are the library's, no pass of 16-bit
-weights is fused, and the tiles are those of `default`.
+are for readers. Where there is no file, one that cannot be read, or one of another version, products are the library's,
+no pass of 16-bit weights is fused, and the tiles are those of `default`.
 """
 
 from __future__ import annotations
@@ -82,13 +83,12 @@ class Product(NamedTuple):
     out_features: int
     in_features: int
     head_dim: int = 0  # of "qkv"
-    deterministic: bool = False
 
 
 class Table(NamedTuple):
     """What was measured: by what it was measured for, (rows, outcome) in order of rows."""
 
-    plain: Mapping[tuple[str, int, int], tuple[tuple[int, Tile | None], ...]] = {}  # no tile: a library is faster
+    plain: Mapping[tuple[str, str, int, int], tuple[tuple[int, Tile | None], ...]] = {}  # no tile: a library is faster
     tiles: Mapping[tuple[str, str, int, int], tuple[tuple[int, Tile], ...]] = {}
     chains: Mapping[tuple[ModelShape, str], tuple[tuple[int, bool], ...]] = {}
 
@@ -104,10 +104,10 @@ def slug(gpu: str) -> str:
 
 def parse(content: Mapping[str, Any]) -> Table:
     """The table of a file's content of this version."""
-    plain: dict[tuple[str, int, int], list[tuple[int, Tile | None]]] = {}
+    plain: dict[tuple[str, str, int, int], list[tuple[int, Tile | None]]] = {}
     for entry in content["plain"]:
         best = Tile(**entry["tile"]) if entry["best"] == "ours" else None
-        key = (entry["scheme"], entry["out_features"], entry["in_features"])
+        key = (entry["scheme"], entry.get("out", entry["scheme"]), entry["out_features"], entry["in_features"])
         plain.setdefault(key, []).append((entry["rows"], best))
     tiles: dict[tuple[str, str, int, int], list[tuple[int, Tile]]] = {}
     for entry in content["tiles"]:
@@ -121,15 +121,23 @@ def parse(content: Mapping[str, Any]) -> Table:
 
 
 def read(path: Path) -> Table:
-    """The table of a file; an empty one where there is none, and, with a warning, where it is of another version."""
+    """The table of a file; an empty one where there is none, and, with a warning, where it is broken or of another
+    version.
+    """
     if not path.exists():
         return Table()
-    content = json.loads(path.read_text(encoding="utf8"))
-    if content.get("version") != VERSION:
-        warnings.warn(f"{path} is a table of version {content.get('version')}, not {VERSION}: products on this card go "
-                      "to the library until `make device` has written a new one", stacklevel=2)
-        return Table()
-    return parse(content)
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+        if not isinstance(content, dict):
+            raise TypeError("it holds no object")
+        if content.get("version") == VERSION:
+            return parse(content)
+        problem = f"is a table of version {content.get('version')}, not {VERSION}"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+    warnings.warn(f"{path} {problem}: products on this card go to the library until `make device` has written a new "
+                  "one", stacklevel=2)
+    return Table()
 
 
 @contextmanager
@@ -142,14 +150,17 @@ def using(table: Table) -> Iterator[None]:
         _in_force.remove(table)
 
 
-def plain(scheme: str, rows: int, out_features: int, in_features: int) -> Tile | None:
-    """How our kernel is to form a product without a fused end; None leaves it to the library."""
-    return _outcome(_table().plain, (_measured_as(scheme), out_features, in_features), rows)
+def plain(scheme: str, rows: int, out_features: int, in_features: int, out: str = "") -> Tile | None:
+    """How our kernel is to form a product without a fused end; None leaves it to the library.
+
+    out: the type of the output, as schemes are called, where it is not the weights'.
+    """
+    return _outcome(_table().plain, (scheme, out or scheme, out_features, in_features), rows)
 
 
 def tile(end: str, scheme: str, rows: int, out_features: int, in_features: int) -> Tile:
     """How a product of a fused pass is formed: as the card's table says, else as `default` does."""
-    found = _outcome(_table().tiles, (end, _measured_as(scheme), out_features, in_features), rows)
+    found = _outcome(_table().tiles, (end, scheme, out_features, in_features), rows)
     return default(end, scheme, rows, out_features, in_features) if found is None else found
 
 
@@ -224,8 +235,7 @@ def room(rows: int, products: Iterable[Product]) -> tuple[int, int]:
     floats = tickets = 1
     for product in products:
         for count in range(1, rows + 1):
-            asked = FIXED_ROWS if product.deterministic else count
-            chosen = tile(product.end, product.scheme, asked, product.out_features, product.in_features)
+            chosen = tile(product.end, product.scheme, count, product.out_features, product.in_features)
             chosen = chosen if product.end != "qkv" else of_heads(chosen, product.head_dim)
             more = needed(product.end, chosen, count, product.out_features, product.head_dim)
             floats, tickets = max(floats, more[0]), max(tickets, more[1])
@@ -270,11 +280,6 @@ def _outcome(entries: Mapping[Any, tuple[tuple[int, Any], ...]], key: tuple[Any,
 
 def _in_order(entries: dict[Any, list[tuple[int, Any]]]) -> dict[Any, tuple[tuple[int, Any], ...]]:
     return {key: tuple(sorted(found, key=lambda entry: entry[0])) for key, found in entries.items()}
-
-
-def _measured_as(scheme: str) -> str:
-    """Two 16-bit types have the same bytes and the same instructions: one of them is measured."""
-    return "bf16" if scheme == "fp16" else scheme
 
 
 def _table() -> Table:
