@@ -17,7 +17,7 @@ from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import MAX_CLOSING, ModelSizes, padded_rows, pass_rows, table_width
+from stars.sizes import MAX_CLOSING, ModelSizes, later_bytes, padded_rows, pass_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
@@ -93,7 +93,7 @@ class Passes:
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs()
+        self._graphs = Graphs(later_bytes(decoder.config))
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
         self._prepared: Prepared | None = None  # the pass that trails a draft, until it is launched

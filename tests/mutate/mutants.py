@@ -529,7 +529,7 @@ MUTANTS = [
            "a step too many where a shape is seen first", "planted"),
     Mutant("kernels/graph.py", "                if not rare:\n", "                if True:\n",
            "shapes that are rare are captured", "graphs"),
-    Mutant("kernels/graph.py", "        while held + size > LATER_BYTES:\n", "        while False:\n",
+    Mutant("kernels/graph.py", "        while held + size > self.later_bytes:\n", "        while False:\n",
            "captures take any memory", "graphs"),
     # -- trace and command line ---------------------------------------------------------------------------------------
     Mutant("engine/trace/writer.py", "margin = attempt.reward - attempt.threshold", "margin = attempt.threshold - "
