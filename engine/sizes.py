@@ -16,7 +16,8 @@ from stars.model.fusing import split_bytes
 from stars.model.workspace import workspace_bytes
 
 LIBRARIES = 1 << 30
-"""Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, what torch's allocator rounds up."""
+"""Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, what torch's allocator rounds up. An
+estimate."""
 
 MAX_CLOSING = 32
 """Closing tokens that are reckoned with where a chat template says them: of a span which trails a draft at most."""

@@ -15,7 +15,7 @@ MAX_PROGRAMS = 128
 """Programs of libstars kept; the least recently used one makes room."""
 
 LAUNCH_BYTES = 64 << 10
-"""Of a GPU's memory, at most, that the driver keeps for one captured launch: see benchmarks/NOTES.md."""
+"""Of a GPU's memory, at most, that the driver keeps for one captured launch: an estimate, see benchmarks/NOTES.md."""
 
 LATER_BYTES = 32 << 20
 """Of a GPU's memory for CUDA graphs that were not captured at start-up, where their owner names no bound of its own."""
