@@ -25,6 +25,9 @@ GATHERED_ROWS = 128
 shared beginning once for every sequence."""
 
 KINDS: tuple[Kind, ...] = ("prefill", "score")
+BESIDE = 2
+"""Passes that were launched and whose rewards the host has not taken, at most: one that runs, and one behind it."""
+
 PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
 
 
@@ -84,10 +87,11 @@ class Passes:
             prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
             lanes=sequence, segment_start=start, closing=(torch.int32, (sequences, MAX_CLOSING)))
-        self._buffers = Buffers(target, True, **columns)
+        self._buffers = Buffers(target, True, 1, **columns)
         self._host = {name: self._buffers.host(name) for name in columns}
-        self._rewards = Buffers(target, rewards=(torch.float32, (sequences,)))
-        self._host_rewards = self._rewards.host("rewards")
+        # On the host, a block for what is taken at once, and one for each pass that is not.
+        self._rewards = Buffers(target, hosts=1 + BESIDE, rewards=(torch.float32, (sequences,)))
+        self._block = 0  # of the last pass whose rewards were not taken at once
         self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
@@ -165,17 +169,21 @@ class Passes:
         """Whether a pass waits to be launched: none does where another one came between."""
         return self._prepared is not None
 
-    def launch_prepared(self) -> None:
-        """Launches the pass that was prepared, without waiting for the draft; its results are taken with `rewards`,
-        before the next pass."""
+    def launch_prepared(self) -> int:
+        """Launches the pass that was prepared, without waiting for the draft or for the pass before.
+
+        Returns by what number `rewards` has its results, until BESIDE passes more were launched so."""
         assert self._prepared is not None
         prepared, self._prepared = self._prepared, None
-        self._launch(prepared)
+        self._block = self._block % BESIDE + 1
+        self._launch(prepared, self._block)
+        return self._block
 
-    def rewards(self, count: int) -> list[float]:
-        """Those of the last scoring pass, of `count` spans, once they are there."""
-        self._rewards.wait()
-        rewards: list[float] = self._host_rewards[:count].tolist()
+    def rewards(self, count: int, block: int = 0) -> list[float]:
+        """Of `count` spans, once they are there: of the pass that was given that number, or of the last that was run by
+        `score`."""
+        self._rewards.wait(block)
+        rewards: list[float] = self._rewards.host("rewards", block)[:count].tolist()
         return rewards
 
     def warm_up(self, draft: Draft | None = None) -> None:
@@ -238,10 +246,11 @@ class Passes:
             parts.insert(0, self._append(draft, rows, sequences))
         return Prepared(parts, not captured, scored)
 
-    def _launch(self, prepared: Prepared) -> None:
+    def _launch(self, prepared: Prepared, block: int = 0) -> None:
+        """block: of the host's, for the rewards."""
         self._graphs.run(prepared.parts, self._never_done, rare=prepared.rare)
         if prepared.scored:
-            self._rewards.fetch()
+            self._rewards.fetch(block)
 
     def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
                  scored: bool) -> Part:
