@@ -187,9 +187,12 @@ class Passes:
         return rewards
 
     def warm_up(self, draft: Draft | None = None) -> None:
-        """Runs and captures every shape of a pass on a GPU, on rows that are all idle, and runs the longest.
+        """Runs and captures the shapes of passes on a GPU, on rows that are all idle, as far as they are captured.
 
-        Of a reward model, whose passes trail `draft`, scoring passes too.
+        Of a reward model, whose passes trail `draft`, scoring passes too. Passes of more rows run the kernels of the
+        longest, which runs here: their numbers of rows are multiples of STEP, which no kernel is compiled for one by
+        one, and tables of products end far below them. A library's attention and redrafts, which have kernels of their
+        own, run once.
         """
         assert self._tiling is not None
         self.cache.warm_up()
@@ -206,6 +209,32 @@ class Passes:
                         forward.call()
                 if kind == "score" and draft is not None and rows <= self._captured[kind]:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
+        self._run_library()
+        if draft is None and self._tiling.deterministic:
+            self._run_idle(self.target.rows(1, "score"), "score")
+
+    def _run_library(self) -> None:
+        """Runs the shortest prefill pass that a library may serve, and where layers have windows, one beyond those.
+
+        Its first call of a kind loads kernels, or compiles them for seconds. It reads the first page over and over.
+        """
+        rows, held = self._captured["prefill"] + 1, self.cache.num_pages * self.cache.page_size
+        if self.prefill_backend == "triton" or rows > self.max_rows:
+            return
+        for start in sorted({window or 0 for window in (None, *self.decoder.config.sliding_window)}):
+            if start + rows <= held:
+                pages = [0] * -(-(start + rows) // self.cache.page_size)
+                self._run_idle(self.target.rows(rows, "prefill"), "prefill", prefill_attention.build(
+                    self.prefill_backend, [pages], [start], [rows], self.cache.page_size, self.cache.device))
+
+    def _run_idle(self, rows: int, kind: Kind, prefill: Prefill | None = None) -> None:
+        """Runs a pass of idle rows, without a reward, in every width of attention's tiles unless those are a library's.
+        """
+        assert self._tiling is not None
+        sequences = self._sequences(rows)
+        self._fill_idle(rows, sequences)
+        for tiles in self._tiling.shapes(rows, kind)[: None if prefill is None else 1]:
+            self._forward(rows, sequences, tiles, prefill, kind == "score", False).call()
 
     def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
         """Splits into passes of up to `max_rows` rows, or one longer span; a later chunk of a table comes in a later
