@@ -17,7 +17,7 @@ from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import MAX_CLOSING, ModelSizes, later_bytes, padded_rows, pass_rows, table_width
+from stars.sizes import MAX_CLOSING, ModelSizes, later_bytes, padded_rows, pass_rows, score_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
@@ -77,6 +77,7 @@ class Passes:
         self.max_rows = pass_rows(config, sizes)
         self.chunk = config.chunk
         self.max_sequences = sizes.max_sequences
+        self._longest = sizes.max_positions  # tokens of a text
         rows, sequences = padded_rows(config, sizes), target.rows(self.max_sequences, "draft")
         decoder.reserve(rows)
         decoder.reserve_positions(sizes.max_positions)
@@ -98,9 +99,10 @@ class Passes:
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
         self._graphs = Graphs(later_bytes(decoder.config))
+        self._most: dict[Kind, int] = {"prefill": self.max_rows, "score": score_rows(config, sizes)}  # rows
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
-        self._prepared: Prepared | None = None  # the pass that trails a draft, until it is launched
+        self._prepared: Prepared | None = None  # a pass whose buffers are filled, until it is launched or another comes
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """For each (table, token_ids, stop): writes keys and values of token_ids[table.length:stop] into the pages.
@@ -196,8 +198,9 @@ class Passes:
         """
         assert self._tiling is not None
         self.cache.warm_up()
+        self._warm_up_library()
         for kind in KINDS if draft is not None else KINDS[:1]:
-            longest = self.target.rows(self.max_rows, kind)
+            longest = self.target.rows(self._most[kind], kind)
             for rows in dict.fromkeys((longest, *self.target.shapes(kind, longest))):
                 sequences = self._sequences(rows)
                 self._fill_idle(rows, sequences)
@@ -209,23 +212,8 @@ class Passes:
                         forward.call()
                 if kind == "score" and draft is not None and rows <= self._captured[kind]:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
-        self._run_library()
         if draft is None and self._tiling.deterministic:
             self._run_idle(self.target.rows(1, "score"), "score")
-
-    def _run_library(self) -> None:
-        """Runs the shortest prefill pass that a library may serve, and where layers have windows, one beyond those.
-
-        Its first call of a kind loads kernels, or compiles them for seconds. It reads the first page over and over.
-        """
-        rows, held = self._captured["prefill"] + 1, self.cache.num_pages * self.cache.page_size
-        if self.prefill_backend == "triton" or rows > self.max_rows:
-            return
-        for start in sorted({window or 0 for window in (None, *self.decoder.config.sliding_window)}):
-            if start + rows <= held:
-                pages = [0] * -(-(start + rows) // self.cache.page_size)
-                self._run_idle(self.target.rows(rows, "prefill"), "prefill", prefill_attention.build(
-                    self.prefill_backend, [pages], [start], [rows], self.cache.page_size, self.cache.device))
 
     def _run_idle(self, rows: int, kind: Kind, prefill: Prefill | None = None) -> None:
         """Runs a pass of idle rows, without a reward, in every width of attention's tiles unless those are a library's.
@@ -235,6 +223,17 @@ class Passes:
         self._fill_idle(rows, sequences)
         for tiles in self._tiling.shapes(rows, kind)[: None if prefill is None else 1]:
             self._forward(rows, sequences, tiles, prefill, kind == "score", False).call()
+
+    def _warm_up_library(self) -> None:
+        """Runs a chunk of a prompt through the library, if one is chosen, and where layers have windows, one beyond
+        those: its first call of a kind loads kernels, or compiles them for seconds. It reads one page over and over."""
+        most = min(self.cache.num_pages * self.cache.page_size, self._longest)
+        for start in sorted({window or 0 for window in (None, *self.decoder.config.sliding_window)}):
+            rows = min(self.chunk, most - start)
+            if self.prefill_backend != "triton" and rows > self._captured["prefill"]:
+                pages = [0] * -(-(start + rows) // self.cache.page_size)
+                self._run_idle(self.target.rows(rows, "prefill"), "prefill", prefill_attention.build(
+                    self.prefill_backend, [pages], [start], [rows], self.cache.page_size, self.cache.device))
 
     def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
         """Splits into passes of up to `max_rows` rows, or one longer span; a later chunk of a table comes in a later

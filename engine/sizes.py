@@ -70,6 +70,11 @@ def pass_rows(config: EngineConfig, sizes: ModelSizes) -> int:
     return max(config.chunk, sizes.slab_len)
 
 
+def score_rows(config: EngineConfig, sizes: ModelSizes) -> int:
+    """Rows of a scoring pass at most, idle ones apart: no sequence has more than a slab."""
+    return min(pass_rows(config, sizes), sizes.max_sequences * sizes.slab_len)
+
+
 def padded_rows(config: EngineConfig, sizes: ModelSizes) -> int:
     """The same, idle ones included."""
     return max(config.target.rows(pass_rows(config, sizes), kind) for kind in ("prefill", "score"))
@@ -83,7 +88,7 @@ def table_width(config: EngineConfig, sizes: ModelSizes) -> int:
 def captured_passes(config: EngineConfig, sizes: ModelSizes) -> int:
     """Passes of one model that are captured at start-up: two widths of attention's tiles for each number of rows."""
     most: dict[Kind, int] = {"prefill": pass_rows(config, sizes)}
-    most |= {"draft": sizes.max_lanes} if sizes.max_lanes else {"score": pass_rows(config, sizes)}
+    most |= {"draft": sizes.max_lanes} if sizes.max_lanes else {"score": score_rows(config, sizes)}
     return 2 * sum(len(config.target.shapes(kind, rows)) for kind, rows in most.items())
 
 

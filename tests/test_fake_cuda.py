@@ -73,6 +73,8 @@ if FAKED:
                                   deterministic=deterministic, cache_tokens=8192, max_num_seqs=8, max_num_lanes=16,
                                   max_segment_size=32)
             assert seen == [True, True] * deterministic and engine._passes.prefill_backend == backend
+            # A library that compiles does so at start-up: a call for each layer of both models.
+            assert len(gathered) == (backend == "sdpa") * (6 + 3)
             for top_k, presence in ((0, 0.0), (40, 0.2), (0, 0.0), (40, 0.2)):
                 decode(engine, top_k, presence)
             engine.generate(LONG, stars.SamplingParams(max_tokens=4), use_tqdm=False)
@@ -153,13 +155,13 @@ if FAKED:
             engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype=dtype, prefill_backend=backend,
                                   deterministic=deterministic, cache_tokens=8192, max_num_seqs=8, max_num_lanes=600,
                                   max_segment_size=32)
-            # A library served one pass of the fewest rows that are not captured: six layers, and the reward's three.
-            assert calls == [(CUDA.captured_prefill + 1,) * 2 + (None,)] * 9 * (backend == "sdpa"), calls
+            # A library served one prompt of each model, as long as its context: six layers, and the reward's three.
+            assert calls == [(1024, 1024, None)] * 9 * (backend == "sdpa"), calls
             seen = fake_cuda.events.copy()
             passed = set()
             for passes, kinds in ((engine._passes, ("prefill",)), (engine.reward._passes, ("prefill", "score"))):
                 for kind in kinds:
-                    for rows in range(CUDA.captured(kind) + 128, passes.max_rows + 1, 128):
+                    for rows in range(CUDA.captured(kind) + 128, passes._most[kind] + 1, 128):
                         for tiles in passes._tiling.shapes(rows, kind):
                             run_idle(passes, rows, kind, tiles, kind == "score")
                             passed.add((kind, rows))
@@ -190,12 +192,12 @@ if FAKED:
             return made
 
         monkeypatch.setattr("stars.engine.load_model", windowed)
-        for cache_tokens, starts in ((8192, (0, 100)), (320, (0,))):
+        for cache_tokens, wanted in ((8192, {(1024, 1024), (924, 1024)}), (320, {(320, 320)})):
             calls.clear()
             with fake_cuda.gpu():
                 stars.Engine(MODELS / "lm", device="cuda", dtype="bfloat16", prefill_backend="sdpa",
                              cache_tokens=cache_tokens, max_num_seqs=8, max_num_lanes=16, max_segment_size=32)
-            assert set(calls) == {(257, 257 + start, window) for start in starts for window in (None, 100)}
+            assert set(calls) == {(*sizes, window) for sizes in wanted for window in (None, 100)}
 
     def arrival(draw: random.Random, index: int) -> tuple:
         """A request: prompts of 2 to 600 tokens, several policies, filters and penalties."""

@@ -286,7 +286,7 @@ def test_a_status_of_memory_is_a_memory_error(monkeypatch):
     with pytest.raises(MemoryError, match="out of memory"):
         libstars.Program()
     program = libstars.Program.__new__(libstars.Program)
-    program._handle = None
+    program._handle, program._whole = None, True
     with pytest.raises(MemoryError, match="out of memory"):
         program.run(1, torch.zeros(1, dtype=torch.int32))
 

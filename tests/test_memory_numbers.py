@@ -75,8 +75,9 @@ def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
     assert said["the language model's weights"] == 1000 and said["the reward model's weights"] == 10
     drafter = engine._round.drafter
     lanes = len(drafter._buffers["done"])
-    shapes = {"draft": sum(rows <= lanes for rows in ROWS["draft"]) + max(0, lanes - 256) // 128, "score": 10,
-              "prefill": 5}
+    scored = 16 if sizes == "one lane" else 512  # rows of the longest scoring pass that is captured
+    shapes = {"draft": sum(rows <= lanes for rows in ROWS["draft"]) + max(0, lanes - 256) // 128,
+              "score": sum(rows <= scored for rows in ROWS["score"]), "prefill": 5}
     passes = {shape: 2 * sum(shapes[kind] for kind in kinds) for shape, kinds in (
         (engine.model_config, ("draft", "prefill")), (reward.decoder.config, ("score", "prefill")))}
     # Of captures that come later, two passes of either model and two steps of a draft.

@@ -16,6 +16,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.kernels.graph import LAUNCH_BYTES
+from stars.kernels.triton import tuned
 from stars.passes import Passes
 from stars.reward import CausalReward
 from stars.sizes import (
@@ -120,6 +121,18 @@ def test_the_targets():
     assert CUDA.shapes("score", 258) == [384, 256, 192, 128, 96, 64, 48, 32, 16]
     for target in (CPU, CUDA):
         assert target.dtype in (None, *target.dtypes) and target.captured_prefill <= target.chunk
+
+
+def test_tables_of_products_end_below_what_is_launched_one_by_one():
+    """Products of longer passes are one library's or one tile's, so that none of them is compiled in a round."""
+    paths = list(tuned.FOLDER.glob("*.json"))
+    for path in paths:
+        table = tuned.read(path)
+        measured = [rows for part in table for entries in part.values() for rows, _ in entries]
+        assert measured and max(measured) < min(CUDA.captured_prefill, CUDA.captured_score)
+    assert paths and tuned.MAX_FUSED_ROWS < CUDA.captured_prefill
+    for scheme in ("fp8", "int8", "int4-32", "int4-128"):
+        assert len({tuned.default("plain", scheme, rows, 4096, 4096, 227) for rows in range(128, 2049, 128)}) == 1
 
 
 def test_no_room_asks_which_device_it_is_on():

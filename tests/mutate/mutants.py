@@ -480,6 +480,10 @@ MUTANTS = [
     Mutant("engine/sizes.py", "return 2 * config.max_segment_size + 32",
            "return config.max_segment_size + 32",
            "a segment that re-encodes to twice its tokens does not fit its slab", "sizes"),
+    Mutant("engine/sizes.py", "sizes.max_sequences * sizes.slab_len)", "sizes.max_sequences)",
+           "scores of more than one row a candidate are not captured", "captured_shapes"),
+    Mutant("engine/passes.py", "self._graphs.warm_up(self._append(", "(self._append(",
+           "what hands a draft on to its scores is not captured", "captured_shapes"),
     Mutant("engine/sizes.py", "return math.ceil(sizes.max_positions / config.page_size)",
            "return sizes.max_positions // config.page_size", "the longest text's last page has no entry", "sizes"),
     Mutant("engine/sizes.py", "return max(config.chunk, sizes.slab_len)", "return config.chunk",
@@ -536,6 +540,8 @@ MUTANTS = [
            "shapes that are rare are captured", "graphs"),
     Mutant("kernels/graph.py", "        while held + size > self.later_bytes:\n", "        while False:\n",
            "captures take any memory", "graphs"),
+    Mutant("kernels/graph.py", "if torch.cuda.is_current_stream_capturing():", "if False:",
+           "a stream is left capturing", "graphs"),
     # -- trace and command line ---------------------------------------------------------------------------------------
     Mutant("engine/trace/writer.py", "margin = attempt.reward - attempt.threshold", "margin = attempt.threshold - "
            "attempt.reward", "margins change their sign", "trace"),
