@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,9 @@ LEAST_CACHE_TOKENS = 1 << 11
 MAX_SIZE = (1 << 31) - 1  # positions, slots and lanes are int32
 DTYPE_NAMES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 """Other names of dtypes, vLLM's among them."""
+NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED")
+"""What RuntimeErrors of torch, of CUDA and of its libraries say where memory is lacking. Other faults are about memory,
+too: of an illegal access, or of a block's shared memory."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,16 @@ class EngineConfig:
 
 @contextmanager
 def allocation(config: EngineConfig) -> Iterator[None]:
-    """Around whatever allocates a cache: ModelError, which says what to lower, where the memory for it is not there."""
+    """Around whatever allocates by these settings, caches, buffers and graphs: ModelError, which says what to lower,
+    where the memory for it is not there."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):  # torch's CPU allocator raises RuntimeError
-            raise ModelError(f"there is no memory for a KV cache of cache_tokens={config.cache_tokens}, max_num_lanes="
-                             f"{config.max_num_lanes} and max_segment_size={config.max_segment_size}: lower them"
+        # torch's CPU allocator raises RuntimeError.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY.search(str(error)):
+            share = ", or gpu_memory_utilization where cache_tokens is left out" if config.target.own_memory else ""
+            raise ModelError(f"there is no memory for an engine of cache_tokens={config.cache_tokens}, max_num_lanes="
+                             f"{config.max_num_lanes} and max_segment_size={config.max_segment_size}: lower them{share}"
                              ) from error
         raise
 

@@ -26,7 +26,7 @@ from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
 from stars.model.decoder import Decoder
 from stars.pacing import Pacing
 from stars.sampling import SamplingParams
-from stars.sizes import history_entries, language_model, table_width
+from stars.sizes import history_entries, language_model, later_bytes, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
@@ -95,7 +95,7 @@ class Drafter:
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs()
+        self._graphs = Graphs(later_bytes(decoder.config))
         self._launches = 1 + max(decoder.launches(count) for count in (1, rows))  # with the head
         self._pacing = Pacing(rows) if target.own_memory else None
         self._under_way: tuple[Callable[[], int], int] | None = None  # a step, and how many are to be launched yet

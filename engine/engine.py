@@ -110,21 +110,20 @@ class Engine:
         sizes = language_model(config)
         with allocation(config):
             self._cache = PagedCache(self.model_config, config, sizes, decoder.dtype)
-        with decoder.lock:  # another engine may be at work with it
-            self._passes = Passes(decoder, self._cache, config, sizes)
-            drafter = Drafter(decoder, self._cache, config)
-        if self.reward is not None:
-            self._claim(self.reward)
-            with allocation(config):
-                self.reward.bind(tokenizer, self.model_config.vocab_size, config)
-        chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
-        if config.target.captured_at_start:
-            with decoder.lock:
-                drafter.warm_up()
-                self._passes.warm_up()
-                chooser.measure()
+            with decoder.lock:  # another engine may be at work with it
+                self._passes = Passes(decoder, self._cache, config, sizes)
+                drafter = Drafter(decoder, self._cache, config)
             if self.reward is not None:
-                self.reward.warm_up(drafter.device_draft)
+                self._claim(self.reward)
+                self.reward.bind(tokenizer, self.model_config.vocab_size, config)
+            chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
+            if config.target.captured_at_start:
+                with decoder.lock:
+                    drafter.warm_up()
+                    self._passes.warm_up()
+                    chooser.measure()
+                if self.reward is not None:
+                    self.reward.warm_up(drafter.device_draft)
         self._round = Round(drafter, self._cache, self._passes, self.reward, chooser, config)
         self._scheduler = Scheduler(self._cache, self.reward, self._passes, self._round, config)
         self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])

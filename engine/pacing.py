@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 QUEUED = 2e-3
-"""Seconds of work, at least, that the device still has when the host is woken to launch more: twice what the host takes
-to prepare the scores of a draft or to be scheduled again (by reckoning, not measured), and what a draft that ends early
-wastes at most, where a step takes less. The first steps are launched before that preparation."""
+"""Seconds of work, at least, that the device still has when the host is woken to launch more: by estimate twice what
+the host takes to prepare the scores of a draft or to be scheduled again, and what a draft that ends early wastes at
+most, where a step takes less. The first steps are launched before that preparation."""
 
 FIRST_AHEAD = 8
-"""Steps ahead before a step was measured: by reckoning, enough for a model of some hundred million parameters."""
+"""Steps ahead before a step was measured: by estimate enough for a model of some hundred million parameters."""
 
 
 def mapped(count: int) -> tuple[Tensor, np.ndarray]:

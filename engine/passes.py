@@ -17,7 +17,7 @@ from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
 from stars.prefill import choose_prefill
-from stars.sizes import MAX_CLOSING, ModelSizes, padded_rows, pass_rows, score_rows, table_width
+from stars.sizes import MAX_CLOSING, ModelSizes, later_bytes, padded_rows, pass_rows, score_rows, table_width
 from stars.tiling import Tiling, shape
 
 GATHERED_ROWS = 128
@@ -25,6 +25,9 @@ GATHERED_ROWS = 128
 shared beginning once for every sequence."""
 
 KINDS: tuple[Kind, ...] = ("prefill", "score")
+BESIDE = 2
+"""Passes that were launched and whose rewards the host has not taken, at most: one that runs, and one behind it."""
+
 PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
 
 
@@ -85,16 +88,17 @@ class Passes:
             prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
             lanes=sequence, segment_start=start, closing=(torch.int32, (sequences, MAX_CLOSING)))
-        self._buffers = Buffers(target, True, **columns)
+        self._buffers = Buffers(target, True, 1, **columns)
         self._host = {name: self._buffers.host(name) for name in columns}
-        self._rewards = Buffers(target, rewards=(torch.float32, (sequences,)))
-        self._host_rewards = self._rewards.host("rewards")
+        # On the host, a block for what is taken at once, and one for each pass that is not.
+        self._rewards = Buffers(target, hosts=1 + BESIDE, rewards=(torch.float32, (sequences,)))
+        self._block = 0  # of the last pass whose rewards were not taken at once
         self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs()
+        self._graphs = Graphs(later_bytes(decoder.config))
         self._most: dict[Kind, int] = {"prefill": self.max_rows, "score": score_rows(config, sizes)}  # rows
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
@@ -167,23 +171,30 @@ class Passes:
         """Whether a pass waits to be launched: none does where another one came between."""
         return self._prepared is not None
 
-    def launch_prepared(self) -> None:
-        """Launches the pass that was prepared, without waiting for the draft; its results are taken with `rewards`,
-        before the next pass."""
+    def launch_prepared(self) -> int:
+        """Launches the pass that was prepared, without waiting for the draft or for the pass before.
+
+        Returns by what number `rewards` has its results, until BESIDE passes more were launched so."""
         assert self._prepared is not None
         prepared, self._prepared = self._prepared, None
-        self._launch(prepared)
+        self._block = self._block % BESIDE + 1
+        self._launch(prepared, self._block)
+        return self._block
 
-    def rewards(self, count: int) -> list[float]:
-        """Those of the last scoring pass, of `count` spans, once they are there."""
-        self._rewards.wait()
-        rewards: list[float] = self._host_rewards[:count].tolist()
+    def rewards(self, count: int, block: int = 0) -> list[float]:
+        """Of `count` spans, once they are there: of the pass that was given that number, or of the last that was run by
+        `score`."""
+        self._rewards.wait(block)
+        rewards: list[float] = self._rewards.host("rewards", block)[:count].tolist()
         return rewards
 
     def warm_up(self, draft: Draft | None = None) -> None:
-        """Runs and captures every shape of a pass on a GPU, on rows that are all idle, and runs the longest.
+        """Runs and captures the shapes of passes on a GPU, on rows that are all idle, as far as they are captured.
 
-        Of a reward model, whose passes trail `draft`, scoring passes too.
+        Of a reward model, whose passes trail `draft`, scoring passes too. Passes of more rows run the kernels of the
+        longest, which runs here: their numbers of rows are multiples of STEP, which no kernel is compiled for one by
+        one, and tables of products end far below them. A library's attention and redrafts, which have kernels of their
+        own, run once.
         """
         assert self._tiling is not None
         self.cache.warm_up()
@@ -201,14 +212,28 @@ class Passes:
                         forward.call()
                 if kind == "score" and draft is not None and rows <= self._captured[kind]:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
+        if draft is None and self._tiling.deterministic:
+            self._run_idle(self.target.rows(1, "score"), "score")
+
+    def _run_idle(self, rows: int, kind: Kind, prefill: Prefill | None = None) -> None:
+        """Runs a pass of idle rows, without a reward, in every width of attention's tiles unless those are a library's.
+        """
+        assert self._tiling is not None
+        sequences = self._sequences(rows)
+        self._fill_idle(rows, sequences)
+        for tiles in self._tiling.shapes(rows, kind)[: None if prefill is None else 1]:
+            self._forward(rows, sequences, tiles, prefill, kind == "score", False).call()
 
     def _warm_up_library(self) -> None:
-        """Runs a prompt of a whole chunk through the library, if one is chosen: some compile when they are called."""
-        tokens = min(self.chunk, self.cache.num_pages * self.cache.page_size, self._longest)
-        if self.prefill_backend != "triton" and tokens > self._captured["prefill"]:
-            table = self.cache.open([0] * tokens)
-            self.prefill([(table, [0] * tokens, tokens)])
-            self.cache.close(table)
+        """Runs a chunk of a prompt through the library, if one is chosen, and where layers have windows, one beyond
+        those: its first call of a kind loads kernels, or compiles them for seconds. It reads one page over and over."""
+        most = min(self.cache.num_pages * self.cache.page_size, self._longest)
+        for start in sorted({window or 0 for window in (None, *self.decoder.config.sliding_window)}):
+            rows = min(self.chunk, most - start)
+            if self.prefill_backend != "triton" and rows > self._captured["prefill"]:
+                pages = [0] * -(-(start + rows) // self.cache.page_size)
+                self._run_idle(self.target.rows(rows, "prefill"), "prefill", prefill_attention.build(
+                    self.prefill_backend, [pages], [start], [rows], self.cache.page_size, self.cache.device))
 
     def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
         """Splits into passes of up to `max_rows` rows, or one longer span; a later chunk of a table comes in a later
@@ -249,10 +274,11 @@ class Passes:
             parts.insert(0, self._append(draft, rows, sequences))
         return Prepared(parts, not captured, scored)
 
-    def _launch(self, prepared: Prepared) -> None:
+    def _launch(self, prepared: Prepared, block: int = 0) -> None:
+        """block: of the host's, for the rewards."""
         self._graphs.run(prepared.parts, self._never_done, rare=prepared.rare)
         if prepared.scored:
-            self._rewards.fetch()
+            self._rewards.fetch(block)
 
     def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
                  scored: bool) -> Part:

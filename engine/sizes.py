@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from stars.config import EngineConfig
-from stars.kernels.graph import LATER_BYTES, LAUNCH_BYTES
+from stars.kernels.graph import LAUNCH_BYTES
 from stars.kernels.linear import SCHEMES
 from stars.kernels.triton.tiles import Kind, max_workspace
 from stars.model.config import ModelConfig
@@ -16,11 +16,16 @@ from stars.model.fusing import split_bytes
 from stars.model.workspace import workspace_bytes
 
 LIBRARIES = 1 << 30
-"""Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, what torch's allocator rounds up. By
-reckoning, not measured."""
+"""Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, what torch's allocator rounds up. An
+estimate."""
 
 MAX_CLOSING = 32
 """Closing tokens that are reckoned with where a chat template says them: of a span which trails a draft at most."""
+
+
+LATER_PASSES = 2
+"""Passes, or steps, of a model whose graphs may be kept besides those of start-up, by its passes and by its drafts.
+Few: all that an engine's rounds run is captured at the start, or too long to be captured at all."""
 
 
 class ModelSizes(NamedTuple):
@@ -88,10 +93,19 @@ def captured_passes(config: EngineConfig, sizes: ModelSizes) -> int:
 
 
 def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes) -> int:
-    """Of a GPU's memory for what is captured of a model of this shape, at most: ten launches a layer and ten besides,
-    among which are those of draws, at start-up; and what its passes and its drafts may capture later."""
-    later = LATER_BYTES * (2 if sizes.max_lanes else 1)
-    return captured_passes(config, sizes) * 10 * (shape.num_layers + 1) * LAUNCH_BYTES + later
+    """Of a GPU's memory for what is captured of a model of this shape, at most: at start-up, and what its passes and
+    its drafts may capture later."""
+    return captured_passes(config, sizes) * _pass_bytes(shape) + later_bytes(shape) * (2 if sizes.max_lanes else 1)
+
+
+def later_bytes(shape: ModelConfig) -> int:
+    """Of a GPU's memory for graphs that the passes, or the drafts, of a model of this shape capture after start-up."""
+    return LATER_PASSES * _pass_bytes(shape)
+
+
+def _pass_bytes(shape: ModelConfig) -> int:
+    """Of one captured pass, at most: ten launches a layer and ten besides, among which are those of a draw."""
+    return 10 * (shape.num_layers + 1) * LAUNCH_BYTES
 
 
 def history_entries(config: EngineConfig, vocab_size: int) -> int:

@@ -68,16 +68,17 @@ class Target(NamedTuple):
 # products need more rows to be bound by it.
 #
 # Batched tokens: what a round may run of prompts while others decode. On a GPU a row costs two models of P parameters
-# 4 P floating point operations, and a step of a draft reads 2 P bytes: by reckoning, not measured, at 600 TFLOP/s and
-# 3 TB/s, 2,048 rows take two thirds of the time of drafting a segment of 32 tokens, whatever P is. So no round is twice
-# as long for them. On the CPU the bound is the user's to set: who joins later than it could decodes in rounds of fewer
-# lanes, which cost as much as those of many.
+# 4 P floating point operations, and a step of a draft reads 2 P bytes: at 600 TFLOP/s, which is an estimate, and at
+# 3 TB/s, 2,048 rows take two thirds of the time of drafting a segment of 32 tokens, whatever P is. By that reckoning,
+# which no card has confirmed, no round is twice as long for them. On the CPU the bound is the user's to set: who joins
+# later than it could decodes in rounds of fewer lanes, which cost as much as those of many.
 #
-# Captured prefill: prompts of a few hundred tokens, whose passes would otherwise take the host longer to launch than
-# the GPU to run. Longer ones are launched one by one, and may use a library.
+# Captured prefill: prompts of a few hundred tokens, whose passes would otherwise, by estimate, take the host longer to
+# launch than the GPU to run. Longer ones are launched one by one, and may use a library.
 #
 # Captured scores: four times the ridge. Passes of so many rows are bound by arithmetic, so that more candidates cost
-# the same in two of them; longer ones, of one long candidate or behind a draft of many, outlast their launches.
+# the same in two of them; longer ones, of one long candidate or behind a draft of many, outlast their launches:
+# all of that by estimate.
 #
 # Ridge rows: from which on a pass over the weights is bound by arithmetic rather than by reading them.
 #

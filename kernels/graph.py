@@ -15,10 +15,10 @@ MAX_PROGRAMS = 128
 """Programs of libstars kept; the least recently used one makes room."""
 
 LAUNCH_BYTES = 64 << 10
-"""Of a GPU's memory, at most, that the driver keeps for one captured launch; reckoned, see benchmarks/NOTES.md."""
+"""Of a GPU's memory, at most, that the driver keeps for one captured launch: an estimate, see benchmarks/NOTES.md."""
 
 LATER_BYTES = 32 << 20
-"""Of a GPU's memory for CUDA graphs that were not captured at start-up; the least recently used one makes room."""
+"""Of a GPU's memory for CUDA graphs that were not captured at start-up, where their owner names no bound of its own."""
 
 
 class Part(NamedTuple):
@@ -41,10 +41,13 @@ class Graphs:
 
     A step is a list of parts. On a GPU each part is captured by itself and they are replayed back to back: what comes
     between two of them may change from step to step, and one capture serves every step it is a part of. The gap from
-    one graph to the next is one to two microseconds, by reckoning, not measured; a step of a large model has thousands.
+    one graph to the next is one to two microseconds by estimate, of which a step of a large model has thousands.
+
+    later_bytes: of a GPU's memory for graphs that were not captured at start-up; the least recently used makes room.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, later_bytes: int = LATER_BYTES) -> None:
+        self.later_bytes = later_bytes
         self._programs: OrderedDict[Hashable, Any] = OrderedDict()  # by the keys of all parts of a step
         self._at_start: dict[Hashable, torch.cuda.CUDAGraph] = {}  # by the key of a part; these stay
         self._later: OrderedDict[Hashable, Captured] = OrderedDict()
@@ -114,7 +117,7 @@ class Graphs:
         if graph is None:
             # The first run compiles kernels and lets libraries allocate, which a capture does not permit.
             size = part.launches * LAUNCH_BYTES
-            if key not in self._seen or size > LATER_BYTES:
+            if key not in self._seen or size > self.later_bytes:
                 part.call()
                 if not rare:
                     self._seen.add(key)  # not before: what was interrupted while it compiled must not be captured next
@@ -127,9 +130,9 @@ class Graphs:
     def _make_room(self, size: int) -> None:
         """Gives up the least recently used of the later graphs, until there is memory for another."""
         held = sum([captured.bytes for captured in self._later.values()])
-        if held + size > LATER_BYTES:
+        if held + size > self.later_bytes:
             torch.cuda.synchronize()  # they may be running
-        while held + size > LATER_BYTES:
+        while held + size > self.later_bytes:
             held -= self._later.popitem(last=False)[1].bytes
 
     def _capture(self, call: Callable[[], None]) -> torch.cuda.CUDAGraph:

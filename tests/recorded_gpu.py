@@ -106,31 +106,32 @@ class SplitBuffers:
 
     streams: Streams
 
-    def __init__(self, target, /, zeroed=True, **fields):
-        self._there, self._here = (buffers.Buffers(CPU, **fields) for _ in range(2))
+    def __init__(self, target, /, zeroed=True, hosts=1, **fields):
+        self._there, *self._here = (buffers.Buffers(CPU, **fields) for _ in range(1 + hosts))
         if not zeroed:
-            self._there._here.fill_(0x77)
-        self._busy, self._place = False, None
+            self._there._there.fill_(0x77)
+        self._busy, self._place = [False] * hosts, [None] * hosts
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._there[name]
 
-    def host(self, name: str) -> np.ndarray:
-        assert not self._busy, f"the host touches {name} before its transfer has ended"
-        return self._here.host(name)
+    def host(self, name: str, block: int = 0) -> np.ndarray:
+        assert not self._busy[block], f"the host touches {name} before its transfer has ended"
+        return self._here[block].host(name)
 
-    def wait(self) -> None:
-        if self._place is not None:
-            self._place[0].wait(self._place[1])
-        self._busy = False
+    def wait(self, block: int = 0) -> None:
+        if self._place[block] is not None:
+            stream, place = self._place[block]
+            stream.wait(place)
+        self._busy[block] = False
 
     def upload(self, size: int | None = None) -> None:
-        self._busy = True
-        self._place = self.streams.give(lambda: self._there._here[:size].copy_(self._here._here[:size]))
+        self._busy[0] = True
+        self._place[0] = self.streams.give(lambda: self._there._there[:size].copy_(self._here[0]._there[:size]))
 
-    def fetch(self) -> None:
-        self._busy = True
-        self._place = self.streams.give(lambda: self._here._here.copy_(self._there._here))
+    def fetch(self, block: int = 0) -> None:
+        self._busy[block] = True
+        self._place[block] = self.streams.give(lambda: self._here[block]._there.copy_(self._there._there))
 
 
 class RecordedGpu:

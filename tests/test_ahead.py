@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+import recorded_gpu
 import stars
 from building import PADDED, work_as
 from stars.bindings import libstars
 from stars.judge import Judge
-from stars.reward.scoring import AheadScores
+from stars.reward.scoring import AheadScores, ScoringReward, TrailingScores
 from test_scheduler import counts, text
 from toy import ToyModel, ids, toy_engine
 
@@ -23,6 +24,7 @@ PARAMS = stars.SamplingParams(max_tokens=40, seed=3, ignore_eos=True)
 PROMPT = {"prompt_token_ids": ids(9, 11)}
 SOFT, HARD, ALL = (stars.STARS(8, 8, 0.5, 0.4, 1.5, 8), stars.STARS(8, 8, 1.0, 0.0, 2.5, 8),
                    stars.BlockwiseBestOfK(8, 8))
+BEST = stars.BlockwiseBestOfK(6, 8)
 
 
 class Passes:
@@ -87,6 +89,57 @@ def test_while_a_pass_takes_longer_than_to_prepare_one(monkeypatch):
     seen.launched = 0
     generate(made, [ALL])
     assert seen.launched == 5 * 3 and seen.dropped == 0
+
+
+@pytest.mark.parametrize("policy, early", [(ALL, True), (HARD, False)])
+def test_what_is_wanted_anyway_is_launched_before_the_host_reads(monkeypatch, policy, early):
+    """Of a rule that reads rewards in order, a pass waits for its word; of another, it lies behind the one that runs,
+    and no more than that one."""
+    made, order = built(monkeypatch), []
+    for owner, name in ((TrailingScores, "launch"), (TrailingScores, "results"), (AheadScores, "launch"),
+                        (AheadScores, "results")):
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, whole=whole, name=name: (order.append(name), whole(*given))[1])
+    generate(made, [policy])
+    under_way = [order[: index + 1].count("launch") - order[: index + 1].count("results")
+                 for index in range(len(order))]
+    assert under_way[-1] == 0 and set(under_way) == ({0, 1, 2} if early else {0, 1})
+    if early:  # four passes a segment, of two candidates each
+        assert order == ["launch", "launch", "results", "launch", "results", "launch", "results", "results"] * 5
+
+
+def test_rewards_of_two_passes_are_read_apart(monkeypatch):
+    """On a device with memory of its own, that does at any time as much as it likes of what it was given."""
+    with monkeypatch.context() as patched:
+        wanted = generate(built(patched, look=False), [ALL, BEST], 2)
+    gpu = recorded_gpu.install(monkeypatch)
+    work_as(monkeypatch, recorded_gpu.TARGET._replace(ridge_rows=16))
+    seen = Passes(monkeypatch)
+    made = recorded_gpu.build(gpu, LM.decoder(), stars.CausalReward(RM.decoder()), **SIZES)
+    for _ in range(3):  # what was launched one by one is then captured, and replayed
+        got = generate(made, [ALL, BEST], 2)
+        assert [text(one) for one in got] == [text(one) for one in wanted]
+        assert [counts(one) for one in got] == [counts(one) for one in wanted]
+    assert seen.launched > 3 * 5 * 2 and seen.dropped == 0 and gpu.replays > 100
+
+
+@pytest.mark.parametrize("faulty", [2, 5])
+def test_a_pass_that_was_launched_in_vain_gives_back_what_it_took(monkeypatch, faulty):
+    """A candidate of the pass before, whose reward is NaN, ends the request; another request goes on."""
+    made, whole, calls = built(monkeypatch), ScoringReward.ahead_results, []
+    seen = Passes(monkeypatch)
+
+    def results(*given):
+        calls.append(1)
+        found = whole(*given)
+        return [one._replace(reward=float("nan")) for one in found] if len(calls) == faulty else found
+
+    monkeypatch.setattr(ScoringReward, "ahead_results", results)
+    [ended] = generate(made, [ALL])
+    assert "NaN" in ended.outputs[0].error and seen.dropped == (faulty % 3 != 0) == 1
+    with monkeypatch.context() as patched:
+        wanted = generate(built(patched, look=False), [ALL])
+    assert [text(one) for one in generate(made, [ALL])] == [text(one) for one in wanted]
 
 
 def test_a_cpu_prepares_nothing(monkeypatch):

@@ -186,8 +186,8 @@ def test_too_little_memory():
     with pytest.raises(ModelError) as caught:
         fit.fit_memory(config, {"the language model": weights}, 0, 5 << 30, 80 << 30)
     assert str(caught.value) == (
-        "the GPU has 5.0 GiB free and lacks 2.2 GiB (6.0 GiB for the language model's weights, 65 MiB for the language "
-        "model's cache, 102 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
+        "the GPU has 5.0 GiB free and lacks 2.1 GiB (6.0 GiB for the language model's weights, 65 MiB for the language "
+        "model's cache, 45 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
         "max_segment_size, or use smaller models")
     with pytest.raises(ModelError, match=r"^the GPU has 9\.0 GiB free, 1\.0 GiB of it within gpu_memory_utilization="
                                          r"0\.9, and lacks .*: raise gpu_memory_utilization, or lower max_num_lanes"):
@@ -251,6 +251,48 @@ def test_an_engine_of_what_memory_leaves(monkeypatch):
     engine.check_integrity()
     with pytest.raises(stars.RequestError, match=r"the limit is 2512 \(gpu_memory_utilization\)"):
         engine.generate({"prompt_token_ids": [3]}, stars.SamplingParams(max_tokens=2512), use_tqdm=False)
+
+
+@needs_libstars
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+], ids=["torch", "triton", "cublas"])
+@pytest.mark.parametrize("place", ["engine.PagedCache", "engine.Passes", "engine.Drafter", "reward.causal.PagedCache",
+                                   "reward.causal.Passes", "draft.Drafter.warm_up", "passes.Passes.warm_up",
+                                   "width.WidthChooser.measure", "reward.causal.CausalReward.warm_up"])
+def test_what_the_formulas_missed_is_said_in_one_sentence(monkeypatch, place, error):
+    """Wherever memory gives out while an engine is built."""
+    recorded_gpu.install(monkeypatch)
+    work_as(monkeypatch, recorded_gpu.TARGET._replace(captured_at_start=True))
+    for nothing in ("draft.Drafter.warm_up", "passes.Passes.warm_up", "width.WidthChooser.measure"):
+        monkeypatch.setattr(f"stars.{nothing}", lambda *given: None)
+    monkeypatch.setattr(f"stars.{place}", raising(error))
+    with pytest.raises(ModelError) as raised:
+        stars.Engine(LM.decoder(), CausalReward(RM.decoder()), cache_tokens=512, **GIVEN)
+    assert str(raised.value) == (
+        "there is no memory for an engine of cache_tokens=512, max_num_lanes=9 and max_segment_size=7: lower them, or "
+        "gpu_memory_utilization where cache_tokens is left out")
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error, refused", [
+    (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    (RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448"), False),
+])
+def test_a_fault_that_only_names_memory_stays_what_it_is(monkeypatch, error, refused):
+    monkeypatch.setattr("stars.engine.Drafter", raising(error))
+    with pytest.raises(ModelError if refused else RuntimeError) as raised:
+        stars.Engine(LM.decoder(), cache_tokens=512, **GIVEN)
+    said = "there is no memory for an engine of cache_tokens=512, max_num_lanes=9 and max_segment_size=7: lower them"
+    assert str(raised.value) == (said if refused else str(error))
+
+
+def raising(error: Exception):
+    def fail(*given):
+        raise error
+    return fail
 
 
 def test_what_an_encoder_takes_is_left_free(tmp_path):

@@ -124,10 +124,9 @@ def test_a_shape_seen_once_and_rare_shapes_are_not_captured(card):
     assert (card.ran, card.captured) == (5, 1)
 
 
-def test_the_least_recently_used_shape_makes_room(card, monkeypatch):
+def test_the_least_recently_used_shape_makes_room(card):
     """Bounded by the bytes that the driver keeps of captured launches; one that is too large is never captured."""
-    monkeypatch.setattr(graphs, "LATER_BYTES", 5 * graphs.LAUNCH_BYTES)
-    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+    run, done = graphs.Graphs(5 * graphs.LAUNCH_BYTES), torch.zeros(1, dtype=torch.int32)
     launches = {"a": 2, "b": 3, "c": 1, "large": 6}
     for key in ("a", "b", "a", "c", "large", "a", "b", "c"):
         run.run([Part(key, card.step, launches[key])], done, 2)
@@ -136,9 +135,8 @@ def test_the_least_recently_used_shape_makes_room(card, monkeypatch):
     assert card.ran == 16
 
 
-def test_what_was_captured_at_start_up_stays(card, monkeypatch):
-    monkeypatch.setattr(graphs, "LATER_BYTES", graphs.LAUNCH_BYTES)
-    run, done = graphs.Graphs(), torch.zeros(1, dtype=torch.int32)
+def test_what_was_captured_at_start_up_stays(card):
+    run, done = graphs.Graphs(graphs.LAUNCH_BYTES), torch.zeros(1, dtype=torch.int32)
     for key in ("a", "b"):
         run.warm_up(Part(key, card.step, 100))
     assert (card.ran, card.captured, card.replays) == (4, 2, 2)  # each ran plainly, and was replayed

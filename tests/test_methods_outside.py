@@ -225,7 +225,7 @@ def test_a_population_equals_the_slow_oracle(causal, trailing, lanes, ignore_eos
     if trailing:
         work_as(monkeypatch, PADDED)
         passes, score = [], Passes.launch_prepared
-        monkeypatch.setattr(Passes, "launch_prepared", lambda *given: (passes.append(1), score(*given)))
+        monkeypatch.setattr(Passes, "launch_prepared", lambda *given: (passes.append(1), score(*given))[1])
     engine = breeding_engine(causal, max_num_lanes=lanes * 6, max_num_seqs=12, page_size=16 if trailing else 4)
     params = stars.SamplingParams(max_tokens=17, n=2, seed=7 + lanes, ignore_eos=ignore_eos)
     prompts = [ids(9, 11, seed=1), ids(4, 11, seed=2)]

@@ -12,12 +12,18 @@ import pytest
 
 import stars
 from building import PADDED, config_of, work_as
+from stars.cache import PagedCache
 from stars.config import EngineConfig
+from stars.draft import Drafter
+from stars.kernels.graph import LAUNCH_BYTES
+from stars.kernels.triton import tuned
+from stars.passes import Passes
 from stars.reward import CausalReward
 from stars.sizes import (
     ModelSizes,
     history_entries,
     language_model,
+    later_bytes,
     padded_rows,
     pass_rows,
     reward_model,
@@ -46,6 +52,25 @@ def test_the_formulas_by_hand():
     assert (slab_length(config, False, 0), slab_length(config, False, 5)) == (114, 119)
     on_gpu = dataclasses.replace(config, target=CUDA)  # where a segment's first row is its first token
     assert (slab_length(on_gpu, False, 0), slab_length(on_gpu, False, 5)) == (113, 118)
+
+
+@pytest.mark.parametrize("layers", [1, 32, 80])
+def test_later_graphs_have_room_for_passes_of_any_model(layers):
+    """Unfused ones, by the launches that a decoder and those who run it say: two passes, and two steps of a draft."""
+    model = ToyModel(layers=layers, positions=300)
+    decoder, config = model.decoder(), config_of(**(GIVEN | dict(cache_tokens=1008)))
+    drafter, passes = drafted_and_passed(decoder, config)
+    forward = drafter._forward(1, None).launches + drafter._sample(1, True, True).launches
+    longest = passes._forward(256, 5, None, None, False, False).launches + 1
+    for graphs, launches in ((drafter._graphs, forward), (passes._graphs, longest)):
+        assert graphs.later_bytes == later_bytes(model.config) == 20 * (layers + 1) << 16
+        assert 2 * launches * LAUNCH_BYTES <= graphs.later_bytes
+
+
+def drafted_and_passed(decoder, config) -> tuple[Drafter, Passes]:
+    sizes = language_model(config)
+    cache = PagedCache(decoder.config, config, sizes, decoder.dtype)
+    return Drafter(decoder, cache, config), Passes(decoder, cache, config, sizes)
 
 
 def test_pages_of_a_budget_that_is_no_multiple():
@@ -96,6 +121,18 @@ def test_the_targets():
     assert CUDA.shapes("score", 258) == [384, 256, 192, 128, 96, 64, 48, 32, 16]
     for target in (CPU, CUDA):
         assert target.dtype in (None, *target.dtypes) and target.captured_prefill <= target.chunk
+
+
+def test_tables_of_products_end_below_what_is_launched_one_by_one():
+    """Products of longer passes are one library's or one tile's, so that none of them is compiled in a round."""
+    paths = list(tuned.FOLDER.glob("*.json"))
+    for path in paths:
+        table = tuned.read(path)
+        measured = [rows for part in table for entries in part.values() for rows, _ in entries]
+        assert measured and max(measured) < min(CUDA.captured_prefill, CUDA.captured_score)
+    assert paths and tuned.MAX_FUSED_ROWS < CUDA.captured_prefill
+    for scheme in ("fp8", "int8", "int4-32", "int4-128"):
+        assert len({tuned.default("plain", scheme, rows, 4096, 4096, 227) for rows in range(128, 2049, 128)}) == 1
 
 
 def test_no_room_asks_which_device_it_is_on():

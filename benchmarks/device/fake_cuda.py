@@ -130,35 +130,34 @@ def launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
 class FakeBuffers(buffers.Buffers):
     """Real memory on the host, fake memory on the device, and a note of who may touch the host's."""
 
-    def __init__(self, target, /, zeroed=True, **fields):
-        self._sent, self._busy, self._fetched = Event(), False, False
+    def __init__(self, target, /, zeroed=True, hosts=1, **fields):
+        self._sent, self._busy, self._fetched = Event(), [False] * hosts, [False] * hosts
         with unset_fake_temporarily():
-            self._host = buffers.Buffers(CPU, **fields)._host
+            self._host = buffers.Buffers(CPU, hosts=hosts, **fields)._host
         self._device = {name: torch.empty(shape, dtype=dtype, device=target.device)
                         for name, (dtype, shape) in fields.items()}
 
-    def host(self, name: str) -> np.ndarray:
-        if self._busy:
+    def host(self, name: str, block: int = 0) -> np.ndarray:
+        if self._busy[block]:
             faults.append(f"the host touches {name} before its transfer has ended")
-        return self._host[name]
+        return self._host[block][name]
 
-    def wait(self) -> None:
+    def wait(self, block: int = 0) -> None:
         self._sent.synchronize()
-        self._busy = False
-        if self._fetched:
-            self._fetched = False
-            self._make_up()
+        self._busy[block] = False
+        if self._fetched[block]:
+            self._fetched[block] = False
+            self._make_up(self._host[block])
 
     def upload(self, size: int | None = None) -> None:
         events["upload"] += 1
-        self._busy = True
+        self._busy[0] = True
 
-    def fetch(self) -> None:
+    def fetch(self, block: int = 0) -> None:
         events["fetch"] += 1
-        self._busy = self._fetched = True
+        self._busy[block] = self._fetched[block] = True
 
-    def _make_up(self) -> None:
-        host = self._host
+    def _make_up(self, host: dict[str, np.ndarray]) -> None:
         if "out_tokens" in host:
             host["steps"][:], host["done"][:] = host["max_tokens"], 1
             host["out_tokens"][:] = draw.integers(20, 200, host["out_tokens"].shape)

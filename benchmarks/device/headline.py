@@ -70,7 +70,7 @@ class Headline:
     def unfused(self) -> None:
         """The same step where no pass is fused, which is what cards without a table run."""
         bench, drafter = self.bench, self.bench.engine._round.drafter
-        kept, drafter._graphs = drafter._graphs, Graphs()
+        kept, drafter._graphs = drafter._graphs, Graphs(drafter._graphs.later_bytes)
         try:
             with tuned.using(tuned._table()._replace(chains={})):
                 for lanes in (1, 4) if self.settings.dry else (1, 16):

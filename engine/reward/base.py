@@ -69,13 +69,14 @@ class Ahead(Protocol):
     """The scoring of candidates that the host knows, prepared."""
 
     def launch(self) -> None:
-        """Starts it, once, when the results of what was started before were taken."""
+        """Starts it, once, behind what was started before, whose results may still be to be taken: of one lot at most.
+        """
 
     def results(self) -> list[Scored]:
         """The scores, once they are there: what `score` would have returned."""
 
     def drop(self) -> None:
-        """It will not be launched: gives back what it took."""
+        """Its results will not be taken: gives back what it took. It may have been launched."""
 
 
 class Held(NamedTuple):
@@ -196,7 +197,8 @@ class Reward(ABC):
         """Prepares `score`, while scores that were launched before are still being computed.
 
         Asked where the device works beside the host, of one lot at a time: it is launched or dropped before anything
-        else is asked but the results that are under way. None, and nothing done, where there is nothing to prepare.
+        else is asked but the results that are under way, and the next comes after those. None, and nothing done, where
+        there is nothing to prepare.
         """
         return None
 

@@ -99,9 +99,9 @@ class ScoringReward(SessionReward):
         self._passes.prepare_trailing(draft, list(map(self._span, plans, slabs)))
         return TrailingScores(self, plans, slabs)
 
-    def launch_trailing(self) -> None:
-        """Starts the pass that was prepared to trail a draft."""
-        self._passes.launch_prepared()
+    def launch_trailing(self) -> int:
+        """Starts the pass that was prepared to trail a draft; returns the number of its rewards."""
+        return self._passes.launch_prepared()
 
     def score_ahead(self, candidates: list[Candidate]) -> AheadScores | None:
         """One pass, of candidates that all fit a slab and of which none is scored in pages of its own."""
@@ -127,21 +127,21 @@ class ScoringReward(SessionReward):
         self._passes.prepare(ahead.spans)
         return ahead
 
-    def launch_ahead(self, spans: Sequence[Span]) -> None:
-        """Starts the pass that was prepared, whatever was run in between."""
+    def launch_ahead(self, spans: Sequence[Span]) -> int:
+        """Starts the pass that was prepared, whatever was run in between; returns the number of its rewards."""
         if not self._passes.prepared:
             self._passes.prepare(spans)
-        self._passes.launch_prepared()
+        return self._passes.launch_prepared()
 
-    def ahead_results(self, plans: Sequence[Plan], slabs: Sequence[int]) -> list[Scored]:
-        """Waits for the pass."""
+    def ahead_results(self, plans: Sequence[Plan], slabs: Sequence[int], block: int) -> list[Scored]:
+        """Waits for the pass whose rewards have this number."""
         return [self._scored(plan, slab, reward)
-                for plan, slab, reward in zip(plans, slabs, self._passes.rewards(len(plans)), strict=True)]
+                for plan, slab, reward in zip(plans, slabs, self._passes.rewards(len(plans), block), strict=True)]
 
-    def trailing_results(self, plans: Sequence[Plan], slabs: Sequence[int],
-                         token_ids: Sequence[list[int]]) -> list[Scored]:
+    def trailing_results(self, plans: Sequence[Plan], slabs: Sequence[int], token_ids: Sequence[list[int]],
+                         block: int) -> list[Scored]:
         """Waits for a pass that trailed a draft, by which the responses became `token_ids`."""
-        rewards = self._passes.rewards(len(plans))
+        rewards = self._passes.rewards(len(plans), block)
         drawn: list[Plan] = []
         unread: list[int] = []
         for plan, response in zip(plans, token_ids, strict=True):
@@ -317,14 +317,15 @@ class TrailingScores:
 
     def __init__(self, scoring: ScoringReward, plans: Sequence[Plan], slabs: Sequence[int]):
         self._scoring, self._plans, self._slabs = scoring, plans, slabs
+        self._block = 0  # the number of its rewards, once it was launched
 
     def launch(self) -> None:
         """Starts the pass, behind the draft."""
-        self._scoring.launch_trailing()
+        self._block = self._scoring.launch_trailing()
 
     def results(self, token_ids: Sequence[list[int]]) -> list[Scored]:
         """Waits for the pass; the same results as `ScoringReward.score` gives."""
-        return self._scoring.trailing_results(self._plans, self._slabs, token_ids)
+        return self._scoring.trailing_results(self._plans, self._slabs, token_ids, self._block)
 
 
 class AheadScores:
@@ -332,18 +333,19 @@ class AheadScores:
 
     def __init__(self, scoring: ScoringReward, plans: Sequence[Plan], slabs: Sequence[int]):
         self._scoring, self._plans, self._slabs = scoring, plans, slabs
+        self._block = 0  # the number of its rewards, once it was launched
         self.spans = list(map(scoring._span, plans, slabs))
 
     def launch(self) -> None:
         """Starts the pass."""
-        self._scoring.launch_ahead(self.spans)
+        self._block = self._scoring.launch_ahead(self.spans)
 
     def results(self) -> list[Scored]:
         """Waits for the pass; the same results as `ScoringReward.score` gives."""
-        return self._scoring.ahead_results(self._plans, self._slabs)
+        return self._scoring.ahead_results(self._plans, self._slabs, self._block)
 
     def drop(self) -> None:
-        """Frees the slabs."""
+        """Frees the slabs: should the pass run, then before whatever is put there next."""
         for slab in self._slabs:
             self._scoring.cache.return_slab(slab)
 

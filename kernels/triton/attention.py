@@ -65,9 +65,10 @@ class Settings(NamedTuple):
     max_registers: int | None = None  # of a thread; None leaves it to the assembler
 
 
-def settings(head_dim: int, dtype: torch.dtype, width: int, capability: int = 90) -> Settings:
-    """For tiles of at most `width` query vectors. The limits: 255 registers a thread, and shared memory of 163 KB on
-    sm_80, 227 KB on sm_90 and sm_100; keys and values of a block take block_keys * columns * 2 numbers.
+def settings(head_dim: int, dtype: torch.dtype, width: int, lanes: int, capability: int = 90) -> Settings:
+    """For tiles of at most `width` query vectors, slabs of `lanes` an item. The limits: 255 registers a thread, and
+    shared memory of 163 KB on sm_80, 227 KB on sm_90 and sm_100; keys and values of a block take block_keys * columns *
+    2 numbers.
 
     float32 is computed without tensor cores (they would round to 10 bits), from operands in registers: blocks are small
     and nothing is prefetched, since this type is for tests and comparisons. The assembler is to use all registers of
@@ -82,7 +83,8 @@ def settings(head_dim: int, dtype: torch.dtype, width: int, capability: int = 90
     # The sums take width * columns / (32 * num_warps) registers a thread, at most 64. sm_100 needs them in passing from
     # tensor memory, and masked columns (80, 96) then take the last ones.
     num_warps = 8 if width * columns >= (64 if capability >= 100 else 128) * 128 else 4
-    by_warps = columns <= 128  # else the sums of a warp, [16, columns], leave no registers
+    # Else the sums of a warp, [16, columns], leave no registers; nor do they on sm_100 beside what one sequence needs.
+    by_warps = columns <= 128 and (lanes > 1 or capability < 100)
     # Of the widest, blocks of 64 take all shared memory and the last registers; sm_80 holds a block in registers.
     small = columns > 128 or capability < 90 and width * columns > 64 * 128
     # On sm_100 the assembler, told so, spilled one number of wide tiles; left to itself it takes 185 and none.
@@ -568,7 +570,7 @@ def attention(
     kv_heads = kv.k_pages.shape[1]
     _check(q, kv, out)
     tiles = batch.tiles or build(batch, heads, kv_heads, head_dim, kv.page_size, q.dtype == torch.float32)
-    chosen = settings(head_dim, q.dtype, tiles.width, _capability(q.device))
+    chosen = settings(head_dim, q.dtype, tiles.width, tiles.lanes, _capability(q.device))
     if tiles.split_keys % chosen.block_keys:
         raise ValueError(f"split_keys is {tiles.split_keys}: it must be a multiple of {chosen.block_keys}")
     if tiles.lanes > max(1, chosen.num_warps * chosen.by_warps):
@@ -667,15 +669,16 @@ def _variants(case: _Case, head_dim: int, dtype: torch.dtype, limited: bool = Fa
     """One for each group of targets that share settings; `limited` has a window and a softcap."""
     # Beyond 128 columns tiles have 64 vectors at most, as `tiles.wide` says.
     width = min(case.width, 64 if head_dim > 128 else 128)
+    at_a_time = lanes(width, case.kind, head_dim, dtype == torch.float32)
     groups: dict[Settings, list[int]] = {}
     for arch in ARCHES:
-        groups.setdefault(settings(head_dim, dtype, width, arch), []).append(arch)
+        groups.setdefault(settings(head_dim, dtype, width, at_a_time, arch), []).append(arch)
     found = []
     for chosen, arches in groups.items():
         columns = triton.next_power_of_2(head_dim)
         constexprs = dict(
             HEADS=32, KV_HEADS=8, HEAD_DIM=head_dim, WIDTH=columns, PAGE_SIZE=16, PACKED=width,
-            LANES=lanes(width, case.kind, head_dim, dtype == torch.float32), BLOCK_KEYS=chosen.block_keys,
+            LANES=at_a_time, BLOCK_KEYS=chosen.block_keys,
             WARPS=chosen.num_warps * chosen.by_warps, INTO_SLAB=case.kind != "prefill", FUSED=width == NARROW,
             AT_ONCE=_at_once(chosen.at_once * chosen.num_warps, 4, columns), WINDOW=limited, SOFTCAP=limited,
             STAGES=chosen.num_stages)

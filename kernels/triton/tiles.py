@@ -44,7 +44,7 @@ MAX_PROCESSORS = 160
 """Multiprocessors that contexts are divided among at most (an A100 has 108, an H100 or H200 132, a B200 148)."""
 
 WIDE_COST = 1.5
-"""Time of a key in a wide tile over that in a narrow one, which is bound by memory; by reckoning, not measured."""
+"""Time of a key in a wide tile over that in a narrow one, which is bound by memory: an estimate."""
 
 FIELDS = 12
 """int32 numbers of an item: group (of a slab: sequence); first row; rows; first key; end of keys; number of the range
