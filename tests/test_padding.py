@@ -113,7 +113,7 @@ def test_a_transfer_whose_event_was_not_recorded_is_waited_for(monkeypatch, move
     waited: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("device"))
     buffers = Buffers(CPU, a=(torch.int32, (3,)))
-    buffers._sent = Event()  # as on a device with memory of its own
+    buffers._sent = [Event()]  # as on a device with memory of its own
     with pytest.raises(KeyboardInterrupt):
         move(buffers)
     buffers.wait()

@@ -19,7 +19,7 @@ REPRESENTATIVE = [
     "linear bf16 bf16 bf16 4096 bias", "linear fp32 fp32 fp32 4096 bias", "sample_step scan bf16 128256",
     "sample_step scan filters bf16 128256", "sample_step bracket bf16 128256", "sample_step collect bf16 128256",
     "sample_step select bf16 128256", "sample_step draw bf16 128256", "sample_step finish bf16 128256",
-    "sample_step finish filters bf16 128256", "score bf16 weight fp32 4096",
+    "sample_step finish filters bf16 128256", "score bf16 weight fp32 4096 add",
     "score bf16 weight fp32 4096 bias", "append_draft 32",
     "attention one lane 128 bf16", "attention 16 lanes 128 bf16", "skinny qkv bf16 6144 4096, 1 rows",
     "skinny residual bf16 4096 4096, 1 rows",
