@@ -23,39 +23,25 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # lop3 0xea is (a & b) | c. A prmt takes bytes by number: 0 to 3 of its first operand, 4 to 7 of its second.
 
-_FP8_BF16 = tl.constexpr("""{
+_FP8 = """{{
     .reg .b32 p, q, m, z;
     mov.b32 z, 0x80008000;
     prmt.b32 p, $2, 0, 0x1404;
     prmt.b32 q, $2, 0, 0x3424;
-    shr.u32 m, p, 4;
-    and.b32 m, m, 0x07f007f0;
+    shr.u32 m, p, {shift};
+    and.b32 m, m, {mask};
     lop3.b32 p, p, z, m, 0xea;
-    shr.u32 m, q, 4;
-    and.b32 m, m, 0x07f007f0;
+    shr.u32 m, q, {shift};
+    and.b32 m, m, {mask};
     lop3.b32 q, q, z, m, 0xea;
-    mov.b32 m, 0x7b807b80;
-    fma.rn.bf16x2 $0, p, m, z;
-    fma.rn.bf16x2 $1, q, m, z;
-}""")
-"""Times 2^120."""
+    mov.b32 m, {factor};
+    fma.rn.{kind} $0, p, m, z;
+    fma.rn.{kind} $1, q, m, z;
+}}"""
+"""The sign, and exponent and fraction where the type has them; times 2^120, in float16 2^8."""
 
-_FP8_FP16 = tl.constexpr("""{
-    .reg .b32 p, q, m, z;
-    mov.b32 z, 0x80008000;
-    prmt.b32 p, $2, 0, 0x1404;
-    prmt.b32 q, $2, 0, 0x3424;
-    shr.u32 m, p, 1;
-    and.b32 m, m, 0x3f803f80;
-    lop3.b32 p, p, z, m, 0xea;
-    shr.u32 m, q, 1;
-    and.b32 m, m, 0x3f803f80;
-    lop3.b32 q, q, z, m, 0xea;
-    mov.b32 m, 0x5c005c00;
-    fma.rn.f16x2 $0, p, m, z;
-    fma.rn.f16x2 $1, q, m, z;
-}""")
-"""Times 2^8."""
+_FP8_BF16 = tl.constexpr(_FP8.format(kind="bf16x2", shift=4, mask="0x07f007f0", factor="0x7b807b80"))
+_FP8_FP16 = tl.constexpr(_FP8.format(kind="f16x2", shift=1, mask="0x3f803f80", factor="0x5c005c00"))
 
 _INT8_BF16 = tl.constexpr("""{
     .reg .b32 p, q, a, b, m, n;
