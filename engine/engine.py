@@ -30,7 +30,8 @@ from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.policies import Plan, Policy, Sample, plan_of
+from stars.plan import Plan, Policy, plan_of
+from stars.policies import Sample
 from stars.prompt import parse_prompt
 from stars.request import Group, Request
 from stars.reward import resolve_reward

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from stars.errors import RewardError, describe, log
 from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
 from stars.kernels.types import Draft
-from stars.policies import rule_name
+from stars.plan import rule_name
 from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
 from stars.reward.base import (
     Ahead,

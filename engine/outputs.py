@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from stars.errors import warn
-from stars.policies import Policy
+from stars.plan import Policy
 
 MAX_CHARACTERS = 48  # of a text in a repr
 MAX_COMPLETIONS = 3  # of a request in its repr

@@ -13,7 +13,7 @@ import numpy as np
 from stars.cache import BlockTable
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-from stars.policies import Plan, Policy
+from stars.plan import Plan, Policy
 from stars.prompt import Prompt
 from stars.rules import Judged, Note
 from stars.sampling import SamplingParams

@@ -11,7 +11,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
 from stars.passes import Passes
-from stars.policies import Plan
+from stars.plan import Plan
 from stars.prefilling import Allowance, Prefiller
 from stars.prompt import Prompt
 from stars.request import Group, Hypothesis, Prefill, Request

@@ -26,7 +26,7 @@ import torch
 import stars
 from stars.arguments import Absent, asks_for_nothing, bare, shown
 from stars.config import EngineConfig
-from stars.policies import Fixed, Lanes, Plan, Sampled, Score, Whole, plan_of
+from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole, plan_of
 from stars.rules import Always, Argmax, Threshold
 from stars.vllm_names import ENGINE, SAMPLING
 from toy import ToyModel, toy_engine
@@ -221,14 +221,14 @@ class Misnamed:
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(propose=None), "Own.plan().propose is None, it must be a stars.policies.Sampled"),
+    (dict(propose=None), "Own.plan().propose is None, it must be a stars.plan.Sampled"),
     (dict(segment=Fixed(0)), "Own.plan().segment.size is 0"),
-    (dict(segment=16), "Own.plan().segment is 16, it must be a stars.policies.Fixed or Whole"),
+    (dict(segment=16), "Own.plan().segment is 16, it must be a stars.plan.Fixed or Whole"),
     (dict(segment=Whole(0), score=Score("end")), "Own.plan().segment.piece is 0"),
     (dict(lanes=Lanes(1, HUGE)), "Own.plan().lanes.attempts is 1000"),
     (dict(lanes=Lanes(2.0, 3)), "Own.plan().lanes.width is 2.0"),
     (dict(lanes=Lanes(1, 3, None)), "Own.plan().lanes.population is None"),
-    (dict(lanes=(1, 3)), "Own.plan().lanes is (1, 3), it must be a stars.policies.Lanes"),
+    (dict(lanes=(1, 3)), "Own.plan().lanes is (1, 3), it must be a stars.plan.Lanes"),
     (dict(decide=Threshold(math.nan, 0.0, 0.5)), "Own.plan().decide.alpha is nan"),
     (dict(decide=Threshold(1.0, -1, 0.5)), "Own.plan().decide.beta is -1"),
     (dict(decide=Threshold(1.0, 0.0, HUGE)), "Own.plan().decide.reward_threshold is 1000"),
@@ -236,7 +236,7 @@ class Misnamed:
     (dict(decide=Threshold(0.5, 0.0, 0.5)), "does not ask for that: set score.prompt to True"),
     (dict(score=Score("sometimes")), "Own.plan().score.when is 'sometimes', it must be one of segment, end, never"),
     (dict(score=Score(prompt="no")), "Own.plan().score.prompt is 'no', it must be True or False"),
-    (dict(score=None), "Own.plan().score is None, it must be a stars.policies.Score"),
+    (dict(score=None), "Own.plan().score is None, it must be a stars.plan.Score"),
     (dict(score=Score("never", True), decide=Always()), "asks for the reward of the prompt and has"),
     (dict(decide=None), "Own.plan().decide is None, it must be a rule"),
     (dict(decide=Argmax), "it must be a rule: an object"), (dict(decide=Misnamed()), "it must be a rule: an object"),

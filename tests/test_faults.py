@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import stars
-from stars.policies import Fixed, Lanes, Score
+from stars.plan import Fixed, Lanes, Score
 from stars.reward.base import Reward, Scored
 from stars.rules import Threshold
 from test_conservation import nothing_is_held
@@ -471,7 +471,7 @@ def test_a_plan_that_is_none_or_raises_is_refused_at_the_door():
         def plan(self):
             return tuple(POLICY.plan())
 
-    for policy, message in ((Raises(), "Raises.plan() raised NoText"), (Tuple(), "it must return a stars.policies.")):
+    for policy, message in ((Raises(), "Raises.plan() raised NoText"), (Tuple(), "it must return a stars.plan.")):
         with pytest.raises(stars.RequestError) as refused:
             engine().add_request(prompt(1), None, policy)
         assert message in str(refused.value)

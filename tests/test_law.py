@@ -15,33 +15,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-import torch
 
-import oracle
+import law
 import stars
 import stars.judge
 import stars.proposer
 import stars.request
 import stars.rules
-from stars.bindings import libstars
+from law import DRAWS, FALSE_POSITIVE_RATE, MAX_TOKENS, MODEL, PROMPT, REWARD, Prefix, candidates, p_value
 from stars.rules import Decision, Threshold
-from toy import EOS, ToyModel, table_reward, toy_engine
+from toy import EOS, toy_engine
 
-FALSE_POSITIVE_RATE = 1e-6
-MIN_EXPECTED = 8.0  # counts of a cell; smaller cells are pooled
-DRAWS = 2048 if libstars.available() else 768
-PROMPT = [1, 2, 3]
-MODEL = ToyModel(vocab=5, seed=4, layers=1)
-REWARD = table_reward(seed=9)
-MAX_TOKENS = 5  # segments of 2, 2 and 1 tokens
-
-Prefix = tuple[int, ...]
-
-
+# MAX_TOKENS makes segments of 2, 2 and 1 tokens.
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
@@ -62,28 +51,10 @@ def case(width: int = 3, beta: float = 0.5, alpha: float = 0.2, max_attempts: in
 
 def draw(drawn: Case) -> list[stars.CompletionOutput]:
     """All responses of a case, in one call."""
-    fn = stars.FunctionReward(lambda prompt, responses: [drawn.reward(ids) for ids in responses], inputs="ids")
-    engine = toy_engine(MODEL, fn, max_num_seqs=512, max_num_lanes=4096, max_segment_size=4, cache_tokens=1 << 14)
-    [output] = engine.generate({"prompt_token_ids": PROMPT}, drawn.params, drawn.policy, use_tqdm=False)
-    assert [completion.error for completion in output.outputs] == [None] * DRAWS
-    return output.outputs
+    return law.draw(drawn.policy, drawn.params, drawn.reward)
 
 
 # -- the exact law ------------------------------------------------------------------------------------------------
-
-
-def candidates(prefix: Prefix, size: int, params) -> Iterator[tuple[Prefix, float]]:
-    """Every segment of at most `size` tokens that can follow `prefix`, with its probability under the proposal."""
-    logits = oracle.penalised(MODEL.logits(PROMPT + list(prefix)), PROMPT, list(prefix), params)
-    kept = oracle.log_softmax(oracle.proposal(logits, params))
-    for token, logprob in enumerate(kept):
-        if logprob == -math.inf:
-            continue
-        if size == 1 or token == EOS:
-            yield (token,), math.exp(logprob)
-        else:
-            for rest, probability in candidates(prefix + (token,), size - 1, params):
-                yield (token, *rest), math.exp(logprob) * probability
 
 
 def segment_law(prefix: Prefix, drawn: Case) -> tuple[dict[Prefix, float], dict[int, float]]:
@@ -113,30 +84,6 @@ def segment_law(prefix: Prefix, drawn: Case) -> tuple[dict[Prefix, float], dict[
         if probability > 0:
             law[segment] += ((below + equal) ** most - below**most) * probability / equal
     return law, attempts
-
-
-def p_value(observed: dict[Prefix, Counter], law: Callable[[Prefix], dict]) -> float:
-    """Chi-square of what followed each prefix, summed over prefixes: independent given how often each prefix came."""
-    statistic, degrees = 0.0, 0
-    for prefix, counts in observed.items():
-        total = sum(counts.values())
-        expected = {outcome: total * probability for outcome, probability in law(prefix).items()}
-        assert abs(sum(expected.values()) - total) < 1e-6 * total, "the exact law does not add up"
-        if any(expected.get(outcome, 0.0) == 0.0 for outcome in counts):
-            return 0.0  # something happened that cannot
-        cells: list[tuple[float, int]] = []
-        pool_expected, pool_count = 0.0, 0
-        for outcome, mean in sorted(expected.items(), key=lambda item: item[1]):
-            pool_expected, pool_count = pool_expected + mean, pool_count + counts[outcome]
-            if pool_expected >= MIN_EXPECTED:
-                cells.append((pool_expected, pool_count))
-                pool_expected, pool_count = 0.0, 0
-        if len(cells) > 1:  # what is left in the pool is 0, since the largest comes last
-            statistic += sum((count - mean) ** 2 / mean for mean, count in cells)
-            degrees += len(cells) - 1
-    assert degrees >= 4, "hardly anything was compared"
-    half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
-    return torch.special.gammaincc(half[0], half[1]).item()
 
 
 def p_values(drawn: Case, outputs: list[stars.CompletionOutput]) -> tuple[float, float]:

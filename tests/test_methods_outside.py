@@ -19,11 +19,11 @@ import pytest
 import oracle
 import stars
 from building import PADDED, work_as
+from law import DRAWS, FALSE_POSITIVE_RATE, MAX_TOKENS, MODEL, PROMPT, REWARD, candidates, p_value
 from stars.passes import Passes
-from stars.policies import Fixed, Lanes, Plan, Sampled, Score, Whole
+from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole
 from stars.rules import Decision, Judged, Keep, Note, State, whole
 from test_conservation import nothing_is_held
-from test_law import DRAWS, FALSE_POSITIVE_RATE, MAX_TOKENS, MODEL, PROMPT, REWARD, candidates, p_value
 from toy import EOS, ToyModel, facts, ids, table_reward, toy_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

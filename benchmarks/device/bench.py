@@ -27,7 +27,7 @@ from stars.draft import LaneSpec
 from stars.kernels.philox import accept_uniform
 from stars.model.decoder import Decoder
 from stars.passes import Span
-from stars.policies import Fixed, Lanes, Plan, Sampled, Score
+from stars.plan import Fixed, Lanes, Plan, Sampled, Score
 from stars.prefill import choose_prefill
 from stars.reward import CausalReward
 from stars.rules import Always

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from stars.engine import Engine
-    from stars.policies import Policy
+    from stars.plan import Policy
     from stars.sampling import SamplingParams
 
 CALIBRATION_PROMPTS, CALIBRATION_SAMPLES, CALIBRATION_QUANTILE = 8, 16, 0.9

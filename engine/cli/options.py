@@ -12,7 +12,7 @@ from stars.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
     from stars.engine import Engine
-    from stars.policies import Policy
+    from stars.plan import Policy
     from stars.sampling import SamplingParams
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
