@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from stars.calibration import Calibration
 from stars.cli.options import checked_quantile, shipped_pair
 from stars.cli.terminal import Style, terminal_width, wants_color, wrapped
 from stars.line_file import check_writable
@@ -58,21 +59,21 @@ def demo(args: argparse.Namespace) -> int:
                   "small reward model that scores how well the reviewer liked the film. Texts make little sense; what "
                   "counts is what the reward model lets through.", width))
     _say(f"loaded in {time.perf_counter() - begin:.1f} s")
-    rewards = engine.sample_rewards(list(OPENINGS), params, SAMPLES)
-    threshold = _quantile(rewards, quantile)
-    policy = STARS(segment_size=SEGMENT_SIZE, reward_threshold=threshold)
+    found = engine.calibrate(list(OPENINGS), params, quantile, SAMPLES, segment_size=SEGMENT_SIZE)
+    policy = STARS(segment_size=SEGMENT_SIZE, reward_threshold=found, beta="auto")
     _say("", *wrapped(
-        f"reward threshold {number(threshold)}: the {quantile:g} quantile of the rewards of {len(rewards)} plain "
-        f"samples (mean {number(_mean(rewards))}), {SAMPLES} for each of the {len(OPENINGS)} openings below", width))
+        f"reward threshold {number(found)}: the {quantile:g} quantile of the rewards of {found.samples} plain samples "
+        f"(mean {number(found.mean)}), {SAMPLES} for each of the {len(OPENINGS)} openings below; beta {found.beta:.3f} "
+        f"is a share of the spread of those of one opening, {found.spread:.2f}", width))
     _say(*wrapped(f"segments of {SEGMENT_SIZE} tokens, {args.max_tokens} tokens in all, temperature {TEMPERATURE}, "
-                  f"top_k {TOP_K}, seed {args.seed}, alpha {policy.alpha:g}, beta {policy.beta:g}, at most "
+                  f"top_k {TOP_K}, seed {args.seed}, alpha {policy.alpha:g}, at most "
                   f"{policy.max_attempts} attempts a segment", width))
     _say(*(style("dim", line) for line in wrapped(LEGEND, width) + wrapped(BAR_LEGEND, width)))
     _warm_up(engine, params, policy)
     # One scale for all: from the worst plain sample to the best, which the threshold lies near.
-    scale = Scale([*rewards, threshold])
+    scale = Scale([*found.quantiles.values(), found])
     runs = [_opening(engine, opening, params, policy, scale, style, width) for opening in OPENINGS]
-    _summary(runs, rewards, style)
+    _summary(runs, found, style)
     if args.trace is not None:
         write_trace(args.trace, [run.aligned for run in runs], engine.tokenizer, params)
         _say("", *wrapped(f"trace written to {args.trace}: look at it with `stars trace show {args.trace}` or "
@@ -120,7 +121,7 @@ def _warm_up(engine: Engine, params: SamplingParams, policy: STARS) -> None:
     engine.generate(OPENINGS[0], short, policy, use_tqdm=False)
 
 
-def _summary(runs: list[Run], rewards: list[float], style: Style) -> None:
+def _summary(runs: list[Run], found: Calibration, style: Style) -> None:
     plain, aligned = Metrics(), Metrics()
     for run in runs:
         plain.add(run.plain.metrics)
@@ -131,7 +132,7 @@ def _summary(runs: list[Run], rewards: list[float], style: Style) -> None:
         ("", "plain", "STARS"),
         ("mean reward of the texts above", number(_mean_reward([run.plain for run in runs])),
          number(_mean_reward([run.aligned for run in runs]))),
-        (f"mean reward of {len(rewards)} plain samples", number(_mean(rewards)), ""),
+        (f"mean reward of {found.samples} plain samples", number(found.mean), ""),
         ("attempts, up to the accepted one", "", f"{aligned.attempts_counted}"),
         ("accept rate", "", f"{aligned.accept_rate:.2f}"),
         ("segments kept by fallback", "", f"{aligned.fallbacks} of {aligned.segments}"),
@@ -149,12 +150,6 @@ def _summary(runs: list[Run], rewards: list[float], style: Style) -> None:
         _say(f"  {name:<36}{left:>18}{right:>18}".rstrip())
     _say("", style("bold", f"Alignment made a token {aligned_token / plain_token:.2f} times as expensive as plain "
                            "sampling with the same engine."))
-
-
-def _quantile(values: list[float], quantile: float) -> float:
-    import numpy as np
-
-    return float(np.quantile(values, quantile))
 
 
 def _mean_reward(outputs: Sequence[RequestOutput]) -> float:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, refuse_others, shown
 from stars.cache import PagedCache
+from stars.calibration import Calibration, PlainSample, PlainSegments
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import MAX_STOP_IDS, Drafter
@@ -30,7 +30,7 @@ from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.plan import Plan, Policy, plan_of
+from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
 from stars.policies import Sample
 from stars.prompt import parse_prompt
 from stars.request import Group, Request
@@ -232,20 +232,25 @@ class Engine:
             self._turns.attempt(lambda: self._drop([request]))
 
     def calibrate(self, prompts: Any, sampling_params: SamplingParams | None = None, quantile: float = 0.9,
-                  num_samples: int = 16, use_tqdm: bool | Callable[..., tqdm] = False) -> float:
-        """A reward_threshold for these prompts: a quantile of the rewards of finished plain samples.
+                  num_samples: int = 16, use_tqdm: bool | Callable[..., tqdm] = False,
+                  segment_size: int = DRAFT_SIZE) -> Calibration:
+        """A reward_threshold for these prompts, the `quantile` of the rewards of finished plain samples, and what else
+        they say of the reward: a float with attributes, that policies take as it is.
 
-        sampling_params: as for the run to come; its `n` is replaced by `num_samples`.
+        sampling_params: as for the run to come; its `n` is replaced by `num_samples`. segment_size: prefixes of so
+        many tokens, twice as many, … are scored too; a warning says where they do not foretell the end.
         """
         quantile = real("quantile", quantile, "between 0 and 1", lambda value: 0.0 <= value <= 1.0)
-        rewards = self.sample_rewards(prompts, sampling_params, num_samples, use_tqdm)
-        if not rewards:
-            raise RequestError("there are no prompts to calibrate on: give at least one")
-        return float(np.quantile(rewards, quantile))
+        calibration = Calibration.measure(
+            self.plain_samples(prompts, sampling_params, num_samples, use_tqdm, segment_size), quantile)
+        if calibration.warning is not None:
+            warn(calibration.warning, stacklevel=2)
+        return calibration
 
-    def sample_rewards(self, prompts: Any, sampling_params: SamplingParams | None = None, num_samples: int = 16,
-                       use_tqdm: bool | Callable[..., tqdm] = False) -> list[float]:
-        """Rewards of `num_samples` finished plain samples of every prompt; what `calibrate` takes its quantile of."""
+    def plain_samples(self, prompts: Any, sampling_params: SamplingParams | None = None, num_samples: int = 16,
+                      use_tqdm: bool | Callable[..., tqdm] = False,
+                      segment_size: int = DRAFT_SIZE) -> list[list[PlainSample]]:
+        """The rewards of `num_samples` plain samples of every prompt, which `Calibration.measure` takes."""
         refuse_bare_prompt(prompts)
         if self.reward is None:
             raise RequestError("calibrate needs a reward: build the engine with Engine(model, reward=...)")
@@ -253,13 +258,13 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise RequestError(_no_params(params))
         params = dataclasses.replace(params, n=integer("num_samples", num_samples, 1))
-        outputs = self.generate(prompts, params, Sample(score=True), use_tqdm=use_tqdm)
+        policy = PlainSegments(integer("segment_size", segment_size, 1, self.config.max_segment_size))
+        outputs = self.generate(prompts, params, policy, use_tqdm=use_tqdm)
         for output in outputs:
             for completion in output.outputs:
                 if completion.error is not None:
                     raise RequestError(f"a sample of {output.prompt!r} could not be scored: {completion.error}")
-        return [completion.reward for output in outputs for completion in output.outputs
-                if completion.reward is not None]
+        return [[sample for sample in map(PlainSample.of, output.outputs) if sample is not None] for output in outputs]
 
     # -- step by step ---------------------------------------------------------------------------------------------
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from stars.arguments import as_float, flag, integer, known_by_name, real
-from stars.errors import RequestError
+from stars.arguments import flag, integer, known_by_name, real
+from stars.calibration import threshold_and_beta
 from stars.plan import DRAFT_SIZE, MAX_ATTEMPTS, MAX_SIZE, Fixed, Lanes, Plan, Policy, Sampled, Score, Whole
 from stars.rules import Always, Argmax, Threshold
 
@@ -27,33 +27,28 @@ class STARS:
     wins. `beta = 0` is the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in
     attempt order wins, so the width changes the speed and never the law; None lets the engine choose it.
 
-    `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default.
+    `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default. beta
+    is in the reward's own units, too: "auto" takes the one that the calibration suggests, a tenth of the spread of the
+    rewards of one prompt's samples.
     """
 
     segment_size: int = 16
     max_attempts: int = 20
     alpha: float = 0.5
-    beta: float = 0.7
+    beta: float | Literal["auto"] = 0.7
     reward_threshold: float | None = None
     width: int | None = None
 
     def __post_init__(self) -> None:
         _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
               width=None if self.width is None else _size(self, "width"))
-        threshold = as_float(self.reward_threshold)
-        if self.reward_threshold is None or threshold is not None and math.isnan(threshold):
-            raise RequestError("STARS needs a reward_threshold, which depends on the reward model: "
-                               "measure one with engine.calibrate(prompts)")
-        _keep(self,
-              alpha=real("STARS.alpha", self.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
-              beta=real("STARS.beta", self.beta, "a finite number, 0 (the hard rule) or above",
-                        lambda value: 0.0 <= value < math.inf),
-              reward_threshold=real("STARS.reward_threshold", self.reward_threshold, "a number that a float can hold",
-                                    lambda value: True))
+        threshold, beta = threshold_and_beta("STARS", self.reward_threshold, self.beta)
+        _keep(self, beta=beta, reward_threshold=threshold,
+              alpha=real("STARS.alpha", self.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0))
 
     def plan(self) -> Plan:
         """Soft or hard threshold, capped, best seen on exhaustion."""
-        assert self.reward_threshold is not None
+        assert self.reward_threshold is not None and not isinstance(self.beta, str)
         # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
         alpha = self.alpha if math.isfinite(self.reward_threshold) else 1.0
         return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.width, self.max_attempts),

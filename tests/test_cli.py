@@ -183,7 +183,8 @@ def test_calibrate(run, pair):
     code, out, _ = run("calibrate", "Once upon", "The dog", *pair, *SAMPLING, *SMALL, "--num-samples", "4",
                        "--quantile", "0.5", "--json")
     engine = stars.Engine(pair[1], pair[3], max_num_lanes=8, max_num_seqs=4)
-    rewards = engine.sample_rewards(["Once upon", "The dog"], stars.SamplingParams(max_tokens=9, seed=3), 4)
+    samples = engine.plain_samples(["Once upon", "The dog"], stars.SamplingParams(max_tokens=9, seed=3), 4)
+    rewards = [sample.reward for own in samples for sample in own]
     (found,) = rows(out)
     assert code == 0 and found["samples"] == 8
     assert found["reward_threshold"] == pytest.approx(float(np.quantile(rewards, 0.5)), abs=1e-4)

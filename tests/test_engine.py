@@ -408,7 +408,7 @@ def test_calibrate_is_the_quantile_of_plain_samples():
     rewards = [o.reward for output in outputs for o in output.outputs]
     assert engine.calibrate(prompts, params) == pytest.approx(np.quantile(rewards, 0.9))
     assert engine.calibrate(prompts, params, quantile=0.25) == pytest.approx(np.quantile(rewards, 0.25))
-    assert engine.sample_rewards(prompts, params) == rewards
+    assert [sample.reward for own in engine.plain_samples(prompts, params) for sample in own] == rewards
 
 
 def test_a_threshold_out_of_reach_warns_once():

@@ -1,4 +1,4 @@
-"""The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo` and `info`.
+"""The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo`, `methods` and `info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
 exit code 1, a value that a flag cannot have among them. Arguments that cannot be read or do not go together give 2,
@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     _inspect(_command(commands, "inspect", "say what a model directory holds, without loading it"))
     _trace(_command(commands, "trace", "look at a trace that generate wrote"))
     _demo(_command(commands, "demo", "plain sampling beside STARS on the shipped pair of models"))
+    _methods(_command(commands, "methods", "the policies, what each asks of the loop, and their parameters"))
     _info(_command(commands, "info", "versions, the C++ library and the CPU"))
     return parser
 
@@ -169,6 +170,9 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantile", type=float, default=0.9, help="of the rewards of plain samples (%(default)s)")
     parser.add_argument("--num-samples", type=int, default=16, metavar="N",
                         help="plain samples of each prompt (%(default)s)")
+    parser.add_argument("--segment-size", type=int, default=16, metavar="B", help="prefixes of B, 2B, 4B, … tokens are "
+                        "compared with finished texts (%(default)s)")
+    parser.add_argument("--save", metavar="FILE", help="write it as JSON, for `stars generate --calibration FILE`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     options.add_models(parser)
@@ -223,6 +227,16 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=7, help="of all random numbers (%(default)s)")
     parser.add_argument("--trace", metavar="FILE", help="write every attempt to FILE, for `stars trace`")
     parser.add_argument("--no-color", action="store_true", help="marks instead of colours")
+    parser.set_defaults(run=run)
+
+
+def _methods(parser: argparse.ArgumentParser) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from stars.cli.methods import methods
+
+        return methods(args)
+
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 

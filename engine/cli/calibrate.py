@@ -8,9 +8,10 @@ import sys
 from stars.cli import options
 from stars.cli.rows import rows_of_arguments, rows_of_file
 from stars.errors import RequestError
+from stars.line_file import check_writable
 from stars.trace.json_lines import dumps, plain
 
-SHOWN = (("min", 0.0), ("10 %", 0.1), ("25 %", 0.25), ("median", 0.5), ("75 %", 0.75), ("90 %", 0.9), ("max", 1.0))
+NAMES = {0.0: "min", 0.5: "median", 1.0: "max"}
 
 
 def calibrate(args: argparse.Namespace) -> int:
@@ -19,6 +20,8 @@ def calibrate(args: argparse.Namespace) -> int:
     quantile = options.checked_quantile(args.quantile)
     if args.num_samples < 1:
         raise RequestError(f"num_samples is {args.num_samples}, it must be at least 1")
+    if args.save is not None:
+        check_writable(args.save)
     rows = rows_of_file(args.input, args.chat) if args.input is not None else rows_of_arguments(args.prompts, args.chat)
     if not rows:
         raise RequestError(f"{args.input} holds no prompts: give at least one")
@@ -26,18 +29,22 @@ def calibrate(args: argparse.Namespace) -> int:
         if row.error is not None:
             raise RequestError(row.error)
     engine = options.build_engine(args)
-    import numpy as np
-
     progress = not args.no_progress and sys.stderr.isatty()
-    rewards = engine.sample_rewards([row.prompt for row in rows], params, args.num_samples, use_tqdm=progress)
-    threshold = float(np.quantile(rewards, quantile))
-    quantiles = {name: float(np.quantile(rewards, level)) for name, level in SHOWN}
+    found = engine.calibrate([row.prompt for row in rows], params, quantile, args.num_samples, progress,
+                             args.segment_size)
+    if args.save is not None:
+        found.save(args.save)
     if args.json:
-        levels = {f"{level:g}": quantiles[name] for name, level in SHOWN}
-        print(dumps(plain({"reward_threshold": threshold, "quantile": quantile, "quantiles": levels,
-                           "mean": float(np.mean(rewards)), "samples": len(rewards), "prompts": len(rows)})))
+        print(dumps(plain(found.record())))
         return 0
-    print(f"reward_threshold  {threshold:.4f}   ({quantile:g} quantile of {len(rewards)} plain samples, "
-          f"{len(rows)} prompt{'s' if len(rows) > 1 else ''})")
-    print("rewards seen      " + "   ".join(f"{name} {value:.3f}" for name, value in quantiles.items()))
+    print(f"reward_threshold  {found.reward_threshold:.4f}   ({quantile:g} quantile of {found.samples} plain samples, "
+          f"{found.prompts} prompt{'s' if found.prompts > 1 else ''})")
+    print("rewards seen      " + "   ".join(f"{NAMES.get(level, f'{level:.0%}')} {value:.3f}"
+                                            for level, value in found.quantiles.items()))
+    print(f"spread            {found.spread:.4f}   (standard deviation of one prompt's samples; beta=auto: "
+          f"{found.beta:.4g})")
+    if found.correlations:
+        print("prefixes          " + "   ".join(
+            f"{tokens} tokens: correlation {value:.2f}, drift {found.drifts[tokens]:+.2f}"
+            for tokens, value in found.correlations.items()))
     return 0

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from stars.calibration import Calibration, PlainSample
 from stars.cli import options
 from stars.cli.resume import Resumption
 from stars.cli.rows import Row, error_row, result_row, rows_of_arguments, rows_of_file
@@ -34,7 +35,8 @@ def generate(args: argparse.Namespace) -> int:
     """Runs the command; 1 if any row failed, 128 and the signal's number after Ctrl-C (130) or SIGTERM (143), with the
     rows that had finished kept."""
     params = options.sampling_params(args)
-    options.policy(args, reward_threshold=0.0)  # refused before any file is touched; a measured threshold comes later
+    saved = Calibration.load(args.calibration) if args.calibration is not None else None
+    options.policy(args, 0.0 if saved is None else saved)  # refused before any file is touched; a measured one is later
     _check_files(args)
     rows = rows_of_file(args.input, args.chat) if args.input is not None else rows_of_arguments(args.prompts, args.chat)
     earlier = Resumption(rows, args.output, args.trace) if args.resume else None
@@ -46,7 +48,7 @@ def generate(args: argparse.Namespace) -> int:
     if waiting or earlier is None:
         engine = options.build_engine(args)
         # On the same rows as in the earlier run, so that a seeded run goes on with the same threshold.
-        policy = options.policy(args, _measured_threshold(args, engine, rows, params))
+        policy = options.policy(args, saved if saved is not None else _measured(args, engine, rows, params))
     if args.stream:
         assert engine is not None  # the parser refuses --resume with --stream
         return _stream(args, engine, rows[0], params, policy)
@@ -224,27 +226,26 @@ class TextSink:
         print(f"stars: error: {which}{' '.join(message.split())}", file=sys.stderr)
 
 
-def _measured_threshold(args: argparse.Namespace, engine: Engine, rows: list[Row],
-                        params: SamplingParams) -> float | None:
-    """The threshold for where the flags give none: a quantile of plain samples on the first prompts that can run."""
-    if not options.needs_threshold(args):
+def _measured(args: argparse.Namespace, engine: Engine, rows: list[Row], params: SamplingParams) -> float | None:
+    """The calibration for where the flags give no threshold: plain samples on the first prompts that can run."""
+    if not options.needs_calibration(args):
         return None
-    import numpy as np
-
-    rewards: list[float] = []
-    measured = 0
+    samples: list[list[PlainSample]] = []
     for row in rows:
-        if row.error is None and measured < CALIBRATION_PROMPTS:
+        if row.error is None and len(samples) < CALIBRATION_PROMPTS:
             # A prompt that cannot run gets its own error row later.
             with contextlib.suppress(StarsError):
-                rewards += engine.sample_rewards(row.prompt, params, CALIBRATION_SAMPLES)
-                measured += 1
-    if not rewards:
+                samples += engine.plain_samples(row.prompt, params, CALIBRATION_SAMPLES)
+    if not samples:
         return 0.0  # no prompt can run, and each row is about to say why
-    threshold = float(np.quantile(rewards, CALIBRATION_QUANTILE))
-    print(f"stars: reward threshold {threshold:.4g}: the {CALIBRATION_QUANTILE:g} quantile of {len(rewards)} plain "
-          f"samples on {measured} prompt{'s' if measured > 1 else ''}; fix it with --reward-threshold", file=sys.stderr)
-    return threshold
+    calibration = Calibration.measure(samples, CALIBRATION_QUANTILE)
+    prompts = f"{calibration.prompts} prompt{'s' if calibration.prompts > 1 else ''}"
+    print(f"stars: reward threshold {calibration.reward_threshold:.4g}: the {CALIBRATION_QUANTILE:g} quantile of "
+          f"{calibration.samples} plain samples on {prompts}; fix it with --reward-threshold or --calibration",
+          file=sys.stderr)
+    if calibration.warning is not None:
+        print(f"stars: warning: {calibration.warning}", file=sys.stderr)
+    return calibration
 
 
 def _progress_bar(total: int, wanted: bool) -> tqdm:

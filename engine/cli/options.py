@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from stars.calibration import Calibration
 from stars.errors import ModelError, RequestError
+from stars.policies import POLICIES
 
 if TYPE_CHECKING:
     from stars.engine import Engine
@@ -19,13 +24,9 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
 ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
           "max_num_lanes", "max_num_batched_tokens")
-POLICY_FLAGS = {
-    "stars": ("segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width"),
-    "sample": (),
-    "best-of-n": ("best_of",),
-    "blockwise": ("k", "segment_size"),
-}
-"""The parameters each policy has."""
+POLICY_FLAGS = {name: name for name in (
+    "segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width", "k")} | {"best_of": "n"}
+"""Flags of their own, and the parameter of a policy that each sets; --set reaches all of them."""
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -66,17 +67,23 @@ def add_sampling(parser: argparse.ArgumentParser, with_n: bool) -> None:
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
     """The method and its parameters."""
-    group = parser.add_argument_group("policy")
-    group.add_argument("--policy", choices=tuple(POLICY_FLAGS), help="stars where there is a reward, else sample")
-    group.add_argument("--segment-size", type=int, metavar="B", help="stars, blockwise: tokens of a segment (16)")
-    group.add_argument("--max-attempts", type=int, metavar="N", help="stars: before the best seen wins (20)")
-    group.add_argument("--alpha", type=float, help="stars: where the threshold starts, 0 at r(prompt) (0.5)")
-    group.add_argument("--beta", type=float, help="stars: temperature of accepting, 0 is the hard rule (0.7)")
-    group.add_argument("--reward-threshold", type=_threshold, metavar="R",
-                       help="stars: the reward aimed at; auto measures it on the first prompts (auto)")
-    group.add_argument("--width", type=int, metavar="W", help="stars: candidates drawn at once (chosen by the engine)")
-    group.add_argument("--best-of", type=int, metavar="N", help="best-of-n: whole responses drawn (8)")
-    group.add_argument("--k", type=int, metavar="K", help="blockwise: candidates of a segment (8)")
+    group = parser.add_argument_group("policy (`stars methods` lists all with their parameters)")
+    group.add_argument("--policy", choices=tuple(POLICIES), metavar="NAME",
+                       help=f"{', '.join(POLICIES)} (stars where there is a reward, else sample)")
+    group.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
+                       help="a parameter of the policy, by its Python name; may be given several times")
+    group.add_argument("--segment-size", type=int, metavar="B", help="tokens of a segment")
+    group.add_argument("--max-attempts", type=int, metavar="N", help="at one segment, before the best seen wins")
+    group.add_argument("--alpha", type=float, help="where the threshold starts: 0 at r(prompt), 1 at its end")
+    group.add_argument("--beta", type=_number_or_auto, help="temperature of accepting, 0 is the hard rule; auto is the "
+                       "one of --calibration, or of the calibration on the first prompts")
+    group.add_argument("--reward-threshold", type=_number_or_auto, metavar="R",
+                       help="the reward aimed at; auto measures it on the first prompts (auto)")
+    group.add_argument("--calibration", metavar="FILE", help="threshold and beta=auto as `stars calibrate --save FILE` "
+                       "measured them")
+    group.add_argument("--width", type=int, metavar="W", help="candidates drawn at once (chosen by the engine)")
+    group.add_argument("--best-of", type=int, metavar="N", help="best-of-n: whole responses drawn")
+    group.add_argument("--k", type=int, metavar="K", help="blockwise: candidates of a segment")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -107,13 +114,25 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
 
 
 def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Sets the default policy, and ends the program over flags that do not belong to the one chosen."""
+    """Sets the default policy, and ends the program over parameters that do not belong to the one chosen."""
     if args.policy is None:
         args.policy = "sample" if args.model is not None and args.reward is None else "stars"
-    for name in sorted({name for names in POLICY_FLAGS.values() for name in names}):
-        if getattr(args, name) is not None and name not in POLICY_FLAGS[args.policy]:
-            owners = " and ".join(policy for policy, names in POLICY_FLAGS.items() if name in names)
-            parser.error(f"--{name.replace('_', '-')} belongs to --policy {owners}, and the policy is {args.policy}")
+    known = parameters(args.policy)
+    for flag, name in POLICY_FLAGS.items():
+        if getattr(args, flag) is not None and (name not in known or flag == "best_of" and args.policy != "best-of-n"):
+            owners = ["best-of-n"] if flag == "best_of" else [
+                policy for policy in POLICIES if name in parameters(policy)]
+            parser.error(f"--{flag.replace('_', '-')} belongs to --policy {', '.join(owners)}, and the policy is "
+                         f"{args.policy}")
+    for name, _ in args.set:
+        if name not in known:
+            parser.error(f"--set {name}: --policy {args.policy} has {', '.join(known) or 'no parameters'}")
+    names = [name for name, _ in args.set] + [POLICY_FLAGS[flag] for flag in _given(args, POLICY_FLAGS)]
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f"{name} is given twice: once is enough")
+    if args.calibration is not None and ("reward_threshold" not in known or "reward_threshold" in names):
+        parser.error("--calibration gives the reward_threshold: leave out the other, and take a policy that has one")
     check_models(parser, args, needs_reward=args.policy != "sample")
 
 
@@ -124,25 +143,33 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**_given(args, SAMPLING))
 
 
-def policy(args: argparse.Namespace, reward_threshold: float | None = None) -> Policy:
-    """The policy of the flags; `reward_threshold` is the measured one, for where the flag gives none. RequestError."""
-    from stars import policies
-
-    given = _given(args, POLICY_FLAGS[args.policy])
-    if args.policy == "stars":
-        if given.get("reward_threshold", "auto") == "auto":
-            given["reward_threshold"] = reward_threshold
-        return policies.STARS(**given)
-    if args.policy == "best-of-n":
-        return policies.BestOfN(*given.values())
-    if args.policy == "blockwise":
-        return policies.BlockwiseBestOfK(**given)
-    return policies.Sample(score=args.reward is not None or args.model is None)
+def parameters(policy: str) -> list[str]:
+    """The parameters that a policy of POLICIES has."""
+    return [field.name for field in dataclasses.fields(cast(Any, POLICIES[policy]))]
 
 
-def needs_threshold(args: argparse.Namespace) -> bool:
-    """Whether the threshold has to be measured."""
-    return args.policy == "stars" and args.reward_threshold in (None, "auto")
+def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy:
+    """The policy of the flags; `calibration` is what was measured, for where the flags leave that open. RequestError.
+    """
+    given = _policy_parameters(args)
+    if needs_calibration(args):
+        given["reward_threshold"] = calibration
+        if given.get("beta") == "auto" and not isinstance(calibration, Calibration):
+            given["beta"] = 0.0  # nothing is measured yet, or no prompt can run
+    if args.policy == "sample" and "score" not in given:
+        given["score"] = args.reward is not None or args.model is None
+    return POLICIES[args.policy](**given)
+
+
+def needs_calibration(args: argparse.Namespace) -> bool:
+    """Whether the threshold has to be measured, or read from a file."""
+    return ("reward_threshold" in parameters(args.policy)
+            and _policy_parameters(args).get("reward_threshold", "auto") == "auto")
+
+
+def _policy_parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """The parameters that were given, under the policy's own names."""
+    return dict(args.set) | {POLICY_FLAGS[flag]: value for flag, value in _given(args, POLICY_FLAGS).items()}
 
 
 def build_engine(args: argparse.Namespace) -> Engine:
@@ -170,11 +197,11 @@ def shipped_pair() -> tuple[Path, Path]:
     return pair
 
 
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
-def _threshold(text: str) -> float | str:
+def _number_or_auto(text: str) -> float | str:
     if text == "auto":
         return text
     value = float(text)
@@ -183,7 +210,24 @@ def _threshold(text: str) -> float | str:
     return value
 
 
-_threshold.__name__ = "number"  # what argparse calls it in its errors
+_number_or_auto.__name__ = "number"  # what argparse calls it in its errors
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as JSON or as a number where it is one, else as text; a list becomes a tuple."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ValueError("no KEY=VALUE")
+    for read in (json.loads, float):
+        try:
+            found = read(value)
+            return name.replace("-", "_"), tuple(found) if isinstance(found, list) else found
+        except (ValueError, RecursionError):
+            continue
+    return name.replace("-", "_"), value
+
+
+_assignment.__name__ = "KEY=VALUE"
 
 
 def checked_quantile(quantile: float) -> float:

@@ -1,0 +1,76 @@
+"""`stars methods`: the policies of the package as a table, made from their code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+from stars.plan import Fixed, Plan, Whole
+from stars.policies import POLICIES
+from stars.trace.json_lines import dumps, plain
+
+
+class Method(NamedTuple):
+    """One policy, as the table shows it."""
+
+    name: str  # of the command line
+    python: str  # of stars.NAME
+    summary: str
+    propose: str
+    segment: str
+    score: str
+    decide: str
+    parameters: dict[str, Any]  # with their defaults; None where there is none
+
+
+def methods(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if args.json:
+        print(dumps(plain({"methods": [method._asdict() for method in all_methods()]})))
+    else:
+        print(table())
+    return 0
+
+
+def all_methods() -> Iterator[Method]:
+    """Every policy, described by its docstring, its fields and the plan of an example."""
+    for name, kind in POLICIES.items():
+        fields = dataclasses.fields(cast(Any, kind))
+        needed = {"reward_threshold": 1.0} if any(field.name == "reward_threshold" for field in fields) else {}
+        plan = kind(**needed).plan()
+        summary = (kind.__doc__ or "").strip().split("\n\n")[0]
+        yield Method(name, kind.__name__, " ".join(summary.split()), _words(plan.propose), _segment(plan),
+                     {"segment": "every segment", "end": "at the end", "never": "never"}[plan.score.when],
+                     _words(plan.decide),
+                     {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields})
+
+
+def table() -> str:
+    """All of them, as the README has it: one line a policy, Markdown."""
+    lines = ["| `--policy` | `stars.` | what is drawn | scored | kept | parameters |", "|---|---|---|---|---|---|"]
+    for method in all_methods():
+        parameters = ", ".join(f"`{name}={_value(value)}`" if value is not None else f"`{name}`"
+                               for name, value in method.parameters.items())
+        lines.append(f"| `{method.name}` | `{method.python}` | {method.propose}, {method.segment} | {method.score} | "
+                     f"{method.decide} | {parameters} |")
+    return "\n".join(lines)
+
+
+def _segment(plan: Plan) -> str:
+    if isinstance(plan.segment, Whole):
+        return "whole responses"
+    if isinstance(plan.segment, Fixed) and plan.segment.size == 1:
+        return "one token"
+    return f"{_words(plan.segment)} segments"
+
+
+def _words(choice: Any) -> str:
+    """The first sentence of a choice's docstring would be long: its name, as words."""
+    name = choice.__name__ if isinstance(choice, type(methods)) else type(choice).__name__
+    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,87 @@
+"""Every policy by its name on the command line, on the shipped pair, and the table of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import stars
+from stars.cli import main
+from stars.cli.methods import all_methods, table
+from stars.cli.options import shipped_pair
+from stars.policies import POLICIES
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+GENERATE = ["generate", "This film was", "--max-tokens", "9", "--seed", "3", "--json"]
+THRESHOLD = ["--reward-threshold", "0.5"]
+SETTINGS = {
+    "stars": (["--set", "segment_size=4", "--set", "beta=0.25", "--set", "width=2"], dict(segment_size=4, beta=0.25)),
+    "sample": (["--set", "score=true"], dict(score=True)),
+    "best-of-n": (["--set", "n=3"], dict(n=3)),
+    "blockwise": (["--set", "k=3", "--set", "segment_size=4"], dict(k=3, segment_size=4)),
+}
+"""Parameters of each policy as they are typed, and as Python has them."""
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_runs_by_its_name(capsys, name):
+    """The same text as from Python, with what was set in force."""
+    typed, given = SETTINGS[name]
+    fields = next(method.parameters for method in all_methods() if method.name == name)
+    assert set(given) <= set(fields) and all(given[key] != fields[key] for key in given), "nothing would be seen"
+    threshold = "reward_threshold" in fields
+    assert main([*GENERATE, "--policy", name, *typed, *(THRESHOLD if threshold else [])]) == 0
+    row = json.loads(capsys.readouterr().out)
+    extra = dict(width=2) if name == "stars" else {}
+    policy = POLICIES[name](**given, **extra, **(dict(reward_threshold=0.5) if threshold else {}))
+    engine = stars.Engine(*shipped_pair())
+    [output] = engine.generate("This film was", stars.SamplingParams(max_tokens=9, seed=3), policy, use_tqdm=False)
+    assert row["outputs"][0]["text"] == output.outputs[0].text
+    assert row["outputs"][0]["reward"] == pytest.approx(output.outputs[0].reward, abs=1e-5)
+    assert row["metrics"]["lm_tokens_drawn"] == output.metrics.lm_tokens_drawn
+
+
+def test_a_calibration_is_saved_and_given(capsys, tmp_path):
+    """The threshold and the beta that were measured, and the same text as with them given as numbers."""
+    path = str(tmp_path / "c.json")
+    assert main(["calibrate", "This film was", "--max-tokens", "40", "--num-samples", "4", "--seed", "2", "--save",
+                 path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    saved = json.loads(Path(path).read_text())
+    assert saved["reward_threshold"] == pytest.approx(found["reward_threshold"], abs=1e-9)
+    assert set(found["correlations"]) == {"16", "32"} and found["beta"] == pytest.approx(0.1 * found["spread"])
+    assert main([*GENERATE, "--calibration", path, "--beta", "auto", "--segment-size", "4"]) == 0
+    auto = json.loads(capsys.readouterr().out)
+    assert main([*GENERATE, f"--beta={saved['beta']!r}", f"--reward-threshold={saved['reward_threshold']!r}",
+                 "--set", "segment_size=4"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert auto["outputs"] == numbers["outputs"] and auto["metrics"]["attempts"] == numbers["metrics"]["attempts"]
+
+
+@pytest.mark.parametrize(("flags", "code", "word"), [
+    (["--policy", "stars", "--set", "gamma=1"], 2, "gamma"), (["--set", "beta"], 2, "KEY=VALUE"),
+    (["--set", "beta=0.1", "--beta", "0.2"], 2, "beta is given twice"),
+    (["--policy", "best-of-n", "--set", "n=2", "--best-of", "3"], 2, "n is given twice"),
+    (["--policy", "best-of-n", "--calibration", "c.json"], 2, "--calibration"),
+    (["--calibration", "c.json", "--reward-threshold", "1"], 2, "--calibration"),
+    (["--calibration", "absent.json"], 1, "absent.json"), (["--set", "beta=much"], 1, "STARS.beta is 'much'"),
+    (["--reward-threshold", "1", "--beta", "auto"], 1, "needs a calibration"),
+    (["--set", "segment_size=[1,2]"], 1, "STARS.segment_size is (1, 2)"),
+])
+def test_parameters_that_do_not_fit(capsys, flags, code, word):
+    try:
+        found = main([*GENERATE, *flags])
+    except SystemExit as exit_:
+        found = exit_.code
+    out, err = capsys.readouterr()
+    assert found == code and not out and word in err.splitlines()[-1]
+
+
+def test_the_readme_has_the_table_that_the_code_makes(capsys):
+    assert main(["methods"]) == 0 and capsys.readouterr().out == table() + "\n"
+    assert table() in README.read_text(encoding="utf8")
+    assert main(["methods", "--json"]) == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    assert [method["name"] for method in methods] == list(POLICIES) and all(method["summary"] for method in methods)
