@@ -215,9 +215,9 @@ class Judge:
             for hypothesis in members:
                 lanes = drawn[hypothesis]
                 hypothesis.attempts += lanes
-                if scored:
+                if scored and lanes:
                     unscored[hypothesis] = list(lanes)
-                else:
+                elif not scored:
                     for lane in lanes:
                         may_judge(lane)
             if scored and members:
@@ -244,7 +244,7 @@ class Judge:
             members = unfinished(group)
             if group in decisions or not members:
                 continue
-            if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
+            if not any([hypothesis.attempts_left for hypothesis in members]):
                 decisions[group] = EXHAUST[group.request.plan.exhaust](*shown(group))
             else:
                 group.round += 1
@@ -384,7 +384,7 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             unscored += sum([lane.judged is None for lane in attempts])
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]
-            left += request.max_attempts - len(attempts)
+            left += hypothesis.attempts_left
     count = getattr(plan.decide, "group_uniforms", 0)
     uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment, group.index * plan.lanes.population,
                              count) if count else ()

@@ -48,10 +48,11 @@ class Whole:
 @dataclass(frozen=True)
 class Lanes:
     """width: attempts of a hypothesis drawn at once; None lets the engine choose. attempts: at one segment of a
-    hypothesis, before the plan's exhaustion. population: hypotheses of one completion."""
+    hypothesis, before the plan's exhaustion; a tuple says those of the first, second, … segment, and its last number
+    those of all segments after. population: hypotheses of one completion."""
 
     width: int | None = None
-    attempts: int = 1
+    attempts: int | tuple[int, ...] = 1
     population: int = 1
 
 
@@ -124,7 +125,7 @@ def _checked(plan: Plan, where: str) -> Plan:
     else:
         raise RequestError(f"{where}.segment is {shown(segment)}, it must be a stars.plan.Fixed or Whole")
     lanes = Lanes(None if lanes.width is None else integer(f"{where}.lanes.width", lanes.width, 1, MAX_SIZE),
-                  integer(f"{where}.lanes.attempts", lanes.attempts, 1, MAX_ATTEMPTS),
+                  _attempts(f"{where}.lanes.attempts", lanes.attempts),
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE))
     _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
@@ -144,6 +145,15 @@ def _checked(plan: Plan, where: str) -> Plan:
         raise RequestError(f"{where} has a threshold that starts from the prompt's reward and does not ask for that: "
                            "set score.prompt to True, or alpha to 1")
     return Plan(propose, segment, lanes, score, rule, plan.exhaust)
+
+
+def _attempts(where: str, value: Any) -> int | tuple[int, ...]:
+    """A number of attempts, or those of several segments."""
+    if not isinstance(value, tuple):
+        return integer(where, value, 1, MAX_ATTEMPTS)
+    if not value:
+        raise RequestError(f"{where} is empty, it must have the attempts of one segment at least")
+    return tuple(integer(f"{where}[{index}]", count, 1, MAX_ATTEMPTS) for index, count in enumerate(value))
 
 
 def _checked_rule(where: str, rule: Any) -> Rule:

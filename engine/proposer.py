@@ -64,11 +64,11 @@ class Proposer:
         for hypothesis in active:
             request = hypothesis.request
             width = request.plan.lanes.width
-            max_width = min(share, request.max_attempts - len(hypothesis.attempts))
+            max_width = min(share, hypothesis.attempts_left)
             if width is not None:
                 widths.append(min(width, max_width))
-            elif max_width == 1:
-                widths.append(1)
+            elif max_width <= 1:  # none, where it has drawn all of its own and another one of its group has not
+                widths.append(max_width)
             else:
                 seen = [h.metrics for h in request.hypotheses]
                 widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),

@@ -104,6 +104,7 @@ class Hypothesis:
     drafts: int = 0  # committed: the number of the next one in the random stream
     ends: list[int] = field(default_factory=list)  # tokens of the response after each pass that wrote committed keys
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
+    drained: bool = False  # whether the segment being decided has no further attempt to draw, whatever the plan says
     best: Lane | None = None  # best seen of the segment being decided; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
     cumulative_logprob: float = 0.0
@@ -143,12 +144,20 @@ class Hypothesis:
         return min(self.max_segment, self.request.max_tokens - len(self.token_ids))
 
     @property
+    def attempts_left(self) -> int:
+        """Attempts that may still be drawn at the segment being decided."""
+        attempts, segment = self.request.attempts, len(self.segments)
+        most = attempts[segment] if segment < len(attempts) else attempts[-1]
+        return 0 if self.drained else most - len(self.attempts)
+
+    @property
     def last_token(self) -> int:
         """The token whose keys and values the LM cache does not hold yet."""
         return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
+        self.drained = False
         self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
                                  len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
                                  self.stop_reason, _copy(self.metrics))
@@ -409,8 +418,9 @@ class Request:
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
         self.stop: Sequence[str] = params.stop or ()
-        # At temperature 0 all attempts are equal: one is drawn.
-        self.max_attempts = 1 if params.temperature == 0 else plan.lanes.attempts
+        attempts = plan.lanes.attempts
+        # Of the first segment, the second, …, the last number from then on. At temperature 0 all are equal: one is drawn.
+        self.attempts = (1,) if params.temperature == 0 else attempts if isinstance(attempts, tuple) else (attempts,)
         self.whole = plan.whole
         self.scores_segments = plan.score.when == "segment"
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
