@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from stars.errors import RewardError, describe, log
-from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
+from stars.kernels.philox import KIND_GROUP, KIND_RULE, MAX_ATTEMPT, accept_uniform, rule_uniforms
 from stars.kernels.types import Draft
 from stars.plan import rule_name
-from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
+from stars.request import Extra, Group, Hypothesis, Lane, Winner
 from stars.reward.base import (
     Ahead,
     Candidate,
@@ -21,7 +21,9 @@ from stars.reward.base import (
     TrailingCandidate,
     reward_problem,
 )
-from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
+from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, best, decides, problem, whole
+
+Answers = Callable[[Sequence[Judged], State], Decision | None]
 
 
 class Judge:
@@ -79,8 +81,8 @@ class Judge:
         _count(hypotheses, results, time.perf_counter() - begin)
         return results
 
-    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Request, str]]:
-        """Gives what ends a response the one reward it gets; returns the problems there were.
+    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Hypothesis, str]]:
+        """Gives what ends a response the one reward it gets; returns the responses that got none, and why.
 
         Where segments are scored, what a rule cut or continued has no reward yet either.
         """
@@ -98,7 +100,7 @@ class Judge:
             if result.handle is not None:
                 self._scorer.discard(result.handle)
             if isinstance(reward := usable(result.reward), str):
-                faults.append((winner.hypothesis.request, reward))
+                faults.append((winner.hypothesis, reward))
                 continue
             winner.reward = reward
             if winner.as_drawn:
@@ -215,9 +217,9 @@ class Judge:
             for hypothesis in members:
                 lanes = drawn[hypothesis]
                 hypothesis.attempts += lanes
-                if scored:
+                if scored and lanes:
                     unscored[hypothesis] = list(lanes)
-                else:
+                elif not scored:
                     for lane in lanes:
                         may_judge(lane)
             if scored and members:
@@ -244,24 +246,59 @@ class Judge:
             members = unfinished(group)
             if group in decisions or not members:
                 continue
-            if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
+            if not any([hypothesis.attempts_left for hypothesis in members]):
                 decisions[group] = EXHAUST[group.request.plan.exhaust](*shown(group))
             else:
                 group.round += 1
         return decisions
 
     def decide_whole(self, group: Group) -> Decision | None:
-        """Which of the whole responses of a group are kept, all of which have ended: each is one attempt at the one
-        segment there is. None where its rule is at fault."""
-        judged, state = shown(group)
-        decision = self._answer(group, judged, state)
-        if decision is None and group.failed:
+        """Which of the whole responses of a group are kept: each is one attempt at the one segment there is. None where
+        nothing is decided yet, by a rule that reads in order, and where the rule or a reward is at fault."""
+        request, rule = group.request, group.request.plan.decide
+        judged, state = shown(group, not (request.in_turn and getattr(rule, "skips_rejected", False)))
+        decision = self._answer(group, judged, state, rule) if judged else None
+        if group.failed:
             return None
-        if decision is None or not decides(decision):
-            notes = decision.notes if decision is not None else {}
-            decision = EXHAUST[group.request.plan.exhaust](judged, state._replace(memory=group.memory))
-            decision = decision._replace(notes=notes)
-        return decision
+        if decision is not None:
+            for hypothesis in group.hypotheses:
+                hypothesis.note = decision.notes.get((hypothesis.slot, 1), hypothesis.note)
+        if decision is not None and decides(decision):
+            return decision
+        ended = group.judgeable
+        if len(ended) == len(group.hypotheses):
+            return self._exhaust_whole(group)
+        stopped = group.hypotheses[len(ended)]
+        if stopped.finish_reason is not None:  # without a reward, and it is its turn
+            stopped.finish("error", error=stopped.error)
+            request.fail(str(stopped.error))
+        return None
+
+    def _exhaust_whole(self, group: Group) -> Decision:
+        """What the plan keeps of whole responses of which the rule kept none: to it they are one hypothesis' attempts.
+        """
+        judged, state = shown(group)
+        attempts = [one._replace(hypothesis=0, attempt=number) for number, one in enumerate(judged, 1)]
+        decision = EXHAUST[group.request.plan.exhaust](attempts, state._replace(live=[0]))
+        kept = [judged[keep.attempt - 1] for keep in decision.keep]
+        slots = {one.hypothesis for one in kept}
+        return Decision([whole(one) for one in kept], [slot for slot in state.live if slot not in slots])
+
+    def choose(self, group: Group) -> Hypothesis | None:
+        """Which of several responses, all of which have ended, is the completion: the best, or what the rule says. None
+        where the rule is at fault."""
+        judged, state = shown(group)
+        final = getattr(group.request.plan.decide, "final", None)
+        if final is not None:
+            uniforms = _group_uniforms(group, MAX_ATTEMPT, state.segment)  # a round that no segment reaches
+            decision = self._answer(group, judged, state._replace(round=0, uniforms=uniforms), final)
+            if group.failed:
+                return None
+            if decision is not None and decides(decision):
+                kept = {keep.hypothesis for keep in decision.keep}
+                judged = [one for one in judged if one.hypothesis in kept]
+        chosen = best(judged).hypothesis
+        return next(hypothesis for hypothesis in group.hypotheses if hypothesis.slot == chosen)
 
     def _take(self, group: Group, scores: Sequence[tuple[Lane, Scored]], unscored: dict[Hypothesis, list[Lane]],
               decisions: dict[Group, Decision]) -> None:
@@ -298,7 +335,8 @@ class Judge:
     def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
         # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
-        decision = self._answer(group, *shown(group, not getattr(group.request.plan.decide, "skips_rejected", False)))
+        rule = group.request.plan.decide
+        decision = self._answer(group, *shown(group, not getattr(rule, "skips_rejected", False)), rule)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -311,12 +349,12 @@ class Judge:
         decisions[group] = decision
         return True
 
-    def _answer(self, group: Group, judged: Sequence[Judged], state: State) -> Decision | None:
-        """What the rule says, its memory kept; a rule at fault ends its request and no other."""
+    def _answer(self, group: Group, judged: Sequence[Judged], state: State, rule: Answers) -> Decision | None:
+        """What the rule says, or its `final`, its memory kept; a rule at fault ends its request and no other."""
         request = group.request
         plan, fault = request.plan, None
         try:
-            decision = plan.decide(judged, state)
+            decision = rule(judged, state)
             if type(plan.decide) not in OWN_RULES:
                 fault = problem(decision, judged, state, plan.lanes.population, self._vocab_size, request.stop_ids,
                                 request.whole)
@@ -327,7 +365,7 @@ class Judge:
             log(f"the rule {rule_name(plan.decide)} {fault}", error)
         if fault is not None:
             message = f"the rule {rule_name(plan.decide)} {fault}: mend the rule"
-            if request.whole:  # whose responses have ended, and of which none is the completion yet
+            if request.whole or group.finished:  # responses have ended, and none is the completion yet
                 for hypothesis in group.hypotheses:
                     hypothesis.finish("error", error=message)
             request.fail(message)
@@ -369,14 +407,17 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
     Without `rejected`, those are left out that a note of the rule calls not accepted.
     """
     request = group.request
-    plan = request.plan
     judged: list[Judged] = []
     segment = unscored = left = 0
+    if request.whole:
+        members = group.judgeable
+        judged = [_whole_judged(one) for one in members if rejected or one.note is None or one.note.accepted]
+        left = len(group.hypotheses) - len(members)
     for hypothesis in group.hypotheses:
         segment = max(segment, len(hypothesis.segments))
         if request.whole:
-            judged.append(_whole_judged(hypothesis))
-        elif hypothesis.finish_reason is not None:
+            continue
+        if hypothesis.finish_reason is not None:
             judged.append(Judged(hypothesis.slot, EARLIER, len(hypothesis.token_ids), True, (), (), (),
                                  hypothesis.reward, hypothesis.reward, ()))
         else:
@@ -384,12 +425,18 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             unscored += sum([lane.judged is None for lane in attempts])
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]
-            left += request.max_attempts - len(attempts)
-    count = getattr(plan.decide, "group_uniforms", 0)
-    uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment, group.index * plan.lanes.population,
-                             count) if count else ()
+            left += hypothesis.attempts_left
     return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, 0,
-                         [hypothesis.slot for hypothesis in group.hypotheses], uniforms, group.memory)
+                         [hypothesis.slot for hypothesis in group.hypotheses],
+                         _group_uniforms(group, group.round + 1, segment), group.memory)
+
+
+def _group_uniforms(group: Group, number: int, segment: int) -> tuple[float, ...]:
+    """As many random numbers of a group's round as its rule declares. number: of the round, from 1."""
+    request = group.request
+    count = getattr(request.plan.decide, "group_uniforms", 0)
+    sample = group.index * request.plan.lanes.population
+    return rule_uniforms(request.seed, KIND_GROUP, number, segment, sample, count) if count else ()
 
 
 def _whole_judged(hypothesis: Hypothesis) -> Judged:

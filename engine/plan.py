@@ -8,11 +8,12 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.rules import EXHAUST, Argmax, Rule, Threshold
+from stars.rules import EXHAUST, OWN_RULES, Always, Rule, Threshold
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
 MAX_SIZE = (1 << 31) - 1
+READS_REWARDS = tuple(OWN_RULES - {Always})
 MAX_UNIFORMS = 1 << 10  # random numbers of one attempt, or of a group's round
 
 
@@ -35,7 +36,8 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Whole:
-    """An attempt is a whole response, drafted `piece` tokens at a time; the rule is asked when all have ended."""
+    """An attempt is a whole response, drafted `piece` tokens at a time; the rule is asked when all have ended, or, if
+    it reads in order, as they end."""
 
     piece: int = DRAFT_SIZE
 
@@ -48,11 +50,16 @@ class Whole:
 @dataclass(frozen=True)
 class Lanes:
     """width: attempts of a hypothesis drawn at once; None lets the engine choose. attempts: at one segment of a
-    hypothesis, before the plan's exhaustion. population: hypotheses of one completion."""
+    hypothesis, before the plan's exhaustion; a tuple says those of the first, second, … segment, and its last number
+    those of all segments after. population: hypotheses of one completion. barrier: whether a completion whose segment
+    is decided waits until those of all others with a barrier are.
+
+    Of whole responses under a rule that reads in order, width is how many may be under way beyond what is decided."""
 
     width: int | None = None
-    attempts: int = 1
+    attempts: int | tuple[int, ...] = 1
     population: int = 1
+    barrier: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,11 @@ class Plan(NamedTuple):
     def whole(self) -> bool:
         """Whether an attempt is a whole response."""
         return isinstance(self.segment, Whole)
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether whole responses are judged one after the other, and drawn as they are wanted."""
+        return self.whole and self.decide.in_order
 
 
 class Policy(Protocol):
@@ -124,8 +136,9 @@ def _checked(plan: Plan, where: str) -> Plan:
     else:
         raise RequestError(f"{where}.segment is {shown(segment)}, it must be a stars.plan.Fixed or Whole")
     lanes = Lanes(None if lanes.width is None else integer(f"{where}.lanes.width", lanes.width, 1, MAX_SIZE),
-                  integer(f"{where}.lanes.attempts", lanes.attempts, 1, MAX_ATTEMPTS),
-                  integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE))
+                  _attempts(f"{where}.lanes.attempts", lanes.attempts),
+                  integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE),
+                  flag(f"{where}.lanes.barrier", lanes.barrier))
     _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
     _named(f"{where}.exhaust", plan.exhaust, tuple(EXHAUST))
@@ -137,13 +150,22 @@ def _checked(plan: Plan, where: str) -> Plan:
                            'lanes.attempts to 1 and score.when to "end" or "never", and ask for a population')
     rule = _checked_rule(f"{where}.decide", plan.decide)
     needed = ("end",) if isinstance(segment, Whole) else ("segment",)
-    if isinstance(rule, (Threshold, Argmax)) and score.when not in needed:
+    if isinstance(rule, READS_REWARDS) and score.when not in needed:
         raise RequestError(f"{where} decides by rewards and has score.when={score.when!r}, which gives none in time: "
                            'score every segment ("segment"), or whole responses at their end ("end")')
     if isinstance(rule, Threshold) and rule.alpha != 1.0 and not score.prompt:
         raise RequestError(f"{where} has a threshold that starts from the prompt's reward and does not ask for that: "
                            "set score.prompt to True, or alpha to 1")
     return Plan(propose, segment, lanes, score, rule, plan.exhaust)
+
+
+def _attempts(where: str, value: Any) -> int | tuple[int, ...]:
+    """A number of attempts, or those of several segments."""
+    if not isinstance(value, tuple):
+        return integer(where, value, 1, MAX_ATTEMPTS)
+    if not value:
+        raise RequestError(f"{where} is empty, it must have the attempts of one segment at least")
+    return tuple(integer(f"{where}[{index}]", count, 1, MAX_ATTEMPTS) for index, count in enumerate(value))
 
 
 def _checked_rule(where: str, rule: Any) -> Rule:
