@@ -20,7 +20,12 @@ SETTINGS = {
     "stars": (["--set", "segment_size=4", "--set", "beta=0.25", "--set", "width=2"], dict(segment_size=4, beta=0.25)),
     "sample": (["--set", "score=true"], dict(score=True)),
     "best-of-n": (["--set", "n=3"], dict(n=3)),
-    "blockwise": (["--set", "k=3", "--set", "segment_size=4"], dict(k=3, segment_size=4)),
+    "blockwise": (["--set", "k=[3, 2]", "--set", "segment_size=4"], dict(k=(3, 2), segment_size=4)),
+    "rejection-sampling": (["--set", "max_attempts=3", "--beta", "0.25"], dict(max_attempts=3, beta=0.25)),
+    "speculative-rejection": (["--set", "n=4", "--set", "segment_size=2"], dict(n=4, segment_size=2)),
+    "segment-beam": (["--set", "beams=2", "--set", "candidates=3"], dict(beams=2, candidates=3)),
+    "particle-filter": (["--set", "particles=3", "--set", "resampling=systematic"],
+                        dict(particles=3, resampling="systematic")),
 }
 """Parameters of each policy as they are typed, and as Python has them."""
 
