@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from stars.errors import RewardError, describe, log
-from stars.kernels.philox import KIND_GROUP, KIND_RULE, MAX_ATTEMPT, accept_uniform, rule_uniforms
+from stars.kernels.philox import (
+    KIND_GROUP,
+    KIND_RULE,
+    MAX_ATTEMPT,
+    accept_uniform,
+    exhaust_uniform,
+    rule_uniforms,
+)
 from stars.kernels.types import Draft
 from stars.plan import rule_name
-from stars.request import Extra, Group, Hypothesis, Lane, Winner
+from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
 from stars.reward.base import (
     Ahead,
     Candidate,
@@ -21,9 +29,23 @@ from stars.reward.base import (
     TrailingCandidate,
     reward_problem,
 )
-from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, best, decides, problem, whole
+from stars.rules import (
+    EARLIER,
+    OWN_RULES,
+    BackUp,
+    Decision,
+    Judged,
+    Refuse,
+    Relax,
+    State,
+    best,
+    decides,
+    problem,
+    whole,
+)
 
 Answers = Callable[[Sequence[Judged], State], Decision | None]
+One = TypeVar("One", Judged, Lane)
 
 
 class Judge:
@@ -247,7 +269,7 @@ class Judge:
             if group in decisions or not members:
                 continue
             if not any([hypothesis.attempts_left for hypothesis in members]):
-                decisions[group] = EXHAUST[group.request.plan.exhaust](*shown(group))
+                self._exhaust(group, decisions)
             else:
                 group.round += 1
         return decisions
@@ -260,10 +282,7 @@ class Judge:
         decision = self._answer(group, judged, state, rule) if judged else None
         if group.failed:
             return None
-        if decision is not None:
-            for hypothesis in group.hypotheses:
-                hypothesis.note = decision.notes.get((hypothesis.slot, 1), hypothesis.note)
-        if decision is not None and decides(decision):
+        if self._settles_whole(group, decision):
             return decision
         ended = group.judgeable
         if len(ended) == len(group.hypotheses):
@@ -274,19 +293,38 @@ class Judge:
             request.fail(str(stopped.error))
         return None
 
-    def _exhaust_whole(self, group: Group) -> Decision:
-        """What the plan keeps of whole responses of which the rule kept none: to it they are one hypothesis' attempts.
-        """
+    def _settles_whole(self, group: Group, decision: Decision | None) -> bool:
+        """Keeps the notes of a decision on whole responses; whether it keeps or drops some."""
+        if decision is None:
+            return False
+        for hypothesis in group.hypotheses:
+            hypothesis.note = decision.notes.get((hypothesis.slot, 1), hypothesis.note)
+        return decides(decision)
+
+    def _exhaust_whole(self, group: Group) -> Decision | None:
+        """What the plan keeps of whole responses of which the rule keeps none; None where it refuses all of them, or
+        the rule is at fault."""
+        request, rule = group.request, group.request.plan.decide
         judged, state = shown(group)
-        attempts = [one._replace(hypothesis=0, attempt=number) for number, one in enumerate(judged, 1)]
-        decision = EXHAUST[group.request.plan.exhaust](attempts, state._replace(live=[0]))
-        kept = [judged[keep.attempt - 1] for keep in decision.keep]
-        slots = {one.hypothesis for one in kept}
-        return Decision([whole(one) for one in kept], [slot for slot in state.live if slot not in slots])
+        for relaxed, lowered in _relaxations(request):
+            decision = self._answer(group, judged, state._replace(
+                relaxed=relaxed, lowered=lowered, memory=group.memory), rule)
+            if group.failed or self._settles_whole(group, decision):
+                return decision
+        if isinstance(request.exhaust[-1], Refuse):
+            for hypothesis in group.hypotheses:
+                hypothesis.refuse()
+            return None
+        pick, members = request.pick, {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
+        chosen = max(judged, key=lambda one: pick.key(  # each is one attempt, in the order of the slots
+            one.hypothesis + 1, one.reward, _exhaust_uniform(members[one.hypothesis], 1) if pick.draws else 0.5))
+        return Decision([whole(chosen)], [slot for slot in members if slot != chosen.hypothesis])
 
     def choose(self, group: Group) -> Hypothesis | None:
         """Which of several responses, all of which have ended, is the completion: the best, or what the rule says. None
         where the rule is at fault."""
+        if all([hypothesis.finish_reason == "refused" for hypothesis in group.hypotheses]):
+            return group.hypotheses[0]
         judged, state = shown(group)
         final = getattr(group.request.plan.decide, "final", None)
         if final is not None:
@@ -299,6 +337,22 @@ class Judge:
                 judged = [one for one in judged if one.hypothesis in kept]
         chosen = best(judged).hypothesis
         return next(hypothesis for hypothesis in group.hypotheses if hypothesis.slot == chosen)
+
+    def _exhaust(self, group: Group, decisions: dict[Group, Decision]) -> None:
+        """Does what the plan says where every attempt was drawn and the rule has decided nothing: one step after the
+        other, up to one that settles it."""
+        for step in group.request.exhaust:
+            if isinstance(step, Relax):
+                if any(self._ask(group, decisions, *level) for level in _relaxations(group.request)):
+                    return
+            elif isinstance(step, BackUp):
+                pass
+            elif isinstance(step, Refuse):
+                for hypothesis in unfinished(group):
+                    hypothesis.refuse()
+            else:
+                decisions[group] = Decision([
+                    whole(one) for hypothesis, ones in _by_hypothesis(group) for one in [preferred(hypothesis, ones)]])
 
     def _take(self, group: Group, scores: Sequence[tuple[Lane, Scored]], unscored: dict[Hypothesis, list[Lane]],
               decisions: dict[Group, Decision]) -> None:
@@ -332,11 +386,14 @@ class Judge:
         if members and (faults if in_order else not any([unscored.get(hypothesis) for hypothesis in members])):
             self._ask(group, decisions)
 
-    def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
+    def _ask(self, group: Group, decisions: dict[Group, Decision], relaxed: int = 0, lowered: float = 0.0) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
         # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
         rule = group.request.plan.decide
-        decision = self._answer(group, *shown(group, not getattr(rule, "skips_rejected", False)), rule)
+        judged, state = shown(group, relaxed > 0 or not getattr(rule, "skips_rejected", False))
+        if relaxed:
+            state = state._replace(relaxed=relaxed, lowered=lowered)
+        decision = self._answer(group, judged, state, rule)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -378,6 +435,33 @@ class Judge:
 def unfinished(group: Group) -> list[Hypothesis]:
     """The members that still grow."""
     return [hypothesis for hypothesis in group.hypotheses if hypothesis.finish_reason is None]
+
+
+def preferred(hypothesis: Hypothesis, ones: Sequence[One]) -> One:
+    """Of attempts at the segment that is being decided the one that the plan's exhaustion keeps in the end."""
+    pick = hypothesis.request.pick
+    if not pick.draws:
+        return max(ones, key=lambda one: pick.key(one.attempt, one.reward, 0.5))
+    return max(ones, key=lambda one: pick.key(one.attempt, one.reward, _exhaust_uniform(hypothesis, one.attempt)))
+
+
+def _by_hypothesis(group: Group) -> list[tuple[Hypothesis, list[Judged]]]:
+    """What the rule is shown of each hypothesis."""
+    judged = shown(group)[0]
+    return [(hypothesis, [one for one in judged if one.hypothesis == hypothesis.slot])
+            for hypothesis in group.hypotheses]
+
+
+def _relaxations(request: Request) -> list[tuple[int, float]]:
+    """How often the rule is relaxed, and by how much thresholds are lowered then."""
+    return [(relaxed, relaxed * step.by) for step in request.exhaust if isinstance(step, Relax)
+            for relaxed in range(1, step.times + 1)]
+
+
+def _exhaust_uniform(hypothesis: Hypothesis, attempt: int) -> float:
+    """The random number by which an exhaustion draws, of an attempt at the segment that is being decided."""
+    segment = len(hypothesis.segments)
+    return exhaust_uniform(hypothesis.request.seed, attempt, segment, hypothesis.sample)
 
 
 def usable(reward: float | RewardError) -> float | str:

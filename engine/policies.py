@@ -26,8 +26,9 @@ from stars.plan import (
     Sampled,
     Score,
     Whole,
+    exhaustion_of,
 )
-from stars.rules import EXHAUST, Always, Argmax, DropWorst, FirstAccepted, Highest, Resample, SoftArgmax, Threshold
+from stars.rules import Always, Argmax, DropWorst, FirstAccepted, Highest, Resample, SoftArgmax, Threshold
 
 
 @known_by_name({})
@@ -37,9 +38,10 @@ class STARS:
 
     A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1). Here
     tau(n) = min(t, r0 + n / N * (t - r0)) and r0 = (1 - alpha) * r(prompt) + alpha * t, with t = reward_threshold,
-    n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections the best reward seen
-    wins. `beta = 0` is the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in
-    attempt order wins, so the width changes the speed and never the law; None lets the engine choose it.
+    n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections `exhaust` says what is
+    done, by a name or an object of `stars.rules`: unless told otherwise, the best reward seen wins. `beta = 0` is the
+    hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the width
+    changes the speed and never the law; None lets the engine choose it.
 
     `barrier=True` is the synchronous batch protocol of the paper's second version: each response draws one candidate a
     round, and one whose segment is decided waits until those of all others that decode so are. The law, and each text,
@@ -56,13 +58,14 @@ class STARS:
     beta: float | Literal["auto"] = 0.7
     reward_threshold: float | None = None
     width: int | None = None
+    exhaust: Any = "best_seen"
     barrier: bool = False
 
     def __post_init__(self) -> None:
         _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
               width=None if self.width is None else _size(self, "width"),
               alpha=real("STARS.alpha", self.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
-              barrier=flag("STARS.barrier", self.barrier))
+              barrier=flag("STARS.barrier", self.barrier), exhaust=_exhaust(self))
         threshold, beta = threshold_and_beta("STARS", self.reward_threshold, self.beta)
         _keep(self, reward_threshold=threshold, beta=beta)
         if self.barrier and self.width not in (None, 1):
@@ -70,13 +73,13 @@ class STARS:
                                "width out")
 
     def plan(self) -> Plan:
-        """Soft or hard threshold, capped, best seen on exhaustion."""
+        """Soft or hard threshold, capped."""
         assert self.reward_threshold is not None and not isinstance(self.beta, str)
         # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
         alpha = self.alpha if math.isfinite(self.reward_threshold) else 1.0
         lanes = Lanes(1 if self.barrier else self.width, self.max_attempts, barrier=self.barrier)
         return Plan(Sampled(), Fixed(self.segment_size), lanes, Score("segment", prompt=alpha != 1.0),
-                    Threshold(float(alpha), float(self.beta), float(self.reward_threshold)))
+                    Threshold(float(alpha), float(self.beta), float(self.reward_threshold)), self.exhaust)
 
 
 @known_by_name({})
@@ -305,8 +308,9 @@ def _choice(policy: Any, name: str, choices: tuple[str, ...]) -> str:
 
 
 def _exhaust(policy: Any) -> Any:
-    """What is kept where the rule decides nothing."""
-    return _choice(policy, "exhaust", tuple(EXHAUST))
+    """Its field `exhaust`, a name or an object, checked."""
+    exhaustion_of(f"{type(policy).__name__}.exhaust", policy.exhaust)
+    return policy.exhaust
 
 
 def _keep(policy: Any, **values: Any) -> None:

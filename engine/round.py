@@ -9,7 +9,7 @@ from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.errors import IntegrityError, describe, log
-from stars.judge import Judge, usable
+from stars.judge import Judge, preferred, usable
 from stars.passes import Passes
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request
@@ -150,10 +150,10 @@ class Round:
         """All of a group's responses have ended, or as many as its rule wants to see: one of them is the completion."""
         if group.request.whole and not group.failed:
             decision = self._judge.decide_whole(group)
-            if decision is None:
-                return
-            for hypothesis in keep_whole(group, decision):
+            for hypothesis in keep_whole(group, decision) if decision is not None else ():
                 self._drop(hypothesis, drawn)
+            if not group.finished:
+                return
         if len(group.hypotheses) > 1 and not group.failed:
             chosen = self._judge.choose(group)
             for hypothesis in group.hypotheses if chosen is not None else ():
@@ -167,10 +167,10 @@ class Round:
         self.close(hypothesis)
 
     def _keep_best(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
-        """Of a segment that goes on, the best seen keeps its slabs, the earliest of equals; the others give theirs
-        back."""
+        """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs: the best seen, unless
+        the plan says otherwise. The others give theirs back."""
         held = [*([hypothesis.best] if hypothesis.best is not None else []), *lanes]
-        hypothesis.best = max(held, key=lambda lane: float("-inf") if lane.reward is None else lane.reward)
+        hypothesis.best = preferred(hypothesis, held)
         for lane in held:
             if lane is not hypothesis.best:
                 self._release(lane)
