@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         TraceError,
     )
     from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-    from stars.policies import STARS, BestOfN, BlockwiseBestOfK, Sample
+    from stars.policies import CARDS, STARS, BestOfN, BlockwiseBestOfK, Sample
     from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
@@ -36,7 +36,7 @@ _HOMES = {
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
-    "policies": ("STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
+    "policies": ("CARDS", "STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
     "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
@@ -47,6 +47,7 @@ __all__ = [
     "Attempt",
     "BestOfN",
     "BlockwiseBestOfK",
+    "CARDS",
     "CausalReward",
     "CompletionOutput",
     "EncoderReward",

@@ -7,12 +7,12 @@ terms. A new method is one more class here, perhaps with a rule of its own, and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from stars.arguments import as_float, flag, integer, known_by_name, real
+from stars.arguments import as_float, flag, integer, known_by_name, real, shown
 from stars.errors import RequestError
-from stars.plan import DRAFT_SIZE, MAX_ATTEMPTS, MAX_SIZE, Fixed, Lanes, Plan, Policy, Sampled, Score, Whole
+from stars.plan import DRAFT_SIZE, MAX_ATTEMPTS, MAX_SIZE, Entropy, Fixed, Lanes, Plan, Policy, Sampled, Score, Whole
 from stars.rules import Always, Argmax, Threshold
 
 
@@ -40,25 +40,63 @@ class STARS:
     def __post_init__(self) -> None:
         _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
               width=None if self.width is None else _size(self, "width"))
-        threshold = as_float(self.reward_threshold)
-        if self.reward_threshold is None or threshold is not None and math.isnan(threshold):
-            raise RequestError("STARS needs a reward_threshold, which depends on the reward model: "
-                               "measure one with engine.calibrate(prompts)")
-        _keep(self,
-              alpha=real("STARS.alpha", self.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
-              beta=real("STARS.beta", self.beta, "a finite number, 0 (the hard rule) or above",
-                        lambda value: 0.0 <= value < math.inf),
-              reward_threshold=real("STARS.reward_threshold", self.reward_threshold, "a number that a float can hold",
-                                    lambda value: True))
+        _keep_threshold(self)
 
     def plan(self) -> Plan:
         """Soft or hard threshold, capped, best seen on exhaustion."""
-        assert self.reward_threshold is not None
-        # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
-        alpha = self.alpha if math.isfinite(self.reward_threshold) else 1.0
-        return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.width, self.max_attempts),
-                    Score("segment", prompt=alpha != 1.0),
-                    Threshold(float(alpha), float(self.beta), float(self.reward_threshold)))
+        score, rule = _rising(self, self.beta)
+        return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.width, self.max_attempts), score, rule)
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class CARDS:
+    """Cascade reward sampling (arXiv 2406.16306; parameter names are its code's, as far as that has names).
+
+    A segment ends before the token whose predictive distribution is uncertain: at least `min_segment` tokens are drawn,
+    then H >= `entropy_threshold` ends it, and `max_segment` tokens do. H is the entropy in nats of softmax(logits) over
+    the whole vocabulary: at temperature 1 and before top-k, whatever the tokens are drawn with. With `option="soft"` it
+    is accepted iff log u < (r - tau(n)) / beta, u ~ U(0, 1), with "hard" iff r >= tau(n), whatever beta. tau and r0 are
+    those of STARS: tau(n) = min(t, r0 + n / N * (t - r0)), r0 = (1 - alpha) * r(prompt) + alpha * t, t =
+    reward_threshold, n = response tokens including the candidate, N = max_tokens.
+
+    Of `max_attempts` candidates the last one is not tested, as in the published loop, whose limit of 20 regenerations
+    makes 21: the best reward of all of them, the earliest of equals, is then taken.
+
+    Where this differs from the published code: EOS ends a segment and the response; the last segment is clipped at
+    max_tokens, where theirs runs over; the temperature and filters of the draw are those of the SamplingParams, where
+    theirs has the temperature equal to beta and top_k 40 (`SamplingParams(temperature=0.7, top_k=40)` is its default);
+    log u is compared, where exp(...) may overflow; penalties, which it has not, count for H. Several candidates may be
+    drawn at once (`width`), which changes the speed and never the law.
+
+    `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default.
+    """
+
+    entropy_threshold: float = 3.0
+    min_segment: int = 4
+    max_segment: int = 64
+    max_attempts: int = 21
+    alpha: float = 0.5
+    beta: float = 0.7
+    reward_threshold: float | None = None
+    option: str = "soft"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        _keep(self, max_segment=_size(self, "max_segment"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
+              width=None if self.width is None else _size(self, "width"),
+              entropy_threshold=real("CARDS.entropy_threshold", self.entropy_threshold, "nats, 0 or above",
+                                     lambda value: value >= 0.0))
+        _keep(self, min_segment=_size(self, "min_segment", self.max_segment))
+        if not isinstance(self.option, str) or self.option not in ("soft", "hard"):
+            raise RequestError(f'CARDS.option is {shown(self.option)}, it must be "soft" or "hard"')
+        _keep_threshold(self)
+
+    def plan(self) -> Plan:
+        """Segments cut by entropy, soft or hard threshold, best seen of all attempts, the last of which is not tested."""
+        score, rule = _rising(self, 0.0 if self.option == "hard" else self.beta)
+        return Plan(Sampled(), Entropy(self.entropy_threshold, self.min_segment, self.max_segment),
+                    Lanes(self.width, self.max_attempts), score, replace(rule, tests_last=False))
 
 
 @known_by_name({})
@@ -111,11 +149,35 @@ class BlockwiseBestOfK:
 
 POLICIES: dict[str, type[Policy]] = {
     "stars": STARS,
+    "cards": CARDS,
     "sample": Sample,
     "best-of-n": BestOfN,
     "blockwise": BlockwiseBestOfK,
 }
 """Every policy of the package by the name that the command line knows it by."""
+
+
+def _keep_threshold(policy: STARS | CARDS) -> None:
+    """Checks the three numbers of a rising threshold."""
+    name, threshold = type(policy).__name__, as_float(policy.reward_threshold)
+    if policy.reward_threshold is None or threshold is not None and math.isnan(threshold):
+        raise RequestError(f"{name} needs a reward_threshold, which depends on the reward model: "
+                           "measure one with engine.calibrate(prompts)")
+    _keep(policy,
+          alpha=real(f"{name}.alpha", policy.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
+          beta=real(f"{name}.beta", policy.beta, "a finite number, 0 (the hard rule) or above",
+                    lambda value: 0.0 <= value < math.inf),
+          reward_threshold=real(f"{name}.reward_threshold", policy.reward_threshold, "a number that a float can hold",
+                                lambda value: True))
+
+
+def _rising(policy: STARS | CARDS, beta: float) -> tuple[Score, Threshold]:
+    """What is scored for a rising threshold, and the rule."""
+    assert policy.reward_threshold is not None
+    # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
+    alpha = policy.alpha if math.isfinite(policy.reward_threshold) else 1.0
+    return (Score("segment", prompt=alpha != 1.0),
+            Threshold(float(alpha), float(beta), float(policy.reward_threshold)))
 
 
 def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:

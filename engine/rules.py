@@ -149,11 +149,16 @@ def accepts(uniform: float, reward: float, tau: float, beta: float) -> bool:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The first accepted attempt of each hypothesis, under the law's rising threshold. beta = 0 is the hard rule."""
+    """The first accepted attempt of each hypothesis, under the law's rising threshold. beta = 0 is the hard rule.
+
+    tests_last: False accepts no attempt after which none may be drawn: the plan's exhaustion then has its say in any case.
+    Only of groups of one hypothesis.
+    """
 
     alpha: float
     beta: float
     reward_threshold: float
+    tests_last: bool = True
     in_order: ClassVar[bool] = True
     uniforms: ClassVar[int] = 1
     skips_rejected: ClassVar[bool] = True
@@ -161,6 +166,7 @@ class Threshold:
     def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
         """Decides once every live hypothesis has an accepted attempt."""
         start = threshold_start(state.prompt_reward, self.alpha, self.reward_threshold)
+        untested = judged[-1] if judged and not (self.tests_last or state.left or state.unscored) else None
         keep: dict[int, Keep] = {}
         notes = {}
         for one in judged:
@@ -171,7 +177,10 @@ class Threshold:
             tau = threshold(one.tokens, state.max_tokens, start, self.reward_threshold)
             reward = scored(one)
             accepted = slot not in keep and accepts(one.uniforms[0], reward, tau, self.beta)
-            notes[slot, attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
+            probability = accept_probability(reward, tau, self.beta)
+            if one is untested:
+                accepted, probability = False, 0.0
+            notes[slot, attempt] = Note(tau, probability, accepted)
             if accepted:
                 keep[slot] = whole(one)
         return Decision(list(keep.values()) if len(keep) == len(state.live) else [], [], notes)

@@ -30,7 +30,7 @@ def make_lanes(count: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_s
         torch.full((count, max_steps), -9, dtype=torch.int32), torch.full((count, max_steps), 9.0),
         torch.arange(count) * 7919 + seed, int32(1), int32(stream - (1 << 32) if stream >> 31 else stream),
         float32(temperature), int32(top_k), float32(top_p), float32(min_p),
-        torch.full((count, stop_ids), -1, dtype=torch.int32),
+        torch.full((count, stop_ids), -1, dtype=torch.int32), float32(float("inf")), int32(),
     )
 
 
@@ -53,7 +53,7 @@ def assert_same_step(sample_step: Callable, logits: torch.Tensor, lanes: LaneSta
     ours, expected = copy_of(lanes), copy_of(lanes)
     sample_step(logits, ours, **options)
     wide = logits.float()
-    sample_step_reference(wide, expected, options.get("filters", True))
+    sample_step_reference(wide, expected, options.get("filters", True), cuts=options.get("cuts", True))
     return assert_same_lanes(wide, lanes, ours, expected)
 
 

@@ -223,7 +223,7 @@ class Misnamed:
 @pytest.mark.parametrize("changes, message", [
     (dict(propose=None), "Own.plan().propose is None, it must be a stars.plan.Sampled"),
     (dict(segment=Fixed(0)), "Own.plan().segment.size is 0"),
-    (dict(segment=16), "Own.plan().segment is 16, it must be a stars.plan.Fixed or Whole"),
+    (dict(segment=16), "Own.plan().segment is 16, it must be a stars.plan.Fixed, Entropy or Whole"),
     (dict(segment=Whole(0), score=Score("end")), "Own.plan().segment.piece is 0"),
     (dict(lanes=Lanes(1, HUGE)), "Own.plan().lanes.attempts is 1000"),
     (dict(lanes=Lanes(2.0, 3)), "Own.plan().lanes.width is 2.0"),

@@ -221,7 +221,7 @@ MUTANTS = [
            "a response is penalised for the words of the one before it", "penalties oracle engine"),
     Mutant("engine/draft.py", "entries[first:stop] = lane.history\n", "entries[first:stop] = lanes[0].history\n",
            "all lanes have the first one's history", "planted"),
-    Mutant("engine/draft.py", '"sample", rows, filters, penalties', '"sample", rows, filters',
+    Mutant("engine/draft.py", '"sample", rows, filters, penalties, cuts', '"sample", rows, filters',
            "a step recorded without penalties is replayed with them", "planted"),
     Mutant("engine/draft.py", "        host.done[rows] = 1", "        host.done[rows] = 0",
            "idle lanes draw", "reuse padding"),
