@@ -41,8 +41,8 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Segments that end before a token of which the language model is uncertain: once `least` tokens are drawn, where the
-    entropy of its next distribution is at least `cut` nats; after `most` tokens anyway; and where the response ends.
+    """Segments that end before a token of which the language model is uncertain: once `least` tokens are drawn, where
+    the entropy of its next distribution is at least `cut` nats; after `most` tokens anyway; where the response ends.
 
     The entropy is that of softmax(logits), penalties included: at temperature 1, over the whole vocabulary, before
     filters. So a segment is a function of what was drawn, and has a token at least.

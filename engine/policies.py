@@ -93,7 +93,7 @@ class CARDS:
         _keep_threshold(self)
 
     def plan(self) -> Plan:
-        """Segments cut by entropy, soft or hard threshold, best seen of all attempts, the last of which is not tested."""
+        """Segments cut by entropy, soft or hard threshold, best seen on exhaustion, which the last attempt is part of."""
         score, rule = _rising(self, 0.0 if self.option == "hard" else self.beta)
         return Plan(Sampled(), Entropy(self.entropy_threshold, self.min_segment, self.max_segment),
                     Lanes(self.width, self.max_attempts), score, replace(rule, tests_last=False))

@@ -151,8 +151,8 @@ def accepts(uniform: float, reward: float, tau: float, beta: float) -> bool:
 class Threshold:
     """The first accepted attempt of each hypothesis, under the law's rising threshold. beta = 0 is the hard rule.
 
-    tests_last: False accepts no attempt after which none may be drawn: the plan's exhaustion then has its say in any case.
-    Only of groups of one hypothesis.
+    tests_last: False accepts no attempt after which none may be drawn, so that the plan's exhaustion has its say. Only of
+    groups of one hypothesis.
     """
 
     alpha: float

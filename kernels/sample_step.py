@@ -38,8 +38,8 @@ from stars.kernels.types import LaneState
 
 def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None,
                           cuts: bool = True) -> None:
-    """As `sample_step`; any device, one lane at a time. ValueError if a lane has a filter or an entropy cut of which the
-    caller says that there is none."""
+    """As `sample_step`; any device, one lane at a time. ValueError if a lane has a filter or a cut that the caller says
+    it has not."""
     _check(logits, lanes)
     filtered = (lanes.top_k > 0) | (lanes.top_p < 1.0) | (lanes.min_p > 0.0)
     if not filters and bool((filtered & (lanes.done == 0)).any()):
@@ -82,8 +82,8 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: T
                 cuts: bool = True) -> None:
     """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab].
 
-    With filters=False the caller knows that no lane has top_k, top_p or min_p: a GPU then leaves out four launches. With
-    cuts=False it knows that no lane has an entropy_cut: no entropy is then computed.
+    With filters=False the caller knows that no lane has top_k, top_p or min_p: a GPU then leaves out four launches.
+    With cuts=False it knows that no lane has an entropy_cut: no entropy is then computed.
     ended: int32 [lanes] or longer, which gets a 1 for each lane that this draw ends; a GPU also takes pinned memory of
     the host, and libstars, whose `done` the host sees as it is, takes none.
     """

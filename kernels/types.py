@@ -77,8 +77,8 @@ class Batch(NamedTuple):
 class LaneState(NamedTuple):
     """Everything `sample_step` reads and advances for the lanes of one draft, one entry a lane, changed in place.
 
-    A lane that is done (EOS, max_tokens reached, or cut where the model was uncertain) is left as it is. After a draw that does not end the lane,
-    token_ids, positions, slots and slab_used are what the next forward pass needs.
+    A lane that is done (EOS, max_tokens reached, or cut where the model was uncertain) is left as it is. After a draw
+    that does not end the lane, token_ids, positions, slots and slab_used are what the next forward pass needs.
     """
 
     token_ids: Tensor  # int32 [lanes] next input token

@@ -1,8 +1,8 @@
 """The published loop of CARDS (arXiv 2406.16306), written out: one candidate at a time, every text read from its start.
 
-It knows nothing of pages, lanes, widths or the engine's rules. What is random is asked of `noise` and `uniform`, so that
-it can be given the engine's own draws. With `stop_ids` and `clip` it ends where the engine does, which the published
-loop has not: there EOS is a token as any other, and the last segment may run past max_new_token.
+It knows nothing of pages, lanes, widths or the engine's rules. What is random is asked of `noise` and `uniform`, so
+that it can be given the engine's own draws. With `stop_ids` and `clip` it ends where the engine does, which the
+published loop has not: there EOS is a token as any other, and the last segment may run past max_new_token.
 """
 
 from __future__ import annotations

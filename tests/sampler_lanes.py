@@ -79,11 +79,11 @@ def assert_same_lanes(logits: torch.Tensor, lanes: LaneState, ours: LaneState, e
 def entropy_within(row: torch.Tensor) -> tuple[float, float]:
     """(entropy in nats of softmax(row), what a float32 sampler may err by), from float64.
 
-    A sampler forms H = log S + T / S, with S = sum of e and T = sum of e * |d| over e = exp(d), d = logit - highest <= 0.
-    In units of u = 2^-24: d is rounded by |d|, which is as much of e again, times 1.45 where a card takes 2^(d / log 2);
-    e itself errs by 4, and a sum by one for each of the at most 48 additions that a term takes part in (32 of a thread,
-    5 of a warp, 3 of its tile, 8 of all tiles; libstars adds fewer). With the means a = E|d| and b = E d^2 that is
-    54 + 2.5 a of S, and 55 a + 2.5 b of T; H errs by eps_S (1 + a) + eps_T, and by a unit in the end.
+    A sampler forms H = log S + T / S, where S adds up e = exp(d) and T e * |d|, d = logit - highest <= 0. In units of
+    u = 2^-24: d is rounded by |d|, which is as much of e again, and 1.45 times that where a card takes 2^(d / log 2). e
+    itself errs by 4, and a sum by one for each of the at most 48 additions that a term takes part in (32 of a thread, 5
+    of a warp, 3 of its tile, 8 of all tiles; libstars adds fewer). With the means a = E|d| and b = E d^2 that is
+    54 + 2.5 a of S, and 55 a + 2.5 b of T / S; H errs by the first times (1 + a), the second, and a unit of itself.
     """
     logprobs = row.double().log_softmax(0)
     p = logprobs.exp()
@@ -94,12 +94,12 @@ def entropy_within(row: torch.Tensor) -> tuple[float, float]:
 
 
 KINDS = ("below", "above", "at least", "too early", "off")
-"""Of a lane: its cut is just below the entropy, just above, or there is none; it may be cut now, or is too short yet."""
+"""Of a lane: its cut is just below the entropy, just above, or there is none; it may be cut, or is too short yet."""
 
 
 def assert_cuts(step: Callable, logits: torch.Tensor, kinds: Sequence[str] = KINDS, **lane_options) -> int:
-    """`step` ends the lanes that the entropy of their logits [rows, vocab] cuts, without a draw, and no others: how many
-    were cut."""
+    """`step` ends the lanes that the entropy of their logits [rows, vocab] cuts, without a draw, and no others; returns
+    how many were cut."""
     rows, lanes_of = logits.shape[0], len(kinds)
     lanes = make_lanes(rows * lanes_of, max_steps=7, **lane_options)
     lanes.steps[:] = torch.arange(rows * lanes_of) % 4 + 1
@@ -111,7 +111,8 @@ def assert_cuts(step: Callable, logits: torch.Tensor, kinds: Sequence[str] = KIN
         for lane, kind in enumerate(kinds, row * lanes_of):
             # The cut is a float32: a unit more on either side.
             away = tolerance + 2.0**-23 * nats
-            lanes.entropy_cut[lane] = {"above": nats + away + 1e-30, "off": float("inf")}.get(kind, max(0.0, nats - away))
+            below, above = max(0.0, nats - away), nats + away + 1e-30
+            lanes.entropy_cut[lane] = {"above": above, "off": float("inf")}.get(kind, below)
             lanes.least_tokens[lane] += {"at least": 1, "too early": 2}.get(kind, 0)
             expected.append(kind in ("below", "at least"))
     before, repeated = copy_of(lanes), logits.repeat_interleave(lanes_of, 0)

@@ -156,8 +156,10 @@ def test_requests_as_a_whole(engine):
     refused(stars.RequestError, "policy is str", engine.generate, PROMPT, None, "STARS")
     refused(stars.RequestError, "policy is the class Sample: give an object", engine.add_request, PROMPT, None,
             stars.Sample)
-    refused(stars.RequestError, "a segment may have 17 tokens and the engine's slabs hold 16", engine.add_request, PROMPT, None,
-            stars.STARS(segment_size=17, reward_threshold=1.0))
+    for policy in (stars.STARS(segment_size=17, reward_threshold=1.0),
+                   stars.CARDS(max_segment=17, reward_threshold=1.0)):
+        refused(stars.RequestError, "a segment may have 17 tokens and the engine's slabs hold 16", engine.add_request,
+                PROMPT, None, policy)
     refused(stars.RequestError, "n times the policy's candidates is 8000", engine.add_request, PROMPT,
             stars.SamplingParams(n=1000, max_tokens=4), stars.BestOfN(8))
     refused(stars.RequestError, "stop strings need a tokenizer", engine.add_request, PROMPT,

@@ -227,10 +227,10 @@ def test_the_planted_sampler_is_right_without_an_error(monkeypatch):
 # -- the published loop -------------------------------------------------------------------------------------------
 
 
-def equals_the_published_loop(output: stars.RequestOutput, params: stars.SamplingParams, lm: Callable, reward: Callable, width: int, tolerance: float,
-                              **ends) -> Counter:
-    """Every decision of every completion; how often each was made. ends: `stop_ids` and `clip` of the loop; without them
-    segments are compared as far as no candidate may run past the end."""
+def equals_the_published_loop(output: stars.RequestOutput, params: stars.SamplingParams, lm: Callable,
+                              reward: Callable, width: int, tolerance: float, **ends) -> Counter:
+    """Every decision of every completion; how often each was made. ends: `stop_ids` and `clip` of the loop; without
+    them segments are compared as far as no candidate may run past the end."""
     policy, seen = output.policy, Counter()
     for completion in output.outputs:
         assert completion.error is None
@@ -276,7 +276,8 @@ LARGER = ToyModel(vocab=37, seed=2, hidden=24, layers=2, heads=4, kv_heads=2, he
 FUNCTION = table_reward(seed=3)
 
 
-@pytest.mark.parametrize("option, width, target", [("soft", 1, 1.5), ("soft", 3, 2.5), ("hard", 3, 1.5), ("hard", 8, 99.0)])
+@pytest.mark.parametrize("option, width, target", [
+    ("soft", 1, 1.5), ("soft", 3, 2.5), ("hard", 3, 1.5), ("hard", 8, 99.0)])
 @pytest.mark.parametrize("ours", [False, True], ids=["published", "with EOS and a clipped end"])
 def test_decisions_are_those_of_the_published_loop(option, width, target, ours):
     """Its temperature is beta, too. Draws, rewards and thresholds, in pages and lanes here and from scratch there."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from instruction_sets import instruction_set  # noqa: F401  (a fixture)
-from sampler_lanes import assert_same_step as same_step
 from sampler_lanes import assert_cuts, copy_of, entropy_within, make_lanes, rows_of_entropies
+from sampler_lanes import assert_same_step as same_step
 from stars.bindings import libstars
 from stars.kernels import philox
 from stars.kernels.sample_step import sample_step, sample_step_reference, sampling_threshold

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sampler_lanes import assert_same_step as same_step
 from sampler_lanes import assert_cuts, copy_of, rows_of_entropies
+from sampler_lanes import assert_same_step as same_step
 from sampler_lanes import make_lanes as fresh_lanes
 from stars import kernels
 from stars.kernels import dispatch, philox

@@ -171,8 +171,8 @@ def _leader(left, part):
 
 @triton.jit
 def _entropy(highest, sums, weighted):
-    """Nats of the softmax over a lane's tiles: log S - W / S, where S adds up exp(d) and W exp(d) * d, d = logit less the
-    largest. Moving a tile from its own largest by m adds m * S to its W. NaN where a maximum is."""
+    """Nats of the softmax over a lane's tiles: log S - W / S, where S adds up exp(d) and W exp(d) * d, d = logit less
+    the largest. Moving a tile from its own largest by m adds m * S to its W. NaN where a maximum is."""
     largest = row_maximum(highest)
     there = highest > -INFINITY
     moved = tl.where(there, highest - largest, 0.0)
@@ -301,8 +301,8 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: T
     """As `stars.kernels.sample_step`, for logits of float32, bfloat16 or float16 with adjacent columns.
 
     With filters=False the caller knows that no lane has top_k, top_p or min_p, and four launches are left out; a lane
-    that has them all the same draws without them. With cuts=False the same goes for entropy_cut, which needs no launch of
-    its own. A lane without a column for its token is ended.
+    that has them all the same draws without them. With cuts=False the same goes for entropy_cut, which needs no launch
+    of its own. A lane without a column for its token is ended.
     """
     count, vocab = logits.shape
     _check(logits, lanes)
@@ -338,9 +338,9 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: T
     finish_kernel[(count,)](
         logits, stride, lanes.token_ids, lanes.positions, lanes.slots, lanes.slab_used, lanes.steps, lanes.max_tokens,
         lanes.done, lanes.out_tokens, lanes.out_logprobs, max_steps, lanes.temperature, lanes.seeds, lanes.attempts,
-        lanes.streams, lanes.stop_ids, lanes.entropy_cut, lanes.least_tokens, space.highest, space.total, space.weighted,
-        space.ceiling, space.mode, space.bounds, lanes.done if ended is None else ended, VOCAB=vocab, TILES=tiles,
-        TILES_BLOCK=tiles_block, TILE=TILE, STOPS=lanes.stop_ids.shape[1],
+        lanes.streams, lanes.stop_ids, lanes.entropy_cut, lanes.least_tokens, space.highest, space.total,
+        space.weighted, space.ceiling, space.mode, space.bounds, lanes.done if ended is None else ended, VOCAB=vocab,
+        TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE, STOPS=lanes.stop_ids.shape[1],
         STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])), FILTERS=filters, TELLS=ended is not None,
         CUTS=cuts, num_warps=FINISH_WARPS, maxnreg=FINISH_REGISTERS)
 
