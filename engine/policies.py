@@ -12,7 +12,20 @@ from typing import Any
 
 from stars.arguments import as_float, flag, integer, known_by_name, real, shown
 from stars.errors import RequestError
-from stars.plan import DRAFT_SIZE, MAX_ATTEMPTS, MAX_SIZE, Entropy, Fixed, Lanes, Plan, Policy, Sampled, Score, Whole
+from stars.plan import (
+    DRAFT_SIZE,
+    MAX_ATTEMPTS,
+    MAX_SIZE,
+    Entropy,
+    Fixed,
+    Lanes,
+    Plan,
+    Policy,
+    Sampled,
+    Score,
+    Whole,
+    exhaustion_of,
+)
 from stars.rules import Always, Argmax, Threshold
 
 
@@ -23,9 +36,10 @@ class STARS:
 
     A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1). Here
     tau(n) = min(t, r0 + n / N * (t - r0)) and r0 = (1 - alpha) * r(prompt) + alpha * t, with t = reward_threshold,
-    n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections the best reward seen
-    wins. `beta = 0` is the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in
-    attempt order wins, so the width changes the speed and never the law; None lets the engine choose it.
+    n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections `exhaust` says what is
+    done, by a name or an object of `stars.rules`: unless told otherwise, the best reward seen wins. `beta = 0` is the
+    hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the width
+    changes the speed and never the law; None lets the engine choose it.
 
     `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default.
     """
@@ -36,6 +50,7 @@ class STARS:
     beta: float = 0.7
     reward_threshold: float | None = None
     width: int | None = None
+    exhaust: Any = "best_seen"
 
     def __post_init__(self) -> None:
         _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
@@ -43,9 +58,10 @@ class STARS:
         _keep_threshold(self)
 
     def plan(self) -> Plan:
-        """Soft or hard threshold, capped, best seen on exhaustion."""
+        """Soft or hard threshold, capped."""
         score, rule = _rising(self, self.beta)
-        return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.width, self.max_attempts), score, rule)
+        return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.width, self.max_attempts), score, rule,
+                    self.exhaust)
 
 
 @known_by_name({})
@@ -61,7 +77,7 @@ class CARDS:
     reward_threshold, n = response tokens including the candidate, N = max_tokens.
 
     Of `max_attempts` candidates the last one is not tested, as in the published loop, whose limit of 20 regenerations
-    makes 21: the best reward of all of them, the earliest of equals, is then taken.
+    makes 21: the best reward of all of them, the earliest of equals, is then taken, or what else `exhaust` says.
 
     Where this differs from the published code: EOS ends a segment and the response; the last segment is clipped at
     max_tokens, where theirs runs over; the temperature and filters of the draw are those of the SamplingParams, where
@@ -81,6 +97,7 @@ class CARDS:
     reward_threshold: float | None = None
     option: str = "soft"
     width: int | None = None
+    exhaust: Any = "best_seen"
 
     def __post_init__(self) -> None:
         _keep(self, max_segment=_size(self, "max_segment"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
@@ -93,10 +110,10 @@ class CARDS:
         _keep_threshold(self)
 
     def plan(self) -> Plan:
-        """Segments cut by entropy, soft or hard threshold, best seen on exhaustion, which the last attempt is part of."""
+        """Segments cut by entropy, soft or hard threshold, capped; the last attempt is not tested."""
         score, rule = _rising(self, 0.0 if self.option == "hard" else self.beta)
         return Plan(Sampled(), Entropy(self.entropy_threshold, self.min_segment, self.max_segment),
-                    Lanes(self.width, self.max_attempts), score, replace(rule, tests_last=False))
+                    Lanes(self.width, self.max_attempts), score, replace(rule, tests_last=False), self.exhaust)
 
 
 @known_by_name({})
@@ -158,7 +175,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def _keep_threshold(policy: STARS | CARDS) -> None:
-    """Checks the three numbers of a rising threshold."""
+    """Checks the numbers of a rising threshold, and what is done where it accepts nothing."""
     name, threshold = type(policy).__name__, as_float(policy.reward_threshold)
     if policy.reward_threshold is None or threshold is not None and math.isnan(threshold):
         raise RequestError(f"{name} needs a reward_threshold, which depends on the reward model: "
@@ -168,7 +185,8 @@ def _keep_threshold(policy: STARS | CARDS) -> None:
           beta=real(f"{name}.beta", policy.beta, "a finite number, 0 (the hard rule) or above",
                     lambda value: 0.0 <= value < math.inf),
           reward_threshold=real(f"{name}.reward_threshold", policy.reward_threshold, "a number that a float can hold",
-                                lambda value: True))
+                                lambda value: True),
+          exhaust=_exhaust(policy))
 
 
 def _rising(policy: STARS | CARDS, beta: float) -> tuple[Score, Threshold]:
@@ -182,6 +200,12 @@ def _rising(policy: STARS | CARDS, beta: float) -> tuple[Score, Threshold]:
 
 def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:
     return integer(f"{type(policy).__name__}.{name}", getattr(policy, name), 1, maximum)
+
+
+def _exhaust(policy: Any) -> Any:
+    """Its field `exhaust`, a name or an object, checked."""
+    exhaustion_of(f"{type(policy).__name__}.exhaust", policy.exhaust)
+    return policy.exhaust
 
 
 def _keep(policy: Any, **values: Any) -> None:
