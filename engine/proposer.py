@@ -33,12 +33,12 @@ class Proposer:
             table, last = hypothesis.pages, hypothesis.last_token
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
-            first, segment = len(hypothesis.attempts) + 1, request.plan.segment
+            first = len(hypothesis.attempts) + 1
             for attempt in range(first, first + width):
                 slab = self._cache.take_slab()
                 lanes.append(Lane(hypothesis, attempt, slab))
                 specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, attempt, stream, request.params,
-                                      request.stop_ids, history, segment.cut, segment.least))
+                                      request.stop_ids, history, hypothesis.entropy_cut, hypothesis.least_segment))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._launched = time.perf_counter()
         if specs:

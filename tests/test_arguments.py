@@ -79,6 +79,8 @@ def test_odd_numbers_of_sampling(name, value):
 @pytest.mark.parametrize("build, names", [
     (lambda **given: stars.STARS(**{"reward_threshold": 1.0, **given}),
      ("segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width")),
+    (lambda **given: stars.CARDS(**{"reward_threshold": 1.0, **given}),
+     ("entropy_threshold", "min_segment", "max_segment", "max_attempts", "alpha", "beta", "option", "width")),
     (stars.BestOfN, ("n",)), (stars.BlockwiseBestOfK, ("k", "segment_size")),
 ])
 @pytest.mark.parametrize("value", ODD, ids=lambda value: shown(value)[:20])
@@ -363,6 +365,7 @@ def test_vllms_fields_are_all_known():
     (stars.SamplingParams, "topk", "did you mean top_k?"),
     (stars.SamplingParams, "zzz", "there are temperature, top_k,"),
     (stars.STARS, "reward_treshold", "did you mean reward_threshold?"), (stars.BestOfN, "k", "there are n"),
+    (stars.CARDS, "entropy", "did you mean entropy_threshold?"),
     (stars.BlockwiseBestOfK, "segmentsize", "did you mean segment_size?"), (stars.Sample, "scores", "mean score?"),
     (lambda **given: toy_engine(LM, **given), "max_model_length", "did you mean max_model_len?"),
     (lambda **given: toy_engine(LM, **given), "tensor_parallel_size", "one process for each GPU"),

@@ -26,6 +26,7 @@ from law import DRAWS, FALSE_POSITIVE_RATE, MAX_TOKENS, MODEL, PROMPT, REWARD, P
 from stars.cli.options import shipped_pair
 from stars.kernels.graph import Graphs
 from stars.kernels.sample_step import sample_step
+from stars.plan import Entropy, Lanes, plan_of
 from toy import EOS, ToyModel, ids, table_reward, toy_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -325,3 +326,49 @@ def test_decisions_on_the_shipped_pair_are_those_of_the_published_loop():
         [output] = engine.generate(["The plot of this film"], params, policy, use_tqdm=False)
         seen += equals_the_published_loop(output, params, logits, reward, width, 1e-3)
     assert seen["cut"] > 10 and seen["rejected"] > 10 and seen["accepted"] > 2 and seen["best seen"] > 2, seen
+
+
+# -- beside others, and what cannot be ----------------------------------------------------------------------------
+
+
+def test_cards_beside_others_and_after_them():
+    """One batch with lanes that are cut, earlier, later and not at all; steps recorded without cuts before."""
+    reward = stars.FunctionReward(lambda prompt, responses: [FUNCTION(one) for one in responses], inputs="ids")
+    prompt = {"prompt_token_ids": ids(5, 37, seed=1)}
+    policies = [stars.Sample(), stars.CARDS(2.6, 3, 7, reward_threshold=1.5, width=2),
+                stars.STARS(5, 4, reward_threshold=1.5, width=2), stars.CARDS(1.5, 1, 7, reward_threshold=1.5, width=2)]
+    params = [stars.SamplingParams(max_tokens=20, seed=seed, top_k=9) for seed in range(len(policies))]
+
+    def tokens(engine, *which):
+        outputs = engine.generate([prompt] * len(which), [params[i] for i in which], [policies[i] for i in which],
+                                  use_tqdm=False)
+        engine.check_integrity()
+        return [[segment.token_ids for segment in output.outputs[0].segments] for output in outputs]
+
+    alone = [tokens(toy_engine(LARGER, reward), index)[0] for index in range(len(policies))]
+    engine = toy_engine(LARGER, reward)
+    for which in ((2, 1), (0, 3, 2, 1), (2, 2), (1, 1), (2,), (3,), (1,)):  # steps of as many lanes, cut and not
+        assert tokens(engine, *which) == [alone[index] for index in which], which
+    assert len(alone[3]) > len(alone[1]), "both are cut alike: the test shows little"
+
+
+@pytest.mark.parametrize("segment, message", [
+    (Entropy(math.nan, 1, 4), "segment.cut is nan, it must be nats, 0 or above"),
+    (Entropy(1.0, 0, 4), "segment.least is 0"), (Entropy(1.0, 5, 4), "segment.most is 4, it must be"),
+])
+def test_segments_that_cannot_be(segment, message):
+    class Own:
+        def plan(self):
+            return stars.CARDS(reward_threshold=1.0).plan()._replace(segment=segment)
+
+    with pytest.raises(stars.RequestError, match=message):
+        plan_of(Own())
+
+
+def test_an_untested_last_attempt_is_of_one_hypothesis():
+    class Own:
+        def plan(self):
+            return stars.CARDS(reward_threshold=1.0).plan()._replace(lanes=Lanes(1, 3, 2))
+
+    with pytest.raises(stars.RequestError, match="does not test the last attempt, and a population of 2"):
+        plan_of(Own())
