@@ -115,8 +115,12 @@ def attention(
     )
 
 
-def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None) -> None:
-    """Advances `lanes` in place by one draw from logits float32 [lanes, vocab], by the filters of each of them."""
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None,
+                cuts: bool = True) -> None:
+    """Advances `lanes` in place by one draw from logits float32 [lanes, vocab], by the filters of each of them.
+
+    With cuts=False a lane that has an entropy_cut all the same draws as if it had none.
+    """
     if ended is not None:
         raise ValueError("sample_step: `ended` is for a GPU: on the CPU read lanes.done")
     count, max_steps = lanes.out_tokens.shape
@@ -131,6 +135,8 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: T
         top_k=(lanes.top_k, each), top_p=(lanes.top_p, each), min_p=(lanes.min_p, each),
         stop_ids=(lanes.stop_ids, (count, max_stop_ids)),
         lanes=count, vocab=vocab, max_steps=max_steps, max_stop_ids=max_stop_ids,
+        entropy_cut=(lanes.entropy_cut, each) if cuts else None,
+        least_tokens=(lanes.least_tokens, each) if cuts else None,
     )
 
 

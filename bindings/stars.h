@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 5
+#define STARS_ABI_VERSION 6
 
 typedef enum {
   STARS_OK = 0,
@@ -182,6 +182,10 @@ typedef struct {
   const float* min_p;
   const int32_t* stop_ids; /* [lanes, max_stop_ids], padded with -1 */
   int64_t lanes, vocab, max_steps, max_stop_ids;
+  /* Since version 6; both may be NULL: no lane is cut. Where the entropy in nats of softmax(logits), at temperature 1 and
+   * before any filter, is at least entropy_cut and a lane has drawn least_tokens, it is done without drawing. */
+  const float* entropy_cut; /* infinity is off */
+  const int32_t* least_tokens;
 } stars_sample_step_params;
 
 /* Rows source[i] of k_source and v_source to rows target[i] of k_target and v_target, in every layer. Arrays are

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
     from stars.policies import (
+        CARDS,
         STARS,
         BestOfN,
         BlockwiseBestOfK,
@@ -45,8 +46,8 @@ _HOMES = {
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
-    "policies": ("STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling", "Sample", "SegmentBeam",
-                 "SpeculativeRejection"),
+    "policies": ("CARDS", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling", "Sample",
+                 "SegmentBeam", "SpeculativeRejection"),
     "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
@@ -57,6 +58,7 @@ __all__ = [
     "Attempt",
     "BestOfN",
     "BlockwiseBestOfK",
+    "CARDS",
     "CausalReward",
     "CompletionOutput",
     "EncoderReward",

@@ -49,6 +49,8 @@ class LaneSpec(NamedTuple):
     params: SamplingParams
     stop_ids: tuple[int, ...]
     history: np.ndarray | None = None  # as of Hypothesis.history; needed where params have penalties
+    entropy_cut: float = math.inf  # nats at which it ends before the next token is drawn
+    least_tokens: int = 0  # that it draws before that
 
 
 class Drafted(NamedTuple):
@@ -79,7 +81,8 @@ class Drafter:
             token_ids=one, positions=one, slots=one, slab_used=one, steps=one, max_tokens=one, done=one,
             out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
-            min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), seq_group=one, prefix_len=one, slab_start=one,
+            min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), entropy_cut=flag, least_tokens=one,
+            seq_group=one, prefix_len=one, slab_start=one,
             history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
         # Between the parts of a step, which are recorded apart: the decoder's own may grow for another engine.
         self._logits = decoder.reserve_logits(rows)
@@ -116,16 +119,17 @@ class Drafter:
         A GPU gets the first steps, which it is busy with while the host does something else. The others it gets by
         `pace`. On the CPU the draft is then over.
         """
-        filters = penalties = False
+        filters = penalties = cuts = False
         longest = 0
         for lane in lanes:
             filters |= lane.params.filters
             penalties |= lane.params.penalties
+            cuts |= lane.entropy_cut < math.inf
             longest = max(longest, lane.max_tokens)
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._start(filled, len(lanes), longest, filters, penalties)
+        self._start(filled, len(lanes), longest, filters, penalties, cuts)
 
     def pace(self) -> None:
         """Launches the rest of the draft that was started, as the device gets on with it, and the transfer of its
@@ -156,9 +160,9 @@ class Drafter:
             self._buffers.upload()
             for tiles in self._tiling.shapes(rows, "draft"):
                 self._graphs.warm_up(self._forward(rows, tiles))
-            for filters in (True, False):
+            for filters, cuts in ((True, False), (False, False), (True, True)):
                 for penalties in (True, False):
-                    self._graphs.warm_up(self._sample(rows, filters, penalties))
+                    self._graphs.warm_up(self._sample(rows, filters, penalties, cuts))
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
@@ -184,11 +188,11 @@ class Drafter:
             self.cache.close(table)
 
     def _start(self, filled: tuple[int, Tiles | None], lanes: int, times: int, filters: bool,
-               penalties: bool = False) -> None:
+               penalties: bool = False, cuts: bool = False) -> None:
         """Sends the buffers and launches the first steps, in stream order."""
         self._buffers.upload()
         rows, tiles = filled
-        parts = [self._forward(rows, tiles), self._sample(rows, filters, penalties)]
+        parts = [self._forward(rows, tiles), self._sample(rows, filters or cuts, penalties, cuts)]
         if self._pacing is None:
             self._graphs.run(parts, self._done[rows], times)
             return
@@ -208,17 +212,18 @@ class Drafter:
 
         return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run, self._launches)
 
-    def _sample(self, rows: int, filters: bool, penalties: bool) -> Part:
-        """The second part: what is drawn from the logits, and the step to the next."""
+    def _sample(self, rows: int, filters: bool, penalties: bool, cuts: bool) -> Part:
+        """The second part: what is drawn from the logits, and the step to the next. Where lanes may be cut, filters are
+        looked for too, so that two shapes serve them and not four: where there are none, a launch leaves at once."""
         def run() -> None:
             lanes, logits = self._lanes(rows), self._logits[:rows]
             if penalties:
                 apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
                     self._buffers[name][:rows] for name in PENALTIES)))
             sample_step(logits, lanes, filters=filters,
-                        ended=None if self._pacing is None else self._pacing.ended[:rows])
+                        ended=None if self._pacing is None else self._pacing.ended[:rows], cuts=cuts)
 
-        return Part(("sample", rows, filters, penalties), run, SAMPLE_LAUNCHES)
+        return Part(("sample", rows, filters, penalties, cuts), run, SAMPLE_LAUNCHES)
 
     def _lanes(self, rows: int) -> LaneState:
         return LaneState(*(tensor[:rows] for tensor in self._state))
@@ -247,6 +252,7 @@ class Drafter:
             host.top_k[row] = params.top_k
             host.top_p[row] = params.top_p
             host.min_p[row] = params.min_p
+            host.entropy_cut[row], host.least_tokens[row] = lane.entropy_cut, lane.least_tokens
             host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
         self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         count = len(lanes)

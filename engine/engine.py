@@ -325,8 +325,8 @@ class Engine:
                                "reward=...)")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
-            raise RequestError(f"segment_size is {draft} and the engine's slabs hold "
-                               f"{self.config.max_segment_size} tokens: build it with a larger max_segment_size")
+            raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
+                               f"{self.config.max_segment_size}: build it with a larger max_segment_size")
         if params.n * population > MAX_SAMPLE + 1:
             raise RequestError(f"n times the policy's candidates is {params.n * population}, the most is "
                                f"{MAX_SAMPLE + 1}: split the request")
@@ -349,9 +349,9 @@ class Engine:
                                f"{shown(max_tokens)} make {shown(needed)}, the limit is "
                                f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
                                "shorten the prompt or lower max_tokens")
-        if max_tokens > draft * (MAX_SEGMENT + 1):
+        if max_tokens > plan.segment.least * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
-                               f"{draft} tokens: use longer segments or fewer tokens")
+                               f"{plan.segment.least} tokens: use longer segments or fewer tokens")
         if self.reward is not None and plan.score.when != "never":
             self.reward.check(prompt, max_tokens)
         self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import flag, integer, real, shown
 from stars.errors import RequestError, describe
@@ -38,11 +38,36 @@ class Fixed:
     """Segments of `size` tokens (B), fewer where the response ends or max_tokens clips the last one."""
 
     size: int
+    cut: ClassVar[float] = math.inf
 
     @property
     def draft(self) -> int:
         """Most tokens of one draft."""
         return self.size
+
+    @property
+    def least(self) -> int:
+        """Fewest tokens of a draft that does not end the response."""
+        return self.size
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Segments that end before a token of which the language model is uncertain: once `least` tokens are drawn, where
+    the entropy of its next distribution is at least `cut` nats; after `most` tokens anyway; where the response ends.
+
+    The entropy is that of softmax(logits), penalties included: at temperature 1, over the whole vocabulary, before
+    filters. So a segment is a function of what was drawn, and has a token at least.
+    """
+
+    cut: float
+    least: int
+    most: int
+
+    @property
+    def draft(self) -> int:
+        """Most tokens of one draft."""
+        return self.most
 
 
 @dataclass(frozen=True)
@@ -51,10 +76,16 @@ class Whole:
     it reads in order, as they end."""
 
     piece: int = DRAFT_SIZE
+    cut: ClassVar[float] = math.inf
 
     @property
     def draft(self) -> int:
         """Most tokens of one draft."""
+        return self.piece
+
+    @property
+    def least(self) -> int:
+        """Fewest tokens of a draft that does not end the response."""
         return self.piece
 
 
@@ -86,7 +117,7 @@ class Plan(NamedTuple):
     """The loop's six choices for one request."""
 
     propose: Sampled
-    segment: Fixed | Whole
+    segment: Fixed | Entropy | Whole
     lanes: Lanes
     score: Score
     decide: Rule
@@ -144,8 +175,12 @@ def _checked(plan: Plan, where: str) -> Plan:
         segment = Fixed(integer(f"{where}.segment.size", segment.size, 1, MAX_SIZE))
     elif isinstance(segment, Whole):
         segment = Whole(integer(f"{where}.segment.piece", segment.piece, 1, MAX_SIZE))
+    elif isinstance(segment, Entropy):
+        least = integer(f"{where}.segment.least", segment.least, 1, MAX_SIZE)
+        segment = Entropy(real(f"{where}.segment.cut", segment.cut, "nats, 0 or above", lambda value: value >= 0.0),
+                          least, integer(f"{where}.segment.most", segment.most, least, MAX_SIZE))
     else:
-        raise RequestError(f"{where}.segment is {shown(segment)}, it must be a stars.plan.Fixed or Whole")
+        raise RequestError(f"{where}.segment is {shown(segment)}, it must be a stars.plan.Fixed, Entropy or Whole")
     lanes = Lanes(None if lanes.width is None else integer(f"{where}.lanes.width", lanes.width, 1, MAX_SIZE),
                   _attempts(f"{where}.lanes.attempts", lanes.attempts),
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE),
@@ -167,6 +202,9 @@ def _checked(plan: Plan, where: str) -> Plan:
     if isinstance(rule, Threshold) and rule.alpha != 1.0 and not score.prompt:
         raise RequestError(f"{where} has a threshold that starts from the prompt's reward and does not ask for that: "
                            "set score.prompt to True, or alpha to 1")
+    if isinstance(rule, Threshold) and not rule.tests_last and lanes.population > 1:
+        raise RequestError(f"{where} has a threshold that does not test the last attempt, and a population of "
+                           f"{lanes.population}: set lanes.population to 1, or tests_last to True")
     for step in steps(exhaust):
         if isinstance(step, Softmax) and score.when not in needed:
             raise RequestError(f"{where}.exhaust draws by rewards and has score.when={score.when!r}, which gives none "
@@ -213,7 +251,8 @@ def _checked_rule(where: str, rule: Any) -> Rule:
         rule, alpha=real(f"{where}.alpha", rule.alpha, "between 0 and 1", lambda value: 0.0 <= value <= 1.0),
         beta=real(f"{where}.beta", rule.beta, "finite, 0 or above", lambda value: 0.0 <= value < math.inf),
         reward_threshold=real(f"{where}.reward_threshold", rule.reward_threshold, "a number",
-                              lambda value: not math.isnan(value)))
+                              lambda value: not math.isnan(value)),
+        tests_last=flag(f"{where}.tests_last", rule.tests_last))
 
 
 def rule_name(rule: Rule) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stars.arguments import flag, integer, known_by_name, real, shown
@@ -19,6 +19,7 @@ from stars.plan import (
     MAX_ATTEMPTS,
     MAX_SIZE,
     MAX_UNIFORMS,
+    Entropy,
     Fixed,
     Lanes,
     Plan,
@@ -63,23 +64,70 @@ class STARS:
 
     def __post_init__(self) -> None:
         _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
-              width=None if self.width is None else _size(self, "width"),
-              alpha=real("STARS.alpha", self.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
-              barrier=flag("STARS.barrier", self.barrier), exhaust=_exhaust(self))
-        threshold, beta = threshold_and_beta("STARS", self.reward_threshold, self.beta)
-        _keep(self, reward_threshold=threshold, beta=beta)
+              width=None if self.width is None else _size(self, "width"), barrier=flag("STARS.barrier", self.barrier))
+        _keep_threshold(self)
         if self.barrier and self.width not in (None, 1):
             raise RequestError(f"STARS.width is {self.width} and barrier=True draws one candidate a round: leave the "
                                "width out")
 
     def plan(self) -> Plan:
         """Soft or hard threshold, capped."""
-        assert self.reward_threshold is not None and not isinstance(self.beta, str)
-        # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
-        alpha = self.alpha if math.isfinite(self.reward_threshold) else 1.0
+        score, rule = _rising(self)
         lanes = Lanes(1 if self.barrier else self.width, self.max_attempts, barrier=self.barrier)
-        return Plan(Sampled(), Fixed(self.segment_size), lanes, Score("segment", prompt=alpha != 1.0),
-                    Threshold(float(alpha), float(self.beta), float(self.reward_threshold)), self.exhaust)
+        return Plan(Sampled(), Fixed(self.segment_size), lanes, score, rule, self.exhaust)
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class CARDS:
+    """Cascade reward sampling (arXiv 2406.16306; parameter names are its code's, as far as that has names).
+
+    A segment ends before the token whose predictive distribution is uncertain: at least `min_segment` tokens are drawn,
+    then H >= `entropy_threshold` ends it, and `max_segment` tokens do. H is the entropy in nats of softmax(logits) over
+    the whole vocabulary: at temperature 1 and before top-k, whatever the tokens are drawn with. With `option="soft"` it
+    is accepted iff log u < (r - tau(n)) / beta, u ~ U(0, 1), with "hard" iff r >= tau(n), whatever beta. tau and r0 are
+    those of STARS: tau(n) = min(t, r0 + n / N * (t - r0)), r0 = (1 - alpha) * r(prompt) + alpha * t, t =
+    reward_threshold, n = response tokens including the candidate, N = max_tokens.
+
+    Of `max_attempts` candidates the last one is not tested, as in the published loop, whose limit of 20 regenerations
+    makes 21: the best reward of all of them, the earliest of equals, is then taken, or what else `exhaust` says.
+
+    Where this differs from the published code: EOS ends a segment and the response; the last segment is clipped at
+    max_tokens, where theirs runs over; the temperature and filters of the draw are those of the SamplingParams, where
+    theirs has the temperature equal to beta and top_k 40 (`SamplingParams(temperature=0.7, top_k=40)` is its default);
+    log u is compared, where exp(...) may overflow; penalties, which it has not, count for H. Several candidates may be
+    drawn at once (`width`), which changes the speed and never the law.
+
+    `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default.
+    """
+
+    entropy_threshold: float = 3.0
+    min_segment: int = 4
+    max_segment: int = 64
+    max_attempts: int = 21
+    alpha: float = 0.5
+    beta: float | Literal["auto"] = 0.7
+    reward_threshold: float | None = None
+    option: str = "soft"
+    width: int | None = None
+    exhaust: Any = "best_seen"
+
+    def __post_init__(self) -> None:
+        _keep(self, max_segment=_size(self, "max_segment"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
+              width=None if self.width is None else _size(self, "width"),
+              entropy_threshold=real("CARDS.entropy_threshold", self.entropy_threshold, "nats, 0 or above",
+                                     lambda value: value >= 0.0))
+        _keep(self, min_segment=_size(self, "min_segment", self.max_segment),
+              option=_choice(self, "option", ("soft", "hard")))
+        _keep_threshold(self)
+
+    def plan(self) -> Plan:
+        """Segments cut by entropy, soft or hard threshold, capped; the last attempt is not tested."""
+        score, rule = _rising(self)
+        if self.option == "hard":
+            rule = replace(rule, beta=0.0)
+        return Plan(Sampled(), Entropy(self.entropy_threshold, self.min_segment, self.max_segment),
+                    Lanes(self.width, self.max_attempts), score, replace(rule, tests_last=False), self.exhaust)
 
 
 @known_by_name({})
@@ -280,6 +328,8 @@ class ParticleFilter:
 
 POLICIES: dict[str, type[Policy]] = {
     "stars": STARS,
+    "cards": CARDS,
+    "cards": CARDS,
     "sample": Sample,
     "best-of-n": BestOfN,
     "blockwise": BlockwiseBestOfK,
@@ -289,6 +339,47 @@ POLICIES: dict[str, type[Policy]] = {
     "particle-filter": ParticleFilter,
 }
 """Every policy of the package by the name that the command line knows it by."""
+
+
+def _keep_threshold(policy: STARS | CARDS) -> None:
+    """Checks the numbers of a rising threshold, and what is done where it accepts nothing."""
+    name, threshold = type(policy).__name__, as_float(policy.reward_threshold)
+    if policy.reward_threshold is None or threshold is not None and math.isnan(threshold):
+        raise RequestError(f"{name} needs a reward_threshold, which depends on the reward model: "
+                           "measure one with engine.calibrate(prompts)")
+    _keep(policy,
+          alpha=real(f"{name}.alpha", policy.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
+          beta=real(f"{name}.beta", policy.beta, "a finite number, 0 (the hard rule) or above",
+                    lambda value: 0.0 <= value < math.inf),
+          reward_threshold=real(f"{name}.reward_threshold", policy.reward_threshold, "a number that a float can hold",
+                                lambda value: True),
+          exhaust=_exhaust(policy))
+
+
+def _rising(policy: STARS | CARDS, beta: float) -> tuple[Score, Threshold]:
+    """What is scored for a rising threshold, and the rule."""
+    assert policy.reward_threshold is not None
+    # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
+    alpha = policy.alpha if math.isfinite(policy.reward_threshold) else 1.0
+    return (Score("segment", prompt=alpha != 1.0),
+            Threshold(float(alpha), float(beta), float(policy.reward_threshold)))
+
+
+def _keep_threshold(policy: STARS | CARDS) -> None:
+    """Checks the numbers of a rising threshold, and what is done where it accepts nothing."""
+    name = type(policy).__name__
+    threshold, beta = threshold_and_beta(name, policy.reward_threshold, policy.beta)
+    _keep(policy, reward_threshold=threshold, beta=beta, exhaust=_exhaust(policy),
+          alpha=real(f"{name}.alpha", policy.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0))
+
+
+def _rising(policy: STARS | CARDS) -> tuple[Score, Threshold]:
+    """What is scored for a rising threshold, and the rule."""
+    assert policy.reward_threshold is not None and not isinstance(policy.beta, str)
+    # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
+    alpha = policy.alpha if math.isfinite(policy.reward_threshold) else 1.0
+    return (Score("segment", prompt=alpha != 1.0),
+            Threshold(float(alpha), float(policy.beta), float(policy.reward_threshold)))
 
 
 def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:

@@ -40,7 +40,7 @@ class Proposer:
                 slab = self._cache.take_slab()
                 lanes.append(Lane(hypothesis, attempt, slab))
                 specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, attempt, stream, request.params,
-                                      request.stop_ids, history))
+                                      request.stop_ids, history, hypothesis.entropy_cut, hypothesis.least_segment))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._launched = time.perf_counter()
         if specs:

@@ -123,7 +123,8 @@ class Hypothesis:
     def __post_init__(self) -> None:
         self.request = self.group.request
         self.sample = self.group.index * self.request.plan.lanes.population + self.slot  # of its random stream
-        self.max_segment = self.request.plan.segment.draft
+        segment = self.request.plan.segment
+        self.max_segment, self.least_segment, self.entropy_cut = segment.draft, segment.least, segment.cut
 
     @property
     def pages(self) -> BlockTable:

@@ -158,11 +158,16 @@ def accepts(uniform: float, reward: float, tau: float, beta: float) -> bool:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The first accepted attempt of each hypothesis, under the law's rising threshold. beta = 0 is the hard rule."""
+    """The first accepted attempt of each hypothesis, under the law's rising threshold. beta = 0 is the hard rule.
+
+    tests_last: False does not accept the attempt after which none may be drawn, so that the plan's exhaustion has its
+    say; a relaxed threshold tests it too. Only of groups of one hypothesis.
+    """
 
     alpha: float
     beta: float
     reward_threshold: float
+    tests_last: bool = True
     in_order: ClassVar[bool] = True
     uniforms: ClassVar[int] = 1
     skips_rejected: ClassVar[bool] = True
@@ -170,6 +175,8 @@ class Threshold:
     def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
         """Decides once every live hypothesis has an accepted attempt."""
         start = threshold_start(state.prompt_reward, self.alpha, self.reward_threshold)
+        tested = self.tests_last or state.left or state.unscored or state.relaxed
+        untested = None if tested or not judged else judged[-1]
         keep: dict[int, Keep] = {}
         notes = {}
         for one in judged:
@@ -182,7 +189,10 @@ class Threshold:
                 tau -= state.lowered
             reward = scored(one)
             accepted = slot not in keep and accepts(one.uniforms[0], reward, tau, self.beta)
-            notes[slot, attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
+            probability = accept_probability(reward, tau, self.beta)
+            if one is untested:
+                accepted, probability = False, 0.0
+            notes[slot, attempt] = Note(tau, probability, accepted)
             if accepted:
                 keep[slot] = whole(one)
         return Decision(list(keep.values()) if len(keep) == len(state.live) else [], [], notes)

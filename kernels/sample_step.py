@@ -18,6 +18,10 @@ Semantics, for every lane that is not done:
    grow by one.
 
 A lane whose logits contain NaN or +inf, or nothing but -inf, gets token -1 with log-probability NaN and is done.
+
+A lane with an `entropy_cut` that has drawn `least_tokens` is done without a draw, `steps` and all else as they were,
+where the entropy of softmax(logits given) is at least the cut: sum of -p log p over the whole vocabulary in nats, at
+temperature 1 and before any filter. Logits that are no distribution have no entropy: they give token -1 as above.
 """
 
 from __future__ import annotations
@@ -32,12 +36,16 @@ from stars.kernels.dispatch import operation
 from stars.kernels.types import LaneState
 
 
-def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None) -> None:
-    """As `sample_step`; any device, one lane at a time. ValueError if filters=False and a lane has a filter."""
+def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None,
+                          cuts: bool = True) -> None:
+    """As `sample_step`; any device, one lane at a time. ValueError if a lane has a filter or a cut that the caller says
+    it has not."""
     _check(logits, lanes)
     filtered = (lanes.top_k > 0) | (lanes.top_p < 1.0) | (lanes.min_p > 0.0)
     if not filters and bool((filtered & (lanes.done == 0)).any()):
         raise ValueError("sample_step: a lane has top_k, top_p or min_p: call it with filters=True")
+    if not cuts and bool(((lanes.entropy_cut < math.inf) & (lanes.done == 0)).any()):
+        raise ValueError("sample_step: a lane has an entropy_cut: call it with cuts=True")
     done, steps, max_tokens = lanes.done.tolist(), lanes.steps.tolist(), lanes.max_tokens.tolist()
     for lane, row in enumerate(logits):  # row [vocab]
         if done[lane]:
@@ -46,6 +54,11 @@ def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True
         logprob: float | Tensor
         if not math.isfinite(row.max().item()):  # max propagates NaN
             token, logprob = -1, math.nan
+        elif cuts and _cut(row, lanes, lane):
+            lanes.done[lane] = 1
+            if ended is not None:
+                ended[lane] = 1
+            continue
         else:
             token = _draw(row, lanes, lane)
             # In float64: a float32 sum of a large vocabulary's flat tail errs by 3e-4 of it.
@@ -65,13 +78,21 @@ def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True
 
 @operation(cpu="stars.bindings.libstars:sample_step", cuda="stars.kernels.triton.sample_step:sample_step",
            reference=sample_step_reference)
-def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None) -> None:
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None,
+                cuts: bool = True) -> None:
     """Advances `lanes` in place by one draw from `logits` float32 [lanes, vocab].
 
     With filters=False the caller knows that no lane has top_k, top_p or min_p: a GPU then leaves out four launches.
+    With cuts=False it knows that no lane has an entropy_cut: no entropy is then computed.
     ended: int32 [lanes] or longer, which gets a 1 for each lane that this draw ends; a GPU also takes pinned memory of
     the host, and libstars, whose `done` the host sees as it is, takes none.
     """
+
+
+def entropy(row: Tensor) -> float:
+    """Entropy in nats of softmax(row), row float32 [vocab] with a finite maximum; formed in float64."""
+    logprobs = torch.log_softmax(row.double(), dim=0)
+    return float(torch.special.entr(logprobs.exp()).sum())
 
 
 def sampling_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> float:
@@ -90,6 +111,12 @@ def sampling_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -
         kept = (above < top_p * mass.sum()).sum().clamp(min=1)
         threshold = values[kept - 1].float()
     return threshold.item()
+
+
+def _cut(row: Tensor, lanes: LaneState, lane: int) -> bool:
+    """Whether the lane ends before this draw, because the model is too uncertain of what comes."""
+    cut = float(lanes.entropy_cut[lane])
+    return cut < math.inf and int(lanes.steps[lane]) >= int(lanes.least_tokens[lane]) and entropy(row) >= cut
 
 
 def _draw(row: Tensor, lanes: LaneState, lane: int) -> int:

@@ -77,8 +77,8 @@ class Batch(NamedTuple):
 class LaneState(NamedTuple):
     """Everything `sample_step` reads and advances for the lanes of one draft, one entry a lane, changed in place.
 
-    A lane that is done (EOS, or max_tokens reached) is left as it is. After a draw that does not end the lane,
-    token_ids, positions, slots and slab_used are what the next forward pass needs.
+    A lane that is done (EOS, max_tokens reached, or cut where the model was uncertain) is left as it is. After a draw
+    that does not end the lane, token_ids, positions, slots and slab_used are what the next forward pass needs.
     """
 
     token_ids: Tensor  # int32 [lanes] next input token
@@ -98,6 +98,8 @@ class LaneState(NamedTuple):
     top_p: Tensor  # float32 [lanes]; 1 is off
     min_p: Tensor  # float32 [lanes]; 0 is off
     stop_ids: Tensor  # int32 [lanes, max_stop_ids]; token ids that end the lane, padded with -1
+    entropy_cut: Tensor  # float32 [lanes] nats at which the lane ends before it draws; inf is off
+    least_tokens: Tensor  # int32 [lanes] tokens that are drawn before the lane may be cut
 
 
 class Penalties(NamedTuple):

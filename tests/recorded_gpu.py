@@ -158,14 +158,14 @@ class RecordedGpu:
         self.streams.current.synchronize()  # it is read at once
         return torch.tensor(list(values), dtype=torch.int32)
 
-    def sample_step(self, logits, lanes, filters=True, ended=None) -> None:
-        """`sample_step` that looks at filters only where it is told that there are some."""
+    def sample_step(self, logits, lanes, filters=True, ended=None, cuts=True) -> None:
+        """`sample_step` that looks at filters and entropy cuts only where it is told that there are some."""
         before = lanes.done.clone()
         if not filters:
             off = lanes.top_k.shape
             lanes = lanes._replace(top_k=torch.zeros(off, dtype=torch.int32), top_p=torch.ones(off),
                                    min_p=torch.zeros(off))
-        sample_step(logits, lanes, filters)
+        sample_step(logits, lanes, filters, cuts=cuts)
         if self.capturing is None:
             tell(before, lanes.done, ended)
         else:

@@ -79,6 +79,8 @@ def test_odd_numbers_of_sampling(name, value):
 @pytest.mark.parametrize("build, names", [
     (lambda **given: stars.STARS(**{"reward_threshold": 1.0, **given}),
      ("segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width")),
+    (lambda **given: stars.CARDS(**{"reward_threshold": 1.0, **given}),
+     ("entropy_threshold", "min_segment", "max_segment", "max_attempts", "alpha", "beta", "option", "width")),
     (stars.BestOfN, ("n", "temperature")), (stars.BlockwiseBestOfK, ("k", "segment_size")),
     (lambda **given: stars.RejectionSampling(**{"reward_threshold": 1.0, **given}),
      ("reward_threshold", "beta", "max_attempts", "width")),
@@ -230,7 +232,7 @@ class Misnamed:
 @pytest.mark.parametrize("changes, message", [
     (dict(propose=None), "Own.plan().propose is None, it must be a stars.plan.Sampled"),
     (dict(segment=Fixed(0)), "Own.plan().segment.size is 0"),
-    (dict(segment=16), "Own.plan().segment is 16, it must be a stars.plan.Fixed or Whole"),
+    (dict(segment=16), "Own.plan().segment is 16, it must be a stars.plan.Fixed, Entropy or Whole"),
     (dict(segment=Whole(0), score=Score("end")), "Own.plan().segment.piece is 0"),
     (dict(lanes=Lanes(1, HUGE)), "Own.plan().lanes.attempts is 1000"),
     (dict(lanes=Lanes(1, (3, 0))), "Own.plan().lanes.attempts[1] is 0, it must be an integer of at least 1"),
@@ -373,6 +375,7 @@ def test_vllms_fields_are_all_known():
     (stars.SamplingParams, "topk", "did you mean top_k?"),
     (stars.SamplingParams, "zzz", "there are temperature, top_k,"),
     (stars.STARS, "reward_treshold", "did you mean reward_threshold?"), (stars.BestOfN, "k", "there are n"),
+    (stars.CARDS, "entropy", "did you mean entropy_threshold?"),
     (stars.BlockwiseBestOfK, "segmentsize", "did you mean segment_size?"), (stars.Sample, "scores", "mean score?"),
     (lambda **given: toy_engine(LM, **given), "max_model_length", "did you mean max_model_len?"),
     (lambda **given: toy_engine(LM, **given), "tensor_parallel_size", "one process for each GPU"),

@@ -100,6 +100,12 @@ def test_parameters_of_vllm_that_are_not_here(name, value):
     (lambda: stars.STARS(beta=-0.1, reward_threshold=1.0), "STARS.beta is -0.1"),
     (lambda: stars.STARS(beta=math.inf, reward_threshold=1.0), "STARS.beta is inf"),
     (lambda: stars.STARS(beta=math.nan, reward_threshold=1.0), "STARS.beta is nan"),
+    (lambda: stars.CARDS(), "CARDS needs a reward_threshold"),
+    (lambda: stars.CARDS(option="medium", reward_threshold=1.0),
+     'CARDS.option is \'medium\', it must be "soft" or "hard"'),
+    (lambda: stars.CARDS(entropy_threshold=-0.1, reward_threshold=1.0), "CARDS.entropy_threshold is -0.1"),
+    (lambda: stars.CARDS(min_segment=9, max_segment=8, reward_threshold=1.0),
+     "CARDS.min_segment is 9, it must be an integer from 1 to 8"),
     (lambda: stars.BestOfN(0), "BestOfN.n is 0"),
     (lambda: stars.BlockwiseBestOfK(k=0), "BlockwiseBestOfK.k is 0"),
     (lambda: stars.BlockwiseBestOfK(k=()), "BlockwiseBestOfK.k is empty, it must have the candidates of one segment at"),
@@ -170,8 +176,10 @@ def test_requests_as_a_whole(engine):
     refused(stars.RequestError, "policy is str", engine.generate, PROMPT, None, "STARS")
     refused(stars.RequestError, "policy is the class Sample: give an object", engine.add_request, PROMPT, None,
             stars.Sample)
-    refused(stars.RequestError, "segment_size is 17 and the engine's slabs hold 16", engine.add_request, PROMPT, None,
-            stars.STARS(segment_size=17, reward_threshold=1.0))
+    for policy in (stars.STARS(segment_size=17, reward_threshold=1.0),
+                   stars.CARDS(max_segment=17, reward_threshold=1.0)):
+        refused(stars.RequestError, "a segment may have 17 tokens and the engine's slabs hold 16", engine.add_request,
+                PROMPT, None, policy)
     refused(stars.RequestError, "n times the policy's candidates is 8000", engine.add_request, PROMPT,
             stars.SamplingParams(n=1000, max_tokens=4), stars.BestOfN(8))
     refused(stars.RequestError, "stop strings need a tokenizer", engine.add_request, PROMPT,

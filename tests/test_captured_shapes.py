@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -72,8 +73,8 @@ def built(decoder: Decoder, config: EngineConfig, sizes: ModelSizes) -> tuple[Pa
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 1, 16), (3, 3, 128), (8, 1, 256)])
 @pytest.mark.parametrize("name", ENGINES)
 def test_what_is_not_rare_was_captured(monkeypatch, name, heads, kv_heads, head_dim):
-    """Lanes of few responses and of many, contexts alike and not, filters, penalties, one candidate or all, closing
-    tokens, prompts of any length."""
+    """Lanes of few responses and of many, contexts alike and not, filters, penalties, entropy cuts, one candidate or
+    all, closing tokens, prompts of any length."""
     draw, shapes = random.Random(f"{name} {heads}"), Shapes(monkeypatch)
     config = config_of(TARGET, **(dict(cache_tokens=1 << 16, page_size=16, max_model_len=POSITIONS) | ENGINES[name]))
     sizes, closing = language_model(config), 6
@@ -103,8 +104,10 @@ def test_what_is_not_rare_was_captured(monkeypatch, name, heads, kv_heads, head_
         segment = draw.randint(1, draw.choice((8, config.max_segment_size)))
 
         tables = [table(cache) for _ in per]
-        drafter.launch([LaneSpec(own, 1, lane, segment, 3, lane + 1, 0, kind, (), None)
-                        for own, count, kind in zip(tables, per, params, strict=True) for lane in range(count)])
+        cuts = [draw.choice((math.inf, math.inf, 2.0)) for _ in per]
+        drafter.launch([LaneSpec(own, 1, lane, segment, 3, lane + 1, 0, kind, (), None, cut, 1)
+                        for own, count, kind, cut in zip(tables, per, params, cuts, strict=True)
+                        for lane in range(count)])
         shapes.check()
 
         scored = [table(reward_cache) for _ in per]

@@ -22,7 +22,7 @@ from stars.kernels import dispatch
 from stars.kernels.dispatch import OPERATIONS, Implementation, operation, references_only
 from stars.kernels.linear import pack
 from stars.kernels.prefill_attention import build
-from stars.kernels.types import Batch, LayerKV, SplitSpace, Stream
+from stars.kernels.types import Batch, LaneState, LayerKV, SplitSpace, Stream
 from test_libstars_verdict import VOCAB, make_draft, make_trailing
 
 ROWS = sorted(OPERATIONS)
@@ -146,6 +146,13 @@ def of_append_draft() -> tuple:
     return draft, make_trailing(draw, draft, 6, 2), VOCAB
 
 
+def lanes_with_cuts() -> LaneState:
+    """Five lanes, one of which is cut, and one too early to be."""
+    lanes = make_lanes(5, temperature=0.7, top_k=11)
+    lanes.entropy_cut[[1, 3]], lanes.least_tokens[3] = 0.5, 1
+    return lanes
+
+
 def stream() -> Stream:
     """Five rows of 64 features whose scaled and squares are not of their residual, so that each is seen to be read."""
     return Stream(numbers(5, 64, seed=4), numbers(5, 64, seed=5), numbers(5, 2, seed=6).square() * 32)
@@ -175,7 +182,7 @@ CASES: dict[str, Callable[[], tuple]] = {
     "rms_norm": lambda: (numbers(5, 9), numbers(9, seed=1), 1e-5, torch.zeros(5, 9), numbers(5, 9, seed=2)),
     "rope_write": lambda: (numbers(5, 8 * 6), batch(), *numbers(2, 13, 3, seed=1).sin(), caches(), torch.zeros(5, 4, 6),
                            numbers(6, seed=2), numbers(6, seed=3), 1e-5),
-    "sample_step": lambda: (numbers(5, 37), make_lanes(5, temperature=0.7, top_k=11), True),
+    "sample_step": lambda: (numbers(5, 37), lanes_with_cuts(), True),
     "score": lambda: (numbers(5, 9), numbers(5, 9, seed=1), numbers(9, seed=2), 1e-5,
                       pack(numbers(1, 9, seed=3), torch.tensor([0.5])), torch.zeros(5, 9), torch.zeros(5)),
     "swiglu": lambda: (numbers(5, 34), torch.zeros(5, 17)),

@@ -204,7 +204,8 @@ if FAKED:
         policy = draw.choice((
             stars.STARS(segment_size=16, max_attempts=8, reward_threshold=0.3, width=draw.choice((1, 3, 4, None))),
             stars.STARS(segment_size=32, max_attempts=3, reward_threshold=0.3, width=2), stars.Sample(),
-            stars.BestOfN(n=3), stars.BlockwiseBestOfK(k=3, segment_size=8)))
+            stars.BestOfN(n=3), stars.BlockwiseBestOfK(k=3, segment_size=8),
+            stars.CARDS(max_segment=32, max_attempts=8, reward_threshold=0.3, width=draw.choice((1, 3)))))
         kinds = (dict(), dict(top_k=20), dict(presence_penalty=0.5), dict(top_p=0.9, repetition_penalty=1.2))
         params = stars.SamplingParams(max_tokens=draw.randint(8, 64), seed=index, **draw.choice(kinds))
         length = draw.choice((draw.randint(2, 40), draw.randint(40, 256), draw.randint(256, 600)))

@@ -29,10 +29,11 @@ def requests() -> list[tuple]:
     params = stars.SamplingParams(max_tokens=17, n=2)
     stars_policy = stars.STARS(5, 6, 0.5, 0.5, 1.2, 2)
     prompts = [PREFIX + [5], PREFIX + [6, 7, 8], PREFIX[:21], ids(3, vocab=37, seed=2), ids(300, vocab=37, seed=3),
-               PREFIX + [5]]
+               PREFIX + [5], PREFIX + [9, 4]]
     policies = [stars_policy, dataclasses.replace(stars_policy, beta=0.0), stars.BlockwiseBestOfK(3, 4), stars_policy,
-                dataclasses.replace(stars_policy, reward_threshold=9.0), stars.Sample(score=True)]
-    penalties = [{}, dict(frequency_penalty=0.4, repetition_penalty=1.2), {}, dict(presence_penalty=0.8), {}, {}]
+                dataclasses.replace(stars_policy, reward_threshold=9.0), stars.Sample(score=True),
+                stars.CARDS(2.8, 2, 7, 6, 0.5, 0.5, 1.2, width=2)]
+    penalties = [{}, dict(frequency_penalty=0.4, repetition_penalty=1.2), {}, dict(presence_penalty=0.8), {}, {}, {}]
     return [({"prompt_token_ids": prompt}, dataclasses.replace(params, seed=90 + index, **more), policy)
             for index, (prompt, policy, more) in enumerate(zip(prompts, policies, penalties, strict=True))]
 
@@ -67,7 +68,7 @@ def run_late(made: stars.Engine, chosen: Sequence[tuple], gap: int) -> list:
 
 
 def with_width(chosen: Sequence[tuple], width: int) -> list[tuple]:
-    return [(prompt, params, dataclasses.replace(policy, width=width) if isinstance(policy, stars.STARS) else policy)
+    return [(prompt, params, dataclasses.replace(policy, width=width) if hasattr(policy, "width") else policy)
             for prompt, params, policy in chosen]
 
 

@@ -243,7 +243,7 @@ ints = lambda value: torch.full((count,), value, dtype=torch.int32)
 lanes = LaneState(ints(0), ints(0), ints(0), ints(0), ints(0), ints(8), ints(1),
                   torch.zeros(count, 8, dtype=torch.int32), torch.zeros(count, 8), torch.arange(count), ints(0),
                   ints(0), torch.ones(count), ints(0), torch.full((count,), 0.9), torch.zeros(count),
-                  torch.full((count, 1), -1, dtype=torch.int32))
+                  torch.full((count, 1), -1, dtype=torch.int32), torch.full((count,), float("inf")), ints(0))
 never = torch.zeros(1, dtype=torch.int32)
 with libstars.record() as program:
     kernels.sample_step(logits, lanes)  # all lanes are done: nothing is drawn, no memory is taken

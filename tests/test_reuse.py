@@ -23,6 +23,7 @@ BOTH = dict(top_p=0.6, min_p=0.05, frequency_penalty=1.2)
 STOPS = ([3, 5, 9], [], [7])
 KINDS = (PLAIN, FILTERED, PENALISED, BOTH)
 POLICY = stars.STARS(segment_size=5, max_attempts=4, beta=0.5, reward_threshold=1.0, width=3)
+CUT = stars.CARDS(2.5, 2, 7, 4, reward_threshold=1.0, width=3)
 
 
 def requests(count: int, kinds, first: int = 0, policy=POLICY, max_tokens: int = 11) -> list[tuple]:
@@ -86,6 +87,7 @@ BATCHES = {
     "long segments": requests(3, KINDS, 220, stars.STARS(8, 2, 0.5, 0.5, 1.0, 2), 20),
     "samples": requests(5, KINDS, 240, stars.Sample()),
     "blocks": requests(3, KINDS, 280, stars.BlockwiseBestOfK(k=3, segment_size=4)),
+    "cut by entropy": requests(3, KINDS, 320, CUT, 20), "one cut, filtered": requests(1, [FILTERED], 340, CUT, 20),
 }
 
 

@@ -110,6 +110,19 @@ def test_a_group_is_decided_when_all_of_it_is():
     assert rule([*ones, earlier(2)], state((0, 1, 2))).keep == [Keep(0, 1, 3), Keep(1, 2, 3), Keep(2, EARLIER, 0)]
 
 
+def test_the_last_attempt_may_be_left_untested():
+    """It is the one after which none may be drawn, whether it was scored with others or alone."""
+    rule = Threshold(1.0, 0.0, 1.0, tests_last=False)
+    ones = [judged(0, 1, 0.5), judged(0, 2, 1.5)]
+    assert rule(ones, state(left=1)).keep == rule(ones, state(unscored=1)).keep == [Keep(0, 2, 3)]
+    decision = rule(ones, state())
+    assert decision.keep == [] and decision.notes[0, 2] == Note(1.0, 0.0, False)
+    assert rule([judged(0, 1, 1.5), judged(0, 2, 1.5)], state()).keep == [Keep(0, 1, 3)]
+    assert rule(ones[1:], state()).keep == [] and rule([], state()).keep == []
+    assert rule(ones, state()._replace(relaxed=1)).keep == [Keep(0, 2, 3)]
+    assert Threshold(1.0, 0.0, 1.0)(ones, state()).keep == [Keep(0, 2, 3)]
+
+
 def test_a_threshold_that_starts_from_the_prompt_needs_its_reward():
     with pytest.raises(ValueError, match="alpha=0.5 needs the prompt's reward"):
         threshold_start(None, 0.5, 1.0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from instruction_sets import instruction_set  # noqa: F401  (a fixture)
+from sampler_lanes import assert_cuts, copy_of, entropy_within, make_lanes, rows_of_entropies
 from sampler_lanes import assert_same_step as same_step
-from sampler_lanes import copy_of, make_lanes
 from stars.bindings import libstars
 from stars.kernels import philox
 from stars.kernels.sample_step import sample_step, sample_step_reference, sampling_threshold
@@ -141,6 +141,72 @@ def test_lanes_known_to_have_no_filter(operations):
             sample_step_reference(logits, filtered, filters=False)
         filtered.done[1] = 1  # an idle lane has whatever was left in the buffers
         sample_step_reference(logits, filtered, filters=False)
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 17, 37, 64, 257, 1021, 4099])
+def test_lanes_end_where_the_entropy_reaches_their_cut(instruction_set, vocab):  # noqa: F811
+    """Within the error of float32 on either side of the entropy in float64: `entropy_within` derives it."""
+    assert assert_cuts(libstars.sample_step, rows_of_entropies(vocab, vocab), seed=vocab) == 14
+    assert assert_cuts(libstars.sample_step, rows_of_entropies(vocab, 1)[4:5], temperature=0.3, top_k=2) == 2
+
+
+def test_the_reference_ends_lanes_where_the_entropy_reaches_their_cut():
+    assert assert_cuts(sample_step_reference, rows_of_entropies(37, 3)) == 14
+    assert assert_cuts(sample_step_reference, rows_of_entropies(257, 4), temperature=0.0) == 14
+
+
+def test_steps_with_cuts_equal_the_reference(instruction_set):  # noqa: F811
+    """Lanes that are cut beside those that are not, in a large vocabulary: none is within 1e-3 of its cut."""
+    draw, vocab = torch.Generator().manual_seed(6), 128256
+    logits = torch.randn(9, vocab, generator=draw) * torch.linspace(0.5, 8.0, 9)[:, None]
+    lanes = make_lanes(9, 0.8, 40)
+    nats = [entropy_within(row)[0] for row in logits]
+    assert min(nats) < 2.0 and max(nats) > 11.0 and min(abs(one - 6.0) for one in nats) > 1e-3
+    lanes.entropy_cut[:] = 6.0
+    lanes.entropy_cut[4] = math.inf
+    assert assert_same_step(logits, lanes) == 0
+    one = LaneState(*(tensor[:1].clone() for tensor in lanes))  # alone a lane is drawn and added up at the same time
+    assert assert_same_step(logits[:1], one) == 0
+    for batch in (lanes, one):
+        libstars.sample_step(logits[: len(batch.done)], batch)
+    assert lanes.steps.tolist() == [int(n < 6.0 or lane == 4) for lane, n in enumerate(nats)]
+    assert one.done.tolist() == [1] and one.steps.tolist() == [0]
+
+
+def test_a_cut_needs_a_distribution(operations):
+    """Logits that are none give token -1, whatever the cut; lanes that are done stay as they are."""
+    step = libstars.sample_step if operations == "libstars" else sample_step_reference
+    logits = torch.zeros(5, 70)
+    logits[0, 3], logits[1, 69], logits[2] = math.nan, math.inf, -math.inf
+    lanes = make_lanes(5)
+    lanes.entropy_cut[:] = 0.0
+    lanes.done[4] = 1
+    step(logits, lanes)
+    assert lanes.out_tokens[:, 0].tolist() == [-1, -1, -1, -9, -9] and lanes.done.tolist() == [1] * 5
+    assert lanes.steps.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_lanes_known_to_have_no_cut(operations):
+    """cuts=False changes nothing for them; the reference refuses a lane that has one all the same."""
+    logits = torch.randn(4, 37, generator=torch.Generator().manual_seed(1))
+    known, unknown = make_lanes(4, 0.8), make_lanes(4, 0.8)
+    sample_step(logits, known, cuts=False)
+    sample_step(logits, unknown)
+    for a, b in zip(known, unknown):
+        assert torch.equal(a, b)
+    cut = make_lanes(4, 0.8)
+    cut.entropy_cut[1] = 0.0
+    with pytest.raises(ValueError, match="cuts=True"):
+        sample_step_reference(logits, copy_of(cut), cuts=False)
+    told = torch.zeros(6, dtype=torch.int32)
+    sample_step_reference(logits, same := copy_of(cut), ended=told)
+    assert told.tolist() == [0, 1, 0, 0, 0, 0] and same.steps.tolist() == [1, 0, 1, 1]
+    cut.done[1] = 1  # an idle lane has whatever was left in the buffers
+    sample_step_reference(logits, cut, cuts=False)
+    if operations == "libstars":
+        cut.done[1] = 0
+        libstars.sample_step(logits, cut, cuts=False)
+        assert cut.steps.tolist() == [2, 1, 2, 2]
 
 
 def test_forbidden_tokens_are_never_drawn(operations):

@@ -56,7 +56,8 @@ def completions(lm: Decoder, rm: Decoder) -> list[stars.CompletionOutput]:
                           max_segment_size=4)
     params = [stars.SamplingParams(max_tokens=7, seed=5),
               stars.SamplingParams(max_tokens=7, seed=5, top_k=9, presence_penalty=0.5, repetition_penalty=1.3)]
-    policy = stars.STARS(segment_size=4, max_attempts=4, beta=0.3, reward_threshold=1.0, width=2)
+    policy = [stars.STARS(segment_size=4, max_attempts=4, beta=0.3, reward_threshold=1.0, width=2),
+              stars.CARDS(2.6, 1, 4, 4, beta=0.3, reward_threshold=1.0, width=2)]
     outputs = engine.generate([{"prompt_token_ids": ids(length, 23, length)} for length in (5, 20)],
                               params, policy, use_tqdm=False)
     engine.check_integrity()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from sampler_lanes import assert_cuts, copy_of, rows_of_entropies
 from sampler_lanes import assert_same_step as same_step
-from sampler_lanes import copy_of
 from sampler_lanes import make_lanes as fresh_lanes
 from stars import kernels
 from stars.kernels import dispatch, philox
@@ -337,6 +337,28 @@ def test_steps_without_filters_leave_their_launches_out():
     assert assert_same_step(logits, lanes, filters=False, workspace=space) == 0
     with pytest.raises(ValueError, match="workspace"):
         sample_step.sample_step(logits, lanes, workspace=space)
+
+
+@pytest.mark.parametrize("vocab", [5, 4097])
+def test_lanes_end_where_the_entropy_reaches_their_cut(vocab):
+    """In one tile and in several, with filters and without; a lane that draws draws what it drew without a cut."""
+    logits = rows_of_entropies(vocab, vocab)
+    assert assert_cuts(partial(sample_step.sample_step, filters=False), logits, ("below", "above")) == 7
+    assert assert_cuts(sample_step.sample_step, logits[4:5].half(), temperature=0.4, top_p=0.8) == 2
+
+
+def test_a_cut_needs_a_distribution_and_is_told_of():
+    logits = torch.zeros(7, 2100)
+    logits[0, 3], logits[1, 2099], logits[2], logits[4, :2048] = math.nan, math.inf, -math.inf, -math.inf
+    lanes = make_lanes(7)
+    lanes.entropy_cut[:6] = 0.0
+    lanes.done[5] = 1
+    ended = torch.zeros(9, dtype=torch.int32)
+    sample_step.sample_step(logits, same := copy_of(lanes), filters=False, ended=ended)
+    assert same.out_tokens[:, 0].tolist()[:6] == [-1, -1, -1, -9, -9, -9] and same.done.tolist() == [1] * 6 + [0]
+    assert same.steps.tolist() == [1, 1, 1, 0, 0, 0, 1] and ended.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
+    sample_step.sample_step(logits, same := copy_of(lanes), cuts=False)  # who says so is believed
+    assert same.steps.tolist() == [1, 1, 1, 1, 1, 0, 1]
 
 
 def all_scores(logits: torch.Tensor, lanes: LaneState, lane: int) -> torch.Tensor:

@@ -178,6 +178,7 @@ const char* check(const stars_sample_step_params& p) {
   STARS_REQUIRE(p.lanes == 0 || p.max_steps == 0 || (p.out_tokens && p.out_logprobs),
                 "out_tokens and out_logprobs must not be null");
   STARS_REQUIRE(p.lanes == 0 || p.max_stop_ids == 0 || p.stop_ids, "stop_ids must not be null");
+  STARS_REQUIRE(!p.entropy_cut == !p.least_tokens, "entropy_cut and least_tokens must both be null, or neither");
   return nullptr;
 }
 

@@ -181,17 +181,28 @@ void step_lane(const stars_sample_step_params& p, int64_t lane) {
     const noise_stream noise = {(uint64_t)p.seeds[lane], (uint32_t)step, (uint32_t)p.attempts[lane],
                                 (uint32_t)p.streams[lane]};
     double sum = 0.0;
+    bool cut = false;
+    const bool may_be_cut = p.entropy_cut && p.entropy_cut[lane] < infinity && step >= p.least_tokens[lane];
     const auto halves = [&](int64_t half) {  // neither needs the other
-      if (half == 0)
+      if (half == 0) {
         token = draw(row, {p.temperature[lane], p.top_p[lane], p.min_p[lane], p.top_k[lane]}, noise);
-      else
+      } else if (may_be_cut) {
+        const exponential_sums sums = sums_for_entropy(row, nothing_below);
+        sum = sums.mass;
+        cut = sums.entropy() >= (double)p.entropy_cut[lane];
+      } else {
         sum = sum_of_exponentials(row, nothing_below);
+      }
     };
     if (p.lanes == 1) {
       parallel(2, halves);
     } else {
-      halves(0);
       halves(1);
+      if (!cut) halves(0);
+    }
+    if (cut) {
+      p.done[lane] = 1;
+      return;
     }
     logprob = (float)((double)row.logits[token] - row.highest - __builtin_log(sum));
   }

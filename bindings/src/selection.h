@@ -218,6 +218,38 @@ inline double sum_of_exponentials(const logit_row& row, float nothing_below) {
   return total;
 }
 
+struct exponential_sums {
+  double mass, weighted;  // sums over e and over e * d, where d = logit - highest <= 0 and e = exp(d)
+
+  // Of the softmax, in nats: log of the mass less the mean of d. Neither can make it negative.
+  STARS_INLINE double entropy() const { return __builtin_log(mass) - weighted / mass; }
+};
+
+// Both sums in one read, leaving out blocks that are `nothing_below` below the highest; the first has the bits of
+// sum_of_exponentials.
+inline exponential_sums sums_for_entropy(const logit_row& row, float nothing_below) {
+  exponential_sums total = {0.0, 0.0};
+  const floats highest = splat(row.highest), bound = splat(row.highest - nothing_below);
+  const floats farthest = splat(-1000.0f);  // where e is 0; -inf times 0 would be NaN
+  for_blocks(row, [&](const floats& block_highest, int64_t first, int64_t end) {
+    if (!any(block_highest > bound)) return;
+    floats mass = {}, weighted = {};
+    const auto add = [&](const floats& logits) {
+      const floats d = logits - highest, e = exp(d);
+      mass += e;
+      weighted += e * max(d, farthest);
+    };
+    if (end - first == block_size) {
+      for (int64_t i = 0; i < block_vectors; ++i) add(load(row.logits + first + i * vector_width));
+    } else {
+      for (int64_t i = first; i < end; i += vector_width) add(row.at(i));
+    }
+    total.mass += (double)sum_of(mass);
+    total.weighted += (double)sum_of(weighted);
+  });
+  return total;
+}
+
 // The lowest token id with the highest logit.
 inline int32_t first_highest(const logit_row& row) {
   const floats highest = splat(row.highest);

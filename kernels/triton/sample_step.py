@@ -2,13 +2,14 @@
 
 The vocabulary is divided into tiles of 2048 tokens, one program each. No row is sorted: every filter is a threshold.
 
-    scan      all lanes: maximum and sum of exponentials of the raw logits of a tile; of lanes without filters also a
-              bound on the largest z + g. Lanes without filters are then done but for `finish`.
+    scan      all lanes: maximum and sum of exponentials of the raw logits of a tile, and, where lanes may be cut, what
+              their entropy needs; of lanes without filters also a bound on the largest z + g. Lanes without filters
+              are then done but for `finish`.
     bracket, collect, select
               lanes with filters: the least z that is kept, see `sample_filters`
     draw      a bound on the largest z + g of those that reach the threshold, a tile at a time
-    finish    z + g itself in the tile with the highest bound, and in others whose bound it does not reach (few: see
-              `_ceiling`); the winner, its log-probability, and the lane's step
+    finish    the entropy, where the lane may be cut; z + g itself in the tile with the highest bound, and in others
+              whose bound it does not reach (few: see `_ceiling`); the winner, its log-probability, and the lane's step
 
 Logits are read once for lanes without filters and three times with them. A threshold is the same in every run and
 batch, and differs from the reference's only where a sum of exponentials comes within 1e-5 of top_p.
@@ -55,6 +56,7 @@ class Workspace(NamedTuple):
 
     highest: Tensor  # float32 [lanes, tiles] largest raw logit; NaN where a logit is NaN or +inf
     total: Tensor  # float32 [lanes, tiles] sum of exp(logit - highest)
+    weighted: Tensor  # float32 [lanes, tiles] sum of exp(d) * d, d = logit - highest, where lanes may be cut
     ceiling: Tensor  # float32 [lanes, tiles] no z + g exceeds it; with filters first the sum of exp(z - largest z)
     mode: Tensor  # int32 [lanes]
     bounds: Tensor  # float32 [lanes, 4] largest z, interval's low and high, threshold
@@ -99,9 +101,10 @@ def _ceiling(terms):
 
 @triton.jit
 def scan_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top_ks, top_ps, min_ps, seeds, attempts,
-                streams, highest, total, ceiling, VOCAB: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
-                FILTERS: tl.constexpr):
-    """Grid (tiles, lanes): the tile's maximum and sum of exponentials, and, without filters, a bound on its z + g."""
+                streams, highest, total, weighted, ceiling, VOCAB: tl.constexpr, TILES: tl.constexpr,
+                TILE: tl.constexpr, FILTERS: tl.constexpr, CUTS: tl.constexpr):
+    """Grid (tiles, lanes): the tile's maximum and sum of exponentials, and, without filters, a bound on its z + g. With
+    CUTS also what an entropy needs of the tile, from the same read."""
     tile = tl.program_id(0)
     lane = tl.program_id(1)
     seed, step, attempt, stream = _counter(seeds, steps, attempts, streams, lane)
@@ -113,8 +116,13 @@ def scan_kernel(logits, logits_stride, done, steps, max_steps, temperatures, top
                     other=-INFINITY).to(tl.float32)
         largest = tl.max(tl.max(x, axis=1), axis=0)
         base = tl.where(largest > -INFINITY, largest, 0.0)
-        sums = tl.sum(tl.sum(exp(x - base), axis=1), axis=0)  # NaN where a logit is NaN or +inf
+        below = x - base
+        exponentials = exp(below)
+        sums = tl.sum(tl.sum(exponentials, axis=1), axis=0)  # NaN where a logit is NaN or +inf
         part = lane * TILES + tile
+        if CUTS:
+            below = tl.maximum(below, -1000.0)  # where the exponential is 0; -inf times 0 would be NaN
+            tl.store(weighted + part, tl.sum(tl.sum(exponentials * below, axis=1), axis=0))
         tl.store(highest + part, tl.where(sums == sums, largest, float("nan")))
         tl.store(total + part, sums)
         filtered = False
@@ -162,11 +170,23 @@ def _leader(left, part):
 
 
 @triton.jit
+def _entropy(highest, sums, weighted):
+    """Nats of the softmax over a lane's tiles: log S - W / S, where S adds up exp(d) and W exp(d) * d, d = logit less
+    the largest. Moving a tile from its own largest by m adds m * S to its W. NaN where a maximum is."""
+    largest = row_maximum(highest)
+    there = highest > -INFINITY
+    moved = tl.where(there, highest - largest, 0.0)
+    scale = tl.where(there, exp(moved), 0.0)
+    mass = tl.sum(scale * sums, axis=0)
+    return tl.log(mass) - tl.sum(scale * (weighted + moved * sums), axis=0) / mass
+
+
+@triton.jit
 def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used, steps, max_tokens, done, out_tokens,
-                  out_logprobs, max_steps, temperatures, seeds, attempts, streams, stop_ids, highest, total, ceiling,
-                  mode, bounds, ended, VOCAB: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr,
-                  TILE: tl.constexpr, STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr, FILTERS: tl.constexpr,
-                  TELLS: tl.constexpr):
+                  out_logprobs, max_steps, temperatures, seeds, attempts, streams, stop_ids, entropy_cuts, least_tokens,
+                  highest, total, weighted, ceiling, mode, bounds, ended, VOCAB: tl.constexpr, TILES: tl.constexpr,
+                  TILES_BLOCK: tl.constexpr, TILE: tl.constexpr, STOPS: tl.constexpr, STOPS_BLOCK: tl.constexpr,
+                  FILTERS: tl.constexpr, TELLS: tl.constexpr, CUTS: tl.constexpr):
     """One program a lane: draws the token from the tiles that may hold it, and advances the lane.
 
     A lane that ends is noted in `ended` as well, where it TELLS: a store that nothing here waits for, as it may go to
@@ -188,7 +208,12 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
     if FILTERS:
         if tl.load(mode + lane) != UNFILTERED:
             threshold = tl.load(bounds + lane * 4 + 3)
-    if is_open(done, step, lane, max_steps):
+    draws = is_open(done, step, lane, max_steps)
+    if CUTS:
+        short = tl.load(weighted + lane * TILES + part, mask=there, other=0.0)
+        nats = _entropy(highest_logit, sums, short)  # NaN, which is no cut, of logits that are no distribution
+        draws = draws & ((step < tl.load(least_tokens + lane)) | ((nats >= tl.load(entropy_cuts + lane)) == 0))
+    if draws:
         row = logits + lane.to(tl.int64) * logits_stride
         largest = row_maximum(highest_logit)
         drawn = -1
@@ -230,7 +255,7 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
             tl.store(positions + lane, tl.load(positions + lane) + 1)
             tl.store(slots + lane, tl.load(slots + lane) + 1)
             tl.store(slab_used + lane, tl.load(slab_used + lane) + 1)
-    elif tl.load(done + lane) == 0:  # no column is left for its token
+    elif tl.load(done + lane) == 0:  # it is cut, or no column is left for its token
         tl.store(done + lane, 1)
         if TELLS:
             tl.store(ended + lane, 1)
@@ -248,7 +273,8 @@ def make_workspace(lanes: int, vocab: int, device: torch.device, filters: bool =
 
     return Workspace(
         room(torch.float32, lanes, tiles), room(torch.float32, lanes, tiles), room(torch.float32, lanes, tiles),
-        room(torch.int32, lanes), room(torch.float32, lanes, 4), room(torch.int32, lanes),
+        room(torch.float32, lanes, tiles), room(torch.int32, lanes), room(torch.float32, lanes, 4),
+        room(torch.int32, lanes),
         room(torch.int64, lanes, 2), room(torch.float32, lanes if filters else 0, vocab))
 
 
@@ -270,12 +296,13 @@ def shared_workspace(lanes: int, vocab: int, device: torch.device) -> Workspace:
     return kept[-1]
 
 
-def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None,
+def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: Tensor | None = None, cuts: bool = True,
                 workspace: Workspace | None = None) -> None:
     """As `stars.kernels.sample_step`, for logits of float32, bfloat16 or float16 with adjacent columns.
 
     With filters=False the caller knows that no lane has top_k, top_p or min_p, and four launches are left out; a lane
-    that has them all the same draws without them. A lane without a column for its token is ended.
+    that has them all the same draws without them. With cuts=False the same goes for entropy_cut, which needs no launch
+    of its own. A lane without a column for its token is ended.
     """
     count, vocab = logits.shape
     _check(logits, lanes)
@@ -292,8 +319,8 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: T
     stride, max_steps = logits.stride(0), lanes.out_tokens.shape[1]
     scan_kernel[(tiles, count)](
         logits, stride, lanes.done, lanes.steps, max_steps, lanes.temperature, lanes.top_k, lanes.top_p, lanes.min_p,
-        lanes.seeds, lanes.attempts, lanes.streams, space.highest, space.total, space.ceiling,
-        VOCAB=vocab, TILES=tiles, TILE=TILE, FILTERS=filters, num_warps=SCAN_WARPS)
+        lanes.seeds, lanes.attempts, lanes.streams, space.highest, space.total, space.weighted, space.ceiling,
+        VOCAB=vocab, TILES=tiles, TILE=TILE, FILTERS=filters, CUTS=cuts, num_warps=SCAN_WARPS)
     if filters:
         bracket_kernel[(count,)](
             logits, stride, lanes.done, lanes.steps, max_steps, lanes.temperature, lanes.top_k, lanes.top_p,
@@ -311,10 +338,11 @@ def sample_step(logits: Tensor, lanes: LaneState, filters: bool = True, ended: T
     finish_kernel[(count,)](
         logits, stride, lanes.token_ids, lanes.positions, lanes.slots, lanes.slab_used, lanes.steps, lanes.max_tokens,
         lanes.done, lanes.out_tokens, lanes.out_logprobs, max_steps, lanes.temperature, lanes.seeds, lanes.attempts,
-        lanes.streams, lanes.stop_ids, space.highest, space.total, space.ceiling, space.mode, space.bounds,
-        lanes.done if ended is None else ended, VOCAB=vocab, TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE,
-        STOPS=lanes.stop_ids.shape[1], STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])),
-        FILTERS=filters, TELLS=ended is not None, num_warps=FINISH_WARPS, maxnreg=FINISH_REGISTERS)
+        lanes.streams, lanes.stop_ids, lanes.entropy_cut, lanes.least_tokens, space.highest, space.total,
+        space.weighted, space.ceiling, space.mode, space.bounds, lanes.done if ended is None else ended, VOCAB=vocab,
+        TILES=tiles, TILES_BLOCK=tiles_block, TILE=TILE, STOPS=lanes.stop_ids.shape[1],
+        STOPS_BLOCK=triton.next_power_of_2(max(1, lanes.stop_ids.shape[1])), FILTERS=filters, TELLS=ended is not None,
+        CUTS=cuts, num_warps=FINISH_WARPS, maxnreg=FINISH_REGISTERS)
 
 
 def _check(logits: Tensor, lanes: LaneState) -> None:
@@ -332,19 +360,23 @@ def _check(logits: Tensor, lanes: LaneState) -> None:
 
 
 def variants() -> list[Variant]:
-    """Every kernel at a Llama 3 vocabulary in the three types, and at a small one; with filters and without."""
+    """Every kernel at a Llama 3 vocabulary in the three types, and at a small one; with filters and without, and where
+    lanes may be cut."""
     found = []
     for kind, vocab in (("bf16", 128256), ("fp16", 128256), ("fp32", 128256), ("fp32", 262144), ("bf16", 1000)):
         for name, (kernel, warps, filters) in {
             "scan": (scan_kernel, SCAN_WARPS, False), "scan filters": (scan_kernel, SCAN_WARPS, True),
+            "scan cuts": (scan_kernel, SCAN_WARPS, False), "scan filters cuts": (scan_kernel, SCAN_WARPS, True),
             "bracket": (bracket_kernel, 8, True), "collect": (collect_kernel, 4, True),
             "select": (select_kernel, 8, True), "draw": (draw_kernel, SCAN_WARPS, True),
             "finish": (finish_kernel, FINISH_WARPS, False), "finish filters": (finish_kernel, FINISH_WARPS, True),
+            "finish cuts": (finish_kernel, FINISH_WARPS, False),
+            "finish filters cuts": (finish_kernel, FINISH_WARPS, True),
         }.items():
             tiles = triton.cdiv(vocab, TILE)
             constexprs = {"VOCAB": vocab, "TILES": tiles, "TILES_BLOCK": triton.next_power_of_2(tiles), "TILE": TILE,
                           "SAMPLE": SAMPLE, "BLOCK": list_block(vocab), "STOPS": 16, "STOPS_BLOCK": 16,
-                          "FILTERS": filters, "TELLS": True}
+                          "FILTERS": filters, "TELLS": True, "CUTS": "cuts" in name}
             kinds = {"logits": f"*{kind}"} | _KINDS
             signature = {argument: "constexpr" if argument in constexprs else kinds.get(argument, "*i32")
                          for argument in kernel.arg_names}
@@ -355,4 +387,5 @@ def variants() -> list[Variant]:
 
 
 _KINDS = {"logits_stride": "i32", "max_steps": "i32", "seeds": "*i64", "mass": "*i64"} | dict.fromkeys(
-    ("temperatures", "top_ps", "min_ps", "highest", "total", "ceiling", "bounds", "values", "out_logprobs"), "*fp32")
+    ("temperatures", "top_ps", "min_ps", "highest", "total", "weighted", "ceiling", "bounds", "values", "out_logprobs",
+     "entropy_cuts"), "*fp32")
