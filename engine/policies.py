@@ -329,7 +329,6 @@ class ParticleFilter:
 POLICIES: dict[str, type[Policy]] = {
     "stars": STARS,
     "cards": CARDS,
-    "cards": CARDS,
     "sample": Sample,
     "best-of-n": BestOfN,
     "blockwise": BlockwiseBestOfK,
@@ -339,30 +338,6 @@ POLICIES: dict[str, type[Policy]] = {
     "particle-filter": ParticleFilter,
 }
 """Every policy of the package by the name that the command line knows it by."""
-
-
-def _keep_threshold(policy: STARS | CARDS) -> None:
-    """Checks the numbers of a rising threshold, and what is done where it accepts nothing."""
-    name, threshold = type(policy).__name__, as_float(policy.reward_threshold)
-    if policy.reward_threshold is None or threshold is not None and math.isnan(threshold):
-        raise RequestError(f"{name} needs a reward_threshold, which depends on the reward model: "
-                           "measure one with engine.calibrate(prompts)")
-    _keep(policy,
-          alpha=real(f"{name}.alpha", policy.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
-          beta=real(f"{name}.beta", policy.beta, "a finite number, 0 (the hard rule) or above",
-                    lambda value: 0.0 <= value < math.inf),
-          reward_threshold=real(f"{name}.reward_threshold", policy.reward_threshold, "a number that a float can hold",
-                                lambda value: True),
-          exhaust=_exhaust(policy))
-
-
-def _rising(policy: STARS | CARDS, beta: float) -> tuple[Score, Threshold]:
-    """What is scored for a rising threshold, and the rule."""
-    assert policy.reward_threshold is not None
-    # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
-    alpha = policy.alpha if math.isfinite(policy.reward_threshold) else 1.0
-    return (Score("segment", prompt=alpha != 1.0),
-            Threshold(float(alpha), float(beta), float(policy.reward_threshold)))
 
 
 def _keep_threshold(policy: STARS | CARDS) -> None:
@@ -384,11 +359,6 @@ def _rising(policy: STARS | CARDS) -> tuple[Score, Threshold]:
 
 def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:
     return integer(f"{type(policy).__name__}.{name}", getattr(policy, name), 1, maximum)
-
-
-def _beta(policy: Any) -> float:
-    return real(f"{type(policy).__name__}.beta", policy.beta, "a finite number, 0 (the hard rule) or above",
-                lambda value: 0.0 <= value < math.inf)
 
 
 def _choice(policy: Any, name: str, choices: tuple[str, ...]) -> str:

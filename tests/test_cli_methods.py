@@ -18,6 +18,7 @@ GENERATE = ["generate", "This film was", "--max-tokens", "9", "--seed", "3", "--
 THRESHOLD = ["--reward-threshold", "0.5"]
 SETTINGS = {
     "stars": (["--set", "segment_size=4", "--set", "beta=0.25", "--set", "width=2"], dict(segment_size=4, beta=0.25)),
+    "cards": (["--set", "entropy_threshold=2.5", "--set", "option=hard"], dict(entropy_threshold=2.5, option="hard")),
     "sample": (["--set", "score=true"], dict(score=True)),
     "best-of-n": (["--set", "n=3"], dict(n=3)),
     "blockwise": (["--set", "k=[3, 2]", "--set", "segment_size=4"], dict(k=(3, 2), segment_size=4)),
