@@ -46,7 +46,7 @@ def test_every_policy_runs_by_its_name(capsys, name):
     [output] = engine.generate("This film was", stars.SamplingParams(max_tokens=9, seed=3), policy, use_tqdm=False)
     assert row["outputs"][0]["text"] == output.outputs[0].text
     assert row["outputs"][0]["reward"] == pytest.approx(output.outputs[0].reward, abs=1e-5)
-    assert row["metrics"]["lm_tokens_drawn"] == output.metrics.lm_tokens_drawn
+    assert row["metrics"]["attempts_counted"] == output.metrics.attempts_counted
 
 
 def test_a_calibration_is_saved_and_given(capsys, tmp_path):
