@@ -102,7 +102,7 @@ def test_parameters_of_vllm_that_are_not_here(name, value):
     (lambda: stars.STARS(beta=math.nan, reward_threshold=1.0), "STARS.beta is nan"),
     (lambda: stars.CARDS(), "CARDS needs a reward_threshold"),
     (lambda: stars.CARDS(option="medium", reward_threshold=1.0),
-     'CARDS.option is \'medium\', it must be "soft" or "hard"'),
+     "CARDS.option is 'medium', it must be one of soft, hard"),
     (lambda: stars.CARDS(entropy_threshold=-0.1, reward_threshold=1.0), "CARDS.entropy_threshold is -0.1"),
     (lambda: stars.CARDS(min_segment=9, max_segment=8, reward_threshold=1.0),
      "CARDS.min_segment is 9, it must be an integer from 1 to 8"),
