@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from stars.errors import RewardError, describe, log
 from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
@@ -20,6 +21,7 @@ from stars.reward.base import (
     Trailing,
     TrailingCandidate,
     reward_problem,
+    settled,
 )
 from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
 
@@ -342,10 +344,11 @@ def unfinished(group: Group) -> list[Hypothesis]:
     return [hypothesis for hypothesis in group.hypotheses if hypothesis.finish_reason is None]
 
 
-def usable(reward: float | RewardError) -> float | str:
+def usable(reward: float | RewardError | Future[float | RewardError]) -> float | str:
     """A reward, or why it cannot be used."""
     if type(reward) is float and reward < math.inf:  # no NaN either
         return reward
+    reward = settled(reward)
     fault = reward_problem(reward)
     if fault is not None:
         return fault
