@@ -45,7 +45,7 @@ class Committer:
         for group in groups:
             if group.request.whole:
                 arranged.winners.extend([Winner.of(lane, hypothesis) for hypothesis in group.active
-                                         for lane in drawn[hypothesis]])
+                                         for lane in drawn.get(hypothesis, ())])
             elif group in decisions and not group.finished:
                 self._arrange(group, decisions[group], arranged)
         return arranged

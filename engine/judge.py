@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 
 from stars.errors import RewardError, describe, log
 from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
 from stars.kernels.types import Draft
 from stars.plan import rule_name
-from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
+from stars.request import Extra, Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import (
     Ahead,
     Candidate,
     ContextFull,
+    Later,
     Reward,
     Scored,
     Trailing,
@@ -24,13 +24,15 @@ from stars.reward.base import (
     settled,
 )
 from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
+from stars.waiting import Waiting, late
 
 
 class Judge:
     """Decides groups: its results are decisions, and responses that end for want of a reward or by a rule's fault."""
 
-    def __init__(self, reward: Reward | None, vocab_size: int, ahead: bool):
+    def __init__(self, reward: Reward | None, vocab_size: int, ahead: bool, waiting: Waiting):
         self._reward = reward
+        self._waiting = waiting
         self._vocab_size = vocab_size
         self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
         self._looks_ahead = ahead  # whether the device works beside the host
@@ -81,8 +83,8 @@ class Judge:
         _count(hypotheses, results, time.perf_counter() - begin)
         return results
 
-    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Request, str]]:
-        """Gives what ends a response the one reward it gets; returns the problems there were.
+    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Winner, Scored]]:
+        """Asks for the one reward that what ends a response gets.
 
         Where segments are scored, what a rule cut or continued has no reward yet either.
         """
@@ -91,14 +93,19 @@ class Judge:
             or winner.hypothesis.request.scores_segments and not winner.as_drawn)]
         if not ended:
             return []
-        faults = []
         candidates: list[Candidate] = []
         for winner in ended:
             candidates += self._candidates(winner.hypothesis, [winner], final=True)
         results = self.score([winner.hypothesis for winner in ended], candidates)
-        for winner, result in zip(ended, results, strict=True):
+        for result in results:
             if result.handle is not None:
                 self._scorer.discard(result.handle)
+        return list(zip(ended, results, strict=True))
+
+    def take_ended(self, scores: Sequence[tuple[Winner, Scored]]) -> list[tuple[Request, str]]:
+        """Gives what ends a response its reward, which is there; returns the problems there are."""
+        faults = []
+        for winner, result in scores:
             if isinstance(reward := usable(result.reward), str):
                 faults.append((winner.hypothesis.request, reward))
                 continue
@@ -206,13 +213,20 @@ class Judge:
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
-    def decide(self, groups: Sequence[Group], drawn: dict[Hypothesis, list[Lane]]) -> dict[Group, Decision]:
-        """What becomes of each group whose segment is decided. Groups of whole responses are asked later."""
+    def decide(self, groups: Sequence[Group], drawn: dict[Hypothesis, list[Lane]],
+               answered: Sequence[Wait] = ()) -> dict[Group, Decision]:
+        """What becomes of each group whose segment is decided. Groups of whole responses are asked later.
+
+        answered: of groups whose lanes were drawn before; `drawn` has them, too. Groups may wait afterwards.
+        """
         groups = [group for group in groups if not group.request.whole]
+        resumed = {wait.group: wait.scores for wait in answered}
         decisions: dict[Group, Decision] = {}
         unscored: dict[Hypothesis, list[Lane]] = {}
         waiting: list[Group] = []
         for group in groups:
+            if group in resumed:
+                continue
             members, scored = unfinished(group), group.request.scores_segments
             for hypothesis in members:
                 lanes = drawn[hypothesis]
@@ -228,6 +242,11 @@ class Judge:
                 self._ask(group, decisions)
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
         found = self._trailing_pass(unscored)
+        for group, answers in resumed.items():
+            found += answers
+            waiting.append(group)
+            for hypothesis in unfinished(group):
+                unscored[hypothesis] = [lane for lane in hypothesis.attempts if lane.judged is None]
         while unscored:
             of_group: dict[Group, list[tuple[Lane, Scored]]] = {group: [] for group in waiting}
             for lane, result in found or self._next_pass(unscored):
@@ -236,15 +255,20 @@ class Judge:
                     del unscored[hypothesis][0]
                     of_group[hypothesis.group].append((lane, result))
             for group, scores in of_group.items():
-                self._take(group, scores, unscored, decisions)
-            unscored = {hypothesis: lanes for hypothesis, lanes in unscored.items()
-                        if lanes and hypothesis.finish_reason is None and hypothesis.group not in decisions}
+                if any([late(result) for _, result in scores]):
+                    members = group.hypotheses
+                    self._waiting.hold(Wait(group, members, {one: drawn.get(one, []) for one in members}, scores, []))
+                else:
+                    self._take(group, scores, unscored, decisions)
+            unscored = {hypothesis: lanes for hypothesis, lanes in unscored.items() if lanes
+                        and hypothesis.finish_reason is None and hypothesis.wait is None
+                        and hypothesis.group not in decisions}
             waiting = list(dict.fromkeys([hypothesis.group for hypothesis in unscored]))
             found = []
         self._take_ahead([])
         for group in groups:
             members = unfinished(group)
-            if group in decisions or not members:
+            if group in decisions or not members or group.waits:
                 continue
             if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
                 decisions[group] = EXHAUST[group.request.plan.exhaust](*shown(group))
@@ -344,8 +368,8 @@ def unfinished(group: Group) -> list[Hypothesis]:
     return [hypothesis for hypothesis in group.hypotheses if hypothesis.finish_reason is None]
 
 
-def usable(reward: float | RewardError | Future[float | RewardError]) -> float | str:
-    """A reward, or why it cannot be used."""
+def usable(reward: float | RewardError | Later) -> float | str:
+    """A reward that is there, or why it cannot be used."""
     if type(reward) is float and reward < math.inf:  # no NaN either
         return reward
     reward = settled(reward)

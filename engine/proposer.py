@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from stars.cache import PagedCache
+from stars.config import EngineConfig
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import pack_stream
 from stars.request import Hypothesis, Lane
@@ -17,11 +18,12 @@ NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights
 class Proposer:
     """Draws attempts at the next segment of every hypothesis, all lanes of all of them together."""
 
-    def __init__(self, drafter: Drafter, cache: PagedCache, chooser: WidthChooser, max_num_lanes: int):
+    def __init__(self, drafter: Drafter, cache: PagedCache, chooser: WidthChooser, config: EngineConfig):
         self.drafter = drafter
         self.chooser = chooser
         self._cache = cache
-        self._max_num_lanes = max_num_lanes
+        self._max_num_lanes = config.max_num_lanes
+        self._max_num_seqs = config.max_num_seqs
         self._launched = 0.0  # when the draft that is under way was started
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
@@ -59,7 +61,9 @@ class Proposer:
                 hypothesis.request.fail(NAN_LOGITS)
 
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
-        share = max(1, self._max_num_lanes // len(active)) if active else 1
+        # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.
+        lanes = min(self._max_num_lanes, self._cache.num_free_slabs - (self._max_num_seqs - len(active)))
+        share = max(1, lanes // len(active)) if active else 1
         widths = []
         for hypothesis in active:
             request = hypothesis.request

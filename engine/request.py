@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +17,7 @@ from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.plan import Plan, Policy
 from stars.prompt import Prompt
+from stars.reward.base import Later, Scored
 from stars.rules import Judged, Note
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
@@ -66,6 +69,34 @@ class Winner:
         return cls(hypothesis, lane, token_ids[:count], min(tokens, count), finish_reason, stop_reason, as_drawn)
 
 
+@dataclass(eq=False, slots=True)
+class Wait:
+    """Responses that wait for rewards: of candidates of their segment, or of what has won it and ends one of them.
+
+    They are decided together, or it is one of several whole responses. None is drawn for, nothing of them is decided,
+    and they keep what they hold, until every reward is there: then the next round takes them up where they were.
+    """
+
+    group: Group
+    members: list[Hypothesis]
+    drawn: dict[Hypothesis, list[Lane]]  # the lanes of the round that could not end, by who drew them
+    scores: list[tuple[Lane, Scored]]  # of candidates, each hypothesis' in attempt order; or else
+    ends: list[tuple[Winner, Scored]]  # of what ends a response
+    winners: list[Winner] = field(default_factory=list)  # what is committed then
+    twins: list[tuple[Winner, int]] = field(default_factory=list)  # and kept a second time, for this slot
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def answered(self) -> bool:
+        """Whether every reward is there."""
+        return all([future.done() for future in self.futures()])
+
+    def futures(self) -> list[Later]:
+        """Those of its rewards that were to come later."""
+        scores = [result.reward for _, result in self.scores] + [result.reward for _, result in self.ends]
+        return [reward for reward in scores if isinstance(reward, Future)]
+
+
 class Boundary(NamedTuple):
     """A response as it was when its newest segment began: what an interrupted round goes back to."""
 
@@ -99,6 +130,7 @@ class Hypothesis:
     table: BlockTable | None = None
     session: Any = None  # the reward's state of this response
     prefill: Prefill | None = None  # while what it begins with is being read: it draws nothing yet
+    wait: Wait | None = None  # while rewards of it are to come: it draws nothing and keeps what it holds
     token_ids: list[int] = field(default_factory=list)  # committed
     segments: list[Segment] = field(default_factory=list)
     drafts: int = 0  # committed: the number of the next one in the random stream
@@ -175,7 +207,7 @@ class Hypothesis:
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.session = self.best = self.prefill = None
+        self.table = self.session = self.best = self.prefill = self.wait = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -298,8 +330,10 @@ class Group:
 
     @property
     def active(self) -> list[Hypothesis]:
-        """Those that draw in the next round. Of whole responses some may still wait for room, or be read."""
-        return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None and h.prefill is None]
+        """Those that draw in the next round. Of whole responses some may still wait, for room or rewards, or be read.
+        """
+        return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None and h.prefill is None
+                and h.wait is None]
 
     @property
     def finished(self) -> bool:
@@ -323,6 +357,14 @@ class Group:
         return False
 
     @property
+    def waits(self) -> bool:
+        """Whether one of them waits for rewards."""
+        for hypothesis in self.hypotheses:
+            if hypothesis.wait is not None:
+                return True
+        return False
+
+    @property
     def free_slots(self) -> list[int]:
         """Slots that a fork may take."""
         taken = {hypothesis.slot for hypothesis in self.hypotheses}
@@ -332,7 +374,7 @@ class Group:
         """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that have begun."""
         self.round = 0
         for hypothesis in self.hypotheses:
-            begun = hypothesis.table is not None and hypothesis.prefill is None
+            begun = hypothesis.table is not None and hypothesis.prefill is None and hypothesis.wait is None
             if begun or hypothesis.finish_reason is not None:
                 hypothesis.mark_boundary()
         self.boundary = Mark(tuple(self.hypotheses), self.memory, self.dropped)

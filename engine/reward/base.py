@@ -17,6 +17,9 @@ from stars.kernels.types import Draft
 from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
 
+Later = Future[float | RewardError]
+"""A reward that another thread settles, by a float or by a RewardError, and never by an exception."""
+
 
 class ContextFull(RewardError):
     """A candidate that is too long for the reward model to read: its response ends before it, as at max_tokens."""
@@ -34,7 +37,7 @@ class Candidate(NamedTuple):
 class Scored(NamedTuple):
     """The score of one candidate, in the order asked."""
 
-    reward: float | RewardError | Future[float | RewardError]  # an error ends that candidate's request only
+    reward: float | RewardError | Later  # an error ends that candidate's request only
     tokens_run: int = 0  # tokens the reward model processed for it
     tokens_full: int = 0  # tokens a score from scratch would process
     handle: Any = None  # kept until commit or discard
@@ -244,7 +247,7 @@ class Reward(ABC):
         """Raises IntegrityError if the reward's books do not balance."""
 
 
-def settled(reward: float | RewardError | Future[float | RewardError]) -> float | RewardError:
+def settled(reward: float | RewardError | Later) -> float | RewardError:
     """A reward, waited for where it comes later. What its Future must not do, raise or be cancelled, is a RewardError.
     """
     if not isinstance(reward, Future):
