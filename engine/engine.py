@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 LOW_ACCEPT_RATE = 0.02
 """Below this, over at least LOW_ACCEPT_ATTEMPTS attempts, the threshold is reported as out of the reward's reach."""
 LOW_ACCEPT_ATTEMPTS = 100
+ALONE_SECONDS = 5.0
+"""How long a completion that is run by itself, after a round that raised, may wait for rewards in its caller's turn."""
 MAX_WARNED = 100  # policies that are remembered, and warned of
 
 
@@ -189,7 +191,8 @@ class Engine:
             bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
             finished = 0
             while owner.waits_for:
-                pause(self._advance_for(owner))
+                if awaited := self._advance_for(owner):
+                    pause(awaited)
                 done = len(requests) - len(owner.waits_for)
                 if bar is not None:
                     bar.update(done - finished)
@@ -224,9 +227,9 @@ class Engine:
             finished = False
             while not finished:
                 output, awaited = self._next_output(request, owner)
-                if output is None:
+                if awaited:
                     pause(awaited)
-                else:
+                if output is not None:
                     finished = output.finished
                     yield output
         finally:
@@ -281,7 +284,7 @@ class Engine:
         Where all that runs waits for rewards, it waits with them, for 0.05 s at most.
         """
         outputs, awaited = self._step()
-        if not outputs:
+        if awaited and not outputs:
             pause(awaited)
         return outputs
 
@@ -527,15 +530,27 @@ class Engine:
             self._changing = True
             self._recover()  # nobody else holds a page
             try:
-                mine = self._schedule(group)
-                while mine:  # to the end of a segment: the round that failed may be a later one of it
-                    self._run_round(mine)
-                    mine = [group] if group.undecided and not group.waits else []
+                self._run_alone(group)
             except IntegrityError:
                 raise
             except Exception as alone:
                 self._recover()
                 self._fail(group.request, alone)
+
+    def _run_alone(self, group: Group) -> None:
+        """To the end of a segment: the round that failed may be a later one of it. What comes later is waited for, or
+        it would be asked for again after every round that fails."""
+        until = time.monotonic() + ALONE_SECONDS
+        while True:
+            groups = self._schedule(group)
+            self._run_round(groups)
+            if groups and not group.undecided and not group.waits:
+                return
+            awaited = self._round.awaited()
+            if not groups and (not awaited or time.monotonic() > until):
+                return
+            if not groups:
+                pause(awaited)
 
     def _fail(self, request: Request, error: Exception) -> None:
         before, self._changing = self._changing, True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from stars.errors import RewardError, describe, log
 from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
@@ -24,7 +25,7 @@ from stars.reward.base import (
     settled,
 )
 from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
-from stars.waiting import Waiting, late
+from stars.waiting import Waiting
 
 
 class Judge:
@@ -366,6 +367,11 @@ class Judge:
 def unfinished(group: Group) -> list[Hypothesis]:
     """The members that still grow."""
     return [hypothesis for hypothesis in group.hypotheses if hypothesis.finish_reason is None]
+
+
+def late(scored: Scored) -> bool:
+    """Whether a reward is still to come."""
+    return isinstance(scored.reward, Future) and not scored.reward.done()
 
 
 def usable(reward: float | RewardError | Later) -> float | str:

@@ -10,13 +10,13 @@ from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.errors import IntegrityError, RewardError, describe, log
-from stars.judge import Judge, shown, usable
+from stars.judge import Judge, late, shown, usable
 from stars.passes import Passes
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import Candidate, Later, Reward, Scored
 from stars.rules import Decision, best
-from stars.waiting import Waiting, late
+from stars.waiting import Waiting
 from stars.width import WidthChooser
 
 
@@ -49,8 +49,9 @@ class Round:
 
         Whatever stops it in the middle leaves hypotheses and caches half changed: the caller goes back to a boundary.
         """
-        drawn = self.proposer.launch(self._waiting.drawing(groups, self._cache.num_free_slabs))
-        answered = self._waiting.take(groups)
+        drawing = self._drawing(groups)
+        answered = self._waiting.take(groups) if self._waiting.waits else []
+        drawn = self.proposer.launch(drawing)
         if self._trails and drawn:  # the device drafts while the host prepares what follows
             self._judge.score_trailing(drawn, self.drafter.device_draft)
         if drawn:
@@ -64,7 +65,7 @@ class Round:
         won = {wait.group for wait in ended}
         decisions = self._judge.decide([group for group in groups if group not in won], drawn, scored)
         self._commit(groups, decisions, drawn, ended)
-        for wait in self._waiting.stale():
+        for wait in self._waiting.stale() if self._waiting.waits else []:
             self._forget(wait)
         for hypothesis, lanes in drawn.items():
             if hypothesis.wait is not None:
@@ -80,9 +81,15 @@ class Round:
         """Those of `groups` that a round would do something for: draw, or take up what was waited for."""
         if not self._waiting.waits:
             return list(groups)
-        drawing = {hypothesis.group for hypothesis in self._waiting.drawing(groups, self._cache.num_free_slabs)}
+        drawing = {hypothesis.group for hypothesis in self._drawing(groups)}
         drawing.update(wait.group for wait in self._waiting.waits if wait.answered)
         return [group for group in groups if group in drawing]
+
+    def _drawing(self, groups: Sequence[Group]) -> list[Hypothesis]:
+        """The responses of `groups` that get lanes in a round."""
+        if self._waiting.waits:
+            return self._waiting.drawing(groups, self._cache.num_free_slabs)
+        return [hypothesis for group in groups for hypothesis in group.active]
 
     def awaited(self) -> list[Later]:
         """The rewards that are still to come."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from stars.request import Group, Hypothesis, Request, Wait
-from stars.reward.base import Later, Scored
+from stars.reward.base import Later
 
 PATIENCE = 0.05
 """Seconds that a call waits at once for an answer where nothing else is to be done: interrupts, aborts, new requests
@@ -16,7 +15,10 @@ and other threads get in between."""
 
 
 class Waiting:
-    """The waits of an engine's responses. Who waits is not drawn for and not decided until all of it is answered."""
+    """The waits of an engine's responses. Who waits is not drawn for and not decided until all of it is answered.
+
+    Where nobody waits, the only thing that is asked is whether anybody does.
+    """
 
     def __init__(self) -> None:
         self.waits: list[Wait] = []  # as they began
@@ -30,8 +32,6 @@ class Waiting:
 
     def take(self, groups: Sequence[Group]) -> list[Wait]:
         """The waits of `groups` that are answered, which end with this."""
-        if not self.waits:
-            return []
         among = set(groups)
         taken = [wait for wait in self.waits if wait.group in among and wait.answered]
         for wait in taken:
@@ -77,8 +77,6 @@ class Waiting:
     def drawing(self, groups: Sequence[Group], slabs: int) -> list[Hypothesis]:
         """The responses of `groups` that get a lane each of so many free slabs, the oldest first: who waits keeps its
         own. What is decided together is drawn for together or not at all."""
-        if not self.waits:
-            return [hypothesis for group in groups for hypothesis in group.active]
         chosen: list[Hypothesis] = []
         for group in groups:
             members = group.active
@@ -89,12 +87,6 @@ class Waiting:
         return chosen
 
 
-def late(scored: Scored) -> bool:
-    """Whether a reward is still to come."""
-    return isinstance(scored.reward, Future) and not scored.reward.done()
-
-
 def pause(awaited: Sequence[Later]) -> None:
     """Waits until one of them is there, for a short time."""
-    if awaited:
-        concurrent.futures.wait(awaited, PATIENCE, concurrent.futures.FIRST_COMPLETED)
+    concurrent.futures.wait(awaited, PATIENCE, concurrent.futures.FIRST_COMPLETED)
