@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import TypeVar
 
 from stars.errors import RewardError, describe, log
-from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
+from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, exhaust_uniform, rule_uniforms
 from stars.kernels.types import Draft
 from stars.plan import rule_name
 from stars.request import Extra, Group, Hypothesis, Lane, Request, Wait, Winner
@@ -24,8 +25,23 @@ from stars.reward.base import (
     reward_problem,
     settled,
 )
-from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
+from stars.rules import (
+    EARLIER,
+    OWN_RULES,
+    BackUp,
+    Decision,
+    Judged,
+    Note,
+    Refuse,
+    Relax,
+    State,
+    decides,
+    problem,
+    whole,
+)
 from stars.waiting import Waiting
+
+One = TypeVar("One", Judged, Lane)
 
 
 class Judge:
@@ -272,7 +288,7 @@ class Judge:
             if group in decisions or not members or group.waits:
                 continue
             if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
-                decisions[group] = EXHAUST[group.request.plan.exhaust](*shown(group))
+                self._exhaust(group, decisions)
             else:
                 group.round += 1
         return decisions
@@ -281,14 +297,38 @@ class Judge:
         """Which of the whole responses of a group are kept, all of which have ended: each is one attempt at the one
         segment there is. None where its rule is at fault."""
         judged, state = shown(group)
-        decision = self._answer(group, judged, state)
-        if decision is None and group.failed:
+        notes: Mapping[tuple[int, int], Note] = {}
+        for relaxed, lowered in (0, 0.0), *_relaxations(group.request):
+            decision = self._answer(group, judged, state._replace(
+                relaxed=relaxed, lowered=lowered, memory=group.memory))
+            if group.failed or decides(decision):
+                return decision
+            if decision is not None:
+                notes = decision.notes
+        if isinstance(group.request.exhaust[-1], Refuse):
+            for hypothesis in group.hypotheses:
+                hypothesis.refuse()
             return None
-        if decision is None or not decides(decision):
-            notes = decision.notes if decision is not None else {}
-            decision = EXHAUST[group.request.plan.exhaust](judged, state._replace(memory=group.memory))
-            decision = decision._replace(notes=notes)
-        return decision
+        pick, members = group.request.pick, {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
+        chosen = max(judged, key=lambda one: pick.key(  # each is one attempt, in the order of the slots
+            one.hypothesis + 1, one.reward, _exhaust_uniform(members[one.hypothesis], 1) if pick.draws else 0.5))
+        return Decision([whole(chosen)], [slot for slot in members if slot != chosen.hypothesis], notes)
+
+    def _exhaust(self, group: Group, decisions: dict[Group, Decision]) -> None:
+        """Does what the plan says where every attempt was drawn and the rule has decided nothing: one step after the
+        other, up to one that settles it."""
+        for step in group.request.exhaust:
+            if isinstance(step, Relax):
+                if any(self._ask(group, decisions, *level) for level in _relaxations(group.request)):
+                    return
+            elif isinstance(step, BackUp):
+                pass
+            elif isinstance(step, Refuse):
+                for hypothesis in unfinished(group):
+                    hypothesis.refuse()
+            else:
+                decisions[group] = Decision([
+                    whole(one) for hypothesis, ones in _by_hypothesis(group) for one in [preferred(hypothesis, ones)]])
 
     def _take(self, group: Group, scores: Sequence[tuple[Lane, Scored]], unscored: dict[Hypothesis, list[Lane]],
               decisions: dict[Group, Decision]) -> None:
@@ -322,10 +362,13 @@ class Judge:
         if members and (faults if in_order else not any([unscored.get(hypothesis) for hypothesis in members])):
             self._ask(group, decisions)
 
-    def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
+    def _ask(self, group: Group, decisions: dict[Group, Decision], relaxed: int = 0, lowered: float = 0.0) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
         # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
-        decision = self._answer(group, *shown(group, not getattr(group.request.plan.decide, "skips_rejected", False)))
+        judged, state = shown(group, relaxed > 0 or not getattr(group.request.plan.decide, "skips_rejected", False))
+        if relaxed:
+            state = state._replace(relaxed=relaxed, lowered=lowered)
+        decision = self._answer(group, judged, state)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -367,6 +410,33 @@ class Judge:
 def unfinished(group: Group) -> list[Hypothesis]:
     """The members that still grow."""
     return [hypothesis for hypothesis in group.hypotheses if hypothesis.finish_reason is None]
+
+
+def preferred(hypothesis: Hypothesis, ones: Sequence[One]) -> One:
+    """Of attempts at the segment that is being decided the one that the plan's exhaustion keeps in the end."""
+    pick = hypothesis.request.pick
+    if not pick.draws:
+        return max(ones, key=lambda one: pick.key(one.attempt, one.reward, 0.5))
+    return max(ones, key=lambda one: pick.key(one.attempt, one.reward, _exhaust_uniform(hypothesis, one.attempt)))
+
+
+def _by_hypothesis(group: Group) -> list[tuple[Hypothesis, list[Judged]]]:
+    """What the rule is shown of each hypothesis."""
+    judged = shown(group)[0]
+    return [(hypothesis, [one for one in judged if one.hypothesis == hypothesis.slot])
+            for hypothesis in group.hypotheses]
+
+
+def _relaxations(request: Request) -> list[tuple[int, float]]:
+    """How often the rule is relaxed, and by how much thresholds are lowered then."""
+    return [(relaxed, relaxed * step.by) for step in request.exhaust if isinstance(step, Relax)
+            for relaxed in range(1, step.times + 1)]
+
+
+def _exhaust_uniform(hypothesis: Hypothesis, attempt: int) -> float:
+    """The random number by which an exhaustion draws, of an attempt at the segment that is being decided."""
+    segment = len(hypothesis.segments)
+    return exhaust_uniform(hypothesis.request.seed, attempt, segment, hypothesis.sample)
 
 
 def late(scored: Scored) -> bool:

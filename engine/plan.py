@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.rules import EXHAUST, Argmax, Rule, Threshold
+from stars.rules import Argmax, BackUp, BestSeen, Exhaustion, Rule, Softmax, Threshold, exhaustion, steps
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     lanes: Lanes
     score: Score
     decide: Rule
-    exhaust: Literal["best_seen"] = "best_seen"  # what is kept when the rule decides nothing: a name in rules.EXHAUST
+    exhaust: Exhaustion | str = BestSeen()  # what is done when the rule decides nothing; a name as in rules.EXHAUSTIONS
 
     @property
     def whole(self) -> bool:
@@ -128,7 +128,7 @@ def _checked(plan: Plan, where: str) -> Plan:
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE))
     _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
-    _named(f"{where}.exhaust", plan.exhaust, tuple(EXHAUST))
+    exhaust = exhaustion_of(f"{where}.exhaust", plan.exhaust)
     if score.prompt and score.when == "never":
         raise RequestError(f'{where} asks for the reward of the prompt and has score.when="never": score the responses '
                            "too, or set score.prompt to False")
@@ -143,7 +143,25 @@ def _checked(plan: Plan, where: str) -> Plan:
     if isinstance(rule, Threshold) and rule.alpha != 1.0 and not score.prompt:
         raise RequestError(f"{where} has a threshold that starts from the prompt's reward and does not ask for that: "
                            "set score.prompt to True, or alpha to 1")
-    return Plan(propose, segment, lanes, score, rule, plan.exhaust)
+    for step in steps(exhaust):
+        if isinstance(step, Softmax) and score.when not in needed:
+            raise RequestError(f"{where}.exhaust draws by rewards and has score.when={score.when!r}, which gives none "
+                               'in time: score every segment ("segment"), or whole responses at their end ("end")')
+        if isinstance(step, BackUp) and (lanes.population > 1 or isinstance(segment, Whole)):
+            raise RequestError(f"{where}.exhaust takes segments back, which whole responses and a population have not: "
+                               "use another exhaustion, or one hypothesis with segments")
+        if isinstance(step, BackUp) and lanes.attempts * (step.times + 1) > MAX_ATTEMPTS:
+            raise RequestError(f"{where} draws a segment of {lanes.attempts} attempts up to {step.times + 1} times, "
+                               f"and random numbers are enough for {MAX_ATTEMPTS}: lower one of the two")
+    return Plan(propose, segment, lanes, score, rule, exhaust)
+
+
+def exhaustion_of(where: str, given: Any) -> Exhaustion:
+    """`stars.rules.exhaustion(given)`; RequestError names `where` it was given."""
+    try:
+        return exhaustion(given)
+    except ValueError as error:
+        raise RequestError(f"{where} is {shown(given)}, {error}") from None
 
 
 def _checked_rule(where: str, rule: Any) -> Rule:

@@ -12,7 +12,19 @@ from typing import Any
 
 from stars.arguments import as_float, flag, integer, known_by_name, real
 from stars.errors import RequestError
-from stars.plan import DRAFT_SIZE, MAX_ATTEMPTS, MAX_SIZE, Fixed, Lanes, Plan, Policy, Sampled, Score, Whole
+from stars.plan import (
+    DRAFT_SIZE,
+    MAX_ATTEMPTS,
+    MAX_SIZE,
+    Fixed,
+    Lanes,
+    Plan,
+    Policy,
+    Sampled,
+    Score,
+    Whole,
+    exhaustion_of,
+)
 from stars.rules import Always, Argmax, Threshold
 
 
@@ -23,9 +35,10 @@ class STARS:
 
     A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1). Here
     tau(n) = min(t, r0 + n / N * (t - r0)) and r0 = (1 - alpha) * r(prompt) + alpha * t, with t = reward_threshold,
-    n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections the best reward seen
-    wins. `beta = 0` is the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in
-    attempt order wins, so the width changes the speed and never the law; None lets the engine choose it.
+    n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections `exhaust` says what is
+    done, by a name or an object of `stars.rules`: unless told otherwise, the best reward seen wins. `beta = 0` is the
+    hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the width
+    changes the speed and never the law; None lets the engine choose it.
 
     `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default.
     """
@@ -36,6 +49,7 @@ class STARS:
     beta: float = 0.7
     reward_threshold: float | None = None
     width: int | None = None
+    exhaust: Any = "best_seen"
 
     def __post_init__(self) -> None:
         _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
@@ -49,16 +63,17 @@ class STARS:
               beta=real("STARS.beta", self.beta, "a finite number, 0 (the hard rule) or above",
                         lambda value: 0.0 <= value < math.inf),
               reward_threshold=real("STARS.reward_threshold", self.reward_threshold, "a number that a float can hold",
-                                    lambda value: True))
+                                    lambda value: True),
+              exhaust=_exhaust(self))
 
     def plan(self) -> Plan:
-        """Soft or hard threshold, capped, best seen on exhaustion."""
+        """Soft or hard threshold, capped."""
         assert self.reward_threshold is not None
         # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
         alpha = self.alpha if math.isfinite(self.reward_threshold) else 1.0
         return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.width, self.max_attempts),
                     Score("segment", prompt=alpha != 1.0),
-                    Threshold(float(alpha), float(self.beta), float(self.reward_threshold)))
+                    Threshold(float(alpha), float(self.beta), float(self.reward_threshold)), self.exhaust)
 
 
 @known_by_name({})
@@ -120,6 +135,12 @@ POLICIES: dict[str, type[Policy]] = {
 
 def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:
     return integer(f"{type(policy).__name__}.{name}", getattr(policy, name), 1, maximum)
+
+
+def _exhaust(policy: Any) -> Any:
+    """Its field `exhaust`, a name or an object, checked."""
+    exhaustion_of(f"{type(policy).__name__}.exhaust", policy.exhaust)
+    return policy.exhaust
 
 
 def _keep(policy: Any, **values: Any) -> None:

@@ -18,7 +18,7 @@ from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Seg
 from stars.plan import Plan, Policy
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
-from stars.rules import Judged, Note
+from stars.rules import BestSeen, Judged, Note, Pick, exhaustion, steps
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
@@ -136,7 +136,7 @@ class Hypothesis:
     drafts: int = 0  # committed: the number of the next one in the random stream
     ends: list[int] = field(default_factory=list)  # tokens of the response after each pass that wrote committed keys
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
-    best: Lane | None = None  # best seen of the segment being decided; keeps its slabs
+    best: Lane | None = None  # of the segment being decided, what its exhaustion would keep; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
     cumulative_logprob: float = 0.0
     reward: float | None = None  # of all that is committed; None where it was not asked for
@@ -204,6 +204,13 @@ class Hypothesis:
         """Ends the response; what it holds in the caches is given back once the round is over."""
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
         self.attempts = []
+
+    def refuse(self) -> None:
+        """Ends the response with what was committed before; a whole one with nothing."""
+        if self.request.whole:
+            self.token_ids, self.logprobs, self.ends = [], [], []
+            self.cumulative_logprob, self.reward = 0.0, None
+        self.finish("refused")
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
@@ -454,6 +461,9 @@ class Request:
         # At temperature 0 all attempts are equal: one is drawn.
         self.max_attempts = 1 if params.temperature == 0 else plan.lanes.attempts
         self.whole = plan.whole
+        self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
+        last = self.exhaust[-1]
+        self.pick: Pick = last if isinstance(last, Pick) else BestSeen()  # says which attempt keeps its slabs
         self.scores_segments = plan.score.when == "segment"
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
         self.proposes_model = params.temperature == 1.0 and not params.filters
@@ -505,7 +515,7 @@ class Request:
     def _completion(self, group: Group) -> CompletionOutput:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
         only = group.hypotheses[0]
-        if len(group.hypotheses) == 1 and (only.segments or not self.plan.whole):
+        if len(group.hypotheses) == 1 and (only.segments or not self.plan.whole or only.finish_reason == "refused"):
             text = self.response_text(only)
             if text is not None and only.finish_reason is None:
                 text = self._settled(text)

@@ -10,7 +10,7 @@ from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.errors import IntegrityError, RewardError, describe, log
-from stars.judge import Judge, late, shown, usable
+from stars.judge import Judge, late, preferred, shown, usable
 from stars.passes import Passes
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
@@ -254,10 +254,10 @@ class Round:
         self.close(hypothesis)
 
     def _keep_best(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
-        """Of a segment that goes on, the best seen keeps its slabs, the earliest of equals; the others give theirs
-        back."""
+        """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs: the best seen, unless
+        the plan says otherwise. The others give theirs back."""
         held = [*([hypothesis.best] if hypothesis.best is not None else []), *lanes]
-        hypothesis.best = max(held, key=lambda lane: float("-inf") if lane.reward is None else lane.reward)
+        hypothesis.best = preferred(hypothesis, held)
         for lane in held:
             if lane is not hypothesis.best:
                 self._release(lane)

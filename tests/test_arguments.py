@@ -134,7 +134,7 @@ def test_numbers_of_numpy_become_pythons():
     assert params.ignore_eos is True and [type(token) for token in params.stop_token_ids] == [int, int]
     policy = stars.STARS(np.int64(4), np.int32(3), np.float64(0.5), 1, np.float32(0.25), np.int64(2))
     assert policy == stars.STARS(4, 3, 0.5, 1.0, 0.25, 2) and hash(policy) == hash(stars.STARS(4, 3, 0.5, 1.0, 0.25, 2))
-    assert [type(value) for value in vars(policy).values()] == [int, int, float, float, float, int]
+    assert [type(value) for value in vars(policy).values()] == [int, int, float, float, float, int, str]
     assert type(stars.BestOfN(np.int64(3)).n) is int and stars.Sample(np.bool_(True)).score is True
     config = EngineConfig.resolve(LM.config, cache_tokens=np.int64(64), max_num_lanes=np.int32(3))
     assert type(config.cache_tokens) is int and type(config.max_num_lanes) is int
@@ -240,7 +240,11 @@ class Misnamed:
     (dict(score=Score("never", True), decide=Always()), "asks for the reward of the prompt and has"),
     (dict(decide=None), "Own.plan().decide is None, it must be a rule"),
     (dict(decide=Argmax), "it must be a rule: an object"), (dict(decide=Misnamed()), "it must be a rule: an object"),
-    (dict(exhaust="softmax"), "Own.plan().exhaust is 'softmax', it must be one of best_seen"),
+    (dict(exhaust="worst"), "Own.plan().exhaust is 'worst', it must be one of best_seen"),
+    (dict(exhaust="relax"), "Own.plan().exhaust is 'relax', it must say by how much"),
+    (dict(exhaust="softmax", score=Score("never"), decide=Always()), "Own.plan().exhaust draws by rewards and has"),
+    (dict(exhaust="back_up", lanes=Lanes(1, 3, 2)), "Own.plan().exhaust takes segments back, which whole responses"),
+    (dict(exhaust="back_up", lanes=Lanes(1, 1 << 23)), "draws a segment of 8388608 attempts up to 2 times"),
     (dict(score=Score("never")), "decides by rewards"),
     (dict(score=Score("end"), decide=Argmax()), "decides by rewards"),
     (dict(segment=Whole(), lanes=Lanes(1, 1, 2), score=Score("never"), decide=Argmax()), "decides by rewards"),
@@ -377,7 +381,7 @@ def test_neutral_values_are_told_by_type():
 
 def test_the_constructor_keeps_its_signature_and_pickles():
     assert list(inspect.signature(stars.STARS).parameters) == [
-        "segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width"]
+        "segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width", "exhaust"]
     params = stars.SamplingParams(0.5, 3, max_tokens=None, stop="x")
     assert pickle.loads(pickle.dumps(params)) == params and params.temperature == 0.5
 
