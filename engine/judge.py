@@ -272,7 +272,7 @@ class Judge:
                     del unscored[hypothesis][0]
                     of_group[hypothesis.group].append((lane, result))
             for group, scores in of_group.items():
-                if any([late(result) for _, result in scores]):
+                if any([type(result.reward) is not float and late(result) for _, result in scores]):
                     members = group.hypotheses
                     self._waiting.hold(Wait(group, members, {one: drawn.get(one, []) for one in members}, scores, []))
                 else:
@@ -285,7 +285,7 @@ class Judge:
         self._take_ahead([])
         for group in groups:
             members = unfinished(group)
-            if group in decisions or not members or group.waits:
+            if group in decisions or not members or self._waiting.waits and group.waits:
                 continue
             if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
                 self._exhaust(group, decisions)

@@ -58,15 +58,18 @@ class Round:
             self.drafter.pace()
         self._judge.launch_trailing()
         self.proposer.collect(drawn)
-        scored = [wait for wait in answered if not wait.ends]
-        ended = [wait for wait in answered if wait.ends]
-        for wait in scored:
-            drawn.update(wait.drawn)
-        won = {wait.group for wait in ended}
-        decisions = self._judge.decide([group for group in groups if group not in won], drawn, scored)
+        undecided, scored, ended = groups, [], []
+        if answered:
+            scored, ended = [[wait for wait in answered if bool(wait.ends) is ends] for ends in (False, True)]
+            won = {wait.group for wait in ended}
+            undecided = [group for group in groups if group not in won]
+            for wait in scored:
+                drawn.update(wait.drawn)
+        decisions = self._judge.decide(undecided, drawn, scored)
         self._commit(groups, decisions, drawn, ended)
-        for wait in self._waiting.stale() if self._waiting.waits else []:
-            self._forget(wait)
+        if self._waiting.waits:
+            for wait in self._waiting.stale():
+                self._forget(wait)
         for hypothesis, lanes in drawn.items():
             if hypothesis.wait is not None:
                 continue
@@ -74,8 +77,9 @@ class Round:
                 self._keep_best(hypothesis, lanes)
             else:
                 self._give_back(hypothesis, lanes)
+        changed = {*decisions, *(wait.group for wait in ended)} if ended else decisions
         return [group for group in groups if group.request.whole or group.finished
-                or (group in decisions or group in won) and not group.waits]
+                or group in changed and not (self._waiting.waits and group.waits)]
 
     def able(self, groups: Sequence[Group]) -> list[Group]:
         """Those of `groups` that a round would do something for: draw, or take up what was waited for."""
@@ -162,6 +166,8 @@ class Round:
 
     def answered_prompts(self) -> list[Request]:
         """The requests whose prompt's reward was waited for and is there, which have taken it."""
+        if not self._waiting.prompts:
+            return []
         answered = [request for request, future in self._waiting.prompts.items() if future.done()]
         for request in answered:
             self._take_prompt(request, self._waiting.prompts.pop(request))
@@ -184,13 +190,13 @@ class Round:
             self._drop(hypothesis, drawn)
         self._committer.discard_others(winners)
         scores = self._judge.score_ended(winners)
-        if any([late(result) for _, result in scores]):
+        if scores and any([late(result) for _, result in scores]):
             winners, twins, scores = self._hold_ends(winners, twins, scores, drawn)
         for wait in ended:
             drawn.update(wait.drawn)
             if wait.winners[0].hypothesis.finish_reason is None:  # else its request has failed meanwhile
                 winners, twins, scores = wait.winners + winners, wait.twins + twins, wait.ends + scores
-        faults = self._judge.take_ended(scores)
+        faults = self._judge.take_ended(scores) if scores else []
         self._committer.commit([winner for winner in winners if winner.finish_reason is None])
         for winner in winners:
             winner.hypothesis.append(winner)

@@ -47,7 +47,8 @@ class Unit:
                 return False
             if hypothesis.wait is not None and not hypothesis.wait.answered:
                 return False
-        return not self.request.plan.score.prompt or self.request.prompt_reward is not None
+        request = self.group.request
+        return request.prompt_reward is not None or not request.plan.score.prompt
 
 
 def units_of(request: Request) -> Iterator[Unit]:
@@ -316,7 +317,8 @@ class Scheduler:
     def _ended(self, requests: Sequence[Request]) -> list[Request]:
         """Those of `requests` that have ended, what they held given back."""
         ended = [request for request in requests if request.finished]
-        self.release(ended)
+        if ended:
+            self.release(ended)
         return ended
 
     # -- ends -----------------------------------------------------------------------------------------------------
