@@ -30,7 +30,7 @@ class Round:
         self.drafter = drafter
         self.proposer = Proposer(drafter, cache, chooser, config.max_num_lanes)
         self._judge = Judge(reward, drafter.decoder.config.vocab_size, config.target.trailing)
-        self._committer = Committer(cache, passes, reward)
+        self._committer = Committer(cache, passes, reward, config.deterministic)
         self._cache = cache
         self._reward = reward
         self._trails = config.target.trailing
@@ -53,8 +53,11 @@ class Round:
             self.drafter.pace()
         self._judge.launch_trailing()
         self.proposer.collect(drawn)
-        decisions = self._judge.decide(groups, drawn)
+        decisions, backed_up = self._judge.decide(groups, drawn)
         self._commit(groups, decisions, drawn)
+        for hypothesis in backed_up:
+            self._give_back(hypothesis, drawn[hypothesis])
+            self._committer.take_back(hypothesis)
         for hypothesis, lanes in drawn.items():
             if hypothesis.attempts:  # the segment goes on
                 self._keep_best(hypothesis, lanes)
