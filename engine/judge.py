@@ -231,11 +231,13 @@ class Judge:
     # -- decisions ------------------------------------------------------------------------------------------------
 
     def decide(self, groups: Sequence[Group], drawn: dict[Hypothesis, list[Lane]],
-               answered: Sequence[Wait] = ()) -> dict[Group, Decision]:
-        """What becomes of each group whose segment is decided. Groups of whole responses are asked later.
+               answered: Sequence[Wait] = ()) -> tuple[dict[Group, Decision], list[Hypothesis]]:
+        """What becomes of each group whose segment is decided, and the hypotheses whose newest segment is taken back
+        instead. Groups of whole responses are asked later.
 
         answered: of groups whose lanes were drawn before; `drawn` has them, too. Groups may wait afterwards.
         """
+        backed_up: list[Hypothesis] = []
         groups = [group for group in groups if not group.request.whole]
         resumed = {wait.group: wait.scores for wait in answered}
         decisions: dict[Group, Decision] = {}
@@ -288,19 +290,17 @@ class Judge:
             if group in decisions or not members or self._waiting.waits and group.waits:
                 continue
             if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
-                self._exhaust(group, decisions)
+                self._exhaust(group, decisions, backed_up)
             else:
                 group.round += 1
-        return decisions
+        return decisions, backed_up
 
     def decide_whole(self, group: Group) -> Decision | None:
         """Which of the whole responses of a group are kept, all of which have ended: each is one attempt at the one
         segment there is. None where its rule is at fault."""
-        judged, state = shown(group)
         notes: Mapping[tuple[int, int], Note] = {}
-        for relaxed, lowered in (0, 0.0), *_relaxations(group.request):
-            decision = self._answer(group, judged, state._replace(
-                relaxed=relaxed, lowered=lowered, memory=group.memory))
+        for group.relaxed in range(1 + _relaxations(group.request)):
+            decision = self._answer(group, *shown(group))
             if group.failed or decides(decision):
                 return decision
             if decision is not None:
@@ -310,19 +310,23 @@ class Judge:
                 hypothesis.refuse()
             return None
         pick, members = group.request.pick, {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
-        chosen = max(judged, key=lambda one: pick.key(  # each is one attempt, in the order of the slots
+        chosen = max(shown(group)[0], key=lambda one: pick.key(  # each is one attempt, in the order of the slots
             one.hypothesis + 1, one.reward, _exhaust_uniform(members[one.hypothesis], 1) if pick.draws else 0.5))
         return Decision([whole(chosen)], [slot for slot in members if slot != chosen.hypothesis], notes)
 
-    def _exhaust(self, group: Group, decisions: dict[Group, Decision]) -> None:
+    def _exhaust(self, group: Group, decisions: dict[Group, Decision], backed_up: list[Hypothesis]) -> None:
         """Does what the plan says where every attempt was drawn and the rule has decided nothing: one step after the
         other, up to one that settles it."""
         for step in group.request.exhaust:
             if isinstance(step, Relax):
-                if any(self._ask(group, decisions, *level) for level in _relaxations(group.request)):
-                    return
+                for group.relaxed in range(1, step.times + 1):
+                    if self._ask(group, decisions):
+                        return
             elif isinstance(step, BackUp):
-                pass
+                [hypothesis] = group.hypotheses
+                if hypothesis.segments and hypothesis.backups < step.times:
+                    backed_up.append(hypothesis)
+                    return
             elif isinstance(step, Refuse):
                 for hypothesis in unfinished(group):
                     hypothesis.refuse()
@@ -362,13 +366,11 @@ class Judge:
         if members and (faults if in_order else not any([unscored.get(hypothesis) for hypothesis in members])):
             self._ask(group, decisions)
 
-    def _ask(self, group: Group, decisions: dict[Group, Decision], relaxed: int = 0, lowered: float = 0.0) -> bool:
+    def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
         # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
-        judged, state = shown(group, relaxed > 0 or not getattr(group.request.plan.decide, "skips_rejected", False))
-        if relaxed:
-            state = state._replace(relaxed=relaxed, lowered=lowered)
-        decision = self._answer(group, judged, state)
+        final = not group.relaxed and getattr(group.request.plan.decide, "skips_rejected", False)
+        decision = self._answer(group, *shown(group, not final))
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -427,16 +429,15 @@ def _by_hypothesis(group: Group) -> list[tuple[Hypothesis, list[Judged]]]:
             for hypothesis in group.hypotheses]
 
 
-def _relaxations(request: Request) -> list[tuple[int, float]]:
-    """How often the rule is relaxed, and by how much thresholds are lowered then."""
-    return [(relaxed, relaxed * step.by) for step in request.exhaust if isinstance(step, Relax)
-            for relaxed in range(1, step.times + 1)]
+def _relaxations(request: Request) -> int:
+    """How often a rule that decides nothing is relaxed."""
+    return sum(step.times for step in request.exhaust if isinstance(step, Relax))
 
 
 def _exhaust_uniform(hypothesis: Hypothesis, attempt: int) -> float:
     """The random number by which an exhaustion draws, of an attempt at the segment that is being decided."""
     segment = len(hypothesis.segments)
-    return exhaust_uniform(hypothesis.request.seed, attempt, segment, hypothesis.sample)
+    return exhaust_uniform(hypothesis.request.seed, hypothesis.skipped + attempt, segment, hypothesis.sample)
 
 
 def late(scored: Scored) -> bool:
@@ -489,10 +490,11 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
                 rejected or lane.note is None or lane.note.accepted)]
             left += request.max_attempts - len(attempts)
     count = getattr(plan.decide, "group_uniforms", 0)
-    uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment, group.index * plan.lanes.population,
-                             count) if count else ()
-    return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, 0,
-                         [hypothesis.slot for hypothesis in group.hypotheses], uniforms, group.memory)
+    uniforms = rule_uniforms(request.seed, KIND_GROUP, group.hypotheses[0].skipped + group.round + 1, segment,
+                             group.index * plan.lanes.population, count) if count else ()
+    return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, group.relaxed,
+                         [hypothesis.slot for hypothesis in group.hypotheses], uniforms, group.memory,
+                         group.relaxed * request.relaxed_by)
 
 
 def _whole_judged(hypothesis: Hypothesis) -> Judged:
@@ -508,6 +510,7 @@ def _uniforms(hypothesis: Hypothesis, attempt: int) -> tuple[float, ...]:
     count, segment = request.plan.decide.uniforms, len(hypothesis.segments)
     if not count:
         return ()
+    attempt += hypothesis.skipped  # of a segment that is drawn anew every random number is
     first = accept_uniform(request.seed, attempt, segment, hypothesis.sample)
     if count == 1:
         return (first,)

@@ -35,12 +35,12 @@ class Proposer:
             table, last = hypothesis.pages, hypothesis.last_token
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
-            first = len(hypothesis.attempts) + 1
+            first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
             for attempt in range(first, first + width):
                 slab = self._cache.take_slab()
                 lanes.append(Lane(hypothesis, attempt, slab))
-                specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, attempt, stream, request.params,
-                                      request.stop_ids, history))
+                specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
+                                      request.params, request.stop_ids, history))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._launched = time.perf_counter()
         if specs:

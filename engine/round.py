@@ -33,7 +33,7 @@ class Round:
         self.proposer = Proposer(drafter, cache, chooser, config)
         self._waiting = Waiting()
         self._judge = Judge(reward, drafter.decoder.config.vocab_size, config.target.trailing, self._waiting)
-        self._committer = Committer(cache, passes, reward)
+        self._committer = Committer(cache, passes, reward, config.deterministic)
         self._cache = cache
         self._reward = reward
         self._trails = config.target.trailing
@@ -65,8 +65,11 @@ class Round:
             undecided = [group for group in groups if group not in won]
             for wait in scored:
                 drawn.update(wait.drawn)
-        decisions = self._judge.decide(undecided, drawn, scored)
+        decisions, backed_up = self._judge.decide(undecided, drawn, scored)
         self._commit(groups, decisions, drawn, ended)
+        for hypothesis in backed_up:
+            self._give_back(hypothesis, drawn[hypothesis])
+            self._committer.take_back(hypothesis)
         if self._waiting.waits:
             for wait in self._waiting.stale():
                 self._forget(wait)

@@ -259,7 +259,7 @@ def test_interrupts_while_others_wait(monkeypatch, whole, kind):
                (engine._round._judge, "take_ended"), (engine._scheduler, "reserve")]
     while engine.has_unfinished_requests():
         holder, name = chance.choice(holders)
-        if chance.random() < 0.04:
+        if chance.random() < 0.12:
             def interrupted(*args):
                 raise KeyboardInterrupt
             setattr(holder, name, interrupted)

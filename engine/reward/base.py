@@ -214,6 +214,7 @@ class Reward(ABC):
     def resume(self, session: Any, token_ids: list[int], text: str | None) -> None:
         """Takes a response (as in `Candidate`) that was committed to an earlier session, before an interrupt or while
         others needed its pages; after `start`. With `deterministic`, segment after segment, as they were committed.
+        A session that holds more goes back: the last segment is to be drawn anew. `token_ids` may be empty then.
 
         Needed where a session keeps what was committed.
         """
