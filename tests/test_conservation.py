@@ -98,11 +98,12 @@ def fitting():
 class Traffic(RuleBasedStateMachine):
     """Submits, steps, aborts, fails and interrupts in any order. The cache holds three or four requests at a time."""
 
-    @initialize(causal=st.booleans(), rows=st.sampled_from([None, 5]))
-    def build(self, causal, rows):
+    @initialize(kind=st.sampled_from(["causal", "function", "blocking"]), rows=st.sampled_from([None, 5]))
+    def build(self, kind, rows):
         self.trouble = Trouble()
-        self.causal = causal
-        reward = stars.CausalReward(RM.decoder()) if causal else stars.FunctionReward(self.trouble, inputs="ids")
+        self.causal = causal = kind == "causal"
+        reward = stars.CausalReward(RM.decoder()) if causal else stars.FunctionReward(
+            self.trouble, inputs="ids", blocking=kind == "blocking")
         self.engine = toy_engine(LM, reward, cache_tokens=96, page_size=4, max_num_seqs=8, max_num_lanes=12,
                                  max_segment_size=16, max_num_batched_tokens=rows)
         self.open: set[str] = set()
