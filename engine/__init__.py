@@ -22,7 +22,16 @@ if TYPE_CHECKING:
         TraceError,
     )
     from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-    from stars.policies import STARS, BestOfN, BlockwiseBestOfK, Sample
+    from stars.policies import (
+        STARS,
+        BestOfN,
+        BlockwiseBestOfK,
+        ParticleFilter,
+        RejectionSampling,
+        Sample,
+        SegmentBeam,
+        SpeculativeRejection,
+    )
     from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
@@ -36,7 +45,8 @@ _HOMES = {
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
-    "policies": ("STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
+    "policies": ("STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling", "Sample", "SegmentBeam",
+                 "SpeculativeRejection"),
     "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
@@ -55,6 +65,8 @@ __all__ = [
     "IntegrityError",
     "Metrics",
     "ModelError",
+    "ParticleFilter",
+    "RejectionSampling",
     "OutOfPages",
     "RequestError",
     "RequestOutput",
@@ -64,6 +76,8 @@ __all__ = [
     "Sample",
     "SamplingParams",
     "Segment",
+    "SegmentBeam",
+    "SpeculativeRejection",
     "StarsError",
     "TokenizerError",
     "TraceError",

@@ -9,7 +9,14 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from stars.errors import RewardError, describe, log
-from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, exhaust_uniform, rule_uniforms
+from stars.kernels.philox import (
+    KIND_GROUP,
+    KIND_RULE,
+    MAX_ATTEMPT,
+    accept_uniform,
+    exhaust_uniform,
+    rule_uniforms,
+)
 from stars.kernels.types import Draft
 from stars.plan import rule_name
 from stars.request import Extra, Group, Hypothesis, Lane, Request, Wait, Winner
@@ -31,16 +38,17 @@ from stars.rules import (
     BackUp,
     Decision,
     Judged,
-    Note,
     Refuse,
     Relax,
     State,
+    best,
     decides,
     problem,
     whole,
 )
 from stars.waiting import Waiting
 
+Answers = Callable[[Sequence[Judged], State], Decision | None]
 One = TypeVar("One", Judged, Lane)
 
 
@@ -119,12 +127,12 @@ class Judge:
                 self._scorer.discard(result.handle)
         return list(zip(ended, results, strict=True))
 
-    def take_ended(self, scores: Sequence[tuple[Winner, Scored]]) -> list[tuple[Request, str]]:
-        """Gives what ends a response its reward, which is there; returns the problems there are."""
+    def take_ended(self, scores: Sequence[tuple[Winner, Scored]]) -> list[tuple[Hypothesis, str]]:
+        """Gives what ends a response its reward, which is there; returns the responses that got none, and why."""
         faults = []
         for winner, result in scores:
             if isinstance(reward := usable(result.reward), str):
-                faults.append((winner.hypothesis.request, reward))
+                faults.append((winner.hypothesis, reward))
                 continue
             winner.reward = reward
             if winner.as_drawn:
@@ -250,9 +258,9 @@ class Judge:
             for hypothesis in members:
                 lanes = drawn[hypothesis]
                 hypothesis.attempts += lanes
-                if scored:
+                if scored and lanes:
                     unscored[hypothesis] = list(lanes)
-                else:
+                elif not scored:
                     for lane in lanes:
                         may_judge(lane)
             if scored and members:
@@ -289,30 +297,73 @@ class Judge:
             members = unfinished(group)
             if group in decisions or not members or self._waiting.waits and group.waits:
                 continue
-            if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
+            if not any([hypothesis.attempts_left for hypothesis in members]):
                 self._exhaust(group, decisions, backed_up)
             else:
                 group.round += 1
         return decisions, backed_up
 
     def decide_whole(self, group: Group) -> Decision | None:
-        """Which of the whole responses of a group are kept, all of which have ended: each is one attempt at the one
-        segment there is. None where its rule is at fault."""
-        notes: Mapping[tuple[int, int], Note] = {}
-        for group.relaxed in range(1 + _relaxations(group.request)):
-            decision = self._answer(group, *shown(group))
-            if group.failed or decides(decision):
+        """Which of the whole responses of a group are kept: each is one attempt at the one segment there is. None where
+        nothing is decided yet, by a rule that reads in order, and where the rule or a reward is at fault."""
+        request, rule = group.request, group.request.plan.decide
+        judged, state = shown(group, not (request.in_turn and getattr(rule, "skips_rejected", False)))
+        decision = self._answer(group, judged, state, rule) if judged else None
+        if group.failed:
+            return None
+        if self._settles_whole(group, decision):
+            return decision
+        ended = group.judgeable
+        if len(ended) == len(group.hypotheses):
+            return self._exhaust_whole(group)
+        stopped = group.hypotheses[len(ended)]
+        if stopped.finish_reason is not None:  # without a reward, and it is its turn
+            stopped.finish("error", error=stopped.error)
+            request.fail(str(stopped.error))
+        return None
+
+    def _settles_whole(self, group: Group, decision: Decision | None) -> bool:
+        """Keeps the notes of a decision on whole responses; whether it keeps or drops some."""
+        if decision is None:
+            return False
+        for hypothesis in group.hypotheses:
+            hypothesis.note = decision.notes.get((hypothesis.slot, 1), hypothesis.note)
+        return decides(decision)
+
+    def _exhaust_whole(self, group: Group) -> Decision | None:
+        """What the plan keeps of whole responses of which the rule keeps none; None where it refuses all of them, or
+        the rule is at fault."""
+        request, rule = group.request, group.request.plan.decide
+        for group.relaxed in range(1, 1 + _relaxations(request)):
+            decision = self._answer(group, *shown(group), rule)
+            if group.failed or self._settles_whole(group, decision):
                 return decision
-            if decision is not None:
-                notes = decision.notes
-        if isinstance(group.request.exhaust[-1], Refuse):
+        if isinstance(request.exhaust[-1], Refuse):
             for hypothesis in group.hypotheses:
                 hypothesis.refuse()
             return None
-        pick, members = group.request.pick, {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
+        pick, members = request.pick, {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
         chosen = max(shown(group)[0], key=lambda one: pick.key(  # each is one attempt, in the order of the slots
             one.hypothesis + 1, one.reward, _exhaust_uniform(members[one.hypothesis], 1) if pick.draws else 0.5))
-        return Decision([whole(chosen)], [slot for slot in members if slot != chosen.hypothesis], notes)
+        return Decision([whole(chosen)], [slot for slot in members if slot != chosen.hypothesis])
+
+    def choose(self, group: Group) -> Hypothesis | None:
+        """Which of several responses, all of which have ended, is the completion: the best, or what the rule says. None
+        where the rule is at fault."""
+        if all([hypothesis.finish_reason == "refused" for hypothesis in group.hypotheses]):
+            return group.hypotheses[0]
+        judged, state = shown(group)
+        final = getattr(group.request.plan.decide, "final", None)
+        if final is not None:
+            uniforms = _group_uniforms(group, MAX_ATTEMPT, state.segment)  # a round that no segment reaches
+            decision = self._answer(group, judged, state._replace(round=0, uniforms=uniforms), final)
+            if group.failed:
+                return None
+            if decision is not None and decides(decision):
+                kept = {keep.hypothesis for keep in decision.keep}
+                judged = [one for one in judged if one.hypothesis in kept]
+        chosen = best(judged).hypothesis
+        return next(hypothesis for hypothesis in group.hypotheses if hypothesis.slot == chosen)
 
     def _exhaust(self, group: Group, decisions: dict[Group, Decision], backed_up: list[Hypothesis]) -> None:
         """Does what the plan says where every attempt was drawn and the rule has decided nothing: one step after the
@@ -369,8 +420,9 @@ class Judge:
     def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
         # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
-        final = not group.relaxed and getattr(group.request.plan.decide, "skips_rejected", False)
-        decision = self._answer(group, *shown(group, not final))
+        rule = group.request.plan.decide
+        final = not group.relaxed and getattr(rule, "skips_rejected", False)
+        decision = self._answer(group, *shown(group, not final), rule)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -383,12 +435,12 @@ class Judge:
         decisions[group] = decision
         return True
 
-    def _answer(self, group: Group, judged: Sequence[Judged], state: State) -> Decision | None:
-        """What the rule says, its memory kept; a rule at fault ends its request and no other."""
+    def _answer(self, group: Group, judged: Sequence[Judged], state: State, rule: Answers) -> Decision | None:
+        """What the rule says, or its `final`, its memory kept; a rule at fault ends its request and no other."""
         request = group.request
         plan, fault = request.plan, None
         try:
-            decision = plan.decide(judged, state)
+            decision = rule(judged, state)
             if type(plan.decide) not in OWN_RULES:
                 fault = problem(decision, judged, state, plan.lanes.population, self._vocab_size, request.stop_ids,
                                 request.whole)
@@ -399,7 +451,7 @@ class Judge:
             log(f"the rule {rule_name(plan.decide)} {fault}", error)
         if fault is not None:
             message = f"the rule {rule_name(plan.decide)} {fault}: mend the rule"
-            if request.whole:  # whose responses have ended, and of which none is the completion yet
+            if request.whole or group.finished:  # responses have ended, and none is the completion yet
                 for hypothesis in group.hypotheses:
                     hypothesis.finish("error", error=message)
             request.fail(message)
@@ -473,14 +525,17 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
     Without `rejected`, those are left out that a note of the rule calls not accepted.
     """
     request = group.request
-    plan = request.plan
     judged: list[Judged] = []
     segment = unscored = left = 0
+    if request.whole:
+        members = group.judgeable
+        judged = [_whole_judged(one) for one in members if rejected or one.note is None or one.note.accepted]
+        left = len(group.hypotheses) - len(members)
     for hypothesis in group.hypotheses:
         segment = max(segment, len(hypothesis.segments))
         if request.whole:
-            judged.append(_whole_judged(hypothesis))
-        elif hypothesis.finish_reason is not None:
+            continue
+        if hypothesis.finish_reason is not None:
             judged.append(Judged(hypothesis.slot, EARLIER, len(hypothesis.token_ids), True, (), (), (),
                                  hypothesis.reward, hypothesis.reward, ()))
         else:
@@ -488,13 +543,19 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             unscored += sum([lane.judged is None for lane in attempts])
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]
-            left += request.max_attempts - len(attempts)
-    count = getattr(plan.decide, "group_uniforms", 0)
-    uniforms = rule_uniforms(request.seed, KIND_GROUP, group.hypotheses[0].skipped + group.round + 1, segment,
-                             group.index * plan.lanes.population, count) if count else ()
+            left += hypothesis.attempts_left
+    number = group.hypotheses[0].skipped + group.round + 1
     return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, group.relaxed,
-                         [hypothesis.slot for hypothesis in group.hypotheses], uniforms, group.memory,
-                         group.relaxed * request.relaxed_by)
+                         [hypothesis.slot for hypothesis in group.hypotheses],
+                         _group_uniforms(group, number, segment), group.memory, group.relaxed * request.relaxed_by)
+
+
+def _group_uniforms(group: Group, number: int, segment: int) -> tuple[float, ...]:
+    """As many random numbers of a group's round as its rule declares. number: of the round, from 1."""
+    request = group.request
+    count = getattr(request.plan.decide, "group_uniforms", 0)
+    sample = group.index * request.plan.lanes.population
+    return rule_uniforms(request.seed, KIND_GROUP, number, segment, sample, count) if count else ()
 
 
 def _whole_judged(hypothesis: Hypothesis) -> Judged:

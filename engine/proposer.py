@@ -9,7 +9,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import pack_stream
-from stars.request import Hypothesis, Lane
+from stars.request import Hypothesis, Lane, Request
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -24,6 +24,7 @@ class Proposer:
         self._cache = cache
         self._max_num_lanes = config.max_num_lanes
         self._max_num_seqs = config.max_num_seqs
+        self._max_responses = min(config.max_num_lanes, config.max_num_seqs)
         self._launched = 0.0  # when the draft that is under way was started
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
@@ -60,6 +61,22 @@ class Proposer:
             if not hypothesis.take_drafts(lanes, seconds):
                 hypothesis.request.fail(NAN_LOGITS)
 
+    def window(self, request: Request, groups: int) -> int:
+        """Whole responses of a completion that may be under way beyond what is decided, where the rule reads in order
+        and `groups` completions decode side by side."""
+        width = request.plan.lanes.width
+        if width is not None:
+            return width
+        open_groups = [group for group in request.groups if not group.finished]
+        if not open_groups:
+            return 1
+        kept = [hypothesis.metrics for hypothesis in request.hypotheses]
+        rejected = sum(hypothesis.note is not None for group in open_groups for hypothesis in group.hypotheses)
+        side_by_side = max(groups, len(open_groups))
+        return self.chooser.choose(
+            sum(metrics.accepted for metrics in kept), sum(metrics.attempts_counted for metrics in kept) + rejected,
+            side_by_side, max(1, self._max_responses // side_by_side))
+
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
         # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.
         lanes = min(self._max_num_lanes, self._cache.num_free_slabs - (self._max_num_seqs - len(active)))
@@ -68,11 +85,11 @@ class Proposer:
         for hypothesis in active:
             request = hypothesis.request
             width = request.plan.lanes.width
-            max_width = min(share, request.max_attempts - len(hypothesis.attempts))
+            max_width = min(share, hypothesis.attempts_left)
             if width is not None:
                 widths.append(min(width, max_width))
-            elif max_width == 1:
-                widths.append(1)
+            elif max_width <= 1:  # none, where it has drawn all of its own and another one of its group has not
+                widths.append(max_width)
             else:
                 seen = [h.metrics for h in request.hypotheses]
                 widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -110,6 +111,8 @@ class Boundary(NamedTuple):
     reward: float | None
     finish_reason: str | None
     stop_reason: int | str | None
+    error: str | None
+    note: Note | None
     metrics: Metrics
     backups: int
     redrawn: Mapping[int, int]
@@ -139,13 +142,15 @@ class Hypothesis:
     drafts: int = 0  # committed: the number of the next one in the random stream
     ends: list[int] = field(default_factory=list)  # tokens of the response after each pass that wrote committed keys
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
+    drained: bool = False  # whether the segment being decided has no further attempt to draw, whatever the plan says
     best: Lane | None = None  # of the segment being decided, what its exhaustion would keep; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
     cumulative_logprob: float = 0.0
     reward: float | None = None  # of all that is committed; None where it was not asked for
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: str | None = None  # of a whole response that is judged in its turn: why it has no reward, until that comes
+    note: Note | None = None  # what the rule says of a whole response
     metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it and the segments it has
     boundary: Boundary | None = None  # None before its first round
     backups: int = 0  # segments that were taken back
@@ -180,9 +185,20 @@ class Hypothesis:
         return min(self.max_segment, self.request.max_tokens - len(self.token_ids))
 
     @property
+    def most_attempts(self) -> int:
+        """Attempts at the segment being decided that the plan allows."""
+        attempts, segment = self.request.attempts, len(self.segments)
+        return attempts[segment] if segment < len(attempts) else attempts[-1]
+
+    @property
+    def attempts_left(self) -> int:
+        """Attempts that may still be drawn at the segment being decided."""
+        return 0 if self.drained else self.most_attempts - len(self.attempts)
+
+    @property
     def skipped(self) -> int:
         """Attempts at the segment being decided that came before it was begun anew: as many at every width."""
-        return self.request.max_attempts * self.redrawn.get(len(self.segments), 0) if self.backups else 0
+        return self.most_attempts * self.redrawn.get(len(self.segments), 0) if self.backups else 0
 
     @property
     def unsettled(self) -> int:
@@ -196,16 +212,17 @@ class Hypothesis:
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
+        self.drained = False
         lists = self.token_ids, self.segments, self.ends, self.logprobs
         self.boundary = Boundary(lists, len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
                                  len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, _copy(self.metrics), self.backups, self.redrawn)
+                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups, self.redrawn)
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
         called again."""
         mark = self.boundary
-        self.finish_reason = self.stop_reason = self.error = None
+        self.finish_reason = self.stop_reason = self.error = self.note = None
         if mark is not None:
             self.token_ids, self.segments, self.ends, self.logprobs = mark.lists
             self.backups, self.redrawn = mark.backups, mark.redrawn
@@ -215,6 +232,7 @@ class Hypothesis:
             del self.logprobs[mark.logprobs :]
             self.drafts, self.cumulative_logprob, self.reward = mark.drafts, mark.cumulative_logprob, mark.reward
             self.finish_reason, self.stop_reason = mark.finish_reason, mark.stop_reason
+            self.error, self.note = mark.error, mark.note
             self.metrics = _copy(mark.metrics)
             self._history = None
 
@@ -323,9 +341,9 @@ class Hypothesis:
         self.segments.append(segment)
         self.metrics.keep(segment, request.plan.decide.in_order)
 
-    def whole_record(self, note: Note | None) -> Attempt:
+    def whole_record(self) -> Attempt:
         """The user's view of a whole response that competes with others."""
-        return _record(list(self.token_ids), self.reward, note, self.cumulative_logprob)
+        return _record(list(self.token_ids), self.reward, self.note, self.cumulative_logprob)
 
     def history(self) -> np.ndarray:
         """int32 [n, 2]: the distinct tokens of prompt and response, rising, each with its count in the response."""
@@ -369,6 +387,7 @@ class Group:
     relaxed: int = 0  # how often its rule was relaxed
     memory: Any = None  # what the rule returned last
     dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
+    queued: int = 0  # of whole responses that are drawn as they are wanted: those that the scheduler was told of
     boundary: Mark | None = None  # None before its first round
 
     def __post_init__(self) -> None:
@@ -393,6 +412,14 @@ class Group:
     def failed(self) -> bool:
         """Whether the completion has ended without a result."""
         return any(hypothesis.finish_reason in ("error", "abort") for hypothesis in self.hypotheses)
+
+    @property
+    def judgeable(self) -> list[Hypothesis]:
+        """The whole responses that a rule may see: all, or, where it reads in order, those that have ended with a
+        reward, up to the first that has not."""
+        if not self.request.in_turn:
+            return self.hypotheses
+        return list(takewhile(lambda one: one.finish_reason is not None and one.error is None, self.hypotheses))
 
     @property
     def undecided(self) -> bool:
@@ -442,6 +469,8 @@ class Group:
 
     def drop(self, hypothesis: Hypothesis) -> None:
         """One that is not kept: what was drawn for it counts, nothing else of it stays."""
+        if hypothesis.finish_reason is None:
+            hypothesis.finish("abort")
         hypothesis.attempts = []
         self.hypotheses = [other for other in self.hypotheses if other is not hypothesis]
         drawn = hypothesis.metrics.drawn()
@@ -503,9 +532,10 @@ class Request:
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
         self.stop: Sequence[str] = params.stop or ()
-        # At temperature 0 all attempts are equal: one is drawn.
-        self.max_attempts = 1 if params.temperature == 0 else plan.lanes.attempts
-        self.whole = plan.whole
+        attempts = plan.lanes.attempts
+        # Of each segment, the last number from then on. At temperature 0 all attempts are equal: one is drawn.
+        self.attempts = (1,) if params.temperature == 0 else attempts if isinstance(attempts, tuple) else (attempts,)
+        self.whole, self.in_turn = plan.whole, plan.in_turn
         self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
         last = self.exhaust[-1]
         self.pick: Pick = last if isinstance(last, Pick) else BestSeen()  # says which attempt keeps its slabs

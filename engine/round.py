@@ -10,12 +10,12 @@ from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.errors import IntegrityError, RewardError, describe, log
-from stars.judge import Judge, late, preferred, shown, usable
+from stars.judge import Judge, late, preferred, usable
 from stars.passes import Passes
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import Candidate, Later, Reward, Scored
-from stars.rules import Decision, best
+from stars.rules import Decision
 from stars.waiting import Waiting
 from stars.width import WidthChooser
 
@@ -206,15 +206,20 @@ class Round:
         for winner in winners:
             self.forget_attempts(winner.hypothesis)
             self._release(winner.lane)  # of an earlier round too, which the end of this round does not reach
-        for request, fault in faults:
-            request.fail(fault)
+        for hypothesis, fault in faults:
+            if not hypothesis.request.in_turn:
+                hypothesis.request.fail(fault)
         for winner in winners:
             if winner.finish_reason is not None and winner.hypothesis.finish_reason is None:
                 winner.hypothesis.finish(winner.finish_reason, winner.stop_reason)
+        for hypothesis, fault in faults:
+            if hypothesis.request.in_turn:  # one before it may be accepted, and then nobody has asked for its reward
+                hypothesis.error = fault
         for winner, slot in twins:
             self._committer.fork(winner.hypothesis, slot)
+        grown = {winner.hypothesis.group for winner in winners if winner.finish_reason is not None}
         for group in groups:
-            if group.finished:
+            if group.finished or group.request.in_turn and group in grown:
                 self._conclude(group, drawn)
 
     def _hold_ends(self, winners: list[Winner], twins: list[tuple[Winner, int]], scores: list[tuple[Winner, Scored]],
@@ -238,15 +243,17 @@ class Round:
                 [(winner, result) for winner, result in scores if unit(winner) not in waiting])
 
     def _conclude(self, group: Group, drawn: dict[Hypothesis, list[Lane]]) -> None:
-        """All of a group's responses have ended: one of them is the completion."""
+        """All of a group's responses have ended, or as many as its rule wants to see: one of them is the completion."""
         if group.request.whole and not group.failed:
             decision = self._judge.decide_whole(group)
-            for hypothesis in keep_whole(group, decision) if decision is not None else []:
+            for hypothesis in keep_whole(group, decision) if decision is not None else ():
                 self._drop(hypothesis, drawn)
+            if not group.finished:
+                return
         if len(group.hypotheses) > 1 and not group.failed:
-            chosen = best(shown(group)[0]).hypothesis
-            for hypothesis in group.hypotheses:
-                if hypothesis.slot != chosen:
+            chosen = self._judge.choose(group)
+            for hypothesis in group.hypotheses if chosen is not None else ():
+                if hypothesis is not chosen:
                     group.drop(hypothesis)
                     self._drop(hypothesis, drawn)
 
@@ -258,7 +265,9 @@ class Round:
                 self._release(lane)
 
     def _drop(self, hypothesis: Hypothesis, drawn: dict[Hypothesis, list[Lane]]) -> None:
-        """Gives back all that a hypothesis holds that has left its group."""
+        """Gives back all that a hypothesis holds that has left its group, which may have waited for its reward."""
+        if hypothesis.wait is not None:
+            self._forget(hypothesis.wait)
         self._give_back(hypothesis, drawn.get(hypothesis, []))
         self.close(hypothesis)
 

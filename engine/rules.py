@@ -9,8 +9,10 @@ on how many lanes there were: a text that is to be the same at any width must no
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -90,6 +92,12 @@ class Rule(Protocol):
     keeps must not depend on where the prefix was cut after the winner. Otherwise every attempt that was drawn is scored
     first. uniforms: random numbers that it needs of each attempt. A rule may also have `group_uniforms`, as many random
     numbers of a round, and `skips_rejected`: True says that it need not see again what a note of its rejected.
+
+    Of whole responses, one that reads in order sees those that have ended up to the first that has not, in the order of
+    their slots. They are drawn as it wants them; once it decides, the others end where they are.
+
+    `final(judged, state) -> Decision`, which a rule may have, is asked once all hypotheses of a group have ended and
+    more than one is left: every one judged is EARLIER, or a whole response. Without it the highest reward wins.
 
     None: nothing is decided. The loop scores what is unscored, else draws another round, and when nothing is left
     applies the plan's exhaustion. A kept attempt that its note does not call accepted counts as a fallback.
@@ -193,7 +201,7 @@ class Argmax:
             return None
         winner = max(judged, key=scored)  # max keeps the earliest of equals
         notes = {(one.hypothesis, one.attempt): Note(None, None, one is winner) for one in judged}
-        return Decision([whole(winner)], [slot for slot in state.live if slot != winner.hypothesis], notes)
+        return Decision([whole(winner)], _others(state, winner), notes)
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,142 @@ class Always:
         return Decision(keep, [], notes)
 
 
-OWN_RULES = frozenset({Threshold, Argmax, Always})
+@dataclass(frozen=True)
+class SoftArgmax:
+    """One attempt of all, number i with probability softmax(r_i / temperature); the other hypotheses are dropped."""
+
+    temperature: float
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 1
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn."""
+        if state.left:
+            return None
+        weights = _weights([scored(one) for one in judged], self.temperature)
+        # The largest of log w - log(-log u): as exact as a walk along the sum, and not moved by a rounding of it.
+        chosen = max(range(len(judged)), key=lambda index: -math.inf if not weights[index] else math.log(
+            weights[index]) - math.log(-math.log(judged[index].uniforms[0])))
+        total, winner = sum(weights), judged[chosen]
+        notes = {(one.hypothesis, one.attempt): Note(None, weight / total, one is winner)
+                 for one, weight in zip(judged, weights, strict=True)}
+        return Decision([whole(winner)], _others(state, winner), notes)
+
+
+@dataclass(frozen=True)
+class FirstAccepted:
+    """Of whole responses the first that is accepted under a constant threshold; the others are dropped."""
+
+    beta: float
+    reward_threshold: float
+    in_order: ClassVar[bool] = True
+    uniforms: ClassVar[int] = 1
+    skips_rejected: ClassVar[bool] = True
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
+        """Decides once one is accepted: log u < (r - t) / beta."""
+        notes = {}
+        for one in judged:
+            reward, tau = scored(one), self.reward_threshold - state.lowered
+            accepted = accepts(one.uniforms[0], reward, tau, self.beta)
+            notes[one.hypothesis, one.attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
+            if accepted:
+                return Decision([whole(one)], _others(state, one), notes)
+        return Decision([], [], notes)
+
+
+@dataclass(frozen=True)
+class DropWorst:
+    """Of m live hypotheses the best max(1, round((1 - alpha) m)) by reward stay, finished ones included."""
+
+    alpha: float
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 0
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn."""
+        return None if state.left else _highest(judged, state, max(1, round((1.0 - self.alpha) * len(state.live))))
+
+
+@dataclass(frozen=True)
+class Highest:
+    """The `count` attempts of the highest reward of all hypotheses, finished ones included; who has none is dropped."""
+
+    count: int
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 0
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn."""
+        return None if state.left else _highest(judged, state, self.count)
+
+
+@dataclass(frozen=True)
+class Resample:
+    """`particles` hypotheses are drawn from those there are with weights exp((r - r_parent) / beta).
+
+    multinomial: each by itself. systematic: at (u + i) / particles of the weights' sum, i = 0 … particles - 1, so that
+    one of share s is drawn floor(s particles) times or once more. What had ended has weight 1. A hypothesis whose
+    response so far has no reward, or -inf, begins at 0: all that compete with it do.
+    """
+
+    particles: int
+    beta: float
+    systematic: bool = False
+    sample: bool = False  # whether the completion is a particle at random, or the best
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 0
+
+    @property
+    def group_uniforms(self) -> int:
+        """Random numbers of a round."""
+        return 1 if self.systematic else self.particles
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn."""
+        if state.left:
+            return None
+        # Before the first segment all have the prompt's reward, and after weights that were all 0 all have -inf: what
+        # all have in common changes no share.
+        weights = _weights([scored(one) - (0.0 if one.parent_reward in (None, -math.inf) else one.parent_reward)
+                            for one in judged], self.beta)
+        edges = list(accumulate(weights))
+        first, count = state.uniforms[0], self.particles
+        places = [(first + index) / count for index in range(count)] if self.systematic else state.uniforms
+        drawn = sorted(bisect_right(edges, place * edges[-1]) for place in places)
+        kept = {judged[index].hypothesis for index in drawn}
+        notes = {(one.hypothesis, one.attempt): Note(None, weight / edges[-1], one.hypothesis in kept)
+                 for one, weight in zip(judged, weights, strict=True)}
+        return Decision([whole(judged[index]) for index in drawn],
+                        [slot for slot in state.live if slot not in kept], notes)
+
+    def final(self, judged: Sequence[Judged], state: State) -> Decision:
+        """Particles are worth the same once they were drawn: the completion is one at random, or the best."""
+        winner = judged[int(state.uniforms[0] * len(judged))] if self.sample else best(judged)
+        return Decision([whole(winner)], _others(state, winner))
+
+
+def _weights(values: Sequence[float], scale: float) -> list[float]:
+    """exp(value / scale) over that of the largest; of infinite differences the limit. All of -inf weigh the same."""
+    top = max(values)
+    return [1.0 if value == top else math.exp((value - top) / scale) for value in values]
+
+
+def _highest(judged: Sequence[Judged], state: State, count: int) -> Decision:
+    """The `count` attempts of the highest reward are kept, the earliest of equals; who has none is dropped."""
+    ranked = sorted(judged, key=scored, reverse=True)[:count]  # stable: the earliest of equals first
+    chosen = {(one.hypothesis, one.attempt) for one in ranked}
+    kept = {one.hypothesis for one in ranked}
+    notes = {(one.hypothesis, one.attempt): Note(None, None, (one.hypothesis, one.attempt) in chosen) for one in judged}
+    return Decision([whole(one) for one in ranked], [slot for slot in state.live if slot not in kept], notes)
+
+
+def _others(state: State, winner: Judged) -> list[int]:
+    """The slots of all hypotheses but the winner's."""
+    return [slot for slot in state.live if slot != winner.hypothesis]
+
+
+OWN_RULES = frozenset({Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample})
 """Rules whose decisions always satisfy `problem`, as a test shows: those of others are checked each time."""
 
 

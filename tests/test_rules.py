@@ -20,18 +20,24 @@ from stars.rules import (
     BackUp,
     BestSeen,
     Decision,
+    DropWorst,
     First,
+    FirstAccepted,
+    Highest,
     Judged,
     Keep,
     Last,
     Note,
     Refuse,
     Relax,
+    Resample,
+    SoftArgmax,
     Softmax,
     State,
     Threshold,
     accept_probability,
     accepts,
+    decides,
     exhaustion,
     problem,
     steps,
@@ -188,20 +194,29 @@ def test_rules_that_read_rewards_say_where_there_are_none(rule):
 
 
 @settings(max_examples=200)
-@given(st.one_of(THRESHOLDS, st.sampled_from([Argmax(), Always()])), st.integers(0, 2),
+@given(st.one_of(THRESHOLDS, st.sampled_from([
+    Argmax(), Always(), SoftArgmax(0.7), FirstAccepted(0.5, 1.0), DropWorst(0.4), Highest(1), Highest(3),
+    Resample(3, 0.5), Resample(3, 0.5, systematic=True)])), st.integers(0, 2),
        st.lists(st.one_of(st.just([]), ATTEMPTS), min_size=1, max_size=3), st.integers(0, 3), st.booleans())
 def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, population, left, finished):
     """The loop does not check them. `over`: how many of the hypotheses had finished before. Others may have no
-    attempt that is scored yet; an argmax is asked when all are."""
-    assume(any(population) or not isinstance(rule, Argmax))
-    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 3
+    attempt that is scored yet; rules that do not read in order are asked when all are."""
+    assume(all(population) or rule.in_order)
+    assume(not over or not isinstance(rule, (SoftArgmax, FirstAccepted)))  # what had ended has no random numbers
+    assume(not isinstance(rule, Resample) or all(len(attempts) == 1 for attempts in population))
+    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 8
     live = tuple(range(len(population)))
     ones = [one for slot, attempts in enumerate(population) for one in (
         [earlier(slot)] if slot < over else
         [judged(slot, attempt, reward, uniform, 3 + tokens % 10, finished) for attempt, (reward, uniform, tokens)
          in enumerate(attempts, 1)])]
-    decision = rule(ones, state(live, left))
-    assert problem(decision, ones, state(live, left), len(live), 11, (0, 7), False) is None
+    now = state(live, left)._replace(uniforms=(1e-7, 0.4, 1 - 1e-7)[: getattr(rule, "group_uniforms", 0)])
+    decision = rule(ones, now)
+    most = max(len(live), rule.particles if isinstance(rule, Resample) else getattr(rule, "count", 0))
+    assert problem(decision, ones, now, most, 11, (0, 7), False) is None
+    if decision is not None and decides(decision) and hasattr(rule, "final"):
+        over = [earlier(slot, one.reward) for slot, one in enumerate(ones)]
+        assert problem(rule.final(over, now), over, now, len(live), 11, (0, 7), False) is None
 
 
 def asked(decision, ones=None, live=(0,), population=2, wholes=False, max_tokens=12) -> str | None:
