@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -128,7 +128,7 @@ class Judge:
         return list(zip(ended, results, strict=True))
 
     def take_ended(self, scores: Sequence[tuple[Winner, Scored]]) -> list[tuple[Hypothesis, str]]:
-        """Gives what ends a response its reward, which is there; returns the responses that get none, and why."""
+        """Gives what ends a response its reward, which is there; returns the responses that got none, and why."""
         faults = []
         for winner, result in scores:
             if isinstance(reward := usable(result.reward), str):
@@ -544,10 +544,10 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]
             left += hypothesis.attempts_left
+    number = group.hypotheses[0].skipped + group.round + 1
     return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, group.relaxed,
                          [hypothesis.slot for hypothesis in group.hypotheses],
-                         _group_uniforms(group, group.hypotheses[0].skipped + group.round + 1, segment), group.memory,
-                         group.relaxed * request.relaxed_by)
+                         _group_uniforms(group, number, segment), group.memory, group.relaxed * request.relaxed_by)
 
 
 def _group_uniforms(group: Group, number: int, segment: int) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ class Proposer:
         self._cache = cache
         self._max_num_lanes = config.max_num_lanes
         self._max_num_seqs = config.max_num_seqs
+        self._max_responses = min(config.max_num_lanes, config.max_num_seqs)
         self._launched = 0.0  # when the draft that is under way was started
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
@@ -74,7 +75,7 @@ class Proposer:
         side_by_side = max(groups, len(open_groups))
         return self.chooser.choose(
             sum(metrics.accepted for metrics in kept), sum(metrics.attempts_counted for metrics in kept) + rejected,
-            side_by_side, max(1, min(self._max_num_lanes, self._max_num_seqs) // side_by_side))
+            side_by_side, max(1, self._max_responses // side_by_side))
 
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
         # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.

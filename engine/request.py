@@ -186,7 +186,7 @@ class Hypothesis:
 
     @property
     def most_attempts(self) -> int:
-        """Attempts at the segment being decided, as the plan says."""
+        """Attempts at the segment being decided that the plan allows."""
         attempts, segment = self.request.attempts, len(self.segments)
         return attempts[segment] if segment < len(attempts) else attempts[-1]
 
@@ -216,8 +216,7 @@ class Hypothesis:
         lists = self.token_ids, self.segments, self.ends, self.logprobs
         self.boundary = Boundary(lists, len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
                                  len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups,
-                                 self.redrawn)
+                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups, self.redrawn)
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and

@@ -217,9 +217,9 @@ class Round:
                 hypothesis.error = fault
         for winner, slot in twins:
             self._committer.fork(winner.hypothesis, slot)
-        ending = {winner.hypothesis.group for winner in winners if winner.finish_reason is not None}
+        grown = {winner.hypothesis.group for winner in winners if winner.finish_reason is not None}
         for group in groups:
-            if group.finished or group.request.in_turn and group in ending:
+            if group.finished or group.request.in_turn and group in grown:
                 self._conclude(group, drawn)
 
     def _hold_ends(self, winners: list[Winner], twins: list[tuple[Winner, int]], scores: list[tuple[Winner, Scored]],
@@ -265,7 +265,9 @@ class Round:
                 self._release(lane)
 
     def _drop(self, hypothesis: Hypothesis, drawn: dict[Hypothesis, list[Lane]]) -> None:
-        """Gives back all that a hypothesis holds that has left its group."""
+        """Gives back all that a hypothesis holds that has left its group, which may have waited for its reward."""
+        if hypothesis.wait is not None:
+            self._forget(hypothesis.wait)
         self._give_back(hypothesis, drawn.get(hypothesis, []))
         self.close(hypothesis)
 

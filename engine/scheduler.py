@@ -83,12 +83,12 @@ class Scheduler:
     def groups(self) -> list[Group]:
         """The groups that take part in the next round, as they were admitted.
 
-        One with a barrier whose segment is decided waits while another one is still at its own.
+        A group with a barrier whose segment is decided waits while another one is still at its own.
         """
-        groups = self._round.able(list(dict.fromkeys([unit.group for unit in self.running if unit.ready])))
+        groups = list(dict.fromkeys([unit.group for unit in self.running if unit.ready]))
         if any([unit.group.request.plan.lanes.barrier and unit.group.undecided for unit in self.running]):
-            return [group for group in groups if not group.request.plan.lanes.barrier or group.undecided]
-        return groups
+            groups = [group for group in groups if not group.request.plan.lanes.barrier or group.undecided]
+        return self._round.able(groups)
 
     @property
     def _scorer(self) -> Reward:

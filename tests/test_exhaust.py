@@ -154,3 +154,223 @@ def rescored(engine: stars.Engine, prompt: str, token_ids: Sequence[int]) -> flo
     reward.discard(scored.handle)
     reward.close(session)
     return scored.reward
+
+
+# -- what is taken back, and what stops it ------------------------------------------------------------------------
+
+BACKING = stars.STARS(2, 2, 1.0, 0.3, 0.6, 2, BackUp(6, Softmax(0.5)))
+
+
+def backing_params(seed: int = 7) -> stars.SamplingParams:
+    return stars.SamplingParams(max_tokens=16, n=3, seed=seed, ignore_eos=True)
+
+
+def told(output: stars.RequestOutput) -> list:
+    """What two runs must agree on, but for last bits; metrics without times."""
+    metrics = [{name: value for name, value in vars(one.metrics).items() if not name.endswith("seconds")
+                and name not in ("num_preemptions", "prompt_tokens_cached")} for one in output.outputs]
+    return [[(one.token_ids, one.finish_reason, [(s.winner, s.accepted, [a.token_ids for a in s.attempts])
+                                                 for s in one.segments]) for one in output.outputs], metrics]
+
+
+@pytest.mark.parametrize("place", ["resume", "truncate", "score", "commit", "take_back"])
+def test_a_segment_taken_back_in_a_round_that_was_stopped_is_there_again(place, monkeypatch):
+    """Interrupts before, within and after the step; the text is that of an undisturbed run, and so are the counts."""
+    def run(interrupts: Sequence[int]) -> stars.RequestOutput:
+        engine = toy_engine(LM, RM)
+        holder = {"resume": engine.reward, "score": engine.reward, "truncate": engine._cache, "commit": engine._cache,
+                  "take_back": engine._round._committer}[place]
+        right, calls = getattr(holder, place), []
+
+        def interrupted(*arguments):
+            calls.append(1)
+            if len(calls) in interrupts:
+                if len(calls) % 2:  # before it has done anything, or after
+                    right(*arguments)
+                raise KeyboardInterrupt
+            return right(*arguments)
+
+        setattr(holder, place, interrupted)
+        engine.add_request(PROMPT, backing_params(), BACKING)
+        while True:
+            try:
+                done = [output for output in engine.step() if output.finished]
+            except KeyboardInterrupt:
+                engine.check_integrity()
+                continue
+            if done:
+                assert len(calls) > max(interrupts, default=0)
+                nothing_is_held(engine)
+                return done[0]
+
+    counted = Counted(monkeypatch)
+    undisturbed = run([])
+    assert len(counted.taken_back) > 6
+    broken = run([2, 3, 5, 8])
+    assert told(broken) == told(undisturbed)
+    for one, other in zip(broken.outputs, undisturbed.outputs, strict=True):
+        assert one.reward == pytest.approx(other.reward, abs=TOLERANCE)
+        assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["reward model", "function"])
+def test_who_gives_way_goes_on_to_the_same_text(causal, monkeypatch):
+    counted = Counted(monkeypatch)
+    policy = dataclasses.replace(BACKING, width=1) if causal else dataclasses.replace(
+        BACKING, alpha=0.0, reward_threshold=3.0, width=1)
+
+    def run(cache_tokens: int) -> list[stars.RequestOutput]:
+        reward = stars.CausalReward(RM.decoder()) if causal else stars.FunctionReward(
+            lambda prompt, responses: [FUNCTION(response) for response in responses], inputs="ids")
+        engine = toy_engine(LM, reward, cache_tokens=cache_tokens, page_size=4)
+        outputs = engine.generate([PROMPT] * 4, [backing_params(seed) for seed in range(4)], policy, use_tqdm=False)
+        nothing_is_held(engine)
+        return outputs
+
+    roomy, scarce = run(4096), run(72)
+    assert len(counted.taken_back) > 12
+    assert sum(output.metrics.num_preemptions for output in scarce) >= 2
+    assert list(map(told, scarce)) == list(map(told, roomy))
+
+
+def test_a_stream_never_takes_text_back(monkeypatch):
+    """What is shown while it runs withholds as many segments as may be taken back yet; its reward and counts belong to
+    what is shown."""
+    counted = Counted(monkeypatch)
+    engine = toy_engine(LM, stars.FunctionReward(
+        lambda prompt, responses: [FUNCTION(response) for response in responses], inputs="ids"))
+    withheld = 0
+    for seed in range(6):
+        shown: list[list[int]] = [[]] * 3
+        engine.add_request(PROMPT, backing_params(seed), dataclasses.replace(
+            BACKING, alpha=0.0, reward_threshold=4.0, exhaust=BackUp(2)))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                for one in output.outputs:
+                    assert one.token_ids[: len(shown[one.index])] == shown[one.index], "text was taken back"
+                    shown[one.index] = one.token_ids
+                    assert one.token_ids == [token for segment in one.segments for token in segment.token_ids]
+                    assert one.metrics.lm_tokens_kept == len(one.token_ids)
+                    assert one.metrics.accepted + one.metrics.fallbacks == one.metrics.segments == len(one.segments)
+                    assert one.reward == (FUNCTION(one.token_ids) if one.token_ids else None)
+                    assert one.cumulative_logprob == pytest.approx(sum(s.logprob for s in one.segments), abs=1e-12)
+            for request in engine._requests.values():
+                for group in request.groups:
+                    withheld += bool(group.hypotheses[0].segments) and not group.shared()
+        assert all(len(tokens) == 16 for tokens in shown)
+    assert len(counted.taken_back) > 10 and withheld > 10
+
+
+def test_an_aborted_response_keeps_what_is_committed():
+    engine = toy_engine(LM, stars.FunctionReward(
+        lambda prompt, responses: [float(len(response)) for response in responses], inputs="ids"))
+    policy = stars.STARS(2, 2, 1.0, 0.0, 0.0, 2, BackUp(50))
+    request_id = engine.add_request(PROMPT, backing_params(), policy)
+    for _ in range(3):
+        engine.step()
+    engine.abort(request_id)
+    [output] = engine.step()
+    assert [len(one.token_ids) for one in output.outputs] == [6] * 3 and output.outputs[0].finish_reason == "abort"
+    assert [one.metrics.lm_tokens_kept for one in output.outputs] == [6] * 3 and output.outputs[0].reward == 6.0
+    nothing_is_held(engine)
+
+
+# -- plans of others ----------------------------------------------------------------------------------------------
+
+
+class Planned:
+    """A policy of a plan that is given."""
+
+    def __init__(self, plan: Plan):
+        self.made = plan
+
+    def plan(self) -> Plan:
+        return self.made
+
+
+class Never:
+    """A rule that decides nothing, and notes how often it was relaxed when it was asked."""
+
+    in_order, uniforms, group_uniforms = False, 1, 2
+
+    def __init__(self):
+        self.relaxed: list[tuple] = []
+        self.numbers: list[float] = []
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        self.relaxed.append((len(judged), state.relaxed, state.lowered, state.left))
+        self.numbers += [*state.uniforms, *(one.uniforms[0] for one in judged)] if not state.relaxed else []
+        return None
+
+
+def planned(exhaust: Exhaustion | str, population: int = 1, attempts: int = 2, max_tokens: int = 4, **others):
+    """What became of a request whose rule decides nothing."""
+    engine = toy_engine(LM, RM)
+    rule = Never()
+    params = stars.SamplingParams(**dict(max_tokens=max_tokens, seed=3, ignore_eos=True) | others)
+    plan = Plan(Sampled(), Fixed(2), Lanes(1, attempts, population), Score("segment"), rule, exhaust)
+    [output] = engine.generate(PROMPT, params, Planned(plan), use_tqdm=False)
+    nothing_is_held(engine)
+    assert output.outputs[0].error is None
+    return output.outputs[0], rule
+
+
+def test_a_rule_of_others_is_told_that_it_is_relaxed():
+    """All attempts are shown again, those that it had seen rejected, too."""
+    completion, rule = planned(Relax(0.25, 2, "last"), max_tokens=2)
+    assert rule.relaxed == [(1, 0, 0.0, 1), (2, 0, 0.0, 0), (2, 1, 0.25, 0), (2, 2, 0.5, 0)]
+    [segment] = completion.segments
+    assert segment.winner == 1 and not segment.accepted and segment.relaxed == 2
+
+
+def test_no_random_number_of_a_rule_comes_again_in_a_segment_that_is_drawn_anew():
+    """Of four visits to two segments: attempts' numbers and those of the group."""
+    completion, rule = planned(BackUp(2, First()))
+    fresh = [numbers for numbers in rule.numbers]
+    # Each visit asks after each of two attempts: two numbers of the group and those of the attempts so far.
+    of_visit = [fresh[7 * index : 7 * index + 7] for index in range(len(fresh) // 7)]
+    assert len(of_visit) == 6 and len(fresh) == 42  # both segments three times
+    assert len({number for visit in of_visit for number in visit}) == 6 * 6  # of seven one is an attempt's shown twice
+    assert completion.metrics.attempts == 12 and completion.metrics.attempts_counted == 4
+
+
+@pytest.mark.parametrize("exhaust", [BestSeen(), First(), Last(), Softmax(0.5)])
+def test_each_hypothesis_of_a_population_keeps_its_own(exhaust):
+    completion, _ = planned(exhaust, population=3, attempts=3)
+    assert completion.finish_reason == "length" and len(completion.segments) == 2
+    for segment in completion.segments:
+        rewards = [attempt.reward for attempt in segment.attempts]
+        assert len(rewards) == 3 and segment.winner == {
+            First: 0, Last: 2, BestSeen: rewards.index(max(rewards))}.get(type(exhaust), segment.winner)
+
+
+def test_a_population_refuses_together():
+    completion, _ = planned("refuse", population=3)
+    assert (completion.finish_reason, completion.token_ids, completion.reward) == ("refused", [], None)
+    assert completion.metrics.attempts == 6 and completion.metrics.segments == 0
+
+
+def test_greedy_attempts_are_one_and_then_the_exhaustion_applies():
+    completion, rule = planned("last", attempts=5, temperature=0.0)
+    assert [len(segment.attempts) for segment in completion.segments] == [1, 1]
+    completion, _ = planned(BackUp(1, "refuse"), attempts=5, temperature=0.0)
+    assert completion.finish_reason == "refused" and completion.metrics.attempts == 1
+
+
+@pytest.mark.parametrize("exhaust, reason", [("last", "length"), (Relax(1.0, 2, "refuse"), "refused")])
+def test_whole_responses(exhaust, reason):
+    rule = Never()
+    plan = Plan(Sampled(), Whole(3), Lanes(1, 1, 3), Score("end"), rule, exhaust)
+    engine = toy_engine(LM, RM)
+    [output] = engine.generate(PROMPT, stars.SamplingParams(max_tokens=7, seed=3, ignore_eos=True), Planned(plan),
+                               use_tqdm=False)
+    [completion] = output.outputs
+    assert completion.finish_reason == reason and output.finished
+    assert [asked[1:] for asked in rule.relaxed] == ([(0, 0.0, 0)] if reason == "length" else [
+        (0, 0.0, 0), (1, 1.0, 0), (2, 2.0, 0)])
+    if reason == "refused":
+        assert (completion.token_ids, completion.segments, completion.reward) == ([], [], None)
+        assert completion.cumulative_logprob == 0.0 and completion.metrics.lm_tokens_kept == 0
+    else:
+        assert completion.segments[0].winner == 2 and len(completion.token_ids) == 7
+    nothing_is_held(engine)
