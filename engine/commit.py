@@ -24,10 +24,11 @@ class Arranged(NamedTuple):
 class Committer:
     """Writes winners into both caches, and forks what is kept twice."""
 
-    def __init__(self, cache: PagedCache, passes: Passes, reward: Reward | None):
+    def __init__(self, cache: PagedCache, passes: Passes, reward: Reward | None, deterministic: bool):
         self._cache = cache
         self._passes = passes
         self._reward = reward
+        self._exact = deterministic
 
     @property
     def _scorer(self) -> Reward:
@@ -45,7 +46,7 @@ class Committer:
         for group in groups:
             if group.request.whole:
                 arranged.winners.extend([Winner.of(lane, hypothesis) for hypothesis in group.active
-                                         for lane in drawn[hypothesis]])
+                                         for lane in drawn.get(hypothesis, ())])
             elif group in decisions and not group.finished:
                 self._arrange(group, decisions[group], arranged)
         return arranged
@@ -68,6 +69,22 @@ class Committer:
         scored = [winner for winner in winners if winner.hypothesis.request.scores_segments]
         if scored:
             self._commit_scored(scored)
+
+    def take_back(self, hypothesis: Hypothesis) -> None:
+        """The newest segment of a hypothesis is history no longer, in neither cache; its attempts hold nothing."""
+        hypothesis.take_back()
+        self._cache.truncate(hypothesis.pages, hypothesis.length - 1)
+        request, session = hypothesis.request, hypothesis.session
+        if session is None or not request.scores_segments:
+            return
+        if self._exact and self._scorer.needs_text:  # read again as it was: of its text less may be left
+            self._scorer.resume(session, [], "")
+            for end in hypothesis.ends:
+                token_ids = hypothesis.token_ids[:end]
+                self._scorer.resume(session, token_ids, request.detokenizer.decode(token_ids))
+        else:
+            text = request.response_text(hypothesis) if self._scorer.needs_text else None
+            self._scorer.resume(session, hypothesis.content_ids(), text)
 
     def fork(self, hypothesis: Hypothesis, slot: int) -> Hypothesis:
         """A second hypothesis with the history that this one has now."""
@@ -153,7 +170,7 @@ def keep_whole(group: Group, decision: Decision) -> list[Hypothesis]:
             continue
         record = attempts[index]
         segment = Segment(list(hypothesis.token_ids), record.reward, record.threshold, record.accepted, attempts, index,
-                          hypothesis.cumulative_logprob)
+                          hypothesis.cumulative_logprob, group.relaxed)
         hypothesis.segments.append(segment)
         hypothesis.metrics.keep(segment, group.request.plan.decide.in_order)
     return dropped

@@ -35,7 +35,7 @@ from stars.policies import Sample
 from stars.prompt import parse_prompt
 from stars.request import Group, Request
 from stars.reward import resolve_reward
-from stars.reward.base import Reward
+from stars.reward.base import Later, Reward
 from stars.round import Round
 from stars.rules import FirstAccepted, Threshold
 from stars.sampling import SamplingParams
@@ -45,6 +45,7 @@ from stars.sources import check_model, check_reward, resolve_tokenizer
 from stars.stops import stop_tokens
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
+from stars.waiting import pause
 from stars.width import WidthChooser
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 LOW_ACCEPT_RATE = 0.02
 """Below this, over at least LOW_ACCEPT_ATTEMPTS attempts, the threshold is reported as out of the reward's reach."""
 LOW_ACCEPT_ATTEMPTS = 100
+ALONE_SECONDS = 5.0
+"""How long a completion that is run by itself, after a round that raised, may wait for rewards in its caller's turn."""
 MAX_WARNED = 100  # policies that are remembered, and warned of
 
 
@@ -188,7 +191,8 @@ class Engine:
             bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
             finished = 0
             while owner.waits_for:
-                self._advance_for(owner)
+                if awaited := self._advance_for(owner):
+                    pause(awaited)
                 done = len(requests) - len(owner.waits_for)
                 if bar is not None:
                     bar.update(done - finished)
@@ -222,7 +226,9 @@ class Engine:
             self._join(request, owner)
             finished = False
             while not finished:
-                output = self._next_output(request, owner)
+                output, awaited = self._next_output(request, owner)
+                if awaited:
+                    pause(awaited)
                 if output is not None:
                     finished = output.finished
                     yield output
@@ -277,13 +283,22 @@ class Engine:
         self._enqueue(request)
         return request.request_id
 
-    @one_at_a_time
     def step(self) -> list[RequestOutput]:
-        """Admits what fits, runs one round, and returns the outputs that changed since the last step."""
-        self._advance()
+        """Admits what fits, runs one round, and returns the outputs that changed since the last step.
+
+        Where all that runs waits for rewards, it waits with them, for 0.05 s at most.
+        """
+        outputs, awaited = self._step()
+        if awaited and not outputs:
+            pause(awaited)
+        return outputs
+
+    @one_at_a_time
+    def _step(self) -> tuple[list[RequestOutput], list[Later]]:
+        awaited = self._advance()
         outputs = [self._output(request) for request in self._changed.values()]
         self._changed = {}
-        return outputs
+        return outputs, awaited
 
     @one_at_a_time
     def abort(self, request_id: str) -> bool:
@@ -304,8 +319,8 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every page and slab of both models is accounted for."""
         self._recover()
-        held = sum(hypothesis.best is not None for group in self._scheduler.groups for hypothesis in group.active)
-        self._cache.check_integrity(slabs_out=held)
+        running = dict.fromkeys([unit.group for unit in self._scheduler.running])
+        self._cache.check_integrity(slabs_out=self._round.slabs_held(running))
         if self.reward is not None:
             self.reward.check_integrity()
 
@@ -429,20 +444,19 @@ class Engine:
         self._changing = False
 
     @one_at_a_time
-    def _advance_for(self, owner: _Owner) -> None:
+    def _advance_for(self, owner: _Owner) -> list[Later]:
         """Advances, unless another thread has brought what this one waits for meanwhile."""
-        if owner.waits_for:
-            self._advance()
+        return self._advance() if owner.waits_for else []
 
     @one_at_a_time
-    def _next_output(self, request: Request, owner: _Owner) -> RequestOutput | None:
-        """The output of `request` if it has changed, by a round of this thread or of another's; None if not."""
+    def _next_output(self, request: Request, owner: _Owner) -> tuple[RequestOutput | None, list[Later]]:
+        """The output of `request` if it has changed, by a round of this thread or of another's; None if not, and what
+        is waited for."""
+        awaited = self._advance() if not owner.news else []
         if not owner.news:
-            self._advance()
-        if not owner.news:
-            return None
+            return None, awaited
         owner.news = False
-        return self._output(request)
+        return self._output(request), []
 
     @one_at_a_time
     def _outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
@@ -459,20 +473,29 @@ class Engine:
                 hypothesis.finish_reason, hypothesis.error = "error", hypothesis.error or sentence(error)
             return request.output()
 
-    def _advance(self) -> None:
-        """Admits what fits and runs one round, or, after an exception, a segment of each request by itself."""
+    def _advance(self) -> list[Later]:
+        """Admits what fits and runs one round, or, after an exception, a segment of each request by itself.
+
+        Where all that runs waits for rewards that come later, there is no round, and it returns those: whoever called
+        waits for one of them outside of its turn.
+        """
+        awaited: list[Later] = []
         self._recover()
         while self._orphans:
             if self._orphans[0] in self._requests:
                 self._abort([self._requests[self._orphans[0]]])
             self._orphans.popleft()
         try:
-            self._run_round(self._schedule())
+            groups = self._schedule()
+            self._run_round(groups)
+            if not groups:
+                awaited = self._round.awaited()
         except IntegrityError:
             raise
         except Exception as error:
             self._one_by_one(error)
         self._show_warnings()
+        return awaited
 
     def _schedule(self, only: Group | None = None) -> list[Group]:
         """The groups of the next round, as the scheduler plans it; with `only`, of one group."""
@@ -512,15 +535,27 @@ class Engine:
             self._changing = True
             self._recover()  # nobody else holds a page
             try:
-                mine = self._schedule(group)
-                while mine:  # to the end of a segment: the round that failed may be a later one of it
-                    self._run_round(mine)
-                    mine = [group] if group.undecided else []
+                self._run_alone(group)
             except IntegrityError:
                 raise
             except Exception as alone:
                 self._recover()
                 self._fail(group.request, alone)
+
+    def _run_alone(self, group: Group) -> None:
+        """To the end of a segment: the round that failed may be a later one of it. What comes later is waited for, or
+        it would be asked for again after every round that fails."""
+        until = time.monotonic() + ALONE_SECONDS
+        while True:
+            groups = self._schedule(group)
+            self._run_round(groups)
+            if groups and not group.undecided and not group.waits:
+                return
+            awaited = self._round.awaited()
+            if not groups and (not awaited or time.monotonic() > until):
+                return
+            if not groups:
+                pause(awaited)
 
     def _fail(self, request: Request, error: Exception) -> None:
         before, self._changing = self._changing, True
@@ -535,7 +570,7 @@ class Engine:
         requests = list(self._requests.values())
         for group in (group for request in requests for group in request.groups):
             # A round that did not end never happened; after one, a segment that goes on is begun again.
-            if group.undecided or group in self._in_round:
+            if group.undecided or group in self._in_round or group.waits:
                 group.go_back()
         self._in_round = ()
         self._round.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 from stars.errors import RewardError, describe, log
@@ -18,16 +19,18 @@ from stars.kernels.philox import (
 )
 from stars.kernels.types import Draft
 from stars.plan import rule_name
-from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
+from stars.request import Extra, Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import (
     Ahead,
     Candidate,
     ContextFull,
+    Later,
     Reward,
     Scored,
     Trailing,
     TrailingCandidate,
     reward_problem,
+    settled,
 )
 from stars.rules import (
     EARLIER,
@@ -43,6 +46,7 @@ from stars.rules import (
     problem,
     whole,
 )
+from stars.waiting import Waiting
 
 Answers = Callable[[Sequence[Judged], State], Decision | None]
 One = TypeVar("One", Judged, Lane)
@@ -51,8 +55,9 @@ One = TypeVar("One", Judged, Lane)
 class Judge:
     """Decides groups: its results are decisions, and responses that end for want of a reward or by a rule's fault."""
 
-    def __init__(self, reward: Reward | None, vocab_size: int, ahead: bool):
+    def __init__(self, reward: Reward | None, vocab_size: int, ahead: bool, waiting: Waiting):
         self._reward = reward
+        self._waiting = waiting
         self._vocab_size = vocab_size
         self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
         self._looks_ahead = ahead  # whether the device works beside the host
@@ -103,8 +108,8 @@ class Judge:
         _count(hypotheses, results, time.perf_counter() - begin)
         return results
 
-    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Hypothesis, str]]:
-        """Gives what ends a response the one reward it gets; returns the responses that got none, and why.
+    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Winner, Scored]]:
+        """Asks for the one reward that what ends a response gets.
 
         Where segments are scored, what a rule cut or continued has no reward yet either.
         """
@@ -113,14 +118,19 @@ class Judge:
             or winner.hypothesis.request.scores_segments and not winner.as_drawn)]
         if not ended:
             return []
-        faults = []
         candidates: list[Candidate] = []
         for winner in ended:
             candidates += self._candidates(winner.hypothesis, [winner], final=True)
         results = self.score([winner.hypothesis for winner in ended], candidates)
-        for winner, result in zip(ended, results, strict=True):
+        for result in results:
             if result.handle is not None:
                 self._scorer.discard(result.handle)
+        return list(zip(ended, results, strict=True))
+
+    def take_ended(self, scores: Sequence[tuple[Winner, Scored]]) -> list[tuple[Hypothesis, str]]:
+        """Gives what ends a response its reward, which is there; returns the responses that got none, and why."""
+        faults = []
+        for winner, result in scores:
             if isinstance(reward := usable(result.reward), str):
                 faults.append((winner.hypothesis, reward))
                 continue
@@ -228,13 +238,22 @@ class Judge:
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
-    def decide(self, groups: Sequence[Group], drawn: dict[Hypothesis, list[Lane]]) -> dict[Group, Decision]:
-        """What becomes of each group whose segment is decided. Groups of whole responses are asked later."""
+    def decide(self, groups: Sequence[Group], drawn: dict[Hypothesis, list[Lane]],
+               answered: Sequence[Wait] = ()) -> tuple[dict[Group, Decision], list[Hypothesis]]:
+        """What becomes of each group whose segment is decided, and the hypotheses whose newest segment is taken back
+        instead. Groups of whole responses are asked later.
+
+        answered: of groups whose lanes were drawn before; `drawn` has them, too. Groups may wait afterwards.
+        """
+        backed_up: list[Hypothesis] = []
         groups = [group for group in groups if not group.request.whole]
+        resumed = {wait.group: wait.scores for wait in answered}
         decisions: dict[Group, Decision] = {}
         unscored: dict[Hypothesis, list[Lane]] = {}
         waiting: list[Group] = []
         for group in groups:
+            if group in resumed:
+                continue
             members, scored = unfinished(group), group.request.scores_segments
             for hypothesis in members:
                 lanes = drawn[hypothesis]
@@ -250,6 +269,11 @@ class Judge:
                 self._ask(group, decisions)
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
         found = self._trailing_pass(unscored)
+        for group, answers in resumed.items():
+            found += answers
+            waiting.append(group)
+            for hypothesis in unfinished(group):
+                unscored[hypothesis] = [lane for lane in hypothesis.attempts if lane.judged is None]
         while unscored:
             of_group: dict[Group, list[tuple[Lane, Scored]]] = {group: [] for group in waiting}
             for lane, result in found or self._next_pass(unscored):
@@ -258,21 +282,26 @@ class Judge:
                     del unscored[hypothesis][0]
                     of_group[hypothesis.group].append((lane, result))
             for group, scores in of_group.items():
-                self._take(group, scores, unscored, decisions)
-            unscored = {hypothesis: lanes for hypothesis, lanes in unscored.items()
-                        if lanes and hypothesis.finish_reason is None and hypothesis.group not in decisions}
+                if any([type(result.reward) is not float and late(result) for _, result in scores]):
+                    members = group.hypotheses
+                    self._waiting.hold(Wait(group, members, {one: drawn.get(one, []) for one in members}, scores, []))
+                else:
+                    self._take(group, scores, unscored, decisions)
+            unscored = {hypothesis: lanes for hypothesis, lanes in unscored.items() if lanes
+                        and hypothesis.finish_reason is None and hypothesis.wait is None
+                        and hypothesis.group not in decisions}
             waiting = list(dict.fromkeys([hypothesis.group for hypothesis in unscored]))
             found = []
         self._take_ahead([])
         for group in groups:
             members = unfinished(group)
-            if group in decisions or not members:
+            if group in decisions or not members or self._waiting.waits and group.waits:
                 continue
             if not any([hypothesis.attempts_left for hypothesis in members]):
-                self._exhaust(group, decisions)
+                self._exhaust(group, decisions, backed_up)
             else:
                 group.round += 1
-        return decisions
+        return decisions, backed_up
 
     def decide_whole(self, group: Group) -> Decision | None:
         """Which of the whole responses of a group are kept: each is one attempt at the one segment there is. None where
@@ -305,10 +334,8 @@ class Judge:
         """What the plan keeps of whole responses of which the rule keeps none; None where it refuses all of them, or
         the rule is at fault."""
         request, rule = group.request, group.request.plan.decide
-        judged, state = shown(group)
-        for relaxed, lowered in _relaxations(request):
-            decision = self._answer(group, judged, state._replace(
-                relaxed=relaxed, lowered=lowered, memory=group.memory), rule)
+        for group.relaxed in range(1, 1 + _relaxations(request)):
+            decision = self._answer(group, *shown(group), rule)
             if group.failed or self._settles_whole(group, decision):
                 return decision
         if isinstance(request.exhaust[-1], Refuse):
@@ -316,7 +343,7 @@ class Judge:
                 hypothesis.refuse()
             return None
         pick, members = request.pick, {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
-        chosen = max(judged, key=lambda one: pick.key(  # each is one attempt, in the order of the slots
+        chosen = max(shown(group)[0], key=lambda one: pick.key(  # each is one attempt, in the order of the slots
             one.hypothesis + 1, one.reward, _exhaust_uniform(members[one.hypothesis], 1) if pick.draws else 0.5))
         return Decision([whole(chosen)], [slot for slot in members if slot != chosen.hypothesis])
 
@@ -338,15 +365,19 @@ class Judge:
         chosen = best(judged).hypothesis
         return next(hypothesis for hypothesis in group.hypotheses if hypothesis.slot == chosen)
 
-    def _exhaust(self, group: Group, decisions: dict[Group, Decision]) -> None:
+    def _exhaust(self, group: Group, decisions: dict[Group, Decision], backed_up: list[Hypothesis]) -> None:
         """Does what the plan says where every attempt was drawn and the rule has decided nothing: one step after the
         other, up to one that settles it."""
         for step in group.request.exhaust:
             if isinstance(step, Relax):
-                if any(self._ask(group, decisions, *level) for level in _relaxations(group.request)):
-                    return
+                for group.relaxed in range(1, step.times + 1):
+                    if self._ask(group, decisions):
+                        return
             elif isinstance(step, BackUp):
-                pass
+                [hypothesis] = group.hypotheses
+                if hypothesis.segments and hypothesis.backups < step.times:
+                    backed_up.append(hypothesis)
+                    return
             elif isinstance(step, Refuse):
                 for hypothesis in unfinished(group):
                     hypothesis.refuse()
@@ -386,14 +417,12 @@ class Judge:
         if members and (faults if in_order else not any([unscored.get(hypothesis) for hypothesis in members])):
             self._ask(group, decisions)
 
-    def _ask(self, group: Group, decisions: dict[Group, Decision], relaxed: int = 0, lowered: float = 0.0) -> bool:
+    def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
         # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
         rule = group.request.plan.decide
-        judged, state = shown(group, relaxed > 0 or not getattr(rule, "skips_rejected", False))
-        if relaxed:
-            state = state._replace(relaxed=relaxed, lowered=lowered)
-        decision = self._answer(group, judged, state, rule)
+        final = not group.relaxed and getattr(rule, "skips_rejected", False)
+        decision = self._answer(group, *shown(group, not final), rule)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -452,22 +481,27 @@ def _by_hypothesis(group: Group) -> list[tuple[Hypothesis, list[Judged]]]:
             for hypothesis in group.hypotheses]
 
 
-def _relaxations(request: Request) -> list[tuple[int, float]]:
-    """How often the rule is relaxed, and by how much thresholds are lowered then."""
-    return [(relaxed, relaxed * step.by) for step in request.exhaust if isinstance(step, Relax)
-            for relaxed in range(1, step.times + 1)]
+def _relaxations(request: Request) -> int:
+    """How often a rule that decides nothing is relaxed."""
+    return sum(step.times for step in request.exhaust if isinstance(step, Relax))
 
 
 def _exhaust_uniform(hypothesis: Hypothesis, attempt: int) -> float:
     """The random number by which an exhaustion draws, of an attempt at the segment that is being decided."""
     segment = len(hypothesis.segments)
-    return exhaust_uniform(hypothesis.request.seed, attempt, segment, hypothesis.sample)
+    return exhaust_uniform(hypothesis.request.seed, hypothesis.skipped + attempt, segment, hypothesis.sample)
 
 
-def usable(reward: float | RewardError) -> float | str:
-    """A reward, or why it cannot be used."""
+def late(scored: Scored) -> bool:
+    """Whether a reward is still to come."""
+    return isinstance(scored.reward, Future) and not scored.reward.done()
+
+
+def usable(reward: float | RewardError | Later) -> float | str:
+    """A reward that is there, or why it cannot be used."""
     if type(reward) is float and reward < math.inf:  # no NaN either
         return reward
+    reward = settled(reward)
     fault = reward_problem(reward)
     if fault is not None:
         return fault
@@ -510,9 +544,10 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]
             left += hypothesis.attempts_left
-    return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, 0,
+    number = group.hypotheses[0].skipped + group.round + 1
+    return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, group.relaxed,
                          [hypothesis.slot for hypothesis in group.hypotheses],
-                         _group_uniforms(group, group.round + 1, segment), group.memory)
+                         _group_uniforms(group, number, segment), group.memory, group.relaxed * request.relaxed_by)
 
 
 def _group_uniforms(group: Group, number: int, segment: int) -> tuple[float, ...]:
@@ -536,6 +571,7 @@ def _uniforms(hypothesis: Hypothesis, attempt: int) -> tuple[float, ...]:
     count, segment = request.plan.decide.uniforms, len(hypothesis.segments)
     if not count:
         return ()
+    attempt += hypothesis.skipped  # of a segment that is drawn anew every random number is
     first = accept_uniform(request.seed, attempt, segment, hypothesis.sample)
     if count == 1:
         return (first,)

@@ -39,10 +39,11 @@ class Segment(NamedTuple):
     token_ids: list[int]
     reward: float | None
     threshold: float | None
-    accepted: bool  # False where the best seen won after max_attempts rejections
+    accepted: bool  # False where the plan's exhaustion chose after max_attempts rejections
     attempts: list[Attempt]
     winner: int = 0  # index in `attempts` of the committed candidate
     logprob: float = 0.0  # of what was drawn of it, as an attempt's
+    relaxed: int = 0  # how often its rule was relaxed, when all attempts had been rejected
 
     def __repr__(self) -> str:
         return (f"Segment({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
@@ -76,15 +77,18 @@ class Metrics:
         """Accepted over attempts up to the winner (later lanes would bias it by the width); None before any."""
         return self.accepted / self.attempts_counted if self.attempts_counted else None
 
-    def keep(self, segment: Segment, in_order: bool) -> None:
-        """Counts a segment that became history. in_order: whether attempts after the accepted one were not asked for,
-        so that they do not count."""
-        self.segments += 1
-        self.lm_tokens_kept += len(segment.token_ids)
-        self.accepted += segment.accepted
-        self.fallbacks += not segment.accepted
-        up_to_it = in_order and segment.accepted
-        self.attempts_counted += segment.winner + 1 if up_to_it else len(segment.attempts)
+    def keep(self, segment: Segment, in_order: bool, times: int = 1) -> None:
+        """Counts a segment that became history; times = -1: one that is history no longer.
+
+        in_order: whether attempts after the accepted one were not asked for, so that they do not count. Where the rule
+        was relaxed, all had been.
+        """
+        self.segments += times
+        self.lm_tokens_kept += times * len(segment.token_ids)
+        self.accepted += times * segment.accepted
+        self.fallbacks += times * (not segment.accepted)
+        up_to_it = in_order and segment.accepted and not segment.relaxed
+        self.attempts_counted += times * (segment.winner + 1 if up_to_it else len(segment.attempts))
 
     def drawn(self) -> Metrics:
         """These without what counts kept segments: what is left of a response that is dropped."""

@@ -23,6 +23,7 @@ class Proposer:
         self.chooser = chooser
         self._cache = cache
         self._max_num_lanes = config.max_num_lanes
+        self._max_num_seqs = config.max_num_seqs
         self._max_responses = min(config.max_num_lanes, config.max_num_seqs)
         self._launched = 0.0  # when the draft that is under way was started
 
@@ -35,12 +36,13 @@ class Proposer:
             table, last = hypothesis.pages, hypothesis.last_token
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
-            first = len(hypothesis.attempts) + 1
+            first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
             for attempt in range(first, first + width):
                 slab = self._cache.take_slab()
                 lanes.append(Lane(hypothesis, attempt, slab))
-                specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, attempt, stream, request.params,
-                                      request.stop_ids, history, hypothesis.entropy_cut, hypothesis.least_segment))
+                specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
+                                      request.params, request.stop_ids, history, hypothesis.entropy_cut,
+                                      hypothesis.least_segment))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._launched = time.perf_counter()
         if specs:
@@ -77,7 +79,9 @@ class Proposer:
             side_by_side, max(1, self._max_responses // side_by_side))
 
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
-        share = max(1, self._max_num_lanes // len(active)) if active else 1
+        # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.
+        lanes = min(self._max_num_lanes, self._cache.num_free_slabs - (self._max_num_seqs - len(active)))
+        share = max(1, lanes // len(active)) if active else 1
         widths = []
         for hypothesis in active:
             request = hypothesis.request

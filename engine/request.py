@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -16,7 +18,8 @@ from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.plan import Plan, Policy
 from stars.prompt import Prompt
-from stars.rules import BestSeen, Judged, Note, Pick, exhaustion, steps
+from stars.reward.base import Later, Scored
+from stars.rules import BackUp, BestSeen, Judged, Note, Pick, Relax, exhaustion, steps
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
@@ -26,7 +29,7 @@ class Lane:
     """One candidate of one segment: drafted, perhaps scored, then committed or gone."""
 
     hypothesis: Hypothesis
-    attempt: int  # from 1, over all rounds of the segment
+    attempt: int  # from 1, over all rounds of the segment; its random numbers are those of attempt + hypothesis.skipped
     slab: int | None  # LM slab that holds its keys and values; None once it was given back
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -67,9 +70,38 @@ class Winner:
         return cls(hypothesis, lane, token_ids[:count], min(tokens, count), finish_reason, stop_reason, as_drawn)
 
 
+@dataclass(eq=False, slots=True)
+class Wait:
+    """Responses that wait for rewards: of candidates of their segment, or of what has won it and ends one of them.
+
+    They are decided together, or it is one of several whole responses. None is drawn for, nothing of them is decided,
+    and they keep what they hold, until every reward is there: then the next round takes them up where they were.
+    """
+
+    group: Group
+    members: list[Hypothesis]
+    drawn: dict[Hypothesis, list[Lane]]  # the lanes of the round that could not end, by who drew them
+    scores: list[tuple[Lane, Scored]]  # of candidates, each hypothesis' in attempt order; or else
+    ends: list[tuple[Winner, Scored]]  # of what ends a response
+    winners: list[Winner] = field(default_factory=list)  # what is committed then
+    twins: list[tuple[Winner, int]] = field(default_factory=list)  # and kept a second time, for this slot
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def answered(self) -> bool:
+        """Whether every reward is there."""
+        return all([future.done() for future in self.futures()])
+
+    def futures(self) -> list[Later]:
+        """Those of its rewards that were to come later."""
+        scores = [result.reward for _, result in self.scores] + [result.reward for _, result in self.ends]
+        return [reward for reward in scores if isinstance(reward, Future)]
+
+
 class Boundary(NamedTuple):
     """A response as it was when its newest segment began: what an interrupted round goes back to."""
 
+    lists: tuple[list[int], list[Segment], list[int], list[float]]  # they only grow: what takes of one makes a new one
     tokens: int
     segments: int
     drafts: int
@@ -82,6 +114,8 @@ class Boundary(NamedTuple):
     error: str | None
     note: Note | None
     metrics: Metrics
+    backups: int
+    redrawn: Mapping[int, int]
 
 
 @dataclass(eq=False, slots=True)
@@ -102,6 +136,7 @@ class Hypothesis:
     table: BlockTable | None = None
     session: Any = None  # the reward's state of this response
     prefill: Prefill | None = None  # while what it begins with is being read: it draws nothing yet
+    wait: Wait | None = None  # while rewards of it are to come: it draws nothing and keeps what it holds
     token_ids: list[int] = field(default_factory=list)  # committed
     segments: list[Segment] = field(default_factory=list)
     drafts: int = 0  # committed: the number of the next one in the random stream
@@ -118,6 +153,8 @@ class Hypothesis:
     note: Note | None = None  # what the rule says of a whole response
     metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it and the segments it has
     boundary: Boundary | None = None  # None before its first round
+    backups: int = 0  # segments that were taken back
+    redrawn: Mapping[int, int] = field(default_factory=dict)  # how often all attempts at a segment were drawn in vain
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
 
     def __post_init__(self) -> None:
@@ -149,11 +186,25 @@ class Hypothesis:
         return min(self.max_segment, self.request.max_tokens - len(self.token_ids))
 
     @property
+    def most_attempts(self) -> int:
+        """Attempts at the segment being decided that the plan allows."""
+        attempts, segment = self.request.attempts, len(self.segments)
+        return attempts[segment] if segment < len(attempts) else attempts[-1]
+
+    @property
     def attempts_left(self) -> int:
         """Attempts that may still be drawn at the segment being decided."""
-        attempts, segment = self.request.attempts, len(self.segments)
-        most = attempts[segment] if segment < len(attempts) else attempts[-1]
-        return 0 if self.drained else most - len(self.attempts)
+        return 0 if self.drained else self.most_attempts - len(self.attempts)
+
+    @property
+    def skipped(self) -> int:
+        """Attempts at the segment being decided that came before it was begun anew: as many at every width."""
+        return self.most_attempts * self.redrawn.get(len(self.segments), 0) if self.backups else 0
+
+    @property
+    def unsettled(self) -> int:
+        """The most committed segments that may be taken back yet."""
+        return 0 if self.finish_reason is not None else self.request.max_backups - self.backups
 
     @property
     def last_token(self) -> int:
@@ -163,9 +214,11 @@ class Hypothesis:
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
         self.drained = False
-        self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
+        lists = self.token_ids, self.segments, self.ends, self.logprobs
+        self.boundary = Boundary(lists, len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
                                  len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, self.error, self.note, _copy(self.metrics))
+                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups,
+                                 self.redrawn)
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
@@ -173,6 +226,8 @@ class Hypothesis:
         mark = self.boundary
         self.finish_reason = self.stop_reason = self.error = self.note = None
         if mark is not None:
+            self.token_ids, self.segments, self.ends, self.logprobs = mark.lists
+            self.backups, self.redrawn = mark.backups, mark.redrawn
             del self.token_ids[mark.tokens :]
             del self.segments[mark.segments :]
             del self.ends[mark.ends :]
@@ -195,9 +250,29 @@ class Hypothesis:
             self.cumulative_logprob, self.reward = 0.0, None
         self.finish("refused")
 
+    def take_back(self) -> None:
+        """The newest segment was never committed. What is drawn in its place, and then after it, is drawn anew."""
+        taken, kept = self.segments[-1], self.segments[:-1]
+        redrawn, count = dict(self.redrawn), len(kept)
+        for index in (count, count + 1):
+            redrawn[index] = redrawn.get(index, 0) + 1
+        self.redrawn, self.backups = redrawn, self.backups + 1
+        tokens = len(self.token_ids) - len(taken.token_ids)
+        self.segments, self.token_ids = kept, self.token_ids[:tokens]
+        self.ends = [end for end in self.ends if end <= tokens]
+        self.drafts = count
+        self.cumulative_logprob = 0.0
+        for segment in kept:  # added as they were, to the same bits
+            self.cumulative_logprob += segment.logprob
+        self.reward = None
+        if kept and kept[-1].token_ids == kept[-1].attempts[kept[-1].winner].token_ids:  # else it has none yet
+            self.reward = kept[-1].reward
+        self.metrics.keep(taken, self.request.plan.decide.in_order, -1)
+        self.attempts, self._history = [], None
+
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.session = self.best = self.prefill = None
+        self.table = self.session = self.best = self.prefill = self.wait = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -264,7 +339,7 @@ class Hypothesis:
                     for attempt in lane.hypothesis.attempts]
         record = attempts[lane.attempt - 1]
         segment = Segment(winner.token_ids, record.reward, record.threshold, record.accepted, attempts,
-                          lane.attempt - 1, logprob)
+                          lane.attempt - 1, logprob, self.group.relaxed)
         self.segments.append(segment)
         self.metrics.keep(segment, request.plan.decide.in_order)
 
@@ -311,6 +386,7 @@ class Group:
     index: int  # of the completion
     hypotheses: list[Hypothesis] = field(default_factory=list)  # by slot; those that were dropped are gone
     round: int = 0  # of the segment being decided
+    relaxed: int = 0  # how often its rule was relaxed
     memory: Any = None  # what the rule returned last
     dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
     queued: int = 0  # of whole responses that are drawn as they are wanted: those that the scheduler was told of
@@ -321,8 +397,10 @@ class Group:
 
     @property
     def active(self) -> list[Hypothesis]:
-        """Those that draw in the next round. Of whole responses some may still wait for room, or be read."""
-        return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None and h.prefill is None]
+        """Those that draw in the next round. Of whole responses some may still wait, for room or rewards, or be read.
+        """
+        return [h for h in self.hypotheses if h.finish_reason is None and h.table is not None and h.prefill is None
+                and h.wait is None]
 
     @property
     def finished(self) -> bool:
@@ -354,6 +432,14 @@ class Group:
         return False
 
     @property
+    def waits(self) -> bool:
+        """Whether one of them waits for rewards."""
+        for hypothesis in self.hypotheses:
+            if hypothesis.wait is not None:
+                return True
+        return False
+
+    @property
     def free_slots(self) -> list[int]:
         """Slots that a fork may take."""
         taken = {hypothesis.slot for hypothesis in self.hypotheses}
@@ -361,9 +447,9 @@ class Group:
 
     def mark_boundary(self) -> None:
         """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that have begun."""
-        self.round = 0
+        self.round = self.relaxed = 0
         for hypothesis in self.hypotheses:
-            begun = hypothesis.table is not None and hypothesis.prefill is None
+            begun = hypothesis.table is not None and hypothesis.prefill is None and hypothesis.wait is None
             if begun or hypothesis.finish_reason is not None:
                 hypothesis.mark_boundary()
         self.boundary = Mark(tuple(self.hypotheses), self.memory, self.dropped)
@@ -373,7 +459,7 @@ class Group:
         if self.boundary is not None:
             self.hypotheses = list(self.boundary.hypotheses)
             self.memory, self.dropped = self.boundary.memory, self.boundary.dropped
-        self.round = 0
+        self.round = self.relaxed = 0
         for hypothesis in self.hypotheses:
             hypothesis.go_back()
 
@@ -394,18 +480,24 @@ class Group:
             drawn.add(self.dropped)
         self.dropped = drawn
 
+    @property
+    def unsettled(self) -> int:
+        """The most of its newest segments that may be taken back yet: none of a population."""
+        return self.hypotheses[0].unsettled if len(self.hypotheses) == 1 else 0
+
     def shared(self) -> list[Segment]:
-        """The segments from which all of its hypotheses descend: what may be shown."""
+        """The segments from which all of its hypotheses descend, less those that may be taken back: what may be shown.
+        """
         shared = []
         for at_once in zip(*(hypothesis.segments for hypothesis in self.hypotheses), strict=False):
             if any(segment is not at_once[0] for segment in at_once):
                 break
             shared.append(at_once[0])
-        return shared
+        return shared[: max(0, len(shared) - self.unsettled)]
 
     def metrics(self) -> Metrics:
         """Of all that was drawn for the completion, and of what is kept of it so far."""
-        if len(self.hypotheses) == 1:
+        if len(self.hypotheses) == 1 and not self.unsettled:
             [only] = self.hypotheses
             metrics = _copy(only.metrics)
         else:
@@ -449,6 +541,8 @@ class Request:
         self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
         last = self.exhaust[-1]
         self.pick: Pick = last if isinstance(last, Pick) else BestSeen()  # says which attempt keeps its slabs
+        self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
+        self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
         self.proposes_model = params.temperature == 1.0 and not params.filters
@@ -500,7 +594,8 @@ class Request:
     def _completion(self, group: Group) -> CompletionOutput:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
         only = group.hypotheses[0]
-        if len(group.hypotheses) == 1 and (only.segments or not self.plan.whole or only.finish_reason == "refused"):
+        if len(group.hypotheses) == 1 and not group.unsettled and (
+                only.segments or not self.plan.whole or only.finish_reason == "refused"):
             text = self.response_text(only)
             if text is not None and only.finish_reason is None:
                 text = self._settled(text)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 
 from stars.cache import PagedCache
 from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.draft import Drafter
-from stars.errors import IntegrityError, describe, log
-from stars.judge import Judge, preferred, usable
+from stars.errors import IntegrityError, RewardError, describe, log
+from stars.judge import Judge, late, preferred, usable
 from stars.passes import Passes
 from stars.proposer import Proposer
-from stars.request import Group, Hypothesis, Lane, Request
-from stars.reward.base import Candidate, Reward
+from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
+from stars.reward.base import Candidate, Later, Reward, Scored
 from stars.rules import Decision
+from stars.waiting import Waiting
 from stars.width import WidthChooser
 
 
@@ -22,15 +24,16 @@ class Round:
     """Advances groups by one round each.
 
     Every lane belongs to one hypothesis. At the end of a round a lane's slabs have been committed, returned, or are
-    kept by `hypothesis.best`, the best seen of a segment that goes on.
+    kept by `hypothesis.best`, the best seen of a segment that goes on, or by `hypothesis.wait` until rewards are there.
     """
 
     def __init__(self, drafter: Drafter, cache: PagedCache, passes: Passes, reward: Reward | None,
                  chooser: WidthChooser, config: EngineConfig):
         self.drafter = drafter
         self.proposer = Proposer(drafter, cache, chooser, config)
-        self._judge = Judge(reward, drafter.decoder.config.vocab_size, config.target.trailing)
-        self._committer = Committer(cache, passes, reward)
+        self._waiting = Waiting()
+        self._judge = Judge(reward, drafter.decoder.config.vocab_size, config.target.trailing, self._waiting)
+        self._committer = Committer(cache, passes, reward, config.deterministic)
         self._cache = cache
         self._reward = reward
         self._trails = config.target.trailing
@@ -46,25 +49,71 @@ class Round:
 
         Whatever stops it in the middle leaves hypotheses and caches half changed: the caller goes back to a boundary.
         """
-        drawn = self.proposer.launch([hypothesis for group in groups for hypothesis in group.active])
+        drawing = self._drawing(groups)
+        answered = self._waiting.take(groups) if self._waiting.waits else []
+        drawn = self.proposer.launch(drawing)
         if self._trails and drawn:  # the device drafts while the host prepares what follows
             self._judge.score_trailing(drawn, self.drafter.device_draft)
         if drawn:
             self.drafter.pace()
         self._judge.launch_trailing()
         self.proposer.collect(drawn)
-        decisions = self._judge.decide(groups, drawn)
-        self._commit(groups, decisions, drawn)
+        undecided, scored, ended = groups, [], []
+        if answered:
+            scored, ended = [[wait for wait in answered if bool(wait.ends) is ends] for ends in (False, True)]
+            won = {wait.group for wait in ended}
+            undecided = [group for group in groups if group not in won]
+            for wait in scored:
+                drawn.update(wait.drawn)
+        decisions, backed_up = self._judge.decide(undecided, drawn, scored)
+        self._commit(groups, decisions, drawn, ended)
+        for hypothesis in backed_up:
+            self._give_back(hypothesis, drawn[hypothesis])
+            self._committer.take_back(hypothesis)
+        if self._waiting.waits:
+            for wait in self._waiting.stale():
+                self._forget(wait)
         for hypothesis, lanes in drawn.items():
+            if hypothesis.wait is not None:
+                continue
             if hypothesis.attempts:  # the segment goes on
                 self._keep_best(hypothesis, lanes)
             else:
                 self._give_back(hypothesis, lanes)
-        return [group for group in groups if group in decisions or group.request.whole or group.finished]
+        changed = {*decisions, *(wait.group for wait in ended)} if ended else decisions
+        return [group for group in groups if group.request.whole or group.finished
+                or group in changed and not (self._waiting.waits and group.waits)]
+
+    def able(self, groups: Sequence[Group]) -> list[Group]:
+        """Those of `groups` that a round would do something for: draw, or take up what was waited for."""
+        if not self._waiting.waits:
+            return list(groups)
+        drawing = {hypothesis.group for hypothesis in self._drawing(groups)}
+        drawing.update(wait.group for wait in self._waiting.waits if wait.answered)
+        return [group for group in groups if group in drawing]
+
+    def _drawing(self, groups: Sequence[Group]) -> list[Hypothesis]:
+        """The responses of `groups` that get lanes in a round."""
+        if self._waiting.waits:
+            return self._waiting.drawing(groups, self._cache.num_free_slabs)
+        return [hypothesis for group in groups for hypothesis in group.active]
+
+    def awaited(self) -> list[Later]:
+        """The rewards that are still to come."""
+        return self._waiting.awaited()
+
+    def slabs_held(self, groups: Iterable[Group]) -> int:
+        """Slabs that responses of `groups` hold between rounds."""
+        members = [hypothesis for group in groups for hypothesis in group.hypotheses]
+        waits = dict.fromkeys([one.wait for one in members if one.wait is not None])
+        kept = [lane for wait in waits for lanes in wait.drawn.values() for lane in lanes]
+        kept += [one.best for one in members if one.best is not None]
+        return len({lane.slab for lane in kept if lane.slab is not None})
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
         self._judge.reset()
+        self._waiting.reset()
 
     def fail(self, request: Request, message: str) -> None:
         """Ends every unfinished response of `request` with an error."""
@@ -77,9 +126,12 @@ class Round:
         """Ends a response; its pages and its reward session are for the scheduler to close once the round is over."""
         hypothesis.finish(reason, stop_reason, error)
         self.forget_attempts(hypothesis)
+        self._waiting.forget_prompt(hypothesis.request)
 
     def forget_attempts(self, hypothesis: Hypothesis) -> None:
-        """Gives back what the attempts of an undecided segment hold."""
+        """Gives back what the attempts of an undecided segment hold, and no longer waits for their rewards."""
+        if hypothesis.wait is not None:
+            self._forget(hypothesis.wait)
         self._give_back(hypothesis, [])
         hypothesis.attempts = []
 
@@ -99,8 +151,9 @@ class Round:
                 log(f"the reward could not close a response: {describe(error)}", error)
 
     def prompt_rewards(self, requests: Sequence[Request]) -> None:
-        """Scores the empty response of requests whose plan asks for that."""
-        asked = [request for request in requests if request.plan.score.prompt and request.prompt_reward is None]
+        """Scores the empty response of requests whose plan asks for that. They draw nothing before it is there."""
+        asked = [request for request in requests if request.plan.score.prompt and request.prompt_reward is None
+                 and request not in self._waiting.prompts]
         if not asked:
             return
         holders = [next(h for h in request.hypotheses if h.session is not None and h.prefill is None)
@@ -109,21 +162,44 @@ class Round:
         for request, result in zip(asked, results, strict=True):
             if result.handle is not None:
                 self._scorer.discard(result.handle)
-            reward = usable(result.reward)
-            if reward == float("-inf"):
-                reward = "the reward of the prompt alone is -inf: it must be finite, or set alpha=1"
-            if isinstance(reward, str):
-                self.fail(request, reward)
+            if isinstance(result.reward, Future):
+                self._waiting.prompts[request] = result.reward
             else:
-                request.prompt_reward = reward
+                self._take_prompt(request, result.reward)
+
+    def answered_prompts(self) -> list[Request]:
+        """The requests whose prompt's reward was waited for and is there, which have taken it."""
+        if not self._waiting.prompts:
+            return []
+        answered = [request for request, future in self._waiting.prompts.items() if future.done()]
+        for request in answered:
+            self._take_prompt(request, self._waiting.prompts.pop(request))
+        return answered
+
+    def _take_prompt(self, request: Request, answer: float | RewardError | Later) -> None:
+        reward = usable(answer)
+        if reward == float("-inf"):
+            reward = "the reward of the prompt alone is -inf: it must be finite, or set alpha=1"
+        if isinstance(reward, str):
+            self.fail(request, reward)
+        else:
+            request.prompt_reward = reward
 
     def _commit(self, groups: Sequence[Group], decisions: dict[Group, Decision],
-                drawn: dict[Hypothesis, list[Lane]]) -> None:
+                drawn: dict[Hypothesis, list[Lane]], ended: Sequence[Wait]) -> None:
+        """ended: what has waited for the rewards of its ends, and is committed now with the rest."""
         winners, twins, dropped = self._committer.arrange(groups, decisions, drawn)
         for hypothesis in dropped:
             self._drop(hypothesis, drawn)
         self._committer.discard_others(winners)
-        faults = self._judge.score_ended(winners)
+        scores = self._judge.score_ended(winners)
+        if scores and any([late(result) for _, result in scores]):
+            winners, twins, scores = self._hold_ends(winners, twins, scores, drawn)
+        for wait in ended:
+            drawn.update(wait.drawn)
+            if wait.winners[0].hypothesis.finish_reason is None:  # else its request has failed meanwhile
+                winners, twins, scores = wait.winners + winners, wait.twins + twins, wait.ends + scores
+        faults = self._judge.take_ended(scores) if scores else []
         self._committer.commit([winner for winner in winners if winner.finish_reason is None])
         for winner in winners:
             winner.hypothesis.append(winner)
@@ -141,10 +217,30 @@ class Round:
                 hypothesis.error = fault
         for winner, slot in twins:
             self._committer.fork(winner.hypothesis, slot)
-        ended = {winner.hypothesis.group for winner in winners if winner.finish_reason is not None}
+        grown = {winner.hypothesis.group for winner in winners if winner.finish_reason is not None}
         for group in groups:
-            if group.finished or group.request.in_turn and group in ended:
+            if group.finished or group.request.in_turn and group in grown:
                 self._conclude(group, drawn)
+
+    def _hold_ends(self, winners: list[Winner], twins: list[tuple[Winner, int]], scores: list[tuple[Winner, Scored]],
+                   drawn: dict[Hypothesis, list[Lane]],
+                   ) -> tuple[list[Winner], list[tuple[Winner, int]], list[tuple[Winner, Scored]]]:
+        """Those of what has won that do not wait for the reward of an end. Who is decided together waits together."""
+        def unit(winner: Winner) -> Hypothesis | Group:
+            hypothesis = winner.hypothesis
+            return hypothesis if hypothesis.request.whole else hypothesis.group
+
+        waiting = dict.fromkeys([unit(winner) for winner, result in scores if late(result)])
+        for one in waiting:
+            members = [one] if isinstance(one, Hypothesis) else one.hypotheses
+            self._waiting.hold(Wait(
+                members[0].group, members, {member: drawn.get(member, []) for member in members}, [],
+                [(winner, result) for winner, result in scores if unit(winner) is one],
+                [winner for winner in winners if unit(winner) is one],
+                [(winner, slot) for winner, slot in twins if unit(winner) is one]))
+        return ([winner for winner in winners if unit(winner) not in waiting],
+                [(winner, slot) for winner, slot in twins if unit(winner) not in waiting],
+                [(winner, result) for winner, result in scores if unit(winner) not in waiting])
 
     def _conclude(self, group: Group, drawn: dict[Hypothesis, list[Lane]]) -> None:
         """All of a group's responses have ended, or as many as its rule wants to see: one of them is the completion."""
@@ -161,8 +257,17 @@ class Round:
                     group.drop(hypothesis)
                     self._drop(hypothesis, drawn)
 
+    def _forget(self, wait: Wait) -> None:
+        """Ends a wait whose answers nobody wants any more."""
+        self._waiting.forget(wait)
+        for hypothesis, lanes in wait.drawn.items():
+            for lane in lanes:
+                self._release(lane)
+
     def _drop(self, hypothesis: Hypothesis, drawn: dict[Hypothesis, list[Lane]]) -> None:
-        """Gives back all that a hypothesis holds that has left its group."""
+        """Gives back all that a hypothesis holds that has left its group, which may have waited for its reward."""
+        if hypothesis.wait is not None:
+            self._forget(hypothesis.wait)
         self._give_back(hypothesis, drawn.get(hypothesis, []))
         self.close(hypothesis)
 

@@ -40,11 +40,15 @@ class Unit:
 
     @property
     def ready(self) -> bool:
-        """Whether both models have read what all of its responses begin with: it draws in the next round."""
+        """Whether it takes part in the next round: both models have read what all of its responses begin with, and
+        every reward is there that it waited for."""
         for hypothesis in self.unfinished:
             if hypothesis.table is None or hypothesis.prefill is not None:
                 return False
-        return True
+            if hypothesis.wait is not None and not hypothesis.wait.answered:
+                return False
+        request = self.group.request
+        return request.prompt_reward is not None or not request.plan.score.prompt
 
 
 class Scheduler:
@@ -77,14 +81,14 @@ class Scheduler:
 
     @property
     def groups(self) -> list[Group]:
-        """The groups of which something draws in the next round, as they were admitted.
+        """The groups that take part in the next round, as they were admitted.
 
         A group with a barrier whose segment is decided waits while another one is still at its own.
         """
         groups = list(dict.fromkeys([unit.group for unit in self.running if unit.ready]))
-        if any([group.request.plan.lanes.barrier and group.undecided for group in groups]):
-            return [group for group in groups if not group.request.plan.lanes.barrier or group.undecided]
-        return groups
+        if any([unit.group.request.plan.lanes.barrier and unit.group.undecided for unit in self.running]):
+            groups = [group for group in groups if not group.request.plan.lanes.barrier or group.undecided]
+        return self._round.able(groups)
 
     @property
     def _scorer(self) -> Reward:
@@ -142,7 +146,8 @@ class Scheduler:
 
         Whoever runs gets the pages of a segment, and what fits besides is admitted; with `only`, of one group.
         """
-        ended = self.reserve()
+        ended = self._ended(self._round.answered_prompts())
+        ended += self.reserve()
         ended += self.admit(only)
         return self.groups, ended
 
@@ -180,11 +185,18 @@ class Scheduler:
 
     def _preempt(self, unit: Unit) -> None:
         """Takes everything from a running `unit` and puts it in front of those that wait."""
-        spent = {hypothesis: hypothesis.metrics for hypothesis in unit.unfinished}
-        if unit.group.undecided:
+        held = unit.unfinished
+        spent = {hypothesis: hypothesis.metrics for hypothesis in held}
+        if unit.whole is not None and unit.whole.wait is not None:
+            unit.whole.go_back()
+            self._round.forget_attempts(unit.whole)
+        elif unit.group.undecided:
             unit.group.go_back()
-            for hypothesis in unit.group.hypotheses:
+            for hypothesis in dict.fromkeys([*held, *unit.group.hypotheses]):
                 self._round.forget_attempts(hypothesis)
+            for hypothesis in held:
+                if hypothesis not in unit.group.hypotheses:  # a fork that waited to be committed
+                    self._round.close(hypothesis)
         for hypothesis, metrics in spent.items():
             # The attempts that were given up are counted when they are drawn again; the clock ran for them, too.
             hypothesis.metrics.lm_seconds, hypothesis.metrics.rm_seconds = metrics.lm_seconds, metrics.rm_seconds
@@ -316,9 +328,14 @@ class Scheduler:
         requests = list({hypothesis.request.request_id: hypothesis.request for hypothesis in ready
                          if hypothesis.session is not None and hypothesis.request.prompt_reward is None}.values())
         self._round.prompt_rewards(requests)
-        failed = [request for request in requests if request.finished]
-        self.release(failed)
-        return failed
+        return self._ended(requests)
+
+    def _ended(self, requests: Sequence[Request]) -> list[Request]:
+        """Those of `requests` that have ended, what they held given back."""
+        ended = [request for request in requests if request.finished]
+        if ended:
+            self.release(ended)
+        return ended
 
     # -- ends -----------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ pages, lanes or widths: a width only decides how many attempts are drawn beyond 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-TOKEN_DRAW, ACCEPT_DRAW = 0, 1  # kinds of draw, bits 24.. of the third counter word
+TOKEN_DRAW, ACCEPT_DRAW, EXHAUST_DRAW = 0, 1, 3  # kinds of draw, bits 24.. of the third counter word
 
 
 class OracleAttempt(NamedTuple):
@@ -32,6 +32,7 @@ class OracleSegment(NamedTuple):
     reward: float
     accepted: bool
     attempts: list[OracleAttempt]
+    relaxed: int  # times
 
 
 def philox(seed: int, c0: np.ndarray, c1: int, c2: int, c3: int) -> np.ndarray:
@@ -123,27 +124,83 @@ def accepts(u: float, reward: float, threshold: float, beta: float) -> bool:
     return reward >= threshold if beta == 0 else math.log(u) < (reward - threshold) / beta
 
 
+def exhausted(given) -> Iterator[tuple[str, object]]:
+    """What is tried one after the other where all attempts are rejected, by name: a name, or objects with `then`."""
+    names = {"best_seen": "BestSeen", "first": "First", "last": "Last", "refuse": "Refuse"}
+    while given is not None:
+        yield names[given] if isinstance(given, str) else type(given).__name__, given
+        given = getattr(given, "then", None)
+
+
+def picked(name: str, exhaust, attempts: list[OracleAttempt], noise: np.ndarray) -> OracleAttempt:
+    """Of rejected attempts the one that is kept; noise: a uniform of each."""
+    if name in ("First", "Last"):
+        return attempts[0 if name == "First" else -1]
+    keys = [one.reward for one in attempts]
+    if name == "Softmax":
+        keys = [key / exhaust.temperature - math.log(-math.log(u)) for key, u in zip(keys, noise, strict=True)]
+    return attempts[keys.index(max(keys))]  # the earliest of equals
+
+
 def run(lm: Callable, reward: Callable, prompt: list[int], params, policy, seed: int, sample: int = 0,
         eos_token_ids: tuple[int, ...] = ()) -> list[OracleSegment]:
-    """All committed segments of one response. lm(ids) -> logits [V]; reward(content ids of the response) -> float."""
+    """All committed segments of one response; one that was refused ends early.
+
+    lm(ids) -> logits [V]; reward(content ids of the response) -> float.
+    """
     stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
     needs_start = policy.alpha != 1 and math.isfinite(policy.reward_threshold)
     prompt_reward = reward([]) if needs_start else None
-    response, segments = [], []
-    while len(response) < params.max_tokens and not (response and response[-1] in stop_ids):
-        size = min(policy.segment_size, params.max_tokens - len(response))
-        attempts = []
-        for attempt in range(1, 2 if params.temperature == 0 else policy.max_attempts + 1):
-            ids, logprob = draw_segment(lm, prompt, response, size, stop_ids, params, seed, attempt, len(segments),
-                                        sample)
+    most = 1 if params.temperature == 0 else policy.max_attempts
+    segments: list[OracleSegment] = []
+    redrawn: dict[int, int] = {}  # how often all attempts at a segment were used up
+    backups = 0
+    while True:
+        response = [token for segment in segments for token in segment.token_ids]
+        if len(response) >= params.max_tokens or response and response[-1] in stop_ids:
+            return segments
+        index, size = len(segments), min(policy.segment_size, params.max_tokens - len(response))
+        first = most * redrawn.get(index, 0) + 1
+        attempts: list[OracleAttempt] = []
+        tests = uniforms_of(seed, range(first, first + most), index, sample)
+        for attempt, u in zip(range(first, first + most), tests, strict=True):
+            ids, logprob = draw_segment(lm, prompt, response, size, stop_ids, params, seed, attempt, index, sample)
             score = reward(content(response + ids, stop_ids))
             threshold = tau(len(response) + len(ids), params, policy, prompt_reward)
-            u = uniforms(seed, 1, 0, attempt, ACCEPT_DRAW, len(segments), sample)[0]
             accepted = accepts(u, score, threshold, policy.beta)
             attempts.append(OracleAttempt(ids, score, threshold, accepted, logprob))
             if accepted:
                 break
-        winner = attempts[-1] if attempts[-1].accepted else max(attempts, key=lambda one: one.reward)  # the earliest
-        segments.append(OracleSegment(winner.token_ids, winner.reward, winner.accepted, attempts))
-        response = response + winner.token_ids
-    return segments
+        winner = attempts[-1] if attempts[-1].accepted else None
+        relaxed = 0
+        for name, exhaust in exhausted(policy.exhaust) if winner is None else ():
+            if name == "Relax":
+                while winner is None and relaxed < exhaust.times:
+                    relaxed += 1
+                    attempts = [one._replace(threshold=tau(len(response) + len(one.token_ids), params, policy,
+                                                           prompt_reward) - relaxed * exhaust.by) for one in attempts]
+                    found = [accepts(u, one.reward, one.threshold, policy.beta)
+                             for one, u in zip(attempts, tests, strict=True)]
+                    if any(found):
+                        place = found.index(True)
+                        attempts[place] = winner = attempts[place]._replace(accepted=True)
+                if winner is not None:
+                    break
+            elif name == "BackUp":
+                if segments and backups < exhaust.times:
+                    backups += 1
+                    redrawn |= {place: redrawn.get(place, 0) + 1 for place in (index - 1, index)}
+                    segments.pop()
+                    break
+            elif name == "Refuse":
+                return segments
+            else:
+                noise = uniforms(seed, first + most - 1, 0, 0, EXHAUST_DRAW, index, sample)[first - 1 :]
+                winner = picked(name, exhaust, attempts, noise)
+        if winner is not None:
+            segments.append(OracleSegment(winner.token_ids, winner.reward, winner.accepted, attempts, relaxed))
+
+
+def uniforms_of(seed: int, attempts: range, segment: int, sample: int) -> list[float]:
+    """The uniform of each attempt's accept test."""
+    return [uniforms(seed, 1, 0, attempt, ACCEPT_DRAW, segment, sample)[0] for attempt in attempts]

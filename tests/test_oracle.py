@@ -38,7 +38,7 @@ def equals_oracle(output: stars.RequestOutput, model: ToyModel, reward: Callable
                               completion.index, model.config.eos_token_ids)
         assert [s.token_ids for s in completion.segments] == [s.token_ids for s in expected]
         for segment, wanted in zip(completion.segments, expected, strict=True):
-            assert segment.accepted == wanted.accepted
+            assert segment.accepted == wanted.accepted and segment.relaxed == wanted.relaxed
             assert near(segment.reward, wanted.reward)
             # Behind the winner a round holds what was drawn with it, which the oracle never drew.
             compared, behind = segment.attempts[: len(wanted.attempts)], segment.attempts[len(wanted.attempts) :]
@@ -57,9 +57,16 @@ def equals_oracle(output: stars.RequestOutput, model: ToyModel, reward: Callable
         assert completion.cumulative_logprob == pytest.approx(sum(logprobs), abs=1e-9)
         response = completion.token_ids
         assert response == [token for s in expected for token in s.token_ids]
-        ended = response[-1] in stop_ids
-        assert completion.finish_reason == ("stop" if ended else "length")
-        assert ended or len(response) == params.max_tokens
+        ended = bool(response) and response[-1] in stop_ids
+        refused = not ended and len(response) < params.max_tokens  # as the oracle's is, which ends early then
+        assert completion.finish_reason == ("stop" if ended else "refused" if refused else "length")
+        assert not refused or "Refuse" in [name for name, _ in oracle.exhausted(policy.exhaust)]
+        assert near(completion.reward, expected[-1].reward) if expected else completion.reward is None
+        metrics = completion.metrics
+        assert (metrics.segments, metrics.lm_tokens_kept) == (len(expected), len(response))
+        assert (metrics.accepted, metrics.fallbacks) == tuple(sum(s.accepted is is_so for s in expected)
+                                                              for is_so in (True, False))
+        assert metrics.attempts_counted == sum(len(s.attempts) for s in expected)
         own = () if params.ignore_eos else model.config.eos_token_ids
         assert completion.stop_reason == (response[-1] if ended and response[-1] not in own else None)
 

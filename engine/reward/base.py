@@ -6,15 +6,19 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from stars.arguments import integer, shown
 from stars.config import EngineConfig
-from stars.errors import RequestError, RewardError
+from stars.errors import RequestError, RewardError, describe
 from stars.kernels.types import Draft
 from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
+
+Later = Future[float | RewardError]
+"""A reward that another thread settles, by a float or by a RewardError, and never by an exception."""
 
 
 class ContextFull(RewardError):
@@ -33,7 +37,7 @@ class Candidate(NamedTuple):
 class Scored(NamedTuple):
     """The score of one candidate, in the order asked."""
 
-    reward: float | RewardError  # an error ends that candidate's request only
+    reward: float | RewardError | Later  # an error ends that candidate's request only
     tokens_run: int = 0  # tokens the reward model processed for it
     tokens_full: int = 0  # tokens a score from scratch would process
     handle: Any = None  # kept until commit or discard
@@ -182,6 +186,11 @@ class Reward(ABC):
 
         A candidate that cannot be scored gets a RewardError as its reward. What is raised makes the engine run each
         request by itself: who raises then, too, ends with an error.
+
+        A reward may be a Future, which another thread settles: with a float, or with a RewardError, and never by an
+        exception. The response waits for it, with what it holds, the handle included; all others go on. Where a
+        response ends meanwhile, or is begun anew, its Futures are cancelled and its handles discarded: what is settled
+        afterwards reaches nobody. Who returns Futures offers neither `score_trailing` nor `score_ahead`.
         """
 
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> Trailing | None:
@@ -205,6 +214,7 @@ class Reward(ABC):
     def resume(self, session: Any, token_ids: list[int], text: str | None) -> None:
         """Takes a response (as in `Candidate`) that was committed to an earlier session, before an interrupt or while
         others needed its pages; after `start`. With `deterministic`, segment after segment, as they were committed.
+        A session that holds more goes back: the last segment is to be drawn anew. `token_ids` may be empty then.
 
         Needed where a session keeps what was committed.
         """
@@ -236,6 +246,21 @@ class Reward(ABC):
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if the reward's books do not balance."""
+
+
+def settled(reward: float | RewardError | Later) -> float | RewardError:
+    """A reward, waited for where it comes later. What its Future must not do, raise or be cancelled, is a RewardError.
+    """
+    if not isinstance(reward, Future):
+        return reward
+    try:
+        error = reward.exception()
+    except CancelledError as cancelled:
+        error = cancelled
+    if error is None:
+        return reward.result()
+    return RewardError("the reward's Future must be settled by a float or a RewardError, and it raised "
+                       f"{describe(error)}")
 
 
 def reward_problem(reward: float | RewardError) -> str | None:

@@ -6,15 +6,17 @@ import copy
 import inspect
 import itertools
 import numbers
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
+from functools import partial
 from typing import Any, Literal
 
-from stars.arguments import bare, shown
+from stars.arguments import bare, flag, shown
 from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError, describe, log
 from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Reward, Scored, checked_batch_size
+from stars.reward.base import Candidate, Later, Reward, Scored, checked_batch_size, checked_integer
+from stars.reward.pool import Pool
 
 
 class FunctionReward(Reward):
@@ -24,11 +26,14 @@ class FunctionReward(Reward):
     inputs="ids": prompt and responses are lists of LM token ids, the EOS that ended a response left out.
     batch_size: candidates of one response scored per call; the rest are skipped once one is accepted. None asks for
     all candidates of a round in one call.
+    blocking: it is slow: it asks another machine, or computes for longer than a round. It is then called in threads of
+    its own, up to `max_workers` calls at once, and must be fit for that. Only requests that wait for it stand still.
+    Texts are the same as without, where the same responses get the same rewards.
     An exception, a wrong count or a value that is not a number ends the request it happened in and no other.
     """
 
     def __init__(self, fn: Callable[[Any, list[Any]], Any], inputs: Literal["text", "ids"] = "text",
-                 batch_size: int | None = None):
+                 batch_size: int | None = None, blocking: bool = False, max_workers: int = 16):
         if not callable(fn):
             raise RewardError(f"FunctionReward needs a callable fn(prompt, responses), not {type(fn).__name__}")
         if isinstance(fn, type) and issubclass(fn, Reward):
@@ -41,6 +46,12 @@ class FunctionReward(Reward):
             raise RewardError(f'FunctionReward.inputs is {shown(inputs)}, it must be "text" or "ids"')
         if batch_size is not None:
             batch_size = checked_batch_size("FunctionReward", batch_size)
+        max_workers = checked_integer("FunctionReward.max_workers", max_workers, 1)
+        try:
+            self.blocking = flag("FunctionReward.blocking", blocking)
+        except RequestError as error:
+            raise RewardError(str(error)) from None
+        self._pool = Pool(max_workers) if self.blocking else None
         self.fn: Callable[[Any, list[Any]], Any] = fn
         self.inputs = inputs
         self.batch_size = batch_size
@@ -72,7 +83,7 @@ class FunctionReward(Reward):
         return self.batch_size or 1 << 30
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
-        """One call per response, so that a failing call fails one response."""
+        """One call per response, so that a failing call fails one response. With `blocking`, its answers come later."""
         results: dict[int, Scored] = {}
         by_session: dict[int, list[int]] = {}
         for index, candidate in enumerate(candidates):
@@ -80,7 +91,9 @@ class FunctionReward(Reward):
         for indices in by_session.values():
             session = candidates[indices[0]].session
             responses = [candidates[i].text if self.needs_text else list(candidates[i].token_ids) for i in indices]
-            rewards = self._call(session.prompt, responses)
+            call = partial(self._call, session.prompt, responses)
+            rewards: Sequence[float | RewardError | Later] = (
+                self._pool.submit(call, len(indices)) if self._pool is not None else call())
             for index, reward in zip(indices, rewards, strict=True):
                 results[index] = Scored(reward)
         return [results[index] for index in range(len(candidates))]

@@ -167,7 +167,8 @@ class ScoringReward(SessionReward):
                          max_rows: int | None) -> Progress:
         """As `resume`, in whole chunks; in deterministic mode all of what is missing, or nothing."""
         ids, content = self._ids(session, token_ids, text)
-        if self.deterministic:
+        stop = content - self.target.reward_lag
+        if self.deterministic and not _common(session, ids, stop) == stop < session.table.length:
             rows = len(ids) - _common(session, ids, len(ids) - 1)
             if max_rows is not None and rows > max_rows:
                 return Progress(0, 0)
@@ -176,7 +177,6 @@ class ScoringReward(SessionReward):
                 raise scored.reward
             self.commit([(session, scored.handle)])
             return Progress(1, rows)
-        stop = content - self.target.reward_lag
         self._make_room(session, stop)
         rows = self._write(session, ids, stop, max_rows)
         return Progress(int(session.table.length == stop), rows)

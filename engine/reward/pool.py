@@ -1,0 +1,77 @@
+"""Threads that make slow calls for a reward, whose answers come later."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from stars.errors import RewardError, describe
+from stars.reward.base import Later
+
+
+class Pool:
+    """At most `max_workers` threads, begun as calls come; they end with the pool.
+
+    They are daemons: neither a process that exits nor an engine that is collected waits for a call.
+    """
+
+    def __init__(self, max_workers: int):
+        self.max_workers = max_workers
+        self._begin()
+
+    def submit(self, call: Callable[[], Sequence[float | RewardError]], count: int) -> list[Later]:
+        """Has `call` made, which returns `count` rewards: a Future of each. Where all were cancelled before, it is not.
+        """
+        if self._process != os.getpid():  # a child has none of its parent's threads
+            self._begin()
+        futures: list[Later] = [Future() for _ in range(count)]
+        self._calls.put(_Call(call, futures))
+        with self._lock:
+            if self._threads < self.max_workers:
+                self._threads += 1
+                threading.Thread(target=_work, args=(self._calls,), name="stars-reward", daemon=True).start()
+        return futures
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        weakref.finalize(self, _end, self._calls)
+
+
+class _Call(NamedTuple):
+    call: Callable[[], Sequence[float | RewardError]]
+    futures: list[Later]
+
+
+def _work(calls: queue.SimpleQueue[_Call | None]) -> None:
+    """What a thread does. It knows the queue and not the pool, which can be collected."""
+    while (asked := calls.get()) is not None:
+        wanted = [future for future in asked.futures if future.set_running_or_notify_cancel()]
+        if wanted:
+            rewards: Sequence[float | RewardError]
+            try:
+                rewards = asked.call()
+            except BaseException as error:  # in this thread there is nobody else to take it
+                rewards = [RewardError(f"the reward raised {describe(error)}")] * len(asked.futures)
+            for future, reward in zip(asked.futures, rewards, strict=True):
+                if not future.cancelled():
+                    future.set_result(reward)
+            del rewards
+        del asked, wanted
+    calls.put(None)  # for the next one
+
+
+def _end(calls: queue.SimpleQueue[_Call | None]) -> None:
+    """Drops what has not begun, and sends the threads home."""
+    try:
+        while True:
+            calls.get_nowait()
+    except queue.Empty:
+        calls.put(None)
