@@ -344,7 +344,7 @@ def once_less(monkeypatch):
 
     def settled(self):
         settle(self)
-        self.max_attempts -= 1
+        self.attempts = tuple(count - 1 for count in self.attempts)
 
     monkeypatch.setattr(stars.request.Request, "__post_init__", settled)
 

@@ -29,12 +29,16 @@ RM = ToyModel(vocab=5, seed=3, layers=1, positions=96, head="reward", sharpness=
 REWARD = table_reward(seed=3)
 NARROW = stars.STARS(4, 6, 0.5, 0.3, 1.0, width=1)
 WIDE = stars.STARS(4, 9, 0.5, 0.3, 1.0, width=8)
-POLICIES = [NARROW, WIDE, stars.Sample(score=True), stars.BestOfN(3), stars.BlockwiseBestOfK(4, 5), stars.Sample(),
-            Breed()]
-PROMPTS = [{"prompt_token_ids": ids(5 + index % 4, seed=index)} for index in range(21)]
-PARAMS = [stars.SamplingParams(max_tokens=18, seed=index, n=1 + index % 3, ignore_eos=index % 2 == 0)
-          for index in range(21)]
-EACH = [POLICIES[index % len(POLICIES)] for index in range(21)]
+POLICIES = [
+    NARROW, WIDE, stars.Sample(score=True), stars.BestOfN(3), stars.BlockwiseBestOfK(4, 5), stars.Sample(), Breed(),
+    stars.RejectionSampling(4.0, 0.3, 5, width=3), stars.STARS(4, 2, 0.5, 0.0, 3.0, width=2, exhaust="back_up:2"),
+    stars.SpeculativeRejection(3, 0.4, 4), stars.SegmentBeam(2, 2, 4), stars.ParticleFilter(3, 0.5, 4),
+    stars.STARS(4, 3, 0.5, 0.3, 2.0, barrier=True, exhaust="softmax:0.5")]
+COUNT = 26
+PROMPTS = [{"prompt_token_ids": ids(5 + index % 4, seed=index)} for index in range(COUNT)]
+PARAMS = [stars.SamplingParams(max_tokens=18, seed=index, n=1 + index // 2 % 3, ignore_eos=index % 3 == 0)
+          for index in range(COUNT)]
+EACH = [POLICIES[index % len(POLICIES)] for index in range(COUNT)]
 
 
 def rewards(prompt, responses):
@@ -123,7 +127,7 @@ def whole() -> dict[str, list]:
 
 
 @pytest.mark.parametrize("sizes", [{}, {"max_num_lanes": 8, "max_num_seqs": 8}, {"max_num_lanes": 3, "max_num_seqs": 3},
-                                   {"cache_tokens": 112, "max_num_seqs": 8, "max_num_lanes": 8}])
+                                   {"cache_tokens": 88, "max_num_seqs": 8, "max_num_lanes": 8}])
 @pytest.mark.parametrize("kind", ["function", "causal"])
 def test_the_texts_are_the_same(monkeypatch, whole, kind, sizes):
     """With room, with too few slabs for all lanes, and where pages run out while responses wait."""
@@ -253,7 +257,7 @@ def test_interrupts_while_others_wait(monkeypatch, whole, kind):
     """What they waited for is forgotten and asked for again; late answers touch nothing."""
     reward = LateFunction(rewards, "ids") if kind == "function" else LateCausal(RM.decoder())
     engine = late_engine(monkeypatch, reward)
-    order = [engine.add_request(*each) for each in zip(PROMPTS[:9], PARAMS, EACH, strict=False)]
+    order = [engine.add_request(*each) for each in zip(PROMPTS[:13], PARAMS, EACH, strict=False)]
     chance, done, interrupts, waited = random.Random(7), {}, 0, 0
     holders = [(engine._round.drafter, "launch"), (engine._cache, "commit"), (engine._round._judge, "decide"),
                (engine._round._judge, "take_ended"), (engine._scheduler, "reserve")]
@@ -273,7 +277,7 @@ def test_interrupts_while_others_wait(monkeypatch, whole, kind):
             assert all(future.done() for future in before), "they are cancelled"
         vars(holder).pop(name, None)
         engine.check_integrity()
-    assert [kept(done[request]) for request in order] == whole[kind][:9] and interrupts >= 5 and waited >= 5
+    assert [kept(done[request]) for request in order] == whole[kind][:13] and interrupts >= 5 and waited >= 5
     nothing_is_held(engine)
 
 
