@@ -375,7 +375,7 @@ def test_vllms_fields_are_all_known():
     (stars.SamplingParams, "topk", "did you mean top_k?"),
     (stars.SamplingParams, "zzz", "there are temperature, top_k,"),
     (stars.STARS, "reward_treshold", "did you mean reward_threshold?"), (stars.BestOfN, "k", "there are n"),
-    (stars.CARDS, "entropy", "did you mean entropy_threshold?"),
+    (stars.CARDS, "entropy_treshold", "did you mean entropy_threshold?"),
     (stars.BlockwiseBestOfK, "segmentsize", "did you mean segment_size?"), (stars.Sample, "scores", "mean score?"),
     (lambda **given: toy_engine(LM, **given), "max_model_length", "did you mean max_model_len?"),
     (lambda **given: toy_engine(LM, **given), "tensor_parallel_size", "one process for each GPU"),
