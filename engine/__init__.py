@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         TraceError,
     )
     from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-    from stars.policies import STARS, BestOfN, BlockwiseBestOfK, Sample
+    from stars.policies import ARGS, RAD, STARS, BestOfN, BlockwiseBestOfK, Sample
     from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
@@ -36,7 +36,7 @@ _HOMES = {
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
-    "policies": ("STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
+    "policies": ("ARGS", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
     "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
@@ -44,6 +44,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ARGS",
     "Attempt",
     "BestOfN",
     "BlockwiseBestOfK",
@@ -56,6 +57,7 @@ __all__ = [
     "Metrics",
     "ModelError",
     "OutOfPages",
+    "RAD",
     "RequestError",
     "RequestOutput",
     "Reward",

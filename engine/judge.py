@@ -53,10 +53,15 @@ class Judge:
         """Prepares the first scoring pass after the draft, for `launch_trailing`: the device hands the tokens on, the
         host reads them later."""
         scored: dict[Hypothesis, list[tuple[int, Lane]]] = {}  # with their places in the draft
-        for place, lane in enumerate([lane for lanes in drawn.values() for lane in lanes]):
-            request = lane.hypothesis.request
+        place = 0
+        for hypothesis, lanes in drawn.items():
+            request = hypothesis.request
+            if request.plan.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
+                place += lanes[0].ranking is None
+                continue
             if request.scores_segments and not request.stop:  # stop strings are found by the host
-                scored.setdefault(lane.hypothesis, []).append((place, lane))
+                scored[hypothesis] = list(enumerate(lanes, place))
+            place += len(lanes)
         batch, candidates = [], []
         for hypothesis, own in scored.items():
             room = hypothesis.next_segment
@@ -244,7 +249,7 @@ class Judge:
             members = unfinished(group)
             if group in decisions or not members:
                 continue
-            if all([len(hypothesis.attempts) >= group.request.max_attempts for hypothesis in members]):
+            if not any([hypothesis.attempts_left for hypothesis in members]):
                 decisions[group] = EXHAUST[group.request.plan.exhaust](*shown(group))
             else:
                 group.round += 1
@@ -384,7 +389,7 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             unscored += sum([lane.judged is None for lane in attempts])
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]
-            left += request.max_attempts - len(attempts)
+            left += hypothesis.attempts_left
     count = getattr(plan.decide, "group_uniforms", 0)
     uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment, group.index * plan.lanes.population,
                              count) if count else ()

@@ -8,17 +8,30 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.rules import EXHAUST, Argmax, Rule, Threshold
+from stars.rules import EXHAUST, Argmax, RewardGuided, Rule, Threshold
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
 MAX_SIZE = (1 << 31) - 1
+MAX_RANKS = 1 << 8  # most tokens that are enumerated: of so many there is room on a device
 MAX_UNIFORMS = 1 << 10  # random numbers of one attempt, or of a group's round
 
 
 @dataclass(frozen=True)
 class Sampled:
     """Attempts are drawn from the language model as the sampling parameters say."""
+
+
+@dataclass(frozen=True)
+class Enumerate:
+    """Attempts are next tokens in the order of their probability, the most probable first, equal ones by their ids.
+
+    Attempt a of a hypothesis is the a-th of those that the sampling parameters' filters keep of the penalised logits,
+    k of them at most. Where fewer are kept there are fewer attempts. Nothing is drawn: all attempts differ, at
+    temperature 0 too, where filters keep what they keep at temperature 1.
+    """
+
+    k: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ class Score:
 class Plan(NamedTuple):
     """The loop's six choices for one request."""
 
-    propose: Sampled
+    propose: Sampled | Enumerate
     segment: Fixed | Whole
     lanes: Lanes
     score: Score
@@ -78,6 +91,11 @@ class Plan(NamedTuple):
     def whole(self) -> bool:
         """Whether an attempt is a whole response."""
         return isinstance(self.segment, Whole)
+
+    @property
+    def ranks(self) -> int:
+        """How many next tokens are enumerated; 0: attempts are drawn."""
+        return self.propose.k if isinstance(self.propose, Enumerate) else 0
 
 
 class Policy(Protocol):
@@ -114,7 +132,11 @@ def plan_of(policy: Any) -> Plan:
 
 
 def _checked(plan: Plan, where: str) -> Plan:
-    propose = _one_of(f"{where}.propose", plan.propose, Sampled)
+    propose = plan.propose
+    if isinstance(propose, Enumerate):
+        propose = Enumerate(integer(f"{where}.propose.k", propose.k, 1, MAX_RANKS))
+    elif not isinstance(propose, Sampled):
+        raise RequestError(f"{where}.propose is {shown(propose)}, it must be a stars.plan.Sampled or Enumerate")
     lanes, score = _one_of(f"{where}.lanes", plan.lanes, Lanes), _one_of(f"{where}.score", plan.score, Score)
     segment = plan.segment
     if isinstance(segment, Fixed):
@@ -135,9 +157,16 @@ def _checked(plan: Plan, where: str) -> Plan:
     if isinstance(segment, Whole) and (lanes.attempts != 1 or score.when == "segment"):
         raise RequestError(f"{where} has whole responses, each of which is one attempt, scored at its end at most: set "
                            'lanes.attempts to 1 and score.when to "end" or "never", and ask for a population')
+    if isinstance(propose, Enumerate):
+        if segment != Fixed(1):
+            raise RequestError(f"{where} enumerates single tokens and has segments of {shown(segment)}: set segment to "
+                               "Fixed(1)")
+        if lanes.attempts > propose.k:
+            raise RequestError(f"{where} has {lanes.attempts} attempts of {propose.k} tokens that are enumerated: set "
+                               "lanes.attempts to at most that")
     rule = _checked_rule(f"{where}.decide", plan.decide)
     needed = ("end",) if isinstance(segment, Whole) else ("segment",)
-    if isinstance(rule, (Threshold, Argmax)) and score.when not in needed:
+    if isinstance(rule, (Threshold, Argmax, RewardGuided)) and score.when not in needed:
         raise RequestError(f"{where} decides by rewards and has score.when={score.when!r}, which gives none in time: "
                            'score every segment ("segment"), or whole responses at their end ("end")')
     if isinstance(rule, Threshold) and rule.alpha != 1.0 and not score.prompt:

@@ -8,12 +8,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from stars.arguments import as_float, flag, integer, known_by_name, real
+from stars.arguments import as_float, flag, integer, known_by_name, real, shown
 from stars.errors import RequestError
-from stars.plan import DRAFT_SIZE, MAX_ATTEMPTS, MAX_SIZE, Fixed, Lanes, Plan, Policy, Sampled, Score, Whole
-from stars.rules import Always, Argmax, Threshold
+from stars.plan import (
+    DRAFT_SIZE,
+    MAX_ATTEMPTS,
+    MAX_RANKS,
+    MAX_SIZE,
+    Enumerate,
+    Fixed,
+    Lanes,
+    Plan,
+    Policy,
+    Sampled,
+    Score,
+    Whole,
+)
+from stars.rules import Always, Argmax, RewardGuided, Threshold
+
+LEAST_TEMPERATURE = 1e-6
+"""Of a softmax of scores: below it is an argmax but for ties, which is to be asked for as such."""
 
 
 @known_by_name({})
@@ -109,13 +125,95 @@ class BlockwiseBestOfK:
         return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.k, self.k), Score("segment"), Argmax())
 
 
+@known_by_name({})
+@dataclass(frozen=True)
+class ARGS:
+    """Alignment as Reward-Guided Search, token by token (Khanov, Burapacheep, Li, ICLR 2024; arXiv 2402.01694).
+
+    The `topk` most probable next tokens are enumerated, and each is scored by logit + weight * r, r the reward of the
+    response with that token. "greedy" takes the highest score, the more probable token of equals; "stochastic" draws
+    from softmax(score / temperature). Both are exact. Names and defaults are those of the authors' page and code, whose
+    code calls the second mode "topk".
+
+    What differs from their code. EOS is a candidate like any other, ends the response where it is chosen, and the
+    reward reads the response without it (their code reads it as a token, and goes on after it). The reward need not
+    share the language model's tokenizer. `temperature` of SamplingParams does not enter the scores: it shapes what
+    top_p and min_p keep, of which the `topk` are enumerated; penalties count in the logits. The random numbers are the
+    engine's own.
+    """
+
+    topk: int = 10
+    weight: float = 1.0
+    mode: Literal["greedy", "stochastic"] = "greedy"
+    temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mode, str) or self.mode not in ("greedy", "stochastic"):
+            raise RequestError(f'ARGS.mode is {shown(self.mode)}, it must be "greedy" or "stochastic"')
+        _keep(self, topk=_size(self, "topk", MAX_RANKS), weight=_finite(self, "weight"),
+              temperature=_temperature(self, "temperature"))
+
+    def plan(self) -> Plan:
+        """All of the topk attempts in one round if there is room, the highest score or a draw by it."""
+        return _guided(self.topk, RewardGuided(self.weight, self.temperature if self.mode == "stochastic" else 0.0))
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class RAD:
+    """Reward-Augmented Decoding, token by token (Deng and Raffel, EMNLP 2023; arXiv 2310.09520).
+
+    Of the `topk` most probable next tokens one is drawn from softmax((logit + beta * r) / temperature), r the reward of
+    the response with that token, clamped to 0 .. 1; `inverse` steers by 1 - r instead. That is exact. Names and
+    defaults are those of the authors' code, method "linear", at transformers' temperature of 1.
+
+    What differs from their code. Their reward model was trained to give 0 to 1 at every prefix: for rewards of another
+    range `clamp=False` leaves r as it is. Any reward serves, one that reads prefixes incrementally as theirs
+    (`CausalReward`) at the same cost; theirs reads candidate tokens re-encoded one by one, ours the response. Of EOS, of
+    SamplingParams and of random numbers the same holds as for ARGS. A reward of -inf rejects its token.
+    """
+
+    topk: int = 20
+    beta: float = 30.0
+    inverse: bool = False
+    clamp: bool = True
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _keep(self, topk=_size(self, "topk", MAX_RANKS), beta=_finite(self, "beta"),
+              inverse=flag("RAD.inverse", self.inverse), clamp=flag("RAD.clamp", self.clamp),
+              temperature=_temperature(self, "temperature"))
+
+    def plan(self) -> Plan:
+        """All of the topk attempts in one round if there is room, a draw by their scores."""
+        # beta * (1 - r) is -beta * r but for a constant.
+        least, most = (0.0, 1.0) if self.clamp else (-math.inf, math.inf)
+        return _guided(self.topk, RewardGuided(-self.beta if self.inverse else self.beta, self.temperature, least, most))
+
+
 POLICIES: dict[str, type[Policy]] = {
     "stars": STARS,
     "sample": Sample,
     "best-of-n": BestOfN,
     "blockwise": BlockwiseBestOfK,
+    "args": ARGS,
+    "rad": RAD,
 }
 """Every policy of the package by the name that the command line knows it by."""
+
+
+def _guided(topk: int, rule: RewardGuided) -> Plan:
+    return Plan(Enumerate(topk), Fixed(1), Lanes(topk, topk), Score("segment"), rule)
+
+
+def _finite(policy: Any, name: str) -> float:
+    return real(f"{type(policy).__name__}.{name}", getattr(policy, name), "a finite number", math.isfinite)
+
+
+def _temperature(policy: Any, name: str) -> float:
+    return real(f"{type(policy).__name__}.{name}", getattr(policy, name),
+                f"a finite number of at least {LEAST_TEMPERATURE:g}",
+                lambda value: LEAST_TEMPERATURE <= value < math.inf)
 
 
 def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:

@@ -20,6 +20,13 @@ from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
 
+class Ranking(NamedTuple):
+    """The next tokens of a response that were enumerated, in order, with their log-probabilities."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
 @dataclass(eq=False, slots=True)
 class Lane:
     """One candidate of one segment: drafted, perhaps scored, then committed or gone."""
@@ -35,6 +42,8 @@ class Lane:
     note: Note | None = None  # what the rule says of it
     judged: Judged | None = None  # what the rule is shown of it, once it may be judged
     score_handle: Any = None  # what the reward keeps of it until it is committed or discarded
+    ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
+
 
 @dataclass(eq=False, slots=True)
 class Winner:
@@ -147,6 +156,19 @@ class Hypothesis:
         """The token whose keys and values the LM cache does not hold yet."""
         return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
 
+    @property
+    def ranking(self) -> Ranking | None:
+        """The tokens that were enumerated for the segment being decided, if they were."""
+        return self.attempts[0].ranking if self.attempts else None
+
+    @property
+    def attempts_left(self) -> int:
+        """Attempts at the segment being decided that may still be drawn, or taken of what was enumerated."""
+        most = self.request.max_attempts
+        if self.attempts and self.attempts[0].ranking is not None:
+            most = min(most, len(self.attempts[0].ranking.token_ids))
+        return most - len(self.attempts)
+
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
         self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
@@ -203,19 +225,23 @@ class Hypothesis:
         ends = len(self.token_ids) + len(token_ids) >= request.max_tokens
         return len(token_ids), "length" if ends else None, None
 
-    def take_drafts(self, lanes: Sequence[Lane], seconds: float) -> bool:
-        """Counts what was drawn in the lanes, in so many seconds each, and cuts it where it ends the response.
+    def take_drafts(self, lanes: Sequence[Lane], seconds: float, drawn: int | None = None) -> bool:
+        """Counts what was drawn in the lanes, in so many seconds, and cuts it where it ends the response.
 
-        False where token -1 says that the logits were NaN or infinite.
+        drawn: tokens that the language model's steps stand for, where they are not all of the lanes'. False where token
+        -1 says that the logits were NaN or infinite.
         """
         request, metrics = self.request, self.metrics
         # A whole response is one attempt, in however many pieces it is drafted.
         metrics.attempts += len(lanes) if not request.whole else not self.drafts
-        metrics.lm_seconds += seconds * len(lanes)
+        metrics.lm_seconds += seconds
+        if drawn is not None:
+            metrics.lm_tokens_drawn += drawn
         left = request.max_tokens - len(self.token_ids)
         for lane in lanes:
             token_ids = lane.token_ids
-            metrics.lm_tokens_drawn += len(token_ids)
+            if drawn is None:
+                metrics.lm_tokens_drawn += len(token_ids)
             last = token_ids[-1]
             if last < 0:
                 return False
@@ -409,12 +435,12 @@ class Request:
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
         self.stop: Sequence[str] = params.stop or ()
-        # At temperature 0 all attempts are equal: one is drawn.
-        self.max_attempts = 1 if params.temperature == 0 else plan.lanes.attempts
+        # At temperature 0 all attempts that are drawn are equal: one is.
+        self.max_attempts = 1 if params.temperature == 0 and not plan.ranks else plan.lanes.attempts
         self.whole = plan.whole
         self.scores_segments = plan.score.when == "segment"
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
-        self.proposes_model = params.temperature == 1.0 and not params.filters
+        self.proposes_model = params.temperature == 1.0 and not params.filters and not plan.ranks
         self.groups = [Group(self, index) for index in range(params.n)]
 
     @property
