@@ -325,7 +325,7 @@ class PagedCache:
     def check_integrity(self, slabs_out: int | None = None) -> None:
         """Raises IntegrityError, with the numbers, unless every page and slab is accounted for.
 
-        `slabs_out` is how many holdings of slabs the caller believes to have; None does not compare.
+        `slabs_out` is how many slabs the caller believes to hold, each as often as it holds it; None does not compare.
         """
         self.pool.check_integrity(Counter(page for table in self._tables for page in table.pages))
         for table in self._tables:
@@ -340,10 +340,9 @@ class PagedCache:
             raise IntegrityError(f"slabs were lost or doubled: {counts}")
         if any([self._slab_holders[slab] for slab in self._free_slabs]):
             raise IntegrityError("a slab is free and held: it was given to two")
-        holders = sum(self._slab_holders)
-        if slabs_out is not None and slabs_out != holders:
-            raise IntegrityError(f"{taken} slabs are taken by {holders} holders and {slabs_out} are held: return a slab "
-                                 "where its lane ends")
+        held = sum(self._slab_holders)
+        if slabs_out is not None and slabs_out != held:
+            raise IntegrityError(f"{held} slabs are taken and {slabs_out} are held: return a slab where its lane ends")
 
     # -- internals ------------------------------------------------------------------------------------------------
 

@@ -334,7 +334,8 @@ class Drafter:
         without noise and filters. Returns the ranks of every lane."""
         self._ranking.wait()
         host, into = self._host, {name: self._ranking.host(name) for name in Ranking._fields}
-        ranks = [lane.ranks for lane in lanes]
+        most = into["token_ids"].shape[1]  # a small vocabulary's words
+        ranks = [min(lane.ranks, most) for lane in lanes]
         into["ranks"][: len(ranks)], into["ranks"][len(ranks) : rows] = ranks, 0
         for row, lane in enumerate(lanes):
             params = lane.params

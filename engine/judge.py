@@ -56,7 +56,7 @@ class Judge:
         place = 0
         for hypothesis, lanes in drawn.items():
             request = hypothesis.request
-            if request.plan.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
+            if request.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
                 place += lanes[0].ranking is None
                 continue
             if request.scores_segments and not request.stop:  # stop strings are found by the host

@@ -168,9 +168,9 @@ class RAD:
     defaults are those of the authors' code, method "linear", at transformers' temperature of 1.
 
     What differs from their code. Their reward model was trained to give 0 to 1 at every prefix: for rewards of another
-    range `clamp=False` leaves r as it is. Any reward serves, one that reads prefixes incrementally as theirs
-    (`CausalReward`) at the same cost; theirs reads candidate tokens re-encoded one by one, ours the response. Of EOS, of
-    SamplingParams and of random numbers the same holds as for ARGS. A reward of -inf rejects its token.
+    range `clamp=False` leaves r as it is. Any reward serves, and one that reads prefixes incrementally, as theirs does
+    (`CausalReward`), reads a token of each candidate. Theirs is given candidate tokens that were encoded anew one by
+    one, ours the response. Of EOS, of SamplingParams and of random numbers the same holds as for ARGS.
     """
 
     topk: int = 20
@@ -187,8 +187,9 @@ class RAD:
     def plan(self) -> Plan:
         """All of the topk attempts in one round if there is room, a draw by their scores."""
         # beta * (1 - r) is -beta * r but for a constant.
+        weight = -self.beta if self.inverse else self.beta
         least, most = (0.0, 1.0) if self.clamp else (-math.inf, math.inf)
-        return _guided(self.topk, RewardGuided(-self.beta if self.inverse else self.beta, self.temperature, least, most))
+        return _guided(self.topk, RewardGuided(weight, self.temperature, least, most))
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -35,11 +35,11 @@ class Proposer:
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             first = len(hypothesis.attempts) + 1
-            if request.plan.ranks:
+            if request.ranks:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
                 if not drafted:
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, first, stream, request.params,
-                                          request.stop_ids, history, request.plan.ranks))
+                                          request.stop_ids, history, request.ranks))
             else:
                 for attempt in range(first, first + width):
                     slab = self._cache.take_slab()
@@ -60,7 +60,7 @@ class Proposer:
         drafted = iter(self.drafter.drafted(self._rows) if self._rows else ())
         seconds = (time.perf_counter() - self._launched) / max(1, self._rows)
         for hypothesis, lanes in drawn.items():
-            if hypothesis.request.plan.ranks:
+            if hypothesis.request.ranks:
                 rows = int(lanes[0].ranking is None)
                 self._hand_out(lanes, Ranking(*next(drafted)) if rows else lanes[0].ranking)
                 taken = hypothesis.take_drafts(lanes, seconds * rows, rows)
@@ -108,7 +108,7 @@ class Proposer:
             max_width = min(share, hypothesis.attempts_left)
             if width is not None:
                 widths.append(min(width, max_width))
-            elif request.plan.ranks:  # which cost one row, however many they are
+            elif request.ranks:  # which cost one row, however many they are
                 widths.append(max_width)
             elif max_width == 1:
                 widths.append(1)

@@ -436,11 +436,12 @@ class Request:
         self.max_tokens: int = params.max_tokens  # of each response
         self.stop: Sequence[str] = params.stop or ()
         # At temperature 0 all attempts that are drawn are equal: one is.
-        self.max_attempts = 1 if params.temperature == 0 and not plan.ranks else plan.lanes.attempts
+        self.ranks = plan.ranks  # next tokens that are enumerated; 0: attempts are drawn
+        self.max_attempts = 1 if params.temperature == 0 and not self.ranks else plan.lanes.attempts
         self.whole = plan.whole
         self.scores_segments = plan.score.when == "segment"
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
-        self.proposes_model = params.temperature == 1.0 and not params.filters and not plan.ranks
+        self.proposes_model = params.temperature == 1.0 and not params.filters and not self.ranks
         self.groups = [Group(self, index) for index in range(params.n)]
 
     @property

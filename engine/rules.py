@@ -232,14 +232,16 @@ class RewardGuided:
         return 1 if self.temperature > 0.0 else 0
 
     def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
-        """Decides once every attempt was drawn."""
-        if state.left:
+        """Decides once every attempt of every live hypothesis was drawn."""
+        if state.left > 0:
             return None
         winners: dict[int, tuple[float, Judged]] = {}
         for one in judged:
             score = self._score(one) if one.attempt != EARLIER else math.inf
             if one.hypothesis not in winners or score > winners[one.hypothesis][0]:
                 winners[one.hypothesis] = score, one
+        if len(winners) < len(state.live):
+            return None
         chosen = [one for _, one in winners.values()]
         keys = {(one.hypothesis, one.attempt) for one in chosen}
         notes = {(one.hypothesis, one.attempt): Note(None, None, (one.hypothesis, one.attempt) in keys)

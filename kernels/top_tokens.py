@@ -1,9 +1,9 @@
 """The most probable tokens of every lane, in order: what is enumerated where nothing is drawn.
 
 Of a lane that wants k tokens, those k of the largest logits, of equal logits the lowest ids first. What the filters of
-`sample_step` would not keep is left out, and so is a token whose logit is -inf: what is left in the lane's columns is -1
-with log-probability NaN. The filters see z = logits / temperature in float32, and keep everything where the temperature
-is 0, or so small that z overflows. The log-probability is log_softmax(logits) of the logits given.
+`sample_step` would not keep is left out, and so is a token whose logit is -inf: the columns that are left get -1 with
+log-probability -inf. The filters see z = logits / temperature in float32, and keep everything where the temperature is
+0, or so small that z overflows. The log-probability is log_softmax(logits) of the logits given.
 
 A lane whose logits contain NaN or +inf, or nothing but -inf, gets -1 in every column.
 """
@@ -35,7 +35,7 @@ def top_tokens_reference(logits: Tensor, ranking: Ranking, filters: bool = True)
         wanted = int(ranking.ranks[lane])
         if not wanted:
             continue
-        ranking.token_ids[lane], ranking.logprobs[lane] = -1, math.nan
+        ranking.token_ids[lane], ranking.logprobs[lane] = -1, -math.inf
         if not math.isfinite(row.max().item()):  # max propagates NaN
             continue
         order = torch.sort(row, descending=True, stable=True).indices[:wanted]  # the lowest of equals comes first
@@ -59,7 +59,7 @@ def _on_the_host(logits: Tensor, ranking: Ranking, filters: bool = True) -> None
     token_ids, logprobs = ranking.token_ids.numpy(), ranking.logprobs.numpy()
     for lane in np.flatnonzero(ranking.ranks.numpy()).tolist():
         values = logits[lane].numpy()  # [vocab]
-        token_ids[lane], logprobs[lane] = -1, np.nan
+        token_ids[lane], logprobs[lane] = -1, -np.inf
         highest = values.max()  # NaN where one is
         if not math.isfinite(highest):
             continue
@@ -67,9 +67,10 @@ def _on_the_host(logits: Tensor, ranking: Ranking, filters: bool = True) -> None
         order = order[values[order] > -np.inf]
         if filters:
             order = order[_kept(values, order, ranking, lane)]
-        mass = np.exp(values - highest).sum(dtype=np.float64)
         token_ids[lane, : len(order)] = order
-        logprobs[lane, : len(order)] = values[order].astype(np.float64) - float(highest) - math.log(mass)
+        with np.errstate(over="ignore"):  # of logits that lie further apart than a float32 can say
+            mass = np.exp(values - highest).sum(dtype=np.float64)
+            logprobs[lane, : len(order)] = values[order].astype(np.float64) - float(highest) - math.log(mass)
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

@@ -75,9 +75,10 @@ def top_tokens(logits: Tensor, ranking: Ranking, filters: bool = True) -> None:
             z = x / ranking.temperature[rows].unsqueeze(1)
             kept &= (z >= thresholds[rows]) | (thresholds[rows] == -torch.inf)
         ranking.token_ids[rows].fill_(-1)
-        ranking.logprobs[rows].fill_(torch.nan)
-        ranking.token_ids[rows, : tokens.shape[1]] = torch.where(kept, tokens, -1).to(torch.int32)
-        ranking.logprobs[rows, : tokens.shape[1]] = torch.where(kept, x - highest[rows] - log_sum[rows], torch.nan)
+        ranking.logprobs[rows].fill_(-torch.inf)
+        logprobs = x - highest[rows] - log_sum[rows]
+        ranking.token_ids[rows, : tokens.shape[1]].copy_(torch.where(kept, tokens, -1))
+        ranking.logprobs[rows, : tokens.shape[1]].copy_(torch.where(kept, logprobs, -torch.inf))
 
 
 def _select(logits: Tensor, scratch: Scratch, count: int) -> Tensor:

@@ -95,7 +95,7 @@ MUTANTS = [
            "an argmax decides before every attempt was drawn", "rules counts"),
     Mutant("engine/round.py", "hypothesis.best = max(held, key=", "hypothesis.best = min(held, key=",
            "between rounds the worst attempt keeps its slab", "methods_outside"),
-    Mutant("engine/request.py", "1 if params.temperature == 0 else plan.lanes.attempts",
+    Mutant("engine/request.py", "1 if params.temperature == 0 and not self.ranks else plan.lanes.attempts",
            "plan.lanes.attempts", "equal greedy candidates are drawn again and again", "oracle engine"),
     Mutant("engine/rules.py", "Note(None, None, one is winner)", "Note(None, None, True)",
            "an argmax reports every attempt as accepted", "rules counts"),
