@@ -28,7 +28,7 @@ from stars.model.decoder import Decoder
 from stars.pacing import Pacing
 from stars.plan import MAX_RANKS
 from stars.sampling import SamplingParams
-from stars.sizes import history_entries, language_model, later_bytes, table_width
+from stars.sizes import history_entries, language_model, later_bytes, ranked_rows, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
@@ -96,6 +96,7 @@ class Drafter:
         self._ranking = Buffers(  # apart, as few drafts need it
             target, ranks=one, temperature=flag, top_k=one, top_p=flag, min_p=flag,
             token_ids=(torch.int32, ranked), logprobs=(torch.float32, ranked))
+        self._ranked_rows = ranked_rows(config, sizes)
         self._ranks: list[int] = []  # of the lanes of the last draft, where some have any
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in (
@@ -137,7 +138,7 @@ class Drafter:
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
-        self._ranks = self._fill_ranking(lanes, filled[0]) if ranked else []
+        self._ranks = self._fill_ranking(lanes) if ranked else []
         self._start(filled, len(lanes), longest, filters, penalties)
 
     def pace(self) -> None:
@@ -186,6 +187,8 @@ class Drafter:
             for filters in (True, False):
                 for penalties in (True, False):
                     self._graphs.warm_up(self._sample(rows, filters, penalties))
+        for rows in reversed(self._ranked_rows):
+            for filters in (True, False):
                 self._graphs.warm_up(self._rank(rows, filters))
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
@@ -267,7 +270,11 @@ class Drafter:
         return Part(("sample", rows, filters, penalties), run, SAMPLE_LAUNCHES)
 
     def _rank(self, rows: int, filters: bool) -> Part:
-        """What follows the second part of the first step, where lanes have ranks: their most probable tokens."""
+        """What follows the second part of the first step, where lanes have ranks: their most probable tokens. Rows
+        beyond the draft's, which fill it up to a captured shape, want none."""
+        if self.target.padded:
+            rows = next(size for size in self._ranked_rows if size >= rows)
+
         def run() -> None:
             top_tokens(self._logits[:rows], Ranking(*(self._ranking[name][:rows] for name in Ranking._fields)), filters)
 
@@ -329,14 +336,14 @@ class Drafter:
             host.frequency[row], host.presence[row] = lane.params.frequency_penalty, lane.params.presence_penalty
         self._history.upload(stop * entries.strides[0])
 
-    def _fill_ranking(self, lanes: list[LaneSpec], rows: int) -> list[int]:
+    def _fill_ranking(self, lanes: list[LaneSpec]) -> list[int]:
         """Writes what is to be found for each lane, and has those draw that are ranked what costs least: one token,
         without noise and filters. Returns the ranks of every lane."""
         self._ranking.wait()
         host, into = self._host, {name: self._ranking.host(name) for name in Ranking._fields}
         most = into["token_ids"].shape[1]  # a small vocabulary's words
         ranks = [min(lane.ranks, most) for lane in lanes]
-        into["ranks"][: len(ranks)], into["ranks"][len(ranks) : rows] = ranks, 0
+        into["ranks"][: len(ranks)], into["ranks"][len(ranks) :] = ranks, 0
         for row, lane in enumerate(lanes):
             params = lane.params
             into["temperature"][row] = params.temperature or 1.0

@@ -96,10 +96,15 @@ def captured_passes(config: EngineConfig, sizes: ModelSizes) -> int:
 def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes) -> int:
     """Of a GPU's memory for what is captured of a model of this shape, at most: at start-up, and what its passes and
     its drafts may capture later."""
-    ranked = [launches(rows, shape.vocab_size) for rows in config.target.shapes("draft", sizes.max_lanes)
-              ] if sizes.max_lanes else []
+    ranked = [launches(rows, shape.vocab_size) for rows in ranked_rows(config, sizes)] if sizes.max_lanes else []
     return (captured_passes(config, sizes) * _pass_bytes(shape) + later_bytes(shape) * (2 if sizes.max_lanes else 1)
             + 2 * sum(ranked) * LAUNCH_BYTES)  # with filters and without
+
+
+def ranked_rows(config: EngineConfig, sizes: ModelSizes) -> list[int]:
+    """Rows of the draft that are ranked together where shapes are captured: one response, a few, or all."""
+    most = config.target.rows(sizes.max_lanes, "draft")
+    return [rows for rows in (1, 8) if rows < most] + [most]
 
 
 def later_bytes(shape: ModelConfig) -> int:
