@@ -22,7 +22,18 @@ if TYPE_CHECKING:
         TraceError,
     )
     from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-    from stars.policies import ARGS, RAD, STARS, BestOfN, BlockwiseBestOfK, Sample
+    from stars.policies import (
+        ARGS,
+        RAD,
+        STARS,
+        BestOfN,
+        BlockwiseBestOfK,
+        ParticleFilter,
+        RejectionSampling,
+        Sample,
+        SegmentBeam,
+        SpeculativeRejection,
+    )
     from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
@@ -36,7 +47,8 @@ _HOMES = {
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
-    "policies": ("ARGS", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
+    "policies": ("ARGS", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling",
+                 "Sample", "SegmentBeam", "SpeculativeRejection"),
     "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
@@ -56,6 +68,8 @@ __all__ = [
     "IntegrityError",
     "Metrics",
     "ModelError",
+    "ParticleFilter",
+    "RejectionSampling",
     "OutOfPages",
     "RAD",
     "RequestError",
@@ -66,6 +80,8 @@ __all__ = [
     "Sample",
     "SamplingParams",
     "Segment",
+    "SegmentBeam",
+    "SpeculativeRejection",
     "StarsError",
     "TokenizerError",
     "TraceError",

@@ -141,10 +141,10 @@ class Committer:
 
 
 def keep_whole(group: Group, decision: Decision) -> list[Hypothesis]:
-    """Makes the whole responses that a decision keeps segments, with all of the group as attempts; drops the others,
-    which are returned."""
+    """Makes the whole responses that a decision keeps segments, with all that were judged as attempts; drops the
+    others, which are returned."""
     members = group.hypotheses
-    attempts = [hypothesis.whole_record(decision.notes.get((hypothesis.slot, 1))) for hypothesis in members]
+    attempts = [hypothesis.whole_record() for hypothesis in group.judgeable]
     kept, dropped = {keep.hypothesis for keep in decision.keep}, []
     for index, hypothesis in enumerate(members):
         if hypothesis.slot not in kept:

@@ -37,7 +37,7 @@ from stars.request import Group, Request
 from stars.reward import resolve_reward
 from stars.reward.base import Reward
 from stars.round import Round
-from stars.rules import Threshold
+from stars.rules import FirstAccepted, Threshold
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
@@ -566,7 +566,9 @@ class Engine:
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
         plan = request.plan
-        if not isinstance(plan.decide, Threshold) or plan in self._warned or len(self._warned) == MAX_WARNED:
+        if not isinstance(plan.decide, (Threshold, FirstAccepted)):
+            return
+        if plan in self._warned or len(self._warned) == MAX_WARNED:
             return
         metrics = [hypothesis.metrics for hypothesis in request.hypotheses]
         counted, accepted = sum(m.attempts_counted for m in metrics), sum(m.accepted for m in metrics)

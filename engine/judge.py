@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from stars.errors import RewardError, describe, log
-from stars.kernels.philox import KIND_GROUP, KIND_RULE, accept_uniform, rule_uniforms
+from stars.kernels.philox import (
+    KIND_GROUP,
+    KIND_RULE,
+    MAX_ATTEMPT,
+    accept_uniform,
+    exhaust_uniform,
+    rule_uniforms,
+)
 from stars.kernels.types import Draft
 from stars.plan import rule_name
 from stars.request import Extra, Group, Hypothesis, Lane, Request, Winner
@@ -21,7 +29,23 @@ from stars.reward.base import (
     TrailingCandidate,
     reward_problem,
 )
-from stars.rules import EARLIER, EXHAUST, OWN_RULES, Decision, Judged, State, decides, problem
+from stars.rules import (
+    EARLIER,
+    OWN_RULES,
+    BackUp,
+    Decision,
+    Judged,
+    Refuse,
+    Relax,
+    State,
+    best,
+    decides,
+    problem,
+    whole,
+)
+
+Answers = Callable[[Sequence[Judged], State], Decision | None]
+One = TypeVar("One", Judged, Lane)
 
 
 class Judge:
@@ -57,7 +81,7 @@ class Judge:
         for hypothesis, lanes in drawn.items():
             request = hypothesis.request
             if request.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
-                place += lanes[0].ranking is None
+                place += bool(lanes) and lanes[0].ranking is None
                 continue
             if request.scores_segments and not request.stop:  # stop strings are found by the host
                 scored[hypothesis] = list(enumerate(lanes, place))
@@ -84,8 +108,8 @@ class Judge:
         _count(hypotheses, results, time.perf_counter() - begin)
         return results
 
-    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Request, str]]:
-        """Gives what ends a response the one reward it gets; returns the problems there were.
+    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Hypothesis, str]]:
+        """Gives what ends a response the one reward it gets; returns the responses that got none, and why.
 
         Where segments are scored, what a rule cut or continued has no reward yet either.
         """
@@ -103,7 +127,7 @@ class Judge:
             if result.handle is not None:
                 self._scorer.discard(result.handle)
             if isinstance(reward := usable(result.reward), str):
-                faults.append((winner.hypothesis.request, reward))
+                faults.append((winner.hypothesis, reward))
                 continue
             winner.reward = reward
             if winner.as_drawn:
@@ -220,9 +244,9 @@ class Judge:
             for hypothesis in members:
                 lanes = drawn[hypothesis]
                 hypothesis.attempts += lanes
-                if scored:
+                if scored and lanes:
                     unscored[hypothesis] = list(lanes)
-                else:
+                elif not scored:
                     for lane in lanes:
                         may_judge(lane)
             if scored and members:
@@ -250,23 +274,90 @@ class Judge:
             if group in decisions or not members:
                 continue
             if not any([hypothesis.attempts_left for hypothesis in members]):
-                decisions[group] = EXHAUST[group.request.plan.exhaust](*shown(group))
+                self._exhaust(group, decisions)
             else:
                 group.round += 1
         return decisions
 
     def decide_whole(self, group: Group) -> Decision | None:
-        """Which of the whole responses of a group are kept, all of which have ended: each is one attempt at the one
-        segment there is. None where its rule is at fault."""
-        judged, state = shown(group)
-        decision = self._answer(group, judged, state)
-        if decision is None and group.failed:
+        """Which of the whole responses of a group are kept: each is one attempt at the one segment there is. None where
+        nothing is decided yet, by a rule that reads in order, and where the rule or a reward is at fault."""
+        request, rule = group.request, group.request.plan.decide
+        judged, state = shown(group, not (request.in_turn and getattr(rule, "skips_rejected", False)))
+        decision = self._answer(group, judged, state, rule) if judged else None
+        if group.failed:
             return None
-        if decision is None or not decides(decision):
-            notes = decision.notes if decision is not None else {}
-            decision = EXHAUST[group.request.plan.exhaust](judged, state._replace(memory=group.memory))
-            decision = decision._replace(notes=notes)
-        return decision
+        if self._settles_whole(group, decision):
+            return decision
+        ended = group.judgeable
+        if len(ended) == len(group.hypotheses):
+            return self._exhaust_whole(group)
+        stopped = group.hypotheses[len(ended)]
+        if stopped.finish_reason is not None:  # without a reward, and it is its turn
+            stopped.finish("error", error=stopped.error)
+            request.fail(str(stopped.error))
+        return None
+
+    def _settles_whole(self, group: Group, decision: Decision | None) -> bool:
+        """Keeps the notes of a decision on whole responses; whether it keeps or drops some."""
+        if decision is None:
+            return False
+        for hypothesis in group.hypotheses:
+            hypothesis.note = decision.notes.get((hypothesis.slot, 1), hypothesis.note)
+        return decides(decision)
+
+    def _exhaust_whole(self, group: Group) -> Decision | None:
+        """What the plan keeps of whole responses of which the rule keeps none; None where it refuses all of them, or
+        the rule is at fault."""
+        request, rule = group.request, group.request.plan.decide
+        judged, state = shown(group)
+        for relaxed, lowered in _relaxations(request):
+            decision = self._answer(group, judged, state._replace(
+                relaxed=relaxed, lowered=lowered, memory=group.memory), rule)
+            if group.failed or self._settles_whole(group, decision):
+                return decision
+        if isinstance(request.exhaust[-1], Refuse):
+            for hypothesis in group.hypotheses:
+                hypothesis.refuse()
+            return None
+        pick, members = request.pick, {hypothesis.slot: hypothesis for hypothesis in group.hypotheses}
+        chosen = max(judged, key=lambda one: pick.key(  # each is one attempt, in the order of the slots
+            one.hypothesis + 1, one.reward, _exhaust_uniform(members[one.hypothesis], 1) if pick.draws else 0.5))
+        return Decision([whole(chosen)], [slot for slot in members if slot != chosen.hypothesis])
+
+    def choose(self, group: Group) -> Hypothesis | None:
+        """Which of several responses, all of which have ended, is the completion: the best, or what the rule says. None
+        where the rule is at fault."""
+        if all([hypothesis.finish_reason == "refused" for hypothesis in group.hypotheses]):
+            return group.hypotheses[0]
+        judged, state = shown(group)
+        final = getattr(group.request.plan.decide, "final", None)
+        if final is not None:
+            uniforms = _group_uniforms(group, MAX_ATTEMPT, state.segment)  # a round that no segment reaches
+            decision = self._answer(group, judged, state._replace(round=0, uniforms=uniforms), final)
+            if group.failed:
+                return None
+            if decision is not None and decides(decision):
+                kept = {keep.hypothesis for keep in decision.keep}
+                judged = [one for one in judged if one.hypothesis in kept]
+        chosen = best(judged).hypothesis
+        return next(hypothesis for hypothesis in group.hypotheses if hypothesis.slot == chosen)
+
+    def _exhaust(self, group: Group, decisions: dict[Group, Decision]) -> None:
+        """Does what the plan says where every attempt was drawn and the rule has decided nothing: one step after the
+        other, up to one that settles it."""
+        for step in group.request.exhaust:
+            if isinstance(step, Relax):
+                if any(self._ask(group, decisions, *level) for level in _relaxations(group.request)):
+                    return
+            elif isinstance(step, BackUp):
+                pass
+            elif isinstance(step, Refuse):
+                for hypothesis in unfinished(group):
+                    hypothesis.refuse()
+            else:
+                decisions[group] = Decision([
+                    whole(one) for hypothesis, ones in _by_hypothesis(group) for one in [preferred(hypothesis, ones)]])
 
     def _take(self, group: Group, scores: Sequence[tuple[Lane, Scored]], unscored: dict[Hypothesis, list[Lane]],
               decisions: dict[Group, Decision]) -> None:
@@ -300,10 +391,14 @@ class Judge:
         if members and (faults if in_order else not any([unscored.get(hypothesis) for hypothesis in members])):
             self._ask(group, decisions)
 
-    def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
+    def _ask(self, group: Group, decisions: dict[Group, Decision], relaxed: int = 0, lowered: float = 0.0) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
         # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
-        decision = self._answer(group, *shown(group, not getattr(group.request.plan.decide, "skips_rejected", False)))
+        rule = group.request.plan.decide
+        judged, state = shown(group, relaxed > 0 or not getattr(rule, "skips_rejected", False))
+        if relaxed:
+            state = state._replace(relaxed=relaxed, lowered=lowered)
+        decision = self._answer(group, judged, state, rule)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -316,12 +411,12 @@ class Judge:
         decisions[group] = decision
         return True
 
-    def _answer(self, group: Group, judged: Sequence[Judged], state: State) -> Decision | None:
-        """What the rule says, its memory kept; a rule at fault ends its request and no other."""
+    def _answer(self, group: Group, judged: Sequence[Judged], state: State, rule: Answers) -> Decision | None:
+        """What the rule says, or its `final`, its memory kept; a rule at fault ends its request and no other."""
         request = group.request
         plan, fault = request.plan, None
         try:
-            decision = plan.decide(judged, state)
+            decision = rule(judged, state)
             if type(plan.decide) not in OWN_RULES:
                 fault = problem(decision, judged, state, plan.lanes.population, self._vocab_size, request.stop_ids,
                                 request.whole)
@@ -332,7 +427,7 @@ class Judge:
             log(f"the rule {rule_name(plan.decide)} {fault}", error)
         if fault is not None:
             message = f"the rule {rule_name(plan.decide)} {fault}: mend the rule"
-            if request.whole:  # whose responses have ended, and of which none is the completion yet
+            if request.whole or group.finished:  # responses have ended, and none is the completion yet
                 for hypothesis in group.hypotheses:
                     hypothesis.finish("error", error=message)
             request.fail(message)
@@ -345,6 +440,33 @@ class Judge:
 def unfinished(group: Group) -> list[Hypothesis]:
     """The members that still grow."""
     return [hypothesis for hypothesis in group.hypotheses if hypothesis.finish_reason is None]
+
+
+def preferred(hypothesis: Hypothesis, ones: Sequence[One]) -> One:
+    """Of attempts at the segment that is being decided the one that the plan's exhaustion keeps in the end."""
+    pick = hypothesis.request.pick
+    if not pick.draws:
+        return max(ones, key=lambda one: pick.key(one.attempt, one.reward, 0.5))
+    return max(ones, key=lambda one: pick.key(one.attempt, one.reward, _exhaust_uniform(hypothesis, one.attempt)))
+
+
+def _by_hypothesis(group: Group) -> list[tuple[Hypothesis, list[Judged]]]:
+    """What the rule is shown of each hypothesis."""
+    judged = shown(group)[0]
+    return [(hypothesis, [one for one in judged if one.hypothesis == hypothesis.slot])
+            for hypothesis in group.hypotheses]
+
+
+def _relaxations(request: Request) -> list[tuple[int, float]]:
+    """How often the rule is relaxed, and by how much thresholds are lowered then."""
+    return [(relaxed, relaxed * step.by) for step in request.exhaust if isinstance(step, Relax)
+            for relaxed in range(1, step.times + 1)]
+
+
+def _exhaust_uniform(hypothesis: Hypothesis, attempt: int) -> float:
+    """The random number by which an exhaustion draws, of an attempt at the segment that is being decided."""
+    segment = len(hypothesis.segments)
+    return exhaust_uniform(hypothesis.request.seed, attempt, segment, hypothesis.sample)
 
 
 def usable(reward: float | RewardError) -> float | str:
@@ -374,14 +496,17 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
     Without `rejected`, those are left out that a note of the rule calls not accepted.
     """
     request = group.request
-    plan = request.plan
     judged: list[Judged] = []
     segment = unscored = left = 0
+    if request.whole:
+        members = group.judgeable
+        judged = [_whole_judged(one) for one in members if rejected or one.note is None or one.note.accepted]
+        left = len(group.hypotheses) - len(members)
     for hypothesis in group.hypotheses:
         segment = max(segment, len(hypothesis.segments))
         if request.whole:
-            judged.append(_whole_judged(hypothesis))
-        elif hypothesis.finish_reason is not None:
+            continue
+        if hypothesis.finish_reason is not None:
             judged.append(Judged(hypothesis.slot, EARLIER, len(hypothesis.token_ids), True, (), (), (),
                                  hypothesis.reward, hypothesis.reward, ()))
         else:
@@ -390,11 +515,17 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]
             left += hypothesis.attempts_left
-    count = getattr(plan.decide, "group_uniforms", 0)
-    uniforms = rule_uniforms(request.seed, KIND_GROUP, group.round + 1, segment, group.index * plan.lanes.population,
-                             count) if count else ()
     return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, 0,
-                         [hypothesis.slot for hypothesis in group.hypotheses], uniforms, group.memory)
+                         [hypothesis.slot for hypothesis in group.hypotheses],
+                         _group_uniforms(group, group.round + 1, segment), group.memory)
+
+
+def _group_uniforms(group: Group, number: int, segment: int) -> tuple[float, ...]:
+    """As many random numbers of a group's round as its rule declares. number: of the round, from 1."""
+    request = group.request
+    count = getattr(request.plan.decide, "group_uniforms", 0)
+    sample = group.index * request.plan.lanes.population
+    return rule_uniforms(request.seed, KIND_GROUP, number, segment, sample, count) if count else ()
 
 
 def _whole_judged(hypothesis: Hypothesis) -> Judged:

@@ -114,7 +114,7 @@ class CompletionOutput:
     text: str | None = ""  # None without a tokenizer
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
     cumulative_logprob: float = 0.0  # under the LM with its penalties (temperature 1, no filter), nats
-    finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs
+    finish_reason: str | None = None  # "stop", "length", "refused", "abort", "error"; None while it runs
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS
     reward: float | None = None  # of the whole response so far; None where the policy does not score
     segments: list[Segment] = field(default_factory=list)

@@ -8,12 +8,24 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.rules import EXHAUST, Argmax, RewardGuided, Rule, Threshold
+from stars.rules import (
+    OWN_RULES,
+    Always,
+    BackUp,
+    BestSeen,
+    Exhaustion,
+    Rule,
+    Softmax,
+    Threshold,
+    exhaustion,
+    steps,
+)
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
 MAX_SIZE = (1 << 31) - 1
 MAX_RANKS = 1 << 8  # most tokens that are enumerated: of so many there is room on a device
+READS_REWARDS = tuple(OWN_RULES - {Always})
 MAX_UNIFORMS = 1 << 10  # random numbers of one attempt, or of a group's round
 
 
@@ -48,7 +60,8 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Whole:
-    """An attempt is a whole response, drafted `piece` tokens at a time; the rule is asked when all have ended."""
+    """An attempt is a whole response, drafted `piece` tokens at a time; the rule is asked when all have ended, or, if
+    it reads in order, as they end."""
 
     piece: int = DRAFT_SIZE
 
@@ -61,11 +74,16 @@ class Whole:
 @dataclass(frozen=True)
 class Lanes:
     """width: attempts of a hypothesis drawn at once; None lets the engine choose. attempts: at one segment of a
-    hypothesis, before the plan's exhaustion. population: hypotheses of one completion."""
+    hypothesis, before the plan's exhaustion; a tuple says those of the first, second, … segment, and its last number
+    those of all segments after. population: hypotheses of one completion. barrier: whether a completion whose segment
+    is decided waits until those of all others with a barrier are.
+
+    Of whole responses under a rule that reads in order, width is how many may be under way beyond what is decided."""
 
     width: int | None = None
-    attempts: int = 1
+    attempts: int | tuple[int, ...] = 1
     population: int = 1
+    barrier: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,12 +103,17 @@ class Plan(NamedTuple):
     lanes: Lanes
     score: Score
     decide: Rule
-    exhaust: Literal["best_seen"] = "best_seen"  # what is kept when the rule decides nothing: a name in rules.EXHAUST
+    exhaust: Exhaustion | str = BestSeen()  # what is done when the rule decides nothing; a name as in rules.EXHAUSTIONS
 
     @property
     def whole(self) -> bool:
         """Whether an attempt is a whole response."""
         return isinstance(self.segment, Whole)
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether whole responses are judged one after the other, and drawn as they are wanted."""
+        return self.whole and self.decide.in_order
 
     @property
     def ranks(self) -> int:
@@ -146,11 +169,12 @@ def _checked(plan: Plan, where: str) -> Plan:
     else:
         raise RequestError(f"{where}.segment is {shown(segment)}, it must be a stars.plan.Fixed or Whole")
     lanes = Lanes(None if lanes.width is None else integer(f"{where}.lanes.width", lanes.width, 1, MAX_SIZE),
-                  integer(f"{where}.lanes.attempts", lanes.attempts, 1, MAX_ATTEMPTS),
-                  integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE))
+                  _attempts(f"{where}.lanes.attempts", lanes.attempts),
+                  integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE),
+                  flag(f"{where}.lanes.barrier", lanes.barrier))
     _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
-    _named(f"{where}.exhaust", plan.exhaust, tuple(EXHAUST))
+    exhaust = exhaustion_of(f"{where}.exhaust", plan.exhaust)
     if score.prompt and score.when == "never":
         raise RequestError(f'{where} asks for the reward of the prompt and has score.when="never": score the responses '
                            "too, or set score.prompt to False")
@@ -161,18 +185,46 @@ def _checked(plan: Plan, where: str) -> Plan:
         if segment != Fixed(1):
             raise RequestError(f"{where} enumerates single tokens and has segments of {shown(segment)}: set segment to "
                                "Fixed(1)")
-        if lanes.attempts > propose.k:
-            raise RequestError(f"{where} has {lanes.attempts} attempts of {propose.k} tokens that are enumerated: set "
+        if max(attempts if isinstance(attempts := lanes.attempts, tuple) else (attempts,)) > propose.k:
+            raise RequestError(f"{where} has {attempts} attempts of {propose.k} tokens that are enumerated: set "
                                "lanes.attempts to at most that")
     rule = _checked_rule(f"{where}.decide", plan.decide)
     needed = ("end",) if isinstance(segment, Whole) else ("segment",)
-    if isinstance(rule, (Threshold, Argmax, RewardGuided)) and score.when not in needed:
+    if isinstance(rule, READS_REWARDS) and score.when not in needed:
         raise RequestError(f"{where} decides by rewards and has score.when={score.when!r}, which gives none in time: "
                            'score every segment ("segment"), or whole responses at their end ("end")')
     if isinstance(rule, Threshold) and rule.alpha != 1.0 and not score.prompt:
         raise RequestError(f"{where} has a threshold that starts from the prompt's reward and does not ask for that: "
                            "set score.prompt to True, or alpha to 1")
-    return Plan(propose, segment, lanes, score, rule, plan.exhaust)
+    for step in steps(exhaust):
+        if isinstance(step, Softmax) and score.when not in needed:
+            raise RequestError(f"{where}.exhaust draws by rewards and has score.when={score.when!r}, which gives none "
+                               'in time: score every segment ("segment"), or whole responses at their end ("end")')
+        if isinstance(step, BackUp) and (lanes.population > 1 or isinstance(segment, Whole)):
+            raise RequestError(f"{where}.exhaust takes segments back, which whole responses and a population have not: "
+                               "use another exhaustion, or one hypothesis with segments")
+        most = max(lanes.attempts) if isinstance(lanes.attempts, tuple) else lanes.attempts
+        if isinstance(step, BackUp) and most * (step.times + 1) > MAX_ATTEMPTS:
+            raise RequestError(f"{where} draws a segment of {most} attempts up to {step.times + 1} times, "
+                               f"and random numbers are enough for {MAX_ATTEMPTS}: lower one of the two")
+    return Plan(propose, segment, lanes, score, rule, exhaust)
+
+
+def exhaustion_of(where: str, given: Any) -> Exhaustion:
+    """`stars.rules.exhaustion(given)`; RequestError names `where` it was given."""
+    try:
+        return exhaustion(given)
+    except ValueError as error:
+        raise RequestError(f"{where} is {shown(given)}, {error}") from None
+
+
+def _attempts(where: str, value: Any) -> int | tuple[int, ...]:
+    """A number of attempts, or those of several segments."""
+    if not isinstance(value, tuple):
+        return integer(where, value, 1, MAX_ATTEMPTS)
+    if not value:
+        raise RequestError(f"{where} is empty, it must have the attempts of one segment at least")
+    return tuple(integer(f"{where}[{index}]", count, 1, MAX_ATTEMPTS) for index, count in enumerate(value))
 
 
 def _checked_rule(where: str, rule: Any) -> Rule:

@@ -7,6 +7,7 @@ terms. A new method is one more class here, perhaps with a rule of its own, and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from stars.plan import (
     MAX_ATTEMPTS,
     MAX_RANKS,
     MAX_SIZE,
+    MAX_UNIFORMS,
     Enumerate,
     Fixed,
     Lanes,
@@ -25,8 +27,19 @@ from stars.plan import (
     Sampled,
     Score,
     Whole,
+    exhaustion_of,
 )
-from stars.rules import Always, Argmax, RewardGuided, Threshold
+from stars.rules import (
+    Always,
+    Argmax,
+    DropWorst,
+    FirstAccepted,
+    Highest,
+    Resample,
+    RewardGuided,
+    SoftArgmax,
+    Threshold,
+)
 
 LEAST_TEMPERATURE = 1e-6
 """Of a softmax of scores: below it is an argmax but for ties, which is to be asked for as such."""
@@ -39,9 +52,14 @@ class STARS:
 
     A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1). Here
     tau(n) = min(t, r0 + n / N * (t - r0)) and r0 = (1 - alpha) * r(prompt) + alpha * t, with t = reward_threshold,
-    n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections the best reward seen
-    wins. `beta = 0` is the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in
-    attempt order wins, so the width changes the speed and never the law; None lets the engine choose it.
+    n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections `exhaust` says what is
+    done, by a name or an object of `stars.rules`: unless told otherwise, the best reward seen wins. `beta = 0` is the
+    hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the width
+    changes the speed and never the law; None lets the engine choose it.
+
+    `barrier=True` is the synchronous batch protocol of the paper's second version: each response draws one candidate a
+    round, and one whose segment is decided waits until those of all others that decode so are. The law, and each text,
+    is that of `width=1`; it is there for comparison, as the engine's own batches need no such wait.
 
     `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default.
     """
@@ -52,29 +70,26 @@ class STARS:
     beta: float = 0.7
     reward_threshold: float | None = None
     width: int | None = None
+    exhaust: Any = "best_seen"
+    barrier: bool = False
 
     def __post_init__(self) -> None:
         _keep(self, segment_size=_size(self, "segment_size"), max_attempts=_size(self, "max_attempts", MAX_ATTEMPTS),
-              width=None if self.width is None else _size(self, "width"))
-        threshold = as_float(self.reward_threshold)
-        if self.reward_threshold is None or threshold is not None and math.isnan(threshold):
-            raise RequestError("STARS needs a reward_threshold, which depends on the reward model: "
-                               "measure one with engine.calibrate(prompts)")
-        _keep(self,
+              width=None if self.width is None else _size(self, "width"), reward_threshold=_threshold(self),
               alpha=real("STARS.alpha", self.alpha, "a number between 0 and 1", lambda value: 0.0 <= value <= 1.0),
-              beta=real("STARS.beta", self.beta, "a finite number, 0 (the hard rule) or above",
-                        lambda value: 0.0 <= value < math.inf),
-              reward_threshold=real("STARS.reward_threshold", self.reward_threshold, "a number that a float can hold",
-                                    lambda value: True))
+              beta=_beta(self), barrier=flag("STARS.barrier", self.barrier), exhaust=_exhaust(self))
+        if self.barrier and self.width not in (None, 1):
+            raise RequestError(f"STARS.width is {self.width} and barrier=True draws one candidate a round: leave the "
+                               "width out")
 
     def plan(self) -> Plan:
-        """Soft or hard threshold, capped, best seen on exhaustion."""
+        """Soft or hard threshold, capped."""
         assert self.reward_threshold is not None
         # An infinite threshold swallows r(prompt) in the formula of r0: alpha = 1 says the same without computing it.
         alpha = self.alpha if math.isfinite(self.reward_threshold) else 1.0
-        return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.width, self.max_attempts),
-                    Score("segment", prompt=alpha != 1.0),
-                    Threshold(float(alpha), float(self.beta), float(self.reward_threshold)))
+        lanes = Lanes(1 if self.barrier else self.width, self.max_attempts, barrier=self.barrier)
+        return Plan(Sampled(), Fixed(self.segment_size), lanes, Score("segment", prompt=alpha != 1.0),
+                    Threshold(float(alpha), float(self.beta), float(self.reward_threshold)), self.exhaust)
 
 
 @known_by_name({})
@@ -94,35 +109,183 @@ class Sample:
 
 @known_by_name({})
 @dataclass(frozen=True)
-class BestOfN:
-    """Draws `n` whole responses and returns the one of the highest reward."""
+class RejectionSampling:
+    """Rejection sampling of whole responses under a constant threshold, as the paper of CARDS compares with
+    (arXiv 2406.16306; parameter names are those of STARS).
 
-    n: int = 8
+    A response is accepted iff log u < (r - reward_threshold) / beta with u ~ U(0, 1); `beta = 0` is the hard rule
+    r >= reward_threshold. The first accepted in the order of attempts wins, and after `max_attempts` rejections what
+    `exhaust` says. Without the cap a response has the law p(y) * min(1, exp((r(y) - reward_threshold) / beta)),
+    normalised, exactly. Where no response exceeds the threshold that is the sequence-level target p(y) * exp(r(y) /
+    beta); the cap is an approximation, and a threshold that is exceeded flattens the top.
+
+    At most `width` responses are under way beyond what is decided; None lets the engine choose. The width changes the
+    speed and never the law.
+    """
+
+    reward_threshold: float | None = None
+    beta: float = 0.7
+    max_attempts: int = 20
+    width: int | None = None
+    exhaust: Any = "best_seen"
 
     def __post_init__(self) -> None:
-        _keep(self, n=_size(self, "n"))
+        _keep(self, max_attempts=_size(self, "max_attempts"), beta=_beta(self), exhaust=_exhaust(self),
+              reward_threshold=_threshold(self),
+              width=None if self.width is None else _size(self, "width"))
 
     def plan(self) -> Plan:
-        """Plain sampling of n whole responses, argmax of their rewards. The best of one is a scored sample."""
+        """Each attempt is one of a population of whole responses, which are drawn as the rule wants them."""
+        assert self.reward_threshold is not None
+        return Plan(Sampled(), Whole(DRAFT_SIZE), Lanes(self.width, population=self.max_attempts), Score("end"),
+                    FirstAccepted(float(self.beta), float(self.reward_threshold)), self.exhaust)
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class BestOfN:
+    """Draws `n` whole responses and returns the one of the highest reward (arXiv 2009.01325, 2112.09332).
+
+    With `temperature` above 0 it is soft best-of-N (arXiv 2505.03156, whose lambda it is): response i is returned with
+    probability softmax(r_i / temperature). Its law tends to p(y) * exp(r(y) / temperature), normalised, as n grows; at
+    any n it is what is said here, exactly.
+    """
+
+    n: int = 8
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        _keep(self, n=_size(self, "n"), temperature=real(
+            "BestOfN.temperature", self.temperature, "a finite number, 0 (the best) or above",
+            lambda value: 0.0 <= value < math.inf))
+
+    def plan(self) -> Plan:
+        """Plain sampling of n whole responses, argmax or softmax of their rewards. The best of one is a scored sample.
+        """
         if self.n == 1:
             return Sample(score=True).plan()
-        return Plan(Sampled(), Whole(DRAFT_SIZE), Lanes(1, population=self.n), Score("end"), Argmax())
+        rule = SoftArgmax(float(self.temperature)) if self.temperature else Argmax()
+        return Plan(Sampled(), Whole(DRAFT_SIZE), Lanes(1, population=self.n), Score("end"), rule)
 
 
 @known_by_name({})
 @dataclass(frozen=True)
 class BlockwiseBestOfK:
-    """Draws `k` candidates of every segment and keeps the one of the highest reward."""
+    """Draws `k` candidates of every segment and keeps the one of the highest reward (blockwise best-of-K of controlled
+    decoding, arXiv 2310.17022).
 
-    k: int = 8
+    `k` may be a sequence: that many candidates of the first, second, … segment, and its last number from then on. A
+    falling one is AdaSearch (arXiv 2510.23334): at a fixed budget of candidates most are drawn where a response begins.
+    How they fall is for the caller to say, such as k=(16, 8, 4, 2).
+    """
+
+    k: int | Sequence[int] = 8
     segment_size: int = 16
 
     def __post_init__(self) -> None:
-        _keep(self, k=_size(self, "k", MAX_ATTEMPTS), segment_size=_size(self, "segment_size"))
+        k = self.k
+        if isinstance(k, Sequence) and not isinstance(k, (str, bytes)):
+            if not k:
+                raise RequestError("BlockwiseBestOfK.k is empty, it must have the candidates of one segment at least")
+            counts: Any = tuple(integer(f"BlockwiseBestOfK.k[{index}]", count, 1, MAX_ATTEMPTS)
+                                for index, count in enumerate(k))
+        else:
+            counts = _size(self, "k", MAX_ATTEMPTS)
+        _keep(self, k=counts, segment_size=_size(self, "segment_size"))
 
     def plan(self) -> Plan:
         """All k attempts in one round if there is room, argmax of their rewards."""
-        return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.k, self.k), Score("segment"), Argmax())
+        k = self.k if isinstance(self.k, int) else tuple(self.k)
+        return Plan(Sampled(), Fixed(self.segment_size), Lanes(k if isinstance(k, int) else max(k), k),
+                    Score("segment"), Argmax())
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class SpeculativeRejection:
+    """Best-of-N whose worst are given up on the way (arXiv 2410.20290; parameter names are its code's).
+
+    `n` responses are drawn side by side. After each segment the m that are live, finished ones included, are ranked by
+    reward, and the best max(1, round((1 - alpha) * m)) stay. In the end the highest reward wins.
+
+    The paper draws until its GPU's memory is full and ranks then, so that the rounds depend on the machine; here a
+    round is `segment_size` tokens, so that the law does not. What is said here is sampled exactly; of best-of-n it is
+    an approximation, as good as rewards of prefixes are.
+    """
+
+    n: int = 8
+    alpha: float = 0.5
+    segment_size: int = 16
+
+    def __post_init__(self) -> None:
+        _keep(self, n=_size(self, "n"), segment_size=_size(self, "segment_size"),
+              alpha=real("SpeculativeRejection.alpha", self.alpha, "at least 0 and below 1",
+                         lambda value: 0.0 <= value < 1.0))
+
+    def plan(self) -> Plan:
+        """A population of n, one attempt each at every segment."""
+        return Plan(Sampled(), Fixed(self.segment_size), Lanes(1, population=self.n), Score("segment"),
+                    DropWorst(float(self.alpha)))
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class SegmentBeam:
+    """Beam search over segments by reward, as chunk-level beam search (arXiv 2405.19262) and the beam search of
+    process reward models (arXiv 2408.03314) do it.
+
+    `beams` hypotheses draw `candidates` segments each. Of all of them, and of the responses that had finished, the best
+    `beams` by reward go on: a hypothesis may go on several times, or not at all. In the end the highest reward wins. A
+    search: it samples from no distribution that could be named.
+    """
+
+    beams: int = 4
+    candidates: int = 4
+    segment_size: int = 16
+
+    def __post_init__(self) -> None:
+        _keep(self, beams=_size(self, "beams"), candidates=_size(self, "candidates", MAX_ATTEMPTS),
+              segment_size=_size(self, "segment_size"))
+
+    def plan(self) -> Plan:
+        """A population of `beams`, which begin with the same prompt and draw by themselves from the start."""
+        return Plan(Sampled(), Fixed(self.segment_size), Lanes(self.candidates, self.candidates, self.beams),
+                    Score("segment"), Highest(self.beams))
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class ParticleFilter:
+    """Sequential Monte Carlo (particle filtering, arXiv 2502.01618, 2306.03081) for p(y) * exp(r(y) / beta).
+
+    After each segment `particles` responses are resampled from the live ones in proportion to exp((r - r_parent) /
+    beta), with r the reward of a response so far and r_parent that before the segment (the prompt's own cancels); one
+    that had finished weighs 1. resampling: "multinomial", each by itself, or "systematic", evenly spaced with one
+    random number. final: "best", the highest reward of all particles, or "sample", one of them at random.
+
+    Exact: with final="sample" the completion has the law p(y) * exp(r(y) / beta), normalised over whole responses, in
+    the limit of many particles; with few it is biased towards p. With final="best" it is a search, which samples from
+    no such law. One particle is a plain sample. The code of the first paper weighs by exp(logit of a process reward) of
+    the whole prefix, without r_parent; what is said here is the weight that makes the limit right.
+    """
+
+    particles: int = 8
+    beta: float = 0.7
+    segment_size: int = 16
+    resampling: str = "multinomial"
+    final: str = "best"
+
+    def __post_init__(self) -> None:
+        _keep(self, particles=_size(self, "particles", MAX_UNIFORMS), segment_size=_size(self, "segment_size"),
+              beta=real("ParticleFilter.beta", self.beta, "a finite number above 0",
+                        lambda value: 0.0 < value < math.inf),
+              resampling=_choice(self, "resampling", ("multinomial", "systematic")),
+              final=_choice(self, "final", ("best", "sample")))
+
+    def plan(self) -> Plan:
+        """A population of particles, one attempt each at every segment."""
+        return Plan(Sampled(), Fixed(self.segment_size), Lanes(1, population=self.particles), Score("segment"),
+                    Resample(self.particles, float(self.beta), self.resampling == "systematic", self.final == "sample"))
 
 
 @known_by_name({})
@@ -197,6 +360,10 @@ POLICIES: dict[str, type[Policy]] = {
     "sample": Sample,
     "best-of-n": BestOfN,
     "blockwise": BlockwiseBestOfK,
+    "rejection-sampling": RejectionSampling,
+    "speculative-rejection": SpeculativeRejection,
+    "segment-beam": SegmentBeam,
+    "particle-filter": ParticleFilter,
     "args": ARGS,
     "rad": RAD,
 }
@@ -219,6 +386,34 @@ def _temperature(policy: Any, name: str) -> float:
 
 def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:
     return integer(f"{type(policy).__name__}.{name}", getattr(policy, name), 1, maximum)
+
+
+def _beta(policy: Any) -> float:
+    return real(f"{type(policy).__name__}.beta", policy.beta, "a finite number, 0 (the hard rule) or above",
+                lambda value: 0.0 <= value < math.inf)
+
+
+def _threshold(policy: Any) -> float:
+    """A threshold that was given: the reward model decides what it can be."""
+    name, given = type(policy).__name__, policy.reward_threshold
+    threshold = as_float(given)
+    if given is None or threshold is not None and math.isnan(threshold):
+        raise RequestError(f"{name} needs a reward_threshold, which depends on the reward model: measure one with "
+                           "engine.calibrate(prompts)")
+    return real(f"{name}.reward_threshold", given, "a number that a float can hold", lambda value: True)
+
+
+def _choice(policy: Any, name: str, choices: tuple[str, ...]) -> str:
+    given = getattr(policy, name)
+    if not isinstance(given, str) or given not in choices:
+        raise RequestError(f"{type(policy).__name__}.{name} is {shown(given)}, it must be one of {', '.join(choices)}")
+    return given
+
+
+def _exhaust(policy: Any) -> Any:
+    """Its field `exhaust`, a name or an object, checked."""
+    exhaustion_of(f"{type(policy).__name__}.exhaust", policy.exhaust)
+    return policy.exhaust
 
 
 def _keep(policy: Any, **values: Any) -> None:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 
 from stars.cache import PagedCache
+from stars.config import EngineConfig
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import pack_stream
-from stars.request import Hypothesis, Lane, Ranking
+from stars.request import Hypothesis, Lane, Ranking, Request
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -17,11 +18,12 @@ NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights
 class Proposer:
     """Draws attempts at the next segment of every hypothesis, all lanes of all of them together."""
 
-    def __init__(self, drafter: Drafter, cache: PagedCache, chooser: WidthChooser, max_num_lanes: int):
+    def __init__(self, drafter: Drafter, cache: PagedCache, chooser: WidthChooser, config: EngineConfig):
         self.drafter = drafter
         self.chooser = chooser
         self._cache = cache
-        self._max_num_lanes = max_num_lanes
+        self._max_num_lanes = config.max_num_lanes
+        self._max_responses = min(config.max_num_lanes, config.max_num_seqs)
         self._launched = 0.0  # when the draft that is under way was started
         self._rows = 0  # that it has: a lane each, or one for all that are enumerated of a response
 
@@ -35,7 +37,7 @@ class Proposer:
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             first = len(hypothesis.attempts) + 1
-            if request.ranks:
+            if request.ranks and width:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
                 if not drafted:
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, first, stream, request.params,
@@ -60,7 +62,7 @@ class Proposer:
         drafted = iter(self.drafter.drafted(self._rows) if self._rows else ())
         seconds = (time.perf_counter() - self._launched) / max(1, self._rows)
         for hypothesis, lanes in drawn.items():
-            if hypothesis.request.ranks:
+            if hypothesis.request.ranks and lanes:
                 rows = int(lanes[0].ranking is None)
                 self._hand_out(lanes, Ranking(*next(drafted)) if rows else lanes[0].ranking)
                 taken = hypothesis.take_drafts(lanes, seconds * rows, rows)
@@ -99,6 +101,22 @@ class Proposer:
             lane.ranking = ranking
             lane.token_ids, lane.logprobs = [ranking.token_ids[place]], [ranking.logprobs[place]]
 
+    def window(self, request: Request, groups: int) -> int:
+        """Whole responses of a completion that may be under way beyond what is decided, where the rule reads in order
+        and `groups` completions decode side by side."""
+        width = request.plan.lanes.width
+        if width is not None:
+            return width
+        open_groups = [group for group in request.groups if not group.finished]
+        if not open_groups:
+            return 1
+        kept = [hypothesis.metrics for hypothesis in request.hypotheses]
+        rejected = sum(hypothesis.note is not None for group in open_groups for hypothesis in group.hypotheses)
+        side_by_side = max(groups, len(open_groups))
+        return self.chooser.choose(
+            sum(metrics.accepted for metrics in kept), sum(metrics.attempts_counted for metrics in kept) + rejected,
+            side_by_side, max(1, self._max_responses // side_by_side))
+
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
         share = max(1, self._max_num_lanes // len(active)) if active else 1
         widths = []
@@ -110,8 +128,8 @@ class Proposer:
                 widths.append(min(width, max_width))
             elif request.ranks:  # which cost one row, however many they are
                 widths.append(max_width)
-            elif max_width == 1:
-                widths.append(1)
+            elif max_width <= 1:  # none, where it has drawn all of its own and another one of its group has not
+                widths.append(max_width)
             else:
                 seen = [h.metrics for h in request.hypotheses]
                 widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),

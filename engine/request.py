@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.plan import Plan, Policy
 from stars.prompt import Prompt
-from stars.rules import Judged, Note
+from stars.rules import BestSeen, Judged, Note, Pick, exhaustion, steps
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
@@ -87,6 +88,8 @@ class Boundary(NamedTuple):
     reward: float | None
     finish_reason: str | None
     stop_reason: int | str | None
+    error: str | None
+    note: Note | None
     metrics: Metrics
 
 
@@ -113,13 +116,15 @@ class Hypothesis:
     drafts: int = 0  # committed: the number of the next one in the random stream
     ends: list[int] = field(default_factory=list)  # tokens of the response after each pass that wrote committed keys
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
-    best: Lane | None = None  # best seen of the segment being decided; keeps its slabs
+    drained: bool = False  # whether the segment being decided has no further attempt to draw, whatever the plan says
+    best: Lane | None = None  # of the segment being decided, what its exhaustion would keep; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
     cumulative_logprob: float = 0.0
     reward: float | None = None  # of all that is committed; None where it was not asked for
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: str | None = None  # of a whole response that is judged in its turn: why it has no reward, until that comes
+    note: Note | None = None  # what the rule says of a whole response
     metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it and the segments it has
     boundary: Boundary | None = None  # None before its first round
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
@@ -152,6 +157,15 @@ class Hypothesis:
         return min(self.max_segment, self.request.max_tokens - len(self.token_ids))
 
     @property
+    def attempts_left(self) -> int:
+        """Attempts that may still be drawn at the segment being decided, or taken of what was enumerated for it."""
+        attempts, segment = self.request.attempts, len(self.segments)
+        most = attempts[segment] if segment < len(attempts) else attempts[-1]
+        if self.attempts and self.attempts[0].ranking is not None:
+            most = min(most, len(self.attempts[0].ranking.token_ids))
+        return 0 if self.drained else most - len(self.attempts)
+
+    @property
     def last_token(self) -> int:
         """The token whose keys and values the LM cache does not hold yet."""
         return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
@@ -161,25 +175,18 @@ class Hypothesis:
         """The tokens that were enumerated for the segment being decided, if they were."""
         return self.attempts[0].ranking if self.attempts else None
 
-    @property
-    def attempts_left(self) -> int:
-        """Attempts at the segment being decided that may still be drawn, or taken of what was enumerated."""
-        most = self.request.max_attempts
-        if self.attempts and self.attempts[0].ranking is not None:
-            most = min(most, len(self.attempts[0].ranking.token_ids))
-        return most - len(self.attempts)
-
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
+        self.drained = False
         self.boundary = Boundary(len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
                                  len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, _copy(self.metrics))
+                                 self.stop_reason, self.error, self.note, _copy(self.metrics))
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
         called again."""
         mark = self.boundary
-        self.finish_reason = self.stop_reason = self.error = None
+        self.finish_reason = self.stop_reason = self.error = self.note = None
         if mark is not None:
             del self.token_ids[mark.tokens :]
             del self.segments[mark.segments :]
@@ -187,6 +194,7 @@ class Hypothesis:
             del self.logprobs[mark.logprobs :]
             self.drafts, self.cumulative_logprob, self.reward = mark.drafts, mark.cumulative_logprob, mark.reward
             self.finish_reason, self.stop_reason = mark.finish_reason, mark.stop_reason
+            self.error, self.note = mark.error, mark.note
             self.metrics = _copy(mark.metrics)
             self._history = None
 
@@ -194,6 +202,13 @@ class Hypothesis:
         """Ends the response; what it holds in the caches is given back once the round is over."""
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
         self.attempts = []
+
+    def refuse(self) -> None:
+        """Ends the response with what was committed before; a whole one with nothing."""
+        if self.request.whole:
+            self.token_ids, self.logprobs, self.ends = [], [], []
+            self.cumulative_logprob, self.reward = 0.0, None
+        self.finish("refused")
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
@@ -272,9 +287,9 @@ class Hypothesis:
         self.segments.append(segment)
         self.metrics.keep(segment, request.plan.decide.in_order)
 
-    def whole_record(self, note: Note | None) -> Attempt:
+    def whole_record(self) -> Attempt:
         """The user's view of a whole response that competes with others."""
-        return _record(list(self.token_ids), self.reward, note, self.cumulative_logprob)
+        return _record(list(self.token_ids), self.reward, self.note, self.cumulative_logprob)
 
     def history(self) -> np.ndarray:
         """int32 [n, 2]: the distinct tokens of prompt and response, rising, each with its count in the response."""
@@ -317,6 +332,7 @@ class Group:
     round: int = 0  # of the segment being decided
     memory: Any = None  # what the rule returned last
     dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
+    queued: int = 0  # of whole responses that are drawn as they are wanted: those that the scheduler was told of
     boundary: Mark | None = None  # None before its first round
 
     def __post_init__(self) -> None:
@@ -339,6 +355,14 @@ class Group:
     def failed(self) -> bool:
         """Whether the completion has ended without a result."""
         return any(hypothesis.finish_reason in ("error", "abort") for hypothesis in self.hypotheses)
+
+    @property
+    def judgeable(self) -> list[Hypothesis]:
+        """The whole responses that a rule may see: all, or, where it reads in order, those that have ended with a
+        reward, up to the first that has not."""
+        if not self.request.in_turn:
+            return self.hypotheses
+        return list(takewhile(lambda one: one.finish_reason is not None and one.error is None, self.hypotheses))
 
     @property
     def undecided(self) -> bool:
@@ -380,6 +404,8 @@ class Group:
 
     def drop(self, hypothesis: Hypothesis) -> None:
         """One that is not kept: what was drawn for it counts, nothing else of it stays."""
+        if hypothesis.finish_reason is None:
+            hypothesis.finish("abort")
         hypothesis.attempts = []
         self.hypotheses = [other for other in self.hypotheses if other is not hypothesis]
         drawn = hypothesis.metrics.drawn()
@@ -435,10 +461,15 @@ class Request:
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
         self.stop: Sequence[str] = params.stop or ()
-        # At temperature 0 all attempts that are drawn are equal: one is.
+        attempts = plan.lanes.attempts
         self.ranks = plan.ranks  # next tokens that are enumerated; 0: attempts are drawn
-        self.max_attempts = 1 if params.temperature == 0 and not self.ranks else plan.lanes.attempts
-        self.whole = plan.whole
+        # Of each segment, the last number from then on. At temperature 0 all attempts that are drawn are equal: one is.
+        one = params.temperature == 0 and not self.ranks
+        self.attempts = (1,) if one else attempts if isinstance(attempts, tuple) else (attempts,)
+        self.whole, self.in_turn = plan.whole, plan.in_turn
+        self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
+        last = self.exhaust[-1]
+        self.pick: Pick = last if isinstance(last, Pick) else BestSeen()  # says which attempt keeps its slabs
         self.scores_segments = plan.score.when == "segment"
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
         self.proposes_model = params.temperature == 1.0 and not params.filters and not self.ranks
@@ -490,7 +521,7 @@ class Request:
     def _completion(self, group: Group) -> CompletionOutput:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
         only = group.hypotheses[0]
-        if len(group.hypotheses) == 1 and (only.segments or not self.plan.whole):
+        if len(group.hypotheses) == 1 and (only.segments or not self.plan.whole or only.finish_reason == "refused"):
             text = self.response_text(only)
             if text is not None and only.finish_reason is None:
                 text = self._settled(text)

@@ -9,12 +9,12 @@ from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.errors import IntegrityError, describe, log
-from stars.judge import Judge, shown, usable
+from stars.judge import Judge, preferred, usable
 from stars.passes import Passes
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request
 from stars.reward.base import Candidate, Reward
-from stars.rules import Decision, best
+from stars.rules import Decision
 from stars.width import WidthChooser
 
 
@@ -28,7 +28,7 @@ class Round:
     def __init__(self, drafter: Drafter, cache: PagedCache, passes: Passes, reward: Reward | None,
                  chooser: WidthChooser, config: EngineConfig):
         self.drafter = drafter
-        self.proposer = Proposer(drafter, cache, chooser, config.max_num_lanes)
+        self.proposer = Proposer(drafter, cache, chooser, config)
         self._judge = Judge(reward, drafter.decoder.config.vocab_size, config.target.trailing)
         self._committer = Committer(cache, passes, reward)
         self._cache = cache
@@ -130,27 +130,34 @@ class Round:
         for winner in winners:
             self.forget_attempts(winner.hypothesis)
             self._release(winner.lane)  # of an earlier round too, which the end of this round does not reach
-        for request, fault in faults:
-            request.fail(fault)
+        for hypothesis, fault in faults:
+            if not hypothesis.request.in_turn:
+                hypothesis.request.fail(fault)
         for winner in winners:
             if winner.finish_reason is not None and winner.hypothesis.finish_reason is None:
                 winner.hypothesis.finish(winner.finish_reason, winner.stop_reason)
+        for hypothesis, fault in faults:
+            if hypothesis.request.in_turn:  # one before it may be accepted, and then nobody has asked for its reward
+                hypothesis.error = fault
         for winner, slot in twins:
             self._committer.fork(winner.hypothesis, slot)
+        ended = {winner.hypothesis.group for winner in winners if winner.finish_reason is not None}
         for group in groups:
-            if group.finished:
+            if group.finished or group.request.in_turn and group in ended:
                 self._conclude(group, drawn)
 
     def _conclude(self, group: Group, drawn: dict[Hypothesis, list[Lane]]) -> None:
-        """All of a group's responses have ended: one of them is the completion."""
+        """All of a group's responses have ended, or as many as its rule wants to see: one of them is the completion."""
         if group.request.whole and not group.failed:
             decision = self._judge.decide_whole(group)
-            for hypothesis in keep_whole(group, decision) if decision is not None else []:
+            for hypothesis in keep_whole(group, decision) if decision is not None else ():
                 self._drop(hypothesis, drawn)
+            if not group.finished:
+                return
         if len(group.hypotheses) > 1 and not group.failed:
-            chosen = best(shown(group)[0]).hypothesis
-            for hypothesis in group.hypotheses:
-                if hypothesis.slot != chosen:
+            chosen = self._judge.choose(group)
+            for hypothesis in group.hypotheses if chosen is not None else ():
+                if hypothesis is not chosen:
                     group.drop(hypothesis)
                     self._drop(hypothesis, drawn)
 
@@ -160,10 +167,10 @@ class Round:
         self.close(hypothesis)
 
     def _keep_best(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
-        """Of a segment that goes on, the best seen keeps its slabs, the earliest of equals; the others give theirs
-        back."""
+        """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs: the best seen, unless
+        the plan says otherwise. The others give theirs back."""
         held = [*([hypothesis.best] if hypothesis.best is not None else []), *lanes]
-        hypothesis.best = max(held, key=lambda lane: float("-inf") if lane.reward is None else lane.reward)
+        hypothesis.best = preferred(hypothesis, held)
         for lane in held:
             if lane is not hypothesis.best:
                 self._release(lane)

@@ -9,9 +9,11 @@ on how many lanes there were: a text that is to be the same at any width must no
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from itertools import accumulate
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -52,6 +54,7 @@ class State(NamedTuple):
     live: Sequence[int]  # slots of the group's hypotheses, finished ones included
     uniforms: Sequence[float]  # in (0, 1), of this round; as many as the rule's `group_uniforms`, if it has that
     memory: Any  # what this rule returned last; None before
+    lowered: float = 0.0  # what a threshold is lowered by: `relaxed` times what the exhaustion says
 
 
 class Keep(NamedTuple):
@@ -89,6 +92,12 @@ class Rule(Protocol):
     keeps must not depend on where the prefix was cut after the winner. Otherwise every attempt that was drawn is scored
     first. uniforms: random numbers that it needs of each attempt. A rule may also have `group_uniforms`, as many random
     numbers of a round, and `skips_rejected`: True says that it need not see again what a note of its rejected.
+
+    Of whole responses, one that reads in order sees those that have ended up to the first that has not, in the order of
+    their slots. They are drawn as it wants them; once it decides, the others end where they are.
+
+    `final(judged, state) -> Decision`, which a rule may have, is asked once all hypotheses of a group have ended and
+    more than one is left: every one judged is EARLIER, or a whole response. Without it the highest reward wins.
 
     None: nothing is decided. The loop scores what is unscored, else draws another round, and when nothing is left
     applies the plan's exhaustion. A kept attempt that its note does not call accepted counts as a fallback.
@@ -169,6 +178,8 @@ class Threshold:
                 keep[slot] = whole(one)
                 continue
             tau = threshold(one.tokens, state.max_tokens, start, self.reward_threshold)
+            if state.lowered and math.isfinite(tau):
+                tau -= state.lowered
             reward = scored(one)
             accepted = slot not in keep and accepts(one.uniforms[0], reward, tau, self.beta)
             notes[slot, attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
@@ -190,7 +201,7 @@ class Argmax:
             return None
         winner = max(judged, key=scored)  # max keeps the earliest of equals
         notes = {(one.hypothesis, one.attempt): Note(None, None, one is winner) for one in judged}
-        return Decision([whole(winner)], [slot for slot in state.live if slot != winner.hypothesis], notes)
+        return Decision([whole(winner)], _others(state, winner), notes)
 
 
 @dataclass(frozen=True)
@@ -258,7 +269,143 @@ class RewardGuided:
         return score
 
 
-OWN_RULES = frozenset({Threshold, Argmax, Always, RewardGuided})
+@dataclass(frozen=True)
+class SoftArgmax:
+    """One attempt of all, number i with probability softmax(r_i / temperature); the other hypotheses are dropped."""
+
+    temperature: float
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 1
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn."""
+        if state.left:
+            return None
+        weights = _weights([scored(one) for one in judged], self.temperature)
+        # The largest of log w - log(-log u): as exact as a walk along the sum, and not moved by a rounding of it.
+        chosen = max(range(len(judged)), key=lambda index: -math.inf if not weights[index] else math.log(
+            weights[index]) - math.log(-math.log(judged[index].uniforms[0])))
+        total, winner = sum(weights), judged[chosen]
+        notes = {(one.hypothesis, one.attempt): Note(None, weight / total, one is winner)
+                 for one, weight in zip(judged, weights, strict=True)}
+        return Decision([whole(winner)], _others(state, winner), notes)
+
+
+@dataclass(frozen=True)
+class FirstAccepted:
+    """Of whole responses the first that is accepted under a constant threshold; the others are dropped."""
+
+    beta: float
+    reward_threshold: float
+    in_order: ClassVar[bool] = True
+    uniforms: ClassVar[int] = 1
+    skips_rejected: ClassVar[bool] = True
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
+        """Decides once one is accepted: log u < (r - t) / beta."""
+        notes = {}
+        for one in judged:
+            reward, tau = scored(one), self.reward_threshold - state.lowered
+            accepted = accepts(one.uniforms[0], reward, tau, self.beta)
+            notes[one.hypothesis, one.attempt] = Note(tau, accept_probability(reward, tau, self.beta), accepted)
+            if accepted:
+                return Decision([whole(one)], _others(state, one), notes)
+        return Decision([], [], notes)
+
+
+@dataclass(frozen=True)
+class DropWorst:
+    """Of m live hypotheses the best max(1, round((1 - alpha) m)) by reward stay, finished ones included."""
+
+    alpha: float
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 0
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn."""
+        return None if state.left else _highest(judged, state, max(1, round((1.0 - self.alpha) * len(state.live))))
+
+
+@dataclass(frozen=True)
+class Highest:
+    """The `count` attempts of the highest reward of all hypotheses, finished ones included; who has none is dropped."""
+
+    count: int
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 0
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn."""
+        return None if state.left else _highest(judged, state, self.count)
+
+
+@dataclass(frozen=True)
+class Resample:
+    """`particles` hypotheses are drawn from those there are with weights exp((r - r_parent) / beta).
+
+    multinomial: each by itself. systematic: at (u + i) / particles of the weights' sum, i = 0 … particles - 1, so that
+    one of share s is drawn floor(s particles) times or once more. What had ended has weight 1. A hypothesis whose
+    response so far has no reward, or -inf, begins at 0: all that compete with it do.
+    """
+
+    particles: int
+    beta: float
+    systematic: bool = False
+    sample: bool = False  # whether the completion is a particle at random, or the best
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 0
+
+    @property
+    def group_uniforms(self) -> int:
+        """Random numbers of a round."""
+        return 1 if self.systematic else self.particles
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn."""
+        if state.left:
+            return None
+        # Before the first segment all have the prompt's reward, and after weights that were all 0 all have -inf: what
+        # all have in common changes no share.
+        weights = _weights([scored(one) - (0.0 if one.parent_reward in (None, -math.inf) else one.parent_reward)
+                            for one in judged], self.beta)
+        edges = list(accumulate(weights))
+        first, count = state.uniforms[0], self.particles
+        places = [(first + index) / count for index in range(count)] if self.systematic else state.uniforms
+        drawn = sorted(bisect_right(edges, place * edges[-1]) for place in places)
+        kept = {judged[index].hypothesis for index in drawn}
+        notes = {(one.hypothesis, one.attempt): Note(None, weight / edges[-1], one.hypothesis in kept)
+                 for one, weight in zip(judged, weights, strict=True)}
+        return Decision([whole(judged[index]) for index in drawn],
+                        [slot for slot in state.live if slot not in kept], notes)
+
+    def final(self, judged: Sequence[Judged], state: State) -> Decision:
+        """Particles are worth the same once they were drawn: the completion is one at random, or the best."""
+        winner = judged[int(state.uniforms[0] * len(judged))] if self.sample else best(judged)
+        return Decision([whole(winner)], _others(state, winner))
+
+
+def _weights(values: Sequence[float], scale: float) -> list[float]:
+    """exp(value / scale) over that of the largest; of infinite differences the limit. All of -inf weigh the same."""
+    top = max(values)
+    return [1.0 if value == top else math.exp((value - top) / scale) for value in values]
+
+
+def _highest(judged: Sequence[Judged], state: State, count: int) -> Decision:
+    """The `count` attempts of the highest reward are kept, the earliest of equals; who has none is dropped."""
+    ranked = sorted(judged, key=scored, reverse=True)[:count]  # stable: the earliest of equals first
+    chosen = {(one.hypothesis, one.attempt) for one in ranked}
+    kept = {one.hypothesis for one in ranked}
+    notes = {(one.hypothesis, one.attempt): Note(None, None, (one.hypothesis, one.attempt) in chosen) for one in judged}
+    return Decision([whole(one) for one in ranked], [slot for slot in state.live if slot not in kept], notes)
+
+
+def _others(state: State, winner: Judged) -> list[int]:
+    """The slots of all hypotheses but the winner's."""
+    return [slot for slot in state.live if slot != winner.hypothesis]
+
+
+OWN_RULES = frozenset({
+    Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample, RewardGuided})
 """Rules whose decisions always satisfy `problem`, as a test shows: those of others are checked each time."""
 
 
@@ -277,21 +424,153 @@ def scored(one: Judged) -> float:
 # -- what the loop applies where a rule decides nothing -----------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class BestSeen:
+    """The attempt of the highest reward, the earliest of equals; without rewards the first."""
+
+    draws: ClassVar[bool] = False  # whether `key` reads its random number
+
+    def key(self, attempt: int, reward: float | None, uniform: float) -> float:
+        """Of a hypothesis' attempts the one of the highest key is kept, the earliest of equals."""
+        return -math.inf if reward is None else reward
+
+
+@dataclass(frozen=True)
+class First:
+    """The first attempt, whatever its reward."""
+
+    draws: ClassVar[bool] = False
+
+    def key(self, attempt: int, reward: float | None, uniform: float) -> float:
+        """As `BestSeen.key`."""
+        return -attempt
+
+
+@dataclass(frozen=True)
+class Last:
+    """The last attempt, whatever its reward."""
+
+    draws: ClassVar[bool] = False
+
+    def key(self, attempt: int, reward: float | None, uniform: float) -> float:
+        """As `BestSeen.key`."""
+        return attempt
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Attempt i with probability exp(r_i / temperature) / sum over the attempts j seen of exp(r_j / temperature).
+
+    A reward of -inf is never kept, unless all are: then the first is. Drawn as the argmax of r_i + temperature * g_i,
+    with standard Gumbel noise g_i.
+    """
+
+    temperature: float = 1.0
+    draws: ClassVar[bool] = True
+
+    def key(self, attempt: int, reward: float | None, uniform: float) -> float:
+        """As `BestSeen.key`; uniform: the attempt's own, in (0, 1)."""
+        if reward is None or reward == -math.inf:
+            return -math.inf
+        return reward - self.temperature * math.log(-math.log(uniform))
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Nothing: the response ends with finish_reason "refused" and what was committed before."""
+
+
+@dataclass(frozen=True)
+class Relax:
+    """The rule is asked again about all attempts seen, with `State.relaxed` = 1, 2, … `times`; nothing is drawn.
+
+    A threshold is lowered by `relaxed * by`, and tests every attempt with the random number that it had. Where nothing
+    is accepted after `times`, `then` applies.
+    """
+
+    by: float
+    times: int = 1
+    then: Any = BestSeen()
+
+
+@dataclass(frozen=True)
+class BackUp:
+    """The newest committed segment is taken back and drawn anew, at most `times` in a response; no random number of it
+    comes again. In the first segment, or where none is left, `then` applies."""
+
+    times: int = 1
+    then: Any = BestSeen()
+
+
+Pick = BestSeen | First | Last | Softmax
+Exhaustion = Pick | Relax | BackUp | Refuse
+EXHAUSTIONS: Mapping[str, Callable[..., Exhaustion]] = MappingProxyType({
+    "best_seen": BestSeen, "first": First, "last": Last, "softmax": Softmax, "relax": Relax, "back_up": BackUp,
+    "refuse": Refuse})
+"""Exhaustions by the names that stand for them; "relax:0.5", "softmax:0.7" and "back_up:2" give the first argument."""
+MAX_RELAXED = 1 << 10  # times that a rule is asked again
+MAX_BACKED_UP = 1 << 20  # segments that a response takes back: it has no more
+
+
+def exhaustion(given: Any) -> Exhaustion:
+    """An exhaustion by its name, or as it is, with numbers of Python's own; ValueError says what it must be."""
+    made = _by_name(given) if isinstance(given, str) else given
+    if isinstance(made, Softmax):
+        return Softmax(_above_zero("temperature", made.temperature))
+    if isinstance(made, (Relax, BackUp)):
+        then = exhaustion(made.then)
+        if type(made) in [type(step) for step in steps(then)]:
+            raise ValueError(f"it must hold {type(made).__name__} once: give what it has as `then` another end")
+        if isinstance(made, Relax):
+            return Relax(_above_zero("by", made.by), _times(made.times, MAX_RELAXED), then)
+        return BackUp(_times(made.times, MAX_BACKED_UP), then)
+    if isinstance(made, (BestSeen, First, Last, Refuse)):
+        return made
+    raise ValueError(f"it must be one of {', '.join(EXHAUSTIONS)}, or an object such as "
+                     "stars.rules.Softmax(temperature=0.5)")
+
+
+def steps(choice: Exhaustion) -> tuple[Exhaustion, ...]:
+    """What is tried, one after the other: `choice`, what it has as `then`, and so on."""
+    return choice, *(steps(choice.then) if isinstance(choice, (Relax, BackUp)) else ())
+
+
+def _by_name(given: str) -> Any:
+    name, colon, argument = given.partition(":")
+    if name == "relax" and not colon:
+        raise ValueError('it must say by how much, as "relax:0.5" does')
+    if not colon:
+        return EXHAUSTIONS[name]() if name in EXHAUSTIONS else None
+    try:
+        if name == "back_up":
+            return BackUp(int(argument))
+        return {"softmax": Softmax, "relax": Relax}[name](float(argument))
+    except ValueError:
+        raise ValueError("it must have a number after the colon") from None
+    except KeyError:
+        return None
+
+
+def _above_zero(name: str, value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except (OverflowError, ValueError):
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"its {name} must be a finite number above 0")
+    return number
+
+
+def _times(value: Any, most: int) -> int:
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else 0
+    if not 1 <= number <= most:
+        raise ValueError(f"its times must be an integer from 1 to {most}")
+    return number
+
+
 def best(judged: Sequence[Judged]) -> Judged:
     """The one of the highest reward, the earliest of equals; without rewards the first."""
     return max(judged, key=lambda one: -math.inf if one.reward is None else one.reward)
-
-
-def best_seen(judged: Sequence[Judged], state: State) -> Decision:
-    """Every hypothesis keeps its best attempt."""
-    attempts: dict[int, list[Judged]] = {}
-    for one in judged:
-        attempts.setdefault(one.hypothesis, []).append(one)
-    return Decision([whole(best(ones)) for ones in attempts.values()])
-
-
-EXHAUST: dict[str, Callable[[Sequence[Judged], State], Decision]] = {"best_seen": best_seen}
-"""A plan's exhaustion by name."""
 
 
 # -- what a decision must satisfy ---------------------------------------------------------------------------------

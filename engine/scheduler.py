@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stars.arguments import shown
@@ -47,15 +47,6 @@ class Unit:
         return True
 
 
-def units_of(request: Request) -> Iterator[Unit]:
-    """The units of a request, in order."""
-    for group in request.groups:
-        if request.whole:
-            yield from (Unit(group, hypothesis) for hypothesis in group.hypotheses)
-        else:
-            yield Unit(group)
-
-
 class Scheduler:
     """Units in the order they came: those in front run, as many as both caches hold, the others wait.
 
@@ -86,8 +77,14 @@ class Scheduler:
 
     @property
     def groups(self) -> list[Group]:
-        """The groups of which something draws in the next round, as they were admitted."""
-        return list(dict.fromkeys([unit.group for unit in self.running if unit.ready]))
+        """The groups of which something draws in the next round, as they were admitted.
+
+        A group with a barrier whose segment is decided waits while another one is still at its own.
+        """
+        groups = list(dict.fromkeys([unit.group for unit in self.running if unit.ready]))
+        if any([group.request.plan.lanes.barrier and group.undecided for group in groups]):
+            return [group for group in groups if not group.request.plan.lanes.barrier or group.undecided]
+        return groups
 
     @property
     def _scorer(self) -> Reward:
@@ -117,7 +114,26 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues `request`."""
-        self.waiting += units_of(request)
+        self.waiting += self._units(request)
+
+    def _units(self, request: Request) -> list[Unit]:
+        """The units of a request that may be admitted from now on and were not queued yet, in order.
+
+        Whole responses that are judged in order are queued as they are wanted: as many as the width says may be under
+        way beyond what is decided.
+        """
+        if not request.whole:
+            return [Unit(group) for group in request.groups]
+        units, width = [], self._round.proposer.window(request, len(self.groups)) if request.in_turn else 0
+        for group in request.groups:
+            members = group.hypotheses
+            if request.in_turn:
+                if group.finished:
+                    continue
+                stop = min(len(members), len(group.judgeable) + width)
+                members, group.queued = members[group.queued : stop], max(group.queued, stop)
+            units += [Unit(group, hypothesis) for hypothesis in members]
+        return units
 
     # -- a round's room -------------------------------------------------------------------------------------------
 
@@ -314,8 +330,12 @@ class Scheduler:
         return request
 
     def release(self, requests: Iterable[Request]) -> None:
-        """Gives back what finished responses of `requests` held; units that are finished leave."""
+        """Gives back what finished responses of `requests` held; units that are finished leave, and whole responses
+        that are wanted now come, in front of all that wait."""
+        wanted: list[Unit] = []
         for request in requests:
+            if request.in_turn:
+                wanted += self._units(request)
             for group in request.groups:
                 for hypothesis in group.hypotheses:
                     if hypothesis.finish_reason is not None and hypothesis.table is not None:
@@ -324,11 +344,15 @@ class Scheduler:
         self.running = [unit for unit in self.running if unit.unfinished]
         while self.waiting and not self.waiting[0].unfinished:  # those after it wait until they are first
             self.waiting.popleft()
+        self.waiting.extendleft(reversed(wanted))
 
     def reset(self, requests: Iterable[Request]) -> None:
         """Begins anew over emptied caches: all that is unfinished of `requests` waits, in their order."""
-        self.running = []
-        self.waiting = deque(unit for request in requests for unit in units_of(request) if unit.unfinished)
+        self.running, self.waiting = [], deque()
+        for request in requests:
+            for group in request.groups:
+                group.queued = 0
+            self.waiting.extend(unit for unit in self._units(request) if unit.unfinished)
         self._gave_way = None
 
 

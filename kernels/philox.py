@@ -30,7 +30,7 @@ Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 KIND_TOKEN_NOISE = 0
 KIND_ACCEPT = 1
 KIND_RULE = 2  # further random numbers of a rule, for each attempt
-KIND_GROUP = 3  # of a rule, for a group and round
+KIND_GROUP = 3  # of a rule, for a group and round; attempt 0: of an exhaustion, for each attempt of a hypothesis
 MAX_ATTEMPT = (1 << 24) - 1
 MAX_SEGMENT = (1 << 20) - 1
 MAX_SAMPLE = (1 << 12) - 1
@@ -89,7 +89,7 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 def pack_attempt(attempt: int, kind: int) -> int:
     """Counter word 2: attempt | kind << 24."""
-    if not 1 <= attempt <= MAX_ATTEMPT:
+    if not 1 <= attempt <= MAX_ATTEMPT and not (attempt == 0 and kind == KIND_GROUP):
         raise ValueError(f"attempt {attempt} is outside 1..{MAX_ATTEMPT}; lower max_attempts")
     if kind not in (KIND_TOKEN_NOISE, KIND_ACCEPT, KIND_RULE, KIND_GROUP):
         raise ValueError(f"kind {kind} of random number is unknown; use one of the KIND_ constants")
@@ -143,6 +143,15 @@ def rule_uniforms(seed: int, kind: int, attempt: int, segment: int, sample: int,
     blocks = np.arange((count + 3) // 4, dtype=np.uint32)
     words = philox4x32((blocks, 0, pack_attempt(attempt, kind), pack_stream(segment, sample)), split_seed(seed))
     return tuple(uniform(np.stack(words, axis=1).reshape(-1)[:count]).tolist())
+
+
+def exhaust_uniform(seed: int, attempt: int, segment: int, sample: int) -> float:
+    """The float64 uniform by which an exhaustion draws, of one attempt (from 1): word attempt - 1 of those of a group's
+    round 0, where rounds of rules count from 1."""
+    split_seed(seed), pack_attempt(attempt, KIND_ACCEPT)  # raise what is out of range
+    block, word = divmod(attempt - 1, 4)
+    counter = (block, 0, pack_attempt(0, KIND_GROUP), pack_stream(segment, sample))
+    return float(uniform(philox4x32(counter, split_seed(seed))[word]))
 
 
 def token_words(seed: int, position: int, attempt: int, stream: int, vocab_size: int) -> np.ndarray:

@@ -79,13 +79,20 @@ def test_odd_numbers_of_sampling(name, value):
 @pytest.mark.parametrize("build, names", [
     (lambda **given: stars.STARS(**{"reward_threshold": 1.0, **given}),
      ("segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width")),
-    (stars.BestOfN, ("n",)), (stars.BlockwiseBestOfK, ("k", "segment_size")),
+    (stars.BestOfN, ("n", "temperature")), (stars.BlockwiseBestOfK, ("k", "segment_size")),
+    (lambda **given: stars.RejectionSampling(**{"reward_threshold": 1.0, **given}),
+     ("reward_threshold", "beta", "max_attempts", "width")),
+    (stars.SpeculativeRejection, ("n", "alpha", "segment_size")),
+    (stars.SegmentBeam, ("beams", "candidates", "segment_size")),
+    (stars.ParticleFilter, ("particles", "beta", "segment_size", "resampling", "final")),
 ])
 @pytest.mark.parametrize("value", ODD, ids=lambda value: shown(value)[:20])
 def test_odd_numbers_of_policies(build, names, value):
     for name in names:
         if name == "reward_threshold" and value is math.nan:
-            refused(stars.RequestError, "STARS needs a reward_threshold", build, **{name: value})
+            refused(stars.RequestError, " needs a reward_threshold", build, **{name: value})
+        elif name == "k" and type(value) is list:
+            assert build(k=value).k == (1,)
         else:
             refused(stars.RequestError, f".{name} is ", build, **{name: value})
 
@@ -134,7 +141,7 @@ def test_numbers_of_numpy_become_pythons():
     assert params.ignore_eos is True and [type(token) for token in params.stop_token_ids] == [int, int]
     policy = stars.STARS(np.int64(4), np.int32(3), np.float64(0.5), 1, np.float32(0.25), np.int64(2))
     assert policy == stars.STARS(4, 3, 0.5, 1.0, 0.25, 2) and hash(policy) == hash(stars.STARS(4, 3, 0.5, 1.0, 0.25, 2))
-    assert [type(value) for value in vars(policy).values()] == [int, int, float, float, float, int]
+    assert [type(value) for value in vars(policy).values()] == [int, int, float, float, float, int, str, bool]
     assert type(stars.BestOfN(np.int64(3)).n) is int and stars.Sample(np.bool_(True)).score is True
     config = EngineConfig.resolve(LM.config, cache_tokens=np.int64(64), max_num_lanes=np.int32(3))
     assert type(config.cache_tokens) is int and type(config.max_num_lanes) is int
@@ -226,6 +233,9 @@ class Misnamed:
     (dict(segment=16), "Own.plan().segment is 16, it must be a stars.plan.Fixed or Whole"),
     (dict(segment=Whole(0), score=Score("end")), "Own.plan().segment.piece is 0"),
     (dict(lanes=Lanes(1, HUGE)), "Own.plan().lanes.attempts is 1000"),
+    (dict(lanes=Lanes(1, (3, 0))), "Own.plan().lanes.attempts[1] is 0, it must be an integer of at least 1"),
+    (dict(lanes=Lanes(1, ())), "Own.plan().lanes.attempts is empty"),
+    (dict(lanes=Lanes(1, [3])), "Own.plan().lanes.attempts is [3], it must be an integer"),
     (dict(lanes=Lanes(2.0, 3)), "Own.plan().lanes.width is 2.0"),
     (dict(lanes=Lanes(1, 3, None)), "Own.plan().lanes.population is None"),
     (dict(lanes=(1, 3)), "Own.plan().lanes is (1, 3), it must be a stars.plan.Lanes"),
@@ -240,7 +250,11 @@ class Misnamed:
     (dict(score=Score("never", True), decide=Always()), "asks for the reward of the prompt and has"),
     (dict(decide=None), "Own.plan().decide is None, it must be a rule"),
     (dict(decide=Argmax), "it must be a rule: an object"), (dict(decide=Misnamed()), "it must be a rule: an object"),
-    (dict(exhaust="softmax"), "Own.plan().exhaust is 'softmax', it must be one of best_seen"),
+    (dict(exhaust="worst"), "Own.plan().exhaust is 'worst', it must be one of best_seen"),
+    (dict(exhaust="relax"), "Own.plan().exhaust is 'relax', it must say by how much"),
+    (dict(exhaust="softmax", score=Score("never"), decide=Always()), "Own.plan().exhaust draws by rewards and has"),
+    (dict(exhaust="back_up", lanes=Lanes(1, 3, 2)), "Own.plan().exhaust takes segments back, which whole responses"),
+    (dict(exhaust="back_up", lanes=Lanes(1, 1 << 23)), "draws a segment of 8388608 attempts up to 2 times"),
     (dict(score=Score("never")), "decides by rewards"),
     (dict(score=Score("end"), decide=Argmax()), "decides by rewards"),
     (dict(segment=Whole(), lanes=Lanes(1, 1, 2), score=Score("never"), decide=Argmax()), "decides by rewards"),
@@ -377,7 +391,7 @@ def test_neutral_values_are_told_by_type():
 
 def test_the_constructor_keeps_its_signature_and_pickles():
     assert list(inspect.signature(stars.STARS).parameters) == [
-        "segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width"]
+        "segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width", "exhaust", "barrier"]
     params = stars.SamplingParams(0.5, 3, max_tokens=None, stop="x")
     assert pickle.loads(pickle.dumps(params)) == params and params.temperature == 0.5
 

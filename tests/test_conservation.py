@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -66,9 +67,18 @@ POLICIES = st.one_of(
               alpha=st.sampled_from([0.0, 0.5, 1.0]), beta=st.sampled_from([0.0, 0.5]),
               reward_threshold=st.sampled_from([-math.inf, 0.5, 2.0, math.inf]),
               width=st.sampled_from([None, 1, 2, 3, 8])),
+    st.builds(stars.STARS, segment_size=st.integers(1, 8), max_attempts=st.integers(1, 4), beta=st.just(0.5),
+              reward_threshold=st.sampled_from([0.5, math.inf]), barrier=st.just(True)),
     st.builds(stars.Sample, score=st.booleans()),
-    st.builds(stars.BestOfN, n=st.integers(1, 4)),
-    st.builds(stars.BlockwiseBestOfK, k=st.integers(1, 4), segment_size=st.integers(1, 8)),
+    st.builds(stars.BestOfN, n=st.integers(1, 4), temperature=st.sampled_from([0.0, 0.5])),
+    st.builds(stars.BlockwiseBestOfK, k=st.sampled_from([1, 3, 4, (4, 2, 1)]), segment_size=st.integers(1, 8)),
+    st.builds(stars.RejectionSampling, st.sampled_from([-math.inf, 0.5, 2.0, math.inf]), st.sampled_from([0.0, 0.5]),
+              st.integers(1, 5), st.sampled_from([None, 1, 2, 8]),
+              st.sampled_from(["best_seen", "last", "softmax", "relax:0.5", "refuse"])),
+    st.builds(stars.SpeculativeRejection, st.integers(1, 4), st.sampled_from([0.0, 0.4, 0.8]), st.integers(1, 8)),
+    st.builds(stars.SegmentBeam, st.integers(1, 3), st.integers(1, 3), st.integers(1, 8)),
+    st.builds(stars.ParticleFilter, st.integers(1, 4), st.sampled_from([0.1, 1.0]), st.integers(1, 8),
+              st.sampled_from(["multinomial", "systematic"]), st.sampled_from(["best", "sample"])),
     st.builds(stars.ARGS, topk=st.integers(1, 14), mode=st.sampled_from(["greedy", "stochastic"])),
     st.builds(stars.RAD, topk=st.integers(1, 4)),
 )
@@ -76,6 +86,15 @@ PARAMS = st.builds(
     stars.SamplingParams, max_tokens=st.integers(1, 24), n=st.integers(1, 3), seed=st.integers(0, 99),
     temperature=st.sampled_from([0.0, 1.0]), ignore_eos=st.booleans(),
     stop_token_ids=st.sampled_from([None, [2]]), top_k=st.sampled_from([0, 0, 3]))
+
+
+@contextmanager
+def fitting():
+    """Populations that the cache cannot hold are refused, and nothing is changed."""
+    try:
+        yield
+    except stars.RequestError as error:
+        assert "do not fit cache_tokens=96" in str(error)
 
 
 class Traffic(RuleBasedStateMachine):
@@ -92,7 +111,8 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(base=st.sampled_from(BASES), length=st.integers(1, 30), params=PARAMS, policy=POLICIES)
     def submit(self, base, length, params, policy):
-        self.open.add(self.engine.add_request({"prompt_token_ids": base[:length]}, params, policy))
+        with fitting():
+            self.open.add(self.engine.add_request({"prompt_token_ids": base[:length]}, params, policy))
 
     @rule(length=st.integers(90, 120))
     def submit_too_long(self, length):
@@ -142,15 +162,17 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(base=st.sampled_from(BASES), params=PARAMS, policy=POLICIES, looks=st.integers(0, 2))
     def stream(self, base, params, policy, looks):
-        stream = self.engine.stream({"prompt_token_ids": base[:9]}, params, policy)
-        for _, _ in zip(range(looks), stream):
-            pass
-        stream.close()
+        with fitting():
+            stream = self.engine.stream({"prompt_token_ids": base[:9]}, params, policy)
+            for _, _ in zip(range(looks), stream):
+                pass
+            stream.close()
 
     @rule(params=PARAMS, policy=POLICIES)
     def generate(self, params, policy):
-        outputs = self.engine.generate([{"prompt_token_ids": BASES[0][:9]}] * 2, params, policy, use_tqdm=False)
-        assert all(output.finished for output in outputs)
+        with fitting():
+            outputs = self.engine.generate([{"prompt_token_ids": BASES[0][:9]}] * 2, params, policy, use_tqdm=False)
+            assert all(output.finished for output in outputs)
 
     @rule(policy=POLICIES)
     def generate_interrupted(self, policy):
@@ -173,7 +195,7 @@ class Traffic(RuleBasedStateMachine):
             if output.finished:
                 self.open.discard(output.request_id)
                 for completion in output.outputs:
-                    assert completion.finish_reason in ("stop", "length", "abort", "error")
+                    assert completion.finish_reason in ("stop", "length", "abort", "error", "refused")
                     assert (completion.error is not None) == (completion.finish_reason == "error")
 
     def teardown(self):

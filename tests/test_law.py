@@ -203,7 +203,7 @@ def cap_per_round(monkeypatch):
 
     def settle_more(self):
         settle(self)
-        self.max_attempts *= self.plan.lanes.width
+        self.attempts = tuple(count * self.plan.lanes.width for count in self.attempts)
 
     monkeypatch.setattr(stars.request.Request, "__post_init__", settle_more)
 

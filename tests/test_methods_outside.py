@@ -652,3 +652,44 @@ def test_the_threshold_is_shown_every_attempt_once(monkeypatch):
     assert seen == list(range(1, 41)) and not segment.accepted
     assert segment.reward == max(attempt.reward for attempt in segment.attempts)
     assert [attempt.threshold for attempt in segment.attempts] == [1e9] * 40
+
+
+@pytest.mark.parametrize("width", [None, 1, 2, 5])
+def test_attempts_by_segment(width):
+    """The last number counts from then on; at temperature 0 one is drawn, whatever the plan says."""
+    policy = Planned(Plan(Sampled(), Fixed(3), Lanes(width, (4, 1, 2)), Score("segment"), stars.rules.Argmax()))
+    prompt = {"prompt_token_ids": ids(5, 11, seed=1)}
+    engine = breeding_engine(causal=False)
+    for temperature, wanted in ((1.0, [4, 1, 2, 2, 2]), (0.0, [1] * 5)):
+        params = stars.SamplingParams(max_tokens=15, seed=5, ignore_eos=True, temperature=temperature)
+        [output] = engine.generate(prompt, params, policy, use_tqdm=False)
+        assert [len(segment.attempts) for segment in output.outputs[0].segments] == wanted
+    nothing_is_held(engine)
+
+
+def test_a_hypothesis_that_is_drained_waits_for_the_others(monkeypatch):
+    """It draws no further attempt at this segment, and as many as the plan says at the next."""
+    left = []
+
+    def rule(judged: Sequence[Judged], state: State) -> Decision | None:
+        left.append(state.left)
+        if state.left:
+            return None
+        last = {one.hypothesis: one for one in judged}
+        return Decision([whole(one) for one in last.values()])
+
+    rule.in_order, rule.uniforms = False, 0
+    take = stars.request.Hypothesis.take_drafts
+
+    def drained(self, lanes, seconds):
+        self.drained = self.slot == 1 and not self.segments
+        return take(self, lanes, seconds)
+
+    monkeypatch.setattr(stars.request.Hypothesis, "take_drafts", drained)
+    policy = Planned(Plan(Sampled(), Fixed(3), Lanes(1, 3, 2), Score("segment"), rule))
+    engine = breeding_engine()
+    [output] = engine.generate({"prompt_token_ids": ids(5, 11, seed=1)}, stars.SamplingParams(
+        max_tokens=6, seed=5, ignore_eos=True), policy, use_tqdm=False)
+    assert output.outputs[0].error is None and output.metrics.attempts == 3 + 1 + 3 + 3
+    assert left == [2, 1, 0, 4, 2, 0]
+    nothing_is_held(engine)

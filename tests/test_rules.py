@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -16,17 +17,31 @@ from stars.rules import (
     EARLIER,
     Always,
     Argmax,
+    BackUp,
+    BestSeen,
     Decision,
+    DropWorst,
+    First,
+    FirstAccepted,
+    Highest,
     Judged,
     Keep,
+    Last,
     Note,
+    Refuse,
+    Relax,
+    Resample,
     RewardGuided,
+    SoftArgmax,
+    Softmax,
     State,
     Threshold,
     accept_probability,
     accepts,
-    best_seen,
+    decides,
+    exhaustion,
     problem,
+    steps,
     threshold,
     threshold_start,
 )
@@ -121,10 +136,53 @@ def test_always_keeps_the_first_attempt_without_a_reward():
     assert decision.notes == {(0, 1): Note(None, None, True), (1, 1): Note(None, None, True)}
 
 
-def test_best_seen_is_of_each_hypothesis():
-    ones = [judged(0, 1, -math.inf), judged(0, 2, -math.inf), judged(1, 1, 0.5), judged(1, 2, 0.75), judged(1, 3, 0.75)]
-    assert best_seen(ones, state((0, 1))).keep == [Keep(0, 1, 3), Keep(1, 2, 3)]
-    assert best_seen([judged(0, 1, None), judged(0, 2, None)], state()).keep == [Keep(0, 1, 3)]
+def kept(pick, rewards, uniforms=None) -> int:
+    """The attempt that an exhaustion keeps, from 1."""
+    keys = [pick.key(attempt, reward, 0.5 if uniforms is None else uniforms[attempt - 1])
+            for attempt, reward in enumerate(rewards, 1)]
+    return keys.index(max(keys)) + 1
+
+
+def test_what_is_kept_of_attempts_that_were_all_rejected():
+    assert kept(BestSeen(), [-math.inf, -math.inf]) == kept(BestSeen(), [None, None]) == 1
+    assert kept(BestSeen(), [0.5, 0.75, 0.75]) == 2  # the earliest of equals
+    assert kept(First(), [0.5, 0.75, 0.75]) == 1 and kept(Last(), [0.5, 0.75, -math.inf]) == 3
+    for first in (0.1, 0.4, 0.9):  # two of equal reward: the argmax of the noise, which rises with the uniform
+        assert kept(Softmax(0.7), [1.0, 1.0], [first, 0.5]) == (1 if first > 0.5 else 2)
+    assert kept(Softmax(0.7), [-math.inf, -9.0], [1 - 2**-25, 2**-25]) == 2
+    assert kept(Softmax(0.7), [-math.inf, -math.inf], [0.1, 0.9]) == 1
+    assert kept(Softmax(1e-9), [0.0, 1e-3], [0.99, 0.01]) == 2 and kept(Softmax(1e9), [0.0, 1e3], [0.99, 0.01]) == 1
+
+
+def test_exhaustions_have_names_and_arguments():
+    assert exhaustion("best_seen") == BestSeen() and exhaustion("first") == First() and exhaustion("last") == Last()
+    assert exhaustion("softmax") == Softmax(1.0) and exhaustion("softmax:0.7") == Softmax(0.7)
+    assert exhaustion("relax:0.5") == Relax(0.5, 1, BestSeen()) and exhaustion("refuse") == Refuse()
+    assert exhaustion("back_up") == BackUp(1, BestSeen()) and exhaustion("back_up:2") == BackUp(2, BestSeen())
+    chain = exhaustion(Relax(2, 3, BackUp(2, "softmax:0.7")))
+    assert steps(chain) == (chain, BackUp(2, Softmax(0.7)), Softmax(0.7)) and type(chain.by) is float
+
+
+@pytest.mark.parametrize("given, must", [
+    ("worst", "it must be one of best_seen, first, last, softmax, relax, back_up, refuse, or an object such as"),
+    (None, "it must be one of best_seen"), (Softmax, "it must be one of best_seen"), ("last:2", "must be one of best_"),
+    ("relax", 'it must say by how much, as "relax:0.5" does'), ("softmax:", "it must have a number after the colon"),
+    ("softmax:0", "its temperature must be a finite number above 0"), ("relax:nan", "its by must be a finite number"),
+    ("back_up:0", "its times must be an integer from 1 to 1048576"), ("back_up:1.5", "must have a number after"),
+    (Relax(True), "its by must be"), (Relax(0.5, 0), "its times must be an integer from 1 to 1024"),
+    (BackUp(1, Relax(0.5, 1, BackUp())), "it must hold BackUp once"), (BackUp(then="no"), "it must be one of best"),
+])
+def test_what_is_no_exhaustion(given, must):
+    with pytest.raises(ValueError, match=f"^{re.escape(must)}" if must.startswith("it") else re.escape(must)):
+        exhaustion(given)
+
+
+def test_a_lowered_threshold_is_noted():
+    rule, ones = Threshold(1.0, 0.0, 2.0), [judged(0, 1, 1.0), judged(0, 2, 1.6)]
+    assert rule(ones, state()).keep == []
+    decision = rule(ones, state()._replace(relaxed=1, lowered=0.5))
+    assert decision.keep == [Keep(0, 2, 3)] and decision.notes[0, 1] == Note(1.5, 0.0, False)
+    assert Threshold(1.0, 0.0, math.inf)(ones, state()._replace(lowered=math.inf)).keep == []
 
 
 def test_guided_by_rewards_the_highest_score_of_each_hypothesis():
@@ -162,21 +220,30 @@ def test_rules_that_read_rewards_say_where_there_are_none(rule):
 
 
 @settings(max_examples=200)
-@given(st.one_of(THRESHOLDS, st.sampled_from(
-    [Argmax(), Always(), RewardGuided(0.7), RewardGuided(-2.0, 0.5, 0.0, 1.0)])), st.integers(0, 2),
+@given(st.one_of(THRESHOLDS, st.sampled_from([
+    Argmax(), Always(), SoftArgmax(0.7), FirstAccepted(0.5, 1.0), DropWorst(0.4), Highest(1), Highest(3),
+    Resample(3, 0.5), Resample(3, 0.5, systematic=True), RewardGuided(0.7), RewardGuided(-2.0, 0.5, 0.0, 1.0)
+    ])), st.integers(0, 2),
        st.lists(st.one_of(st.just([]), ATTEMPTS), min_size=1, max_size=3), st.integers(0, 3), st.booleans())
 def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, population, left, finished):
     """The loop does not check them. `over`: how many of the hypotheses had finished before. Others may have no
-    attempt that is scored yet; an argmax is asked when all are."""
-    assume(any(population) or not isinstance(rule, Argmax))
-    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 4
+    attempt that is scored yet; rules that do not read in order are asked when all are."""
+    assume(all(population) or rule.in_order)
+    assume(not over or not isinstance(rule, (SoftArgmax, FirstAccepted)))  # what had ended has no random numbers
+    assume(not isinstance(rule, Resample) or all(len(attempts) == 1 for attempts in population))
+    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 9
     live = tuple(range(len(population)))
     ones = [one for slot, attempts in enumerate(population) for one in (
         [earlier(slot)] if slot < over else
         [judged(slot, attempt, reward, uniform, 3 + tokens % 10, finished) for attempt, (reward, uniform, tokens)
          in enumerate(attempts, 1)])]
-    decision = rule(ones, state(live, left))
-    assert problem(decision, ones, state(live, left), len(live), 11, (0, 7), False) is None
+    now = state(live, left)._replace(uniforms=(1e-7, 0.4, 1 - 1e-7)[: getattr(rule, "group_uniforms", 0)])
+    decision = rule(ones, now)
+    most = max(len(live), rule.particles if isinstance(rule, Resample) else getattr(rule, "count", 0))
+    assert problem(decision, ones, now, most, 11, (0, 7), False) is None
+    if decision is not None and decides(decision) and hasattr(rule, "final"):
+        over = [earlier(slot, one.reward) for slot, one in enumerate(ones)]
+        assert problem(rule.final(over, now), over, now, len(live), 11, (0, 7), False) is None
 
 
 def asked(decision, ones=None, live=(0,), population=2, wholes=False, max_tokens=12) -> str | None:

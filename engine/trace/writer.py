@@ -31,7 +31,7 @@ def request_trace(output: RequestOutput, tokenizer: Any, sampling_params: Sampli
     """The trace of one request; `tokenizer` is the engine's, None leaves texts out."""
     policy = {"name": type(output.policy).__name__}
     if dataclasses.is_dataclass(output.policy):
-        policy.update(dataclasses.asdict(output.policy))
+        policy.update(_shown_policy(output.policy))
     detokenizer = None if tokenizer is None else Detokenizer(tokenizer, output.prompt_token_ids)
     return TraceRequest(
         output.request_id, output.prompt, list(output.prompt_token_ids), _shown_params(sampling_params), policy,
@@ -93,6 +93,12 @@ def trace_lines(output: RequestOutput, tokenizer: Any, sampling_params: Sampling
 def metrics_record(metrics: Any) -> dict[str, Any]:
     """The counts and times with the accept rate that follows from them."""
     return {**vars(metrics), "accept_rate": metrics.accept_rate}
+
+
+def _shown_policy(policy: Any) -> dict[str, Any]:
+    """Its fields; what is an object of its own, as an exhaustion may be, as Python shows it."""
+    values = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    return {name: repr(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
 def _shown_params(params: SamplingParams | None) -> dict[str, Any] | None:
