@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     )
     from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
     from stars.policies import (
+        ARGS,
         CARDS,
+        RAD,
         STARS,
         BestOfN,
         BlockwiseBestOfK,
@@ -46,8 +48,8 @@ _HOMES = {
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
-    "policies": ("CARDS", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling", "Sample",
-                 "SegmentBeam", "SpeculativeRejection"),
+    "policies": ("ARGS", "CARDS", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling",
+                 "Sample", "SegmentBeam", "SpeculativeRejection"),
     "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
@@ -55,6 +57,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ARGS",
     "Attempt",
     "BestOfN",
     "BlockwiseBestOfK",
@@ -69,6 +72,7 @@ __all__ = [
     "ModelError",
     "OutOfPages",
     "ParticleFilter",
+    "RAD",
     "RejectionSampling",
     "RequestError",
     "RequestOutput",

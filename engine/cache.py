@@ -98,7 +98,7 @@ class PagedCache:
         self._never_done = torch.zeros(1, dtype=torch.int32, device=device)
         self._tables: set[BlockTable] = set()
         self._free_slabs = list(range(num_slabs - 1, -1, -1))
-        self._slab_taken = [False] * num_slabs
+        self._slab_holders = [0] * num_slabs
 
     @property
     def num_free_pages(self) -> int:
@@ -201,7 +201,7 @@ class PagedCache:
         for table in list(self._tables):
             table.pages, table.length = [], CLOSED
         self._tables.clear()
-        self._slab_taken = [False] * self.num_slabs
+        self._slab_holders = [0] * self.num_slabs
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
 
     def truncate(self, table: BlockTable, length: int) -> None:
@@ -295,27 +295,37 @@ class PagedCache:
 
     # -- slabs ----------------------------------------------------------------------------------------------------
 
-    def take_slab(self) -> int:
-        """A free slab's id; its first flat row is id * slab_len."""
+    def take_slab(self, holders: int = 1) -> int:
+        """A free slab's id; its first flat row is id * slab_len. It is free again once each of `holders` returned it.
+        """
+        if holders < 1:
+            raise IntegrityError(f"a slab for {holders} holders could never be returned: take it for one at least")
         if not self._free_slabs:
             raise IntegrityError(f"all {self.num_slabs} slabs are taken: return them or build the cache with more")
         slab = self._free_slabs.pop()
-        self._slab_taken[slab] = True
+        self._slab_holders[slab] = holders
         return slab
 
+    def share_slab(self, slab: int, holders: int) -> None:
+        """So many more hold slab `slab`, which is taken."""
+        if not 0 <= slab < self.num_slabs or not self._slab_holders[slab] or holders < 0:
+            raise IntegrityError(f"slab {slab} is not taken and cannot be shared by {holders} more: take it first")
+        self._slab_holders[slab] += holders
+
     def return_slab(self, slab: int) -> None:
-        """Gives slab `slab` back."""
-        if not 0 <= slab < self.num_slabs or not self._slab_taken[slab]:
-            raise IntegrityError(f"slab {slab} is not taken: return each slab once")
-        self._slab_taken[slab] = False
-        self._free_slabs.append(slab)
+        """Gives one holding of slab `slab` back."""
+        if not 0 <= slab < self.num_slabs or not self._slab_holders[slab]:
+            raise IntegrityError(f"slab {slab} is not taken: return each slab once for each of its holders")
+        self._slab_holders[slab] -= 1
+        if not self._slab_holders[slab]:
+            self._free_slabs.append(slab)
 
     # -- books ----------------------------------------------------------------------------------------------------
 
     def check_integrity(self, slabs_out: int | None = None) -> None:
         """Raises IntegrityError, with the numbers, unless every page and slab is accounted for.
 
-        `slabs_out` is how many slabs the caller believes to hold; None does not compare.
+        `slabs_out` is how many slabs the caller believes to hold, each as often as it holds it; None does not compare.
         """
         self.pool.check_integrity(Counter(page for table in self._tables for page in table.pages))
         for table in self._tables:
@@ -324,12 +334,15 @@ class PagedCache:
             for page in table.pages[table.own :]:
                 if self.pool.references(page) != 1 or self.pool.is_published(page):
                     raise IntegrityError(f"page {page} of {table} is shared, and the table takes it for its own")
-        taken = sum(self._slab_taken)
+        taken = sum(map(bool, self._slab_holders))
         if taken + len(self._free_slabs) != self.num_slabs or len(set(self._free_slabs)) != len(self._free_slabs):
             counts = f"{len(self._free_slabs)} free + {taken} taken of {self.num_slabs}"
             raise IntegrityError(f"slabs were lost or doubled: {counts}")
-        if slabs_out is not None and slabs_out != taken:
-            raise IntegrityError(f"{taken} slabs are taken and {slabs_out} are held: return a slab where its lane ends")
+        if any([self._slab_holders[slab] for slab in self._free_slabs]):
+            raise IntegrityError("a slab is free and held: it was given to two")
+        held = sum(self._slab_holders)
+        if slabs_out is not None and slabs_out != held:
+            raise IntegrityError(f"{held} slabs are taken and {slabs_out} are held: return a slab where its lane ends")
 
     # -- internals ------------------------------------------------------------------------------------------------
 

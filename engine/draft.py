@@ -19,14 +19,16 @@ import torch
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
-from stars.kernels import apply_penalties, sample_step
+from stars.kernels import apply_penalties, sample_step, top_tokens
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
-from stars.kernels.types import Batch, Draft, LaneState, Penalties, Tiles
+from stars.kernels.top_tokens import launches
+from stars.kernels.types import Batch, Draft, LaneState, Penalties, Ranking, Tiles
 from stars.model.decoder import Decoder
 from stars.pacing import Pacing
+from stars.plan import MAX_RANKS
 from stars.sampling import SamplingParams
-from stars.sizes import history_entries, language_model, later_bytes, table_width
+from stars.sizes import history_entries, language_model, later_bytes, ranked_rows, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
@@ -51,10 +53,14 @@ class LaneSpec(NamedTuple):
     history: np.ndarray | None = None  # as of Hypothesis.history; needed where params have penalties
     entropy_cut: float = math.inf  # nats at which it ends before the next token is drawn
     least_tokens: int = 0  # that it draws before that
+    ranks: int = 0  # above 0: nothing is drawn, so many of the most probable next tokens are found instead
 
 
 class Drafted(NamedTuple):
-    """What one lane drew; token -1 stands for logits that were NaN or infinite."""
+    """What one lane drew, or the tokens that were found, the most probable first, fewer where its filters keep fewer.
+
+    Token -1 stands for logits that were NaN or infinite.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
@@ -89,6 +95,12 @@ class Drafter:
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
+        ranked = rows, min(MAX_RANKS, decoder.config.vocab_size)
+        self._ranking = Buffers(  # apart, as few drafts need it
+            target, ranks=one, temperature=flag, top_k=one, top_p=flag, min_p=flag,
+            token_ids=(torch.int32, ranked), logprobs=(torch.float32, ranked))
+        self._ranked_rows = ranked_rows(config, sizes)
+        self._ranks: list[int] = []  # of the lanes of the last draft, where some have any
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in (
             *LaneState._fields, "seq_group", "prefix_len", "slab_start", *PENALTIES)})
@@ -119,16 +131,18 @@ class Drafter:
         A GPU gets the first steps, which it is busy with while the host does something else. The others it gets by
         `pace`. On the CPU the draft is then over.
         """
-        filters = penalties = cuts = False
+        filters = penalties = cuts = ranked = False
         longest = 0
         for lane in lanes:
             filters |= lane.params.filters
             penalties |= lane.params.penalties
             cuts |= lane.entropy_cut < math.inf
+            ranked |= lane.ranks > 0
             longest = max(longest, lane.max_tokens)
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
+        self._ranks = self._fill_ranking(lanes) if ranked else []
         self._start(filled, len(lanes), longest, filters, penalties, cuts)
 
     def pace(self) -> None:
@@ -139,6 +153,8 @@ class Drafter:
         (step, left), self._under_way = self._under_way, None
         self._pacing.launch(step, left, wait=True)
         self._buffers.fetch()
+        if self._ranks:
+            self._ranking.fetch()
         self._pacing.end()
 
     def drafted(self, count: int) -> list[Drafted]:
@@ -149,7 +165,19 @@ class Drafter:
         longest = max(steps)
         tokens = self._host.out_tokens[:count, :longest].tolist()
         logprobs = self._host.out_logprobs[:count, :longest].tolist()
-        return [Drafted(tokens[i][: steps[i]], logprobs[i][: steps[i]]) for i in range(count)]
+        drafted = [Drafted(tokens[i][: steps[i]], logprobs[i][: steps[i]]) for i in range(count)]
+        if self._ranks:
+            self._ranking.wait()
+            for i, ranks in enumerate(self._ranks):
+                if ranks and drafted[i].token_ids[0] >= 0:  # else its logits are no numbers
+                    drafted[i] = self._ranked(i, ranks)
+        return drafted
+
+    def _ranked(self, lane: int, ranks: int) -> Drafted:
+        """What was found for a lane."""
+        token_ids: list[int] = self._ranking.host("token_ids")[lane, :ranks].tolist()
+        found = token_ids.index(-1) if -1 in token_ids else len(token_ids)
+        return Drafted(token_ids[:found], self._ranking.host("logprobs")[lane, :found].tolist())
 
     def warm_up(self) -> None:
         """Runs and captures every shape of a step on a GPU, on lanes that are all idle."""
@@ -163,6 +191,9 @@ class Drafter:
             for filters, cuts in ((True, False), (False, False), (True, True)):
                 for penalties in (True, False):
                     self._graphs.warm_up(self._sample(rows, filters, penalties, cuts))
+        for rows in reversed(self._ranked_rows):
+            for filters in (True, False):
+                self._graphs.warm_up(self._rank(rows, filters))
 
     def step_seconds(self, lanes: int, repeats: int = 5) -> float:
         """Measured time of one step at this many lanes, the smallest of `repeats`, on an empty context."""
@@ -189,16 +220,34 @@ class Drafter:
 
     def _start(self, filled: tuple[int, Tiles | None], lanes: int, times: int, filters: bool,
                penalties: bool = False, cuts: bool = False) -> None:
-        """Sends the buffers and launches the first steps, in stream order."""
+        """Sends the buffers and launches the first steps, in stream order. Tokens are ranked after the first."""
         self._buffers.upload()
         rows, tiles = filled
         parts = [self._forward(rows, tiles), self._sample(rows, filters or cuts, penalties, cuts)]
+        if self._ranks:
+            self._start_ranked(parts, rows, lanes, times, filters)
+            return
         if self._pacing is None:
             self._graphs.run(parts, self._done[rows], times)
             return
         step = partial(self._graphs.run, parts, self._done[rows])
         self._pacing.begin(lanes)
         self._under_way = step, self._pacing.launch(step, times, wait=False)
+
+    def _start_ranked(self, parts: list[Part], rows: int, lanes: int, times: int, filters: bool) -> None:
+        """As `_start`. What ranks is no part of a step that is run again: those lanes have ended, and their logits are
+        of nothing."""
+        self._ranking.upload()
+        rank, step = self._rank(rows, filters), partial(self._graphs.run, parts, self._done[rows])
+        if self._pacing is None:
+            step()
+            rank.call()  # by itself: libstars replays what is made of its own operations
+            if times > 1:
+                step(times=times - 1)
+            return
+        self._pacing.begin(lanes)
+        self._pacing.launch(partial(self._graphs.run, [*parts, rank], self._done[rows]), 1, wait=False)
+        self._under_way = step, self._pacing.launch(step, times - 1, wait=False)
 
     def _forward(self, rows: int, tiles: Tiles | None) -> Part:
         """The first part of a step, up to the logits. What it runs is made where it is recorded, not where replayed."""
@@ -224,6 +273,17 @@ class Drafter:
                         ended=None if self._pacing is None else self._pacing.ended[:rows], cuts=cuts)
 
         return Part(("sample", rows, filters, penalties, cuts), run, SAMPLE_LAUNCHES)
+
+    def _rank(self, rows: int, filters: bool) -> Part:
+        """What follows the second part of the first step, where lanes have ranks: their most probable tokens. Rows
+        beyond the draft's, which fill it up to a captured shape, want none."""
+        if self.target.padded:
+            rows = next(size for size in self._ranked_rows if size >= rows)
+
+        def run() -> None:
+            top_tokens(self._logits[:rows], Ranking(*(self._ranking[name][:rows] for name in Ranking._fields)), filters)
+
+        return Part(("rank", rows, filters), run, launches(rows, self.decoder.config.vocab_size))
 
     def _lanes(self, rows: int) -> LaneState:
         return LaneState(*(tensor[:rows] for tensor in self._state))
@@ -281,6 +341,23 @@ class Drafter:
             host.repetition[row] = lane.params.repetition_penalty
             host.frequency[row], host.presence[row] = lane.params.frequency_penalty, lane.params.presence_penalty
         self._history.upload(stop * entries.strides[0])
+
+    def _fill_ranking(self, lanes: list[LaneSpec]) -> list[int]:
+        """Writes what is to be found for each lane, and has those draw that are ranked what costs least: one token,
+        without noise and filters. Returns the ranks of every lane."""
+        self._ranking.wait()
+        host, into = self._host, {name: self._ranking.host(name) for name in Ranking._fields}
+        most = into["token_ids"].shape[1]  # a small vocabulary's words
+        ranks = [min(lane.ranks, most) for lane in lanes]
+        into["ranks"][: len(ranks)], into["ranks"][len(ranks) :] = ranks, 0
+        for row, lane in enumerate(lanes):
+            params = lane.params
+            into["temperature"][row] = params.temperature or 1.0
+            into["top_k"][row], into["top_p"][row], into["min_p"][row] = params.top_k, params.top_p, params.min_p
+            if lane.ranks:
+                host.max_tokens[row], host.temperature[row] = 1, 0.0
+                host.top_k[row], host.top_p[row], host.min_p[row] = 0, 1.0, 0.0
+        return ranks
 
     def _idle(self, rows: slice, group: int) -> None:
         """Lanes that are done before they start: they write nothing, and nobody reads what they compute."""

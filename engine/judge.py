@@ -82,10 +82,15 @@ class Judge:
         """Prepares the first scoring pass after the draft, for `launch_trailing`: the device hands the tokens on, the
         host reads them later."""
         scored: dict[Hypothesis, list[tuple[int, Lane]]] = {}  # with their places in the draft
-        for place, lane in enumerate([lane for lanes in drawn.values() for lane in lanes]):
-            request = lane.hypothesis.request
+        place = 0
+        for hypothesis, lanes in drawn.items():
+            request = hypothesis.request
+            if request.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
+                place += bool(lanes) and lanes[0].ranking is None
+                continue
             if request.scores_segments and not request.stop:  # stop strings are found by the host
-                scored.setdefault(lane.hypothesis, []).append((place, lane))
+                scored[hypothesis] = list(enumerate(lanes, place))
+            place += len(lanes)
         batch, candidates = [], []
         for hypothesis, own in scored.items():
             room = hypothesis.next_segment

@@ -24,6 +24,7 @@ from stars.rules import (
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
 MAX_SIZE = (1 << 31) - 1
+MAX_RANKS = 1 << 8  # most tokens that are enumerated: of so many there is room on a device
 READS_REWARDS = tuple(OWN_RULES - {Always})
 MAX_UNIFORMS = 1 << 10  # random numbers of one attempt, or of a group's round
 
@@ -31,6 +32,18 @@ MAX_UNIFORMS = 1 << 10  # random numbers of one attempt, or of a group's round
 @dataclass(frozen=True)
 class Sampled:
     """Attempts are drawn from the language model as the sampling parameters say."""
+
+
+@dataclass(frozen=True)
+class Enumerate:
+    """Attempts are next tokens in the order of their probability, the most probable first, equal ones by their ids.
+
+    Attempt a of a hypothesis is the a-th of those that the sampling parameters' filters keep of the penalised logits,
+    k of them at most. Where fewer are kept there are fewer attempts. Nothing is drawn: all attempts differ, at
+    temperature 0 too, where filters keep what they keep at temperature 1.
+    """
+
+    k: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +129,7 @@ class Score:
 class Plan(NamedTuple):
     """The loop's six choices for one request."""
 
-    propose: Sampled
+    propose: Sampled | Enumerate
     segment: Fixed | Entropy | Whole
     lanes: Lanes
     score: Score
@@ -132,6 +145,11 @@ class Plan(NamedTuple):
     def in_turn(self) -> bool:
         """Whether whole responses are judged one after the other, and drawn as they are wanted."""
         return self.whole and self.decide.in_order
+
+    @property
+    def ranks(self) -> int:
+        """How many next tokens are enumerated; 0: attempts are drawn."""
+        return self.propose.k if isinstance(self.propose, Enumerate) else 0
 
 
 class Policy(Protocol):
@@ -168,7 +186,11 @@ def plan_of(policy: Any) -> Plan:
 
 
 def _checked(plan: Plan, where: str) -> Plan:
-    propose = _one_of(f"{where}.propose", plan.propose, Sampled)
+    propose = plan.propose
+    if isinstance(propose, Enumerate):
+        propose = Enumerate(integer(f"{where}.propose.k", propose.k, 1, MAX_RANKS))
+    elif not isinstance(propose, Sampled):
+        raise RequestError(f"{where}.propose is {shown(propose)}, it must be a stars.plan.Sampled or Enumerate")
     lanes, score = _one_of(f"{where}.lanes", plan.lanes, Lanes), _one_of(f"{where}.score", plan.score, Score)
     segment = plan.segment
     if isinstance(segment, Fixed):
@@ -194,6 +216,13 @@ def _checked(plan: Plan, where: str) -> Plan:
     if isinstance(segment, Whole) and (lanes.attempts != 1 or score.when == "segment"):
         raise RequestError(f"{where} has whole responses, each of which is one attempt, scored at its end at most: set "
                            'lanes.attempts to 1 and score.when to "end" or "never", and ask for a population')
+    if isinstance(propose, Enumerate):
+        if segment != Fixed(1):
+            raise RequestError(f"{where} enumerates single tokens and has segments of {shown(segment)}: set segment to "
+                               "Fixed(1)")
+        if max(attempts if isinstance(attempts := lanes.attempts, tuple) else (attempts,)) > propose.k:
+            raise RequestError(f"{where} has {attempts} attempts of {propose.k} tokens that are enumerated: set "
+                               "lanes.attempts to at most that")
     rule = _checked_rule(f"{where}.decide", plan.decide)
     needed = ("end",) if isinstance(segment, Whole) else ("segment",)
     if isinstance(rule, READS_REWARDS) and score.when not in needed:

@@ -17,9 +17,11 @@ from stars.errors import RequestError
 from stars.plan import (
     DRAFT_SIZE,
     MAX_ATTEMPTS,
+    MAX_RANKS,
     MAX_SIZE,
     MAX_UNIFORMS,
     Entropy,
+    Enumerate,
     Fixed,
     Lanes,
     Plan,
@@ -29,7 +31,20 @@ from stars.plan import (
     Whole,
     exhaustion_of,
 )
-from stars.rules import Always, Argmax, DropWorst, FirstAccepted, Highest, Resample, SoftArgmax, Threshold
+from stars.rules import (
+    Always,
+    Argmax,
+    DropWorst,
+    FirstAccepted,
+    Highest,
+    Resample,
+    RewardGuided,
+    SoftArgmax,
+    Threshold,
+)
+
+LEAST_TEMPERATURE = 1e-6
+"""Of a softmax of scores: below it is an argmax but for ties, which is to be asked for as such."""
 
 
 @known_by_name({})
@@ -326,6 +341,72 @@ class ParticleFilter:
                     Resample(self.particles, float(self.beta), self.resampling == "systematic", self.final == "sample"))
 
 
+@known_by_name({})
+@dataclass(frozen=True)
+class ARGS:
+    """Alignment as Reward-Guided Search, token by token (Khanov, Burapacheep, Li, ICLR 2024; arXiv 2402.01694).
+
+    The `topk` most probable next tokens are enumerated, and each is scored by logit + weight * r, r the reward of the
+    response with that token. "greedy" takes the highest score, the more probable token of equals; "stochastic" draws
+    from softmax(score / temperature). Both are exact. Names and defaults are those of the authors' page and code, whose
+    code calls the second mode "topk".
+
+    What differs from their code. EOS is a candidate like any other, ends the response where it is chosen, and the
+    reward reads the response without it (their code reads it as a token, and goes on after it). The reward need not
+    share the language model's tokenizer. `temperature` of SamplingParams does not enter the scores: it shapes what
+    top_p and min_p keep, of which the `topk` are enumerated; penalties count in the logits. The random numbers are the
+    engine's own.
+    """
+
+    topk: int = 10
+    weight: float = 1.0
+    mode: Literal["greedy", "stochastic"] = "greedy"
+    temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        _keep(self, topk=_size(self, "topk", MAX_RANKS), weight=_finite(self, "weight"),
+              mode=_choice(self, "mode", ("greedy", "stochastic")),
+              temperature=_temperature(self, "temperature"))
+
+    def plan(self) -> Plan:
+        """All of the topk attempts in one round if there is room, the highest score or a draw by it."""
+        return _guided(self.topk, RewardGuided(self.weight, self.temperature if self.mode == "stochastic" else 0.0))
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class RAD:
+    """Reward-Augmented Decoding, token by token (Deng and Raffel, EMNLP 2023; arXiv 2310.09520).
+
+    Of the `topk` most probable next tokens one is drawn from softmax((logit + beta * r) / temperature), r the reward of
+    the response with that token, clamped to 0 .. 1; `inverse` steers by 1 - r instead. That is exact. Names and
+    defaults are those of the authors' code, method "linear", at transformers' temperature of 1.
+
+    What differs from their code. Their reward model was trained to give 0 to 1 at every prefix: for rewards of another
+    range `clamp=False` leaves r as it is. Any reward serves, and one that reads prefixes incrementally, as theirs does
+    (`CausalReward`), reads a token of each candidate. Theirs is given candidate tokens that were encoded anew one by
+    one, ours the response. Of EOS, of SamplingParams and of random numbers the same holds as for ARGS.
+    """
+
+    topk: int = 20
+    beta: float = 30.0
+    inverse: bool = False
+    clamp: bool = True
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _keep(self, topk=_size(self, "topk", MAX_RANKS), beta=_finite(self, "beta"),
+              inverse=flag("RAD.inverse", self.inverse), clamp=flag("RAD.clamp", self.clamp),
+              temperature=_temperature(self, "temperature"))
+
+    def plan(self) -> Plan:
+        """All of the topk attempts in one round if there is room, a draw by their scores."""
+        # beta * (1 - r) is -beta * r but for a constant.
+        weight = -self.beta if self.inverse else self.beta
+        least, most = (0.0, 1.0) if self.clamp else (-math.inf, math.inf)
+        return _guided(self.topk, RewardGuided(weight, self.temperature, least, most))
+
+
 POLICIES: dict[str, type[Policy]] = {
     "stars": STARS,
     "cards": CARDS,
@@ -336,6 +417,8 @@ POLICIES: dict[str, type[Policy]] = {
     "speculative-rejection": SpeculativeRejection,
     "segment-beam": SegmentBeam,
     "particle-filter": ParticleFilter,
+    "args": ARGS,
+    "rad": RAD,
 }
 """Every policy of the package by the name that the command line knows it by."""
 
@@ -355,6 +438,20 @@ def _rising(policy: STARS | CARDS) -> tuple[Score, Threshold]:
     alpha = policy.alpha if math.isfinite(policy.reward_threshold) else 1.0
     return (Score("segment", prompt=alpha != 1.0),
             Threshold(float(alpha), float(policy.beta), float(policy.reward_threshold)))
+
+
+def _guided(topk: int, rule: RewardGuided) -> Plan:
+    return Plan(Enumerate(topk), Fixed(1), Lanes(topk, topk), Score("segment"), rule)
+
+
+def _finite(policy: Any, name: str) -> float:
+    return real(f"{type(policy).__name__}.{name}", getattr(policy, name), "a finite number", math.isfinite)
+
+
+def _temperature(policy: Any, name: str) -> float:
+    return real(f"{type(policy).__name__}.{name}", getattr(policy, name),
+                f"a finite number of at least {LEAST_TEMPERATURE:g}",
+                lambda value: LEAST_TEMPERATURE <= value < math.inf)
 
 
 def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:

@@ -9,7 +9,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.draft import Drafter, LaneSpec
 from stars.kernels.philox import pack_stream
-from stars.request import Hypothesis, Lane, Request
+from stars.request import Hypothesis, Lane, Ranking, Request
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -26,6 +26,7 @@ class Proposer:
         self._max_num_seqs = config.max_num_seqs
         self._max_responses = min(config.max_num_lanes, config.max_num_seqs)
         self._launched = 0.0  # when the draft that is under way was started
+        self._rows = 0  # that it has: a lane each, or one for all that are enumerated of a response
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
         """Starts the draft of the lanes that are returned, without waiting for it."""
@@ -37,30 +38,70 @@ class Proposer:
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
-            for attempt in range(first, first + width):
-                slab = self._cache.take_slab()
-                lanes.append(Lane(hypothesis, attempt, slab))
-                specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
-                                      request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                      hypothesis.least_segment))
+            if request.ranks and width:
+                slab, drafted = self._enumerate(hypothesis, first, width, lanes)
+                if not drafted:
+                    specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, first, stream, request.params,
+                                          request.stop_ids, history, ranks=request.ranks))
+            else:
+                for attempt in range(first, first + width):
+                    slab = self._cache.take_slab()
+                    lanes.append(Lane(hypothesis, attempt, slab))
+                    specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
+                                          request.params, request.stop_ids, history, hypothesis.entropy_cut,
+                                          hypothesis.least_segment))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._launched = time.perf_counter()
+        self._rows = len(specs)
         if specs:
             self.drafter.launch(specs)
         return drawn
 
     def collect(self, drawn: dict[Hypothesis, list[Lane]]) -> None:
         """Takes what was drafted in the lanes. Without logits to draw from, a request fails."""
-        count = sum([len(lanes) for lanes in drawn.values()])
-        if not count:
+        if not drawn:
             return
-        drafted = iter(self.drafter.drafted(count))
-        seconds = (time.perf_counter() - self._launched) / count
+        drafted = iter(self.drafter.drafted(self._rows) if self._rows else ())
+        seconds = (time.perf_counter() - self._launched) / max(1, self._rows)
         for hypothesis, lanes in drawn.items():
-            for lane in lanes:
-                lane.token_ids, lane.logprobs = next(drafted)
-            if not hypothesis.take_drafts(lanes, seconds):
+            if hypothesis.request.ranks and lanes:
+                rows = int(lanes[0].ranking is None)
+                self._hand_out(lanes, Ranking(*next(drafted)) if rows else lanes[0].ranking)
+                taken = hypothesis.take_drafts(lanes, seconds * rows, rows)
+            else:
+                for lane in lanes:
+                    lane.token_ids, lane.logprobs = next(drafted)
+                taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
+            if not taken:
                 hypothesis.request.fail(NAN_LOGITS)
+
+    def _enumerate(self, hypothesis: Hypothesis, first: int, width: int, lanes: list[Lane]) -> tuple[int, bool]:
+        """Adds the next `width` tokens that are enumerated to `lanes`; their slab, and whether it was drafted.
+
+        All of a segment share it: it holds the token before them. One step finds all of them, and later rounds go on
+        where the one before ended, as long as some attempt has kept the slab.
+        """
+        ranking = hypothesis.ranking
+        slab = next((lane.slab for lane in hypothesis.attempts if lane.slab is not None), None)
+        if slab is None or ranking is None:
+            slab, ranking = self._cache.take_slab(width), None
+        else:
+            self._cache.share_slab(slab, width)
+        lanes += [Lane(hypothesis, attempt, slab, ranking=ranking) for attempt in range(first, first + width)]
+        return slab, ranking is not None
+
+    def _hand_out(self, lanes: list[Lane], ranking: Ranking | None) -> None:
+        """Gives each lane its token, and back what lanes held for which there is none."""
+        assert ranking is not None
+        found = [lane for lane in lanes if lane.attempt <= len(ranking.token_ids)]
+        for lane in lanes[len(found) :]:
+            assert lane.slab is not None
+            self._cache.return_slab(lane.slab)
+        lanes[:] = found
+        for lane in lanes:
+            place = lane.attempt - 1
+            lane.ranking = ranking
+            lane.token_ids, lane.logprobs = [ranking.token_ids[place]], [ranking.logprobs[place]]
 
     def window(self, request: Request, groups: int) -> int:
         """Whole responses of a completion that may be under way beyond what is decided, where the rule reads in order
@@ -89,6 +130,8 @@ class Proposer:
             max_width = min(share, hypothesis.attempts_left)
             if width is not None:
                 widths.append(min(width, max_width))
+            elif request.ranks:  # which cost one row, however many they are
+                widths.append(max_width)
             elif max_width <= 1:  # none, where it has drawn all of its own and another one of its group has not
                 widths.append(max_width)
             else:

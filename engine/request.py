@@ -24,6 +24,13 @@ from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
 
+class Ranking(NamedTuple):
+    """The next tokens of a response that were enumerated, in order, with their log-probabilities."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
 @dataclass(eq=False, slots=True)
 class Lane:
     """One candidate of one segment: drafted, perhaps scored, then committed or gone."""
@@ -39,6 +46,8 @@ class Lane:
     note: Note | None = None  # what the rule says of it
     judged: Judged | None = None  # what the rule is shown of it, once it may be judged
     score_handle: Any = None  # what the reward keeps of it until it is committed or discarded
+    ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
+
 
 @dataclass(eq=False, slots=True)
 class Winner:
@@ -193,8 +202,11 @@ class Hypothesis:
 
     @property
     def attempts_left(self) -> int:
-        """Attempts that may still be drawn at the segment being decided."""
-        return 0 if self.drained else self.most_attempts - len(self.attempts)
+        """Attempts that may still be drawn at the segment being decided, or taken of what was enumerated for it."""
+        most = self.most_attempts
+        if self.attempts and self.attempts[0].ranking is not None:
+            most = min(most, len(self.attempts[0].ranking.token_ids))
+        return 0 if self.drained else most - len(self.attempts)
 
     @property
     def skipped(self) -> int:
@@ -210,6 +222,11 @@ class Hypothesis:
     def last_token(self) -> int:
         """The token whose keys and values the LM cache does not hold yet."""
         return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """The tokens that were enumerated for the segment being decided, if they were."""
+        return self.attempts[0].ranking if self.attempts else None
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
@@ -300,19 +317,23 @@ class Hypothesis:
         ends = len(self.token_ids) + len(token_ids) >= request.max_tokens
         return len(token_ids), "length" if ends else None, None
 
-    def take_drafts(self, lanes: Sequence[Lane], seconds: float) -> bool:
-        """Counts what was drawn in the lanes, in so many seconds each, and cuts it where it ends the response.
+    def take_drafts(self, lanes: Sequence[Lane], seconds: float, drawn: int | None = None) -> bool:
+        """Counts what was drawn in the lanes, in so many seconds, and cuts it where it ends the response.
 
-        False where token -1 says that the logits were NaN or infinite.
+        drawn: tokens that the language model's steps stand for, where they are not all of the lanes'. False where token
+        -1 says that the logits were NaN or infinite.
         """
         request, metrics = self.request, self.metrics
         # A whole response is one attempt, in however many pieces it is drafted.
         metrics.attempts += len(lanes) if not request.whole else not self.drafts
-        metrics.lm_seconds += seconds * len(lanes)
+        metrics.lm_seconds += seconds
+        if drawn is not None:
+            metrics.lm_tokens_drawn += drawn
         left = request.max_tokens - len(self.token_ids)
         for lane in lanes:
             token_ids = lane.token_ids
-            metrics.lm_tokens_drawn += len(token_ids)
+            if drawn is None:
+                metrics.lm_tokens_drawn += len(token_ids)
             last = token_ids[-1]
             if last < 0:
                 return False
@@ -535,8 +556,10 @@ class Request:
         self.max_tokens: int = params.max_tokens  # of each response
         self.stop: Sequence[str] = params.stop or ()
         attempts = plan.lanes.attempts
-        # Of each segment, the last number from then on. At temperature 0 all attempts are equal: one is drawn.
-        self.attempts = (1,) if params.temperature == 0 else attempts if isinstance(attempts, tuple) else (attempts,)
+        self.ranks = plan.ranks  # next tokens that are enumerated; 0: attempts are drawn
+        # Of each segment, the last number from then on. At temperature 0 all attempts that are drawn are equal: one is.
+        one = params.temperature == 0 and not self.ranks
+        self.attempts = (1,) if one else attempts if isinstance(attempts, tuple) else (attempts,)
         self.whole, self.in_turn = plan.whole, plan.in_turn
         self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
         last = self.exhaust[-1]
@@ -545,7 +568,7 @@ class Request:
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
-        self.proposes_model = params.temperature == 1.0 and not params.filters
+        self.proposes_model = params.temperature == 1.0 and not params.filters and not self.ranks
         self.groups = [Group(self, index) for index in range(params.n)]
 
     @property

@@ -232,6 +232,54 @@ class Always:
 
 
 @dataclass(frozen=True)
+class RewardGuided:
+    """Of each hypothesis the attempt of the highest score = weight * min(max(r, least), most) + log p, or a draw by it.
+
+    log p is the sum of an attempt's raw log-probabilities: of one token its logit, but for a constant. temperature 0 is
+    the argmax, the earliest of equals. Above it the attempt is drawn with probability softmax(score / temperature), as
+    the argmax of score / temperature - log(-log u) with the uniform of each attempt. A reward of -inf is a score of
+    -inf, whatever the weight and the bounds.
+    """
+
+    weight: float
+    temperature: float = 0.0
+    least: float = -math.inf
+    most: float = math.inf
+    in_order: ClassVar[bool] = False
+
+    @property
+    def uniforms(self) -> int:
+        """One for a draw."""
+        return 1 if self.temperature > 0.0 else 0
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt of every live hypothesis was drawn."""
+        if state.left > 0:
+            return None
+        winners: dict[int, tuple[float, Judged]] = {}
+        for one in judged:
+            score = self._score(one) if one.attempt != EARLIER else math.inf
+            if one.hypothesis not in winners or score > winners[one.hypothesis][0]:
+                winners[one.hypothesis] = score, one
+        if len(winners) < len(state.live):
+            return None
+        chosen = [one for _, one in winners.values()]
+        keys = {(one.hypothesis, one.attempt) for one in chosen}
+        notes = {(one.hypothesis, one.attempt): Note(None, None, (one.hypothesis, one.attempt) in keys)
+                 for one in judged if one.attempt != EARLIER}
+        return Decision([whole(one) for one in chosen], [], notes)
+
+    def _score(self, one: Judged) -> float:
+        reward = scored(one)
+        if reward == -math.inf:
+            return reward
+        score = self.weight * min(max(reward, self.least), self.most) + sum(one.raw_logprobs)
+        if self.temperature > 0.0:
+            score = score / self.temperature - math.log(-math.log(one.uniforms[0]))
+        return score
+
+
+@dataclass(frozen=True)
 class SoftArgmax:
     """One attempt of all, number i with probability softmax(r_i / temperature); the other hypotheses are dropped."""
 
@@ -366,7 +414,8 @@ def _others(state: State, winner: Judged) -> list[int]:
     return [slot for slot in state.live if slot != winner.hypothesis]
 
 
-OWN_RULES = frozenset({Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample})
+OWN_RULES = frozenset({
+    Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample, RewardGuided})
 """Rules whose decisions always satisfy `problem`, as a test shows: those of others are checked each time."""
 
 

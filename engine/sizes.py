@@ -10,6 +10,7 @@ import torch
 from stars.config import EngineConfig
 from stars.kernels.graph import LAUNCH_BYTES
 from stars.kernels.linear import SCHEMES
+from stars.kernels.top_tokens import launches, scratch_bytes
 from stars.kernels.triton.tiles import Kind, max_workspace
 from stars.model.config import ModelConfig
 from stars.model.fusing import split_bytes
@@ -95,7 +96,15 @@ def captured_passes(config: EngineConfig, sizes: ModelSizes) -> int:
 def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes) -> int:
     """Of a GPU's memory for what is captured of a model of this shape, at most: at start-up, and what its passes and
     its drafts may capture later."""
-    return captured_passes(config, sizes) * _pass_bytes(shape) + later_bytes(shape) * (2 if sizes.max_lanes else 1)
+    ranked = [launches(rows, shape.vocab_size) for rows in ranked_rows(config, sizes)] if sizes.max_lanes else []
+    return (captured_passes(config, sizes) * _pass_bytes(shape) + later_bytes(shape) * (2 if sizes.max_lanes else 1)
+            + 2 * sum(ranked) * LAUNCH_BYTES)  # with filters and without
+
+
+def ranked_rows(config: EngineConfig, sizes: ModelSizes) -> list[int]:
+    """Rows of the draft that are ranked together where shapes are captured: one response, a few, or all."""
+    most = config.target.rows(sizes.max_lanes, "draft")
+    return [rows for rows in (1, 8) if rows < most] + [most]
 
 
 def later_bytes(shape: ModelConfig) -> int:
@@ -142,7 +151,8 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int 
         needed[f"{name}'s activations"] += 4 * (sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)
         if backend != "triton":
             needed[f"{name}'s activations"] += cache_bytes(shape, config.cache_tokens, dtype) // shape.num_layers
-        if drafts:
+        if drafts:  # of a draft whose tokens are ranked
+            needed[f"{name}'s activations"] += scratch_bytes(lanes, shape.vocab_size)
             needed["the words that penalties count"] = 8 * history_entries(config, shape.vocab_size)
     needed["the reward"] = reward
     needed["captured graphs"] = graphs

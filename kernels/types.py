@@ -102,6 +102,18 @@ class LaneState(NamedTuple):
     least_tokens: Tensor  # int32 [lanes] tokens that are drawn before the lane may be cut
 
 
+class Ranking(NamedTuple):
+    """What `top_tokens` reads of every lane, and where it puts what it finds."""
+
+    ranks: Tensor  # int32 [lanes] how many tokens are wanted; 0: none, and nobody reads the lane's columns
+    temperature: Tensor  # float32 [lanes] of what the filters see; 0 switches them off
+    top_k: Tensor  # int32 [lanes]; 0 is off
+    top_p: Tensor  # float32 [lanes]; 1 is off
+    min_p: Tensor  # float32 [lanes]; 0 is off
+    token_ids: Tensor  # int32 [lanes, most ranks] out: the most probable first, -1 where no token is left
+    logprobs: Tensor  # float32 [lanes, most ranks] out: at temperature 1, without filters
+
+
 class Penalties(NamedTuple):
     """What `apply_penalties` takes of every lane; lanes of one response share its entries of the history."""
 

@@ -871,3 +871,33 @@ def test_a_commit_that_lacks_a_page_leaves_published_ones_on_offer():
     assert_holds(cache, alone, other[:6] + [70])
     assert_holds(cache, second, prompt[:6] + [71])
     cache.check_integrity()
+
+
+def test_a_slab_has_as_many_holders_as_take_it():
+    """It is free once the last has returned it; every holding counts in the books."""
+    cache = make_cache(num_slabs=2)
+    slab = cache.take_slab(holders=3)
+    cache.check_integrity(slabs_out=3)
+    cache.share_slab(slab, 2)
+    for held in (4, 3, 2, 1):
+        cache.return_slab(slab)
+        cache.check_integrity(slabs_out=held)
+        assert cache.num_free_slabs == 1
+    with pytest.raises(IntegrityError, match="1 slabs are taken and 2 are held"):
+        cache.check_integrity(slabs_out=2)
+    cache.return_slab(slab)
+    cache.check_integrity(slabs_out=0)
+    assert cache.num_free_slabs == 2
+    with pytest.raises(IntegrityError, match=f"slab {slab} is not taken: return each slab once for each"):
+        cache.return_slab(slab)
+    with pytest.raises(IntegrityError, match=f"slab {slab} is not taken and cannot be shared by 1 more"):
+        cache.share_slab(slab, 1)
+    with pytest.raises(IntegrityError, match="a slab for 0 holders"):
+        cache.take_slab(holders=0)
+    slab = cache.take_slab(holders=2)
+    cache.reset()
+    cache.check_integrity(slabs_out=0)
+    assert cache.num_free_slabs == 2
+    cache._slab_holders[slab] = 1
+    with pytest.raises(IntegrityError, match="slabs were lost or doubled|a slab is free and held"):
+        cache.check_integrity()

@@ -27,6 +27,8 @@ SETTINGS = {
     "segment-beam": (["--set", "beams=2", "--set", "candidates=3"], dict(beams=2, candidates=3)),
     "particle-filter": (["--set", "particles=3", "--set", "resampling=systematic"],
                         dict(particles=3, resampling="systematic")),
+    "args": (["--set", "topk=4", "--set", "weight=2.5"], dict(topk=4, weight=2.5)),
+    "rad": (["--set", "topk=4", "--set", "clamp=false"], dict(topk=4, clamp=False)),
 }
 """Parameters of each policy as they are typed, and as Python has them."""
 

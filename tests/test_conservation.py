@@ -82,11 +82,13 @@ POLICIES = st.one_of(
     st.builds(stars.SegmentBeam, st.integers(1, 3), st.integers(1, 3), st.integers(1, 8)),
     st.builds(stars.ParticleFilter, st.integers(1, 4), st.sampled_from([0.1, 1.0]), st.integers(1, 8),
               st.sampled_from(["multinomial", "systematic"]), st.sampled_from(["best", "sample"])),
+    st.builds(stars.ARGS, topk=st.integers(1, 14), mode=st.sampled_from(["greedy", "stochastic"])),
+    st.builds(stars.RAD, topk=st.integers(1, 4)),
 )
 PARAMS = st.builds(
     stars.SamplingParams, max_tokens=st.integers(1, 24), n=st.integers(1, 3), seed=st.integers(0, 99),
     temperature=st.sampled_from([0.0, 1.0]), ignore_eos=st.booleans(),
-    stop_token_ids=st.sampled_from([None, [2]]))
+    stop_token_ids=st.sampled_from([None, [2]]), top_k=st.sampled_from([0, 0, 3]))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import penalty_cases
+import ranking_cases
 from sampler_lanes import make_lanes
 from stars import bindings, kernels
 from stars.bindings import libstars
@@ -187,6 +188,7 @@ CASES: dict[str, Callable[[], tuple]] = {
                       pack(numbers(1, 9, seed=3), torch.tensor([0.5])), torch.zeros(5, 9), torch.zeros(5)),
     "swiglu": lambda: (numbers(5, 34), torch.zeros(5, 17)),
     "take_rows": lambda: (numbers(5, 9), ints([4, 0, 4]), torch.zeros(3, 9)),
+    "top_tokens": lambda: (numbers(5, 37), ranking_cases.make_ranking(5, 6, (6, 0, 3, 1, 4), top_p=0.7), True),
 }
 """Arguments of odd sizes, the same at every call."""
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-import oracle
 import stars
 from building import PADDED, work_as
 from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole

@@ -204,12 +204,49 @@ if FAKED:
         policy = draw.choice((
             stars.STARS(segment_size=16, max_attempts=8, reward_threshold=0.3, width=draw.choice((1, 3, 4, None))),
             stars.STARS(segment_size=32, max_attempts=3, reward_threshold=0.3, width=2), stars.Sample(),
-            stars.BestOfN(n=3), stars.BlockwiseBestOfK(k=3, segment_size=8),
+            stars.BestOfN(n=3), stars.BlockwiseBestOfK(k=3, segment_size=8), stars.ARGS(topk=draw.choice((3, 10))),
+            stars.RAD(topk=7),
             stars.CARDS(max_segment=32, max_attempts=8, reward_threshold=0.3, width=draw.choice((1, 3)))))
         kinds = (dict(), dict(top_k=20), dict(presence_penalty=0.5), dict(top_p=0.9, repetition_penalty=1.2))
         params = stars.SamplingParams(max_tokens=draw.randint(8, 64), seed=index, **draw.choice(kinds))
         length = draw.choice((draw.randint(2, 40), draw.randint(40, 256), draw.randint(256, 600)))
         return {"prompt_token_ids": draw.choices(range(20, 200), k=length)}, params, policy
+
+    def test_a_token_that_is_enumerated_is_replays_alone(monkeypatch):
+        """Of ranked lanes beside drawn ones, with filters and penalties and without: one row a response, a pass that
+        scores what the host hands out, and nothing behind the draft, whose tokens the device has not chosen from."""
+        drafts, trailing = [], []
+        launch, score_trailing = stars.draft.Drafter.launch, stars.reward.causal.CausalReward.score_trailing
+        monkeypatch.setattr(stars.draft.Drafter, "launch", lambda self, lanes: (
+            drafts.append([(lane.ranks, lane.slab) for lane in lanes]), launch(self, lanes))[1])
+        monkeypatch.setattr(stars.reward.causal.CausalReward, "score_trailing", lambda self, draft, candidates: (
+            trailing.append([one.lane for one in candidates]), score_trailing(self, draft, candidates))[1])
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=8, max_num_lanes=48, max_segment_size=32, prefill_backend="triton")
+            for seed, (policy, given) in enumerate((
+                    (stars.ARGS(topk=10), {}), (stars.STARS(8, 6, 0.5, 0.7, 0.3, 4), dict(top_k=20)),
+                    (stars.RAD(topk=6), dict(top_p=0.9, presence_penalty=0.3)), (stars.Sample(), {}))):
+                engine.add_request(PROMPTS[seed], stars.SamplingParams(max_tokens=24, seed=seed, ignore_eos=True,
+                                                                       **given), policy)
+            engine.step()
+            rounds = []
+            for _ in range(8):
+                before, launched = fake_cuda.events.copy(), fake_cuda.launched.copy()
+                engine.step()
+                rounds.append((fake_cuda.events - before, fake_cuda.launched - launched))
+                engine.check_integrity()
+        for found, launched in rounds:
+            assert found["replay"] and not found["capture"] and not found["compile"], found
+            assert not found["synchronize"] and not found["blocking transfer"], found
+            assert set(launched) <= {"copy_rows_kernel"}, launched
+        mixed = [draft for draft in drafts if len({ranks > 0 for ranks, _ in draft}) == 2]
+        assert mixed and {ranks for draft in drafts for ranks, _ in draft} == {0, 10, 6}
+        for draft in mixed:
+            assert [ranks for ranks, _ in draft if ranks] == [10, 6][: sum(ranks > 0 for ranks, _ in draft)]
+            assert len({slab for _, slab in draft}) == len(draft)
+        drawn = {place for draft in drafts for place, (ranks, _) in enumerate(draft) if not ranks}
+        assert trailing and {place for places in trailing for place in places} <= drawn
 
     def test_long_prompts_beside_responses_that_decode(monkeypatch):
         """No round runs more rows of prompts through a model than it may; both models' are launched on two streams, and

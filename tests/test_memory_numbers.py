@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import stars
 from building import PADDED, work_as
 from held import bytes_of
+from stars.kernels.top_tokens import launches, selection_rows
 from stars.model.decoder import Decoder
 from stars.model.loader import DTYPES
 from stars.reward import CausalReward
@@ -82,15 +84,19 @@ def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
         (engine.model_config, ("draft", "prefill")), (reward.decoder.config, ("score", "prefill")))}
     # Of captures that come later, two passes of either model and two steps of a draft.
     later = {engine.model_config: 4, reward.decoder.config: 2}
-    assert said["captured graphs"] == sum(
+    ranked = 2 * sum(launches(rows, LM["vocab"]) for rows in {1, min(8, lanes), lanes}) << 16
+    assert said["captured graphs"] == ranked + sum(
         (count + later[shape]) * 10 * (shape.num_layers + 1) << 16 for shape, count in passes.items())
     assert said["the words that penalties count"] == drafter._history["entries"].nbytes
     triton = pytest.importorskip("stars.kernels.triton.sample_step")
     sampler = triton.make_workspace(lanes, LM["vocab"], torch.device("cpu"))
+    ranks = importlib.import_module("stars.kernels.triton.top_tokens")
+    ranks._scratch.clear()  # of more lanes
+    ranking = ranks._scratch_of(min(lanes, selection_rows(LM["vocab"])), LM["vocab"], torch.device("cpu"))
     lm, rm = engine._passes.decoder, reward.decoder
     taken = {
         "the language model": bytes_of(lm._space, lm._logits, lm.cos, lm.sin, engine._passes._tiling._workspace,
-                                       drafter._tiling._workspace, sampler.values),
+                                       drafter._tiling._workspace, sampler.values, *ranking),
         "the reward model": bytes_of(rm._space, rm._logits, rm.cos, rm.sin, reward._passes._tiling._workspace),
     }
     for name, real in taken.items():

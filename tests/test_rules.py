@@ -31,6 +31,7 @@ from stars.rules import (
     Refuse,
     Relax,
     Resample,
+    RewardGuided,
     SoftArgmax,
     Softmax,
     State,
@@ -197,7 +198,32 @@ def test_a_lowered_threshold_is_noted():
     assert Threshold(1.0, 0.0, math.inf)(ones, state()._replace(lowered=math.inf)).keep == []
 
 
-@pytest.mark.parametrize("rule", [Threshold(1.0, 0.0, 0.0), Argmax()])
+def test_guided_by_rewards_the_highest_score_of_each_hypothesis():
+    def token(hypothesis: int, attempt: int, logprob: float, reward: float, uniform: float = 0.5) -> Judged:
+        return Judged(hypothesis, attempt, 3, False, (), (logprob,), (), reward, None, (uniform,))
+
+    ones = [token(0, 1, -1.0, 0.0), token(0, 2, -2.0, 1.0), token(0, 3, -3.0, 2.5), token(1, 1, -1.0, 0.0)]
+    assert RewardGuided(1.0)(ones, state((0, 1), left=1)) is None
+    for weight, least, most, winner in ((0.5, -math.inf, math.inf, 1), (1.0, -math.inf, math.inf, 3), (
+            1.5, -math.inf, 1.0, 2), (1.0, -math.inf, 1.0, 1), (-9.0, 0.5, 9.0, 1), (-9.0, 3.0, 9.0, 1)):
+        decision = RewardGuided(weight, 0.0, least, most)(ones, state((0, 1)))
+        assert decision.keep == [Keep(0, winner, 1), Keep(1, 1, 1)] and not decision.drop, (weight, least, most)
+        assert {key for key, note in decision.notes.items() if note.accepted} == {(0, winner), (1, 1)}
+    # The draw: score / temperature - log(-log u); here log p is what the uniform makes up for, or just does not.
+    drawn = [token(0, 1, -1.0, 0.0, 0.2), token(0, 2, -2.0, 0.0, 0.9)]  # noise -0.476 and 2.250
+    for temperature, winner in ((1.0, 2), (0.4, 2), (0.36, 1)):
+        rule = RewardGuided(1.0, temperature)
+        assert rule.uniforms == 1 and rule(drawn, state()).keep == [Keep(0, winner, 1)]
+    assert RewardGuided(1.0).uniforms == 0
+    # A reward of -inf loses to any other, whatever its weight; of nothing else the first is kept.
+    lost = [token(0, 1, -1.0, -math.inf), token(0, 2, -9.0, -5.0)]
+    for rule in (RewardGuided(-1.0), RewardGuided(0.0, 0.5), RewardGuided(2.0, 0.0, 0.0, 1.0)):
+        assert rule(lost, state()).keep == [Keep(0, 2, 1)] and rule(lost[:1], state()).keep == [Keep(0, 1, 1)]
+    assert RewardGuided(1.0)([earlier(0), token(1, 1, -1.0, 0.0)], state((0, 1))).keep == [
+        Keep(0, EARLIER, 0), Keep(1, 1, 1)]
+
+
+@pytest.mark.parametrize("rule", [Threshold(1.0, 0.0, 0.0), Argmax(), RewardGuided(1.0)])
 def test_rules_that_read_rewards_say_where_there_are_none(rule):
     with pytest.raises(ValueError, match="was given none: score segments"):
         rule([judged(reward=None)], state())
@@ -209,7 +235,8 @@ def test_rules_that_read_rewards_say_where_there_are_none(rule):
 @settings(max_examples=200)
 @given(st.one_of(THRESHOLDS, st.sampled_from([
     Argmax(), Always(), SoftArgmax(0.7), FirstAccepted(0.5, 1.0), DropWorst(0.4), Highest(1), Highest(3),
-    Resample(3, 0.5), Resample(3, 0.5, systematic=True)])), st.integers(0, 2),
+    Resample(3, 0.5), Resample(3, 0.5, systematic=True), RewardGuided(0.7), RewardGuided(-2.0, 0.5, 0.0, 1.0)
+    ])), st.integers(0, 2),
        st.lists(st.one_of(st.just([]), ATTEMPTS), min_size=1, max_size=3), st.integers(0, 3), st.booleans())
 def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, population, left, finished):
     """The loop does not check them. `over`: how many of the hypotheses had finished before. Others may have no
@@ -217,7 +244,7 @@ def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, popu
     assume(all(population) or rule.in_order)
     assume(not over or not isinstance(rule, (SoftArgmax, FirstAccepted)))  # what had ended has no random numbers
     assume(not isinstance(rule, Resample) or all(len(attempts) == 1 for attempts in population))
-    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 8
+    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 9
     live = tuple(range(len(population)))
     ones = [one for slot, attempts in enumerate(population) for one in (
         [earlier(slot)] if slot < over else

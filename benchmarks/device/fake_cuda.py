@@ -27,8 +27,17 @@ from stars.target import CPU
 
 CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.select.int", "aten.mm.out",
               "aten.mm.dtype_out", "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default",
-              "aten.alias.default", "aten.view.dtype", "aten.detach.default"}
-"""Operations of torch that a capture may meet: views, and products into given memory."""
+              "aten.alias.default", "aten.view.dtype", "aten.detach.default",
+              # Of a ranking: small tensors, a copy, and torch's selection, none of which asks the device anything.
+              "aten.amax.default", "aten.sub.Tensor", "aten.exp.default", "aten.mul.Tensor", "aten.sum.dim_IntList",
+              "aten.log.default", "aten.arange.default", "aten.lt.Tensor", "aten.add.out", "aten.copy_.default",
+              "aten.bitwise_right_shift_.Tensor_Scalar", "aten.bitwise_and_.Scalar", "aten.bitwise_xor_.Tensor",
+              "aten.bitwise_left_shift_.Tensor_Scalar", "aten.add_.Tensor", "aten.topk.default", "aten.gather.default",
+              "aten.gt.Scalar", "aten.bitwise_and.Tensor", "aten.abs.default", "aten.ne.Scalar", "aten.mul.Tensor",
+              "aten.eq.Tensor", "aten.div.Tensor", "aten.ge.Tensor", "aten.eq.Scalar", "aten.bitwise_or.Tensor",
+              "aten.bitwise_and_.Tensor", "aten.fill_.Scalar", "aten.where.self", "aten.where.ScalarOther",
+              "aten.where.ScalarSelf", "aten._to_copy.default", "aten.scalar_tensor.default", "aten.full.default"}
+"""Operations of torch that a capture may meet: views, products into given memory, and what ranks tokens."""
 MAPPED = {("finish_kernel", "ended")}
 """Parameters of kernels that may be given pinned memory of the host."""
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"}
@@ -162,6 +171,10 @@ class FakeBuffers(buffers.Buffers):
             host["steps"][:], host["done"][:] = host["max_tokens"], 1
             host["out_tokens"][:] = draw.integers(20, 200, host["out_tokens"].shape)
             host["out_logprobs"][:] = -1.0
+        if "ranks" in host:
+            columns = host["token_ids"].shape[1]
+            host["token_ids"][:] = draw.permutation(np.arange(20, 20 + columns))
+            host["logprobs"][:] = -1.0
         if "rewards" in host:
             host["rewards"][:] = draw.normal(size=host["rewards"].shape)
 

@@ -98,7 +98,7 @@ MUTANTS = [
            "an argmax decides before every attempt was drawn", "rules counts"),
     Mutant("engine/round.py", "hypothesis.best = preferred(hypothesis, held)", "hypothesis.best = held[0]",
            "between rounds the first attempt keeps its slab, whatever is kept", "methods_outside"),
-    Mutant("engine/request.py", "(1,) if params.temperature == 0 else attempts if", "attempts if",
+    Mutant("engine/request.py", "(1,) if one else attempts if", "attempts if",
            "equal greedy candidates are drawn again and again", "oracle engine"),
     Mutant("engine/rules.py", "Note(None, None, one is winner)", "Note(None, None, True)",
            "an argmax reports every attempt as accepted", "rules counts"),
