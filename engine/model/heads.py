@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stars.kernels import linear
-from stars.kernels.linear import Weight, pack
+from stars.kernels.linear import Weight
 
 Activation = Literal["none", "sigmoid", "softmax"]
 
@@ -48,7 +48,7 @@ class Gate(NamedTuple):
 
 
 class RewardHead(NamedTuple):
-    """A head that is more than one row. `prm` and others make one of packed float32 products, or with `two_labels`."""
+    """A head that is more than one row."""
 
     layers: tuple[Weight, ...]  # float32 [out, in], ReLU between them
     activation: Activation = "none"  # of the labels
@@ -76,12 +76,6 @@ class RewardHead(NamedTuple):
             torch.sigmoid(labels[:, self.label], out=rewards)
         else:
             rewards.copy_(labels[:, self.label])
-
-
-def two_labels(matrix: Tensor, bias: Tensor | None = None, good: int = 1, deterministic: bool = False) -> RewardHead:
-    """The probability of label `good`: softmax of matrix @ h + bias; matrix [2, hidden], bias [2]."""
-    weight = pack(matrix.float(), None if bias is None else bias.float(), deterministic)
-    return RewardHead((weight,), "softmax", good)
 
 
 def _through(layers: Sequence[Weight], x: Tensor) -> Tensor:

@@ -287,7 +287,7 @@ class ScoringReward(SessionReward):
     def _span(self, plan: Plan, slab: int) -> Span:
         first, rows = slab * self.cache.slab_len, len(plan.ids) - plan.start
         return Span(plan.table, plan.ids[plan.start :], plan.start, range(first, first + rows), plan.drafted,
-                    plan.session.gate)
+                    gate=plan.session.gate)
 
     def _scored(self, plan: Plan, slab: int, reward: float | RewardError) -> Scored:
         if plan.own:
