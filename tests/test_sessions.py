@@ -20,6 +20,8 @@ from stars.prompt import Prompt, parse_prompt
 from stars.reward.base import Candidate, Reward, TrailingCandidate
 from stars.target import CPU, CUDA
 from test_encoder_rewards import write_encoder
+from tiny_heads import write_head
+from tiny_models import BOS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -32,7 +34,7 @@ LONG = " zq" * 18  # more tokens than a slab of 40 holds
 
 CAUSAL = {
     "same": dict(), "same, eos": dict(close="eos"), "same, chat": dict(template="chat", close="template"),
-    "other": dict(), "other, eos": dict(close="eos"),
+    "other": dict(), "other, eos": dict(close="eos"), "same, mlp": dict(), "same, gated": dict(),
 }
 KINDS = [*CAUSAL, "encoder", "function of ids", "function of text"]
 
@@ -92,10 +94,17 @@ def bench(tiny_model, tmp_path_factory, lm, lag):
     other = tiny_model(family="llama", head="reward", tokenizer=True, chat_template=True, tokenizer_seed=2, seed=7)
     encoder: Path = write_encoder(tmp_path_factory.mktemp("encoder"), "Bert", max_position_embeddings=150)
 
+    heads = {}
+    for kind in ("mlp", "gated"):
+        heads[kind] = tmp_path_factory.mktemp(kind)
+        write_head(heads[kind], kind, tokenizer=True, chat_template=True)
+
     def get(kind: str, config=CONFIG) -> Bench:
         config = dataclasses.replace(config, target=config.target._replace(reward_lag=lag))
         if kind in CAUSAL:
-            reward = stars.CausalReward(same if kind.startswith("same") else other, **CAUSAL[kind])
+            choice = {"prompt_pattern": [BOS]} if kind == "same, gated" else "auto"
+            directory = heads.get(kind.split(", ")[-1], same if kind.startswith("same") else other)
+            reward = stars.CausalReward(directory, head=choice, **CAUSAL[kind])
         elif kind == "encoder":
             reward = stars.EncoderReward(encoder, batch_size=1)
         elif kind == "function of ids":
@@ -204,7 +213,7 @@ def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, lag, kind, d
     made.all_free()
 
 
-@pytest.mark.parametrize("kind", ["same", "same, eos", "same, chat"])
+@pytest.mark.parametrize("kind", ["same", "same, eos", "same, chat", "same, gated"])
 @pytest.mark.parametrize("unseen, lanes", [(0, (2, 0, 1)), (0, (3, 2, 0, 3, 1)), (1, (2, 3, 0, 1)), (5, (2, 0, 1))])
 def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, lanes, operations):
     """The same spans, their tokens filled in on the device: so also where the response has tokens nobody scored, and
