@@ -230,8 +230,7 @@ class Passes:
                 sequences = self._sequences(rows)
                 self._fill_idle(rows, sequences)
                 for tiles in self._tiling.shapes(rows, kind):
-                    forward = self._forward(rows, sequences, self._reads(rows), tiles, None, kind == "score",
-                                            kind == "score")
+                    forward = self._forward(rows, sequences, tiles, None, kind == "score", kind == "score")
                     if rows <= self._captured[kind]:
                         self._graphs.warm_up(forward)
                     else:
@@ -248,7 +247,7 @@ class Passes:
         sequences = self._sequences(rows)
         self._fill_idle(rows, sequences)
         for tiles in self._tiling.shapes(rows, kind)[: None if prefill is None else 1]:
-            self._forward(rows, sequences, self._reads(rows), tiles, prefill, kind == "score", False).call()
+            self._forward(rows, sequences, tiles, prefill, kind == "score", False).call()
 
     def _warm_up_library(self) -> None:
         """Runs a chunk of a prompt through the library, if one is chosen, and where layers have windows, one beyond
@@ -304,7 +303,7 @@ class Passes:
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
         self._buffers.upload()
-        parts = [self._forward(rows, sequences, reads, tiles, prefill, into_slab, scored)]
+        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored, reads)]
         if draft is not None:  # the device fills in what was drawn
             parts.insert(0, self._append(draft, rows, sequences))
         return Prepared(parts, not captured, scored)
@@ -315,10 +314,11 @@ class Passes:
         if prepared.scored:
             self._rewards.fetch(block)
 
-    def _forward(self, rows: int, sequences: int, reads: int, tiles: Tiles | None, prefill: Prefill | None,
-                 into_slab: bool, scored: bool) -> Part:
+    def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
+                 scored: bool, reads: int | None = None) -> Part:
         """The model's part of a pass. What it runs is made where it is recorded, not where replayed."""
         buffers = self._buffers
+        reads = self._reads(rows) if reads is None else reads  # of a padded one
 
         def first(name: str) -> Tensor:
             return buffers[name][:sequences]

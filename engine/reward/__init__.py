@@ -12,8 +12,9 @@ from stars.reward.base import Reward
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
 from stars.reward.function import FunctionReward
+from stars.reward.process import ProcessReward
 
-__all__ = ["CausalReward", "EncoderReward", "FunctionReward", "Reward", "resolve_reward"]
+__all__ = ["CausalReward", "EncoderReward", "FunctionReward", "ProcessReward", "Reward", "resolve_reward"]
 
 
 def resolve_reward(reward: Any) -> Reward | None:

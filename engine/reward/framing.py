@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from stars.errors import RequestError, RewardError
 from stars.model.config import ModelConfig
-from stars.model.tokenizer import Tokenizer
+from stars.model.tokenizer import REPLACEMENT, Tokenizer
 from stars.prompt import Prompt
 from stars.sizes import MAX_CLOSING
 
@@ -18,6 +19,14 @@ class Frame(NamedTuple):
     text: str  # the prompt's text, where responses are re-encoded
     special: bool  # whether that text is encoded with special tokens around it
     closing: list[int]  # ids after every response
+
+
+class Text(NamedTuple):
+    """What the model reads of a response."""
+
+    ids: list[int]  # of prompt, response and closing
+    content: int  # of them without the closing
+    tags: Sequence[int] = ()  # where step tags stand among them, in order; none: the reward is read at the last token
 
 
 class Framing:
@@ -58,6 +67,17 @@ class Framing:
             self._newest = prompt, frame
         return self._newest[1]
 
+    def read(self, frame: Frame, token_ids: list[int], text: str | None) -> Text:
+        """What the model reads of a response in its frame; token_ids, text: as in `stars.reward.base.Candidate`."""
+        if self.encoder is None:
+            content = frame.prefix + token_ids
+        elif text:
+            # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
+            content = self.encoder.encode(frame.text + text.rstrip(REPLACEMENT), add_special_tokens=frame.special)
+        else:
+            content = frame.prefix
+        return Text(content + frame.closing, len(content))
+
     def _render(self, prompt: Prompt) -> Frame:
         messages = prompt.given if isinstance(prompt.given, list) else None
         if self._template == "chat" or (self._template == "auto" and messages is not None):
@@ -77,7 +97,7 @@ class Framing:
         """The frame that the reward model's chat template makes of `messages`; without them, of `text` as a turn."""
         if self._tokenizer is None or not self._tokenizer.has_chat_template:
             raise RequestError("the reward model has no chat template: give the prompt as text, or build "
-                               'CausalReward with template="raw"')
+                               'its reward with template="raw"')
         if messages is None:
             if text is None:
                 raise RequestError("these prompt ids cannot be decoded for the reward model's chat template: give "
