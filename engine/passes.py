@@ -16,6 +16,7 @@ from stars.kernels.graph import Graphs, Part
 from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
+from stars.model.heads import RewardHead
 from stars.prefill import choose_prefill
 from stars.sizes import MAX_CLOSING, ModelSizes, later_bytes, padded_rows, pass_rows, score_rows, table_width
 from stars.tiling import Tiling, shape
@@ -28,6 +29,7 @@ KINDS: tuple[Kind, ...] = ("prefill", "score")
 BESIDE = 2
 """Passes that were launched and whose rewards the host has not taken, at most: one that runs, and one behind it."""
 
+READ_LAUNCHES = 12  # of a head that is more than a row: few products, with what torch does between and behind them
 PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
 
 
@@ -52,6 +54,7 @@ class Span(NamedTuple):
     slots: Sequence[int]  # flat row of the slabs or of the pages for each token
     drafted: DraftedPart | None = None
     reads: Sequence[int] = ()
+    gate: Sequence[float] | None = None  # what a gated head weights the objectives with
 
 
 class Prepared(NamedTuple):
@@ -60,6 +63,7 @@ class Prepared(NamedTuple):
     parts: list[Part]
     rare: bool  # whether it is too long to capture
     scored: bool  # whether it ends with rewards
+    read: Part | None  # what makes rewards of its hidden states, where the head is more than a row
 
 
 class Passes:
@@ -88,11 +92,17 @@ class Passes:
         decoder.reserve_positions(sizes.max_positions)
         row, sequence = (torch.int32, (rows,)), (torch.int32, (sequences,))
         start = torch.int32, (sequences + 1,)
-        columns = dict(
+        columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(
             token_ids=row, positions=row, slots=row, row_start=start, last=(torch.int32, (readings,)),
             seq_group=sequence, prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
             lanes=sequence, segment_start=start, closing=(torch.int32, (sequences, MAX_CLOSING)))
+        self._head = decoder.score_head if isinstance(decoder.score_head, RewardHead) else None
+        self._gated = self._head is not None and self._head.gate is not None
+        if self._head is not None:  # its hidden states, for what is not recorded with the pass
+            self._states = torch.zeros(readings, decoder.config.hidden_size, device=cache.device)
+            if self._head.gate is not None:
+                columns["gates"] = torch.float32, (readings, self._head.gate.objectives)
         self._buffers = Buffers(target, True, 1, **columns)
         self._host = {name: self._buffers.host(name) for name in columns}
         # On the host, a block for what is taken at once, and one for each pass that is not.
@@ -168,6 +178,16 @@ class Passes:
             rewards += self.rewards(sum(len(span.reads) or 1 for span in batch))
         return rewards
 
+    def states(self, spans: Sequence[Span]) -> Tensor:
+        """Runs the spans into their slabs; what a RewardHead gets of the last token of each, float32 [spans, hidden].
+        """
+        found = []
+        for batch in self._batches(spans, min(self.max_rows, self.target.captured_score), into_slab=True):
+            self._prepared = None
+            self._launch(self._prepare(batch, into_slab=True)._replace(scored=False, read=None))
+            found.append(self._states[: len(batch)].clone())
+        return torch.cat(found)
+
     def redraft(self, spans: Sequence[Span]) -> None:
         """Runs the spans into their slabs, as drafts had done it token by token."""
         for batch in self._batches(spans, self.max_rows, into_slab=True):
@@ -237,6 +257,8 @@ class Passes:
                         forward.call()
                 if kind == "score" and draft is not None and rows <= self._captured[kind]:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
+                    if self._head is not None:
+                        self._graphs.warm_up(self._read(self._head, self._reads(rows)))
         if draft is None and self._tiling.deterministic:
             self._run_idle(self.target.rows(1, "score"), "score")
 
@@ -306,11 +328,14 @@ class Passes:
         parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored, reads)]
         if draft is not None:  # the device fills in what was drawn
             parts.insert(0, self._append(draft, rows, sequences))
-        return Prepared(parts, not captured, scored)
+        read = self._read(self._head, reads) if scored and self._head is not None else None
+        return Prepared(parts, not captured, scored, read)
 
     def _launch(self, prepared: Prepared, block: int = 0) -> None:
         """block: of the host's, for the rewards."""
         self._graphs.run(prepared.parts, self._never_done, rare=prepared.rare)
+        if prepared.read is not None:
+            self._graphs.run_beside(prepared.read, self._never_done, prepared.rare)
         if prepared.scored:
             self._rewards.fetch(block)
 
@@ -328,13 +353,24 @@ class Passes:
             batch = Batch(buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
                           first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
-            if scored:
+            if scored and self._head is not None:
+                self.decoder.forward(batch, self.cache, last, self._states[:reads])
+            elif scored:
                 self.decoder.score(batch, self.cache, last, self._rewards["rewards"][:reads])
             else:
                 self.decoder.forward(batch, self.cache, last)
 
         key = "forward", rows, sequences, into_slab, scored, reads, *(shape(tiles) if tiles is not None else ())
         return Part(key, run, self._launches)
+
+    def _read(self, head: RewardHead, reads: int) -> Part:
+        """What a head that is more than a row makes of the hidden states of a pass."""
+
+        def run() -> None:
+            head.read(self._states[:reads], self._rewards["rewards"][:reads],
+                      self._buffers["gates"][:reads] if self._gated else None)
+
+        return Part(("read", reads), run, READ_LAUNCHES)
 
     def _append(self, draft: Draft, rows: int, sequences: int) -> Part:
         """What a draft drew, into the rows of a pass that trails it."""
@@ -410,6 +446,10 @@ class Passes:
             closing[:sequences] = -1
             for row, one in zip(closing, drafted, strict=False):
                 row[: len(one.closing)] = one.closing
+        if self._gated:
+            weights = [span.gate for span in spans for _ in span.reads or (0,)]
+            for row, gate in zip(self._host["gates"], weights, strict=False):
+                row[:] = 0.0 if gate is None else gate  # the gate itself is read without, and so are prompts
         self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         return rows, sequences, reads, tiles
 

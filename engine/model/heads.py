@@ -55,6 +55,11 @@ class RewardHead(NamedTuple):
     label: int = 0  # the one that is read
     gate: Gate | None = None  # the reading is the sum of the labels by its weights, and `label` says nothing
 
+    @property
+    def products(self) -> tuple[Weight, ...]:
+        """Every product of head and gate."""
+        return self.layers + (self.gate.layers if self.gate is not None else ())
+
     def read(self, hidden: Tensor, rewards: Tensor, gates: Tensor | None = None) -> None:
         """Writes rewards float32 [rows], of hidden float32 [rows, hidden] behind the model's last norm.
 

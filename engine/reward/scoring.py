@@ -299,7 +299,7 @@ class ScoringReward(SessionReward):
     def _span(self, plan: Plan, slab: int) -> Span:
         first, rows = slab * self.cache.slab_len, len(plan.ids) - plan.start
         return Span(plan.table, plan.ids[plan.start :], plan.start, range(first, first + rows), plan.drafted,
-                    [tag - plan.start for tag in plan.tags])
+                    [tag - plan.start for tag in plan.tags], plan.session.gate)
 
     def _all_scored(self, plans: Sequence[Plan], slabs: Sequence[int], rewards: Sequence[float]) -> list[Scored]:
         """What was read of all plans, one's after the other's."""
