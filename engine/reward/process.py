@@ -9,15 +9,17 @@ from typing import Any, Literal
 from stars.arguments import shown
 from stars.config import EngineConfig
 from stars.errors import RewardError
-from stars.kernels.linear import Weight
-from stars.model.config import ModelConfig
-from stars.model.decoder import Decoder
+from stars.model.config import ModelConfig, load_config
 from stars.model.heads import RewardHead
+from stars.model.loader import inspect_model
 from stars.model.tokenizer import Tokenizer
+from stars.reward.base import Held
 from stars.reward.causal import CausalReward
 from stars.reward.framing import Framing
-from stars.reward.steps import StepFormat, StepFraming, detected
+from stars.reward.steps import SHEPHERD, StepFormat, StepFraming, detected
 
+SHEPHERD_LABELS = ("-", "+")
+"""Tokens whose logits are the labels of a language model that judges steps: bad and good."""
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda scores: scores[-1], "min": min, "prod": math.prod,
     "mean": lambda scores: math.fsum(scores) / len(scores),
@@ -25,16 +27,17 @@ AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 class ProcessReward(CausalReward):
-    """A decoder with a head of two labels, read at a tag after every step of a response: P(good) = softmax[good_label].
+    """A decoder with a head of two labels, read at a tag after every step of a response: softmax[good_label].
 
     The response's text is split at step_separator; steps of white space alone are left out. What the model reads is
-    every step followed by the tag, in place of the separator; the reward is the aggregate of P(good) over the tags:
+    every step followed by the tag, in place of the separator; the reward is the aggregate of these P(good) over the tags:
     "last", "min", "prod" or "mean". The last step has a tag though no separator ended it, which is scored and dropped,
     and an empty response has one: every beginning of a response has a score, in [0, 1], and r(x) is that of the tag
     behind the prompt.
 
-    model: HF directory, or a Decoder with a two-label head and `tokenizer`. What follows is detected from the model's
-    class where it is left out, and `format` shows it once the engine is built:
+    model: HF directory, or a Decoder with a head that gives probabilities, and `tokenizer`. head: as CausalReward's; left
+    out, the two labels of the directory's head, or those of a `…ForCausalLM` for "-" and "+". What follows is detected
+    from the model's class where it is left out, and `format` shows it once the engine is built:
 
     - step_separator: "\\n\\n"; of a plain language model "\\n".
     - step_tag: a text that is one token. "<extra_0>" of a `…ForProcessRewardModel`, "ки" of a `…ForCausalLM`
@@ -56,9 +59,9 @@ class ProcessReward(CausalReward):
     def __init__(self, model: Any, *, step_separator: str | None = None, step_tag: str | None = "auto",
                  step_end: str | None = None, insert_tag: bool = True,
                  aggregate: Literal["last", "min", "prod", "mean"] = "last",
-                 template: Literal["auto", "chat", "raw"] | None = None, good_label: int = 1,
+                 template: Literal["auto", "chat", "raw"] | None = None, good_label: int = 1, head: Any = "auto",
                  tokenizer: Any = None, chat_template_kwargs: dict[str, Any] | None = None):
-        super().__init__(model, tokenizer=tokenizer, template="auto" if template is None else template,
+        super().__init__(model, head=head, tokenizer=tokenizer, template="auto" if template is None else template,
                          chat_template_kwargs=chat_template_kwargs)
         for name, value, allowed in (("step_separator", step_separator, "text, or left out"),
                                      ("step_tag", step_tag, "text of one token, or None for the separator"),
@@ -70,6 +73,9 @@ class ProcessReward(CausalReward):
                               f"{', '.join(map(repr, AGGREGATES))}")
         if good_label not in (0, 1) or isinstance(good_label, bool):
             raise RewardError(f"ProcessReward.good_label is {shown(good_label)}, it must be 0 or 1")
+        if good_label == 0 and (hasattr(model, "forward") or head != "auto"):
+            raise RewardError("ProcessReward.good_label=0 is about the two labels of a directory's head, and a head was "
+                              "given: let that head give the probability of the good label")
         if not insert_tag and step_tag is None:
             raise RewardError("ProcessReward.insert_tag=False says that tags stand in the response, and step_tag=None "
                               "that there is none: give the step_tag, or leave insert_tag out")
@@ -80,11 +86,36 @@ class ProcessReward(CausalReward):
         self.given_template = template
         self.format: StepFormat | None = None
 
+    def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
+        """As CausalReward's, of the head that is meant."""
+        self._choose_head()
+        return super().holds(tokenizer, vocab_size, config)
+
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """As CausalReward's; what was detected is `format` from here on."""
+        self._choose_head()
         super().bind(tokenizer, vocab_size, config)
+        head = self.decoder.score_head
+        if not isinstance(head, RewardHead) or head.activation == "none":
+            raise RewardError("ProcessReward.model has a head that gives no probability of a label: use a model with two "
+                              "labels, say which with head, or score it as a CausalReward")
         assert isinstance(self.framing, StepFraming)
         self.format = self.framing.steps
+
+    def _choose_head(self) -> None:
+        """Says which rows of which head are the bad label and the good one, where it was left out."""
+        if self.head != "auto" or hasattr(self.model, "forward"):
+            return
+        own = self._own_tokenizer()
+        if own is None or detected(load_config(self.model), own) != SHEPHERD:
+            form = inspect_model(self.model, "reward").reward_head
+            if form is not None and form.labels == 1:
+                raise RewardError(f"{self.model} has a reward head of one label where the steps' bad and good ones are "
+                                  "needed: use a model with two labels, or score responses with CausalReward")
+            self.head = {"rows": [1 - self.good_label, self.good_label]}
+            return
+        rows = [own.encode(label, add_special_tokens=False)[-1] for label in SHEPHERD_LABELS]
+        self.head = {"tensor": "lm_head", "rows": rows if self.good_label else rows[::-1]}
 
     def aggregate_of(self, scores: Sequence[float]) -> float:
         """As `aggregate` says; NaN where a score is."""

@@ -36,7 +36,7 @@ def detected(shape: ModelConfig, tokenizer: Tokenizer) -> StepFormat:
     if any(name.endswith("ForCausalLM") for name in shape.architectures):
         return SHEPHERD
     named = any(name.endswith("ForProcessRewardModel") for name in shape.architectures)
-    return QWEN if named or _ids(tokenizer, "<extra_0>")[1:] == [] else SEPARATED
+    return QWEN if named or len(_ids(tokenizer, "<extra_0>")) == 1 else SEPARATED
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -47,8 +47,9 @@ class StepFraming(Framing):
     """Reads responses step by step; template and chat_template_kwargs as `CausalReward`'s.
 
     The text is split at the separator; a step of white space alone is left out. Every other one is followed by the
-    format's `end`, and its tag is read. So is a last step that no separator ended, for which the tag alone, or the
-    separator, is the closing; and so is an empty response. RewardError for a tag that is no single token of the model.
+    format's `end`, and its tag is read. A last step that no separator ended is, too, and an empty response: what is
+    after its text up to the tag, or the separator, is the closing. RewardError for a tag that is no single token of the
+    model.
     """
 
     def __init__(self, tokenizer: Tokenizer, shape: ModelConfig, template: str, steps: StepFormat,
@@ -56,66 +57,54 @@ class StepFraming(Framing):
         super().__init__(tokenizer, False, shape, template, "none", chat_template_kwargs)
         self.steps = steps
         self._steps_tokenizer = tokenizer
-        self._closing = _ids(tokenizer, steps.end if steps.tag is None else steps.tag)
-        if not self._closing or (steps.tag is not None and len(self._closing) > 1):
-            what = "step separator" if steps.tag is None else "step tag"
-            raise RewardError(f"the {what} {steps.tag or steps.end!r} makes {len(self._closing)} tokens of the reward "
-                              "model's vocabulary, and one is read: give a step_tag that is one token, or step_tag=None "
-                              "to read at the separator")
-        if max(self._closing) >= shape.vocab_size:
-            raise RewardError(f"the step tag {steps.tag!r} is token {max(self._closing)}, outside the reward model's "
-                              f"vocabulary of {shape.vocab_size}: use the tokenizer it came with")
-        self.longest_closing = self.closing_room = len(self._closing)
+        self._end = _ids(tokenizer, steps.end)
+        tag = self._end if steps.tag is None else _ids(tokenizer, steps.tag)
+        if not tag or (steps.tag is not None and len(tag) > 1):
+            what = f"step separator {steps.end!r}" if steps.tag is None else f"step tag {steps.tag!r}"
+            raise RewardError(f"the {what} makes {len(tag)} tokens of the reward model's vocabulary, and one is read: "
+                              "give a step_tag that is one token, or step_tag=None to read at the separator")
+        self._tag = tag[-1]
+        if max(*tag, *self._end) >= shape.vocab_size:
+            raise RewardError(f"the step tag {steps.tag or steps.end!r} is token {max(*tag, *self._end)}, outside the "
+                              f"reward model's vocabulary of {shape.vocab_size}: use the tokenizer it came with")
+        self.longest_closing = self.closing_room = len(self._end)
 
     def read(self, frame: Frame, token_ids: list[int], text: str | None) -> Text:
         """As `Framing.read`, with the tags. RewardError where the tokenizer does not keep a tag that was put in."""
         text = (text or "").rstrip(REPLACEMENT)
         if not self.steps.inserted:
-            return self._standing(frame, text)
+            return self._tagged(frame, [], text if text.strip() else "")
         *steps, rest = text.split(self.steps.separator)
         steps = [step for step in steps if step.strip()]
         rest = rest if rest.strip() else ""
-        if self.steps.tag is None:
-            return self._separated(frame, steps, rest)
-        found = self._tagged(frame, "".join(step + self.steps.end for step in steps) + rest)
-        if len(found.tags) < len(steps):
-            raise RewardError(f"the step tag {self.steps.tag!r} was put after {len(steps)} steps, and the reward "
-                              f"model's tokenizer makes its token of {len(found.tags)} of them: give a step_end around "
-                              "it that keeps it apart from a step's text")
-        return self._closed(found, bool(rest))
+        return (self._separated if self.steps.tag is None else self._tagged)(frame, steps, rest)
 
-    def _standing(self, frame: Frame, text: str) -> Text:
-        """Of a response in which the tags stand already."""
-        assert self.steps.tag is not None
-        found = self._tagged(frame, text if text.strip() else "")
-        return self._closed(found, bool(text.rpartition(self.steps.tag)[2].strip()))
-
-    def _tagged(self, frame: Frame, text: str) -> Text:
-        """The whole text's ids, and where in the response the tag's is."""
-        ids = frame.prefix
-        if text:
-            ids = self._steps_tokenizer.encode(frame.text + text, add_special_tokens=frame.special)
-        [tag] = self._closing
-        tags = [place for place, token in enumerate(ids) if token == tag]
-        return Text(ids, len(ids), tags[frame.prefix.count(tag) :])  # the prompt may speak of tags
+    def _tagged(self, frame: Frame, steps: list[str], rest: str) -> Text:
+        """The whole text as it is encoded with every tag in it; in `rest` there may be tags already."""
+        _, tag, end, inserted, _ = self.steps
+        assert tag is not None
+        closed = bool(rest.rpartition(tag)[2].strip()) if not inserted and rest else bool(rest) or not steps
+        put = len(steps) + closed
+        text = "".join(step + end for step in steps) + rest + (end if closed else "")
+        ids = self._steps_tokenizer.encode(frame.text + text, add_special_tokens=frame.special)
+        before = frame.prefix.count(self._tag)  # a prompt may speak of tags
+        tags = [place for place, token in enumerate(ids) if token == self._tag][before:]
+        if len(tags) < max(1, put):
+            raise RewardError(f"the step tag {tag!r} stands {max(1, put)} times in what the reward model reads, and its "
+                              f"tokenizer makes {len(tags)} of its tokens there: give a step_end around the tag that "
+                              "keeps it apart from the text")
+        return Text(ids[: tags[-1] + 1], tags[-1], tags) if closed else Text(ids, len(ids), tags)
 
     def _separated(self, frame: Frame, steps: list[str], rest: str) -> Text:
         """Steps and separators, each encoded by itself, so that no token is of both."""
         ids, tags = list(frame.prefix), []
         for step in steps:
-            ids += _ids(self._steps_tokenizer, step)
-            ids += self._closing
+            ids += _ids(self._steps_tokenizer, step) + self._end
             tags.append(len(ids) - 1)
-        if rest:
-            ids += _ids(self._steps_tokenizer, rest)
-        return self._closed(Text(ids, len(ids), tags), bool(rest))
-
-    def _closed(self, found: Text, unfinished: bool) -> Text:
-        """With the closing, where a step is unfinished or nothing would be read."""
-        if not unfinished and found.tags:
-            return found
-        ids = found.ids + self._closing
-        return Text(ids, found.content, [*found.tags, len(ids) - 1])
+        ids += _ids(self._steps_tokenizer, rest) if rest else []
+        if not rest and tags:
+            return Text(ids, len(ids), tags)
+        return Text(ids + self._end, len(ids), [*tags, len(ids) + len(self._end) - 1])
 
     def _render(self, prompt: Prompt) -> Frame:
-        return super()._render(prompt)._replace(closing=self._closing)
+        return super()._render(prompt)._replace(closing=self._end)
