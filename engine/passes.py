@@ -227,8 +227,8 @@ class Passes:
         return self._block
 
     def rewards(self, count: int, block: int = 0) -> list[float]:
-        """So many, once they are there, in the order of the spans and their reads: of the pass that was given that number, or of the last that was run by
-        `score`."""
+        """So many, once they are there, in the order of the spans and of their reads: of the pass that was given that
+        number, or of the last that was run by `score` or `read`."""
         self._rewards.wait(block)
         rewards: list[float] = self._rewards.host("rewards", block)[:count].tolist()
         return rewards
@@ -428,7 +428,7 @@ class Passes:
             sequences, reads = self._sequences(rows), self._reads(rows)
             keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
             tiles = self._tiling.fill(rows, row_start, groups, kind, keys)
-        # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and idle readings are of row 0.
+        # Idle rows write nothing and belong to no sequence; idle sequences have no rows; idle readings are of row 0.
         self._write(rows, 0, token_ids=token_ids, positions=positions)
         self._write(rows, -1, slots=slots)
         self._write(sequences + 1, row_start[-1], row_start=row_start)

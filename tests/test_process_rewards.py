@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import random
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -187,6 +186,26 @@ def test_what_no_slab_holds(models, lm, kind, lag):
     all_free(reward)
 
 
+def test_a_tag_where_the_same_token_was_none_is_read(models, lm, copied):
+    """A tokenizer that takes two texts for one, of which only one has a step's end: nothing in the pages differs."""
+    directory = copied(models["token"])
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    reward, tokenizer = bound(directory, lm, step_separator="...", aggregate="mean"), load_tokenizer(directory)
+    session = opened(reward, lm)
+    [first] = score(reward, session, " a\u2026 dog")
+    reward.commit([(session, first.handle)])
+    assert not session.scores
+    dots, ids = tokenizer.encode("...", add_special_tokens=False), tokenizer.encode(PROMPT)
+    places = []
+    for step in (" a", " dog sleeps"):
+        ids += tokenizer.encode(step, add_special_tokens=False) + dots
+        places.append(len(ids) - 1)
+    assert session.committed[: places[0] + 1] == ids[: places[0] + 1]
+    [one] = score(reward, session, " a... dog sleeps")
+    assert one.reward == near(sum(scores_at(directory, ids, places)) / 2)
+
+
 @pytest.mark.parametrize("target", [CPU, PADDED], ids=["plain", "padded"])
 def test_more_readings_than_a_pass_holds(models, lm, target, monkeypatch):
     """One lane, whose passes read four: eleven steps are read in three passes over the same rows."""
@@ -204,6 +223,14 @@ def test_more_readings_than_a_pass_holds(models, lm, target, monkeypatch):
     reward.commit([(session, one.handle)])
     [more] = score(reward, session, text + "\n\nl")
     assert passes[3:] == [[2]] and more.reward == near(min(step_scores(models["mlp"], PROMPT, text + "\n\nl", True)))
+
+
+def test_a_score_that_is_no_number_is_not_lost():
+    """A minimum would pass over it."""
+    for aggregate in AGGREGATES:
+        reward = stars.ProcessReward("nowhere", aggregate=aggregate)
+        assert math.isnan(reward.aggregate_of([0.5, math.nan, 0.25]))
+        assert reward.aggregate_of([0.5, 0.25, 0.75]) == AGGREGATES[aggregate]([0.5, 0.25, 0.75])
 
 
 def test_scores_ahead_are_those_of_a_pass(models, lm):
@@ -240,7 +267,7 @@ def test_messages_in_the_models_own_template(models, lm):
 
 
 def test_tags_that_stand_in_the_text(models, lm):
-    """A language model that writes them; a prompt that has some; the last one, where there is none, is the closing's."""
+    """A language model that writes them; a prompt that has some; where there is none, the closing's is read."""
     reward = bound(models["shepherd"], lm, insert_tag=False, step_end=" ки", aggregate="mean")
     given = "Say ки after each step."
     session, tokenizer = opened(reward, lm, given), load_tokenizer(models["shepherd"])
@@ -386,7 +413,7 @@ def test_what_is_refused_when_an_engine_is_built(models, lm, tiny_model, copied)
 
     refused("the step tag '<step>' makes 6 tokens of the reward model's vocabulary, and one is read: give a step_tag",
             models["mlp"], step_tag="<step>")
-    refused("ProcessReward.step_end is '\\n', it must have the step tag '<extra_0>' in it", models["mlp"], step_end="\n")
+    refused("ProcessReward.step_end is 'x', it must have the step tag '<extra_0>' in it", models["mlp"], step_end="x")
     refused("ProcessReward.step_end is about a step tag, and this model is read at the separator", models["token"],
             step_end="x")
     refused("ProcessReward.insert_tag=False is about a step tag", models["token"], insert_tag=False)

@@ -141,7 +141,8 @@ class CausalReward(ScoringReward):
         """The reward model's: given, or its directory's."""
         if self.tokenizer is None and not hasattr(self.model, "forward"):
             self.tokenizer = load_tokenizer(self.model)
-        return self.tokenizer
+        own: Tokenizer | None = self.tokenizer
+        return own
 
     def _slab_length(self, framing: Framing, config: EngineConfig) -> int:
         return slab_length(config, framing.encoder is not None, framing.closing_room)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from stars.errors import RequestError, RewardError
 from stars.model.config import ModelConfig
-from stars.model.tokenizer import REPLACEMENT, Tokenizer
+from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
 from stars.sizes import MAX_CLOSING
 
@@ -66,17 +66,6 @@ class Framing:
             self.longest_closing = max(self.longest_closing, len(frame.closing))
             self._newest = prompt, frame
         return self._newest[1]
-
-    def read(self, frame: Frame, token_ids: list[int], text: str | None) -> Text:
-        """What the model reads of a response in its frame; token_ids, text: as in `stars.reward.base.Candidate`."""
-        if self.encoder is None:
-            content = frame.prefix + token_ids
-        elif text:
-            # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
-            content = self.encoder.encode(frame.text + text.rstrip(REPLACEMENT), add_special_tokens=frame.special)
-        else:
-            content = frame.prefix
-        return Text(content + frame.closing, len(content))
 
     def _render(self, prompt: Prompt) -> Frame:
         messages = prompt.given if isinstance(prompt.given, list) else None

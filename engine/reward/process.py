@@ -15,7 +15,8 @@ from stars.model.loader import inspect_model
 from stars.model.tokenizer import Tokenizer
 from stars.reward.base import Held
 from stars.reward.causal import CausalReward
-from stars.reward.framing import Framing
+from stars.reward.framing import Framing, Text
+from stars.reward.session import Session
 from stars.reward.steps import SHEPHERD, StepFormat, StepFraming, detected
 
 SHEPHERD_LABELS = ("-", "+")
@@ -30,14 +31,14 @@ class ProcessReward(CausalReward):
     """A decoder with a head of two labels, read at a tag after every step of a response: softmax[good_label].
 
     The response's text is split at step_separator; steps of white space alone are left out. What the model reads is
-    every step followed by the tag, in place of the separator; the reward is the aggregate of these P(good) over the tags:
-    "last", "min", "prod" or "mean". The last step has a tag though no separator ended it, which is scored and dropped,
-    and an empty response has one: every beginning of a response has a score, in [0, 1], and r(x) is that of the tag
-    behind the prompt.
+    every step followed by the tag, in place of the separator; the reward is the aggregate of these P(good) over the
+    tags: "last", "min", "prod" or "mean". The last step has a tag though no separator ended it, which is scored and
+    dropped, and an empty response has one: every beginning of a response has a score, in [0, 1], and r(x) is that of
+    the tag behind the prompt.
 
-    model: HF directory, or a Decoder with a head that gives probabilities, and `tokenizer`. head: as CausalReward's; left
-    out, the two labels of the directory's head, or those of a `…ForCausalLM` for "-" and "+". What follows is detected
-    from the model's class where it is left out, and `format` shows it once the engine is built:
+    model: HF directory, or a Decoder with a head that gives probabilities, and `tokenizer`. head: as CausalReward's;
+    left out, the two labels of the directory's head, or those of a `…ForCausalLM` for "-" and "+". What follows is
+    detected from the model's class where it is left out, and `format` shows it once the engine is built:
 
     - step_separator: "\\n\\n"; of a plain language model "\\n".
     - step_tag: a text that is one token. "<extra_0>" of a `…ForProcessRewardModel`, "ки" of a `…ForCausalLM`
@@ -74,8 +75,8 @@ class ProcessReward(CausalReward):
         if good_label not in (0, 1) or isinstance(good_label, bool):
             raise RewardError(f"ProcessReward.good_label is {shown(good_label)}, it must be 0 or 1")
         if good_label == 0 and (hasattr(model, "forward") or head != "auto"):
-            raise RewardError("ProcessReward.good_label=0 is about the two labels of a directory's head, and a head was "
-                              "given: let that head give the probability of the good label")
+            raise RewardError("ProcessReward.good_label=0 is about the two labels of a directory's head, and a head "
+                              "was given: let that head give the probability of the good label")
         if not insert_tag and step_tag is None:
             raise RewardError("ProcessReward.insert_tag=False says that tags stand in the response, and step_tag=None "
                               "that there is none: give the step_tag, or leave insert_tag out")
@@ -97,8 +98,8 @@ class ProcessReward(CausalReward):
         super().bind(tokenizer, vocab_size, config)
         head = self.decoder.score_head
         if not isinstance(head, RewardHead) or head.activation == "none":
-            raise RewardError("ProcessReward.model has a head that gives no probability of a label: use a model with two "
-                              "labels, say which with head, or score it as a CausalReward")
+            raise RewardError("ProcessReward.model has a head that gives no probability of a label: use a model with "
+                              "two labels, say which with head, or score it as a CausalReward")
         assert isinstance(self.framing, StepFraming)
         self.format = self.framing.steps
 
@@ -121,12 +122,16 @@ class ProcessReward(CausalReward):
         """As `aggregate` says; NaN where a score is."""
         return math.nan if any(map(math.isnan, scores)) else AGGREGATES[self.aggregate](scores)
 
+    def _read(self, session: Session, token_ids: list[int], text: str | None) -> Text:
+        assert isinstance(self.framing, StepFraming)
+        return self.framing.read(session.frame, text or "")
+
     def _framing(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> Framing:
         own = self._own_tokenizer()
         if own is None or tokenizer is None:
             side = "process reward model" if own is None else "model"
-            raise RewardError(f"the {side} has no tokenizer.json, and steps are found in text: add its tokenizer to the "
-                              "directory, or give ProcessReward(tokenizer=...)")
+            raise RewardError(f"the {side} has no tokenizer.json, and steps are found in text: add its tokenizer to "
+                              "the directory, or give ProcessReward(tokenizer=...)")
         steps = self._steps(detected(shape, own))
         return StepFraming(own, shape, steps.template, steps, self.chat_template_kwargs)
 
@@ -140,8 +145,8 @@ class ProcessReward(CausalReward):
         if steps.tag is None:
             if self.step_end is not None or not self.insert_tag:
                 given = "step_end" if self.step_end is not None else "insert_tag=False"
-                raise RewardError(f"ProcessReward.{given} is about a step tag, and this model is read at the separator: "
-                                  "give step_tag too")
+                raise RewardError(f"ProcessReward.{given} is about a step tag, and this model is read at the "
+                                  "separator: give step_tag too")
             steps = steps._replace(end=steps.separator)
         elif self.step_end is not None:
             if steps.tag not in self.step_end:

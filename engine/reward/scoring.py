@@ -9,6 +9,7 @@ from typing import NamedTuple
 from stars.cache import BlockTable, CommitMove
 from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
+from stars.model.tokenizer import REPLACEMENT
 from stars.passes import DraftedPart, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Progress, Scored, TrailingCandidate
@@ -38,8 +39,9 @@ class Plan(NamedTuple):
 
 class ScoringReward(SessionReward):
     """Scores every candidate the same way: what its session's pages lack is run into a slab, and the reward is read at
-    the end, or at step tags, whose scores become one reward; those of tags in the pages are kept with them. What a slab does not hold is run into pages first, in chunks: a finished response's into its session's, a
-    candidate's into pages of its own. What is still being drafted is filled in on the device.
+    the end, or is made of what is read at step tags; the scores of those in pages are the session's. What a slab does
+    not hold is run into pages first, in chunks: a finished response's into its session's, a candidate's into pages of
+    its own. What is still being drafted is filled in on the device.
 
     Whoever binds it sets what follows, besides what sessions need.
     """
@@ -111,7 +113,7 @@ class ScoringReward(SessionReward):
         for candidate in candidates:
             session = candidate.session
             try:
-                text = self._read(candidate)
+                text = self._read(session, candidate.token_ids, candidate.text)
                 if candidate.final or self._problem(text.ids) is not None:
                     return None
                 self._make_room(session, text.content - self.target.reward_lag)
@@ -146,7 +148,7 @@ class ScoringReward(SessionReward):
         drawn: list[Plan] = []
         unread: list[int] = []
         for plan, response in zip(plans, token_ids, strict=True):
-            ids, content, _ = self.framing.read(plan.session.frame, response, None)
+            ids, content, _ = self._read(plan.session, response, None)
             start = min(plan.start, len(ids) - 1)
             if start < plan.start:  # nothing was drawn, so that the pass had no row to read the reward at
                 unread.append(len(drawn))
@@ -167,7 +169,7 @@ class ScoringReward(SessionReward):
     def resume_in_chunks(self, session: Session, token_ids: list[int], text: str | None,
                          max_rows: int | None) -> Progress:
         """As `resume`, in whole chunks; in deterministic mode all of what is missing, or nothing."""
-        whole = self.framing.read(session.frame, token_ids, text)
+        whole = self._read(session, token_ids, text)
         if self.deterministic:
             rows = len(whole.ids) - _valid(session, whole, _last(whole))
             if max_rows is not None and rows > max_rows:
@@ -200,7 +202,7 @@ class ScoringReward(SessionReward):
                 moves.append(CommitMove(session.table, slab * self.cache.slab_len, keep - at, at))
                 slabs.append(slab)
                 session.committed = ids[:keep]
-            session.scores = {tag: score for tag, score in scores.items() if tag < keep}
+            session.scores = scores
         if moves:
             self.cache.commit(moves)
             for slab in slabs:
@@ -240,15 +242,24 @@ class ScoringReward(SessionReward):
         rows, rewards = self._passes.read(table, text.ids, stop, tags, max_rows)
         return rows, known | dict(zip(tags, rewards, strict=False))
 
-    def _read(self, candidate: Candidate) -> Text:
-        """What the model reads of it; raises RewardError for a text that it could not read as it should."""
-        return self.framing.read(candidate.session.frame, candidate.token_ids, candidate.text)
+    def _read(self, session: Session, token_ids: list[int], text: str | None) -> Text:
+        """What the model reads of a response as in `Candidate`; RewardError where it cannot be read as it should."""
+        prefix, prompt, special, closing = session.frame
+        encoder = self.framing.encoder
+        if encoder is None:
+            content = prefix + token_ids
+        elif text:
+            # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
+            content = encoder.encode(prompt + text.rstrip(REPLACEMENT), add_special_tokens=special)
+        else:
+            content = prefix
+        return Text(content + closing, len(content))
 
     def _plan(self, candidate: Candidate) -> Plan | RewardError:
         """Runs what a slab will not hold; an error for a text that cannot be scored."""
         session = candidate.session
         try:
-            text = self._read(candidate)
+            text = self._read(session, candidate.token_ids, candidate.text)
         except RewardError as error:
             return error
         ids, content, _ = text
@@ -261,8 +272,9 @@ class ScoringReward(SessionReward):
             start = _valid(session, text, last)  # the last reading is at a row
             run = len(ids) - start
             scores: Mapping[int, float] = session.scores
-            if candidate.final and start < min(content - 1, last):
-                start = min(content - 1, last)
+            end = min(content - 1, last)  # the last row that is neither kept nor read anywhere but in the slab
+            if candidate.final and start < end:
+                start = end
                 self._write(session, text, start)
                 scores = session.scores
             if len(ids) - start > self.cache.slab_len:

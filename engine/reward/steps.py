@@ -69,9 +69,9 @@ class StepFraming(Framing):
                               f"reward model's vocabulary of {shape.vocab_size}: use the tokenizer it came with")
         self.longest_closing = self.closing_room = len(self._end)
 
-    def read(self, frame: Frame, token_ids: list[int], text: str | None) -> Text:
-        """As `Framing.read`, with the tags. RewardError where the tokenizer does not keep a tag that was put in."""
-        text = (text or "").rstrip(REPLACEMENT)
+    def read(self, frame: Frame, text: str) -> Text:
+        """What the model reads of a response's text. RewardError where the tokenizer loses a tag that was put in."""
+        text = text.rstrip(REPLACEMENT)  # a character that is cut in two at a segment's end
         if not self.steps.inserted:
             return self._tagged(frame, [], text if text.strip() else "")
         *steps, rest = text.split(self.steps.separator)
@@ -90,9 +90,9 @@ class StepFraming(Framing):
         before = frame.prefix.count(self._tag)  # a prompt may speak of tags
         tags = [place for place, token in enumerate(ids) if token == self._tag][before:]
         if len(tags) < max(1, put):
-            raise RewardError(f"the step tag {tag!r} stands {max(1, put)} times in what the reward model reads, and its "
-                              f"tokenizer makes {len(tags)} of its tokens there: give a step_end around the tag that "
-                              "keeps it apart from the text")
+            raise RewardError(f"the step tag {tag!r} stands {max(1, put)} times in what the reward model reads, and "
+                              f"its tokenizer makes {len(tags)} of its tokens there: give a step_end around the tag "
+                              "that keeps it apart from the text")
         return Text(ids[: tags[-1] + 1], tags[-1], tags) if closed else Text(ids, len(ids), tags)
 
     def _separated(self, frame: Frame, steps: list[str], rest: str) -> Text:
