@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -464,40 +465,79 @@ def test_a_tag_that_is_lost_ends_its_request_alone(models, copied):
 
 RAISING = ("{{ bos_token }}{% for message in messages %}{% if 'sing' in message['content'] %}"
            "{{ raise_exception('no songs') }}{% endif %}{{ message['content'] }}{% endfor %}")
+SUNG = [*WORDS[:6], " sing"]
+CHATS = {"process": partial(stars.ProcessReward, aggregate="min"),
+         "causal": partial(stars.CausalReward, template="chat", head={"rows": [0, 1]})}
 
 
-@pytest.mark.parametrize("kind", ["process", "causal"])
-def test_a_template_that_raises(models, copied, kind):
-    """For the prompt it is refused before a token is drawn, and nobody else's request; between two readings of the
-    prompt, the request ends with an error."""
-    directory = copied(models["mlp"])
+@pytest.fixture(scope="module")
+def singing(models, tmp_path_factory) -> Path:
+    directory = shutil.copytree(models["mlp"], tmp_path_factory.mktemp("singing") / "model")
     (directory / "chat_template.jinja").write_text(RAISING)
-    make = partial(stars.ProcessReward, directory) if kind == "process" else partial(
-        stars.CausalReward, directory, template="chat", head={"rows": [0, 1]})
-    words = [*WORDS[:6], " sing"]
-    engine = engine_of(directory, words, make())
+    return directory
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_a_template_that_raises(singing, kind):
+    """For its prompt it is refused before a token is drawn. Where it raises later, as what it reads changes, the
+    request ends with an error, and nobody else's."""
+    engine = engine_of(singing, SUNG, CHATS[kind](singing))
     params = stars.SamplingParams(max_tokens=6, seed=1)
     with pytest.raises(stars.StarsError, match="no songs"):
         engine.add_request({"prompt_token_ids": [6, 1]}, params, STARS)
     assert not engine.has_unfinished_requests()
     for name, prompt in (("first", [0, 1]), ("second", [1, 5])):
         engine.add_request({"prompt_token_ids": prompt}, params, STARS, request_id=name)
-    tokenizer = engine.reward.tokenizer
-    split = tokenizer.split_template
-
-    def sometimes(messages, **options):
-        if messages[0]["content"].startswith(words[0]):
-            raise stars.TokenizerError("the template raised: no songs today")
-        return split(messages, **options)
-
-    tokenizer.split_template = sometimes
+    raising(engine.reward.tokenizer, WORDS[0], lambda: True)
     done = {}
     while engine.has_unfinished_requests():
         done |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
     assert done["first"].finish_reason == "error" and "no songs today" in done["first"].error
+    assert not done["first"].token_ids
     assert done["second"].finish_reason == "length" and done["second"].error is None
     engine.check_integrity()
     all_free(engine.reward)
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_a_template_that_raises_for_a_response_that_comes_back(singing, kind):
+    """It gave way to others, whose texts are as ever: what it had committed is returned with the error."""
+    prompts = [{"prompt_token_ids": [place % 6, 0, 4]} for place in range(4)]
+    params = [stars.SamplingParams(max_tokens=24, seed=seed) for seed in range(4)]
+
+    def run(raises: bool) -> dict[str, stars.CompletionOutput]:
+        engine = engine_of(singing, SUNG, CHATS[kind](singing), cache_tokens=200, max_num_seqs=4)
+        for place, prompt in enumerate(prompts):
+            engine.add_request(prompt, params[place], STARS, request_id=str(place))
+        done: dict[str, stars.CompletionOutput] = {}
+        if raises:
+            raising(engine.reward.tokenizer, SUNG[2], lambda: "2" in done and done["2"].token_ids)
+        while engine.has_unfinished_requests():
+            done |= {output.request_id: output.outputs[0] for output in engine.step()}
+        engine.check_integrity()
+        all_free(engine.reward)
+        return done
+
+    wanted, got = run(False), run(True)
+    assert all(one.finish_reason == "length" for one in wanted.values())
+    for name in "013":
+        assert (got[name].token_ids, got[name].error) == (wanted[name].token_ids, None)
+    last = got["2"]
+    assert last.finish_reason == "error" and "no songs today" in last.error
+    assert 0 < len(last.token_ids) < 24 and last.token_ids == wanted["2"].token_ids[: len(last.token_ids)]
+    assert last.text == "".join(SUNG[i] for i in last.token_ids)
+
+
+def raising(tokenizer, start: str, now) -> None:
+    """Its template raises from here on for prompts that begin so, whenever now() says so."""
+    split = tokenizer.split_template
+
+    def sometimes(messages, **options):
+        if messages[0]["content"].startswith(start) and now():
+            raise stars.TokenizerError("the template raised: no songs today")
+        return split(messages, **options)
+
+    tokenizer.split_template = sometimes
 
 
 def test_a_prompt_that_nothing_decodes_is_refused(models, lm):

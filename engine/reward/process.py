@@ -113,7 +113,8 @@ class ProcessReward(CausalReward):
             if form is not None and form.labels == 1:
                 raise RewardError(f"{self.model} has a reward head of one label where the steps' bad and good ones are "
                                   "needed: use a model with two labels, or score responses with CausalReward")
-            self.head = {"rows": [1 - self.good_label, self.good_label]}
+            if form is None or not self.good_label:  # labels that their class does not explain, or the other one
+                self.head = {"rows": [1 - self.good_label, self.good_label]}
             return
         rows = [own.encode(label, add_special_tokens=False)[-1] for label in SHEPHERD_LABELS]
         self.head = {"tensor": "lm_head", "rows": rows if self.good_label else rows[::-1]}
