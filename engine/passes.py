@@ -101,6 +101,7 @@ class Passes:
         self._gated = self._head is not None and self._head.gate is not None
         if self._head is not None:  # its hidden states, for what is not recorded with the pass
             self._states = torch.zeros(readings, decoder.config.hidden_size, device=cache.device)
+            self._room = self._head.room(readings, cache.device)
             if self._head.gate is not None:
                 columns["gates"] = torch.float32, (readings, self._head.gate.objectives)
         self._buffers = Buffers(target, True, 1, **columns)
@@ -367,7 +368,7 @@ class Passes:
         """What a head that is more than a row makes of the hidden states of a pass."""
 
         def run() -> None:
-            head.read(self._states[:reads], self._rewards["rewards"][:reads],
+            head.read(self._states[:reads], self._room, self._rewards["rewards"][:reads],
                       self._buffers["gates"][:reads] if self._gated else None)
 
         return Part(("read", reads), run, READ_LAUNCHES)

@@ -26,7 +26,6 @@ UNLISTED = {"__init__.py", "encoder.py", "encoder_model.py", "function.py"}  # "
 
 UNUSED = {
     "engine/cache.py: PagedCache.num_free_pages": "what conservation of pages is checked by",
-    "engine/cache.py: PagedCache.num_free_slabs": "the same of slabs",
     "engine/page_pool.py: PagePool.num_cached": "the same of pages that only the prefix cache holds",
     "engine/page_pool.py: PagePool.num_published": "the same of pages that can be found again",
     "kernels/dispatch.py: references_only": "how the references are held against the rest, replays included",

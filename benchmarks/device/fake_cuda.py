@@ -27,8 +27,9 @@ from stars.target import CPU
 
 CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.select.int", "aten.mm.out",
               "aten.mm.dtype_out", "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default",
-              "aten.alias.default", "aten.view.dtype", "aten.detach.default"}
-"""Operations of torch that a capture may meet: views, and products into given memory."""
+              "aten.alias.default", "aten.view.dtype", "aten.detach.default",
+              "aten.relu_.default", "aten.mul.out", "aten.sum.IntList_out", "aten._softmax.out", "aten.sigmoid.out"}
+"""Operations of torch that a capture may meet: views, products into given memory, and what ends a reward head there."""
 MAPPED = {("finish_kernel", "ended")}
 """Parameters of kernels that may be given pinned memory of the host."""
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"}

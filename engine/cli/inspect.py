@@ -18,11 +18,13 @@ SHOWN_TENSORS = 8
 
 def inspect(args: argparse.Namespace) -> int:
     """Runs the command; 1 where tensors are missing or too many, so that it would not load."""
+    from stars.model.config import refuse_pairwise
     from stars.model.families import FAMILIES
     from stars.model.files import read_json
 
     path = Path(args.directory) / "config.json"
     config = read_json(path) if path.is_file() else {}
+    refuse_pairwise(config, str(path))
     named = config.get("architectures")
     architectures = named if isinstance(named, list) else []
     if config.get("model_type") not in (None, *FAMILIES) and any(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stars.kernels import linear
-from stars.kernels.linear import Weight, pack
+from stars.kernels.linear import Weight
 
 Activation = Literal["none", "sigmoid", "softmax"]
 
@@ -44,11 +44,12 @@ class Gate(NamedTuple):
 
     def weights(self, hidden: Tensor) -> Tensor:
         """float32 [rows, objectives] of hidden float32 [rows, hidden]."""
-        return torch.softmax(_through(self.layers, hidden) / self.temperature, dim=-1) * self.scale
+        room = [torch.empty(hidden.shape[0], layer.out_features, device=hidden.device) for layer in self.layers]
+        return torch.softmax(_through(self.layers, hidden, room) / self.temperature, dim=-1) * self.scale
 
 
 class RewardHead(NamedTuple):
-    """A head that is more than one row. `prm` and others make one of packed float32 products, or with `two_labels`."""
+    """A head that is more than one row."""
 
     layers: tuple[Weight, ...]  # float32 [out, in], ReLU between them
     activation: Activation = "none"  # of the labels
@@ -60,34 +61,36 @@ class RewardHead(NamedTuple):
         """Every product of head and gate."""
         return self.layers + (self.gate.layers if self.gate is not None else ())
 
-    def read(self, hidden: Tensor, rewards: Tensor, gates: Tensor | None = None) -> None:
+    def room(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+        """What `read` writes on the way, of up to `rows` rows: float32 [rows, out] for each product, and once more."""
+        widths = [layer.out_features for layer in (*self.layers, self.layers[-1])]
+        return tuple(torch.zeros(rows, width, device=device) for width in widths)
+
+    def read(self, hidden: Tensor, room: Sequence[Tensor], rewards: Tensor, gates: Tensor | None = None) -> None:
         """Writes rewards float32 [rows], of hidden float32 [rows, hidden] behind the model's last norm.
 
         gates float32 [rows, objectives]: what the gate gave for each row's prompt. Operations of torch are among it, so
-        that it is run behind a program of libstars and not in it; a CUDA graph may hold it.
+        that it is run behind a program of libstars and not in it; a CUDA graph may hold it, as nothing is allocated.
         """
-        labels = _through(self.layers, hidden)  # [rows, labels]
+        *wide, spare = [one[: rewards.shape[0]] for one in room]
+        labels = _through(self.layers, hidden, wide)  # [rows, labels]
         if self.gate is not None:
             assert gates is not None
-            torch.sum(labels * gates, dim=-1, out=rewards)
+            torch.mul(labels, gates, out=spare)
+            torch.sum(spare, dim=-1, out=rewards)
         elif self.activation == "softmax":
-            rewards.copy_(torch.softmax(labels, dim=-1)[:, self.label])
+            torch.softmax(labels, dim=-1, out=spare)
+            rewards.copy_(spare[:, self.label])
         elif self.activation == "sigmoid":
-            torch.sigmoid(labels[:, self.label], out=rewards)
+            torch.sigmoid(labels, out=spare)
+            rewards.copy_(spare[:, self.label])
         else:
             rewards.copy_(labels[:, self.label])
 
 
-def two_labels(matrix: Tensor, bias: Tensor | None = None, good: int = 1, deterministic: bool = False) -> RewardHead:
-    """The probability of label `good`: softmax of matrix @ h + bias; matrix [2, hidden], bias [2]."""
-    weight = pack(matrix.float(), None if bias is None else bias.float(), deterministic)
-    return RewardHead((weight,), "softmax", good)
-
-
-def _through(layers: Sequence[Weight], x: Tensor) -> Tensor:
-    """What the products give, float32 [rows, the last one's rows], with ReLU between them."""
-    for index, layer in enumerate(layers):
-        out = torch.empty(x.shape[0], layer.out_features, device=x.device)
+def _through(layers: Sequence[Weight], x: Tensor, room: Sequence[Tensor]) -> Tensor:
+    """What the products give, float32 [rows, the last one's rows], with ReLU between them; each into its `room`."""
+    for index, (layer, out) in enumerate(zip(layers, room, strict=True)):
         linear(x.relu_() if index else x, layer, out)
         x = out
     return x
