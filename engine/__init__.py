@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
     from stars.policies import STARS, BestOfN, BlockwiseBestOfK, Sample
-    from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
+    from stars.reward import CausalReward, EncoderReward, FunctionReward, ProcessReward, Reward
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
 
@@ -37,7 +37,7 @@ _HOMES = {
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
     "policies": ("STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
-    "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
+    "reward": ("CausalReward", "EncoderReward", "FunctionReward", "ProcessReward", "Reward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
 }
@@ -56,6 +56,7 @@ __all__ = [
     "Metrics",
     "ModelError",
     "OutOfPages",
+    "ProcessReward",
     "RequestError",
     "RequestOutput",
     "Reward",

@@ -228,8 +228,8 @@ class Passes:
         return self._block
 
     def rewards(self, count: int, block: int = 0) -> list[float]:
-        """So many, once they are there, in the order of the spans and their reads: of the pass that was given that number, or of the last that was run by
-        `score`."""
+        """So many, once they are there, in the order of the spans and of their reads: of the pass that was given that
+        number, or of the last that was run by `score` or `read`."""
         self._rewards.wait(block)
         rewards: list[float] = self._rewards.host("rewards", block)[:count].tolist()
         return rewards
@@ -251,8 +251,7 @@ class Passes:
                 sequences = self._sequences(rows)
                 self._fill_idle(rows, sequences)
                 for tiles in self._tiling.shapes(rows, kind):
-                    forward = self._forward(rows, sequences, self._reads(rows), tiles, None, kind == "score",
-                                            kind == "score")
+                    forward = self._forward(rows, sequences, tiles, None, kind == "score", kind == "score")
                     if rows <= self._captured[kind]:
                         self._graphs.warm_up(forward)
                     else:
@@ -271,7 +270,7 @@ class Passes:
         sequences = self._sequences(rows)
         self._fill_idle(rows, sequences)
         for tiles in self._tiling.shapes(rows, kind)[: None if prefill is None else 1]:
-            self._forward(rows, sequences, self._reads(rows), tiles, prefill, kind == "score", False).call()
+            self._forward(rows, sequences, tiles, prefill, kind == "score", False).call()
 
     def _warm_up_library(self) -> None:
         """Runs a chunk of a prompt through the library, if one is chosen, and where layers have windows, one beyond
@@ -327,7 +326,7 @@ class Passes:
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
         self._buffers.upload()
-        parts = [self._forward(rows, sequences, reads, tiles, prefill, into_slab, scored)]
+        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored, reads)]
         if draft is not None:  # the device fills in what was drawn
             parts.insert(0, self._append(draft, rows, sequences))
         read = self._read(self._head, reads) if scored and self._head is not None else None
@@ -341,10 +340,11 @@ class Passes:
         if prepared.scored:
             self._rewards.fetch(block)
 
-    def _forward(self, rows: int, sequences: int, reads: int, tiles: Tiles | None, prefill: Prefill | None,
-                 into_slab: bool, scored: bool) -> Part:
+    def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
+                 scored: bool, reads: int | None = None) -> Part:
         """The model's part of a pass. What it runs is made where it is recorded, not where replayed."""
         buffers = self._buffers
+        reads = self._reads(rows) if reads is None else reads  # of a padded one
 
         def first(name: str) -> Tensor:
             return buffers[name][:sequences]
@@ -429,7 +429,7 @@ class Passes:
             sequences, reads = self._sequences(rows), self._reads(rows)
             keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
             tiles = self._tiling.fill(rows, row_start, groups, kind, keys)
-        # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and idle readings are of row 0.
+        # Idle rows write nothing and belong to no sequence; idle sequences have no rows; idle readings are of row 0.
         self._write(rows, 0, token_ids=token_ids, positions=positions)
         self._write(rows, -1, slots=slots)
         self._write(sequences + 1, row_start[-1], row_start=row_start)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars
 from editing import edit_tensors
+from process_models import write_process_model
 from stars.kernels import graph, prefill_attention
 from stars.kernels.linear import pack
 from stars.kernels.triton import tuned
@@ -109,6 +110,32 @@ if FAKED:
             assert not found["capture"] and not found["compile"] and set(launched) <= {"copy_rows_kernel"}, launched
             assert found["replay"] and not found["synchronize"] and not found["blocking transfer"], found
             assert found["launch"] <= 2
+
+    def test_a_round_with_several_readings_a_candidate_replays_known_shapes(tiny_model, tmp_path):
+        """A process reward, whose passes read as many rewards as their shapes have room for: none is new. Steps end at
+        the sign of the broken characters that a fake GPU draws."""
+        source = tiny_model(family="qwen2", head="reward", vocab=400, hidden=128, heads=2, kv_heads=1)
+        directory = write_process_model(tmp_path / "model", source, "mlp")
+        with fake_cuda.gpu():
+            reward = stars.ProcessReward(directory, step_separator="\ufffd", template="raw")
+            engine = stars.Engine(MODELS / "lm", reward, device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=2, max_num_lanes=4, max_segment_size=8, prefill_backend="triton",
+                                  max_model_len=96)
+            passes, read = engine.reward._passes, []
+            assert passes.max_readings == 4 * 4
+            fill = passes._fill
+            passes._fill = lambda spans, into_slab: read.append(max(len(span.reads) for span in spans)) or fill(
+                spans, into_slab)
+            start = fake_cuda.events.copy()
+            policy = stars.STARS(segment_size=8, max_attempts=4, reward_threshold=2.0, beta=0.0, width=2)
+            for prompt in ("A film", "One more"):
+                engine.add_request(prompt, stars.SamplingParams(max_tokens=24, seed=3), policy)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    assert output.outputs[0].error is None
+            engine.check_integrity()
+        seen = fake_cuda.events - start
+        assert not seen["capture"] and not seen["compile"] and seen["replay"] > 20 and max(read) > 1, (seen, read)
 
     def test_a_round_under_load_replays_known_shapes_alone(monkeypatch):
         """Random arrivals after start-up: nothing is captured or compiled, and what is launched by itself is a prompt's

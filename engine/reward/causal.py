@@ -53,26 +53,28 @@ class CausalReward(ScoringReward):
     """
 
     exclusive = True
+    readings = 1  # of a candidate, in one pass
 
     def __init__(self, model: Any, *, head: Any = "auto", tokenizer: Any = None,
                  template: Literal["auto", "chat", "raw"] = "auto", close: Literal["none", "template", "eos"] = "none",
                  chat_template_kwargs: dict[str, Any] | None = None):
+        name = type(self).__name__
         if not hasattr(model, "forward"):
-            check_path("CausalReward", model)
+            check_path(name, model)
         try:
             chosen = head_choice(head) != HeadChoice()
         except ModelError as error:
-            raise RewardError(f"CausalReward.{error}") from None
+            raise RewardError(f"{name}.{error}") from None
         if chosen and hasattr(model, "forward"):
-            raise RewardError("CausalReward.head belongs to a directory, and model is a Decoder, which has its head: "
+            raise RewardError(f"{name}.head belongs to a directory, and model is a Decoder, which has its head: "
                               "give load_model(DIR, head='reward', reward_head=…) that head")
         if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
-            raise RewardError(f"CausalReward.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
+            raise RewardError(f"{name}.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
                               "stars.model.tokenizer.load_tokenizer(DIR)")
         if template not in ("auto", "chat", "raw"):
-            raise RewardError(f'CausalReward.template is {template!r}, it must be "auto", "chat" or "raw"')
+            raise RewardError(f'{name}.template is {template!r}, it must be "auto", "chat" or "raw"')
         if close not in ("none", "template", "eos"):
-            raise RewardError(f'CausalReward.close is {close!r}, it must be "none", "template" or "eos"')
+            raise RewardError(f'{name}.close is {close!r}, it must be "none", "template" or "eos"')
         self.model = model
         self.head = head
         self.template = template
@@ -105,7 +107,7 @@ class CausalReward(ScoringReward):
         self.same_vocabulary = self.framing.encoder is None
         self.needs_text = not self.same_vocabulary
         self.max_model_len = shape.context_length
-        sizes = reward_model(shape, config, self._slab_length(self.framing, config))
+        sizes = reward_model(shape, config, self._slab_length(self.framing, config), self.readings)
         self.cache = PagedCache(shape, config, sizes, self.decoder.dtype)
         with self.decoder.lock:  # another engine may be at work with it
             self._passes = Passes(self.decoder, self.cache, config, sizes)
@@ -121,8 +123,7 @@ class CausalReward(ScoringReward):
 
     def _framing(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> Framing:
         """Compares vocabularies; RewardError where they cannot be compared or do not match."""
-        if self.tokenizer is None and not hasattr(self.model, "forward"):
-            self.tokenizer = load_tokenizer(self.model)
+        self._own_tokenizer()
         if tokenizer is not None and self.tokenizer is not None:
             same = tokenizer.same_vocabulary(self.tokenizer)
         elif tokenizer is None and self.tokenizer is None:
@@ -135,6 +136,13 @@ class CausalReward(ScoringReward):
             raise RewardError(f"the reward model's vocabulary of {shape.vocab_size} does not match the model's of "
                               f"{vocab_size}: use a reward model of the same vocabulary, or give both a tokenizer")
         return Framing(self.tokenizer, same, shape, self.template, self.close_policy, self.chat_template_kwargs)
+
+    def _own_tokenizer(self) -> Tokenizer | None:
+        """The reward model's: given, or its directory's."""
+        if self.tokenizer is None and not hasattr(self.model, "forward"):
+            self.tokenizer = load_tokenizer(self.model)
+        own: Tokenizer | None = self.tokenizer
+        return own
 
     def _slab_length(self, framing: Framing, config: EngineConfig) -> int:
         return slab_length(config, framing.encoder is not None, framing.closing_room)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import takewhile
+from types import MappingProxyType
 from typing import NamedTuple
 
 from stars.cache import BlockTable, PagedCache
@@ -13,17 +15,22 @@ from stars.reward.framing import Frame, Framing
 from stars.reward.gating import Gating
 from stars.target import Target
 
+NO_SCORES: Mapping[int, float] = MappingProxyType({})
+"""Of a text without step tags."""
+
 
 class Session:
     """One response: its pages hold `committed`, which is the text so far, less what `Target.reward_lag` leaves out."""
 
-    __slots__ = ("table", "frame", "committed", "gate")
+    __slots__ = ("table", "frame", "committed", "gate", "scores")
 
-    def __init__(self, table: BlockTable, frame: Frame, committed: list[int], gate: list[float] | None = None):
+    def __init__(self, table: BlockTable, frame: Frame, committed: list[int], gate: list[float] | None = None,
+                 scores: Mapping[int, float] = NO_SCORES):
         self.table = table
         self.frame = frame
         self.committed = committed  # ids whose keys and values are in the pages; never changed, only replaced
         self.gate = gate  # the weights of the objectives of a gated head, once the prompt was read
+        self.scores = scores  # by position, of the step tags among the committed ids; never changed, only replaced
 
 
 class Handle(NamedTuple):
@@ -33,6 +40,7 @@ class Handle(NamedTuple):
     content: int  # of them without the closing
     valid: int  # tokens that were taken from the session's pages
     slab: int | None
+    scores: Mapping[int, float] = NO_SCORES  # by position, of the step tags before the closing
 
 
 class SessionReward(Reward):
@@ -76,7 +84,7 @@ class SessionReward(Reward):
 
     def fork(self, session: Session) -> Session:
         """A second session with the same history, in the same pages as long as neither writes."""
-        return Session(self.cache.fork(session.table), session.frame, session.committed, session.gate)
+        return Session(self.cache.fork(session.table), session.frame, session.committed, session.gate, session.scores)
 
     def close(self, session: Session) -> None:
         """Drops the response's pages."""
