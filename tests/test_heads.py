@@ -16,6 +16,7 @@ from editing import edit_config, edit_tensors
 from stars.errors import ModelError, RequestError, RewardError
 from stars.kernels.linear import Weight
 from stars.model.loader import inspect_model, load_model
+from stars.model.tokenizer import load_tokenizer
 from stars.prompt import parse_prompt
 from stars.reward import resolve_reward
 from stars.reward.base import Candidate
@@ -204,26 +205,40 @@ def test_inspect_shows_every_head(written, run, kind):
         held |= load_file(directory / "value_head.safetensors")
     assert head["tensors"] == {name: list(held[name].shape) for name in head["tensors"]} != {}
     expected = {"gated": "gated", "quantiles": "quantiles", "labels": "labels", "vocabulary row": "vocabulary"}
-    assert head["kind"] == expected.get(kind, head["kind"]) and head["pooling"].startswith("last token")
+    assert head["kind"] == expected.get(kind, head["kind"]) and head["pooling"] == "last token"
     assert (head["std"] is not None) == ("normalised" in kind or "model" in kind)
     assert head["sign"] == (-1 if kind == "cost model" else 1)
     code, out, _ = run("inspect", directory, *flags)
     assert code == 0 and all(name in out for name in list(head["tensors"])[:8]) and "head tensors" in out
 
 
-def test_inspect_of_a_language_model_and_of_a_process_model(tiny_model, written, run):
+def test_inspect_of_a_language_model_and_of_a_process_model(tiny_model, written, run, tmp_path):
     code, out, _ = run("inspect", tiny_model(), "--json")
     assert code == 0 and json.loads(out)["reward_head"] is None
-    code, out, _ = run("inspect", written("mlp of labels")[0])
-    assert code == 0 and "MLP, 2 labels, softmax of label 1" in out and "step tags" in out
+    write_head(tmp_path, "mlp of labels", tokenizer=True, chat_template=True)
+    code, out, _ = run("inspect", tmp_path)
+    assert code == 0 and "MLP, 2 labels, softmax of label 1" in out and "'<extra_0>' is read" in out
+    head = json.loads(run("inspect", tmp_path, "--json")[1])["reward_head"]
+    assert head["pooling"] == "step tags" and head["template"] == "chat" and head["steps"]["separator"] == "\n\n"
     code, out, _ = run("inspect", written("quantiles")[0])
     assert code == 1 and "prompt_pattern" in out
     code, out, _ = run("inspect", tiny_model(), "--reward-head", "lm_head")
     assert code == 0 and "row 0 of the language model head" in out
 
 
-def test_the_command_line_takes_a_head(written, model, run):
+def test_the_command_line_takes_a_head(written, model, run, pair, tmp_path):
     flags = ["--max-tokens", 3, "--seed", 1, "--policy", "sample", "--json", "--cache-tokens", 256]
+    for kind in ("one of three", "mlp of labels"):
+        directory = tmp_path / kind
+        choice, wanted = write_head(directory, kind, tokenizer=True, chat_template=True)
+        chosen = ["--reward-head", json.dumps(choice)] if choice != "auto" else ["--reward-close", "none"]
+        code, out, err = run("generate", "The dog", *pair[:2], "--reward", directory, *chosen, *flags)
+        if kind == "mlp of labels":
+            assert code == 1 and "--reward-close is of models that judge responses" in err
+            continue
+        output = json.loads(out)["outputs"][0]
+        ids = load_tokenizer(directory).encode("The dog") + output["token_ids"]
+        assert code == 0 and output["reward"] == pytest.approx(wanted(ids), abs=TOLERANCE)
     directory, choice, wanted = written("one of three")
     assert run("generate", "--input", "-", "--model", model, "--reward-head", "auto", *flags)[0] == 2
     code, _, err = run("generate", "The", "--model", model, "--reward", directory, "--reward-head", "heads", *flags)

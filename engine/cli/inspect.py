@@ -7,11 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stars.errors import ModelError
+from stars.errors import ModelError, TokenizerError
 from stars.trace.json_lines import dumps, plain
 
 if TYPE_CHECKING:
     from stars.model.loader import ModelSummary
+    from stars.reward.steps import StepFormat
 
 SHOWN_TENSORS = 8
 
@@ -47,7 +48,8 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
     windows = [[window, len(list(group))] for window, group in groupby(config.sliding_window)]
     return {
         "directory": directory, "model_type": config.model_type, "architectures": list(config.architectures),
-        "head": summary.head, "reward_head": _reward_head(summary), "loads": problem is None, "problem": problem,
+        "head": summary.head, "reward_head": _reward_head(directory, summary),
+        "loads": problem is None, "problem": problem,
         "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype,
         "layers": config.num_layers, "heads": config.num_heads, "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
@@ -61,13 +63,15 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
     }
 
 
-def _reward_head(summary: ModelSummary) -> dict[str, Any] | None:
-    """What a reward model ends with, by its headers; None where there is nothing that can be read."""
+def _reward_head(directory: str, summary: ModelSummary) -> dict[str, Any] | None:
+    """What a reward model ends with and how it reads texts; None where there is no head that can be read."""
     form = summary.reward_head
     if form is None:
         return None
-    gate = form.gate
-    process = form.kind in ("mlp", "labels") and form.activation == "softmax"
+    gate, steps = form.gate, _steps(directory, summary)
+    template = "chat template for messages, raw for text" if summary.chat_template else "raw"
+    if steps is not None and steps.template != "auto":
+        template = steps.template
     return {
         "kind": "quantiles" if gate is not None and gate.quantiles > 1 else form.kind,
         "tensors": {name: list(wanted.shape) for name, wanted in form.tensors.items()},
@@ -78,9 +82,24 @@ def _reward_head(summary: ModelSummary) -> dict[str, Any] | None:
         "objectives": None if gate is None else gate.objectives, "quantiles": None if gate is None else gate.quantiles,
         "temperature": None if gate is None else gate.temperature,
         "prompt_pattern": None if gate is None else list(gate.pattern),
-        "pooling": "last token, or step tags of a process reward" if process else "last token",
-        "template": "chat template for messages, raw for text" if summary.chat_template else "raw",
+        "pooling": "last token" if steps is None else "step tags",
+        "template": template, "steps": None if steps is None else steps._asdict(),
     }
+
+
+def _steps(directory: str, summary: ModelSummary) -> StepFormat | None:
+    """How a model that judges steps reads them; None of any other, and where its tokenizer cannot be had."""
+    from stars.model.tokenizer import load_tokenizer
+    from stars.reward import ProcessReward, resolve_reward
+    from stars.reward.steps import detected
+
+    if not isinstance(resolve_reward(directory), ProcessReward):
+        return None
+    try:
+        tokenizer = load_tokenizer(directory)
+    except TokenizerError:
+        return None
+    return None if tokenizer is None else detected(summary.config, tokenizer)
 
 
 def _problem(directory: str, summary: ModelSummary, reward_head: Any) -> str | None:
@@ -155,6 +174,10 @@ def _head_rows(head: dict[str, Any] | None) -> list[tuple[str, str]]:
         ("normalisation", affine + (", lower is better: negated" if head["sign"] < 0 else "")),
         ("pooling", head["pooling"]), ("template", head["template"]),
     ]
+    if head["steps"] is not None:
+        steps = head["steps"]
+        rows.append(("steps", f"end at {steps['separator']!r}, {steps['end']!r} is put there, and "
+                              f"{'its last token' if steps['tag'] is None else repr(steps['tag'])} is read"))
     if head["prompt_pattern"] is not None:
         rows.append(("gate", f"read at the prompt's last {head['prompt_pattern']}; temperature "
                              f"{head['temperature']:g}"))
