@@ -47,7 +47,8 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
     windows = [[window, len(list(group))] for window, group in groupby(config.sliding_window)]
     return {
         "directory": directory, "model_type": config.model_type, "architectures": list(config.architectures),
-        "head": summary.head, "reward_head": _reward_head(summary), "loads": problem is None, "problem": problem,
+        "head": summary.head, "reward_head": _reward_head(summary), "steps": _steps(summary),
+        "loads": problem is None, "problem": problem,
         "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype,
         "layers": config.num_layers, "heads": config.num_heads, "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
@@ -83,6 +84,17 @@ def _reward_head(summary: ModelSummary) -> dict[str, Any] | None:
     }
 
 
+def _steps(summary: ModelSummary) -> dict[str, Any] | None:
+    """How a model of steps reads them, by its class; None for any other."""
+    from stars.model.head_files import TWO_LABELS
+    from stars.reward.steps import detected
+
+    if not any(name.endswith(TWO_LABELS) for name in summary.config.architectures):
+        return None
+    steps = detected(summary.config, None)
+    return {"separator": steps.separator, "tag": steps.tag, "template": steps.template}
+
+
 def _problem(directory: str, summary: ModelSummary, reward_head: Any) -> str | None:
     """Why it would not load, in the loader's own words; None if it would."""
     from stars.model.checkpoint import Checkpoint
@@ -110,6 +122,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("model type", f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})"),
         ("head", heads[facts["head"]] + tied + _described(facts["reward_head"])),
         *_head_rows(facts["reward_head"]),
+        *_step_rows(facts["steps"]),
         ("parameters", f"{facts['parameters']:,} ({_size(facts['bytes'])} as {facts['dtype']})"),
         ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
         ("attention", f"{facts['heads']} heads, {facts['kv_heads']} KV heads, head_dim {facts['head_dim']}"),
@@ -159,6 +172,13 @@ def _head_rows(head: dict[str, Any] | None) -> list[tuple[str, str]]:
         rows.append(("gate", f"read at the prompt's last {head['prompt_pattern']}; temperature "
                              f"{head['temperature']:g}"))
     return rows
+
+
+def _step_rows(steps: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if steps is None:
+        return []
+    read = "read at its last token" if steps["tag"] is None else f"{steps['tag']} after each, and read there"
+    return [("steps", f"split at {steps['separator']!r}, {read}; template {steps['template']}")]
 
 
 def _encoder(args: argparse.Namespace, config: dict[str, Any], architectures: list[Any]) -> int:
