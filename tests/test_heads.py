@@ -205,21 +205,21 @@ def test_inspect_shows_every_head(written, run, kind):
         held |= load_file(directory / "value_head.safetensors")
     assert head["tensors"] == {name: list(held[name].shape) for name in head["tensors"]} != {}
     expected = {"gated": "gated", "quantiles": "quantiles", "labels": "labels", "vocabulary row": "vocabulary"}
-    assert head["kind"] == expected.get(kind, head["kind"]) and head["pooling"] == "last token"
+    assert head["kind"] == expected.get(kind, head["kind"])
+    assert head["pooling"] == ("step tags" if kind in ("labels", "mlp of labels") else "last token")
     assert (head["std"] is not None) == ("normalised" in kind or "model" in kind)
     assert head["sign"] == (-1 if kind == "cost model" else 1)
     code, out, _ = run("inspect", directory, *flags)
     assert code == 0 and all(name in out for name in list(head["tensors"])[:8]) and "head tensors" in out
 
 
-def test_inspect_of_a_language_model_and_of_a_process_model(tiny_model, written, run, tmp_path):
+def test_inspect_of_a_language_model_and_of_a_process_model(tiny_model, written, run):
     code, out, _ = run("inspect", tiny_model(), "--json")
     assert code == 0 and json.loads(out)["reward_head"] is None
-    write_head(tmp_path, "mlp of labels", tokenizer=True, chat_template=True)
-    code, out, _ = run("inspect", tmp_path)
-    assert code == 0 and "MLP, 2 labels, softmax of label 1" in out and "'<extra_0>' is read" in out
-    head = json.loads(run("inspect", tmp_path, "--json")[1])["reward_head"]
-    assert head["pooling"] == "step tags" and head["template"] == "chat" and head["steps"]["separator"] == "\n\n"
+    code, out, _ = run("inspect", written("mlp of labels")[0])
+    assert code == 0 and "MLP, 2 labels, softmax of label 1" in out and "<extra_0> after each" in out
+    head = json.loads(run("inspect", written("mlp of labels")[0], "--json")[1])["reward_head"]
+    assert head["pooling"] == "step tags" and head["template"] == "chat"
     code, out, _ = run("inspect", written("quantiles")[0])
     assert code == 1 and "prompt_pattern" in out
     code, out, _ = run("inspect", tiny_model(), "--reward-head", "lm_head")

@@ -19,6 +19,7 @@ import pytest
 import stars
 from building import PADDED, config_of
 from process_models import FORMATS, scores_at, source_of, step_scores, write_process_model
+from stars.cli import main
 from stars.errors import RequestError, RewardError
 from stars.model.loader import load_model
 from stars.model.tokenizer import load_tokenizer
@@ -307,6 +308,15 @@ def test_formats_that_the_models_class_says(models, lm, tmp_path):
     for kind in ("mlp", "token"):  # as a directory, as the command line gives it
         engine = toy_engine(ToyModel(vocab=5, seed=1), models[kind], tokenizer=Words("abcde"))
         assert isinstance(engine.reward, stars.ProcessReward)
+
+
+def test_inspect_says_how_steps_are_read(models, capsys):
+    said = {"mlp": r"split at '\n\n', <extra_0> after each, and read there; template chat",
+            "token": r"split at '\n\n', read at its last token; template auto", "shepherd": None}
+    for kind, line in said.items():
+        assert main(["inspect", str(models[kind])]) == 0
+        rows = dict(row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines() if row.startswith("steps "))
+        assert rows.get("steps") == line
 
 
 # -- through the engine -----------------------------------------------------------------------------------------------

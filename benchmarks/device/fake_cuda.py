@@ -28,7 +28,8 @@ from stars.target import CPU
 CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.select.int", "aten.mm.out",
               "aten.mm.dtype_out", "aten.addmm.out", "prim.device.default", "aten.unsqueeze.default",
               "aten.alias.default", "aten.view.dtype", "aten.detach.default",
-              "aten.relu_.default", "aten.mul.out", "aten.sum.IntList_out", "aten._softmax.out", "aten.sigmoid.out"}
+              "aten.relu_.default", "aten.mul.out", "aten.sum.IntList_out", "aten._softmax.out", "aten.softmax.int_out",
+              "aten.sigmoid.out"}
 """Operations of torch that a capture may meet: views, products into given memory, and what ends a reward head there."""
 MAPPED = {("finish_kernel", "ended")}
 """Parameters of kernels that may be given pinned memory of the host."""

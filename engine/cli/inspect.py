@@ -7,12 +7,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stars.errors import ModelError, TokenizerError
+from stars.errors import ModelError
 from stars.trace.json_lines import dumps, plain
 
 if TYPE_CHECKING:
     from stars.model.loader import ModelSummary
-    from stars.reward.steps import StepFormat
 
 SHOWN_TENSORS = 8
 
@@ -48,7 +47,7 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
     windows = [[window, len(list(group))] for window, group in groupby(config.sliding_window)]
     return {
         "directory": directory, "model_type": config.model_type, "architectures": list(config.architectures),
-        "head": summary.head, "reward_head": _reward_head(directory, summary),
+        "head": summary.head, "reward_head": _reward_head(summary), "steps": _steps(summary),
         "loads": problem is None, "problem": problem,
         "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype,
         "layers": config.num_layers, "heads": config.num_heads, "kv_heads": config.num_kv_heads,
@@ -63,15 +62,15 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
     }
 
 
-def _reward_head(directory: str, summary: ModelSummary) -> dict[str, Any] | None:
+def _reward_head(summary: ModelSummary) -> dict[str, Any] | None:
     """What a reward model ends with and how it reads texts; None where there is no head that can be read."""
     form = summary.reward_head
     if form is None:
         return None
-    gate, steps = form.gate, _steps(directory, summary)
+    gate, steps = form.gate, _steps(summary)
     template = "chat template for messages, raw for text" if summary.chat_template else "raw"
-    if steps is not None and steps.template != "auto":
-        template = steps.template
+    if steps is not None and steps["template"] != "auto":
+        template = steps["template"]
     return {
         "kind": "quantiles" if gate is not None and gate.quantiles > 1 else form.kind,
         "tensors": {name: list(wanted.shape) for name, wanted in form.tensors.items()},
@@ -83,23 +82,19 @@ def _reward_head(directory: str, summary: ModelSummary) -> dict[str, Any] | None
         "temperature": None if gate is None else gate.temperature,
         "prompt_pattern": None if gate is None else list(gate.pattern),
         "pooling": "last token" if steps is None else "step tags",
-        "template": template, "steps": None if steps is None else steps._asdict(),
+        "template": template,
     }
 
 
-def _steps(directory: str, summary: ModelSummary) -> StepFormat | None:
-    """How a model that judges steps reads them; None of any other, and where its tokenizer cannot be had."""
-    from stars.model.tokenizer import load_tokenizer
-    from stars.reward import ProcessReward, resolve_reward
+def _steps(summary: ModelSummary) -> dict[str, Any] | None:
+    """How a model of steps reads them, by its class; None for any other."""
+    from stars.model.head_files import TWO_LABELS
     from stars.reward.steps import detected
 
-    if not isinstance(resolve_reward(directory), ProcessReward):
+    if not any(name.endswith(TWO_LABELS) for name in summary.config.architectures):
         return None
-    try:
-        tokenizer = load_tokenizer(directory)
-    except TokenizerError:
-        return None
-    return None if tokenizer is None else detected(summary.config, tokenizer)
+    steps = detected(summary.config, None)
+    return {"separator": steps.separator, "tag": steps.tag, "template": steps.template}
 
 
 def _problem(directory: str, summary: ModelSummary, reward_head: Any) -> str | None:
@@ -129,6 +124,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("model type", f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})"),
         ("head", heads[facts["head"]] + tied + _described(facts["reward_head"])),
         *_head_rows(facts["reward_head"]),
+        *_step_rows(facts["steps"]),
         ("parameters", f"{facts['parameters']:,} ({_size(facts['bytes'])} as {facts['dtype']})"),
         ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
         ("attention", f"{facts['heads']} heads, {facts['kv_heads']} KV heads, head_dim {facts['head_dim']}"),
@@ -174,14 +170,17 @@ def _head_rows(head: dict[str, Any] | None) -> list[tuple[str, str]]:
         ("normalisation", affine + (", lower is better: negated" if head["sign"] < 0 else "")),
         ("pooling", head["pooling"]), ("template", head["template"]),
     ]
-    if head["steps"] is not None:
-        steps = head["steps"]
-        rows.append(("steps", f"end at {steps['separator']!r}, {steps['end']!r} is put there, and "
-                              f"{'its last token' if steps['tag'] is None else repr(steps['tag'])} is read"))
     if head["prompt_pattern"] is not None:
         rows.append(("gate", f"read at the prompt's last {head['prompt_pattern']}; temperature "
                              f"{head['temperature']:g}"))
     return rows
+
+
+def _step_rows(steps: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if steps is None:
+        return []
+    read = "read at its last token" if steps["tag"] is None else f"{steps['tag']} after each, and read there"
+    return [("steps", f"split at {steps['separator']!r}, {read}; template {steps['template']}")]
 
 
 def _encoder(args: argparse.Namespace, config: dict[str, Any], architectures: list[Any]) -> int:

@@ -29,14 +29,17 @@ SHEPHERD = StepFormat("\n", "ки", " ки\n", True, "raw")
 """Math-Shepherd's: a tag of plain text at the end of every line."""
 
 
-def detected(shape: ModelConfig, tokenizer: Tokenizer) -> StepFormat:
+BY_CLASS = {"ForProcessRewardModel": QWEN, "ForTokenClassification": SEPARATED, "ForCausalLM": SHEPHERD}
+"""By the end of the name of a model's class."""
+
+
+def detected(shape: ModelConfig, tokenizer: Tokenizer | None) -> StepFormat:
     """The format that the class of a model says; of others, Qwen's where the vocabulary has that tag."""
-    if any(name.endswith("ForTokenClassification") for name in shape.architectures):
-        return SEPARATED
-    if any(name.endswith("ForCausalLM") for name in shape.architectures):
-        return SHEPHERD
-    named = any(name.endswith("ForProcessRewardModel") for name in shape.architectures)
-    return QWEN if named or len(_ids(tokenizer, "<extra_0>")) == 1 else SEPARATED
+    for ending, steps in BY_CLASS.items():
+        if any(name.endswith(ending) for name in shape.architectures):
+            return steps
+    assert QWEN.tag is not None
+    return QWEN if tokenizer is not None and len(_ids(tokenizer, QWEN.tag)) == 1 else SEPARATED
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
