@@ -14,12 +14,14 @@ import stars
 from building import PADDED, UNPADDED, config_of, work_as
 from editing import edit_config, edit_tensors
 from stars.errors import ModelError, RequestError, RewardError
+from stars.kernels.dispatch import references_only
 from stars.kernels.linear import Weight
 from stars.model.loader import inspect_model, load_model
 from stars.model.tokenizer import load_tokenizer
 from stars.prompt import parse_prompt
 from stars.reward import resolve_reward
 from stars.reward.base import Candidate
+from test_hostile_model import bad_values, good_or_refused
 from tiny_heads import HEADS, HIDDEN, PATTERN, write_head
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -87,8 +89,18 @@ def started(reward: stars.CausalReward, ids: list[int]):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_every_head_gives_its_formula(written, kind, operations):
+def test_every_head_gives_its_formula(written, kind):
     """From scratch and growing; a fork, and two sessions of one beginning; what lies in no page and what does."""
+    check_formula(written, kind)
+
+
+@pytest.mark.parametrize("kind", ["row with bias", "mlp", "gated"])
+def test_without_libstars(written, kind):
+    with references_only():
+        check_formula(written, kind)
+
+
+def check_formula(written, kind: str) -> None:
     directory, choice, wanted = written(kind)
     reward = bound(directory, choice)
     assert isinstance(reward.decoder.score_head, Weight) == (kind in FUSED)
@@ -338,6 +350,23 @@ def test_a_head_that_does_not_fit_is_refused_by_name(written, changed, kind, ten
     assert "\n" not in str(raised.value)
     if kind in GATED and "no gate" in message:
         assert "logit_scale" not in inspect_model(directory, reward_head={"rows": [3]}).missing
+
+
+@pytest.mark.parametrize(("kind", "keys"), [
+    ("gated", ("num_objectives", "num_quantiles", "gating_temperature", "architectures")),
+    ("score model", ("do_normalize", "score_type", "value_head_prefix", "id2label")),
+    ("value_head, normalised", ("normalize_reward", "mean", "std", "value_head_prefix")),
+])
+@pytest.mark.filterwarnings("ignore:.*does not say normalize_reward")
+def test_every_key_of_a_head_with_every_bad_value(written, changed, kind, keys):
+    directory, choice = changed(kind), written(kind)[1]
+    config = json.loads((directory / "config.json").read_text())
+    for key in keys:
+        for value in bad_values():
+            (directory / "config.json").write_text(json.dumps({**config, key: value}))
+            for read in (lambda: load_model(directory, head="reward", reward_head=choice),
+                         lambda: inspect_model(directory, reward_head=choice)):
+                good_or_refused(read)
 
 
 @pytest.mark.parametrize(("choice", "message"), [
