@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         SegmentBeam,
         SpeculativeRejection,
     )
-    from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
+    from stars.reward import CausalReward, EncoderReward, FunctionReward, ProcessReward, Reward
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
 
@@ -50,7 +50,7 @@ _HOMES = {
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
     "policies": ("ARGS", "CARDS", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling",
                  "Sample", "SegmentBeam", "SpeculativeRejection"),
-    "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
+    "reward": ("CausalReward", "EncoderReward", "FunctionReward", "ProcessReward", "Reward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
 }
@@ -74,6 +74,7 @@ __all__ = [
     "ParticleFilter",
     "RAD",
     "RejectionSampling",
+    "ProcessReward",
     "RequestError",
     "RequestOutput",
     "Reward",

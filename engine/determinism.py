@@ -8,6 +8,7 @@ from stars.errors import ModelError
 from stars.kernels import linear
 from stars.kernels.linear import Weight
 from stars.model.decoder import Decoder
+from stars.model.heads import RewardHead
 from stars.target import Target
 
 ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64)
@@ -19,11 +20,12 @@ def check_row_invariance(decoder: Decoder, target: Target) -> None:
     Attention, norms and the sampler work row by row in a fixed order in every implementation of `stars.kernels`.
     """
     layer = decoder.layers[0]  # the others have the same shapes
-    kind = decoder.dtype
+    kind, head = decoder.dtype, decoder.score_head
+    rewarding = head.products if isinstance(head, RewardHead) else (head,)
     for name, weight, given, taken in (
         ("qkv", layer.qkv, kind, kind), ("o", layer.o, kind, kind), ("gate_up", layer.gate_up, kind, kind),
         ("down", layer.down, kind, kind), ("head", decoder.head, kind, torch.float32),
-        ("reward head", decoder.score_head, torch.float32, torch.float32),
+        *(("reward head", product, torch.float32, torch.float32) for product in rewarding),
     ):
         if weight is not None and not _invariant(weight, decoder.device, given, taken):
             raise ModelError(f"deterministic=True cannot be kept here, because the bits of a row of the {name} product "

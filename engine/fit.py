@@ -32,18 +32,20 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     held = reward.holds(tokenizer, vocab_size, config) if reward is not None else Held()
     models = {"the language model": occupant(config, model, config.max_segment_size, True)}
     if held.model is not None:
-        models["the reward model"] = occupant(config, held.model, held.slab_len, False)
+        models["the reward model"] = occupant(config, held.model, held.slab_len, False, held.reward_head)
     torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
     free, total = torch.cuda.mem_get_info()
     return fit_memory(config, models, held.other_bytes, free, total)
 
 
-def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool) -> Occupant:
+def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto") -> Occupant:
     """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it."""
     target, dtype = config.target, DTYPES[config.dtype]
     if isinstance(model, (str, Path)):
-        summary = inspect_model(model)
+        summary = inspect_model(model, "lm" if drafts else "reward", reward_head)
         shape, weight_bytes = summary.config, summary.parameters * dtype.itemsize
+        if summary.reward_head is not None:
+            weight_bytes += summary.reward_head.float32_parameters * (torch.float32.itemsize - dtype.itemsize)
     else:
         shape, weight_bytes, dtype = model.config, 0, model.dtype
     if target.triton:

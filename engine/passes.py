@@ -16,6 +16,7 @@ from stars.kernels.graph import Graphs, Part
 from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.model.decoder import Decoder
+from stars.model.heads import RewardHead
 from stars.prefill import choose_prefill
 from stars.sizes import MAX_CLOSING, ModelSizes, later_bytes, padded_rows, pass_rows, score_rows, table_width
 from stars.tiling import Tiling, shape
@@ -28,6 +29,7 @@ KINDS: tuple[Kind, ...] = ("prefill", "score")
 BESIDE = 2
 """Passes that were launched and whose rewards the host has not taken, at most: one that runs, and one behind it."""
 
+READ_LAUNCHES = 12  # of a head that is more than a row: few products, with what torch does between and behind them
 PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
 
 
@@ -43,6 +45,7 @@ class Span(NamedTuple):
     """The rows of one sequence in a pass: token_ids at positions start .. start + len(token_ids) - 1.
 
     Those of a span into a slab lie there from the slab's first row on. What is `drafted` stands as zeros in token_ids.
+    Where a pass ends with rewards, they are read at the offsets `reads` of token_ids, which rise; empty: at the last.
     """
 
     table: BlockTable
@@ -50,6 +53,8 @@ class Span(NamedTuple):
     start: int
     slots: Sequence[int]  # flat row of the slabs or of the pages for each token
     drafted: DraftedPart | None = None
+    reads: Sequence[int] = ()
+    gate: Sequence[float] | None = None  # what a gated head weights the objectives with
 
 
 class Prepared(NamedTuple):
@@ -58,13 +63,15 @@ class Prepared(NamedTuple):
     parts: list[Part]
     rare: bool  # whether it is too long to capture
     scored: bool  # whether it ends with rewards
+    read: Part | None  # what makes rewards of its hidden states, where the head is more than a row
 
 
 class Passes:
     """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed.
 
     On a padded target, rows and sequences are filled up with idle ones, so that few captured shapes serve all, and
-    attention gets its tiles. How many sequences there are follows from the rows.
+    attention gets its tiles. How many sequences there are follows from the rows, and so does how many rewards are read:
+    one a sequence, or where the model's sizes say so some more, of which a pass holds `max_readings` at most.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig, sizes: ModelSizes):
@@ -77,21 +84,30 @@ class Passes:
         self.max_rows = pass_rows(config, sizes)
         self.chunk = config.chunk
         self.max_sequences = sizes.max_sequences
+        self.max_readings = sizes.max_sequences * sizes.readings
         self._longest = sizes.max_positions  # tokens of a text
         rows, sequences = padded_rows(config, sizes), target.rows(self.max_sequences, "draft")
+        readings = sequences * sizes.readings
         decoder.reserve(rows)
         decoder.reserve_positions(sizes.max_positions)
         row, sequence = (torch.int32, (rows,)), (torch.int32, (sequences,))
         start = torch.int32, (sequences + 1,)
-        columns = dict(
-            token_ids=row, positions=row, slots=row, row_start=start, last=sequence, seq_group=sequence,
-            prefix_len=sequence, slab_start=sequence,
+        columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(
+            token_ids=row, positions=row, slots=row, row_start=start, last=(torch.int32, (readings,)),
+            seq_group=sequence, prefix_len=sequence, slab_start=sequence,
             slab_used=sequence,  # stays 0: a pass fills a slab from its start
             lanes=sequence, segment_start=start, closing=(torch.int32, (sequences, MAX_CLOSING)))
+        self._head = decoder.score_head if isinstance(decoder.score_head, RewardHead) else None
+        self._gated = self._head is not None and self._head.gate is not None
+        if self._head is not None:  # its hidden states, for what is not recorded with the pass
+            self._states = torch.zeros(readings, decoder.config.hidden_size, device=cache.device)
+            self._room = self._head.room(readings, cache.device)
+            if self._head.gate is not None:
+                columns["gates"] = torch.float32, (readings, self._head.gate.objectives)
         self._buffers = Buffers(target, True, 1, **columns)
         self._host = {name: self._buffers.host(name) for name in columns}
         # On the host, a block for what is taken at once, and one for each pass that is not.
-        self._rewards = Buffers(target, hosts=1 + BESIDE, rewards=(torch.float32, (sequences,)))
+        self._rewards = Buffers(target, hosts=1 + BESIDE, rewards=(torch.float32, (readings,)))
         self._block = 0  # of the last pass whose rewards were not taken at once
         self._block_tables = torch.zeros(sequences, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
@@ -110,6 +126,30 @@ class Passes:
         token_ids are the tokens from position 0 on. Afterwards table.length == stop, of the first tables only where
         `max_rows` did not suffice: whole chunks are run, in order, and no more rows than that. Returns the rows run.
         """
+        spans, rows = self._page_spans(tables, max_rows)
+        for batch in self._batches(spans, self.max_rows, into_slab=False):
+            self._run(batch, into_slab=False)
+            _written(batch)
+        return rows
+
+    def read(self, table: BlockTable, token_ids: Sequence[int], stop: int, positions: Sequence[int],
+             max_rows: int | None = None) -> tuple[int, list[float]]:
+        """As `prefill`, of one table; (rows run, the rewards at those of `positions`, which rise, that were run)."""
+        spans, rows = self._page_spans([(table, token_ids, stop)], max_rows)
+        spans = [span._replace(reads=[position - span.start for position in positions
+                                      if span.start <= position < span.start + len(span.token_ids)]) for span in spans]
+        rewards: list[float] = []
+        for batch in self._batches(spans, self.max_rows, into_slab=False):
+            read = sum(len(span.reads) for span in batch)
+            self._run(batch, into_slab=False, scored=read > 0)
+            _written(batch)
+            if read:
+                rewards += self.rewards(read)
+        return rows, rewards
+
+    def _page_spans(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None
+                    ) -> tuple[list[Span], int]:
+        """The spans into pages that `prefill` runs, and their rows."""
         spans, rows = [], 0
         for table, token_ids, start, end in self._chunks(tables):
             if max_rows is not None and rows + end - start > max_rows:
@@ -118,11 +158,7 @@ class Passes:
             slots = self.cache.rows(table, start, end)
             spans.append(Span(table, token_ids[start:end], start, slots))
             rows += end - start
-        for batch in self._batches(spans, self.max_rows, into_slab=False):
-            self._run(batch, into_slab=False)
-            for span in batch:
-                span.table.length = span.start + len(span.token_ids)
-        return rows
+        return spans, rows
 
     def _chunks(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]
                 ) -> Iterator[tuple[BlockTable, Sequence[int], int, int]]:
@@ -133,24 +169,34 @@ class Passes:
                 yield table, token_ids, start, min(stop, start + self.chunk)
 
     def score(self, spans: Sequence[Span]) -> list[float]:
-        """Runs the spans into their slabs; the reward at the last token of each.
+        """Runs the spans into their slabs; the rewards at what is to be read of each, one span's after the other's.
 
         Spans of one table should be adjacent, so that its pages are read once for all of them.
         """
         rewards: list[float] = []
         for batch in self._batches(spans, min(self.max_rows, self.target.captured_score), into_slab=True):
             self._run(batch, into_slab=True)
-            rewards += self.rewards(len(batch))
+            rewards += self.rewards(sum(len(span.reads) or 1 for span in batch))
         return rewards
+
+    def states(self, spans: Sequence[Span]) -> Tensor:
+        """Runs the spans into their slabs; what a RewardHead gets of the last token of each, float32 [spans, hidden].
+        """
+        found = []
+        for batch in self._batches(spans, min(self.max_rows, self.target.captured_score), into_slab=True):
+            self._prepared = None
+            self._launch(self._prepare(batch, into_slab=True)._replace(scored=False, read=None))
+            found.append(self._states[: len(batch)].clone())
+        return torch.cat(found)
 
     def redraft(self, spans: Sequence[Span]) -> None:
         """Runs the spans into their slabs, as drafts had done it token by token."""
         for batch in self._batches(spans, self.max_rows, into_slab=True):
             self._run(batch, into_slab=True, scored=False)
 
-    def fits(self, rows: Sequence[int]) -> bool:
-        """Whether one pass holds spans of so many rows each."""
-        return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows
+    def fits(self, rows: Sequence[int], readings: int = 0) -> bool:
+        """Whether one pass holds spans of so many rows each, with so many readings where it is not one each."""
+        return len(rows) <= self.max_sequences and sum(rows) <= self.max_rows and readings <= self.max_readings
 
     def prepare_trailing(self, draft: Draft, spans: Sequence[Span]) -> None:
         """The host's part of a scoring pass of spans that trail a draft and fit one pass: what it reads is sent.
@@ -182,8 +228,8 @@ class Passes:
         return self._block
 
     def rewards(self, count: int, block: int = 0) -> list[float]:
-        """Of `count` spans, once they are there: of the pass that was given that number, or of the last that was run by
-        `score`."""
+        """So many, once they are there, in the order of the spans and of their reads: of the pass that was given that
+        number, or of the last that was run by `score` or `read`."""
         self._rewards.wait(block)
         rewards: list[float] = self._rewards.host("rewards", block)[:count].tolist()
         return rewards
@@ -212,6 +258,8 @@ class Passes:
                         forward.call()
                 if kind == "score" and draft is not None and rows <= self._captured[kind]:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
+                    if self._head is not None:
+                        self._graphs.warm_up(self._read(self._head, self._reads(rows)))
         if draft is None and self._tiling.deterministic:
             self._run_idle(self.target.rows(1, "score"), "score")
 
@@ -237,30 +285,39 @@ class Passes:
 
     def _batches(self, spans: Sequence[Span], max_rows: int, into_slab: bool) -> list[list[Span]]:
         """Splits into passes of up to `max_rows` rows, or one longer span; a later chunk of a table comes in a later
-        pass than the chunks it attends to."""
+        pass than the chunks it attends to. A span with more to be read than a pass holds is run again for the rest."""
         batches: list[list[Span]] = []
         batch: list[Span] = []
-        rows = 0
-        for span in spans:
+        rows = reads = 0
+        for span in self._readable(spans):
             full = rows + len(span.token_ids) > max_rows or len(batch) == self.max_sequences
+            full = full or reads + (len(span.reads) or 1) > self.max_readings
             if batch and (full or (batch[-1].table is span.table and not into_slab)):
                 batches.append(batch)
-                batch, rows = [], 0
+                batch, rows, reads = [], 0, 0
             batch.append(span)
             rows += len(span.token_ids)
+            reads += len(span.reads) or 1
         if batch:
             batches.append(batch)
         return batches
 
-    def _run(self, spans: Sequence[Span], into_slab: bool, scored: bool = True) -> None:
+    def _readable(self, spans: Sequence[Span]) -> Iterator[Span]:
+        """The spans, one with more to be read than a pass holds several times over: it writes the same rows again."""
+        most = self.max_readings
+        for span in spans:
+            for first in range(0, max(1, len(span.reads)), most):
+                yield span if len(span.reads) <= most else span._replace(reads=span.reads[first : first + most])
+
+    def _run(self, spans: Sequence[Span], into_slab: bool, scored: bool | None = None) -> None:
+        """scored: whether it ends with rewards; left out, a pass into slabs does."""
         self._prepared = None
-        self._launch(self._prepare(spans, into_slab, scored=scored))
+        self._launch(self._prepare(spans, into_slab, scored=into_slab if scored is None else scored))
 
     def _prepare(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None,
                  scored: bool = True) -> Prepared:
         """Fills the buffers and sends them; what is then to be run."""
-        rows, sequences, tiles = self._fill(spans, into_slab)
-        scored = scored and into_slab
+        rows, sequences, reads, tiles = self._fill(spans, into_slab)
         # Redrafts, which come after a response gave way, have no shapes of their own.
         captured = rows <= self._captured["score" if into_slab else "prefill"] and scored == into_slab
         prefill = None
@@ -269,37 +326,52 @@ class Passes:
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
         self._buffers.upload()
-        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored)]
+        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored, reads)]
         if draft is not None:  # the device fills in what was drawn
             parts.insert(0, self._append(draft, rows, sequences))
-        return Prepared(parts, not captured, scored)
+        read = self._read(self._head, reads) if scored and self._head is not None else None
+        return Prepared(parts, not captured, scored, read)
 
     def _launch(self, prepared: Prepared, block: int = 0) -> None:
         """block: of the host's, for the rewards."""
         self._graphs.run(prepared.parts, self._never_done, rare=prepared.rare)
+        if prepared.read is not None:
+            self._graphs.run_beside(prepared.read, self._never_done, prepared.rare)
         if prepared.scored:
             self._rewards.fetch(block)
 
     def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
-                 scored: bool) -> Part:
+                 scored: bool, reads: int | None = None) -> Part:
         """The model's part of a pass. What it runs is made where it is recorded, not where replayed."""
         buffers = self._buffers
+        reads = self._reads(rows) if reads is None else reads  # of a padded one
 
         def first(name: str) -> Tensor:
             return buffers[name][:sequences]
 
         def run() -> None:
-            last = first("last")
+            last = buffers["last"][:reads]
             batch = Batch(buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
                           first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
-            if scored:
-                self.decoder.score(batch, self.cache, last, self._rewards["rewards"][:sequences])
+            if scored and self._head is not None:
+                self.decoder.forward(batch, self.cache, last, self._states[:reads])
+            elif scored:
+                self.decoder.score(batch, self.cache, last, self._rewards["rewards"][:reads])
             else:
                 self.decoder.forward(batch, self.cache, last)
 
-        key = "forward", rows, sequences, into_slab, scored, *(shape(tiles) if tiles is not None else ())
+        key = "forward", rows, sequences, into_slab, scored, reads, *(shape(tiles) if tiles is not None else ())
         return Part(key, run, self._launches)
+
+    def _read(self, head: RewardHead, reads: int) -> Part:
+        """What a head that is more than a row makes of the hidden states of a pass."""
+
+        def run() -> None:
+            head.read(self._states[:reads], self._room, self._rewards["rewards"][:reads],
+                      self._buffers["gates"][:reads] if self._gated else None)
+
+        return Part(("read", reads), run, READ_LAUNCHES)
 
     def _append(self, draft: Draft, rows: int, sequences: int) -> Part:
         """What a draft drew, into the rows of a pass that trails it."""
@@ -315,6 +387,10 @@ class Passes:
 
     def _sequences(self, rows: int) -> int:
         """Sequences of a padded pass of `rows` rows, each of which has one at least, idle ones included."""
+        return min(rows, len(self._buffers["lanes"]))
+
+    def _reads(self, rows: int) -> int:
+        """Rewards of a padded pass of `rows` rows: no row is read twice, but for idle readings."""
         return min(rows, len(self._buffers["last"]))
 
     def _gathers(self, spans: Sequence[Span]) -> bool:
@@ -323,8 +399,9 @@ class Passes:
         return (self.prefill_backend != "triton" and rows >= GATHERED_ROWS * len(spans)
                 and keys <= self.cache.num_pages * self.cache.page_size)
 
-    def _fill(self, spans: Sequence[Span], into_slab: bool) -> tuple[int, int, Tiles | None]:
-        """Writes the spans into the buffers; rows and sequences, idle ones included, and attention's tiles."""
+    def _fill(self, spans: Sequence[Span], into_slab: bool) -> tuple[int, int, int, Tiles | None]:
+        """Writes the spans into the buffers; rows, sequences and readings, idle ones included, and attention's tiles.
+        """
         self._buffers.wait()
         tables: list[BlockTable] = []
         groups: list[int] = []
@@ -332,6 +409,7 @@ class Passes:
         positions: list[int] = []
         slots: list[int] = []
         row_start = [0]
+        last: list[int] = []
         for span in spans:
             if not tables or tables[-1] is not span.table:
                 tables.append(span.table)
@@ -339,20 +417,25 @@ class Passes:
             token_ids += span.token_ids
             positions += range(span.start, span.start + len(span.token_ids))
             slots += span.slots
+            if span.reads:
+                last += [row_start[-1] + offset for offset in span.reads]
+            else:
+                last.append(len(token_ids) - 1)
             row_start.append(len(token_ids))
-        rows, sequences, tiles = len(token_ids), len(spans), None
+        rows, sequences, reads, tiles = len(token_ids), len(spans), len(last), None
         if self._tiling is not None:
             kind: Kind = "score" if into_slab else "prefill"
             rows = self.target.rows(rows, kind)
-            sequences = self._sequences(rows)
+            sequences, reads = self._sequences(rows), self._reads(rows)
             keys = [span.start + (0 if into_slab else len(span.token_ids)) for span in spans]
             tiles = self._tiling.fill(rows, row_start, groups, kind, keys)
-        # Idle rows write nothing and belong to no sequence; idle sequences have no rows, and row 0 as their last.
+        # Idle rows write nothing and belong to no sequence; idle sequences have no rows; idle readings are of row 0.
         self._write(rows, 0, token_ids=token_ids, positions=positions)
         self._write(rows, -1, slots=slots)
         self._write(sequences + 1, row_start[-1], row_start=row_start)
         self._write(sequences, groups[-1], seq_group=groups)
-        self._write(sequences, 0, last=[stop - 1 for stop in row_start[1:]], prefix_len=[span.start for span in spans],
+        self._write(reads, 0, last=last)
+        self._write(sequences, 0, prefix_len=[span.start for span in spans],
                     slab_start=[span.slots[0] for span in spans])
         drafted = [span.drafted for span in spans if span.drafted is not None]
         if drafted:
@@ -364,8 +447,12 @@ class Passes:
             closing[:sequences] = -1
             for row, one in zip(closing, drafted, strict=False):
                 row[: len(one.closing)] = one.closing
+        if self._gated:
+            weights = [span.gate for span in spans for _ in span.reads or (0,)]
+            for row, gate in zip(self._host["gates"], weights, strict=False):
+                row[:] = 0.0 if gate is None else gate  # the gate itself is read without, and so are prompts
         self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
-        return rows, sequences, tiles
+        return rows, sequences, reads, tiles
 
     def _fill_idle(self, rows: int, sequences: int) -> None:
         """A pass without spans, sent: nothing of it is written or read."""
@@ -373,7 +460,8 @@ class Passes:
         self._write(rows, 0, token_ids=(), positions=())
         self._write(rows, -1, slots=())
         self._write(sequences + 1, 0, row_start=(), segment_start=())
-        self._write(sequences, 0, seq_group=(), last=(), prefix_len=(), slab_start=())
+        self._write(sequences, 0, seq_group=(), prefix_len=(), slab_start=())
+        self._write(self._reads(rows), 0, last=())
         self._write(sequences, -1, lanes=())
         self._buffers.upload()
 
@@ -384,3 +472,9 @@ class Passes:
             column[: len(values)] = values
             if len(values) < count:
                 column[len(values) : count] = idle
+
+
+def _written(spans: Sequence[Span]) -> None:
+    """The pages of these spans hold them now."""
+    for span in spans:
+        span.table.length = span.start + len(span.token_ids)

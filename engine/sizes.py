@@ -37,6 +37,7 @@ class ModelSizes(NamedTuple):
     max_sequences: int  # of a prefill or scoring pass
     max_positions: int  # tokens of the longest text it is ever run on
     max_lanes: int  # of a draft; 0: nothing is drawn from it
+    readings: int = 1  # of a reward, for each sequence of a scoring pass
 
 
 def language_model(config: EngineConfig) -> ModelSizes:
@@ -45,10 +46,10 @@ def language_model(config: EngineConfig) -> ModelSizes:
                       config.max_num_lanes)
 
 
-def reward_model(shape: ModelConfig, config: EngineConfig, slab_len: int) -> ModelSizes:
-    """The sizes of a reward model with a cache of its own, and slabs as of `slab_length`."""
+def reward_model(shape: ModelConfig, config: EngineConfig, slab_len: int, readings: int = 1) -> ModelSizes:
+    """The sizes of a reward model with a cache of its own, and slabs as of `slab_length`; readings: of a candidate."""
     positions = longest_text(shape, config.num_pages * config.page_size, slab_len)
-    return ModelSizes(config.num_slabs, slab_len, config.max_num_lanes, positions, 0)
+    return ModelSizes(config.num_slabs, slab_len, config.max_num_lanes, positions, 0, readings)
 
 
 def slab_length(config: EngineConfig, reencodes: bool, closing: int) -> int:

@@ -78,6 +78,14 @@ class Graphs:
             return times
         return self._run_plainly(parts, done, times)
 
+    def run_beside(self, part: Part, where: Tensor, rare: bool = False) -> None:
+        """Runs a part that libstars cannot record, as torch's own operations are among it: captured and replayed where
+        `where` lies on a GPU, called elsewhere. rare: as `run`'s."""
+        if column(where) == "cuda":
+            self._replay(part, rare)
+        else:
+            part.call()
+
     def warm_up(self, part: Part) -> None:
         """Captures a part on a GPU, for good, before it is needed: it runs, which compiles its kernels, and is replayed
         once, by which the device gets it."""

@@ -5,17 +5,25 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars
+from editing import edit_tensors
+from process_models import write_process_model
 from stars.kernels import graph, prefill_attention
+from stars.kernels.linear import pack
 from stars.kernels.triton import tuned
 from stars.model.decoder import Decoder
+from stars.model.heads import Gate
+from stars.model.tokenizer import load_tokenizer
 from stars.passes import Passes
 from stars.target import CUDA
 from triton_process import needs_triton, run_pytest
@@ -103,6 +111,32 @@ if FAKED:
             assert found["replay"] and not found["synchronize"] and not found["blocking transfer"], found
             assert found["launch"] <= 2
 
+    def test_a_round_with_several_readings_a_candidate_replays_known_shapes(tiny_model, tmp_path):
+        """A process reward, whose passes read as many rewards as their shapes have room for: none is new. Steps end at
+        the sign of the broken characters that a fake GPU draws."""
+        source = tiny_model(family="qwen2", head="reward", vocab=400, hidden=128, heads=2, kv_heads=1)
+        directory = write_process_model(tmp_path / "model", source, "mlp")
+        with fake_cuda.gpu():
+            reward = stars.ProcessReward(directory, step_separator="\ufffd", template="raw")
+            engine = stars.Engine(MODELS / "lm", reward, device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=2, max_num_lanes=4, max_segment_size=8, prefill_backend="triton",
+                                  max_model_len=96)
+            passes, read = engine.reward._passes, []
+            assert passes.max_readings == 4 * 4
+            fill = passes._fill
+            passes._fill = lambda spans, into_slab: read.append(max(len(span.reads) for span in spans)) or fill(
+                spans, into_slab)
+            start = fake_cuda.events.copy()
+            policy = stars.STARS(segment_size=8, max_attempts=4, reward_threshold=2.0, beta=0.0, width=2)
+            for prompt in ("A film", "One more"):
+                engine.add_request(prompt, stars.SamplingParams(max_tokens=24, seed=3), policy)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    assert output.outputs[0].error is None
+            engine.check_integrity()
+        seen = fake_cuda.events - start
+        assert not seen["capture"] and not seen["compile"] and seen["replay"] > 20 and max(read) > 1, (seen, read)
+
     def test_a_round_under_load_replays_known_shapes_alone(monkeypatch):
         """Random arrivals after start-up: nothing is captured or compiled, and what is launched by itself is a prompt's
         pass that is too long to capture, or a scoring pass that is, or a copy of rows."""
@@ -173,6 +207,36 @@ if FAKED:
                     run_idle(engine._passes, rows, "score", tiles, False)
             assert fake_cuda.events["launch"] > seen["launch"] and fake_cuda.events["compile"] == seen["compile"]
         assert len(passed) == 14 + 12 and max(rows for _, rows in passed) == 2048
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_a_head_that_is_more_than_a_row_is_captured_behind_its_pass(monkeypatch, tmp_path, gated):
+        """Nothing of it is captured or compiled once requests come; a gate is read by itself, of each prompt once."""
+        directory = Path(shutil.copytree(MODELS / "rm", tmp_path / "rm"))
+        hidden, tensors = load_file(directory / "model.safetensors")["score.weight"].shape[1], {}
+        if gated:
+            tensors = {"regression_layer__weight": torch.randn(5, hidden), "reward_transform_matrix": torch.eye(5),
+                       "gating__layers__0__weight": torch.randn(7, hidden), "gating__layers__1__weight": torch.randn(
+                           5, 7), "gating__logit_scale": torch.ones(1)}
+        else:
+            tensors = {"score__0__weight": torch.randn(hidden, hidden), "score__2__weight": torch.randn(1, hidden)}
+        edit_tensors(directory, score__weight=..., **tensors)
+        # Its numbers would come from the card.
+        monkeypatch.setattr("stars.model.head_files._read_gate", lambda checkpoint, form, device, deterministic: Gate(
+            (pack(torch.zeros(5, 7, device=device)),), form.temperature, 1.0, form.pattern))
+        monkeypatch.setattr(Gate, "weights", lambda gate, hidden: np.full((len(hidden), 5), 0.2))
+        pattern = load_tokenizer(directory).encode(PROMPTS[0])[1:2]
+        with fake_cuda.gpu():
+            reward = stars.CausalReward(directory, head={"prompt_pattern": pattern} if gated else "auto")
+            engine = stars.Engine(MODELS / "lm", reward, device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=8, max_num_lanes=16, max_segment_size=32, prefill_backend="triton")
+            captured = {key[1] for key in reward._passes._graphs._at_start if key[0] == "read"}
+            assert captured == {reward._passes._reads(rows) for rows in CUDA.shapes("score", 512)}
+            start = fake_cuda.events.copy()
+            decode(engine, 0, 0.0)
+            decode(engine, 0, 0.0)
+        seen = fake_cuda.events - start
+        assert seen["replay"] and not seen["capture"] and not seen["compile"]
+        assert not gated or len(reward.gating._kept) == 1, "the prompts begin alike"
 
     def run_idle(passes, rows: int, kind: str, tiles, scored: bool) -> None:
         passes._fill_idle(rows, passes._sequences(rows))

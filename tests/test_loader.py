@@ -332,7 +332,7 @@ def test_dialects_say_the_same(options, tiny_model):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model_type": "mamba"}, "model_type 'mamba', which is not supported: use one of llama, mistral"),
-    ({"architectures": ["LlamaForTokenClassification"]}, "architecture 'LlamaForTokenClassification'"),
+    ({"architectures": ["LlamaForQuestionAnswering"]}, "architecture 'LlamaForQuestionAnswering'"),
     ({"hidden_act": "gelu"}, "activation 'gelu'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "is quantised with gptq"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'.*KV cache cannot follow"),

@@ -13,6 +13,7 @@ import torch
 
 import stars
 from building import config_of
+from process_models import source_of, write_process_model
 from stars.errors import RewardError
 from stars.kernels.types import Draft
 from stars.model.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +21,8 @@ from stars.prompt import Prompt, parse_prompt
 from stars.reward.base import Candidate, Reward, TrailingCandidate
 from stars.target import CPU, CUDA
 from test_encoder_rewards import write_encoder
+from tiny_heads import write_head
+from tiny_models import BOS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -32,9 +35,11 @@ LONG = " zq" * 18  # more tokens than a slab of 40 holds
 
 CAUSAL = {
     "same": dict(), "same, eos": dict(close="eos"), "same, chat": dict(template="chat", close="template"),
-    "other": dict(), "other, eos": dict(close="eos"),
+    "other": dict(), "other, eos": dict(close="eos"), "same, mlp": dict(), "same, gated": dict(),
 }
-KINDS = [*CAUSAL, "encoder", "function of ids", "function of text"]
+PROCESS = {"process, tags": "mlp", "process, separators": "token"}
+PAGED = [*CAUSAL, *PROCESS]  # of which a session has pages
+KINDS = [*PAGED, "encoder", "function of ids", "function of text"]
 
 
 class Bench:
@@ -86,16 +91,32 @@ def lag(request) -> int:
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model, tmp_path_factory, lm, lag):
+def process_models(tiny_model, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("process")
+    return {kind: write_process_model(root / kind, source_of(tiny_model, kind), kind) for kind in PROCESS.values()}
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_model, tmp_path_factory, lm, lag, process_models):
     """bench(kind): a reward of that kind, of its own."""
     same = tiny_model(family="qwen2", head="reward", tokenizer=True, chat_template=True)
     other = tiny_model(family="llama", head="reward", tokenizer=True, chat_template=True, tokenizer_seed=2, seed=7)
     encoder: Path = write_encoder(tmp_path_factory.mktemp("encoder"), "Bert", max_position_embeddings=150)
 
+    heads = {}
+    for kind in ("mlp", "gated"):
+        heads[kind] = tmp_path_factory.mktemp(kind)
+        write_head(heads[kind], kind, tokenizer=True, chat_template=True)
+
     def get(kind: str, config=CONFIG) -> Bench:
         config = dataclasses.replace(config, target=config.target._replace(reward_lag=lag))
         if kind in CAUSAL:
-            reward = stars.CausalReward(same if kind.startswith("same") else other, **CAUSAL[kind])
+            choice = {"prompt_pattern": [BOS]} if kind == "same, gated" else "auto"
+            directory = heads.get(kind.split(", ")[-1], same if kind.startswith("same") else other)
+            reward = stars.CausalReward(directory, head=choice, **CAUSAL[kind])
+        elif kind in PROCESS:  # every word a step, or two, as segments end where they like
+            reward = stars.ProcessReward(process_models[PROCESS[kind]], step_separator="e", aggregate="prod",
+                                         template="raw")
         elif kind == "encoder":
             reward = stars.EncoderReward(encoder, batch_size=1)
         elif kind == "function of ids":
@@ -114,7 +135,8 @@ def hash_of(text: str) -> float:
 
 @pytest.mark.parametrize("kind, pieces", [(kind, (" jumps over", " sleeps")) for kind in KINDS] + [
     ("same", (LONG, LONG + " fox")), ("same, eos", (" dog", LONG)), ("same, chat", (LONG, "!")),
-    ("other", (" dog", LONG)), ("other, eos", (LONG, LONG + "!"))])
+    ("other", (" dog", LONG)), ("other, eos", (LONG, LONG + "!")), ("process, tags", (LONG, LONG + " fox")),
+    ("process, separators", (" dog", LONG))])
 def test_two_winners_of_one_session(bench, kind, pieces):
     """One goes to the session, the other to its fork: from there each has a history of its own, and its own end."""
     made = bench(kind)
@@ -204,7 +226,7 @@ def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, lag, kind, d
     made.all_free()
 
 
-@pytest.mark.parametrize("kind", ["same", "same, eos", "same, chat"])
+@pytest.mark.parametrize("kind", ["same", "same, eos", "same, chat", "same, gated"])
 @pytest.mark.parametrize("unseen, lanes", [(0, (2, 0, 1)), (0, (3, 2, 0, 3, 1)), (1, (2, 3, 0, 1)), (5, (2, 0, 1))])
 def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, lanes, operations):
     """The same spans, their tokens filled in on the device: so also where the response has tokens nobody scored, and
@@ -342,7 +364,7 @@ def test_sessions_that_start_in_chunks(bench, kind):
             made.check(one, ids)
         left = left[progress.done :]
         reward.check_integrity()
-    if kind in CAUSAL:
+    if kind in PAGED:
         # All but the last token of each, but for pages that the first of them has offered to the others.
         rows = sum(one.rows for one in calls)
         assert rows <= sum(len(session.committed) for session in sessions) and len(calls) >= rows / 5 > 1
@@ -368,9 +390,9 @@ def test_a_response_that_is_taken_up_in_chunks(bench, kind, deterministic):
     while not calls or not calls[-1].done:
         calls.append(reward.resume_in_chunks(session, ids, made.tokenizer.decode(ids), None if deterministic else 7))
     assert calls[-1].done == 1 and [one.done for one in calls[:-1]] == [0] * (len(calls) - 1)
-    if kind in CAUSAL and not deterministic:
+    if kind in PAGED and not deterministic:
         assert len(calls) > 1 and all(0 < one.rows <= 7 for one in calls)
-    elif kind in CAUSAL:
+    elif kind in PAGED:
         longer = ids + more
         assert len(calls) == 1 and reward.resume_in_chunks(session, longer, made.tokenizer.decode(longer), 1) == (0, 0)
     [one] = made.score((session, ids + more))

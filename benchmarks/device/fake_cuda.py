@@ -36,8 +36,11 @@ CAPTURABLE = {"aten.slice.Tensor", "aten.view.default", "aten.t.default", "aten.
               "aten.gt.Scalar", "aten.bitwise_and.Tensor", "aten.abs.default", "aten.ne.Scalar", "aten.mul.Tensor",
               "aten.eq.Tensor", "aten.div.Tensor", "aten.ge.Tensor", "aten.eq.Scalar", "aten.bitwise_or.Tensor",
               "aten.bitwise_and_.Tensor", "aten.fill_.Scalar", "aten.where.self", "aten.where.ScalarOther",
-              "aten.where.ScalarSelf", "aten._to_copy.default", "aten.scalar_tensor.default", "aten.full.default"}
-"""Operations of torch that a capture may meet: views, products into given memory, and what ranks tokens."""
+              "aten.where.ScalarSelf", "aten._to_copy.default", "aten.scalar_tensor.default", "aten.full.default",
+              # Of what ends a reward head.
+              "aten.relu_.default", "aten.mul.out", "aten.sum.IntList_out", "aten._softmax.out", "aten.softmax.int_out",
+              "aten.sigmoid.out"}
+"""Operations of torch that a capture may meet: views, products into given memory, rankings and reward heads."""
 MAPPED = {("finish_kernel", "ended")}
 """Parameters of kernels that may be given pinned memory of the host."""
 LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl"}

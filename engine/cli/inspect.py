@@ -18,17 +18,19 @@ SHOWN_TENSORS = 8
 
 def inspect(args: argparse.Namespace) -> int:
     """Runs the command; 1 where tensors are missing or too many, so that it would not load."""
+    from stars.model.config import refuse_pairwise
     from stars.model.families import FAMILIES
     from stars.model.files import read_json
 
     path = Path(args.directory) / "config.json"
     config = read_json(path) if path.is_file() else {}
+    refuse_pairwise(config, str(path))
     named = config.get("architectures")
     architectures = named if isinstance(named, list) else []
     if config.get("model_type") not in (None, *FAMILIES) and any(
             str(name).endswith("ForSequenceClassification") for name in architectures):
         return _encoder(args, config, architectures)
-    facts = _facts(args.directory)
+    facts = _facts(args.directory, "auto" if args.reward_head is None else args.reward_head)
     if args.json:
         print(dumps(plain(facts)))
     else:
@@ -36,16 +38,17 @@ def inspect(args: argparse.Namespace) -> int:
     return 0 if facts["loads"] else 1
 
 
-def _facts(directory: str) -> dict[str, Any]:
+def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
     from stars.model.loader import inspect_model
 
-    summary = inspect_model(directory)
+    summary = inspect_model(directory, reward_head=reward_head)
     config = summary.config
-    problem = _problem(directory, summary)
+    problem = _problem(directory, summary, reward_head)
     windows = [[window, len(list(group))] for window, group in groupby(config.sliding_window)]
     return {
         "directory": directory, "model_type": config.model_type, "architectures": list(config.architectures),
-        "head": summary.head, "loads": problem is None, "problem": problem,
+        "head": summary.head, "reward_head": _reward_head(summary), "steps": _steps(summary),
+        "loads": problem is None, "problem": problem,
         "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype,
         "layers": config.num_layers, "heads": config.num_heads, "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
@@ -59,22 +62,59 @@ def _facts(directory: str) -> dict[str, Any]:
     }
 
 
-def _problem(directory: str, summary: ModelSummary) -> str | None:
+def _reward_head(summary: ModelSummary) -> dict[str, Any] | None:
+    """What a reward model ends with and how it reads texts; None where there is no head that can be read."""
+    form = summary.reward_head
+    if form is None:
+        return None
+    gate, steps = form.gate, _steps(summary)
+    template = "chat template for messages, raw for text" if summary.chat_template else "raw"
+    if steps is not None and steps["template"] != "auto":
+        template = steps["template"]
+    return {
+        "kind": "quantiles" if gate is not None and gate.quantiles > 1 else form.kind,
+        "tensors": {name: list(wanted.shape) for name, wanted in form.tensors.items()},
+        "labels": form.labels, "rows": None if form.rows is None else list(form.rows),
+        "activation": form.activation, "label": form.label,
+        "mean": None if form.normalisation is None else form.normalisation.mean,
+        "std": None if form.normalisation is None else form.normalisation.std, "sign": form.sign,
+        "objectives": None if gate is None else gate.objectives, "quantiles": None if gate is None else gate.quantiles,
+        "temperature": None if gate is None else gate.temperature,
+        "prompt_pattern": None if gate is None else list(gate.pattern),
+        "pooling": "last token" if steps is None else "step tags",
+        "template": template,
+    }
+
+
+def _steps(summary: ModelSummary) -> dict[str, Any] | None:
+    """How a model of steps reads them, by its class; None for any other."""
+    from stars.model.head_files import TWO_LABELS
+    from stars.reward.steps import detected
+
+    if not any(name.endswith(TWO_LABELS) for name in summary.config.architectures):
+        return None
+    steps = detected(summary.config, None)
+    return {"separator": steps.separator, "tag": steps.tag, "template": steps.template}
+
+
+def _problem(directory: str, summary: ModelSummary, reward_head: Any) -> str | None:
     """Why it would not load, in the loader's own words; None if it would."""
     from stars.model.checkpoint import Checkpoint
-    from stars.model.loader import _check
+    from stars.model.head_files import VALUE_HEAD_FILE, head_choice
+    from stars.model.loader import check
 
     if summary.head == "none":
         return "it has neither a language model head nor a reward head: use a checkpoint with one of them"
     try:
-        _check(Checkpoint(directory), summary.config, summary.head)
+        check(Checkpoint(directory, VALUE_HEAD_FILE if summary.head == "reward" else None), summary.config,
+              summary.head, head_choice(reward_head))
     except ModelError as error:
         return str(error)
     return None
 
 
 def _print(facts: dict[str, Any]) -> None:
-    heads = {"lm": "language model", "reward": "reward (one score)", "none": "none"}
+    heads = {"lm": "language model", "reward": "reward", "none": "none"}
     windows = "none" if all(window is None for window, _ in facts["windows"]) else ", ".join(
         f"{count} layers {'full' if window is None else f'{window} tokens'}" for window, count in facts["windows"])
     tied = ", tied to the embeddings" if facts["tied"] and facts["head"] == "lm" else ""
@@ -82,7 +122,9 @@ def _print(facts: dict[str, Any]) -> None:
     rows = [
         ("directory", facts["directory"]),
         ("model type", f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})"),
-        ("head", heads[facts["head"]] + tied),
+        ("head", heads[facts["head"]] + tied + _described(facts["reward_head"])),
+        *_head_rows(facts["reward_head"]),
+        *_step_rows(facts["steps"]),
         ("parameters", f"{facts['parameters']:,} ({_size(facts['bytes'])} as {facts['dtype']})"),
         ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
         ("attention", f"{facts['heads']} heads, {facts['kv_heads']} KV heads, head_dim {facts['head_dim']}"),
@@ -101,6 +143,44 @@ def _print(facts: dict[str, Any]) -> None:
     ]
     for name, value in rows:
         print(f"{name:<15} {value}")
+
+
+def _described(head: dict[str, Any] | None) -> str:
+    """What a head is, in words, behind the word for it."""
+    if head is None:
+        return ""
+    kinds = {
+        "linear": "one row, its logit", "mlp": f"MLP, {head['labels']} label{'s' if head['labels'] > 1 else ''}",
+        "labels": f"{head['labels']} label{'s' if head['labels'] > 1 else ''}",
+        "vocabulary": f"row{'s' if head['labels'] > 1 else ''} "
+                      f"{', '.join(map(str, head['rows'] or []))} of the language model head",
+        "gated": f"{head['objectives']} objectives, weighted by the prompt",
+        "quantiles": f"{head['objectives']} objectives of {head['quantiles']} quantiles, weighted by the prompt",
+    }
+    read = "" if head["activation"] == "none" else f", {head['activation']} of label {head['label']}"
+    return f" ({kinds[head['kind']]}{read})"
+
+
+def _head_rows(head: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if head is None:
+        return []
+    affine = "none" if head["std"] is None else f"(raw - {head['mean']:g}) / {head['std']:g}"
+    rows = [
+        ("head tensors", _names([f"{name} {shape}" for name, shape in head["tensors"].items()])),
+        ("normalisation", affine + (", lower is better: negated" if head["sign"] < 0 else "")),
+        ("pooling", head["pooling"]), ("template", head["template"]),
+    ]
+    if head["prompt_pattern"] is not None:
+        rows.append(("gate", f"read at the prompt's last {head['prompt_pattern']}; temperature "
+                             f"{head['temperature']:g}"))
+    return rows
+
+
+def _step_rows(steps: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if steps is None:
+        return []
+    read = "read at its last token" if steps["tag"] is None else f"{steps['tag']} after each, and read there"
+    return [("steps", f"split at {steps['separator']!r}, {read}; template {steps['template']}")]
 
 
 def _encoder(args: argparse.Namespace, config: dict[str, Any], architectures: list[Any]) -> int:

@@ -42,8 +42,15 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument("--model", metavar="DIR", help="the language model (without it: the shipped pair)")
     group.add_argument("--reward", metavar="DIR", help="the reward model")
+    add_reward_head(group, "which head it has: ")
     group.add_argument("--reward-template", choices=("auto", "chat", "raw"), help="how it is shown prompt and response")
     group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put after a response")
+
+
+def add_reward_head(parser: argparse._ActionsContainer, what: str) -> None:
+    """The choice of a reward head."""
+    parser.add_argument("--reward-head", metavar="HEAD", type=_head,
+                        help=what + "auto, a tensor's name, or a JSON object as CausalReward's head")
 
 
 def add_sampling(parser: argparse.ArgumentParser, with_n: bool) -> None:
@@ -109,8 +116,9 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
         parser.error("give prompts as arguments, or a file of them with --input")
     if needs_reward and args.model is not None and args.reward is None:
         parser.error("this needs a reward model: give --reward DIR")
-    if args.model is not None and args.reward is None and (args.reward_template or args.reward_close):
-        parser.error("--reward-template and --reward-close belong to --reward, which is not given")
+    if args.model is not None and args.reward is None and (
+            args.reward_template or args.reward_close or args.reward_head):
+        parser.error("--reward-head, --reward-template and --reward-close belong to --reward, which is not given")
 
 
 def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -181,10 +189,18 @@ def build_engine(args: argparse.Namespace) -> Engine:
         print("stars: no --model given, so this uses the shipped pair, a toy trained on film reviews", file=sys.stderr)
     from stars.engine import Engine
 
-    if args.reward_template is not None or args.reward_close is not None:
-        from stars.reward import CausalReward
+    if any(value is not None for value in (args.reward_head, args.reward_template, args.reward_close)):
+        from stars.reward import CausalReward, ProcessReward, resolve_reward
 
-        reward = CausalReward(reward, template=args.reward_template or "auto", close=args.reward_close or "none")
+        head = "auto" if args.reward_head is None else args.reward_head
+        if not isinstance(resolve_reward(reward), ProcessReward):
+            reward = CausalReward(reward, head=head, template=args.reward_template or "auto",
+                                  close=args.reward_close or "none")
+        elif args.reward_close is None:
+            reward = ProcessReward(reward, head=head, template=args.reward_template)
+        else:
+            raise RequestError(f"--reward-close is of models that judge responses, and {reward} judges steps: leave it "
+                               "out")
     return Engine(model, reward, **_given(args, ENGINE))
 
 
@@ -199,6 +215,14 @@ def shipped_pair() -> tuple[Path, Path]:
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def _head(text: str) -> Any:
+    """A name, or the object of a JSON text."""
+    return json.loads(text) if text.lstrip().startswith("{") else text
+
+
+_head.__name__ = "head"
 
 
 def _number_or_auto(text: str) -> float | str:

@@ -31,14 +31,17 @@ class TensorInfo(NamedTuple):
 
 
 class Checkpoint:
-    """The safetensors files of DIRECTORY, each opened once; pickled weights are never read.
+    """The safetensors files of DIRECTORY, each opened once; pickled weights are never read. beside: one more of them,
+    if there is one of this name.
 
     Raises ModelError where there are none, where an index and its files disagree and where a file is damaged.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, beside: str | None = None):
         self.directory = Path(directory)
         self.shards, mapped = _find_shards(self.directory)
+        if beside is not None and is_file(self.directory / beside):
+            self.shards = [*self.shards, *({beside} - set(self.shards))]
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[str, Any] = {}
         for shard in self.shards:

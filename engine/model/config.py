@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from stars.model.rope import RopeConfig, parse_rope
 
 HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
 """What may follow the family's class prefix in `architectures`."""
+REWARD_HEADS = ("ForTokenClassification", "ForRewardModel", "ForProcessRewardModel", "ForRewardModelWithGating",
+                "ForRewardModelWithGating3", "ForRewardModelWithGating31", "RewardModel", "ForScore", "ModelForScore")
+"""The same, of reward models whose classes transformers has not; what they end with is told by their tensors."""
+REWARD_CLASSES = ("INFORMForSequenceClassification", "EurusRewardModel", "GRewardModel")
+"""Of such models, classes that are not called after the family."""
+PAIRWISE = re.compile("pair.?(rm|wise|preference)", re.IGNORECASE)
+"""What is in the names of models that compare two responses."""
 MOST = 2**31 - 1
 """Sizes, positions and token ids are int32 in the kernels."""
 SURE_LAYERS = 1000
@@ -50,6 +58,12 @@ class ModelConfig:
     attention_softcap: float | None = None
 
     @property
+    def is_reward(self) -> bool:
+        """Whether `architectures` names the class of a reward model."""
+        prefix = FAMILIES[self.model_type].class_prefix
+        return any(name not in (f"{prefix}ForCausalLM", f"{prefix}Model") for name in self.architectures)
+
+    @property
     def context_length(self) -> int:
         """Most tokens of a text: max_position_embeddings, or more where the rotation is stretched beyond it."""
         return min(self.rope.context_length(self.max_position_embeddings), MOST)
@@ -73,6 +87,16 @@ def load_config(directory: str | Path) -> ModelConfig:
     if _size(config, "num_hidden_layers", str(path)) > SURE_LAYERS:
         _check_layers(config["num_hidden_layers"], Checkpoint(directory))
     return parse_config(config, generation, str(path))
+
+
+def refuse_pairwise(config: dict[str, Any], where: str) -> None:
+    """Raises ModelError for a model that compares two responses; `where` names its config.json."""
+    architectures = config.get("architectures")
+    named = [*(architectures if isinstance(architectures, list) else ()), config.get("model_type")]
+    pairwise = [name for name in named if isinstance(name, str) and PAIRWISE.search(name)]
+    if pairwise:
+        raise ModelError(f"{where} is of a pairwise model ({shown(pairwise[0])}), which compares two responses and has "
+                         "no reward of one: use a reward model with one score")
 
 
 def _check_layers(count: int, checkpoint: Checkpoint) -> None:
@@ -156,12 +180,14 @@ def _family(config: dict[str, Any], where: str) -> Family:
 
 def _refuse_unsupported(config: dict[str, Any], family: Family, where: str) -> None:
     known = [family.class_prefix + head for head in HEADS]
+    others = [*(family.class_prefix + head for head in REWARD_HEADS), *REWARD_CLASSES]
     architectures = config.get("architectures") or ()
     if not isinstance(architectures, (list, tuple)):
         raise ModelError(f"{where} has architectures = {shown(architectures)} where a list of class names is needed: "
                          "repair config.json")
+    refuse_pairwise(config, where)
     for architecture in architectures:
-        if architecture not in known:
+        if architecture not in known and architecture not in others:
             raise ModelError(
                 f"{where} has architecture {shown(architecture)}, which is not supported: use one of {', '.join(known)}"
             )

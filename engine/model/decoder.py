@@ -20,6 +20,7 @@ from stars.kernels.linear import Weight
 from stars.kernels.types import Batch, LayerKV, SplitSpace, Stream
 from stars.model.config import ModelConfig
 from stars.model.fusing import fusing
+from stars.model.heads import RewardHead
 from stars.model.rope import rope_tables
 from stars.model.workspace import Workspace, make_workspace
 from stars.target import target_of
@@ -48,9 +49,9 @@ class KVCache(Protocol):
 class Decoder:
     """Pre-norm decoder layers between an embedding and a head.
 
-    `head` gives logits (for tied embeddings it is the embedding's own Weight), `score_head` [1, hidden] rewards; either
-    may be None. cos, sin float32 [positions, head_dim / 2]: no row of a pass may stand at a later position. dtype: of
-    activations, keys and values; float32 on the CPU.
+    `head` gives logits (for tied embeddings it is the embedding's own Weight), `score_head` rewards: one that is a row
+    [1, hidden] is a Weight, any other a RewardHead. Either may be None. cos, sin float32 [positions, head_dim / 2]: no
+    row of a pass may stand at a later position. dtype: of activations, keys and values; float32 on the CPU.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Decoder:
         layers: Sequence[LayerWeights],
         final_norm: Tensor,
         head: Weight | None,
-        score_head: Weight | None,
+        score_head: Weight | RewardHead | None,
         cos: Tensor,
         sin: Tensor,
         max_rows: int,
@@ -167,30 +168,32 @@ class Decoder:
         if buffers is not None and target_of(self.device.type).triton:
             self._outgrown.append(buffers)
 
-    def forward(self, batch: Batch, cache: KVCache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Runs all layers and writes the batch's keys and values; returns the hidden state after the final norm.
 
-        [n, hidden], a view of the workspace that the next pass overwrites: of all rows, or of `rows` int32 [n]
-        (indices into the batch's rows), in whose case all after the last layer's attention runs for those rows only.
+        [n, hidden], in `out` or a view of the workspace that the next pass overwrites: of all rows, or of `rows` int32
+        [n] (indices into the batch's rows), in whose case all after the last layer's attention runs for those only.
         Raises IntegrityError for more rows than reserved.
         """
         if self._fuses(batch):
             residual = self._stream(batch, cache, rows).residual
-            hidden = self._space.hidden[: residual.shape[0]]  # [n, hidden]
+            hidden = self._space.hidden[: residual.shape[0]] if out is None else out  # [n, hidden]
             kernels.rms_norm(residual, self.final_norm, self.config.rms_norm_eps, hidden)
         else:
             residual, branch = self._layers(batch, cache, rows)
-            hidden = self._space.hidden[: residual.shape[0]]
+            hidden = self._space.hidden[: residual.shape[0]] if out is None else out
             kernels.rms_norm(branch, self.final_norm, self.config.rms_norm_eps, hidden, residual)
         return hidden
 
     def score(self, batch: Batch, cache: KVCache, last: Tensor, rewards: Tensor) -> None:
-        """As `forward` for the rows `last` int32 [n], and then their raw rewards, into `rewards` float32 [n].
+        """As `forward` for the rows `last` int32 [n], and then their rewards, into `rewards` float32 [n].
 
-        Raises ModelError for a model without a reward head.
+        By a head of one row, which is fused with the norm. Any other reads what `forward` gives: `RewardHead.read`.
+        Raises ModelError for a model without a head of one row.
         """
-        if self.score_head is None:
-            raise ModelError("this model has no reward head: load it with head='reward'")
+        if not isinstance(self.score_head, Weight):
+            raise ModelError("this model has no reward head of one row: load it with head='reward', or read what "
+                             "`forward` gives with its RewardHead")
         branch = None
         if self._fuses(batch):
             residual = self._stream(batch, cache, last).residual

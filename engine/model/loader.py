@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,20 @@ from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder, LayerWeights
 from stars.model.families import FAMILIES
 from stars.model.files import is_file, printed
-from stars.model.normalisation import STATISTICS, read_normalisation
+from stars.model.head_files import (
+    LM_HEAD,
+    PLACES,
+    SCORE_HEAD,
+    VALUE_HEAD_FILE,
+    HeadChoice,
+    HeadForm,
+    find_head,
+    has_head,
+    head_choice,
+    read_head,
+)
+from stars.model.heads import RewardHead
+from stars.model.normalisation import STATISTICS
 from stars.model.rope import rope_tables
 from stars.model.tokenizer import has_chat_template
 from stars.target import target_of
@@ -25,7 +38,6 @@ from stars.target import target_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_ROWS = 256
 DEFAULT_POSITIONS = 1 << 15
-LM_HEAD, SCORE_HEAD = "lm_head.weight", "score.weight"
 NAMED = 3  # tensors an error names before it only counts
 KEYS = {
     "embed_tokens": "vocab_size, hidden_size", "lm_head": "vocab_size, hidden_size",
@@ -50,6 +62,7 @@ class ModelSummary(NamedTuple):
     tied: bool
     missing: list[str]
     unexpected: list[str]
+    reward_head: HeadForm | None  # of a reward model; None where it has none that can be read
     tokenizer: bool
     chat_template: bool
 
@@ -57,7 +70,7 @@ class ModelSummary(NamedTuple):
 def load_model(
     directory: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu",
     head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS, deterministic: bool = False,
-    max_model_len: int | None = None,
+    max_model_len: int | None = None, reward_head: Any = "auto",
 ) -> Decoder:
     """The model in DIRECTORY with the head asked for, its matrices packed one at a time.
 
@@ -66,31 +79,34 @@ def load_model(
     them too. Sums, norms, biases, attention, the cache and the reward
     head stay float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and
     with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
-    (raw - mean) / std. max_model_len: positions that there is room for, as many as the model's context has and at most
-    32768 if left out; `Decoder.reserve_positions` makes more. Raises ModelError for whatever does not fit: missing,
-    unexpected or misshapen tensors, an absent head, more labels than one, broken files.
+    (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s head. max_model_len: positions that there is
+    room for, as many as the model's context has and at most 32768 if left out; `Decoder.reserve_positions` makes more.
+    Raises ModelError for whatever does not fit: missing,
+    unexpected or misshapen tensors, an absent or ambiguous head, labels of unknown meaning, broken files.
     """
     device = _check_device(device)
     if dtype not in _dtypes(device):
         raise ModelError(f"dtype {dtype!r} is not supported: use one of {', '.join(_dtypes(device))}")
     if head not in ("lm", "reward"):
         raise ModelError(f"head {head!r} is not supported: use 'lm' or 'reward'")
+    choice = head_choice(reward_head)
     config = load_config(directory)
     if dtype == "auto":
         dtype = target_of(device.type).dtype or config.dtype
         if dtype not in DTYPES:
             raise ModelError(f"{directory} is stored as {dtype}, which is not supported: choose a dtype")
-    checkpoint = Checkpoint(directory)
-    names = _check(checkpoint, config, head)
+    checkpoint = Checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
+    names, form = check(checkpoint, config, head, choice)
     reader = _Reader(checkpoint, names, dtype, device, deterministic)
     tied = head == "lm" and config.tie_word_embeddings
     if tied:
         reader.check_tied()
     embedding = reader.matrix("model.embed_tokens")
     layers = [_layer(reader, config, f"model.layers.{index}.") for index in range(config.num_layers)]
-    lm_head = score_head = None
-    if head == "reward":
-        score_head = reader.score_head()
+    lm_head: Weight | None = None
+    score_head: Weight | RewardHead | None = None
+    if form is not None:
+        score_head = read_head(checkpoint, form, device, deterministic)
     else:
         lm_head = embedding if tied else reader.matrix("lm_head")
     positions = min(config.context_length, max_model_len or DEFAULT_POSITIONS)
@@ -101,17 +117,27 @@ def load_model(
     )
 
 
-def inspect_model(directory: str | Path) -> ModelSummary:
-    """What DIRECTORY holds, without reading weights; raises ModelError where config or headers cannot be read."""
+def inspect_model(directory: str | Path, head: Head | None = None, reward_head: Any = "auto") -> ModelSummary:
+    """What DIRECTORY holds, without reading weights; raises ModelError where config or headers cannot be read.
+
+    head: which it is looked at for; None: whichever it has. reward_head: as `load_model`'s.
+    """
     directory = Path(directory)
-    config = load_config(directory)
-    checkpoint = Checkpoint(directory)
-    head: Head = "none"
-    if SCORE_HEAD in checkpoint.tensors or _is_classifier(config):
-        head = "reward"
-    elif LM_HEAD in checkpoint.tensors or config.tie_word_embeddings or _is_causal(config):
-        head = "lm"
-    names, missing, unexpected = _match(checkpoint, config, head)
+    config, choice = load_config(directory), head_choice(reward_head)
+    checkpoint = Checkpoint(directory, None if head == "lm" else VALUE_HEAD_FILE)
+    if head is None:
+        head = "none"
+        if choice != HeadChoice() or config.is_reward or has_head(checkpoint):
+            head = "reward"
+        elif LM_HEAD in checkpoint.tensors or config.tie_word_embeddings or _is_causal(config):
+            head = "lm"
+    form = None
+    if head == "reward":
+        try:
+            form = find_head(checkpoint, config, choice, _classifier(config))
+        except ModelError:  # `check` says it
+            pass
+    names, missing, unexpected = _match(checkpoint, config, head, form)
     held = [checkpoint.tensors[name] for name in names.values() if name in checkpoint.tensors]
     return ModelSummary(
         config=config,
@@ -122,6 +148,7 @@ def inspect_model(directory: str | Path) -> ModelSummary:
         tied=config.tie_word_embeddings,
         missing=missing,
         unexpected=unexpected,
+        reward_head=form,
         tokenizer=is_file(directory / "tokenizer.json"),
         chat_template=has_chat_template(directory),
     )
@@ -155,8 +182,6 @@ def expected_tensors(config: ModelConfig, head: Head) -> dict[str, tuple[int, ..
     shapes["model.norm.weight"] = (hidden,)
     if head == "lm" and not config.tie_word_embeddings:
         shapes[LM_HEAD] = (config.vocab_size, hidden)
-    if head == "reward":
-        shapes[SCORE_HEAD] = (1, hidden)
     return shapes
 
 
@@ -191,15 +216,6 @@ class _Reader:
         """A norm's weight or a bias, float32."""
         return self._read(name).to(self.device, torch.float32, copy=True)
 
-    def score_head(self) -> Weight:
-        """The reward head [1, hidden], float32 whatever the dtype; a normalisation of its rewards is folded into it."""
-        head, bias = self.vector(SCORE_HEAD), None
-        normalisation = read_normalisation(self.checkpoint)
-        if normalisation is not None:
-            head = (head.double() / normalisation.std).float()
-            bias = torch.tensor([-normalisation.mean / normalisation.std], dtype=torch.float32, device=self.device)
-        return kernels.pack(head, bias, self.deterministic)
-
     def check_tied(self) -> None:
         """Raises ModelError where the checkpoint has a head of its own although it should be the embedding."""
         if LM_HEAD not in self.checkpoint.tensors:
@@ -228,18 +244,19 @@ def _layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:
     )
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig, head: Head) -> dict[str, str]:
-    """The checkpoint's name of every expected tensor, once all of them are there with the right shape and type."""
+def check(checkpoint: Checkpoint, config: ModelConfig, head: Head, choice: HeadChoice,
+          ) -> tuple[dict[str, str], HeadForm | None]:
+    """The checkpoint's name of every expected tensor, and a reward model's head, once all tensors are there with the
+    right shape and type; ModelError."""
     where = checkpoint.directory
     prefix = FAMILIES[config.model_type].class_prefix
-    if head == "lm" and _is_classifier(config):
+    if head == "lm" and config.is_reward:
         raise ModelError(
             f"{where} is a reward model ({config.architectures[0]}) and has no language model head: use a checkpoint "
             f"with architectures {prefix}ForCausalLM, or give this one as the reward model"
         )
-    if head == "reward":
-        _check_score_head(checkpoint, config, f"{prefix}ForSequenceClassification")
-    names, missing, unexpected = _match(checkpoint, config, head)
+    form = find_head(checkpoint, config, choice, _classifier(config)) if head == "reward" else None
+    names, missing, unexpected = _match(checkpoint, config, head, form)
     held = checkpoint.num_layers
     layers = "" if held == config.num_layers else (f" (num_hidden_layers is {config.num_layers} in config.json, and "
                                                    f"there are tensors of {held} layers)")
@@ -254,11 +271,10 @@ def _check(checkpoint: Checkpoint, config: ModelConfig, head: Head) -> dict[str,
             f"{layers}: "
             "use config.json of the same checkpoint, or a model without them"
         )
-    for name, shape in expected_tensors(config, head).items():
+    wanted = {name: (shape, _keys(name, shape)) for name, shape in expected_tensors(config, head).items()}
+    for name, (shape, keys) in (wanted | (form.tensors if form is not None else {})).items():
         info = checkpoint.tensors[names[name]]
         if info.shape != shape:
-            keys = KEYS.get(name.split(".")[-2], "hidden_size")
-            keys = keys.split(",")[0] if len(shape) == 1 else "1, hidden_size" if name == SCORE_HEAD else keys
             raise ModelError(
                 f"{names[name]} of {where} has shape {list(info.shape)} where config.json asks for {list(shape)} "
                 f"({keys}): use config.json of the same checkpoint"
@@ -268,54 +284,47 @@ def _check(checkpoint: Checkpoint, config: ModelConfig, head: Head) -> dict[str,
                 f"{names[name]} of {where} is stored as {info.dtype}, which is not supported: "
                 "use the float32, bfloat16 or float16 model"
             )
-    return names
+    return names, form
 
 
-def _check_score_head(checkpoint: Checkpoint, config: ModelConfig, architecture: str) -> None:
-    where = checkpoint.directory
-    if SCORE_HEAD not in checkpoint.tensors:
-        raise ModelError(
-            f"{where} has no reward head {SCORE_HEAD}: use a checkpoint with architectures {architecture}"
-        )
-    shape = checkpoint.tensors[SCORE_HEAD].shape
-    rows = shape[0] if len(shape) == 2 else 1  # other shapes are refused as such
-    if rows != 1:
-        raise ModelError(
-            f"{where} gives {rows} labels ({SCORE_HEAD} is {list(shape)}) where a reward is one number: "
-            "use a model with num_labels = 1"
-        )
-    if config.num_labels != 1:
-        raise ModelError(
-            f"config.json of {where} gives {config.num_labels} labels (id2label, 2 where it is absent) but "
-            f'{SCORE_HEAD} has 1 row: set id2label to {{"0": "LABEL_0"}} if that row is the reward'
-        )
+def _keys(name: str, shape: tuple[int, ...]) -> str:
+    """What of config.json gives the shape of a tensor."""
+    keys = KEYS.get(name.split(".")[-2], "hidden_size")
+    return keys.split(",")[0] if len(shape) == 1 else keys
 
 
 def _match(
-    checkpoint: Checkpoint, config: ModelConfig, head: Head
+    checkpoint: Checkpoint, config: ModelConfig, head: Head, form: HeadForm | None,
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """(the checkpoint's name by full name, missing tensors, unexpected tensors).
 
-    Checkpoints of the bare model class leave the leading "model." out.
+    Checkpoints of the bare model class leave the leading "model." out. Of a reward model, what else there is of heads
+    is not unexpected: a language model's, left over from the model it was trained from, another one than was chosen,
+    and what was counted in its training.
     """
     held = checkpoint.tensors
     bare = not any(name.startswith("model.") for name in held)
     names = {name: name.removeprefix("model.") if bare else name for name in expected_tensors(config, head)}
+    if head == "reward":
+        names |= {name: name for name in (form.tensors if form is not None else [SCORE_HEAD])}
     wanted = set(names.values())
+    beside = ("lm_head.", "normalizer.", *(f"{place}." for place in PLACES if form is None or not any(
+        product.startswith(place) for product in form.products)))
     missing = [name for name in names.values() if name not in held]
     unexpected = [
         name for name in held
         if name not in wanted
         and not name.endswith("rotary_emb.inv_freq")  # a table that old checkpoints carry along
-        and not (name.startswith("lm_head.") and head == "reward")  # left over from the model it was trained from
-        and not (name in STATISTICS and head == "reward")  # of its rewards, see read_normalisation
+        and not (head == "reward" and (name in STATISTICS or name.startswith(beside)
+                                       or name.endswith("num_batches_tracked")))
         and not (name == LM_HEAD and config.tie_word_embeddings)  # compared with the embedding when read
     ]
     return names, missing, unexpected
 
 
-def _is_classifier(config: ModelConfig) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures)
+def _classifier(config: ModelConfig) -> str:
+    """The class of transformers' reward models of this family."""
+    return f"{FAMILIES[config.model_type].class_prefix}ForSequenceClassification"
 
 
 def _is_causal(config: ModelConfig) -> bool:

@@ -8,16 +8,19 @@ from typing import Any
 from stars.errors import RewardError
 from stars.model.families import FAMILIES
 from stars.model.files import is_file, read_json
+from stars.model.head_files import TWO_LABELS
 from stars.reward.base import Reward
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
 from stars.reward.function import FunctionReward
+from stars.reward.process import ProcessReward
 
-__all__ = ["CausalReward", "EncoderReward", "FunctionReward", "Reward", "resolve_reward"]
+__all__ = ["CausalReward", "EncoderReward", "FunctionReward", "ProcessReward", "Reward", "resolve_reward"]
 
 
 def resolve_reward(reward: Any) -> Reward | None:
-    """The Reward that `reward` stands for: itself, a callable, or a model directory of either kind.
+    """The Reward that `reward` stands for: itself, a callable, or a model directory of any kind: an
+    encoder, a model that judges steps, or one that judges responses.
 
     Raises RewardError for anything else, ModelError for a directory that holds no model.
     """
@@ -26,9 +29,12 @@ def resolve_reward(reward: Any) -> Reward | None:
     if isinstance(reward, (str, Path)):
         path = Path(reward) / "config.json"
         if is_file(path):
-            kind = read_json(path).get("model_type")
+            config = read_json(path)
+            kind, names = config.get("model_type"), config.get("architectures")
             if not isinstance(kind, str) or kind not in FAMILIES:
                 return EncoderReward(reward)
+            if isinstance(names, list) and any(isinstance(name, str) and name.endswith(TWO_LABELS) for name in names):
+                return ProcessReward(reward)
         return CausalReward(reward)
     if isinstance(reward, type) and issubclass(reward, Reward):
         raise RewardError(f"reward is the class {reward.__name__}: give an object of it")

@@ -89,6 +89,7 @@ class Held(NamedTuple):
     model: Any = None  # that it runs over pages and slabs of its own: a directory, or a Decoder
     slab_len: int = 0  # tokens of such a slab
     other_bytes: int = 0  # of whatever else
+    reward_head: Any = "auto"  # of that directory, as `load_model`'s
 
 
 class Reward(ABC):

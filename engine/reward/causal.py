@@ -8,16 +8,19 @@ from stars.arguments import shown
 from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
-from stars.errors import RequestError, RewardError
+from stars.errors import ModelError, RequestError, RewardError
 from stars.kernels.types import Draft
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
+from stars.model.head_files import HeadChoice, head_choice
+from stars.model.heads import RewardHead
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
 from stars.prompt import Prompt
 from stars.reward.base import Held, check_path
 from stars.reward.framing import Framing
+from stars.reward.gating import Gating
 from stars.reward.scoring import ScoringReward, outside
 from stars.sizes import reward_model, slab_length
 
@@ -25,12 +28,19 @@ REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's
 
 
 class CausalReward(ScoringReward):
-    """A sequence-classification model with one label: the raw logit at the last token, head in float32.
+    """A decoder with a reward head: what the head says of the last token, in float32.
 
-    model: HF directory, or a Decoder with a reward head. template: "chat" renders prompt and response with the RM's
-    chat template (a plain prompt becomes one user turn), "raw" puts the response right after the prompt, "auto" is
-    "chat" for messages and "raw" for text. close: what is scored after every response and then dropped: "none",
-    "template" (what the chat template puts after an assistant turn), "eos".
+    model: HF directory, or a Decoder with a reward head. head: which of the directory's; "auto" finds it by its
+    tensors. One row gives the raw logit, two labels the probability of the second, ArmoRM's and QRM's objectives their
+    sum by the weights that a gate gives the prompt. A name of a tensor chooses among several, "lm_head" takes its row
+    0, and a dict says more: tensor; rows, one of the reward, or the bad one's and the good one's; activation, "none",
+    "sigmoid" or "softmax"; mean and std of the rewards; sign, -1 where lower is better; prompt_pattern, ids at which a
+    gate reads the prompt, and its temperature.
+
+    template: "chat" renders prompt and response with the RM's chat template (a plain prompt becomes one user turn),
+    "raw" puts the response right after the prompt, "auto" is "chat" for messages and "raw" for text. close: what is
+    scored after every response and then dropped: "none", "template" (what the chat template puts after an assistant
+    turn), "eos".
 
     With the LM's vocabulary token ids are passed through; with another one the response is decoded, the whole text
     is encoded again, and the cache is kept up to the longest common prefix. Ids that spell a stop string are scored
@@ -43,20 +53,30 @@ class CausalReward(ScoringReward):
     """
 
     exclusive = True
+    readings = 1  # of a candidate, in one pass
 
-    def __init__(self, model: Any, *, tokenizer: Any = None, template: Literal["auto", "chat", "raw"] = "auto",
-                 close: Literal["none", "template", "eos"] = "none",
+    def __init__(self, model: Any, *, head: Any = "auto", tokenizer: Any = None,
+                 template: Literal["auto", "chat", "raw"] = "auto", close: Literal["none", "template", "eos"] = "none",
                  chat_template_kwargs: dict[str, Any] | None = None):
+        name = type(self).__name__
         if not hasattr(model, "forward"):
-            check_path("CausalReward", model)
+            check_path(name, model)
+        try:
+            chosen = head_choice(head) != HeadChoice()
+        except ModelError as error:
+            raise RewardError(f"{name}.{error}") from None
+        if chosen and hasattr(model, "forward"):
+            raise RewardError(f"{name}.head belongs to a directory, and model is a Decoder, which has its head: "
+                              "give load_model(DIR, head='reward', reward_head=…) that head")
         if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
-            raise RewardError(f"CausalReward.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
+            raise RewardError(f"{name}.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
                               "stars.model.tokenizer.load_tokenizer(DIR)")
         if template not in ("auto", "chat", "raw"):
-            raise RewardError(f'CausalReward.template is {template!r}, it must be "auto", "chat" or "raw"')
+            raise RewardError(f'{name}.template is {template!r}, it must be "auto", "chat" or "raw"')
         if close not in ("none", "template", "eos"):
-            raise RewardError(f'CausalReward.close is {close!r}, it must be "none", "template" or "eos"')
+            raise RewardError(f'{name}.close is {close!r}, it must be "none", "template" or "eos"')
         self.model = model
+        self.head = head
         self.template = template
         self.close_policy = close
         self.chat_template_kwargs = chat_template_kwargs or {}
@@ -65,7 +85,8 @@ class CausalReward(ScoringReward):
     def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
         """The model, and slabs for what its vocabulary makes of a segment."""
         shape = self.model.config if hasattr(self.model, "forward") else load_config(self.model)
-        return Held(self.model, self._slab_length(self._framing(tokenizer, vocab_size, shape), config))
+        return Held(self.model, self._slab_length(self._framing(tokenizer, vocab_size, shape), config),
+                    reward_head=self.head)
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, compares vocabularies, allocates the cache."""
@@ -73,7 +94,8 @@ class CausalReward(ScoringReward):
             self.decoder: Decoder = self.model
         else:
             self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
-                                      deterministic=config.deterministic, max_rows=1, max_model_len=1)
+                                      deterministic=config.deterministic, max_rows=1, max_model_len=1,
+                                      reward_head=self.head)
         self.decoder.check_device(config.device, "the reward model")
         self.locks = (self.decoder.lock,)
         if config.deterministic:
@@ -85,10 +107,12 @@ class CausalReward(ScoringReward):
         self.same_vocabulary = self.framing.encoder is None
         self.needs_text = not self.same_vocabulary
         self.max_model_len = shape.context_length
-        sizes = reward_model(shape, config, self._slab_length(self.framing, config))
+        sizes = reward_model(shape, config, self._slab_length(self.framing, config), self.readings)
         self.cache = PagedCache(shape, config, sizes, self.decoder.dtype)
         with self.decoder.lock:  # another engine may be at work with it
             self._passes = Passes(self.decoder, self.cache, config, sizes)
+        gate = self.decoder.score_head.gate if isinstance(self.decoder.score_head, RewardHead) else None
+        self.gating = None if gate is None else Gating(gate, self._passes, self.cache)
         self.vocab_size = shape.vocab_size
         self.slack = 0 if self.same_vocabulary else REENCODE_SLACK
 
@@ -99,8 +123,7 @@ class CausalReward(ScoringReward):
 
     def _framing(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> Framing:
         """Compares vocabularies; RewardError where they cannot be compared or do not match."""
-        if self.tokenizer is None and not hasattr(self.model, "forward"):
-            self.tokenizer = load_tokenizer(self.model)
+        self._own_tokenizer()
         if tokenizer is not None and self.tokenizer is not None:
             same = tokenizer.same_vocabulary(self.tokenizer)
         elif tokenizer is None and self.tokenizer is None:
@@ -114,6 +137,13 @@ class CausalReward(ScoringReward):
                               f"{vocab_size}: use a reward model of the same vocabulary, or give both a tokenizer")
         return Framing(self.tokenizer, same, shape, self.template, self.close_policy, self.chat_template_kwargs)
 
+    def _own_tokenizer(self) -> Tokenizer | None:
+        """The reward model's: given, or its directory's."""
+        if self.tokenizer is None and not hasattr(self.model, "forward"):
+            self.tokenizer = load_tokenizer(self.model)
+        own: Tokenizer | None = self.tokenizer
+        return own
+
     def _slab_length(self, framing: Framing, config: EngineConfig) -> int:
         return slab_length(config, framing.encoder is not None, framing.closing_room)
 
@@ -123,6 +153,8 @@ class CausalReward(ScoringReward):
         if not frame.prefix:
             raise RequestError("the prompt is empty for the reward model: give at least one character that is no "
                                "special token")
+        if self.gating is not None:
+            self.gating.check(frame.prefix)
         ids = frame.prefix + frame.closing
         if max(ids) >= self.vocab_size:
             raise RequestError(outside(ids, self.vocab_size))

@@ -10,6 +10,7 @@ import torch
 
 from stars.errors import ModelError, RewardError, TokenizerError, text_of
 from stars.model.checkpoint import Checkpoint
+from stars.model.config import refuse_pairwise
 from stars.model.files import is_file, read_json, shown
 from stars.model.tokenizer_limits import check_encoder, check_file, is_failure
 
@@ -42,7 +43,9 @@ def load_encoder(directory: Path, device: str) -> tuple[Any, Any, Checkpoint]:
     except ImportError:
         raise RewardError("encoder reward models need transformers: pip install 'stars-engine[hf]'") from None
     checkpoint = Checkpoint(directory)
-    _check_sizes(read_json(directory / "config.json"), checkpoint)
+    settings = read_json(directory / "config.json")
+    refuse_pairwise(settings, str(directory / "config.json"))
+    _check_sizes(settings, checkpoint)
     _check_tokenizer_files(directory)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, **SAFE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from stars.errors import RequestError, RewardError
@@ -18,6 +19,14 @@ class Frame(NamedTuple):
     text: str  # the prompt's text, where responses are re-encoded
     special: bool  # whether that text is encoded with special tokens around it
     closing: list[int]  # ids after every response
+
+
+class Text(NamedTuple):
+    """What the model reads of a response."""
+
+    ids: list[int]  # of prompt, response and closing
+    content: int  # of them without the closing
+    tags: Sequence[int] = ()  # where step tags stand among them, in order; none: the reward is read at the last token
 
 
 class Framing:
@@ -77,7 +86,7 @@ class Framing:
         """The frame that the reward model's chat template makes of `messages`; without them, of `text` as a turn."""
         if self._tokenizer is None or not self._tokenizer.has_chat_template:
             raise RequestError("the reward model has no chat template: give the prompt as text, or build "
-                               'CausalReward with template="raw"')
+                               'its reward with template="raw"')
         if messages is None:
             if text is None:
                 raise RequestError("these prompt ids cannot be decoded for the reward model's chat template: give "

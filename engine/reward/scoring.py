@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from stars.cache import BlockTable, CommitMove
@@ -13,7 +13,8 @@ from stars.model.tokenizer import REPLACEMENT
 from stars.passes import DraftedPart, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Progress, Scored, TrailingCandidate
-from stars.reward.session import Handle, Session, SessionReward
+from stars.reward.framing import Text
+from stars.reward.session import NO_SCORES, Handle, Session, SessionReward
 from stars.sizes import MAX_CLOSING
 
 
@@ -27,6 +28,8 @@ class Plan(NamedTuple):
     start: int
     run: int  # tokens that the model runs in all
     drafted: DraftedPart | None = None  # what of the ids the device fills in
+    known: Mapping[int, float] = NO_SCORES  # by position, the scores of step tags before `start`
+    tags: Sequence[int] = ()  # positions of those from there on; without any tag the last token is read
 
     @property
     def own(self) -> bool:
@@ -36,8 +39,9 @@ class Plan(NamedTuple):
 
 class ScoringReward(SessionReward):
     """Scores every candidate the same way: what its session's pages lack is run into a slab, and the reward is read at
-    the end. What a slab does not hold is run into pages first, in chunks: a finished response's into its session's, a
-    candidate's into pages of its own. What is still being drafted is filled in on the device.
+    the end, or is made of what is read at step tags; the scores of those in pages are the session's. What a slab does
+    not hold is run into pages first, in chunks: a finished response's into its session's, a candidate's into pages of
+    its own. What is still being drafted is filled in on the device.
 
     Whoever binds it sets what follows, besides what sessions need.
     """
@@ -108,18 +112,18 @@ class ScoringReward(SessionReward):
         plans, rows = [], []
         for candidate in candidates:
             session = candidate.session
-            ids, content = self._ids(session, candidate.token_ids, candidate.text)
-            if candidate.final or self._problem(ids) is not None:
-                return None
             try:
-                self._make_room(session, content - self.target.reward_lag)
-            except OutOfPages:  # who is to end for that is found where they are scored
+                text = self._read(session, candidate.token_ids, candidate.text)
+                if candidate.final or self._problem(text.ids) is not None:
+                    return None
+                self._make_room(session, text.content - self.target.reward_lag)
+            except (OutOfPages, RewardError):  # who is to end for that is found where they are scored
                 return None
-            start = _common(session, ids, len(ids) - 1)
-            rows.append(len(ids) - start)
-            plans.append(Plan(session, session.table, ids, content, start, rows[-1]))
+            start = _valid(session, text, _last(text))
+            rows.append(len(text.ids) - start)
+            plans.append(_planned(session, session.table, text, start, rows[-1], session.scores))
         # What is longer is run in passes of captured shapes, one after the other.
-        if (max(rows) > self.cache.slab_len or not self._passes.fits(rows)
+        if (max(rows) > self.cache.slab_len or not self._passes.fits(rows, sum(map(_readings, plans)))
                 or sum(rows) > self.target.captured_score):
             return None
         slabs = [self.cache.take_slab() for _ in plans]
@@ -135,8 +139,7 @@ class ScoringReward(SessionReward):
 
     def ahead_results(self, plans: Sequence[Plan], slabs: Sequence[int], block: int) -> list[Scored]:
         """Waits for the pass whose rewards have this number."""
-        return [self._scored(plan, slab, reward)
-                for plan, slab, reward in zip(plans, slabs, self._passes.rewards(len(plans), block), strict=True)]
+        return self._all_scored(plans, slabs, self._passes.rewards(sum(map(_readings, plans)), block))
 
     def trailing_results(self, plans: Sequence[Plan], slabs: Sequence[int], token_ids: Sequence[list[int]],
                          block: int) -> list[Scored]:
@@ -145,7 +148,7 @@ class ScoringReward(SessionReward):
         drawn: list[Plan] = []
         unread: list[int] = []
         for plan, response in zip(plans, token_ids, strict=True):
-            ids, content = self._ids(plan.session, response, None)
+            ids, content, _ = self._read(plan.session, response, None)
             start = min(plan.start, len(ids) - 1)
             if start < plan.start:  # nothing was drawn, so that the pass had no row to read the reward at
                 unread.append(len(drawn))
@@ -155,7 +158,7 @@ class ScoringReward(SessionReward):
             for index, reward in zip(unread, again, strict=True):
                 rewards[index] = reward
         problems = [self._problem(plan.ids) for plan in drawn]
-        return [self._scored(plan, slab, reward if problem is None else problem)
+        return [self._scored(plan, slab, [reward], problem)
                 for plan, slab, reward, problem in zip(drawn, slabs, rewards, problems, strict=True)]
 
     def resume(self, session: Session, token_ids: list[int], text: str | None) -> None:
@@ -166,10 +169,10 @@ class ScoringReward(SessionReward):
     def resume_in_chunks(self, session: Session, token_ids: list[int], text: str | None,
                          max_rows: int | None) -> Progress:
         """As `resume`, in whole chunks; in deterministic mode all of what is missing, or nothing."""
-        ids, content = self._ids(session, token_ids, text)
-        stop = content - self.target.reward_lag
-        if self.deterministic and not _common(session, ids, stop) == stop < session.table.length:
-            rows = len(ids) - _common(session, ids, len(ids) - 1)
+        whole = self._read(session, token_ids, text)
+        stop = whole.content - self.target.reward_lag
+        if self.deterministic and not _common(session, whole.ids, stop) == stop < session.table.length:
+            rows = len(whole.ids) - _valid(session, whole, _last(whole))
             if max_rows is not None and rows > max_rows:
                 return Progress(0, 0)
             [scored] = self.score([Candidate(session, token_ids, text)])
@@ -178,7 +181,7 @@ class ScoringReward(SessionReward):
             self.commit([(session, scored.handle)])
             return Progress(1, rows)
         self._make_room(session, stop)
-        rows = self._write(session, ids, stop, max_rows)
+        rows = self._write(session, whole, stop, max_rows)
         return Progress(int(session.table.length == stop), rows)
 
     def commit(self, winners: list[tuple[Session, Handle]]) -> None:
@@ -190,15 +193,16 @@ class ScoringReward(SessionReward):
         for session, handle in winners:
             self._make_room(session, handle.content - lag)
         moves, slabs = [], []
-        for session, (ids, content, valid, slab) in winners:
+        for session, (ids, content, valid, slab, scores) in winners:
             keep = content - lag
             if slab is None:
-                self._write(session, ids, keep)
-                continue
-            at = min(valid, keep)
-            moves.append(CommitMove(session.table, slab * self.cache.slab_len, keep - at, at))
-            slabs.append(slab)
-            session.committed = ids[:keep]
+                self._write(session, Text(ids, content), keep)
+            else:
+                at = min(valid, keep)
+                moves.append(CommitMove(session.table, slab * self.cache.slab_len, keep - at, at))
+                slabs.append(slab)
+                session.committed = ids[:keep]
+            session.scores = scores
         if moves:
             self.cache.commit(moves)
             for slab in slabs:
@@ -218,16 +222,28 @@ class ScoringReward(SessionReward):
         if stop > len(session.table.pages) * self.cache.page_size:
             self.cache.reserve(session.table, stop - session.table.length)
 
-    def _write(self, session: Session, ids: list[int], stop: int, max_rows: int | None = None) -> int:
+    def _write(self, session: Session, text: Text, stop: int, max_rows: int | None = None) -> int:
         """ids[:stop] into the session's pages, which then end there, or, after at most `max_rows` rows, before; returns
-        the rows run."""
-        self.cache.truncate(session.table, _common(session, ids, stop))
-        rows = self._passes.prefill([(session.table, ids, stop)], max_rows)
-        session.committed = ids[: session.table.length]
+        the rows run. The scores of the tags among them are the session's afterwards."""
+        valid = _valid(session, text, stop)
+        self.cache.truncate(session.table, valid)
+        rows, scores = self._into_pages(session.table, text, stop, session.scores, max_rows)
+        session.committed, session.scores = text.ids[: session.table.length], scores
         return rows
 
-    def _ids(self, session: Session, token_ids: list[int], text: str | None) -> tuple[list[int], int]:
-        """(ids of prompt, response and closing; how many of them are not closing) of a response as in `Candidate`."""
+    def _into_pages(self, table: BlockTable, text: Text, stop: int, scores: Mapping[int, float],
+                    max_rows: int | None = None) -> tuple[int, dict[int, float]]:
+        """Runs what `table` lacks of ids[:stop]; (rows run, the scores of the tags in it now), `scores` known before.
+        """
+        known = {tag: scores[tag] for tag in text.tags if tag < table.length}
+        tags = [tag for tag in text.tags if table.length <= tag < stop]
+        if not tags:
+            return self._passes.prefill([(table, text.ids, stop)], max_rows), known
+        rows, rewards = self._passes.read(table, text.ids, stop, tags, max_rows)
+        return rows, known | dict(zip(tags, rewards, strict=False))
+
+    def _read(self, session: Session, token_ids: list[int], text: str | None) -> Text:
+        """What the model reads of a response as in `Candidate`; RewardError where it cannot be read as it should."""
         prefix, prompt, special, closing = session.frame
         encoder = self.framing.encoder
         if encoder is None:
@@ -237,31 +253,39 @@ class ScoringReward(SessionReward):
             content = encoder.encode(prompt + text.rstrip(REPLACEMENT), add_special_tokens=special)
         else:
             content = prefix
-        return content + closing, len(content)
+        return Text(content + closing, len(content))
 
     def _plan(self, candidate: Candidate) -> Plan | RewardError:
         """Runs what a slab will not hold; an error for a text that cannot be scored."""
         session = candidate.session
-        ids, content = self._ids(session, candidate.token_ids, candidate.text)
+        try:
+            text = self._read(session, candidate.token_ids, candidate.text)
+        except RewardError as error:
+            return error
+        ids, content, _ = text
         problem = self._problem(ids)
         if problem is not None:
             return problem
-        table = session.table
+        table, last = session.table, _last(text)
         try:
             self._make_room(session, content - (1 if candidate.final else self.target.reward_lag))
-            start = _common(session, ids, len(ids) - 1)  # the reward is read at a row
+            start = _valid(session, text, last)  # the last reading is at a row
             run = len(ids) - start
-            if candidate.final and start < content - 1:
-                start = content - 1
-                self._write(session, ids, start)
+            scores: Mapping[int, float] = session.scores
+            end = min(content - 1, last)  # the last row that is neither kept nor read anywhere but in the slab
+            if candidate.final and start < end:
+                start = end
+                self._write(session, text, start)
+                scores = session.scores
             if len(ids) - start > self.cache.slab_len:
-                start = len(ids) - 1
+                start = last
                 table = self.cache.open(ids[:start])  # shared with the prompt where it can be
+                self.cache.truncate(table, min(table.length, _unread(session, text, _common(session, ids, start))))
                 run = len(ids) - table.length
-                self._passes.prefill([(table, ids, start)])
+                _, scores = self._into_pages(table, text, start, session.scores)
         except OutOfPages as error:
             return self._no_room(content, error)
-        return Plan(session, table, ids, content, start, run)
+        return _planned(session, table, text, start, run, scores)
 
     def _trailing_plan(self, candidate: TrailingCandidate) -> Plan:
         session, token_ids, lane, max_tokens = candidate
@@ -280,20 +304,40 @@ class ScoringReward(SessionReward):
         # Spans of one table are made adjacent, so that its pages are read once for all of them.
         order = sorted(plans, key=lambda index: first[plans[index].table])
         slabs = [self.cache.take_slab() for _ in order]
-        rewards = self._passes.score([self._span(plans[index], slab) for index, slab in zip(order, slabs, strict=True)])
-        return {index: self._scored(plans[index], slab, reward)
-                for index, slab, reward in zip(order, slabs, rewards, strict=True)}
+        ordered = [plans[index] for index in order]
+        rewards = self._passes.score(list(map(self._span, ordered, slabs)))
+        return dict(zip(order, self._all_scored(ordered, slabs, rewards), strict=True))
 
     def _span(self, plan: Plan, slab: int) -> Span:
         first, rows = slab * self.cache.slab_len, len(plan.ids) - plan.start
-        return Span(plan.table, plan.ids[plan.start :], plan.start, range(first, first + rows), plan.drafted)
+        return Span(plan.table, plan.ids[plan.start :], plan.start, range(first, first + rows), plan.drafted,
+                    [tag - plan.start for tag in plan.tags], plan.session.gate)
 
-    def _scored(self, plan: Plan, slab: int, reward: float | RewardError) -> Scored:
+    def _all_scored(self, plans: Sequence[Plan], slabs: Sequence[int], rewards: Sequence[float]) -> list[Scored]:
+        """What was read of all plans, one's after the other's."""
+        scored, first = [], 0
+        for plan, slab in zip(plans, slabs, strict=True):
+            read = _readings(plan)
+            scored.append(self._scored(plan, slab, rewards[first : first + read]))
+            first += read
+        return scored
+
+    def _scored(self, plan: Plan, slab: int, readings: Sequence[float], problem: RewardError | None = None) -> Scored:
         if plan.own:
             self.cache.return_slab(slab)
             self.cache.close(plan.table)
-        handle = Handle(plan.ids, plan.content, plan.start, None if plan.own else slab)
-        return Scored(reward, plan.run, len(plan.ids), handle)
+        scores = NO_SCORES
+        reward: float | RewardError = readings[0]
+        if plan.tags:
+            scores = {**plan.known, **dict(zip(plan.tags, readings, strict=True))}
+            reward = self.aggregate_of(list(scores.values()))
+            scores = {tag: score for tag, score in scores.items() if tag < plan.content}
+        handle = Handle(plan.ids, plan.content, plan.start, None if plan.own else slab, scores)
+        return Scored(reward if problem is None else problem, plan.run, len(plan.ids), handle)
+
+    def aggregate_of(self, scores: Sequence[float]) -> float:
+        """The reward that the scores of all step tags of a text make, in their order."""
+        return scores[-1]
 
     def _problem(self, ids: list[int]) -> RewardError | None:
         """Why this text is never scored."""
@@ -356,6 +400,34 @@ def _common(session: Session, ids: list[int], stop: int) -> int:
     if ids[:stop] == session.committed[:stop]:
         return stop
     return next(i for i in range(stop) if ids[i] != session.committed[i])
+
+
+def _last(text: Text) -> int:
+    """Where the last reading of a text is."""
+    return text.tags[-1] if text.tags else len(text.ids) - 1
+
+
+def _unread(session: Session, text: Text, common: int) -> int:
+    """The first step tag whose score the session lacks, of whose pages the text has `common`; else the text's end."""
+    return next((tag for tag in text.tags if tag >= common or tag not in session.scores), len(text.ids))
+
+
+def _valid(session: Session, text: Text, stop: int) -> int:
+    """How many of ids[:stop] need not be run: they are in the session's pages, and their tags' scores are known."""
+    common = _common(session, text.ids, stop)
+    return min(common, _unread(session, text, common)) if text.tags else common
+
+
+def _planned(session: Session, table: BlockTable, text: Text, start: int, run: int, scores: Mapping[int, float]
+             ) -> Plan:
+    """scores: of all its tags before `start`, and perhaps of others."""
+    known = {tag: scores[tag] for tag in text.tags if tag < start} if text.tags else NO_SCORES
+    return Plan(session, table, text.ids, text.content, start, run, None, known, text.tags[len(known) :])
+
+
+def _readings(plan: Plan) -> int:
+    """Rewards that a pass reads of it."""
+    return len(plan.tags) or 1
 
 
 def outside(ids: Sequence[int], vocab_size: int) -> str:

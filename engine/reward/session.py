@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import takewhile
+from types import MappingProxyType
 from typing import NamedTuple
 
 from stars.cache import BlockTable, PagedCache
@@ -10,18 +12,25 @@ from stars.passes import Passes
 from stars.prompt import Prompt
 from stars.reward.base import Progress, Reward
 from stars.reward.framing import Frame, Framing
+from stars.reward.gating import Gating
 from stars.target import Target
+
+NO_SCORES: Mapping[int, float] = MappingProxyType({})
+"""Of a text without step tags."""
 
 
 class Session:
     """One response: its pages hold `committed`, which is the text so far, less what `Target.reward_lag` leaves out."""
 
-    __slots__ = ("table", "frame", "committed")
+    __slots__ = ("table", "frame", "committed", "gate", "scores")
 
-    def __init__(self, table: BlockTable, frame: Frame, committed: list[int]):
+    def __init__(self, table: BlockTable, frame: Frame, committed: list[int], gate: list[float] | None = None,
+                 scores: Mapping[int, float] = NO_SCORES):
         self.table = table
         self.frame = frame
         self.committed = committed  # ids whose keys and values are in the pages; never changed, only replaced
+        self.gate = gate  # the weights of the objectives of a gated head, once the prompt was read
+        self.scores = scores  # by position, of the step tags among the committed ids; never changed, only replaced
 
 
 class Handle(NamedTuple):
@@ -31,6 +40,7 @@ class Handle(NamedTuple):
     content: int  # of them without the closing
     valid: int  # tokens that were taken from the session's pages
     slab: int | None
+    scores: Mapping[int, float] = NO_SCORES  # by position, of the step tags before the closing
 
 
 class SessionReward(Reward):
@@ -43,6 +53,7 @@ class SessionReward(Reward):
     framing: Framing
     cache: PagedCache
     _passes: Passes
+    gating: Gating | None = None  # of a model with a gated head
 
     def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
         """Whether the prompt's pages are free."""
@@ -65,11 +76,15 @@ class SessionReward(Reward):
         read = list(takewhile(lambda session: session.table.length == len(session.committed), sessions))
         for session in read:
             self.cache.publish(session.table, session.committed)
+        if self.gating is not None and read:
+            gates = self.gating.weights([(session.table, session.frame.prefix) for session in read])
+            for session, gate in zip(read, gates, strict=True):
+                session.gate = gate
         return Progress(len(read), rows)
 
     def fork(self, session: Session) -> Session:
         """A second session with the same history, in the same pages as long as neither writes."""
-        return Session(self.cache.fork(session.table), session.frame, session.committed)
+        return Session(self.cache.fork(session.table), session.frame, session.committed, session.gate, session.scores)
 
     def close(self, session: Session) -> None:
         """Drops the response's pages."""
