@@ -210,21 +210,26 @@ def test_a_tag_where_the_same_token_was_none_is_read(models, lm, copied):
 
 @pytest.mark.parametrize("target", [CPU, PADDED], ids=["plain", "padded"])
 def test_more_readings_than_a_pass_holds(models, lm, target, monkeypatch):
-    """One lane, whose passes read four: eleven steps are read in three passes over the same rows."""
-    reward = bound(models["mlp"], lm, config_of(target=target, cache_tokens=256, max_num_seqs=1, max_num_lanes=1,
+    """Two lanes, whose passes read eight: of eleven steps three are read in a pass of their own, over the same rows,
+    beside the other candidate's."""
+    reward = bound(models["mlp"], lm, config_of(target=target, cache_tokens=256, max_num_seqs=1, max_num_lanes=2,
                                                 max_segment_size=16), aggregate="min")
-    assert reward._passes.max_readings == 4
-    passes, session, text = [], opened(reward, lm), "\n\n".join("abcdefghijk")
+    assert reward._passes.max_readings == 8
+    passes, session, texts = [], opened(reward, lm), ("\n\n".join("abcdefghijk"), "\n\n".join("abc"))
     run = reward._passes._run
     monkeypatch.setattr(reward._passes, "_run", lambda spans, *args, **options: (
         passes.append([len(span.reads) for span in spans]), run(spans, *args, **options)))
-    [one] = score(reward, session, text)
-    scores = step_scores(models["mlp"], PROMPT, text, True)
-    assert passes == [[4], [4], [3]] and len(scores) == 11 and one.reward == near(min(scores))
-    assert list(one.handle.scores.values()) == near(scores[:-1])
+    one, other = score(reward, session, *texts)
+    assert passes == [[8], [3, 3]]
+    wanted = [step_scores(models["mlp"], PROMPT, text, True) for text in texts]
+    assert [len(scores) for scores in wanted] == [11, 3]
+    assert one.reward == near(min(wanted[0])) and other.reward == near(min(wanted[1]))
+    assert list(one.handle.scores.values()) == near(wanted[0][:-1])
+    reward.discard(other.handle)
     reward.commit([(session, one.handle)])
-    [more] = score(reward, session, text + "\n\nl")
-    assert passes[3:] == [[2]] and more.reward == near(min(step_scores(models["mlp"], PROMPT, text + "\n\nl", True)))
+    [more] = score(reward, session, texts[0] + "\n\nl")
+    assert passes[2:] == [[2]]
+    assert more.reward == near(min(step_scores(models["mlp"], PROMPT, texts[0] + "\n\nl", True)))
 
 
 def test_a_score_that_is_no_number_is_not_lost():
