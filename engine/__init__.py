@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     )
     from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
     from stars.policies import STARS, BestOfN, BlockwiseBestOfK, Sample
-    from stars.reward import CausalReward, EncoderReward, FunctionReward, Reward
+    from stars.reward import (
+        CachedReward,
+        CausalReward,
+        EncoderReward,
+        FunctionReward,
+        RemoteReward,
+        Reward,
+        WeightedReward,
+    )
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
 
@@ -37,7 +45,8 @@ _HOMES = {
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
     "policies": ("STARS", "BestOfN", "BlockwiseBestOfK", "Sample"),
-    "reward": ("CausalReward", "EncoderReward", "FunctionReward", "Reward"),
+    "reward": ("CachedReward", "CausalReward", "EncoderReward", "FunctionReward", "RemoteReward", "Reward",
+               "WeightedReward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
 }
@@ -47,6 +56,7 @@ __all__ = [
     "Attempt",
     "BestOfN",
     "BlockwiseBestOfK",
+    "CachedReward",
     "CausalReward",
     "CompletionOutput",
     "EncoderReward",
@@ -56,6 +66,7 @@ __all__ = [
     "Metrics",
     "ModelError",
     "OutOfPages",
+    "RemoteReward",
     "RequestError",
     "RequestOutput",
     "Reward",
@@ -67,6 +78,7 @@ __all__ = [
     "StarsError",
     "TokenizerError",
     "TraceError",
+    "WeightedReward",
     "read_trace",
     "write_trace",
 ]
