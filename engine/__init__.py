@@ -35,7 +35,16 @@ if TYPE_CHECKING:
         SegmentBeam,
         SpeculativeRejection,
     )
-    from stars.reward import CausalReward, EncoderReward, FunctionReward, ProcessReward, Reward
+    from stars.reward import (
+        CachedReward,
+        CausalReward,
+        EncoderReward,
+        FunctionReward,
+        ProcessReward,
+        RemoteReward,
+        Reward,
+        WeightedReward,
+    )
     from stars.sampling import SamplingParams
     from stars.trace import read_trace, write_trace
 
@@ -50,7 +59,8 @@ _HOMES = {
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
     "policies": ("ARGS", "CARDS", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling",
                  "Sample", "SegmentBeam", "SpeculativeRejection"),
-    "reward": ("CausalReward", "EncoderReward", "FunctionReward", "ProcessReward", "Reward"),
+    "reward": ("CachedReward", "CausalReward", "EncoderReward", "FunctionReward", "ProcessReward", "RemoteReward",
+               "Reward", "WeightedReward"),
     "sampling": ("SamplingParams",),
     "trace": ("read_trace", "write_trace"),
 }
@@ -62,6 +72,7 @@ __all__ = [
     "BestOfN",
     "BlockwiseBestOfK",
     "CARDS",
+    "CachedReward",
     "CausalReward",
     "CompletionOutput",
     "EncoderReward",
@@ -72,9 +83,10 @@ __all__ = [
     "ModelError",
     "OutOfPages",
     "ParticleFilter",
+    "ProcessReward",
     "RAD",
     "RejectionSampling",
-    "ProcessReward",
+    "RemoteReward",
     "RequestError",
     "RequestOutput",
     "Reward",
@@ -88,6 +100,7 @@ __all__ = [
     "StarsError",
     "TokenizerError",
     "TraceError",
+    "WeightedReward",
     "read_trace",
     "write_trace",
 ]

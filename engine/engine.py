@@ -34,8 +34,8 @@ from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
 from stars.policies import Sample
 from stars.prompt import parse_prompt
 from stars.request import Group, Request
-from stars.reward import resolve_reward
-from stars.reward.base import Later, Reward
+from stars.reward.base import Later, Reward, with_parts
+from stars.reward.resolve import resolve_reward
 from stars.round import Round
 from stars.rules import FirstAccepted, Threshold
 from stars.sampling import SamplingParams
@@ -63,8 +63,9 @@ class Engine:
 
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
     tokenizer: a directory with a tokenizer.json; None: the model directory's own.
-    reward: a directory of a reward model, a Reward (`CausalReward`, `EncoderReward`,
-        `FunctionReward`), a callable fn(prompt, responses) -> floats, or None for plain sampling only.
+    reward: a directory of a reward model, a Reward (`CausalReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
+        `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt, responses) -> floats, or
+        None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
         "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"
         keeps the checkpoint's values). "bfloat16" also rounds the activations of their products where the CPU
@@ -118,7 +119,8 @@ class Engine:
                 self._passes = Passes(decoder, self._cache, config, sizes)
                 drafter = Drafter(decoder, self._cache, config)
             if self.reward is not None:
-                self._claim(self.reward)
+                for reward in with_parts(self.reward):
+                    self._claim(reward)
                 self.reward.bind(tokenizer, self.model_config.vocab_size, config)
             chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
             if config.target.captured_at_start:

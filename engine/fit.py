@@ -16,7 +16,7 @@ from stars.errors import ModelError
 from stars.model.loader import DTYPES, inspect_model
 from stars.model.tokenizer import Tokenizer
 from stars.prefill import choose_prefill
-from stars.reward.base import Held, Reward
+from stars.reward.base import Reward, with_parts
 from stars.sizes import Occupant, needed_bytes
 
 
@@ -25,17 +25,19 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     """`config` with as many cache_tokens as a GPU has memory for, at most its own; on the CPU as it is.
 
     model: a directory or a Decoder, whose tokenizer and vocabulary the others are. Raises ModelError where weights,
-    caches, slabs, activations and graphs of both models do not fit.
+    caches, slabs, activations and graphs of all models do not fit.
     """
     if not config.target.own_memory:
         return config
-    held = reward.holds(tokenizer, vocab_size, config) if reward is not None else Held()
+    held = [one.holds(tokenizer, vocab_size, config) for one in (with_parts(reward) if reward is not None else ())]
     models = {"the language model": occupant(config, model, config.max_segment_size, True)}
-    if held.model is not None:
-        models["the reward model"] = occupant(config, held.model, held.slab_len, False, held.reward_head)
+    rewards = [one for one in held if one.model is not None]
+    for number, one in enumerate(rewards, 1):
+        name = "the reward model" if len(rewards) == 1 else f"reward model {number}"
+        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head)
     torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
     free, total = torch.cuda.mem_get_info()
-    return fit_memory(config, models, held.other_bytes, free, total)
+    return fit_memory(config, models, sum(one.other_bytes for one in held), free, total)
 
 
 def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto") -> Occupant:

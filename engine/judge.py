@@ -404,7 +404,7 @@ class Judge:
         for lane, result in scores:
             reward = usable(result.reward)
             if isinstance(reward, str):
-                faults.setdefault(lane.hypothesis, (reward, isinstance(result.reward, ContextFull)))
+                faults.setdefault(lane.hypothesis, (reward, isinstance(settled(result.reward), ContextFull)))
                 continue
             lane.reward = reward
             if lane.hypothesis not in faults:

@@ -105,3 +105,25 @@ def _from_messages(messages: Any, tokenizer: Any) -> Prompt:
     if not token_ids:
         raise RequestError("the chat template renders these messages to an empty prompt")
     return Prompt(list(messages), token_ids, rendered)
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """A message's text: its content, or the texts of its content's parts; nothing where there is none (a tool call).
+
+    RequestError where it has more than text.
+    """
+    content = message.get("content")
+    parts = [content] if content is None or isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)):
+        raise RequestError(f"a message's content is {type(content).__name__} where the reward model reads text: give "
+                           "text")
+    texts = []
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            part = part["text"]
+        if part is not None and not isinstance(part, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise RequestError(f"a message's content has a part of type {kind!r} and the reward model reads text: give "
+                               '{"type": "text", "text": ...}')
+        texts.append(part or "")
+    return "".join(texts)

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as Backend
 from stars.errors import ModelError, RewardError, StarsError, TokenizerError
 from stars.model.decoder import Decoder
 from stars.model.tokenizer import Tokenizer, load_tokenizer
-from stars.reward import CausalReward, EncoderReward
+from stars.reward.causal import CausalReward
+from stars.reward.encoder import EncoderReward
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")

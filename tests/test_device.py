@@ -215,6 +215,29 @@ def test_a_pair_that_does_not_fit(monkeypatch):
     assert given[2].holds(*given[3:], config) == Held(str(pair / "rm"), 128)
 
 
+def test_every_model_of_a_sum_has_room(monkeypatch):
+    """Each has weights, a cache and activations of its own, and rewards of another kind count besides."""
+    pair = Path(stars.__file__).parent / "demo_models"
+    lm = load_config(pair / "lm")
+    config = on_a_gpu(lm, cache_tokens=32768, max_num_lanes=64, max_num_seqs=64, max_segment_size=128)
+    monkeypatch.setattr(fit, "choose_prefill", lambda *settings: "triton")
+
+    class Large(stars.FunctionReward):
+        def holds(self, *settings):
+            return Held(other_bytes=1 << 30)
+    inner = stars.WeightedReward([(pair / "rm", 1.0), (Large(len), 0.0)])
+    reward = stars.WeightedReward([(str(pair / "rm"), 1.0), (inner, 0.5), (stars.CachedReward(Large(len)), 1.0)])
+    noted = []
+    monkeypatch.setattr(fit, "fit_memory", lambda config, models, other, free, total: noted.append((models, other)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
+    fit.fit(config, pair / "lm", reward, load_tokenizer(pair / "lm"), lm.vocab_size)
+    fit.fit(config, pair / "lm", CausalReward(pair / "rm"), load_tokenizer(pair / "lm"), lm.vocab_size)
+    [(held, other), (alone, none)] = noted
+    assert list(held) == ["the language model", "reward model 1", "reward model 2"] and other == 2 << 30 and none == 0
+    assert held["reward model 1"] == held["reward model 2"] == alone["the reward model"]
+    assert sum(sizes.needed_bytes(config, held, other).values()) > 2 << 30
+
+
 def test_nothing_is_read_of_a_pair_that_does_not_fit(monkeypatch):
     """An engine is refused before a tensor is read; on the CPU memory is not asked for."""
     pair = Path(stars.__file__).parent / "demo_models"

@@ -18,7 +18,7 @@ from stars.errors import RewardError
 from stars.kernels.types import Draft
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.prompt import Prompt, parse_prompt
-from stars.reward.base import Candidate, Reward, TrailingCandidate
+from stars.reward.base import Candidate, Reward, TrailingCandidate, with_parts
 from stars.target import CPU, CUDA
 from test_encoder_rewards import write_encoder
 from tiny_heads import write_head
@@ -39,7 +39,8 @@ CAUSAL = {
 }
 PROCESS = {"process, tags": "mlp", "process, separators": "token"}
 PAGED = [*CAUSAL, *PROCESS]  # of which a session has pages
-KINDS = [*PAGED, "encoder", "function of ids", "function of text"]
+COMPOSITE = ["sum of two models", "sum with a callable", "sum of sums", "cached"]
+KINDS = [*PAGED, "encoder", "function of ids", "function of text", *COMPOSITE]
 
 
 class Bench:
@@ -74,8 +75,7 @@ class Bench:
 
     def all_free(self) -> None:
         self.reward.check_integrity()
-        cache = getattr(self.reward, "cache", None)
-        if cache is not None:
+        for cache in [part.cache for part in with_parts(self.reward) if isinstance(part, stars.CausalReward)]:
             assert (cache.num_free_pages, cache.num_free_slabs) == (cache.num_pages, cache.num_slabs)
 
 
@@ -109,7 +109,9 @@ def bench(tiny_model, tmp_path_factory, lm, lag, process_models):
         write_head(heads[kind], kind, tokenizer=True, chat_template=True)
 
     def get(kind: str, config=CONFIG) -> Bench:
-        config = dataclasses.replace(config, target=config.target._replace(reward_lag=lag))
+        return Bench(made(kind), lm, dataclasses.replace(config, target=config.target._replace(reward_lag=lag)))
+
+    def made(kind: str) -> Reward:
         if kind in CAUSAL:
             choice = {"prompt_pattern": [BOS]} if kind == "same, gated" else "auto"
             directory = heads.get(kind.split(", ")[-1], same if kind.startswith("same") else other)
@@ -117,6 +119,15 @@ def bench(tiny_model, tmp_path_factory, lm, lag, process_models):
         elif kind in PROCESS:  # every word a step, or two, as segments end where they like
             reward = stars.ProcessReward(process_models[PROCESS[kind]], step_separator="e", aggregate="prod",
                                          template="raw")
+        elif kind == "sum of two models":
+            reward = stars.WeightedReward([(made("same, eos"), 0.75), (made("other"), -2.0)])
+        elif kind == "sum with a callable":
+            reward = stars.WeightedReward([(made("function of text"), 0.125), (made("same"), 1.0)])
+        elif kind == "sum of sums":
+            reward = stars.WeightedReward([(made("sum with a callable"), 1.0), (made("other, eos"), 0.5),
+                                           (made("cached"), 0.25)])
+        elif kind == "cached":
+            reward = stars.CachedReward(made("function of ids"), maxsize=3)
         elif kind == "encoder":
             reward = stars.EncoderReward(encoder, batch_size=1)
         elif kind == "function of ids":
@@ -124,7 +135,7 @@ def bench(tiny_model, tmp_path_factory, lm, lag, process_models):
                                           inputs="ids")
         else:
             reward = stars.FunctionReward(lambda prompt, texts: [hash_of(prompt + text) for text in texts])
-        return Bench(reward, lm, config)
+        return reward
 
     return get
 
@@ -371,6 +382,8 @@ def test_sessions_that_start_in_chunks(bench, kind):
         late = reward.open(parse_prompt("Nobody waits for it, as it is closed early", made.tokenizer, 10**6), 20)
         assert reward.start_in_chunks([late], 5) == (0, 5)
         reward.close(late)
+    elif any(isinstance(part, stars.CausalReward) for part in with_parts(reward)):
+        assert len(calls) >= sum(one.rows for one in calls) / 5 > 1
     else:
         assert calls == [(3, 0)]
     for session in sessions:

@@ -28,6 +28,7 @@ UNUSED = {
     "engine/cache.py: PagedCache.num_free_pages": "what conservation of pages is checked by",
     "engine/page_pool.py: PagePool.num_cached": "the same of pages that only the prefix cache holds",
     "engine/page_pool.py: PagePool.num_published": "the same of pages that can be found again",
+    "engine/reward/http_calls.py: _Timed.sendall": "what http.client calls of a socket",
     "kernels/dispatch.py: references_only": "how the references are held against the rest, replays included",
     "kernels/philox.py: gumbel_noise": "the noise that the sampler's is held to",
 }

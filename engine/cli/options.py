@@ -24,6 +24,9 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
 ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
           "max_num_lanes", "max_num_batched_tokens")
+REMOTE = {"reward_model": "model", "reward_api": "api", "reward_label": "label", "reward_timeout": "timeout",
+          "reward_retries": "retries", "reward_key_env": "api_key_env"}
+"""Flags of a remote reward, with their names in RemoteReward."""
 POLICY_FLAGS = {name: name for name in (
     "segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width", "k")} | {"best_of": "n"}
 """Flags of their own, and the parameter of a policy that each sets; --set reaches all of them."""
@@ -41,10 +44,21 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     """The two models."""
     group = parser.add_argument_group("models")
     group.add_argument("--model", metavar="DIR", help="the language model (without it: the shipped pair)")
-    group.add_argument("--reward", metavar="DIR", help="the reward model")
+    group.add_argument("--reward", metavar="DIR", action="append",
+                       help="the reward model; may be given several times, for the sum of several")
+    group.add_argument("--reward-weight", metavar="W", type=_finite, action="append",
+                       help="of a reward in a sum, once for each in their order, --reward-url the last (1)")
     add_reward_head(group, "which head it has: ")
     group.add_argument("--reward-template", choices=("auto", "chat", "raw"), help="how it is shown prompt and response")
     group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put after a response")
+    group = parser.add_argument_group("a reward model on a vLLM server (defaults are those of stars.RemoteReward)")
+    group.add_argument("--reward-url", metavar="URL", help="its address, such as http://127.0.0.1:8000")
+    group.add_argument("--reward-model", metavar="NAME", help="the name it is served by")
+    group.add_argument("--reward-api", choices=("classify", "pooling"), help="what is asked for (classify)")
+    group.add_argument("--reward-label", type=int, metavar="I", help="which of a model's numbers is the reward")
+    group.add_argument("--reward-timeout", type=float, metavar="S", help="seconds of one try (60)")
+    group.add_argument("--reward-retries", type=int, metavar="N", help="further tries (3)")
+    group.add_argument("--reward-key-env", metavar="VAR", help="the environment variable that holds its key")
 
 
 def add_reward_head(parser: argparse._ActionsContainer, what: str) -> None:
@@ -114,17 +128,26 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
     """Ends the program where prompts or models are missing or said twice."""
     if bool(args.prompts) == (args.input is not None):
         parser.error("give prompts as arguments, or a file of them with --input")
-    if needs_reward and args.model is not None and args.reward is None:
-        parser.error("this needs a reward model: give --reward DIR")
-    if args.model is not None and args.reward is None and (
+    if needs_reward and args.model is not None and not _rewards(args):
+        parser.error("this needs a reward model: give --reward DIR, or --reward-url URL")
+    if args.model is not None and not _rewards(args) and (
             args.reward_template or args.reward_close or args.reward_head):
         parser.error("--reward-head, --reward-template and --reward-close belong to --reward, which is not given")
+    if (args.reward_close or args.reward_head) and args.reward is None and args.reward_url is not None:
+        parser.error("--reward-head and --reward-close belong to --reward, which is not given: a server has its "
+                     "own")
+    if args.reward_url is None and any(getattr(args, name) is not None for name in REMOTE):
+        parser.error(", ".join(f"--{name.replace('_', '-')}" for name in REMOTE) + " belong to --reward-url, which is "
+                     "not given")
+    if args.reward_weight is not None and len(args.reward_weight) != max(1, _rewards(args)):
+        parser.error(f"--reward-weight is given {len(args.reward_weight)} times for {max(1, _rewards(args))} "
+                     "rewards: give it once for each, or not at all")
 
 
 def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Sets the default policy, and ends the program over parameters that do not belong to the one chosen."""
     if args.policy is None:
-        args.policy = "sample" if args.model is not None and args.reward is None else "stars"
+        args.policy = "sample" if args.model is not None and not _rewards(args) else "stars"
     known = parameters(args.policy)
     for flag, name in POLICY_FLAGS.items():
         if getattr(args, flag) is not None and (name not in known or flag == "best_of" and args.policy != "best-of-n"):
@@ -165,7 +188,7 @@ def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy
         if given.get("beta") == "auto" and not isinstance(calibration, Calibration):
             given["beta"] = 0.0  # nothing is measured yet, or no prompt can run
     if args.policy == "sample" and "score" not in given:
-        given["score"] = args.reward is not None or args.model is None
+        given["score"] = bool(_rewards(args)) or args.model is None
     return POLICIES[args.policy](**given)
 
 
@@ -182,26 +205,48 @@ def _policy_parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 def build_engine(args: argparse.Namespace) -> Engine:
     """The engine of the flags; without --model the shipped pair, which is said on stderr."""
-    model, reward = args.model, args.reward
+    model, rewards = args.model, list(args.reward or ())
     if model is None:
         model, shipped = shipped_pair()
-        reward = reward if reward is not None else shipped
+        rewards = rewards if _rewards(args) else [shipped]
         print("stars: no --model given, so this uses the shipped pair, a toy trained on film reviews", file=sys.stderr)
     from stars.engine import Engine
 
-    if any(value is not None for value in (args.reward_head, args.reward_template, args.reward_close)):
-        from stars.reward import CausalReward, ProcessReward, resolve_reward
+    return Engine(model, _reward(args, rewards), **_given(args, ENGINE))
 
-        head = "auto" if args.reward_head is None else args.reward_head
-        if not isinstance(resolve_reward(reward), ProcessReward):
-            reward = CausalReward(reward, head=head, template=args.reward_template or "auto",
-                                  close=args.reward_close or "none")
-        elif args.reward_close is None:
-            reward = ProcessReward(reward, head=head, template=args.reward_template)
-        else:
-            raise RequestError(f"--reward-close is of models that judge responses, and {reward} judges steps: leave it "
-                               "out")
-    return Engine(model, reward, **_given(args, ENGINE))
+
+def _rewards(args: argparse.Namespace) -> int:
+    """How many rewards the flags name."""
+    return len(args.reward or ()) + (args.reward_url is not None)
+
+
+def _reward(args: argparse.Namespace, directories: list[Any]) -> Any:
+    """The reward of the flags over these directories; None where there are none."""
+    from stars.reward import RemoteReward, WeightedReward
+
+    rewards = directories
+    if any(value is not None for value in (args.reward_head, args.reward_template, args.reward_close)):
+        rewards = [_model_reward(args, directory) for directory in directories]
+    if args.reward_url is not None:
+        given = {REMOTE[name]: value for name, value in _given(args, tuple(REMOTE)).items()}
+        rewards.append(RemoteReward(args.reward_url, template=args.reward_template or "auto", **given))
+    if len(rewards) < 2 and args.reward_weight is None:
+        return rewards[0] if rewards else None
+    return WeightedReward(list(zip(rewards, args.reward_weight or [1.0] * len(rewards), strict=True)))
+
+
+def _model_reward(args: argparse.Namespace, directory: Any) -> Any:
+    """A directory's reward, with the flags that say how it is read."""
+    from stars.reward import CausalReward, ProcessReward, resolve_reward
+
+    head = "auto" if args.reward_head is None else args.reward_head
+    if not isinstance(resolve_reward(directory), ProcessReward):
+        return CausalReward(directory, head=head, template=args.reward_template or "auto",
+                            close=args.reward_close or "none")
+    if args.reward_close is not None:
+        raise RequestError(f"--reward-close is of models that judge responses, and {directory} judges steps: leave it "
+                           "out")
+    return ProcessReward(directory, head=head, template=args.reward_template)
 
 
 def shipped_pair() -> tuple[Path, Path]:
@@ -252,6 +297,16 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 _assignment.__name__ = "KEY=VALUE"
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
+
+
+_finite.__name__ = "finite number"
 
 
 def checked_quantile(quantile: float) -> float:

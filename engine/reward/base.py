@@ -107,6 +107,7 @@ class Reward(ABC):
     needs_text = False  # whether `Candidate.text` must be filled
     locks: Sequence[Any] = ()  # of models that other engines may share, known once it is bound
     exclusive = False  # whether it has a state that two engines cannot share
+    parts: Sequence[Reward] = ()  # rewards that it asks: the engine makes them its own, and asks them what they hold
     engine: weakref.ref[Any] | None = None  # whose it is, if it is exclusive; the engine sets it
 
     def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
@@ -292,3 +293,8 @@ def check_path(owner: str, model: Any) -> None:
     """RewardError unless `model` may be a directory; objects of transformers get their own sentence from the engine."""
     if not isinstance(model, (str, Path)) and not hasattr(model, "save_pretrained"):
         raise RewardError(f"{owner}.model is {shown(model)}, it must be a model directory")
+
+
+def with_parts(reward: Reward) -> list[Reward]:
+    """A reward and all that it is made of, itself first."""
+    return [reward, *(one for part in reward.parts for one in with_parts(part))]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from stars.model.checkpoint import Checkpoint
 from stars.model.normalisation import read_normalisation
 from stars.model.tokenizer import REPLACEMENT, Tokenizer
 from stars.model.tokenizer_limits import is_failure
-from stars.prompt import Prompt
+from stars.prompt import Prompt, message_text
 from stars.reward.base import (
     Candidate,
     ContextFull,
@@ -264,24 +264,5 @@ class _Session(NamedTuple):
 
 def _text(prompt: Prompt) -> str | None:
     if isinstance(prompt.given, list):
-        return "\n".join(_content(message) for message in prompt.given) + "\n"
+        return "\n".join(message_text(message) for message in prompt.given) + "\n"
     return prompt.given if prompt.given is not None else prompt.text
-
-
-def _content(message: dict[str, Any]) -> str:
-    """A message's text: its content, or the texts of its content's parts; nothing where there is none (a tool call)."""
-    content = message.get("content")
-    parts = [content] if content is None or isinstance(content, str) else content
-    if not isinstance(parts, (list, tuple)):
-        raise RequestError(f"a message's content is {type(content).__name__} where the reward model reads text: give "
-                           "text")
-    texts = []
-    for part in parts:
-        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-            part = part["text"]
-        if part is not None and not isinstance(part, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise RequestError(f"a message's content has a part of type {kind!r} and the reward model reads text: give "
-                               '{"type": "text", "text": ...}')
-        texts.append(part or "")
-    return "".join(texts)
