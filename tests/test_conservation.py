@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import stars
+from stars.rules import BackUp, Relax
 from toy import ToyModel, facts, ids, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1, layers=1, positions=96)
@@ -65,7 +66,9 @@ POLICIES = st.one_of(
     st.builds(stars.STARS, segment_size=st.integers(1, 8), max_attempts=st.integers(1, 7),
               alpha=st.sampled_from([0.0, 0.5, 1.0]), beta=st.sampled_from([0.0, 0.5]),
               reward_threshold=st.sampled_from([-math.inf, 0.5, 2.0, math.inf]),
-              width=st.sampled_from([None, 1, 2, 3, 8])),
+              width=st.sampled_from([None, 1, 2, 3, 8]),
+              exhaust=st.sampled_from(["best_seen", "last", "softmax", Relax(0.4, 2, "refuse"), BackUp(2, "first"),
+                                       Relax(0.2, 1, BackUp(3, "refuse"))])),
     st.builds(stars.Sample, score=st.booleans()),
     st.builds(stars.BestOfN, n=st.integers(1, 4)),
     st.builds(stars.BlockwiseBestOfK, k=st.integers(1, 4), segment_size=st.integers(1, 8)),
@@ -171,7 +174,7 @@ class Traffic(RuleBasedStateMachine):
             if output.finished:
                 self.open.discard(output.request_id)
                 for completion in output.outputs:
-                    assert completion.finish_reason in ("stop", "length", "abort", "error")
+                    assert completion.finish_reason in ("stop", "length", "refused", "abort", "error")
                     assert (completion.error is not None) == (completion.finish_reason == "error")
 
     def teardown(self):
