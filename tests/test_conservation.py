@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import stars
+from stars.rules import BackUp, Relax
 from toy import ToyModel, facts, ids, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1, layers=1, positions=96)
@@ -66,7 +67,9 @@ POLICIES = st.one_of(
     st.builds(stars.STARS, segment_size=st.integers(1, 8), max_attempts=st.integers(1, 7),
               alpha=st.sampled_from([0.0, 0.5, 1.0]), beta=st.sampled_from([0.0, 0.5]),
               reward_threshold=st.sampled_from([-math.inf, 0.5, 2.0, math.inf]),
-              width=st.sampled_from([None, 1, 2, 3, 8])),
+              width=st.sampled_from([None, 1, 2, 3, 8]),
+              exhaust=st.sampled_from(["best_seen", "last", "softmax", Relax(0.4, 2, "refuse"), BackUp(2, "first"),
+                                       Relax(0.2, 1, BackUp(3, "refuse"))])),
     st.builds(stars.CARDS, entropy_threshold=st.sampled_from([0.0, 1.2, 1.5]), min_segment=st.integers(1, 3),
               max_segment=st.integers(3, 8), max_attempts=st.integers(1, 5),
               reward_threshold=st.sampled_from([0.5, 2.0]), width=st.sampled_from([None, 1, 3])),

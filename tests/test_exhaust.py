@@ -1,4 +1,4 @@
-"""What is done where a rule decides nothing: the engine against the oracle, and what a segment that is taken back leaves.
+"""What is done where a rule decides nothing: the engine against the oracle, and what a segment taken back leaves.
 
 The oracle (oracle.py) keeps no cache and draws one attempt at a time. A wrong row in the pages of either model after an
 attempt without a slab was kept, or after a segment was taken back, would move log-probabilities and rewards by far more

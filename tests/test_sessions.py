@@ -237,6 +237,34 @@ def test_a_part_of_a_candidate_and_tokens_that_nobody_scored(bench, lag, kind, d
     made.all_free()
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_segment_that_is_taken_back(bench, lag, kind, deterministic):
+    """The session goes back to the response before it, and to the prompt alone; nothing of either is run again."""
+    made = bench(kind, dataclasses.replace(CONFIG, deterministic=deterministic))
+    reward, session = made.reward, made.open()
+    responses = [made.ids(text) for text in ("", " dogs", " dogs sleep on", " dogs sleep on the lazy")]
+    for response in responses[1:]:
+        [one] = made.score((session, response))
+        reward.commit([(session, one.handle)])
+    for before in (responses[2], responses[0]):
+        reward.resume(session, before, made.tokenizer.decode(before))
+        reward.check_integrity()
+        scored = made.score(*((session, before + made.ids(word)) for word in WORDS[:3]))
+        for word, one in zip(WORDS, scored, strict=False):
+            made.check(one, before + made.ids(word))
+            if kind.startswith("same"):
+                assert one.tokens_run == len(made.ids(word)) + lag + len(session.frame.closing)
+            reward.discard(one.handle)
+    [first] = made.score((session, made.ids(WORDS[0])))
+    reward.commit([(session, first.handle)])
+    [last] = made.score((session, made.ids(WORDS[0] + WORDS[1])))
+    made.check(last, made.ids(WORDS[0] + WORDS[1]))
+    reward.discard(last.handle)
+    reward.close(session)
+    made.all_free()
+
+
 @pytest.mark.parametrize("kind", ["same", "same, eos", "same, chat", "same, gated"])
 @pytest.mark.parametrize("unseen, lanes", [(0, (2, 0, 1)), (0, (3, 2, 0, 3, 1)), (1, (2, 3, 0, 1)), (5, (2, 0, 1))])
 def test_scores_that_trail_a_draft_are_those_of_the_host(bench, kind, unseen, lanes, operations):

@@ -148,7 +148,7 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
 
 def _is_done(record: dict[str, Any]) -> bool:
     return bool(record["outputs"]) and "error" not in record and all(
-        output.get("finish_reason") in ("stop", "length") for output in record["outputs"])
+        output.get("finish_reason") in ("stop", "length", "refused") for output in record["outputs"])
 
 
 def _read_header(line: bytes, trace: str) -> dict[str, Any]:
