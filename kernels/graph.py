@@ -156,15 +156,24 @@ class Graphs:
             # Not by torch.cuda.graph, which waits for the device and gives back all memory that torch keeps at hand: a
             # shape may come up in the midst of requests.
             with torch.cuda.stream(self._stream):
+                # An interrupt may come as soon as the capture has begun, before `capture_begin` returns, and as it is
+                # about to be ended: so that is tried twice. A stream that is left capturing makes every wait for the
+                # device fail from then on.
                 try:
-                    graph.capture_begin(self._pool, capture_error_mode="thread_local")
-                    call()
+                    try:
+                        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                        call()
+                    finally:
+                        _end_capture(graph)
                 finally:
-                    # An interrupt may come as soon as the capture has begun, before `capture_begin` returns. A stream
-                    # that is left capturing makes every wait for the device fail from then on.
-                    if torch.cuda.is_current_stream_capturing():
-                        graph.capture_end()
+                    _end_capture(graph)
         except BaseException:
             self._pool = None  # torch may still take it for one that is being filled
             raise
         return graph
+
+
+def _end_capture(graph: torch.cuda.CUDAGraph) -> None:
+    """Ends what the current stream captures, where it still does."""
+    if torch.cuda.is_current_stream_capturing():
+        graph.capture_end()

@@ -131,7 +131,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("hard, width 1", "penalties")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def test_committed_segments_follow_the_law(name):
     """Where a segment ends, which candidate wins, and at which attempt."""
     assert min(found := p_values(CASES[name])) > FALSE_POSITIVE_RATE / 2, found
