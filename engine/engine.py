@@ -60,7 +60,7 @@ class Engine:
 
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
     tokenizer: a directory with a tokenizer.json; None: the model directory's own.
-    reward: a directory of a one-label sequence-classification model, a Reward (`CausalReward`, `EncoderReward`,
+    reward: a directory of a reward model, a Reward (`CausalReward`, `EncoderReward`,
         `FunctionReward`), a callable fn(prompt, responses) -> floats, or None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
         "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"

@@ -14,11 +14,14 @@ import stars
 from building import PADDED, UNPADDED, config_of, work_as
 from editing import edit_config, edit_tensors
 from stars.errors import ModelError, RequestError, RewardError
+from stars.kernels.dispatch import references_only
 from stars.kernels.linear import Weight
 from stars.model.loader import inspect_model, load_model
+from stars.model.tokenizer import load_tokenizer
 from stars.prompt import parse_prompt
 from stars.reward import resolve_reward
 from stars.reward.base import Candidate
+from test_hostile_model import bad_values, good_or_refused
 from tiny_heads import HEADS, HIDDEN, PATTERN, write_head
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -86,8 +89,18 @@ def started(reward: stars.CausalReward, ids: list[int]):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_every_head_gives_its_formula(written, kind, operations):
+def test_every_head_gives_its_formula(written, kind):
     """From scratch and growing; a fork, and two sessions of one beginning; what lies in no page and what does."""
+    check_formula(written, kind)
+
+
+@pytest.mark.parametrize("kind", ["row with bias", "mlp", "gated"])
+def test_without_libstars(written, kind):
+    with references_only():
+        check_formula(written, kind)
+
+
+def check_formula(written, kind: str) -> None:
     directory, choice, wanted = written(kind)
     reward = bound(directory, choice)
     assert isinstance(reward.decoder.score_head, Weight) == (kind in FUSED)
@@ -204,7 +217,8 @@ def test_inspect_shows_every_head(written, run, kind):
         held |= load_file(directory / "value_head.safetensors")
     assert head["tensors"] == {name: list(held[name].shape) for name in head["tensors"]} != {}
     expected = {"gated": "gated", "quantiles": "quantiles", "labels": "labels", "vocabulary row": "vocabulary"}
-    assert head["kind"] == expected.get(kind, head["kind"]) and head["pooling"].startswith("last token")
+    assert head["kind"] == expected.get(kind, head["kind"])
+    assert head["pooling"] == ("step tags" if kind in ("labels", "mlp of labels") else "last token")
     assert (head["std"] is not None) == ("normalised" in kind or "model" in kind)
     assert head["sign"] == (-1 if kind == "cost model" else 1)
     code, out, _ = run("inspect", directory, *flags)
@@ -215,15 +229,28 @@ def test_inspect_of_a_language_model_and_of_a_process_model(tiny_model, written,
     code, out, _ = run("inspect", tiny_model(), "--json")
     assert code == 0 and json.loads(out)["reward_head"] is None
     code, out, _ = run("inspect", written("mlp of labels")[0])
-    assert code == 0 and "MLP, 2 labels, softmax of label 1" in out and "step tags" in out
+    assert code == 0 and "MLP, 2 labels, softmax of label 1" in out and "<extra_0> after each" in out
+    head = json.loads(run("inspect", written("mlp of labels")[0], "--json")[1])["reward_head"]
+    assert head["pooling"] == "step tags" and head["template"] == "chat"
     code, out, _ = run("inspect", written("quantiles")[0])
     assert code == 1 and "prompt_pattern" in out
     code, out, _ = run("inspect", tiny_model(), "--reward-head", "lm_head")
     assert code == 0 and "row 0 of the language model head" in out
 
 
-def test_the_command_line_takes_a_head(written, model, run):
+def test_the_command_line_takes_a_head(written, model, run, pair, tmp_path):
     flags = ["--max-tokens", 3, "--seed", 1, "--policy", "sample", "--json", "--cache-tokens", 256]
+    for kind in ("one of three", "mlp of labels"):
+        directory = tmp_path / kind
+        choice, wanted = write_head(directory, kind, tokenizer=True, chat_template=True)
+        chosen = ["--reward-head", json.dumps(choice)] if choice != "auto" else ["--reward-close", "none"]
+        code, out, err = run("generate", "The dog", *pair[:2], "--reward", directory, *chosen, *flags)
+        if kind == "mlp of labels":
+            assert code == 1 and "--reward-close is of models that judge responses" in err
+            continue
+        output = json.loads(out)["outputs"][0]
+        ids = load_tokenizer(directory).encode("The dog") + output["token_ids"]
+        assert code == 0 and output["reward"] == pytest.approx(wanted(ids), abs=TOLERANCE)
     directory, choice, wanted = written("one of three")
     assert run("generate", "--input", "-", "--model", model, "--reward-head", "auto", *flags)[0] == 2
     code, _, err = run("generate", "The", "--model", model, "--reward", directory, "--reward-head", "heads", *flags)
@@ -323,6 +350,23 @@ def test_a_head_that_does_not_fit_is_refused_by_name(written, changed, kind, ten
     assert "\n" not in str(raised.value)
     if kind in GATED and "no gate" in message:
         assert "logit_scale" not in inspect_model(directory, reward_head={"rows": [3]}).missing
+
+
+@pytest.mark.parametrize(("kind", "keys"), [
+    ("gated", ("num_objectives", "num_quantiles", "gating_temperature", "architectures")),
+    ("score model", ("do_normalize", "score_type", "value_head_prefix", "id2label")),
+    ("value_head, normalised", ("normalize_reward", "mean", "std", "value_head_prefix")),
+])
+@pytest.mark.filterwarnings("ignore:.*does not say normalize_reward")
+def test_every_key_of_a_head_with_every_bad_value(written, changed, kind, keys):
+    directory, choice = changed(kind), written(kind)[1]
+    config = json.loads((directory / "config.json").read_text())
+    for key in keys:
+        for value in bad_values():
+            (directory / "config.json").write_text(json.dumps({**config, key: value}))
+            for read in (lambda: load_model(directory, head="reward", reward_head=choice),
+                         lambda: inspect_model(directory, reward_head=choice)):
+                good_or_refused(read)
 
 
 @pytest.mark.parametrize(("choice", "message"), [

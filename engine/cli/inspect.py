@@ -63,12 +63,14 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
 
 
 def _reward_head(summary: ModelSummary) -> dict[str, Any] | None:
-    """What a reward model ends with, by its headers; None where there is nothing that can be read."""
+    """What a reward model ends with and how it reads texts; None where there is no head that can be read."""
     form = summary.reward_head
     if form is None:
         return None
-    gate = form.gate
-    process = form.kind in ("mlp", "labels") and form.activation == "softmax"
+    gate, steps = form.gate, _steps(summary)
+    template = "chat template for messages, raw for text" if summary.chat_template else "raw"
+    if steps is not None and steps["template"] != "auto":
+        template = steps["template"]
     return {
         "kind": "quantiles" if gate is not None and gate.quantiles > 1 else form.kind,
         "tensors": {name: list(wanted.shape) for name, wanted in form.tensors.items()},
@@ -79,8 +81,8 @@ def _reward_head(summary: ModelSummary) -> dict[str, Any] | None:
         "objectives": None if gate is None else gate.objectives, "quantiles": None if gate is None else gate.quantiles,
         "temperature": None if gate is None else gate.temperature,
         "prompt_pattern": None if gate is None else list(gate.pattern),
-        "pooling": "last token, or step tags of a process reward" if process else "last token",
-        "template": "chat template for messages, raw for text" if summary.chat_template else "raw",
+        "pooling": "last token" if steps is None else "step tags",
+        "template": template,
     }
 
 

@@ -164,10 +164,17 @@ def build_engine(args: argparse.Namespace) -> Engine:
     from stars.engine import Engine
 
     if any(value is not None for value in (args.reward_head, args.reward_template, args.reward_close)):
-        from stars.reward import CausalReward
+        from stars.reward import CausalReward, ProcessReward, resolve_reward
 
-        reward = CausalReward(reward, head=args.reward_head or "auto", template=args.reward_template or "auto",
-                              close=args.reward_close or "none")
+        head = "auto" if args.reward_head is None else args.reward_head
+        if not isinstance(resolve_reward(reward), ProcessReward):
+            reward = CausalReward(reward, head=head, template=args.reward_template or "auto",
+                                  close=args.reward_close or "none")
+        elif args.reward_close is None:
+            reward = ProcessReward(reward, head=head, template=args.reward_template)
+        else:
+            raise RequestError(f"--reward-close is of models that judge responses, and {reward} judges steps: leave it "
+                               "out")
     return Engine(model, reward, **_given(args, ENGINE))
 
 
