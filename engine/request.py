@@ -216,7 +216,8 @@ class Hypothesis:
         lists = self.token_ids, self.segments, self.ends, self.logprobs
         self.boundary = Boundary(lists, len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
                                  len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups, self.redrawn)
+                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups,
+                                 self.redrawn)
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
