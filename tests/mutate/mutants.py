@@ -317,7 +317,7 @@ MUTANTS = [
            "deterministic mode computes what was committed in another order", "scheduler"),
     Mutant("engine/waiting.py", "                if len(together) <= slabs:", "                if True:",
            "lanes are drawn for which no slab is free", "waiting"),
-    Mutant("engine/waiting.py", "            future.cancel()\n\n    def stale", "            pass\n\n    def stale",
+    Mutant("engine/waiting.py", "            future.cancel()\n\n    def _end", "            pass\n\n    def _end",
            "what nobody waits for any more is still asked", "waiting"),
     Mutant("engine/round.py", "            if hypothesis.wait is not None:\n                continue\n", "",
            "who waits for rewards loses its lanes", "waiting"),
