@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import stars
 from toy import ToyModel, facts, ids, table_reward, toy_engine
@@ -151,10 +151,12 @@ class Traffic(RuleBasedStateMachine):
             if holder is not None:
                 delattr(*holder)
 
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def abort(self, data):
-        request_id = data.draw(st.sampled_from(sorted(self.open)))
+    @rule(index=st.integers(0, 99))
+    def abort(self, index):
+        """What is drawn here must not depend on how far requests are: that is a matter of timings."""
+        if not self.open:
+            return
+        request_id = sorted(self.open)[index % len(self.open)]
         runs = request_id in self.engine._requests
         assert self.engine.abort(request_id) == runs
         assert not self.engine.abort(request_id)

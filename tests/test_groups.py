@@ -4,7 +4,9 @@ pages, with rewards that fail; and STARS in step."""
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import pytest
 
@@ -14,7 +16,7 @@ from stars.kernels.philox import MAX_ATTEMPT
 from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole
 from stars.rules import EARLIER, Always, Decision, Judged, State, whole
 from test_conservation import nothing_is_held
-from test_methods_outside import TABLE, Planned, breeding_engine
+from test_methods_outside import LM, TABLE, Planned, breeding_engine
 from toy import ids, toy_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -146,7 +148,7 @@ def test_a_reward_that_fails_beyond_the_winner_changes_nothing():
             return [math.nan if response == [t for t in everything[bad] if t] else TABLE(response)
                     for response in responses]
 
-        engine = toy_engine(breeding_engine.__globals__["LM"], stars.FunctionReward(reward, inputs="ids"))
+        engine = toy_engine(LM, stars.FunctionReward(reward, inputs="ids"))
         engine.add_request(prompt, given, stars.RejectionSampling(2.5, 0.5, 9, width))
         while engine.has_unfinished_requests():
             outputs = engine.step()
@@ -273,3 +275,30 @@ def test_with_a_barrier_responses_stay_in_step():
     for name, other in zip(names, wanted, strict=True):
         assert [[len(segment.attempts) for segment in one.segments] for one in last[name].outputs] == [
             [len(segment.attempts) for segment in one.segments] for one in other.outputs]
+
+
+# -- rewards that come later --------------------------------------------------------------------------------------
+
+
+class Later(stars.FunctionReward):
+    """Answers of its own thread, in another order than they were asked for."""
+
+    def score(self, candidates):
+        results = super().score(candidates)
+        futures = [Future() for _ in results]
+        for future, result in zip(futures, results, strict=True):
+            delay = 0.001 * (int(sum(map(ord, repr(result.reward)))) % 5)
+            threading.Timer(delay, lambda future=future, result=result: (
+                future.set_running_or_notify_cancel() and future.set_result(result.reward))).start()
+        return [result._replace(reward=future) for future, result in zip(futures, results, strict=True)]
+
+
+@pytest.mark.parametrize("name", [*ROWS, "in step"])
+def test_rewards_that_come_later_change_nothing(name):
+    """Whoever is dropped while its reward is still to come gives everything back."""
+    policy = ROWS.get(name, stars.STARS(3, 5, 1.0, 0.5, 2.5, barrier=True))
+    wanted = [facts(breeding_engine(False).generate(prompt, params(), policy, use_tqdm=False)[0]) for prompt in PROMPTS]
+    engine = toy_engine(LM, Later(lambda prompt, responses: [TABLE(one) for one in responses], inputs="ids"))
+    names = [engine.add_request(prompt, params(), policy) for prompt in PROMPTS]
+    got = finish(engine)
+    assert [facts(got[name]) for name in names] == wanted
