@@ -106,7 +106,8 @@ def kept(output) -> tuple:
     def near(reward):
         return None if reward is None else round(reward, 3)
 
-    return near(output.prompt_reward), [
+    free = isinstance(output.policy, (stars.STARS, stars.RejectionSampling))  # draws more where there is room
+    return near(output.prompt_reward), None if free else output.metrics.lm_tokens_drawn, [
         (one.token_ids, one.finish_reason, one.error, near(one.reward),
          [(segment.token_ids, near(segment.reward), segment.accepted, segment.winner,
            [attempt.token_ids for attempt in segment.attempts[: segment.winner + 1]]) for segment in one.segments])
