@@ -158,9 +158,11 @@ class Calibration(float):
             tables: dict[str, dict[Any, float]] = {
                 name: {kind(key): math.nan if item is None else _number(item) for key, item in record[name].items()}
                 for name, kind in (("correlations", int), ("drifts", int), ("quantiles", float))}
+            if tables["correlations"].keys() != tables["drifts"].keys():
+                raise ValueError
             return cls(numbers.pop("reward_threshold"), **numbers, **tables, samples=int(record["samples"]),
                        prompts=int(record["prompts"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise RequestError(f"{path} is no calibration: write one with `stars calibrate --save {path}`") from None
 
 

@@ -103,12 +103,12 @@ class Round:
         return self._waiting.awaited()
 
     def slabs_held(self, groups: Iterable[Group]) -> int:
-        """Slabs that responses of `groups` hold between rounds."""
+        """Slabs that responses of `groups` hold between rounds, each as often as one of their lanes holds it."""
         members = [hypothesis for group in groups for hypothesis in group.hypotheses]
         waits = dict.fromkeys([one.wait for one in members if one.wait is not None])
         kept = [lane for wait in waits for lanes in wait.drawn.values() for lane in lanes]
         kept += [one.best for one in members if one.best is not None]
-        return len({lane.slab for lane in kept if lane.slab is not None})
+        return len({lane for lane in kept if lane.slab is not None})
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""

@@ -249,6 +249,7 @@ def _address(url: Any, api: str) -> Address:
     try:
         parts = urlsplit(url)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
+        (host or "").encode("idna")  # as a socket will have it: a UnicodeError is a ValueError
     except ValueError:
         raise RewardError(f"RemoteReward.url is not an address: {advice}") from None
     if "@" in parts.netloc:  # it is not shown: it may hold a password
