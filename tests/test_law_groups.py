@@ -438,6 +438,8 @@ PLANTED = [
     ("particles, sample", law.noise_reused), ("particles, sample", law.lanes_in_wrong_order),
     ("particles, sample", best_at_the_end), ("particles, best", law.fork_repeats_its_parent),
     ("systematic, best", changed(rules.Resample, systematic=lambda value: False)),
+    ("systematic, best", law.noise_reused), ("systematic, best", law.lanes_in_wrong_order),
+    ("systematic, best", law.fork_repeats_its_parent),
     ("constant k", law.noise_reused), ("constant k", law.lanes_in_wrong_order),
 ]
 SLOWER = [
