@@ -246,7 +246,7 @@ def test_the_command_line_takes_a_head(written, model, run, pair, tmp_path):
         chosen = ["--reward-head", json.dumps(choice)] if choice != "auto" else ["--reward-close", "none"]
         code, out, err = run("generate", "The dog", *pair[:2], "--reward", directory, *chosen, *flags)
         if kind == "mlp of labels":
-            assert code == 1 and "--reward-close is of models that judge responses" in err
+            assert code == 1 and "is read as a ProcessReward, which has no close: it has step_separator" in err
             continue
         output = json.loads(out)["outputs"][0]
         ids = load_tokenizer(directory).encode("The dog") + output["token_ids"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ class Method(NamedTuple):
     name: str  # of the command line
     python: str  # of stars.NAME
     summary: str
+    sources: list[str]  # arXiv identifiers
     propose: str
     segment: str
     score: str
@@ -40,8 +42,9 @@ def all_methods() -> Iterator[Method]:
         fields = dataclasses.fields(cast(Any, kind))
         needed = {"reward_threshold": 1.0} if any(field.name == "reward_threshold" for field in fields) else {}
         plan = kind(**needed).plan()
-        summary = (kind.__doc__ or "").strip().split("\n\n")[0]
-        yield Method(name, kind.__name__, " ".join(summary.split()), _words(plan.propose), _segment(plan),
+        text = " ".join((kind.__doc__ or "").strip().split("\n\n")[0].split())
+        sources = list(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", kind.__doc__ or "")))
+        yield Method(name, kind.__name__, text, sources, _words(plan.propose), _segment(plan),
                      {"segment": "every segment", "end": "at the end", "never": "never"}[plan.score.when],
                      _words(plan.decide),
                      {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields})
@@ -49,12 +52,12 @@ def all_methods() -> Iterator[Method]:
 
 def table() -> str:
     """All of them, as the README has it: one line a policy, Markdown."""
-    lines = ["| `--policy` | `stars.` | what is drawn | scored | kept | parameters |", "|---|---|---|---|---|---|"]
+    lines = ["| `--policy` | `stars.` | arXiv | what is drawn | scored | kept | parameters |", "|---" * 7 + "|"]
     for method in all_methods():
         parameters = ", ".join(f"`{name}={_value(value)}`" if value is not None else f"`{name}`"
                                for name, value in method.parameters.items())
-        lines.append(f"| `{method.name}` | `{method.python}` | {method.propose}, {method.segment} | {method.score} | "
-                     f"{method.decide} | {parameters} |")
+        lines.append(f"| `{method.name}` | `{method.python}` | {', '.join(method.sources)} | {method.propose}, "
+                     f"{method.segment} | {method.score} | {method.decide} | {parameters} |")
     return "\n".join(lines)
 
 
@@ -67,7 +70,7 @@ def _segment(plan: Plan) -> str:
 
 
 def _words(choice: Any) -> str:
-    """The first sentence of a choice's docstring would be long: its name, as words."""
+    """A choice's name, as words."""
     name = choice.__name__ if isinstance(choice, type(methods)) else type(choice).__name__
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import math
 import sys
@@ -24,6 +25,8 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
 ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
           "max_num_lanes", "max_num_batched_tokens")
+REWARD = {"reward_head": "head", "reward_template": "template", "reward_close": "close"}
+"""Flags of a model directory, with their names in its class."""
 REMOTE = {"reward_model": "model", "reward_api": "api", "reward_label": "label", "reward_timeout": "timeout",
           "reward_retries": "retries", "reward_key_env": "api_key_env"}
 """Flags of a remote reward, with their names in RemoteReward."""
@@ -51,6 +54,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     add_reward_head(group, "which head it has: ")
     group.add_argument("--reward-template", choices=("auto", "chat", "raw"), help="how it is shown prompt and response")
     group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put after a response")
+    group.add_argument("--reward-set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
+                       help="a parameter of the class that reads it (CausalReward, ProcessReward, EncoderReward), "
+                       "such as aggregate=min; may be given several times")
     group = parser.add_argument_group("a reward model on a vLLM server (defaults are those of stars.RemoteReward)")
     group.add_argument("--reward-url", metavar="URL", help="its address, such as http://127.0.0.1:8000")
     group.add_argument("--reward-model", metavar="NAME", help="the name it is served by")
@@ -130,12 +136,13 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
         parser.error("give prompts as arguments, or a file of them with --input")
     if needs_reward and args.model is not None and not _rewards(args):
         parser.error("this needs a reward model: give --reward DIR, or --reward-url URL")
-    if args.model is not None and not _rewards(args) and (
-            args.reward_template or args.reward_close or args.reward_head):
-        parser.error("--reward-head, --reward-template and --reward-close belong to --reward, which is not given")
-    if (args.reward_close or args.reward_head) and args.reward is None and args.reward_url is not None:
-        parser.error("--reward-head and --reward-close belong to --reward, which is not given: a server has its "
-                     "own")
+    if args.model is not None and not _rewards(args) and (_given(args, REWARD) or args.reward_set):
+        parser.error("--reward-head, --reward-template, --reward-close and --reward-set belong to --reward, which is "
+                     "not given")
+    if args.reward is None and args.reward_url is not None and (
+            args.reward_close or args.reward_head or args.reward_set):
+        parser.error("--reward-head, --reward-close and --reward-set belong to --reward, which is not given: a server "
+                     "has its own")
     if args.reward_url is None and any(getattr(args, name) is not None for name in REMOTE):
         parser.error(", ".join(f"--{name.replace('_', '-')}" for name in REMOTE) + " belong to --reward-url, which is "
                      "not given")
@@ -224,9 +231,7 @@ def _reward(args: argparse.Namespace, directories: list[Any]) -> Any:
     """The reward of the flags over these directories; None where there are none."""
     from stars.reward import RemoteReward, WeightedReward
 
-    rewards = directories
-    if any(value is not None for value in (args.reward_head, args.reward_template, args.reward_close)):
-        rewards = [_model_reward(args, directory) for directory in directories]
+    rewards = [_model_reward(args, directory) for directory in directories]
     if args.reward_url is not None:
         given = {REMOTE[name]: value for name, value in _given(args, tuple(REMOTE)).items()}
         rewards.append(RemoteReward(args.reward_url, template=args.reward_template or "auto", **given))
@@ -236,17 +241,19 @@ def _reward(args: argparse.Namespace, directories: list[Any]) -> Any:
 
 
 def _model_reward(args: argparse.Namespace, directory: Any) -> Any:
-    """A directory's reward, with the flags that say how it is read."""
-    from stars.reward import CausalReward, ProcessReward, resolve_reward
+    """A directory's reward, of the class that it is read by, with what the flags say of it."""
+    from stars.reward import resolve_reward
 
-    head = "auto" if args.reward_head is None else args.reward_head
-    if not isinstance(resolve_reward(directory), ProcessReward):
-        return CausalReward(directory, head=head, template=args.reward_template or "auto",
-                            close=args.reward_close or "none")
-    if args.reward_close is not None:
-        raise RequestError(f"--reward-close is of models that judge responses, and {directory} judges steps: leave it "
-                           "out")
-    return ProcessReward(directory, head=head, template=args.reward_template)
+    given = {REWARD[flag]: value for flag, value in _given(args, REWARD).items()} | dict(args.reward_set)
+    if not given:
+        return directory
+    kind = type(resolve_reward(directory))
+    known = [name for name in inspect.signature(kind).parameters if name not in ("model", "tokenizer")]
+    for name in given:
+        if name not in known:
+            raise RequestError(f"{directory} is read as a {kind.__name__}, which has no {name}: it has "
+                               f"{', '.join(known)}")
+    return kind(directory, **given)
 
 
 def shipped_pair() -> tuple[Path, Path]:

@@ -103,8 +103,8 @@ def _normalise(logits: Tensor, ranking: Ranking, filters: bool) -> tuple[Tensor,
     temperature = ranking.temperature if filters else none.view(torch.float32)
     scan_kernel[(tiles, count)](
         logits, stride, none, none, 1, temperature, ranking.top_k, ranking.top_p, ranking.min_p, zeros, none, none,
-        space.highest, space.total, space.ceiling, VOCAB=vocab, TILES=tiles, TILE=TILE, FILTERS=filters,
-        num_warps=SCAN_WARPS)
+        space.highest, space.total, space.weighted, space.ceiling, VOCAB=vocab, TILES=tiles, TILE=TILE, FILTERS=filters,
+        CUTS=False, num_warps=SCAN_WARPS)
     highest_of_tile = space.highest[:count]
     highest = highest_of_tile.amax(1, keepdim=True)  # NaN where one is
     log_sum = (space.total[:count] * (highest_of_tile - highest).exp()).sum(1, keepdim=True).log()
