@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+from stars.decision_check import problem
 from stars.errors import RewardError, describe, log
+from stars.exhaustions import BackUp, Refuse, Relax
 from stars.kernels.philox import (
     KIND_GROUP,
     KIND_RULE,
@@ -32,20 +34,7 @@ from stars.reward.base import (
     reward_problem,
     settled,
 )
-from stars.rules import (
-    EARLIER,
-    OWN_RULES,
-    BackUp,
-    Decision,
-    Judged,
-    Refuse,
-    Relax,
-    State,
-    best,
-    decides,
-    problem,
-    whole,
-)
+from stars.rules import EARLIER, OWN_RULES, Decision, Judged, State, best, decides, whole
 from stars.waiting import Waiting
 
 Answers = Callable[[Sequence[Judged], State], Decision | None]

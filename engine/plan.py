@@ -8,18 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.rules import (
-    OWN_RULES,
-    Always,
-    BackUp,
-    BestSeen,
-    Exhaustion,
-    Rule,
-    Softmax,
-    Threshold,
-    exhaustion,
-    steps,
-)
+from stars.exhaustions import BackUp, BestSeen, Exhaustion, Softmax, exhaustion, steps
+from stars.rules import OWN_RULES, Always, Rule, Threshold
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
@@ -134,7 +124,7 @@ class Plan(NamedTuple):
     lanes: Lanes
     score: Score
     decide: Rule
-    exhaust: Exhaustion | str = BestSeen()  # what is done when the rule decides nothing; a name as in rules.EXHAUSTIONS
+    exhaust: Exhaustion | str = BestSeen()  # what is done when the rule decides nothing; a name as in EXHAUSTIONS
 
     @property
     def whole(self) -> bool:
@@ -209,7 +199,7 @@ def _checked(plan: Plan, where: str) -> Plan:
                   flag(f"{where}.lanes.barrier", lanes.barrier))
     _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
-    exhaust = exhaustion_of(f"{where}.exhaust", plan.exhaust)
+    exhaust = checked_exhaustion(f"{where}.exhaust", plan.exhaust)
     if score.prompt and score.when == "never":
         raise RequestError(f'{where} asks for the reward of the prompt and has score.when="never": score the responses '
                            "too, or set score.prompt to False")
@@ -248,8 +238,8 @@ def _checked(plan: Plan, where: str) -> Plan:
     return Plan(propose, segment, lanes, score, rule, exhaust)
 
 
-def exhaustion_of(where: str, given: Any) -> Exhaustion:
-    """`stars.rules.exhaustion(given)`; RequestError names `where` it was given."""
+def checked_exhaustion(where: str, given: Any) -> Exhaustion:
+    """`stars.exhaustions.exhaustion(given)`; RequestError names `where` it was given."""
     try:
         return exhaustion(given)
     except ValueError as error:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stars.cache import BlockTable
+from stars.exhaustions import BackUp, BestSeen, Pick, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.plan import Plan, Policy
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
-from stars.rules import BackUp, BestSeen, Judged, Note, Pick, Relax, exhaustion, steps
+from stars.rules import Judged, Note
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
