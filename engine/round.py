@@ -10,12 +10,13 @@ from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.errors import IntegrityError, RewardError, describe, log
-from stars.judge import Judge, late, preferred, usable
+from stars.judge import Judge, preferred
 from stars.passes import Passes
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import Candidate, Later, Reward, Scored
 from stars.rules import Decision
+from stars.scores import Scores, late, usable
 from stars.waiting import Waiting
 from stars.width import WidthChooser
 
@@ -32,7 +33,8 @@ class Round:
         self.drafter = drafter
         self.proposer = Proposer(drafter, cache, chooser, config)
         self._waiting = Waiting()
-        self._judge = Judge(reward, drafter.decoder.config.vocab_size, config.target.trailing, self._waiting)
+        self._scores = Scores(reward, config.target.trailing)
+        self._judge = Judge(self._scores, drafter.decoder.config.vocab_size, self._waiting)
         self._committer = Committer(cache, passes, reward, config.deterministic)
         self._cache = cache
         self._reward = reward
@@ -53,10 +55,10 @@ class Round:
         answered = self._waiting.take(groups) if self._waiting.waits else []
         drawn = self.proposer.launch(drawing)
         if self._trails and drawn:  # the device drafts while the host prepares what follows
-            self._judge.score_trailing(drawn, self.drafter.device_draft)
+            self._scores.score_trailing(drawn, self.drafter.device_draft)
         if drawn:
             self.drafter.pace()
-        self._judge.launch_trailing()
+        self._scores.launch_trailing()
         self.proposer.collect(drawn)
         undecided, scored, ended = groups, [], []
         if answered:
@@ -112,7 +114,7 @@ class Round:
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
-        self._judge.reset()
+        self._scores.reset()
         self._waiting.reset()
 
     def fail(self, request: Request, message: str) -> None:
@@ -158,7 +160,7 @@ class Round:
             return
         holders = [next(h for h in request.hypotheses if h.session is not None and h.prefill is None)
                    for request in asked]
-        results = self._judge.score(holders, [Candidate(holder.session, [], "") for holder in holders])
+        results = self._scores.score(holders, [Candidate(holder.session, [], "") for holder in holders])
         for request, result in zip(asked, results, strict=True):
             if result.handle is not None:
                 self._scorer.discard(result.handle)
@@ -192,7 +194,7 @@ class Round:
         for hypothesis in dropped:
             self._drop(hypothesis, drawn)
         self._committer.discard_others(winners)
-        scores = self._judge.score_ended(winners)
+        scores = self._scores.score_ended(winners)
         if scores and any([late(result) for _, result in scores]):
             winners, twins, scores = self._hold_ends(winners, twins, scores, drawn)
         for wait in ended:
