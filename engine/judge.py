@@ -108,9 +108,8 @@ class Judge:
     def decide_whole(self, group: Group) -> Decision | None:
         """Which of the whole responses of a group are kept: each is one attempt at the one segment there is. None where
         nothing is decided yet, by a rule that reads in order, and where the rule or a reward is at fault."""
-        request, rule = group.request, group.request.plan.decide
-        judged, state = shown(group, not (request.in_turn and getattr(rule, "skips_rejected", False)))
-        decision = self._answer(group, judged, state, rule) if judged else None
+        judged, state = _shown_anew(group)
+        decision = self._answer(group, judged, state, group.request.plan.decide) if judged else None
         if group.failed:
             return None
         if self._settles_whole(group, decision):
@@ -121,7 +120,7 @@ class Judge:
         stopped = group.hypotheses[len(ended)]
         if stopped.finish_reason is not None:  # without a reward, and it is its turn
             stopped.finish("error", error=stopped.error)
-            request.fail(str(stopped.error))
+            group.request.fail(str(stopped.error))
         return None
 
     def _settles_whole(self, group: Group, decision: Decision | None) -> bool:
@@ -135,9 +134,9 @@ class Judge:
     def _exhaust_whole(self, group: Group) -> Decision | None:
         """What the plan keeps of whole responses of which the rule keeps none; None where it refuses all of them, or
         the rule is at fault."""
-        request, rule = group.request, group.request.plan.decide
+        request = group.request
         for group.relaxed in range(1, 1 + _relaxations(request)):
-            decision = self._answer(group, *shown(group), rule)
+            decision = self._answer(group, *shown(group), request.plan.decide)
             if group.failed or self._settles_whole(group, decision):
                 return decision
         if isinstance(request.exhaust[-1], Refuse):
@@ -221,10 +220,7 @@ class Judge:
 
     def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
-        # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
-        rule = group.request.plan.decide
-        final = not group.relaxed and getattr(rule, "skips_rejected", False)
-        decision = self._answer(group, *shown(group, not final), rule)
+        decision = self._answer(group, *_shown_anew(group), group.request.plan.decide)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -333,6 +329,12 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
     return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, group.relaxed,
                          [hypothesis.slot for hypothesis in group.hypotheses],
                          _group_uniforms(group, number, segment), group.memory, group.relaxed * request.relaxed_by)
+
+
+def _shown_anew(group: Group) -> tuple[list[Judged], State]:
+    """What a rule is shown that may have been asked before: a verdict that is final need not be given again, or many
+    attempts would take quadratic time. A relaxed rule sees everything once more."""
+    return shown(group, bool(group.relaxed) or not getattr(group.request.plan.decide, "skips_rejected", False))
 
 
 def _group_uniforms(group: Group, number: int, segment: int) -> tuple[float, ...]:

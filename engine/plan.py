@@ -106,6 +106,11 @@ class Lanes:
     population: int = 1
     barrier: bool = False
 
+    @property
+    def by_segment(self) -> tuple[int, ...]:
+        """Attempts at the first, second, … segment; the last number is that of all segments after."""
+        return self.attempts if isinstance(self.attempts, tuple) else (self.attempts,)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -197,6 +202,7 @@ def _checked(plan: Plan, where: str) -> Plan:
                   _attempts(f"{where}.lanes.attempts", lanes.attempts),
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE),
                   flag(f"{where}.lanes.barrier", lanes.barrier))
+    most = max(lanes.by_segment)
     _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
     exhaust = checked_exhaustion(f"{where}.exhaust", plan.exhaust)
@@ -210,14 +216,15 @@ def _checked(plan: Plan, where: str) -> Plan:
         if segment != Fixed(1):
             raise RequestError(f"{where} enumerates single tokens and has segments of {shown(segment)}: set segment to "
                                "Fixed(1)")
-        if max(attempts if isinstance(attempts := lanes.attempts, tuple) else (attempts,)) > propose.k:
-            raise RequestError(f"{where} has {attempts} attempts of {propose.k} tokens that are enumerated: set "
+        if most > propose.k:
+            raise RequestError(f"{where} has {most} attempts of {propose.k} tokens that are enumerated: set "
                                "lanes.attempts to at most that")
     rule = _checked_rule(f"{where}.decide", plan.decide)
-    needed = ("end",) if isinstance(segment, Whole) else ("segment",)
-    if isinstance(rule, READS_REWARDS) and score.when not in needed:
-        raise RequestError(f"{where} decides by rewards and has score.when={score.when!r}, which gives none in time: "
-                           'score every segment ("segment"), or whole responses at their end ("end")')
+    in_time = score.when == ("end" if isinstance(segment, Whole) else "segment")
+    too_late = (f"by rewards and has score.when={score.when!r}, which gives none in time: score every segment "
+                '("segment"), or whole responses at their end ("end")')
+    if isinstance(rule, READS_REWARDS) and not in_time:
+        raise RequestError(f"{where} decides {too_late}")
     if isinstance(rule, Threshold) and rule.alpha != 1.0 and not score.prompt:
         raise RequestError(f"{where} has a threshold that starts from the prompt's reward and does not ask for that: "
                            "set score.prompt to True, or alpha to 1")
@@ -225,13 +232,11 @@ def _checked(plan: Plan, where: str) -> Plan:
         raise RequestError(f"{where} has a threshold that does not test the last attempt, and a population of "
                            f"{lanes.population}: set lanes.population to 1, or tests_last to True")
     for step in steps(exhaust):
-        if isinstance(step, Softmax) and score.when not in needed:
-            raise RequestError(f"{where}.exhaust draws by rewards and has score.when={score.when!r}, which gives none "
-                               'in time: score every segment ("segment"), or whole responses at their end ("end")')
+        if isinstance(step, Softmax) and not in_time:
+            raise RequestError(f"{where}.exhaust draws {too_late}")
         if isinstance(step, BackUp) and (lanes.population > 1 or isinstance(segment, Whole)):
             raise RequestError(f"{where}.exhaust takes segments back, which whole responses and a population have not: "
                                "use another exhaustion, or one hypothesis with segments")
-        most = max(lanes.attempts) if isinstance(lanes.attempts, tuple) else lanes.attempts
         if isinstance(step, BackUp) and most * (step.times + 1) > MAX_ATTEMPTS:
             raise RequestError(f"{where} draws a segment of {most} attempts up to {step.times + 1} times, "
                                f"and random numbers are enough for {MAX_ATTEMPTS}: lower one of the two")

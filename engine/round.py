@@ -25,7 +25,7 @@ class Round:
     """Advances groups by one round each.
 
     Every lane belongs to one hypothesis. At the end of a round a lane's slabs have been committed, returned, or are
-    kept by `hypothesis.best`, the best seen of a segment that goes on, or by `hypothesis.wait` until rewards are there.
+    kept by `hypothesis.preferred`, of a segment that goes on, or by `hypothesis.wait` until rewards are there.
     """
 
     def __init__(self, drafter: Drafter, cache: PagedCache, passes: Passes, reward: Reward | None,
@@ -79,7 +79,7 @@ class Round:
             if hypothesis.wait is not None:
                 continue
             if hypothesis.attempts:  # the segment goes on
-                self._keep_best(hypothesis, lanes)
+                self._keep_preferred(hypothesis, lanes)
             else:
                 self._give_back(hypothesis, lanes)
         changed = {*decisions, *(wait.group for wait in ended)} if ended else decisions
@@ -109,7 +109,7 @@ class Round:
         members = [hypothesis for group in groups for hypothesis in group.hypotheses]
         waits = dict.fromkeys([one.wait for one in members if one.wait is not None])
         kept = [lane for wait in waits for lanes in wait.drawn.values() for lane in lanes]
-        kept += [one.best for one in members if one.best is not None]
+        kept += [one.preferred for one in members if one.preferred is not None]
         return len({lane.slab for lane in kept if lane.slab is not None})
 
     def reset(self) -> None:
@@ -273,20 +273,20 @@ class Round:
         self._give_back(hypothesis, drawn.get(hypothesis, []))
         self.close(hypothesis)
 
-    def _keep_best(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
-        """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs: the best seen, unless
-        the plan says otherwise. The others give theirs back."""
-        held = [*([hypothesis.best] if hypothesis.best is not None else []), *lanes]
-        hypothesis.best = preferred(hypothesis, held)
+    def _keep_preferred(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
+        """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs; the others give theirs
+        back."""
+        held = [*([hypothesis.preferred] if hypothesis.preferred is not None else []), *lanes]
+        hypothesis.preferred = preferred(hypothesis, held)
         for lane in held:
-            if lane is not hypothesis.best:
+            if lane is not hypothesis.preferred:
                 self._release(lane)
 
     def _give_back(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
-        """Releases lanes of a hypothesis, and its best seen."""
-        if hypothesis.best is not None:
-            self._release(hypothesis.best)
-            hypothesis.best = None
+        """Releases lanes of a hypothesis, and the one that it has kept."""
+        if hypothesis.preferred is not None:
+            self._release(hypothesis.preferred)
+            hypothesis.preferred = None
         for lane in lanes:
             self._release(lane)
 
