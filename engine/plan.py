@@ -181,6 +181,7 @@ def plan_of(policy: Any) -> Plan:
 
 
 def _checked(plan: Plan, where: str) -> Plan:
+    """Each choice by itself, then how they go together."""
     propose = plan.propose
     if isinstance(propose, Enumerate):
         propose = Enumerate(integer(f"{where}.propose.k", propose.k, 1, MAX_RANKS))
@@ -202,14 +203,22 @@ def _checked(plan: Plan, where: str) -> Plan:
                   _attempts(f"{where}.lanes.attempts", lanes.attempts),
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE),
                   flag(f"{where}.lanes.barrier", lanes.barrier))
-    most = max(lanes.by_segment)
     _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
     exhaust = checked_exhaustion(f"{where}.exhaust", plan.exhaust)
+    rule = _checked_rule(f"{where}.decide", plan.decide)
+    checked = Plan(propose, segment, lanes, score, rule, exhaust)
+    _check_together(checked, exhaust, where)
+    return checked
+
+
+def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:
+    propose, segment, lanes, score, rule, _ = plan
+    most = max(lanes.by_segment)
     if score.prompt and score.when == "never":
         raise RequestError(f'{where} asks for the reward of the prompt and has score.when="never": score the responses '
                            "too, or set score.prompt to False")
-    if isinstance(segment, Whole) and (lanes.attempts != 1 or score.when == "segment"):
+    if plan.whole and (lanes.attempts != 1 or score.when == "segment"):
         raise RequestError(f"{where} has whole responses, each of which is one attempt, scored at its end at most: set "
                            'lanes.attempts to 1 and score.when to "end" or "never", and ask for a population')
     if isinstance(propose, Enumerate):
@@ -219,8 +228,7 @@ def _checked(plan: Plan, where: str) -> Plan:
         if most > propose.k:
             raise RequestError(f"{where} has {most} attempts of {propose.k} tokens that are enumerated: set "
                                "lanes.attempts to at most that")
-    rule = _checked_rule(f"{where}.decide", plan.decide)
-    in_time = score.when == ("end" if isinstance(segment, Whole) else "segment")
+    in_time = score.when == ("end" if plan.whole else "segment")
     too_late = (f"by rewards and has score.when={score.when!r}, which gives none in time: score every segment "
                 '("segment"), or whole responses at their end ("end")')
     if isinstance(rule, READS_REWARDS) and not in_time:
@@ -234,13 +242,12 @@ def _checked(plan: Plan, where: str) -> Plan:
     for step in steps(exhaust):
         if isinstance(step, Softmax) and not in_time:
             raise RequestError(f"{where}.exhaust draws {too_late}")
-        if isinstance(step, BackUp) and (lanes.population > 1 or isinstance(segment, Whole)):
+        if isinstance(step, BackUp) and (lanes.population > 1 or plan.whole):
             raise RequestError(f"{where}.exhaust takes segments back, which whole responses and a population have not: "
                                "use another exhaustion, or one hypothesis with segments")
         if isinstance(step, BackUp) and most * (step.times + 1) > MAX_ATTEMPTS:
             raise RequestError(f"{where} draws a segment of {most} attempts up to {step.times + 1} times, "
                                f"and random numbers are enough for {MAX_ATTEMPTS}: lower one of the two")
-    return Plan(propose, segment, lanes, score, rule, exhaust)
 
 
 def checked_exhaustion(where: str, given: Any) -> Exhaustion:
