@@ -29,7 +29,7 @@ from stars.plan import (
     Sampled,
     Score,
     Whole,
-    exhaustion_of,
+    checked_exhaustion,
 )
 from stars.rules import (
     Always,
@@ -55,9 +55,9 @@ class STARS:
     A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1). Here
     tau(n) = min(t, r0 + n / N * (t - r0)) and r0 = (1 - alpha) * r(prompt) + alpha * t, with t = reward_threshold,
     n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections `exhaust` says what is
-    done, by a name or an object of `stars.rules`: unless told otherwise, the best reward seen wins. `beta = 0` is the
-    hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the width
-    changes the speed and never the law; None lets the engine choose it.
+    done, by a name or an object of `stars.exhaustions`: unless told otherwise, the best reward seen wins. `beta = 0` is
+    the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the
+    width changes the speed and never the law; None lets the engine choose it.
 
     `barrier=True` is the synchronous batch protocol of the paper's second version: each response draws one candidate a
     round, and one whose segment is decided waits until those of all others that decode so are. The law, and each text,
@@ -467,7 +467,7 @@ def _choice(policy: Any, name: str, choices: tuple[str, ...]) -> str:
 
 def _exhaust(policy: Any) -> Any:
     """Its field `exhaust`, a name or an object, checked."""
-    exhaustion_of(f"{type(policy).__name__}.exhaust", policy.exhaust)
+    checked_exhaustion(f"{type(policy).__name__}.exhaust", policy.exhaust)
     return policy.exhaust
 
 
