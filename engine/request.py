@@ -555,13 +555,16 @@ class Request:
         self.max_tokens: int = params.max_tokens  # of each response
         self.stop: Sequence[str] = params.stop or ()
         self.ranks = plan.ranks  # next tokens that are enumerated; 0: attempts are drawn
-        # Of each segment, the last number from then on. At temperature 0 all attempts that are drawn are equal: one is.
-        one = params.temperature == 0 and not self.ranks
-        self.attempts = (1,) if one else plan.lanes.by_segment
+        self.attempts = plan.lanes.by_segment  # of each segment, the last number from then on
         self.whole, self.in_turn = plan.whole, plan.in_turn
         self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
         last = self.exhaust[-1]
         self.pick: Pick = last if isinstance(last, Pick) else BestSeen()  # says which attempt keeps its slabs
+        if params.temperature == 0 and not self.ranks and isinstance(last, Pick):
+            # All attempts that are drawn are equal: one is enough, and one more where the last is not tested. Where a
+            # response may be refused, it counts how many were rejected.
+            few = 1 if getattr(plan.decide, "tests_last", True) else 2
+            self.attempts = tuple(min(few, count) for count in self.attempts)
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"

@@ -101,6 +101,16 @@ def test_a_file_that_is_no_calibration(tmp_path, text):
         Calibration.load(tmp_path / "c.json")
 
 
+@pytest.mark.parametrize("name, value", [("mean", 10**400), ("correlations", {"4": 10**400}), ("samples", math.inf),
+                                         ("drifts", {}), ("correlations", {"8": 1.0}), ("rises", {})])
+def test_a_calibration_with_a_number_that_is_none(tmp_path, name, value):
+    samples = [PlainSample(float(index), {4: index % 2.0}) for index in range(3)]
+    record = Calibration.measure([samples], 0.5).record()
+    (tmp_path / "c.json").write_text(json.dumps(record | {name: value}))
+    with pytest.raises(stars.RequestError, match="c.json is no calibration: write one with"):
+        Calibration.load(tmp_path / "c.json")
+
+
 def test_of_few_samples():
     """One sample of each prompt: the spread is that of all; one in all: there is none, and nothing is compared."""
     ones = Calibration.measure([[PlainSample(1.0, {})], [PlainSample(3.0, {})]], 0.5)

@@ -5,6 +5,7 @@ beside requests that draw; forks; and the shipped pair beside a loop on transfor
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,25 @@ def plan(topk: int, width: int | None, rule=None, population: int = 1) -> stars.
 
 
 # -- rounds, slabs and neighbours ---------------------------------------------------------------------------------
+
+
+def test_every_lane_that_waits_holds_its_share_of_the_slab():
+    answer = threading.Event()
+
+    def reward(_, responses):
+        answer.wait(10.0)
+        return [0.1 * sum(response) for response in responses]
+
+    engine = toy_engine(LM, stars.FunctionReward(reward, inputs="ids", blocking=True))
+    engine.add_request({"prompt_token_ids": ids(7, 23)}, stars.SamplingParams(max_tokens=3, ignore_eos=True),
+                       stars.ARGS(topk=5))
+    engine.step()
+    assert engine._round.awaited()
+    engine.check_integrity()
+    answer.set()
+    while engine.has_unfinished_requests():
+        engine.step()
+    nothing_is_held(engine)
 
 
 def test_one_step_finds_all_ranks_of_a_place(monkeypatch):

@@ -353,8 +353,29 @@ def test_a_population_refuses_together():
 def test_greedy_attempts_are_one_and_then_the_exhaustion_applies():
     completion, rule = planned("last", attempts=5, temperature=0.0)
     assert [len(segment.attempts) for segment in completion.segments] == [1, 1]
-    completion, _ = planned(BackUp(1, "refuse"), attempts=5, temperature=0.0)
-    assert completion.finish_reason == "refused" and completion.metrics.attempts == 1
+    completion, _ = planned(BackUp(1, "first"), attempts=5, temperature=0.0)
+    assert completion.finish_reason == "length" and completion.metrics.attempts == 4  # both segments twice
+
+
+def test_greedy_responses_are_refused_as_often_as_the_rule_says():
+    """Equal attempts are tested with random numbers of their own: all of them, where the response may be refused."""
+    reward = stars.FunctionReward(lambda _, responses: [0.0] * len(responses), inputs="ids")
+    policy = stars.STARS(2, 5, 1.0, 1.0, 2.0, exhaust="refuse")
+    alike = dict(max_tokens=4, seed=3, ignore_eos=True, n=40)
+    outputs = toy_engine(LM, reward).generate(
+        [PROMPT] * 2, [stars.SamplingParams(temperature=0.0, **alike), stars.SamplingParams(top_k=1, **alike)], policy,
+        use_tqdm=False)
+    greedy, drawn = ([(one.finish_reason, one.token_ids, one.metrics.attempts_counted) for one in output.outputs]
+                     for output in outputs)
+    assert greedy == drawn and {reason for reason, *_ in greedy} == {"length", "refused"}
+
+
+@pytest.mark.parametrize("exhaust", ["best_seen", "refuse"])
+def test_a_greedy_attempt_is_accepted_though_the_last_one_is_not_tested(exhaust):
+    policy = stars.CARDS(0.0, 2, 2, 5, 1.0, 0.0, -100.0, exhaust=exhaust)
+    params = stars.SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    [completion] = toy_engine(LM, RM).generate(PROMPT, params, policy, use_tqdm=False)[0].outputs
+    assert completion.finish_reason == "length" and [segment.accepted for segment in completion.segments] == [True] * 2
 
 
 @pytest.mark.parametrize("exhaust, reason", [("last", "length"), (Relax(1.0, 2, "refuse"), "refused")])
