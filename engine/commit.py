@@ -52,9 +52,10 @@ class Committer:
         return arranged
 
     def discard_others(self, winners: Sequence[Winner]) -> None:
-        """Gives back the scores of a decided segment that are not committed: what a rule cut or continued is scored
-        again, and there is a slab for that only once those of the segment's attempts are free."""
-        if all(winner.as_drawn for winner in winners):
+        """Gives back the scores of a decided segment that are not committed: what a rule cut or continued, or took of
+        attempts that hold nothing any more, is read again, and there is a slab for that only once those of the
+        segment's attempts are free."""
+        if not any([winner.read_again for winner in winners]):
             return
         kept = {winner.lane for winner in winners if winner.as_drawn and winner.finish_reason is None}
         for winner in winners:
@@ -151,7 +152,7 @@ class Committer:
             for winner in drawn:
                 winner.lane.score_handle = None
         for winner in winners:
-            if not winner.as_drawn or winner.lane.slab is None:
+            if winner.read_again:
                 hypothesis = winner.hypothesis
                 text = hypothesis.request.response_text(hypothesis, winner) if self._scorer.needs_text else None
                 self._scorer.resume(hypothesis.session, hypothesis.content_ids(winner), text)

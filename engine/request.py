@@ -65,6 +65,11 @@ class Winner:
     reward: float | None = None  # of the response with it, where that is known
     rows: int = 0  # of keys that were committed from the lane's slab
 
+    @property
+    def read_again(self) -> bool:
+        """Whether both models read it anew where it becomes history: no slab holds all of it."""
+        return not self.as_drawn or self.lane.slab is None
+
     @classmethod
     def of(cls, lane: Lane, hypothesis: Hypothesis) -> Winner:
         """All of a lane."""

@@ -19,7 +19,7 @@ from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole
 from stars.rules import Decision, Judged, State
 from test_conservation import nothing_is_held
 from test_oracle import FUNCTION, LM, RM, TOLERANCE, equals_oracle, rejecting
-from toy import ids, toy_engine
+from toy import facts, ids, toy_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -348,6 +348,20 @@ def test_a_population_refuses_together():
     completion, _ = planned("refuse", population=3)
     assert (completion.finish_reason, completion.token_ids, completion.reward) == ("refused", [], None)
     assert completion.metrics.attempts == 6 and completion.metrics.segments == 0
+
+
+def test_an_attempt_that_holds_nothing_any_more_is_read_again_in_a_slab_of_its_segment():
+    """A lowered threshold accepts one whose slabs were given back, where attempts hold all there are."""
+    params = stars.SamplingParams(max_tokens=8, seed=3, ignore_eos=True, n=6)
+    policy = stars.STARS(2, 4, 1.0, 0.5, 3.0, width=1, exhaust=Relax(1.0, 4, "last"))
+    outputs = []
+    for lanes, seqs in ((1, 1), (16, 8)):
+        engine = toy_engine(LM, RM, deterministic=True, max_num_lanes=lanes, max_num_seqs=seqs)
+        [output] = engine.generate(PROMPT, params, policy, use_tqdm=False)
+        nothing_is_held(engine)
+        outputs.append(output)
+    assert facts(outputs[0]) == facts(outputs[1])
+    assert any(segment.relaxed and segment.winner < 2 for one in outputs[0].outputs for segment in one.segments)
 
 
 def test_greedy_attempts_are_one_and_then_the_exhaustion_applies():

@@ -379,7 +379,8 @@ def test_a_key_is_sent_and_never_told(ask, monkeypatch, caplog):
 @pytest.mark.parametrize("given, problem", [
     (dict(url="ftp://host"), "url is 'ftp://host', it must be an address"), (dict(url="host:80"), "must be an address"),
     (dict(url=3), "url is 3"), (dict(url="http://"), "must be an address"), (dict(url="http://a b"), "must be an addr"),
-    (dict(url="http://a..b"), "is not an address"), (dict(url="http://host:99999"), "is not an address"), (dict(url="http://host?key=1"), "must be an address"),
+    (dict(url="http://a..b"), "is not an address"), (dict(url="http://host:99999"), "is not an address"),
+    (dict(url="http://host?key=1"), "must be an address"),
     (dict(url="http://me:hush@host"), "url has a user name: give the key by api_key_env"),
     (dict(api="score"), 'api is \'score\', it must be "classify" or "pooling"'), (dict(template="jinja"), "template"),
     (dict(model=3), "model is 3"), (dict(label=-1), "label is -1"), (dict(batch_size=0), "batch_size is 0"),
