@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from stars.arguments import flag, integer, known_by_name, real, shown
+from stars.arguments import choice, flag, integer, known_by_name, real
 from stars.calibration import threshold_and_beta
 from stars.errors import RequestError
 from stars.plan import (
@@ -459,10 +459,7 @@ def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:
 
 
 def _choice(policy: Any, name: str, choices: tuple[str, ...]) -> str:
-    given = getattr(policy, name)
-    if not isinstance(given, str) or given not in choices:
-        raise RequestError(f"{type(policy).__name__}.{name} is {shown(given)}, it must be one of {', '.join(choices)}")
-    return given
+    return choice(f"{type(policy).__name__}.{name}", getattr(policy, name), choices)
 
 
 def _exhaust(policy: Any) -> Any:
