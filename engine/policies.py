@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from stars.arguments import flag, integer, known_by_name, real, shown
+from stars.arguments import choice, flag, integer, known_by_name, real
 from stars.calibration import threshold_and_beta
 from stars.errors import RequestError
 from stars.plan import (
@@ -29,7 +29,7 @@ from stars.plan import (
     Sampled,
     Score,
     Whole,
-    exhaustion_of,
+    checked_exhaustion,
 )
 from stars.rules import (
     Always,
@@ -55,9 +55,9 @@ class STARS:
     A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1). Here
     tau(n) = min(t, r0 + n / N * (t - r0)) and r0 = (1 - alpha) * r(prompt) + alpha * t, with t = reward_threshold,
     n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections `exhaust` says what is
-    done, by a name or an object of `stars.rules`: unless told otherwise, the best reward seen wins. `beta = 0` is the
-    hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the width
-    changes the speed and never the law; None lets the engine choose it.
+    done, by a name or an object of `stars.exhaustions`: unless told otherwise, the best reward seen wins. `beta = 0` is
+    the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the
+    width changes the speed and never the law; None lets the engine choose it.
 
     `barrier=True` is the synchronous batch protocol of the paper's second version: each response draws one candidate a
     round, and one whose segment is decided waits until those of all others that decode so are. The law, and each text,
@@ -471,15 +471,12 @@ def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:
 
 
 def _choice(policy: Any, name: str, choices: tuple[str, ...]) -> str:
-    given = getattr(policy, name)
-    if not isinstance(given, str) or given not in choices:
-        raise RequestError(f"{type(policy).__name__}.{name} is {shown(given)}, it must be one of {', '.join(choices)}")
-    return given
+    return choice(f"{type(policy).__name__}.{name}", getattr(policy, name), choices)
 
 
 def _exhaust(policy: Any) -> Any:
     """Its field `exhaust`, a name or an object, checked."""
-    exhaustion_of(f"{type(policy).__name__}.exhaust", policy.exhaust)
+    checked_exhaustion(f"{type(policy).__name__}.exhaust", policy.exhaust)
     return policy.exhaust
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import stars
-from stars.rules import BackUp, Relax
+from stars.exhaustions import BackUp, Relax
 from toy import ToyModel, facts, ids, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1, layers=1, positions=96)

@@ -25,7 +25,7 @@ import law
 import stars
 import stars.judge
 from law import DRAWS, FALSE_POSITIVE_RATE, REWARD, Prefix, candidates, content, p_value
-from stars import rules
+from stars import exhaustions, rules
 from stars.bindings import libstars
 from toy import EOS
 
@@ -415,7 +415,7 @@ def one_uniform(monkeypatch):
 
 def first_on_exhaustion(monkeypatch):
     """The first response is kept where all are rejected."""
-    monkeypatch.setattr(rules.BestSeen, "key", rules.First.key)
+    monkeypatch.setattr(exhaustions.BestSeen, "key", exhaustions.First.key)
 
 
 def last_attempts_everywhere(monkeypatch):
