@@ -255,7 +255,7 @@ def _model_reward(args: argparse.Namespace, directory: Any) -> Any:
     given = {REWARD[flag]: value for flag, value in _given(args, REWARD).items()} | dict(args.reward_set)
     if not given:
         return directory
-    kind = type(resolve_reward(directory))
+    kind: Any = type(resolve_reward(directory))
     known, of_steps = _keywords(kind), _keywords(ProcessReward)
     if kind is CausalReward and any(name in of_steps and name not in known for name in given):
         kind, known = ProcessReward, of_steps  # a language model that judges steps by its vocabulary
