@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
-from stars.arguments import flag, integer, real, shown
+from stars.arguments import choice, flag, integer, real, shown
 from stars.errors import RequestError, describe
 from stars.exhaustions import BackUp, BestSeen, Exhaustion, Softmax, exhaustion, steps
 from stars.rules import OWN_RULES, Always, Rule, Threshold
@@ -203,7 +203,7 @@ def _checked(plan: Plan, where: str) -> Plan:
                   _attempts(f"{where}.lanes.attempts", lanes.attempts),
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE),
                   flag(f"{where}.lanes.barrier", lanes.barrier))
-    _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
+    choice(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
     exhaust = checked_exhaustion(f"{where}.exhaust", plan.exhaust)
     rule = _checked_rule(f"{where}.decide", plan.decide)
@@ -299,8 +299,3 @@ def _one_of(where: str, value: Any, kind: type[Choice]) -> Choice:
     if isinstance(value, kind):
         return value
     raise RequestError(f"{where} is {shown(value)}, it must be a stars.plan.{kind.__name__}")
-
-
-def _named(where: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise RequestError(f"{where} is {shown(value)}, it must be one of {', '.join(choices)}")

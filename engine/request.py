@@ -653,6 +653,9 @@ class Extra(Protocol):
     def token_ids(self) -> list[int]: ...
 
     @property
+    def finish_reason(self) -> str | None: ...
+
+    @property
     def stop_reason(self) -> int | str | None: ...
 
 

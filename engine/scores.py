@@ -107,8 +107,8 @@ class Scores:
         if not self._scorer.needs_text:
             return [Candidate(hypothesis.session, ids, None, final) for ids in contents]
         request = hypothesis.request
-        return [Candidate(hypothesis.session, ids, request.response_text(hypothesis, extra), final)
-                for ids, extra in zip(contents, extras, strict=True)]
+        return [Candidate(hypothesis.session, ids, request.response_text(hypothesis, extra), final,
+                          extra.finish_reason is not None) for ids, extra in zip(contents, extras, strict=True)]
 
     def _next_lanes(self, unscored: dict[Hypothesis, list[Lane]]) -> dict[Hypothesis, list[Lane]]:
         """The next lanes of each response, in attempt order, as many as are worth it at once."""

@@ -114,7 +114,7 @@ class ScoringReward(SessionReward):
             session = candidate.session
             try:
                 text = self._read(session, candidate.token_ids, candidate.text)
-                if candidate.final or self._problem(text.ids) is not None:
+                if candidate.final or self._problem(text.ids) is not None or self._lacks(candidate) is not None:
                     return None
                 self._make_room(session, text.content - self.target.reward_lag)
             except (OutOfPages, RewardError):  # who is to end for that is found where they are scored
@@ -263,7 +263,7 @@ class ScoringReward(SessionReward):
         except RewardError as error:
             return error
         ids, content, _ = text
-        problem = self._problem(ids)
+        problem = self._problem(ids) or self._lacks(candidate)
         if problem is not None:
             return problem
         table, last = session.table, _last(text)
@@ -348,6 +348,10 @@ class ScoringReward(SessionReward):
         if len(ids) > self.max_model_len:
             return ContextFull(f"the response re-encodes to {len(ids)} tokens for the reward model, whose context is "
                                f"{self.max_model_len}: lower max_tokens")
+        return None
+
+    def _lacks(self, candidate: Candidate) -> RewardError | None:
+        """What a response that has ended should have had, for a reward that asks for something."""
         return None
 
     def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
