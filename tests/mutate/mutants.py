@@ -391,7 +391,7 @@ MUTANTS = [
     Mutant("engine/commit.py", "min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids))",
            "min(len(winner.token_ids), len(lane.token_ids))",
            "rows of tokens that a rule cut away are committed", "methods_outside"),
-    Mutant("engine/request.py", "return not self.as_drawn or self.lane.slab is None", "return not self.as_drawn",
+    Mutant("engine/request.py", "not self.as_drawn or self.lane.slab is None", "not self.as_drawn",
            "slabs are lacking for what is read again of an attempt that holds none", "exhaust"),
     Mutant("engine/request.py", "return not self.as_drawn or self.lane.slab is None", "return self.lane.slab is None",
            "the reward never reads a token that was not drafted", "methods_outside"),
