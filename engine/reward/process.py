@@ -130,6 +130,7 @@ class ProcessReward(CausalReward):
 
     def _lacks(self, candidate: Candidate) -> RewardError | None:
         steps = self.format
+        assert steps is not None  # bound
         if not candidate.ended or steps.inserted or steps.tag is None or steps.tag in (candidate.text or ""):
             return None
         return RewardError(f"the response has ended without a step tag {steps.tag!r}: have the language model write "
