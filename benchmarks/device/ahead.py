@@ -204,6 +204,8 @@ def _small_engine() -> None:
     with fake_cuda.gpu():
         for dtype in (torch.float32, torch.bfloat16):
             one = engine_checks.engine("cuda", "toy", dtype)
+            for policy in engine_checks.METHODS.values():
+                engine_checks.complete(one, engine_checks.PROMPTS, policy=policy)
             for _ in range(4):
                 engine_checks.complete(one, engine_checks.PROMPTS)
                 engine_checks.complete(one, engine_checks.PROMPTS[:3])
@@ -220,6 +222,9 @@ def _engines() -> None:
     for module in (engine, reward.causal):  # no bits to compare
         module.check_row_invariance = lambda decoder: None
     with fake_cuda.gpu():
+        for score_by in ("mlp", "labels"):
+            engine_checks.complete(engine_checks.engine("cuda", "toy", torch.float32, score_by=score_by),
+                                   engine_checks.PROMPTS)
         for shape in ("toy", "toy-qwen3"):
             for dtype in (torch.float32, torch.bfloat16):
                 for deterministic in (False, True):
