@@ -477,7 +477,8 @@ def cut(record, settings):
 def ranked(record, settings):
     kernel_ranking.ranked(record, settings, 37, 35)
 print([failed(kernel_sampler, cut, sample_step=one) for one in (right.sample_step, never, cooler, drawn, untold)],
-      [failed(kernel_ranking, ranked, top_tokens=one) for one in (right.top_tokens, highest, unfiltered, forbidden, left)])
+      [failed(kernel_ranking, ranked, top_tokens=one) for one in (
+          right.top_tokens, highest, unfiltered, forbidden, left)])
 """
 
 
@@ -485,3 +486,24 @@ def test_checks_of_cuts_and_rankings_notice_errors(tmp_path):
     """No cut at all, one at another temperature, a token behind it, one that the host is not told of; the highest id of
     equals, a filter that is ignored, tokens that are forbidden, columns that are left as they were."""
     assert python(PLANTED, tmp_path)[-1] == f"{[False] + [True] * 4} {[False] + [True] * 4}"
+
+
+AHEAD = """
+import sys
+import ahead, fake_cuda
+kernels = set()
+ahead.describe = lambda kernel, args, options: kernels.add(kernel.fn.__name__)
+ahead.STAGES[{stage!r}]()
+print(sorted(kernels), fake_cuda.faults)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["first-engine", "engine"])
+def test_small_engines_are_compiled_ahead(tmp_path, stage):
+    """They run to their end over fake tensors, all methods and heads of theirs; the kernels of a draft are among them.
+    """
+    kernels = {"scan_kernel", "bracket_kernel", "collect_kernel", "select_kernel", "draw_kernel", "finish_kernel",
+               "attention_kernel", "score_kernel", "append_draft_kernel", "copy_rows_kernel"}
+    said = python(AHEAD.format(stage=stage), tmp_path)[-1]
+    assert said.endswith(" []") and all(repr(kernel) in said for kernel in kernels), said

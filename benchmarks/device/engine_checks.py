@@ -24,7 +24,7 @@ from stars.sampling import SamplingParams
 
 PROMPTS = [[5, 9, 2], list(range(10, 50)), [7] * 17, list(range(200, 233)), [299, 3, 4, 5, 6, 7, 8, 9]]
 METHODS = {
-    # Lanes that an entropy ends, in between one that are drawn to their end; tokens that are ranked, not drawn; responses
+    # Lanes that an entropy ends beside some that are drawn to their end; tokens that are ranked, not drawn; responses
     # that fork; whole responses.
     "CARDS": stars.CARDS(entropy_threshold=4.8, min_segment=2, max_segment=12, max_attempts=6, beta=0.5,
                          reward_threshold=0.8, width=3),

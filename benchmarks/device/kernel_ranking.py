@@ -40,7 +40,8 @@ def ranking(lanes: int, device: str, ranks: int = RANKS) -> Ranking:
         given(torch.where(index % 4 == 1, 11, 0), torch.int32),
         given(torch.where(index % 4 == 2, 0.9, 1.0), torch.float32),
         given(torch.where(index % 8 == 3, 0.05, 0.0), torch.float32),
-        torch.full((lanes, ranks), -7, dtype=torch.int32, device=device), torch.full((lanes, ranks), 9.0, device=device))
+        torch.full((lanes, ranks), -7, dtype=torch.int32, device=device),
+        torch.full((lanes, ranks), 9.0, device=device))
 
 
 def hard_logits(lanes: int, vocab: int, seed: int) -> Tensor:

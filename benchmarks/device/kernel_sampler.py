@@ -62,8 +62,11 @@ def words(record: Record, settings: Settings) -> None:
         record.check(f"Gumbel noise, seed {seed}", bool(error < 1e-5), error=float(error))
 
 
-def lane_state(lanes: int, device: str, steps: int = 4, seed: int = 0) -> LaneState:
-    """Lanes with every combination of filters, none of them done."""
+def lane_state(lanes: int, device: str, steps: int = 16, seed: int = 0) -> LaneState:
+    """Lanes with every combination of filters, none of them done.
+
+    steps: like an engine's segment a multiple of 16, so that Triton compiles the same kernels.
+    """
     draw = np.random.default_rng(seed)
 
     def ints(values, kind=torch.int32) -> Tensor:
@@ -81,6 +84,12 @@ def lane_state(lanes: int, device: str, steps: int = 4, seed: int = 0) -> LaneSt
         ints(np.where(index % 8 == 3, 0.05, 0.0), torch.float32),
         torch.full((lanes, 16), -1, dtype=torch.int32, device=device),
         torch.full((lanes,), math.inf, device=device), ints(zero))
+
+
+def _told(lanes: int, device: str) -> Tensor:
+    """Where the host reads which lanes ended: on a card pinned memory, which the kernel writes by the host's address.
+    """
+    return torch.zeros(lanes, dtype=torch.int32, pin_memory=device != "cpu")
 
 
 def _drop_filters(state: LaneState) -> None:
@@ -107,13 +116,13 @@ def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torc
     if not filters:
         _drop_filters(state)
     generator = torch.Generator().manual_seed(vocab)
-    wrong, ties, worst = [], 0, 0.0
+    wrong, ties, worst, ended = [], 0, 0.0, _told(lanes, device)
     for step in range(2):
         logits = (3 * torch.randn(lanes, vocab, generator=generator)).to(dtype)
         before = on_cpu(state)
         wanted = on_cpu(state)
         sample_step_reference(logits.float(), wanted)
-        ops.sample_step(logits.to(device), state, filters=filters, cuts=filters and step == 1)
+        ops.sample_step(logits.to(device), state, filters=filters, ended=ended, cuts=filters and step == 1)
         tokens, theirs = state.out_tokens[:, step].tolist(), wanted.out_tokens[:, step].tolist()
         logprobs = torch.log_softmax(logits.float(), -1)
         for lane, (token, other) in enumerate(zip(tokens, theirs, strict=True)):
@@ -155,8 +164,8 @@ def _tied(row: Tensor, state: LaneState, lane: int, token: int, other: int) -> b
 
 
 def rows_of_entropies(lanes: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    """[lanes, vocab] logits of seven kinds in turn: uniform, certain, half of them forbidden, far from 0, peaked, with a
-    tail that exp cannot hold, and usual."""
+    """[lanes, vocab] logits of seven kinds in turn: uniform, certain, half of them forbidden, far from 0, peaked, with
+    a tail that exp cannot hold, and usual."""
     draw = torch.Generator().manual_seed(vocab)
     logits, kind = 3 * torch.randn(lanes, vocab, generator=draw), torch.arange(lanes) % 7
     logits[kind == 0] = 0.0
@@ -180,7 +189,7 @@ def cuts(record: Record, settings: Settings, vocab: int, lanes: int, dtype: torc
 
 def _cuts(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torch.dtype, filters: bool) -> None:
     logits = rows_of_entropies(lanes, vocab, dtype)
-    state, index = lane_state(lanes, "cpu", steps=7, seed=vocab), torch.arange(lanes)
+    state, index = lane_state(lanes, "cpu", seed=vocab), torch.arange(lanes)
     if not filters:
         _drop_filters(state)
     kind = index % 5  # its cut is just below the entropy, just above, below and just reached, below but too early, off
@@ -195,14 +204,15 @@ def _cuts(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torch
     cut = ((kind == 0) | (kind == 2)) & (state.done == 0)
     mine, plain = (type(state)(*(tensor.to(device, copy=True) for tensor in state)) for _ in range(2))
     plain.entropy_cut.fill_(math.inf)
-    given, ended = logits.to(device), torch.zeros(lanes, dtype=torch.int32, pin_memory=device != "cpu")
-    ops.sample_step(given, plain, filters=filters, cuts=False)
+    given, ended = logits.to(device), _told(lanes, device)
+    ops.sample_step(given, plain, filters=filters, ended=_told(lanes, device), cuts=False)
     ops.sample_step(given, mine, filters=filters, ended=ended, cuts=True)
     if device != "cpu":
         torch.cuda.synchronize()
     name = f"sample_step {vocab} {str(dtype)[6:]}{'' if filters else ', no filters'}, cuts"
     mine, plain = on_cpu(mine), on_cpu(plain)
-    wrong = torch.nonzero((mine.done.bool() & (mine.steps == state.steps) & (state.done == 0)) != cut).flatten().tolist()
+    undrawn = mine.done.bool() & (mine.steps == state.steps) & (state.done == 0)
+    wrong = torch.nonzero(undrawn != cut).flatten().tolist()
     record.check(f"{name}: lanes that end undrawn", not wrong and bool(cut.any()), wrong=wrong[:8], kinds=[
         int(kind[lane]) for lane in wrong[:8]], cut=int(cut.sum()))
     for field, now, was, drawn in zip(LaneState._fields, mine, state, plain, strict=True):
@@ -231,8 +241,8 @@ def entropy_within(row: Tensor) -> tuple[float, float]:
 
 
 def ends(record: Record, settings: Settings) -> None:
-    """NaN, +inf and nothing but -inf end a lane with token -1, whatever its cut; stop ids, max_tokens and a cut of 0 end
-    it; done lanes stay."""
+    """NaN, +inf and nothing but -inf end a lane with token -1, whatever its cut; stop ids, max_tokens and a cut of 0
+    end it; done lanes stay."""
     ops, device, vocab, lanes = launchers(settings.dry), settings.device, 50, 8
     logits = torch.randn(lanes, vocab, generator=torch.Generator().manual_seed(1))
     logits[0, 7], logits[1, 7], logits[2] = math.nan, math.inf, -math.inf
@@ -246,8 +256,7 @@ def ends(record: Record, settings: Settings) -> None:
     state.entropy_cut[[0, 1, 2, 5, 6]] = 0.0  # all of them reach it, and what is no distribution has no entropy
     wanted = on_cpu(state)
     sample_step_reference(logits, wanted)
-    # Where the host reads it: on a card pinned memory, which the kernel writes by the host's own address.
-    ended = torch.zeros(lanes + 3, dtype=torch.int32, pin_memory=device != "cpu")
+    ended = _told(lanes + 3, device)
     ops.sample_step(logits.to(device), state, ended=ended)
     if device != "cpu":
         torch.cuda.synchronize()

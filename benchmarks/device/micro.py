@@ -161,7 +161,7 @@ def verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
 
 
 def ranking(record: Record, settings: Settings, ops, shape: Shape) -> None:
-    """Ten tokens of every lane, as ARGS asks for them; of a response, of a few and of all lanes, as they are captured."""
+    """Ten tokens of every lane, as ARGS asks for them: of all lanes, a few and one, as they are captured."""
     for lanes, top_p, aim in ((shape.lanes, 1.0, "ranking"), (shape.lanes, 0.9, ""), (8, 1.0, ""), (1, 1.0, "")):
         rows = [3 * torch.randn(lanes, shape.vocab, device=settings.device)
                 for _ in range(min(4, sets(4 * lanes * shape.vocab, settings.dry)))]

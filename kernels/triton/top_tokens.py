@@ -19,7 +19,6 @@ from stars.kernels.triton.sample_filters import SAMPLE, bracket_kernel, collect_
 from stars.kernels.triton.sample_step import SCAN_WARPS, TILE, scan_kernel, shared_workspace
 from stars.kernels.types import Ranking
 
-
 COLUMNS = 16
 """Of the tokens that a draw would write, which nobody does here: with 1 or an odd number Triton compiled these kernels
 once more, as the width of a draft's segments is mostly a multiple of 16."""
