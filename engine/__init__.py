@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stars.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from stars.calibration import Calibration
     from stars.engine import Engine
     from stars.errors import (
         IntegrityError,
@@ -53,6 +54,7 @@ logging.getLogger("stars").addHandler(logging.NullHandler())
 
 # Names are imported when they are first used: the command line answers --help without loading torch.
 _HOMES = {
+    "calibration": ("Calibration",),
     "engine": ("Engine",),
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
                "TokenizerError", "TraceError"),
@@ -73,6 +75,7 @@ __all__ = [
     "BlockwiseBestOfK",
     "CARDS",
     "CachedReward",
+    "Calibration",
     "CausalReward",
     "CompletionOutput",
     "EncoderReward",

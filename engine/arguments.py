@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from stars.errors import RequestError
@@ -70,6 +70,13 @@ def flag(name: str, value: Any) -> bool:
     if isinstance(plain, bool):
         return plain
     raise RequestError(f"{name} is {shown(value)}, it must be True or False")
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value` if it is one of the texts `choices`; RequestError, which lists them, for anything else."""
+    if isinstance(value, str) and value in choices:
+        return value
+    raise RequestError(f"{name} is {shown(value)}, it must be one of {', '.join(choices)}")
 
 
 def as_float(value: Any) -> float | None:

@@ -22,6 +22,7 @@ BETA_OF_SPREAD = 0.1
 times, one a tenth of a spread below in 37 of 100."""
 LEAST_CORRELATION = 0.3  # of rewards of the longest prefixes with those at the end
 MOST_DRIFT = 1.0  # spreads between the mean reward of prefixes and that of finished texts
+MOST_ONE_WAY, LEAST_CHANGED = 0.9, 8  # of the samples whose reward changes after a prefix; a sign test of 8 errs in 1 %
 FORMAT = "stars-calibration"
 
 
@@ -67,6 +68,7 @@ class Calibration(float):
     beta: float  # BETA_OF_SPREAD times the spread
     correlations: dict[int, float]  # of rewards of prefixes with those at the end, by tokens; NaN where one is constant
     drifts: dict[int, float]  # mean reward of prefixes less that at the end, in spreads, by tokens
+    rises: dict[int, float]  # samples whose reward rises after a prefix less those where it falls, of both; 0: too few
     quantiles: dict[float, float]  # of the rewards of finished samples, by level
     mean: float
     samples: int
@@ -106,6 +108,11 @@ class Calibration(float):
             return (f"the rewards of the first {tokens} tokens lie {abs(drift):.1f} spreads "
                     f"{'below' if drift < 0 else 'above'} those of finished texts, as of a reward that counts or adds "
                     "up: one threshold does not fit both, so use alpha=0, or a reward that is comparable")
+        tokens, rise = max(self.rises.items(), key=lambda item: abs(item[1]))
+        if abs(rise) > MOST_ONE_WAY:
+            return (f"rewards after the first {tokens} tokens nearly always {'rise' if rise > 0 else 'fall'}, as of a "
+                    "reward that counts or adds up: one threshold does not fit prefixes and finished texts, so use "
+                    "alpha=0, or a reward that is comparable")
         tokens, correlation = max(self.correlations.items())
         if not correlation >= LEAST_CORRELATION:  # NaN too
             return (f"the rewards of the first {tokens} tokens hardly foretell those of finished texts (correlation "
@@ -122,7 +129,7 @@ class Calibration(float):
         if not rewards:
             raise RequestError("there are no prompts to calibrate on: give at least one")
         spread = _spread(of_prompts)
-        correlations, drifts = _prefixes([sample for own in samples for sample in own], spread)
+        correlations, drifts, rises = _prefixes([sample for own in samples for sample in own], spread)
 
         def at(level: float) -> float:
             with np.errstate(invalid="ignore"):
@@ -130,8 +137,9 @@ class Calibration(float):
             return -math.inf if math.isnan(value) else value  # between -inf and a number
 
         return cls(at(quantile), quantile=quantile, spread=spread, beta=BETA_OF_SPREAD * spread,
-                   correlations=correlations, drifts=drifts, quantiles={level: at(level) for level in LEVELS},
-                   mean=float(np.mean(rewards)), samples=len(rewards), prompts=len(of_prompts))
+                   correlations=correlations, drifts=drifts, rises=rises,
+                   quantiles={level: at(level) for level in LEVELS}, mean=float(np.mean(rewards)),
+                   samples=len(rewards), prompts=len(of_prompts))
 
     def save(self, path: str) -> None:
         """Writes it as JSON. OSError where that fails."""
@@ -157,7 +165,7 @@ class Calibration(float):
                        for name in ("reward_threshold", "quantile", "spread", "beta", "mean")}
             tables: dict[str, dict[Any, float]] = {
                 name: {kind(key): math.nan if item is None else _number(item) for key, item in record[name].items()}
-                for name, kind in (("correlations", int), ("drifts", int), ("quantiles", float))}
+                for name, kind in (("correlations", int), ("drifts", int), ("rises", int), ("quantiles", float))}
             return cls(numbers.pop("reward_threshold"), **numbers, **tables, samples=int(record["samples"]),
                        prompts=int(record["prompts"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -198,10 +206,12 @@ def _spread(of_prompts: Sequence[Sequence[float]]) -> float:
     return statistics.stdev(together) if len(together) > 1 else 0.0
 
 
-def _prefixes(samples: Sequence[PlainSample], spread: float) -> tuple[dict[int, float], dict[int, float]]:
-    """Correlation and drift at B, 2B, 4B, … tokens, over the samples that go on beyond."""
+def _prefixes(samples: Sequence[PlainSample],
+              spread: float) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
+    """Correlations, drifts and rises at B, 2B, 4B, … tokens, over the samples that go on beyond."""
     correlations: dict[int, float] = {}
     drifts: dict[int, float] = {}
+    rises: dict[int, float] = {}
     tokens = min((min(sample.prefixes) for sample in samples if sample.prefixes), default=0)
     while tokens:
         pairs = [(sample.prefixes[tokens], sample.reward) for sample in samples if tokens in sample.prefixes
@@ -213,8 +223,10 @@ def _prefixes(samples: Sequence[PlainSample], spread: float) -> tuple[dict[int, 
         correlations[tokens] = math.nan if constant else statistics.correlation(early, late)
         change = statistics.fmean(early) - statistics.fmean(late)
         drifts[tokens] = change / spread if spread else math.copysign(math.inf, change) if change else 0.0
+        up, down = sum(one < end for one, end in pairs), sum(one > end for one, end in pairs)
+        rises[tokens] = (up - down) / (up + down) if up + down >= LEAST_CHANGED else 0.0
         tokens *= 2
-    return correlations, drifts
+    return correlations, drifts, rises
 
 
 def _finite(value: float) -> float | None:

@@ -70,7 +70,7 @@ class EngineConfig:
 
     @property
     def num_slabs(self) -> int:
-        """Slabs of each model's cache: one a lane, and one for the best seen of each response."""
+        """Slabs of each model's cache: one a lane, and one for what each response keeps between rounds."""
         return self.max_num_lanes + self.max_num_seqs
 
     @property

@@ -1,51 +1,19 @@
-"""Judging: lanes are scored, in attempt order, and the rule of each group is asked what becomes of it."""
+"""Judging: the rule of each group is asked what becomes of it, in attempt order, as scores come in."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import TypeVar
 
-from stars.errors import RewardError, describe, log
-from stars.kernels.philox import (
-    KIND_GROUP,
-    KIND_RULE,
-    MAX_ATTEMPT,
-    accept_uniform,
-    exhaust_uniform,
-    rule_uniforms,
-)
-from stars.kernels.types import Draft
+from stars.decision_check import problem
+from stars.errors import describe, log
+from stars.exhaustions import BackUp, Refuse, Relax
+from stars.kernels.philox import KIND_GROUP, KIND_RULE, MAX_ATTEMPT, accept_uniform, exhaust_uniform, rule_uniforms
 from stars.plan import rule_name
-from stars.request import Extra, Group, Hypothesis, Lane, Request, Wait, Winner
-from stars.reward.base import (
-    Ahead,
-    Candidate,
-    ContextFull,
-    Later,
-    Reward,
-    Scored,
-    Trailing,
-    TrailingCandidate,
-    reward_problem,
-    settled,
-)
-from stars.rules import (
-    EARLIER,
-    OWN_RULES,
-    BackUp,
-    Decision,
-    Judged,
-    Refuse,
-    Relax,
-    State,
-    best,
-    decides,
-    problem,
-    whole,
-)
+from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
+from stars.reward.base import ContextFull, Scored, settled
+from stars.rules import EARLIER, OWN_RULES, Decision, Judged, State, best, decides, whole
+from stars.scores import Scores, late, usable
 from stars.waiting import Waiting
 
 Answers = Callable[[Sequence[Judged], State], Decision | None]
@@ -55,193 +23,10 @@ One = TypeVar("One", Judged, Lane)
 class Judge:
     """Decides groups: its results are decisions, and responses that end for want of a reward or by a rule's fault."""
 
-    def __init__(self, reward: Reward | None, vocab_size: int, ahead: bool, waiting: Waiting):
-        self._reward = reward
+    def __init__(self, scores: Scores, vocab_size: int, waiting: Waiting):
+        self._scores = scores
         self._waiting = waiting
         self._vocab_size = vocab_size
-        self._trailing: tuple[list[Lane], Trailing] | None = None  # what is scored after the draft, until it is read
-        self._looks_ahead = ahead  # whether the device works beside the host
-        # The next scoring pass, where it was prepared, and whether it was launched.
-        self._ahead: tuple[list[Lane], Ahead, bool] | None = None
-        self._idle = math.inf  # seconds that the host last waited for a pass during which it prepared none
-        self._preparing = 0.0  # seconds that it last took to prepare one
-
-    @property
-    def _scorer(self) -> Reward:
-        """The reward: whoever needs one was refused where there is none."""
-        assert self._reward is not None
-        return self._reward
-
-    def reset(self) -> None:
-        """After a round that was stopped in the middle, whose caches were emptied."""
-        self._trailing = self._ahead = None
-
-    # -- scores ---------------------------------------------------------------------------------------------------
-
-    def score_trailing(self, drawn: dict[Hypothesis, list[Lane]], draft: Draft) -> None:
-        """Prepares the first scoring pass after the draft, for `launch_trailing`: the device hands the tokens on, the
-        host reads them later."""
-        scored: dict[Hypothesis, list[tuple[int, Lane]]] = {}  # with their places in the draft
-        place = 0
-        for hypothesis, lanes in drawn.items():
-            request = hypothesis.request
-            if request.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
-                place += bool(lanes) and lanes[0].ranking is None
-                continue
-            if request.scores_segments and not request.stop:  # stop strings are found by the host
-                scored[hypothesis] = list(enumerate(lanes, place))
-            place += len(lanes)
-        batch, candidates = [], []
-        for hypothesis, own in scored.items():
-            room = hypothesis.next_segment
-            for place, lane in own[: max(1, self._scorer.lanes_per_pass(room, len(scored)))]:
-                batch.append(lane)
-                candidates.append(TrailingCandidate(hypothesis.session, hypothesis.token_ids, place, room))
-        trailing = self._scorer.score_trailing(draft, candidates) if candidates else None
-        if trailing is not None:
-            self._trailing = batch, trailing
-
-    def launch_trailing(self) -> None:
-        """Launches the pass that `score_trailing` prepared, if it did, behind the whole draft."""
-        if self._trailing is not None:
-            self._trailing[1].launch()
-
-    def score(self, hypotheses: Sequence[Hypothesis], candidates: list[Candidate]) -> list[Scored]:
-        """Scores candidates, and keeps the counts and the time of each one's hypothesis."""
-        begin = time.perf_counter()
-        results = self._scorer.score(candidates)
-        _count(hypotheses, results, time.perf_counter() - begin)
-        return results
-
-    def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Winner, Scored]]:
-        """Asks for the one reward that what ends a response gets.
-
-        Where segments are scored, what a rule cut or continued has no reward yet either.
-        """
-        ended = [winner for winner in winners if winner.finish_reason is not None and (
-            winner.hypothesis.request.plan.score.when == "end"
-            or winner.hypothesis.request.scores_segments and not winner.as_drawn)]
-        if not ended:
-            return []
-        candidates: list[Candidate] = []
-        for winner in ended:
-            candidates += self._candidates(winner.hypothesis, [winner], final=True)
-        results = self.score([winner.hypothesis for winner in ended], candidates)
-        for result in results:
-            if result.handle is not None:
-                self._scorer.discard(result.handle)
-        return list(zip(ended, results, strict=True))
-
-    def take_ended(self, scores: Sequence[tuple[Winner, Scored]]) -> list[tuple[Hypothesis, str]]:
-        """Gives what ends a response its reward, which is there; returns the responses that got none, and why."""
-        faults = []
-        for winner, result in scores:
-            if isinstance(reward := usable(result.reward), str):
-                faults.append((winner.hypothesis, reward))
-                continue
-            winner.reward = reward
-            if winner.as_drawn:
-                winner.lane.reward = reward
-        return faults
-
-    def _candidates(self, hypothesis: Hypothesis, extras: Sequence[Extra],
-                    final: bool = False) -> list[Candidate]:
-        """The response with each of `extras`."""
-        contents = hypothesis.contents(extras)
-        if not self._scorer.needs_text:
-            return [Candidate(hypothesis.session, ids, None, final) for ids in contents]
-        request = hypothesis.request
-        return [Candidate(hypothesis.session, ids, request.response_text(hypothesis, extra), final)
-                for ids, extra in zip(contents, extras, strict=True)]
-
-    def _next_lanes(self, unscored: dict[Hypothesis, list[Lane]]) -> dict[Hypothesis, list[Lane]]:
-        """The next lanes of each response, in attempt order, as many as are worth it at once."""
-        return {hypothesis: lanes[: max(1, self._scorer.lanes_per_pass(len(lanes[0].token_ids), len(unscored)))]
-                for hypothesis, lanes in unscored.items()}
-
-    def _next_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
-        """Scores the next lanes of each response."""
-        begin = time.perf_counter()
-        chosen = self._next_lanes(unscored)
-        batch = [lane for lanes in chosen.values() for lane in lanes]
-        hypotheses = [lane.hypothesis for lane in batch]
-        ahead, launched = self._take_ahead(batch)
-        candidates: list[Candidate] = []
-        if ahead is None:
-            for hypothesis, lanes in chosen.items():
-                candidates += self._candidates(hypothesis, lanes)
-            ahead = self._scorer.score_ahead(candidates) if self._looks_ahead else None
-        if ahead is None:
-            return _with_handles(batch, self.score(hypotheses, candidates))
-        if not launched:
-            ahead.launch()
-        self._look_ahead(unscored, batch)
-        results = self._wait(ahead.results)
-        scored = _with_handles(batch, results)
-        _count(hypotheses, results, time.perf_counter() - begin)
-        return scored
-
-    def _look_ahead(self, unscored: dict[Hypothesis, list[Lane]], batch: Sequence[Lane]) -> None:
-        """Prepares the pass that comes next if the one of `batch`, which the device is at, decides nothing.
-
-        The host has nothing else to do meanwhile, and the device nothing once that pass has ended. What is scored
-        whatever a rule says is launched at once, so that the device goes on without the host. What a rule that reads in
-        order may not want waits for its word, and where preparing takes the host longer than a pass takes the device,
-        it is not even prepared. Asking a rule and replaying a graph takes the host 0.1 ms by estimate, and a pass of an
-        8B model took an H100 7.2 ms: launched early, it would pay only where fewer than one in some seventy is in vain.
-        """
-        taken = set(batch)
-        left = {hypothesis: rest for hypothesis, lanes in unscored.items()
-                if (rest := [lane for lane in lanes if lane not in taken])}
-        wanted = not any([hypothesis.request.plan.decide.in_order for hypothesis in left])
-        if not self._looks_ahead or not left or (self._preparing > self._idle and not wanted):
-            return
-        begin = time.perf_counter()
-        chosen = self._next_lanes(left)
-        candidates: list[Candidate] = []
-        for hypothesis, lanes in chosen.items():
-            candidates += self._candidates(hypothesis, lanes)
-        ahead = self._scorer.score_ahead(candidates)
-        if ahead is not None:
-            self._ahead = [lane for lanes in chosen.values() for lane in lanes], ahead, wanted
-            self._preparing = time.perf_counter() - begin
-            if wanted:
-                ahead.launch()
-
-    def _wait(self, results: Callable[..., list[Scored]], *given: list[list[int]]) -> list[Scored]:
-        """Takes the results of a pass, and the time that it takes the device."""
-        begin = time.perf_counter()
-        scored = results(*given)
-        if self._ahead is None:
-            self._idle = time.perf_counter() - begin
-        return scored
-
-    def _take_ahead(self, batch: Sequence[Lane]) -> tuple[Ahead | None, bool]:
-        """What was prepared, and whether it was launched, if it scores `batch`, in its order; otherwise it is dropped.
-        """
-        if self._ahead is None:
-            return None, False
-        prepared, ahead, launched = self._ahead
-        self._ahead = None
-        if prepared == batch:
-            return ahead, launched
-        ahead.drop()
-        return None, False
-
-    def _trailing_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
-        """The lanes that were scored without the host, with their scores."""
-        if self._trailing is None:
-            return []
-        begin = time.perf_counter()
-        batch, trailing = self._trailing
-        self._look_ahead(unscored, batch)
-        results = self._wait(trailing.results, [lane.hypothesis.content_ids(lane) for lane in batch])
-        self._trailing = None
-        scored = _with_handles(batch, results)
-        _count([lane.hypothesis for lane in batch], results, time.perf_counter() - begin)
-        return scored
-
-    # -- decisions ------------------------------------------------------------------------------------------------
 
     def decide(self, groups: Sequence[Group], drawn: dict[Hypothesis, list[Lane]],
                answered: Sequence[Wait] = ()) -> tuple[dict[Group, Decision], list[Hypothesis]]:
@@ -273,7 +58,7 @@ class Judge:
             elif members:
                 self._ask(group, decisions)
         # Rewards come in attempt order, a few lanes at a time: what follows an accepted lane need not be scored.
-        found = self._trailing_pass(unscored)
+        found = self._scores.trailing_pass(unscored)
         for group, answers in resumed.items():
             found += answers
             waiting.append(group)
@@ -281,7 +66,7 @@ class Judge:
                 unscored[hypothesis] = [lane for lane in hypothesis.attempts if lane.judged is None]
         while unscored:
             of_group: dict[Group, list[tuple[Lane, Scored]]] = {group: [] for group in waiting}
-            for lane, result in found or self._next_pass(unscored):
+            for lane, result in found or self._scores.next_pass(unscored):
                 hypothesis = lane.hypothesis
                 if hypothesis in unscored:  # else it was scored while it drew tokens of no logits
                     del unscored[hypothesis][0]
@@ -297,7 +82,7 @@ class Judge:
                         and hypothesis.group not in decisions}
             waiting = list(dict.fromkeys([hypothesis.group for hypothesis in unscored]))
             found = []
-        self._take_ahead([])
+        self._scores.drop_ahead()
         for group in groups:
             members = unfinished(group)
             if group in decisions or not members or self._waiting.waits and group.waits:
@@ -308,12 +93,23 @@ class Judge:
                 group.round += 1
         return decisions, backed_up
 
+    def take_ended(self, scores: Sequence[tuple[Winner, Scored]]) -> list[tuple[Hypothesis, str]]:
+        """Gives what ends a response its reward, which is there; returns the responses that got none, and why."""
+        faults = []
+        for winner, result in scores:
+            if isinstance(reward := usable(result.reward), str):
+                faults.append((winner.hypothesis, reward))
+                continue
+            winner.reward = reward
+            if winner.as_drawn:
+                winner.lane.reward = reward
+        return faults
+
     def decide_whole(self, group: Group) -> Decision | None:
         """Which of the whole responses of a group are kept: each is one attempt at the one segment there is. None where
         nothing is decided yet, by a rule that reads in order, and where the rule or a reward is at fault."""
-        request, rule = group.request, group.request.plan.decide
-        judged, state = shown(group, not (request.in_turn and getattr(rule, "skips_rejected", False)))
-        decision = self._answer(group, judged, state, rule) if judged else None
+        judged, state = _shown_anew(group)
+        decision = self._answer(group, judged, state, group.request.plan.decide) if judged else None
         if group.failed:
             return None
         if self._settles_whole(group, decision):
@@ -324,7 +120,7 @@ class Judge:
         stopped = group.hypotheses[len(ended)]
         if stopped.finish_reason is not None:  # without a reward, and it is its turn
             stopped.finish("error", error=stopped.error)
-            request.fail(str(stopped.error))
+            group.request.fail(str(stopped.error))
         return None
 
     def _settles_whole(self, group: Group, decision: Decision | None) -> bool:
@@ -338,9 +134,9 @@ class Judge:
     def _exhaust_whole(self, group: Group) -> Decision | None:
         """What the plan keeps of whole responses of which the rule keeps none; None where it refuses all of them, or
         the rule is at fault."""
-        request, rule = group.request, group.request.plan.decide
+        request = group.request
         for group.relaxed in range(1, 1 + _relaxations(request)):
-            decision = self._answer(group, *shown(group), rule)
+            decision = self._answer(group, *shown(group), request.plan.decide)
             if group.failed or self._settles_whole(group, decision):
                 return decision
         if isinstance(request.exhaust[-1], Refuse):
@@ -424,10 +220,7 @@ class Judge:
 
     def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
-        # The threshold's verdict on an attempt is final: to show it again would make many attempts quadratic.
-        rule = group.request.plan.decide
-        final = not group.relaxed and getattr(rule, "skips_rejected", False)
-        decision = self._answer(group, *shown(group, not final), rule)
+        decision = self._answer(group, *_shown_anew(group), group.request.plan.decide)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
@@ -497,23 +290,6 @@ def _exhaust_uniform(hypothesis: Hypothesis, attempt: int) -> float:
     return exhaust_uniform(hypothesis.request.seed, hypothesis.skipped + attempt, segment, hypothesis.sample)
 
 
-def late(scored: Scored) -> bool:
-    """Whether a reward is still to come."""
-    return isinstance(scored.reward, Future) and not scored.reward.done()
-
-
-def usable(reward: float | RewardError | Later) -> float | str:
-    """A reward that is there, or why it cannot be used."""
-    if type(reward) is float and reward < math.inf:  # no NaN either
-        return reward
-    reward = settled(reward)
-    fault = reward_problem(reward)
-    if fault is not None:
-        return fault
-    assert not isinstance(reward, RewardError)
-    return reward
-
-
 def may_judge(lane: Lane) -> None:
     """From now on the rule is shown this lane."""
     hypothesis = lane.hypothesis
@@ -555,6 +331,12 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
                          _group_uniforms(group, number, segment), group.memory, group.relaxed * request.relaxed_by)
 
 
+def _shown_anew(group: Group) -> tuple[list[Judged], State]:
+    """What a rule is shown that may have been asked before: a verdict that is final need not be given again, or many
+    attempts would take quadratic time. A relaxed rule sees everything once more."""
+    return shown(group, bool(group.relaxed) or not getattr(group.request.plan.decide, "skips_rejected", False))
+
+
 def _group_uniforms(group: Group, number: int, segment: int) -> tuple[float, ...]:
     """As many random numbers of a group's round as its rule declares. number: of the round, from 1."""
     request = group.request
@@ -581,19 +363,3 @@ def _uniforms(hypothesis: Hypothesis, attempt: int) -> tuple[float, ...]:
     if count == 1:
         return (first,)
     return first, *rule_uniforms(request.seed, KIND_RULE, attempt, segment, hypothesis.sample, count - 1)
-
-
-def _with_handles(batch: Sequence[Lane], results: Sequence[Scored]) -> list[tuple[Lane, Scored]]:
-    """Lanes with their scores; each keeps what the reward keeps of it."""
-    for lane, result in zip(batch, results, strict=True):
-        lane.score_handle = result.handle
-    return list(zip(batch, results, strict=True))
-
-
-def _count(hypotheses: Sequence[Hypothesis], results: Sequence[Scored], seconds: float) -> None:
-    """Adds scores that took `seconds` to the metrics of each candidate's response."""
-    for hypothesis, result in zip(hypotheses, results, strict=True):
-        metrics = hypothesis.metrics
-        metrics.rm_seconds += seconds / len(results)
-        metrics.rm_tokens_scored += result.tokens_run
-        metrics.rm_tokens_full_rescore += result.tokens_full

@@ -6,20 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
-from stars.arguments import flag, integer, real, shown
+from stars.arguments import choice, flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.rules import (
-    OWN_RULES,
-    Always,
-    BackUp,
-    BestSeen,
-    Exhaustion,
-    Rule,
-    Softmax,
-    Threshold,
-    exhaustion,
-    steps,
-)
+from stars.exhaustions import BackUp, BestSeen, Exhaustion, Softmax, exhaustion, steps
+from stars.rules import OWN_RULES, Always, Rule, Threshold
 
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
@@ -116,6 +106,11 @@ class Lanes:
     population: int = 1
     barrier: bool = False
 
+    @property
+    def by_segment(self) -> tuple[int, ...]:
+        """Attempts at the first, second, … segment; the last number is that of all segments after."""
+        return self.attempts if isinstance(self.attempts, tuple) else (self.attempts,)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -134,7 +129,7 @@ class Plan(NamedTuple):
     lanes: Lanes
     score: Score
     decide: Rule
-    exhaust: Exhaustion | str = BestSeen()  # what is done when the rule decides nothing; a name as in rules.EXHAUSTIONS
+    exhaust: Exhaustion | str = BestSeen()  # what is done when the rule decides nothing; a name as in EXHAUSTIONS
 
     @property
     def whole(self) -> bool:
@@ -186,6 +181,7 @@ def plan_of(policy: Any) -> Plan:
 
 
 def _checked(plan: Plan, where: str) -> Plan:
+    """Each choice by itself, then how they go together."""
     propose = plan.propose
     if isinstance(propose, Enumerate):
         propose = Enumerate(integer(f"{where}.propose.k", propose.k, 1, MAX_RANKS))
@@ -207,27 +203,36 @@ def _checked(plan: Plan, where: str) -> Plan:
                   _attempts(f"{where}.lanes.attempts", lanes.attempts),
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE),
                   flag(f"{where}.lanes.barrier", lanes.barrier))
-    _named(f"{where}.score.when", score.when, ("segment", "end", "never"))
+    choice(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
-    exhaust = exhaustion_of(f"{where}.exhaust", plan.exhaust)
+    exhaust = checked_exhaustion(f"{where}.exhaust", plan.exhaust)
+    rule = _checked_rule(f"{where}.decide", plan.decide)
+    checked = Plan(propose, segment, lanes, score, rule, exhaust)
+    _check_together(checked, exhaust, where)
+    return checked
+
+
+def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:
+    propose, segment, lanes, score, rule, _ = plan
+    most = max(lanes.by_segment)
     if score.prompt and score.when == "never":
         raise RequestError(f'{where} asks for the reward of the prompt and has score.when="never": score the responses '
                            "too, or set score.prompt to False")
-    if isinstance(segment, Whole) and (lanes.attempts != 1 or score.when == "segment"):
+    if plan.whole and (lanes.attempts != 1 or score.when == "segment"):
         raise RequestError(f"{where} has whole responses, each of which is one attempt, scored at its end at most: set "
                            'lanes.attempts to 1 and score.when to "end" or "never", and ask for a population')
     if isinstance(propose, Enumerate):
         if segment != Fixed(1):
             raise RequestError(f"{where} enumerates single tokens and has segments of {shown(segment)}: set segment to "
                                "Fixed(1)")
-        if max(attempts if isinstance(attempts := lanes.attempts, tuple) else (attempts,)) > propose.k:
-            raise RequestError(f"{where} has {attempts} attempts of {propose.k} tokens that are enumerated: set "
+        if most > propose.k:
+            raise RequestError(f"{where} has {most} attempts of {propose.k} tokens that are enumerated: set "
                                "lanes.attempts to at most that")
-    rule = _checked_rule(f"{where}.decide", plan.decide)
-    needed = ("end",) if isinstance(segment, Whole) else ("segment",)
-    if isinstance(rule, READS_REWARDS) and score.when not in needed:
-        raise RequestError(f"{where} decides by rewards and has score.when={score.when!r}, which gives none in time: "
-                           'score every segment ("segment"), or whole responses at their end ("end")')
+    in_time = score.when == ("end" if plan.whole else "segment")
+    too_late = (f"by rewards and has score.when={score.when!r}, which gives none in time: score every segment "
+                '("segment"), or whole responses at their end ("end")')
+    if isinstance(rule, READS_REWARDS) and not in_time:
+        raise RequestError(f"{where} decides {too_late}")
     if isinstance(rule, Threshold) and rule.alpha != 1.0 and not score.prompt:
         raise RequestError(f"{where} has a threshold that starts from the prompt's reward and does not ask for that: "
                            "set score.prompt to True, or alpha to 1")
@@ -235,21 +240,18 @@ def _checked(plan: Plan, where: str) -> Plan:
         raise RequestError(f"{where} has a threshold that does not test the last attempt, and a population of "
                            f"{lanes.population}: set lanes.population to 1, or tests_last to True")
     for step in steps(exhaust):
-        if isinstance(step, Softmax) and score.when not in needed:
-            raise RequestError(f"{where}.exhaust draws by rewards and has score.when={score.when!r}, which gives none "
-                               'in time: score every segment ("segment"), or whole responses at their end ("end")')
-        if isinstance(step, BackUp) and (lanes.population > 1 or isinstance(segment, Whole)):
+        if isinstance(step, Softmax) and not in_time:
+            raise RequestError(f"{where}.exhaust draws {too_late}")
+        if isinstance(step, BackUp) and (lanes.population > 1 or plan.whole):
             raise RequestError(f"{where}.exhaust takes segments back, which whole responses and a population have not: "
                                "use another exhaustion, or one hypothesis with segments")
-        most = max(lanes.attempts) if isinstance(lanes.attempts, tuple) else lanes.attempts
         if isinstance(step, BackUp) and most * (step.times + 1) > MAX_ATTEMPTS:
             raise RequestError(f"{where} draws a segment of {most} attempts up to {step.times + 1} times, "
                                f"and random numbers are enough for {MAX_ATTEMPTS}: lower one of the two")
-    return Plan(propose, segment, lanes, score, rule, exhaust)
 
 
-def exhaustion_of(where: str, given: Any) -> Exhaustion:
-    """`stars.rules.exhaustion(given)`; RequestError names `where` it was given."""
+def checked_exhaustion(where: str, given: Any) -> Exhaustion:
+    """`stars.exhaustions.exhaustion(given)`; RequestError names `where` it was given."""
     try:
         return exhaustion(given)
     except ValueError as error:
@@ -297,8 +299,3 @@ def _one_of(where: str, value: Any, kind: type[Choice]) -> Choice:
     if isinstance(value, kind):
         return value
     raise RequestError(f"{where} is {shown(value)}, it must be a stars.plan.{kind.__name__}")
-
-
-def _named(where: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise RequestError(f"{where} is {shown(value)}, it must be one of {', '.join(choices)}")

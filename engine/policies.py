@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from stars.arguments import flag, integer, known_by_name, real, shown
+from stars.arguments import choice, flag, integer, known_by_name, real
 from stars.calibration import threshold_and_beta
 from stars.errors import RequestError
 from stars.plan import (
@@ -29,7 +29,7 @@ from stars.plan import (
     Sampled,
     Score,
     Whole,
-    exhaustion_of,
+    checked_exhaustion,
 )
 from stars.rules import (
     Always,
@@ -55,9 +55,9 @@ class STARS:
     A segment of `segment_size` tokens is accepted iff log u < (r - tau(n)) / beta with u ~ U(0, 1). Here
     tau(n) = min(t, r0 + n / N * (t - r0)) and r0 = (1 - alpha) * r(prompt) + alpha * t, with t = reward_threshold,
     n = response tokens including the candidate, N = max_tokens. After `max_attempts` rejections `exhaust` says what is
-    done, by a name or an object of `stars.rules`: unless told otherwise, the best reward seen wins. `beta = 0` is the
-    hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the width
-    changes the speed and never the law; None lets the engine choose it.
+    done, by a name or an object of `stars.exhaustions`: unless told otherwise, the best reward seen wins. `beta = 0` is
+    the hard rule r >= tau. `width` candidates are drawn at once and the first accepted in attempt order wins, so the
+    width changes the speed and never the law; None lets the engine choose it.
 
     `barrier=True` is the synchronous batch protocol of the paper's second version: each response draws one candidate a
     round, and one whose segment is decided waits until those of all others that decode so are. The law, and each text,
@@ -66,6 +66,11 @@ class STARS:
     `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default. beta
     is in the reward's own units, too: "auto" takes the one that the calibration suggests, a tenth of the spread of the
     rewards of one prompt's samples.
+
+    Exact: without the cap a segment has the law p(s) * min(1, exp((r - tau) / beta)), normalised, at any width. The cap
+    is an approximation, and segments one after the other do not sample p(y) * exp(r(y) / beta) of whole responses, for
+    want of a normaliser of each prefix. The form of tau is read from CARDS' code, whose parameters the paper takes
+    over; its own code could not be read.
     """
 
     segment_size: int = 16
@@ -111,7 +116,9 @@ class CARDS:
     max_tokens, where theirs runs over; the temperature and filters of the draw are those of the SamplingParams, where
     theirs has the temperature equal to beta and top_k 40 (`SamplingParams(temperature=0.7, top_k=40)` is its default);
     log u is compared, where exp(...) may overflow; penalties, which it has not, count for H. Several candidates may be
-    drawn at once (`width`), which changes the speed and never the law.
+    drawn at once (`width`), which changes the speed and never the law. A relaxed threshold tests the last one too.
+
+    Exact and approximate are what they are for STARS: a segment, without the cap, and not the whole response.
 
     `reward_threshold` belongs to the reward model at hand (`Engine.calibrate` measures it): there is no default.
     """
@@ -148,7 +155,8 @@ class CARDS:
 @known_by_name({})
 @dataclass(frozen=True)
 class Sample:
-    """Plain sampling from the language model; `score=True` adds one reward of the finished response."""
+    """Plain sampling from the language model, exactly as the sampling parameters say; `score=True` adds one reward of
+    the finished response."""
 
     score: bool = False
 
@@ -168,9 +176,10 @@ class RejectionSampling:
 
     A response is accepted iff log u < (r - reward_threshold) / beta with u ~ U(0, 1); `beta = 0` is the hard rule
     r >= reward_threshold. The first accepted in the order of attempts wins, and after `max_attempts` rejections what
-    `exhaust` says. Without the cap a response has the law p(y) * min(1, exp((r(y) - reward_threshold) / beta)),
-    normalised, exactly. Where no response exceeds the threshold that is the sequence-level target p(y) * exp(r(y) /
-    beta); the cap is an approximation, and a threshold that is exceeded flattens the top.
+    `exhaust` says (the code of CARDS draws one more, which it does not test). Without the cap a response has the law
+    p(y) * min(1, exp((r(y) - reward_threshold) / beta)), normalised, exactly. Where no response exceeds the threshold
+    that is the sequence-level target p(y) * exp(r(y) / beta); the cap is an approximation, and a threshold that is
+    exceeded flattens the top.
 
     At most `width` responses are under way beyond what is decided; None lets the engine choose. The width changes the
     speed and never the law.
@@ -229,7 +238,10 @@ class BlockwiseBestOfK:
 
     `k` may be a sequence: that many candidates of the first, second, … segment, and its last number from then on. A
     falling one is AdaSearch (arXiv 2510.23334): at a fixed budget of candidates most are drawn where a response begins.
-    How they fall is for the caller to say, such as k=(16, 8, 4, 2).
+    How they fall is for the caller to say, such as k=(16, 8, 4, 2). The papers call the numbers K and n_k.
+
+    Exact: the reward of a kept segment has the distribution function F(x)^k, with F that of one draw. With regard to
+    p(y) * exp(r(y) / beta) it is a search.
     """
 
     k: int | Sequence[int] = 8
@@ -348,8 +360,8 @@ class ARGS:
 
     The `topk` most probable next tokens are enumerated, and each is scored by logit + weight * r, r the reward of the
     response with that token. "greedy" takes the highest score, the more probable token of equals; "stochastic" draws
-    from softmax(score / temperature). Both are exact. Names and defaults are those of the authors' page and code, whose
-    code calls the second mode "topk".
+    from softmax(score / temperature). Both are exact. Names and defaults are those of the authors' page and code, which
+    calls the second method "topk".
 
     What differs from their code. EOS is a candidate like any other, ends the response where it is chosen, and the
     reward reads the response without it (their code reads it as a token, and goes on after it). The reward need not
@@ -360,17 +372,17 @@ class ARGS:
 
     topk: int = 10
     weight: float = 1.0
-    mode: Literal["greedy", "stochastic"] = "greedy"
+    method: Literal["greedy", "stochastic"] = "greedy"
     temperature: float = 0.7
 
     def __post_init__(self) -> None:
         _keep(self, topk=_size(self, "topk", MAX_RANKS), weight=_finite(self, "weight"),
-              mode=_choice(self, "mode", ("greedy", "stochastic")),
+              method=_choice(self, "method", ("greedy", "stochastic")),
               temperature=_temperature(self, "temperature"))
 
     def plan(self) -> Plan:
         """All of the topk attempts in one round if there is room, the highest score or a draw by it."""
-        return _guided(self.topk, RewardGuided(self.weight, self.temperature if self.mode == "stochastic" else 0.0))
+        return _guided(self.topk, RewardGuided(self.weight, self.temperature if self.method == "stochastic" else 0.0))
 
 
 @known_by_name({})
@@ -459,15 +471,12 @@ def _size(policy: Any, name: str, maximum: int = MAX_SIZE) -> int:
 
 
 def _choice(policy: Any, name: str, choices: tuple[str, ...]) -> str:
-    given = getattr(policy, name)
-    if not isinstance(given, str) or given not in choices:
-        raise RequestError(f"{type(policy).__name__}.{name} is {shown(given)}, it must be one of {', '.join(choices)}")
-    return given
+    return choice(f"{type(policy).__name__}.{name}", getattr(policy, name), choices)
 
 
 def _exhaust(policy: Any) -> Any:
     """Its field `exhaust`, a name or an object, checked."""
-    exhaustion_of(f"{type(policy).__name__}.exhaust", policy.exhaust)
+    checked_exhaustion(f"{type(policy).__name__}.exhaust", policy.exhaust)
     return policy.exhaust
 
 

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stars.cache import BlockTable
+from stars.exhaustions import BackUp, BestSeen, Pick, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.plan import Plan, Policy
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
-from stars.rules import BackUp, BestSeen, Judged, Note, Pick, Relax, exhaustion, steps
+from stars.rules import Judged, Note
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
@@ -151,8 +152,7 @@ class Hypothesis:
     drafts: int = 0  # committed: the number of the next one in the random stream
     ends: list[int] = field(default_factory=list)  # tokens of the response after each pass that wrote committed keys
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
-    drained: bool = False  # whether the segment being decided has no further attempt to draw, whatever the plan says
-    best: Lane | None = None  # of the segment being decided, what its exhaustion would keep; keeps its slabs
+    preferred: Lane | None = None  # of the segment being decided, what its exhaustion would keep; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
     cumulative_logprob: float = 0.0
     reward: float | None = None  # of all that is committed; None where it was not asked for
@@ -203,10 +203,10 @@ class Hypothesis:
     @property
     def attempts_left(self) -> int:
         """Attempts that may still be drawn at the segment being decided, or taken of what was enumerated for it."""
-        most = self.most_attempts
-        if self.attempts and self.attempts[0].ranking is not None:
-            most = min(most, len(self.attempts[0].ranking.token_ids))
-        return 0 if self.drained else most - len(self.attempts)
+        most, ranking = self.most_attempts, self.ranking
+        if ranking is not None:
+            most = min(most, len(ranking.token_ids))
+        return most - len(self.attempts)
 
     @property
     def skipped(self) -> int:
@@ -230,7 +230,6 @@ class Hypothesis:
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
-        self.drained = False
         lists = self.token_ids, self.segments, self.ends, self.logprobs
         self.boundary = Boundary(lists, len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
                                  len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
@@ -289,7 +288,7 @@ class Hypothesis:
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.session = self.best = self.prefill = self.wait = None
+        self.table = self.session = self.preferred = self.prefill = self.wait = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -555,11 +554,10 @@ class Request:
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
         self.stop: Sequence[str] = params.stop or ()
-        attempts = plan.lanes.attempts
         self.ranks = plan.ranks  # next tokens that are enumerated; 0: attempts are drawn
         # Of each segment, the last number from then on. At temperature 0 all attempts that are drawn are equal: one is.
         one = params.temperature == 0 and not self.ranks
-        self.attempts = (1,) if one else attempts if isinstance(attempts, tuple) else (attempts,)
+        self.attempts = (1,) if one else plan.lanes.by_segment
         self.whole, self.in_turn = plan.whole, plan.in_turn
         self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
         last = self.exhaust[-1]
@@ -618,7 +616,7 @@ class Request:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
         only = group.hypotheses[0]
         if len(group.hypotheses) == 1 and not group.unsettled and (
-                only.segments or not self.plan.whole or only.finish_reason == "refused"):
+                only.segments or not self.whole or only.finish_reason == "refused"):
             text = self.response_text(only)
             if text is not None and only.finish_reason is None:
                 text = self._settled(text)
@@ -645,6 +643,9 @@ class Extra(Protocol):
 
     @property
     def token_ids(self) -> list[int]: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
 
     @property
     def stop_reason(self) -> int | str | None: ...

@@ -10,12 +10,13 @@ from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.errors import IntegrityError, RewardError, describe, log
-from stars.judge import Judge, late, preferred, usable
+from stars.judge import Judge, preferred
 from stars.passes import Passes
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import Candidate, Later, Reward, Scored
 from stars.rules import Decision
+from stars.scores import Scores, late, usable
 from stars.waiting import Waiting
 from stars.width import WidthChooser
 
@@ -24,7 +25,7 @@ class Round:
     """Advances groups by one round each.
 
     Every lane belongs to one hypothesis. At the end of a round a lane's slabs have been committed, returned, or are
-    kept by `hypothesis.best`, the best seen of a segment that goes on, or by `hypothesis.wait` until rewards are there.
+    kept by `hypothesis.preferred`, of a segment that goes on, or by `hypothesis.wait` until rewards are there.
     """
 
     def __init__(self, drafter: Drafter, cache: PagedCache, passes: Passes, reward: Reward | None,
@@ -32,7 +33,8 @@ class Round:
         self.drafter = drafter
         self.proposer = Proposer(drafter, cache, chooser, config)
         self._waiting = Waiting()
-        self._judge = Judge(reward, drafter.decoder.config.vocab_size, config.target.trailing, self._waiting)
+        self._scores = Scores(reward, config.target.trailing)
+        self._judge = Judge(self._scores, drafter.decoder.config.vocab_size, self._waiting)
         self._committer = Committer(cache, passes, reward, config.deterministic)
         self._cache = cache
         self._reward = reward
@@ -53,10 +55,10 @@ class Round:
         answered = self._waiting.take(groups) if self._waiting.waits else []
         drawn = self.proposer.launch(drawing)
         if self._trails and drawn:  # the device drafts while the host prepares what follows
-            self._judge.score_trailing(drawn, self.drafter.device_draft)
+            self._scores.score_trailing(drawn, self.drafter.device_draft)
         if drawn:
             self.drafter.pace()
-        self._judge.launch_trailing()
+        self._scores.launch_trailing()
         self.proposer.collect(drawn)
         undecided, scored, ended = groups, [], []
         if answered:
@@ -77,7 +79,7 @@ class Round:
             if hypothesis.wait is not None:
                 continue
             if hypothesis.attempts:  # the segment goes on
-                self._keep_best(hypothesis, lanes)
+                self._keep_preferred(hypothesis, lanes)
             else:
                 self._give_back(hypothesis, lanes)
         changed = {*decisions, *(wait.group for wait in ended)} if ended else decisions
@@ -107,12 +109,12 @@ class Round:
         members = [hypothesis for group in groups for hypothesis in group.hypotheses]
         waits = dict.fromkeys([one.wait for one in members if one.wait is not None])
         kept = [lane for wait in waits for lanes in wait.drawn.values() for lane in lanes]
-        kept += [one.best for one in members if one.best is not None]
+        kept += [one.preferred for one in members if one.preferred is not None]
         return len({lane.slab for lane in kept if lane.slab is not None})
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
-        self._judge.reset()
+        self._scores.reset()
         self._waiting.reset()
 
     def fail(self, request: Request, message: str) -> None:
@@ -158,7 +160,7 @@ class Round:
             return
         holders = [next(h for h in request.hypotheses if h.session is not None and h.prefill is None)
                    for request in asked]
-        results = self._judge.score(holders, [Candidate(holder.session, [], "") for holder in holders])
+        results = self._scores.score(holders, [Candidate(holder.session, [], "") for holder in holders])
         for request, result in zip(asked, results, strict=True):
             if result.handle is not None:
                 self._scorer.discard(result.handle)
@@ -192,7 +194,7 @@ class Round:
         for hypothesis in dropped:
             self._drop(hypothesis, drawn)
         self._committer.discard_others(winners)
-        scores = self._judge.score_ended(winners)
+        scores = self._scores.score_ended(winners)
         if scores and any([late(result) for _, result in scores]):
             winners, twins, scores = self._hold_ends(winners, twins, scores, drawn)
         for wait in ended:
@@ -271,20 +273,20 @@ class Round:
         self._give_back(hypothesis, drawn.get(hypothesis, []))
         self.close(hypothesis)
 
-    def _keep_best(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
-        """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs: the best seen, unless
-        the plan says otherwise. The others give theirs back."""
-        held = [*([hypothesis.best] if hypothesis.best is not None else []), *lanes]
-        hypothesis.best = preferred(hypothesis, held)
+    def _keep_preferred(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
+        """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs; the others give theirs
+        back."""
+        held = [*([hypothesis.preferred] if hypothesis.preferred is not None else []), *lanes]
+        hypothesis.preferred = preferred(hypothesis, held)
         for lane in held:
-            if lane is not hypothesis.best:
+            if lane is not hypothesis.preferred:
                 self._release(lane)
 
     def _give_back(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
-        """Releases lanes of a hypothesis, and its best seen."""
-        if hypothesis.best is not None:
-            self._release(hypothesis.best)
-            hypothesis.best = None
+        """Releases lanes of a hypothesis, and the one that it has kept."""
+        if hypothesis.preferred is not None:
+            self._release(hypothesis.preferred)
+            hypothesis.preferred = None
         for lane in lanes:
             self._release(lane)
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -100,7 +99,8 @@ class Rule(Protocol):
     more than one is left: every one judged is EARLIER, or a whole response. Without it the highest reward wins.
 
     None: nothing is decided. The loop scores what is unscored, else draws another round, and when nothing is left
-    applies the plan's exhaustion. A kept attempt that its note does not call accepted counts as a fallback.
+    applies the plan's exhaustion (`stars.exhaustions`). A kept attempt that its note does not call accepted counts as a
+    fallback.
     """
 
     @property
@@ -416,7 +416,7 @@ def _others(state: State, winner: Judged) -> list[int]:
 
 OWN_RULES = frozenset({
     Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample, RewardGuided})
-"""Rules whose decisions always satisfy `problem`, as a test shows: those of others are checked each time."""
+"""Rules whose decisions can always be done, as a test shows: those of others are checked each time."""
 
 
 def whole(one: Judged) -> Keep:
@@ -431,235 +431,11 @@ def scored(one: Judged) -> float:
     return one.reward
 
 
-# -- what the loop applies where a rule decides nothing -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BestSeen:
-    """The attempt of the highest reward, the earliest of equals; without rewards the first."""
-
-    draws: ClassVar[bool] = False  # whether `key` reads its random number
-
-    def key(self, attempt: int, reward: float | None, uniform: float) -> float:
-        """Of a hypothesis' attempts the one of the highest key is kept, the earliest of equals."""
-        return -math.inf if reward is None else reward
-
-
-@dataclass(frozen=True)
-class First:
-    """The first attempt, whatever its reward."""
-
-    draws: ClassVar[bool] = False
-
-    def key(self, attempt: int, reward: float | None, uniform: float) -> float:
-        """As `BestSeen.key`."""
-        return -attempt
-
-
-@dataclass(frozen=True)
-class Last:
-    """The last attempt, whatever its reward."""
-
-    draws: ClassVar[bool] = False
-
-    def key(self, attempt: int, reward: float | None, uniform: float) -> float:
-        """As `BestSeen.key`."""
-        return attempt
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """Attempt i with probability exp(r_i / temperature) / sum over the attempts j seen of exp(r_j / temperature).
-
-    A reward of -inf is never kept, unless all are: then the first is. Drawn as the argmax of r_i + temperature * g_i,
-    with standard Gumbel noise g_i.
-    """
-
-    temperature: float = 1.0
-    draws: ClassVar[bool] = True
-
-    def key(self, attempt: int, reward: float | None, uniform: float) -> float:
-        """As `BestSeen.key`; uniform: the attempt's own, in (0, 1)."""
-        if reward is None or reward == -math.inf:
-            return -math.inf
-        return reward - self.temperature * math.log(-math.log(uniform))
-
-
-@dataclass(frozen=True)
-class Refuse:
-    """Nothing: the response ends with finish_reason "refused" and what was committed before."""
-
-
-@dataclass(frozen=True)
-class Relax:
-    """The rule is asked again about all attempts seen, with `State.relaxed` = 1, 2, … `times`; nothing is drawn.
-
-    A threshold is lowered by `relaxed * by`, and tests every attempt with the random number that it had. Where nothing
-    is accepted after `times`, `then` applies.
-    """
-
-    by: float
-    times: int = 1
-    then: Any = BestSeen()
-
-
-@dataclass(frozen=True)
-class BackUp:
-    """The newest committed segment is taken back and drawn anew, at most `times` in a response; no random number of it
-    comes again. In the first segment, or where none is left, `then` applies."""
-
-    times: int = 1
-    then: Any = BestSeen()
-
-
-Pick = BestSeen | First | Last | Softmax
-Exhaustion = Pick | Relax | BackUp | Refuse
-EXHAUSTIONS: Mapping[str, Callable[..., Exhaustion]] = MappingProxyType({
-    "best_seen": BestSeen, "first": First, "last": Last, "softmax": Softmax, "relax": Relax, "back_up": BackUp,
-    "refuse": Refuse})
-"""Exhaustions by the names that stand for them; "relax:0.5", "softmax:0.7" and "back_up:2" give the first argument."""
-MAX_RELAXED = 1 << 10  # times that a rule is asked again
-MAX_BACKED_UP = 1 << 20  # segments that a response takes back: it has no more
-
-
-def exhaustion(given: Any) -> Exhaustion:
-    """An exhaustion by its name, or as it is, with numbers of Python's own; ValueError says what it must be."""
-    made = _by_name(given) if isinstance(given, str) else given
-    if isinstance(made, Softmax):
-        return Softmax(_above_zero("temperature", made.temperature))
-    if isinstance(made, (Relax, BackUp)):
-        then = exhaustion(made.then)
-        if type(made) in [type(step) for step in steps(then)]:
-            raise ValueError(f"it must hold {type(made).__name__} once: give what it has as `then` another end")
-        if isinstance(made, Relax):
-            return Relax(_above_zero("by", made.by), _times(made.times, MAX_RELAXED), then)
-        return BackUp(_times(made.times, MAX_BACKED_UP), then)
-    if isinstance(made, (BestSeen, First, Last, Refuse)):
-        return made
-    raise ValueError(f"it must be one of {', '.join(EXHAUSTIONS)}, or an object such as "
-                     "stars.rules.Softmax(temperature=0.5)")
-
-
-def steps(choice: Exhaustion) -> tuple[Exhaustion, ...]:
-    """What is tried, one after the other: `choice`, what it has as `then`, and so on."""
-    return choice, *(steps(choice.then) if isinstance(choice, (Relax, BackUp)) else ())
-
-
-def _by_name(given: str) -> Any:
-    name, colon, argument = given.partition(":")
-    if name == "relax" and not colon:
-        raise ValueError('it must say by how much, as "relax:0.5" does')
-    if not colon:
-        return EXHAUSTIONS[name]() if name in EXHAUSTIONS else None
-    try:
-        if name == "back_up":
-            return BackUp(int(argument))
-        return {"softmax": Softmax, "relax": Relax}[name](float(argument))
-    except ValueError:
-        raise ValueError("it must have a number after the colon") from None
-    except KeyError:
-        return None
-
-
-def _above_zero(name: str, value: Any) -> float:
-    try:
-        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except (OverflowError, ValueError):
-        number = math.nan
-    if not 0.0 < number < math.inf:
-        raise ValueError(f"its {name} must be a finite number above 0")
-    return number
-
-
-def _times(value: Any, most: int) -> int:
-    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else 0
-    if not 1 <= number <= most:
-        raise ValueError(f"its times must be an integer from 1 to {most}")
-    return number
-
-
 def best(judged: Sequence[Judged]) -> Judged:
     """The one of the highest reward, the earliest of equals; without rewards the first."""
     return max(judged, key=lambda one: -math.inf if one.reward is None else one.reward)
 
 
-# -- what a decision must satisfy ---------------------------------------------------------------------------------
-
-
 def decides(decision: Decision | None) -> bool:
     """Whether something is kept or dropped."""
     return decision is not None and bool(decision.keep or decision.drop)
-
-
-def problem(decision: Any, judged: Sequence[Judged], state: State, population: int, vocab_size: int,
-            stop_ids: Collection[int], whole_responses: bool) -> str | None:
-    """What is wrong with a decision, as the end of a sentence that begins with the rule's name; None if it can be done.
-
-    population: the most hypotheses of the group. stop_ids: tokens that end a response. whole_responses: whether
-    attempts are whole responses, which can be neither cut, continued nor forked.
-    """
-    if decision is None:
-        return None
-    if not isinstance(decision, Decision):
-        return f"returned {type(decision).__name__} instead of a stars.rules.Decision or None"
-    if not isinstance(decision.notes, Mapping) or not all(
-            isinstance(note, Note) for note in decision.notes.values()):
-        return "returned notes that are no stars.rules.Note by (hypothesis, attempt)"
-    shown = {(one.hypothesis, one.attempt): one for one in judged}
-    for key in decision.notes:
-        if key not in shown:
-            return f"returned a note of {key!r}, which is no (hypothesis, attempt) that was judged"
-    for threshold, probability, accepted in decision.notes.values():
-        if type(accepted) is not bool or any(
-                value is not None and not isinstance(value, (int, float)) for value in (threshold, probability)):
-            return "returned notes whose threshold, probability and accepted are not a float, a float and a bool"
-    if not decides(decision):
-        return None
-    kept: set[int] = set()
-    for keep in decision.keep:
-        if not isinstance(keep, Keep):
-            return f"keeps {type(keep).__name__} instead of a stars.rules.Keep"
-        one = shown.get((keep.hypothesis, keep.attempt))
-        if one is None or not isinstance(keep.attempt, Integral):
-            return f"keeps attempt {keep.attempt!r} of hypothesis {keep.hypothesis!r}, which was not judged"
-        kept.add(keep.hypothesis)
-        fault = _keep_problem(keep, one, state, vocab_size, stop_ids, whole_responses)
-        if fault is not None:
-            return fault
-    for slot in decision.drop:
-        if slot not in state.live or slot in kept:
-            return (f"drops hypothesis {slot!r}, which it keeps too" if slot in kept else
-                    f"drops hypothesis {slot!r}, which is not there")
-    if len(set(decision.drop)) < len(decision.drop):
-        return "drops a hypothesis twice"
-    for slot in state.live:
-        if slot not in kept and slot not in decision.drop:
-            return f"leaves hypothesis {slot} neither kept nor dropped"
-    if not decision.keep:
-        return "drops every hypothesis of its group"
-    if len(decision.keep) > population:
-        return f"keeps {len(decision.keep)} hypotheses, which is more than the population of {population}"
-    if whole_responses and len(decision.keep) > len(kept):
-        return "forks a whole response, which has ended"
-    return None
-
-
-def _keep_problem(keep: Keep, one: Judged, state: State, vocab_size: int, stop_ids: Collection[int],
-                  whole_responses: bool) -> str | None:
-    which = f"attempt {keep.attempt} of hypothesis {keep.hypothesis}"
-    then = keep.then
-    if type(keep.tokens) is not int or not 0 <= keep.tokens <= one.drafted:
-        return f"keeps {keep.tokens!r} tokens of {which}, which has {one.drafted}"
-    if not isinstance(then, Sequence) or any(type(token) is not int or not 0 <= token < vocab_size for token in then):
-        return f"continues {which} with what is no list of token ids below {vocab_size}"
-    if then and one.finished and keep.tokens == one.drafted:
-        return f"continues {which}, with which the response ends"
-    if any(token in stop_ids for token in then[:-1]):
-        return f"continues {which} after a token that ends the response"
-    if whole_responses and keep.tokens != one.drafted:
-        return f"cuts {which}, which is a whole response"
-    if one.attempt != EARLIER and not keep.tokens and not then:
-        return f"keeps no token of {which}"
-    if one.tokens - one.drafted + keep.tokens + len(then) > state.max_tokens:
-        return f"continues {which} past max_tokens={state.max_tokens}"
-    return None

@@ -17,9 +17,9 @@ import torch
 
 import oracle
 import stars
-import stars.judge
 import stars.proposer
 import stars.request
+import stars.scores
 from stars.bindings import libstars
 from stars.kernels.philox import pack_stream
 from toy import EOS, ToyModel, table_reward, toy_engine
@@ -137,7 +137,7 @@ def noise_reused(monkeypatch):
 
 def lanes_in_wrong_order(monkeypatch):
     """Each candidate of a pass gets the reward of the next one."""
-    score = stars.judge.Judge.score
+    score = stars.scores.Scores.score
 
     def rotated(self, hypotheses, candidates):
         results = score(self, hypotheses, candidates)
@@ -145,7 +145,7 @@ def lanes_in_wrong_order(monkeypatch):
         return [result._replace(reward=reward)
                 for result, reward in zip(results, rewards[1:] + rewards[:1], strict=True)]
 
-    monkeypatch.setattr(stars.judge.Judge, "score", rotated)
+    monkeypatch.setattr(stars.scores.Scores, "score", rotated)
 
 
 def fork_repeats_its_parent(monkeypatch):

@@ -8,8 +8,8 @@ import recorded_gpu
 import stars
 from building import PADDED, work_as
 from stars.bindings import libstars
-from stars.judge import Judge
 from stars.reward.scoring import AheadScores, ScoringReward, TrailingScores
+from stars.scores import Scores
 from test_scheduler import counts, text
 from toy import ToyModel, ids, toy_engine
 
@@ -46,9 +46,9 @@ class Passes:
 def built(monkeypatch, look: bool = True) -> stars.Engine:
     work_as(monkeypatch, TARGET)
     made = toy_engine(LM, stars.CausalReward(RM.decoder()), **SIZES)
-    made._round._judge._looks_ahead = look
+    made._round._scores._looks_ahead = look
     if look:
-        monkeypatch.setattr(Judge, "_idle", property(lambda judge: 1.0, lambda judge, seconds: None), raising=False)
+        monkeypatch.setattr(Scores, "_idle", property(lambda scores: 1.0, lambda scores, seconds: None), raising=False)
     return made
 
 
@@ -71,7 +71,7 @@ def test_texts_rewards_and_counts_are_the_same(monkeypatch, policies, count):
     got = generate(made, policies, count)
     assert [text(one) for one in got] == [text(one) for one in wanted]
     assert [counts(one) for one in got] == [counts(one) for one in wanted]
-    assert made._round._judge._ahead is None
+    assert made._round._scores._ahead is None
     assert seen.launched >= 2
     if policies == [ALL]:  # eight candidates a segment, two a pass: whatever is prepared is wanted
         assert seen.dropped == 0 and seen.launched == 5 * 3
@@ -82,8 +82,8 @@ def test_texts_rewards_and_counts_are_the_same(monkeypatch, policies, count):
 def test_while_a_pass_takes_longer_than_to_prepare_one(monkeypatch):
     """A pass that is over before the next is prepared is not worth it, but where the next is scored in any case."""
     seen, made = Passes(monkeypatch), built(monkeypatch)
-    monkeypatch.setattr(Judge, "_idle", property(lambda judge: 0.0, lambda judge, seconds: None), raising=False)
-    made._round._judge._preparing = 1.0
+    monkeypatch.setattr(Scores, "_idle", property(lambda scores: 0.0, lambda scores, seconds: None), raising=False)
+    made._round._scores._preparing = 1.0
     generate(made, [HARD])
     assert seen.dropped == 0
     seen.launched = 0

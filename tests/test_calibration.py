@@ -44,6 +44,7 @@ def test_the_figures_are_those_of_the_samples():
         early = np.array([[weighed(ids[:tokens]) for ids in own] for own in texts])
         assert found.correlations[tokens] == pytest.approx(np.corrcoef(early.ravel(), rewards.ravel())[0, 1])
         assert found.drifts[tokens] == pytest.approx((early - rewards).mean() / found.spread)
+        assert found.rises[tokens] == pytest.approx(np.sign(rewards - early).mean())
     assert found.correlations[4] < found.correlations[16]
     assert found.quantiles[0.5] == pytest.approx(np.median(rewards)) and found.quantiles[1.0] == rewards.max()
     assert found.warning is None
@@ -53,10 +54,12 @@ def test_the_figures_are_those_of_the_samples():
     (len, "spreads below those of finished texts"),
     (lambda ids: sum(token % 2 for token in ids), "spreads below those of finished texts"),
     (lambda ids: -len(ids), "spreads above those of finished texts"),
+    (lambda ids: sum(pair == (1, 1) for pair in zip(ids, ids[1:], strict=False)), "4 tokens nearly always rise"),
+    (lambda ids: -sum(pair == (1, 1) for pair in zip(ids, ids[1:], strict=False)), "4 tokens nearly always fall"),
     (lambda ids: ids[-1] if ids else 0, "hardly foretell"),
-], ids=["a length", "a count", "a penalty on length", "the last token"])
+], ids=["a length", "a count", "a penalty on length", "a rare word", "a penalty on a rare word", "the last token"])
 def test_a_reward_that_is_not_comparable_is_said(fn, said):
-    """A length, a count of a token, a reward of the last token alone."""
+    """A length, counts of a token and of what is rare, whose drift is small, a reward of the last token alone."""
     with pytest.warns(UserWarning, match=said):
         engine(fn).calibrate(PROMPTS, PARAMS, num_samples=12, segment_size=4)
 

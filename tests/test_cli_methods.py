@@ -17,7 +17,8 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 GENERATE = ["generate", "This film was", "--max-tokens", "9", "--seed", "3", "--json"]
 THRESHOLD = ["--reward-threshold", "0.5"]
 SETTINGS = {
-    "stars": (["--set", "segment_size=4", "--set", "beta=0.25", "--set", "width=2"], dict(segment_size=4, beta=0.25)),
+    "stars": (["--set", "segment_size=4", "--set", "beta=0.25", "--set", "exhaust=relax:0.5", "--set", "barrier=true"],
+              dict(segment_size=4, beta=0.25, exhaust="relax:0.5", barrier=True)),
     "cards": (["--set", "entropy_threshold=2.5", "--set", "option=hard"], dict(entropy_threshold=2.5, option="hard")),
     "sample": (["--set", "score=true"], dict(score=True)),
     "best-of-n": (["--set", "n=3"], dict(n=3)),
@@ -42,8 +43,7 @@ def test_every_policy_runs_by_its_name(capsys, name):
     threshold = "reward_threshold" in fields
     assert main([*GENERATE, "--policy", name, *typed, *(THRESHOLD if threshold else [])]) == 0
     row = json.loads(capsys.readouterr().out)
-    extra = dict(width=2) if name == "stars" else {}
-    policy = POLICIES[name](**given, **extra, **(dict(reward_threshold=0.5) if threshold else {}))
+    policy = POLICIES[name](**given, **(dict(reward_threshold=0.5) if threshold else {}))
     engine = stars.Engine(*shipped_pair())
     [output] = engine.generate("This film was", stars.SamplingParams(max_tokens=9, seed=3), policy, use_tqdm=False)
     assert row["outputs"][0]["text"] == output.outputs[0].text
@@ -78,6 +78,10 @@ def test_a_calibration_is_saved_and_given(capsys, tmp_path):
     (["--calibration", "absent.json"], 1, "absent.json"), (["--set", "beta=much"], 1, "STARS.beta is 'much'"),
     (["--reward-threshold", "1", "--beta", "auto"], 1, "needs a calibration"),
     (["--set", "segment_size=[1,2]"], 1, "STARS.segment_size is (1, 2)"),
+    (["--policy", "rejection-sampling", "--set", "exhaust=back_up"], 1, "RejectionSampling.plan()"),
+    (["--reward-set", "close=eos", "--reward-close", "eos"], 2, "close is given twice"),
+    (["--reward-set", "closes=eos"], 1, "is read as a CausalReward, which has no closes: it has head, template, close"),
+    (["--reward-set", "aggregate=worst"], 1, "ProcessReward.aggregate is 'worst'"),
 ])
 def test_parameters_that_do_not_fit(capsys, flags, code, word):
     try:

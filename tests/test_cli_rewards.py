@@ -79,4 +79,4 @@ def test_flags_that_do_not_go_together(run, pair, flags, code, problem):
 
 def test_what_a_server_does_is_not_asked_of_it(run, pair):
     found, _, err = run("generate", PROMPT, *pair[:2], "--reward-url", "http://host", "--reward-close", "eos", *FLAGS)
-    assert found == 2 and "--reward-close belongs to --reward" in err
+    assert found == 2 and "--reward-close and --reward-set belong to --reward" in err

@@ -103,7 +103,7 @@ def test_what_fails_before_the_engine_stands_leaves_files_alone(run, pair, files
 
 @pytest.mark.parametrize(("where", "number", "code"), [
     ("build_engine", signal.SIGINT, 130), ("build_engine", signal.SIGTERM, 143),
-    ("_measured_threshold", signal.SIGTERM, 143),
+    ("_measured", signal.SIGTERM, 143),
 ])
 def test_an_interrupt_before_the_first_row_leaves_files_alone(run, pair, files, monkeypatch, where, number, code):
     monkeypatch.setattr(options if where == "build_engine" else command, where,

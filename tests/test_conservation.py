@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import stars
-from stars.rules import BackUp, Relax
+from stars.exhaustions import BackUp, Relax
 from toy import ToyModel, facts, ids, table_reward, toy_engine
 
 LM = ToyModel(vocab=5, seed=1, layers=1, positions=96)
@@ -85,7 +85,7 @@ POLICIES = st.one_of(
     st.builds(stars.SegmentBeam, st.integers(1, 3), st.integers(1, 3), st.integers(1, 8)),
     st.builds(stars.ParticleFilter, st.integers(1, 4), st.sampled_from([0.1, 1.0]), st.integers(1, 8),
               st.sampled_from(["multinomial", "systematic"]), st.sampled_from(["best", "sample"])),
-    st.builds(stars.ARGS, topk=st.integers(1, 14), mode=st.sampled_from(["greedy", "stochastic"])),
+    st.builds(stars.ARGS, topk=st.integers(1, 14), method=st.sampled_from(["greedy", "stochastic"])),
     st.builds(stars.RAD, topk=st.integers(1, 4)),
 )
 PARAMS = st.builds(

@@ -243,7 +243,7 @@ def test_fewer_attempts_than_ranks_and_rules_in_order():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: stars.ARGS(0), "ARGS.topk is 0"), (lambda: stars.ARGS(257), "ARGS.topk is 257"),
     (lambda: stars.ARGS(weight=math.inf), "ARGS.weight is inf, it must be a finite number"),
-    (lambda: stars.ARGS(mode="topk"), "ARGS.mode is 'topk', it must be \"greedy\" or \"stochastic\""),
+    (lambda: stars.ARGS(method="topk"), "ARGS.method is 'topk', it must be one of greedy, stochastic"),
     (lambda: stars.ARGS(temperature=0.0), "ARGS.temperature is 0.0, it must be a finite number of at least 1e-06"),
     (lambda: stars.RAD(beta=math.nan), "RAD.beta is nan"), (lambda: stars.RAD(inverse=1.5), "RAD.inverse is 1.5"),
     (lambda: stars.RAD(clamp="no"), "RAD.clamp is 'no'"), (lambda: stars.RAD(temperature=-1), "RAD.temperature is -1"),

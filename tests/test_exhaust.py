@@ -14,8 +14,9 @@ import pytest
 
 import stars
 from building import PADDED, work_as
+from stars.exhaustions import BackUp, BestSeen, Exhaustion, First, Last, Refuse, Relax, Softmax
 from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole
-from stars.rules import BackUp, BestSeen, Decision, Exhaustion, First, Judged, Last, Refuse, Relax, Softmax, State
+from stars.rules import Decision, Judged, State
 from test_conservation import nothing_is_held
 from test_oracle import FUNCTION, LM, RM, TOLERANCE, equals_oracle, rejecting
 from toy import ids, toy_engine

@@ -183,7 +183,7 @@ def test_a_threshold_that_is_relaxed_takes_the_first_that_passes():
     rewards = [attempt.reward for attempt in hard.outputs[0].segments[0].attempts]
     top = max(rewards)
     [output] = breeding_engine(False).generate(PROMPTS[0], params(n=1), stars.RejectionSampling(
-        top + 0.5, 0.0, 6, 2, stars.rules.Relax(by=1.0, times=3)), use_tqdm=False)
+        top + 0.5, 0.0, 6, 2, stars.exhaustions.Relax(by=1.0, times=3)), use_tqdm=False)
     [segment] = output.outputs[0].segments
     assert segment.winner == next(index for index, reward in enumerate(rewards) if reward >= top - 0.5)
     assert segment.accepted and segment.threshold == top - 0.5

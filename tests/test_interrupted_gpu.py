@@ -23,8 +23,8 @@ LM = ToyModel(vocab=29, seed=1, positions=192)
 RM = ToyModel(vocab=29, seed=3, positions=192, head="reward", sharpness=1.5)
 SIZES = dict(cache_tokens=1024, page_size=4, max_num_seqs=7, max_num_lanes=21, max_segment_size=8,
              max_num_batched_tokens=16)
-ROOMS = ("draft.py", "graph.py", "judge.py", "pacing.py", "passes.py", "prefilling.py", "scoring.py", "streams.py",
-         "tiling.py")
+ROOMS = ("draft.py", "graph.py", "judge.py", "pacing.py", "passes.py", "prefilling.py", "scores.py",
+         "scoring.py", "streams.py", "tiling.py")
 JOBS = [({"prompt_token_ids": ids(length, 29, length)}, stars.SamplingParams(
     max_tokens=17, seed=length, stop_token_ids=[3], **params), policy) for length, params, policy in (
     (9, {}, stars.STARS(8, 4, 0.5, 0.4, 1.0, 2)), (40, dict(presence_penalty=0.5), stars.BlockwiseBestOfK(8, 8)),
@@ -41,7 +41,7 @@ def interrupt(monkeypatch, step: int, quick) -> int:
     def made() -> stars.Engine:
         engine = recorded_gpu.build(gpu, LM.decoder(), stars.CausalReward(RM.decoder()), **SIZES)
         engine._round.drafter._pacing.ahead = 2
-        engine._round._judge._idle = 1e9
+        engine._round._scores._idle = 1e9
         return engine
 
     engine = made()

@@ -23,6 +23,7 @@ import pytest
 import law
 import stars
 import stars.judge
+import stars.policies
 import stars.proposer
 import stars.request
 import stars.rules
@@ -124,6 +125,7 @@ CASES = {
     "penalties": case(
         segment_size=3, threshold=2.8, presence_penalty=0.6, frequency_penalty=0.5, repetition_penalty=0.7, seed=23),
     "rewards that tie": case(reward=lambda ids: float(round(REWARD(ids))), beta=0.4, seed=22),
+    "a barrier": case(seed=24)._replace(policy=stars.STARS(2, 4, 0.2, 0.5, 3.5, barrier=True)),
 }
 
 
@@ -243,7 +245,8 @@ def noise_reused(monkeypatch):
 
 @pytest.mark.parametrize("error", [
     best_accepted, prompt_reward_zero, prompt_reward_of_first_candidate, alpha_swapped, cap_per_round,
-    threshold_without_candidate, eos_not_counted, uniform_reused, noise_reused,
+    threshold_without_candidate, eos_not_counted, uniform_reused, noise_reused, law.noise_reused,
+    law.lanes_in_wrong_order,
 ])
 def test_a_planted_error_is_seen(error, monkeypatch):
     """The same case and the same seed as "soft, width 3" above, where the engine passes."""
@@ -272,6 +275,23 @@ def test_plain_sampling_follows_the_proposal(filters):
             followers[tuple(completion.token_ids[:place])][(token,)] += 1
     p = p_value(followers, lambda prefix: dict(candidates(prefix, 1, params)))
     assert p > FALSE_POSITIVE_RATE, p
+
+
+def completions_alike(monkeypatch):
+    """All completions of a request draw the same."""
+    monkeypatch.setattr(stars.proposer, "pack_stream", lambda segment, sample: segment)
+
+
+@pytest.mark.parametrize("error", [None, noise_reused, completions_alike])
+def test_plain_sampling_in_several_segments(error, monkeypatch):
+    """Of two tokens each; with an error of the noise the same test must fail."""
+    monkeypatch.setattr(stars.policies, "DRAFT_SIZE", 2)
+    if error is not None:
+        error(monkeypatch)
+    params = stars.SamplingParams(max_tokens=MAX_TOKENS, n=DRAWS, seed=32)
+    p = p_value(law.followers(law.draw(stars.Sample(), params)),
+                lambda prefix: dict(candidates(prefix, min(2, MAX_TOKENS - len(prefix)), params)))
+    assert (p > FALSE_POSITIVE_RATE) == (error is None), p
 
 
 def test_threshold_of_minus_infinity_is_plain_sampling():

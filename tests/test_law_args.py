@@ -19,6 +19,7 @@ import law
 import oracle
 import stars
 import stars.judge
+import stars.policies
 import stars.proposer
 import stars.rules
 from law import FALSE_POSITIVE_RATE, MAX_TOKENS, MODEL, PROMPT, REWARD, Prefix, content, followers, p_value
@@ -222,6 +223,12 @@ def temperature_forgotten(monkeypatch):
         self.weight * one.reward + one.raw_logprobs[0] - math.log(-math.log(one.uniforms[0]))))
 
 
+def bounds_forgotten(monkeypatch):
+    """The reward is not clamped."""
+    monkeypatch.setattr(stars.policies, "RewardGuided", lambda weight, temperature, *bounds: RewardGuided(
+        weight, temperature))
+
+
 def filters_forgotten(monkeypatch):
     rank = stars.draft.top_tokens
     monkeypatch.setattr(stars.draft, "top_tokens", lambda logits, ranking, filters: rank(logits, ranking._replace(
@@ -250,9 +257,21 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("error", PLANTED, ids=lambda error: error.__name__)
-def test_a_planted_error_is_seen(error, monkeypatch):
+OF_RAD = [("RAD", law.lanes_in_wrong_order), ("RAD", one_uniform_for_all), ("RAD", bounds_forgotten),
+          ("RAD, inverse", law.lanes_in_wrong_order), ("RAD, inverse", weight_forgotten)]
+
+
+@pytest.mark.parametrize("name, error", [*((name, error) for error, name in PLANTED.items()), *OF_RAD],
+                         ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_a_planted_error_is_seen(name, error, monkeypatch):
     """The same cases and seeds as above, where the engine passes."""
     error(monkeypatch)
-    p = p_of(PLANTED[error])
+    p = p_of(name)
     assert p <= FALSE_POSITIVE_RATE, p
+
+
+@pytest.mark.parametrize("error", [law.lanes_in_wrong_order, a_rank_is_skipped])
+def test_a_planted_error_changes_the_greedy_text(error, monkeypatch):
+    error(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_the_greedy_text_is_the_oracles(stars.SamplingParams(max_tokens=12, seed=1), None)

@@ -32,8 +32,9 @@ import stars.judge
 import stars.proposer
 import stars.request
 from law import DRAWS, FALSE_POSITIVE_RATE, REWARD, Prefix, candidates, content, p_value
+from stars.exhaustions import BackUp, BestSeen, Relax, Softmax
 from stars.plan import Lanes, Plan, Sampled, Score, Whole
-from stars.rules import BackUp, BestSeen, Decision, Judged, Relax, Softmax, State, Threshold
+from stars.rules import Decision, Judged, State, Threshold
 from toy import EOS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -25,7 +25,7 @@ import law
 import stars
 import stars.judge
 from law import DRAWS, FALSE_POSITIVE_RATE, REWARD, Prefix, candidates, content, p_value
-from stars import rules
+from stars import exhaustions, rules
 from stars.bindings import libstars
 from toy import EOS
 
@@ -288,6 +288,8 @@ CASES = {
 }
 CASES |= {f"{name}, many draws": CASES[case]._replace(share=share) for name, case, share in (
     ("beam", "beam", 1.0), ("particles", "particles, sample", 1.0), ("systematic", "systematic, sample", 1.0))}
+CASES |= {"best of 3": Case(stars.BestOfN(3), 3, lambda prefix: best_rewarded(responses(3), 3)),
+          "constant k": falling((3,))._replace(policy=stars.BlockwiseBestOfK(3, 2))}
 """`round` in the laws is that of the formula, halves to even, as the rows' docstrings have it."""
 
 
@@ -413,7 +415,7 @@ def one_uniform(monkeypatch):
 
 def first_on_exhaustion(monkeypatch):
     """The first response is kept where all are rejected."""
-    monkeypatch.setattr(rules.BestSeen, "key", rules.First.key)
+    monkeypatch.setattr(exhaustions.BestSeen, "key", exhaustions.First.key)
 
 
 def last_attempts_everywhere(monkeypatch):
@@ -423,6 +425,7 @@ def last_attempts_everywhere(monkeypatch):
 
 
 PLANTED = [
+    ("best of 3", law.noise_reused), ("best of 3", law.lanes_in_wrong_order),
     ("soft best of 3", law.noise_reused), ("soft best of 3", law.lanes_in_wrong_order),
     ("soft best of 3", replaced(rules.SoftArgmax, the_best)),
     ("falling k", law.noise_reused), ("falling k", law.lanes_in_wrong_order), ("falling k", last_attempts_everywhere),
@@ -435,6 +438,9 @@ PLANTED = [
     ("particles, sample", law.noise_reused), ("particles, sample", law.lanes_in_wrong_order),
     ("particles, sample", best_at_the_end), ("particles, best", law.fork_repeats_its_parent),
     ("systematic, best", changed(rules.Resample, systematic=lambda value: False)),
+    ("systematic, best", law.noise_reused), ("systematic, best", law.lanes_in_wrong_order),
+    ("systematic, best", law.fork_repeats_its_parent),
+    ("constant k", law.noise_reused), ("constant k", law.lanes_in_wrong_order),
 ]
 SLOWER = [
     ("soft best of 3", changed(rules.SoftArgmax, temperature=lambda value: 4.0 * value)),

@@ -667,7 +667,7 @@ def test_attempts_by_segment(width):
     nothing_is_held(engine)
 
 
-def test_a_hypothesis_that_is_drained_waits_for_the_others(monkeypatch):
+def test_a_hypothesis_of_fewer_attempts_waits_for_the_others(monkeypatch):
     """It draws no further attempt at this segment, and as many as the plan says at the next."""
     left = []
 
@@ -679,13 +679,8 @@ def test_a_hypothesis_that_is_drained_waits_for_the_others(monkeypatch):
         return Decision([whole(one) for one in last.values()])
 
     rule.in_order, rule.uniforms = False, 0
-    take = stars.request.Hypothesis.take_drafts
-
-    def drained(self, lanes, seconds):
-        self.drained = self.slot == 1 and not self.segments
-        return take(self, lanes, seconds)
-
-    monkeypatch.setattr(stars.request.Hypothesis, "take_drafts", drained)
+    monkeypatch.setattr(stars.request.Hypothesis, "most_attempts", property(
+        lambda self: 1 if self.slot == 1 and not self.segments else 3))
     policy = Planned(Plan(Sampled(), Fixed(3), Lanes(1, 3, 2), Score("segment"), rule))
     engine = breeding_engine()
     [output] = engine.generate({"prompt_token_ids": ids(5, 11, seed=1)}, stars.SamplingParams(

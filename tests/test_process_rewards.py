@@ -560,3 +560,27 @@ def test_a_prompt_that_nothing_decodes_is_refused(models, lm):
     prompt = parse_prompt({"prompt_token_ids": [5, 6]}, lm, 10**6)._replace(text=None)
     with pytest.raises(RequestError, match="cannot be decoded for the reward model's vocabulary"):
         reward.check(prompt, 8)
+
+
+def test_a_response_without_a_tag_that_it_should_have_written(models, lm):
+    """Read at the closing while it grows; an error of its request once it has ended, with what was committed."""
+    reward = bound(models["shepherd"], lm, insert_tag=False, step_end=" ки")
+    session = opened(reward, lm, "Say.")
+    growing, ended, tagged = reward.score([Candidate(session, [], text, ended=ended) for text, ended in (
+        (" a", False), (" a", True), (" a ки", True))])
+    assert 0.0 <= growing.reward <= 1.0 and 0.0 <= tagged.reward <= 1.0
+    assert isinstance(ended.reward, RewardError) and "has ended without a step tag 'ки'" in str(ended.reward)
+
+    words = [" the", " ки", " fox"]
+    engine = engine_of(models["shepherd"], words, stars.ProcessReward(
+        models["shepherd"], template="raw", insert_tag=False, step_end=" ки"))
+    policy = dataclasses.replace(STARS, reward_threshold=-math.inf, width=1)
+    params = [stars.SamplingParams(max_tokens=most, seed=1) for most in (24, 4)]
+    with pytest.warns(UserWarning, match="1 of 2"):
+        whole, bare = engine.generate([{"prompt_token_ids": [0]}, {"prompt_token_ids": [2]}], params, policy,
+                                      use_tqdm=False)
+    assert whole.outputs[0].error is None and " ки" in whole.outputs[0].text and len(whole.outputs[0].token_ids) == 24
+    [bare] = bare.outputs
+    assert bare.finish_reason == "error" and "without a step tag" in bare.error
+    assert len(bare.token_ids) == 3 and " ки" not in bare.text  # the first segment stands
+    engine.check_integrity()

@@ -271,22 +271,26 @@ def test_a_text_that_is_too_long_ends_its_response(lm):
     assert completion.reward == said("The dog sleeps" + completion.text)
 
 
-def test_who_is_refused_ends_alone(lm):
-    """One prompt's texts are refused from its second segment on: it keeps what was committed, and the other goes on as
-    if it were alone."""
+@pytest.mark.parametrize(("wrong", "message"), [
+    (says({"error": {"message": "no girls"}}, 403), "answered with status 403: no girls"),
+    (late(2.0), "did not answer within 1 seconds"), (hangs_up, "could not be reached, or broke off (Remote"),
+    (says(b"<html>"), "answered without data[].probs")], ids=["refused", "late", "down", "nonsense"])
+def test_who_is_refused_ends_alone(lm, wrong, message):
+    """One prompt's texts are refused, answered too late, not at all or wrongly from its second segment on: it keeps
+    what was committed, and the other goes on as if it were alone."""
     def moody(handler, body):
         if any(text.startswith("A girl") and len(text) > 30 for text in text_of(body)):
-            return says({"error": {"message": "no girls"}}, 403)(handler, body)
+            return wrong(handler, body)
         return classify(handler, body)
     params = stars.SamplingParams(max_tokens=40, seed=3, ignore_eos=True)
     with serving(moody) as server, pytest.warns(UserWarning, match="1 of 2"):
-        engine = stars.Engine(lm, remote(server), cache_tokens=1024)
+        engine = stars.Engine(lm, remote(server, timeout=1.0, retries=0), cache_tokens=1024)
         [alone] = engine.generate("The dog sleeps", params, POLICY, use_tqdm=False)
         refused, other = engine.generate(["A girl", "The dog sleeps"], params, POLICY, use_tqdm=False)
         engine.check_integrity()
     [completion] = refused.outputs
     assert completion.finish_reason == "error" and 0 < len(completion.token_ids) < 40 and completion.text
-    assert completion.error == f"the reward server at {server.url}/classify answered with status 403: no girls"
+    assert completion.error.startswith(f"the reward server at {server.url}/classify {message}")
     assert facts(other) == facts(alone) and other.outputs[0].finish_reason == "length"
 
 

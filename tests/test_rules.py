@@ -13,35 +13,27 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stars import rules
+from stars.decision_check import problem
+from stars.exhaustions import BackUp, BestSeen, First, Last, Refuse, Relax, Softmax, exhaustion, steps
 from stars.rules import (
     EARLIER,
     Always,
     Argmax,
-    BackUp,
-    BestSeen,
     Decision,
     DropWorst,
-    First,
     FirstAccepted,
     Highest,
     Judged,
     Keep,
-    Last,
     Note,
-    Refuse,
-    Relax,
     Resample,
     RewardGuided,
     SoftArgmax,
-    Softmax,
     State,
     Threshold,
     accept_probability,
     accepts,
     decides,
-    exhaustion,
-    problem,
-    steps,
     threshold,
     threshold_start,
 )

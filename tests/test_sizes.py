@@ -60,7 +60,7 @@ def test_later_graphs_have_room_for_passes_of_any_model(layers):
     model = ToyModel(layers=layers, positions=300)
     decoder, config = model.decoder(), config_of(**(GIVEN | dict(cache_tokens=1008)))
     drafter, passes = drafted_and_passed(decoder, config)
-    forward = drafter._forward(1, None).launches + drafter._sample(1, True, True).launches
+    forward = drafter._forward(1, None).launches + drafter._sample(1, True, True, True).launches
     longest = passes._forward(256, 5, None, None, False, False).launches + 1
     for graphs, launches in ((drafter._graphs, forward), (passes._graphs, longest)):
         assert graphs.later_bytes == later_bytes(model.config) == 20 * (layers + 1) << 16

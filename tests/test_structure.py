@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 import stars
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,9 +101,12 @@ def test_kernels_import_nothing_of_the_engine():
     assert not outside
 
 
-def test_rules_import_the_standard_library_alone():
-    [tree] = [tree for name, tree in modules().items() if name == "stars.rules"]
-    assert {name.split(".")[0] for name in imports_of(tree, ())} <= sys.stdlib_module_names
+@pytest.mark.parametrize("name, besides", [
+    ("stars.rules", []), ("stars.exhaustions", []), ("stars.decision_check", ["stars.rules"])])
+def test_decisions_are_made_of_the_standard_library_alone(name, besides):
+    imported = set(imports_of(modules()[name], ()))
+    outside = [one for one in imported if one.split(".")[0] not in sys.stdlib_module_names]
+    assert outside == besides
 
 
 def test_cycles_are_found_whole():

@@ -36,6 +36,8 @@ def generate(args: argparse.Namespace) -> int:
     rows that had finished kept."""
     params = options.sampling_params(args)
     saved = Calibration.load(args.calibration) if args.calibration is not None else None
+    if saved is not None and saved.warning is not None:
+        print(f"stars: warning: {saved.warning}", file=sys.stderr)
     options.policy(args, 0.0 if saved is None else saved)  # refused before any file is touched; a measured one is later
     _check_files(args)
     rows = rows_of_file(args.input, args.chat) if args.input is not None else rows_of_arguments(args.prompts, args.chat)

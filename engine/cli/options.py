@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stars.calibration import Calibration
 from stars.errors import ModelError, RequestError
+from stars.plan import plan_of
 from stars.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
                        help="a parameter of the policy, by its Python name; may be given several times")
     group.add_argument("--segment-size", type=int, metavar="B", help="tokens of a segment")
-    group.add_argument("--max-attempts", type=int, metavar="N", help="at one segment, before the best seen wins")
+    group.add_argument("--max-attempts", type=int, metavar="N", help="at one segment, before what exhaust says is kept")
     group.add_argument("--alpha", type=float, help="where the threshold starts: 0 at r(prompt), 1 at its end")
     group.add_argument("--beta", type=_number_or_auto, help="temperature of accepting, 0 is the hard rule; auto is the "
                        "one of --calibration, or of the calibration on the first prompts")
@@ -146,6 +147,7 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
     if args.reward_url is None and any(getattr(args, name) is not None for name in REMOTE):
         parser.error(", ".join(f"--{name.replace('_', '-')}" for name in REMOTE) + " belong to --reward-url, which is "
                      "not given")
+    _check_once(parser, [name for name, _ in args.reward_set] + [REWARD[flag] for flag in _given(args, REWARD)])
     if args.reward_weight is not None and len(args.reward_weight) != max(1, _rewards(args)):
         parser.error(f"--reward-weight is given {len(args.reward_weight)} times for {max(1, _rewards(args))} "
                      "rewards: give it once for each, or not at all")
@@ -166,12 +168,16 @@ def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         if name not in known:
             parser.error(f"--set {name}: --policy {args.policy} has {', '.join(known) or 'no parameters'}")
     names = [name for name, _ in args.set] + [POLICY_FLAGS[flag] for flag in _given(args, POLICY_FLAGS)]
-    for name in names:
-        if names.count(name) > 1:
-            parser.error(f"{name} is given twice: once is enough")
+    _check_once(parser, names)
     if args.calibration is not None and ("reward_threshold" not in known or "reward_threshold" in names):
         parser.error("--calibration gives the reward_threshold: leave out the other, and take a policy that has one")
     check_models(parser, args, needs_reward=args.policy != "sample")
+
+
+def _check_once(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f"{name} is given twice: once is enough")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -196,7 +202,9 @@ def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy
             given["beta"] = 0.0  # nothing is measured yet, or no prompt can run
     if args.policy == "sample" and "score" not in given:
         given["score"] = bool(_rewards(args)) or args.model is None
-    return POLICIES[args.policy](**given)
+    made = POLICIES[args.policy](**given)
+    plan_of(made)  # what does not go together is said before any file is touched
+    return made
 
 
 def needs_calibration(args: argparse.Namespace) -> bool:
@@ -242,18 +250,25 @@ def _reward(args: argparse.Namespace, directories: list[Any]) -> Any:
 
 def _model_reward(args: argparse.Namespace, directory: Any) -> Any:
     """A directory's reward, of the class that it is read by, with what the flags say of it."""
-    from stars.reward import resolve_reward
+    from stars.reward import CausalReward, ProcessReward, resolve_reward
 
     given = {REWARD[flag]: value for flag, value in _given(args, REWARD).items()} | dict(args.reward_set)
     if not given:
         return directory
-    kind = type(resolve_reward(directory))
-    known = [name for name in inspect.signature(kind).parameters if name not in ("model", "tokenizer")]
+    kind: Any = type(resolve_reward(directory))
+    known, of_steps = _keywords(kind), _keywords(ProcessReward)
+    if kind is CausalReward and any(name in of_steps and name not in known for name in given):
+        kind, known = ProcessReward, of_steps  # a language model that judges steps by its vocabulary
     for name in given:
         if name not in known:
             raise RequestError(f"{directory} is read as a {kind.__name__}, which has no {name}: it has "
                                f"{', '.join(known)}")
     return kind(directory, **given)
+
+
+def _keywords(kind: Any) -> list[str]:
+    """The parameters of a reward's class that flags may set."""
+    return [name for name in inspect.signature(kind).parameters if name not in ("model", "tokenizer")]
 
 
 def shipped_pair() -> tuple[Path, Path]:

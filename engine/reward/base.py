@@ -32,6 +32,7 @@ class Candidate(NamedTuple):
     token_ids: list[int]  # response with this candidate, without the EOS that ended it
     text: str | None  # its text without a stop string; None unless the reward set `needs_text`
     final: bool = False  # the finished response, which nothing competes with: its session may be written at once
+    ended: bool = False  # whether the response ends with it; said where its text is
 
 
 class Scored(NamedTuple):

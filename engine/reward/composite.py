@@ -137,7 +137,7 @@ class CompositeReward(Reward):
         scores = []
         for index, part in enumerate(self.parts):
             asked = [Candidate(candidate.session.parts[index], candidate.token_ids,
-                               candidate.text if part.needs_text else None, candidate.final)
+                               candidate.text if part.needs_text else None, candidate.final, candidate.ended)
                      for candidate in candidates]
             with self._naming(index):
                 scores.append(part.score(asked))

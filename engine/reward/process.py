@@ -13,7 +13,7 @@ from stars.model.config import ModelConfig, load_config
 from stars.model.heads import RewardHead
 from stars.model.loader import inspect_model
 from stars.model.tokenizer import Tokenizer
-from stars.reward.base import Held
+from stars.reward.base import Candidate, Held
 from stars.reward.causal import CausalReward
 from stars.reward.framing import Framing, Text
 from stars.reward.session import Session
@@ -45,8 +45,9 @@ class ProcessReward(CausalReward):
       (Math-Shepherd). None, of a `…ForTokenClassification` as TRL trains it: nothing is put in; steps and separators
       are encoded each by itself and the separator's last token is read.
     - step_end: the text put after each step, with the tag in it; the tag alone, or " ки\\n".
-    - insert_tag: False where the language model writes the tags itself. Where it never does, the closing's is read. A
-      tag that is a special token of the language model's vocabulary is in no text, so it must be put in.
+    - insert_tag: False where the language model writes the tags itself. Before it has, the closing's is read; a
+      response that ends without any is an error. A tag that is a special token of the language model's vocabulary is in
+      no text, so it must be put in.
     - template: as CausalReward's; "chat" of a `…ForProcessRewardModel`.
 
     A step tag in the response's own text is read like any other. Text is encoded again at every score, whichever
@@ -126,6 +127,13 @@ class ProcessReward(CausalReward):
     def _read(self, session: Session, token_ids: list[int], text: str | None) -> Text:
         assert isinstance(self.framing, StepFraming)
         return self.framing.read(session.frame, text or "")
+
+    def _lacks(self, candidate: Candidate) -> RewardError | None:
+        steps = self.format
+        if not candidate.ended or steps.inserted or steps.tag is None or steps.tag in (candidate.text or ""):
+            return None
+        return RewardError(f"the response has ended without a step tag {steps.tag!r}: have the language model write "
+                           "one after each step, or leave out insert_tag=False, so that they are put in")
 
     def _framing(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> Framing:
         own = self._own_tokenizer()

@@ -18,7 +18,7 @@ from stars.reward.session import NO_SCORES, Handle, Session, SessionReward
 from stars.sizes import MAX_CLOSING
 
 
-class Plan(NamedTuple):
+class CandidatePlan(NamedTuple):
     """How a candidate is scored: `ids` from `start` on are run into a slab, after the keys of `table`."""
 
     session: Session
@@ -77,7 +77,7 @@ class ScoringReward(SessionReward):
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""
         results: dict[int, Scored] = {}
-        plans: dict[int, Plan] = {}
+        plans: dict[int, CandidatePlan] = {}
         for index, candidate in enumerate(candidates):
             plan = self._plan(candidate)
             if isinstance(plan, RewardError):
@@ -114,7 +114,7 @@ class ScoringReward(SessionReward):
             session = candidate.session
             try:
                 text = self._read(session, candidate.token_ids, candidate.text)
-                if candidate.final or self._problem(text.ids) is not None:
+                if candidate.final or self._problem(text.ids) is not None or self._lacks(candidate) is not None:
                     return None
                 self._make_room(session, text.content - self.target.reward_lag)
             except (OutOfPages, RewardError):  # who is to end for that is found where they are scored
@@ -137,15 +137,15 @@ class ScoringReward(SessionReward):
             self._passes.prepare(spans)
         return self._passes.launch_prepared()
 
-    def ahead_results(self, plans: Sequence[Plan], slabs: Sequence[int], block: int) -> list[Scored]:
+    def ahead_results(self, plans: Sequence[CandidatePlan], slabs: Sequence[int], block: int) -> list[Scored]:
         """Waits for the pass whose rewards have this number."""
         return self._all_scored(plans, slabs, self._passes.rewards(sum(map(_readings, plans)), block))
 
-    def trailing_results(self, plans: Sequence[Plan], slabs: Sequence[int], token_ids: Sequence[list[int]],
+    def trailing_results(self, plans: Sequence[CandidatePlan], slabs: Sequence[int], token_ids: Sequence[list[int]],
                          block: int) -> list[Scored]:
         """Waits for a pass that trailed a draft, by which the responses became `token_ids`."""
         rewards = self._passes.rewards(len(plans), block)
-        drawn: list[Plan] = []
+        drawn: list[CandidatePlan] = []
         unread: list[int] = []
         for plan, response in zip(plans, token_ids, strict=True):
             ids, content, _ = self._read(plan.session, response, None)
@@ -255,7 +255,7 @@ class ScoringReward(SessionReward):
             content = prefix
         return Text(content + closing, len(content))
 
-    def _plan(self, candidate: Candidate) -> Plan | RewardError:
+    def _plan(self, candidate: Candidate) -> CandidatePlan | RewardError:
         """Runs what a slab will not hold; an error for a text that cannot be scored."""
         session = candidate.session
         try:
@@ -263,7 +263,7 @@ class ScoringReward(SessionReward):
         except RewardError as error:
             return error
         ids, content, _ = text
-        problem = self._problem(ids)
+        problem = self._problem(ids) or self._lacks(candidate)
         if problem is not None:
             return problem
         table, last = session.table, _last(text)
@@ -287,16 +287,16 @@ class ScoringReward(SessionReward):
             return self._no_room(content, error)
         return _planned(session, table, text, start, run, scores)
 
-    def _trailing_plan(self, candidate: TrailingCandidate) -> Plan:
+    def _trailing_plan(self, candidate: TrailingCandidate) -> CandidatePlan:
         session, token_ids, lane, max_tokens = candidate
         frame = session.frame
         known = len(frame.prefix) + len(token_ids)
         ids = frame.prefix + token_ids + [0] * (max_tokens + len(frame.closing))
         start = _common(session, ids, known - self.target.reward_lag)
-        return Plan(session, session.table, ids, known + max_tokens, start, len(ids) - start,
-                    DraftedPart(lane, known - start, frame.closing))
+        return CandidatePlan(session, session.table, ids, known + max_tokens, start, len(ids) - start,
+                             DraftedPart(lane, known - start, frame.closing))
 
-    def _run(self, plans: dict[int, Plan]) -> dict[int, Scored]:
+    def _run(self, plans: dict[int, CandidatePlan]) -> dict[int, Scored]:
         """Scores the plans in one call; closes tables of their own."""
         first: dict[BlockTable, int] = {}
         for index, plan in plans.items():
@@ -308,12 +308,13 @@ class ScoringReward(SessionReward):
         rewards = self._passes.score(list(map(self._span, ordered, slabs)))
         return dict(zip(order, self._all_scored(ordered, slabs, rewards), strict=True))
 
-    def _span(self, plan: Plan, slab: int) -> Span:
+    def _span(self, plan: CandidatePlan, slab: int) -> Span:
         first, rows = slab * self.cache.slab_len, len(plan.ids) - plan.start
         return Span(plan.table, plan.ids[plan.start :], plan.start, range(first, first + rows), plan.drafted,
                     [tag - plan.start for tag in plan.tags], plan.session.gate)
 
-    def _all_scored(self, plans: Sequence[Plan], slabs: Sequence[int], rewards: Sequence[float]) -> list[Scored]:
+    def _all_scored(self, plans: Sequence[CandidatePlan], slabs: Sequence[int], rewards: Sequence[float],
+                    ) -> list[Scored]:
         """What was read of all plans, one's after the other's."""
         scored, first = [], 0
         for plan, slab in zip(plans, slabs, strict=True):
@@ -322,7 +323,8 @@ class ScoringReward(SessionReward):
             first += read
         return scored
 
-    def _scored(self, plan: Plan, slab: int, readings: Sequence[float], problem: RewardError | None = None) -> Scored:
+    def _scored(self, plan: CandidatePlan, slab: int, readings: Sequence[float],
+                problem: RewardError | None = None) -> Scored:
         if plan.own:
             self.cache.return_slab(slab)
             self.cache.close(plan.table)
@@ -348,6 +350,10 @@ class ScoringReward(SessionReward):
                                f"{self.max_model_len}: lower max_tokens")
         return None
 
+    def _lacks(self, candidate: Candidate) -> RewardError | None:
+        """What a response that has ended should have had, for a reward that asks for something."""
+        return None
+
     def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
         """Why a response cannot be scored; raised where others hold pages, so that it is tried again by itself."""
         problem = RewardError(f"the response re-encodes to {tokens} tokens for the reward model and {error}")
@@ -359,7 +365,7 @@ class ScoringReward(SessionReward):
 class TrailingScores:
     """Scores that trail their draft: `stars.reward.base.Trailing`."""
 
-    def __init__(self, scoring: ScoringReward, plans: Sequence[Plan], slabs: Sequence[int]):
+    def __init__(self, scoring: ScoringReward, plans: Sequence[CandidatePlan], slabs: Sequence[int]):
         self._scoring, self._plans, self._slabs = scoring, plans, slabs
         self._block = 0  # the number of its rewards, once it was launched
 
@@ -375,7 +381,7 @@ class TrailingScores:
 class AheadScores:
     """Scores of candidates that the host knows: `stars.reward.base.Ahead`."""
 
-    def __init__(self, scoring: ScoringReward, plans: Sequence[Plan], slabs: Sequence[int]):
+    def __init__(self, scoring: ScoringReward, plans: Sequence[CandidatePlan], slabs: Sequence[int]):
         self._scoring, self._plans, self._slabs = scoring, plans, slabs
         self._block = 0  # the number of its rewards, once it was launched
         self.spans = list(map(scoring._span, plans, slabs))
@@ -418,14 +424,14 @@ def _valid(session: Session, text: Text, stop: int) -> int:
     return min(common, _unread(session, text, common)) if text.tags else common
 
 
-def _planned(session: Session, table: BlockTable, text: Text, start: int, run: int, scores: Mapping[int, float]
-             ) -> Plan:
+def _planned(session: Session, table: BlockTable, text: Text, start: int, run: int, scores: Mapping[int, float],
+             ) -> CandidatePlan:
     """scores: of all its tags before `start`, and perhaps of others."""
     known = {tag: scores[tag] for tag in text.tags if tag < start} if text.tags else NO_SCORES
-    return Plan(session, table, text.ids, text.content, start, run, None, known, text.tags[len(known) :])
+    return CandidatePlan(session, table, text.ids, text.content, start, run, None, known, text.tags[len(known) :])
 
 
-def _readings(plan: Plan) -> int:
+def _readings(plan: CandidatePlan) -> int:
     """Rewards that a pass reads of it."""
     return len(plan.tags) or 1
 

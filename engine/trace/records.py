@@ -21,7 +21,7 @@ class TraceAttempt(NamedTuple):
     accept_probability: float | None
     margin: float | None  # reward - threshold
     accepted: bool
-    committed: bool  # it became part of the response: accepted, or the best seen after the last attempt
+    committed: bool  # it became part of the response: accepted, or kept by the exhaustion after the last attempt
 
 
 class TraceSegment(NamedTuple):
