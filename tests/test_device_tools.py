@@ -437,3 +437,73 @@ compile_first(record, Settings(dry=True), [fails])
 """
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     assert python(code, tmp_path, environment)[-1] == "[(True, 'rehearsal.json')] 1 [True] False []"
+
+
+PLANTED = """
+from types import SimpleNamespace
+import torch
+import kernel_ranking, kernel_sampler, launchers
+from record import Record, Settings
+right, inf = launchers.launchers(True), float("inf")
+def never(logits, lanes, filters=True, ended=None, cuts=True):
+    right.sample_step(logits, lanes._replace(entropy_cut=lanes.entropy_cut + inf), filters, ended)
+def cooler(logits, lanes, filters=True, ended=None, cuts=True):
+    right.sample_step(logits.float() * 1.0001, lanes, filters, ended, cuts)
+def drawn(logits, lanes, filters=True, ended=None, cuts=True):
+    before = lanes.done.clone()
+    right.sample_step(logits, lanes, filters, ended, cuts)
+    lanes.out_tokens[(lanes.done > before), 1] = 3
+def untold(logits, lanes, filters=True, ended=None, cuts=True):
+    right.sample_step(logits, lanes, filters, None, cuts)
+def highest(logits, ranking, filters=True):
+    turned = ranking._replace(token_ids=ranking.token_ids.clone())
+    right.top_tokens(logits.flip(1), turned, filters)
+    ids = turned.token_ids
+    ranking.token_ids.copy_(torch.where(ids >= 0, logits.shape[1] - 1 - ids, ids))
+def unfiltered(logits, ranking, filters=True):
+    right.top_tokens(logits, ranking._replace(top_k=ranking.top_k * 0), filters)
+def forbidden(logits, ranking, filters=True):
+    right.top_tokens(logits.clamp(min=-1e30), ranking, filters)
+def left(logits, ranking, filters=True):
+    right.top_tokens(logits, ranking, filters)
+    ranking.token_ids[ranking.token_ids == -1] = -7
+def failed(module, part, **planted):
+    module.launchers = lambda dry: SimpleNamespace(**vars(right) | planted)
+    record = Record("record.json", "kernels-sampler")
+    part(record, Settings(dry=True))
+    return any(not check["passed"] for check in record.content["checks"])
+def cut(record, settings):
+    kernel_sampler.cuts(record, settings, 37, 80, torch.float32)
+def ranked(record, settings):
+    kernel_ranking.ranked(record, settings, 37, 35)
+print([failed(kernel_sampler, cut, sample_step=one) for one in (right.sample_step, never, cooler, drawn, untold)],
+      [failed(kernel_ranking, ranked, top_tokens=one) for one in (
+          right.top_tokens, highest, unfiltered, forbidden, left)])
+"""
+
+
+def test_checks_of_cuts_and_rankings_notice_errors(tmp_path):
+    """No cut at all, one at another temperature, a token behind it, one that the host is not told of; the highest id of
+    equals, a filter that is ignored, tokens that are forbidden, columns that are left as they were."""
+    assert python(PLANTED, tmp_path)[-1] == f"{[False] + [True] * 4} {[False] + [True] * 4}"
+
+
+AHEAD = """
+import sys
+import ahead, fake_cuda
+kernels = set()
+ahead.describe = lambda kernel, args, options: kernels.add(kernel.fn.__name__)
+ahead.STAGES[{stage!r}]()
+print(sorted(kernels), fake_cuda.faults)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["first-engine", "engine"])
+def test_small_engines_are_compiled_ahead(tmp_path, stage):
+    """They run to their end over fake tensors, all methods and heads of theirs; the kernels of a draft are among them.
+    """
+    kernels = {"scan_kernel", "bracket_kernel", "collect_kernel", "select_kernel", "draw_kernel", "finish_kernel",
+               "attention_kernel", "score_kernel", "append_draft_kernel", "copy_rows_kernel"}
+    said = python(AHEAD.format(stage=stage), tmp_path)[-1]
+    assert said.endswith(" []") and all(repr(kernel) in said for kernel in kernels), said

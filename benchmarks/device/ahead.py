@@ -111,10 +111,6 @@ def rehearse(shape: str) -> None:
     from record import Record, Settings
     from timing import rehearsal
 
-    from stars.kernels import prefill_attention
-
-    for library in prefill_attention.BACKENDS:  # they bring kernels of their own
-        prefill_attention.BACKENDS[library] = lambda *given: None
     with tempfile.TemporaryDirectory() as folder, fake_cuda.gpu(), rehearsal():
         bench = Bench(Record(Path(folder) / "ahead.json", "ahead"), Settings(), shape, layers=2, seed=None)
         for lanes in (1, 16, 8, 4):
@@ -169,8 +165,12 @@ def _engine_of(record: Callable[[], None]) -> Callable[[], None]:
     def faked() -> None:
         import fake_cuda
 
+        from stars.kernels import prefill_attention
+
         fake_cuda.install()
         fake_cuda.on_variant = describe
+        for library in prefill_attention.BACKENDS:  # they bring kernels of their own
+            prefill_attention.BACKENDS[library] = lambda *given: None
         record()
 
     return faked
@@ -204,6 +204,8 @@ def _small_engine() -> None:
     with fake_cuda.gpu():
         for dtype in (torch.float32, torch.bfloat16):
             one = engine_checks.engine("cuda", "toy", dtype)
+            for policy in engine_checks.METHODS.values():
+                engine_checks.complete(one, engine_checks.PROMPTS, policy=policy)
             for _ in range(4):
                 engine_checks.complete(one, engine_checks.PROMPTS)
                 engine_checks.complete(one, engine_checks.PROMPTS[:3])
@@ -218,8 +220,11 @@ def _engines() -> None:
     from stars import engine, reward
 
     for module in (engine, reward.causal):  # no bits to compare
-        module.check_row_invariance = lambda decoder: None
+        module.check_row_invariance = lambda *given: None
     with fake_cuda.gpu():
+        for score_by in ("mlp", "labels"):
+            engine_checks.complete(engine_checks.engine("cuda", "toy", torch.float32, score_by=score_by),
+                                   engine_checks.PROMPTS)
         for shape in ("toy", "toy-qwen3"):
             for dtype in (torch.float32, torch.bfloat16):
                 for deterministic in (False, True):

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from compare import same
-from models import config_of, random_decoder
+from models import Score, config_of, random_decoder
 from parallel import run_apart
 from record import Record, Settings
 
@@ -17,10 +17,21 @@ from stars.draft import LaneSpec
 from stars.errors import ModelError
 from stars.kernels.graph import Part
 from stars.kernels.philox import pack_stream
+from stars.passes import Span
+from stars.plan import Policy
 from stars.reward import CausalReward
 from stars.sampling import SamplingParams
 
 PROMPTS = [[5, 9, 2], list(range(10, 50)), [7] * 17, list(range(200, 233)), [299, 3, 4, 5, 6, 7, 8, 9]]
+METHODS = {
+    # Lanes that an entropy ends beside some that are drawn to their end; tokens that are ranked, not drawn; responses
+    # that fork; whole responses.
+    "CARDS": stars.CARDS(entropy_threshold=4.8, min_segment=2, max_segment=12, max_attempts=6, beta=0.5,
+                         reward_threshold=0.8, width=3),
+    "ARGS": stars.ARGS(topk=10),
+    "ParticleFilter": stars.ParticleFilter(particles=4, beta=0.5, segment_size=8),
+    "RejectionSampling": stars.RejectionSampling(reward_threshold=0.8, beta=0.5, max_attempts=6, width=3),
+}
 LIMITS = dict(cache_tokens=8192, page_size=16, max_model_len=512, max_num_seqs=16, max_num_lanes=32,
               max_segment_size=16)
 
@@ -31,26 +42,29 @@ def run(record: Record, settings: Settings) -> None:
     for dtype in (torch.float32,) if settings.dry else (torch.bfloat16, torch.float32):
         parts |= {f"replay and rewind, {dtype}": partial(replay_and_rewind, dtype=dtype),
                   f"deterministic, {dtype}": partial(same_text, dtype=dtype)}
+    parts["heads beside the CPU"] = heads
     for shape in ("toy",) if settings.quick else ("toy", "toy-qwen3"):
         parts[f"{shape} beside the CPU"] = partial(parity, shape=shape)
-    run_apart(record, settings, parts, most=6)  # a minute and a half of compiling, for two cores
+    run_apart(record, settings, parts, most=7)  # a minute and a half of compiling, for two cores
 
 
-def engine(device: str, shape: str, dtype: torch.dtype, deterministic: bool = False) -> stars.Engine:
+def engine(device: str, shape: str, dtype: torch.dtype, deterministic: bool = False,
+           score_by: Score = "row") -> stars.Engine:
     """A pair of random models, the same weights on every device."""
     pair = [random_decoder(config_of(shape, head, "float32"), device, dtype, head, seed=seed, made_on="cpu",
-                           deterministic=deterministic and device != "cpu")
+                           deterministic=deterministic and device != "cpu", score_by=score_by)
             for seed, head in ((1, "lm"), (2, "reward"))]
     return stars.Engine(pair[0], CausalReward(pair[1]), device=device, deterministic=deterministic,
                         dtype=str(dtype)[6:] if device != "cpu" else "auto", **LIMITS)
 
 
-def complete(of: stars.Engine, prompts: list[list[int]], width: int | None = 3, tokens: int = 40) -> list:
-    """Completions under STARS with rejections, and with filters in half of the prompts."""
+def complete(of: stars.Engine, prompts: list[list[int]], width: int | None = 3, tokens: int = 40,
+             policy: Policy | None = None) -> list:
+    """Completions under STARS with rejections, or another policy, with filters in half of the prompts."""
     params = [SamplingParams(temperature=1.0, top_k=0 if index % 2 else 30, top_p=0.95 if index % 3 == 2 else 1.0,
                              max_tokens=tokens, seed=11 + sum(prompt)) for index, prompt in
               ((PROMPTS.index(prompt), prompt) for prompt in prompts)]
-    policy = stars.STARS(segment_size=8, max_attempts=6, beta=0.5, reward_threshold=0.8, width=width)
+    policy = policy or stars.STARS(segment_size=8, max_attempts=6, beta=0.5, reward_threshold=0.8, width=width)
     outputs = of.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, policy, use_tqdm=False)
     of.check_integrity()
     return [output.outputs[0] for output in outputs]
@@ -59,24 +73,84 @@ def complete(of: stars.Engine, prompts: list[list[int]], width: int | None = 3, 
 def parity(record: Record, settings: Settings, shape: str) -> None:
     prompts = PROMPTS[:3] if settings.dry else PROMPTS
     ours = complete(engine(settings.device, shape, torch.float32), prompts)
-    theirs = complete(engine("cpu", shape, torch.float32), prompts)
+    _beside(record, settings, shape, ours, complete(engine("cpu", shape, torch.float32), prompts))
+    _decided(record, shape, ours)
+
+
+def methods(record: Record, settings: Settings) -> None:
+    """What STARS does not use of the sampler and of the loop."""
+    of, on_cpu = (engine(device, "toy", torch.float32) for device in (settings.device, "cpu"))
+    prompts, found = PROMPTS[:2] if settings.dry else PROMPTS, {}
+    for name, policy in METHODS.items():
+        with record.checking(f"{name}: runs"):
+            found[name] = complete(of, prompts, policy=policy)
+            _beside(record, settings, name, found[name], complete(on_cpu, prompts, policy=policy))
+    cards, args = METHODS["CARDS"], METHODS["ARGS"]
+    lengths = [len(segment.token_ids) for one in found.get("CARDS", ()) for segment in one.segments[:-1]]
+    record.check("CARDS: some segments were cut and some were not", bool(lengths) and max(lengths) == cards.max_segment
+                 > min(lengths) >= cards.min_segment, lengths=lengths)
+    counts = {len(segment.attempts) for one in found.get("ARGS", ()) for segment in one.segments}
+    record.check("ARGS: a token a segment, of ten or of as many as a filter keeps", max(counts, default=0) == args.topk
+                 and all(len(one.segments) == len(one.token_ids) for one in found["ARGS"]), counts=sorted(counts))
+
+
+def heads(record: Record, settings: Settings) -> None:
+    """Reward heads that are read behind a pass, by products of their own; several readings of one span."""
+    prompts, kinds = PROMPTS[:2] if settings.dry else PROMPTS, ("mlp", "labels")
+    for kind in kinds:
+        with record.checking(f"head {kind}: runs"):
+            pair = [engine(device, "toy", torch.float32, score_by=kind) for device in (settings.device, "cpu")]
+            ours, theirs = (complete(of, prompts) for of in pair)
+            _beside(record, settings, f"head {kind}", ours, theirs)
+            _decided(record, f"head {kind}", ours)
+            together, apart = _readings(pair[0])
+            _, wanted = _readings(pair[1])
+            worst = max(abs(one - other) for one, other in zip(together * 2, apart + wanted, strict=True))
+            record.check(f"head {kind}: several readings of a span as one by one, and as on the CPU",
+                         worst < 2e-3 < max(wanted) - min(wanted), worst=worst, readings=together)
+
+
+def _readings(of: stars.Engine) -> tuple[list[float], list[float]]:
+    """Rewards at three tokens of a span: of one pass, and of a pass each that ends there."""
+    passes, cache = of.reward._passes, of.reward.cache
+    table, slab = cache.open([]), cache.take_slab()
+    cache.reserve(table, 64)
+    prompt, tokens, first = PROMPTS[1], list(range(60, 69)), slab * cache.slab_len
+    passes.prefill([(table, prompt, len(prompt))])
+
+    def span(rows: int, reads: tuple[int, ...] = ()) -> Span:
+        return Span(table, tokens[:rows], len(prompt), range(first, first + rows), reads=reads)
+
+    together = passes.score([span(len(tokens), (0, 3, 7))])
+    apart = [reward for rows in (1, 4, 8) for reward in passes.score([span(rows)])]
+    cache.return_slab(slab)
+    cache.close(table)
+    return together, apart
+
+
+def _beside(record: Record, settings: Settings, name: str, ours: list, theirs: list) -> None:
+    """Tokens and rewards as those of the CPU's engine."""
     errors = [one.error for one in ours if one.error]
-    record.check(f"{shape}: no request failed", not errors, errors=errors)
+    record.check(f"{name}: no request failed", not errors, errors=errors)
     apart = [index for index, (mine, other) in enumerate(zip(ours, theirs, strict=True))
              if mine.token_ids != other.token_ids]
     # A draw within rounding of another may fall either way: once in some 10^4 draws.
-    record.check(f"{shape}: tokens as on the CPU", len(apart) <= (0 if settings.dry else 1), prompts_apart=apart)
+    record.check(f"{name}: tokens as on the CPU", len(apart) <= (0 if settings.dry else 1), prompts_apart=apart)
     differences = [abs(a.reward - b.reward) for mine, other in zip(ours, theirs, strict=True)
                    if mine.token_ids == other.token_ids
                    for mine_segment, other_segment in zip(mine.segments, other.segments, strict=True)
                    for a, b in zip(mine_segment.attempts, other_segment.attempts, strict=True)
                    if a.reward is not None and b.reward is not None]
     worst = max(differences, default=float("nan"))
-    record.check(f"{shape}: rewards as on the CPU", worst < 2e-3, worst=worst, rewards=len(differences))
+    record.check(f"{name}: rewards as on the CPU", worst < 2e-3, worst=worst, rewards=len(differences))
+
+
+def _decided(record: Record, name: str, ours: list) -> None:
+    """A rule that accepts all, or nothing, would show little."""
     attempts = [attempt for one in ours for segment in one.segments for attempt in segment.attempts]
     accepted = sum(attempt.accepted for attempt in attempts)
     rejected = sum(attempt.reward is not None and not attempt.accepted for attempt in attempts)
-    record.check(f"{shape}: some attempts were accepted and some rejected", accepted > 0 and rejected > 0,
+    record.check(f"{name}: some attempts were accepted and some rejected", accepted > 0 and rejected > 0,
                  accepted=accepted, rejected=rejected)
 
 

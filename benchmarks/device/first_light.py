@@ -10,6 +10,7 @@ import kernel_attention
 import kernel_fused
 import kernel_prefill
 import kernel_products
+import kernel_ranking
 import kernel_rows
 import kernel_sampler
 import torch
@@ -34,6 +35,8 @@ def kernels(record: Record, settings: Settings) -> None:
         "attention, draft": attended("draft"), "attention, scoring": attended("scoring"),
         "attention, prefill": attended("prefill"),
         "sample_step": partial(kernel_sampler.draws, vocab=1000, lanes=16, dtype=BF16),
+        "sample_step, cuts": partial(kernel_sampler.cuts, vocab=1000, lanes=83, dtype=BF16),
+        "top_tokens": partial(kernel_ranking.ranked, vocab=1000, lanes=19),
         "rms_norm": of(kernel_rows.rms_norm, 37, wide), "rope_write": of(kernel_products.rope_write, 128, False),
         "linear": of(kernel_products.linear, 16, 40, wide),
         **{f"fused, {scheme}": partial(kernel_fused.first, scheme=scheme) for scheme in ("bf16", "fp8", "int8")},
@@ -47,6 +50,8 @@ def kernels(record: Record, settings: Settings) -> None:
 
 
 def small_engine(record: Record, settings: Settings) -> None:
-    """Tokens and rewards beside the CPU's; then in bfloat16, as the large ones run."""
+    """Tokens and rewards beside the CPU's, of STARS and of methods that cut, enumerate, resample and finish whole
+    responses; then in bfloat16, as the large ones run."""
     run_apart(record, settings, {"beside the CPU": partial(engine_checks.parity, shape="toy"),
-                                 "bfloat16": engine_checks.runs_in_bfloat16}, most=2)
+                                 "methods beside the CPU": engine_checks.methods,
+                                 "bfloat16": engine_checks.runs_in_bfloat16}, most=3)

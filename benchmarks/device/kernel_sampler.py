@@ -1,10 +1,12 @@
-"""The sampler, what trails a draft, and rewards: the CPU's random words bit for bit, its tokens, and float64."""
+"""The sampler, its entropy cuts, what trails a draft, and rewards: the CPU's random words bit for bit, its tokens, and
+float64."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
 
+import kernel_ranking
 import numpy as np
 import torch
 from compare import same, within
@@ -20,11 +22,14 @@ from stars.kernels.linear import Weight
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.types import Draft, LaneState, Penalties, TrailingRows
 
+CUT = ((37, 80, torch.float32), (1000, 83, torch.bfloat16), (128256, 80, torch.float32))
+"""(vocabulary, lanes, type of the logits) where lanes are cut: 80 have every pair of a filter and a kind of cut."""
 TIE = 4e-5  # scores closer than this, at |z| < 32, may change places: twice what kernels/triton/sample_step.py states
 
 
 def run(record: Record, settings: Settings) -> None:
-    """Words, draws at small and real vocabularies, all filters and none, ends, what trails a draft, rewards."""
+    """Words, draws at small and real vocabularies, all filters and none, cuts, ends, rankings, what trails a draft,
+    rewards."""
     bf16, fp32 = torch.bfloat16, torch.float32
     parts = {} if settings.dry else {"philox words": words}
     # Every size and type is compiled anew, eight kernels each. 16 lanes have every filter; the reference takes a second
@@ -33,8 +38,11 @@ def run(record: Record, settings: Settings) -> None:
     sizes += [(37, 9, fp32), (1000, 17, bf16)] + ([] if settings.dry else [(5003, 33, fp32)])
     parts |= {f"draws of {vocab}, {str(dtype)[6:]}": partial(draws, vocab=vocab, lanes=lanes, dtype=dtype)
               for vocab, lanes, dtype in sizes}
+    parts |= {f"cuts of {vocab}, {str(dtype)[6:]}": partial(cuts, vocab=vocab, lanes=lanes, dtype=dtype)
+              for vocab, lanes, dtype in CUT if not (settings.quick and vocab > 10000)}
+    parts |= kernel_ranking.parts(settings)
     parts |= {"penalties": penalised, "followers": appended, "ends": ends, "verdicts": rewards}
-    run_apart(record, settings, parts, most=3)
+    run_apart(record, settings, parts, most=5)
 
 
 def words(record: Record, settings: Settings) -> None:
@@ -54,8 +62,11 @@ def words(record: Record, settings: Settings) -> None:
         record.check(f"Gumbel noise, seed {seed}", bool(error < 1e-5), error=float(error))
 
 
-def lane_state(lanes: int, device: str, steps: int = 4, seed: int = 0) -> LaneState:
-    """Lanes with every combination of filters, none of them done."""
+def lane_state(lanes: int, device: str, steps: int = 16, seed: int = 0) -> LaneState:
+    """Lanes with every combination of filters, none of them done.
+
+    steps: like an engine's segment a multiple of 16, so that Triton compiles the same kernels.
+    """
     draw = np.random.default_rng(seed)
 
     def ints(values, kind=torch.int32) -> Tensor:
@@ -71,7 +82,14 @@ def lane_state(lanes: int, device: str, steps: int = 4, seed: int = 0) -> LaneSt
         ints(np.where(index % 4 == 1, 11, np.where(index % 16 == 6, 40, 0))),
         ints(np.where(index % 4 == 2, 0.9, 1.0), torch.float32),
         ints(np.where(index % 8 == 3, 0.05, 0.0), torch.float32),
-        torch.full((lanes, 16), -1, dtype=torch.int32, device=device))
+        torch.full((lanes, 16), -1, dtype=torch.int32, device=device),
+        torch.full((lanes,), math.inf, device=device), ints(zero))
+
+
+def _told(lanes: int, device: str) -> Tensor:
+    """Where the host reads which lanes ended: on a card pinned memory, which the kernel writes by the host's address.
+    """
+    return torch.zeros(lanes, dtype=torch.int32, pin_memory=device != "cpu")
 
 
 def _drop_filters(state: LaneState) -> None:
@@ -98,13 +116,13 @@ def _draws(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torc
     if not filters:
         _drop_filters(state)
     generator = torch.Generator().manual_seed(vocab)
-    wrong, ties, worst = [], 0, 0.0
+    wrong, ties, worst, ended = [], 0, 0.0, _told(lanes, device)
     for step in range(2):
         logits = (3 * torch.randn(lanes, vocab, generator=generator)).to(dtype)
         before = on_cpu(state)
         wanted = on_cpu(state)
         sample_step_reference(logits.float(), wanted)
-        ops.sample_step(logits.to(device), state, filters=filters)
+        ops.sample_step(logits.to(device), state, filters=filters, ended=ended, cuts=filters and step == 1)
         tokens, theirs = state.out_tokens[:, step].tolist(), wanted.out_tokens[:, step].tolist()
         logprobs = torch.log_softmax(logits.float(), -1)
         for lane, (token, other) in enumerate(zip(tokens, theirs, strict=True)):
@@ -145,8 +163,86 @@ def _tied(row: Tensor, state: LaneState, lane: int, token: int, other: int) -> b
     return float(z[token]) in near or float(z[other]) in near
 
 
+def rows_of_entropies(lanes: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """[lanes, vocab] logits of seven kinds in turn: uniform, certain, half of them forbidden, far from 0, peaked, with
+    a tail that exp cannot hold, and usual."""
+    draw = torch.Generator().manual_seed(vocab)
+    logits, kind = 3 * torch.randn(lanes, vocab, generator=draw), torch.arange(lanes) % 7
+    logits[kind == 0] = 0.0
+    logits[kind == 1] = -math.inf
+    logits[kind == 1, vocab // 2] = 2.5
+    logits[kind == 2, ::2] = -math.inf
+    logits[kind == 3] -= 1e4 if dtype == torch.float32 else 100.0
+    logits[kind == 4] *= 4
+    logits[kind == 5] = -80.0
+    logits[kind == 5, vocab - 1] = 20.0
+    return logits.to(dtype)
+
+
+def cuts(record: Record, settings: Settings, vocab: int, lanes: int, dtype: torch.dtype) -> None:
+    """Lanes whose cut is just below their entropy in float64 end without a draw, and all others draw what they draw
+    without cuts; with filters and without."""
+    for filters in (True, False):
+        with record.checking(f"sample_step {vocab} {dtype}, cuts"):
+            _cuts(record, launchers(settings.dry), settings.device, vocab, lanes, dtype, filters)
+
+
+def _cuts(record: Record, ops, device: str, vocab: int, lanes: int, dtype: torch.dtype, filters: bool) -> None:
+    logits = rows_of_entropies(lanes, vocab, dtype)
+    state, index = lane_state(lanes, "cpu", seed=vocab), torch.arange(lanes)
+    if not filters:
+        _drop_filters(state)
+    kind = index % 5  # its cut is just below the entropy, just above, below and just reached, below but too early, off
+    state.steps.copy_(index % 4 + 1)
+    state.least_tokens.copy_(state.steps - 1 + (kind == 2).int() + 2 * (kind == 3).int())
+    for lane in range(lanes):
+        nats, error = entropy_within(logits[lane].float())
+        away = error + 2.0**-23 * nats  # a cut is a float32
+        state.entropy_cut[lane] = (max(0.0, nats - away), nats + away + 1e-30)[int(kind[lane] == 1)]
+    state.entropy_cut[kind == 4] = math.inf
+    state.done[-1] = 1
+    cut = ((kind == 0) | (kind == 2)) & (state.done == 0)
+    mine, plain = (type(state)(*(tensor.to(device, copy=True) for tensor in state)) for _ in range(2))
+    plain.entropy_cut.fill_(math.inf)
+    given, ended = logits.to(device), _told(lanes, device)
+    ops.sample_step(given, plain, filters=filters, ended=_told(lanes, device), cuts=False)
+    ops.sample_step(given, mine, filters=filters, ended=ended, cuts=True)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    name = f"sample_step {vocab} {str(dtype)[6:]}{'' if filters else ', no filters'}, cuts"
+    mine, plain = on_cpu(mine), on_cpu(plain)
+    undrawn = mine.done.bool() & (mine.steps == state.steps) & (state.done == 0)
+    wrong = torch.nonzero(undrawn != cut).flatten().tolist()
+    record.check(f"{name}: lanes that end undrawn", not wrong and bool(cut.any()), wrong=wrong[:8], kinds=[
+        int(kind[lane]) for lane in wrong[:8]], cut=int(cut.sum()))
+    for field, now, was, drawn in zip(LaneState._fields, mine, state, plain, strict=True):
+        if field != "entropy_cut":
+            here = cut.reshape(-1, *(1,) * (now.dim() - 1))
+            wanted = torch.where(here, torch.ones_like(was) if field == "done" else was, drawn)
+            if field == "out_logprobs":  # another kernel may add up in another order
+                worst = float((now - wanted).abs().nan_to_num().max())
+                record.check(f"{name}: {field}", worst < 1e-5, worst=worst)
+            else:
+                same(record, f"{name}: {field}", now, wanted)
+    same(record, f"{name}: told to the host", ended, ((plain.done.bool() | cut) & (state.done == 0)).int())
+
+
+def entropy_within(row: Tensor) -> tuple[float, float]:
+    """(nats of softmax(row) in float64, what a sampler in float32 may be off by), row float32 [vocab].
+
+    The bound is reckoned in tests/sampler_lanes.py, in units of 2^-24: 54 + 2.5 a of the sum S of e = exp(d) and
+    55 a + 2.5 b of the sum of e * d over it, with a = E|d| and b = E d^2, d the logit below the highest.
+    """
+    logprobs = row.double().log_softmax(0)
+    p = logprobs.exp()
+    away = torch.where(p > 0, row.double().max() - row.double(), 0.0)
+    a, b, nats = float((p * away).sum()), float((p * away**2).sum()), float(torch.special.entr(p).sum())
+    return nats, 2.0**-24 * ((54 + 2.5 * a) * (1 + a) + 55 * a + 2.5 * b + nats)
+
+
 def ends(record: Record, settings: Settings) -> None:
-    """NaN, +inf and nothing but -inf end a lane with token -1; stop ids and max_tokens end it; done lanes stay."""
+    """NaN, +inf and nothing but -inf end a lane with token -1, whatever its cut; stop ids, max_tokens and a cut of 0
+    end it; done lanes stay."""
     ops, device, vocab, lanes = launchers(settings.dry), settings.device, 50, 8
     logits = torch.randn(lanes, vocab, generator=torch.Generator().manual_seed(1))
     logits[0, 7], logits[1, 7], logits[2] = math.nan, math.inf, -math.inf
@@ -157,10 +253,10 @@ def ends(record: Record, settings: Settings) -> None:
     state.stop_ids[3, 0] = 20
     state.max_tokens[4] = 1
     state.done[5] = 1
+    state.entropy_cut[[0, 1, 2, 5, 6]] = 0.0  # all of them reach it, and what is no distribution has no entropy
     wanted = on_cpu(state)
     sample_step_reference(logits, wanted)
-    # Where the host reads it: on a card pinned memory, which the kernel writes by the host's own address.
-    ended = torch.zeros(lanes + 3, dtype=torch.int32, pin_memory=device != "cpu")
+    ended = _told(lanes + 3, device)
     ops.sample_step(logits.to(device), state, ended=ended)
     if device != "cpu":
         torch.cuda.synchronize()

@@ -25,6 +25,7 @@ def launchers(dry: bool) -> SimpleNamespace:
         from stars.kernels.score import score_reference
         from stars.kernels.swiglu import swiglu_reference
         from stars.kernels.take_rows import take_rows_reference
+        from stars.kernels.top_tokens import top_tokens_reference
 
         return SimpleNamespace(
             append_draft=append_draft_reference, apply_penalties=apply_penalties_reference,
@@ -34,9 +35,10 @@ def launchers(dry: bool) -> SimpleNamespace:
             linear_swiglu=linear_swiglu_reference, qkv_rope=qkv_rope_reference,
             product=lambda x, weight, out, tile: linear_reference(x, weight, out), rms_norm=rms_norm_reference,
             rope_write=rope_write_reference,
-            sample_step=lambda logits, lanes, filters=True, ended=None: sample_step_reference(
-                logits.float(), lanes, filters, ended),
-            score=score_reference, swiglu=swiglu_reference, take_rows=take_rows_reference)
+            sample_step=lambda logits, lanes, filters=True, ended=None, cuts=True: sample_step_reference(
+                logits.float(), lanes, filters, ended, cuts),
+            score=score_reference, swiglu=swiglu_reference, take_rows=take_rows_reference,
+            top_tokens=top_tokens_reference)
     from stars.kernels.triton.append_draft import append_draft
     from stars.kernels.triton.apply_penalties import apply_penalties
     from stars.kernels.triton.attention import attention
@@ -50,10 +52,11 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.skinny import embedding_scaled, linear_normed, linear_residual, linear_swiglu, qkv_rope
     from stars.kernels.triton.swiglu import swiglu
     from stars.kernels.triton.take_rows import take_rows
+    from stars.kernels.triton.top_tokens import top_tokens
 
     return SimpleNamespace(
         append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, copy_rows=copy_rows,
         embedding=embedding, embedding_scaled=embedding_scaled, linear=linear, linear_invariant=linear_invariant,
         linear_normed=linear_normed, linear_residual=linear_residual, linear_swiglu=linear_swiglu, product=launch,
         qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step, score=score,
-        swiglu=swiglu, take_rows=take_rows)
+        swiglu=swiglu, take_rows=take_rows, top_tokens=top_tokens)

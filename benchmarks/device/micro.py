@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import kernel_prefill
+import kernel_ranking
 import torch
 from kernel_attention import SLAB_LEN, Span, make_case, with_plan
 from kernel_sampler import lane_state
@@ -36,7 +37,7 @@ TOY = Shape(hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, layers
 def run(record: Record, settings: Settings) -> None:
     """All of them, what has an aim first; where one fails, the others go on."""
     shape = TOY if settings.dry else REAL
-    measures = (sampler, verdict, commit, attention, row_kernels, follow, prefill)
+    measures = (sampler, verdict, commit, ranking, attention, row_kernels, follow, prefill)
     compile_first(record, settings, [
         lambda silent, measure=measure: measure(silent, settings, launchers(settings.dry), shape)
         for measure in measures if measure.__name__ not in record.done])
@@ -125,18 +126,23 @@ def sampler(record: Record, settings: Settings, ops, shape: Shape) -> None:
         size = shape.lanes * shape.vocab * dtype.itemsize
         rows = [(3 * torch.randn(shape.lanes, shape.vocab, device=settings.device)).to(dtype)
                 for _ in range(min(16, sets(size, settings.dry)))]
-        for name, top_k, top_p, aim in (
-                ("temperature", 0, 1.0, "sampler"), ("top-k 50 and top-p 0.9", 50, 0.9, "sampler-filters"),
-                ("top-k 50", 50, 1.0, ""), ("top-p 0.9", 0, 0.9, "")):
+        for name, top_k, top_p, cuts, aim in (
+                ("temperature", 0, 1.0, False, "sampler"),
+                ("top-k 50 and top-p 0.9", 50, 0.9, False, "sampler-filters"),
+                ("temperature, cuts", 0, 1.0, True, "sampler-cuts"),
+                ("top-k 50 and top-p 0.9, cuts", 50, 0.9, True, ""),
+                ("top-k 50", 50, 1.0, False, ""), ("top-p 0.9", 0, 0.9, False, "")):
             state = lane_state(shape.lanes, settings.device, steps=1 << 12)
             state.temperature.fill_(0.8)
             state.top_k.fill_(top_k)
             state.top_p.fill_(top_p)
             state.min_p.zero_()
-            filters = name != "temperature"  # as the engine calls it
+            if cuts:  # that no entropy reaches
+                state.entropy_cut.fill_(100.0)
+            filters = name != "temperature"  # as the engine calls it, with cuts too
             _time(record, settings, f"sample_step, {shape.lanes} lanes, {shape.vocab} tokens, {str(dtype)[6:]}, {name}",
-                  lambda index, state=state, rows=rows, filters=filters: lambda: ops.sample_step(
-                      rows[index % len(rows)], state, filters=filters), size,
+                  lambda index, state=state, rows=rows, filters=filters, cuts=cuts: lambda: ops.sample_step(
+                      rows[index % len(rows)], state, filters=filters, cuts=cuts), size,
                   aim if dtype == torch.float32 else "")
 
 
@@ -152,6 +158,24 @@ def verdict(record: Record, settings: Settings, ops, shape: Shape) -> None:
                               for pair in pairs], device)
     record.figure(f"score_and_decide, {lanes} lanes of {shape.hidden}", 1e6 * seconds, "us", 10.0, "10 us", "score",
                   bytes=size, spread=_us(seconds))
+
+
+def ranking(record: Record, settings: Settings, ops, shape: Shape) -> None:
+    """Ten tokens of every lane, as ARGS asks for them: of all lanes, a few and one, as they are captured."""
+    for lanes, top_p, aim in ((shape.lanes, 1.0, "ranking"), (shape.lanes, 0.9, ""), (8, 1.0, ""), (1, 1.0, "")):
+        rows = [3 * torch.randn(lanes, shape.vocab, device=settings.device)
+                for _ in range(min(4, sets(4 * lanes * shape.vocab, settings.dry)))]
+        given = kernel_ranking.ranking(lanes, settings.device, ranks=10)
+        given.ranks.fill_(10)
+        given.temperature.fill_(0.8)
+        given.top_k.zero_()
+        given.top_p.fill_(top_p)
+        given.min_p.zero_()
+        seconds = seconds_a_call([lambda one=one, given=given, filters=top_p < 1: ops.top_tokens(one, given, filters)
+                                  for one in rows], settings.device)
+        name = f"top_tokens, {lanes} lanes, {shape.vocab} tokens, 10 of each{'' if top_p == 1 else f', top-p {top_p}'}"
+        record.figure(name, 1e6 * seconds, "us", 500.0, "500 us", aim, bytes=4 * lanes * shape.vocab,
+                      spread=_us(seconds))
 
 
 def follow(record: Record, settings: Settings, ops, shape: Shape) -> None:

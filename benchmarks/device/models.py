@@ -14,6 +14,7 @@ from stars.kernels.linear import Weight, pack
 from stars.kernels.quant import FP8, QuantWeight, quantize
 from stars.model.config import ModelConfig, parse_config
 from stars.model.decoder import Decoder, LayerWeights
+from stars.model.heads import RewardHead
 from stars.model.rope import rope_tables
 
 LLAMA_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -48,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 LOGIT_SPREAD = 2.0  # standard deviation of the logits, about
 Head = Literal["lm", "reward"]
+Score = Literal["row", "mlp", "labels"]  # what a reward model ends with
 
 
 def config_of(shape: str, head: Head = "lm", dtype: str = "bfloat16", layers: int | None = None) -> ModelConfig:
@@ -58,13 +60,14 @@ def config_of(shape: str, head: Head = "lm", dtype: str = "bfloat16", layers: in
 
 def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch.dtype, head: Head = "lm", *,
                    seed: int | None = 0, deterministic: bool = False,
-                   made_on: torch.device | str | None = None, scheme: str = "") -> Decoder:
+                   made_on: torch.device | str | None = None, scheme: str = "", score_by: Score = "row") -> Decoder:
     """A decoder with random weights, scaled so that activations stay near 1 and the head's outputs are spread.
 
     Drawn in float32 or, for the large ones, in `dtype`, on `made_on` (the device itself, unless the same weights are
     wanted on two devices). Every number is one that bfloat16 has, so that a model of another library holds the same.
     seed None leaves the drawing to torch's own generator. scheme: the layers' matrices and the head are quantised so,
-    "fp8", "int8" or "int4-128".
+    "fp8", "int8" or "int4-128". score_by: a reward of one row, of two products with ReLU between them, or the
+    probability of the second of two labels that these end with.
     """
     made_on = torch.device(made_on if made_on is not None else device)
     generator = None if seed is None else torch.Generator(made_on).manual_seed(seed)
@@ -93,8 +96,17 @@ def random_decoder(config: ModelConfig, device: torch.device | str, dtype: torch
     final_norm = norm(hidden)
     out = score = None
     if head == "reward":
-        values = torch.empty(1, hidden, device=made_on).normal_(0.0, 1 / math.sqrt(hidden), generator=generator)
-        score = pack(values.bfloat16().float().to(device), deterministic=deterministic)
+        def product(rows: int, scale: float = 1.0) -> Weight:
+            values = torch.empty(rows, hidden, device=made_on)
+            values.normal_(0.0, scale / math.sqrt(hidden), generator=generator)
+            return pack(values.bfloat16().float().to(device), deterministic=deterministic)
+
+        if score_by == "row":
+            score = product(1)
+        else:  # ReLU leaves half of the squares
+            labels = score_by == "labels"
+            layers_of = product(hidden), product(2 if labels else 1, math.sqrt(2))
+            score = RewardHead(layers_of, "softmax" if labels else "none", label=int(labels))
     else:
         out = embedding if config.tie_word_embeddings else matrix(config.vocab_size, hidden, LOGIT_SPREAD)
     cos, sin = rope_tables(config.rope, config.head_dim, config.max_position_embeddings, device)

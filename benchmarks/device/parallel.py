@@ -48,8 +48,8 @@ def run_apart(record: Record, settings: Settings, parts: dict[str, Part], most: 
         if changed:
             for key, first in before.items():
                 own[key] = first + [entry for content in results.values() for entry in content[key]]
-            for content in results.values():
-                own["parts"] |= content["parts"]
+            for name, content in results.items():  # whose process may not have come to its part yet
+                own["parts"] |= {name: RUNNING} | content["parts"]
                 own["facts"] |= content["facts"]
             record.save()
         time.sleep(POLL_SECONDS)

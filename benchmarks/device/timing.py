@@ -74,21 +74,28 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: str, repeats: 
         return Seconds.of([1.0])
     for call in calls:
         call()
-    torch.cuda.synchronize()
     rounds = max(1, -(-least // len(calls)))
-    # Not by torch.cuda.graph, which collects garbage and gives memory back: hundreds of figures are captured.
+    graph = captured([*calls] * rounds)
+    times = [_between(graph.replay) for _ in range(repeats)]
+    return Seconds.of([seconds / (rounds * len(calls)) for seconds in times])
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """All of `calls`, each of which has run before, in one graph.
+
+    Not by torch.cuda.graph, which collects garbage and gives memory back: hundreds of figures are captured.
+    """
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(capture_stream()):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            for _ in range(rounds):
-                for call in calls:
-                    call()
+            for call in calls:
+                call()
         finally:
             graph.capture_end()
     torch.cuda.synchronize()
-    times = [_between(graph.replay) for _ in range(repeats)]
-    return Seconds.of([seconds / (rounds * len(calls)) for seconds in times])
+    return graph
 
 
 def seconds_each(call: Callable[[], object], device: str, repeats: int = 5, warmups: int = 1) -> list[float]:

@@ -19,6 +19,10 @@ from stars.kernels.triton.sample_filters import SAMPLE, bracket_kernel, collect_
 from stars.kernels.triton.sample_step import SCAN_WARPS, TILE, scan_kernel, shared_workspace
 from stars.kernels.types import Ranking
 
+COLUMNS = 16
+"""Of the tokens that a draw would write, which nobody does here: with 1 or an odd number Triton compiled these kernels
+once more, as the width of a draft's segments is mostly a multiple of 16."""
+
 
 class Scratch(NamedTuple):
     """Of as many lanes as are selected from at once."""
@@ -102,16 +106,16 @@ def _normalise(logits: Tensor, ranking: Ranking, filters: bool) -> tuple[Tensor,
     # Without filters a temperature of 0 spares the noise.
     temperature = ranking.temperature if filters else none.view(torch.float32)
     scan_kernel[(tiles, count)](
-        logits, stride, none, none, 1, temperature, ranking.top_k, ranking.top_p, ranking.min_p, zeros, none, none,
-        space.highest, space.total, space.weighted, space.ceiling, VOCAB=vocab, TILES=tiles, TILE=TILE, FILTERS=filters,
-        CUTS=False, num_warps=SCAN_WARPS)
+        logits, stride, none, none, COLUMNS, temperature, ranking.top_k, ranking.top_p, ranking.min_p, zeros, none,
+        none, space.highest, space.total, space.weighted, space.ceiling, VOCAB=vocab, TILES=tiles, TILE=TILE,
+        FILTERS=filters, CUTS=False, num_warps=SCAN_WARPS)
     highest_of_tile = space.highest[:count]
     highest = highest_of_tile.amax(1, keepdim=True)  # NaN where one is
     log_sum = (space.total[:count] * (highest_of_tile - highest).exp()).sum(1, keepdim=True).log()
     if not filters:
         return highest, highest, log_sum
     bracket_kernel[(count,)](
-        logits, stride, none, none, 1, temperature, ranking.top_k, ranking.top_p, ranking.min_p, space.highest,
+        logits, stride, none, none, COLUMNS, temperature, ranking.top_k, ranking.top_p, ranking.min_p, space.highest,
         space.ceiling, space.mode, space.bounds, space.count, space.mass, VOCAB=vocab, TILES=tiles,
         TILES_BLOCK=triton.next_power_of_2(tiles), SAMPLE=SAMPLE, num_warps=8)
     collect_kernel[(tiles, count)](
