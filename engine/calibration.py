@@ -23,6 +23,7 @@ times, one a tenth of a spread below in 37 of 100."""
 LEAST_CORRELATION = 0.3  # of rewards of the longest prefixes with those at the end
 MOST_DRIFT = 1.0  # spreads between the mean reward of prefixes and that of finished texts
 MOST_ONE_WAY, LEAST_CHANGED = 0.9, 8  # of the samples whose reward changes after a prefix; a sign test of 8 errs in 1 %
+LEAST_SAMPLES = 16  # of which prefixes are said to differ from finished texts
 FORMAT = "stars-calibration"
 
 
@@ -89,7 +90,7 @@ class Calibration(float):
 
     def __repr__(self) -> str:
         return (f"Calibration(reward_threshold={float(self):.4g}, quantile={self.quantile:g}, spread={self.spread:.3g}"
-                f", beta={self.beta:.3g}, {self.samples} samples of {self.prompts} prompts)")
+                f", beta={self.beta:.3g}, {self.samples} samples, {self.prompts} prompt{'s' * (self.prompts != 1)})")
 
     __str__ = __repr__
 
@@ -101,7 +102,7 @@ class Calibration(float):
     @property
     def warning(self) -> str | None:
         """Why thresholds for prefixes mean little with this reward, as one sentence; None where nothing says so."""
-        if not self.correlations:
+        if not self.correlations or self.samples < LEAST_SAMPLES:
             return None
         tokens, drift = max(self.drifts.items(), key=lambda item: abs(item[1]))
         if abs(drift) > MOST_DRIFT:

@@ -366,8 +366,8 @@ class ARGS:
     What differs from their code. EOS is a candidate like any other, ends the response where it is chosen, and the
     reward reads the response without it (their code reads it as a token, and goes on after it). The reward need not
     share the language model's tokenizer. `temperature` of SamplingParams does not enter the scores: it shapes what
-    top_p and min_p keep, of which the `topk` are enumerated; penalties count in the logits. The random numbers are the
-    engine's own.
+    top_p and min_p keep. Of what these and its top_k keep the `topk` are enumerated, so a smaller top_k leaves fewer;
+    penalties count in the logits. The random numbers are the engine's own.
     """
 
     topk: int = 10
@@ -395,9 +395,10 @@ class RAD:
     defaults are those of the authors' code, method "linear", at transformers' temperature of 1.
 
     What differs from their code. Their reward model was trained to give 0 to 1 at every prefix: for rewards of another
-    range `clamp=False` leaves r as it is. Any reward serves, and one that reads prefixes incrementally, as theirs does
-    (`CausalReward`), reads a token of each candidate. Theirs is given candidate tokens that were encoded anew one by
-    one, ours the response. Of EOS, of SamplingParams and of random numbers the same holds as for ARGS.
+    range, such as a raw logit, set `clamp=False` and a smaller beta. Any reward serves, and one that reads prefixes
+    incrementally, as theirs does (`CausalReward`), reads a token of each candidate. Theirs is given candidate tokens
+    that were encoded anew one by one, ours the response. Of EOS, of SamplingParams and of random numbers the same holds
+    as for ARGS.
     """
 
     topk: int = 20

@@ -106,7 +106,8 @@ class Scheduler:
             return
         if population > self._config.max_num_seqs:
             raise RequestError(f"{name}'s population is {shown(population)} and the engine decodes "
-                               f"{self._config.max_num_seqs} responses at once: build it with a larger max_num_seqs")
+                               f"{self._config.max_num_seqs} responses at once: build it with larger max_num_seqs and "
+                               "max_num_lanes")
         history = len(prompt.token_ids) - 1
         where = f"cache_tokens={self._config.cache_tokens}"
         if self._cache.could_hold(history, [history + max_tokens] * population):

@@ -63,6 +63,8 @@ def check_directory(name: str, path: str | Path, error: type[StarsError]) -> Non
     if HUB_NAME.fullmatch(given) and not given.startswith("."):
         raise error(f"{given} is not a directory here, and nothing is downloaded: if the {name} is on the Hugging Face "
                     f"hub, run `hf download {given} --local-dir DIR` and give DIR")
+    if name != "model" and str(given).startswith(("http://", "https://")):
+        raise error(f"{given} is not a directory: a reward model on a server is stars.RemoteReward(url)")
     raise error(f"{given} is not a directory: give the path of a {name} in Hugging Face format")
 
 

@@ -115,6 +115,8 @@ def test_of_few_samples():
     """One sample of each prompt: the spread is that of all; one in all: there is none, and nothing is compared."""
     ones = Calibration.measure([[PlainSample(1.0, {})], [PlainSample(3.0, {})]], 0.5)
     assert ones.spread == pytest.approx(math.sqrt(2.0)) and ones.correlations == {}
+    few = Calibration.measure([[PlainSample(float(r), {4: 0.0}) for r in range(15)]], 0.5)
+    assert few.drifts[4] < -1.0 and few.warning is None  # as many may differ by chance
     one = Calibration.measure([[PlainSample(1.0, {4: 1.0})]], 0.5)
     assert one.spread == one.beta == 0.0 and one.correlations == {} and one.warning is None
     rewards = (-math.inf, 1.0, 2.0)

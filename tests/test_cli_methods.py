@@ -29,7 +29,7 @@ SETTINGS = {
     "particle-filter": (["--set", "particles=3", "--set", "resampling=systematic"],
                         dict(particles=3, resampling="systematic")),
     "args": (["--set", "topk=4", "--set", "weight=2.5"], dict(topk=4, weight=2.5)),
-    "rad": (["--set", "topk=4", "--set", "clamp=false"], dict(topk=4, clamp=False)),
+    "rad": (["--set", "topk=4", "--set", "clamp=False"], dict(topk=4, clamp=False)),
 }
 """Parameters of each policy as they are typed, and as Python has them."""
 
@@ -95,6 +95,7 @@ def test_parameters_that_do_not_fit(capsys, flags, code, word):
 def test_the_readme_has_the_table_that_the_code_makes(capsys):
     assert main(["methods"]) == 0 and capsys.readouterr().out == table() + "\n"
     assert table() in README.read_text(encoding="utf8")
+    assert main(["methods", "cards"]) == 0 and "H >= `entropy_threshold`" in capsys.readouterr().out
     assert main(["methods", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)["methods"]
     assert [method["name"] for method in methods] == list(POLICIES) and all(method["summary"] for method in methods)

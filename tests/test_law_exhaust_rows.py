@@ -24,7 +24,7 @@ import stars
 import test_law_cards
 import test_law_exhaust
 from law import DRAWS, FALSE_POSITIVE_RATE, MAX_TOKENS, REWARD, Prefix, content, p_value
-from stars.rules import Relax, Softmax
+from stars.exhaustions import Relax, Softmax
 
 pytestmark = [pytest.mark.usefixtures("one_torch_thread"), pytest.mark.filterwarnings("ignore:reward_threshold")]
 

@@ -20,6 +20,7 @@ from stars.cli import options
 from stars.cli.signals import Terminated, termination
 from stars.errors import StarsError
 from stars.line_file import FULL
+from stars.policies import POLICIES
 from stars.version import __version__
 
 if TYPE_CHECKING:
@@ -237,6 +238,8 @@ def _methods(parser: argparse.ArgumentParser) -> None:
 
         return methods(args)
 
+    parser.add_argument("name", nargs="?", choices=tuple(POLICIES), metavar="NAME",
+                        help="all that there is to say of one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 

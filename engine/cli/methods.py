@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
@@ -29,7 +30,9 @@ class Method(NamedTuple):
 
 def methods(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.json:
+    if args.name is not None:
+        print(f"stars.{POLICIES[args.name].__name__}\n\n{inspect.getdoc(POLICIES[args.name])}")
+    elif args.json:
         print(dumps(plain({"methods": [method._asdict() for method in all_methods()]})))
     else:
         print(table())

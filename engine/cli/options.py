@@ -86,7 +86,8 @@ def add_sampling(parser: argparse.ArgumentParser, with_n: bool) -> None:
     group.add_argument("--repetition-penalty", type=float, metavar="P", help="of tokens of prompt and response")
     group.add_argument("--max-tokens", type=int, metavar="N", help="tokens of a response at most")
     if with_n:
-        group.add_argument("--n", type=int, metavar="N", help="completions of each prompt")
+        group.add_argument("--n", type=int, metavar="N",
+                           help="completions of each prompt, each with all that the policy draws for one")
     group.add_argument("--stop", action="append", metavar="TEXT", help="ends a response; may be given several times")
     group.add_argument("--stop-token-ids", type=int, nargs="+", action="extend", metavar="ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
@@ -102,7 +103,8 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
                        help="a parameter of the policy, by its Python name; may be given several times")
     group.add_argument("--segment-size", type=int, metavar="B", help="tokens of a segment")
     group.add_argument("--max-attempts", type=int, metavar="N", help="at one segment, before what exhaust says is kept")
-    group.add_argument("--alpha", type=float, help="where the threshold starts: 0 at r(prompt), 1 at its end")
+    group.add_argument("--alpha", type=float, help="where the threshold starts: 0 at r(prompt), 1 at its end "
+                       "(speculative-rejection: the share that each segment drops)")
     group.add_argument("--beta", type=_number_or_auto, help="temperature of accepting, 0 is the hard rule; auto is the "
                        "one of --calibration, or of the calibration on the first prompts")
     group.add_argument("--reward-threshold", type=_number_or_auto, metavar="R",
@@ -224,7 +226,9 @@ def build_engine(args: argparse.Namespace) -> Engine:
     if model is None:
         model, shipped = shipped_pair()
         rewards = rewards if _rewards(args) else [shipped]
-        print("stars: no --model given, so this uses the shipped pair, a toy trained on film reviews", file=sys.stderr)
+        what = "language model" if rewards != [shipped] else "pair"
+        print(f"stars: no --model given, so this uses the shipped {what}, a toy trained on film reviews",
+              file=sys.stderr)
     from stars.engine import Engine
 
     return Engine(model, _reward(args, rewards), **_given(args, ENGINE))
@@ -309,6 +313,7 @@ def _assignment(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise ValueError("no KEY=VALUE")
+    value = {"True": "true", "False": "false", "None": "null"}.get(value, value)  # as `stars methods` prints them
     for read in (json.loads, float):
         try:
             found = read(value)
