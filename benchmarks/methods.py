@@ -1,6 +1,6 @@
 """Every method of the package at three budgets on held-out openings: what reward it reaches, and with how many tokens.
 
-    python benchmarks/methods.py --data IMDB [--out FILE] [--only NAME …] [--openings 100] [--tokens 128]
+    python benchmarks/methods.py --data IMDB [--out FILE] [--only NAME …] [--openings 100] [--seeds 2] [--tokens 128]
 
 IMDB is the folder that `train_pair.py` reads. An opening is the first words of a review that both shipped models were
 kept from; thresholds, spread and betas are measured on other such openings. The reward model that guides is the one
@@ -29,7 +29,6 @@ from stars.policies import POLICIES
 
 WORDS = 6  # of an opening
 CALIBRATION_OPENINGS, CALIBRATION_SAMPLES = 25, 32
-SEEDS = 2  # of every opening
 
 
 class Row(NamedTuple):
@@ -84,6 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=tuple(POLICIES))
     parser.add_argument("--openings", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=2, help="of every opening")
     parser.add_argument("--tokens", type=int, default=128)
     options = parser.parse_args()
     reviews = [text for text, _ in labelled_reviews(options.data)[1]]
@@ -96,39 +96,40 @@ def main() -> None:
     samples = engine.plain_samples(others, params, CALIBRATION_SAMPLES)
     found = Calibration.measure(samples, 0.9)
     record: dict[str, Any] = {
-        "machine": describe_machine(), "openings": len(measured), "seeds": SEEDS, "tokens": options.tokens,
+        "machine": describe_machine(), "openings": len(measured), "tokens": options.tokens,
         "temperature": 0.8, "top_k": 40, "calibration": found.record(), "rows": []}
     missing = {method.name for method in all_methods()} - {row.policy for row in rows()}
     assert not missing, f"no row for {missing}"
     for row in rows():
         if options.only is None or row.policy in options.only:
-            record["rows"].append(measure(engine, row, measured, params, samples, found.spread))
+            record["rows"].append(measure(engine, row, measured, options.seeds, params, samples,
+                                          found.spread))
             print(_line(record["rows"][-1]), flush=True)
             if options.out is not None:
                 options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def measure(engine: stars.Engine, row: Row, openings: list[str], params: stars.SamplingParams, samples: list,
-            spread: float) -> dict[str, Any]:
-    """One row: rewards of the finished texts, and what was drawn and scored for one of them on average."""
+def measure(engine: stars.Engine, row: Row, openings: list[str], count: int, params: stars.SamplingParams,
+            samples: list, spread: float) -> dict[str, Any]:
+    """One row, `count` texts of each opening: rewards of the finished texts, and what one of them took on average."""
     given = row.given | {name: value * spread for name, value in row.scaled.items()}
     if row.quantile is not None:
         given["reward_threshold"] = float(Calibration.measure(samples, row.quantile))
     policy = POLICIES[row.policy](**given)
-    seeds = [stars.SamplingParams(**{**vars(params), "seed": 1000 + seed}) for seed in range(SEEDS)]
+    seeds = [stars.SamplingParams(**{**vars(params), "seed": 1000 + seed}) for seed in range(count)]
     begin = time.perf_counter()
     outputs = engine.generate([opening for opening in openings for _ in seeds], seeds * len(openings), policy,
                               use_tqdm=False)
     seconds = time.perf_counter() - begin
     texts = len(outputs)
-    rewards = np.array([output.outputs[0].reward for output in outputs]).reshape(len(openings), SEEDS)
+    rewards = np.array([output.outputs[0].reward for output in outputs]).reshape(len(openings), count)
     metrics = [output.metrics for output in outputs]
     return {
-        "policy": row.policy, "setting": row.label(),
+        "policy": row.policy, "setting": row.label(), "seeds": count,
         "parameters": {name: _plain(value) for name, value in given.items()},
         "mean_reward": float(rewards.mean()), "mean_reward_95": bootstrap(rewards),
         "lm_tokens": sum(one.lm_tokens_drawn for one in metrics) / texts,
-        "lm_tokens_95": bootstrap(np.array([one.lm_tokens_drawn for one in metrics], float).reshape(-1, SEEDS)),
+        "lm_tokens_95": bootstrap(np.array([one.lm_tokens_drawn for one in metrics], float).reshape(-1, count)),
         "rm_tokens": sum(one.rm_tokens_scored for one in metrics) / texts,
         "kept_tokens": sum(len(output.outputs[0].token_ids) for output in outputs) / texts,
         "fallbacks": sum(one.fallbacks for one in metrics) / max(1, sum(one.segments for one in metrics)),
