@@ -67,7 +67,7 @@ def rows() -> Iterator[Row]:
         yield Row("best-of-n", dict(n=count), None, dict(temperature=BETA_OF_SPREAD))
         yield Row("speculative-rejection", dict(n=count))
         yield Row("particle-filter", dict(particles=count), None, dict(beta=0.25))
-    for k in (2, 4, 16, (16, 8, 4, 2, 1), (32, 16, 8, 4, 2)):
+    for k in (2, 4, 16, (16, 8, 4, 2, 1), (32, 16, 8, 4, 2), (64, 32, 16, 8, 4)):
         yield Row("blockwise", dict(k=k))
     for beams, candidates in ((2, 2), (4, 4), (4, 16)):
         yield Row("segment-beam", dict(beams=beams, candidates=candidates))
