@@ -25,6 +25,18 @@ BASES = [ids(30, seed=seed) for seed in range(3)]
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
+def stepped_through_interrupts(engine: stars.Engine) -> stars.RequestOutput:
+    """The output of the one request there is, stepped on after every KeyboardInterrupt, with books that balance."""
+    while True:
+        try:
+            finished = [output for output in engine.step() if output.finished]
+        except KeyboardInterrupt:
+            engine.check_integrity()
+            continue
+        if finished:
+            return finished[0]
+
+
 def nothing_is_held(engine: stars.Engine) -> None:
     """What must be true once no request is left."""
     engine.check_integrity()
@@ -249,14 +261,7 @@ def test_after_an_interrupt_the_text_is_the_same(where):
 
     def run(engine):
         engine.add_request({"prompt_token_ids": BASES[0][:9]}, params, policy)
-        while True:
-            try:
-                finished = [output for output in engine.step() if output.finished]
-            except KeyboardInterrupt:
-                engine.check_integrity()
-                continue
-            if finished:
-                return finished[0]
+        return stepped_through_interrupts(engine)
 
     interrupted: set[int] = set()
     engine = toy_engine(LM, stars.FunctionReward(fn, inputs="ids"))

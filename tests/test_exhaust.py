@@ -17,7 +17,7 @@ from building import PADDED, work_as
 from stars.exhaustions import BackUp, BestSeen, Exhaustion, First, Last, Refuse, Relax, Softmax
 from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole
 from stars.rules import Decision, Judged, State
-from test_conservation import nothing_is_held
+from test_conservation import nothing_is_held, stepped_through_interrupts
 from test_oracle import FUNCTION, LM, RM, TOLERANCE, equals_oracle, rejecting
 from toy import facts, ids, toy_engine
 
@@ -192,16 +192,10 @@ def test_a_segment_taken_back_in_a_round_that_was_stopped_is_there_again(place, 
 
         setattr(holder, place, interrupted)
         engine.add_request(PROMPT, backing_params(), BACKING)
-        while True:
-            try:
-                done = [output for output in engine.step() if output.finished]
-            except KeyboardInterrupt:
-                engine.check_integrity()
-                continue
-            if done:
-                assert len(calls) > max(interrupts, default=0)
-                nothing_is_held(engine)
-                return done[0]
+        done = stepped_through_interrupts(engine)
+        assert len(calls) > max(interrupts, default=0)
+        nothing_is_held(engine)
+        return done
 
     counted = Counted(monkeypatch)
     undisturbed = run([])

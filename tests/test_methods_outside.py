@@ -23,7 +23,7 @@ from law import DRAWS, FALSE_POSITIVE_RATE, MAX_TOKENS, MODEL, PROMPT, REWARD, c
 from stars.passes import Passes
 from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole
 from stars.rules import Decision, Judged, Keep, Note, State, whole
-from test_conservation import nothing_is_held
+from test_conservation import nothing_is_held, stepped_through_interrupts
 from toy import EOS, ToyModel, facts, ids, table_reward, toy_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -292,16 +292,10 @@ def test_an_interrupted_round_of_a_population_never_happened(place):
 
         setattr(holder, name, interrupted)
         engine.add_request({"prompt_token_ids": ids(9, 11, seed=1)}, params, Breed())
-        while True:
-            try:
-                done = [output for output in engine.step() if output.finished]
-            except KeyboardInterrupt:
-                engine.check_integrity()
-                continue
-            if done:
-                assert len(calls) > max(interrupts, default=0)
-                nothing_is_held(engine)
-                return done[0]
+        done = stepped_through_interrupts(engine)
+        assert len(calls) > max(interrupts, default=0)
+        nothing_is_held(engine)
+        return done
 
     whole_run, broken = run([]), run([2, 3, 7])
     assert [[segment.token_ids for segment in one.segments] for one in broken.outputs] == [

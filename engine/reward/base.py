@@ -266,6 +266,14 @@ def settled(reward: float | RewardError | Later) -> float | RewardError:
                        f"{describe(error)}")
 
 
+def by_session(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """The places of candidates that continue one response together, response by response in the order they come."""
+    places: dict[int, list[int]] = {}
+    for place, candidate in enumerate(candidates):
+        places.setdefault(id(candidate.session), []).append(place)
+    return list(places.values())
+
+
 def reward_problem(reward: float | RewardError) -> str | None:
     """Why a reward cannot be used: an error, NaN or +inf (-inf is allowed and rejects); None if it can."""
     if isinstance(reward, RewardError):

@@ -15,7 +15,7 @@ from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError, describe, log
 from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Later, Reward, Scored, checked_batch_size, checked_integer
+from stars.reward.base import Candidate, Later, Reward, Scored, by_session, checked_batch_size, checked_integer
 from stars.reward.pool import Pool
 
 
@@ -85,10 +85,7 @@ class FunctionReward(Reward):
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One call per response, so that a failing call fails one response. With `blocking`, its answers come later."""
         results: dict[int, Scored] = {}
-        by_session: dict[int, list[int]] = {}
-        for index, candidate in enumerate(candidates):
-            by_session.setdefault(id(candidate.session), []).append(index)
-        for indices in by_session.values():
+        for indices in by_session(candidates):
             session = candidates[indices[0]].session
             responses = [candidates[i].text if self.needs_text else list(candidates[i].token_ids) for i in indices]
             call = partial(self._call, session.prompt, responses)

@@ -17,7 +17,7 @@ from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError, describe
 from stars.model.tokenizer import REPLACEMENT, Tokenizer
 from stars.prompt import Prompt, message_text
-from stars.reward.base import Candidate, ContextFull, Reward, Scored, checked_batch_size, checked_integer
+from stars.reward.base import Candidate, ContextFull, Reward, Scored, by_session, checked_batch_size, checked_integer
 from stars.reward.http_calls import MAX_SAID, Address, Answer, Failed, Limits, Poster
 from stars.reward.later import Ready
 from stars.reward.pool import Pool
@@ -122,10 +122,7 @@ class RemoteReward(Reward):
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """Asks, a response's candidates together; the rewards come later."""
         results: dict[int, Scored] = {}
-        by_session: dict[int, list[int]] = {}
-        for index, candidate in enumerate(candidates):
-            by_session.setdefault(id(candidate.session), []).append(index)
-        for places in by_session.values():
+        for places in by_session(candidates):
             session = candidates[places[0]].session
             size = 1 if session.messages is not None else self.batch_size
             for start in range(0, len(places), size):
