@@ -1,4 +1,5 @@
-"""The KV cache of one model: committed history in pages, drafted segments in slabs."""
+"""The KV cache: committed history in pages, drafted segments in slabs. One ledger, and keys and values of every model
+that reads the same tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from stars.buffers import Buffers
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages
-from stars.kernels.copy_rows import copy_rows
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.types import LayerKV
+from stars.kv_store import KVStore
 from stars.model.config import ModelConfig
 from stars.page_pool import PagePool
 from stars.sizes import ModelSizes
@@ -27,36 +28,52 @@ MAX_MOVES = 2048
 CLOSED = -1
 """Length of a closed table."""
 
+OWN_STORE = (0,)
+"""The stores of a table that only the cache's first model reads."""
+
 
 class BlockTable:
     """The pages of one hypothesis: key position p lies in pages[p // page_size], and `length` positions are valid.
 
     It has room for len(pages) * page_size positions. Whoever writes keys by itself (a prefill) sets `length` after it.
-    `own` belongs to the cache: no other table refers to pages[own:], and no index entry names them.
+    `own` belongs to the cache: no other table refers to pages[own:], and no index entry names them. `stores` are the
+    KVStores whose rows hold the positions; one that does not hold the last ones yet has its own length in `behind`.
     """
 
-    __slots__ = ("pages", "length", "own")
+    __slots__ = ("pages", "length", "own", "stores", "behind")
 
-    def __init__(self, pages: list[int], length: int, own: int):
+    def __init__(self, pages: list[int], length: int, own: int, stores: tuple[int, ...] = OWN_STORE):
         self.pages = pages
         self.length = length
         self.own = own
+        self.stores = stores
+        self.behind: dict[int, int] = {}  # by store, positions that it holds; absent: all of them
+
+    def held(self, store: int) -> int:
+        """Positions that `store` holds."""
+        return self.behind.get(store, self.length) if self.behind else self.length
 
     def __repr__(self) -> str:
         return f"BlockTable(pages={self.pages}, length={self.length})"
 
 
 class CommitMove(NamedTuple):
-    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`."""
+    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`, in `stores`:
+    the table's other stores stay behind."""
 
     table: BlockTable
     slab_start: int
     rows: int
     at: int
+    stores: tuple[int, ...] = OWN_STORE
 
 
 class PagedCache:
-    """Pages and slabs of one model, allocated once: addresses never change and nothing is zero-filled.
+    """Pages and slabs, allocated once: addresses never change and nothing is zero-filled.
+
+    Keys and values lie in KVStores, one a model: `shape` is the first one's, `add_store` makes others. A position of a
+    table is the same row in each of its stores, so that models which read the same tokens need one table. Pages are
+    shared between tables of the same stores.
 
     Rows that were not written hold arbitrary bytes; `length`, prefix_len and slab_used bound every read. All decisions
     are taken on the host; tensors only receive rows. A table belongs to one holder, a page to any number of tables:
@@ -70,26 +87,17 @@ class PagedCache:
             if value < least:
                 raise ValueError(f"{name} is {value}: the cache needs at least {least}")
         num_pages = config.num_pages
-        rows = max(num_pages * page_size, num_slabs * slab_len)
-        if rows * shape.num_kv_heads > 2**31 - 1:
-            raise ValueError(f"the cache would have {rows} rows of {shape.num_kv_heads} heads, numbered in int32: "
-                             "lower the cache budget")
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_slabs = num_slabs
         self.slab_len = slab_len
         self.target = config.target
         self.device = device = torch.device(config.target.device)
-        row = (shape.num_kv_heads, shape.head_dim)
-        self.k_pages = torch.empty(shape.num_layers, num_pages * page_size, *row, dtype=dtype, device=device)
-        self.v_pages = torch.empty_like(self.k_pages)  # [layers, num_pages * page_size, kv_heads, head_dim]
-        self.k_slabs = torch.empty(shape.num_layers, num_slabs * slab_len, *row, dtype=dtype, device=device)
-        self.v_slabs = torch.empty_like(self.k_slabs)  # [layers, num_slabs * slab_len, kv_heads, head_dim]
+        self.stores: list[KVStore] = []
+        self.add_store(shape, dtype)
+        own = self.stores[0]
+        self.k_pages, self.v_pages, self.k_slabs, self.v_slabs = own.k_pages, own.v_pages, own.k_slabs, own.v_slabs
         self.pool = PagePool(num_pages)  # after the tensors, which fail at once where there is no memory for them
-        self._layers = [
-            LayerKV(self.k_pages[i], self.v_pages[i], self.k_slabs[i], self.v_slabs[i], page_size)
-            for i in range(shape.num_layers)
-        ]
         self._max_moves = max(1, min(num_slabs * slab_len, MAX_MOVES))
         moves = (torch.int32, (self._max_moves,))
         self._moves = Buffers(self.target, source=moves, target=moves)
@@ -116,34 +124,41 @@ class PagedCache:
         return len(self._free_slabs)
 
     def layer(self, i: int) -> LayerKV:
-        """Views of layer `i`, always the same ones."""
-        return self._layers[i]
+        """Views of layer `i` of the first store, always the same ones."""
+        return self.stores[0].layer(i)
+
+    def add_store(self, shape: ModelConfig, dtype: torch.dtype) -> int:
+        """Allocates keys and values of another model for the rows there are; returns the number of its store."""
+        self.stores.append(KVStore(shape, self.num_pages * self.page_size, self.num_slabs * self.slab_len,
+                                   self.page_size, dtype, self.device))
+        return len(self.stores) - 1
 
     # -- tables ---------------------------------------------------------------------------------------------------
 
-    def open(self, token_ids: Sequence[int]) -> BlockTable:
-        """Takes pages for `token_ids`; those full ones that hold a prefix of them already are shared.
+    def open(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE) -> BlockTable:
+        """Takes pages for `token_ids`; those full ones that hold a prefix of them already, in `stores`, are shared.
 
         The table's length is the number of positions shared: a multiple of page_size, at most len(token_ids).
         Raises OutOfPages, and then has changed nothing.
         """
-        shared = self.pool.match(self._chunks(token_ids))
+        shared = self.pool.match(self._chunks(token_ids, stores))
         fresh = self._pages_for(len(token_ids)) - len(shared)
         free = self.pool.num_available - self.pool.cost(shared)
         if fresh > free:
             raise OutOfPages(fresh, free)
         self.pool.share(shared)
-        table = BlockTable(shared + self.pool.alloc(fresh), len(shared) * self.page_size, len(shared))
+        table = BlockTable(shared + self.pool.alloc(fresh), len(shared) * self.page_size, len(shared), stores)
         self._tables.add(table)
         return table
 
-    def can_open(self, token_ids: Sequence[int], lengths: Sequence[int] = ()) -> bool:
-        """Whether `open(token_ids)` would succeed now.
+    def can_open(self, token_ids: Sequence[int], lengths: Sequence[int] = (),
+                 stores: tuple[int, ...] = OWN_STORE) -> bool:
+        """Whether `open(token_ids, stores)` would succeed now.
 
         With `lengths`: whether as many tables could be opened that all begin with `token_ids`, one after the other as
         each is published, and be reserved up to so many positions each.
         """
-        shared = self.pool.match(self._chunks(token_ids))
+        shared = self.pool.match(self._chunks(token_ids, stores))
         fresh = self._pages_together(len(token_ids), lengths or [len(token_ids)]) - len(shared)
         return fresh <= self.pool.num_available - self.pool.cost(shared)
 
@@ -151,9 +166,9 @@ class PagedCache:
         """Whether the empty cache holds tables of `lengths` positions whose first `prefix` are the same."""
         return self._pages_together(prefix, lengths) <= self.num_pages
 
-    def shared_length(self, token_ids: Sequence[int]) -> int:
+    def shared_length(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE) -> int:
         """Leading positions of `token_ids` that `open` would find in published pages now."""
-        return len(self.pool.match(self._chunks(token_ids))) * self.page_size
+        return len(self.pool.match(self._chunks(token_ids, stores))) * self.page_size
 
     def publish(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         """Offers the full pages of `token_ids`, whose keys `table` now holds from position 0, for sharing.
@@ -164,7 +179,7 @@ class PagedCache:
         self._check_range(table, 0, len(token_ids))
         table.length = max(table.length, len(token_ids))
         table.own = max(table.own, len(token_ids) // self.page_size)
-        self.pool.publish(table.pages, self._chunks(token_ids))
+        self.pool.publish(table.pages, self._chunks(token_ids, table.stores))
 
     def fork(self, table: BlockTable) -> BlockTable:
         """A second table with the same content. It shares every page; who writes first to the last one copies it."""
@@ -172,7 +187,8 @@ class PagedCache:
         pages = table.pages[: self._pages_for(table.length)]
         self.pool.share(pages)
         table.own = max(table.own, len(pages))
-        forked = BlockTable(pages, table.length, len(pages))
+        forked = BlockTable(pages, table.length, len(pages), table.stores)
+        forked.behind = dict(table.behind)
         self._tables.add(forked)
         return forked
 
@@ -210,6 +226,8 @@ class PagedCache:
         if not 0 <= length <= table.length:
             raise IntegrityError(f"a table of {table.length} positions cannot be rewound to {length}: only shorten it")
         table.length = length
+        if table.behind:
+            table.behind = {store: held for store, held in table.behind.items() if held < length}
 
     def close(self, table: BlockTable) -> None:
         """Gives the table's pages back; published ones stay shareable until they are needed."""
@@ -221,7 +239,8 @@ class PagedCache:
     def warm_up(self) -> None:
         """Compiles what a GPU copies rows with: nothing is moved."""
         nothing = self._to_device(array("i", [-1]))
-        copy_rows(self.k_slabs, self.v_slabs, nothing, self.k_pages, self.v_pages, nothing)
+        for store in self.stores:
+            store.commit_rows(nothing, nothing)
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
@@ -236,30 +255,49 @@ class PagedCache:
         return self._rows(table, start, stop)
 
     def commit(self, moves: Sequence[CommitMove]) -> None:
-        """Makes slab rows history: one copy for all moves and layers, then table.length = at + count for each.
+        """Makes slab rows history: one copy for all moves and layers of a store, then table.length = at + count for each.
 
         An `at` below the table's length rewinds to it first. Shared pages are replaced by private copies first; raises
-        OutOfPages, and then has changed nothing.
+        OutOfPages, and then has changed nothing. A store that is behind must not be among a move's.
         """
         lengths: dict[BlockTable, int] = {}
-        for table, slab_start, count, at in moves:
+        for table, slab_start, count, at, stores in moves:
             self._check(table)
             self._check_range(table, at, at + count)
             length = lengths.get(table, table.length)
             if at > length:
                 raise IntegrityError(f"a commit at {at} leaves a gap after {length} positions: commit at the end")
+            if any([store not in table.stores or table.behind.get(store, at) < at for store in stores]):
+                raise IntegrityError(f"a commit at {at} in stores {stores} of {table}, which lack what comes before: "
+                                     "let them catch up first")
             lengths[table] = at + count
             inside = 0 <= slab_start < self.num_slabs * self.slab_len
             if not inside or slab_start % self.slab_len + count > self.slab_len:
                 raise IntegrityError(f"slab rows {slab_start} to {slab_start + count} lie in no one slab: check the id")
         self._make_private([(move.table, move.at, move.at + move.rows) for move in moves])
-        source, target = array("i"), array("i")
-        for table, slab_start, count, at in moves:
+        copies: dict[tuple[int, ...], tuple[array[int], array[int]]] = {}  # rows from and to, by stores
+        for table, slab_start, count, at, stores in moves:
+            source, target = copies.setdefault(stores, (array("i"), array("i")))
             source.extend(range(slab_start, slab_start + count))
             target.extend(self._rows(table, at, at + count))
+            if len(stores) < len(table.stores):
+                table.behind |= {store: min(at, table.held(store)) for store in table.stores if store not in stores}
             table.length = at + count
-        for start in range(0, len(source), self._max_moves):
-            self._run_moves(source[start : start + self._max_moves], target[start : start + self._max_moves])
+        for stores, (source, target) in copies.items():
+            for start in range(0, len(source), self._max_moves):
+                self._run_moves(source[start : start + self._max_moves], target[start : start + self._max_moves],
+                                stores)
+
+    def catch_up(self, table: BlockTable, store: int, held: int) -> None:
+        """`store` holds the first `held` positions of `table` now: whoever wrote them says so."""
+        self._check(table)
+        if not table.held(store) <= held <= table.length:
+            raise IntegrityError(f"store {store} of {table} holds {table.held(store)} positions, and {held} cannot be "
+                                 "what it has caught up to: write what is missing")
+        if held < table.length:
+            table.behind[store] = held
+        else:
+            table.behind.pop(store, None)
 
     def block_tables(self, tables: Sequence[BlockTable]) -> Tensor:
         """Page ids of `tables`, int32 [tables, most pages], padded with 0."""
@@ -361,9 +399,10 @@ class PagedCache:
         """Pages of tables of `lengths` positions that share the full pages of their first `prefix`."""
         return sum(map(self._pages_for, lengths)) - (len(lengths) - 1) * (prefix // self.page_size)
 
-    def _chunks(self, token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        size = self.page_size
-        return (tuple(token_ids[i : i + size]) for i in range(0, len(token_ids) - size + 1, size))
+    def _chunks(self, token_ids: Sequence[int], stores: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """The tokens of each full page; what other stores hold is marked by what is no token."""
+        size, mark = self.page_size, () if stores == OWN_STORE else tuple(-1 - store for store in stores)
+        return (tuple(token_ids[i : i + size]) + mark for i in range(0, len(token_ids) - size + 1, size))
 
     def _check(self, table: BlockTable) -> None:
         if table not in self._tables:
@@ -425,18 +464,20 @@ class PagedCache:
             self.pool.free([table.pages[i]])
             table.pages[i] = page
 
-    def _run_moves(self, source: array[int], target: array[int]) -> None:
-        """Copies slab rows `source` to page rows `target` in every layer, from buffers at fixed addresses."""
+    def _run_moves(self, source: array[int], target: array[int], stores: tuple[int, ...]) -> None:
+        """Copies slab rows `source` to page rows `target` in every layer of `stores`, from buffers at fixed addresses.
+        """
         rows = len(source)
         self._moves.wait()
         self._move_source[:rows], self._move_target[:rows] = source, target
         self._moves.upload()
 
         def step() -> None:
-            copy_rows(self.k_slabs, self.v_slabs, self._moves["source"][:rows], self.k_pages, self.v_pages,
-                      self._moves["target"][:rows])
+            for store in stores:
+                self.stores[store].commit_rows(self._moves["source"][:rows], self._moves["target"][:rows])
 
-        self._graphs.run([Part(rows, step)], self._never_done, rare=True)  # on a GPU it is one launch, of any rows
+        # On a GPU it is one launch a store, of any rows.
+        self._graphs.run([Part((rows, stores), step)], self._never_done, rare=True)
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         size = self.page_size
@@ -444,11 +485,9 @@ class PagedCache:
         for old, new in copies:
             source.extend(range(old * size, (old + 1) * size))
             target.extend(range(new * size, (new + 1) * size))
-        self._copy_rows(self.k_pages, self.v_pages, source, target)
-
-    def _copy_rows(self, k_source: Tensor, v_source: Tensor, source: array[int], target: array[int]) -> None:
-        """Copies rows `source` of k_source and v_source to page rows `target`, in every layer."""
-        copy_rows(k_source, v_source, self._to_device(source), self.k_pages, self.v_pages, self._to_device(target))
+        from_rows, to_rows = self._to_device(source), self._to_device(target)
+        for store in self.stores:
+            store.copy_pages(from_rows, to_rows)
 
     def _to_device(self, values: array[int]) -> Tensor:
         """int32 tensor of an int array, without a copy on the CPU and without waiting for a GPU."""
