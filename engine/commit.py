@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stars.cache import CommitMove, PagedCache
+from stars.models import Models
 from stars.outputs import Segment
-from stars.passes import Passes
 from stars.request import Group, Hypothesis, Lane, Winner
 from stars.reward.base import Reward
-from stars.rules import EARLIER, Decision, Keep
+from stars.rules import EARLIER, Decision, Draw, Keep
 
 
 class Arranged(NamedTuple):
@@ -24,9 +24,9 @@ class Arranged(NamedTuple):
 class Committer:
     """Writes winners into both caches, and forks what is kept twice."""
 
-    def __init__(self, cache: PagedCache, passes: Passes, reward: Reward | None, deterministic: bool):
+    def __init__(self, cache: PagedCache, models: Models, reward: Reward | None, deterministic: bool):
         self._cache = cache
-        self._passes = passes
+        self._models = models
         self._reward = reward
         self._exact = deterministic
 
@@ -116,9 +116,10 @@ class Committer:
                 arranged.twins.append((twin, next(slots)))
                 continue
             hypothesis = parent if first else self.fork(parent, next(slots))
-            lane = parent.attempts[keep.attempt - 1]
-            winner = (Winner.of(lane, hypothesis) if not keep.then and keep.tokens == len(lane.token_ids) else
-                      Winner.cut(lane, hypothesis, keep.tokens, keep.then))
+            lane, then = parent.attempts[keep.attempt - 1], keep.then
+            assert not isinstance(then, Draw)
+            winner = (Winner.of(lane, hypothesis) if not then and keep.tokens == len(lane.token_ids) else
+                      Winner.cut(lane, hypothesis, keep.tokens, then))
             arranged.winners.append(winner)
             kept.append((keep, winner))
 
@@ -135,12 +136,13 @@ class Committer:
             rows = min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids)) if lane.slab is not None else 0
             winner.rows = rows
             if lane.slab is not None and rows:
-                moves.append(CommitMove(table, lane.slab * self._cache.slab_len, rows, table.length))
+                moves.append(CommitMove(table, lane.slab * self._cache.slab_len, rows, table.length,
+                                        lane.hypothesis.proposal.stores))
             if rows < len(winner.token_ids):
                 lacking.append((table, winner))
         self._cache.commit(moves)
         if lacking:
-            self._passes.prefill([(table, token_ids, len(token_ids) - 1) for table, winner in lacking
+            self._models.prefill([(table, token_ids, len(token_ids) - 1) for table, winner in lacking
                                   for token_ids in [winner.hypothesis.request.prompt.token_ids
                                                     + winner.hypothesis.token_ids + winner.token_ids]])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -53,6 +53,7 @@ class LaneSpec(NamedTuple):
     history: np.ndarray | None = None  # as of Hypothesis.history; needed where params have penalties
     entropy_cut: float = math.inf  # nats at which it ends before the next token is drawn
     least_tokens: int = 0  # that it draws before that
+    weights: tuple[float, ...] = (1.0,)  # of the drafter's models, in their order
     ranks: int = 0  # above 0: nothing is drawn, so many of the most probable next tokens are found instead
 
 
@@ -73,9 +74,13 @@ class Drafter:
     and attention gets its tiles.
     """
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig):
+    def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig, store: int = 0,
+                 beside: Sequence[tuple[Decoder, int]] = ()):
         self.decoder = decoder
         self.cache = cache
+        self._kv = cache.stores[store]
+        if beside:
+            raise NotImplementedError
         self.target = target = config.target
         sizes, max_segment_size = language_model(config), config.max_segment_size
         rows = target.rows(sizes.max_lanes, "draft")
@@ -257,7 +262,7 @@ class Drafter:
                 lanes.token_ids, lanes.positions, lanes.slots, True, self._row_start[: rows + 1],
                 self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
                 self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
-            self.decoder.draft_logits(batch, self.cache, self._logits[:rows])
+            self.decoder.draft_logits(batch, self._kv, self._logits[:rows])
 
         return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run, self._launches)
 

@@ -10,7 +10,7 @@ import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from stars.fit import fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
 from stars.model.loader import load_model
+from stars.models import Member, Models, load_named
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
@@ -88,7 +89,8 @@ class Engine:
                  dtype: str = "auto", deterministic: bool = False, cache_tokens: int | None = None,
                  gpu_memory_utilization: float = 0.9, page_size: int = 16, max_model_len: int | None = None,
                  max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
-                 prefill_backend: str = "auto", max_num_batched_tokens: int | None = None, **others: Any):
+                 prefill_backend: str = "auto", max_num_batched_tokens: int | None = None,
+                 models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
         check_model(model)
@@ -116,8 +118,10 @@ class Engine:
         with allocation(config):
             self._cache = PagedCache(self.model_config, config, sizes, decoder.dtype)
             with decoder.lock:  # another engine may be at work with it
-                self._passes = Passes(decoder, self._cache, config, sizes)
+                passes = Passes(decoder, self._cache, config, sizes)
                 drafter = Drafter(decoder, self._cache, config)
+            self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
+                                  load_named(models, model, decoder, tokenizer, config))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
@@ -126,13 +130,14 @@ class Engine:
             if config.target.captured_at_start:
                 with decoder.lock:
                     drafter.warm_up()
-                    self._passes.warm_up()
+                    passes.warm_up()
                     chooser.measure()
                 if self.reward is not None:
                     self.reward.warm_up(drafter.device_draft)
-        self._round = Round(drafter, self._cache, self._passes, self.reward, chooser, config)
-        self._scheduler = Scheduler(self._cache, self.reward, self._passes, self._round, config)
-        self._turns = Turns([decoder.lock, *(self.reward.locks if self.reward is not None else ())])
+        self._round = Round(self._models, self._cache, self.reward, chooser, config)
+        self._scheduler = Scheduler(self._cache, self.reward, self._models, self._round, config)
+        self._turns = Turns([*(member.decoder.lock for member in self._models.members),
+                             *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
         self._eos_token_ids = _all_eos(self.model_config, tokenizer)
@@ -340,6 +345,7 @@ class Engine:
         if plan.score.when != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
+        proposal, stores = self._models.drafts_of(plan.drafts_with), self._models.stores_of(plan)
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -379,7 +385,8 @@ class Engine:
         elif self._in_use(request_id):
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named)
+        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
+                       proposal=proposal, stores=stores)
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:

@@ -88,13 +88,24 @@ class BackUp:
     then: Any = BestSeen()
 
 
+@dataclass(frozen=True)
+class Redraft:
+    """`model`, a name as in Engine(models=…) or "lm", draws `attempts` at the segment, and of those alone `decide`, a
+    rule, keeps one; without it the first is kept, and none is scored."""
+
+    model: str
+    attempts: int = 1
+    decide: Any = None
+
+
 Pick = BestSeen | First | Last | Softmax
-Exhaustion = Pick | Relax | BackUp | Refuse
+Exhaustion = Pick | Relax | BackUp | Refuse | Redraft
 EXHAUSTIONS: Mapping[str, Callable[..., Exhaustion]] = MappingProxyType({
     "best_seen": BestSeen, "first": First, "last": Last, "softmax": Softmax, "relax": Relax, "back_up": BackUp,
     "refuse": Refuse})
 """Exhaustions by the names that stand for them; "relax:0.5", "softmax:0.7" and "back_up:2" give the first argument."""
 MAX_RELAXED = 1 << 10  # times that a rule is asked again
+MAX_REDRAWN = 1 << 16  # attempts of another model
 MAX_BACKED_UP = 1 << 20  # segments that a response takes back: it has no more
 
 
@@ -110,6 +121,12 @@ def exhaustion(given: Any) -> Exhaustion:
         if isinstance(made, Relax):
             return Relax(_above_zero("by", made.by), _times(made.times, MAX_RELAXED), then)
         return BackUp(_times(made.times, MAX_BACKED_UP), then)
+    if isinstance(made, Redraft):
+        if not isinstance(made.model, str) or not made.model:
+            raise ValueError("it must have the name of the model that redraws")
+        if made.decide is not None and (isinstance(made.decide, type) or not callable(made.decide)):
+            raise ValueError("its decide must be a rule, or None")
+        return Redraft(made.model, _times(made.attempts, MAX_REDRAWN), made.decide)
     if isinstance(made, (BestSeen, First, Last, Refuse)):
         return made
     raise ValueError(f"it must be one of {', '.join(EXHAUSTIONS)}, or an object such as "

@@ -44,7 +44,7 @@ class Judge:
         for group in groups:
             if group in resumed:
                 continue
-            members, scored = unfinished(group), group.request.scores_segments
+            members, scored = unfinished(group), group.request.waits_for_scores
             for hypothesis in members:
                 lanes = drawn[hypothesis]
                 hypothesis.attempts += lanes
@@ -198,7 +198,8 @@ class Judge:
         faults: dict[Hypothesis, tuple[str, bool]] = {}  # and whether the model's context is full
         fresh = False
         for lane, result in scores:
-            reward = usable(result.reward)
+            # What a reader alone says is on the lane already.
+            reward = usable(result.reward) if group.request.scores_segments else lane.reward
             if isinstance(reward, str):
                 faults.setdefault(lane.hypothesis, (reward, isinstance(settled(result.reward), ContextFull)))
                 continue
@@ -296,7 +297,7 @@ def may_judge(lane: Lane) -> None:
     request = hypothesis.request
     lane.judged = Judged(
         hypothesis.slot, lane.attempt, len(hypothesis.token_ids) + len(lane.token_ids), lane.finish_reason is not None,
-        lane.logprobs if request.proposes_model else (), lane.logprobs, (), lane.reward,
+        lane.logprobs if request.proposes_model else (), lane.logprobs, lane.per_token, lane.reward,
         hypothesis.reward if hypothesis.segments else request.prompt_reward, _uniforms(hypothesis, lane.attempt))
 
 

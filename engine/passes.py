@@ -67,16 +67,18 @@ class Prepared(NamedTuple):
 
 
 class Passes:
-    """Prefill and scoring passes of one decoder over one cache. Passes of a shape seen before are replayed.
+    """Prefill and scoring passes of one decoder over one cache, whose `store` has its keys and values. Passes of a shape seen before are replayed.
 
     On a padded target, rows and sequences are filled up with idle ones, so that few captured shapes serve all, and
     attention gets its tiles. How many sequences there are follows from the rows, and so does how many rewards are read:
     one a sequence, or where the model's sizes say so some more, of which a pass holds `max_readings` at most.
     """
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig, sizes: ModelSizes):
+    def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig, sizes: ModelSizes, store: int = 0):
         self.decoder = decoder
         self.cache = cache
+        self.store = store
+        self._kv = cache.stores[store]
         self.target = target = config.target
         # Of passes that are too long to capture.
         self.prefill_backend = choose_prefill(decoder.config, decoder.dtype, target, config.prefill_backend,
@@ -120,16 +122,19 @@ class Passes:
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
         self._prepared: Prepared | None = None  # a pass whose buffers are filled, until it is launched or another comes
 
-    def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
+    def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None,
+                advance: bool = True) -> int:
         """For each (table, token_ids, stop): writes keys and values of token_ids[table.length:stop] into the pages.
 
         token_ids are the tokens from position 0 on. Afterwards table.length == stop, of the first tables only where
         `max_rows` did not suffice: whole chunks are run, in order, and no more rows than that. Returns the rows run.
+        A store that is behind is written from where it is. advance: False leaves the tables' lengths as they are.
         """
         spans, rows = self._page_spans(tables, max_rows)
         for batch in self._batches(spans, self.max_rows, into_slab=False):
             self._run(batch, into_slab=False)
-            _written(batch)
+            if advance:
+                _written(batch)
         return rows
 
     def read(self, table: BlockTable, token_ids: Sequence[int], stop: int, positions: Sequence[int],
@@ -165,7 +170,7 @@ class Passes:
         """(table, token_ids, start, end) of each chunk. Boundaries are fixed by position, not by what else is in the
         batch, nor by how many chunks are run at a time."""
         for table, token_ids, stop in tables:
-            for start in range(table.length, stop, self.chunk):
+            for start in range(table.held(self.store), stop, self.chunk):
                 yield table, token_ids, start, min(stop, start + self.chunk)
 
     def score(self, spans: Sequence[Span]) -> list[float]:
@@ -355,11 +360,11 @@ class Passes:
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
                           first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
             if scored and self._head is not None:
-                self.decoder.forward(batch, self.cache, last, self._states[:reads])
+                self.decoder.forward(batch, self._kv, last, self._states[:reads])
             elif scored:
-                self.decoder.score(batch, self.cache, last, self._rewards["rewards"][:reads])
+                self.decoder.score(batch, self._kv, last, self._rewards["rewards"][:reads])
             else:
-                self.decoder.forward(batch, self.cache, last)
+                self.decoder.forward(batch, self._kv, last)
 
         key = "forward", rows, sequences, into_slab, scored, reads, *(shape(tiles) if tiles is not None else ())
         return Part(key, run, self._launches)

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import choice, flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.exhaustions import BackUp, BestSeen, Exhaustion, Softmax, exhaustion, steps
+from stars.exhaustions import BackUp, BestSeen, Exhaustion, Redraft, Softmax, exhaustion, steps
 from stars.rules import OWN_RULES, Always, Rule, Threshold
 
+OWN = "lm"  # the name of the engine's own model beside those of Engine(models=…)
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
 MAX_SIZE = (1 << 31) - 1
@@ -34,6 +35,35 @@ class Enumerate:
     """
 
     k: int
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Attempts are drawn from softmax(sum over models m of weight_m * log p_m), filters and penalties applied to that.
+
+    weights: (name, weight) of each model, "lm" the engine's own, the others those of Engine(models=…). All of them read
+    the same tokens. log p_m and the logits of m differ by a constant of each position, so that it makes no difference
+    which are weighted.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Attempts are drawn from the named model of Engine(models=…), as the sampling parameters say."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Attempts are drawn by the language model with `draft` put before the prompt, and judged by it with `judge` put
+    there instead; both are texts. alternate: whether the two change places after every segment."""
+
+    draft: str
+    judge: str
+    alternate: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,18 +143,41 @@ class Lanes:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """Each attempt's reward is what a named head of Engine(heads=…) says of the language model's hidden state, behind
+    the final norm, at the attempt's last token. An attempt that is alone is not asked about: its reward is None."""
+
+    head: str
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Each attempt's `per_token` is log p - log q of its tokens: p the language model's, under the judge's prompt where
+    attempts are `Prompted`, q that of the proposal. filtered: of both as the sampling parameters draw from them, which
+    is what acceptance needs; otherwise both are raw, at temperature 1 without filters."""
+
+    filtered: bool = False
+
+
+@dataclass(frozen=True)
 class Score:
     """when: what the reward model reads: every attempt ("segment"), each response once, when it has ended ("end"), or
-    nothing ("never"). prompt: whether it reads the prompt alone, too, as the response begins."""
+    nothing ("never"). prompt: whether it reads the prompt alone, too, as the response begins. reads: what else is read
+    of every attempt before the rule sees it, by the language models themselves."""
 
     when: Literal["segment", "end", "never"] = "segment"
     prompt: bool = False
+    reads: Hidden | Ratio | None = None
+
+
+Propose = Sampled | Enumerate | Blend | Model | Prompted
+PROPOSES: tuple[type[Any], ...] = (Sampled, Enumerate, Blend, Model, Prompted)
 
 
 class Plan(NamedTuple):
     """The loop's six choices for one request."""
 
-    propose: Sampled | Enumerate
+    propose: Propose
     segment: Fixed | Entropy | Whole
     lanes: Lanes
     score: Score
@@ -145,6 +198,19 @@ class Plan(NamedTuple):
     def ranks(self) -> int:
         """How many next tokens are enumerated; 0: attempts are drawn."""
         return self.propose.k if isinstance(self.propose, Enumerate) else 0
+
+    @property
+    def drafts_with(self) -> tuple[tuple[str, float], ...]:
+        """The models that attempts are drawn from, by name, with the weights of their log-probabilities."""
+        if isinstance(self.propose, Blend):
+            return self.propose.weights
+        return ((self.propose.name if isinstance(self.propose, Model) else OWN, 1.0),)
+
+    @property
+    def reads_with(self) -> tuple[str, ...]:
+        """The models that read what was drafted, or redraw it, by name."""
+        redraws = [step.model for step in steps(exhaustion(self.exhaust)) if isinstance(step, Redraft)]
+        return (*redraws, OWN) if self.score.reads is not None else tuple(redraws)
 
 
 class Policy(Protocol):
@@ -182,11 +248,7 @@ def plan_of(policy: Any) -> Plan:
 
 def _checked(plan: Plan, where: str) -> Plan:
     """Each choice by itself, then how they go together."""
-    propose = plan.propose
-    if isinstance(propose, Enumerate):
-        propose = Enumerate(integer(f"{where}.propose.k", propose.k, 1, MAX_RANKS))
-    elif not isinstance(propose, Sampled):
-        raise RequestError(f"{where}.propose is {shown(propose)}, it must be a stars.plan.Sampled or Enumerate")
+    propose = _checked_proposal(f"{where}.propose", plan.propose)
     lanes, score = _one_of(f"{where}.lanes", plan.lanes, Lanes), _one_of(f"{where}.score", plan.score, Score)
     segment = plan.segment
     if isinstance(segment, Fixed):
@@ -204,12 +266,56 @@ def _checked(plan: Plan, where: str) -> Plan:
                   integer(f"{where}.lanes.population", lanes.population, 1, MAX_SIZE),
                   flag(f"{where}.lanes.barrier", lanes.barrier))
     choice(f"{where}.score.when", score.when, ("segment", "end", "never"))
-    score = Score(score.when, flag(f"{where}.score.prompt", score.prompt))
+    score = Score(score.when, flag(f"{where}.score.prompt", score.prompt), _checked_reads(f"{where}.score.reads",
+                                                                                          score.reads))
     exhaust = checked_exhaustion(f"{where}.exhaust", plan.exhaust)
     rule = _checked_rule(f"{where}.decide", plan.decide)
     checked = Plan(propose, segment, lanes, score, rule, exhaust)
     _check_together(checked, exhaust, where)
     return checked
+
+
+def _checked_proposal(where: str, propose: Any) -> Propose:
+    """What attempts are drawn from."""
+    if isinstance(propose, Enumerate):
+        return Enumerate(integer(f"{where}.k", propose.k, 1, MAX_RANKS))
+    if isinstance(propose, Blend):
+        weights = tuple((_named(f"{where}.weights", name), real(f"{where}.weights[{shown(name)}]", weight,
+                                                                "a finite number", math.isfinite))
+                        for name, weight in propose.weights)
+        if not weights:
+            raise RequestError(f"{where}.weights is empty, it must have a model's name and its weight")
+        return Blend(weights)
+    if isinstance(propose, Model):
+        return Model(_named(f"{where}.name", propose.name))
+    if isinstance(propose, Prompted):
+        for name in ("draft", "judge"):
+            text = getattr(propose, name)
+            if not isinstance(text, str):
+                raise RequestError(f"{where}.{name} is {shown(text)}, it must be a text")
+        return Prompted(propose.draft, propose.judge, flag(f"{where}.alternate", propose.alternate))
+    if not isinstance(propose, Sampled):
+        names = ", ".join(kind.__name__ for kind in PROPOSES[:-1])
+        raise RequestError(f"{where} is {shown(propose)}, it must be a stars.plan.{names} or {PROPOSES[-1].__name__}")
+    return propose
+
+
+def _checked_reads(where: str, reads: Any) -> Hidden | Ratio | None:
+    """What else is read of an attempt."""
+    if isinstance(reads, Hidden):
+        return Hidden(_named(f"{where}.head", reads.head))
+    if isinstance(reads, Ratio):
+        return Ratio(flag(f"{where}.filtered", reads.filtered))
+    if reads is not None:
+        raise RequestError(f"{where} is {shown(reads)}, it must be a stars.plan.Hidden or Ratio, or None")
+    return None
+
+
+def _named(where: str, name: Any) -> str:
+    """A model's or a head's name."""
+    if not isinstance(name, str) or not name:
+        raise RequestError(f"{where} has {shown(name)}, it must be the name of a model or a head")
+    return name
 
 
 def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:

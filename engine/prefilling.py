@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from stars.cache import CommitMove, PagedCache
 from stars.config import EngineConfig
 from stars.errors import RewardError
-from stars.passes import Passes, Span
+from stars.models import Models
+from stars.passes import Span
 from stars.request import Hypothesis
 from stars.reward.base import Progress, Reward
 from stars.streams import SideStream
@@ -38,15 +39,16 @@ class Prefiller:
     models' passes of a round are launched side by side.
     """
 
-    def __init__(self, cache: PagedCache, reward: Reward | None, passes: Passes, config: EngineConfig):
+    def __init__(self, cache: PagedCache, reward: Reward | None, models: Models, config: EngineConfig):
         self._cache = cache
         self._reward = reward
-        self._passes = passes
+        self._models = models
         self._exact = config.deterministic
         # Two models have buffers, graphs and workspaces of their own. One that is both has not, and its engines' lock
         # tells; rewards that say nothing of their models run where everything else does.
         locks = reward.locks if reward is not None else ()
-        self._side = SideStream(config.target) if locks and passes.decoder.lock not in locks else None
+        own = models.members[0].decoder.lock
+        self._side = SideStream(config.target) if locks and own not in locks else None
 
     def advance(self, hypotheses: Sequence[Hypothesis], language: Allowance, reward: Allowance) -> list[Hypothesis]:
         """Reads on for those of `hypotheses` that are being read, given in the order of their admission; returns those
@@ -88,7 +90,7 @@ class Prefiller:
         for hypothesis in unread:
             ids = hypothesis.request.prompt.token_ids + ([] if self._exact else hypothesis.token_ids)
             jobs.append((hypothesis.pages, ids, len(ids) - 1))
-        allowance.take(self._passes.prefill(jobs, allowance.left))
+        allowance.take(self._models.prefill(jobs, allowance.left))
         for hypothesis, (table, _, stop) in zip(unread, jobs, strict=True):
             if table.length == stop:
                 self._cache.publish(table, hypothesis.request.prompt.token_ids[:-1])
@@ -113,13 +115,16 @@ class Prefiller:
             if not pieces:
                 return
             slabs = [self._cache.take_slab() for _ in pieces]
-            spans, moves = [], []
+            spans: list[Span] = []
+            moves = []
             for (hypothesis, first, stop), slab in zip(pieces, slabs, strict=True):
                 table, ids = hypothesis.pages, hypothesis.request.prompt.token_ids + hypothesis.token_ids
                 rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
                 spans.append(Span(table, ids[first:stop], first, rows))
-                moves.append(CommitMove(table, rows.start, len(rows), first))
-            self._passes.redraft(spans)
+                moves.append(CommitMove(table, rows.start, len(rows), first, table.stores))
+            for member in self._models.members:
+                if own := [span for span in spans if member.store in span.table.stores]:
+                    member.passes.redraft(own)
             self._cache.commit(moves)
             for slab in slabs:
                 self._cache.return_slab(slab)

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from stars.cache import PagedCache
+from stars.cache import OWN_STORE, PagedCache
 from stars.config import EngineConfig
-from stars.draft import Drafter, LaneSpec
+from stars.draft import Drafted, Drafter, LaneSpec
 from stars.kernels.philox import pack_stream
-from stars.request import Hypothesis, Lane, Ranking, Request
+from stars.models import Models
+from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
 
 
-class Proposer:
-    """Draws attempts at the next segment of every hypothesis, all lanes of all of them together."""
+class Rows(NamedTuple):
+    """What another drafter than the engine's own has drawn, row by row, and the seconds of a row."""
 
-    def __init__(self, drafter: Drafter, cache: PagedCache, chooser: WidthChooser, config: EngineConfig):
-        self.drafter = drafter
+    drafted: Iterator[Drafted]
+    seconds: float
+
+
+class Proposer:
+    """Draws attempts at the next segment of every hypothesis, all lanes of all that draw from the same models together.
+    """
+
+    def __init__(self, models: Models, cache: PagedCache, chooser: WidthChooser, config: EngineConfig):
+        self._models = models
+        self.drafter = models.drafter(OWN_STORE)
         self.chooser = chooser
         self._cache = cache
         self._max_num_lanes = config.max_num_lanes
@@ -27,16 +38,21 @@ class Proposer:
         self._max_responses = min(config.max_num_lanes, config.max_num_seqs)
         self._launched = 0.0  # when the draft that is under way was started
         self._rows = 0  # that it has: a lane each, or one for all that are enumerated of a response
+        self._others: dict[Drafts, Rows] = {}  # what was drawn from other models beside it
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
-        """Starts the draft of the lanes that are returned, without waiting for it."""
+        """Starts the draft of the lanes that are returned, without waiting for it. Those that draw from other models
+        than the engine's own alone are drafted first, to their end."""
         drawn: dict[Hypothesis, list[Lane]] = {}
-        specs: list[LaneSpec] = []
+        own: list[LaneSpec] = []
+        others: dict[Drafts, list[LaneSpec]] = {}
         for hypothesis, width in zip(active, self._widths(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
             table, last = hypothesis.pages, hypothesis.last_token
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
+            drafts = hypothesis.proposal
+            specs = own if drafts.stores == OWN_STORE else others.setdefault(drafts, [])
             first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
             if request.ranks and width:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
@@ -49,21 +65,30 @@ class Proposer:
                     lanes.append(Lane(hypothesis, attempt, slab))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment))
+                                          hypothesis.least_segment, weights=drafts.weights))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
+        self._others = {drafts: self._draft(drafts, specs) for drafts, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
-        self._rows = len(specs)
-        if specs:
-            self.drafter.launch(specs)
+        self._rows = len(own)
+        if own:
+            self.drafter.launch(own)
         return drawn
+
+    def _draft(self, drafts: Drafts, specs: list[LaneSpec]) -> Rows:
+        """Drafts lanes that draw from other models."""
+        begin = time.perf_counter()
+        drafted = self._models.drafter(drafts.stores).draft(specs)
+        return Rows(iter(drafted), (time.perf_counter() - begin) / len(specs))
 
     def collect(self, drawn: dict[Hypothesis, list[Lane]]) -> None:
         """Takes what was drafted in the lanes. Without logits to draw from, a request fails."""
         if not drawn:
             return
-        drafted = iter(self.drafter.drafted(self._rows) if self._rows else ())
-        seconds = (time.perf_counter() - self._launched) / max(1, self._rows)
+        own = iter(self.drafter.drafted(self._rows) if self._rows else ())
+        seconds_own = (time.perf_counter() - self._launched) / max(1, self._rows)
         for hypothesis, lanes in drawn.items():
+            drafted, seconds = self._others.get(hypothesis.proposal, (own, seconds_own)) if self._others else (
+                own, seconds_own)
             if hypothesis.request.ranks and lanes:
                 rows = int(lanes[0].ranking is None)
                 self._hand_out(lanes, Ranking(*next(drafted)) if rows else lanes[0].ranking)

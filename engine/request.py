@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stars.cache import BlockTable
+from stars.cache import OWN_STORE, BlockTable
 from stars.exhaustions import BackUp, BestSeen, Pick, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
@@ -23,6 +23,37 @@ from stars.reward.base import Later, Scored
 from stars.rules import Judged, Note
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
+
+
+class Drafts(NamedTuple):
+    """What attempts are drawn from: the sum of models' logits, weighted."""
+
+    stores: tuple[int, ...]  # of the models, without doubles, rising
+    weights: tuple[float, ...]
+
+
+OWN_DRAFTS = Drafts(OWN_STORE, (1.0,))
+
+
+class Reading(NamedTuple):
+    """What a reader says of one attempt."""
+
+    reward: float | None = None
+    per_token: Sequence[float] = ()
+    kept: Any = None  # of `Lane.reading`, until `release`
+
+
+class Reader(Protocol):
+    """What a language model itself says of attempts that were drafted, before the rule sees them: `Score.reads`."""
+
+    def lanes_per_pass(self, tokens: int, responses: int) -> int:
+        """Attempts of one response worth reading at once, each of `tokens` tokens, besides others'."""
+
+    def read(self, lanes: Sequence[Lane]) -> list[Reading]:
+        """One reading an attempt, in order; attempts of one response are adjacent."""
+
+    def release(self, lane: Lane) -> None:
+        """The attempt is gone, or committed: gives back what `lane.reading` holds."""
 
 
 class Ranking(NamedTuple):
@@ -47,6 +78,8 @@ class Lane:
     note: Note | None = None  # what the rule says of it
     judged: Judged | None = None  # what the rule is shown of it, once it may be judged
     score_handle: Any = None  # what the reward keeps of it until it is committed or discarded
+    per_token: Sequence[float] = ()  # scores of its tokens, of a reward or a reader that has them
+    reading: Any = None  # what the request's reader keeps of it until it is released
     ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
 
 
@@ -176,6 +209,11 @@ class Hypothesis:
         self.sample = self.group.index * self.request.plan.lanes.population + self.slot  # of its random stream
         segment = self.request.plan.segment
         self.max_segment, self.least_segment, self.entropy_cut = segment.draft, segment.least, segment.cut
+
+    @property
+    def proposal(self) -> Drafts:
+        """What attempts at the segment being decided are drawn from."""
+        return self.request.proposal
 
     @property
     def pages(self) -> BlockTable:
@@ -550,6 +588,9 @@ class Request:
     eos_token_ids: tuple[int, ...]
     tokenizer: Any
     stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
+    proposal: Drafts = OWN_DRAFTS  # what attempts are drawn from
+    stores: tuple[int, ...] = OWN_STORE  # of all models that read its responses
+    reader: Reader | None = None  # what reads attempts beside the reward
     groups: list[Group] = field(default_factory=list)  # one for each completion
     prompt_reward: float | None = None
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
@@ -573,8 +614,10 @@ class Request:
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"
+        self.waits_for_scores = self.scores_segments or self.reader is not None  # before its attempts are judged
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
-        self.proposes_model = params.temperature == 1.0 and not params.filters and not self.ranks
+        self.proposes_model = (params.temperature == 1.0 and not params.filters and not self.ranks
+                               and self.proposal == OWN_DRAFTS)
         self.groups = [Group(self, index) for index in range(params.n)]
 
     @property

@@ -8,10 +8,9 @@ from concurrent.futures import Future
 from stars.cache import PagedCache
 from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
-from stars.draft import Drafter
 from stars.errors import IntegrityError, RewardError, describe, log
 from stars.judge import Judge, preferred
-from stars.passes import Passes
+from stars.models import Models
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import Candidate, Later, Reward, Scored
@@ -28,14 +27,14 @@ class Round:
     kept by `hypothesis.preferred`, of a segment that goes on, or by `hypothesis.wait` until rewards are there.
     """
 
-    def __init__(self, drafter: Drafter, cache: PagedCache, passes: Passes, reward: Reward | None,
-                 chooser: WidthChooser, config: EngineConfig):
-        self.drafter = drafter
-        self.proposer = Proposer(drafter, cache, chooser, config)
+    def __init__(self, models: Models, cache: PagedCache, reward: Reward | None, chooser: WidthChooser,
+                 config: EngineConfig):
+        self.proposer = Proposer(models, cache, chooser, config)
+        self.drafter = drafter = self.proposer.drafter
         self._waiting = Waiting()
         self._scores = Scores(reward, config.target.trailing)
         self._judge = Judge(self._scores, drafter.decoder.config.vocab_size, self._waiting)
-        self._committer = Committer(cache, passes, reward, config.deterministic)
+        self._committer = Committer(cache, models, reward, config.deterministic)
         self._cache = cache
         self._reward = reward
         self._trails = config.target.trailing
@@ -297,3 +296,6 @@ class Round:
         if lane.score_handle is not None:
             self._scorer.discard(lane.score_handle)
             lane.score_handle = None
+        if lane.reading is not None and (reader := lane.hypothesis.request.reader) is not None:
+            reader.release(lane)
+            lane.reading = None

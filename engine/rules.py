@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 EARLIER = 0
 """The attempt number of a hypothesis that had finished before this segment: nothing is drawn for it any more."""
@@ -56,13 +56,20 @@ class State(NamedTuple):
     lowered: float = 0.0  # what a threshold is lowered by: `relaxed` times what the exhaustion says
 
 
+class Draw(NamedTuple):
+    """One token that the engine draws at the position after the tokens that are kept, where the plan reads a filtered
+    `Ratio`: source "residual", from max(p - q, 0) normalised, or "judge", from p. p and q are what the ratio is of."""
+
+    source: Literal["residual", "judge"]
+
+
 class Keep(NamedTuple):
     """The first `tokens` drafted tokens of an attempt, and `then` tokens that were not drafted, become history."""
 
     hypothesis: int
     attempt: int
     tokens: int
-    then: Sequence[int] = ()
+    then: Sequence[int] | Draw = ()
 
 
 class Note(NamedTuple):

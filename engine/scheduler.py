@@ -10,7 +10,7 @@ from stars.arguments import shown
 from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
-from stars.passes import Passes
+from stars.models import Models
 from stars.plan import Plan
 from stars.prefilling import Allowance, Prefiller
 from stars.prompt import Prompt
@@ -64,13 +64,13 @@ class Scheduler:
     given something back: it would need more than there was.
     """
 
-    def __init__(self, cache: PagedCache, reward: Reward | None, passes: Passes, round_: Round, config: EngineConfig):
+    def __init__(self, cache: PagedCache, reward: Reward | None, models: Models, round_: Round, config: EngineConfig):
         self.waiting: deque[Unit] = deque()  # in order; finished ones leave when they are first
         self.running: list[Unit] = []  # as they were admitted
         self._config = config
         self._cache = cache
         self._reward = reward
-        self._prefiller = Prefiller(cache, reward, passes, config)
+        self._prefiller = Prefiller(cache, reward, models, config)
         self._round = round_
         self._gave_way: Unit | None = None  # the last one, until another gives something back
 
@@ -218,7 +218,8 @@ class Scheduler:
         request, hypotheses = unit.request, unit.unfinished
         for hypothesis in hypotheses:
             self._round.close(hypothesis)
-        if not self._cache.can_open(request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses]):
+        if not self._cache.can_open(request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses],
+                                    request.stores):
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
         return self.fail(request, RewardError(f"{type(self._reward).__name__}.{problem} while nothing else is open: "
                                               "refuse it in check"))
@@ -301,13 +302,13 @@ class Scheduler:
         """Whether all of `unit` can be opened in the language model's cache, with a segment each."""
         hypotheses = unit.unfinished
         return self._places + _places(unit) <= self._config.max_num_seqs and self._cache.can_open(
-            unit.request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses])
+            unit.request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses], unit.request.stores)
 
     def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
         """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
-        history = hypothesis.request.prompt.token_ids[:-1]
-        stop = self._cache.shared_length(history) + self._config.page_size
-        return tuple(history[:stop]) if len(history) >= stop else None
+        history, stores = hypothesis.request.prompt.token_ids[:-1], hypothesis.request.stores
+        stop = self._cache.shared_length(history, stores) + self._config.page_size
+        return (*stores, *history[:stop]) if len(history) >= stop else None
 
     def _open(self, hypothesis: Hypothesis) -> bool:
         """Takes the pages of prompt, committed tokens and a segment in both caches; False if the reward has no room."""
@@ -315,7 +316,7 @@ class Scheduler:
         scored = request.plan.score.when != "never"
         if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
-        table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1])
+        table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1], request.stores)
         hypothesis.prefill = Prefill()
         if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
             hypothesis.metrics.prompt_tokens_cached = table.length

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from stars.cache import OWN_STORE
 from stars.errors import RewardError
 from stars.kernels.types import Draft
-from stars.request import Extra, Hypothesis, Lane, Winner
+from stars.request import Extra, Hypothesis, Lane, Reader, Winner
 from stars.reward.base import (
     Ahead,
     Candidate,
@@ -56,8 +57,10 @@ class Scores:
             if request.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
                 place += bool(lanes) and lanes[0].ranking is None
                 continue
-            if request.scores_segments and not request.stop:  # stop strings are found by the host
-                scored[hypothesis] = list(enumerate(lanes, place))
+            if hypothesis.proposal.stores != OWN_STORE:  # drafted before, by others
+                continue
+            if request.scores_segments and not request.stop and request.reader is None:
+                scored[hypothesis] = list(enumerate(lanes, place))  # stop strings are found by the host
             place += len(lanes)
         batch, candidates = [], []
         for hypothesis, own in scored.items():
@@ -116,7 +119,40 @@ class Scores:
                 for hypothesis, lanes in unscored.items()}
 
     def next_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
-        """Scores the next lanes of each response."""
+        """Scores the next lanes of each response, once its reader has read them, if it has one."""
+        read: list[tuple[Lane, Scored]] = []
+        if any([hypothesis.request.reader is not None for hypothesis in unscored]):
+            read = self._read(unscored)
+            unscored = {one: lanes for one, lanes in unscored.items() if one.request.scores_segments}
+        return read + self._next_rewards(unscored) if unscored else read
+
+    def _read(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
+        """Reads lanes of those that have a reader: the next ones, or all where the reward is asked after it. Returns
+        those that no reward is asked of."""
+        chosen: dict[Reader, list[Lane]] = {}
+        responses = len(unscored)
+        for hypothesis, lanes in unscored.items():
+            reader, request = hypothesis.request.reader, hypothesis.request
+            if reader is None or request.scores_segments and lanes[0].reading is not None:
+                continue
+            count = len(lanes) if request.scores_segments else max(1, reader.lanes_per_pass(
+                len(lanes[0].token_ids), responses))
+            chosen.setdefault(reader, []).extend(lanes[:count])
+        done = []
+        for reader, lanes in chosen.items():
+            begin = time.perf_counter()
+            readings = reader.read(lanes)
+            seconds = (time.perf_counter() - begin) / len(lanes)
+            for lane, (reward, per_token, kept) in zip(lanes, readings, strict=True):
+                lane.per_token, lane.reading = per_token, kept
+                lane.hypothesis.metrics.lm_seconds += seconds
+                if not lane.hypothesis.request.scores_segments:
+                    lane.reward = reward
+                    done.append((lane, Scored(math.nan)))
+        return done
+
+    def _next_rewards(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
+        """Scores the next lanes of each response by the reward."""
         begin = time.perf_counter()
         chosen = self._next_lanes(unscored)
         batch = [lane for lanes in chosen.values() for lane in lanes]
@@ -223,6 +259,8 @@ def _with_handles(batch: Sequence[Lane], results: Sequence[Scored]) -> list[tupl
     """Lanes with their scores; each keeps what the reward keeps of it."""
     for lane, result in zip(batch, results, strict=True):
         lane.score_handle = result.handle
+        if result.per_token:
+            lane.per_token = result.per_token
     return list(zip(batch, results, strict=True))
 
 

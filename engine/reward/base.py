@@ -33,6 +33,7 @@ class Candidate(NamedTuple):
     text: str | None  # its text without a stop string; None unless the reward set `needs_text`
     final: bool = False  # the finished response, which nothing competes with: its session may be written at once
     ended: bool = False  # whether the response ends with it; said where its text is
+    stopped: int | None = None  # the EOS or stop token that ended it, which token_ids lack
 
 
 class Scored(NamedTuple):
@@ -42,6 +43,7 @@ class Scored(NamedTuple):
     tokens_run: int = 0  # tokens the reward model processed for it
     tokens_full: int = 0  # tokens a score from scratch would process
     handle: Any = None  # kept until commit or discard
+    per_token: Sequence[float] = ()  # scores of the candidate's new tokens, where the reward has them
 
 
 class Progress(NamedTuple):
