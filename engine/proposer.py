@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from stars.cache import OWN_STORE, PagedCache
 from stars.config import EngineConfig
-from stars.draft import Drafted, Drafter, LaneSpec
+from stars.draft import Drafted, LaneSpec
 from stars.kernels.philox import pack_stream
 from stars.models import Models
 from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
