@@ -302,7 +302,7 @@ MUTANTS = [
            "the last token's log-probability of each segment is left out", "engine oracle"),
     Mutant("engine/request.py", "metrics.lm_tokens_drawn += len(token_ids)", "metrics.lm_tokens_drawn += "
            "self.next_segment", "tokens that EOS saved are counted as drawn", "engine oracle"),
-    Mutant("engine/scores.py", "and not request.stop:", "and True:",
+    Mutant("engine/scores.py", "and not request.stop and", "and",
            "a segment is scored with what stands behind its stop string", "planted_rewards"),
     Mutant("engine/scheduler.py", "metrics.prompt_tokens_cached = table.length",
            "metrics.prompt_tokens_cached = len(request.prompt.token_ids)", "all of a prompt is reported as cached",
