@@ -65,7 +65,7 @@ class Proposer:
                     lanes.append(Lane(hypothesis, attempt, slab))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment, weights=drafts.weights))
+                                          hypothesis.least_segment, drafts.weights))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._others = {drafts: self._draft(drafts, specs) for drafts, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
