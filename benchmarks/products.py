@@ -64,7 +64,7 @@ class Floor:
     """The products of both models of an engine."""
 
     def __init__(self, engine):
-        self._products = {"lm": Products(engine._passes.decoder)}
+        self._products = {"lm": Products(engine._models.own.passes.decoder)}
         if engine.reward is not None:
             self._products["rm"] = Products(engine.reward.decoder)
 

@@ -30,7 +30,7 @@ def main() -> None:
     engine = Engine(DEMO_LM)
     drafter, cache = engine._round.drafter, engine._cache
     table = cache.open([5] * context)
-    engine._passes.prefill([(table, [5] * context, context)])
+    engine._models.own.passes.prefill([(table, [5] * context, context)])
     params = SamplingParams(temperature=0.8, top_k=40, ignore_eos=True)
     specs = [LaneSpec(table, 7, cache.take_slab(), STEPS, 1, lane + 1, 0, params, ()) for lane in range(lanes)]
     recorded = {name: _record(drafter, specs, left_out) for name, left_out in (

@@ -186,7 +186,7 @@ class Bench:
         cache.reserve(table, self.context)
         slabs = [cache.take_slab() for _ in range(lanes)]
         try:
-            engine._passes.prefill([(table, self.prompt(self.context), self.context)])
+            engine._models.own.passes.prefill([(table, self.prompt(self.context), self.context)])
             params = stars.SamplingParams(temperature=0.8)
             specs = [LaneSpec(table, 5, slab, steps, 1, index + 1, 0, params, ())
                      for index, slab in enumerate(slabs)]
@@ -247,7 +247,7 @@ class Bench:
         cache.reserve(table, self.context)
         slabs = [cache.take_slab() for _ in range(lanes)]
         try:
-            engine._passes.prefill([(table, self.prompt(self.context), self.context)])
+            engine._models.own.passes.prefill([(table, self.prompt(self.context), self.context)])
             whole = [LaneSpec(table, 5, slab, SEGMENT, 3, index + 1, 0, stars.SamplingParams(temperature=0.8), ())
                      for index, slab in enumerate(slabs)]
             drawn = drafter.draft(whole)
@@ -345,7 +345,7 @@ class Bench:
             table.length = 0
             self.sync()
             begin = time.perf_counter()
-            self.engine._passes.prefill([(table, self.prompt(self.context), self.context)])
+            self.engine._models.own.passes.prefill([(table, self.prompt(self.context), self.context)])
             self.sync()
             seconds.append(time.perf_counter() - begin)
         seconds = Seconds.of(seconds[1:])

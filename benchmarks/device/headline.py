@@ -168,7 +168,7 @@ def our_logits(bench: Bench, prompt: Sequence[int]) -> torch.Tensor:
     table, slab = cache.open([]), cache.take_slab()
     cache.reserve(table, len(prompt))
     try:
-        engine._passes.prefill([(table, prompt, len(prompt) - 1)])
+        engine._models.own.passes.prefill([(table, prompt, len(prompt) - 1)])
         drafter.draft([LaneSpec(table, prompt[-1], slab, 1, 0, 1, 0, SamplingParams(), ())])
         return drafter._logits[0].clone()
     finally:

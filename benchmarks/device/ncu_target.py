@@ -36,10 +36,10 @@ def main() -> None:
         engine = stars.Engine(lm, device="cuda", dtype="bfloat16", cache_tokens=1 << 13, max_model_len=1 << 12,
                               max_num_seqs=8, max_num_lanes=16, max_segment_size=32)
         cache, drafter = engine._cache, engine._round.drafter
-        engine._passes._graphs = drafter._graphs = Plainly()
+        engine._models.own.passes._graphs = drafter._graphs = Plainly()
         table = cache.open([])
         cache.reserve(table, CONTEXT)
-        engine._passes.prefill([(table, list(range(3, 3 + CONTEXT)), CONTEXT)])
+        engine._models.own.passes.prefill([(table, list(range(3, 3 + CONTEXT)), CONTEXT)])
         specs = [LaneSpec(table, 5, cache.take_slab(), 1, 1, index + 1, 0, stars.SamplingParams(temperature=0.8), ())
                  for index in range(LANES)]
         drafter.draft(specs)
