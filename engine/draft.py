@@ -115,7 +115,7 @@ class Drafter:
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(later_bytes(decoder.config))
+        self._graphs = Graphs(later_bytes(decoder.config, decoder.adapter_launches))
         self._launches = 1 + max(decoder.launches(count) for count in (1, rows))  # with the head
         self._pacing = Pacing(rows) if target.own_memory else None
         self._under_way: tuple[Callable[[], int], int] | None = None  # a step, and how many are to be launched yet

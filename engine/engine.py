@@ -28,7 +28,8 @@ from stars.fit import fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
 from stars.model.loader import load_model
-from stars.models import Member, Models, load_named
+from stars.model.sharing import SharedWeights
+from stars.models import Member, Models, check_heads, check_named, load_named
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
@@ -72,6 +73,9 @@ class Engine:
         keeps the checkpoint's values). "bfloat16" also rounds the activations of their products where the CPU
         multiplies bfloat16 pairs (AVX512-BF16); README.md has what that gave on two processors. Sums, attention, norms
         and caches are float32. On a GPU everything has the dtype ("auto": the checkpoint's).
+    models: other language models by name, directories or Decoders, that policies draw with or judge by: of the own
+        one's vocabulary, special tokens and context. A directory may hold a LoRA adapter; what several of all the
+        engine's models, rewards' included, read from one file is held once. heads: files of heads by name.
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
@@ -104,24 +108,28 @@ class Engine:
             prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens)
         self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
+        check_heads(heads)
+        shared = SharedWeights(Path(model) if from_files else None)
         # Everything that can be refused is refused before any weight is read.
-        self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size)
-        decoder = model if not from_files else load_model(
-            model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
-            max_rows=1, max_model_len=config.max_model_len)  # passes and drafts reserve what they need
+        with shared:
+            named = check_named(models, shape, tokenizer, config)
+            self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size, named)
+            decoder = model if not from_files else load_model(
+                model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
+                max_rows=1, max_model_len=config.max_model_len)  # passes and drafts reserve what they need
         decoder.check_device(config.device, "the model")
         if config.deterministic:
             check_row_invariance(decoder, config.target)
         self.model_config = decoder.config
         self.tokenizer = tokenizer
         sizes = language_model(config)
-        with allocation(config):
+        with allocation(config), shared:
             self._cache = PagedCache(self.model_config, config, sizes, decoder.dtype)
             with decoder.lock:  # another engine may be at work with it
                 passes = Passes(decoder, self._cache, config, sizes)
                 drafter = Drafter(decoder, self._cache, config)
             self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
-                                  load_named(models, model, decoder, tokenizer, config))
+                                  load_named(named, model, decoder, config))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
@@ -132,6 +140,9 @@ class Engine:
                     drafter.warm_up()
                     passes.warm_up()
                     chooser.measure()
+                for member in self._models.members[1:]:
+                    with member.decoder.lock:
+                        member.passes.warm_up()
                 if self.reward is not None:
                     self.reward.warm_up(drafter.device_draft)
         self._round = Round(self._models, self._cache, self.reward, chooser, config)
@@ -167,10 +178,12 @@ class Engine:
             return "Engine(not built)"
         shape, config = self.model_config, self.config
         running = len({unit.request.request_id for unit in self._scheduler.running})
+        named = ", ".join(self._models.named)
+        beside = f"; models {named}" if named else ""
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
-                f"{shape.vocab_size}; reward {type(self.reward).__name__ if self.reward is not None else None}; "
-                f"{config.device}, {config.dtype}; max_model_len {config.max_model_len}, cache_tokens "
-                f"{config.cache_tokens}; requests: {running} running, {len(self._requests) - running} waiting)")
+                f"{shape.vocab_size}{beside}; reward "
+                f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, {config.dtype}; "
+                f"max_model_len {config.max_model_len}, cache_tokens {config.cache_tokens}; requests: {running} running, {len(self._requests) - running} waiting)")
 
     # -- whole calls ----------------------------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ class Passes:
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(later_bytes(decoder.config))
+        self._graphs = Graphs(later_bytes(decoder.config, decoder.adapter_launches))
         self._most: dict[Kind, int] = {"prefill": self.max_rows, "score": score_rows(config, sizes)}  # rows
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
