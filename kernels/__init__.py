@@ -21,5 +21,5 @@ from stars.kernels.take_rows import take_rows
 from stars.kernels.top_tokens import top_tokens
 
 __all__ = ["Weight", "append_draft", "apply_penalties", "attention", "blend_logits", "copy_rows", "embedding",
-           "embedding_scaled", "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack", "qkv_rope", "rms_norm", "rope_write",
-           "sample_step", "score", "swiglu", "take_rows", "top_tokens"]
+           "embedding_scaled", "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack", "qkv_rope",
+           "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows", "top_tokens"]

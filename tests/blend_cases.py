@@ -9,8 +9,8 @@ from torch import Tensor
 
 def make_blend(seed: int, models: int, room: int, lanes: int, vocab: int,
                unread: float = float("nan")) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logits, weights, done, out): weights of both signs and zeros, beside which lies `unread`; tokens that are forbidden; a
-    lane in five is done, and `out` is no model's."""
+    """(logits, weights, done, out): weights of both signs and zeros, beside which lies `unread`; tokens that are
+    forbidden; a lane in five is done, and `out` is no model's."""
     draw = np.random.default_rng(seed)
     logits = draw.normal(size=(models, room, vocab)).astype(np.float32) * 3
     logits[draw.random(logits.shape) < 0.05] = -np.inf

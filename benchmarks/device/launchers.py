@@ -32,9 +32,9 @@ def launchers(dry: bool) -> SimpleNamespace:
             append_draft=append_draft_reference, apply_penalties=apply_penalties_reference,
             attention=attention_reference, blend_logits=blend_logits_reference, copy_rows=copy_rows_reference,
             embedding=embedding_reference, embedding_scaled=embedding_scaled_reference, linear=linear_reference,
-            linear_invariant=linear_reference,
-            linear_normed=linear_normed_reference, linear_residual=linear_residual_reference,
-            linear_swiglu=linear_swiglu_reference, qkv_rope=qkv_rope_reference,
+            linear_invariant=linear_reference, linear_normed=linear_normed_reference,
+            linear_residual=linear_residual_reference, linear_swiglu=linear_swiglu_reference,
+            qkv_rope=qkv_rope_reference,
             product=lambda x, weight, out, tile: linear_reference(x, weight, out), rms_norm=rms_norm_reference,
             rope_write=rope_write_reference,
             sample_step=lambda logits, lanes, filters=True, ended=None, cuts=True: sample_step_reference(
@@ -59,7 +59,7 @@ def launchers(dry: bool) -> SimpleNamespace:
 
     return SimpleNamespace(
         append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, blend_logits=blend_logits,
-        copy_rows=copy_rows, embedding=embedding, embedding_scaled=embedding_scaled, linear=linear, linear_invariant=linear_invariant,
-        linear_normed=linear_normed, linear_residual=linear_residual, linear_swiglu=linear_swiglu, product=launch,
-        qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step, score=score,
-        swiglu=swiglu, take_rows=take_rows, top_tokens=top_tokens)
+        copy_rows=copy_rows, embedding=embedding, embedding_scaled=embedding_scaled, linear=linear,
+        linear_invariant=linear_invariant, linear_normed=linear_normed, linear_residual=linear_residual,
+        linear_swiglu=linear_swiglu, product=launch, qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write,
+        sample_step=sample_step, score=score, swiglu=swiglu, take_rows=take_rows, top_tokens=top_tokens)

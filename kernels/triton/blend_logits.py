@@ -46,11 +46,11 @@ def blend_logits(logits: Tensor, weights: Tensor, done: Tensor, out: Tensor) -> 
     if logits.dtype != torch.float32 or not logits.is_contiguous():
         raise ValueError(f"blend_logits: logits are {logits.dtype} {list(logits.shape)}, expected contiguous float32")
     if weights.dtype != torch.float32 or weights.shape != (models, room) or not weights.is_contiguous():
-        raise ValueError(f"blend_logits: weights are {weights.dtype} {list(weights.shape)}, expected contiguous float32 "
-                         f"[{models}, {room}]")
+        raise ValueError(f"blend_logits: weights are {weights.dtype} {list(weights.shape)}, expected contiguous "
+                         f"float32 [{models}, {room}]")
     if out.dtype != torch.float32 or columns != vocab or lanes > room or out.stride(1) != 1:
-        raise ValueError(f"blend_logits: out is {out.dtype} {list(out.shape)}, expected float32 [at most {room}, {vocab}] "
-                         "with adjacent columns")
+        raise ValueError(f"blend_logits: out is {out.dtype} {list(out.shape)}, expected float32 [at most {room}, "
+                         f"{vocab}] with adjacent columns")
     if done.dtype != torch.int32 or done.shape != (lanes,) or not done.is_contiguous():
         raise ValueError(f"blend_logits: done is {done.dtype} {list(done.shape)}, expected contiguous int32 [{lanes}]")
     if lanes:
