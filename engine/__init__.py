@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Sample,
         SegmentBeam,
         SpeculativeRejection,
+        TokenGuidance,
     )
     from stars.reward import (
         CachedReward,
@@ -61,7 +62,7 @@ _HOMES = {
                "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
     "policies": ("ARGS", "CARDS", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter", "RejectionSampling",
-                 "Sample", "SegmentBeam", "SpeculativeRejection"),
+                 "Sample", "SegmentBeam", "SpeculativeRejection", "TokenGuidance"),
     "reward": ("CachedReward", "CausalReward", "EncoderReward", "FunctionReward", "ImplicitReward", "ProcessReward",
                "RemoteReward", "Reward", "WeightedReward"),
     "sampling": ("SamplingParams",),
@@ -103,6 +104,7 @@ __all__ = [
     "SegmentBeam",
     "SpeculativeRejection",
     "StarsError",
+    "TokenGuidance",
     "TokenizerError",
     "TraceError",
     "WeightedReward",

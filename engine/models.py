@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from stars.arguments import shown
 from stars.cache import OWN_STORE, BlockTable, PagedCache
 from stars.config import EngineConfig
@@ -47,7 +49,7 @@ class Models:
         self._cache = cache
         self.members = [own]
         self._stores = {OWN: 0}
-        self._drafters: dict[tuple[int, ...], Drafter] = {OWN_STORE: drafter}
+        self._drafters: dict[tuple[tuple[int, ...], bool], Drafter] = {(OWN_STORE, False): drafter}
         known = {id(own.decoder): 0}
         for name, decoder in named.items():
             if id(decoder) not in known:
@@ -86,14 +88,17 @@ class Models:
         drafting = self.drafts_of(plan.drafts_with).stores
         return tuple(sorted({*drafting, *(self.store_of(name) for name in plan.reads_with)}))
 
-    def drafter(self, stores: tuple[int, ...]) -> Drafter:
-        """What draws from the sum of these models' logits; made where it is first asked for."""
-        if stores not in self._drafters:
+    def drafter(self, stores: tuple[int, ...], blends: bool = False) -> Drafter:
+        """What draws from one model, or, where it `blends`, from the weighted sum of these models' logits, by each
+        lane's weights; made where it is first asked for, by whoever has the turn and with it the models' locks."""
+        drafter = self._drafters.get((stores, blends))
+        if drafter is None:
             first, *others = (self.members[store] for store in stores)
-            with first.decoder.lock:
-                self._drafters[stores] = Drafter(first.decoder, self._cache, self._config, first.store,
-                                                 [(other.decoder, other.store) for other in others])
-        return self._drafters[stores]
+            beside = [(other.decoder, other.store) for other in others] if blends else None
+            with torch.inference_mode(False):  # a caller's own: what is allocated is written outside of it, too
+                drafter = Drafter(first.decoder, self._cache, self._config, first.store, beside)
+            self._drafters[stores, blends] = drafter
+        return drafter
 
     def prefill(self, jobs: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """As `Passes.prefill`, in every store of each table; returns the rows that each model has run."""

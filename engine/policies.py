@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from stars.arguments import choice, flag, integer, known_by_name, real
+from stars.arguments import choice, flag, integer, known_by_name, real, shown
 from stars.calibration import threshold_and_beta
 from stars.errors import RequestError
 from stars.plan import (
@@ -20,6 +20,8 @@ from stars.plan import (
     MAX_RANKS,
     MAX_SIZE,
     MAX_UNIFORMS,
+    OWN,
+    Blend,
     Entropy,
     Enumerate,
     Fixed,
@@ -45,6 +47,8 @@ from stars.rules import (
 
 LEAST_TEMPERATURE = 1e-6
 """Of a softmax of scores: below it is an argmax but for ties, which is to be asked for as such."""
+GUIDE_WEIGHT = 0.3
+"""Of a guide without a reference, as in TITA's released code: the language model has the rest."""
 
 
 @known_by_name({})
@@ -420,6 +424,56 @@ class RAD:
         return _guided(self.topk, RewardGuided(weight, self.temperature, least, most))
 
 
+@known_by_name({})
+@dataclass(frozen=True)
+class TokenGuidance:
+    """Token-level guidance by a second model: TITA (arXiv 2510.21794), GenARM (arXiv 2410.08193), proxy tuning and DPO
+    at decoding.
+
+    `guide` and `reference` are names of Engine(models=…), "lm" the engine's own model. With a reference every token is
+    drawn from softmax(log p + weight * (log p_guide - log p_reference)), weight 1 unless given: TITA's paper, and a DPO
+    model's ratio to its reference as a reward of each token. Without one it is softmax((1 - weight) * log p + weight * log p_guide), weight 0.3 unless given, as TITA's
+    released code has it. `lm_weight` replaces the language model's own weight, 1 or 1 - weight: with 1 and no
+    reference it is GenARM's p * p_guide ** weight. Where `reference` is "lm", two models are run and not three.
+
+    Temperature, top_k, top_p, min_p and penalties of SamplingParams apply to the blend; at temperature 0 its most
+    probable token is taken. Log-probabilities that are reported are those of the blend. `score=True` adds one reward of
+    the finished response.
+
+    Exact: every token has the law above, in float32, and no cap or search enters. A token that one of the models whose
+    weight is not 0 forbids (its logit is -inf) is not drawn.
+
+    What differs. TITA's released code takes the most probable token: that is temperature 0.
+    """
+
+    guide: str = "guide"
+    reference: str | None = None
+    weight: float | None = None
+    lm_weight: float | None = None
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        _keep(self, guide=_model(self, "guide"), reference=None if self.reference is None else _model(self, "reference"),
+              weight=None if self.weight is None else _finite(self, "weight"),
+              lm_weight=None if self.lm_weight is None else _finite(self, "lm_weight"),
+              score=flag("TokenGuidance.score", self.score))
+        if self.guide == self.reference:
+            raise RequestError(f"TokenGuidance.reference is {shown(self.reference)}, the guide itself, and their ratio "
+                               "is 1: name the model that the guide was made from, or leave the reference out")
+
+    def plan(self) -> Plan:
+        """Every draft of the blend is kept."""
+        if self.reference is None:
+            weight = GUIDE_WEIGHT if self.weight is None else self.weight
+            own, against = 1.0 - weight, ()
+        else:
+            weight = 1.0 if self.weight is None else self.weight
+            own, against = 1.0, ((self.reference, -weight),)
+        own = own if self.lm_weight is None else self.lm_weight
+        return Plan(Blend(((OWN, own), (self.guide, weight), *against)), Fixed(DRAFT_SIZE), Lanes(1),
+                    Score("end" if self.score else "never"), Always())
+
+
 POLICIES: dict[str, type[Policy]] = {
     "stars": STARS,
     "cards": CARDS,
@@ -432,6 +486,7 @@ POLICIES: dict[str, type[Policy]] = {
     "particle-filter": ParticleFilter,
     "args": ARGS,
     "rad": RAD,
+    "token-guidance": TokenGuidance,
 }
 """Every policy of the package by the name that the command line knows it by."""
 
@@ -459,6 +514,15 @@ def _guided(topk: int, rule: RewardGuided) -> Plan:
 
 def _finite(policy: Any, name: str) -> float:
     return real(f"{type(policy).__name__}.{name}", getattr(policy, name), "a finite number", math.isfinite)
+
+
+def _model(policy: Any, name: str) -> str:
+    """Its field `name`, a model's name."""
+    value = getattr(policy, name)
+    if not isinstance(value, str) or not value:
+        raise RequestError(f"{type(policy).__name__}.{name} is {shown(value)}, it must be the name of a model of "
+                           f"Engine(models=…), or {OWN!r}")
+    return value
 
 
 def _temperature(policy: Any, name: str) -> float:

@@ -31,6 +31,11 @@ class Drafts(NamedTuple):
     stores: tuple[int, ...]  # of the models, without doubles, rising
     weights: tuple[float, ...]
 
+    @property
+    def blends(self) -> bool:
+        """Whether it is anything but one model's own distribution."""
+        return self.weights != (1.0,)
+
 
 OWN_DRAFTS = Drafts(OWN_STORE, (1.0,))
 

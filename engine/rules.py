@@ -28,7 +28,7 @@ class Judged(NamedTuple):
     tokens: int  # n: response tokens, the attempt's included (EOS counts)
     finished: bool  # whether the response ends with it
     logprobs: Sequence[float]  # of the proposal as drawn; empty where it is not the LM itself (temperature, filters)
-    raw_logprobs: Sequence[float]  # of the LM with its penalties at temperature 1, one for each drafted token
+    raw_logprobs: Sequence[float]  # of the LM, or what else is drawn from, with penalties at temperature 1, by token
     per_token: Sequence[float]  # scores by token; empty for a scalar reward
     reward: float | None  # of the response with this attempt; None where the plan asks for none
     parent_reward: float | None  # of the response without it; None where it is not known
