@@ -48,11 +48,12 @@ class Proposer:
         others: dict[Drafts, list[LaneSpec]] = {}
         for hypothesis, width in zip(active, self._widths(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
-            table, last = hypothesis.pages, hypothesis.last_token
+            context = hypothesis.drafting
+            table, last = context.table, hypothesis.last_token(context)
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             drafts = hypothesis.proposal
-            specs = own if drafts.stores == OWN_STORE else others.setdefault(drafts, [])
+            specs = others.setdefault(drafts, []) if drafts.apart else own
             first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
             if request.ranks and width:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
@@ -62,7 +63,8 @@ class Proposer:
             else:
                 for attempt in range(first, first + width):
                     slab = self._cache.take_slab()
-                    lanes.append(Lane(hypothesis, attempt, slab))
+                    judge_slab = self._cache.take_slab() if request.lane_slabs > 1 else None
+                    lanes.append(Lane(hypothesis, attempt, slab, judge_slab))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
                                           hypothesis.least_segment, weights=drafts.weights))
@@ -77,7 +79,8 @@ class Proposer:
     def _draft(self, drafts: Drafts, specs: list[LaneSpec]) -> Rows:
         """Drafts lanes that draw from other models."""
         begin = time.perf_counter()
-        drafted = self._models.drafter(drafts.stores).draft(specs)
+        drafter = self._models.drafter(drafts.stores)
+        drafted = drafter.draft_with_logits(specs) if drafts.keeps_logits else drafter.draft(specs)
         return Rows(iter(drafted), (time.perf_counter() - begin) / len(specs))
 
     def collect(self, drawn: dict[Hypothesis, list[Lane]]) -> None:
@@ -91,11 +94,11 @@ class Proposer:
                 own, seconds_own)
             if hypothesis.request.ranks and lanes:
                 rows = int(lanes[0].ranking is None)
-                self._hand_out(lanes, Ranking(*next(drafted)) if rows else lanes[0].ranking)
+                self._hand_out(lanes, Ranking(*next(drafted)[:2]) if rows else lanes[0].ranking)
                 taken = hypothesis.take_drafts(lanes, seconds * rows, rows)
             else:
                 for lane in lanes:
-                    lane.token_ids, lane.logprobs = next(drafted)
+                    lane.token_ids, lane.logprobs, lane.logits = next(drafted)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
                 hypothesis.request.fail(NAN_LOGITS)
@@ -147,6 +150,7 @@ class Proposer:
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
         # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.
         lanes = min(self._max_num_lanes, self._cache.num_free_slabs - (self._max_num_seqs - len(active)))
+        lanes -= sum([hypothesis.request.lane_slabs - 1 for hypothesis in active])
         share = max(1, lanes // len(active)) if active else 1
         widths = []
         for hypothesis in active:
