@@ -67,6 +67,7 @@ class Drafted(NamedTuple):
 
     token_ids: list[int]
     logprobs: list[float]
+    logits: Tensor | None = None  # float32 [steps, vocab] that its tokens were drawn from, where they were asked for
 
 
 class Source(NamedTuple):
@@ -152,6 +153,24 @@ class Drafter:
         """Draws up to `max_tokens` tokens for every lane; keys and values of their inputs are left in the slabs."""
         self.launch(lanes)
         return self.drafted(len(lanes))
+
+    def draft_with_logits(self, lanes: list[LaneSpec]) -> list[Drafted]:
+        """As `draft`, of lanes without penalties, with the logits that each token was drawn from."""
+        assert not self.target.own_memory, "drafts on a GPU do not keep their logits"
+        filters, cuts = any([lane.params.filters for lane in lanes]), any([lane.entropy_cut < math.inf
+                                                                           for lane in lanes])
+        rows, tiles = self._fill(lanes)
+        self._ranks = []
+        self._buffers.upload()
+        parts = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
+        parts.append(self._sample(rows, filters or cuts, False, cuts))
+        steps = max([lane.max_tokens for lane in lanes])
+        kept = torch.empty(steps, len(lanes), self._logits.shape[1])
+        for step in range(steps):  # a lane that has ended leaves its row as it may be
+            self._graphs.run(parts, self._done[rows])
+            kept[step] = self._logits[: len(lanes)]
+        return [drafted._replace(logits=kept[: len(drafted.token_ids), index])
+                for index, drafted in enumerate(self.drafted(len(lanes)))]
 
     def launch(self, lanes: list[LaneSpec]) -> None:
         """Starts a draft, without waiting for a GPU; its results must be taken before the next.

@@ -83,6 +83,10 @@ class Models:
         stores = tuple(sorted(kept))
         return Drafts(stores, tuple(kept[store] for store in stores))
 
+    def proposal_of(self, plan: Plan) -> Drafts:
+        """What the attempts of a plan are drawn from."""
+        return self.drafts_of(plan.drafts_with)._replace(keeps_logits=plan.drawn_after > 0)
+
     def stores_of(self, plan: Plan) -> tuple[int, ...]:
         """The stores of all models that a plan's responses are read by, without doubles, rising."""
         drafting = self.drafts_of(plan.drafts_with).stores

@@ -28,12 +28,15 @@ from stars.plan import (
     Lanes,
     Plan,
     Policy,
+    Prompted,
+    Ratio,
     Sampled,
     Score,
     Whole,
     checked_exhaustion,
 )
 from stars.rules import (
+    AcceptPrefix,
     Always,
     Argmax,
     DropWorst,
@@ -426,6 +429,54 @@ class RAD:
 
 @known_by_name({})
 @dataclass(frozen=True)
+class PersonaJudge:
+    """Persona-Judge: one language model under two preference prompts, of which one drafts and the other judges
+    (Findings of ACL 2025, arXiv 2504.12663).
+
+    `gamma` tokens are drawn from q, the model after the preference `draft` and the prompt; p is the same model after
+    the preference `judge` and the prompt. Token i is accepted with probability min(1, p_i / q_i), in order. In place of
+    the first rejected one a token is drawn from max(p - q, 0), normalised, and after gamma accepted ones one from p.
+    `alternate` exchanges the two preferences after every round: the paper's method. Without it this is the paper's
+    "base judge". `score=True` adds one reward of the finished response.
+
+    p and q are what the sampling parameters draw from, temperature and filters included, each normalised over what it
+    keeps; at temperature 0 both are the most probable token. What is sampled, exactly: each token x of a round has the
+    law min(p, q)(x) + max(p - q, 0)(x) = p(x) of that round's judge, given those before it. So fixed roles are plain
+    sampling after `judge`, and `draft` changes the speed alone. With `alternate` a round's tokens are its judge's, and
+    where a round ends depends on both: a text follows neither preference alone, nor a mixture that could be named.
+
+    Before messages a preference is a user's turn of its own, rendered with a generation prompt, and the messages follow
+    as they are rendered by themselves. Before a text it is put as it stands, so end it as it should be divided from the
+    prompt; before token ids its own are put. An empty one is the prompt alone. Outputs have the prompt as it was given.
+
+    What differs from the published code. There the residual is max(p - q, 0) only where the sum of p - q comes out
+    positive, else max(q - p, 0); that sum is 0, so that rounding decides, and the law is p no more. Here it is the
+    right one, and there is no other. Random numbers are those of a response and a round, where the code sets one seed
+    before every comparison. The response ends with EOS, and never exceeds max_tokens.
+    """
+
+    draft: str = "Answer in the way that is most helpful to the user.\n\n"
+    judge: str = "Answer in the way that is most harmless to the user.\n\n"
+    gamma: int = 4
+    alternate: bool = True
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("draft", "judge"):
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise RequestError(f"PersonaJudge.{name} is {shown(text)}, it must be the text of a preference")
+        _keep(self, gamma=_size(self, "gamma", MAX_UNIFORMS), alternate=flag("PersonaJudge.alternate", self.alternate),
+              score=flag("PersonaJudge.score", self.score))
+
+    def plan(self) -> Plan:
+        """One attempt a round, whose tokens are accepted in order."""
+        return Plan(Prompted(self.draft, self.judge, self.alternate), Fixed(self.gamma), Lanes(1),
+                    Score("end" if self.score else "never", reads=Ratio(filtered=True)), AcceptPrefix(self.gamma))
+
+
+@known_by_name({})
+@dataclass(frozen=True)
 class TokenGuidance:
     """Token-level guidance by a second model: TITA (arXiv 2510.21794), GenARM (arXiv 2410.08193), proxy tuning and DPO
     at decoding.
@@ -486,6 +537,7 @@ POLICIES: dict[str, type[Policy]] = {
     "particle-filter": ParticleFilter,
     "args": ARGS,
     "rad": RAD,
+    "persona-judge": PersonaJudge,
     "token-guidance": TokenGuidance,
 }
 """Every policy of the package by the name that the command line knows it by."""

@@ -11,7 +11,7 @@ from stars.config import EngineConfig
 from stars.draft import Drafted, LaneSpec
 from stars.kernels.philox import pack_stream
 from stars.models import Models
-from stars.request import OWN_DRAFTS, Drafts, Hypothesis, Lane, Ranking, Request
+from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -19,8 +19,8 @@ NAN_BLEND = ("the blend of the models' logits is NaN or infinite: check the weig
              "load them with dtype=\"float32\"")
 
 
-Key = tuple[tuple[int, ...], bool]
-"""What lanes are drafted together by: the stores of the models, and whether they are blended."""
+Key = tuple[tuple[int, ...], bool, bool]
+"""What lanes are drafted together by: the stores of the models, whether they are blended, whether logits are kept."""
 
 
 class Rows(NamedTuple):
@@ -54,11 +54,12 @@ class Proposer:
         others: dict[Key, list[LaneSpec]] = {}
         for hypothesis, width in zip(active, self._widths(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
-            table, last = hypothesis.pages, hypothesis.last_token
+            context = hypothesis.drafting
+            table, last = context.table, hypothesis.last_token(context)
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             drafts = hypothesis.proposal
-            specs = own if drafts == OWN_DRAFTS else others.setdefault(_key(drafts), [])
+            specs = others.setdefault(_key(drafts), []) if drafts.apart else own
             first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
             if request.ranks and width:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
@@ -68,7 +69,8 @@ class Proposer:
             else:
                 for attempt in range(first, first + width):
                     slab = self._cache.take_slab()
-                    lanes.append(Lane(hypothesis, attempt, slab))
+                    judge_slab = self._cache.take_slab() if request.lane_slabs > 1 else None
+                    lanes.append(Lane(hypothesis, attempt, slab, judge_slab))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
                                           hypothesis.least_segment, weights=drafts.weights))
@@ -83,7 +85,9 @@ class Proposer:
     def _draft(self, key: Key, specs: list[LaneSpec]) -> Rows:
         """Drafts lanes that draw from other models."""
         begin = time.perf_counter()
-        drafted = self._models.drafter(*key).draft(specs)
+        stores, blends, keeps_logits = key
+        drafter = self._models.drafter(stores, blends)
+        drafted = drafter.draft_with_logits(specs) if keeps_logits else drafter.draft(specs)
         return Rows(iter(drafted), (time.perf_counter() - begin) / len(specs))
 
     def collect(self, drawn: dict[Hypothesis, list[Lane]]) -> None:
@@ -97,11 +101,11 @@ class Proposer:
                 own, seconds_own)
             if hypothesis.request.ranks and lanes:
                 rows = int(lanes[0].ranking is None)
-                self._hand_out(lanes, Ranking(*next(drafted)) if rows else lanes[0].ranking)
+                self._hand_out(lanes, Ranking(*next(drafted)[:2]) if rows else lanes[0].ranking)
                 taken = hypothesis.take_drafts(lanes, seconds * rows, rows)
             else:
                 for lane in lanes:
-                    lane.token_ids, lane.logprobs = next(drafted)
+                    lane.token_ids, lane.logprobs, lane.logits = next(drafted)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
                 hypothesis.request.fail(NAN_BLEND if hypothesis.proposal.blends else NAN_LOGITS)
@@ -153,6 +157,7 @@ class Proposer:
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
         # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.
         lanes = min(self._max_num_lanes, self._cache.num_free_slabs - (self._max_num_seqs - len(active)))
+        lanes -= sum([hypothesis.request.lane_slabs - 1 for hypothesis in active])
         share = max(1, lanes // len(active)) if active else 1
         widths = []
         for hypothesis in active:
@@ -174,4 +179,4 @@ class Proposer:
 
 def _key(drafts: Drafts) -> Key:
     """Of a proposal: lanes of other weights are drafted with it."""
-    return drafts.stores, drafts.blends
+    return drafts.stores, drafts.blends, drafts.keeps_logits
