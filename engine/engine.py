@@ -346,6 +346,7 @@ class Engine:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
         proposal, stores = self._models.drafts_of(plan.drafts_with), self._models.stores_of(plan)
+        redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -386,7 +387,7 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
-                       proposal=proposal, stores=stores)
+                       proposal=proposal, redrafts=redrafts, stores=stores)
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:
