@@ -31,9 +31,10 @@ from stars.model.loader import load_model
 from stars.models import Member, Models, load_named
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
+from stars.plan import DRAFT_SIZE, Plan, Policy, Ratio, plan_of
 from stars.policies import Sample
 from stars.prompt import parse_prompt
+from stars.ratio import RatioReader
 from stars.request import Group, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
@@ -134,6 +135,7 @@ class Engine:
                     chooser.measure()
                 if self.reward is not None:
                     self.reward.warm_up(drafter.device_draft)
+        self._ratio = RatioReader(self._models, self._cache)
         self._round = Round(self._models, self._cache, self.reward, chooser, config)
         self._scheduler = Scheduler(self._cache, self.reward, self._models, self._round, config)
         self._turns = Turns([*(member.decoder.lock for member in self._models.members),
@@ -347,6 +349,12 @@ class Engine:
                                "reward=...)")
         proposal, stores = self._models.drafts_of(plan.drafts_with), self._models.stores_of(plan)
         redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
+        reads, reader = plan.score.reads, None
+        if isinstance(reads, Ratio) and not reads.filtered:
+            if params.penalties:
+                raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, which penalties "
+                                   "would be in one of: leave the penalties out")
+            reader = self._ratio
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -387,7 +395,7 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
-                       proposal=proposal, redrafts=redrafts, stores=stores)
+                       proposal=proposal, redrafts=redrafts, stores=stores, reader=reader)
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:

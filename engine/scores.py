@@ -259,7 +259,7 @@ def _with_handles(batch: Sequence[Lane], results: Sequence[Scored]) -> list[tupl
     """Lanes with their scores; each keeps what the reward keeps of it."""
     for lane, result in zip(batch, results, strict=True):
         lane.score_handle = result.handle
-        if result.per_token:
+        if result.per_token and lane.hypothesis.reader is None:
             lane.per_token = result.per_token
     return list(zip(batch, results, strict=True))
 
