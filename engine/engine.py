@@ -34,6 +34,7 @@ from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
 from stars.policies import Sample
 from stars.prompt import parse_prompt
+from stars.readers import Parts, Readers
 from stars.request import Group, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
@@ -122,6 +123,7 @@ class Engine:
                 drafter = Drafter(decoder, self._cache, config)
             self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
                                   load_named(models, model, decoder, tokenizer, config))
+            self._readers = Readers(Parts(self._models, self._cache, config, dict(heads or {})))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
@@ -346,6 +348,7 @@ class Engine:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
         proposal, stores = self._models.drafts_of(plan.drafts_with), self._models.stores_of(plan)
+        reader = self._readers.reader_of(plan)
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -386,7 +389,7 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
-                       proposal=proposal, stores=stores)
+                       proposal=proposal, stores=stores, reader=reader)
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:
