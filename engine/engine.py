@@ -34,7 +34,7 @@ from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy, Ratio, plan_of
 from stars.policies import Sample
 from stars.prompt import parse_prompt
-from stars.ratio import RatioReader
+from stars.readers import Parts, Readers
 from stars.request import Group, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
@@ -123,6 +123,7 @@ class Engine:
                 drafter = Drafter(decoder, self._cache, config)
             self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
                                   load_named(models, model, decoder, tokenizer, config))
+            self._readers = Readers(Parts(self._models, self._cache, config, dict(heads or {})))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
@@ -135,7 +136,6 @@ class Engine:
                     chooser.measure()
                 if self.reward is not None:
                     self.reward.warm_up(drafter.device_draft)
-        self._ratio = RatioReader(self._models, self._cache)
         self._round = Round(self._models, self._cache, self.reward, chooser, config)
         self._scheduler = Scheduler(self._cache, self.reward, self._models, self._round, config)
         self._turns = Turns([*(member.decoder.lock for member in self._models.members),
@@ -349,12 +349,10 @@ class Engine:
                                "reward=...)")
         proposal, stores = self._models.drafts_of(plan.drafts_with), self._models.stores_of(plan)
         redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
-        reads, reader = plan.score.reads, None
-        if isinstance(reads, Ratio) and not reads.filtered:
-            if params.penalties:
-                raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, which penalties "
-                                   "would be in one of: leave the penalties out")
-            reader = self._ratio
+        reader, reads = self._readers.reader_of(plan), plan.score.reads
+        if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would be "
+                               "in one of them: leave the penalties out")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
