@@ -261,10 +261,13 @@ class PagedCache:
         """Page rows of positions start .. stop - 1, for a caller about to write them.
 
         Shared pages among them are replaced by private copies first; raises OutOfPages, and then has changed nothing.
+        Of positions that the table has, which a store that is behind catches up with, pages stay shared: all that share
+        them have the same tokens there.
         """
         self._check(table)
         self._check_range(table, start, stop)
-        self._make_private([(table, start, stop)])
+        if stop > table.length:
+            self._make_private([(table, start, stop)])
         return self._rows(table, start, stop)
 
     def commit(self, moves: Sequence[CommitMove]) -> None:

@@ -56,7 +56,7 @@ class Committer:
         """Gives back the scores of a decided segment that are not committed: what a rule cut or continued, or took of
         attempts that hold nothing any more, is read again, and there is a slab for that only once those of the
         segment's attempts are free."""
-        if not any([winner.read_again for winner in winners]):
+        if not any([winner.read_again or winner.unscored for winner in winners]):
             return
         kept = {winner.lane for winner in winners if winner.as_drawn and winner.finish_reason is None}
         for winner in winners:
@@ -147,11 +147,12 @@ class Committer:
             if slab == winner.lane.slab:
                 winner.rows = rows
             if slab is not None and rows:
-                moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length,
-                                        winner.lane.hypothesis.proposal.stores))
+                moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
             if rows < len(winner.token_ids):
                 token_ids = prompt_ids + winner.hypothesis.token_ids + winner.token_ids
                 lacking.append((table, token_ids, len(token_ids) - 1))
+                if table.behind:  # all of its models read on from here
+                    self._models.catch_up([winner.hypothesis], table.stores)
         self._cache.commit(moves)
         if lacking:
             self._models.prefill(lacking)
@@ -164,7 +165,7 @@ class Committer:
             for winner in drawn:
                 winner.lane.score_handle = None
         for winner in winners:
-            if winner.read_again:
+            if winner.read_again or winner.unscored:
                 hypothesis = winner.hypothesis
                 text = hypothesis.request.response_text(hypothesis, winner) if self._scorer.needs_text else None
                 self._scorer.resume(hypothesis.session, hypothesis.content_ids(winner), text)

@@ -24,7 +24,7 @@ from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
-from stars.filtered_ratio import FilteredRatio, check_prompted
+from stars.filtered_ratio import check_prompted
 from stars.fit import fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
@@ -33,9 +33,10 @@ from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.plan import DRAFT_SIZE, Plan, Policy, Prompted, plan_of
+from stars.plan import DRAFT_SIZE, Plan, Policy, Prompted, Ratio, plan_of
 from stars.policies import Sample
 from stars.prompt import after, parse_prompt
+from stars.readers import Parts, Readers
 from stars.request import Group, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
@@ -109,7 +110,7 @@ class Engine:
             prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens)
         self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
-        check_heads(heads)
+        files_of_heads = check_heads(heads)
         shared = SharedWeights(Path(model) if from_files else None)
         # Everything that can be refused is refused before any weight is read.
         with shared:
@@ -131,6 +132,7 @@ class Engine:
                 drafter = Drafter(decoder, self._cache, config)
             self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
                                   load_named(named, model, decoder, config))
+            self._readers = Readers(Parts(self._models, self._cache, config, files_of_heads))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
@@ -147,7 +149,6 @@ class Engine:
                 if self.reward is not None:
                     self.reward.warm_up(drafter.device_draft)
         self._round = Round(self._models, self._cache, self.reward, chooser, config)
-        self._filtered_ratio = FilteredRatio(passes)
         self._scheduler = Scheduler(self._cache, self.reward, self._models, self._round, config)
         self._turns = Turns([*(member.decoder.lock for member in self._models.members),
                              *(self.reward.locks if self.reward is not None else ())])
@@ -361,8 +362,13 @@ class Engine:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
         proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
+        redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
+        reader, reads = self._readers.reader_of(plan), plan.score.reads
         if isinstance(plan.propose, Prompted):
             check_prompted(type(policy).__name__, plan, params, self.config)
+        if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would be "
+                               "in one of them: leave the penalties out")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -410,8 +416,8 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
-                       proposal=proposal, stores=stores, contexts=tuple(contexts.values()),
-                       reader=self._filtered_ratio if plan.drawn_after else None)
+                       proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
+                       contexts=tuple(contexts.values()))
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:

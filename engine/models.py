@@ -25,7 +25,7 @@ from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
 from stars.plan import OWN, Plan
-from stars.request import Drafts
+from stars.request import Drafts, Hypothesis
 from stars.sizes import language_model
 from stars.sources import check_model
 
@@ -115,7 +115,32 @@ class Models:
             for store in stores[:-1]:
                 self.members[store].passes.prefill(those, left, advance=False)
             rows += self.members[stores[-1]].passes.prefill(those, left)
+            for table, _, stop in those:
+                if table.length == stop:
+                    table.behind.clear()
         return rows
+
+    def catch_up(self, hypotheses: Sequence[Hypothesis], stores: tuple[int, ...]) -> None:
+        """Each of `stores` holds all that was committed of the responses afterwards: what it lacks, as other models have
+        drawn since, is run by one pass for all of them. In deterministic mode what was committed together is run
+        together, as it is where a response that gave way is read again."""
+        for store in stores:
+            behind = [one for one in hypotheses if store in one.pages.behind]
+            while behind:
+                jobs = [(one.pages, one.request.prompt.token_ids + one.token_ids, self._next_stop(one, store))
+                        for one in behind]
+                self.members[store].passes.prefill(jobs, advance=False)
+                for table, _, stop in jobs:
+                    self._cache.catch_up(table, store, stop)
+                behind = [one for one in behind if store in one.pages.behind]
+
+    def _next_stop(self, hypothesis: Hypothesis, store: int) -> int:
+        """Up to where a store that is behind is run at once."""
+        table = hypothesis.pages
+        if not self._config.deterministic:
+            return table.length
+        begin, held = len(hypothesis.request.prompt.token_ids) - 1, table.held(store)
+        return min([table.length, *(begin + end for end in hypothesis.ends if begin + end > held)])
 
 
 def check_named(models: Any, shape: ModelConfig, tokenizer: Tokenizer | None, config: EngineConfig) -> Named:

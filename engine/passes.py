@@ -172,9 +172,13 @@ class Passes:
     def _chunks(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]
                 ) -> Iterator[tuple[BlockTable, Sequence[int], int, int]]:
         """(table, token_ids, start, end) of each chunk. Boundaries are fixed by position, not by what else is in the
-        batch, nor by how many chunks are run at a time."""
+        batch, nor by how many chunks are run at a time. Where a store that is behind has caught up is one."""
         for table, token_ids, stop in tables:
-            for start in range(table.held(self.store), stop, self.chunk):
+            held, length = table.held(self.store), table.length
+            if held < length < stop:
+                yield from self._chunks([(table, token_ids, length)])
+                held = length
+            for start in range(held, stop, self.chunk):
                 yield table, token_ids, start, min(stop, start + self.chunk)
 
     def score(self, spans: Sequence[Span]) -> list[float]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import choice, flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.exhaustions import BackUp, BestSeen, Exhaustion, Redraft, Softmax, exhaustion, steps
+from stars.exhaustions import BackUp, BestSeen, Exhaustion, Redraft, Relax, Softmax, exhaustion, steps
 from stars.rules import OWN_RULES, AcceptPrefix, Always, Rule, Threshold
 
 OWN = "lm"  # the name of the engine's own model beside those of Engine(models=…)
@@ -213,6 +213,12 @@ class Plan(NamedTuple):
         return 1 if self.score.reads == Ratio(filtered=True) else 0
 
     @property
+    def redrafts_with(self) -> str:
+        """The model that draws what is redrawn, by name; the engine's own where nothing is."""
+        last = steps(exhaustion(self.exhaust))[-1]
+        return last.model if isinstance(last, Redraft) else OWN
+
+    @property
     def reads_with(self) -> tuple[str, ...]:
         """The models that read what was drafted, or redraw it, by name."""
         redraws = [step.model for step in steps(exhaustion(self.exhaust)) if isinstance(step, Redraft)]
@@ -274,7 +280,7 @@ def _checked(plan: Plan, where: str) -> Plan:
     choice(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt), _checked_reads(f"{where}.score.reads",
                                                                                           score.reads))
-    exhaust = checked_exhaustion(f"{where}.exhaust", plan.exhaust)
+    exhaust = _checked_decide(f"{where}.exhaust", checked_exhaustion(f"{where}.exhaust", plan.exhaust))
     rule = _checked_rule(f"{where}.decide", plan.decide)
     checked = Plan(propose, segment, lanes, score, rule, exhaust)
     _check_together(checked, exhaust, where)
@@ -364,9 +370,30 @@ def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:
         if isinstance(step, BackUp) and (lanes.population > 1 or plan.whole):
             raise RequestError(f"{where}.exhaust takes segments back, which whole responses and a population have not: "
                                "use another exhaustion, or one hypothesis with segments")
-        if isinstance(step, BackUp) and most * (step.times + 1) > MAX_ATTEMPTS:
-            raise RequestError(f"{where} draws a segment of {most} attempts up to {step.times + 1} times, "
+        if isinstance(step, Redraft):
+            _check_redraft(plan, step, where)
+            most += step.attempts
+    for step in steps(exhaust):
+        times = step.times + 1 if isinstance(step, BackUp) else 1
+        if isinstance(step, (BackUp, Redraft)) and most * times > MAX_ATTEMPTS:
+            raise RequestError(f"{where} draws a segment of {most} attempts up to {times} times, "
                                f"and random numbers are enough for {MAX_ATTEMPTS}: lower one of the two")
+
+
+def _check_redraft(plan: Plan, redraft: Redraft, where: str) -> None:
+    propose, _, lanes, score, _, _ = plan
+    if lanes.population > 1 or plan.whole:
+        raise RequestError(f"{where}.exhaust redraws a segment of one hypothesis, which whole responses and a population "
+                           "have not: use another exhaustion, or one hypothesis with segments")
+    if isinstance(propose, (Enumerate, Prompted)):
+        raise RequestError(f"{where}.exhaust redraws what was {type(propose).__name__}, which is no draw from the "
+                           "prompt: use Sampled, Blend or Model, or another exhaustion")
+    if isinstance(redraft.decide, READS_REWARDS) and score.when != "segment":
+        raise RequestError(f"{where}.exhaust.decide decides by rewards and has score.when={score.when!r}, which gives "
+                           'none in time: score every segment ("segment")')
+    if isinstance(redraft.decide, Threshold) and redraft.decide.alpha != 1.0 and not score.prompt:
+        raise RequestError(f"{where}.exhaust.decide has a threshold that starts from the prompt's reward, which is not "
+                           "asked for: set score.prompt to True, or alpha to 1")
 
 
 def checked_exhaustion(where: str, given: Any) -> Exhaustion:
@@ -375,6 +402,15 @@ def checked_exhaustion(where: str, given: Any) -> Exhaustion:
         return exhaustion(given)
     except ValueError as error:
         raise RequestError(f"{where} is {shown(given)}, {error}") from None
+
+
+def _checked_decide(where: str, exhaust: Exhaustion) -> Exhaustion:
+    """`exhaust`, the rule of a Redraft in it checked."""
+    if isinstance(exhaust, (Relax, BackUp)):
+        return replace(exhaust, then=_checked_decide(f"{where}.then", exhaust.then))
+    if isinstance(exhaust, Redraft) and exhaust.decide is not None:
+        return replace(exhaust, decide=_checked_rule(f"{where}.decide", exhaust.decide))
+    return exhaust
 
 
 def _attempts(where: str, value: Any) -> int | tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from stars.arguments import choice, flag, integer, known_by_name, real, shown
 from stars.calibration import threshold_and_beta
 from stars.errors import RequestError
+from stars.exhaustions import MAX_REDRAWN, Redraft
 from stars.plan import (
     DRAFT_SIZE,
     MAX_ATTEMPTS,
@@ -26,6 +27,7 @@ from stars.plan import (
     Enumerate,
     Fixed,
     Lanes,
+    Model,
     Plan,
     Policy,
     Prompted,
@@ -41,6 +43,7 @@ from stars.rules import (
     Argmax,
     DropWorst,
     FirstAccepted,
+    GuidedDraft,
     Highest,
     Resample,
     RewardGuided,
@@ -525,6 +528,63 @@ class TokenGuidance:
                     Score("end" if self.score else "never"), Always())
 
 
+@known_by_name({})
+@dataclass(frozen=True)
+class RewardGuidedSpeculation:
+    """Reward-guided speculative decoding: a small model drafts a segment, and the language model redraws what the reward
+    does not accept (RSD, arXiv 2501.19324; GSI, arXiv 2506.04118).
+
+    `small` names the model of Engine(models=…) that drafts; the engine's own redraws. While drafts are kept, that one
+    runs nothing but the prompt ("rsd"), and reads what was kept, in one pass, where it redraws.
+
+    variant "rsd": one draft s is kept if r(s) >= `reward_threshold` (t), with beta = 0, else with probability
+    min(1, exp((r(s) - t) / beta)), which is a(s); what is redrawn is kept unscored. Exact: with P_S and P_L the laws of
+    a segment under the small and the large model, as the SamplingParams draw, a segment is s with probability
+
+        P_S(s) a(s) + (1 - sum over s' of P_S(s') a(s')) P_L(s).
+
+    variant "gsi": `n` drafts s_i; i is drawn with probability softmax(beta * v), v_i = r(s_i) + (1 / beta) *
+    log(P_L(s_i) / P_S(s_i)), and kept if v_i >= t. Otherwise the large model draws n segments, of which one is kept with
+    probability softmax(beta * r). Exact, as the method is defined; softmax over all segments of log P_L + beta * r is
+    only its limit of many drafts and t = -inf. Here beta is the paper's, which multiplies rewards; the ratios are at
+    temperature 1 and without filters, as those of its code are, and so the tilt is that of the draw where the
+    SamplingParams have neither; penalties are refused.
+
+    What differs from their code. Segments are of `segment_size` tokens, not steps up to an empty line; the reward is
+    asked of the response so far. RSD's code has a threshold of 0.7, for a process reward between 0 and 1: here there is
+    no default, `Engine.calibrate` measures one. GSI's code compares beta * v with its threshold, and ends a response
+    whose rewards are all below 0.1. A segment that was redrawn counts as a fallback (`Segment.redrawn`, `Segment.model`)
+    and the accept rate is that of drafts. The last segment's reward is asked in any case.
+    """
+
+    small: str = "small"
+    reward_threshold: float | None = None
+    beta: float | Literal["auto"] = 0.0
+    segment_size: int = 16
+    variant: Literal["rsd", "gsi"] = "rsd"
+    n: int = 4
+
+    def __post_init__(self) -> None:
+        threshold, beta = threshold_and_beta("RewardGuidedSpeculation", self.reward_threshold, self.beta)
+        _keep(self, segment_size=_size(self, "segment_size"), variant=_choice(self, "variant", ("rsd", "gsi")),
+              n=_size(self, "n", MAX_REDRAWN), reward_threshold=threshold, beta=beta)
+        if self.variant == "gsi" and (isinstance(self.beta, str)
+                                      or not LEAST_TEMPERATURE <= beta <= 1.0 / LEAST_TEMPERATURE):
+            raise RequestError(f"RewardGuidedSpeculation.beta is {shown(self.beta)} and variant=\"gsi\" multiplies "
+                               f"rewards by it: give a number from {LEAST_TEMPERATURE:g} to {1 / LEAST_TEMPERATURE:g}, "
+                               "such as 1 over the beta that STARS would have")
+
+    def plan(self) -> Plan:
+        """A draft of the small model under a constant threshold, or several of which one is drawn; then a redraft."""
+        assert self.reward_threshold is not None and not isinstance(self.beta, str)
+        if self.variant == "rsd":
+            return Plan(Model(self.small), Fixed(self.segment_size), Lanes(1, 1), Score("segment"),
+                        Threshold(1.0, self.beta, self.reward_threshold), Redraft(OWN))
+        return Plan(Model(self.small), Fixed(self.segment_size), Lanes(self.n, self.n),
+                    Score("segment", reads=Ratio()), GuidedDraft(self.beta, self.reward_threshold),
+                    Redraft(OWN, self.n, SoftArgmax(1.0 / self.beta)))
+
+
 POLICIES: dict[str, type[Policy]] = {
     "stars": STARS,
     "cards": CARDS,
@@ -539,6 +599,7 @@ POLICIES: dict[str, type[Policy]] = {
     "rad": RAD,
     "persona-judge": PersonaJudge,
     "token-guidance": TokenGuidance,
+    "rsd": RewardGuidedSpeculation,
 }
 """Every policy of the package by the name that the command line knows it by."""
 

@@ -49,6 +49,7 @@ class Proposer:
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
         """Starts the draft of the lanes that are returned, without waiting for it. Those that draw from other models
         than the engine's own alone are drafted first, to their end."""
+        self._catch_up(active)
         drawn: dict[Hypothesis, list[Lane]] = {}
         own: list[LaneSpec] = []
         others: dict[Key, list[LaneSpec]] = {}
@@ -70,7 +71,7 @@ class Proposer:
                 for attempt in range(first, first + width):
                     slab = self._cache.take_slab()
                     judge_slab = self._cache.take_slab() if request.lane_slabs > 1 else None
-                    lanes.append(Lane(hypothesis, attempt, slab, judge_slab))
+                    lanes.append(Lane(hypothesis, attempt, slab, judge_slab, stores=drafts.stores))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
                                           hypothesis.least_segment, weights=drafts.weights))
@@ -81,6 +82,18 @@ class Proposer:
         if own:
             self.drafter.launch(own)
         return drawn
+
+    def _catch_up(self, active: Sequence[Hypothesis]) -> None:
+        """Models that draft now read what others have drawn since they did last, all responses of one together."""
+        lacking: dict[tuple[int, ...], list[Hypothesis]] = {}
+        for hypothesis in active:
+            if hypothesis.pages.behind:
+                lacking.setdefault(hypothesis.proposal.stores, []).append(hypothesis)
+        for stores, hypotheses in lacking.items():
+            begin = time.perf_counter()
+            self._models.catch_up(hypotheses, stores)
+            for hypothesis in hypotheses:
+                hypothesis.metrics.lm_seconds += (time.perf_counter() - begin) / len(hypotheses)
 
     def _draft(self, key: Key, specs: list[LaneSpec]) -> Rows:
         """Drafts lanes that draw from other models."""
@@ -164,7 +177,9 @@ class Proposer:
             request = hypothesis.request
             width = request.plan.lanes.width
             max_width = min(share, hypothesis.attempts_left)
-            if width is not None:
+            if hypothesis.group.redraft is not None:
+                widths.append(max_width)
+            elif width is not None:
                 widths.append(min(width, max_width))
             elif request.ranks:  # which cost one row, however many they are
                 widths.append(max_width)

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stars.cache import OWN_STORE, BlockTable
-from stars.exhaustions import BackUp, BestSeen, Pick, Relax, exhaustion, steps
+from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-from stars.plan import Plan, Policy, Prompted
+from stars.plan import OWN, Plan, Policy, Prompted
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
-from stars.rules import Judged, Note
+from stars.rules import Always, Judged, Note, Rule
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
@@ -44,6 +44,7 @@ class Drafts(NamedTuple):
 
 
 OWN_DRAFTS = Drafts(OWN_STORE, (1.0,))
+FIRST = Always()  # what decides where a Redraft has no rule
 
 
 class Reading(NamedTuple):
@@ -101,6 +102,7 @@ class Lane:
     reading: Any = None  # what the request's reader keeps of it until it is released
     ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
     logits: Any = None  # float32 [steps, vocab] that it was drawn from, where its proposal keeps them
+    stores: tuple[int, ...] = OWN_STORE  # of the models whose keys and values of it the slab holds
 
 
 @dataclass(eq=False, slots=True)
@@ -122,6 +124,12 @@ class Winner:
     def read_again(self) -> bool:
         """Whether both models read it anew where it becomes history: no slab holds all of it."""
         return not self.as_drawn or self.lane.slab is None
+
+    @property
+    def unscored(self) -> bool:
+        """Whether it has no reward yet, where segments are scored: a rule has cut or continued it, or it was redrawn and
+        nobody asked for one."""
+        return self.hypothesis.request.scores_segments and (not self.as_drawn or self.lane.reward is None)
 
     @classmethod
     def of(cls, lane: Lane, hypothesis: Hypothesis) -> Winner:
@@ -234,7 +242,23 @@ class Hypothesis:
     @property
     def proposal(self) -> Drafts:
         """What attempts at the segment being decided are drawn from."""
-        return self.request.proposal
+        return self.request.proposal if self.group.redraft is None else self.request.redrafts
+
+    @property
+    def scores_segments(self) -> bool:
+        """Whether the reward is asked of attempts at the segment being decided."""
+        redraft = self.group.redraft
+        return self.request.scores_segments and (redraft is None or redraft.decide is not None)
+
+    @property
+    def reader(self) -> Reader | None:
+        """What reads attempts at the segment being decided beside the reward."""
+        return self.request.reader if self.group.redraft is None else None
+
+    @property
+    def waits_for_scores(self) -> bool:
+        """Whether attempts at the segment being decided are scored or read before they are judged."""
+        return self.scores_segments or self.reader is not None
 
     @property
     def opened(self) -> bool:
@@ -248,6 +272,11 @@ class Hypothesis:
         prompts = self.request.contexts
         first = Context(self.table, prompts[0])
         return [first] if self.judge is None else [first, Context(self.judge, prompts[1])]
+
+    @property
+    def pages(self) -> BlockTable:
+        """The table of the first context, which is the only one where several models read it."""
+        return self.contexts[0].table
 
     @property
     def drafting(self) -> Context:
@@ -283,9 +312,19 @@ class Hypothesis:
 
     @property
     def most_attempts(self) -> int:
-        """Attempts at the segment being decided that the plan allows."""
+        """Attempts at the segment being decided that the plan allows, those included that have been redrawn."""
+        return self.own_attempts if self.group.redraft is None else self.own_attempts + self.group.redraft.attempts
+
+    @property
+    def own_attempts(self) -> int:
+        """Attempts at the segment being decided before the plan's exhaustion."""
         attempts, segment = self.request.attempts, len(self.segments)
         return attempts[segment] if segment < len(attempts) else attempts[-1]
+
+    @property
+    def candidates(self) -> list[Lane]:
+        """The attempts at the segment being decided that may be kept: where it is redrawn, those alone."""
+        return self.attempts if self.group.redraft is None else self.attempts[self.own_attempts :]
 
     @property
     def attempts_left(self) -> int:
@@ -298,7 +337,11 @@ class Hypothesis:
     @property
     def skipped(self) -> int:
         """Attempts at the segment being decided that came before it was begun anew: as many at every width."""
-        return self.most_attempts * self.redrawn.get(len(self.segments), 0) if self.backups else 0
+        if not self.backups:
+            return 0
+        redraft = self.request.redraft
+        most = self.own_attempts + (redraft.attempts if redraft is not None else 0)
+        return most * self.redrawn.get(len(self.segments), 0)
 
     @property
     def unsettled(self) -> int:
@@ -443,9 +486,11 @@ class Hypothesis:
             return
         attempts = [_record(attempt.token_ids, attempt.reward, attempt.note, sum(attempt.logprobs))
                     for attempt in lane.hypothesis.attempts]
-        record = attempts[lane.attempt - 1]
+        record, redraft = attempts[lane.attempt - 1], self.group.redraft
+        redrawn = len(lane.hypothesis.candidates) if redraft is not None else 0
+        models = request.models_of(len(attempts) - redrawn, redrawn)
         segment = Segment(winner.token_ids, record.reward, record.threshold, record.accepted, attempts,
-                          lane.attempt - 1, logprob, self.group.relaxed)
+                          lane.attempt - 1, logprob, self.group.relaxed, models, redrawn)
         self.segments.append(segment)
         self.metrics.keep(segment, request.plan.decide.in_order)
 
@@ -493,6 +538,7 @@ class Group:
     hypotheses: list[Hypothesis] = field(default_factory=list)  # by slot; those that were dropped are gone
     round: int = 0  # of the segment being decided
     relaxed: int = 0  # how often its rule was relaxed
+    redraft: Redraft | None = None  # what draws the segment being decided anew, once all other attempts were rejected
     memory: Any = None  # what the rule returned last
     dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
     queued: int = 0  # of whole responses that are drawn as they are wanted: those that the scheduler was told of
@@ -500,6 +546,14 @@ class Group:
 
     def __post_init__(self) -> None:
         self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
+
+    @property
+    def rule(self) -> Rule:
+        """What decides the segment being decided."""
+        if self.redraft is None:
+            return self.request.plan.decide
+        rule: Rule = self.redraft.decide or FIRST
+        return rule
 
     @property
     def active(self) -> list[Hypothesis]:
@@ -554,6 +608,7 @@ class Group:
     def mark_boundary(self) -> None:
         """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that have begun."""
         self.round = self.relaxed = 0
+        self.redraft = None
         for hypothesis in self.hypotheses:
             begun = hypothesis.table is not None and hypothesis.prefill is None and hypothesis.wait is None
             if begun or hypothesis.finish_reason is not None:
@@ -566,6 +621,7 @@ class Group:
             self.hypotheses = list(self.boundary.hypotheses)
             self.memory, self.dropped = self.boundary.memory, self.boundary.dropped
         self.round = self.relaxed = 0
+        self.redraft = None
         for hypothesis in self.hypotheses:
             hypothesis.go_back()
 
@@ -632,6 +688,7 @@ class Request:
     tokenizer: Any
     stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
     proposal: Drafts = OWN_DRAFTS  # what attempts are drawn from
+    redrafts: Drafts = OWN_DRAFTS  # what attempts of its Redraft are drawn from, where it has one
     stores: tuple[int, ...] = OWN_STORE  # of all models that read its responses
     reader: Reader | None = None  # what reads attempts beside the reward
     contexts: tuple[list[int], ...] = ()  # what the language model reads responses after; left out: the prompt
@@ -654,7 +711,10 @@ class Request:
         self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
         last = self.exhaust[-1]
         self.pick: Pick = last if isinstance(last, Pick) else BestSeen()  # says which attempt keeps its slabs
-        if params.temperature == 0 and not self.ranks and isinstance(last, Pick):
+        self.redraft: Redraft | None = last if isinstance(last, Redraft) else None
+        if params.temperature == 0 and self.redraft is not None:
+            self.redraft = replace(self.redraft, attempts=1)
+        if params.temperature == 0 and not self.ranks and isinstance(last, (Pick, Redraft)):
             # All attempts that are drawn are equal: one is enough, and one more where the last is not tested. Where a
             # response may be refused, it counts how many were rejected.
             few = 1 if getattr(plan.decide, "tests_last", True) else 2
@@ -662,11 +722,16 @@ class Request:
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"
-        self.waits_for_scores = self.scores_segments or self.reader is not None  # before its attempts are judged
+        self._models = ("+".join(name for name, _ in plan.drafts_with), self.redraft.model if self.redraft else OWN)
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
         self.proposes_model = (params.temperature == 1.0 and not params.filters and not self.ranks
                                and self.proposal == OWN_DRAFTS)
         self.groups = [Group(self, index) for index in range(params.n)]
+
+    def models_of(self, own: int, redrawn: int) -> tuple[str, ...]:
+        """The names of the models that drew so many attempts of the plan's own, and so many that were redrawn; empty
+        where all are the engine's own."""
+        return () if self._models == (OWN, OWN) else (self._models[0],) * own + (self._models[1],) * redrawn
 
     @property
     def hypotheses(self) -> list[Hypothesis]:

@@ -276,9 +276,11 @@ class Round:
 
     def _keep_preferred(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
         """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs; the others give theirs
-        back."""
+        back. Where it is redrawn, that is none of what was drawn before."""
         held = [*([hypothesis.preferred] if hypothesis.preferred is not None else []), *lanes]
-        hypothesis.preferred = preferred(hypothesis, held)
+        redrawn = hypothesis.group.redraft is not None
+        able = [lane for lane in held if lane.attempt > hypothesis.own_attempts] if redrawn else held
+        hypothesis.preferred = preferred(hypothesis, able) if able else None
         for lane in held:
             if lane is not hypothesis.preferred:
                 self._release(lane)

@@ -328,6 +328,44 @@ class AcceptPrefix:
 
 
 @dataclass(frozen=True)
+class GuidedDraft:
+    """Of each hypothesis' attempts one is drawn, with probability softmax(beta * s), and kept if its s >= t.
+
+    s = r + sum(per_token) / beta, the reward tilted by the log-ratio of the segment under the language model and under
+    the model that drew it; t = reward_threshold. An attempt's threshold is what its reward must reach for that,
+    t - sum(per_token) / beta. Drawn as the argmax of beta * s - log(-log u) with the uniform of each attempt.
+    """
+
+    beta: float
+    reward_threshold: float
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 1
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn, where every hypothesis has drawn one that is kept."""
+        if state.left:
+            return None
+        keep: list[Keep] = []
+        notes: dict[tuple[int, int], Note] = {}
+        for slot in state.live:
+            ones = [one for one in judged if one.hypothesis == slot]
+            if ones[0].attempt == EARLIER:
+                keep.append(whole(ones[0]))
+                continue
+            tilts = [sum(one.per_token) / self.beta for one in ones]
+            tilted = [scored(one) + tilt for one, tilt in zip(ones, tilts, strict=True)]
+            weights = _weights(tilted, 1.0 / self.beta)
+            drawn, total = _drawn(weights, ones), sum(weights)
+            for place, (one, tilt, value, weight) in enumerate(zip(ones, tilts, tilted, weights, strict=True)):
+                passes = value >= self.reward_threshold and value > -math.inf
+                notes[slot, one.attempt] = Note(self.reward_threshold - tilt, weight / total if passes else 0.0,
+                                                passes and place == drawn)
+                if passes and place == drawn:
+                    keep.append(whole(one))
+        return Decision(keep if len(keep) == len(state.live) else [], [], notes)
+
+
+@dataclass(frozen=True)
 class SoftArgmax:
     """One attempt of all, number i with probability softmax(r_i / temperature); the other hypotheses are dropped."""
 
@@ -340,10 +378,7 @@ class SoftArgmax:
         if state.left:
             return None
         weights = _weights([scored(one) for one in judged], self.temperature)
-        # The largest of log w - log(-log u): as exact as a walk along the sum, and not moved by a rounding of it.
-        chosen = max(range(len(judged)), key=lambda index: -math.inf if not weights[index] else math.log(
-            weights[index]) - math.log(-math.log(judged[index].uniforms[0])))
-        total, winner = sum(weights), judged[chosen]
+        total, winner = sum(weights), judged[_drawn(weights, judged)]
         notes = {(one.hypothesis, one.attempt): Note(None, weight / total, one is winner)
                  for one, weight in zip(judged, weights, strict=True)}
         return Decision([whole(winner)], _others(state, winner), notes)
@@ -448,6 +483,13 @@ def _weights(values: Sequence[float], scale: float) -> list[float]:
     return [1.0 if value == top else math.exp((value - top) / scale) for value in values]
 
 
+def _drawn(weights: Sequence[float], judged: Sequence[Judged]) -> int:
+    """The place of one of them, drawn in proportion to its weight: the largest of log w - log(-log u), which is as exact
+    as a walk along the sum, and not moved by a rounding of it."""
+    return max(range(len(judged)), key=lambda index: -math.inf if not weights[index] else math.log(
+        weights[index]) - math.log(-math.log(judged[index].uniforms[0])))
+
+
 def _highest(judged: Sequence[Judged], state: State, count: int) -> Decision:
     """The `count` attempts of the highest reward are kept, the earliest of equals; who has none is dropped."""
     ranked = sorted(judged, key=scored, reverse=True)[:count]  # stable: the earliest of equals first
@@ -463,7 +505,8 @@ def _others(state: State, winner: Judged) -> list[int]:
 
 
 OWN_RULES = frozenset({
-    Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample, RewardGuided, AcceptPrefix})
+    Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample, RewardGuided, AcceptPrefix,
+    GuidedDraft})
 """Rules whose decisions can always be done, as a test shows: those of others are checked each time."""
 
 

@@ -14,7 +14,7 @@ import transformers
 
 import stars
 from stars.cli import main
-from stars.cli.options import shipped_beside, shipped_pair
+from stars.cli.options import shipped_heads, shipped_models, shipped_pair
 from stars.plan import Fixed, Lanes, Model, Plan, Score
 from stars.rules import Always
 
@@ -50,7 +50,7 @@ def test_only_what_a_policy_uses_is_loaded_beside_the_pair():
             (stars.STARS(reward_threshold=1.0), {}), (stars.TokenGuidance(), {"guide": guide}),
             (stars.TokenGuidance(reference="lm"), {"guide": guide}), (Drafted("small"), {"small": small}),
             (stars.TokenGuidance(reference="reference"), {"guide": guide, "reference": LM}), (Drafted("mine"), {})):
-        assert shipped_beside(policy) == {"models": models, "heads": {}}
+        assert shipped_models(policy) == models and shipped_heads(policy) == {}
 
 
 def test_a_name_stands_for_nothing_beside_a_model_of_ones_own(capsys):
