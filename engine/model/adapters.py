@@ -91,6 +91,7 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, adapter: Path, beside: str | None = None):
         super().__init__(base_of(adapter), beside)
         self.adapter = adapter
+        self._low: dict[str, TensorInfo] = {}
         path = adapter / WEIGHTS
         if not is_file(path):
             pickled = ", and a pickle is never read" if is_file(adapter / "adapter_model.bin") else ""
@@ -98,7 +99,6 @@ class AdaptedCheckpoint(Checkpoint):
         config = read_json(adapter / CONFIG)
         _check(config, adapter)
         bare = not any(name.startswith("model.") for name in self.tensors)
-        low: dict[str, TensorInfo] = {}
         try:
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118 it is no dictionary
@@ -108,26 +108,25 @@ class AdaptedCheckpoint(Checkpoint):
                     raise ModelError(f"{path} has {printed(name)}, and names of an adapter's tensors begin with "
                                      f"{PREFIX}: save the adapter with peft's save_pretrained")
                 if ".lora_" in name:
-                    low[name] = info
+                    self._low[name] = info
                 else:
                     self._take(name, info, bare)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged or cut short ({error}): copy the adapter again") from error
         self._files[WEIGHTS] = file
-        self.pairs = _pairs(low, config, adapter)
+        self.pairs = _pairs(self._low, config, adapter)
 
     def file_of(self, name: str) -> Path:
         """The adapter's file, or the base's."""
-        return self.adapter / WEIGHTS if self.tensors[name].shard == WEIGHTS else super().file_of(name)
+        return self.adapter / WEIGHTS if self._shard_of(name) == WEIGHTS else super().file_of(name)
+
+    def _shard_of(self, name: str) -> str:
+        """No names of low-rank matrices are among the tensors, which are those of a model."""
+        return WEIGHTS if name in self._low else super()._shard_of(name)
 
     def low_rank(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """lora_A [rank, in_features], and lora_B [out_features, rank] times the scale: float32."""
-        try:
-            down, up = (self._files[WEIGHTS].get_tensor(name).float() for name in (pair.down, pair.up))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"{pair.down} cannot be read from {self.adapter / WEIGHTS} ({error}): copy again"
-                             ) from error
-        return down, up * pair.scale
+        return self.read(pair.down).float(), self.read(pair.up).float() * pair.scale
 
     def _take(self, name: str, info: TensorInfo, bare: bool) -> None:
         """A tensor of a module that was trained whole; `bare`: the base leaves "model." out of its names."""

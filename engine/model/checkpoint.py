@@ -76,14 +76,17 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Tensor `name` in the file's own type; it may be a view of the file, so keep only copies of it."""
         try:
-            tensor: Tensor = self._files[self.tensors[name].shard].get_tensor(self._aliases.get(name, name))
+            tensor: Tensor = self._files[self._shard_of(name)].get_tensor(self._aliases.get(name, name))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelError(f"{name} cannot be read from {self.file_of(name)} ({error}): copy again") from error
         return tensor
 
     def file_of(self, name: str) -> Path:
         """The file that tensor `name` is in."""
-        return self.directory / self.tensors[name].shard
+        return self.directory / self._shard_of(name)
+
+    def _shard_of(self, name: str) -> str:
+        return self.tensors[name].shard
 
 
 def _find_shards(directory: Path) -> tuple[list[str], dict[str, str]]:
