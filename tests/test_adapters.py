@@ -278,7 +278,8 @@ def test_tensors_that_do_not_fit(base, adapter, copied, tmp_path, tiny_model):
     refused(broken(q_proj__lora_A=lambda tensor: tensor.double()), "is stored as F64, which is not supported")
     deeper = tiny_model(layers=3)
     refused(write_adapter(tmp_path / "deeper", deeper, named=str(base)),
-            r"an adapter of model.layers.2.\w+.\w+ for a matrix of .* and its base .* has no such layer", by_headers=False)
+            r"an adapter of model.layers.2.\w+.\w+ for a matrix of .* and its base .* has no such layer",
+            by_headers=False)
     for name, words in (("lm_head.lora_A.weight", "adapters are read of q_proj, k_proj, v_proj, o_proj, gate_proj, "
                                                   "up_proj, down_proj alone: merge it"),
                         ("model.embed_tokens.lora_embedding_A", "adapters are read of"),

@@ -55,6 +55,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
                        help="the reward model; may be given several times, for the sum of several")
     group.add_argument("--reward-weight", metavar="W", type=_finite, action="append",
                        help="of a reward in a sum, once for each in their order, --reward-url the last (1)")
+    group.add_argument("--named", action="append", default=[], type=_named, metavar="NAME=DIR",
+                       help="a further language model, or a LoRA adapter, that a policy calls by this name; may be "
+                       "given several times")
+    group.add_argument("--head", action="append", default=[], type=_named, metavar="NAME=FILE",
+                       help="a head on the language model's hidden states, the same way")
     add_reward_head(group, "which head it has: ")
     group.add_argument("--reward-template", choices=("auto", "chat", "raw"), help="how it is shown prompt and response")
     group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put after a response")
@@ -152,6 +157,8 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
     if args.reward_url is None and any(getattr(args, name) is not None for name in REMOTE):
         parser.error(", ".join(f"--{name.replace('_', '-')}" for name in REMOTE) + " belong to --reward-url, which is "
                      "not given")
+    _check_once(parser, [f"--named {name}" for name, _ in args.named])
+    _check_once(parser, [f"--head {name}" for name, _ in args.head])
     _check_once(parser, [name for name, _ in args.reward_set] + [REWARD[flag] for flag in _given(args, REWARD)])
     if args.reward_weight is not None and len(args.reward_weight) != max(1, _rewards(args)):
         parser.error(f"--reward-weight is given {len(args.reward_weight)} times for {max(1, _rewards(args))} "
@@ -225,7 +232,7 @@ def _policy_parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engine:
     """The engine of the flags; without --model the shipped pair, which is said on stderr, and what `policy` asks for
-    beside it."""
+    beside it and the flags do not name."""
     model, rewards = args.model, list(args.reward or ())
     beside: dict[str, dict[str, Path]] = {}
     if model is None:
@@ -237,7 +244,9 @@ def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engi
         beside = {} if policy is None else shipped_beside(policy)
     from stars.engine import Engine
 
-    return Engine(model, _reward(args, rewards), **beside, **_given(args, ENGINE))
+    named = {kind: {**beside.get(kind, {}), **given} for kind, given in (
+        ("models", dict(args.named)), ("heads", dict(args.head)))}
+    return Engine(model, _reward(args, rewards), models=named["models"], heads=named["heads"], **_given(args, ENGINE))
 
 
 def _rewards(args: argparse.Namespace) -> int:
@@ -348,6 +357,17 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 _assignment.__name__ = "KEY=VALUE"
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME=PATH, in which the path may have further signs of equality."""
+    name, sign, path = text.partition("=")
+    if not sign or not name.strip() or not path:
+        raise ValueError("no NAME=PATH")
+    return name, path
+
+
+_named.__name__ = "NAME=PATH"
 
 
 def _finite(text: str) -> float:

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stars.errors import ModelError
-from stars.model.checkpoint import INDEX, ITEM_BYTES, SINGLE, Checkpoint, TensorInfo
-from stars.model.files import is_directory, is_file, is_finite, printed, read_json, shown
-from stars.model.sharing import own_directory
+from stars.model.bases import CONFIG, MERGE, base_of
+from stars.model.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
+from stars.model.files import is_file, is_finite, printed, read_json, shown
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PRODUCTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
             ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
@@ -36,7 +36,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Keys of adapter_config.json by which more than the products changes, with the values that change nothing."""
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Beginnings of init_lora_weights by which the base's own weights were changed, too."""
-MERGE = "merge it into its base model (peft: merge_and_unload, save_pretrained) and give that directory"
 
 
 class Pair(NamedTuple):
@@ -48,36 +47,6 @@ class Pair(NamedTuple):
     in_features: int
     out_features: int
     scale: float  # of their product
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether DIRECTORY holds an adapter and no model."""
-    return is_file(directory / CONFIG) and not is_file(directory / SINGLE) and not is_file(directory / INDEX)
-
-
-def model_directory(directory: str | Path) -> Path:
-    """The directory of a model's shape and weights: of an adapter, its base's. ModelError where that is not to be had.
-    """
-    directory = Path(directory)
-    return base_of(directory) if is_adapter(directory) else directory
-
-
-def base_of(adapter: Path) -> Path:
-    """The base that an adapter names, a directory by itself or beside it; else the engine's own model."""
-    name = read_json(adapter / CONFIG).get("base_model_name_or_path")
-    base = None
-    if isinstance(name, str) and name:
-        base = next((place for place in (adapter / name, Path(name)) if is_directory(place)), None)
-    if base is None:
-        base = own_directory()
-        if base is not None and is_adapter(base):
-            base = base_of(base) if base.resolve() != adapter.resolve() else None
-    if base is None:
-        raise ModelError(f"{adapter} is an adapter of {shown(name)}, which is not a directory here: set "
-                         f"base_model_name_or_path in its {CONFIG} to the directory of its base model")
-    if is_adapter(base):
-        raise ModelError(f"{adapter} is an adapter of {base}, which is an adapter itself: {MERGE}")
-    return base
 
 
 class AdaptedCheckpoint(Checkpoint):

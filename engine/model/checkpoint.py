@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stars.errors import ModelError
-from stars.model.files import is_file, printed, read_json, shown
+from stars.model.files import INDEX, SINGLE, is_file, printed, read_json, shown
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The element types a weight may have, by their safetensors names."""
 
