@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,7 +42,7 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     rewards = [one for one in held if one.model is not None]
     for number, one in enumerate(rewards, 1):
         name = "the reward model" if len(rewards) == 1 else f"reward model {number}"
-        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head, read)
+        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head, one.head, read)
     torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
     free, total = torch.cuda.mem_get_info()
     return fit_memory(config, models, sum(one.other_bytes for one in held), free, total)
@@ -54,13 +54,13 @@ def same(model: Any) -> Any:
 
 
 def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto",
-             read: set[tuple[Path, str]] | None = None) -> Occupant:
-    """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it. read: tensors
-    that are held already, to which its own are added."""
+             head: Literal["lm", "reward"] = "reward", read: set[tuple[Path, str]] | None = None) -> Occupant:
+    """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it. head: of one that
+    nothing is drawn from. read: tensors that are held already, to which its own are added."""
     target, dtype, beside = config.target, DTYPES[config.dtype], AdapterSizes()
     read = set() if read is None else read
     if isinstance(model, (str, Path)):
-        summary = inspect_model(model, "lm" if drafts else "reward", reward_head)
+        summary = inspect_model(model, "lm" if drafts else head, reward_head)
         shape = summary.config
         weight_bytes = dtype.itemsize * sum(size for name, size in summary.elements.items() if name not in read)
         read.update(summary.elements)

@@ -210,7 +210,7 @@ def test_what_is_held_once_is_counted_once(base, tiny_model, tmp_path):
     config = EngineConfig.resolve(load_config(base), dtype="float32")
     adapter = write_adapter(tmp_path / "adapter", base, ("q_proj", "v_proj", "down_proj"), rank=3)
     read: set = set()
-    whole, again, beside, head = (occupant(config, model, 8, drafts, choice, read) for model, drafts, choice in (
+    whole, again, beside, head = (occupant(config, model, 8, drafts, choice, read=read) for model, drafts, choice in (
         (base, True, "auto"), (base, True, "auto"), (adapter, True, "auto"),
         (base, False, {"tensor": "lm_head", "rows": [7]})))
     decoder = load_model(base)
