@@ -186,7 +186,8 @@ class Engine:
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
                 f"{shape.vocab_size}{beside}; reward "
                 f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, {config.dtype}; "
-                f"max_model_len {config.max_model_len}, cache_tokens {config.cache_tokens}; requests: {running} running, {len(self._requests) - running} waiting)")
+                f"max_model_len {config.max_model_len}, cache_tokens {config.cache_tokens}; requests: {running} "
+                f"running, {len(self._requests) - running} waiting)")
 
     # -- whole calls ----------------------------------------------------------------------------------------------
 

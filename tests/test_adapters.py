@@ -278,7 +278,8 @@ def test_tensors_that_do_not_fit(base, adapter, copied, tmp_path, tiny_model):
     refused(broken(q_proj__lora_A=lambda tensor: tensor.double()), "is stored as F64, which is not supported")
     deeper = tiny_model(layers=3)
     refused(write_adapter(tmp_path / "deeper", deeper, named=str(base)),
-            r"an adapter of model.layers.2.\w+.\w+ for a matrix of .* and its base .* has no such layer", by_headers=False)
+            r"an adapter of model.layers.2.\w+.\w+ for a matrix of .* and its base .* has no such layer",
+            by_headers=False)
     for name, words in (("lm_head.lora_A.weight", "adapters are read of q_proj, k_proj, v_proj, o_proj, gate_proj, "
                                                   "up_proj, down_proj alone: merge it"),
                         ("model.embed_tokens.lora_embedding_A", "adapters are read of"),
@@ -341,3 +342,20 @@ def test_what_an_adapter_needs_is_known_from_its_headers(base, adapter, tmp_path
     assert given.adapter == read.adapter == (8, 9, 104) and given.weight_bytes == 0
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["peft_type"] == "LORA"
+
+
+def test_an_implicit_reward_of_an_adapter_and_its_base(base, adapter, tmp_path):
+    """Three models, one set of base weights; rewards are those of the merged policy."""
+    judge = stars.ImplicitReward(adapter, base, beta=0.5)
+    engine = stars.Engine(base, judge, models={"guide": adapter})
+    decoders = [*decoders_of(engine).values(), *(part.decoder for part in judge.parts)]
+    held = addresses(*decoders)
+    assert len(held) == 4 and all(one == held[0] for one in held)
+    assert [len(one.adapters) for one in decoders] == [0, 8, 8, 0]
+    merged = merge(adapter, base, tmp_path / "merged")
+    params = stars.SamplingParams(max_tokens=12, seed=4)
+    policy = stars.STARS(segment_size=4, max_attempts=4, reward_threshold=0.5, beta=0.2)
+    ours, theirs = (one.generate("The quick", params, policy, use_tqdm=False)[0].outputs[0] for one in (
+        engine, stars.Engine(base, stars.ImplicitReward(merged, base, beta=0.5))))
+    assert ours.token_ids == theirs.token_ids
+    assert ours.reward == pytest.approx(theirs.reward, abs=1e-4) and abs(ours.reward) > 0.1

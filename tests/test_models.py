@@ -71,7 +71,8 @@ def test_weights_are_shared_with_rewards(base, tiny_model):
 def test_engines_do_not_share(base):
     """The scope ends with construction, whether it succeeds or not."""
     one, two = (decoders_of(stars.Engine(base))["lm"] for _ in range(2))
-    with pytest.raises(stars.ModelError, match="is on cpu and the engine on meta"), pytest.MonkeyPatch.context() as patch:
+    with pytest.raises(stars.ModelError, match="is on cpu and the engine on meta"), \
+            pytest.MonkeyPatch.context() as patch:
         patch.setattr("stars.models.load_model", lambda *given, **named: pytest.fail("the own one is held"))
         patch.setattr(Decoder, "check_device", lambda *given: (_ for _ in ()).throw(
             stars.ModelError("the model is on cpu and the engine on meta")))

@@ -53,6 +53,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     """The two models."""
     group = parser.add_argument_group("models")
     group.add_argument("--model", metavar="DIR", help="the language model (without it: the shipped pair)")
+    group.add_argument("--named", action="append", default=[], type=_named, metavar="NAME=DIR",
+                       help="a further language model, or a LoRA adapter, that a policy calls by this name; may be "
+                       "given several times")
+    group.add_argument("--head", action="append", default=[], type=_named, metavar="NAME=FILE",
+                       help="a head on the language model's hidden states, the same way")
     group.add_argument("--reward", metavar="DIR", action="append",
                        help="the reward model; may be given several times, for the sum of several")
     group.add_argument("--reward-implicit", nargs=2, metavar=("POLICY", "REFERENCE"), action="append",
@@ -162,6 +167,8 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
     if args.reward_url is None and any(getattr(args, name) is not None for name in REMOTE):
         parser.error(", ".join(f"--{name.replace('_', '-')}" for name in REMOTE) + " belong to --reward-url, which is "
                      "not given")
+    _check_once(parser, [f"--named {name}" for name, _ in args.named])
+    _check_once(parser, [f"--head {name}" for name, _ in args.head])
     _check_once(parser, [name for name, _ in args.reward_set] + [REWARD[flag] for flag in _given(args, REWARD)])
     if args.reward_weight is not None and len(args.reward_weight) != max(1, _rewards(args)):
         parser.error(f"--reward-weight is given {len(args.reward_weight)} times for {max(1, _rewards(args))} "
@@ -235,7 +242,7 @@ def _policy_parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engine:
     """The engine of the flags; without --model the shipped pair, which is said on stderr, and what `policy` asks for
-    beside it."""
+    beside it and the flags do not name."""
     model, rewards = args.model, list(args.reward or ())
     models: dict[str, Path] = {}
     heads: dict[str, Path] = {}
@@ -249,7 +256,8 @@ def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engi
             models, heads = shipped_models(policy), shipped_heads(policy)
     from stars.engine import Engine
 
-    return Engine(model, _reward(args, rewards), models=models, heads=heads, **_given(args, ENGINE))
+    return Engine(model, _reward(args, rewards), models=models | dict(args.named), heads=heads | dict(args.head),
+                  **_given(args, ENGINE))
 
 
 def _rewards(args: argparse.Namespace) -> int:
@@ -367,6 +375,17 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 _assignment.__name__ = "KEY=VALUE"
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME=PATH, in which the path may have further signs of equality."""
+    name, sign, path = text.partition("=")
+    if not sign or not name.strip() or not path:
+        raise ValueError("no NAME=PATH")
+    return name, path
+
+
+_named.__name__ = "NAME=PATH"
 
 
 def _finite(text: str) -> float:

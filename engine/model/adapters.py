@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stars.errors import ModelError
-from stars.model.checkpoint import INDEX, ITEM_BYTES, SINGLE, Checkpoint, TensorInfo
-from stars.model.files import is_directory, is_file, is_finite, printed, read_json, shown
-from stars.model.sharing import own_directory
+from stars.model.bases import CONFIG, MERGE, base_of
+from stars.model.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
+from stars.model.files import is_file, is_finite, printed, read_json, shown
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PRODUCTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
             ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
@@ -36,7 +36,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Keys of adapter_config.json by which more than the products changes, with the values that change nothing."""
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Beginnings of init_lora_weights by which the base's own weights were changed, too."""
-MERGE = "merge it into its base model (peft: merge_and_unload, save_pretrained) and give that directory"
 
 
 class Pair(NamedTuple):
@@ -50,36 +49,6 @@ class Pair(NamedTuple):
     scale: float  # of their product
 
 
-def is_adapter(directory: Path) -> bool:
-    """Whether DIRECTORY holds an adapter and no model."""
-    return is_file(directory / CONFIG) and not is_file(directory / SINGLE) and not is_file(directory / INDEX)
-
-
-def model_directory(directory: str | Path) -> Path:
-    """The directory of a model's shape and weights: of an adapter, its base's. ModelError where that is not to be had.
-    """
-    directory = Path(directory)
-    return base_of(directory) if is_adapter(directory) else directory
-
-
-def base_of(adapter: Path) -> Path:
-    """The base that an adapter names, a directory by itself or beside it; else the engine's own model."""
-    name = read_json(adapter / CONFIG).get("base_model_name_or_path")
-    base = None
-    if isinstance(name, str) and name:
-        base = next((place for place in (adapter / name, Path(name)) if is_directory(place)), None)
-    if base is None:
-        base = own_directory()
-        if base is not None and is_adapter(base):
-            base = base_of(base) if base.resolve() != adapter.resolve() else None
-    if base is None:
-        raise ModelError(f"{adapter} is an adapter of {shown(name)}, which is not a directory here: set "
-                         f"base_model_name_or_path in its {CONFIG} to the directory of its base model")
-    if is_adapter(base):
-        raise ModelError(f"{adapter} is an adapter of {base}, which is an adapter itself: {MERGE}")
-    return base
-
-
 class AdaptedCheckpoint(Checkpoint):
     """The tensors of an adapter's base, with those modules that the adapter brings whole in their place, and the pairs
     of its low-rank matrices by module.
@@ -91,6 +60,7 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, adapter: Path, beside: str | None = None):
         super().__init__(base_of(adapter), beside)
         self.adapter = adapter
+        self._low: dict[str, TensorInfo] = {}
         path = adapter / WEIGHTS
         if not is_file(path):
             pickled = ", and a pickle is never read" if is_file(adapter / "adapter_model.bin") else ""
@@ -98,7 +68,6 @@ class AdaptedCheckpoint(Checkpoint):
         config = read_json(adapter / CONFIG)
         _check(config, adapter)
         bare = not any(name.startswith("model.") for name in self.tensors)
-        low: dict[str, TensorInfo] = {}
         try:
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118 it is no dictionary
@@ -108,26 +77,25 @@ class AdaptedCheckpoint(Checkpoint):
                     raise ModelError(f"{path} has {printed(name)}, and names of an adapter's tensors begin with "
                                      f"{PREFIX}: save the adapter with peft's save_pretrained")
                 if ".lora_" in name:
-                    low[name] = info
+                    self._low[name] = info
                 else:
                     self._take(name, info, bare)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged or cut short ({error}): copy the adapter again") from error
         self._files[WEIGHTS] = file
-        self.pairs = _pairs(low, config, adapter)
+        self.pairs = _pairs(self._low, config, adapter)
 
     def file_of(self, name: str) -> Path:
         """The adapter's file, or the base's."""
-        return self.adapter / WEIGHTS if self.tensors[name].shard == WEIGHTS else super().file_of(name)
+        return self.adapter / WEIGHTS if self._shard_of(name) == WEIGHTS else super().file_of(name)
+
+    def _shard_of(self, name: str) -> str:
+        """No names of low-rank matrices are among the tensors, which are those of a model."""
+        return WEIGHTS if name in self._low else super()._shard_of(name)
 
     def low_rank(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """lora_A [rank, in_features], and lora_B [out_features, rank] times the scale: float32."""
-        try:
-            down, up = (self._files[WEIGHTS].get_tensor(name).float() for name in (pair.down, pair.up))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"{pair.down} cannot be read from {self.adapter / WEIGHTS} ({error}): copy again"
-                             ) from error
-        return down, up * pair.scale
+        return self.read(pair.down).float(), self.read(pair.up).float() * pair.scale
 
     def _take(self, name: str, info: TensorInfo, bare: bool) -> None:
         """A tensor of a module that was trained whole; `bare`: the base leaves "model." out of its names."""

@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stars.errors import ModelError
-from stars.model.files import is_file, printed, read_json, shown
+from stars.model.files import INDEX, SINGLE, is_file, printed, read_json, shown
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The element types a weight may have, by their safetensors names."""
 
@@ -76,14 +75,17 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Tensor `name` in the file's own type; it may be a view of the file, so keep only copies of it."""
         try:
-            tensor: Tensor = self._files[self.tensors[name].shard].get_tensor(self._aliases.get(name, name))
+            tensor: Tensor = self._files[self._shard_of(name)].get_tensor(self._aliases.get(name, name))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelError(f"{name} cannot be read from {self.file_of(name)} ({error}): copy again") from error
         return tensor
 
     def file_of(self, name: str) -> Path:
         """The file that tensor `name` is in."""
-        return self.directory / self.tensors[name].shard
+        return self.directory / self._shard_of(name)
+
+    def _shard_of(self, name: str) -> str:
+        return self.tensors[name].shard
 
 
 def _find_shards(directory: Path) -> tuple[list[str], dict[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stars.errors import ModelError
-from stars.model.adapters import model_directory
+from stars.model.bases import model_directory
 from stars.model.checkpoint import Checkpoint
 from stars.model.families import FAMILIES, Family
 from stars.model.files import is_directory, is_file, is_finite, read_json, shown

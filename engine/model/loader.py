@@ -13,8 +13,9 @@ from torch import Tensor
 from stars import kernels
 from stars.errors import ModelError
 from stars.kernels.linear import Weight
-from stars.model.adapters import PRODUCTS, AdaptedCheckpoint, is_adapter
+from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from stars.model.bases import is_adapter
 from stars.model.checkpoint import ITEM_BYTES, Checkpoint
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder, LayerWeights
@@ -71,7 +72,7 @@ class ModelSummary(NamedTuple):
     reward_head: HeadForm | None  # of a reward model; None where it has none that can be read
     tokenizer: bool
     chat_template: bool
-    elements: dict[tuple[Path, str], int]  # of its parameters, by file and tensor: what several models read is held once
+    elements: dict[tuple[Path, str], int]  # of its parameters, by file and tensor: what several read is held once
     adapter: AdapterSummary | None = None  # where the directory holds one
 
 
@@ -289,7 +290,8 @@ class _Reader:
 
     def _once(self, names: Iterable[str], make: Callable[[], T]) -> T:
         """What is made of these tensors of these files, once in a scope of shared weights."""
-        read = tuple((self.checkpoint.file_of(self.names[name]).resolve(), name) for name in names if name in self.names)
+        held = [name for name in names if name in self.names]
+        read = tuple((self.checkpoint.file_of(self.names[name]).resolve(), name) for name in held)
         key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic)
         return once(key, make)
 

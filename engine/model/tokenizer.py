@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from stars.errors import ModelError, TokenizerError
-from stars.model.adapters import model_directory
+from stars.model.bases import model_directory
 from stars.model.chat_template import ChatTemplate
 from stars.model.files import MAX_BYTES, is_file, read_json, read_text
 from stars.model.tokenizer_limits import (
