@@ -183,6 +183,9 @@ class LogprobReward(SessionReward):
                 end = plan._replace(first=last, targets=plan.targets[-1:])
                 logprobs = logprobs + self._passes.logprobs([self._span(holder.table, end, slab)], [end.targets])[0]
         except OutOfPages as error:
+            if holder is not session:
+                self.close(holder)
+                holder = session
             return Scored(self._no_room(len(plan.ids), error))
         finally:
             if slab is not None:
