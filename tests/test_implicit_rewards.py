@@ -230,6 +230,25 @@ def test_a_response_that_no_slab_holds(monkeypatch):
         assert part.cache.num_free_pages == part.cache.num_pages and part.cache.num_free_slabs == part.cache.num_slabs
 
 
+def test_a_session_that_takes_up_another_response():
+    """It goes back to what both begin with, were it all but the last token, whose row the next one is read at."""
+    reward = implicit()
+    reward.bind(None, VOCAB, config_of(cache_tokens=64, page_size=4, max_segment_size=8))
+    prompt = ids(5, VOCAB, 3)
+    session = reward.open(Prompt("x", prompt, "x"), 20)
+    reward.start([session])
+    for response in ([3, 1, 4, 1, 5], [3, 1, 4, 2], [3, 1, 4, 2, 6, 6], [3, 1, 4, 2, 6, 5, 1], [2], [], [1, 1]):
+        scored = reward.score([Candidate(session, response, None), Candidate(session, [*response, 3], None)])
+        for one, text in zip(scored, (response, [*response, 3]), strict=True):
+            assert one.reward == pytest.approx(expected(prompt, text), abs=TOLERANCE)
+            reward.discard(one.handle)
+        reward.resume(session, response, None)
+        [again] = reward.score([Candidate(session, [*response, 3], None)])
+        assert (again.reward, again.tokens_run) == (pytest.approx(scored[1].reward, abs=TOLERANCE), 2)
+        reward.discard(again.handle)
+        reward.check_integrity()
+
+
 # -- what counts ------------------------------------------------------------------------------------------------------
 
 
