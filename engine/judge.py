@@ -101,7 +101,7 @@ class Judge:
             if isinstance(reward := usable(result.reward), str):
                 faults.append((winner.hypothesis, reward))
                 continue
-            winner.reward = reward
+            winner.reward, winner.hypothesis.per_token = reward, result.per_token
             if winner.as_drawn:
                 winner.lane.reward = reward
         return faults
@@ -361,7 +361,7 @@ def _whole_judged(hypothesis: Hypothesis) -> Judged:
     """A whole response, as its rule is shown it."""
     logprobs, request = hypothesis.logprobs, hypothesis.request
     return Judged(hypothesis.slot, 1, len(hypothesis.token_ids), True, logprobs if request.proposes_model else (),
-                  logprobs, (), hypothesis.reward, request.prompt_reward, _uniforms(hypothesis, 1))
+                  logprobs, hypothesis.per_token, hypothesis.reward, request.prompt_reward, _uniforms(hypothesis, 1))
 
 
 def _uniforms(hypothesis: Hypothesis, attempt: int) -> tuple[float, ...]:

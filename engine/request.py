@@ -227,6 +227,7 @@ class Hypothesis:
     stop_reason: int | str | None = None
     error: str | None = None  # of a whole response that is judged in its turn: why it has no reward, until that comes
     note: Note | None = None  # what the rule says of a whole response
+    per_token: Sequence[float] = ()  # scores of the tokens of a whole response, where its reward has them
     metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it and the segments it has
     boundary: Boundary | None = None  # None before its first round
     backups: int = 0  # segments that were taken back
@@ -370,6 +371,7 @@ class Hypothesis:
         called again."""
         mark = self.boundary
         self.finish_reason = self.stop_reason = self.error = self.note = None
+        self.per_token = ()
         if mark is not None:
             self.token_ids, self.segments, self.ends, self.logprobs = mark.lists
             self.backups, self.redrawn = mark.backups, mark.redrawn

@@ -227,12 +227,12 @@ def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:
 def install(monkeypatch) -> RecordedGpu:
     """Engines built from now on, for the rest of a test, take the way of a GPU; see `build`."""
     gpu = RecordedGpu()
-    for module in ("cache", "draft", "passes", "tiling"):
+    for module in ("cache", "draft", "logit_reads", "passes", "tiling"):
         monkeypatch.setattr(importlib.import_module(f"stars.{module}"), "Buffers", SplitBuffers)
     work_as(monkeypatch, TARGET)
     monkeypatch.setattr(PagedCache, "_to_device", lambda cache, values: gpu.to_device(cache, values))
     monkeypatch.setattr("stars.draft.sample_step", gpu.sample_step)
-    monkeypatch.setattr("stars.cache.copy_rows", gpu.copy_rows)
+    monkeypatch.setattr("stars.kv_store.copy_rows", gpu.copy_rows)
     monkeypatch.setattr("stars.pacing.mapped", mapped)
     monkeypatch.setattr(graphs, "column", lambda done: "cuda")
     replay = graphs.Graphs._replay

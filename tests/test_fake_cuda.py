@@ -240,6 +240,26 @@ if FAKED:
         assert seen["replay"] and not seen["capture"] and not seen["compile"]
         assert not gated or len(reward.gating._kept) == 1, "the prompts begin alike"
 
+    def test_log_probabilities_are_captured_behind_their_pass():
+        """Those of both models of an implicit reward: nothing is captured or compiled once requests come, and what no
+        slab holds is read in pages."""
+        with fake_cuda.gpu():
+            reward = stars.ImplicitReward(MODELS / "lm", MODELS / "lm")
+            engine = stars.Engine(MODELS / "lm", reward, device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=8, max_num_lanes=16, max_segment_size=32, prefill_backend="triton")
+            for part in reward.parts:
+                captured = {key[1] for key in part._passes._graphs._at_start if key[0] == "logprobs"}
+                assert captured == set(CUDA.shapes("score", 512))
+            start = fake_cuda.events.copy()
+            decode(engine, 0, 0.0)
+            decode(engine, 0, 0.0)
+            seen = fake_cuda.events - start
+            assert seen["replay"] and not seen["capture"] and not seen["compile"], seen
+            [output] = engine.generate(PROMPTS[1], stars.SamplingParams(max_tokens=90, seed=3), stars.BestOfN(n=2),
+                                       use_tqdm=False)
+            assert output.outputs[0].error is None
+            engine.check_integrity()
+
     def run_idle(passes, rows: int, kind: str, tiles, scored: bool) -> None:
         passes._fill_idle(rows, passes._sequences(rows))
         passes._forward(rows, passes._sequences(rows), tiles, None, kind == "score", scored).call()
