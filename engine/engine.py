@@ -24,7 +24,7 @@ from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
-from stars.filtered_ratio import FilteredRatio, check_prompted
+from stars.filtered_ratio import check_prompted
 from stars.fit import fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import load_config
@@ -35,6 +35,7 @@ from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy, Prompted, plan_of
 from stars.policies import Sample
 from stars.prompt import after, parse_prompt
+from stars.readers import Parts, Readers
 from stars.request import Group, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
@@ -123,6 +124,7 @@ class Engine:
                 drafter = Drafter(decoder, self._cache, config)
             self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
                                   load_named(models, model, decoder, tokenizer, config))
+            self._readers = Readers(Parts(self._models, self._cache, config, dict(heads or {})))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
@@ -136,7 +138,6 @@ class Engine:
                 if self.reward is not None:
                     self.reward.warm_up(drafter.device_draft)
         self._round = Round(self._models, self._cache, self.reward, chooser, config)
-        self._filtered_ratio = FilteredRatio(passes)
         self._scheduler = Scheduler(self._cache, self.reward, self._models, self._round, config)
         self._turns = Turns([*(member.decoder.lock for member in self._models.members),
                              *(self.reward.locks if self.reward is not None else ())])
@@ -350,6 +351,7 @@ class Engine:
         proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
         if isinstance(plan.propose, Prompted):
             check_prompted(type(policy).__name__, plan, params, self.config)
+        reader = self._readers.reader_of(plan)
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -397,8 +399,7 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
-                       proposal=proposal, stores=stores, contexts=tuple(contexts.values()),
-                       reader=self._filtered_ratio if plan.drawn_after else None)
+                       proposal=proposal, stores=stores, reader=reader, contexts=tuple(contexts.values()))
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:

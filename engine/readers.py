@@ -1,0 +1,55 @@
+"""What the language models themselves say of attempts: the readers of an engine, one for all that a plan may read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from stars.cache import PagedCache
+from stars.config import EngineConfig
+from stars.errors import RequestError
+from stars.filtered_ratio import FilteredRatio
+from stars.models import Models
+from stars.plan import Hidden, Plan, Ratio
+from stars.request import Reader
+
+
+class Parts(NamedTuple):
+    """What readers are made of: an engine's own."""
+
+    models: Models
+    cache: PagedCache
+    config: EngineConfig
+    heads: Mapping[str, Any]  # of Engine(heads=…), by name
+
+
+def _ratio(reads: Ratio, parts: Parts) -> Reader:
+    if not reads.filtered:
+        raise RequestError("score.reads=Ratio(filtered=False) has no reader: read filtered ratios")
+    return FilteredRatio(parts.models.members[0].passes)
+
+
+MAKERS: dict[type[Hidden] | type[Ratio], Callable[[Any, Parts], Reader]] = {Ratio: _ratio}
+"""What makes the reader of a plan's `score.reads`, by its kind. It raises RequestError where the engine lacks what the
+reader needs."""
+
+
+class Readers:
+    """The readers of an engine. One serves all requests that ask for the same: what differs between them is on the
+    lanes."""
+
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        self._made: dict[Hidden | Ratio, Reader] = {}
+
+    def reader_of(self, plan: Plan) -> Reader | None:
+        """The reader of a plan, None where it asks for none; RequestError where there can be none."""
+        reads = plan.score.reads
+        if reads is None:
+            return None
+        if reads not in self._made:
+            maker = MAKERS.get(type(reads))
+            if maker is None:
+                raise RequestError(f"score.reads={reads} has no reader: use another policy")
+            self._made[reads] = maker(reads, self._parts)
+        return self._made[reads]
