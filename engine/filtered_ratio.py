@@ -63,7 +63,7 @@ class FilteredRatio:
         hypothesis, cache = lane.hypothesis, self._passes.cache
         assert lane.judge_slab is not None
         context = hypothesis.judging
-        token_ids = [hypothesis.last_token(context), *lane.token_ids]
+        token_ids = [hypothesis.last_in(context), *lane.token_ids]
         first = lane.judge_slab * cache.slab_len
         return Span(context.table, token_ids, context.table.length, range(first, first + len(token_ids)))
 

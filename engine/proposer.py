@@ -55,8 +55,7 @@ class Proposer:
         others: dict[Key, list[LaneSpec]] = {}
         for hypothesis, width in zip(active, self._widths(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
-            context = hypothesis.drafting
-            table, last = context.table, hypothesis.last_token(context)
+            table, last = hypothesis.pages, hypothesis.last_token
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             drafts = hypothesis.proposal

@@ -292,6 +292,11 @@ class Hypothesis:
         return first if self.request.alternates and len(self.segments) % 2 else second
 
     @property
+    def pages(self) -> BlockTable:
+        """The table of the context that attempts are drawn in."""
+        return self.drafting.table
+
+    @property
     def reading(self) -> Prefill:
         """How far it is read, of a response that is being read."""
         assert self.prefill is not None
@@ -349,8 +354,13 @@ class Hypothesis:
         """The most committed segments that may be taken back yet."""
         return 0 if self.finish_reason is not None else self.request.max_backups - self.backups
 
-    def last_token(self, context: Context) -> int:
-        """The token whose keys and values the LM cache does not hold yet."""
+    @property
+    def last_token(self) -> int:
+        """The token whose keys and values the LM cache does not hold yet, where attempts are drawn."""
+        return self.last_in(self.drafting)
+
+    def last_in(self, context: Context) -> int:
+        """The same of any context."""
         return self.token_ids[-1] if self.token_ids else context.prompt_ids[-1]
 
     @property

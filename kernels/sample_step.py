@@ -116,15 +116,16 @@ def sampling_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -
 def proposal_logprobs(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     """log p of what a lane of these parameters draws from, float64 [rows, vocab] of logits float32 [rows, vocab]; -inf
     where a token is filtered out. Where its draw is an argmax, p is 1 at that token."""
-    logprobs = torch.full_like(logits, -torch.inf, dtype=torch.float64)
-    scale = torch.tensor([temperature], dtype=torch.float32, device=logits.device)
-    for row, into in zip(logits, logprobs, strict=True):
-        scaled = _scaled(row, scale)
-        if scaled is None:
-            into[_argmax(row)] = 0.0
-            continue
-        kept = scaled >= sampling_threshold(scaled, top_k, top_p, min_p)
-        into[kept] = torch.log_softmax(scaled[kept].double(), dim=0)
+    rows = logits / torch.tensor([temperature], dtype=torch.float32, device=logits.device) if temperature > 0 else logits
+    thresholds = torch.full((len(logits), 1), -torch.inf, device=logits.device)
+    drawn = torch.isfinite(rows.amax(1)) if temperature > 0 else torch.zeros(len(logits), dtype=torch.bool)
+    if top_k > 0 or top_p < 1.0 or min_p > 0.0:
+        for row in drawn.nonzero().flatten().tolist():
+            thresholds[row] = sampling_threshold(rows[row], top_k, top_p, min_p)
+    logprobs = torch.log_softmax(rows.double().masked_fill(rows < thresholds, -torch.inf), dim=1)
+    for row in (~drawn).nonzero().flatten().tolist():
+        logprobs[row] = -torch.inf
+        logprobs[row, _argmax(logits[row])] = 0.0
     return logprobs
 
 
