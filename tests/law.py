@@ -119,10 +119,10 @@ def noise_reused(monkeypatch):
     """All attempts of a segment, of all hypotheses of a completion, draw the same tokens."""
     spec = stars.proposer.LaneSpec
 
-    def repeating(table, last, slab, max_tokens, seed, attempt, stream, params, *rest):
+    def repeating(table, last, slab, max_tokens, seed, attempt, stream, params, *rest, **named):
         population = max(1, repeating.population)
         segment, sample = stream & 0xFFFFF, (stream >> 20 & 0xFFF) // population * population
-        return spec(table, last, slab, max_tokens, seed, 1, pack_stream(segment, sample), params, *rest)
+        return spec(table, last, slab, max_tokens, seed, 1, pack_stream(segment, sample), params, *rest, **named)
 
     settle = stars.request.Request.__post_init__
 
