@@ -232,7 +232,7 @@ def install(monkeypatch) -> RecordedGpu:
     work_as(monkeypatch, TARGET)
     monkeypatch.setattr(PagedCache, "_to_device", lambda cache, values: gpu.to_device(cache, values))
     monkeypatch.setattr("stars.draft.sample_step", gpu.sample_step)
-    monkeypatch.setattr("stars.cache.copy_rows", gpu.copy_rows)
+    monkeypatch.setattr("stars.kv_store.copy_rows", gpu.copy_rows)
     monkeypatch.setattr("stars.pacing.mapped", mapped)
     monkeypatch.setattr(graphs, "column", lambda done: "cuda")
     replay = graphs.Graphs._replay
