@@ -99,15 +99,15 @@ class Drafter:
         sizes, max_segment_size = language_model(config), config.max_segment_size
         rows = target.rows(sizes.max_lanes, "draft")
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
+        weights = {} if beside is None else {"weights": (torch.float32, (1 + len(beside), rows))}
         self._buffers = Buffers(
-            target,
+            target, True, 1,
             token_ids=one, positions=one, slots=one, slab_used=one, steps=one, max_tokens=one, done=one,
             out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), entropy_cut=flag, least_tokens=one,
             seq_group=one, prefix_len=one, slab_start=one,
-            history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag,
-            **({} if beside is None else {"weights": (torch.float32, (1 + len(beside), rows))}))
+            history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag, **weights)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
@@ -343,7 +343,7 @@ class Drafter:
         return LaneState(*(tensor[:rows] for tensor in self._state))
 
     def _fill(self, lanes: list[LaneSpec]) -> tuple[int, list[Tiles | None]]:
-        """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles of each model."""
+        """Writes the lanes into the buffers; rows of a step, idle ones included, and tiles by model."""
         self._buffers.wait()
         host, slab_len = self._host, self.cache.slab_len
         tables: list[BlockTable] = []

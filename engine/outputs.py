@@ -125,7 +125,7 @@ class CompletionOutput:
     index: int
     text: str | None = ""  # None without a tokenizer
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
-    # Under what the tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
+    # Under what tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None  # "stop", "length", "refused", "abort", "error"; None while it runs
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS

@@ -486,13 +486,15 @@ class TokenGuidance:
 
     `guide` and `reference` are names of Engine(models=…), "lm" the engine's own model. With a reference every token is
     drawn from softmax(log p + weight * (log p_guide - log p_reference)), weight 1 unless given: TITA's paper, and a DPO
-    model's ratio to its reference as a reward of each token. Without one it is softmax((1 - weight) * log p + weight * log p_guide), weight 0.3 unless given, as TITA's
-    released code has it. `lm_weight` replaces the language model's own weight, 1 or 1 - weight: with 1 and no
-    reference it is GenARM's p * p_guide ** weight. Where `reference` is "lm", two models are run and not three.
+    model's ratio to its reference as a reward of each token. Without one it is softmax((1 - weight) * log p + weight *
+    log p_guide), weight 0.3 unless given, as TITA's released code has it. `lm_weight` replaces the language model's own
+    weight, 1 or 1 - weight: with 1 and no reference it is GenARM's p * p_guide ** weight. Where `reference` is "lm",
+    two models are run and not three; a model whose weights add up to 0 is not run.
 
     Temperature, top_k, top_p, min_p and penalties of SamplingParams apply to the blend; at temperature 0 its most
-    probable token is taken. Log-probabilities that are reported are those of the blend. `score=True` adds one reward of
-    the finished response.
+    probable token is taken. repetition_penalty, which asks for the sign of a logit, sees the weighted sum of the
+    models' logits. Log-probabilities that are reported are those of the blend. `score=True` adds one reward of the
+    finished response.
 
     Exact: every token has the law above, in float32, and no cap or search enters. A token that one of the models whose
     weight is not 0 forbids (its logit is -inf) is not drawn.
@@ -507,7 +509,8 @@ class TokenGuidance:
     score: bool = False
 
     def __post_init__(self) -> None:
-        _keep(self, guide=_model(self, "guide"), reference=None if self.reference is None else _model(self, "reference"),
+        _keep(self, guide=_model(self, "guide"),
+              reference=None if self.reference is None else _model(self, "reference"),
               weight=None if self.weight is None else _finite(self, "weight"),
               lm_weight=None if self.lm_weight is None else _finite(self, "lm_weight"),
               score=flag("TokenGuidance.score", self.score))
@@ -519,12 +522,13 @@ class TokenGuidance:
         """Every draft of the blend is kept."""
         if self.reference is None:
             weight = GUIDE_WEIGHT if self.weight is None else self.weight
-            own, against = 1.0 - weight, ()
+            weights = [(OWN, 1.0 - weight), (self.guide, weight)]
         else:
             weight = 1.0 if self.weight is None else self.weight
-            own, against = 1.0, ((self.reference, -weight),)
-        own = own if self.lm_weight is None else self.lm_weight
-        return Plan(Blend(((OWN, own), (self.guide, weight), *against)), Fixed(DRAFT_SIZE), Lanes(1),
+            weights = [(OWN, 1.0), (self.guide, weight), (self.reference, -weight)]
+        if self.lm_weight is not None:
+            weights[0] = OWN, self.lm_weight
+        return Plan(Blend(tuple(weights)), Fixed(DRAFT_SIZE), Lanes(1),
                     Score("end" if self.score else "never"), Always())
 
 

@@ -15,8 +15,8 @@ from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
-NAN_BLEND = ("the blend of the models' logits is NaN or infinite: check the weights of the policy and of the models, or "
-             "load them with dtype=\"float32\"")
+NAN_BLEND = ("the blend of the models' logits is NaN or infinite: check the weights of the policy and of the models, "
+             "or load them with dtype=\"float32\"")
 
 
 Key = tuple[tuple[int, ...], bool, bool]
