@@ -291,6 +291,21 @@ class PagedCache:
                 self._run_moves(source[start : start + self._max_moves], target[start : start + self._max_moves],
                                 stores)
 
+    def bring_up(self, moves: Sequence[CommitMove]) -> None:
+        """As `commit`, of positions that the tables have and the moves' stores lack: these hold them afterwards. Shared
+        pages stay shared."""
+        for table, slab_start, count, at, stores in moves:
+            self._check(table)
+            for store in stores:
+                if table.held(store) != at or at + count > table.length:
+                    raise IntegrityError(f"store {store} of {table} holds {table.held(store)} positions and cannot be "
+                                         f"brought up from {at} to {at + count}: write what it lacks, in order")
+        for table, slab_start, count, at, stores in moves:
+            source = array("i", range(slab_start, slab_start + count))
+            self._run_moves(source, self._rows(table, at, at + count), stores)
+            for store in stores:
+                self.catch_up(table, store, at + count)
+
     def catch_up(self, table: BlockTable, store: int, held: int) -> None:
         """`store` holds the first `held` positions of `table` now: whoever wrote them says so."""
         self._check(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stars.cache import CommitMove, PagedCache
+from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.models import Models
 from stars.outputs import Segment
 from stars.request import Group, Hypothesis, Lane, Winner
@@ -139,14 +139,30 @@ class Committer:
                 moves.append(CommitMove(table, lane.slab * self._cache.slab_len, rows, table.length, lane.stores))
             if rows < len(winner.token_ids):
                 lacking.append((table, winner))
-        behind = [winner.hypothesis for table, winner in lacking if table.behind]
-        for hypothesis in behind:  # all of its models read on from here
-            self._models.catch_up([hypothesis], hypothesis.pages.stores)
+        if not self._exact:
+            behind = [winner.hypothesis for table, winner in lacking if table.behind]
+            for hypothesis in behind:  # all of its models read on from here
+                self._models.catch_up([hypothesis], hypothesis.pages.stores)
         self._cache.commit(moves)
-        if lacking:
+        if lacking and self._exact:
+            for table, winner in lacking:
+                self._commit_again(table, winner)
+        elif lacking:
             self._models.prefill([(table, token_ids, len(token_ids) - 1) for table, winner in lacking
                                   for token_ids in [winner.hypothesis.request.prompt.token_ids
                                                     + winner.hypothesis.token_ids + winner.token_ids]])
+
+    def _commit_again(self, table: BlockTable, winner: Winner) -> None:
+        """Runs what no slab holds of a winner as it would have been drafted, in a slab that is its own or that of
+        another attempt, all of which are copied or lost by now: so every key has the bits that it has at every width."""
+        lane, hypothesis = winner.lane, winner.hypothesis
+        holder = lane if lane.slab is not None else lane.hypothesis.preferred
+        assert holder is not None and holder.slab is not None
+        token_ids = hypothesis.request.prompt.token_ids + hypothesis.token_ids + winner.token_ids
+        begin, total = hypothesis.length - 1, len(winner.token_ids)
+        for end in (*range(winner.rows, total, hypothesis.max_segment), total):
+            if begin + end > table.length:
+                self._models.draft_again(table, token_ids, begin + end, holder.slab, lane.stores)
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""

@@ -76,11 +76,13 @@ class Proposer:
         return drawn
 
     def _catch_up(self, active: Sequence[Hypothesis]) -> None:
-        """Models that draft now read what others have drawn since they did last, all responses of one together."""
+        """Models that draft now, or then read that, take up what others have drawn since they did last, all responses
+        of one together."""
         lacking: dict[tuple[int, ...], list[Hypothesis]] = {}
         for hypothesis in active:
             if hypothesis.pages.behind:
-                lacking.setdefault(hypothesis.proposal.stores, []).append(hypothesis)
+                stores = hypothesis.proposal.stores + (OWN_STORE if hypothesis.reader is not None else ())
+                lacking.setdefault(stores, []).append(hypothesis)
         for stores, hypotheses in lacking.items():
             begin = time.perf_counter()
             self._models.catch_up(hypotheses, stores)
