@@ -58,8 +58,8 @@ class BlockTable:
 
 
 class CommitMove(NamedTuple):
-    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`, in `stores`:
-    the table's other stores stay behind."""
+    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`, in
+    `stores`: the table's other stores stay behind."""
 
     table: BlockTable
     slab_start: int
@@ -258,7 +258,7 @@ class PagedCache:
         return self._rows(table, start, stop)
 
     def commit(self, moves: Sequence[CommitMove]) -> None:
-        """Makes slab rows history: one copy for all moves and layers of a store, then table.length = at + count for each.
+        """Makes slab rows history: one copy for all moves and layers of a store, then table.length = at + count.
 
         An `at` below the table's length rewinds to it first. Shared pages are replaced by private copies first; raises
         OutOfPages, and then has changed nothing. A store that is behind must not be among a move's.

@@ -52,6 +52,11 @@ class Models:
                                                                       store)))
             self._stores[name] = known[id(decoder)]
 
+    @property
+    def own(self) -> Member:
+        """The engine's own model."""
+        return self.members[0]
+
     def store_of(self, name: str) -> int:
         """The store of a named model; RequestError where there is none of that name."""
         if name in self._stores:
@@ -150,8 +155,9 @@ def _next_end(hypothesis: Hypothesis, store: int) -> int:
 
 def load_named(models: Any, own: Any, own_decoder: Decoder, tokenizer: Tokenizer | None, config: EngineConfig
                ) -> dict[str, Decoder]:
-    """The decoders of Engine(models=…) by name: one a directory, the engine's own where it is that. Raises ModelError or
-    RequestError."""
+    """The decoders of Engine(models=…) by name: one a directory, the engine's own where it is that.
+
+    Raises ModelError or RequestError."""
     if models is None:
         return {}
     if not isinstance(models, Mapping):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from stars.cache import OWN_STORE, PagedCache
 from stars.config import EngineConfig
-from stars.draft import Drafted, Drafter, LaneSpec
+from stars.draft import Drafted, LaneSpec
 from stars.kernels.philox import pack_stream
 from stars.models import Models
 from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
@@ -66,7 +66,7 @@ class Proposer:
                     lanes.append(Lane(hypothesis, attempt, slab, stores=drafts.stores))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment, weights=drafts.weights))
+                                          hypothesis.least_segment, drafts.weights))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._others = {drafts: self._draft(drafts, specs) for drafts, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
