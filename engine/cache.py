@@ -59,8 +59,8 @@ class BlockTable:
 
 
 class CommitMove(NamedTuple):
-    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`, in `stores`:
-    the table's other stores stay behind."""
+    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`, in
+    `stores`: the table's other stores stay behind."""
 
     table: BlockTable
     slab_start: int
@@ -271,7 +271,7 @@ class PagedCache:
         return self._rows(table, start, stop)
 
     def commit(self, moves: Sequence[CommitMove]) -> None:
-        """Makes slab rows history: one copy for all moves and layers of a store, then table.length = at + count for each.
+        """Makes slab rows history: one copy for all moves and layers of a store, then table.length = at + count.
 
         An `at` below the table's length rewinds to it first. Shared pages are replaced by private copies first; raises
         OutOfPages, and then has changed nothing. A store that is behind must not be among a move's.
@@ -303,6 +303,21 @@ class PagedCache:
             for start in range(0, len(source), self._max_moves):
                 self._run_moves(source[start : start + self._max_moves], target[start : start + self._max_moves],
                                 stores)
+
+    def bring_up(self, moves: Sequence[CommitMove]) -> None:
+        """As `commit`, of positions that the tables have and the moves' stores lack: these hold them afterwards. Shared
+        pages stay shared."""
+        for table, slab_start, count, at, stores in moves:
+            self._check(table)
+            for store in stores:
+                if table.held(store) != at or at + count > table.length:
+                    raise IntegrityError(f"store {store} of {table} holds {table.held(store)} positions and cannot be "
+                                         f"brought up from {at} to {at + count}: write what it lacks, in order")
+        for table, slab_start, count, at, stores in moves:
+            source = array("i", range(slab_start, slab_start + count))
+            self._run_moves(source, self._rows(table, at, at + count), stores)
+            for store in stores:
+                self.catch_up(table, store, at + count)
 
     def catch_up(self, table: BlockTable, store: int, held: int) -> None:
         """`store` holds the first `held` positions of `table` now: whoever wrote them says so."""

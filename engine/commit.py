@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stars.cache import CommitMove, PagedCache
+from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.filtered_ratio import draw
 from stars.models import Models
 from stars.outputs import Segment
@@ -149,13 +149,30 @@ class Committer:
             if slab is not None and rows:
                 moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
             if rows < len(winner.token_ids):
-                token_ids = prompt_ids + winner.hypothesis.token_ids + winner.token_ids
-                lacking.append((table, token_ids, len(token_ids) - 1))
-                if table.behind:  # all of its models read on from here
-                    self._models.catch_up([winner.hypothesis], table.stores)
+                lacking.append((winner, table, prompt_ids + winner.hypothesis.token_ids + winner.token_ids))
+        # Of two contexts what was run in one pass is run so again: there a slab is never wanted twice.
+        again = [one for one in lacking if self._exact and one[0].hypothesis.judge is None]
+        read = [one for one in lacking if one not in again] if again else lacking
+        for winner, table, _ in read:
+            if table.behind:  # all of its models read on from here
+                self._models.catch_up([winner.hypothesis], table.stores)
         self._cache.commit(moves)
-        if lacking:
-            self._models.prefill(lacking)
+        for winner, table, _ in again:
+            self._commit_again(table, winner)
+        if read:
+            self._models.prefill([(table, token_ids, len(token_ids) - 1) for _, table, token_ids in read])
+
+    def _commit_again(self, table: BlockTable, winner: Winner) -> None:
+        """Runs what no slab holds of a winner as it would have been drafted, in a slab that is its own or that of
+        another attempt, all of which are copied or lost by now: so every key has the bits that it has at every width."""
+        lane, hypothesis = winner.lane, winner.hypothesis
+        holder = lane if lane.slab is not None else lane.hypothesis.preferred
+        assert holder is not None and holder.slab is not None
+        token_ids = hypothesis.request.prompt.token_ids + hypothesis.token_ids + winner.token_ids
+        begin, total = hypothesis.length - 1, len(winner.token_ids)
+        for end in (*range(winner.rows, total, hypothesis.max_segment), total):
+            if begin + end > table.length:
+                self._models.draft_again(table, token_ids, begin + end, holder.slab, lane.stores)
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""

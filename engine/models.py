@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stars.arguments import shown
-from stars.cache import OWN_STORE, BlockTable, PagedCache
+from stars.cache import OWN_STORE, BlockTable, CommitMove, PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.draft import Drafter
@@ -23,7 +23,7 @@ from stars.model.decoder import Decoder
 from stars.model.files import is_directory, is_file
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
-from stars.passes import Passes
+from stars.passes import Passes, Span
 from stars.plan import OWN, Plan
 from stars.request import Drafts, Hypothesis
 from stars.sizes import language_model
@@ -64,6 +64,11 @@ class Models:
     def named(self) -> list[str]:
         """Names of all but the engine's own."""
         return [name for name in self._stores if name != OWN]
+
+    @property
+    def own(self) -> Member:
+        """The engine's own model."""
+        return self.members[0]
 
     def store_of(self, name: str) -> int:
         """The store of a named model; RequestError where there is none of that name."""
@@ -122,25 +127,50 @@ class Models:
 
     def catch_up(self, hypotheses: Sequence[Hypothesis], stores: tuple[int, ...]) -> None:
         """Each of `stores` holds all that was committed of the responses afterwards: what it lacks, as other models have
-        drawn since, is run by one pass for all of them. In deterministic mode what was committed together is run
-        together, as it is where a response that gave way is read again."""
+        drawn since, is run by one pass for all of them. In deterministic mode it is run as it is where a response that
+        gave way is read again, a segment at a time in slabs, some of which must be free."""
         for store in stores:
             behind = [one for one in hypotheses if store in one.pages.behind]
-            while behind:
-                jobs = [(one.pages, one.request.prompt.token_ids + one.token_ids, self._next_stop(one, store))
-                        for one in behind]
+            while behind and self._config.deterministic:
+                pieces = [(one.pages, one.request.prompt.token_ids + one.token_ids, _next_end(one, store))
+                          for one in behind[: max(1, self._cache.num_free_slabs)]]
+                slabs = [self._cache.take_slab() for _ in pieces]
+                self.redraft(store, pieces, slabs)
+                for slab in slabs:
+                    self._cache.return_slab(slab)
+                behind = [one for one in behind if store in one.pages.behind]
+            if behind:
+                jobs = [(one.pages, one.request.prompt.token_ids + one.token_ids, one.pages.length) for one in behind]
                 self.members[store].passes.prefill(jobs, advance=False)
                 for table, _, stop in jobs:
                     self._cache.catch_up(table, store, stop)
-                behind = [one for one in behind if store in one.pages.behind]
 
-    def _next_stop(self, hypothesis: Hypothesis, store: int) -> int:
-        """Up to where a store that is behind is run at once."""
-        table = hypothesis.pages
-        if not self._config.deterministic:
-            return table.length
-        begin, held = len(hypothesis.request.prompt.token_ids) - 1, table.held(store)
-        return min([table.length, *(begin + end for end in hypothesis.ends if begin + end > held)])
+    def redraft(self, store: int, pieces: Sequence[tuple[BlockTable, Sequence[int], int]], slabs: Sequence[int]) -> None:
+        """For each (table, token_ids, stop): runs token_ids from where `store` is up to `stop`, which the table has, in
+        a slab as a draft had, and copies it into the pages."""
+        spans = [self._span(table, token_ids, table.held(store), stop, slab)
+                 for (table, token_ids, stop), slab in zip(pieces, slabs, strict=True)]
+        self.members[store].passes.redraft(spans)
+        self._cache.bring_up([CommitMove(span.table, span.slots[0], len(span.slots), span.start, (store,))
+                              for span in spans])
+
+    def draft_again(self, table: BlockTable, token_ids: Sequence[int], stop: int, slab: int,
+                    stores: tuple[int, ...]) -> None:
+        """Runs token_ids from the table's length up to `stop` as a draft had, and commits it, in `stores`."""
+        span = self._span(table, token_ids, table.length, stop, slab)
+        for store in stores:
+            self.members[store].passes.redraft([span])
+        self._cache.commit([CommitMove(table, span.slots[0], len(span.slots), span.start, stores)])
+
+    def _span(self, table: BlockTable, token_ids: Sequence[int], first: int, stop: int, slab: int) -> Span:
+        start = slab * self._cache.slab_len
+        return Span(table, token_ids[first:stop], first, range(start, start + stop - first))
+
+
+def _next_end(hypothesis: Hypothesis, store: int) -> int:
+    """Up to where a store that is behind is run at once in deterministic mode: what was committed together."""
+    begin, held = len(hypothesis.request.prompt.token_ids) - 1, hypothesis.pages.held(store)
+    return next(begin + end for end in hypothesis.ends if begin + end > held)
 
 
 def check_named(models: Any, shape: ModelConfig, tokenizer: Tokenizer | None, config: EngineConfig) -> Named:

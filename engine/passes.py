@@ -70,7 +70,8 @@ class Prepared(NamedTuple):
 
 
 class Passes:
-    """Prefill and scoring passes of one decoder over one cache, whose `store` has its keys and values. Passes of a shape seen before are replayed.
+    """Prefill and scoring passes of one decoder over one cache, whose `store` has its keys and values. Passes of a
+    shape seen before are replayed.
 
     On a padded target, rows and sequences are filled up with idle ones, so that few captured shapes serve all, and
     attention gets its tiles. How many sequences there are follows from the rows, and so does how many rewards are read:

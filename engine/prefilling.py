@@ -47,8 +47,7 @@ class Prefiller:
         # Two models have buffers, graphs and workspaces of their own. One that is both has not, and its engines' lock
         # tells; rewards that say nothing of their models run where everything else does.
         locks = reward.locks if reward is not None else ()
-        own = models.members[0].decoder.lock
-        self._side = SideStream(config.target) if locks and own not in locks else None
+        self._side = SideStream(config.target) if locks and models.own.decoder.lock not in locks else None
 
     def advance(self, hypotheses: Sequence[Hypothesis], language: Allowance, reward: Allowance) -> list[Hypothesis]:
         """Reads on for those of `hypotheses` that are being read, given in the order of their admission; returns those

@@ -73,7 +73,7 @@ class Proposer:
                     lanes.append(Lane(hypothesis, attempt, slab, judge_slab, stores=drafts.stores))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment, weights=drafts.weights))
+                                          hypothesis.least_segment, drafts.weights))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._others = {key: self._draft(key, specs) for key, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
@@ -83,11 +83,13 @@ class Proposer:
         return drawn
 
     def _catch_up(self, active: Sequence[Hypothesis]) -> None:
-        """Models that draft now read what others have drawn since they did last, all responses of one together."""
+        """Models that draft now, or then read that, take up what others have drawn since they did last, all responses
+        of one together."""
         lacking: dict[tuple[int, ...], list[Hypothesis]] = {}
         for hypothesis in active:
             if hypothesis.pages.behind:
-                lacking.setdefault(hypothesis.proposal.stores, []).append(hypothesis)
+                stores = hypothesis.proposal.stores + (OWN_STORE if hypothesis.reader is not None else ())
+                lacking.setdefault(stores, []).append(hypothesis)
         for stores, hypotheses in lacking.items():
             begin = time.perf_counter()
             self._models.catch_up(hypotheses, stores)

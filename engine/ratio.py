@@ -29,7 +29,6 @@ class RatioReader:
 
     def read(self, lanes: Sequence[Lane]) -> list[Reading]:
         """Each token's ratio; no reward."""
-        self._models.catch_up(list(dict.fromkeys([lane.hypothesis for lane in lanes])), OWN_STORE)
         spans = []
         for lane in lanes:
             assert lane.slab is not None

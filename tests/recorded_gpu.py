@@ -264,6 +264,7 @@ def build(gpu: RecordedGpu, model, reward, **sizes) -> stars.Engine:
     engine = stars.Engine(model, reward, **sizes)
     for cache in (engine._cache, engine.reward.cache):
         gpu.memory += tensors_of(cache)
-    gpu.memory += tensors_of([part._buffers for part in (engine._models.members[0].passes, engine.reward._passes, engine._round.drafter)],
-                             engine._models.members[0].passes._rewards, engine.reward._passes._rewards, engine._round.drafter._logits)
+    own, others, drafter = engine._models.own.passes, engine.reward._passes, engine._round.drafter
+    gpu.memory += tensors_of([part._buffers for part in (own, others, drafter)], own._rewards, others._rewards,
+                             drafter._logits)
     return engine

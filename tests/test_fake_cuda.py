@@ -82,7 +82,7 @@ if FAKED:
             engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype=dtype, prefill_backend=backend,
                                   deterministic=deterministic, cache_tokens=8192, max_num_seqs=8, max_num_lanes=16,
                                   max_segment_size=32)
-            assert seen == [True, True] * deterministic and engine._models.members[0].passes.prefill_backend == backend
+            assert seen == [True, True] * deterministic and engine._models.own.passes.prefill_backend == backend
             # A library that compiles does so at start-up: a call for each layer of both models.
             assert len(gathered) == (backend == "sdpa") * (6 + 3)
             for top_k, presence in ((0, 0.0), (40, 0.2), (0, 0.0), (40, 0.2)):
@@ -195,7 +195,8 @@ if FAKED:
             assert calls == [(1024, 1024, None)] * 9 * (backend == "sdpa"), calls
             seen = fake_cuda.events.copy()
             passed = set()
-            for passes, kinds in ((engine._models.members[0].passes, ("prefill",)), (engine.reward._passes, ("prefill", "score"))):
+            own = engine._models.own.passes
+            for passes, kinds in ((own, ("prefill",)), (engine.reward._passes, ("prefill", "score"))):
                 for kind in kinds:
                     for rows in range(CUDA.captured(kind) + 128, passes._most[kind] + 1, 128):
                         for tiles in passes._tiling.shapes(rows, kind):
@@ -205,8 +206,8 @@ if FAKED:
                             passes._append(engine._round.drafter.device_draft, rows, passes._sequences(rows)).call()
             if deterministic:
                 for rows in (16, 48, 512, 640, 2048):
-                    [tiles] = engine._models.members[0].passes._tiling.shapes(rows, "score")
-                    run_idle(engine._models.members[0].passes, rows, "score", tiles, False)
+                    [tiles] = engine._models.own.passes._tiling.shapes(rows, "score")
+                    run_idle(engine._models.own.passes, rows, "score", tiles, False)
             assert fake_cuda.events["launch"] > seen["launch"] and fake_cuda.events["compile"] == seen["compile"]
         assert len(passed) == 14 + 12 and max(rows for _, rows in passed) == 2048
 
@@ -365,7 +366,7 @@ if FAKED:
         read = [one for one in rounds if any(count for _, count in one[0])]
         assert len(read) >= 15
         for given, found, launched in read:
-            for passes in (engine._models.members[0].passes, engine.reward._passes):
+            for passes in (engine._models.own.passes, engine.reward._passes):
                 assert sum(count for owner, count in given if owner is passes) <= 64
             assert found["stream wait"] >= 2 and not found["synchronize"] and not found["blocking transfer"], found
             assert not found["capture"] and not found["compile"] and set(launched) <= {"copy_rows_kernel"}, launched
@@ -464,7 +465,7 @@ if FAKED:
         """What a decoder outgrows is kept for graphs that may use it, and no memory was reckoned for it."""
         with fake_cuda.gpu():
             engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", prefill_backend="triton")
-        for decoder in (engine._models.members[0].passes.decoder, engine.reward.decoder):
+        for decoder in (engine._models.own.passes.decoder, engine.reward.decoder):
             kept = [tensor for one in decoder._outgrown for tensor in (one if isinstance(one, tuple) else [one])]
             reserved = sum(tensor.nbytes for tensor in decoder._reserved)
             assert kept and sum(tensor.nbytes for tensor in kept) < reserved // 100

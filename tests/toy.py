@@ -153,7 +153,7 @@ def scripted_engine(tokenizer: Any, vocab: int, script: Sequence[int], prompt_to
     """An engine whose model writes `script` after any prompt of `prompt_tokens` tokens, then EOS."""
     engine = toy_engine(ToyModel(vocab, seed=5, layers=1, eos=(eos,)), reward, tokenizer=tokenizer, **options)
     table = torch.tensor([*script] + [eos] * 80)
-    decoder = engine._models.members[0].passes.decoder
+    decoder = engine._models.own.passes.decoder
     forward, seen = decoder.forward, []
 
     def noting(batch, cache, rows=None):

@@ -194,8 +194,8 @@ MUTANTS = [
            "two writes to one page take two copies", "cache"),
     Mutant("engine/cache.py", "                elif self.pool.is_published(page):\n"
            "                    published.append(page)\n", "", "an overwritten page stays in the index", "cache"),
-    Mutant("engine/cache.py", "            table.length = at + count\n        for start",
-           "            table.length = max(table.length, at + count)\n        for start",
+    Mutant("engine/cache.py", "            table.length = at + count\n        for stores,",
+           "            table.length = max(table.length, at + count)\n        for stores,",
            "a commit that rewinds keeps what lay behind", "cache"),
     Mutant("engine/cache.py", "self._make_private([(move.table, move.at, move.at",
            "self._make_private([(move.table, move.table.length, move.at",
@@ -302,7 +302,7 @@ MUTANTS = [
            "the last token's log-probability of each segment is left out", "engine oracle"),
     Mutant("engine/request.py", "metrics.lm_tokens_drawn += len(token_ids)", "metrics.lm_tokens_drawn += "
            "self.next_segment", "tokens that EOS saved are counted as drawn", "engine oracle"),
-    Mutant("engine/scores.py", "and not request.stop:", "and True:",
+    Mutant("engine/scores.py", "and not request.stop and", "and",
            "a segment is scored with what stands behind its stop string", "planted_rewards"),
     Mutant("engine/scheduler.py", "metrics.prompt_tokens_cached = table.length",
            "metrics.prompt_tokens_cached = len(request.prompt.token_ids)", "all of a prompt is reported as cached",
@@ -337,7 +337,7 @@ MUTANTS = [
            "a draft does not wait for the reward model's prompts", "side_streams"),
     Mutant("engine/streams.py", "        self._stream.wait_stream(main)\n", "",
            "the reward model's prompts do not wait for the round before", "side_streams"),
-    Mutant("engine/prefilling.py", "if locks and passes.decoder.lock not in locks else None", "if locks else None",
+    Mutant("engine/prefilling.py", "if locks and models.own.decoder.lock not in locks else None", "if locks else None",
            "one decoder that is both models is run beside itself", "side_streams"),
     Mutant("engine/prefilling.py", "        if table.length == stop:\n", "        if table.length > 0:\n",
            "pages of a prompt are offered before they are written", "chunked_prefill"),
