@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
-from stars.kernels import append_draft, prefill_attention
+from stars.errors import ModelError
+from stars.kernels import append_draft, prefill_attention, token_logprobs
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
@@ -28,6 +30,9 @@ shared beginning once for every sequence."""
 KINDS: tuple[Kind, ...] = ("prefill", "score")
 BESIDE = 2
 """Passes that were launched and whose rewards the host has not taken, at most: one that runs, and one behind it."""
+
+LOGIT_ROWS = 64
+"""Rows that have logits at a time, of texts that others wrote: enough to be bound by the head's product."""
 
 READ_LAUNCHES = 12  # of a head that is more than a row: few products, with what torch does between and behind them
 PICKED_LAUNCHES = 2  # of a pass whose last layer goes on for few rows: to pick them
@@ -120,6 +125,7 @@ class Passes:
         self._most: dict[Kind, int] = {"prefill": self.max_rows, "score": score_rows(config, sizes)}  # rows
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
+        self._every: Tensor | None = None  # the hidden states of all rows of a pass, once somebody has asked for them
         self._prepared: Prepared | None = None  # a pass whose buffers are filled, until it is launched or another comes
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None,
@@ -193,6 +199,48 @@ class Passes:
             self._launch(self._prepare(batch, into_slab=True)._replace(scored=False, read=None))
             found.append(self._states[: len(batch)].clone())
         return torch.cat(found)
+
+    def logits(self, spans: Sequence[Span]) -> Tensor:
+        """Runs the spans into their slabs; the logits at every row of each, float32 [rows of all spans, vocab]: of few
+        rows. ModelError for a model without a language model head."""
+        return torch.cat([self.decoder.logits(hidden).clone()
+                          for found in self._hidden(spans) for hidden in found.split(self._logit_rows)])
+
+    def logprobs(self, spans: Sequence[Span], targets: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Runs the spans into their slabs; log softmax(logits)[target] at each row of each span, at temperature 1 and
+        without filters. targets: as many tokens for each span as it has rows. Few rows have logits at a time.
+        ModelError for a model without a language model head."""
+        if [len(span.token_ids) for span in spans] != [len(those) for those in targets]:
+            raise ValueError("logprobs: a target is needed for every row of every span, and for no more")
+        wanted = torch.tensor([target for those in targets for target in those], dtype=torch.int32,
+                              device=self.cache.device)
+        found, first = torch.empty(len(wanted), device=self.cache.device), 0
+        for hidden in self._hidden(spans):
+            for rows in hidden.split(self._logit_rows):
+                stop = first + len(rows)
+                token_logprobs(self.decoder.logits(rows), wanted[first:stop], found[first:stop])
+                first = stop
+        flat = iter(found.tolist())
+        return [list(islice(flat, len(those))) for those in targets]
+
+    @property
+    def _logit_rows(self) -> int:
+        """Rows that have logits at a time."""
+        return min(LOGIT_ROWS, self.decoder.max_logits)
+
+    def _hidden(self, spans: Sequence[Span]) -> Iterator[Tensor]:
+        """Runs the spans into their slabs, pass by pass; [rows, hidden] of all rows of each."""
+        if self.decoder.head is None:
+            raise ModelError("this model has no language model head: load it with head='lm'")
+        if self._every is None:  # not the decoder's own, which may grow under a recorded pass
+            rows = self.target.rows(max(min(self.max_rows, self.target.captured_score), self.cache.slab_len), "score")
+            self._every = torch.zeros(rows, self.decoder.config.hidden_size, dtype=self.decoder.dtype,
+                                      device=self.cache.device)
+            self.decoder.reserve_logits(LOGIT_ROWS)
+        for batch in self._batches(spans, min(self.max_rows, self.target.captured_score), into_slab=True):
+            self._prepared = None
+            self._launch(self._prepare(batch, into_slab=True, every=True))
+            yield self._every[: sum(len(span.token_ids) for span in batch)]
 
     def redraft(self, spans: Sequence[Span]) -> None:
         """Runs the spans into their slabs, as drafts had done it token by token."""
@@ -320,18 +368,19 @@ class Passes:
         self._launch(self._prepare(spans, into_slab, scored=into_slab if scored is None else scored))
 
     def _prepare(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None,
-                 scored: bool = True) -> Prepared:
-        """Fills the buffers and sends them; what is then to be run."""
+                 scored: bool = True, every: bool = False) -> Prepared:
+        """Fills the buffers and sends them; what is then to be run. every: the hidden states of all rows are kept."""
         rows, sequences, reads, tiles = self._fill(spans, into_slab)
         # Redrafts, which come after a response gave way, have no shapes of their own.
         captured = rows <= self._captured["score" if into_slab else "prefill"] and scored == into_slab
+        scored = scored and not every
         prefill = None
         if not captured and not into_slab and self._gathers(spans):
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
         self._buffers.upload()
-        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored, reads)]
+        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored, 0 if every else reads, every)]
         if draft is not None:  # the device fills in what was drawn
             parts.insert(0, self._append(draft, rows, sequences))
         read = self._read(self._head, reads) if scored and self._head is not None else None
@@ -346,7 +395,7 @@ class Passes:
             self._rewards.fetch(block)
 
     def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
-                 scored: bool, reads: int | None = None) -> Part:
+                 scored: bool, reads: int | None = None, every: bool = False) -> Part:
         """The model's part of a pass. What it runs is made where it is recorded, not where replayed."""
         buffers = self._buffers
         reads = self._reads(rows) if reads is None else reads  # of a padded one
@@ -359,14 +408,17 @@ class Passes:
             batch = Batch(buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
                           first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
-            if scored and self._head is not None:
+            if every:
+                assert self._every is not None
+                self.decoder.forward(batch, self._kv, out=self._every[:rows])
+            elif scored and self._head is not None:
                 self.decoder.forward(batch, self._kv, last, self._states[:reads])
             elif scored:
                 self.decoder.score(batch, self._kv, last, self._rewards["rewards"][:reads])
             else:
                 self.decoder.forward(batch, self._kv, last)
 
-        key = "forward", rows, sequences, into_slab, scored, reads, *(shape(tiles) if tiles is not None else ())
+        key = "forward", rows, sequences, into_slab, scored, every, reads, *(shape(tiles) if tiles is not None else ())
         return Part(key, run, self._launches)
 
     def _read(self, head: RewardHead, reads: int) -> Part:
