@@ -66,8 +66,8 @@ class Engine:
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
     tokenizer: a directory with a tokenizer.json; None: the model directory's own.
     reward: a directory of a reward model, a Reward (`CausalReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
-        `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt, responses) -> floats, or
-        None for plain sampling only.
+        `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
+        responses) -> floats, or None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
         "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"
         keeps the checkpoint's values). "bfloat16" also rounds the activations of their products where the CPU

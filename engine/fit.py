@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,17 +34,19 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     rewards = [one for one in held if one.model is not None]
     for number, one in enumerate(rewards, 1):
         name = "the reward model" if len(rewards) == 1 else f"reward model {number}"
-        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head)
+        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head, one.head)
     torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
     free, total = torch.cuda.mem_get_info()
     return fit_memory(config, models, sum(one.other_bytes for one in held), free, total)
 
 
-def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto") -> Occupant:
-    """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it."""
+def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto",
+             head: Literal["lm", "reward"] = "reward") -> Occupant:
+    """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it. head: of one that
+    nothing is drawn from."""
     target, dtype = config.target, DTYPES[config.dtype]
     if isinstance(model, (str, Path)):
-        summary = inspect_model(model, "lm" if drafts else "reward", reward_head)
+        summary = inspect_model(model, "lm" if drafts else head, reward_head)
         shape, weight_bytes = summary.config, summary.parameters * dtype.itemsize
         if summary.reward_head is not None:
             weight_bytes += summary.reward_head.float32_parameters * (torch.float32.itemsize - dtype.itemsize)

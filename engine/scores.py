@@ -106,12 +106,15 @@ class Scores:
     def _candidates(self, hypothesis: Hypothesis, extras: Sequence[Extra],
                     final: bool = False) -> list[Candidate]:
         """The response with each of `extras`."""
-        contents = hypothesis.contents(extras)
+        contents, request = hypothesis.contents(extras), hypothesis.request
+        stopped = [extra.token_ids[-1] if extra.token_ids and extra.token_ids[-1] in request.stop_ids else None
+                   for extra in extras]
         if not self._scorer.needs_text:
-            return [Candidate(hypothesis.session, ids, None, final) for ids in contents]
-        request = hypothesis.request
+            return [Candidate(hypothesis.session, ids, None, final, stopped=stop)
+                    for ids, stop in zip(contents, stopped, strict=True)]
         return [Candidate(hypothesis.session, ids, request.response_text(hypothesis, extra), final,
-                          extra.finish_reason is not None) for ids, extra in zip(contents, extras, strict=True)]
+                          extra.finish_reason is not None, stop)
+                for ids, extra, stop in zip(contents, extras, stopped, strict=True)]
 
     def _next_lanes(self, unscored: dict[Hypothesis, list[Lane]]) -> dict[Hypothesis, list[Lane]]:
         """The next lanes of each response, in attempt order, as many as are worth it at once."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from building import PADDED, config_of
-from stars import passes as passes_module
+from stars import logit_reads
 from stars.cache import PagedCache
 from stars.errors import ModelError
 from stars.passes import Passes, Span
@@ -42,7 +42,7 @@ def wanted_logits(model: ToyModel) -> torch.Tensor:
 @pytest.mark.parametrize("target", [CPU, PADDED], ids=["CPU", "padded"])
 def test_as_a_full_recomputation(monkeypatch, target, sequences, chunk):
     """In one pass and in several, in one product of the head and in several, recorded and replayed."""
-    monkeypatch.setattr(passes_module, "LOGIT_ROWS", chunk)
+    monkeypatch.setattr(logit_reads, "LOGIT_ROWS", chunk)
     model = ToyModel(vocab=5, seed=3)
     passes, spans = of(model, target, sequences)
     logits = wanted_logits(model)

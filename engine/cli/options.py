@@ -28,6 +28,8 @@ ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "m
           "max_num_lanes", "max_num_batched_tokens")
 REWARD = {"reward_head": "head", "reward_template": "template", "reward_close": "close"}
 """Flags of a model directory, with their names in its class."""
+IMPLICIT = ("beta", "length_normalised")
+"""What --reward-set says of an ImplicitReward."""
 REMOTE = {"reward_model": "model", "reward_api": "api", "reward_label": "label", "reward_timeout": "timeout",
           "reward_retries": "retries", "reward_key_env": "api_key_env"}
 """Flags of a remote reward, with their names in RemoteReward."""
@@ -50,14 +52,18 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="DIR", help="the language model (without it: the shipped pair)")
     group.add_argument("--reward", metavar="DIR", action="append",
                        help="the reward model; may be given several times, for the sum of several")
+    group.add_argument("--reward-implicit", nargs=2, metavar=("POLICY", "REFERENCE"), action="append",
+                       help="two language models: how much likelier the first makes a response (stars.ImplicitReward); "
+                       "its parameters are --reward-set beta=… and length_normalised=…")
     group.add_argument("--reward-weight", metavar="W", type=_finite, action="append",
-                       help="of a reward in a sum, once for each in their order, --reward-url the last (1)")
+                       help="of a reward in a sum, once for each in their order: --reward, --reward-implicit, "
+                       "--reward-url (1)")
     add_reward_head(group, "which head it has: ")
     group.add_argument("--reward-template", choices=("auto", "chat", "raw"), help="how it is shown prompt and response")
     group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put after a response")
     group.add_argument("--reward-set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
-                       help="a parameter of the class that reads it (CausalReward, ProcessReward, EncoderReward), "
-                       "such as aggregate=min; may be given several times")
+                       help="a parameter of the class that reads it (CausalReward, ProcessReward, EncoderReward, "
+                       "ImplicitReward), such as aggregate=min; may be given several times")
     group = parser.add_argument_group("a reward model on a vLLM server (defaults are those of stars.RemoteReward)")
     group.add_argument("--reward-url", metavar="URL", help="its address, such as http://127.0.0.1:8000")
     group.add_argument("--reward-model", metavar="NAME", help="the name it is served by")
@@ -138,14 +144,18 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
     if bool(args.prompts) == (args.input is not None):
         parser.error("give prompts as arguments, or a file of them with --input")
     if needs_reward and args.model is not None and not _rewards(args):
-        parser.error("this needs a reward model: give --reward DIR, or --reward-url URL")
+        parser.error("this needs a reward model: give --reward DIR, --reward-url URL, or --reward-implicit POLICY "
+                     "REFERENCE")
     if args.model is not None and not _rewards(args) and (_given(args, REWARD) or args.reward_set):
         parser.error("--reward-head, --reward-template, --reward-close and --reward-set belong to --reward, which is "
                      "not given")
-    if args.reward is None and args.reward_url is not None and (
-            args.reward_close or args.reward_head or args.reward_set):
+    own = [name for name, _ in args.reward_set if not args.reward_implicit or name not in IMPLICIT]
+    if args.reward is None and args.reward_url is not None and (args.reward_close or args.reward_head or own):
         parser.error("--reward-head, --reward-close and --reward-set belong to --reward, which is not given: a server "
                      "has its own")
+    if args.reward is None and args.reward_implicit and args.reward_url is None and (_given(args, REWARD) or own):
+        parser.error("--reward-head, --reward-template and --reward-close belong to --reward, which is not given, and "
+                     f"--reward-set to --reward-implicit only as {' and '.join(IMPLICIT)}")
     if args.reward_url is None and any(getattr(args, name) is not None for name in REMOTE):
         parser.error(", ".join(f"--{name.replace('_', '-')}" for name in REMOTE) + " belong to --reward-url, which is "
                      "not given")
@@ -225,8 +235,8 @@ def build_engine(args: argparse.Namespace) -> Engine:
     model, rewards = args.model, list(args.reward or ())
     if model is None:
         model, shipped = shipped_pair()
+        what = "language model" if _rewards(args) else "pair"
         rewards = rewards if _rewards(args) else [shipped]
-        what = "language model" if rewards != [shipped] else "pair"
         print(f"stars: no --model given, so this uses the shipped {what}, a toy trained on film reviews",
               file=sys.stderr)
     from stars.engine import Engine
@@ -236,14 +246,16 @@ def build_engine(args: argparse.Namespace) -> Engine:
 
 def _rewards(args: argparse.Namespace) -> int:
     """How many rewards the flags name."""
-    return len(args.reward or ()) + (args.reward_url is not None)
+    return len(args.reward or ()) + len(args.reward_implicit or ()) + (args.reward_url is not None)
 
 
 def _reward(args: argparse.Namespace, directories: list[Any]) -> Any:
     """The reward of the flags over these directories; None where there are none."""
-    from stars.reward import RemoteReward, WeightedReward
+    from stars.reward import ImplicitReward, RemoteReward, WeightedReward
 
     rewards = [_model_reward(args, directory) for directory in directories]
+    of_implicit = {name: value for name, value in args.reward_set if name in IMPLICIT}
+    rewards += [ImplicitReward(*models, **of_implicit) for models in args.reward_implicit or ()]
     if args.reward_url is not None:
         given = {REMOTE[name]: value for name, value in _given(args, tuple(REMOTE)).items()}
         rewards.append(RemoteReward(args.reward_url, template=args.reward_template or "auto", **given))
@@ -256,7 +268,8 @@ def _model_reward(args: argparse.Namespace, directory: Any) -> Any:
     """A directory's reward, of the class that it is read by, with what the flags say of it."""
     from stars.reward import CausalReward, ProcessReward, resolve_reward
 
-    given = {REWARD[flag]: value for flag, value in _given(args, REWARD).items()} | dict(args.reward_set)
+    given = {REWARD[flag]: value for flag, value in _given(args, REWARD).items()} | {
+        name: value for name, value in args.reward_set if not args.reward_implicit or name not in IMPLICIT}
     if not given:
         return directory
     kind: Any = type(resolve_reward(directory))
