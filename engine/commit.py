@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stars.cache import CommitMove, PagedCache
+from stars.filtered_ratio import draw
 from stars.models import Models
 from stars.outputs import Segment
 from stars.request import Group, Hypothesis, Lane, Winner
@@ -74,7 +75,8 @@ class Committer:
     def take_back(self, hypothesis: Hypothesis) -> None:
         """The newest segment of a hypothesis is history no longer, in neither cache; its attempts hold nothing."""
         hypothesis.take_back()
-        self._cache.truncate(hypothesis.pages, hypothesis.length - 1)
+        for context in hypothesis.contexts:
+            self._cache.truncate(context.table, hypothesis.length(context))
         request, session = hypothesis.request, hypothesis.session
         if session is None or not request.scores_segments:
             return
@@ -91,7 +93,10 @@ class Committer:
         """A second hypothesis with the history that this one has now."""
         fork = hypothesis.group.fork(hypothesis, slot)
         if hypothesis.finish_reason is None:
-            fork.table = self._cache.fork(hypothesis.pages)
+            assert hypothesis.table is not None
+            fork.table = self._cache.fork(hypothesis.table)
+            if hypothesis.judge is not None:
+                fork.judge = self._cache.fork(hypothesis.judge)
             if hypothesis.session is not None:
                 fork.session = self._scorer.fork(hypothesis.session)
         fork.mark_boundary()
@@ -117,7 +122,8 @@ class Committer:
                 continue
             hypothesis = parent if first else self.fork(parent, next(slots))
             lane, then = parent.attempts[keep.attempt - 1], keep.then
-            assert not isinstance(then, Draw)
+            if isinstance(then, Draw):
+                then = [draw(lane, keep.tokens, then.source)]
             winner = (Winner.of(lane, hypothesis) if not then and keep.tokens == len(lane.token_ids) else
                       Winner.cut(lane, hypothesis, keep.tokens, then))
             arranged.winners.append(winner)
@@ -125,26 +131,30 @@ class Committer:
 
     def _commit_rows(self, winners: Sequence[Winner]) -> None:
         """The language model's pages hold all but the last token of each response afterwards."""
-        tables = [winner.hypothesis.pages for winner in winners]
-        for table, winner in zip(tables, winners, strict=True):
+        drafting = [winner.hypothesis.drafting for winner in winners]
+        written = [(winner, context, winner.lane.slab, len(winner.lane.token_ids))
+                   for winner, context in zip(winners, drafting, strict=True)]
+        # The judge has read the last drafted token, too. What is run in one pass must be so again to the same bits.
+        written += [(winner, hypothesis.judging, winner.lane.judge_slab, len(winner.lane.token_ids) + (not self._exact))
+                    for winner in winners if (hypothesis := winner.hypothesis).judge is not None]
+        for winner, context, _, _ in written:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
-            self._cache.reserve(table, len(winner.token_ids))
-        # The slab holds the token before the segment and all of the segment but its last token.
+            self._cache.reserve(context.table, len(winner.token_ids))
+        # A slab holds the token before the segment and all of the segment but its last token.
         moves, lacking = [], []
-        for table, winner in zip(tables, winners, strict=True):
-            lane = winner.lane
-            rows = min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids)) if lane.slab is not None else 0
-            winner.rows = rows
-            if lane.slab is not None and rows:
-                moves.append(CommitMove(table, lane.slab * self._cache.slab_len, rows, table.length,
-                                        lane.hypothesis.proposal.stores))
+        for winner, (table, prompt_ids), slab, held in written:
+            rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
+            if slab == winner.lane.slab:
+                winner.rows = rows
+            if slab is not None and rows:
+                moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length,
+                                        winner.lane.hypothesis.proposal.stores))
             if rows < len(winner.token_ids):
-                lacking.append((table, winner))
+                token_ids = prompt_ids + winner.hypothesis.token_ids + winner.token_ids
+                lacking.append((table, token_ids, len(token_ids) - 1))
         self._cache.commit(moves)
         if lacking:
-            self._models.prefill([(table, token_ids, len(token_ids) - 1) for table, winner in lacking
-                                  for token_ids in [winner.hypothesis.request.prompt.token_ids
-                                                    + winner.hypothesis.token_ids + winner.token_ids]])
+            self._models.prefill(lacking)
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""

@@ -101,7 +101,7 @@ class Judge:
                 faults.append((winner.hypothesis, reward))
                 continue
             winner.reward = reward
-            if winner.as_drawn:
+            if winner.as_drawn and winner.lane.reward is None:  # else it has what a head says of it
                 winner.lane.reward = reward
         return faults
 
@@ -242,7 +242,7 @@ class Judge:
             decision = rule(judged, state)
             if type(plan.decide) not in OWN_RULES:
                 fault = problem(decision, judged, state, plan.lanes.population, self._vocab_size, request.stop_ids,
-                                request.whole)
+                                request.whole, plan.drawn_after > 0)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever else a user's rule raises, sys.exit too, is that request's error

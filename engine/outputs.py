@@ -21,7 +21,7 @@ class Attempt(NamedTuple):
     threshold: float | None  # tau at this candidate's length; None where the policy has none
     accept_probability: float | None  # min(1, exp((reward - threshold) / beta))
     accepted: bool
-    logprob: float  # of the candidate under the LM with its penalties, nats
+    logprob: float  # of the candidate under what it was drawn from, as `CompletionOutput.cumulative_logprob`, nats
 
     def __repr__(self) -> str:
         return (f"Attempt({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
@@ -117,7 +117,8 @@ class CompletionOutput:
     index: int
     text: str | None = ""  # None without a tokenizer
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
-    cumulative_logprob: float = 0.0  # under the LM with its penalties (temperature 1, no filter), nats
+    # Under what the tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
+    cumulative_logprob: float = 0.0
     finish_reason: str | None = None  # "stop", "length", "refused", "abort", "error"; None while it runs
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS
     reward: float | None = None  # of the whole response so far; None where the policy does not score

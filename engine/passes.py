@@ -119,7 +119,7 @@ class Passes:
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(later_bytes(decoder.config))
+        self._graphs = Graphs(later_bytes(decoder.config, decoder.adapter_launches))
         self._most: dict[Kind, int] = {"prefill": self.max_rows, "score": score_rows(config, sizes)}  # rows
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
@@ -203,6 +203,12 @@ class Passes:
         rows. ModelError for a model without a language model head."""
         reads = self.logit_reads()
         return torch.cat([reads.logits(_rows(batch)) for batch in self._run_whole(spans, into_slab=True)])
+
+    def hidden(self, spans: Sequence[Span]) -> Tensor:
+        """Runs the spans into their slabs; the hidden states behind the last norm at every row of each, [rows of all
+        spans, hidden]. ModelError for a model without a language model head."""
+        states = self.logit_reads().states
+        return torch.cat([states[: _rows(batch)].clone() for batch in self._run_whole(spans, into_slab=True)])
 
     def logprobs(self, spans: Sequence[Span], targets: Sequence[Sequence[int]]) -> list[list[float]]:
         """Runs the spans into their slabs; log softmax(logits)[target] at every row of each, at temperature 1 and

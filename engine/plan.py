@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 from stars.arguments import choice, flag, integer, real, shown
 from stars.errors import RequestError, describe
 from stars.exhaustions import BackUp, BestSeen, Exhaustion, Redraft, Softmax, exhaustion, steps
-from stars.rules import OWN_RULES, Always, Rule, Threshold
+from stars.rules import OWN_RULES, AcceptPrefix, Always, FirstAbove, Rule, Threshold
 
 OWN = "lm"  # the name of the engine's own model beside those of Engine(models=…)
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
 MAX_SIZE = (1 << 31) - 1
 MAX_RANKS = 1 << 8  # most tokens that are enumerated: of so many there is room on a device
-READS_REWARDS = tuple(OWN_RULES - {Always})
+READS_REWARDS = tuple(OWN_RULES - {Always, AcceptPrefix})
 MAX_UNIFORMS = 1 << 10  # random numbers of one attempt, or of a group's round
 
 
@@ -59,7 +59,8 @@ class Model:
 @dataclass(frozen=True)
 class Prompted:
     """Attempts are drawn by the language model with `draft` put before the prompt, and judged by it with `judge` put
-    there instead; both are texts. alternate: whether the two change places after every segment."""
+    there instead; both are texts, and an empty one stands for the prompt alone. alternate: whether the two change
+    places after every segment. How they are put there says `stars.prompt.after`."""
 
     draft: str
     judge: str
@@ -207,6 +208,11 @@ class Plan(NamedTuple):
         return ((self.propose.name if isinstance(self.propose, Model) else OWN, 1.0),)
 
     @property
+    def drawn_after(self) -> int:
+        """Tokens that a rule may have drawn after the kept ones of an attempt."""
+        return 1 if self.score.reads == Ratio(filtered=True) else 0
+
+    @property
     def reads_with(self) -> tuple[str, ...]:
         """The models that read what was drafted, or redraw it, by name."""
         redraws = [step.model for step in steps(exhaustion(self.exhaust)) if isinstance(step, Redraft)]
@@ -334,7 +340,21 @@ def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:
         if most > propose.k:
             raise RequestError(f"{where} has {most} attempts of {propose.k} tokens that are enumerated: set "
                                "lanes.attempts to at most that")
-    in_time = score.when == ("end" if plan.whole else "segment")
+    if isinstance(propose, Prompted) != (score.reads == Ratio(filtered=True)):
+        raise RequestError(f"{where} has a filtered Ratio and no Prompted proposal, or the reverse: they go together")
+    if isinstance(propose, Prompted) and not isinstance(segment, Fixed):
+        raise RequestError(f"{where} is Prompted and has segments of {shown(segment)}: set segment to Fixed(…)")
+    if isinstance(rule, AcceptPrefix) and not (isinstance(propose, Prompted) and segment == Fixed(rule.most)):
+        raise RequestError(f"{where} accepts prefixes of {shown(rule.most)} tokens: set segment to "
+                           f"Fixed({shown(rule.most)}), and propose to Prompted(…)")
+    hidden = isinstance(score.reads, Hidden)
+    if hidden and not (isinstance(propose, Enumerate) and score.when != "segment"):
+        raise RequestError(f"{where}.score.reads=Hidden gives tokens that are enumerated their rewards: set propose to "
+                           'Enumerate(k), and score.when to "end" or "never"')
+    if hidden and isinstance(rule, READS_REWARDS) and not isinstance(rule, FirstAbove):
+        raise RequestError(f"{where} decides by rewards, of which score.reads=Hidden gives none to an attempt that is "
+                           "alone: decide by FirstAbove, or by a rule of your own")
+    in_time = hidden or score.when == ("end" if plan.whole else "segment")
     too_late = (f"by rewards and has score.when={score.when!r}, which gives none in time: score every segment "
                 '("segment"), or whole responses at their end ("end")')
     if isinstance(rule, READS_REWARDS) and not in_time:

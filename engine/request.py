@@ -17,7 +17,7 @@ from stars.cache import OWN_STORE, BlockTable
 from stars.exhaustions import BackUp, BestSeen, Pick, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-from stars.plan import Plan, Policy
+from stars.plan import Plan, Policy, Prompted
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
 from stars.rules import Judged, Note
@@ -30,6 +30,17 @@ class Drafts(NamedTuple):
 
     stores: tuple[int, ...]  # of the models, without doubles, rising
     weights: tuple[float, ...]
+    keeps_logits: bool = False  # each lane's are wanted, of all of its steps
+
+    @property
+    def apart(self) -> bool:
+        """Whether they are drafted by themselves, before those of the engine's own model."""
+        return self != OWN_DRAFTS
+
+    @property
+    def blends(self) -> bool:
+        """Whether it is anything but one model's own distribution."""
+        return self.weights != (1.0,)
 
 
 OWN_DRAFTS = Drafts(OWN_STORE, (1.0,))
@@ -56,6 +67,13 @@ class Reader(Protocol):
         """The attempt is gone, or committed: gives back what `lane.reading` holds."""
 
 
+class Context(NamedTuple):
+    """What the language model reads a response in: its pages, and the tokens before the response."""
+
+    table: BlockTable
+    prompt_ids: list[int]
+
+
 class Ranking(NamedTuple):
     """The next tokens of a response that were enumerated, in order, with their log-probabilities."""
 
@@ -70,6 +88,7 @@ class Lane:
     hypothesis: Hypothesis
     attempt: int  # from 1, over all rounds of the segment; its random numbers are those of attempt + hypothesis.skipped
     slab: int | None  # LM slab that holds its keys and values; None once it was given back
+    judge_slab: int | None = None  # the same in its judge's context, where it has one
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # if this candidate were committed
@@ -81,6 +100,7 @@ class Lane:
     per_token: Sequence[float] = ()  # scores of its tokens, of a reward or a reader that has them
     reading: Any = None  # what the request's reader keeps of it until it is released
     ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
+    logits: Any = None  # float32 [steps, vocab] that it was drawn from, where its proposal keeps them
 
 
 @dataclass(eq=False, slots=True)
@@ -107,7 +127,7 @@ class Winner:
     def of(cls, lane: Lane, hypothesis: Hypothesis) -> Winner:
         """All of a lane."""
         return cls(hypothesis, lane, lane.token_ids, len(lane.token_ids), lane.finish_reason, lane.stop_reason, True,
-                   lane.reward)
+                   lane.reward if hypothesis.request.scores_segments else None)
 
     @classmethod
     def cut(cls, lane: Lane, hypothesis: Hypothesis, tokens: int, then: Sequence[int]) -> Winner:
@@ -170,7 +190,7 @@ class Boundary(NamedTuple):
 class Prefill:
     """How far both models have read what a response begins with that was admitted: prompt, and committed tokens."""
 
-    published: bool = False  # the language model's pages hold the prompt and are offered for sharing
+    published: int = 0  # contexts whose pages hold the prompt and are offered for sharing
     started: bool = False  # the reward's session has read the prompt
     resumed: int = 0  # tokens of the response that the session has taken up
 
@@ -182,6 +202,7 @@ class Hypothesis:
     group: Group
     slot: int
     table: BlockTable | None = None
+    judge: BlockTable | None = None  # of the request's second context, where it has two: opened after `table`
     session: Any = None  # the reward's state of this response
     prefill: Prefill | None = None  # while what it begins with is being read: it draws nothing yet
     wait: Wait | None = None  # while rewards of it are to come: it draws nothing and keeps what it holds
@@ -216,10 +237,29 @@ class Hypothesis:
         return self.request.proposal
 
     @property
-    def pages(self) -> BlockTable:
-        """Its table, of a response that holds one."""
+    def opened(self) -> bool:
+        """Whether it has the tables of all of its contexts."""
+        return self.table is not None and (self.judge is not None or len(self.request.contexts) == 1)
+
+    @property
+    def contexts(self) -> list[Context]:
+        """The contexts whose tables are open, as the request has them: whoever holds it has one at least."""
         assert self.table is not None
-        return self.table
+        prompts = self.request.contexts
+        first = Context(self.table, prompts[0])
+        return [first] if self.judge is None else [first, Context(self.judge, prompts[1])]
+
+    @property
+    def drafting(self) -> Context:
+        """The context that attempts at the segment being decided are drawn in."""
+        contexts = self.contexts
+        return contexts[len(self.segments) % 2 if self.request.alternates else 0]
+
+    @property
+    def judging(self) -> Context:
+        """Of two contexts the other one."""
+        first, second = self.contexts
+        return first if self.request.alternates and len(self.segments) % 2 else second
 
     @property
     def reading(self) -> Prefill:
@@ -227,15 +267,19 @@ class Hypothesis:
         assert self.prefill is not None
         return self.prefill
 
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.request.prompt.token_ids) + len(self.token_ids)
+    def length(self, context: Context) -> int:
+        """Positions that its table has between two segments: those of all tokens but the last."""
+        return len(context.prompt_ids) + len(self.token_ids) - 1
 
     @property
     def next_segment(self) -> int:
         """Most tokens of the draft that comes next."""
         return min(self.max_segment, self.request.max_tokens - len(self.token_ids))
+
+    @property
+    def next_room(self) -> int:
+        """Most tokens of the segment that comes next, with one that may be drawn after the draft."""
+        return min(self.max_segment + self.request.drawn_after, self.request.max_tokens - len(self.token_ids))
 
     @property
     def most_attempts(self) -> int:
@@ -261,10 +305,9 @@ class Hypothesis:
         """The most committed segments that may be taken back yet."""
         return 0 if self.finish_reason is not None else self.request.max_backups - self.backups
 
-    @property
-    def last_token(self) -> int:
+    def last_token(self, context: Context) -> int:
         """The token whose keys and values the LM cache does not hold yet."""
-        return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
+        return self.token_ids[-1] if self.token_ids else context.prompt_ids[-1]
 
     @property
     def ranking(self) -> Ranking | None:
@@ -324,14 +367,15 @@ class Hypothesis:
         for segment in kept:  # added as they were, to the same bits
             self.cumulative_logprob += segment.logprob
         self.reward = None
-        if kept and kept[-1].token_ids == kept[-1].attempts[kept[-1].winner].token_ids:  # else it has none yet
+        scored = self.request.scores_segments and bool(kept)
+        if scored and kept[-1].token_ids == kept[-1].attempts[kept[-1].winner].token_ids:  # else it has none yet
             self.reward = kept[-1].reward
         self.metrics.keep(taken, self.request.plan.decide.in_order, -1)
         self.attempts, self._history = [], None
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.session = self.preferred = self.prefill = self.wait = None
+        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -591,6 +635,7 @@ class Request:
     proposal: Drafts = OWN_DRAFTS  # what attempts are drawn from
     stores: tuple[int, ...] = OWN_STORE  # of all models that read its responses
     reader: Reader | None = None  # what reads attempts beside the reward
+    contexts: tuple[list[int], ...] = ()  # what the language model reads responses after; left out: the prompt
     groups: list[Group] = field(default_factory=list)  # one for each completion
     prompt_reward: float | None = None
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
@@ -599,6 +644,10 @@ class Request:
         params, plan = self.params, self.plan
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
+        self.contexts = self.contexts or (self.prompt.token_ids,)
+        self.alternates = isinstance(plan.propose, Prompted) and plan.propose.alternate
+        self.lane_slabs = len(self.contexts)  # that an attempt takes of the language model's cache
+        self.drawn_after = plan.drawn_after
         self.stop: Sequence[str] = params.stop or ()
         self.ranks = plan.ranks  # next tokens that are enumerated; 0: attempts are drawn
         self.attempts = plan.lanes.by_segment  # of each segment, the last number from then on

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from stars.cache import OWN_STORE
 from stars.errors import RewardError
 from stars.kernels.types import Draft
 from stars.request import Extra, Hypothesis, Lane, Reader, Winner
@@ -57,7 +56,7 @@ class Scores:
             if request.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
                 place += bool(lanes) and lanes[0].ranking is None
                 continue
-            if hypothesis.proposal.stores != OWN_STORE:  # drafted before, by others
+            if hypothesis.proposal.apart:  # drafted before
                 continue
             if request.scores_segments and not request.stop and request.reader is None:
                 scored[hypothesis] = list(enumerate(lanes, place))  # stop strings are found by the host

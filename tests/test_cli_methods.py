@@ -30,6 +30,8 @@ SETTINGS = {
                         dict(particles=3, resampling="systematic")),
     "args": (["--set", "topk=4", "--set", "weight=2.5"], dict(topk=4, weight=2.5)),
     "rad": (["--set", "topk=4", "--set", "clamp=False"], dict(topk=4, clamp=False)),
+    "token-guidance": (["--set", "guide=lm", "--set", "weight=0.5", "--set", "lm_weight=1", "--set", "score=true"],
+                       dict(guide="lm", weight=0.5, lm_weight=1.0, score=True)),
 }
 """Parameters of each policy as they are typed, and as Python has them."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stars.calibration import Calibration
 from stars.errors import ModelError, RequestError
-from stars.plan import plan_of
+from stars.plan import OWN, Hidden, plan_of
 from stars.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ REMOTE = {"reward_model": "model", "reward_api": "api", "reward_label": "label",
 POLICY_FLAGS = {name: name for name in (
     "segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width", "k")} | {"best_of": "n"}
 """Flags of their own, and the parameter of a policy that each sets; --set reaches all of them."""
+SHIPPED_MODELS = {"guide": "guide", "reference": "lm", "small": "small"}
+SHIPPED_HEADS = {"agent": "agent/model.safetensors"}
+"""What a policy's models and heads are beside the shipped pair, by their names: places in the package's demo_models."""
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +186,7 @@ def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     _check_once(parser, names)
     if args.calibration is not None and ("reward_threshold" not in known or "reward_threshold" in names):
         parser.error("--calibration gives the reward_threshold: leave out the other, and take a policy that has one")
-    check_models(parser, args, needs_reward=args.policy != "sample")
+    check_models(parser, args, needs_reward="score" not in known)
 
 
 def _check_once(parser: argparse.ArgumentParser, names: list[str]) -> None:
@@ -212,7 +215,7 @@ def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy
         given["reward_threshold"] = calibration
         if given.get("beta") == "auto" and not isinstance(calibration, Calibration):
             given["beta"] = 0.0  # nothing is measured yet, or no prompt can run
-    if args.policy == "sample" and "score" not in given:
+    if "score" in parameters(args.policy) and "score" not in given:
         given["score"] = bool(_rewards(args)) or args.model is None
     made = POLICIES[args.policy](**given)
     plan_of(made)  # what does not go together is said before any file is touched
@@ -230,18 +233,21 @@ def _policy_parameters(args: argparse.Namespace) -> dict[str, Any]:
     return dict(args.set) | {POLICY_FLAGS[flag]: value for flag, value in _given(args, POLICY_FLAGS).items()}
 
 
-def build_engine(args: argparse.Namespace) -> Engine:
-    """The engine of the flags; without --model the shipped pair, which is said on stderr."""
+def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engine:
+    """The engine of the flags; without --model the shipped pair, which is said on stderr, and what `policy` asks for
+    beside it."""
     model, rewards = args.model, list(args.reward or ())
+    beside: dict[str, dict[str, Path]] = {}
     if model is None:
         model, shipped = shipped_pair()
         what = "language model" if _rewards(args) else "pair"
         rewards = rewards if _rewards(args) else [shipped]
         print(f"stars: no --model given, so this uses the shipped {what}, a toy trained on film reviews",
               file=sys.stderr)
+        beside = {} if policy is None else shipped_beside(policy)
     from stars.engine import Engine
 
-    return Engine(model, _reward(args, rewards), **_given(args, ENGINE))
+    return Engine(model, _reward(args, rewards), **beside, **_given(args, ENGINE))
 
 
 def _rewards(args: argparse.Namespace) -> int:
@@ -290,11 +296,29 @@ def _keywords(kind: Any) -> list[str]:
 
 def shipped_pair() -> tuple[Path, Path]:
     """The directories of the language model and the reward model in the package; ModelError where it has none."""
-    root = Path(__file__).resolve().parent.parent / "demo_models"
+    root = _demo_models()
     pair = root / "lm", root / "rm"
     if not all((directory / "config.json").is_file() for directory in pair):
         raise ModelError(f"this installation has no models in {root}: give --model and --reward, or install it again")
     return pair
+
+
+def shipped_beside(policy: Policy) -> dict[str, dict[str, Path]]:
+    """Engine's `models` and `heads` of those names that a policy uses and the package has something for."""
+    plan = plan_of(policy)
+    names = {name for name, _ in plan.drafts_with} | set(plan.reads_with)
+    heads = {plan.score.reads.head} if isinstance(plan.score.reads, Hidden) else set()
+    return {"models": _shipped(SHIPPED_MODELS, names - {OWN}), "heads": _shipped(SHIPPED_HEADS, heads)}
+
+
+def _shipped(places: dict[str, str], names: set[str]) -> dict[str, Path]:
+    """What the package has of these names: the rest is missed by the request that asks for it."""
+    found = {name: _demo_models() / places[name] for name in sorted(names) if name in places}
+    return {name: path for name, path in found.items() if path.exists()}
+
+
+def _demo_models() -> Path:
+    return Path(__file__).resolve().parent.parent / "demo_models"
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
