@@ -27,6 +27,7 @@ from stars.errors import IntegrityError, RequestError, RewardError, StarsError, 
 from stars.filtered_ratio import check_prompted
 from stars.fit import fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
+from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
@@ -110,9 +111,11 @@ class Engine:
             prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens)
         self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
-        files_of_heads = check_heads(heads)
+        files = check_heads(heads)
         shared = SharedWeights(Path(model) if from_files else None)
         # Everything that can be refused is refused before any weight is read.
+        action_heads = {name: load_action_head(file, shape.hidden_size, f"heads[{name!r}]", config.device,
+                                               config.deterministic) for name, file in files.items()}
         with shared:
             named = check_named(models, shape, tokenizer, config)
             self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size, named)
@@ -132,7 +135,7 @@ class Engine:
                 drafter = Drafter(decoder, self._cache, config)
             self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
                                   load_named(named, model, decoder, config))
-            self._readers = Readers(Parts(self._models, self._cache, config, files_of_heads))
+            self._readers = Readers(Parts(self._models, self._cache, config, action_heads))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)

@@ -102,7 +102,7 @@ class Judge:
                 faults.append((winner.hypothesis, reward))
                 continue
             winner.reward, winner.hypothesis.per_token = reward, result.per_token
-            if winner.as_drawn:
+            if winner.as_drawn and winner.lane.reward is None:  # else it has what a head says of it
                 winner.lane.reward = reward
         return faults
 

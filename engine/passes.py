@@ -209,6 +209,12 @@ class Passes:
         reads = self.logit_reads()
         return torch.cat([reads.logits(_rows(batch)) for batch in self._run_whole(spans, into_slab=True)])
 
+    def hidden(self, spans: Sequence[Span]) -> Tensor:
+        """Runs the spans into their slabs; the hidden states behind the last norm at every row of each, [rows of all
+        spans, hidden]. ModelError for a model without a language model head."""
+        states = self.logit_reads().states
+        return torch.cat([states[: _rows(batch)].clone() for batch in self._run_whole(spans, into_slab=True)])
+
     def logprobs(self, spans: Sequence[Span], targets: Sequence[Sequence[int]]) -> list[list[float]]:
         """Runs the spans into their slabs; log softmax(logits)[target] at every row of each, at temperature 1 and
         without filters. targets: as many tokens for each span as it has rows. Few rows have logits at a time.

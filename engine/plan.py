@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 from stars.arguments import choice, flag, integer, real, shown
 from stars.errors import RequestError, describe
 from stars.exhaustions import BackUp, BestSeen, Exhaustion, Redraft, Relax, Softmax, exhaustion, steps
-from stars.rules import OWN_RULES, AcceptPrefix, Always, Rule, Threshold
+from stars.rules import OWN_RULES, AcceptPrefix, Always, FirstAbove, Rule, Threshold
 
 OWN = "lm"  # the name of the engine's own model beside those of Engine(models=…)
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
@@ -353,7 +353,14 @@ def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:
     if isinstance(rule, AcceptPrefix) and not (isinstance(propose, Prompted) and segment == Fixed(rule.most)):
         raise RequestError(f"{where} accepts prefixes of {shown(rule.most)} tokens: set segment to "
                            f"Fixed({shown(rule.most)}), and propose to Prompted(…)")
-    in_time = score.when == ("end" if plan.whole else "segment")
+    hidden = isinstance(score.reads, Hidden)
+    if hidden and not (isinstance(propose, Enumerate) and score.when != "segment"):
+        raise RequestError(f"{where}.score.reads=Hidden gives tokens that are enumerated their rewards: set propose to "
+                           'Enumerate(k), and score.when to "end" or "never"')
+    if hidden and isinstance(rule, READS_REWARDS) and not isinstance(rule, FirstAbove):
+        raise RequestError(f"{where} decides by rewards, of which score.reads=Hidden gives none to an attempt that is "
+                           "alone: decide by FirstAbove, or by a rule of your own")
+    in_time = hidden or score.when == ("end" if plan.whole else "segment")
     too_late = (f"by rewards and has score.when={score.when!r}, which gives none in time: score every segment "
                 '("segment"), or whole responses at their end ("end")')
     if isinstance(rule, READS_REWARDS) and not in_time:

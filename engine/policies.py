@@ -14,7 +14,7 @@ from typing import Any, Literal
 from stars.arguments import choice, flag, integer, known_by_name, real, shown
 from stars.calibration import threshold_and_beta
 from stars.errors import RequestError
-from stars.exhaustions import MAX_REDRAWN, Redraft
+from stars.exhaustions import MAX_REDRAWN, First, Redraft
 from stars.plan import (
     DRAFT_SIZE,
     MAX_ATTEMPTS,
@@ -26,6 +26,7 @@ from stars.plan import (
     Entropy,
     Enumerate,
     Fixed,
+    Hidden,
     Lanes,
     Model,
     Plan,
@@ -42,6 +43,7 @@ from stars.rules import (
     Always,
     Argmax,
     DropWorst,
+    FirstAbove,
     FirstAccepted,
     GuidedDraft,
     Highest,
@@ -432,6 +434,47 @@ class RAD:
 
 @known_by_name({})
 @dataclass(frozen=True)
+class MARA:
+    """MARA: a small head on the language model's hidden state accepts or rejects the next token's candidates in the
+    order of their probability (IJCAI 2025, arXiv 2505.19743).
+
+    The candidates are the tokens that the filters of SamplingParams keep, the most probable first, `topk` of them at
+    most: `SamplingParams(temperature=0.8, top_k=40, top_p=0.95)` are the published evaluation's. The language model is
+    run on each, and `head`, a name of Engine(heads=…), says P(accept) from its hidden state there, behind the final
+    norm. The first with P(accept) > 0.5 is taken, and where there is none the first of all. A candidate that is alone
+    is taken without being asked about. `Attempt.reward` is P(accept); no reward model is read,
+    but with `score=True` once, when the response has ended.
+
+    Exact, and nothing is drawn: a text is a function of the prompt, greedy over the candidates in their order; the
+    temperature shapes what top_p and min_p keep, and the seed makes no difference. The candidates are run as lanes of
+    one pass, or, with a `width`, so many at a time up to the first that is accepted: the text is the same.
+
+    What differs from the published code. It runs candidates one by one. Of its strategies this is the default; the
+    others are the same in the reverse order, a random one of the accepted, and the one of the highest P(accept) if that
+    is over 0.5. EOS is a candidate like any other, and run like one. A head is a safetensors file of the actor's own
+    names, which `stars convert-head` makes of its pickle; benchmarks/train_agent.py fits one.
+    """
+
+    head: str = "agent"
+    topk: int = 40
+    width: int | None = None
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, str) or not self.head:
+            raise RequestError(f"MARA.head is {shown(self.head)}, it must be the name of a head of Engine(heads=…)")
+        _keep(self, topk=_size(self, "topk", MAX_RANKS), score=flag("MARA.score", self.score),
+              width=None if self.width is None else _size(self, "width"))
+
+    def plan(self) -> Plan:
+        """Tokens that are enumerated, read by the head in order."""
+        width = self.topk if self.width is None else self.width
+        return Plan(Enumerate(self.topk), Fixed(1), Lanes(width, self.topk),
+                    Score("end" if self.score else "never", reads=Hidden(self.head)), FirstAbove(), First())
+
+
+@known_by_name({})
+@dataclass(frozen=True)
 class PersonaJudge:
     """Persona-Judge: one language model under two preference prompts, of which one drafts and the other judges
     (Findings of ACL 2025, arXiv 2504.12663).
@@ -601,6 +644,7 @@ POLICIES: dict[str, type[Policy]] = {
     "particle-filter": ParticleFilter,
     "args": ARGS,
     "rad": RAD,
+    "mara": MARA,
     "persona-judge": PersonaJudge,
     "token-guidance": TokenGuidance,
     "rsd": RewardGuidedSpeculation,

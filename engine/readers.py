@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from stars.arguments import shown
 from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.errors import RequestError
 from stars.filtered_ratio import FilteredRatio
+from stars.hidden_states import HiddenReader
+from stars.model.action_head import ActionHead
 from stars.models import Models
 from stars.plan import Hidden, Plan, Ratio
 from stars.ratio import RatioReader
@@ -21,7 +24,7 @@ class Parts(NamedTuple):
     models: Models
     cache: PagedCache
     config: EngineConfig
-    heads: Mapping[str, Any]  # of Engine(heads=…), by name
+    heads: Mapping[str, ActionHead]  # of Engine(heads=…), by name
 
 
 def _ratio(reads: Ratio, parts: Parts) -> Reader:
@@ -30,7 +33,15 @@ def _ratio(reads: Ratio, parts: Parts) -> Reader:
     return RatioReader(parts.models, parts.cache)
 
 
-MAKERS: dict[type[Hidden] | type[Ratio], Callable[[Any, Parts], Reader]] = {Ratio: _ratio}
+def _hidden(reads: Hidden, parts: Parts) -> Reader:
+    if reads.head not in parts.heads:
+        given = ", ".join(map(repr, parts.heads)) or "none"
+        raise RequestError(f"there is no head named {shown(reads.head)} (those given: {given}): build the engine with "
+                           f"Engine(model, heads={{{shown(reads.head)}: FILE}})")
+    return HiddenReader(parts.heads[reads.head], parts.models.members[0].passes, parts.cache)
+
+
+MAKERS: dict[type[Hidden] | type[Ratio], Callable[[Any, Parts], Reader]] = {Hidden: _hidden, Ratio: _ratio}
 """What makes the reader of a plan's `score.reads`, by its kind. It raises RequestError where the engine lacks what the
 reader needs."""
 

@@ -135,7 +135,7 @@ class Winner:
     def of(cls, lane: Lane, hypothesis: Hypothesis) -> Winner:
         """All of a lane."""
         return cls(hypothesis, lane, lane.token_ids, len(lane.token_ids), lane.finish_reason, lane.stop_reason, True,
-                   lane.reward)
+                   lane.reward if hypothesis.request.scores_segments else None)
 
     @classmethod
     def cut(cls, lane: Lane, hypothesis: Hypothesis, tokens: int, then: Sequence[int]) -> Winner:
@@ -273,11 +273,6 @@ class Hypothesis:
         prompts = self.request.contexts
         first = Context(self.table, prompts[0])
         return [first] if self.judge is None else [first, Context(self.judge, prompts[1])]
-
-    @property
-    def pages(self) -> BlockTable:
-        """The table of the first context, which is the only one where several models read it."""
-        return self.contexts[0].table
 
     @property
     def drafting(self) -> Context:
@@ -422,7 +417,8 @@ class Hypothesis:
         for segment in kept:  # added as they were, to the same bits
             self.cumulative_logprob += segment.logprob
         self.reward = None
-        if kept and kept[-1].token_ids == kept[-1].attempts[kept[-1].winner].token_ids:  # else it has none yet
+        scored = self.request.scores_segments and bool(kept)
+        if scored and kept[-1].token_ids == kept[-1].attempts[kept[-1].winner].token_ids:  # else it has none yet
             self.reward = kept[-1].reward
         self.metrics.keep(taken, self.request.plan.decide.in_order, -1)
         self.attempts, self._history = [], None

@@ -287,6 +287,32 @@ class RewardGuided:
 
 
 @dataclass(frozen=True)
+class FirstAbove:
+    """The first attempt of each hypothesis, in order, whose reward is above `least`, or that has none as it is alone.
+    Where none is, the plan's exhaustion says which is kept."""
+
+    least: float = 0.5
+    in_order: ClassVar[bool] = True
+    uniforms: ClassVar[int] = 0
+    skips_rejected: ClassVar[bool] = True
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
+        """Decides once every live hypothesis has an accepted attempt. What is noted: `least`, and the verdict."""
+        keep: dict[int, Keep] = {}
+        notes = {}
+        for one in judged:
+            slot, attempt = one.hypothesis, one.attempt
+            if attempt == EARLIER:
+                keep[slot] = whole(one)
+                continue
+            accepted = slot not in keep and (one.reward is None or one.reward > self.least)
+            notes[slot, attempt] = Note(None if one.reward is None else self.least, None, accepted)
+            if accepted:
+                keep[slot] = whole(one)
+        return Decision(list(keep.values()) if len(keep) == len(state.live) else [], [], notes)
+
+
+@dataclass(frozen=True)
 class AcceptPrefix:
     """Of each hypothesis the first attempt, as far as its tokens are accepted in order, token i iff log u_i <
     per_token[i]: with probability min(1, p_i / q_i), where per_token is log p - log q.
@@ -506,7 +532,7 @@ def _others(state: State, winner: Judged) -> list[int]:
 
 OWN_RULES = frozenset({
     Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample, RewardGuided, AcceptPrefix,
-    GuidedDraft})
+    FirstAbove, GuidedDraft})
 """Rules whose decisions can always be done, as a test shows: those of others are checked each time."""
 
 
