@@ -2,10 +2,12 @@
 
     python benchmarks/train_pair.py lm --data IMDB --out PAIR [--init LM_DIRECTORY] [--minutes 50]
     python benchmarks/train_pair.py rm --data IMDB --out PAIR [--init RM_DIRECTORY] [--minutes 25]
+    python benchmarks/train_pair.py small --data IMDB --out PAIR [--init SMALL_DIRECTORY] [--minutes 15]
 
 IMDB is a folder with `unsup.jsonl.xz` and `train.jsonl.xz` (Large Movie Review Dataset, Maas et al., ACL 2011; one JSON
 object per line with `text` and `stars`). `lm` writes PAIR/lm; `rm` starts from PAIR/lm, or goes on from an RM, and
-writes PAIR/rm. Both are Hugging Face directories in bfloat16. Each run puts its own section into the results file.
+writes PAIR/rm. `small` teaches an LM of a fifth of the size what PAIR/lm would say next (one that drafts for it), and
+writes PAIR/small. All are Hugging Face directories in bfloat16. Each run puts its own section into the results file.
 
 Budgets are minutes of training, and the learning rate follows the fraction of the budget which is spent. A machine that
 is slow, shared or paused for a while thus gives fewer tokens, never a schedule cut off in its middle.
@@ -283,6 +285,62 @@ def train_language_model(options) -> dict:
     return facts
 
 
+def new_small_model(teacher: transformers.LlamaForCausalLM) -> transformers.LlamaForCausalLM:
+    """1.4 M parameters, of which 1.05 M are the table of tokens, input and output in one: the best approximation of the
+    teacher's table in as many dimensions. The layers are random."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=2, head_dim=64,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=teacher.config.max_position_embeddings,
+        tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    table = teacher.get_input_embeddings().weight.data  # [vocabulary, 256]
+    directions = torch.linalg.svd(table, full_matrices=False).Vh[: config.hidden_size]  # [128, 256]
+    model.get_input_embeddings().weight.data.copy_(table @ directions.T)
+    return model
+
+
+def train_small_model(options) -> dict:
+    texts = [row["text"] for row in read_reviews(options.data / "unsup.jsonl.xz")]
+    held_out = [text for text, _ in labelled_reviews(options.data)[1]][::8]  # 250 reviews
+    source = options.out / "lm"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    teacher = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    if options.init:
+        model = transformers.LlamaForCausalLM.from_pretrained(options.init, dtype=torch.float32)
+    else:
+        model = new_small_model(teacher)
+
+    def distillation_loss(model, rows: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        """Mean KL divergence from teacher to student, in nats per token, of rows [batch, length + 1]; taught: the
+        teacher's hidden states [batch, length, 256]."""
+        with bfloat16():
+            told = teacher.lm_head(taught).float().log_softmax(-1)  # [batch, length, vocabulary]
+            hidden = model.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+            said = model.lm_head(hidden).float().log_softmax(-1)
+        return F.kl_div(said.flatten(0, 1), told.flatten(0, 1), reduction="batchmean", log_target=True)
+
+    def batches():
+        for rows in packed_rows(texts, tokenizer, random.Random(options.seed), options.batch):
+            with torch.no_grad(), bfloat16():
+                taught = teacher.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+            yield options.batch * CONTEXT, (rows, taught)
+
+    teacher.requires_grad_(False)
+    facts = {"started_from": "an earlier small model" if options.init else "the language model's table of tokens",
+             "loss_unit": "nats per token", "held_out_reviews": len(held_out),
+             "parameters": sum(weight.numel() for weight in model.parameters()),
+             "held_out_loss_of_the_language_model": evaluate_language(teacher, tokenizer, held_out)}
+    print(facts, flush=True)
+    facts |= fit(model, distillation_loss, batches(), options.minutes, options.rate)
+    facts["training_loss_is"] = "the divergence from what the language model says"
+    model = model.to(torch.bfloat16)
+    facts |= {"held_out_loss": evaluate_language(model, tokenizer, held_out)}
+    model.generation_config = transformers.GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    save(model, tokenizer, options.out / "small")
+    return facts
+
+
 def train_reward_model(options) -> dict:
     chance = random.Random(options.seed)
     training, held_out = labelled_reviews(options.data)
@@ -347,10 +405,10 @@ def record(options, facts: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["lm", "rm"])
+    parser.add_argument("model", choices=["lm", "rm", "small"])
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of the reviews")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the pair, lm/ and rm/")
-    parser.add_argument("--init", type=pathlib.Path, help="start from this LM, or RM (with the same held-out reviews)")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the models, lm/, rm/ and small/")
+    parser.add_argument("--init", type=pathlib.Path, help="start from this model (with the same held-out reviews)")
     parser.add_argument("--layers", type=int, help="rm only: keep this many of the language model's layers")
     parser.add_argument("--minutes", type=float, default=50.0, help="training time, pauses not counted")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
@@ -361,7 +419,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    facts = train_language_model(options) if options.model == "lm" else train_reward_model(options)
+    facts = {"lm": train_language_model, "rm": train_reward_model, "small": train_small_model}[options.model](options)
     record(options, facts)
     print(json.dumps(facts, indent=2))
 

@@ -21,10 +21,12 @@ def check_row_invariance(decoder: Decoder, target: Target) -> None:
     """
     layer = decoder.layers[0]  # the others have the same shapes
     kind, head = decoder.dtype, decoder.score_head
+    low_rank = {(one.out_features, one.in_features): one for pair in decoder.adapters for one in pair}
     rewarding = head.products if isinstance(head, RewardHead) else (head,)
     for name, weight, given, taken in (
         ("qkv", layer.qkv, kind, kind), ("o", layer.o, kind, kind), ("gate_up", layer.gate_up, kind, kind),
         ("down", layer.down, kind, kind), ("head", decoder.head, kind, torch.float32),
+        *(("adapter's", product, kind, kind) for product in low_rank.values()),
         *(("reward head", product, torch.float32, torch.float32) for product in rewarding),
     ):
         if weight is not None and not _invariant(weight, decoder.device, given, taken):

@@ -24,16 +24,20 @@ from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
+from stars.filtered_ratio import check_prompted
 from stars.fit import fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
+from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
-from stars.models import Member, Models, load_named
+from stars.model.sharing import SharedWeights
+from stars.models import Member, Models, check_heads, check_named, load_named
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
+from stars.plan import DRAFT_SIZE, Plan, Policy, Prompted, Ratio, plan_of
 from stars.policies import Sample
-from stars.prompt import parse_prompt
+from stars.prompt import after, parse_prompt
+from stars.readers import Parts, Readers
 from stars.request import Group, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
@@ -65,13 +69,16 @@ class Engine:
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
     tokenizer: a directory with a tokenizer.json; None: the model directory's own.
     reward: a directory of a reward model, a Reward (`CausalReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
-        `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt, responses) -> floats, or
-        None for plain sampling only.
+        `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
+        responses) -> floats, or None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
         "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"
         keeps the checkpoint's values). "bfloat16" also rounds the activations of their products where the CPU
         multiplies bfloat16 pairs (AVX512-BF16); README.md has what that gave on two processors. Sums, attention, norms
         and caches are float32. On a GPU everything has the dtype ("auto": the checkpoint's).
+    models: other language models by name, directories or Decoders, that policies draw with or judge by: of the own
+        one's vocabulary, special tokens and context. A directory may hold a LoRA adapter; what several of all the
+        engine's models, rewards' included, read from one file is held once. heads: files of heads by name.
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
@@ -104,24 +111,31 @@ class Engine:
             prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens)
         self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
+        files = check_heads(heads)
+        shared = SharedWeights(Path(model) if from_files else None)
         # Everything that can be refused is refused before any weight is read.
-        self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size)
-        decoder = model if not from_files else load_model(
-            model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
-            max_rows=1, max_model_len=config.max_model_len)  # passes and drafts reserve what they need
+        action_heads = {name: load_action_head(file, shape.hidden_size, f"heads[{name!r}]", config.device,
+                                               config.deterministic) for name, file in files.items()}
+        with shared:
+            named = check_named(models, shape, tokenizer, config)
+            self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size, named)
+            decoder = model if not from_files else load_model(
+                model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
+                max_rows=1, max_model_len=config.max_model_len)  # passes and drafts reserve what they need
         decoder.check_device(config.device, "the model")
         if config.deterministic:
             check_row_invariance(decoder, config.target)
         self.model_config = decoder.config
         self.tokenizer = tokenizer
         sizes = language_model(config)
-        with allocation(config):
+        with allocation(config), shared:
             self._cache = PagedCache(self.model_config, config, sizes, decoder.dtype)
             with decoder.lock:  # another engine may be at work with it
                 passes = Passes(decoder, self._cache, config, sizes)
                 drafter = Drafter(decoder, self._cache, config)
             self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
-                                  load_named(models, model, decoder, tokenizer, config))
+                                  load_named(named, model, decoder, config))
+            self._readers = Readers(Parts(self._models, self._cache, config, action_heads))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
@@ -132,6 +146,9 @@ class Engine:
                     drafter.warm_up()
                     passes.warm_up()
                     chooser.measure()
+                for member in self._models.members[1:]:
+                    with member.decoder.lock:
+                        member.passes.warm_up()
                 if self.reward is not None:
                     self.reward.warm_up(drafter.device_draft)
         self._round = Round(self._models, self._cache, self.reward, chooser, config)
@@ -167,10 +184,13 @@ class Engine:
             return "Engine(not built)"
         shape, config = self.model_config, self.config
         running = len({unit.request.request_id for unit in self._scheduler.running})
+        named = ", ".join(self._models.named)
+        beside = f"; models {named}" if named else ""
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
-                f"{shape.vocab_size}; reward {type(self.reward).__name__ if self.reward is not None else None}; "
-                f"{config.device}, {config.dtype}; max_model_len {config.max_model_len}, cache_tokens "
-                f"{config.cache_tokens}; requests: {running} running, {len(self._requests) - running} waiting)")
+                f"{shape.vocab_size}{beside}; reward "
+                f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, {config.dtype}; "
+                f"max_model_len {config.max_model_len}, cache_tokens {config.cache_tokens}; requests: {running} "
+                f"running, {len(self._requests) - running} waiting)")
 
     # -- whole calls ----------------------------------------------------------------------------------------------
 
@@ -345,7 +365,14 @@ class Engine:
         if plan.score.when != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
-        proposal, stores = self._models.drafts_of(plan.drafts_with), self._models.stores_of(plan)
+        proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
+        redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
+        reader, reads = self._readers.reader_of(plan), plan.score.reads
+        if isinstance(plan.propose, Prompted):
+            check_prompted(type(policy).__name__, plan, params, self.config)
+        if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would be "
+                               "in one of them: leave the penalties out")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -363,21 +390,28 @@ class Engine:
                                "give fewer")
         vocab_size = self.model_config.vocab_size
         prompt = parse_prompt(given, self.tokenizer, vocab_size)
-        params = params.settle(len(prompt.token_ids), self.config.max_model_len, vocab_size)
+        contexts = {"prompt": prompt.token_ids}  # by what they are called
+        if isinstance(plan.propose, Prompted):
+            contexts = {f"prompt with the {name} text before it": after(text, prompt, self.tokenizer, vocab_size)
+                        for name, text in (("draft", plan.propose.draft), ("judge", plan.propose.judge))}
+        longest = max(contexts, key=lambda name: len(contexts[name]))
+        length = len(contexts[longest])
+        params = params.settle(length, self.config.max_model_len, vocab_size)
         max_tokens = params.max_tokens
         assert max_tokens is not None  # `settle` made it a number
-        needed = len(prompt.token_ids) + max_tokens
+        needed = length + max_tokens
         if needed > self.config.max_model_len:
-            raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens="
+            raise RequestError(f"the {longest} of {length} tokens and max_tokens="
                                f"{shown(max_tokens)} make {shown(needed)}, the limit is "
                                f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
                                "shorten the prompt or lower max_tokens")
-        if max_tokens > plan.segment.least * (MAX_SEGMENT + 1):
+        least = 1 if plan.drawn_after else plan.segment.least
+        if max_tokens > least * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
-                               f"{plan.segment.least} tokens: use longer segments or fewer tokens")
+                               f"{least} tokens: use longer segments or fewer tokens")
         if self.reward is not None and plan.score.when != "never":
             self.reward.check(prompt, max_tokens)
-        self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens)
+        self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens, list(contexts.values()))
         if request_id is None:
             request_id = self._new_id()
         elif not isinstance(request_id, str) and not (type(request_id) is int and abs(request_id) < 1 << 64):
@@ -386,7 +420,8 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
-                       proposal=proposal, stores=stores)
+                       proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
+                       contexts=tuple(contexts.values()))
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:

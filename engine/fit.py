@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,43 +18,65 @@ from stars.model.loader import DTYPES, inspect_model
 from stars.model.tokenizer import Tokenizer
 from stars.prefill import choose_prefill
 from stars.reward.base import Reward, with_parts
-from stars.sizes import Occupant, needed_bytes
+from stars.sizes import AdapterSizes, Occupant, needed_bytes
 
 
-def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Tokenizer | None,
-        vocab_size: int) -> EngineConfig:
+def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Tokenizer | None, vocab_size: int,
+        named: Mapping[str, Any] | None = None) -> EngineConfig:
     """`config` with as many cache_tokens as a GPU has memory for, at most its own; on the CPU as it is.
 
-    model: a directory or a Decoder, whose tokenizer and vocabulary the others are. Raises ModelError where weights,
-    caches, slabs, activations and graphs of all models do not fit.
+    model: a directory or a Decoder, whose tokenizer and vocabulary the others are; named: others beside it. Raises
+    ModelError where weights, caches, slabs, activations and graphs of all models do not fit. Weights that several of
+    them read from one file are counted once, as they are held once.
     """
     if not config.target.own_memory:
         return config
     held = [one.holds(tokenizer, vocab_size, config) for one in (with_parts(reward) if reward is not None else ())]
-    models = {"the language model": occupant(config, model, config.max_segment_size, True)}
+    read: set[tuple[Path, str]] = set()
+    models = {"the language model": occupant(config, model, config.max_segment_size, True, read=read)}
+    others = {same(model)}
+    for given, other in (named or {}).items():
+        if same(other) not in others:
+            others.add(same(other))
+            models[f"the model {given!r}"] = occupant(config, other, config.max_segment_size, True, read=read)
     rewards = [one for one in held if one.model is not None]
     for number, one in enumerate(rewards, 1):
         name = "the reward model" if len(rewards) == 1 else f"reward model {number}"
-        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head)
+        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head, one.head, read)
     torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
     free, total = torch.cuda.mem_get_info()
     return fit_memory(config, models, sum(one.other_bytes for one in held), free, total)
 
 
-def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto") -> Occupant:
-    """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it."""
-    target, dtype = config.target, DTYPES[config.dtype]
+def same(model: Any) -> Any:
+    """What two models have in common that are one: a directory, or the Decoder itself."""
+    return Path(model).resolve() if isinstance(model, (str, Path)) else id(model)
+
+
+def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto",
+             head: Literal["lm", "reward"] = "reward", read: set[tuple[Path, str]] | None = None) -> Occupant:
+    """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it. head: of one that
+    nothing is drawn from. read: tensors that are held already, to which its own are added."""
+    target, dtype, beside = config.target, DTYPES[config.dtype], AdapterSizes()
+    read = set() if read is None else read
     if isinstance(model, (str, Path)):
-        summary = inspect_model(model, "lm" if drafts else "reward", reward_head)
-        shape, weight_bytes = summary.config, summary.parameters * dtype.itemsize
+        summary = inspect_model(model, "lm" if drafts else head, reward_head)
+        shape = summary.config
+        weight_bytes = dtype.itemsize * sum(size for name, size in summary.elements.items() if name not in read)
+        read.update(summary.elements)
+        if summary.adapter is not None:
+            beside = AdapterSizes(summary.adapter.products, *summary.adapter.widest)
         if summary.reward_head is not None:
             weight_bytes += summary.reward_head.float32_parameters * (torch.float32.itemsize - dtype.itemsize)
     else:
         shape, weight_bytes, dtype = model.config, 0, model.dtype
+        if model.adapters:
+            beside = AdapterSizes(len(model.adapters), max(pair.down.out_features for pair in model.adapters),
+                                  max(pair.up.out_features for pair in model.adapters))
     if target.triton:
         check_model(shape, sampled=drafts)
     backend = choose_prefill(shape, dtype, target, config.prefill_backend, config.deterministic)
-    return Occupant(shape, dtype, weight_bytes, drafts, slab_len, backend)
+    return Occupant(shape, dtype, weight_bytes, drafts, slab_len, backend, beside)
 
 
 def fit_memory(config: EngineConfig, models: dict[str, Occupant], reward: int, free: int, total: int) -> EngineConfig:

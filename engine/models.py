@@ -10,18 +10,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from stars.arguments import shown
-from stars.cache import OWN_STORE, BlockTable, PagedCache
+from stars.cache import OWN_STORE, BlockTable, CommitMove, PagedCache
 from stars.config import EngineConfig
+from stars.determinism import check_row_invariance
 from stars.draft import Drafter
-from stars.errors import ModelError, RequestError
+from stars.errors import ModelError, RequestError, StarsError, text_of
+from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
+from stars.model.files import is_directory, is_file
 from stars.model.loader import load_model
-from stars.model.tokenizer import Tokenizer
-from stars.passes import Passes
+from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.passes import Passes, Span
 from stars.plan import OWN, Plan
-from stars.request import Drafts
+from stars.request import Drafts, Hypothesis
 from stars.sizes import language_model
+from stars.sources import check_model
+
+Named = dict[str, str | Path | Decoder]
 
 
 class Member(NamedTuple):
@@ -41,7 +49,7 @@ class Models:
         self._cache = cache
         self.members = [own]
         self._stores = {OWN: 0}
-        self._drafters: dict[tuple[int, ...], Drafter] = {OWN_STORE: drafter}
+        self._drafters: dict[tuple[tuple[int, ...], bool], Drafter] = {(OWN_STORE, False): drafter}
         known = {id(own.decoder): 0}
         for name, decoder in named.items():
             if id(decoder) not in known:
@@ -53,6 +61,11 @@ class Models:
             self._stores[name] = known[id(decoder)]
 
     @property
+    def named(self) -> list[str]:
+        """Names of all but the engine's own."""
+        return [name for name in self._stores if name != OWN]
+
+    @property
     def own(self) -> Member:
         """The engine's own model."""
         return self.members[0]
@@ -61,7 +74,7 @@ class Models:
         """The store of a named model; RequestError where there is none of that name."""
         if name in self._stores:
             return self._stores[name]
-        given = ", ".join(repr(one) for one in self._stores if one != OWN) or "none"
+        given = ", ".join(map(repr, self.named)) or "none"
         raise RequestError(f"there is no model named {shown(name)} (those given: {given}): build the engine with "
                            f"Engine(model, models={{{shown(name)}: DIR}})")
 
@@ -75,19 +88,26 @@ class Models:
         stores = tuple(sorted(kept))
         return Drafts(stores, tuple(kept[store] for store in stores))
 
+    def proposal_of(self, plan: Plan) -> Drafts:
+        """What the attempts of a plan are drawn from."""
+        return self.drafts_of(plan.drafts_with)._replace(keeps_logits=plan.drawn_after > 0)
+
     def stores_of(self, plan: Plan) -> tuple[int, ...]:
         """The stores of all models that a plan's responses are read by, without doubles, rising."""
         drafting = self.drafts_of(plan.drafts_with).stores
         return tuple(sorted({*drafting, *(self.store_of(name) for name in plan.reads_with)}))
 
-    def drafter(self, stores: tuple[int, ...]) -> Drafter:
-        """What draws from the sum of these models' logits; made where it is first asked for."""
-        if stores not in self._drafters:
+    def drafter(self, stores: tuple[int, ...], blends: bool = False) -> Drafter:
+        """What draws from one model, or, where it `blends`, from the weighted sum of these models' logits, by each
+        lane's weights; made where it is first asked for, by whoever has the turn and with it the models' locks."""
+        drafter = self._drafters.get((stores, blends))
+        if drafter is None:
             first, *others = (self.members[store] for store in stores)
-            with first.decoder.lock:
-                self._drafters[stores] = Drafter(first.decoder, self._cache, self._config, first.store,
-                                                 [(other.decoder, other.store) for other in others])
-        return self._drafters[stores]
+            beside = [(other.decoder, other.store) for other in others] if blends else None
+            with torch.inference_mode(False):  # a caller's own: what is allocated is written outside of it, too
+                drafter = Drafter(first.decoder, self._cache, self._config, first.store, beside)
+            self._drafters[stores, blends] = drafter
+        return drafter
 
     def prefill(self, jobs: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """As `Passes.prefill`, in every store of each table; returns the rows that each model has run."""
@@ -100,34 +120,174 @@ class Models:
             for store in stores[:-1]:
                 self.members[store].passes.prefill(those, left, advance=False)
             rows += self.members[stores[-1]].passes.prefill(those, left)
+            for table, _, stop in those:
+                if table.length == stop:
+                    table.behind.clear()
         return rows
 
+    def catch_up(self, hypotheses: Sequence[Hypothesis], stores: tuple[int, ...]) -> None:
+        """Each of `stores` holds all that was committed of the responses afterwards: what it lacks, as other models have
+        drawn since, is run by one pass for all of them. In deterministic mode it is run as it is where a response that
+        gave way is read again, a segment at a time in slabs, some of which must be free."""
+        for store in stores:
+            behind = [one for one in hypotheses if store in one.pages.behind]
+            while behind and self._config.deterministic:
+                pieces = [(one.pages, one.request.prompt.token_ids + one.token_ids, _next_end(one, store))
+                          for one in behind[: max(1, self._cache.num_free_slabs)]]
+                slabs = [self._cache.take_slab() for _ in pieces]
+                self.redraft(store, pieces, slabs)
+                for slab in slabs:
+                    self._cache.return_slab(slab)
+                behind = [one for one in behind if store in one.pages.behind]
+            if behind:
+                jobs = [(one.pages, one.request.prompt.token_ids + one.token_ids, one.pages.length) for one in behind]
+                self.members[store].passes.prefill(jobs, advance=False)
+                for table, _, stop in jobs:
+                    self._cache.catch_up(table, store, stop)
 
-def load_named(models: Any, own: Any, own_decoder: Decoder, tokenizer: Tokenizer | None, config: EngineConfig
-               ) -> dict[str, Decoder]:
-    """The decoders of Engine(models=…) by name: one a directory, the engine's own where it is that.
+    def redraft(self, store: int, pieces: Sequence[tuple[BlockTable, Sequence[int], int]], slabs: Sequence[int]) -> None:
+        """For each (table, token_ids, stop): runs token_ids from where `store` is up to `stop`, which the table has, in
+        a slab as a draft had, and copies it into the pages."""
+        spans = [self._span(table, token_ids, table.held(store), stop, slab)
+                 for (table, token_ids, stop), slab in zip(pieces, slabs, strict=True)]
+        self.members[store].passes.redraft(spans)
+        self._cache.bring_up([CommitMove(span.table, span.slots[0], len(span.slots), span.start, (store,))
+                              for span in spans])
 
-    Raises ModelError or RequestError."""
+    def draft_again(self, table: BlockTable, token_ids: Sequence[int], stop: int, slab: int,
+                    stores: tuple[int, ...]) -> None:
+        """Runs token_ids from the table's length up to `stop` as a draft had, and commits it, in `stores`."""
+        span = self._span(table, token_ids, table.length, stop, slab)
+        for store in stores:
+            self.members[store].passes.redraft([span])
+        self._cache.commit([CommitMove(table, span.slots[0], len(span.slots), span.start, stores)])
+
+    def _span(self, table: BlockTable, token_ids: Sequence[int], first: int, stop: int, slab: int) -> Span:
+        start = slab * self._cache.slab_len
+        return Span(table, token_ids[first:stop], first, range(start, start + stop - first))
+
+
+def _next_end(hypothesis: Hypothesis, store: int) -> int:
+    """Up to where a store that is behind is run at once in deterministic mode: what was committed together."""
+    begin, held = len(hypothesis.request.prompt.token_ids) - 1, hypothesis.pages.held(store)
+    return next(begin + end for end in hypothesis.ends if begin + end > held)
+
+
+def check_named(models: Any, shape: ModelConfig, tokenizer: Tokenizer | None, config: EngineConfig) -> Named:
+    """Engine(models=…) by name, once it is known that each of them can stand beside the engine's own model, whose
+    shape and tokenizer these are: no weight is read. Raises RequestError for names, ModelError for models.
+    """
     if models is None:
         return {}
     if not isinstance(models, Mapping):
-        raise RequestError(f"models is {shown(models)}, it must be a dictionary of directories by name")
+        raise RequestError(f"models is {shown(models)}, it must be a dictionary of model directories by name")
+    named: Named = {}
+    for name, model in models.items():
+        _check_name("models", name)
+        if name == OWN:
+            raise RequestError(f"models has the name {OWN!r}, which is the engine's own model: choose another")
+        if isinstance(model, str) and (model == OWN or model in models) and not is_directory(Path(model)):
+            raise RequestError(f"models[{name!r}] is {model!r}, a name and no directory: give the directory")
+        try:
+            check_model(model)
+            _check_beside(model, shape, tokenizer, config)
+        except StarsError as error:
+            raise ModelError(f"models[{name!r}]: {text_of(error)}") from error
+        named[name] = model
+    return named
+
+
+def check_heads(heads: Any) -> dict[str, Path]:
+    """The files of Engine(heads=…) by name; RequestError for what is no dictionary of names and files."""
+    if heads is None:
+        return {}
+    if not isinstance(heads, Mapping):
+        raise RequestError(f"heads is {shown(heads)}, it must be a dictionary of safetensors files by name")
+    for name, file in heads.items():
+        _check_name("heads", name)
+        if not isinstance(file, (str, Path)):
+            raise RequestError(f"heads[{name!r}] is {shown(file)}, it must be the path of a safetensors file")
+        if not is_file(Path(file)):
+            kind = "a directory" if is_directory(Path(file)) else "not there"
+            raise RequestError(f"heads[{name!r}] is {shown(str(file))}, which is {kind}: give the path of a "
+                               "safetensors file")
+    return {name: Path(file) for name, file in heads.items()}
+
+
+def load_named(named: Named, own: Any, own_decoder: Decoder, config: EngineConfig) -> dict[str, Decoder]:
+    """The decoders of `check_named`'s models: one a directory, the engine's own where it is that. Raises ModelError."""
     loaded: dict[Path, Decoder] = {}
     if isinstance(own, (str, Path)):
         loaded[Path(own).resolve()] = own_decoder
-    named: dict[str, Decoder] = {}
-    for name, model in models.items():
-        if not isinstance(name, str) or not name or name == OWN:
-            raise RequestError(f"models has the name {shown(name)}, it must be a text other than {OWN!r}")
-        if isinstance(model, (str, Path)):
-            path = Path(model).resolve()
-            if path not in loaded:
-                loaded[path] = load_model(model, dtype=config.dtype, device=config.device, head="lm",
-                                          deterministic=config.deterministic, max_rows=1,
-                                          max_model_len=config.max_model_len)
-            model = loaded[path]
-        if model.config.vocab_size != own_decoder.config.vocab_size:
-            raise ModelError(f"the model {name!r} has a vocabulary of {model.config.vocab_size} and the engine's own "
-                             f"one of {own_decoder.config.vocab_size}: use models of one vocabulary")
-        named[name] = model
-    return named
+    decoders: dict[str, Decoder] = {}
+    for name, model in named.items():
+        try:
+            if isinstance(model, Decoder):
+                decoder = model
+            else:
+                path = Path(model).resolve()
+                if path not in loaded:
+                    loaded[path] = load_model(model, dtype=config.dtype, device=config.device, head="lm",
+                                              deterministic=config.deterministic, max_rows=1,
+                                              max_model_len=config.max_model_len)
+                decoder = loaded[path]
+            decoder.check_device(config.device, "the Decoder")
+            if config.deterministic and decoder is not own_decoder:
+                check_row_invariance(decoder, config.target)
+        except StarsError as error:
+            raise ModelError(f"models[{name!r}]: {text_of(error)}") from error
+        decoders[name] = decoder
+    return decoders
+
+
+def _check_name(argument: str, name: Any) -> None:
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise RequestError(f"{argument} has the name {shown(name)}, it must be a text that can be printed")
+
+
+def _check_beside(model: str | Path | Decoder, shape: ModelConfig, tokenizer: Tokenizer | None,
+                  config: EngineConfig) -> None:
+    """Raises ModelError unless a model draws from the same tokens as the engine's own does, ends texts by the same and
+    reads texts as long."""
+    own_eos = _eos_ids(shape, tokenizer)
+    their = None
+    if isinstance(model, Decoder):
+        theirs = model.config
+        if model.head is None:
+            raise ModelError("it is a Decoder without a language model head: load it with head='lm'")
+    else:
+        theirs, their = load_config(model), load_tokenizer(model)
+        if (their is None) != (tokenizer is None):
+            side = "it" if their is None else "the engine's own model"
+            raise ModelError(f"{side} has no tokenizer.json, so the vocabularies of both cannot be compared: add the "
+                             "tokenizer to both directories or to neither")
+    if theirs.vocab_size != shape.vocab_size:
+        raise ModelError(f"its vocabulary has {theirs.vocab_size} tokens and that of the engine's own model "
+                         f"{shape.vocab_size}: use models of one vocabulary")
+    if their is not None and tokenizer is not None:
+        _check_tokens(their, tokenizer)
+    strange = sorted(_eos_ids(theirs, their) - own_eos)
+    if strange:
+        raise ModelError(f"it ends texts with token {strange[0]}, which the engine's own model does not: use models of "
+                         "the same special tokens, or add it to eos_token_id in the own model's generation_config.json")
+    if theirs.context_length < config.max_model_len:
+        raise ModelError(f"its context is {theirs.context_length} tokens and max_model_len {config.max_model_len}: "
+                         f"build the engine with max_model_len={theirs.context_length}")
+
+
+def _check_tokens(their: Tokenizer, own: Tokenizer) -> None:
+    """Raises ModelError unless the tokens of a model mean what they mean to the engine's own model."""
+    if not own.same_vocabulary(their):
+        raise ModelError("its tokenizer has another vocabulary than that of the engine's own model, though as many "
+                         "tokens: use models of one tokenizer")
+    pad = their.pad_token
+    strange = next((token for token in their.special_tokens if token not in own.special_tokens and token != pad), None)
+    if strange is not None:
+        raise ModelError(f"its tokenizer has the special token {shown(strange)}, which that of the engine's own model "
+                         "has not: use models of the same special tokens")
+
+
+def _eos_ids(shape: ModelConfig, tokenizer: Tokenizer | None) -> set[int]:
+    """Every token that ends a text of a model."""
+    eos = None if tokenizer is None else getattr(tokenizer, "eos_token_id", None)
+    return {*shape.eos_token_ids, *(() if eos is None else (eos,))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
+from stars.errors import ModelError
 from stars.kernels import append_draft, prefill_attention
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
+from stars.logit_reads import LogitReads
 from stars.model.decoder import Decoder
 from stars.model.heads import RewardHead
 from stars.prefill import choose_prefill
@@ -117,10 +120,11 @@ class Passes:
         self._never_done = torch.zeros(1, dtype=torch.int32, device=cache.device)
         capacity = self._block_tables.shape[1] * cache.page_size
         self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(later_bytes(decoder.config))
+        self._graphs = Graphs(later_bytes(decoder.config, decoder.adapter_launches))
         self._most: dict[Kind, int] = {"prefill": self.max_rows, "score": score_rows(config, sizes)}  # rows
         self._captured = {kind: target.captured(kind) for kind in KINDS}  # rows
         self._launches = decoder.launches(rows) + PICKED_LAUNCHES  # at most: longer passes are not fused
+        self._logit_reads: LogitReads | None = None
         self._prepared: Prepared | None = None  # a pass whose buffers are filled, until it is launched or another comes
 
     def prefill(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None,
@@ -169,9 +173,13 @@ class Passes:
     def _chunks(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]
                 ) -> Iterator[tuple[BlockTable, Sequence[int], int, int]]:
         """(table, token_ids, start, end) of each chunk. Boundaries are fixed by position, not by what else is in the
-        batch, nor by how many chunks are run at a time."""
+        batch, nor by how many chunks are run at a time. Where a store that is behind has caught up is one."""
         for table, token_ids, stop in tables:
-            for start in range(table.held(self.store), stop, self.chunk):
+            held, length = table.held(self.store), table.length
+            if held < length < stop:
+                yield from self._chunks([(table, token_ids, length)])
+                held = length
+            for start in range(held, stop, self.chunk):
                 yield table, token_ids, start, min(stop, start + self.chunk)
 
     def score(self, spans: Sequence[Span]) -> list[float]:
@@ -194,6 +202,65 @@ class Passes:
             self._launch(self._prepare(batch, into_slab=True)._replace(scored=False, read=None))
             found.append(self._states[: len(batch)].clone())
         return torch.cat(found)
+
+    def logits(self, spans: Sequence[Span]) -> Tensor:
+        """Runs the spans into their slabs; the logits at every row of each, float32 [rows of all spans, vocab]: of few
+        rows. ModelError for a model without a language model head."""
+        reads = self.logit_reads()
+        return torch.cat([reads.logits(_rows(batch)) for batch in self._run_whole(spans, into_slab=True)])
+
+    def hidden(self, spans: Sequence[Span]) -> Tensor:
+        """Runs the spans into their slabs; the hidden states behind the last norm at every row of each, [rows of all
+        spans, hidden]. ModelError for a model without a language model head."""
+        states = self.logit_reads().states
+        return torch.cat([states[: _rows(batch)].clone() for batch in self._run_whole(spans, into_slab=True)])
+
+    def logprobs(self, spans: Sequence[Span], targets: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Runs the spans into their slabs; log softmax(logits)[target] at every row of each, at temperature 1 and
+        without filters. targets: as many tokens for each span as it has rows. Few rows have logits at a time.
+        ModelError for a model without a language model head."""
+        if [len(span.token_ids) for span in spans] != [len(those) for those in targets]:
+            raise ValueError("logprobs: a target is needed for every row of every span, and for no more")
+        wanted = iter([target for those in targets for target in those])
+        found: list[float] = []
+        for batch in self._run_whole(spans, into_slab=True):
+            found += self._logprobs(list(islice(wanted, _rows(batch))), "score")
+        values = iter(found)
+        return [list(islice(values, len(those))) for those in targets]
+
+    def read_logprobs(self, table: BlockTable, token_ids: Sequence[int], stop: int, max_rows: int | None = None
+                      ) -> tuple[int, list[float]]:
+        """As `prefill`, of one table; (rows run, of each of them the log-probability of the token after it, which
+        token_ids have, as of `logprobs`)."""
+        spans, rows = self._page_spans([(table, token_ids, stop)], max_rows)
+        logprobs: list[float] = []
+        for [span] in self._run_whole(spans, into_slab=False):
+            first = span.start + 1
+            logprobs += self._logprobs(token_ids[first : first + len(span.token_ids)], "prefill")
+            _written([span])
+        return rows, logprobs
+
+    def logit_reads(self) -> LogitReads:
+        """What reads logits at every row of a pass, made where it is first asked for."""
+        if self.decoder.head is None:
+            raise ModelError("this model has no language model head: load it with head='lm'")
+        if self._logit_reads is None:
+            rows = max(self.target.rows(most, kind) for kind, most in self._most.items())
+            self._logit_reads = LogitReads(self.decoder, self.target, rows, self._graphs)
+        return self._logit_reads
+
+    def _run_whole(self, spans: Sequence[Span], into_slab: bool) -> Iterator[list[Span]]:
+        """Runs the spans and keeps the hidden states of every row; the spans of each pass, once it was launched."""
+        most = min(self.max_rows, self.target.captured_score) if into_slab else self.max_rows
+        for batch in self._batches(spans, most, into_slab):
+            self._prepared = None
+            self._launch(self._prepare(batch, into_slab, scored=False, states=self.logit_reads().states))
+            yield batch
+
+    def _logprobs(self, targets: Sequence[int], kind: Kind) -> list[float]:
+        """Of the tokens that are wanted at the rows of the pass that was launched last."""
+        rows = self.target.rows(len(targets), kind)
+        return self.logit_reads().logprobs(targets, rows, rare=rows > self._captured[kind])
 
     def redraft(self, spans: Sequence[Span]) -> None:
         """Runs the spans into their slabs, as drafts had done it token by token."""
@@ -240,33 +307,40 @@ class Passes:
         rewards: list[float] = self._rewards.host("rewards", block)[:count].tolist()
         return rewards
 
-    def warm_up(self, draft: Draft | None = None) -> None:
+    def warm_up(self, draft: Draft | None = None, logprobs: bool = False) -> None:
         """Runs and captures the shapes of passes on a GPU, on rows that are all idle, as far as they are captured.
 
-        Of a reward model, whose passes trail `draft`, scoring passes too. Passes of more rows run the kernels of the
-        longest, which runs here: their numbers of rows are multiples of STEP, which no kernel is compiled for one by
-        one, and tables of products end far below them. A library's attention and redrafts, which have kernels of their
-        own, run once.
+        Of a reward model, whose passes trail `draft`, scoring passes too; of one that is read by `logprobs`, those that
+        end so. Passes of more rows run the kernels of the longest, which runs here: their numbers of rows are multiples
+        of STEP, which no kernel is compiled for one by one, and tables of products end far below them. A library's
+        attention and redrafts, which have kernels of their own, run once.
         """
         assert self._tiling is not None
         self.cache.warm_up()
         self._warm_up_library()
-        for kind in KINDS if draft is not None else KINDS[:1]:
+        reads = self.logit_reads() if logprobs else None
+        for kind in KINDS if draft is not None or reads is not None else KINDS[:1]:
+            scored = kind == "score" and reads is None
+            states = reads.states if kind == "score" and reads is not None else None
             longest = self.target.rows(self._most[kind], kind)
             for rows in dict.fromkeys((longest, *self.target.shapes(kind, longest))):
                 sequences = self._sequences(rows)
                 self._fill_idle(rows, sequences)
                 for tiles in self._tiling.shapes(rows, kind):
-                    forward = self._forward(rows, sequences, tiles, None, kind == "score", kind == "score")
+                    forward = self._forward(rows, sequences, tiles, None, kind == "score", scored, states=states)
                     if rows <= self._captured[kind]:
                         self._graphs.warm_up(forward)
                     else:
                         forward.call()
-                if kind == "score" and draft is not None and rows <= self._captured[kind]:
+                if kind == "prefill" or rows > self._captured[kind]:
+                    continue
+                if reads is not None:
+                    self._graphs.warm_up(reads.part(rows))
+                elif draft is not None:
                     self._graphs.warm_up(self._append(draft, rows, sequences))
                     if self._head is not None:
                         self._graphs.warm_up(self._read(self._head, self._reads(rows)))
-        if draft is None and self._tiling.deterministic:
+        if draft is None and not logprobs and self._tiling.deterministic:
             self._run_idle(self.target.rows(1, "score"), "score")
 
     def _run_idle(self, rows: int, kind: Kind, prefill: Prefill | None = None) -> None:
@@ -321,18 +395,19 @@ class Passes:
         self._launch(self._prepare(spans, into_slab, scored=into_slab if scored is None else scored))
 
     def _prepare(self, spans: Sequence[Span], into_slab: bool, draft: Draft | None = None,
-                 scored: bool = True) -> Prepared:
-        """Fills the buffers and sends them; what is then to be run."""
+                 scored: bool = True, states: Tensor | None = None) -> Prepared:
+        """Fills the buffers and sends them; what is then to be run. states: where those of every row are to be."""
         rows, sequences, reads, tiles = self._fill(spans, into_slab)
         # Redrafts, which come after a response gave way, have no shapes of their own.
-        captured = rows <= self._captured["score" if into_slab else "prefill"] and scored == into_slab
+        captured = rows <= self._captured["score" if into_slab else "prefill"] and (
+            scored == into_slab or states is not None)
         prefill = None
         if not captured and not into_slab and self._gathers(spans):
             prefill = prefill_attention.build(
                 self.prefill_backend, [span.table.pages for span in spans], [span.start for span in spans],
                 [len(span.token_ids) for span in spans], self.cache.page_size, self.cache.device)
         self._buffers.upload()
-        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored, reads)]
+        parts = [self._forward(rows, sequences, tiles, prefill, into_slab, scored, reads, states)]
         if draft is not None:  # the device fills in what was drawn
             parts.insert(0, self._append(draft, rows, sequences))
         read = self._read(self._head, reads) if scored and self._head is not None else None
@@ -347,7 +422,7 @@ class Passes:
             self._rewards.fetch(block)
 
     def _forward(self, rows: int, sequences: int, tiles: Tiles | None, prefill: Prefill | None, into_slab: bool,
-                 scored: bool, reads: int | None = None) -> Part:
+                 scored: bool, reads: int | None = None, states: Tensor | None = None) -> Part:
         """The model's part of a pass. What it runs is made where it is recorded, not where replayed."""
         buffers = self._buffers
         reads = self._reads(rows) if reads is None else reads  # of a padded one
@@ -360,14 +435,17 @@ class Passes:
             batch = Batch(buffers["token_ids"][:rows], buffers["positions"][:rows], buffers["slots"][:rows], into_slab,
                           buffers["row_start"][: sequences + 1], first("seq_group"), self._block_tables,
                           first("prefix_len"), first("slab_start"), first("slab_used"), tiles, prefill)
-            if scored and self._head is not None:
+            if states is not None:
+                self.decoder.forward(batch, self._kv, out=states[:rows])
+            elif scored and self._head is not None:
                 self.decoder.forward(batch, self._kv, last, self._states[:reads])
             elif scored:
                 self.decoder.score(batch, self._kv, last, self._rewards["rewards"][:reads])
             else:
                 self.decoder.forward(batch, self._kv, last)
 
-        key = "forward", rows, sequences, into_slab, scored, reads, *(shape(tiles) if tiles is not None else ())
+        what = (scored, reads) if states is None else ("states",)
+        key = "forward", rows, sequences, into_slab, *what, *(shape(tiles) if tiles is not None else ())
         return Part(key, run, self._launches)
 
     def _read(self, head: RewardHead, reads: int) -> Part:
@@ -478,6 +556,11 @@ class Passes:
             column[: len(values)] = values
             if len(values) < count:
                 column[len(values) : count] = idle
+
+
+def _rows(spans: Sequence[Span]) -> int:
+    """Rows of a pass of these spans, idle ones apart."""
+    return sum([len(span.token_ids) for span in spans])
 
 
 def _written(spans: Sequence[Span]) -> None:

@@ -14,6 +14,7 @@ from stars.kernels.top_tokens import launches, scratch_bytes
 from stars.kernels.triton.tiles import Kind, max_workspace
 from stars.model.config import ModelConfig
 from stars.model.fusing import split_bytes
+from stars.model.low_rank import LAUNCHES as LOW_RANK_LAUNCHES
 from stars.model.workspace import workspace_bytes
 
 LIBRARIES = 1 << 30
@@ -94,11 +95,12 @@ def captured_passes(config: EngineConfig, sizes: ModelSizes) -> int:
     return 2 * sum(len(config.target.shapes(kind, rows)) for kind, rows in most.items())
 
 
-def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes) -> int:
+def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes, more: int = 0) -> int:
     """Of a GPU's memory for what is captured of a model of this shape, at most: at start-up, and what its passes and
-    its drafts may capture later."""
+    its drafts may capture later. more: launches of a pass that an adapter adds."""
     ranked = [launches(rows, shape.vocab_size) for rows in ranked_rows(config, sizes)] if sizes.max_lanes else []
-    return (captured_passes(config, sizes) * _pass_bytes(shape) + later_bytes(shape) * (2 if sizes.max_lanes else 1)
+    return (captured_passes(config, sizes) * _pass_bytes(shape, more)
+            + later_bytes(shape, more) * (2 if sizes.max_lanes else 1)
             + 2 * sum(ranked) * LAUNCH_BYTES)  # with filters and without
 
 
@@ -108,19 +110,35 @@ def ranked_rows(config: EngineConfig, sizes: ModelSizes) -> list[int]:
     return [rows for rows in (1, 8) if rows < most] + [most]
 
 
-def later_bytes(shape: ModelConfig) -> int:
+def later_bytes(shape: ModelConfig, more: int = 0) -> int:
     """Of a GPU's memory for graphs that the passes, or the drafts, of a model of this shape capture after start-up."""
-    return LATER_PASSES * _pass_bytes(shape)
+    return LATER_PASSES * _pass_bytes(shape, more)
 
 
-def _pass_bytes(shape: ModelConfig) -> int:
+def _pass_bytes(shape: ModelConfig, more: int) -> int:
     """Of one captured pass, at most: ten launches a layer and ten besides, among which are those of a draw."""
-    return 10 * (shape.num_layers + 1) * LAUNCH_BYTES
+    return (10 * (shape.num_layers + 1) + more) * LAUNCH_BYTES
 
 
 def history_entries(config: EngineConfig, vocab_size: int) -> int:
     """Distinct words that the histories of all responses may have; two int32 each."""
     return config.max_num_seqs * min(config.max_model_len, vocab_size)
+
+
+class AdapterSizes(NamedTuple):
+    """Low-rank products beside those of a model, of all its layers."""
+
+    products: int = 0
+    rank: int = 0  # of one, at most
+    features: int = 0  # of one, at most
+
+    @property
+    def launches(self) -> int:
+        """On a GPU, of a pass."""
+        return LOW_RANK_LAUNCHES * self.products
+
+
+NO_ADAPTER = AdapterSizes()
 
 
 class Occupant(NamedTuple):
@@ -132,21 +150,24 @@ class Occupant(NamedTuple):
     drafts: bool  # whether tokens are drawn from it
     slab_len: int = 0  # of a reward model, as of `slab_length`
     prefill_backend: str = "triton"  # whose attention runs its long prompts, as of `choose_prefill`
+    adapter: AdapterSizes = NO_ADAPTER
 
 
 def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int = 0) -> dict[str, int]:
     """Bytes of GPU memory that an engine over `models` takes, by what for; `reward`: of one in no cache of ours."""
     target = config.target
     needed, graphs = {}, 0
-    for name, (shape, dtype, weight_bytes, drafts, slab_len, backend) in models.items():
+    for name, (shape, dtype, weight_bytes, drafts, slab_len, backend, adapter) in models.items():
         sizes = language_model(config) if drafts else reward_model(shape, config, slab_len)
         rows, lanes = padded_rows(config, sizes), target.rows(sizes.max_lanes, "draft") if drafts else 0
-        graphs += graph_bytes(config, shape, sizes)
+        graphs += graph_bytes(config, shape, sizes, adapter.launches)
         needed[f"{name}'s weights"] = weight_bytes
         needed[f"{name}'s cache"] = cache_bytes(shape, config.cache_tokens + sizes.num_slabs * sizes.slab_len, dtype)
         needed[f"{name}'s activations"] = workspace_bytes(shape, max(rows, lanes), lanes, dtype, not drafts) + 4 * sum(
             max_workspace(count, shape.num_heads, shape.head_dim, config.deterministic) for count in (rows, lanes))
-        if not config.deterministic:
+        if adapter.products:
+            needed[f"{name}'s activations"] += max(rows, lanes) * (adapter.rank + adapter.features) * dtype.itemsize
+        elif not config.deterministic:
             needed[f"{name}'s activations"] += split_bytes(shape, dtype, SCHEMES[dtype], not drafts)
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
         needed[f"{name}'s activations"] += 4 * (sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)
@@ -154,7 +175,8 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int 
             needed[f"{name}'s activations"] += cache_bytes(shape, config.cache_tokens, dtype) // shape.num_layers
         if drafts:  # of a draft whose tokens are ranked
             needed[f"{name}'s activations"] += scratch_bytes(lanes, shape.vocab_size)
-            needed["the words that penalties count"] = 8 * history_entries(config, shape.vocab_size)
+            words = "the words that penalties count"
+            needed[words] = needed.get(words, 0) + 8 * history_entries(config, shape.vocab_size)
     needed["the reward"] = reward
     needed["captured graphs"] = graphs
     needed["libraries"] = LIBRARIES

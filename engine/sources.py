@@ -13,6 +13,8 @@ from stars.model.decoder import Decoder
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
+from stars.reward.implicit import ImplicitReward
+from stars.reward.logprobs import LogprobReward
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -31,8 +33,12 @@ def check_model(model: Any) -> None:
 def check_reward(reward: Any) -> None:
     """Raises ModelError for a reward given as a path that is none, RewardError for a model of transformers.
 
-    The same for the model inside a CausalReward or EncoderReward.
+    The same for the model inside a CausalReward or EncoderReward, and for those of an ImplicitReward.
     """
+    if isinstance(reward, ImplicitReward):
+        for part in reward.parts:
+            assert isinstance(part, LogprobReward)
+            check_model(part.model)
     if isinstance(reward, CausalReward):
         reward = reward.model
     elif isinstance(reward, EncoderReward):

@@ -64,7 +64,7 @@ _CACHE = "give cache_tokens, the tokens that each model's KV cache holds"
 _SHARED = "beginnings of prompts are always shared, leave it out"
 _CONFIG = "change the model directory's config.json"
 _NO_CODE = "code in a model directory is never run, leave it out and use a supported model type"
-_LORA = "merge the adapter into the model (peft: merge_and_unload, save_pretrained) and give that directory"
+_LORA = "an adapter is fixed when the engine is built, give its directory as the model or as one of models={NAME: DIR}"
 _TEXT_ONLY = "models here read text only, leave it out"
 
 ENGINE = {

@@ -600,7 +600,8 @@ def test_keywords_that_belong_elsewhere():
     refused(stars.RequestError, 'give {"prompt_token_ids": [...]} as the prompt', engine.generate,
             prompt_token_ids=[[1, 2]])
     refused(stars.RequestError, "did you mean sampling_params?", engine.generate, PROMPT, sampling_param=None)
-    refused(stars.RequestError, "merge the adapter into the model", engine.generate, PROMPT, lora_request=object())
+    refused(stars.RequestError, "give its directory as the model or as one of models", engine.generate, PROMPT,
+            lora_request=object())
     params = stars.SamplingParams(max_tokens=2, seed=1)
     assert len(engine.generate(PROMPT, params, use_tqdm=False, lora_request=None)) == 1
     refused(stars.RequestError, "stream takes one prompt", engine.stream, ["x", "y"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +16,9 @@ import pytest
 import torch
 
 import stars
-from editing import edit_tensors
+from editing import edit_json, edit_tensors
 from json_rows import rows, write_rows
+from lora import write_adapter
 from stars.kernels import prefill_attention
 
 SAMPLING = ["--max-tokens", "9", "--seed", "3"]
@@ -49,6 +52,10 @@ def test_help_and_wrong_arguments_need_no_torch():
     (["generate", "x", "--reward-threshold", "nan"], "--reward-threshold"),
     (["generate", "x", "--temperature", "warm"], "--temperature"),
     (["calibrate", "x", "--model", "m"], "--reward"),
+    (["generate", "x", "--named", "guide"], "--named: invalid NAME=PATH value: 'guide'"),
+    (["generate", "x", "--head", "=file"], "--head: invalid NAME=PATH value"),
+    (["generate", "x", "--named", "a=b", "--named", "a=c"], "--named a is given twice"),
+    (["calibrate", "x", "--head", "a=b", "--head", "a=c"], "--head a is given twice"),
     (["trace"], "COMMAND"),
     (["bogus"], "bogus"),
     ([], "COMMAND"),
@@ -69,6 +76,9 @@ def test_wrong_arguments(run, arguments, word):
     (["calibrate", "x", "--quantile", "2"], "quantile"),
     (["calibrate", "x", "--num-samples", "0"], "num_samples"),
     (["inspect", "absent"], "absent"),
+    (["generate", "x", "--named", "guide=absent"], "models['guide']: absent is not a directory"),
+    (["generate", "x", "--named", "lm=absent"], "models has the name 'lm'"),
+    (["calibrate", "x", "--head", "agent=absent"], "heads['agent'] is 'absent', which is not there"),
     (["trace", "show", "absent"], "absent"),
     (["trace", "html", __file__], "line 1"),
     (["demo", "--max-tokens", "0"], "max_tokens"),
@@ -191,6 +201,39 @@ def test_calibrate(run, pair):
     assert found["quantiles"]["0"] == pytest.approx(min(rewards), abs=1e-4)
     code, out, _ = run("calibrate", "Once upon", *pair, *SAMPLING, *SMALL, "--num-samples", "2")
     assert code == 0 and "reward_threshold" in out and "median" in out
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["calibrate", "x", "--num-samples", "2"]])
+def test_named_models_and_heads_reach_the_engine(run, pair, tmp_path, monkeypatch, command):
+    """A path with a sign of equality, an adapter, a file."""
+    adapter = write_adapter(tmp_path / "a=b", Path(pair[1]))
+    head = tmp_path / "head.safetensors"
+    head.touch()
+    built, engine = [], stars.Engine
+    monkeypatch.setattr("stars.engine.Engine", lambda *given, **named: built.append((named, engine(*given, **named)))
+                        or built[-1][1])
+    code, _, err = run(*command, *pair, *SAMPLING, *SMALL, "--named", f"guide={adapter}", "--named", f"plain={pair[1]}",
+                       "--head", f"agent={head}", *(["--policy", "sample"] if command[0] == "generate" else []))
+    [(named, made)] = built
+    assert code == 0, err
+    assert named["models"] == {"guide": str(adapter), "plain": pair[1]} and named["heads"] == {"agent": str(head)}
+    assert "; models guide, plain; reward CausalReward" in repr(made)
+
+
+def test_inspect_of_an_adapter(run, tiny_model, tmp_path):
+    base = tiny_model(tokenizer=True, chat_template=True)
+    adapter = write_adapter(tmp_path / "adapter", base, ("q_proj", "v_proj"), ranks={"v_proj": 5})
+    code, out, _ = run("inspect", adapter, "--json")
+    (facts,) = rows(out)
+    assert code == 0 and facts["loads"] and facts["head"] == "lm" and facts["tokenizer"] and facts["chat_template"]
+    assert facts["adapter"] == {"base": str(base), "modules": ["q_proj", "v_proj"], "ranks": [3, 5], "products": 2}
+    code, out, _ = run("inspect", adapter)
+    assert code == 0
+    assert f"adapter         LoRA of q_proj, v_proj; ranks 3, 5\nbase            {base}\n" in out
+    of_another = Path(shutil.copytree(adapter, tmp_path / "other"))
+    edit_json(of_another / "adapter_config.json", base_model_name_or_path=str(tiny_model(hidden=48)))
+    code, out, _ = run("inspect", of_another)
+    assert code == 1 and "use the adapter with the base model that it was trained on" in out
 
 
 def test_inspect(run, pair, tiny_model, copied):

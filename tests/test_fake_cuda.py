@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars
 from editing import edit_tensors
+from lora import write_adapter
 from process_models import write_process_model
+from stars import fit, sizes
 from stars.kernels import graph, prefill_attention
 from stars.kernels.linear import pack
 from stars.kernels.triton import tuned
@@ -239,6 +241,26 @@ if FAKED:
         assert seen["replay"] and not seen["capture"] and not seen["compile"]
         assert not gated or len(reward.gating._kept) == 1, "the prompts begin alike"
 
+    def test_log_probabilities_are_captured_behind_their_pass():
+        """Those of both models of an implicit reward: nothing is captured or compiled once requests come, and what no
+        slab holds is read in pages."""
+        with fake_cuda.gpu():
+            reward = stars.ImplicitReward(MODELS / "lm", MODELS / "lm")
+            engine = stars.Engine(MODELS / "lm", reward, device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=8, max_num_lanes=16, max_segment_size=32, prefill_backend="triton")
+            for part in reward.parts:
+                captured = {key[1] for key in part._passes._graphs._at_start if key[0] == "logprobs"}
+                assert captured == set(CUDA.shapes("score", 512))
+            start = fake_cuda.events.copy()
+            decode(engine, 0, 0.0)
+            decode(engine, 0, 0.0)
+            seen = fake_cuda.events - start
+            assert seen["replay"] and not seen["capture"] and not seen["compile"], seen
+            [output] = engine.generate(PROMPTS[1], stars.SamplingParams(max_tokens=90, seed=3), stars.BestOfN(n=2),
+                                       use_tqdm=False)
+            assert output.outputs[0].error is None
+            engine.check_integrity()
+
     def run_idle(passes, rows: int, kind: str, tiles, scored: bool) -> None:
         passes._fill_idle(rows, passes._sequences(rows))
         passes._forward(rows, passes._sequences(rows), tiles, None, kind == "score", scored).call()
@@ -405,6 +427,39 @@ if FAKED:
             assert abs(2 * (seen[0][1] - seen[1][1]) - 0.1 * 2**30) < page
             decode(engine, 40, 0.2)
             engine.check_integrity()
+
+    def test_an_adapter_is_captured_with_its_base(monkeypatch, tmp_path):
+        """As the model that drafts and as a named one: three launches a product beside those of the single operations,
+        the base's weights once in all, and the memory for both is what is said."""
+        adapter = write_adapter(tmp_path / "adapter", MODELS / "lm", rank=4)
+        other = write_adapter(tmp_path / "other", MODELS / "lm", ("q_proj", "down_proj"), rank=8)
+        said, whole = [], sizes.needed_bytes
+        monkeypatch.setattr(fit, "needed_bytes", lambda *given: said.append(whole(*given)) or said[-1])
+        with fake_cuda.gpu():
+            engine = stars.Engine(adapter, MODELS / "rm", device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=4, max_num_lanes=4, max_segment_size=16, prefill_backend="triton",
+                                  models={"guide": other})
+            decode(engine, 40, 0.2)
+            members = engine._models.members
+            jobs = [(engine._cache.open([5] * count, (0, 1)), [5] * count, count) for count in (17, 120)]
+            for _ in range(2):
+                for table, _, _ in jobs:
+                    table.length = 0
+                engine._models.prefill(jobs)
+            for table, _, _ in jobs:
+                engine._cache.close(table)
+            drafter = engine._models.drafter((1,))
+            engine.check_integrity()
+        own, guide = (member.decoder for member in members)
+        assert own.embedding is guide.embedding and own.layers[3].o is guide.layers[3].o and own.head is guide.head
+        assert [len(one.adapters) for one in (own, guide)] == [24, 12] and drafter.decoder is guide
+        assert own.adapters[0].down.values.dtype == own.dtype == torch.bfloat16
+        assert [one.launches(4) for one in (own, guide)] == [62 + 72, 62 + 36]
+        assert said[-1]["the model 'guide''s weights"] == 2 * sum(
+            one.out_features * one.in_features for pair in guide.adapters for one in pair)
+        for store, name in zip(engine._cache.stores, ("the language model", "the model 'guide'"), strict=True):
+            assert said[-1][f"{name}'s cache"] == sum(
+                one.nbytes for one in (store.k_pages, store.v_pages, store.k_slabs, store.v_slabs))
 
     def test_next_to_nothing_is_outgrown():
         """What a decoder outgrows is kept for graphs that may use it, and no memory was reckoned for it."""

@@ -306,7 +306,7 @@ def test_directories_without_safetensors(copy, tmp_path):
     with pytest.raises(ModelError, match="pytorch_model.bin, a pickle, which is never read: convert"):
         load_model(directory)
     (directory / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds an adapter, not a model: merge it"):
+    with pytest.raises(ModelError, match="is an adapter of None, which is not a directory here"):
         load_model(directory)
     (directory / "adapter_config.json").unlink()
     (directory / "pytorch_model.bin").unlink()

@@ -19,6 +19,7 @@ from stars.kernels.types import Draft
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.prompt import Prompt, parse_prompt
 from stars.reward.base import Candidate, Reward, TrailingCandidate, with_parts
+from stars.reward.session import SessionReward
 from stars.target import CPU, CUDA
 from test_encoder_rewards import write_encoder
 from tiny_heads import write_head
@@ -39,7 +40,7 @@ CAUSAL = {
 }
 PROCESS = {"process, tags": "mlp", "process, separators": "token"}
 PAGED = [*CAUSAL, *PROCESS]  # of which a session has pages
-COMPOSITE = ["sum of two models", "sum with a callable", "sum of sums", "cached"]
+COMPOSITE = ["sum of two models", "sum with a callable", "sum of sums", "cached", "implicit"]
 KINDS = [*PAGED, "encoder", "function of ids", "function of text", *COMPOSITE]
 
 
@@ -75,7 +76,7 @@ class Bench:
 
     def all_free(self) -> None:
         self.reward.check_integrity()
-        for cache in [part.cache for part in with_parts(self.reward) if isinstance(part, stars.CausalReward)]:
+        for cache in [part.cache for part in with_parts(self.reward) if isinstance(part, SessionReward)]:
             assert (cache.num_free_pages, cache.num_free_slabs) == (cache.num_pages, cache.num_slabs)
 
 
@@ -101,6 +102,8 @@ def bench(tiny_model, tmp_path_factory, lm, lag, process_models):
     """bench(kind): a reward of that kind, of its own."""
     same = tiny_model(family="qwen2", head="reward", tokenizer=True, chat_template=True)
     other = tiny_model(family="llama", head="reward", tokenizer=True, chat_template=True, tokenizer_seed=2, seed=7)
+    language_models = [tiny_model(family=family, tokenizer=True, chat_template=True, seed=5)
+                       for family in ("llama", "qwen2")]
     encoder: Path = write_encoder(tmp_path_factory.mktemp("encoder"), "Bert", max_position_embeddings=150)
 
     heads = {}
@@ -125,7 +128,9 @@ def bench(tiny_model, tmp_path_factory, lm, lag, process_models):
             reward = stars.WeightedReward([(made("function of text"), 0.125), (made("same"), 1.0)])
         elif kind == "sum of sums":
             reward = stars.WeightedReward([(made("sum with a callable"), 1.0), (made("other, eos"), 0.5),
-                                           (made("cached"), 0.25)])
+                                           (made("cached"), 0.25), (made("implicit"), 0.5)])
+        elif kind == "implicit":
+            reward = stars.ImplicitReward(*language_models, beta=0.5)
         elif kind == "cached":
             reward = stars.CachedReward(made("function of ids"), maxsize=3)
         elif kind == "encoder":
@@ -147,7 +152,7 @@ def hash_of(text: str) -> float:
 @pytest.mark.parametrize("kind, pieces", [(kind, (" jumps over", " sleeps")) for kind in KINDS] + [
     ("same", (LONG, LONG + " fox")), ("same, eos", (" dog", LONG)), ("same, chat", (LONG, "!")),
     ("other", (" dog", LONG)), ("other, eos", (LONG, LONG + "!")), ("process, tags", (LONG, LONG + " fox")),
-    ("process, separators", (" dog", LONG))])
+    ("process, separators", (" dog", LONG)), ("implicit", (LONG, LONG + " fox"))])
 def test_two_winners_of_one_session(bench, kind, pieces):
     """One goes to the session, the other to its fork: from there each has a history of its own, and its own end."""
     made = bench(kind)
@@ -410,7 +415,7 @@ def test_sessions_that_start_in_chunks(bench, kind):
         late = reward.open(parse_prompt("Nobody waits for it, as it is closed early", made.tokenizer, 10**6), 20)
         assert reward.start_in_chunks([late], 5) == (0, 5)
         reward.close(late)
-    elif any(isinstance(part, stars.CausalReward) for part in with_parts(reward)):
+    elif any(isinstance(part, SessionReward) for part in with_parts(reward)):
         assert len(calls) >= sum(one.rows for one in calls) / 5 > 1
     else:
         assert calls == [(3, 0)]

@@ -159,7 +159,8 @@ def test_the_engines_keywords_are_those_of_its_configuration():
                       "max_model_len", "max_num_seqs", "max_num_lanes", "max_segment_size", "prefill_backend",
                       "max_num_batched_tokens"]
     assert [engine[name].default for name in shared] == [config[name].default for name in shared]
-    assert [name for name in engine if name not in shared] == ["model", "reward", "tokenizer", "others"]
+    assert [name for name in engine if name not in shared] == ["model", "reward", "tokenizer", "models", "heads",
+                                                               "others"]
     assert engine["others"].kind is inspect.Parameter.VAR_KEYWORD
 
 

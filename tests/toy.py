@@ -118,6 +118,21 @@ class ToyModel:
         return norm(x[-1], self.final_norm) @ self.out.T.astype(np.float64)
 
 
+class Digits:
+    """A tokenizer whose tokens below 10 are digits: text and ids say the same."""
+
+    bos_token = bos_token_id = None
+    has_chat_template = False
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The digits."""
+        return [int(digit) for digit in text]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The same without EOS."""
+        return "".join(str(token) for token in token_ids if token != EOS)
+
+
 def toy_pair(vocab: int, seeds: tuple[int, int], *, sharpness: float = 1.5, layers: int = 1, positions: int = 96,
              ) -> tuple[ToyModel, ToyModel]:
     """A language model and a reward model of its vocabulary; `sharpness` is the reward model's."""

@@ -38,7 +38,8 @@ def generate(args: argparse.Namespace) -> int:
     saved = Calibration.load(args.calibration) if args.calibration is not None else None
     if saved is not None and saved.warning is not None:
         print(f"stars: warning: {saved.warning}", file=sys.stderr)
-    options.policy(args, 0.0 if saved is None else saved)  # refused before any file is touched; a measured one is later
+    # Refused before any file is touched; with what is measured it is made once more.
+    unmeasured = options.policy(args, 0.0 if saved is None else saved)
     _check_files(args)
     rows = rows_of_file(args.input, args.chat) if args.input is not None else rows_of_arguments(args.prompts, args.chat)
     earlier = Resumption(rows, args.output, args.trace) if args.resume else None
@@ -48,7 +49,7 @@ def generate(args: argparse.Namespace) -> int:
     engine: Engine | None = None
     policy: Policy | None = None
     if waiting or earlier is None:
-        engine = options.build_engine(args)
+        engine = options.build_engine(args, unmeasured)
         # On the same rows as in the earlier run, so that a seeded run goes on with the same threshold.
         policy = options.policy(args, saved if saved is not None else _measured(args, engine, rows, params))
     if args.stream:

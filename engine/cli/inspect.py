@@ -57,6 +57,9 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
         # The CPU's cache is float32 whatever the checkpoint's type.
         "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4,
         "eos_token_ids": list(config.eos_token_ids), "bos_token_id": config.bos_token_id,
+        "adapter": None if summary.adapter is None else {
+            "base": str(summary.adapter.base), "modules": list(summary.adapter.modules),
+            "ranks": list(summary.adapter.ranks), "products": summary.adapter.products},
         "tokenizer": summary.tokenizer, "chat_template": summary.chat_template, "shards": list(summary.shards),
         "missing": summary.missing, "unexpected": summary.unexpected,
     }
@@ -99,14 +102,13 @@ def _steps(summary: ModelSummary) -> dict[str, Any] | None:
 
 def _problem(directory: str, summary: ModelSummary, reward_head: Any) -> str | None:
     """Why it would not load, in the loader's own words; None if it would."""
-    from stars.model.checkpoint import Checkpoint
     from stars.model.head_files import VALUE_HEAD_FILE, head_choice
-    from stars.model.loader import check
+    from stars.model.loader import check, open_checkpoint
 
     if summary.head == "none":
         return "it has neither a language model head nor a reward head: use a checkpoint with one of them"
     try:
-        check(Checkpoint(directory, VALUE_HEAD_FILE if summary.head == "reward" else None), summary.config,
+        check(open_checkpoint(directory, VALUE_HEAD_FILE if summary.head == "reward" else None), summary.config,
               summary.head, head_choice(reward_head))
     except ModelError as error:
         return str(error)
@@ -122,6 +124,7 @@ def _print(facts: dict[str, Any]) -> None:
     rows = [
         ("directory", facts["directory"]),
         ("model type", f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})"),
+        *_adapter_rows(facts["adapter"]),
         ("head", heads[facts["head"]] + tied + _described(facts["reward_head"])),
         *_head_rows(facts["reward_head"]),
         *_step_rows(facts["steps"]),
@@ -143,6 +146,14 @@ def _print(facts: dict[str, Any]) -> None:
     ]
     for name, value in rows:
         print(f"{name:<15} {value}")
+
+
+def _adapter_rows(adapter: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if adapter is None:
+        return []
+    ranks = adapter["ranks"]
+    return [("adapter", f"LoRA of {', '.join(adapter['modules'])}; rank{'s' if len(ranks) > 1 else ''} "
+                        f"{', '.join(map(str, ranks))}"), ("base", adapter["base"])]
 
 
 def _described(head: dict[str, Any] | None) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stars.calibration import Calibration
 from stars.errors import ModelError, RequestError
-from stars.plan import plan_of
+from stars.plan import OWN, Hidden, plan_of
 from stars.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -28,12 +28,17 @@ ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "m
           "max_num_lanes", "max_num_batched_tokens")
 REWARD = {"reward_head": "head", "reward_template": "template", "reward_close": "close"}
 """Flags of a model directory, with their names in its class."""
+IMPLICIT = ("beta", "length_normalised")
+"""What --reward-set says of an ImplicitReward."""
 REMOTE = {"reward_model": "model", "reward_api": "api", "reward_label": "label", "reward_timeout": "timeout",
           "reward_retries": "retries", "reward_key_env": "api_key_env"}
 """Flags of a remote reward, with their names in RemoteReward."""
 POLICY_FLAGS = {name: name for name in (
     "segment_size", "max_attempts", "alpha", "beta", "reward_threshold", "width", "k")} | {"best_of": "n"}
 """Flags of their own, and the parameter of a policy that each sets; --set reaches all of them."""
+SHIPPED_MODELS = {"guide": "guide", "reference": "lm", "small": "small"}
+SHIPPED_HEADS = {"agent": "agent/model.safetensors"}
+"""What a policy's models and heads are beside the shipped pair, by their names: places in the package's demo_models."""
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -48,16 +53,25 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     """The two models."""
     group = parser.add_argument_group("models")
     group.add_argument("--model", metavar="DIR", help="the language model (without it: the shipped pair)")
+    group.add_argument("--named", action="append", default=[], type=_named, metavar="NAME=DIR",
+                       help="a further language model, or a LoRA adapter, that a policy calls by this name; may be "
+                       "given several times")
+    group.add_argument("--head", action="append", default=[], type=_named, metavar="NAME=FILE",
+                       help="a head on the language model's hidden states, the same way")
     group.add_argument("--reward", metavar="DIR", action="append",
                        help="the reward model; may be given several times, for the sum of several")
+    group.add_argument("--reward-implicit", nargs=2, metavar=("POLICY", "REFERENCE"), action="append",
+                       help="two language models: how much likelier the first makes a response (stars.ImplicitReward); "
+                       "its parameters are --reward-set beta=… and length_normalised=…")
     group.add_argument("--reward-weight", metavar="W", type=_finite, action="append",
-                       help="of a reward in a sum, once for each in their order, --reward-url the last (1)")
+                       help="of a reward in a sum, once for each in their order: --reward, --reward-implicit, "
+                       "--reward-url (1)")
     add_reward_head(group, "which head it has: ")
     group.add_argument("--reward-template", choices=("auto", "chat", "raw"), help="how it is shown prompt and response")
     group.add_argument("--reward-close", choices=("none", "template", "eos"), help="what is put after a response")
     group.add_argument("--reward-set", action="append", default=[], type=_assignment, metavar="KEY=VALUE",
-                       help="a parameter of the class that reads it (CausalReward, ProcessReward, EncoderReward), "
-                       "such as aggregate=min; may be given several times")
+                       help="a parameter of the class that reads it (CausalReward, ProcessReward, EncoderReward, "
+                       "ImplicitReward), such as aggregate=min; may be given several times")
     group = parser.add_argument_group("a reward model on a vLLM server (defaults are those of stars.RemoteReward)")
     group.add_argument("--reward-url", metavar="URL", help="its address, such as http://127.0.0.1:8000")
     group.add_argument("--reward-model", metavar="NAME", help="the name it is served by")
@@ -138,17 +152,23 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
     if bool(args.prompts) == (args.input is not None):
         parser.error("give prompts as arguments, or a file of them with --input")
     if needs_reward and args.model is not None and not _rewards(args):
-        parser.error("this needs a reward model: give --reward DIR, or --reward-url URL")
+        parser.error("this needs a reward model: give --reward DIR, --reward-url URL, or --reward-implicit POLICY "
+                     "REFERENCE")
     if args.model is not None and not _rewards(args) and (_given(args, REWARD) or args.reward_set):
         parser.error("--reward-head, --reward-template, --reward-close and --reward-set belong to --reward, which is "
                      "not given")
-    if args.reward is None and args.reward_url is not None and (
-            args.reward_close or args.reward_head or args.reward_set):
+    own = [name for name, _ in args.reward_set if not args.reward_implicit or name not in IMPLICIT]
+    if args.reward is None and args.reward_url is not None and (args.reward_close or args.reward_head or own):
         parser.error("--reward-head, --reward-close and --reward-set belong to --reward, which is not given: a server "
                      "has its own")
+    if args.reward is None and args.reward_implicit and args.reward_url is None and (_given(args, REWARD) or own):
+        parser.error("--reward-head, --reward-template and --reward-close belong to --reward, which is not given, and "
+                     f"--reward-set to --reward-implicit only as {' and '.join(IMPLICIT)}")
     if args.reward_url is None and any(getattr(args, name) is not None for name in REMOTE):
         parser.error(", ".join(f"--{name.replace('_', '-')}" for name in REMOTE) + " belong to --reward-url, which is "
                      "not given")
+    _check_once(parser, [f"--named {name}" for name, _ in args.named])
+    _check_once(parser, [f"--head {name}" for name, _ in args.head])
     _check_once(parser, [name for name, _ in args.reward_set] + [REWARD[flag] for flag in _given(args, REWARD)])
     if args.reward_weight is not None and len(args.reward_weight) != max(1, _rewards(args)):
         parser.error(f"--reward-weight is given {len(args.reward_weight)} times for {max(1, _rewards(args))} "
@@ -173,7 +193,7 @@ def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     _check_once(parser, names)
     if args.calibration is not None and ("reward_threshold" not in known or "reward_threshold" in names):
         parser.error("--calibration gives the reward_threshold: leave out the other, and take a policy that has one")
-    check_models(parser, args, needs_reward=args.policy != "sample")
+    check_models(parser, args, needs_reward="score" not in known)
 
 
 def _check_once(parser: argparse.ArgumentParser, names: list[str]) -> None:
@@ -202,7 +222,7 @@ def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy
         given["reward_threshold"] = calibration
         if given.get("beta") == "auto" and not isinstance(calibration, Calibration):
             given["beta"] = 0.0  # nothing is measured yet, or no prompt can run
-    if args.policy == "sample" and "score" not in given:
+    if "score" in parameters(args.policy) and "score" not in given:
         given["score"] = bool(_rewards(args)) or args.model is None
     made = POLICIES[args.policy](**given)
     plan_of(made)  # what does not go together is said before any file is touched
@@ -220,30 +240,38 @@ def _policy_parameters(args: argparse.Namespace) -> dict[str, Any]:
     return dict(args.set) | {POLICY_FLAGS[flag]: value for flag, value in _given(args, POLICY_FLAGS).items()}
 
 
-def build_engine(args: argparse.Namespace) -> Engine:
-    """The engine of the flags; without --model the shipped pair, which is said on stderr."""
+def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engine:
+    """The engine of the flags; without --model the shipped pair, which is said on stderr, and what `policy` asks for
+    beside it and the flags do not name."""
     model, rewards = args.model, list(args.reward or ())
+    models: dict[str, Path] = {}
+    heads: dict[str, Path] = {}
     if model is None:
         model, shipped = shipped_pair()
+        what = "language model" if _rewards(args) else "pair"
         rewards = rewards if _rewards(args) else [shipped]
-        what = "language model" if rewards != [shipped] else "pair"
         print(f"stars: no --model given, so this uses the shipped {what}, a toy trained on film reviews",
               file=sys.stderr)
+        if policy is not None:
+            models, heads = shipped_models(policy), shipped_heads(policy)
     from stars.engine import Engine
 
-    return Engine(model, _reward(args, rewards), **_given(args, ENGINE))
+    return Engine(model, _reward(args, rewards), models=models | dict(args.named), heads=heads | dict(args.head),
+                  **_given(args, ENGINE))
 
 
 def _rewards(args: argparse.Namespace) -> int:
     """How many rewards the flags name."""
-    return len(args.reward or ()) + (args.reward_url is not None)
+    return len(args.reward or ()) + len(args.reward_implicit or ()) + (args.reward_url is not None)
 
 
 def _reward(args: argparse.Namespace, directories: list[Any]) -> Any:
     """The reward of the flags over these directories; None where there are none."""
-    from stars.reward import RemoteReward, WeightedReward
+    from stars.reward import ImplicitReward, RemoteReward, WeightedReward
 
     rewards = [_model_reward(args, directory) for directory in directories]
+    of_implicit = {name: value for name, value in args.reward_set if name in IMPLICIT}
+    rewards += [ImplicitReward(*models, **of_implicit) for models in args.reward_implicit or ()]
     if args.reward_url is not None:
         given = {REMOTE[name]: value for name, value in _given(args, tuple(REMOTE)).items()}
         rewards.append(RemoteReward(args.reward_url, template=args.reward_template or "auto", **given))
@@ -256,7 +284,8 @@ def _model_reward(args: argparse.Namespace, directory: Any) -> Any:
     """A directory's reward, of the class that it is read by, with what the flags say of it."""
     from stars.reward import CausalReward, ProcessReward, resolve_reward
 
-    given = {REWARD[flag]: value for flag, value in _given(args, REWARD).items()} | dict(args.reward_set)
+    given = {REWARD[flag]: value for flag, value in _given(args, REWARD).items()} | {
+        name: value for name, value in args.reward_set if not args.reward_implicit or name not in IMPLICIT}
     if not given:
         return directory
     kind: Any = type(resolve_reward(directory))
@@ -277,11 +306,33 @@ def _keywords(kind: Any) -> list[str]:
 
 def shipped_pair() -> tuple[Path, Path]:
     """The directories of the language model and the reward model in the package; ModelError where it has none."""
-    root = Path(__file__).resolve().parent.parent / "demo_models"
+    root = _demo_models()
     pair = root / "lm", root / "rm"
     if not all((directory / "config.json").is_file() for directory in pair):
         raise ModelError(f"this installation has no models in {root}: give --model and --reward, or install it again")
     return pair
+
+
+def shipped_models(policy: Policy) -> dict[str, Path]:
+    """Engine's `models` of those names that a policy uses and the package has something for."""
+    plan = plan_of(policy)
+    return _shipped(SHIPPED_MODELS, {name for name, _ in plan.drafts_with}.union(plan.reads_with) - {OWN})
+
+
+def shipped_heads(policy: Policy) -> dict[str, Path]:
+    """Engine's `heads`, as `shipped_models`."""
+    reads = plan_of(policy).score.reads
+    return _shipped(SHIPPED_HEADS, {reads.head} if isinstance(reads, Hidden) else set())
+
+
+def _shipped(places: dict[str, str], names: set[str]) -> dict[str, Path]:
+    """What the package has of these names: the rest is missed by the request that asks for it."""
+    found = {name: _demo_models() / places[name] for name in sorted(names) if name in places}
+    return {name: path for name, path in found.items() if path.exists()}
+
+
+def _demo_models() -> Path:
+    return Path(__file__).resolve().parent.parent / "demo_models"
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -324,6 +375,17 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 _assignment.__name__ = "KEY=VALUE"
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME=PATH, in which the path may have further signs of equality."""
+    name, sign, path = text.partition("=")
+    if not sign or not name.strip() or not path:
+        raise ValueError("no NAME=PATH")
+    return name, path
+
+
+_named.__name__ = "NAME=PATH"
 
 
 def _finite(text: str) -> float:

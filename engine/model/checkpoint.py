@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stars.errors import ModelError
-from stars.model.files import is_file, printed, read_json, shown
+from stars.model.files import INDEX, SINGLE, is_file, printed, read_json, shown
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The element types a weight may have, by their safetensors names."""
 
@@ -44,6 +43,7 @@ class Checkpoint:
             self.shards = [*self.shards, *({beside} - set(self.shards))]
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[str, Any] = {}
+        self._aliases: dict[str, str] = {}  # what tensors are called in their file, where that differs
         for shard in self.shards:
             path = self.directory / shard
             if not is_file(path):
@@ -74,12 +74,18 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Tensor `name` in the file's own type; it may be a view of the file, so keep only copies of it."""
-        shard = self.tensors[name].shard
         try:
-            tensor: Tensor = self._files[shard].get_tensor(name)
+            tensor: Tensor = self._files[self._shard_of(name)].get_tensor(self._aliases.get(name, name))
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"{name} cannot be read from {self.directory / shard} ({error}): copy again") from error
+            raise ModelError(f"{name} cannot be read from {self.file_of(name)} ({error}): copy again") from error
         return tensor
+
+    def file_of(self, name: str) -> Path:
+        """The file that tensor `name` is in."""
+        return self.directory / self._shard_of(name)
+
+    def _shard_of(self, name: str) -> str:
+        return self.tensors[name].shard
 
 
 def _find_shards(directory: Path) -> tuple[list[str], dict[str, str]]:
@@ -94,8 +100,6 @@ def _find_shards(directory: Path) -> tuple[list[str], dict[str, str]]:
             if Path(shard).name != shard or not shard.isprintable():
                 raise ModelError(f"{directory / INDEX} names {shown(shard)}, which is not a file beside it: refused")
         return sorted(set(mapped.values())), mapped
-    if is_file(directory / "adapter_config.json"):
-        raise ModelError(f"{directory} holds an adapter, not a model: merge it into its base model and save that")
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickles:
         raise ModelError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stars.errors import ModelError
+from stars.model.bases import model_directory
 from stars.model.checkpoint import Checkpoint
 from stars.model.families import FAMILIES, Family
 from stars.model.files import is_directory, is_file, is_finite, read_json, shown
@@ -70,7 +71,7 @@ class ModelConfig:
 
 
 def load_config(directory: str | Path) -> ModelConfig:
-    """Reads DIRECTORY/config.json, and generation_config.json where there is one.
+    """Reads DIRECTORY/config.json, and generation_config.json where there is one; of an adapter, its base's.
 
     Raises ModelError for a missing or broken file, an unsupported model type, architecture, rope type, activation or
     quantisation, for sizes that do not fit together, and for more layers than the weights' headers hold.
@@ -78,6 +79,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     directory = Path(directory)
     if not is_directory(directory):
         raise ModelError(f"{directory} is not a directory: give the path of a model in Hugging Face format")
+    directory = model_directory(directory)
     path = directory / "config.json"
     if not is_file(path):
         raise ModelError(f"{directory} has no config.json: give the path of a model in Hugging Face format")

@@ -21,6 +21,15 @@ from stars.kernels.types import Batch, LayerKV, SplitSpace, Stream
 from stars.model.config import ModelConfig
 from stars.model.fusing import fusing
 from stars.model.heads import RewardHead
+from stars.model.low_rank import (
+    LAUNCHES,
+    NO_ADAPTERS,
+    AdapterRoom,
+    LayerAdapters,
+    adapter_room,
+    add_low_rank,
+    low_rank_products,
+)
 from stars.model.rope import rope_tables
 from stars.model.workspace import Workspace, make_workspace
 from stars.target import target_of
@@ -37,6 +46,7 @@ class LayerWeights(NamedTuple):
     mlp_norm: Tensor  # [hidden]
     gate_up: Weight  # [2 * intermediate, hidden]: gate, up
     down: Weight  # [hidden, intermediate]
+    adapters: LayerAdapters = NO_ADAPTERS  # what is added to these products
 
 
 class KVCache(Protocol):
@@ -80,9 +90,13 @@ class Decoder:
         self.max_rows = self.max_logits = 0
         self._reserved: Workspace | None = None
         self._logits: Tensor | None = None
-        self._outgrown: list[Workspace | SplitSpace | Tensor] = []
+        self._outgrown: list[Workspace | SplitSpace | AdapterRoom | Tensor] = []
         self._split = SplitSpace(torch.empty(0), torch.empty(0))
-        self._fusing = fusing(config, dtype, self._ends()) if target_of(self.device.type).triton else None
+        self.adapters = tuple(low_rank_products(layer.adapters for layer in self.layers))
+        self._room: AdapterRoom | None = None
+        # The fused products have no sums beside them.
+        fusable = target_of(self.device.type).triton and not self.adapters
+        self._fusing = fusing(config, dtype, self._ends()) if fusable else None
         self.reserve(max_rows)
         self.reserve_fused()
         if head is not None:
@@ -113,7 +127,12 @@ class Decoder:
         there are the embedding and the final norm.
         """
         fused = self._fusing is not None and self._fusing.fuses(rows)
-        return (6 if fused else 10) * len(self.layers) + 2
+        return (6 if fused else 10) * len(self.layers) + 2 + self.adapter_launches
+
+    @property
+    def adapter_launches(self) -> int:
+        """Of those, what an adapter adds."""
+        return LAUNCHES * len(self.adapters)
 
     def reserve(self, max_rows: int) -> None:
         """Makes room for passes of `max_rows` rows; does nothing where there is room already.
@@ -124,6 +143,9 @@ class Decoder:
             return
         self._outgrow(self._reserved)
         self._reserved = make_workspace(self.config, max_rows, self.dtype, self.device, self.score_head is not None)
+        if self.adapters:
+            self._outgrow(self._room)
+            self._room = adapter_room(self.adapters, max_rows, self.dtype, self.device)
         self.max_rows = max_rows
 
     def reserve_fused(self) -> None:
@@ -163,7 +185,7 @@ class Decoder:
         self._outgrow(self.sin)
         self.cos, self.sin = rope_tables(self.config.rope, self.config.head_dim, count, self.device)
 
-    def _outgrow(self, buffers: Workspace | SplitSpace | Tensor | None) -> None:
+    def _outgrow(self, buffers: Workspace | SplitSpace | AdapterRoom | Tensor | None) -> None:
         """Programs of libstars hold what they use; a CUDA graph, of another engine perhaps, holds addresses only."""
         if buffers is not None and target_of(self.device.type).triton:
             self._outgrown.append(buffers)
@@ -225,7 +247,9 @@ class Decoder:
                 kernels.rms_norm(residual, layer.input_norm, eps, normed)
             else:
                 kernels.rms_norm(branch, layer.input_norm, eps, normed, residual)
+            adapters = layer.adapters
             kernels.linear(normed, layer.qkv, qkv)
+            add_low_rank(normed, adapters.qkv, qkv, self._room)
             kernels.rope_write(qkv, batch, self.cos, self.sin, kv, q, layer.q_norm, layer.k_norm, eps)
             self._attend(index, q, kv, batch, attended_heads)
             if rows is not None and index == last:
@@ -233,10 +257,13 @@ class Decoder:
                 normed = space.normed[:wanted]
                 branch, gate_up, gated = space.branch[:wanted], space.gate_up[:wanted], space.gated[:wanted]
             kernels.linear(attended, layer.o, branch)
+            add_low_rank(attended, adapters.o, branch, self._room)
             kernels.rms_norm(branch, layer.mlp_norm, eps, normed, residual)
             kernels.linear(normed, layer.gate_up, gate_up)
+            add_low_rank(normed, adapters.gate_up, gate_up, self._room)
             kernels.swiglu(gate_up, gated)
             kernels.linear(gated, layer.down, branch)
+            add_low_rank(gated, adapters.down, branch, self._room)
         return residual, branch
 
     def _fuses(self, batch: Batch) -> bool:

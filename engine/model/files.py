@@ -10,6 +10,9 @@ from typing import Any
 
 from stars.errors import ModelError
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Where a model's weights are, or which files they are in."""
+
 MAX_BYTES = 1 << 28
 """Of a JSON file or template: the longest tokenizer.json in use is an eighth of it, an index of shards far shorter."""
 

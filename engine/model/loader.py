@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from stars import kernels
 from stars.errors import ModelError
 from stars.kernels.linear import Weight
+from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
+from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from stars.model.bases import is_adapter
 from stars.model.checkpoint import ITEM_BYTES, Checkpoint
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder, LayerWeights
@@ -30,9 +34,11 @@ from stars.model.head_files import (
     read_head,
 )
 from stars.model.heads import RewardHead
+from stars.model.low_rank import LayerAdapters, LowRank
 from stars.model.normalisation import STATISTICS
 from stars.model.rope import rope_tables
-from stars.model.tokenizer import has_chat_template
+from stars.model.sharing import once
+from stars.model.tokenizer import has_chat_template, tokenizer_directory
 from stars.target import target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +55,7 @@ KEYS = {
 """What of config.json gives the shape of a layer's weight; that of the others is hidden_size."""
 
 Head = Literal["lm", "reward", "none"]
+T = TypeVar("T")
 
 
 class ModelSummary(NamedTuple):
@@ -65,6 +72,19 @@ class ModelSummary(NamedTuple):
     reward_head: HeadForm | None  # of a reward model; None where it has none that can be read
     tokenizer: bool
     chat_template: bool
+    elements: dict[tuple[Path, str], int]  # of its parameters, by file and tensor: what several read is held once
+    adapter: AdapterSummary | None = None  # where the directory holds one
+
+
+class AdapterSummary(NamedTuple):
+    """What an adapter puts beside the weights of its base."""
+
+    base: Path
+    modules: tuple[str, ...]  # such as "q_proj"
+    ranks: tuple[int, ...]  # that there are, rising
+    products: int  # of all layers, that have one beside them
+    widest: tuple[int, int]  # the largest rank of a product, and the most features
+    elements: int  # of its matrices as they are held
 
 
 def load_model(
@@ -95,7 +115,8 @@ def load_model(
         dtype = target_of(device.type).dtype or config.dtype
         if dtype not in DTYPES:
             raise ModelError(f"{directory} is stored as {dtype}, which is not supported: choose a dtype")
-    checkpoint = Checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
+    checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
+    config = adapted_config(config, checkpoint)
     names, form = check(checkpoint, config, head, choice)
     reader = _Reader(checkpoint, names, dtype, device, deterministic)
     tied = head == "lm" and config.tie_word_embeddings
@@ -117,6 +138,20 @@ def load_model(
     )
 
 
+def open_checkpoint(directory: str | Path, beside: str | None = None) -> Checkpoint:
+    """The tensors of a model directory, or of an adapter and its base; ModelError."""
+    directory = Path(directory)
+    return AdaptedCheckpoint(directory, beside) if is_adapter(directory) else Checkpoint(directory, beside)
+
+
+def adapted_config(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The configuration of a base, with the labels of a reward head that its adapter brings."""
+    score = checkpoint.tensors.get(SCORE_HEAD)
+    brought = isinstance(checkpoint, AdaptedCheckpoint) and score is not None and (
+        checkpoint.file_of(SCORE_HEAD).parent == checkpoint.adapter)
+    return replace(config, num_labels=score.shape[0]) if brought and score is not None and score.shape else config
+
+
 def inspect_model(directory: str | Path, head: Head | None = None, reward_head: Any = "auto") -> ModelSummary:
     """What DIRECTORY holds, without reading weights; raises ModelError where config or headers cannot be read.
 
@@ -124,7 +159,8 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
     """
     directory = Path(directory)
     config, choice = load_config(directory), head_choice(reward_head)
-    checkpoint = Checkpoint(directory, None if head == "lm" else VALUE_HEAD_FILE)
+    checkpoint = open_checkpoint(directory, None if head == "lm" else VALUE_HEAD_FILE)
+    config = adapted_config(config, checkpoint)
     if head is None:
         head = "none"
         if choice != HeadChoice() or config.is_reward or has_head(checkpoint):
@@ -138,20 +174,44 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
         except ModelError:  # `check` says it
             pass
     names, missing, unexpected = _match(checkpoint, config, head, form)
-    held = [checkpoint.tensors[name] for name in names.values() if name in checkpoint.tensors]
+    held = {name: checkpoint.tensors[name] for name in names.values() if name in checkpoint.tensors}
+    elements = {(checkpoint.file_of(name).resolve(), name): info.size for name, info in held.items()}
+    adapter = _adapter_summary(checkpoint, config) if isinstance(checkpoint, AdaptedCheckpoint) else None
+    if adapter is not None:
+        elements[(directory / ADAPTER_WEIGHTS).resolve(), "low-rank"] = adapter.elements
     return ModelSummary(
         config=config,
-        parameters=sum(info.size for info in held),
-        bytes=sum(info.size * ITEM_BYTES.get(info.dtype, 0) for info in held),
+        parameters=sum(elements.values()),
+        bytes=sum(info.size * ITEM_BYTES.get(info.dtype, 0) for info in held.values()),
         shards=tuple(checkpoint.shards),
         head=head,
         tied=config.tie_word_embeddings,
         missing=missing,
         unexpected=unexpected,
         reward_head=form,
-        tokenizer=is_file(directory / "tokenizer.json"),
+        tokenizer=is_file(tokenizer_directory(directory) / "tokenizer.json"),
         chat_template=has_chat_template(directory),
+        elements=elements,
+        adapter=adapter,
     )
+
+
+def _adapter_summary(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> AdapterSummary:
+    shapes, pairs = expected_tensors(config, "none"), checkpoint.pairs
+    products = []  # ranks and features of each that has an adapter
+    elements = 0
+    for index in range(config.num_layers):
+        for modules in PRODUCTS:
+            names = [f"model.layers.{index}.{module}" for module in modules]
+            rank = sum(pairs[name].rank for name in names if name in pairs)
+            if rank:
+                features = sum(shapes[name + ".weight"][0] for name in names)
+                products.append((rank, features))
+                elements += rank * (features + shapes[names[0] + ".weight"][1])
+    named = dict.fromkeys(name.split(".")[-1] for name in pairs)
+    return AdapterSummary(checkpoint.directory, tuple(named), tuple(sorted({pair.rank for pair in pairs.values()})),
+                          len(products), (max((rank for rank, _ in products), default=0),
+                                          max((features for _, features in products), default=0)), elements)
 
 
 def expected_tensors(config: ModelConfig, head: Head) -> dict[str, tuple[int, ...]]:
@@ -201,6 +261,41 @@ class _Reader:
 
     def matrix(self, *layers: str) -> Weight:
         """The weights of `layers`, one below the other, packed, with their biases where they have some."""
+        names = [layer + ".weight" for layer in layers] + [layer + ".bias" for layer in layers]
+        return self._once(names, lambda: self._matrix(*layers))
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight or a bias, float32."""
+        return self._once([name], lambda: self._read(name).to(self.device, torch.float32, copy=True))
+
+    def low_rank(self, *modules: str) -> LowRank | None:
+        """What an adapter adds to the product of `modules`, in the activations' type; None where it adds nothing."""
+        if not isinstance(self.checkpoint, AdaptedCheckpoint) or not any(
+                module in self.checkpoint.pairs for module in modules):
+            return None
+        features = [self.checkpoint.tensors[self.names[module + ".weight"]].shape[0] for module in modules]
+        pairs = [self.checkpoint.pairs.get(module) for module in modules]
+        downs = []
+        ups = torch.zeros(sum(features), sum(pair.rank for pair in pairs if pair is not None))
+        row = column = 0
+        for pair, count in zip(pairs, features, strict=True):
+            if pair is not None:
+                down, up = self.checkpoint.low_rank(pair)
+                downs.append(down)
+                ups[row : row + count, column : column + pair.rank] = up
+                column += pair.rank
+            row += count
+        return LowRank(*(kernels.pack(matrix.to(self.device, self.kind), None, self.deterministic)
+                         for matrix in (torch.cat(downs), ups)))
+
+    def _once(self, names: Iterable[str], make: Callable[[], T]) -> T:
+        """What is made of these tensors of these files, once in a scope of shared weights."""
+        held = [name for name in names if name in self.names]
+        read = tuple((self.checkpoint.file_of(self.names[name]).resolve(), name) for name in held)
+        key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic)
+        return once(key, make)
+
+    def _matrix(self, *layers: str) -> Weight:
         parts = [self._read(layer + ".weight") for layer in layers]
         biases = [self.vector(layer + ".bias") for layer in layers if layer + ".bias" in self.names]
         # bfloat16 is kept as such: it is exact and half the bytes; all else becomes float32, which is exact too
@@ -211,10 +306,6 @@ class _Reader:
         torch.cat([part.to(self.device, kind) for part in parts], out=joined)
         bias = torch.cat(biases) if biases else None
         return kernels.pack(joined, bias, self.deterministic, "bfloat16" if self.rounded else "float32")
-
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight or a bias, float32."""
-        return self._read(name).to(self.device, torch.float32, copy=True)
 
     def check_tied(self) -> None:
         """Raises ModelError where the checkpoint has a head of its own although it should be the embedding."""
@@ -241,6 +332,7 @@ def _layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:
         mlp_norm=reader.vector(prefix + "post_attention_layernorm.weight"),
         gate_up=reader.matrix(mlp + "gate_proj", mlp + "up_proj"),
         down=reader.matrix(mlp + "down_proj"),
+        adapters=LayerAdapters(*(reader.low_rank(*(prefix + module for module in modules)) for modules in PRODUCTS)),
     )
 
 
@@ -284,7 +376,22 @@ def check(checkpoint: Checkpoint, config: ModelConfig, head: Head, choice: HeadC
                 f"{names[name]} of {where} is stored as {info.dtype}, which is not supported: "
                 "use the float32, bfloat16 or float16 model"
             )
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        _check_pairs(checkpoint, config)
     return names, form
+
+
+def _check_pairs(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> None:
+    """Raises ModelError unless an adapter's matrices fit the base's."""
+    shapes = expected_tensors(config, "none")
+    for module, pair in checkpoint.pairs.items():
+        shape = shapes.get(module + ".weight")
+        if shape != (pair.out_features, pair.in_features):
+            found = "no such layer" if shape is None else f"{list(shape)}"
+            raise ModelError(
+                f"{checkpoint.adapter} has an adapter of {module} for a matrix of "
+                f"{[pair.out_features, pair.in_features]} and its base {checkpoint.directory} has {found}: use the "
+                "adapter with the base model that it was trained on")
 
 
 def _keys(name: str, shape: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from stars.errors import ModelError, TokenizerError
+from stars.model.bases import model_directory
 from stars.model.chat_template import ChatTemplate
 from stars.model.files import MAX_BYTES, is_file, read_json, read_text
 from stars.model.tokenizer_limits import (
@@ -53,6 +54,7 @@ class Tokenizer:
         self._where = where
         self.bos_token = special_tokens.get("bos_token")
         self.eos_token = special_tokens.get("eos_token")
+        self.pad_token = special_tokens.get("pad_token")
         self.bos_token_id = None if self.bos_token is None else backend.token_to_id(self.bos_token)
         self.eos_token_id = None if self.eos_token is None else backend.token_to_id(self.eos_token)
 
@@ -219,8 +221,10 @@ def _replace_invalid_bytes(tokens: list[str]) -> list[str]:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
-    """The tokenizer in DIRECTORY, None where it has no tokenizer.json; raises TokenizerError for broken files."""
-    directory = Path(directory)
+    """The tokenizer in DIRECTORY, of an adapter without one its base's; None where it has no tokenizer.json. Raises
+    TokenizerError for broken files.
+    """
+    directory = tokenizer_directory(directory)
     path = directory / "tokenizer.json"
     if not is_file(path):
         return None
@@ -239,9 +243,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
                          _templates(directory, config), str(directory))
 
 
+def tokenizer_directory(directory: str | Path) -> Path:
+    """Where the tokenizer of DIRECTORY lies: there, or where it is an adapter without one, with its base."""
+    directory = Path(directory)
+    return directory if is_file(directory / "tokenizer.json") else model_directory(directory)
+
+
 def has_chat_template(directory: str | Path) -> bool:
     """Whether DIRECTORY brings a chat template."""
-    return bool(_templates(Path(directory), _read_config(Path(directory))))
+    directory = tokenizer_directory(directory)
+    return bool(_templates(directory, _read_config(directory)))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

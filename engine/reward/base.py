@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from stars.arguments import integer, shown
 from stars.config import EngineConfig
@@ -93,6 +93,7 @@ class Held(NamedTuple):
     slab_len: int = 0  # tokens of such a slab
     other_bytes: int = 0  # of whatever else
     reward_head: Any = "auto"  # of that directory, as `load_model`'s
+    head: Literal["lm", "reward"] = "reward"  # of that directory
 
 
 class Reward(ABC):

@@ -8,7 +8,7 @@ from stars.arguments import shown
 from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
-from stars.errors import ModelError, RequestError, RewardError
+from stars.errors import ModelError, RewardError
 from stars.kernels.types import Draft
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
@@ -17,11 +17,10 @@ from stars.model.heads import RewardHead
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
-from stars.prompt import Prompt
 from stars.reward.base import Held, check_path
 from stars.reward.framing import Framing
 from stars.reward.gating import Gating
-from stars.reward.scoring import ScoringReward, outside
+from stars.reward.scoring import ScoringReward
 from stars.sizes import reward_model, slab_length
 
 REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's, before pages are taken for it
@@ -146,24 +145,3 @@ class CausalReward(ScoringReward):
 
     def _slab_length(self, framing: Framing, config: EngineConfig) -> int:
         return slab_length(config, framing.encoder is not None, framing.closing_room)
-
-    def check(self, prompt: Prompt, max_tokens: int) -> None:
-        """Refuses a prompt whose response could not fit the RM's context or its cache."""
-        frame = self.framing.frame(prompt)
-        if not frame.prefix:
-            raise RequestError("the prompt is empty for the reward model: give at least one character that is no "
-                               "special token")
-        if self.gating is not None:
-            self.gating.check(frame.prefix)
-        ids = frame.prefix + frame.closing
-        if max(ids) >= self.vocab_size:
-            raise RequestError(outside(ids, self.vocab_size))
-        needed = len(frame.prefix) + max_tokens + len(frame.closing)
-        if needed > self.max_model_len:
-            raise RequestError(f"prompt and max_tokens make {needed} tokens for the reward model, whose context is "
-                               f"{self.max_model_len}: shorten the prompt or lower max_tokens")
-        capacity = min(len(frame.prefix) + max_tokens + self.slack, self.max_model_len)
-        tokens = self.cache.num_pages * self.cache.page_size
-        if capacity > tokens:
-            raise RequestError(f"prompt and max_tokens need {capacity} tokens of the reward model's cache, which has "
-                               f"{tokens}: raise cache_tokens")

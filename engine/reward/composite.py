@@ -136,8 +136,8 @@ class CompositeReward(Reward):
         """The scores of each part, in the order of the candidates."""
         scores = []
         for index, part in enumerate(self.parts):
-            asked = [Candidate(candidate.session.parts[index], candidate.token_ids,
-                               candidate.text if part.needs_text else None, candidate.final, candidate.ended)
+            asked = [candidate._replace(session=candidate.session.parts[index],
+                                        text=candidate.text if part.needs_text else None)
                      for candidate in candidates]
             with self._naming(index):
                 scores.append(part.score(asked))

@@ -14,7 +14,7 @@ from stars.passes import DraftedPart, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Progress, Scored, TrailingCandidate
 from stars.reward.framing import Text
-from stars.reward.session import NO_SCORES, Handle, Session, SessionReward
+from stars.reward.session import NO_SCORES, Handle, Session, SessionReward, outside
 from stars.sizes import MAX_CLOSING
 
 
@@ -37,19 +37,8 @@ class CandidatePlan(NamedTuple):
         return self.table is not self.session.table
 
 
-class ScoringReward(SessionReward):
-    """Scores every candidate the same way: what its session's pages lack is run into a slab, and the reward is read at
-    the end, or is made of what is read at step tags; the scores of those in pages are the session's. What a slab does
-    not hold is run into pages first, in chunks: a finished response's into its session's, a candidate's into pages of
-    its own. What is still being drafted is filled in on the device.
-
-    Whoever binds it sets what follows, besides what sessions need.
-    """
-
-    deterministic: bool
-    max_model_len: int
-    vocab_size: int  # of the reward model
-    slack: int  # tokens that a response may run longer than the LM's say, before more pages are taken
+class SlabReward(SessionReward):
+    """A reward whose sessions grow by what was run into slabs."""
 
     def could_hold(self, prompt: Prompt, max_tokens: int, responses: int) -> bool:
         """Whether `reserve` could give each of them all it may ask for."""
@@ -73,6 +62,39 @@ class ScoringReward(SessionReward):
             return max(1, math.ceil(ridge / max(1, tokens * responses)))
         rows = responses * (self.target.reward_lag + tokens + self.framing.longest_closing)
         return max(1, ridge // max(1, rows))
+
+    def discard(self, handle: Handle | None) -> None:
+        """Frees the slab."""
+        if handle is not None and handle.slab is not None:
+            self.cache.return_slab(handle.slab)
+
+    def _room(self, positions: int) -> int:
+        """Positions of pages for a response of so many, as far as context and cache go."""
+        return min(positions + self.slack, self.max_model_len, self.cache.num_pages * self.cache.page_size)
+
+    def _make_room(self, session: Session, stop: int) -> None:
+        """Room for `stop` positions, where a text is longer than was reserved; raises OutOfPages."""
+        if stop > len(session.table.pages) * self.cache.page_size:
+            self.cache.reserve(session.table, stop - session.table.length)
+
+    def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
+        """Why a response cannot be scored; raised where others hold pages, so that it is tried again by itself."""
+        problem = RewardError(f"the response re-encodes to {tokens} tokens for the reward model and {error}")
+        if self.cache.num_tables > 1:
+            raise problem from error
+        return problem
+
+
+class ScoringReward(SlabReward):
+    """Scores every candidate the same way: what its session's pages lack is run into a slab, and the reward is read at
+    the end, or is made of what is read at step tags; the scores of those in pages are the session's. What a slab does
+    not hold is run into pages first, in chunks: a finished response's into its session's, a candidate's into pages of
+    its own. What is still being drafted is filled in on the device.
+
+    Whoever binds it sets what follows, besides what sessions need.
+    """
+
+    deterministic: bool
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates."""
@@ -208,20 +230,6 @@ class ScoringReward(SessionReward):
             for slab in slabs:
                 self.cache.return_slab(slab)
 
-    def discard(self, handle: Handle | None) -> None:
-        """Frees the slab."""
-        if handle is not None and handle.slab is not None:
-            self.cache.return_slab(handle.slab)
-
-    def _room(self, positions: int) -> int:
-        """Positions of pages for a response of so many, as far as context and cache go."""
-        return min(positions + self.slack, self.max_model_len, self.cache.num_pages * self.cache.page_size)
-
-    def _make_room(self, session: Session, stop: int) -> None:
-        """Room for `stop` positions, where a text is longer than was reserved; raises OutOfPages."""
-        if stop > len(session.table.pages) * self.cache.page_size:
-            self.cache.reserve(session.table, stop - session.table.length)
-
     def _write(self, session: Session, text: Text, stop: int, max_rows: int | None = None) -> int:
         """ids[:stop] into the session's pages, which then end there, or, after at most `max_rows` rows, before; returns
         the rows run. The scores of the tags among them are the session's afterwards."""
@@ -354,13 +362,6 @@ class ScoringReward(SessionReward):
         """What a response that has ended should have had, for a reward that asks for something."""
         return None
 
-    def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
-        """Why a response cannot be scored; raised where others hold pages, so that it is tried again by itself."""
-        problem = RewardError(f"the response re-encodes to {tokens} tokens for the reward model and {error}")
-        if self.cache.num_tables > 1:
-            raise problem from error
-        return problem
-
 
 class TrailingScores:
     """Scores that trail their draft: `stars.reward.base.Trailing`."""
@@ -434,9 +435,3 @@ def _planned(session: Session, table: BlockTable, text: Text, start: int, run: i
 def _readings(plan: CandidatePlan) -> int:
     """Rewards that a pass reads of it."""
     return len(plan.tags) or 1
-
-
-def outside(ids: Sequence[int], vocab_size: int) -> str:
-    """Why `ids` cannot be scored: a tokenizer may know more tokens than the model."""
-    return (f"token id {max(ids)} is outside the reward model's vocabulary of {vocab_size}: use the tokenizer it came "
-            "with")

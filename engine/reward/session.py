@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
 from typing import NamedTuple
 
 from stars.cache import BlockTable, PagedCache
+from stars.errors import RequestError
 from stars.passes import Passes
 from stars.prompt import Prompt
 from stars.reward.base import Progress, Reward
@@ -46,14 +47,38 @@ class Handle(NamedTuple):
 class SessionReward(Reward):
     """A reward whose sessions have pages in a cache of its own.
 
-    Whoever binds it sets target, framing, cache and passes.
+    Whoever binds it sets what follows.
     """
 
     target: Target
     framing: Framing
     cache: PagedCache
     _passes: Passes
+    max_model_len: int
+    vocab_size: int  # of the reward model
+    slack: int  # tokens that a response may run longer than the LM's say, before more pages are taken
     gating: Gating | None = None  # of a model with a gated head
+
+    def check(self, prompt: Prompt, max_tokens: int) -> None:
+        """Refuses a prompt whose response could not fit the RM's context or its cache."""
+        frame = self.framing.frame(prompt)
+        if not frame.prefix:
+            raise RequestError("the prompt is empty for the reward model: give at least one character that is no "
+                               "special token")
+        if self.gating is not None:
+            self.gating.check(frame.prefix)
+        ids = frame.prefix + frame.closing
+        if max(ids) >= self.vocab_size:
+            raise RequestError(outside(ids, self.vocab_size))
+        needed = len(frame.prefix) + max_tokens + len(frame.closing)
+        if needed > self.max_model_len:
+            raise RequestError(f"prompt and max_tokens make {needed} tokens for the reward model, whose context is "
+                               f"{self.max_model_len}: shorten the prompt or lower max_tokens")
+        capacity = min(len(frame.prefix) + max_tokens + self.slack, self.max_model_len)
+        tokens = self.cache.num_pages * self.cache.page_size
+        if capacity > tokens:
+            raise RequestError(f"prompt and max_tokens need {capacity} tokens of the reward model's cache, which has "
+                               f"{tokens}: raise cache_tokens")
 
     def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
         """Whether the prompt's pages are free."""
@@ -101,3 +126,9 @@ class SessionReward(Reward):
     def _history(self, frame: Frame) -> list[int]:
         """What of the prompt lies in pages before anything is scored."""
         return frame.prefix[: len(frame.prefix) - self.target.reward_lag]
+
+
+def outside(ids: Sequence[int], vocab_size: int) -> str:
+    """Why `ids` cannot be scored: a tokenizer may know more tokens than the model."""
+    return (f"token id {max(ids)} is outside the reward model's vocabulary of {vocab_size}: use the tokenizer it came "
+            "with")

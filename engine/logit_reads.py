@@ -1,0 +1,74 @@
+"""What a language model's head makes of the hidden states of a pass: logits, or log-probabilities of given tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stars.buffers import Buffers
+from stars.kernels import token_logprobs
+from stars.kernels.graph import Graphs, Part
+from stars.model.config import ModelConfig
+from stars.model.decoder import Decoder
+from stars.target import Target
+
+LOGIT_ROWS = 64
+"""Rows that have logits at a time: as many as one reading of the head serves at little more than the cost of one."""
+LAUNCHES = 3  # for each of those: the product, of which a GPU may add up parts, and what is read of it
+
+
+def read_bytes(shape: ModelConfig, rows: int) -> int:
+    """Of a GPU's memory for the reads of a model of this shape whose passes have so many rows, at most."""
+    return 4 * (rows * (shape.hidden_size + 2) + LOGIT_ROWS * shape.vocab_size)
+
+
+class LogitReads:
+    """Reads `states`, which a pass has written, [rows, hidden] behind the last norm; few rows have logits at a time.
+
+    Operations of torch are among it, so that on the CPU it is run behind a program of libstars and not in it. graphs:
+    of the passes, for a GPU.
+    """
+
+    @torch.inference_mode(False)  # whoever asks first may be in it, and others not
+    def __init__(self, decoder: Decoder, target: Target, rows: int, graphs: Graphs):
+        self._decoder, self._graphs = decoder, graphs
+        # Of its own: the decoder's may grow, and a recorded pass goes on with what it was recorded with.
+        self.states = torch.zeros(rows, decoder.config.hidden_size, dtype=decoder.dtype, device=target.device)
+        self._logits = decoder.reserve_logits(LOGIT_ROWS)
+        self._given = Buffers(target, targets=(torch.int32, (rows,)))
+        self._found = Buffers(target, logprobs=(torch.float32, (rows,)))
+
+    def logits(self, rows: int) -> Tensor:
+        """float32 [rows, vocab] of the first rows, in memory of its own."""
+        return torch.cat([self._of(first, min(rows, first + LOGIT_ROWS)).clone()
+                          for first in range(0, rows, LOGIT_ROWS)])
+
+    def logprobs(self, targets: Sequence[int], rows: int, rare: bool) -> list[float]:
+        """log softmax(logits)[target] of the first rows, one for each of `targets`; `rows`: with idle ones behind them.
+        rare: as of `Graphs.run`."""
+        self._given.wait()
+        column = self._given.host("targets")
+        column[: len(targets)], column[len(targets) : rows] = targets, -1
+        self._given.upload()
+        self._graphs.run_beside(self.part(rows), self.states, rare)
+        self._found.fetch()
+        self._found.wait()
+        logprobs: list[float] = self._found.host("logprobs")[: len(targets)].tolist()
+        return logprobs
+
+    def part(self, rows: int) -> Part:
+        """What `logprobs` runs of a pass of so many rows."""
+
+        def run() -> None:
+            for first in range(0, rows, LOGIT_ROWS):
+                stop = min(rows, first + LOGIT_ROWS)
+                token_logprobs(self._of(first, stop), self._given["targets"][first:stop],
+                               self._found["logprobs"][first:stop])
+
+        return Part(("logprobs", rows), run, LAUNCHES * -(-rows // LOGIT_ROWS))
+
+    def _of(self, first: int, stop: int) -> Tensor:
+        """Logits of rows first .. stop - 1, which the next ones overwrite."""
+        return self._decoder.logits(self.states[first:stop], self._logits[: stop - first])
