@@ -208,8 +208,8 @@ def _check_beside(model: str | Path | Decoder, shape: ModelConfig, tokenizer: To
                          "the same special tokens, or add it to eos_token_id in the own model's generation_config.json")
     rows = config.least_cache_tokens + config.num_slabs * config.max_segment_size
     if rows * theirs.num_kv_heads > MAX_SIZE:
-        raise ModelError(f"its cache would have {rows} rows of {theirs.num_kv_heads} heads, which are numbered in int32: "
-                         "lower cache_tokens, max_num_lanes or max_segment_size")
+        raise ModelError(f"its cache would have {rows} rows of {theirs.num_kv_heads} heads, which are numbered in "
+                         "int32: lower cache_tokens, max_num_lanes or max_segment_size")
     if theirs.context_length < config.max_model_len:
         raise ModelError(f"its context is {theirs.context_length} tokens and max_model_len {config.max_model_len}: "
                          f"build the engine with max_model_len={theirs.context_length}")

@@ -335,6 +335,35 @@ def test_tensors_that_do_not_fit(base, adapter, copied, tmp_path, tiny_model):
     refused(directory, "lacks adapter_model.safetensors, and a pickle is never read")
 
 
+STRANGE = (None, True, -1, 3.5, 10**400, float("inf"), "", "a\0b", "x" * 5000, [], [[]], {}, {"a": []}, {"": {}})
+
+
+@pytest.mark.parametrize("key", ["peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "bias",
+                                 "alpha_pattern", "use_rslora", "init_lora_weights", *NEUTRAL])
+def test_whatever_stands_in_the_settings(adapter, copied, key):
+    """It loads, or is refused in one sentence; 10**400 is an integer that no float holds."""
+    strange = copied(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    refusals = 0
+    for value in STRANGE:
+        (strange / "adapter_config.json").write_text(json.dumps(settings | {key: value}))
+        try:
+            load_model(strange)
+        except ModelError as error:
+            refusals += 1
+            assert "\n" not in str(error) and len(str(error)) < 700
+    assert refusals >= (0 if key in ("rank_pattern", "init_lora_weights") else 5)
+
+
+def test_one_module_by_two_names(adapter, copied):
+    twice = copied(adapter)
+    path = twice / "adapter_model.safetensors"
+    tensors = load_file(path)
+    low = {name: tensor for name, tensor in tensors.items() if "layers.0.self_attn.q_proj" in name}
+    save_file(tensors | {name.replace("model.model.", "model."): tensor.clone() for name, tensor in low.items()}, path)
+    refused(twice, r"has both base_model.model.\S* and base_model.model.\S*q_proj.lora_A.weight: save the adapter")
+
+
 def test_bases_that_are_none(base, adapter, copied, tmp_path):
     """Another adapter, itself, a model of another shape."""
     for named, words in ((str(adapter), "is an adapter of .*, which is an adapter itself: merge it"),
