@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from stars.cache import CommitMove, PagedCache
 from stars.filtered_ratio import draw
-from stars.models import Models
+from stars.models import Models, Piece
 from stars.outputs import Segment
 from stars.request import Group, Hypothesis, Lane, Winner
 from stars.reward.base import Reward
@@ -141,7 +141,7 @@ class Committer:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
             self._cache.reserve(context.table, len(winner.token_ids))
         # A slab holds the token before the segment and all of the segment but its last token.
-        moves, lacking = [], []
+        moves, lacking, apart = [], [], list[tuple[Piece, int]]()
         for winner, (table, prompt_ids), slab, held in written:
             rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
             if slab == winner.lane.slab:
@@ -151,10 +151,24 @@ class Committer:
                                         winner.lane.hypothesis.proposal.stores))
             if rows < len(winner.token_ids):
                 token_ids = prompt_ids + winner.hypothesis.token_ids + winner.token_ids
-                lacking.append((table, token_ids, len(token_ids) - 1))
+                if self._exact and slab is not None and len(table.stores) == 1:
+                    apart.append((Piece(table, token_ids[:-1], slab), winner.hypothesis.max_segment))
+                else:
+                    lacking.append((table, token_ids, len(token_ids) - 1))
         self._cache.commit(moves)
         if lacking:
             self._models.prefill(lacking)
+        while apart:
+            apart = self._run_apart(apart)
+
+    def _run_apart(self, wanted: Sequence[tuple[Piece, int]]) -> list[tuple[Piece, int]]:
+        """Runs the next of all tokens that tables lack, so many at most of each, in slabs whose rows are history by
+        now; returns those that lack more. So they will be run again, should a response give way: `Hypothesis.ends`."""
+        pieces: dict[int, Piece] = {}
+        for (table, token_ids, slab), most in wanted:  # of two forks of one attempt the second waits for the slab
+            pieces.setdefault(slab, Piece(table, token_ids[table.length : table.length + most], slab))
+        self._models.redraft(list(pieces.values()))
+        return [one for one in wanted if one[0].table.length < len(one[0].token_ids)]
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""

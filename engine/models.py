@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stars.arguments import shown
-from stars.cache import OWN_STORE, BlockTable, PagedCache
+from stars.cache import OWN_STORE, BlockTable, CommitMove, PagedCache
 from stars.config import EngineConfig
 from stars.draft import Drafter
 from stars.errors import ModelError, RequestError
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer
-from stars.passes import Passes
+from stars.passes import Passes, Span
 from stars.plan import OWN, Plan
 from stars.request import Drafts
 from stars.sizes import language_model
@@ -30,6 +30,14 @@ class Member(NamedTuple):
     decoder: Decoder
     store: int  # of the cache: where its keys and values are
     passes: Passes
+
+
+class Piece(NamedTuple):
+    """Tokens that follow those of a table, and the slab that they are run in."""
+
+    table: BlockTable
+    token_ids: Sequence[int]
+    slab: int
 
 
 class Models:
@@ -87,6 +95,17 @@ class Models:
                 self._drafters[stores] = Drafter(first.decoder, self._cache, self._config, first.store,
                                                  [(other.decoder, other.store) for other in others])
         return self._drafters[stores]
+
+    def redraft(self, pieces: Sequence[Piece]) -> None:
+        """Runs each piece in its slab, as it was drafted token by token, and writes it into its table's pages."""
+        slab_len = self._cache.slab_len
+        spans = [Span(table, token_ids, table.length, range(slab * slab_len, slab * slab_len + len(token_ids)))
+                 for table, token_ids, slab in pieces]
+        for member in self.members:
+            if own := [span for span in spans if member.store in span.table.stores]:
+                member.passes.redraft(own)
+        self._cache.commit([CommitMove(span.table, span.slots[0], len(span.token_ids), span.start, span.table.stores)
+                            for span in spans])
 
     def prefill(self, jobs: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """As `Passes.prefill`, in every store of each table; returns the rows that each model has run."""

@@ -222,11 +222,11 @@ class Forks:
             first, *others = judged
             if first.attempt == 0 or first.finished or first.tokens > 11:
                 return Decision([whole(first)], [one.hypothesis for one in others])
-            return Decision([Keep(first.hypothesis, 1, 1, Draw("residual")), Keep(first.hypothesis, 1, 2, Draw("judge"))],
-                            [one.hypothesis for one in others])
+            return Decision([Keep(first.hypothesis, 1, tokens, Draw(source))
+                             for tokens, source in ((1, "residual"), (2, "judge"))], [one.hypothesis for one in others])
 
         rule.in_order, rule.uniforms = False, 0
-        return Plan(Prompted("8127", "54", True), Fixed(3), Lanes(1, 1, 2), Score(reads=Ratio(True), when="never"), rule)
+        return Plan(Prompted("8127", "54", True), Fixed(3), Lanes(1, 1, 2), Score("never", reads=Ratio(True)), rule)
 
 
 def test_a_fork_goes_on_in_both_contexts(readings):
@@ -247,7 +247,7 @@ def test_a_fork_goes_on_in_both_contexts(readings):
     (stars.PersonaJudge("9", "5"), {}, {}, "prompt token id 9 is outside the model's vocabulary of 9"),
     (PERSONA, dict(repetition_penalty=1.2), {}, "without penalties"),
     (stars.PersonaJudge(gamma=16), {}, {}, "judges 17 tokens at a time"),
-    (PERSONA, dict(max_tokens=40), dict(cache_tokens=64), "after two prompts, of 7 and 4 tokens, which do not fit cache"),
+    (PERSONA, dict(max_tokens=40), dict(cache_tokens=64), "after two prompts, of 7 and 4 tokens, which do not fit"),
 ])
 def test_what_cannot_be_is_one_sentence(policy, params, options, words):
     with pytest.raises(stars.RequestError) as error:
@@ -297,7 +297,8 @@ def test_a_rule_that_asks_for_a_draw(keep, draws, words):
 def test_a_response_has_no_room_for_a_draw():
     judged = [Judged(0, 1, 9, False, (), (-1.0, -1.0), (0.0, 0.0), None, None, ())]
     state = State(0, 0, 0, 0, 9, None, 0, (0,), (), None)
-    assert "past max_tokens" in problem(Decision([Keep(0, 1, 2, Draw("judge"))]), judged, state, 1, 9, (0,), False, True)
+    decision = Decision([Keep(0, 1, 2, Draw("judge"))])
+    assert "past max_tokens" in problem(decision, judged, state, 1, 9, (0,), False, True)
     assert AcceptPrefix(2)([judged[0]._replace(uniforms=(0.5, 0.5))], state).keep == [Keep(0, 1, 2)]
 
 
