@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.filtered_ratio import draw
-from stars.models import Models
+from stars.models import Models, Piece
 from stars.outputs import Segment
 from stars.request import Group, Hypothesis, Lane, Winner
 from stars.reward.base import Reward
@@ -141,7 +141,7 @@ class Committer:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
             self._cache.reserve(context.table, len(winner.token_ids))
         # A slab holds the token before the segment and all of the segment but its last token.
-        moves, lacking = [], []
+        moves, lacking, apart = [], [], list[tuple[Piece, int]]()
         for winner, (table, prompt_ids), slab, held in written:
             rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
             if slab == winner.lane.slab:
@@ -149,30 +149,30 @@ class Committer:
             if slab is not None and rows:
                 moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
             if rows < len(winner.token_ids):
-                lacking.append((winner, table, prompt_ids + winner.hypothesis.token_ids + winner.token_ids))
-        # Of two contexts what was run in one pass is run so again: there a slab is never wanted twice.
-        again = [one for one in lacking if self._exact and one[0].hypothesis.judge is None]
-        read = [one for one in lacking if one not in again] if again else lacking
-        for winner, table, _ in read:
-            if table.behind:  # all of its models read on from here
-                self._models.catch_up([winner.hypothesis], table.stores)
+                token_ids = prompt_ids + winner.hypothesis.token_ids + winner.token_ids
+                holder = slab if slab is not None else _free_slab(winner) if self._exact else None
+                if self._exact and holder is not None:
+                    apart.append((Piece(table, token_ids[:-1], holder, winner.lane.stores),
+                                  winner.hypothesis.max_segment))
+                else:
+                    if table.behind:  # all of its models read on from here
+                        self._models.catch_up([winner.hypothesis], table.stores)
+                    lacking.append((table, token_ids, len(token_ids) - 1))
         self._cache.commit(moves)
-        for winner, table, _ in again:
-            self._commit_again(table, winner)
-        if read:
-            self._models.prefill([(table, token_ids, len(token_ids) - 1) for _, table, token_ids in read])
+        if lacking:
+            self._models.prefill(lacking)
+        while apart:
+            apart = self._run_apart(apart)
 
-    def _commit_again(self, table: BlockTable, winner: Winner) -> None:
-        """Runs what no slab holds of a winner as it would have been drafted, in a slab that is its own or that of
-        another attempt, all of which are copied or lost by now: so every key has the bits that it has at every width."""
-        lane, hypothesis = winner.lane, winner.hypothesis
-        holder = lane if lane.slab is not None else lane.hypothesis.preferred
-        assert holder is not None and holder.slab is not None
-        token_ids = hypothesis.request.prompt.token_ids + hypothesis.token_ids + winner.token_ids
-        begin, total = hypothesis.length - 1, len(winner.token_ids)
-        for end in (*range(winner.rows, total, hypothesis.max_segment), total):
-            if begin + end > table.length:
-                self._models.draft_again(table, token_ids, begin + end, holder.slab, lane.stores)
+    def _run_apart(self, wanted: Sequence[tuple[Piece, int]]) -> list[tuple[Piece, int]]:
+        """Runs the next of all tokens that tables lack, so many at most of each, in slabs whose rows are history by
+        now; returns those that lack more. So they will be run again, should a response give way: `Hypothesis.ends`."""
+        pieces: dict[int, Piece] = {}
+        for piece, most in wanted:  # of two forks of one attempt the second waits for the slab
+            first = piece.table.length
+            pieces.setdefault(piece.slab, piece._replace(token_ids=piece.token_ids[first : first + most]))
+        self._models.redraft(list(pieces.values()))
+        return [one for one in wanted if one[0].table.length < len(one[0].token_ids)]
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""
@@ -210,3 +210,9 @@ def keep_whole(group: Group, decision: Decision) -> list[Hypothesis]:
 def _same(one: Keep, other: Keep) -> bool:
     """Whether two hypotheses that are kept so have the same history."""
     return (one.attempt, one.tokens, list(one.then)) == (other.attempt, other.tokens, list(other.then))
+
+
+def _free_slab(winner: Winner) -> int | None:
+    """The slab of another attempt, of a winner that has none any more."""
+    kept = winner.lane.hypothesis.preferred
+    return kept.slab if kept is not None else None

@@ -40,6 +40,15 @@ class Member(NamedTuple):
     passes: Passes
 
 
+class Piece(NamedTuple):
+    """Tokens that follow those which `stores` hold of a table, and the slab that they are run in."""
+
+    table: BlockTable
+    token_ids: Sequence[int]
+    slab: int
+    stores: tuple[int, ...]
+
+
 class Models:
     """All models that an engine drafts with or reads by; each is loaded once, whatever names it has."""
 
@@ -118,6 +127,23 @@ class Models:
         names = {store: name for name, store in reversed(self._stores.items())}
         return " and ".join(repr(names[store]) for store in stores)
 
+    def redraft(self, pieces: Sequence[Piece]) -> None:
+        """Runs each piece in its slab, as it was drafted token by token, and writes it into its table's pages."""
+        moves = self._run_again(pieces)
+        self._cache.commit(moves)
+
+    def _run_again(self, pieces: Sequence[Piece]) -> list[CommitMove]:
+        """Runs pieces in their slabs; what is to be copied then."""
+        slab_len = self._cache.slab_len
+        spans = [Span(table, token_ids, table.held(stores[0]), range(slab * slab_len, slab * slab_len + len(token_ids)))
+                 for table, token_ids, slab, stores in pieces]
+        for member in self.members:
+            own = [span for span, piece in zip(spans, pieces, strict=True) if member.store in piece.stores]
+            if own:
+                member.passes.redraft(own)
+        return [CommitMove(span.table, span.slots[0], len(span.token_ids), span.start, piece.stores)
+                for span, piece in zip(spans, pieces, strict=True)]
+
     def prefill(self, jobs: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """As `Passes.prefill`, in every store of each table; returns the rows that each model has run."""
         by_stores: dict[tuple[int, ...], list[tuple[BlockTable, Sequence[int], int]]] = {}
@@ -141,10 +167,11 @@ class Models:
         for store in stores:
             behind = [one for one in hypotheses if store in one.pages.behind]
             while behind and self._config.deterministic:
-                pieces = [(one.pages, one.request.prompt.token_ids + one.token_ids, _next_end(one, store))
-                          for one in behind[: max(1, self._cache.num_free_slabs)]]
-                slabs = [self._cache.take_slab() for _ in pieces]
-                self.redraft(store, pieces, slabs)
+                some = behind[: max(1, self._cache.num_free_slabs)]
+                slabs = [self._cache.take_slab() for _ in some]
+                self._cache.bring_up(self._run_again([
+                    Piece(one.pages, _next_piece(one, store), slab, (store,))
+                    for one, slab in zip(some, slabs, strict=True)]))
                 for slab in slabs:
                     self._cache.return_slab(slab)
                 behind = [one for one in behind if store in one.pages.behind]
@@ -154,32 +181,14 @@ class Models:
                 for table, _, stop in jobs:
                     self._cache.catch_up(table, store, stop)
 
-    def redraft(self, store: int, pieces: Sequence[tuple[BlockTable, Sequence[int], int]], slabs: Sequence[int]) -> None:
-        """For each (table, token_ids, stop): runs token_ids from where `store` is up to `stop`, which the table has, in
-        a slab as a draft had, and copies it into the pages."""
-        spans = [self._span(table, token_ids, table.held(store), stop, slab)
-                 for (table, token_ids, stop), slab in zip(pieces, slabs, strict=True)]
-        self.members[store].passes.redraft(spans)
-        self._cache.bring_up([CommitMove(span.table, span.slots[0], len(span.slots), span.start, (store,))
-                              for span in spans])
 
-    def draft_again(self, table: BlockTable, token_ids: Sequence[int], stop: int, slab: int,
-                    stores: tuple[int, ...]) -> None:
-        """Runs token_ids from the table's length up to `stop` as a draft had, and commits it, in `stores`."""
-        span = self._span(table, token_ids, table.length, stop, slab)
-        for store in stores:
-            self.members[store].passes.redraft([span])
-        self._cache.commit([CommitMove(table, span.slots[0], len(span.slots), span.start, stores)])
-
-    def _span(self, table: BlockTable, token_ids: Sequence[int], first: int, stop: int, slab: int) -> Span:
-        start = slab * self._cache.slab_len
-        return Span(table, token_ids[first:stop], first, range(start, start + stop - first))
-
-
-def _next_end(hypothesis: Hypothesis, store: int) -> int:
-    """Up to where a store that is behind is run at once in deterministic mode: what was committed together."""
-    begin, held = len(hypothesis.request.prompt.token_ids) - 1, hypothesis.pages.held(store)
-    return next(begin + end for end in hypothesis.ends if begin + end > held)
+def _next_piece(hypothesis: Hypothesis, store: int) -> list[int]:
+    """What of a response a store that is behind is run on at once in deterministic mode: what was committed together.
+    """
+    prompt, held = hypothesis.request.prompt.token_ids, hypothesis.pages.held(store)
+    begin = len(prompt) - 1
+    stop = next(begin + end for end in hypothesis.ends if begin + end > held)
+    return (prompt + hypothesis.token_ids)[held:stop]
 
 
 def check_named(models: Any, shape: ModelConfig, tokenizer: Tokenizer | None, config: EngineConfig) -> Named:
