@@ -55,7 +55,7 @@ class Committer:
         """Gives back the scores of a decided segment that are not committed: what a rule cut or continued, or took of
         attempts that hold nothing any more, is read again, and there is a slab for that only once those of the
         segment's attempts are free."""
-        if not any([winner.read_again or winner.unscored for winner in winners]):
+        if not any([winner.read_again for winner in winners]):
             return
         kept = {winner.lane for winner in winners if winner.as_drawn and winner.finish_reason is None}
         for winner in winners:
@@ -153,8 +153,8 @@ class Committer:
                                                     + winner.hypothesis.token_ids + winner.token_ids]])
 
     def _commit_again(self, table: BlockTable, winner: Winner) -> None:
-        """Runs what no slab holds of a winner as it would have been drafted, in a slab that is its own or that of
-        another attempt, all of which are copied or lost by now: so every key has the bits that it has at every width."""
+        """Runs what no slab holds of a winner as it would have been drafted, in a slab that is its own or another
+        attempt's, all of which are copied or lost by now: so every key has the bits that it has at every width."""
         lane, hypothesis = winner.lane, winner.hypothesis
         holder = lane if lane.slab is not None else lane.hypothesis.preferred
         assert holder is not None and holder.slab is not None
@@ -172,7 +172,7 @@ class Committer:
             for winner in drawn:
                 winner.lane.score_handle = None
         for winner in winners:
-            if winner.read_again or winner.unscored:
+            if winner.read_again:
                 hypothesis = winner.hypothesis
                 text = hypothesis.request.response_text(hypothesis, winner) if self._scorer.needs_text else None
                 self._scorer.resume(hypothesis.session, hypothesis.content_ids(winner), text)

@@ -351,8 +351,8 @@ class Engine:
         redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
         reader, reads = self._readers.reader_of(plan), plan.score.reads
         if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
-            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would be "
-                               "in one of them: leave the penalties out")
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would "
+                               "be in one of them: leave the penalties out")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "

@@ -106,9 +106,9 @@ class Models:
         return rows
 
     def catch_up(self, hypotheses: Sequence[Hypothesis], stores: tuple[int, ...]) -> None:
-        """Each of `stores` holds all that was committed of the responses afterwards: what it lacks, as other models have
-        drawn since, is run by one pass for all of them. In deterministic mode it is run as it is where a response that
-        gave way is read again, a segment at a time in slabs, some of which must be free."""
+        """Each of `stores` holds all that was committed of the responses afterwards: what it lacks, as other models
+        have drawn since, is run by one pass for all of them. In deterministic mode it is run as it is where a response
+        that gave way is read again, a segment at a time in slabs, some of which must be free."""
         for store in stores:
             behind = [one for one in hypotheses if store in one.pages.behind]
             while behind and self._config.deterministic:
@@ -125,7 +125,8 @@ class Models:
                 for table, _, stop in jobs:
                     self._cache.catch_up(table, store, stop)
 
-    def redraft(self, store: int, pieces: Sequence[tuple[BlockTable, Sequence[int], int]], slabs: Sequence[int]) -> None:
+    def redraft(self, store: int, pieces: Sequence[tuple[BlockTable, Sequence[int], int]],
+                slabs: Sequence[int]) -> None:
         """For each (table, token_ids, stop): runs token_ids from where `store` is up to `stop`, which the table has, in
         a slab as a draft had, and copies it into the pages."""
         spans = [self._span(table, token_ids, table.held(store), stop, slab)

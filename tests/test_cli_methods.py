@@ -30,6 +30,8 @@ SETTINGS = {
                         dict(particles=3, resampling="systematic")),
     "args": (["--set", "topk=4", "--set", "weight=2.5"], dict(topk=4, weight=2.5)),
     "rad": (["--set", "topk=4", "--set", "clamp=False"], dict(topk=4, clamp=False)),
+    "reward-guided-speculation": (["--set", "small=lm", "--set", "segment_size=4", "--beta", "0.25"],
+                                  dict(small="lm", segment_size=4, beta=0.25)),
 }
 """Parameters of each policy as they are typed, and as Python has them."""
 
