@@ -56,7 +56,7 @@ class Committer:
         """Gives back the scores of a decided segment that are not committed: what a rule cut or continued, or took of
         attempts that hold nothing any more, is read again, and there is a slab for that only once those of the
         segment's attempts are free."""
-        if not any([winner.read_again or winner.unscored for winner in winners]):
+        if not any([winner.read_again for winner in winners]):
             return
         kept = {winner.lane for winner in winners if winner.as_drawn and winner.finish_reason is None}
         for winner in winners:
@@ -182,7 +182,7 @@ class Committer:
             for winner in drawn:
                 winner.lane.score_handle = None
         for winner in winners:
-            if winner.read_again or winner.unscored:
+            if winner.read_again:
                 hypothesis = winner.hypothesis
                 text = hypothesis.request.response_text(hypothesis, winner) if self._scorer.needs_text else None
                 self._scorer.resume(hypothesis.session, hypothesis.content_ids(winner), text)

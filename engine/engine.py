@@ -371,8 +371,8 @@ class Engine:
         if isinstance(plan.propose, Prompted):
             check_prompted(type(policy).__name__, plan, params, self.config)
         if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
-            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would be "
-                               "in one of them: leave the penalties out")
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would "
+                               "be in one of them: leave the penalties out")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "

@@ -44,8 +44,7 @@ class Judge:
         for group in groups:
             if group in resumed:
                 continue
-            members = unfinished(group)
-            scored = any([hypothesis.waits_for_scores for hypothesis in members])
+            members, scored = unfinished(group), group.waits_for_scores
             for hypothesis in members:
                 lanes = drawn[hypothesis]
                 hypothesis.attempts += lanes
@@ -187,8 +186,8 @@ class Judge:
                 for hypothesis in unfinished(group):
                     hypothesis.refuse()
             elif isinstance(step, Redraft):
-                group.redraft, group.relaxed = group.request.redraft, 0
-                group.round += 1
+                group.begin_stage(group.request.redraft)
+                group.relaxed, group.round = 0, group.round + 1
             else:
                 self._keep_preferred(group, decisions)
 
@@ -210,7 +209,7 @@ class Judge:
         fresh = False
         for lane, result in scores:
             # What a reader alone says is on the lane already.
-            reward = usable(result.reward) if lane.hypothesis.scores_segments else lane.reward
+            reward = usable(result.reward) if group.scores_segments else lane.reward
             if isinstance(reward, str):
                 faults.setdefault(lane.hypothesis, (reward, isinstance(settled(result.reward), ContextFull)))
                 continue
@@ -331,7 +330,7 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             judged.append(Judged(hypothesis.slot, EARLIER, len(hypothesis.token_ids), True, (), (), (),
                                  hypothesis.reward, hypothesis.reward, ()))
         else:
-            attempts = hypothesis.candidates
+            attempts = hypothesis.attempts if group.redraft is None else hypothesis.candidates
             unscored += sum([lane.judged is None for lane in attempts])
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]

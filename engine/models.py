@@ -161,9 +161,9 @@ class Models:
         return rows
 
     def catch_up(self, hypotheses: Sequence[Hypothesis], stores: tuple[int, ...]) -> None:
-        """Each of `stores` holds all that was committed of the responses afterwards: what it lacks, as other models have
-        drawn since, is run by one pass for all of them. In deterministic mode it is run as it is where a response that
-        gave way is read again, a segment at a time in slabs, some of which must be free."""
+        """Each of `stores` holds all that was committed of the responses afterwards: what it lacks, as other models
+        have drawn since, is run by one pass for all of them. In deterministic mode it is run as it is where a response
+        that gave way is read again, a segment at a time in slabs, some of which must be free."""
         for store in stores:
             behind = [one for one in hypotheses if store in one.pages.behind]
             while behind and self._config.deterministic:

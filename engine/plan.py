@@ -390,8 +390,8 @@ def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:
 def _check_redraft(plan: Plan, redraft: Redraft, where: str) -> None:
     propose, _, lanes, score, _, _ = plan
     if lanes.population > 1 or plan.whole:
-        raise RequestError(f"{where}.exhaust redraws a segment of one hypothesis, which whole responses and a population "
-                           "have not: use another exhaustion, or one hypothesis with segments")
+        raise RequestError(f"{where}.exhaust redraws a segment of one hypothesis, which whole responses and a "
+                           "population have not: use another exhaustion, or one hypothesis with segments")
     if isinstance(propose, (Enumerate, Prompted)):
         raise RequestError(f"{where}.exhaust redraws what was {type(propose).__name__}, which is no draw from the "
                            "prompt: use Sampled, Blend or Model, or another exhaustion")

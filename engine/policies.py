@@ -577,8 +577,8 @@ class TokenGuidance:
 @known_by_name({})
 @dataclass(frozen=True)
 class RewardGuidedSpeculation:
-    """Reward-guided speculative decoding: a small model drafts a segment, and the language model redraws what the reward
-    does not accept (RSD, arXiv 2501.19324; GSI, arXiv 2506.04118).
+    """Reward-guided speculative decoding: a small model drafts a segment, and the language model redraws it where the
+    reward does not accept it (RSD, arXiv 2501.19324; GSI, arXiv 2506.04118).
 
     `small` names the model of Engine(models=…) that drafts; the engine's own redraws. While drafts are kept, that one
     runs nothing but the prompt ("rsd"), and reads what was kept, in one pass, where it redraws.
@@ -590,17 +590,17 @@ class RewardGuidedSpeculation:
         P_S(s) a(s) + (1 - sum over s' of P_S(s') a(s')) P_L(s).
 
     variant "gsi": `n` drafts s_i; i is drawn with probability softmax(beta * v), v_i = r(s_i) + (1 / beta) *
-    log(P_L(s_i) / P_S(s_i)), and kept if v_i >= t. Otherwise the large model draws n segments, of which one is kept with
-    probability softmax(beta * r). Exact, as the method is defined; softmax over all segments of log P_L + beta * r is
-    only its limit of many drafts and t = -inf. Here beta is the paper's, which multiplies rewards; the ratios are at
+    log(P_L(s_i) / P_S(s_i)), and kept if v_i >= t. Otherwise the large model draws n segments, and one of them is kept
+    with probability softmax(beta * r). Exact, as the method is defined; softmax over all segments of log P_L + beta * r
+    is only its limit of many drafts and t = -inf. Here beta is the paper's, which multiplies rewards; the ratios are at
     temperature 1 and without filters, as those of its code are, and so the tilt is that of the draw where the
     SamplingParams have neither; penalties are refused.
 
     What differs from their code. Segments are of `segment_size` tokens, not steps up to an empty line; the reward is
     asked of the response so far. RSD's code has a threshold of 0.7, for a process reward between 0 and 1: here there is
     no default, `Engine.calibrate` measures one. GSI's code compares beta * v with its threshold, and ends a response
-    whose rewards are all below 0.1. A segment that was redrawn counts as a fallback (`Segment.redrawn`, `Segment.model`)
-    and the accept rate is that of drafts. The last segment's reward is asked in any case.
+    whose rewards are all below 0.1. A segment that was redrawn counts as a fallback (`Segment.redrawn`,
+    `Segment.model`), and the accept rate is that of drafts. The last segment's reward is asked in any case.
     """
 
     small: str = "small"

@@ -87,8 +87,9 @@ class Proposer:
         of one together."""
         lacking: dict[tuple[int, ...], list[Hypothesis]] = {}
         for hypothesis in active:
-            if hypothesis.pages.behind:
-                stores = hypothesis.proposal.stores + (OWN_STORE if hypothesis.reader is not None else ())
+            table = hypothesis.table
+            if table is not None and table.behind:
+                stores = hypothesis.proposal.stores + (OWN_STORE if hypothesis.group.reader is not None else ())
                 lacking.setdefault(stores, []).append(hypothesis)
         for stores, hypotheses in lacking.items():
             begin = time.perf_counter()

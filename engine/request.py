@@ -122,13 +122,16 @@ class Winner:
 
     @property
     def read_again(self) -> bool:
-        """Whether both models read it anew where it becomes history: no slab holds all of it."""
-        return not self.as_drawn or self.lane.slab is None
+        """Whether models read it anew where it becomes history: no slab holds all of it, or the reward has no score of
+        it."""
+        lane = self.lane
+        return (not self.as_drawn or lane.slab is None
+                or lane.reward is None and self.hypothesis.request.scores_segments)
 
     @property
     def unscored(self) -> bool:
-        """Whether it has no reward yet, where segments are scored: a rule has cut or continued it, or it was redrawn and
-        nobody asked for one."""
+        """Whether it has no reward yet, where segments are scored: a rule has cut or continued it, or it was redrawn
+        and nobody asked for one."""
         return self.hypothesis.request.scores_segments and (not self.as_drawn or self.lane.reward is None)
 
     @classmethod
@@ -245,21 +248,6 @@ class Hypothesis:
         """What attempts at the segment being decided are drawn from."""
         return self.request.proposal if self.group.redraft is None else self.request.redrafts
 
-    @property
-    def scores_segments(self) -> bool:
-        """Whether the reward is asked of attempts at the segment being decided."""
-        redraft = self.group.redraft
-        return self.request.scores_segments and (redraft is None or redraft.decide is not None)
-
-    @property
-    def reader(self) -> Reader | None:
-        """What reads attempts at the segment being decided beside the reward."""
-        return self.request.reader if self.group.redraft is None else None
-
-    @property
-    def waits_for_scores(self) -> bool:
-        """Whether attempts at the segment being decided are scored or read before they are judged."""
-        return self.scores_segments or self.reader is not None
 
     @property
     def opened(self) -> bool:
@@ -554,14 +542,16 @@ class Group:
 
     def __post_init__(self) -> None:
         self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
+        self.begin_stage(None)
 
-    @property
-    def rule(self) -> Rule:
-        """What decides the segment being decided."""
-        if self.redraft is None:
-            return self.request.plan.decide
-        rule: Rule = self.redraft.decide or FIRST
-        return rule
+    def begin_stage(self, redraft: Redraft | None) -> None:
+        """From now on attempts are the plan's own, or `redraft` draws them: who decides, who reads them beside the
+        reward, whether that is asked of them, and whether they are scored or read before they are judged."""
+        request, self.redraft = self.request, redraft
+        self.rule: Rule = request.plan.decide if redraft is None else redraft.decide or FIRST
+        self.reader = request.reader if redraft is None else None
+        self.scores_segments = request.scores_segments and (redraft is None or redraft.decide is not None)
+        self.waits_for_scores = self.scores_segments or self.reader is not None
 
     @property
     def active(self) -> list[Hypothesis]:
@@ -616,7 +606,8 @@ class Group:
     def mark_boundary(self) -> None:
         """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that have begun."""
         self.round = self.relaxed = 0
-        self.redraft = None
+        if self.redraft is not None:
+            self.begin_stage(None)
         for hypothesis in self.hypotheses:
             begun = hypothesis.table is not None and hypothesis.prefill is None and hypothesis.wait is None
             if begun or hypothesis.finish_reason is not None:
@@ -629,7 +620,8 @@ class Group:
             self.hypotheses = list(self.boundary.hypotheses)
             self.memory, self.dropped = self.boundary.memory, self.boundary.dropped
         self.round = self.relaxed = 0
-        self.redraft = None
+        if self.redraft is not None:
+            self.begin_stage(None)
         for hypothesis in self.hypotheses:
             hypothesis.go_back()
 

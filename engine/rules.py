@@ -388,7 +388,7 @@ class GuidedDraft:
                                                 passes and place == drawn)
                 if passes and place == drawn:
                     keep.append(whole(one))
-        return Decision(keep if len(keep) == len(state.live) else [], [], notes)
+        return Decision(keep if len(keep) >= len(state.live) else [], [], notes)
 
 
 @dataclass(frozen=True)
@@ -510,8 +510,8 @@ def _weights(values: Sequence[float], scale: float) -> list[float]:
 
 
 def _drawn(weights: Sequence[float], judged: Sequence[Judged]) -> int:
-    """The place of one of them, drawn in proportion to its weight: the largest of log w - log(-log u), which is as exact
-    as a walk along the sum, and not moved by a rounding of it."""
+    """The place of one of them, drawn in proportion to its weight: the largest of log w - log(-log u), which is as
+    exact as a walk along the sum, and not moved by a rounding of it."""
     return max(range(len(judged)), key=lambda index: -math.inf if not weights[index] else math.log(
         weights[index]) - math.log(-math.log(judged[index].uniforms[0])))
 

@@ -58,7 +58,7 @@ class Scores:
                 continue
             if hypothesis.proposal.apart:  # drafted before
                 continue
-            if hypothesis.scores_segments and not request.stop and hypothesis.reader is None:
+            if hypothesis.group.scores_segments and not request.stop and hypothesis.group.reader is None:
                 scored[hypothesis] = list(enumerate(lanes, place))  # stop strings are found by the host
             place += len(lanes)
         batch, candidates = [], []
@@ -86,7 +86,7 @@ class Scores:
     def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Winner, Scored]]:
         """Asks for the one reward that what ends a response gets.
 
-        Where segments are scored, what a rule cut or continued, and what was redrawn unscored, has no reward yet either.
+        Where segments are scored, what a rule cut or continued has no reward yet either, nor what was redrawn unscored.
         """
         ended = [winner for winner in winners if winner.finish_reason is not None and (
             winner.hypothesis.request.plan.score.when == "end"
@@ -123,9 +123,9 @@ class Scores:
     def next_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
         """Scores the next lanes of each response, once its reader has read them, if it has one."""
         read: list[tuple[Lane, Scored]] = []
-        if any([hypothesis.reader is not None for hypothesis in unscored]):
+        if any([hypothesis.group.reader is not None for hypothesis in unscored]):
             read = self._read(unscored)
-            unscored = {one: lanes for one, lanes in unscored.items() if one.scores_segments}
+            unscored = {one: lanes for one, lanes in unscored.items() if one.group.scores_segments}
         return read + self._next_rewards(unscored) if unscored else read
 
     def _read(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
@@ -134,7 +134,7 @@ class Scores:
         chosen: dict[Reader, list[Lane]] = {}
         responses = len(unscored)
         for hypothesis, lanes in unscored.items():
-            reader, request = hypothesis.reader, hypothesis.request
+            reader, request = hypothesis.group.reader, hypothesis.request
             if reader is None or request.scores_segments and lanes[0].reading is not None:
                 continue
             count = len(lanes) if request.scores_segments else max(1, reader.lanes_per_pass(
@@ -261,7 +261,7 @@ def _with_handles(batch: Sequence[Lane], results: Sequence[Scored]) -> list[tupl
     """Lanes with their scores; each keeps what the reward keeps of it."""
     for lane, result in zip(batch, results, strict=True):
         lane.score_handle = result.handle
-        if result.per_token and lane.hypothesis.reader is None:
+        if result.per_token and lane.hypothesis.group.reader is None:
             lane.per_token = result.per_token
     return list(zip(batch, results, strict=True))
 

@@ -44,8 +44,10 @@ def run(small: Logits, large: Logits, reward: Callable[[list[int]], float], prom
         noise: Callable[[int, int, int, int], np.ndarray], uniform: Callable[[int, int], float], *, variant: str,
         threshold: float, beta: float, n: int, size: int, max_tokens: int, temperature: float = 1.0, top_k: int = 0,
         stop_ids: Collection[int] = ()) -> list[Kept]:
-    """All segments. small, large: float64 logits after ids; reward: of prompt and response, without a stop id at its
-    end. noise(segment, attempt, position, vocab): Gumbel numbers of a draw; uniform(segment, attempt): of a decision."""
+    """All segments. small, large: float64 logits after ids; reward: of prompt and response, without a last stop id.
+
+    noise(segment, attempt, position, vocab): Gumbel numbers of a draw; uniform(segment, attempt): that of a decision.
+    """
     def content(ids: list[int]) -> list[int]:
         return ids[:-1] if len(ids) > len(prompt) and ids[-1] in stop_ids else ids
 

@@ -7,8 +7,8 @@ With P_S and P_L the laws of a segment under the small and the large model and a
   kept if v >= t; else a sum over all n-tuples of the large model, one drawn by softmax(beta * r);
 - STARS whose exhaustion redraws: accepted as ever, and (sum p (1 - a))^K P_S(s), where the small model redraws.
 
-False positives: every p-value is compared with FALSE_POSITIVE_RATE / 6, as there are six cases: the file fails a correct
-engine once in 1e6 choices of its seeds. With each planted error the same test of the same case must fail.
+False positives: every p-value is compared with FALSE_POSITIVE_RATE / 6, as there are six cases: the file fails a
+correct engine once in 1e6 choices of its seeds. With each planted error the same test of the same case must fail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import pytest
 import torch
 
 import law
-import rsd_loop
 import stars
 import stars.judge
 import stars.models
@@ -35,7 +34,7 @@ from law import DRAWS, FALSE_POSITIVE_RATE, MODEL, REWARD, Prefix, candidates, c
 from stars.exhaustions import Redraft
 from stars.kv_store import KVStore
 from stars.rules import Decision
-from toy import EOS, ToyModel, ids, table_reward, toy_engine
+from toy import ToyModel
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

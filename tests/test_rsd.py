@@ -1,5 +1,5 @@
-"""Reward-guided speculation and what is redrawn: decision by decision against the written-out loops, what the large model
-is spared, and what rounds that end otherwise leave."""
+"""Reward-guided speculation and what is redrawn: decision by decision against the written-out loops, what the large
+model is spared, and what rounds that end otherwise leave."""
 
 from __future__ import annotations
 
@@ -183,7 +183,8 @@ def test_the_large_model_catches_up_in_one_pass_with_all_that_was_kept():
     run = made._models.members[0].passes._run
     made._models.members[0].passes._run = lambda batch, *given, **named: (passes.append(len(batch)), run(
         batch, *given, **named))
-    outputs = made.generate(GIVEN, params(n=2, max_tokens=16), RSD(reward_threshold=1.0, segment_size=4), use_tqdm=False)
+    policy = RSD(reward_threshold=1.0, segment_size=4)
+    outputs = made.generate(GIVEN, params(n=2, max_tokens=16), policy, use_tqdm=False)
     assert [[segment.model for segment in one.segments] for output in outputs for one in output.outputs] == [
         ["small", "small", "lm", "small"]] * 4
     assert passes == [2, 4] or passes[-1] == 4, passes  # the prompts, then all four
@@ -304,7 +305,7 @@ def test_rewards_that_come_later_change_nothing():
 
 @pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 def test_the_same_text_to_the_bit_in_every_schedule():
-    """deterministic=True: what a model that is behind catches up with has the bits that it has where it is read again."""
+    """deterministic=True: what a model that is behind catches up with has the bits of what is read again."""
     def run(chosen, **options):
         made = engine(stars.CausalReward(RM.decoder()), deterministic=True, **dict(page_size=16) | options)
         outputs = made.generate(*(list(column) for column in zip(*chosen, strict=True)), use_tqdm=False)
