@@ -32,6 +32,7 @@ SETTINGS = {
     "rad": (["--set", "topk=4", "--set", "clamp=False"], dict(topk=4, clamp=False)),
     "token-guidance": (["--set", "guide=lm", "--set", "weight=0.5", "--set", "lm_weight=1", "--set", "score=true"],
                        dict(guide="lm", weight=0.5, lm_weight=1.0, score=True)),
+    "mara": (["--set", "topk=7", "--set", "score=true"], dict(topk=7, score=True)),
 }
 """Parameters of each policy as they are typed, and as Python has them."""
 
