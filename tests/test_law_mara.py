@@ -32,7 +32,7 @@ MODEL = ToyModel(VOCAB, seed=5, layers=2)
 TENSORS = head_tensors(HIDDEN, H, seed=6, bias=-1.0)
 TOLERANCE = 2e-5  # of P(accept): float32 beside float64, whose decisions are compared as they are
 PROMPTS = [ids(3 + 4 * index, VOCAB, index) for index in range(6)]
-PLAIN = stars.SamplingParams(max_tokens=11, temperature=0.8, top_k=9, top_p=0.9)
+PLAIN = stars.SamplingParams(max_tokens=11, seed=4, temperature=0.8, top_k=9, top_p=0.9)
 CASES = {
     "published": PLAIN, "temperature 0": dataclasses.replace(PLAIN, temperature=0.0, top_p=1.0),
     "penalties": dataclasses.replace(PLAIN, presence_penalty=0.7, repetition_penalty=1.2, top_p=0.95),
@@ -115,8 +115,9 @@ def test_pages_run_out_where_that_is_said(head):
         for one, other in zip(outputs, wide, strict=True):
             assert one.outputs[0].token_ids == other.outputs[0].token_ids
             if deterministic:
-                assert [[a.reward for a in s.attempts] for s in one.outputs[0].segments] == [
-                    [a.reward for a in s.attempts] for s in other.outputs[0].segments]
+                for mine, theirs in zip(one.outputs[0].segments, other.outputs[0].segments, strict=True):
+                    both = [(a.reward, b.reward) for a, b in zip(mine.attempts, theirs.attempts, strict=False)]
+                    assert all(a == b for a, b in both if None not in (a, b))  # how many are asked at once differs
 
 
 def test_the_cases_have_power():
