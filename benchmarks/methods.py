@@ -96,7 +96,7 @@ def rows_of_several_models() -> Iterator[Row]:
     one = dict(width=1)
     for quantile in (0.75, 0.9, 0.99):
         yield Row("stars", one, quantile, dict(beta=BETA_OF_SPREAD), reward="implicit")
-    yield Row("mara", {})
+    yield Row("mara", dict(score=True))
     for alternate in (True, False):
         yield Row("persona-judge", dict(draft="What a wonderful film. ", judge="I loved every minute of this film. ",
                                         alternate=alternate, score=True))

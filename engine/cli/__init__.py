@@ -1,5 +1,5 @@
-"""The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo`, `methods`, `convert-head` and
-`info`.
+"""The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo`, `methods`, `convert-head`
+and `info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
 exit code 1, a value that a flag cannot have among them. Arguments that cannot be read or do not go together give 2,
