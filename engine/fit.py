@@ -13,7 +13,7 @@ import torch
 
 from stars.config import MAX_SIZE, EngineConfig
 from stars.device import check_model
-from stars.errors import ModelError
+from stars.errors import ModelError, text_of
 from stars.model.loader import DTYPES, inspect_model
 from stars.model.tokenizer import Tokenizer
 from stars.prefill import choose_prefill
@@ -38,7 +38,10 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     for given, other in (named or {}).items():
         if same(other) not in others:
             others.add(same(other))
-            models[f"the model {given!r}"] = occupant(config, other, config.max_segment_size, True, read=read)
+            try:
+                models[f"the model {given!r}"] = occupant(config, other, config.max_segment_size, True, read=read)
+            except ModelError as error:
+                raise ModelError(f"models[{given!r}]: {text_of(error)}") from error
     rewards = [one for one in held if one.model is not None]
     for number, one in enumerate(rewards, 1):
         name = "the reward model" if len(rewards) == 1 else f"reward model {number}"

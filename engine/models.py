@@ -14,7 +14,7 @@ import torch
 
 from stars.arguments import shown
 from stars.cache import OWN_STORE, BlockTable, CommitMove, PagedCache
-from stars.config import EngineConfig
+from stars.config import MAX_SIZE, EngineConfig
 from stars.determinism import check_row_invariance
 from stars.draft import Drafter
 from stars.errors import ModelError, RequestError, StarsError, text_of
@@ -270,6 +270,10 @@ def _check_beside(model: str | Path | Decoder, shape: ModelConfig, tokenizer: To
     if strange:
         raise ModelError(f"it ends texts with token {strange[0]}, which the engine's own model does not: use models of "
                          "the same special tokens, or add it to eos_token_id in the own model's generation_config.json")
+    rows = config.least_cache_tokens + config.num_slabs * config.max_segment_size
+    if rows * theirs.num_kv_heads > MAX_SIZE:
+        raise ModelError(f"its cache would have {rows} rows of {theirs.num_kv_heads} heads, which are numbered in "
+                         "int32: lower cache_tokens, max_num_lanes or max_segment_size")
     if theirs.context_length < config.max_model_len:
         raise ModelError(f"its context is {theirs.context_length} tokens and max_model_len {config.max_model_len}: "
                          f"build the engine with max_model_len={theirs.context_length}")

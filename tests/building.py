@@ -15,6 +15,7 @@ from stars.kernels.quant import quantize
 from stars.kernels.triton.tuned import Table
 from stars.model.config import ModelConfig
 from stars.model.decoder import Decoder
+from stars.model.low_rank import LayerAdapters, LowRank
 from stars.sizes import ModelSizes
 from stars.target import CPU, CUDA, Target
 from toy import ToyModel
@@ -70,8 +71,13 @@ def as_on_a_gpu(decoder: Decoder, scheme: str = "fp32", deterministic: bool = Fa
         return Weight(matrix.to(kind).contiguous(), None if weight.bias is None else weight.bias.to(kind),
                       weight.out_features, weight.in_features, deterministic=deterministic)
 
-    layers = [layer._replace(**{name: held(getattr(layer, name), scheme) for name in ("qkv", "o", "gate_up", "down")})
-              for layer in decoder.layers]
+    def beside(adapters: LayerAdapters) -> LayerAdapters:
+        return LayerAdapters(*(None if pair is None else LowRank(*(held(one, SCHEMES[dtype]) for one in pair))
+                               for pair in adapters))
+
+    layers = [layer._replace(adapters=beside(layer.adapters), **{
+        name: held(getattr(layer, name), scheme) for name in ("qkv", "o", "gate_up", "down")})
+        for layer in decoder.layers]
     embedding = held(decoder.embedding, SCHEMES[dtype])
     head = embedding if decoder.head is decoder.embedding else held(decoder.head, scheme)
     with patch("stars.model.decoder.target_of", lambda device: CUDA):

@@ -133,7 +133,7 @@ def texts(model, **options) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in engine.generate(prompts, params, use_tqdm=False)]
 
 
-def test_texts_are_those_of_the_merged_model(base, adapter, tmp_path, operations):
+def test_texts_are_those_of_the_merged_model(base, adapter, tmp_path):
     merged = merge(adapter, base, tmp_path / "merged")
     assert texts(adapter) == texts(merged) != texts(base)
 
@@ -173,6 +173,42 @@ def test_a_gpus_decoder_takes_the_single_operations(base, adapter):
     plain, beside = (as_on_a_gpu(load_model(directory)) for directory in (base, adapter))
     assert beside._fusing is None and beside.adapter_launches == 8 * 3
     assert beside.launches(4) == 10 * 2 + 2 + 24 and plain.launches(4) <= 10 * 2 + 2
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens", "model.norm", "model.layers.1.mlp.up_proj"])
+def test_modules_that_were_trained_whole(tiny_model, tmp_path, module):
+    """They take the place of the base's; all else is shared."""
+    base = tiny_model()
+    held = load_file(base / "model.safetensors")[f"{module}.weight"]
+    whole = torch.randn(held.shape, generator=torch.Generator().manual_seed(2))
+    adapter = write_adapter(tmp_path / "adapter", base, QKVO, whole={f"{module}.weight": whole}, modules_to_save=["x"])
+    theirs = logits(merge(adapter, base, tmp_path / "merged"))
+    assert (logits(adapter) - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    engine = stars.Engine(base, models={"guide": adapter})
+    own, guide = addresses(*decoders_of(engine).values())
+    assert len(own & guide) == len(own) - (module != "lm_head")
+
+
+def test_bases_that_leave_model_out_of_their_names(tiny_model, copied, tmp_path):
+    bare = copied(tiny_model(head="reward"))
+    tensors = load_file(bare / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, bare / "model.safetensors")
+    adapter = write_adapter(tmp_path / "adapter", bare, ("v_proj", "down_proj"), scale=1.0,
+                            whole={"model.norm.weight": torch.linspace(0.5, 1.5, 36)})
+    low = load_file(adapter / "adapter_model.safetensors")
+    assert "base_model.model.layers.0.mlp.down_proj.lora_A.weight" in low
+    merged = merge(adapter, bare, tmp_path / "merged")
+    tensors = load_file(merged / "model.safetensors")
+    tensors["norm.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, merged / "model.safetensors")
+    assert torch.allclose(reward(adapter), reward(merged), rtol=1e-5)
+
+
+def test_an_untied_head_beside_a_tied_base(tiny_model, tmp_path):
+    base = tiny_model(tied=True)
+    adapter = write_adapter(tmp_path / "adapter", base, QKVO, whole={"lm_head.weight": torch.zeros(97, 36)})
+    with pytest.raises(ModelError, match="has tie_word_embeddings but a lm_head.weight that differs"):
+        load_model(adapter)
 
 
 # -- reward models ----------------------------------------------------------------------------------------------------
@@ -297,6 +333,35 @@ def test_tensors_that_do_not_fit(base, adapter, copied, tmp_path, tiny_model):
     refused(directory, "is damaged or cut short .*: copy the adapter again")
     path.rename(directory / "adapter_model.bin")
     refused(directory, "lacks adapter_model.safetensors, and a pickle is never read")
+
+
+STRANGE = (None, True, -1, 3.5, 10**400, float("inf"), "", "a\0b", "x" * 5000, [], [[]], {}, {"a": []}, {"": {}})
+
+
+@pytest.mark.parametrize("key", ["peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "bias",
+                                 "alpha_pattern", "use_rslora", "init_lora_weights", *NEUTRAL])
+def test_whatever_stands_in_the_settings(adapter, copied, key):
+    """It loads, or is refused in one sentence; 10**400 is an integer that no float holds."""
+    strange = copied(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    refusals = 0
+    for value in STRANGE:
+        (strange / "adapter_config.json").write_text(json.dumps(settings | {key: value}))
+        try:
+            load_model(strange)
+        except ModelError as error:
+            refusals += 1
+            assert "\n" not in str(error) and len(str(error)) < 700
+    assert refusals >= (0 if key in ("rank_pattern", "init_lora_weights") else 5)
+
+
+def test_one_module_by_two_names(adapter, copied):
+    twice = copied(adapter)
+    path = twice / "adapter_model.safetensors"
+    tensors = load_file(path)
+    low = {name: tensor for name, tensor in tensors.items() if "layers.0.self_attn.q_proj" in name}
+    save_file(tensors | {name.replace("model.model.", "model."): tensor.clone() for name, tensor in low.items()}, path)
+    refused(twice, r"has both base_model.model.\S* and base_model.model.\S*q_proj.lora_A.weight: save the adapter")
 
 
 def test_bases_that_are_none(base, adapter, copied, tmp_path):

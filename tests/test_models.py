@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ import stars
 from editing import edit_config, edit_json
 from lora import write_adapter
 from stars.config import EngineConfig
-from stars.fit import occupant
+from stars.fit import fit, occupant
 from stars.kernels.linear import Weight
 from stars.model.config import load_config
 from stars.model.decoder import Decoder
 from stars.model.loader import load_model
 from stars.model.sharing import own_directory
 from stars.sizes import Occupant, needed_bytes
+from stars.target import CUDA
 from toy import ToyModel, toy_engine
 
 
@@ -171,6 +173,29 @@ def test_a_shorter_context(base, copied):
     edit_config(shorter, max_position_embeddings=48)
     refused(base, shorter, "its context is 48 tokens and max_model_len 128: build the engine with max_model_len=48")
     stars.Engine(base, max_model_len=48, models={"guide": shorter})
+
+
+def test_more_rows_than_are_numbered():
+    """Of a cache of the engine's own sizes, in a model with more heads."""
+    own, wide = ToyModel(5, 1).decoder(), ToyModel(5, 2, heads=8, kv_heads=8).decoder()
+    refused(own, wide, "its cache would have .* rows of 8 heads, which are numbered in int32: lower cache_tokens",
+            cache_tokens=1 << 29)
+
+
+def test_what_a_gpu_cannot_run_is_said_with_its_name(monkeypatch):
+    model = ToyModel(5, 1).decoder()
+    config = replace(EngineConfig.resolve(model.config, dtype="float32"), device="cuda", target=CUDA)
+    asked = []
+
+    def check(shape, sampled):
+        asked.append(shape)
+        if len(asked) == 2:
+            raise stars.ModelError('the model has head_dim 8: use device="cpu"')
+
+    monkeypatch.setattr("stars.fit.check_model", check)
+    monkeypatch.setattr("stars.fit.choose_prefill", lambda *given: "triton")
+    with pytest.raises(stars.ModelError, match=r"^models\['guide'\]: the model has head_dim 8"):
+        fit(config, model, None, None, 5, {"same": model, "guide": ToyModel(5, 2).decoder()})
 
 
 def test_models_that_are_none(base, tiny_model, tmp_path):

@@ -25,6 +25,7 @@ from stars.kernels.score import score_reference
 from stars.kernels.swiglu import swiglu_reference
 from stars.kernels.take_rows import take_rows_reference
 from stars.kernels.types import Draft, LaneState, TrailingRows
+from stars.model import low_rank
 from test_libstars_verdict import VOCAB, make_draft, make_trailing
 from triton_process import INTERPRETED, run_in_interpreter
 
@@ -202,6 +203,23 @@ def test_a_row_of_a_product_does_not_depend_on_its_company(dtype):
         part = torch.empty(rows, 45, dtype=dtype)
         linear.linear(x[first : first + rows], weight, part)
         assert torch.equal(part, whole[first : first + rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most", [16384, 21])
+def test_low_rank_products_are_added(monkeypatch, dtype, most):
+    """What an adapter adds, composed of kernels, in one piece and in two: products and sum are rounded once each."""
+    monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
+    monkeypatch.setattr(low_rank, "MAX_HIDDEN", most)
+    made = generator(3)
+    down, up = (torch.randn(shape, generator=made).to(dtype) for shape in ((5, 24), (42, 5)))
+    pair = low_rank.LowRank(Weight(down, None, 5, 24), Weight(up, None, 42, 5))
+    x, out = torch.randn(7, 24, generator=made).to(dtype), torch.randn(7, 42, generator=made).to(dtype)
+    middle = (x.float() @ down.float().T).to(dtype)
+    delta = (middle.float() @ up.float().T).to(dtype)
+    wanted = out.float() + delta.float()
+    low_rank.add_low_rank(x, pair, out, low_rank.adapter_room([pair], 9, dtype, x.device))
+    assert_near(out, wanted, ulps=4)  # of the product, whose sums are in another order
 
 
 def test_the_operations_reach_their_kernels(monkeypatch):

@@ -137,6 +137,9 @@ def _pairs(low: Mapping[str, TensorInfo], config: Mapping[str, Any], adapter: Pa
             raise ModelError(f"{adapter} has {printed(name)}, and adapters are read of "
                              f"{', '.join(one.split('.')[1] for one in ADAPTED)} alone: {MERGE}")
         if part == "A.weight":
+            if module in downs:
+                raise ModelError(f"{adapter} has both {printed(downs[module])} and {printed(name)}: save the adapter "
+                                 "with peft's save_pretrained")
             downs[module] = name
     if not low:
         raise ModelError(f"{adapter / WEIGHTS} has no lora_A and lora_B: save the adapter with peft's save_pretrained")
@@ -153,7 +156,7 @@ def _pairs(low: Mapping[str, TensorInfo], config: Mapping[str, Any], adapter: Pa
         rank, in_features = low[down].shape
         pairs[module] = Pair(down, up, rank, in_features, low[up].shape[0], _scale(module, rank, config, adapter))
     if len(low) != 2 * len(pairs):
-        orphan = next(name for name in low if name.replace(".lora_B.", ".lora_A.") not in low)
+        orphan = next(name for name in low if name.replace(".lora_B.", ".lora_A.") not in downs.values())
         raise ModelError(f"{adapter} has {printed(orphan)} without its lora_A: copy the adapter again")
     return pairs
 

@@ -92,7 +92,8 @@ def load_model(
     head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS, deterministic: bool = False,
     max_model_len: int | None = None, reward_head: Any = "auto",
 ) -> Decoder:
-    """The model in DIRECTORY with the head asked for, its matrices packed one at a time.
+    """The model in DIRECTORY with the head asked for, its matrices packed one at a time. Of a LoRA adapter it is that
+    of its base, whose weights are packed as they are, with the low-rank products beside them.
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with

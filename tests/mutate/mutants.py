@@ -59,6 +59,20 @@ def problem(mutants: Sequence[Mutant], root: Path) -> str | None:
 
 
 MUTANTS = [
+    # -- models beside each other, and adapters -----------------------------------------------------------------------
+    Mutant("engine/model/adapters.py", "return alpha / (math.sqrt(rank) if config.get(\"use_rslora\") else rank)",
+           "return alpha / rank", "a rank-stabilised adapter is scaled as any other", "adapters"),
+    Mutant("engine/model/loader.py", "ups[row : row + count, column : column + pair.rank] = up",
+           "ups[row : row + count, :pair.rank] = up", "the ranks of several modules of a product are one", "adapters"),
+    Mutant("engine/model/loader.py", "key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic)",
+           "key: Hashable = read, id(self)", "weights are held as often as they are loaded", "models"),
+    Mutant("engine/model/low_rank.py",
+           "    kernels.rms_norm(pieces, room.ones[:piece], 1.0, pieces, out.view(-1, piece))",
+           "    out.copy_(delta)", "an adapter's product replaces the base's", "adapters"),
+    Mutant("engine/fit.py", "        read.update(summary.elements)\n", "",
+           "weights that are held once are counted twice", "models"),
+    Mutant("engine/models.py", "strange = sorted(_eos_ids(theirs, their) - own_eos)", "strange = sorted(set())",
+           "a model that ends texts by tokens of its own is taken", "models"),
     # -- the law ------------------------------------------------------------------------------------------------------
     Mutant("engine/rules.py", "start + tokens / max_tokens * (reward_threshold", "start + (tokens - 1) / max_tokens * "
            "(reward_threshold", "tau counts a token too few", "oracle"),
