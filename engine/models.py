@@ -104,10 +104,19 @@ class Models:
         if drafter is None:
             first, *others = (self.members[store] for store in stores)
             beside = [(other.decoder, other.store) for other in others] if blends else None
-            with torch.inference_mode(False):  # a caller's own: what is allocated is written outside of it, too
-                drafter = Drafter(first.decoder, self._cache, self._config, first.store, beside)
+            try:
+                with torch.inference_mode(False):  # a caller's own: what is allocated is written outside of it, too
+                    drafter = Drafter(first.decoder, self._cache, self._config, first.store, beside)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(f"there is no memory to draft from {self._named(stores)}: lower max_num_lanes or "
+                                 "cache_tokens") from error
             self._drafters[stores, blends] = drafter
         return drafter
+
+    def _named(self, stores: Sequence[int]) -> str:
+        """Models by a name of each."""
+        names = {store: name for name, store in reversed(self._stores.items())}
+        return " and ".join(repr(names[store]) for store in stores)
 
     def prefill(self, jobs: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """As `Passes.prefill`, in every store of each table; returns the rows that each model has run."""
