@@ -133,7 +133,7 @@ def texts(model, **options) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in engine.generate(prompts, params, use_tqdm=False)]
 
 
-def test_texts_are_those_of_the_merged_model(base, adapter, tmp_path, operations):
+def test_texts_are_those_of_the_merged_model(base, adapter, tmp_path):
     merged = merge(adapter, base, tmp_path / "merged")
     assert texts(adapter) == texts(merged) != texts(base)
 
