@@ -257,16 +257,15 @@ class PagedCache:
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
-    def rows(self, table: BlockTable, start: int, stop: int) -> array[int]:
+    def rows(self, table: BlockTable, start: int, stop: int, shared: bool = False) -> array[int]:
         """Page rows of positions start .. stop - 1, for a caller about to write them.
 
         Shared pages among them are replaced by private copies first; raises OutOfPages, and then has changed nothing.
-        Of positions that the table has, which a store that is behind catches up with, pages stay shared: all that share
-        them have the same tokens there.
+        shared: they stay as they are, where a store that is behind catches up: whoever shares them has the same tokens.
         """
         self._check(table)
         self._check_range(table, start, stop)
-        if stop > table.length:
+        if not shared:
             self._make_private([(table, start, stop)])
         return self._rows(table, start, stop)
 

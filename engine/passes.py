@@ -165,7 +165,7 @@ class Passes:
             if max_rows is not None and rows + end - start > max_rows:
                 break
             # Making shared pages private comes before any pass reads the block table.
-            slots = self.cache.rows(table, start, end)
+            slots = self.cache.rows(table, start, end, shared=end <= table.length)
             spans.append(Span(table, token_ids[start:end], start, slots))
             rows += end - start
         return spans, rows
