@@ -251,8 +251,8 @@ typedef struct {
   int64_t lanes, vocab, max_steps, entries;
 } stars_apply_penalties_params;
 
-/* out[i] = the sum over models of weights[model, i] * logits[model, i], of lanes that are not done; a weight of 0 is not
- * read. See kernels/blend_logits.py. */
+/* out[i] = the sum over models of weights[model, i] * logits[model, i], of lanes that are not done; where a weight is
+ * 0, the model is not read. See kernels/blend_logits.py. */
 typedef struct {
   int64_t size;
   const float* logits;  /* [models, room, vocab] */
