@@ -30,6 +30,8 @@ SETTINGS = {
                         dict(particles=3, resampling="systematic")),
     "args": (["--set", "topk=4", "--set", "weight=2.5"], dict(topk=4, weight=2.5)),
     "rad": (["--set", "topk=4", "--set", "clamp=False"], dict(topk=4, clamp=False)),
+    "persona-judge": (["--set", "draft=A fine film. ", "--set", "judge=A bad film. ", "--set", "gamma=3", "--set",
+                       "alternate=false"], dict(draft="A fine film. ", judge="A bad film. ", gamma=3, alternate=False)),
 }
 """Parameters of each policy as they are typed, and as Python has them."""
 

@@ -294,6 +294,20 @@ def test_a_rule_that_asks_for_a_draw(keep, draws, words):
     assert found is None if words is None else words in found
 
 
+@pytest.mark.parametrize(("ratios", "uniforms", "finished", "kept", "then"), [
+    ((-0.5, -0.5), (0.6, 0.6), False, 2, "judge"), ((-0.5, -0.5), (0.6, 0.61), False, 1, "residual"),
+    ((-0.5, 3.0), (0.61, 0.1), False, 0, "residual"), ((np.inf, -np.inf), (0.99, 1e-7), True, 1, "residual"),
+    ((0.0, 0.0), (0.99, 0.99), True, 2, None), ((0.0,), (0.5, 0.99), False, 1, "judge"),
+])
+def test_a_prefix_is_accepted_in_order(ratios, uniforms, finished, kept, then):
+    """exp(-0.5) = 0.6065. What is noted is whether all were, and how likely that was."""
+    one = Judged(0, 1, 5, finished, (), (-1.0,) * len(ratios), ratios, None, None, uniforms)
+    decision = AcceptPrefix(2)([one], State(0, 0, 0, 0, 9, None, 0, (0,), (), None))
+    assert decision.keep == [Keep(0, 1, kept, Draw(then) if then else ())] and not decision.drop
+    assert decision.notes[0, 1].accepted == (kept == len(ratios))
+    assert decision.notes[0, 1].probability == pytest.approx(np.exp(sum(min(0.0, ratio) for ratio in ratios)))
+
+
 def test_a_response_has_no_room_for_a_draw():
     judged = [Judged(0, 1, 9, False, (), (-1.0, -1.0), (0.0, 0.0), None, None, ())]
     state = State(0, 0, 0, 0, 9, None, 0, (0,), (), None)
