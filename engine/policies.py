@@ -501,8 +501,8 @@ class PersonaJudge:
     before every comparison. The response ends with EOS, and never exceeds max_tokens.
     """
 
-    draft: str = "Answer in the way that is most helpful to the user.\n\n"
-    judge: str = "Answer in the way that is most harmless to the user.\n\n"
+    draft: str = "Be as helpful as you can. "
+    judge: str = "Be as harmless as you can. "
     gamma: int = 4
     alternate: bool = True
     score: bool = False

@@ -116,7 +116,8 @@ def sampling_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -
 def proposal_logprobs(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     """log p of what a lane of these parameters draws from, float64 [rows, vocab] of logits float32 [rows, vocab]; -inf
     where a token is filtered out. Where its draw is an argmax, p is 1 at that token."""
-    rows = logits / torch.tensor([temperature], dtype=torch.float32, device=logits.device) if temperature > 0 else logits
+    scale = torch.tensor([temperature], dtype=torch.float32, device=logits.device)
+    rows = logits / scale if temperature > 0 else logits
     thresholds = torch.full((len(logits), 1), -torch.inf, device=logits.device)
     drawn = torch.isfinite(rows.amax(1)) if temperature > 0 else torch.zeros(len(logits), dtype=torch.bool)
     if top_k > 0 or top_p < 1.0 or min_p > 0.0:

@@ -11,13 +11,14 @@ import oracle
 import stars
 import stars.commit
 import stars.filtered_ratio
-from stars.cache import PagedCache
+from stars.cache import Opening, PagedCache
 from stars.decision_check import problem
 from stars.draft import Drafter
 from stars.filtered_ratio import FilteredRatio
 from stars.passes import Passes
 from stars.plan import Fixed, Lanes, Plan, Prompted, Ratio, Sampled, Score
 from stars.prompt import after, parse_prompt
+from stars.round import Round
 from stars.rules import AcceptPrefix, Always, Decision, Draw, Judged, Keep, State, whole
 from test_conservation import nothing_is_held, stepped_through_interrupts
 from test_scheduler import preemptions, run, text
@@ -61,7 +62,17 @@ def readings(monkeypatch):
             seen.append(len(lane.token_ids))
         return found
 
+    run_round = Round.run
+
+    def with_room(self, groups):
+        for one in [one for group in groups for one in group.active]:
+            for context in one.contexts:
+                room = len(context.table.pages) * self._cache.page_size - one.length(context)
+                assert room >= one.next_room, "a round would have to take pages"
+        return run_round(self, groups)
+
     monkeypatch.setattr(FilteredRatio, "read", checked)
+    monkeypatch.setattr(Round, "run", with_room)
     return seen
 
 
@@ -113,6 +124,19 @@ def test_leading_pages_in_common_are_held_once():
     made.abort("0")
     made.step()
     nothing_is_held(made)
+
+
+def test_what_is_asked_of_the_cache_counts_common_pages_once():
+    """10 pages of 4: 13 and 14 tokens, 12 of them in common, with room up to 20 and 24, are 5 + 6 - 3."""
+    cache = engine(cache_tokens=40)._cache
+    one, other = [1, 2, 3, 4] * 3 + [5], [1, 2, 3, 4] * 3 + [6, 7]
+    for lengths, fits in (((20, 24), True), ((28, 24), True), ((28, 28), False)):
+        first, second = Opening(one, [lengths[0]]), Opening(other, [lengths[1]])
+        assert cache.could_open([first, second]) == cache.can_open(*first, beside=[second]) == fits
+    table = cache.open(one)
+    cache.publish(table, one)  # as if it were written: 3 pages can be found, and 1 is its own
+    assert cache.can_open(one, [16], beside=[Opening(other, [28])])  # 1 + 4 more
+    assert not cache.can_open(one, [20], beside=[Opening(other, [32])])  # 2 + 5
 
 
 # -- ends ---------------------------------------------------------------------------------------------------------
@@ -292,6 +316,20 @@ def test_a_rule_that_asks_for_a_draw(keep, draws, words):
     judged = [Judged(0, 1, 6, False, (), (-1.0, -1.0), (0.0, 0.0), None, None, ())]
     found = problem(Decision([keep]), judged, State(0, 0, 0, 0, 9, None, 0, (0,), (), None), 1, 9, (0,), False, draws)
     assert found is None if words is None else words in found
+
+
+@pytest.mark.parametrize(("ratios", "uniforms", "finished", "kept", "then"), [
+    ((-0.5, -0.5), (0.6, 0.6), False, 2, "judge"), ((-0.5, -0.5), (0.6, 0.61), False, 1, "residual"),
+    ((-0.5, 3.0), (0.61, 0.1), False, 0, "residual"), ((np.inf, -np.inf), (0.99, 1e-7), True, 1, "residual"),
+    ((0.0, 0.0), (0.99, 0.99), True, 2, None), ((0.0,), (0.5, 0.99), False, 1, "judge"),
+])
+def test_a_prefix_is_accepted_in_order(ratios, uniforms, finished, kept, then):
+    """exp(-0.5) = 0.6065. What is noted is whether all were, and how likely that was."""
+    one = Judged(0, 1, 5, finished, (), (-1.0,) * len(ratios), ratios, None, None, uniforms)
+    decision = AcceptPrefix(2)([one], State(0, 0, 0, 0, 9, None, 0, (0,), (), None))
+    assert decision.keep == [Keep(0, 1, kept, Draw(then) if then else ())] and not decision.drop
+    assert decision.notes[0, 1].accepted == (kept == len(ratios))
+    assert decision.notes[0, 1].probability == pytest.approx(np.exp(sum(min(0.0, ratio) for ratio in ratios)))
 
 
 def test_a_response_has_no_room_for_a_draw():

@@ -17,6 +17,7 @@ from stars.decision_check import problem
 from stars.exhaustions import BackUp, BestSeen, First, Last, Refuse, Relax, Softmax, exhaustion, steps
 from stars.rules import (
     EARLIER,
+    AcceptPrefix,
     Always,
     Argmax,
     Decision,
@@ -227,8 +228,8 @@ def test_rules_that_read_rewards_say_where_there_are_none(rule):
 @settings(max_examples=200)
 @given(st.one_of(THRESHOLDS, st.sampled_from([
     Argmax(), Always(), SoftArgmax(0.7), FirstAccepted(0.5, 1.0), DropWorst(0.4), Highest(1), Highest(3),
-    Resample(3, 0.5), Resample(3, 0.5, systematic=True), RewardGuided(0.7), RewardGuided(-2.0, 0.5, 0.0, 1.0)
-    ])), st.integers(0, 2),
+    Resample(3, 0.5), Resample(3, 0.5, systematic=True), RewardGuided(0.7), RewardGuided(-2.0, 0.5, 0.0, 1.0),
+    AcceptPrefix(3)])), st.integers(0, 2),
        st.lists(st.one_of(st.just([]), ATTEMPTS), min_size=1, max_size=3), st.integers(0, 3), st.booleans())
 def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, population, left, finished):
     """The loop does not check them. `over`: how many of the hypotheses had finished before. Others may have no
@@ -236,7 +237,7 @@ def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, popu
     assume(all(population) or rule.in_order)
     assume(not over or not isinstance(rule, (SoftArgmax, FirstAccepted)))  # what had ended has no random numbers
     assume(not isinstance(rule, Resample) or all(len(attempts) == 1 for attempts in population))
-    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 9
+    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 10
     live = tuple(range(len(population)))
     ones = [one for slot, attempts in enumerate(population) for one in (
         [earlier(slot)] if slot < over else
@@ -245,7 +246,7 @@ def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, popu
     now = state(live, left)._replace(uniforms=(1e-7, 0.4, 1 - 1e-7)[: getattr(rule, "group_uniforms", 0)])
     decision = rule(ones, now)
     most = max(len(live), rule.particles if isinstance(rule, Resample) else getattr(rule, "count", 0))
-    assert problem(decision, ones, now, most, 11, (0, 7), False) is None
+    assert problem(decision, ones, now, most, 11, (0, 7), False, isinstance(rule, AcceptPrefix)) is None
     if decision is not None and decides(decision) and hasattr(rule, "final"):
         over = [earlier(slot, one.reward) for slot, one in enumerate(ones)]
         assert problem(rule.final(over, now), over, now, len(live), 11, (0, 7), False) is None
