@@ -42,6 +42,7 @@ _sample_step = Operation("sample_step")
 _copy_rows = Operation("copy_rows")
 _append_draft = Operation("append_draft")
 _apply_penalties = Operation("apply_penalties")
+_blend_logits = Operation("blend_logits")
 
 
 def linear(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
@@ -182,6 +183,14 @@ def apply_penalties(logits: Tensor, lanes: LaneState, penalties: Penalties) -> N
         frequency=(penalties.frequency, each), presence=(penalties.presence, each),
         lanes=count, vocab=vocab, max_steps=max_steps, entries=entries,
     )
+
+
+def blend_logits(logits: Tensor, weights: Tensor, done: Tensor, out: Tensor) -> None:
+    """out [lanes, vocab] = the sum over models of weights [models, room] times logits [models, room, vocab]; lanes that
+    are done are left as they are."""
+    (models, room, vocab), lanes = logits.shape, out.shape[0]
+    _blend_logits(logits=(logits, (models, room, vocab)), weights=(weights, (models, room)), done=(done, (lanes,)),
+                  out=(out, (lanes, vocab)), models=models, room=room, lanes=lanes, vocab=vocab)
 
 
 def _packed(op: str, weight: PackedWeight) -> Tensor:

@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 6
+#define STARS_ABI_VERSION 7
 
 typedef enum {
   STARS_OK = 0,
@@ -57,6 +57,7 @@ typedef enum {
   STARS_OP_DECIDE = 9,
   STARS_OP_APPEND_DRAFT = 10,
   STARS_OP_APPLY_PENALTIES = 11,
+  STARS_OP_BLEND_LOGITS = 12,
 } stars_op;
 
 /* out[rows, out_features] = x[rows, in_features] @ weight^T + bias. `weight` is what stars_pack made. The bits of a row
@@ -249,6 +250,17 @@ typedef struct {
   const float* presence;     /* [lanes] */
   int64_t lanes, vocab, max_steps, entries;
 } stars_apply_penalties_params;
+
+/* out[i] = the sum over models of weights[model, i] * logits[model, i], of lanes that are not done; a weight of 0 is not
+ * read. See kernels/blend_logits.py. */
+typedef struct {
+  int64_t size;
+  const float* logits;  /* [models, room, vocab] */
+  const float* weights; /* [models, room] */
+  const int32_t* done;  /* [lanes] */
+  float* out;           /* [lanes, vocab]; may be the first lanes of one of the models' logits */
+  int64_t models, room, lanes, vocab;
+} stars_blend_logits_params;
 
 STARS_API int32_t stars_abi_version(void);
 /* This header, to the letter, as the library was compiled from it: other languages can read the layouts out of it. */

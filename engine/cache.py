@@ -6,6 +6,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -58,14 +59,21 @@ class BlockTable:
 
 
 class CommitMove(NamedTuple):
-    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`, in `stores`:
-    the table's other stores stay behind."""
+    """`rows` slab rows from flat slab row `slab_start` become positions `at` .. `at + rows - 1` of `table`, in
+    `stores`: the table's other stores stay behind."""
 
     table: BlockTable
     slab_start: int
     rows: int
     at: int
     stores: tuple[int, ...] = OWN_STORE
+
+
+class Opening(NamedTuple):
+    """Tables that all begin with `token_ids` and are reserved up to `lengths` positions, each."""
+
+    token_ids: Sequence[int]
+    lengths: Sequence[int]
 
 
 class PagedCache:
@@ -151,16 +159,21 @@ class PagedCache:
         self._tables.add(table)
         return table
 
-    def can_open(self, token_ids: Sequence[int], lengths: Sequence[int] = (),
-                 stores: tuple[int, ...] = OWN_STORE) -> bool:
+    def can_open(self, token_ids: Sequence[int], lengths: Sequence[int] = (), stores: tuple[int, ...] = OWN_STORE,
+                 beside: Sequence[Opening] = ()) -> bool:
         """Whether `open(token_ids, stores)` would succeed now.
 
         With `lengths`: whether as many tables could be opened that all begin with `token_ids`, one after the other as
-        each is published, and be reserved up to so many positions each.
+        each is published, and be reserved up to so many positions each; and those `beside` them after that.
         """
-        shared = self.pool.match(self._chunks(token_ids, stores))
-        fresh = self._pages_together(len(token_ids), lengths or [len(token_ids)]) - len(shared)
-        return fresh <= self.pool.num_available - self.pool.cost(shared)
+        openings = [Opening(token_ids, lengths or [len(token_ids)]), *beside]
+        shared = [self.pool.match(self._chunks(opening.token_ids, stores)) for opening in openings]
+        fresh = self._fresh(openings, [len(pages) for pages in shared])
+        return fresh <= self.pool.num_available - self.pool.cost(list(dict.fromkeys(chain(*shared))))
+
+    def could_open(self, openings: Sequence[Opening]) -> bool:
+        """Whether the empty cache holds the tables of all `openings`, each of which shares what it can."""
+        return self._fresh(openings, [0] * len(openings)) <= self.num_pages
 
     def could_hold(self, prefix: int, lengths: Sequence[int]) -> bool:
         """Whether the empty cache holds tables of `lengths` positions whose first `prefix` are the same."""
@@ -248,14 +261,17 @@ class PagedCache:
         """Page rows of positions start .. stop - 1, for a caller about to write them.
 
         Shared pages among them are replaced by private copies first; raises OutOfPages, and then has changed nothing.
+        Of positions that the table has, which a store that is behind catches up with, pages stay shared: all that share
+        them have the same tokens there.
         """
         self._check(table)
         self._check_range(table, start, stop)
-        self._make_private([(table, start, stop)])
+        if stop > table.length:
+            self._make_private([(table, start, stop)])
         return self._rows(table, start, stop)
 
     def commit(self, moves: Sequence[CommitMove]) -> None:
-        """Makes slab rows history: one copy for all moves and layers of a store, then table.length = at + count for each.
+        """Makes slab rows history: one copy for all moves and layers of a store, then table.length = at + count.
 
         An `at` below the table's length rewinds to it first. Shared pages are replaced by private copies first; raises
         OutOfPages, and then has changed nothing. A store that is behind must not be among a move's.
@@ -287,6 +303,21 @@ class PagedCache:
             for start in range(0, len(source), self._max_moves):
                 self._run_moves(source[start : start + self._max_moves], target[start : start + self._max_moves],
                                 stores)
+
+    def bring_up(self, moves: Sequence[CommitMove]) -> None:
+        """As `commit`, of positions that the tables have and the moves' stores lack: these hold them afterwards. Shared
+        pages stay shared."""
+        for table, slab_start, count, at, stores in moves:
+            self._check(table)
+            for store in stores:
+                if table.held(store) != at or at + count > table.length:
+                    raise IntegrityError(f"store {store} of {table} holds {table.held(store)} positions and cannot be "
+                                         f"brought up from {at} to {at + count}: write what it lacks, in order")
+        for table, slab_start, count, at, stores in moves:
+            source = array("i", range(slab_start, slab_start + count))
+            self._run_moves(source, self._rows(table, at, at + count), stores)
+            for store in stores:
+                self.catch_up(table, store, at + count)
 
     def catch_up(self, table: BlockTable, store: int, held: int) -> None:
         """`store` holds the first `held` positions of `table` now: whoever wrote them says so."""
@@ -398,6 +429,21 @@ class PagedCache:
     def _pages_together(self, prefix: int, lengths: Sequence[int]) -> int:
         """Pages of tables of `lengths` positions that share the full pages of their first `prefix`."""
         return sum(map(self._pages_for, lengths)) - (len(lengths) - 1) * (prefix // self.page_size)
+
+    def _fresh(self, openings: Sequence[Opening], shared: Sequence[int]) -> int:
+        """Pages that all `openings` take, one after the other as each is published, besides so many of each that are
+        published."""
+        fresh, before = 0, list[Sequence[int]]()
+        for (token_ids, lengths), found in zip(openings, shared, strict=True):
+            common = max([self._common(token_ids, other) for other in before], default=0)
+            fresh += self._pages_together(len(token_ids), lengths) - max(found, common)
+            before.append(token_ids)
+        return fresh
+
+    def _common(self, one: Sequence[int], other: Sequence[int]) -> int:
+        """Full pages with which both begin."""
+        least = min(len(one), len(other))
+        return next((index for index in range(least) if one[index] != other[index]), least) // self.page_size
 
     def _chunks(self, token_ids: Sequence[int], stores: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         """The tokens of each full page; what other stores hold is marked by what is no token."""

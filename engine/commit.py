@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stars.cache import CommitMove, PagedCache
+from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.filtered_ratio import draw
 from stars.models import Models
 from stars.outputs import Segment
 from stars.request import Group, Hypothesis, Lane, Winner
@@ -55,7 +56,7 @@ class Committer:
         """Gives back the scores of a decided segment that are not committed: what a rule cut or continued, or took of
         attempts that hold nothing any more, is read again, and there is a slab for that only once those of the
         segment's attempts are free."""
-        if not any([winner.read_again for winner in winners]):
+        if not any([winner.read_again or winner.unscored for winner in winners]):
             return
         kept = {winner.lane for winner in winners if winner.as_drawn and winner.finish_reason is None}
         for winner in winners:
@@ -74,7 +75,8 @@ class Committer:
     def take_back(self, hypothesis: Hypothesis) -> None:
         """The newest segment of a hypothesis is history no longer, in neither cache; its attempts hold nothing."""
         hypothesis.take_back()
-        self._cache.truncate(hypothesis.pages, hypothesis.length - 1)
+        for context in hypothesis.contexts:
+            self._cache.truncate(context.table, hypothesis.length(context))
         request, session = hypothesis.request, hypothesis.session
         if session is None or not request.scores_segments:
             return
@@ -91,7 +93,10 @@ class Committer:
         """A second hypothesis with the history that this one has now."""
         fork = hypothesis.group.fork(hypothesis, slot)
         if hypothesis.finish_reason is None:
-            fork.table = self._cache.fork(hypothesis.pages)
+            assert hypothesis.table is not None
+            fork.table = self._cache.fork(hypothesis.table)
+            if hypothesis.judge is not None:
+                fork.judge = self._cache.fork(hypothesis.judge)
             if hypothesis.session is not None:
                 fork.session = self._scorer.fork(hypothesis.session)
         fork.mark_boundary()
@@ -117,7 +122,8 @@ class Committer:
                 continue
             hypothesis = parent if first else self.fork(parent, next(slots))
             lane, then = parent.attempts[keep.attempt - 1], keep.then
-            assert not isinstance(then, Draw)
+            if isinstance(then, Draw):
+                then = [draw(lane, keep.tokens, then.source)]
             winner = (Winner.of(lane, hypothesis) if not then and keep.tokens == len(lane.token_ids) else
                       Winner.cut(lane, hypothesis, keep.tokens, then))
             arranged.winners.append(winner)
@@ -125,26 +131,48 @@ class Committer:
 
     def _commit_rows(self, winners: Sequence[Winner]) -> None:
         """The language model's pages hold all but the last token of each response afterwards."""
-        tables = [winner.hypothesis.pages for winner in winners]
-        for table, winner in zip(tables, winners, strict=True):
+        drafting = [winner.hypothesis.drafting for winner in winners]
+        written = [(winner, context, winner.lane.slab, len(winner.lane.token_ids))
+                   for winner, context in zip(winners, drafting, strict=True)]
+        # The judge has read the last drafted token, too. What is run in one pass must be so again to the same bits.
+        written += [(winner, hypothesis.judging, winner.lane.judge_slab, len(winner.lane.token_ids) + (not self._exact))
+                    for winner in winners if (hypothesis := winner.hypothesis).judge is not None]
+        for winner, context, _, _ in written:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
-            self._cache.reserve(table, len(winner.token_ids))
-        # The slab holds the token before the segment and all of the segment but its last token.
+            self._cache.reserve(context.table, len(winner.token_ids))
+        # A slab holds the token before the segment and all of the segment but its last token.
         moves, lacking = [], []
-        for table, winner in zip(tables, winners, strict=True):
-            lane = winner.lane
-            rows = min(len(winner.token_ids), winner.drafted + 1, len(lane.token_ids)) if lane.slab is not None else 0
-            winner.rows = rows
-            if lane.slab is not None and rows:
-                moves.append(CommitMove(table, lane.slab * self._cache.slab_len, rows, table.length,
-                                        lane.hypothesis.proposal.stores))
+        for winner, (table, prompt_ids), slab, held in written:
+            rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
+            if slab == winner.lane.slab:
+                winner.rows = rows
+            if slab is not None and rows:
+                moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
             if rows < len(winner.token_ids):
-                lacking.append((table, winner))
+                lacking.append((winner, table, prompt_ids + winner.hypothesis.token_ids + winner.token_ids))
+        # Of two contexts what was run in one pass is run so again: there a slab is never wanted twice.
+        again = [one for one in lacking if self._exact and one[0].hypothesis.judge is None]
+        read = [one for one in lacking if one not in again] if again else lacking
+        for winner, table, _ in read:
+            if table.behind:  # all of its models read on from here
+                self._models.catch_up([winner.hypothesis], table.stores)
         self._cache.commit(moves)
-        if lacking:
-            self._models.prefill([(table, token_ids, len(token_ids) - 1) for table, winner in lacking
-                                  for token_ids in [winner.hypothesis.request.prompt.token_ids
-                                                    + winner.hypothesis.token_ids + winner.token_ids]])
+        for winner, table, _ in again:
+            self._commit_again(table, winner)
+        if read:
+            self._models.prefill([(table, token_ids, len(token_ids) - 1) for _, table, token_ids in read])
+
+    def _commit_again(self, table: BlockTable, winner: Winner) -> None:
+        """Runs what no slab holds of a winner as it would have been drafted, in a slab that is its own or that of
+        another attempt, all of which are copied or lost by now: so every key has the bits that it has at every width."""
+        lane, hypothesis = winner.lane, winner.hypothesis
+        holder = lane if lane.slab is not None else lane.hypothesis.preferred
+        assert holder is not None and holder.slab is not None
+        token_ids = hypothesis.request.prompt.token_ids + hypothesis.token_ids + winner.token_ids
+        begin, total = hypothesis.length - 1, len(winner.token_ids)
+        for end in (*range(winner.rows, total, hypothesis.max_segment), total):
+            if begin + end > table.length:
+                self._models.draft_again(table, token_ids, begin + end, holder.slab, lane.stores)
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""
@@ -154,7 +182,7 @@ class Committer:
             for winner in drawn:
                 winner.lane.score_handle = None
         for winner in winners:
-            if winner.read_again:
+            if winner.read_again or winner.unscored:
                 hypothesis = winner.hypothesis
                 text = hypothesis.request.response_text(hypothesis, winner) if self._scorer.needs_text else None
                 self._scorer.resume(hypothesis.session, hypothesis.content_ids(winner), text)

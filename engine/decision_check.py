@@ -6,15 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from stars.rules import EARLIER, Decision, Judged, Keep, Note, State, decides
+from stars.rules import EARLIER, Decision, Draw, Judged, Keep, Note, State, decides
 
 
 def problem(decision: Any, judged: Sequence[Judged], state: State, population: int, vocab_size: int,
-            stop_ids: Collection[int], whole_responses: bool) -> str | None:
+            stop_ids: Collection[int], whole_responses: bool, draws: bool = False) -> str | None:
     """What is wrong with a decision, as the end of a sentence that begins with the rule's name; None if it can be done.
 
     population: the most hypotheses of the group. stop_ids: tokens that end a response. whole_responses: whether
-    attempts are whole responses, which can be neither cut, continued nor forked.
+    attempts are whole responses, which can be neither cut, continued nor forked. draws: whether a token may be drawn
+    after the kept ones of an attempt.
     """
     if decision is None:
         return None
@@ -41,7 +42,7 @@ def problem(decision: Any, judged: Sequence[Judged], state: State, population: i
         if one is None or not isinstance(keep.attempt, Integral):
             return f"keeps attempt {keep.attempt!r} of hypothesis {keep.hypothesis!r}, which was not judged"
         kept.add(keep.hypothesis)
-        fault = _keep_problem(keep, one, state, vocab_size, stop_ids, whole_responses)
+        fault = _keep_problem(keep, one, state, vocab_size, stop_ids, whole_responses, draws)
         if fault is not None:
             return fault
     for slot in decision.drop:
@@ -63,11 +64,17 @@ def problem(decision: Any, judged: Sequence[Judged], state: State, population: i
 
 
 def _keep_problem(keep: Keep, one: Judged, state: State, vocab_size: int, stop_ids: Collection[int],
-                  whole_responses: bool) -> str | None:
+                  whole_responses: bool, draws: bool) -> str | None:
     which = f"attempt {keep.attempt} of hypothesis {keep.hypothesis}"
     then = keep.then
     if type(keep.tokens) is not int or not 0 <= keep.tokens <= one.drafted:
         return f"keeps {keep.tokens!r} tokens of {which}, which has {one.drafted}"
+    if isinstance(then, Draw):
+        if not draws:
+            return f"draws a token after {which}, for which nothing was read: the plan must read a filtered Ratio"
+        if then.source not in ("residual", "judge") or then.source == "residual" and keep.tokens == one.drafted:
+            return f"draws a token of {then.source!r} after {keep.tokens} tokens of {which}, of which there is none"
+        then = (0,)
     if not isinstance(then, Sequence) or any(type(token) is not int or not 0 <= token < vocab_size for token in then):
         return f"continues {which} with what is no list of token ids below {vocab_size}"
     if then and one.finished and keep.tokens == one.drafted:

@@ -15,15 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
-from stars.kernels import apply_penalties, sample_step, top_tokens
+from stars.kernels import apply_penalties, blend_logits, sample_step, top_tokens
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.top_tokens import launches
 from stars.kernels.types import Batch, Draft, LaneState, Penalties, Ranking, Tiles
+from stars.kv_store import KVStore
 from stars.model.decoder import Decoder
 from stars.pacing import Pacing
 from stars.plan import MAX_RANKS
@@ -65,38 +67,47 @@ class Drafted(NamedTuple):
 
     token_ids: list[int]
     logprobs: list[float]
+    logits: Tensor | None = None  # float32 [steps, vocab] that its tokens were drawn from, where they were asked for
+
+
+class Source(NamedTuple):
+    """One of the models that a drafter draws from."""
+
+    decoder: Decoder
+    kv: KVStore
+    logits: Tensor  # float32 [rows, vocab]
+    tiling: Tiling | None  # on a padded target
+    launches: int  # of its pass on a GPU, at most
 
 
 class Drafter:
-    """Owns the lane buffers of one language model.
+    """Owns the lane buffers of one language model, or of several whose logits are blended.
+
+    store: where the keys and values of `decoder` are. beside: other models and their stores, whose logits are weighted
+    and added to its own, by each lane's weights; None where nothing is weighted, which costs nothing then. All models
+    read the same tokens in the same rows, so that one set of buffers serves their passes.
 
     On a padded target, lanes are filled up to a bucket with idle ones, so that few captured shapes serve every number,
     and attention gets its tiles.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache, config: EngineConfig, store: int = 0,
-                 beside: Sequence[tuple[Decoder, int]] = ()):
+                 beside: Sequence[tuple[Decoder, int]] | None = None):
         self.decoder = decoder
         self.cache = cache
-        self._kv = cache.stores[store]
-        if beside:
-            raise NotImplementedError
         self.target = target = config.target
         sizes, max_segment_size = language_model(config), config.max_segment_size
         rows = target.rows(sizes.max_lanes, "draft")
-        decoder.reserve(rows)
-        decoder.reserve_positions(sizes.max_positions)
         one, flag = (torch.int32, (rows,)), (torch.float32, (rows,))
+        weights = {} if beside is None else {"weights": (torch.float32, (1 + len(beside), rows))}
         self._buffers = Buffers(
-            target,
+            target, True, 1,
             token_ids=one, positions=one, slots=one, slab_used=one, steps=one, max_tokens=one, done=one,
             out_tokens=(torch.int32, (rows, max_segment_size)), out_logprobs=(torch.float32, (rows, max_segment_size)),
             seeds=(torch.int64, (rows,)), attempts=one, streams=one, temperature=flag, top_k=one, top_p=flag,
             min_p=flag, stop_ids=(torch.int32, (rows, MAX_STOP_IDS)), entropy_cut=flag, least_tokens=one,
             seq_group=one, prefix_len=one, slab_start=one,
-            history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag)
-        # Between the parts of a step, which are recorded apart: the decoder's own may grow for another engine.
-        self._logits = decoder.reserve_logits(rows)
+            history_start=one, history_count=one, repetition=flag, frequency=flag, presence=flag, **weights)
         # Apart, as it is long and seldom needed: sent as far as it is filled, and read no further.
         entries = history_entries(config, decoder.config.vocab_size)
         self._history = Buffers(target, zeroed=False, entries=(torch.int32, (entries, 2)))
@@ -113,10 +124,23 @@ class Drafter:
         self._row_start = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)  # one row a lane
         self._block_tables = torch.zeros(rows, table_width(config, sizes), dtype=torch.int32, device=cache.device)
         self._host_tables = None if target.own_memory else self._block_tables.numpy()
+        self._stacked: Tensor | None = None  # [models, rows, vocab] where they are blended, into the first one's place
+        if beside is not None:
+            self._stacked = torch.empty(1 + len(beside), rows, decoder.config.vocab_size, device=cache.device)
+            self._host.weights = self._buffers.host("weights")
+        self._sources: list[Source] = []
         capacity = self._block_tables.shape[1] * cache.page_size
-        self._tiling = Tiling(decoder.config, config, rows, capacity) if target.padded else None
-        self._graphs = Graphs(later_bytes(decoder.config, decoder.adapter_launches))
-        self._launches = 1 + max(decoder.launches(count) for count in (1, rows))  # with the head
+        for index, (model, its_store) in enumerate([(decoder, store), *(beside or ())]):
+            model.reserve(rows)
+            model.reserve_positions(sizes.max_positions)
+            # Between the parts of a step, which are recorded apart: the decoder's own may grow for another engine.
+            logits = model.reserve_logits(rows) if self._stacked is None else self._stacked[index]
+            tiling = Tiling(model.config, config, rows, capacity) if target.padded else None
+            self._sources.append(Source(model, cache.stores[its_store], logits, tiling,
+                                        1 + max(model.launches(count) for count in (1, rows))))  # with the head
+        self._logits, self._tiling = self._sources[0].logits, self._sources[0].tiling
+        self._graphs = Graphs(sum(later_bytes(source.decoder.config, source.decoder.adapter_launches)
+                                  for source in self._sources))
         self._pacing = Pacing(rows) if target.own_memory else None
         self._under_way: tuple[Callable[[], int], int] | None = None  # a step, and how many are to be launched yet
 
@@ -129,6 +153,24 @@ class Drafter:
         """Draws up to `max_tokens` tokens for every lane; keys and values of their inputs are left in the slabs."""
         self.launch(lanes)
         return self.drafted(len(lanes))
+
+    def draft_with_logits(self, lanes: list[LaneSpec]) -> list[Drafted]:
+        """As `draft`, of lanes without penalties, with the logits that each token was drawn from."""
+        assert not self.target.own_memory, "drafts on a GPU do not keep their logits"
+        filters, cuts = any([lane.params.filters for lane in lanes]), any([lane.entropy_cut < math.inf
+                                                                           for lane in lanes])
+        rows, tiles = self._fill(lanes)
+        self._ranks = []
+        self._buffers.upload()
+        parts = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
+        parts.append(self._sample(rows, filters or cuts, False, cuts))
+        steps = max([lane.max_tokens for lane in lanes])
+        kept = torch.empty(steps, len(lanes), self._logits.shape[1])
+        for step in range(steps):  # a lane that has ended leaves its row as it may be
+            self._graphs.run(parts, self._done[rows])
+            kept[step] = self._logits[: len(lanes)]
+        return [drafted._replace(logits=kept[: len(drafted.token_ids), index])
+                for index, drafted in enumerate(self.drafted(len(lanes)))]
 
     def launch(self, lanes: list[LaneSpec]) -> None:
         """Starts a draft, without waiting for a GPU; its results must be taken before the next.
@@ -186,13 +228,14 @@ class Drafter:
 
     def warm_up(self) -> None:
         """Runs and captures every shape of a step on a GPU, on lanes that are all idle."""
-        assert self._tiling is not None
         for rows in self.target.shapes("draft", len(self._state.done)):  # workspaces that grow later are held twice
             self._buffers.wait()
             self._idle(slice(0, rows), 0)
             self._buffers.upload()
-            for tiles in self._tiling.shapes(rows, "draft"):
-                self._graphs.warm_up(self._forward(rows, tiles))
+            for index, source in enumerate(self._sources):
+                assert source.tiling is not None
+                for tiles in source.tiling.shapes(rows, "draft"):
+                    self._graphs.warm_up(self._forward(rows, tiles, index))
             for filters, cuts in ((True, False), (False, False), (True, True)):
                 for penalties in (True, False):
                     self._graphs.warm_up(self._sample(rows, filters, penalties, cuts))
@@ -223,12 +266,13 @@ class Drafter:
                 self.cache.return_slab(slab)
             self.cache.close(table)
 
-    def _start(self, filled: tuple[int, Tiles | None], lanes: int, times: int, filters: bool,
+    def _start(self, filled: tuple[int, Sequence[Tiles | None]], lanes: int, times: int, filters: bool,
                penalties: bool = False, cuts: bool = False) -> None:
         """Sends the buffers and launches the first steps, in stream order. Tokens are ranked after the first."""
         self._buffers.upload()
         rows, tiles = filled
-        parts = [self._forward(rows, tiles), self._sample(rows, filters or cuts, penalties, cuts)]
+        parts = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
+        parts.append(self._sample(rows, filters or cuts, penalties, cuts))
         if self._ranks:
             self._start_ranked(parts, rows, lanes, times, filters)
             return
@@ -254,30 +298,35 @@ class Drafter:
         self._pacing.launch(partial(self._graphs.run, [*parts, rank], self._done[rows]), 1, wait=False)
         self._under_way = step, self._pacing.launch(step, times - 1, wait=False)
 
-    def _forward(self, rows: int, tiles: Tiles | None) -> Part:
-        """The first part of a step, up to the logits. What it runs is made where it is recorded, not where replayed."""
+    def _forward(self, rows: int, tiles: Tiles | None, index: int = 0) -> Part:
+        """The first part of a step, up to the logits, of one of the models. What it runs is made where it is recorded,
+        not where replayed."""
+        decoder, kv, logits, _, launched = self._sources[index]
+
         def run() -> None:
             lanes = self._lanes(rows)
             batch = Batch(
                 lanes.token_ids, lanes.positions, lanes.slots, True, self._row_start[: rows + 1],
                 self._buffers["seq_group"][:rows], self._block_tables, self._buffers["prefix_len"][:rows],
                 self._buffers["slab_start"][:rows], lanes.slab_used, tiles)
-            self.decoder.draft_logits(batch, self._kv, self._logits[:rows])
+            decoder.draft_logits(batch, kv, logits[:rows])
 
-        return Part(("forward", rows, *(shape(tiles) if tiles is not None else ())), run, self._launches)
+        return Part(("forward", index, rows, *(shape(tiles) if tiles is not None else ())), run, launched)
 
     def _sample(self, rows: int, filters: bool, penalties: bool, cuts: bool) -> Part:
-        """The second part: what is drawn from the logits, and the step to the next. Where lanes may be cut, filters are
+        """The last part: what is drawn from the logits, and the step to the next. Where lanes may be cut, filters are
         looked for too, so that two shapes serve them and not four: where there are none, a launch leaves at once."""
         def run() -> None:
             lanes, logits = self._lanes(rows), self._logits[:rows]
+            if self._stacked is not None:
+                blend_logits(self._stacked, self._buffers["weights"], lanes.done, logits)
             if penalties:
                 apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
                     self._buffers[name][:rows] for name in PENALTIES)))
             sample_step(logits, lanes, filters=filters,
                         ended=None if self._pacing is None else self._pacing.ended[:rows], cuts=cuts)
 
-        return Part(("sample", rows, filters, penalties, cuts), run, SAMPLE_LAUNCHES)
+        return Part(("sample", rows, filters, penalties, cuts), run, SAMPLE_LAUNCHES + (self._stacked is not None))
 
     def _rank(self, rows: int, filters: bool) -> Part:
         """What follows the second part of the first step, where lanes have ranks: their most probable tokens. Rows
@@ -293,8 +342,8 @@ class Drafter:
     def _lanes(self, rows: int) -> LaneState:
         return LaneState(*(tensor[:rows] for tensor in self._state))
 
-    def _fill(self, lanes: list[LaneSpec]) -> tuple[int, Tiles | None]:
-        """Writes the lanes into the buffers; rows of a step, idle ones included, and attention's tiles."""
+    def _fill(self, lanes: list[LaneSpec]) -> tuple[int, list[Tiles | None]]:
+        """Writes the lanes into the buffers; rows of a step, idle ones included, and tiles by model."""
         self._buffers.wait()
         host, slab_len = self._host, self.cache.slab_len
         tables: list[BlockTable] = []
@@ -319,15 +368,19 @@ class Drafter:
             host.min_p[row] = params.min_p
             host.entropy_cut[row], host.least_tokens[row] = lane.entropy_cut, lane.least_tokens
             host.stop_ids[row] = lane.stop_ids + (-1,) * (MAX_STOP_IDS - len(lane.stop_ids))
+        if self._stacked is not None:
+            for row, lane in enumerate(lanes):
+                host.weights[:, row] = lane.weights
         self.cache.write_block_tables(tables, self._block_tables, self._host_tables)
         count = len(lanes)
         if self._tiling is None:
-            return count, None
+            return count, [None] * len(self._sources)
         rows = self.target.rows(count, "draft")
         self._idle(slice(count, rows), len(tables) - 1)
         groups = host.seq_group[:count].tolist()
         keys = [lane.table.length for lane in lanes]
-        return rows, self._tiling.fill(rows, range(count + 1), groups, "draft", keys)
+        return rows, [source.tiling.fill(rows, range(count + 1), groups, "draft", keys) for source in self._sources
+                      if source.tiling is not None]
 
     def _fill_penalties(self, lanes: list[LaneSpec]) -> None:
         """Writes every lane's penalties, and the history of each response that has some."""

@@ -24,17 +24,20 @@ from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import MAX_STOP_IDS, Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
+from stars.filtered_ratio import check_prompted
 from stars.fit import fit
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
+from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
+from stars.plan import DRAFT_SIZE, Plan, Policy, Prompted, Ratio, plan_of
 from stars.policies import Sample
-from stars.prompt import parse_prompt
+from stars.prompt import after, parse_prompt
+from stars.readers import Parts, Readers
 from stars.request import Group, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
@@ -108,9 +111,11 @@ class Engine:
             prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens)
         self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
-        check_heads(heads)
+        files = check_heads(heads)
         shared = SharedWeights(Path(model) if from_files else None)
         # Everything that can be refused is refused before any weight is read.
+        action_heads = {name: load_action_head(file, shape.hidden_size, f"heads[{name!r}]", config.device,
+                                               config.deterministic) for name, file in files.items()}
         with shared:
             named = check_named(models, shape, tokenizer, config)
             self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size, named)
@@ -130,6 +135,7 @@ class Engine:
                 drafter = Drafter(decoder, self._cache, config)
             self._models = Models(config, self._cache, Member(decoder, 0, passes), drafter,
                                   load_named(named, model, decoder, config))
+            self._readers = Readers(Parts(self._models, self._cache, config, action_heads))
             if self.reward is not None:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
@@ -359,7 +365,14 @@ class Engine:
         if plan.score.when != "never" and self.reward is None:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
-        proposal, stores = self._models.drafts_of(plan.drafts_with), self._models.stores_of(plan)
+        proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
+        redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
+        reader, reads = self._readers.reader_of(plan), plan.score.reads
+        if isinstance(plan.propose, Prompted):
+            check_prompted(type(policy).__name__, plan, params, self.config)
+        if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would be "
+                               "in one of them: leave the penalties out")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self.config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -377,21 +390,28 @@ class Engine:
                                "give fewer")
         vocab_size = self.model_config.vocab_size
         prompt = parse_prompt(given, self.tokenizer, vocab_size)
-        params = params.settle(len(prompt.token_ids), self.config.max_model_len, vocab_size)
+        contexts = {"prompt": prompt.token_ids}  # by what they are called
+        if isinstance(plan.propose, Prompted):
+            contexts = {f"prompt with the {name} text before it": after(text, prompt, self.tokenizer, vocab_size)
+                        for name, text in (("draft", plan.propose.draft), ("judge", plan.propose.judge))}
+        longest = max(contexts, key=lambda name: len(contexts[name]))
+        length = len(contexts[longest])
+        params = params.settle(length, self.config.max_model_len, vocab_size)
         max_tokens = params.max_tokens
         assert max_tokens is not None  # `settle` made it a number
-        needed = len(prompt.token_ids) + max_tokens
+        needed = length + max_tokens
         if needed > self.config.max_model_len:
-            raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens="
+            raise RequestError(f"the {longest} of {length} tokens and max_tokens="
                                f"{shown(max_tokens)} make {shown(needed)}, the limit is "
                                f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
                                "shorten the prompt or lower max_tokens")
-        if max_tokens > plan.segment.least * (MAX_SEGMENT + 1):
+        least = 1 if plan.drawn_after else plan.segment.least
+        if max_tokens > least * (MAX_SEGMENT + 1):
             raise RequestError(f"max_tokens={max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
-                               f"{plan.segment.least} tokens: use longer segments or fewer tokens")
+                               f"{least} tokens: use longer segments or fewer tokens")
         if self.reward is not None and plan.score.when != "never":
             self.reward.check(prompt, max_tokens)
-        self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens)
+        self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens, list(contexts.values()))
         if request_id is None:
             request_id = self._new_id()
         elif not isinstance(request_id, str) and not (type(request_id) is int and abs(request_id) < 1 << 64):
@@ -400,7 +420,8 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
-                       proposal=proposal, stores=stores)
+                       proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
+                       contexts=tuple(contexts.values()))
 
     @one_at_a_time
     def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:

@@ -91,7 +91,13 @@ class BackUp:
 @dataclass(frozen=True)
 class Redraft:
     """`model`, a name as in Engine(models=…) or "lm", draws `attempts` at the segment, and of those alone `decide`, a
-    rule, keeps one; without it the first is kept, and none is scored."""
+    rule, keeps one; without it the first is kept, and none is scored.
+
+    They are numbered after the plan's own, so that all of their random numbers are others. `decide` is given their
+    rewards, not what else the plan's score reads, and no memory. Where it decides nothing either, the highest reward of
+    them is kept. A segment that was redrawn counts as a fallback, and its attempts are not among those of the accept
+    rate. Only for plans of one hypothesis that draw segments.
+    """
 
     model: str
     attempts: int = 1
@@ -102,8 +108,9 @@ Pick = BestSeen | First | Last | Softmax
 Exhaustion = Pick | Relax | BackUp | Refuse | Redraft
 EXHAUSTIONS: Mapping[str, Callable[..., Exhaustion]] = MappingProxyType({
     "best_seen": BestSeen, "first": First, "last": Last, "softmax": Softmax, "relax": Relax, "back_up": BackUp,
-    "refuse": Refuse})
-"""Exhaustions by the names that stand for them; "relax:0.5", "softmax:0.7" and "back_up:2" give the first argument."""
+    "refuse": Refuse, "redraft": Redraft})
+"""Exhaustions by the names that stand for them; "relax:0.5", "softmax:0.7", "back_up:2" and "redraft:small" give the
+first argument."""
 MAX_RELAXED = 1 << 10  # times that a rule is asked again
 MAX_REDRAWN = 1 << 16  # attempts of another model
 MAX_BACKED_UP = 1 << 20  # segments that a response takes back: it has no more
@@ -142,11 +149,15 @@ def _by_name(given: str) -> Any:
     name, colon, argument = given.partition(":")
     if name == "relax" and not colon:
         raise ValueError('it must say by how much, as "relax:0.5" does')
+    if name == "redraft" and not colon:
+        raise ValueError('it must say by which model, as "redraft:small" does')
     if not colon:
         return EXHAUSTIONS[name]() if name in EXHAUSTIONS else None
     try:
         if name == "back_up":
             return BackUp(int(argument))
+        if name == "redraft":
+            return Redraft(argument)
         return {"softmax": Softmax, "relax": Relax}[name](float(argument))
     except ValueError:
         raise ValueError("it must have a number after the colon") from None

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from stars.decision_check import problem
 from stars.errors import describe, log
-from stars.exhaustions import BackUp, Refuse, Relax
+from stars.exhaustions import BackUp, Redraft, Refuse, Relax
 from stars.kernels.philox import KIND_GROUP, KIND_RULE, MAX_ATTEMPT, accept_uniform, exhaust_uniform, rule_uniforms
 from stars.plan import rule_name
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
@@ -44,7 +44,8 @@ class Judge:
         for group in groups:
             if group in resumed:
                 continue
-            members, scored = unfinished(group), group.request.waits_for_scores
+            members = unfinished(group)
+            scored = any([hypothesis.waits_for_scores for hypothesis in members])
             for hypothesis in members:
                 lanes = drawn[hypothesis]
                 hypothesis.attempts += lanes
@@ -100,8 +101,8 @@ class Judge:
             if isinstance(reward := usable(result.reward), str):
                 faults.append((winner.hypothesis, reward))
                 continue
-            winner.reward = reward
-            if winner.as_drawn:
+            winner.reward, winner.hypothesis.per_token = reward, result.per_token
+            if winner.as_drawn and winner.lane.reward is None:  # else it has what a head says of it
                 winner.lane.reward = reward
         return faults
 
@@ -168,7 +169,10 @@ class Judge:
 
     def _exhaust(self, group: Group, decisions: dict[Group, Decision], backed_up: list[Hypothesis]) -> None:
         """Does what the plan says where every attempt was drawn and the rule has decided nothing: one step after the
-        other, up to one that settles it."""
+        other, up to one that settles it, or that draws more."""
+        if group.redraft is not None:  # of what was redrawn something is kept, whatever its rule says
+            self._keep_preferred(group, decisions)
+            return
         for step in group.request.exhaust:
             if isinstance(step, Relax):
                 for group.relaxed in range(1, step.times + 1):
@@ -182,9 +186,16 @@ class Judge:
             elif isinstance(step, Refuse):
                 for hypothesis in unfinished(group):
                     hypothesis.refuse()
+            elif isinstance(step, Redraft):
+                group.redraft, group.relaxed = group.request.redraft, 0
+                group.round += 1
             else:
-                decisions[group] = Decision([
-                    whole(one) for hypothesis, ones in _by_hypothesis(group) for one in [preferred(hypothesis, ones)]])
+                self._keep_preferred(group, decisions)
+
+    def _keep_preferred(self, group: Group, decisions: dict[Group, Decision]) -> None:
+        """Keeps of each hypothesis the attempt that the plan's exhaustion prefers."""
+        decisions[group] = Decision([
+            whole(one) for hypothesis, ones in _by_hypothesis(group) for one in [preferred(hypothesis, ones)]])
 
     def _take(self, group: Group, scores: Sequence[tuple[Lane, Scored]], unscored: dict[Hypothesis, list[Lane]],
               decisions: dict[Group, Decision]) -> None:
@@ -194,12 +205,12 @@ class Judge:
         """
         if not unfinished(group):  # with another group of its request
             return
-        in_order = group.request.plan.decide.in_order
+        in_order = group.rule.in_order
         faults: dict[Hypothesis, tuple[str, bool]] = {}  # and whether the model's context is full
         fresh = False
         for lane, result in scores:
             # What a reader alone says is on the lane already.
-            reward = usable(result.reward) if group.request.scores_segments else lane.reward
+            reward = usable(result.reward) if lane.hypothesis.scores_segments else lane.reward
             if isinstance(reward, str):
                 faults.setdefault(lane.hypothesis, (reward, isinstance(settled(result.reward), ContextFull)))
                 continue
@@ -221,14 +232,14 @@ class Judge:
 
     def _ask(self, group: Group, decisions: dict[Group, Decision]) -> bool:
         """Asks the rule of a group; whether that settled what becomes of it, by a decision or by a rule at fault."""
-        decision = self._answer(group, *_shown_anew(group), group.request.plan.decide)
+        decision = self._answer(group, *_shown_anew(group), group.rule)
         if decision is None:
             return not unfinished(group)
         for hypothesis in group.hypotheses if decision.notes else ():
             for lane in hypothesis.attempts:
                 note = decision.notes.get((hypothesis.slot, lane.attempt))
-                if note is not None:
-                    lane.note = note
+                if note is not None:  # what was redrawn is kept as a fallback, and accepted by nobody
+                    lane.note = note if group.redraft is None else note._replace(accepted=False)
         if not decides(decision):
             return False
         decisions[group] = decision
@@ -236,26 +247,25 @@ class Judge:
 
     def _answer(self, group: Group, judged: Sequence[Judged], state: State, rule: Answers) -> Decision | None:
         """What the rule says, or its `final`, its memory kept; a rule at fault ends its request and no other."""
-        request = group.request
-        plan, fault = request.plan, None
+        request, owner, fault = group.request, group.rule, None
         try:
             decision = rule(judged, state)
-            if type(plan.decide) not in OWN_RULES:
-                fault = problem(decision, judged, state, plan.lanes.population, self._vocab_size, request.stop_ids,
-                                request.whole)
+            if type(owner) not in OWN_RULES:
+                fault = problem(decision, judged, state, request.plan.lanes.population, self._vocab_size,
+                                request.stop_ids, request.whole, request.plan.drawn_after > 0)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever else a user's rule raises, sys.exit too, is that request's error
             decision, fault = None, f"raised {describe(error)}"
-            log(f"the rule {rule_name(plan.decide)} {fault}", error)
+            log(f"the rule {rule_name(owner)} {fault}", error)
         if fault is not None:
-            message = f"the rule {rule_name(plan.decide)} {fault}: mend the rule"
+            message = f"the rule {rule_name(owner)} {fault}: mend the rule"
             if request.whole or group.finished:  # responses have ended, and none is the completion yet
                 for hypothesis in group.hypotheses:
                     hypothesis.finish("error", error=message)
             request.fail(message)
             return None
-        if decision is not None:
+        if decision is not None and group.redraft is None:
             group.memory = decision.memory
         return decision
 
@@ -321,7 +331,7 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
             judged.append(Judged(hypothesis.slot, EARLIER, len(hypothesis.token_ids), True, (), (), (),
                                  hypothesis.reward, hypothesis.reward, ()))
         else:
-            attempts = hypothesis.attempts
+            attempts = hypothesis.candidates
             unscored += sum([lane.judged is None for lane in attempts])
             judged += [lane.judged for lane in attempts if lane.judged is not None and (
                 rejected or lane.note is None or lane.note.accepted)]
@@ -329,19 +339,20 @@ def shown(group: Group, rejected: bool = True) -> tuple[list[Judged], State]:
     number = group.hypotheses[0].skipped + group.round + 1
     return judged, State(segment, group.round, unscored, left, request.max_tokens, request.prompt_reward, group.relaxed,
                          [hypothesis.slot for hypothesis in group.hypotheses],
-                         _group_uniforms(group, number, segment), group.memory, group.relaxed * request.relaxed_by)
+                         _group_uniforms(group, number, segment), group.memory if group.redraft is None else None,
+                         group.relaxed * request.relaxed_by)
 
 
 def _shown_anew(group: Group) -> tuple[list[Judged], State]:
     """What a rule is shown that may have been asked before: a verdict that is final need not be given again, or many
     attempts would take quadratic time. A relaxed rule sees everything once more."""
-    return shown(group, bool(group.relaxed) or not getattr(group.request.plan.decide, "skips_rejected", False))
+    return shown(group, bool(group.relaxed) or not getattr(group.rule, "skips_rejected", False))
 
 
 def _group_uniforms(group: Group, number: int, segment: int) -> tuple[float, ...]:
     """As many random numbers of a group's round as its rule declares. number: of the round, from 1."""
     request = group.request
-    count = getattr(request.plan.decide, "group_uniforms", 0)
+    count = getattr(group.rule, "group_uniforms", 0)
     sample = group.index * request.plan.lanes.population
     return rule_uniforms(request.seed, KIND_GROUP, number, segment, sample, count) if count else ()
 
@@ -350,13 +361,13 @@ def _whole_judged(hypothesis: Hypothesis) -> Judged:
     """A whole response, as its rule is shown it."""
     logprobs, request = hypothesis.logprobs, hypothesis.request
     return Judged(hypothesis.slot, 1, len(hypothesis.token_ids), True, logprobs if request.proposes_model else (),
-                  logprobs, (), hypothesis.reward, request.prompt_reward, _uniforms(hypothesis, 1))
+                  logprobs, hypothesis.per_token, hypothesis.reward, request.prompt_reward, _uniforms(hypothesis, 1))
 
 
 def _uniforms(hypothesis: Hypothesis, attempt: int) -> tuple[float, ...]:
     """As many random numbers of an attempt as its rule declares; the first is that of the accept test."""
     request = hypothesis.request
-    count, segment = request.plan.decide.uniforms, len(hypothesis.segments)
+    count, segment = hypothesis.group.rule.uniforms, len(hypothesis.segments)
     if not count:
         return ()
     attempt += hypothesis.skipped  # of a segment that is drawn anew every random number is

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from stars.arguments import shown
-from stars.cache import OWN_STORE, BlockTable, PagedCache
+from stars.cache import OWN_STORE, BlockTable, CommitMove, PagedCache
 from stars.config import MAX_SIZE, EngineConfig
 from stars.determinism import check_row_invariance
 from stars.draft import Drafter
@@ -21,9 +23,9 @@ from stars.model.decoder import Decoder
 from stars.model.files import is_directory, is_file
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
-from stars.passes import Passes
+from stars.passes import Passes, Span
 from stars.plan import OWN, Plan
-from stars.request import Drafts
+from stars.request import Drafts, Hypothesis
 from stars.sizes import language_model
 from stars.sources import check_model
 
@@ -47,7 +49,7 @@ class Models:
         self._cache = cache
         self.members = [own]
         self._stores = {OWN: 0}
-        self._drafters: dict[tuple[int, ...], Drafter] = {OWN_STORE: drafter}
+        self._drafters: dict[tuple[tuple[int, ...], bool], Drafter] = {(OWN_STORE, False): drafter}
         known = {id(own.decoder): 0}
         for name, decoder in named.items():
             if id(decoder) not in known:
@@ -62,6 +64,11 @@ class Models:
     def named(self) -> list[str]:
         """Names of all but the engine's own."""
         return [name for name in self._stores if name != OWN]
+
+    @property
+    def own(self) -> Member:
+        """The engine's own model."""
+        return self.members[0]
 
     def store_of(self, name: str) -> int:
         """The store of a named model; RequestError where there is none of that name."""
@@ -81,19 +88,26 @@ class Models:
         stores = tuple(sorted(kept))
         return Drafts(stores, tuple(kept[store] for store in stores))
 
+    def proposal_of(self, plan: Plan) -> Drafts:
+        """What the attempts of a plan are drawn from."""
+        return self.drafts_of(plan.drafts_with)._replace(keeps_logits=plan.drawn_after > 0)
+
     def stores_of(self, plan: Plan) -> tuple[int, ...]:
         """The stores of all models that a plan's responses are read by, without doubles, rising."""
         drafting = self.drafts_of(plan.drafts_with).stores
         return tuple(sorted({*drafting, *(self.store_of(name) for name in plan.reads_with)}))
 
-    def drafter(self, stores: tuple[int, ...]) -> Drafter:
-        """What draws from the sum of these models' logits; made where it is first asked for."""
-        if stores not in self._drafters:
+    def drafter(self, stores: tuple[int, ...], blends: bool = False) -> Drafter:
+        """What draws from one model, or, where it `blends`, from the weighted sum of these models' logits, by each
+        lane's weights; made where it is first asked for, by whoever has the turn and with it the models' locks."""
+        drafter = self._drafters.get((stores, blends))
+        if drafter is None:
             first, *others = (self.members[store] for store in stores)
-            with first.decoder.lock:
-                self._drafters[stores] = Drafter(first.decoder, self._cache, self._config, first.store,
-                                                 [(other.decoder, other.store) for other in others])
-        return self._drafters[stores]
+            beside = [(other.decoder, other.store) for other in others] if blends else None
+            with torch.inference_mode(False):  # a caller's own: what is allocated is written outside of it, too
+                drafter = Drafter(first.decoder, self._cache, self._config, first.store, beside)
+            self._drafters[stores, blends] = drafter
+        return drafter
 
     def prefill(self, jobs: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """As `Passes.prefill`, in every store of each table; returns the rows that each model has run."""
@@ -106,7 +120,57 @@ class Models:
             for store in stores[:-1]:
                 self.members[store].passes.prefill(those, left, advance=False)
             rows += self.members[stores[-1]].passes.prefill(those, left)
+            for table, _, stop in those:
+                if table.length == stop:
+                    table.behind.clear()
         return rows
+
+    def catch_up(self, hypotheses: Sequence[Hypothesis], stores: tuple[int, ...]) -> None:
+        """Each of `stores` holds all that was committed of the responses afterwards: what it lacks, as other models have
+        drawn since, is run by one pass for all of them. In deterministic mode it is run as it is where a response that
+        gave way is read again, a segment at a time in slabs, some of which must be free."""
+        for store in stores:
+            behind = [one for one in hypotheses if store in one.pages.behind]
+            while behind and self._config.deterministic:
+                pieces = [(one.pages, one.request.prompt.token_ids + one.token_ids, _next_end(one, store))
+                          for one in behind[: max(1, self._cache.num_free_slabs)]]
+                slabs = [self._cache.take_slab() for _ in pieces]
+                self.redraft(store, pieces, slabs)
+                for slab in slabs:
+                    self._cache.return_slab(slab)
+                behind = [one for one in behind if store in one.pages.behind]
+            if behind:
+                jobs = [(one.pages, one.request.prompt.token_ids + one.token_ids, one.pages.length) for one in behind]
+                self.members[store].passes.prefill(jobs, advance=False)
+                for table, _, stop in jobs:
+                    self._cache.catch_up(table, store, stop)
+
+    def redraft(self, store: int, pieces: Sequence[tuple[BlockTable, Sequence[int], int]], slabs: Sequence[int]) -> None:
+        """For each (table, token_ids, stop): runs token_ids from where `store` is up to `stop`, which the table has, in
+        a slab as a draft had, and copies it into the pages."""
+        spans = [self._span(table, token_ids, table.held(store), stop, slab)
+                 for (table, token_ids, stop), slab in zip(pieces, slabs, strict=True)]
+        self.members[store].passes.redraft(spans)
+        self._cache.bring_up([CommitMove(span.table, span.slots[0], len(span.slots), span.start, (store,))
+                              for span in spans])
+
+    def draft_again(self, table: BlockTable, token_ids: Sequence[int], stop: int, slab: int,
+                    stores: tuple[int, ...]) -> None:
+        """Runs token_ids from the table's length up to `stop` as a draft had, and commits it, in `stores`."""
+        span = self._span(table, token_ids, table.length, stop, slab)
+        for store in stores:
+            self.members[store].passes.redraft([span])
+        self._cache.commit([CommitMove(table, span.slots[0], len(span.slots), span.start, stores)])
+
+    def _span(self, table: BlockTable, token_ids: Sequence[int], first: int, stop: int, slab: int) -> Span:
+        start = slab * self._cache.slab_len
+        return Span(table, token_ids[first:stop], first, range(start, start + stop - first))
+
+
+def _next_end(hypothesis: Hypothesis, store: int) -> int:
+    """Up to where a store that is behind is run at once in deterministic mode: what was committed together."""
+    begin, held = len(hypothesis.request.prompt.token_ids) - 1, hypothesis.pages.held(store)
+    return next(begin + end for end in hypothesis.ends if begin + end > held)
 
 
 def check_named(models: Any, shape: ModelConfig, tokenizer: Tokenizer | None, config: EngineConfig) -> Named:

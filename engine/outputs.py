@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from stars.errors import warn
-from stars.plan import Policy
+from stars.plan import OWN, Policy
 
 MAX_CHARACTERS = 48  # of a text in a repr
 MAX_COMPLETIONS = 3  # of a request in its repr
@@ -21,7 +21,7 @@ class Attempt(NamedTuple):
     threshold: float | None  # tau at this candidate's length; None where the policy has none
     accept_probability: float | None  # min(1, exp((reward - threshold) / beta))
     accepted: bool
-    logprob: float  # of the candidate under the LM with its penalties, nats
+    logprob: float  # of the candidate under what it was drawn from, as `CompletionOutput.cumulative_logprob`, nats
 
     def __repr__(self) -> str:
         return (f"Attempt({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
@@ -39,11 +39,18 @@ class Segment(NamedTuple):
     token_ids: list[int]
     reward: float | None
     threshold: float | None
-    accepted: bool  # False where the plan's exhaustion chose after max_attempts rejections
+    accepted: bool  # False where the plan's exhaustion chose, or redrew it, after max_attempts rejections
     attempts: list[Attempt]
     winner: int = 0  # index in `attempts` of the committed candidate
     logprob: float = 0.0  # of what was drawn of it, as an attempt's
     relaxed: int = 0  # how often its rule was relaxed, when all attempts had been rejected
+    models: tuple[str, ...] = ()  # who drew each attempt, as in Engine(models=…); empty: the engine's own, "lm", all
+    redrawn: int = 0  # how many of `attempts`, the last ones, were redrawn when all before had been rejected
+
+    @property
+    def model(self) -> str:
+        """The name of the model that drew what is kept; of a blend all names, with "+" between them."""
+        return self.models[self.winner] if self.models else OWN
 
     def __repr__(self) -> str:
         return (f"Segment({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
@@ -62,7 +69,7 @@ class Metrics:
     attempts: int = 0  # drawn
     attempts_counted: int = 0  # up to the winner, or all on a fallback: what the accept rate divides by
     accepted: int = 0
-    fallbacks: int = 0
+    fallbacks: int = 0  # kept although rejected, or redrawn: what was redrawn is not among the attempts counted
     lm_tokens_drawn: int = 0
     lm_tokens_kept: int = 0
     rm_tokens_scored: int = 0
@@ -88,7 +95,8 @@ class Metrics:
         self.accepted += times * segment.accepted
         self.fallbacks += times * (not segment.accepted)
         up_to_it = in_order and segment.accepted and not segment.relaxed
-        self.attempts_counted += times * (segment.winner + 1 if up_to_it else len(segment.attempts))
+        tested = len(segment.attempts) - segment.redrawn
+        self.attempts_counted += times * (segment.winner + 1 if up_to_it else tested)
 
     def drawn(self) -> Metrics:
         """These without what counts kept segments: what is left of a response that is dropped."""
@@ -117,7 +125,8 @@ class CompletionOutput:
     index: int
     text: str | None = ""  # None without a tokenizer
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
-    cumulative_logprob: float = 0.0  # under the LM with its penalties (temperature 1, no filter), nats
+    # Under what tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
+    cumulative_logprob: float = 0.0
     finish_reason: str | None = None  # "stop", "length", "refused", "abort", "error"; None while it runs
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS
     reward: float | None = None  # of the whole response so far; None where the policy does not score

@@ -70,7 +70,8 @@ class Prepared(NamedTuple):
 
 
 class Passes:
-    """Prefill and scoring passes of one decoder over one cache, whose `store` has its keys and values. Passes of a shape seen before are replayed.
+    """Prefill and scoring passes of one decoder over one cache, whose `store` has its keys and values. Passes of a
+    shape seen before are replayed.
 
     On a padded target, rows and sequences are filled up with idle ones, so that few captured shapes serve all, and
     attention gets its tiles. How many sequences there are follows from the rows, and so does how many rewards are read:
@@ -172,9 +173,13 @@ class Passes:
     def _chunks(self, tables: Sequence[tuple[BlockTable, Sequence[int], int]]
                 ) -> Iterator[tuple[BlockTable, Sequence[int], int, int]]:
         """(table, token_ids, start, end) of each chunk. Boundaries are fixed by position, not by what else is in the
-        batch, nor by how many chunks are run at a time."""
+        batch, nor by how many chunks are run at a time. Where a store that is behind has caught up is one."""
         for table, token_ids, stop in tables:
-            for start in range(table.held(self.store), stop, self.chunk):
+            held, length = table.held(self.store), table.length
+            if held < length < stop:
+                yield from self._chunks([(table, token_ids, length)])
+                held = length
+            for start in range(held, stop, self.chunk):
                 yield table, token_ids, start, min(stop, start + self.chunk)
 
     def score(self, spans: Sequence[Span]) -> list[float]:
@@ -203,6 +208,12 @@ class Passes:
         rows. ModelError for a model without a language model head."""
         reads = self.logit_reads()
         return torch.cat([reads.logits(_rows(batch)) for batch in self._run_whole(spans, into_slab=True)])
+
+    def hidden(self, spans: Sequence[Span]) -> Tensor:
+        """Runs the spans into their slabs; the hidden states behind the last norm at every row of each, [rows of all
+        spans, hidden]. ModelError for a model without a language model head."""
+        states = self.logit_reads().states
+        return torch.cat([states[: _rows(batch)].clone() for batch in self._run_whole(spans, into_slab=True)])
 
     def logprobs(self, spans: Sequence[Span], targets: Sequence[Sequence[int]]) -> list[list[float]]:
         """Runs the spans into their slabs; log softmax(logits)[target] at every row of each, at temperature 1 and

@@ -8,15 +8,15 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from stars.arguments import choice, flag, integer, real, shown
 from stars.errors import RequestError, describe
-from stars.exhaustions import BackUp, BestSeen, Exhaustion, Redraft, Softmax, exhaustion, steps
-from stars.rules import OWN_RULES, Always, Rule, Threshold
+from stars.exhaustions import BackUp, BestSeen, Exhaustion, Redraft, Relax, Softmax, exhaustion, steps
+from stars.rules import OWN_RULES, AcceptPrefix, Always, FirstAbove, Rule, Threshold
 
 OWN = "lm"  # the name of the engine's own model beside those of Engine(models=…)
 DRAFT_SIZE = 16  # tokens drafted at a time where the method itself has no segments
 MAX_ATTEMPTS = (1 << 24) - 1  # the attempt has 24 bits of the random counter
 MAX_SIZE = (1 << 31) - 1
 MAX_RANKS = 1 << 8  # most tokens that are enumerated: of so many there is room on a device
-READS_REWARDS = tuple(OWN_RULES - {Always})
+READS_REWARDS = tuple(OWN_RULES - {Always, AcceptPrefix})
 MAX_UNIFORMS = 1 << 10  # random numbers of one attempt, or of a group's round
 
 
@@ -59,7 +59,8 @@ class Model:
 @dataclass(frozen=True)
 class Prompted:
     """Attempts are drawn by the language model with `draft` put before the prompt, and judged by it with `judge` put
-    there instead; both are texts. alternate: whether the two change places after every segment."""
+    there instead; both are texts, and an empty one stands for the prompt alone. alternate: whether the two change
+    places after every segment. How they are put there says `stars.prompt.after`."""
 
     draft: str
     judge: str
@@ -207,6 +208,17 @@ class Plan(NamedTuple):
         return ((self.propose.name if isinstance(self.propose, Model) else OWN, 1.0),)
 
     @property
+    def drawn_after(self) -> int:
+        """Tokens that a rule may have drawn after the kept ones of an attempt."""
+        return 1 if self.score.reads == Ratio(filtered=True) else 0
+
+    @property
+    def redrafts_with(self) -> str:
+        """The model that draws what is redrawn, by name; the engine's own where nothing is."""
+        last = steps(exhaustion(self.exhaust))[-1]
+        return last.model if isinstance(last, Redraft) else OWN
+
+    @property
     def reads_with(self) -> tuple[str, ...]:
         """The models that read what was drafted, or redraw it, by name."""
         redraws = [step.model for step in steps(exhaustion(self.exhaust)) if isinstance(step, Redraft)]
@@ -268,7 +280,7 @@ def _checked(plan: Plan, where: str) -> Plan:
     choice(f"{where}.score.when", score.when, ("segment", "end", "never"))
     score = Score(score.when, flag(f"{where}.score.prompt", score.prompt), _checked_reads(f"{where}.score.reads",
                                                                                           score.reads))
-    exhaust = checked_exhaustion(f"{where}.exhaust", plan.exhaust)
+    exhaust = _checked_decide(f"{where}.exhaust", checked_exhaustion(f"{where}.exhaust", plan.exhaust))
     rule = _checked_rule(f"{where}.decide", plan.decide)
     checked = Plan(propose, segment, lanes, score, rule, exhaust)
     _check_together(checked, exhaust, where)
@@ -334,7 +346,21 @@ def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:
         if most > propose.k:
             raise RequestError(f"{where} has {most} attempts of {propose.k} tokens that are enumerated: set "
                                "lanes.attempts to at most that")
-    in_time = score.when == ("end" if plan.whole else "segment")
+    if isinstance(propose, Prompted) != (score.reads == Ratio(filtered=True)):
+        raise RequestError(f"{where} has a filtered Ratio and no Prompted proposal, or the reverse: they go together")
+    if isinstance(propose, Prompted) and not isinstance(segment, Fixed):
+        raise RequestError(f"{where} is Prompted and has segments of {shown(segment)}: set segment to Fixed(…)")
+    if isinstance(rule, AcceptPrefix) and not (isinstance(propose, Prompted) and segment == Fixed(rule.most)):
+        raise RequestError(f"{where} accepts prefixes of {shown(rule.most)} tokens: set segment to "
+                           f"Fixed({shown(rule.most)}), and propose to Prompted(…)")
+    hidden = isinstance(score.reads, Hidden)
+    if hidden and not (isinstance(propose, Enumerate) and score.when != "segment"):
+        raise RequestError(f"{where}.score.reads=Hidden gives tokens that are enumerated their rewards: set propose to "
+                           'Enumerate(k), and score.when to "end" or "never"')
+    if hidden and isinstance(rule, READS_REWARDS) and not isinstance(rule, FirstAbove):
+        raise RequestError(f"{where} decides by rewards, of which score.reads=Hidden gives none to an attempt that is "
+                           "alone: decide by FirstAbove, or by a rule of your own")
+    in_time = hidden or score.when == ("end" if plan.whole else "segment")
     too_late = (f"by rewards and has score.when={score.when!r}, which gives none in time: score every segment "
                 '("segment"), or whole responses at their end ("end")')
     if isinstance(rule, READS_REWARDS) and not in_time:
@@ -351,9 +377,30 @@ def _check_together(plan: Plan, exhaust: Exhaustion, where: str) -> None:
         if isinstance(step, BackUp) and (lanes.population > 1 or plan.whole):
             raise RequestError(f"{where}.exhaust takes segments back, which whole responses and a population have not: "
                                "use another exhaustion, or one hypothesis with segments")
-        if isinstance(step, BackUp) and most * (step.times + 1) > MAX_ATTEMPTS:
-            raise RequestError(f"{where} draws a segment of {most} attempts up to {step.times + 1} times, "
+        if isinstance(step, Redraft):
+            _check_redraft(plan, step, where)
+            most += step.attempts
+    for step in steps(exhaust):
+        times = step.times + 1 if isinstance(step, BackUp) else 1
+        if isinstance(step, (BackUp, Redraft)) and most * times > MAX_ATTEMPTS:
+            raise RequestError(f"{where} draws a segment of {most} attempts up to {times} times, "
                                f"and random numbers are enough for {MAX_ATTEMPTS}: lower one of the two")
+
+
+def _check_redraft(plan: Plan, redraft: Redraft, where: str) -> None:
+    propose, _, lanes, score, _, _ = plan
+    if lanes.population > 1 or plan.whole:
+        raise RequestError(f"{where}.exhaust redraws a segment of one hypothesis, which whole responses and a population "
+                           "have not: use another exhaustion, or one hypothesis with segments")
+    if isinstance(propose, (Enumerate, Prompted)):
+        raise RequestError(f"{where}.exhaust redraws what was {type(propose).__name__}, which is no draw from the "
+                           "prompt: use Sampled, Blend or Model, or another exhaustion")
+    if isinstance(redraft.decide, READS_REWARDS) and score.when != "segment":
+        raise RequestError(f"{where}.exhaust.decide decides by rewards and has score.when={score.when!r}, which gives "
+                           'none in time: score every segment ("segment")')
+    if isinstance(redraft.decide, Threshold) and redraft.decide.alpha != 1.0 and not score.prompt:
+        raise RequestError(f"{where}.exhaust.decide has a threshold that starts from the prompt's reward, which is not "
+                           "asked for: set score.prompt to True, or alpha to 1")
 
 
 def checked_exhaustion(where: str, given: Any) -> Exhaustion:
@@ -362,6 +409,15 @@ def checked_exhaustion(where: str, given: Any) -> Exhaustion:
         return exhaustion(given)
     except ValueError as error:
         raise RequestError(f"{where} is {shown(given)}, {error}") from None
+
+
+def _checked_decide(where: str, exhaust: Exhaustion) -> Exhaustion:
+    """`exhaust`, the rule of a Redraft in it checked."""
+    if isinstance(exhaust, (Relax, BackUp)):
+        return replace(exhaust, then=_checked_decide(f"{where}.then", exhaust.then))
+    if isinstance(exhaust, Redraft) and exhaust.decide is not None:
+        return replace(exhaust, decide=_checked_rule(f"{where}.decide", exhaust.decide))
+    return exhaust
 
 
 def _attempts(where: str, value: Any) -> int | tuple[int, ...]:

@@ -11,31 +11,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from stars.arguments import choice, flag, integer, known_by_name, real
+from stars.arguments import choice, flag, integer, known_by_name, real, shown
 from stars.calibration import threshold_and_beta
 from stars.errors import RequestError
+from stars.exhaustions import MAX_REDRAWN, First, Redraft
 from stars.plan import (
     DRAFT_SIZE,
     MAX_ATTEMPTS,
     MAX_RANKS,
     MAX_SIZE,
     MAX_UNIFORMS,
+    OWN,
+    Blend,
     Entropy,
     Enumerate,
     Fixed,
+    Hidden,
     Lanes,
+    Model,
     Plan,
     Policy,
+    Prompted,
+    Ratio,
     Sampled,
     Score,
     Whole,
     checked_exhaustion,
 )
 from stars.rules import (
+    AcceptPrefix,
     Always,
     Argmax,
     DropWorst,
+    FirstAbove,
     FirstAccepted,
+    GuidedDraft,
     Highest,
     Resample,
     RewardGuided,
@@ -45,6 +55,8 @@ from stars.rules import (
 
 LEAST_TEMPERATURE = 1e-6
 """Of a softmax of scores: below it is an argmax but for ties, which is to be asked for as such."""
+GUIDE_WEIGHT = 0.3
+"""Of a guide without a reference, as in TITA's released code: the language model has the rest."""
 
 
 @known_by_name({})
@@ -420,6 +432,206 @@ class RAD:
         return _guided(self.topk, RewardGuided(weight, self.temperature, least, most))
 
 
+@known_by_name({})
+@dataclass(frozen=True)
+class MARA:
+    """MARA: a small head on the language model's hidden state accepts or rejects the next token's candidates in the
+    order of their probability (IJCAI 2025, arXiv 2505.19743).
+
+    The candidates are the tokens that the filters of SamplingParams keep, the most probable first, `topk` of them at
+    most: `SamplingParams(temperature=0.8, top_k=40, top_p=0.95)` are the published evaluation's. The language model is
+    run on each, and `head`, a name of Engine(heads=…), says P(accept) from its hidden state there, behind the final
+    norm. The first with P(accept) > 0.5 is taken, and where there is none the first of all. A candidate that is alone
+    is taken without being asked about. `Attempt.reward` is P(accept); no reward model is read,
+    but with `score=True` once, when the response has ended.
+
+    Exact, and nothing is drawn: a text is a function of the prompt, greedy over the candidates in their order; the
+    temperature shapes what top_p and min_p keep, and the seed makes no difference. The candidates are run as lanes of
+    one pass, or, with a `width`, so many at a time up to the first that is accepted: the text is the same.
+
+    What differs from the published code. It runs candidates one by one. Of its strategies this is the default; the
+    others are the same in the reverse order, a random one of the accepted, and the one of the highest P(accept) if that
+    is over 0.5. EOS is a candidate like any other, and run like one. A head is a safetensors file of the actor's own
+    names, which `stars convert-head` makes of its pickle; benchmarks/train_agent.py fits one.
+    """
+
+    head: str = "agent"
+    topk: int = 40
+    width: int | None = None
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, str) or not self.head:
+            raise RequestError(f"MARA.head is {shown(self.head)}, it must be the name of a head of Engine(heads=…)")
+        _keep(self, topk=_size(self, "topk", MAX_RANKS), score=flag("MARA.score", self.score),
+              width=None if self.width is None else _size(self, "width"))
+
+    def plan(self) -> Plan:
+        """Tokens that are enumerated, read by the head in order."""
+        width = self.topk if self.width is None else self.width
+        return Plan(Enumerate(self.topk), Fixed(1), Lanes(width, self.topk),
+                    Score("end" if self.score else "never", reads=Hidden(self.head)), FirstAbove(), First())
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class PersonaJudge:
+    """Persona-Judge: one language model under two preference prompts, of which one drafts and the other judges
+    (Findings of ACL 2025, arXiv 2504.12663).
+
+    `gamma` tokens are drawn from q, the model after the preference `draft` and the prompt; p is the same model after
+    the preference `judge` and the prompt. Token i is accepted with probability min(1, p_i / q_i), in order. In place of
+    the first rejected one a token is drawn from max(p - q, 0), normalised, and after gamma accepted ones one from p.
+    `alternate` exchanges the two preferences after every round: the paper's method. Without it this is the paper's
+    "base judge". `score=True` adds one reward of the finished response.
+
+    p and q are what the sampling parameters draw from, temperature and filters included, each normalised over what it
+    keeps; at temperature 0 both are the most probable token. What is sampled, exactly: each token x of a round has the
+    law min(p, q)(x) + max(p - q, 0)(x) = p(x) of that round's judge, given those before it. So fixed roles are plain
+    sampling after `judge`, and `draft` changes the speed alone. With `alternate` a round's tokens are its judge's, and
+    where a round ends depends on both: a text follows neither preference alone, nor a mixture that could be named.
+
+    Before messages a preference is a user's turn of its own, rendered with a generation prompt, and the messages follow
+    as they are rendered by themselves. Before a text it is put as it stands, so end it as it should be divided from the
+    prompt; before token ids its own are put. An empty one is the prompt alone. Outputs have the prompt as it was given.
+
+    What differs from the published code. There the residual is max(p - q, 0) only where the sum of p - q comes out
+    positive, else max(q - p, 0); that sum is 0, so that rounding decides, and the law is p no more. Here it is the
+    right one, and there is no other. Random numbers are those of a response and a round, where the code sets one seed
+    before every comparison. The response ends with EOS, and never exceeds max_tokens.
+    """
+
+    draft: str = "Answer in the way that is most helpful to the user.\n\n"
+    judge: str = "Answer in the way that is most harmless to the user.\n\n"
+    gamma: int = 4
+    alternate: bool = True
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("draft", "judge"):
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise RequestError(f"PersonaJudge.{name} is {shown(text)}, it must be the text of a preference")
+        _keep(self, gamma=_size(self, "gamma", MAX_UNIFORMS), alternate=flag("PersonaJudge.alternate", self.alternate),
+              score=flag("PersonaJudge.score", self.score))
+
+    def plan(self) -> Plan:
+        """One attempt a round, whose tokens are accepted in order."""
+        return Plan(Prompted(self.draft, self.judge, self.alternate), Fixed(self.gamma), Lanes(1),
+                    Score("end" if self.score else "never", reads=Ratio(filtered=True)), AcceptPrefix(self.gamma))
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class TokenGuidance:
+    """Token-level guidance by a second model: TITA (arXiv 2510.21794), GenARM (arXiv 2410.08193), proxy tuning and DPO
+    at decoding.
+
+    `guide` and `reference` are names of Engine(models=…), "lm" the engine's own model. With a reference every token is
+    drawn from softmax(log p + weight * (log p_guide - log p_reference)), weight 1 unless given: TITA's paper, and a DPO
+    model's ratio to its reference as a reward of each token. Without one it is softmax((1 - weight) * log p + weight *
+    log p_guide), weight 0.3 unless given, as TITA's released code has it. `lm_weight` replaces the language model's own
+    weight, 1 or 1 - weight: with 1 and no reference it is GenARM's p * p_guide ** weight. Where `reference` is "lm",
+    two models are run and not three; a model whose weights add up to 0 is not run.
+
+    Temperature, top_k, top_p, min_p and penalties of SamplingParams apply to the blend; at temperature 0 its most
+    probable token is taken. repetition_penalty, which asks for the sign of a logit, sees the weighted sum of the
+    models' logits. Log-probabilities that are reported are those of the blend. `score=True` adds one reward of the
+    finished response.
+
+    Exact: every token has the law above, in float32, and no cap or search enters. A token that one of the models whose
+    weight is not 0 forbids (its logit is -inf) is not drawn.
+
+    What differs. TITA's released code takes the most probable token: that is temperature 0.
+    """
+
+    guide: str = "guide"
+    reference: str | None = None
+    weight: float | None = None
+    lm_weight: float | None = None
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        _keep(self, guide=_model(self, "guide"),
+              reference=None if self.reference is None else _model(self, "reference"),
+              weight=None if self.weight is None else _finite(self, "weight"),
+              lm_weight=None if self.lm_weight is None else _finite(self, "lm_weight"),
+              score=flag("TokenGuidance.score", self.score))
+        if self.guide == self.reference:
+            raise RequestError(f"TokenGuidance.reference is {shown(self.reference)}, the guide itself, and their ratio "
+                               "is 1: name the model that the guide was made from, or leave the reference out")
+
+    def plan(self) -> Plan:
+        """Every draft of the blend is kept."""
+        if self.reference is None:
+            weight = GUIDE_WEIGHT if self.weight is None else self.weight
+            weights = [(OWN, 1.0 - weight), (self.guide, weight)]
+        else:
+            weight = 1.0 if self.weight is None else self.weight
+            weights = [(OWN, 1.0), (self.guide, weight), (self.reference, -weight)]
+        if self.lm_weight is not None:
+            weights[0] = OWN, self.lm_weight
+        return Plan(Blend(tuple(weights)), Fixed(DRAFT_SIZE), Lanes(1),
+                    Score("end" if self.score else "never"), Always())
+
+
+@known_by_name({})
+@dataclass(frozen=True)
+class RewardGuidedSpeculation:
+    """Reward-guided speculative decoding: a small model drafts a segment, and the language model redraws what the reward
+    does not accept (RSD, arXiv 2501.19324; GSI, arXiv 2506.04118).
+
+    `small` names the model of Engine(models=…) that drafts; the engine's own redraws. While drafts are kept, that one
+    runs nothing but the prompt ("rsd"), and reads what was kept, in one pass, where it redraws.
+
+    variant "rsd": one draft s is kept if r(s) >= `reward_threshold` (t), with beta = 0, else with probability
+    min(1, exp((r(s) - t) / beta)), which is a(s); what is redrawn is kept unscored. Exact: with P_S and P_L the laws of
+    a segment under the small and the large model, as the SamplingParams draw, a segment is s with probability
+
+        P_S(s) a(s) + (1 - sum over s' of P_S(s') a(s')) P_L(s).
+
+    variant "gsi": `n` drafts s_i; i is drawn with probability softmax(beta * v), v_i = r(s_i) + (1 / beta) *
+    log(P_L(s_i) / P_S(s_i)), and kept if v_i >= t. Otherwise the large model draws n segments, of which one is kept with
+    probability softmax(beta * r). Exact, as the method is defined; softmax over all segments of log P_L + beta * r is
+    only its limit of many drafts and t = -inf. Here beta is the paper's, which multiplies rewards; the ratios are at
+    temperature 1 and without filters, as those of its code are, and so the tilt is that of the draw where the
+    SamplingParams have neither; penalties are refused.
+
+    What differs from their code. Segments are of `segment_size` tokens, not steps up to an empty line; the reward is
+    asked of the response so far. RSD's code has a threshold of 0.7, for a process reward between 0 and 1: here there is
+    no default, `Engine.calibrate` measures one. GSI's code compares beta * v with its threshold, and ends a response
+    whose rewards are all below 0.1. A segment that was redrawn counts as a fallback (`Segment.redrawn`, `Segment.model`)
+    and the accept rate is that of drafts. The last segment's reward is asked in any case.
+    """
+
+    small: str = "small"
+    reward_threshold: float | None = None
+    beta: float | Literal["auto"] = 0.0
+    segment_size: int = 16
+    variant: Literal["rsd", "gsi"] = "rsd"
+    n: int = 4
+
+    def __post_init__(self) -> None:
+        threshold, beta = threshold_and_beta("RewardGuidedSpeculation", self.reward_threshold, self.beta)
+        _keep(self, segment_size=_size(self, "segment_size"), variant=_choice(self, "variant", ("rsd", "gsi")),
+              n=_size(self, "n", MAX_REDRAWN), reward_threshold=threshold, beta=beta)
+        if self.variant == "gsi" and (isinstance(self.beta, str)
+                                      or not LEAST_TEMPERATURE <= beta <= 1.0 / LEAST_TEMPERATURE):
+            raise RequestError(f"RewardGuidedSpeculation.beta is {shown(self.beta)} and variant=\"gsi\" multiplies "
+                               f"rewards by it: give a number from {LEAST_TEMPERATURE:g} to {1 / LEAST_TEMPERATURE:g}, "
+                               "such as 1 over the beta that STARS would have")
+
+    def plan(self) -> Plan:
+        """A draft of the small model under a constant threshold, or several of which one is drawn; then a redraft."""
+        assert self.reward_threshold is not None and not isinstance(self.beta, str)
+        if self.variant == "rsd":
+            return Plan(Model(self.small), Fixed(self.segment_size), Lanes(1, 1), Score("segment"),
+                        Threshold(1.0, self.beta, self.reward_threshold), Redraft(OWN))
+        return Plan(Model(self.small), Fixed(self.segment_size), Lanes(self.n, self.n),
+                    Score("segment", reads=Ratio()), GuidedDraft(self.beta, self.reward_threshold),
+                    Redraft(OWN, self.n, SoftArgmax(1.0 / self.beta)))
+
+
 POLICIES: dict[str, type[Policy]] = {
     "stars": STARS,
     "cards": CARDS,
@@ -432,6 +644,10 @@ POLICIES: dict[str, type[Policy]] = {
     "particle-filter": ParticleFilter,
     "args": ARGS,
     "rad": RAD,
+    "mara": MARA,
+    "persona-judge": PersonaJudge,
+    "token-guidance": TokenGuidance,
+    "rsd": RewardGuidedSpeculation,
 }
 """Every policy of the package by the name that the command line knows it by."""
 
@@ -459,6 +675,15 @@ def _guided(topk: int, rule: RewardGuided) -> Plan:
 
 def _finite(policy: Any, name: str) -> float:
     return real(f"{type(policy).__name__}.{name}", getattr(policy, name), "a finite number", math.isfinite)
+
+
+def _model(policy: Any, name: str) -> str:
+    """Its field `name`, a model's name."""
+    value = getattr(policy, name)
+    if not isinstance(value, str) or not value:
+        raise RequestError(f"{type(policy).__name__}.{name} is {shown(value)}, it must be the name of a model of "
+                           f"Engine(models=…), or {OWN!r}")
+    return value
 
 
 def _temperature(policy: Any, name: str) -> float:

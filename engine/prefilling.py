@@ -9,7 +9,7 @@ from stars.config import EngineConfig
 from stars.errors import RewardError
 from stars.models import Models
 from stars.passes import Span
-from stars.request import Hypothesis
+from stars.request import Context, Hypothesis
 from stars.reward.base import Progress, Reward
 from stars.streams import SideStream
 
@@ -47,8 +47,7 @@ class Prefiller:
         # Two models have buffers, graphs and workspaces of their own. One that is both has not, and its engines' lock
         # tells; rewards that say nothing of their models run where everything else does.
         locks = reward.locks if reward is not None else ()
-        own = models.members[0].decoder.lock
-        self._side = SideStream(config.target) if locks and own not in locks else None
+        self._side = SideStream(config.target) if locks and models.own.decoder.lock not in locks else None
 
     def advance(self, hypotheses: Sequence[Hypothesis], language: Allowance, reward: Allowance) -> list[Hypothesis]:
         """Reads on for those of `hypotheses` that are being read, given in the order of their admission; returns those
@@ -68,7 +67,12 @@ class Prefiller:
 
     def _written(self, hypothesis: Hypothesis) -> bool:
         """Whether the language model's pages hold all tokens but the last, which is the first input of a draft."""
-        return hypothesis.reading.published and hypothesis.pages.length == hypothesis.length - 1
+        return hypothesis.reading.published == len(hypothesis.request.contexts) and self._unwritten(hypothesis) is None
+
+    def _unwritten(self, hypothesis: Hypothesis) -> Context | None:
+        """The first of its contexts whose pages lack some of what was committed."""
+        return next((context for context in hypothesis.contexts
+                     if context.table.length < hypothesis.length(context)), None)
 
     def _scored(self, hypothesis: Hypothesis) -> bool:
         """Whether the reward's session, if there is one, holds the response so far."""
@@ -83,42 +87,46 @@ class Prefiller:
     def _run_language(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
         if self._exact:
             self._redraft(hypotheses, allowance)
-        unread = [hypothesis for hypothesis in hypotheses if not hypothesis.reading.published]
+        unread = [(hypothesis, index, context) for hypothesis in hypotheses
+                  for index, context in enumerate(hypothesis.contexts) if index >= hypothesis.reading.published]
         if not unread:
             return
         jobs = []
-        for hypothesis in unread:
-            ids = hypothesis.request.prompt.token_ids + ([] if self._exact else hypothesis.token_ids)
-            jobs.append((hypothesis.pages, ids, len(ids) - 1))
+        for hypothesis, _, context in unread:
+            ids = context.prompt_ids + ([] if self._exact else hypothesis.token_ids)
+            jobs.append((context.table, ids, len(ids) - 1))
         allowance.take(self._models.prefill(jobs, allowance.left))
-        for hypothesis, (table, _, stop) in zip(unread, jobs, strict=True):
-            if table.length == stop:
-                self._cache.publish(table, hypothesis.request.prompt.token_ids[:-1])
-                hypothesis.reading.published = True
+        for (hypothesis, index, context), (table, _, stop) in zip(unread, jobs, strict=True):
+            if table.length == stop and index == hypothesis.reading.published:
+                self._cache.publish(table, context.prompt_ids[:-1])
+                hypothesis.reading.published += 1
 
     def _redraft(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
         """Runs what was committed through the language model again as it was drafted, a segment at a time in slabs.
 
         So every key has the bits that it had: attention adds up what lies in pages and what lies in a slab apart.
         """
-        waiting = [hypothesis for hypothesis in hypotheses
-                   if hypothesis.reading.published and not self._written(hypothesis)]
-        while waiting:
+        def waits() -> list[tuple[Hypothesis, Context]]:
+            """A context at a time of each: there is a slab for each."""
+            return [(one, context) for one in hypotheses if one.reading.published == len(one.request.contexts)
+                    and (context := self._unwritten(one)) is not None]
+
+        while waiting := waits():
             pieces = []
-            for hypothesis in waiting:
-                first, begin = hypothesis.pages.length, len(hypothesis.request.prompt.token_ids) - 1
+            for hypothesis, context in waiting:
+                first, begin = context.table.length, len(context.prompt_ids) - 1
                 stop = next(begin + end for end in hypothesis.ends if begin + end > first)
                 if not allowance.fits(stop - first):
                     break
                 allowance.take(stop - first)
-                pieces.append((hypothesis, first, stop))
+                pieces.append((hypothesis, context, first, stop))
             if not pieces:
                 return
             slabs = [self._cache.take_slab() for _ in pieces]
             spans: list[Span] = []
             moves = []
-            for (hypothesis, first, stop), slab in zip(pieces, slabs, strict=True):
-                table, ids = hypothesis.pages, hypothesis.request.prompt.token_ids + hypothesis.token_ids
+            for (hypothesis, context, first, stop), slab in zip(pieces, slabs, strict=True):
+                table, ids = context.table, context.prompt_ids + hypothesis.token_ids
                 rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
                 spans.append(Span(table, ids[first:stop], first, rows))
                 moves.append(CommitMove(table, rows.start, len(rows), first, table.stores))
@@ -128,7 +136,6 @@ class Prefiller:
             self._cache.commit(moves)
             for slab in slabs:
                 self._cache.return_slab(slab)
-            waiting = [hypothesis for hypothesis in waiting if not self._written(hypothesis)]
 
     def _run_reward(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
         assert self._reward is not None

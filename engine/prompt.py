@@ -32,6 +32,36 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
     return parsed
 
 
+def after(text: str, prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
+    """Token ids of the prompt with `text` put before it, with one BOS where the prompt had one.
+
+    Before messages it is rendered as a user's turn of its own, with a generation prompt, and the messages follow as
+    they are rendered by themselves. Before a text it is put as it stands, and before token ids its own. An empty text
+    puts nothing there. RequestError, as `parse_prompt`.
+    """
+    if not text:
+        return prompt.token_ids
+    if tokenizer is None:
+        raise RequestError("a text is put before the prompt, and the model directory has no tokenizer.json to read it "
+                           "with: build the engine with Engine(model, tokenizer=DIR)")
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    if prompt.given is None:
+        bos_id = getattr(tokenizer, "bos_token_id", None)
+        begins = int(prompt.token_ids[0] == bos_id)
+        own = tokenizer.encode(text, add_special_tokens=False)
+        token_ids = [*prompt.token_ids[:begins], *own, *prompt.token_ids[begins:]]
+    elif isinstance(prompt.given, str):
+        begins = len(bos) * prompt.given.startswith(bos)
+        token_ids = tokenizer.encode(prompt.given[:begins] + text + prompt.given[begins:], add_special_tokens=True)
+    else:
+        turn = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        rest = prompt.text or ""
+        rest = rest.removeprefix(bos) if turn.startswith(bos) else rest
+        token_ids = tokenizer.encode(turn + rest, add_special_tokens=False)
+    _check_ids(token_ids, vocab_size)
+    return token_ids
+
+
 def prompt_kind(given: dict[str, Any], what: str) -> str:
     """Which of PROMPT_KEYS holds the prompt of `given`; RequestError, about `what`, where none or several do.
 

@@ -8,13 +8,19 @@ from typing import NamedTuple
 
 from stars.cache import OWN_STORE, PagedCache
 from stars.config import EngineConfig
-from stars.draft import Drafted, Drafter, LaneSpec
+from stars.draft import Drafted, LaneSpec
 from stars.kernels.philox import pack_stream
 from stars.models import Models
 from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
+NAN_BLEND = ("the blend of the models' logits is NaN or infinite: check the weights of the policy and of the models, "
+             "or load them with dtype=\"float32\"")
+
+
+Key = tuple[tuple[int, ...], bool, bool]
+"""What lanes are drafted together by: the stores of the models, whether they are blended, whether logits are kept."""
 
 
 class Rows(NamedTuple):
@@ -38,21 +44,22 @@ class Proposer:
         self._max_responses = min(config.max_num_lanes, config.max_num_seqs)
         self._launched = 0.0  # when the draft that is under way was started
         self._rows = 0  # that it has: a lane each, or one for all that are enumerated of a response
-        self._others: dict[Drafts, Rows] = {}  # what was drawn from other models beside it
+        self._others: dict[Key, Rows] = {}  # what was drawn from other models beside it
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
         """Starts the draft of the lanes that are returned, without waiting for it. Those that draw from other models
         than the engine's own alone are drafted first, to their end."""
+        self._catch_up(active)
         drawn: dict[Hypothesis, list[Lane]] = {}
         own: list[LaneSpec] = []
-        others: dict[Drafts, list[LaneSpec]] = {}
+        others: dict[Key, list[LaneSpec]] = {}
         for hypothesis, width in zip(active, self._widths(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
             table, last = hypothesis.pages, hypothesis.last_token
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             drafts = hypothesis.proposal
-            specs = own if drafts.stores == OWN_STORE else others.setdefault(drafts, [])
+            specs = others.setdefault(_key(drafts), []) if drafts.apart else own
             first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
             if request.ranks and width:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
@@ -62,22 +69,39 @@ class Proposer:
             else:
                 for attempt in range(first, first + width):
                     slab = self._cache.take_slab()
-                    lanes.append(Lane(hypothesis, attempt, slab))
+                    judge_slab = self._cache.take_slab() if request.lane_slabs > 1 else None
+                    lanes.append(Lane(hypothesis, attempt, slab, judge_slab, stores=drafts.stores))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment, weights=drafts.weights))
+                                          hypothesis.least_segment, drafts.weights))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
-        self._others = {drafts: self._draft(drafts, specs) for drafts, specs in others.items()} if others else {}
+        self._others = {key: self._draft(key, specs) for key, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
         self._rows = len(own)
         if own:
             self.drafter.launch(own)
         return drawn
 
-    def _draft(self, drafts: Drafts, specs: list[LaneSpec]) -> Rows:
+    def _catch_up(self, active: Sequence[Hypothesis]) -> None:
+        """Models that draft now, or then read that, take up what others have drawn since they did last, all responses
+        of one together."""
+        lacking: dict[tuple[int, ...], list[Hypothesis]] = {}
+        for hypothesis in active:
+            if hypothesis.pages.behind:
+                stores = hypothesis.proposal.stores + (OWN_STORE if hypothesis.reader is not None else ())
+                lacking.setdefault(stores, []).append(hypothesis)
+        for stores, hypotheses in lacking.items():
+            begin = time.perf_counter()
+            self._models.catch_up(hypotheses, stores)
+            for hypothesis in hypotheses:
+                hypothesis.metrics.lm_seconds += (time.perf_counter() - begin) / len(hypotheses)
+
+    def _draft(self, key: Key, specs: list[LaneSpec]) -> Rows:
         """Drafts lanes that draw from other models."""
         begin = time.perf_counter()
-        drafted = self._models.drafter(drafts.stores).draft(specs)
+        stores, blends, keeps_logits = key
+        drafter = self._models.drafter(stores, blends)
+        drafted = drafter.draft_with_logits(specs) if keeps_logits else drafter.draft(specs)
         return Rows(iter(drafted), (time.perf_counter() - begin) / len(specs))
 
     def collect(self, drawn: dict[Hypothesis, list[Lane]]) -> None:
@@ -87,18 +111,18 @@ class Proposer:
         own = iter(self.drafter.drafted(self._rows) if self._rows else ())
         seconds_own = (time.perf_counter() - self._launched) / max(1, self._rows)
         for hypothesis, lanes in drawn.items():
-            drafted, seconds = self._others.get(hypothesis.proposal, (own, seconds_own)) if self._others else (
+            drafted, seconds = self._others.get(_key(hypothesis.proposal), (own, seconds_own)) if self._others else (
                 own, seconds_own)
             if hypothesis.request.ranks and lanes:
                 rows = int(lanes[0].ranking is None)
-                self._hand_out(lanes, Ranking(*next(drafted)) if rows else lanes[0].ranking)
+                self._hand_out(lanes, Ranking(*next(drafted)[:2]) if rows else lanes[0].ranking)
                 taken = hypothesis.take_drafts(lanes, seconds * rows, rows)
             else:
                 for lane in lanes:
-                    lane.token_ids, lane.logprobs = next(drafted)
+                    lane.token_ids, lane.logprobs, lane.logits = next(drafted)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
-                hypothesis.request.fail(NAN_LOGITS)
+                hypothesis.request.fail(NAN_BLEND if hypothesis.proposal.blends else NAN_LOGITS)
 
     def _enumerate(self, hypothesis: Hypothesis, first: int, width: int, lanes: list[Lane]) -> tuple[int, bool]:
         """Adds the next `width` tokens that are enumerated to `lanes`; their slab, and whether it was drafted.
@@ -147,13 +171,16 @@ class Proposer:
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
         # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.
         lanes = min(self._max_num_lanes, self._cache.num_free_slabs - (self._max_num_seqs - len(active)))
+        lanes -= sum([hypothesis.request.lane_slabs - 1 for hypothesis in active])
         share = max(1, lanes // len(active)) if active else 1
         widths = []
         for hypothesis in active:
             request = hypothesis.request
             width = request.plan.lanes.width
             max_width = min(share, hypothesis.attempts_left)
-            if width is not None:
+            if hypothesis.group.redraft is not None:
+                widths.append(max_width)
+            elif width is not None:
                 widths.append(min(width, max_width))
             elif request.ranks:  # which cost one row, however many they are
                 widths.append(max_width)
@@ -164,3 +191,8 @@ class Proposer:
                 widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),
                                                   len(active), max_width))
         return widths
+
+
+def _key(drafts: Drafts) -> Key:
+    """Of a proposal: lanes of other weights are drafted with it."""
+    return drafts.stores, drafts.blends, drafts.keeps_logits

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stars.cache import OWN_STORE, BlockTable
-from stars.exhaustions import BackUp, BestSeen, Pick, Relax, exhaustion, steps
+from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-from stars.plan import Plan, Policy
+from stars.plan import OWN, Plan, Policy, Prompted
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
-from stars.rules import Judged, Note
+from stars.rules import Always, Judged, Note, Rule
 from stars.sampling import SamplingParams
 from stars.stops import cut_at_stop, find_stop, hold_back
 
@@ -30,9 +30,21 @@ class Drafts(NamedTuple):
 
     stores: tuple[int, ...]  # of the models, without doubles, rising
     weights: tuple[float, ...]
+    keeps_logits: bool = False  # each lane's are wanted, of all of its steps
+
+    @property
+    def apart(self) -> bool:
+        """Whether they are drafted by themselves, before those of the engine's own model."""
+        return self != OWN_DRAFTS
+
+    @property
+    def blends(self) -> bool:
+        """Whether it is anything but one model's own distribution."""
+        return self.weights != (1.0,)
 
 
 OWN_DRAFTS = Drafts(OWN_STORE, (1.0,))
+FIRST = Always()  # what decides where a Redraft has no rule
 
 
 class Reading(NamedTuple):
@@ -56,6 +68,13 @@ class Reader(Protocol):
         """The attempt is gone, or committed: gives back what `lane.reading` holds."""
 
 
+class Context(NamedTuple):
+    """What the language model reads a response in: its pages, and the tokens before the response."""
+
+    table: BlockTable
+    prompt_ids: list[int]
+
+
 class Ranking(NamedTuple):
     """The next tokens of a response that were enumerated, in order, with their log-probabilities."""
 
@@ -70,6 +89,7 @@ class Lane:
     hypothesis: Hypothesis
     attempt: int  # from 1, over all rounds of the segment; its random numbers are those of attempt + hypothesis.skipped
     slab: int | None  # LM slab that holds its keys and values; None once it was given back
+    judge_slab: int | None = None  # the same in its judge's context, where it has one
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # if this candidate were committed
@@ -81,6 +101,8 @@ class Lane:
     per_token: Sequence[float] = ()  # scores of its tokens, of a reward or a reader that has them
     reading: Any = None  # what the request's reader keeps of it until it is released
     ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
+    logits: Any = None  # float32 [steps, vocab] that it was drawn from, where its proposal keeps them
+    stores: tuple[int, ...] = OWN_STORE  # of the models whose keys and values of it the slab holds
 
 
 @dataclass(eq=False, slots=True)
@@ -103,11 +125,17 @@ class Winner:
         """Whether both models read it anew where it becomes history: no slab holds all of it."""
         return not self.as_drawn or self.lane.slab is None
 
+    @property
+    def unscored(self) -> bool:
+        """Whether it has no reward yet, where segments are scored: a rule has cut or continued it, or it was redrawn and
+        nobody asked for one."""
+        return self.hypothesis.request.scores_segments and (not self.as_drawn or self.lane.reward is None)
+
     @classmethod
     def of(cls, lane: Lane, hypothesis: Hypothesis) -> Winner:
         """All of a lane."""
         return cls(hypothesis, lane, lane.token_ids, len(lane.token_ids), lane.finish_reason, lane.stop_reason, True,
-                   lane.reward)
+                   lane.reward if hypothesis.request.scores_segments else None)
 
     @classmethod
     def cut(cls, lane: Lane, hypothesis: Hypothesis, tokens: int, then: Sequence[int]) -> Winner:
@@ -170,7 +198,7 @@ class Boundary(NamedTuple):
 class Prefill:
     """How far both models have read what a response begins with that was admitted: prompt, and committed tokens."""
 
-    published: bool = False  # the language model's pages hold the prompt and are offered for sharing
+    published: int = 0  # contexts whose pages hold the prompt and are offered for sharing
     started: bool = False  # the reward's session has read the prompt
     resumed: int = 0  # tokens of the response that the session has taken up
 
@@ -182,6 +210,7 @@ class Hypothesis:
     group: Group
     slot: int
     table: BlockTable | None = None
+    judge: BlockTable | None = None  # of the request's second context, where it has two: opened after `table`
     session: Any = None  # the reward's state of this response
     prefill: Prefill | None = None  # while what it begins with is being read: it draws nothing yet
     wait: Wait | None = None  # while rewards of it are to come: it draws nothing and keeps what it holds
@@ -198,6 +227,7 @@ class Hypothesis:
     stop_reason: int | str | None = None
     error: str | None = None  # of a whole response that is judged in its turn: why it has no reward, until that comes
     note: Note | None = None  # what the rule says of a whole response
+    per_token: Sequence[float] = ()  # scores of the tokens of a whole response, where its reward has them
     metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it and the segments it has
     boundary: Boundary | None = None  # None before its first round
     backups: int = 0  # segments that were taken back
@@ -213,13 +243,53 @@ class Hypothesis:
     @property
     def proposal(self) -> Drafts:
         """What attempts at the segment being decided are drawn from."""
-        return self.request.proposal
+        return self.request.proposal if self.group.redraft is None else self.request.redrafts
+
+    @property
+    def scores_segments(self) -> bool:
+        """Whether the reward is asked of attempts at the segment being decided."""
+        redraft = self.group.redraft
+        return self.request.scores_segments and (redraft is None or redraft.decide is not None)
+
+    @property
+    def reader(self) -> Reader | None:
+        """What reads attempts at the segment being decided beside the reward."""
+        return self.request.reader if self.group.redraft is None else None
+
+    @property
+    def waits_for_scores(self) -> bool:
+        """Whether attempts at the segment being decided are scored or read before they are judged."""
+        return self.scores_segments or self.reader is not None
+
+    @property
+    def opened(self) -> bool:
+        """Whether it has the tables of all of its contexts."""
+        return self.table is not None and (self.judge is not None or len(self.request.contexts) == 1)
+
+    @property
+    def contexts(self) -> list[Context]:
+        """The contexts whose tables are open, as the request has them: whoever holds it has one at least."""
+        assert self.table is not None
+        prompts = self.request.contexts
+        first = Context(self.table, prompts[0])
+        return [first] if self.judge is None else [first, Context(self.judge, prompts[1])]
+
+    @property
+    def drafting(self) -> Context:
+        """The context that attempts at the segment being decided are drawn in."""
+        contexts = self.contexts
+        return contexts[len(self.segments) % 2 if self.request.alternates else 0]
+
+    @property
+    def judging(self) -> Context:
+        """Of two contexts the other one."""
+        first, second = self.contexts
+        return first if self.request.alternates and len(self.segments) % 2 else second
 
     @property
     def pages(self) -> BlockTable:
-        """Its table, of a response that holds one."""
-        assert self.table is not None
-        return self.table
+        """The table of the context that attempts are drawn in."""
+        return self.drafting.table
 
     @property
     def reading(self) -> Prefill:
@@ -227,10 +297,9 @@ class Hypothesis:
         assert self.prefill is not None
         return self.prefill
 
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.request.prompt.token_ids) + len(self.token_ids)
+    def length(self, context: Context) -> int:
+        """Positions that its table has between two segments: those of all tokens but the last."""
+        return len(context.prompt_ids) + len(self.token_ids) - 1
 
     @property
     def next_segment(self) -> int:
@@ -238,10 +307,25 @@ class Hypothesis:
         return min(self.max_segment, self.request.max_tokens - len(self.token_ids))
 
     @property
+    def next_room(self) -> int:
+        """Most tokens of the segment that comes next, with one that may be drawn after the draft."""
+        return min(self.max_segment + self.request.drawn_after, self.request.max_tokens - len(self.token_ids))
+
+    @property
     def most_attempts(self) -> int:
-        """Attempts at the segment being decided that the plan allows."""
+        """Attempts at the segment being decided that the plan allows, those included that have been redrawn."""
+        return self.own_attempts if self.group.redraft is None else self.own_attempts + self.group.redraft.attempts
+
+    @property
+    def own_attempts(self) -> int:
+        """Attempts at the segment being decided before the plan's exhaustion."""
         attempts, segment = self.request.attempts, len(self.segments)
         return attempts[segment] if segment < len(attempts) else attempts[-1]
+
+    @property
+    def candidates(self) -> list[Lane]:
+        """The attempts at the segment being decided that may be kept: where it is redrawn, those alone."""
+        return self.attempts if self.group.redraft is None else self.attempts[self.own_attempts :]
 
     @property
     def attempts_left(self) -> int:
@@ -254,7 +338,11 @@ class Hypothesis:
     @property
     def skipped(self) -> int:
         """Attempts at the segment being decided that came before it was begun anew: as many at every width."""
-        return self.most_attempts * self.redrawn.get(len(self.segments), 0) if self.backups else 0
+        if not self.backups:
+            return 0
+        redraft = self.request.redraft
+        most = self.own_attempts + (redraft.attempts if redraft is not None else 0)
+        return most * self.redrawn.get(len(self.segments), 0)
 
     @property
     def unsettled(self) -> int:
@@ -263,8 +351,12 @@ class Hypothesis:
 
     @property
     def last_token(self) -> int:
-        """The token whose keys and values the LM cache does not hold yet."""
-        return self.token_ids[-1] if self.token_ids else self.request.prompt.token_ids[-1]
+        """The token whose keys and values the LM cache does not hold yet, where attempts are drawn."""
+        return self.last_in(self.drafting)
+
+    def last_in(self, context: Context) -> int:
+        """The same of any context."""
+        return self.token_ids[-1] if self.token_ids else context.prompt_ids[-1]
 
     @property
     def ranking(self) -> Ranking | None:
@@ -284,6 +376,7 @@ class Hypothesis:
         called again."""
         mark = self.boundary
         self.finish_reason = self.stop_reason = self.error = self.note = None
+        self.per_token = ()
         if mark is not None:
             self.token_ids, self.segments, self.ends, self.logprobs = mark.lists
             self.backups, self.redrawn = mark.backups, mark.redrawn
@@ -324,14 +417,15 @@ class Hypothesis:
         for segment in kept:  # added as they were, to the same bits
             self.cumulative_logprob += segment.logprob
         self.reward = None
-        if kept and kept[-1].token_ids == kept[-1].attempts[kept[-1].winner].token_ids:  # else it has none yet
+        scored = self.request.scores_segments and bool(kept)
+        if scored and kept[-1].token_ids == kept[-1].attempts[kept[-1].winner].token_ids:  # else it has none yet
             self.reward = kept[-1].reward
         self.metrics.keep(taken, self.request.plan.decide.in_order, -1)
         self.attempts, self._history = [], None
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.session = self.preferred = self.prefill = self.wait = None
+        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -400,9 +494,11 @@ class Hypothesis:
             return
         attempts = [_record(attempt.token_ids, attempt.reward, attempt.note, sum(attempt.logprobs))
                     for attempt in lane.hypothesis.attempts]
-        record = attempts[lane.attempt - 1]
+        record, redraft = attempts[lane.attempt - 1], self.group.redraft
+        redrawn = len(lane.hypothesis.candidates) if redraft is not None else 0
+        models = request.models_of(len(attempts) - redrawn, redrawn)
         segment = Segment(winner.token_ids, record.reward, record.threshold, record.accepted, attempts,
-                          lane.attempt - 1, logprob, self.group.relaxed)
+                          lane.attempt - 1, logprob, self.group.relaxed, models, redrawn)
         self.segments.append(segment)
         self.metrics.keep(segment, request.plan.decide.in_order)
 
@@ -450,6 +546,7 @@ class Group:
     hypotheses: list[Hypothesis] = field(default_factory=list)  # by slot; those that were dropped are gone
     round: int = 0  # of the segment being decided
     relaxed: int = 0  # how often its rule was relaxed
+    redraft: Redraft | None = None  # what draws the segment being decided anew, once all other attempts were rejected
     memory: Any = None  # what the rule returned last
     dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
     queued: int = 0  # of whole responses that are drawn as they are wanted: those that the scheduler was told of
@@ -457,6 +554,14 @@ class Group:
 
     def __post_init__(self) -> None:
         self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
+
+    @property
+    def rule(self) -> Rule:
+        """What decides the segment being decided."""
+        if self.redraft is None:
+            return self.request.plan.decide
+        rule: Rule = self.redraft.decide or FIRST
+        return rule
 
     @property
     def active(self) -> list[Hypothesis]:
@@ -511,6 +616,7 @@ class Group:
     def mark_boundary(self) -> None:
         """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that have begun."""
         self.round = self.relaxed = 0
+        self.redraft = None
         for hypothesis in self.hypotheses:
             begun = hypothesis.table is not None and hypothesis.prefill is None and hypothesis.wait is None
             if begun or hypothesis.finish_reason is not None:
@@ -523,6 +629,7 @@ class Group:
             self.hypotheses = list(self.boundary.hypotheses)
             self.memory, self.dropped = self.boundary.memory, self.boundary.dropped
         self.round = self.relaxed = 0
+        self.redraft = None
         for hypothesis in self.hypotheses:
             hypothesis.go_back()
 
@@ -589,8 +696,10 @@ class Request:
     tokenizer: Any
     stop_tokens: dict[int, str] = field(default_factory=dict)  # stop strings that are special tokens, by id
     proposal: Drafts = OWN_DRAFTS  # what attempts are drawn from
+    redrafts: Drafts = OWN_DRAFTS  # what attempts of its Redraft are drawn from, where it has one
     stores: tuple[int, ...] = OWN_STORE  # of all models that read its responses
     reader: Reader | None = None  # what reads attempts beside the reward
+    contexts: tuple[list[int], ...] = ()  # what the language model reads responses after; left out: the prompt
     groups: list[Group] = field(default_factory=list)  # one for each completion
     prompt_reward: float | None = None
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
@@ -599,6 +708,10 @@ class Request:
         params, plan = self.params, self.plan
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
+        self.contexts = self.contexts or (self.prompt.token_ids,)
+        self.alternates = isinstance(plan.propose, Prompted) and plan.propose.alternate
+        self.lane_slabs = len(self.contexts)  # that an attempt takes of the language model's cache
+        self.drawn_after = plan.drawn_after
         self.stop: Sequence[str] = params.stop or ()
         self.ranks = plan.ranks  # next tokens that are enumerated; 0: attempts are drawn
         self.attempts = plan.lanes.by_segment  # of each segment, the last number from then on
@@ -606,7 +719,10 @@ class Request:
         self.exhaust = steps(exhaustion(plan.exhaust))  # what is tried where the rule decides nothing
         last = self.exhaust[-1]
         self.pick: Pick = last if isinstance(last, Pick) else BestSeen()  # says which attempt keeps its slabs
-        if params.temperature == 0 and not self.ranks and isinstance(last, Pick):
+        self.redraft: Redraft | None = last if isinstance(last, Redraft) else None
+        if params.temperature == 0 and self.redraft is not None:
+            self.redraft = replace(self.redraft, attempts=1)
+        if params.temperature == 0 and not self.ranks and isinstance(last, (Pick, Redraft)):
             # All attempts that are drawn are equal: one is enough, and one more where the last is not tested. Where a
             # response may be refused, it counts how many were rejected.
             few = 1 if getattr(plan.decide, "tests_last", True) else 2
@@ -614,11 +730,16 @@ class Request:
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"
-        self.waits_for_scores = self.scores_segments or self.reader is not None  # before its attempts are judged
+        self._models = ("+".join(name for name, _ in plan.drafts_with), self.redraft.model if self.redraft else OWN)
         # Whether the proposal is the language model's own distribution, and so are its log-probabilities.
         self.proposes_model = (params.temperature == 1.0 and not params.filters and not self.ranks
                                and self.proposal == OWN_DRAFTS)
         self.groups = [Group(self, index) for index in range(params.n)]
+
+    def models_of(self, own: int, redrawn: int) -> tuple[str, ...]:
+        """The names of the models that drew so many attempts of the plan's own, and so many that were redrawn; empty
+        where all are the engine's own."""
+        return () if self._models == (OWN, OWN) else (self._models[0],) * own + (self._models[1],) * redrawn
 
     @property
     def hypotheses(self) -> list[Hypothesis]:

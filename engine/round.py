@@ -109,7 +109,7 @@ class Round:
         waits = dict.fromkeys([one.wait for one in members if one.wait is not None])
         kept = [lane for wait in waits for lanes in wait.drawn.values() for lane in lanes]
         kept += [one.preferred for one in members if one.preferred is not None]
-        return len({lane for lane in kept if lane.slab is not None})
+        return sum([(lane.slab is not None) + (lane.judge_slab is not None) for lane in set(kept)])
 
     def reset(self) -> None:
         """After a round that was stopped in the middle, whose caches were emptied."""
@@ -141,7 +141,9 @@ class Round:
         table, session = hypothesis.table, hypothesis.session
         if table is not None:
             self._cache.close(table)
-            hypothesis.table = hypothesis.prefill = None
+            if hypothesis.judge is not None:
+                self._cache.close(hypothesis.judge)
+            hypothesis.table = hypothesis.judge = hypothesis.prefill = None
         if session is not None:
             hypothesis.session = None
             try:
@@ -274,9 +276,11 @@ class Round:
 
     def _keep_preferred(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
         """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs; the others give theirs
-        back."""
+        back. Where it is redrawn, that is none of what was drawn before."""
         held = [*([hypothesis.preferred] if hypothesis.preferred is not None else []), *lanes]
-        hypothesis.preferred = preferred(hypothesis, held)
+        redrawn = hypothesis.group.redraft is not None
+        able = [lane for lane in held if lane.attempt > hypothesis.own_attempts] if redrawn else held
+        hypothesis.preferred = preferred(hypothesis, able) if able else None
         for lane in held:
             if lane is not hypothesis.preferred:
                 self._release(lane)
@@ -293,6 +297,9 @@ class Round:
         if lane.slab is not None:
             self._cache.return_slab(lane.slab)
             lane.slab = None
+        if lane.judge_slab is not None:
+            self._cache.return_slab(lane.judge_slab)
+            lane.judge_slab = None
         if lane.score_handle is not None:
             self._scorer.discard(lane.score_handle)
             lane.score_handle = None

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -28,7 +28,7 @@ class Judged(NamedTuple):
     tokens: int  # n: response tokens, the attempt's included (EOS counts)
     finished: bool  # whether the response ends with it
     logprobs: Sequence[float]  # of the proposal as drawn; empty where it is not the LM itself (temperature, filters)
-    raw_logprobs: Sequence[float]  # of the LM with its penalties at temperature 1, one for each drafted token
+    raw_logprobs: Sequence[float]  # of the LM, or what else is drawn from, with penalties at temperature 1, by token
     per_token: Sequence[float]  # scores by token; empty for a scalar reward
     reward: float | None  # of the response with this attempt; None where the plan asks for none
     parent_reward: float | None  # of the response without it; None where it is not known
@@ -287,6 +287,111 @@ class RewardGuided:
 
 
 @dataclass(frozen=True)
+class FirstAbove:
+    """The first attempt of each hypothesis, in order, whose reward is above `least`, or that has none as it is alone.
+    Where none is, the plan's exhaustion says which is kept."""
+
+    least: float = 0.5
+    in_order: ClassVar[bool] = True
+    uniforms: ClassVar[int] = 0
+    skips_rejected: ClassVar[bool] = True
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
+        """Decides once every live hypothesis has an accepted attempt. What is noted: `least`, and the verdict."""
+        keep: dict[int, Keep] = {}
+        notes = {}
+        for one in judged:
+            slot, attempt = one.hypothesis, one.attempt
+            if attempt == EARLIER:
+                keep[slot] = whole(one)
+                continue
+            accepted = slot not in keep and (one.reward is None or one.reward > self.least)
+            notes[slot, attempt] = Note(None if one.reward is None else self.least, None, accepted)
+            if accepted:
+                keep[slot] = whole(one)
+        return Decision(list(keep.values()) if len(keep) == len(state.live) else [], [], notes)
+
+
+@dataclass(frozen=True)
+class AcceptPrefix:
+    """Of each hypothesis the first attempt, as far as its tokens are accepted in order, token i iff log u_i <
+    per_token[i]: with probability min(1, p_i / q_i), where per_token is log p - log q.
+
+    After the first rejected token one is drawn from max(p - q, 0), normalised, in its place. After all, where the
+    response goes on, one is drawn from p. Where p and q are distributions over the same tokens, each token that is kept
+    has the law p, given those before it: it is speculative sampling (arXiv 2211.17192, 2302.01318).
+    """
+
+    most: int  # tokens of an attempt
+    in_order: ClassVar[bool] = True
+
+    @property
+    def uniforms(self) -> int:
+        """One for each token."""
+        return self.most
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision:
+        """Decides once every live hypothesis has an attempt. What is noted: with what probability all of its tokens
+        are accepted, and whether they were."""
+        first: dict[int, Judged] = {}
+        for one in judged:
+            first.setdefault(one.hypothesis, one)
+        keep, notes = [], {}
+        for one in first.values():
+            if one.attempt == EARLIER:
+                keep.append(whole(one))
+                continue
+            accepted = sum(takewhile(bool, (math.log(uniform) < ratio for uniform, ratio in zip(
+                one.uniforms, one.per_token, strict=False))))
+            chance = math.exp(sum(min(0.0, ratio) for ratio in one.per_token))
+            every = accepted == one.drafted
+            notes[one.hypothesis, one.attempt] = Note(None, chance, every)
+            if every and (one.finished or one.tokens >= state.max_tokens):
+                keep.append(whole(one))
+            else:
+                keep.append(Keep(one.hypothesis, one.attempt, accepted, Draw("judge" if every else "residual")))
+        return Decision(keep if len(keep) == len(state.live) else [], [], notes)
+
+
+@dataclass(frozen=True)
+class GuidedDraft:
+    """Of each hypothesis' attempts one is drawn, with probability softmax(beta * s), and kept if its s >= t.
+
+    s = r + sum(per_token) / beta, the reward tilted by the log-ratio of the segment under the language model and under
+    the model that drew it; t = reward_threshold. An attempt's threshold is what its reward must reach for that,
+    t - sum(per_token) / beta. Drawn as the argmax of beta * s - log(-log u) with the uniform of each attempt.
+    """
+
+    beta: float
+    reward_threshold: float
+    in_order: ClassVar[bool] = False
+    uniforms: ClassVar[int] = 1
+
+    def __call__(self, judged: Sequence[Judged], state: State) -> Decision | None:
+        """Decides once every attempt was drawn, where every hypothesis has drawn one that is kept."""
+        if state.left:
+            return None
+        keep: list[Keep] = []
+        notes: dict[tuple[int, int], Note] = {}
+        for slot in state.live:
+            ones = [one for one in judged if one.hypothesis == slot]
+            if ones[0].attempt == EARLIER:
+                keep.append(whole(ones[0]))
+                continue
+            tilts = [sum(one.per_token) / self.beta for one in ones]
+            tilted = [scored(one) + tilt for one, tilt in zip(ones, tilts, strict=True)]
+            weights = _weights(tilted, 1.0 / self.beta)
+            drawn, total = _drawn(weights, ones), sum(weights)
+            for place, (one, tilt, value, weight) in enumerate(zip(ones, tilts, tilted, weights, strict=True)):
+                passes = value >= self.reward_threshold and value > -math.inf
+                notes[slot, one.attempt] = Note(self.reward_threshold - tilt, weight / total if passes else 0.0,
+                                                passes and place == drawn)
+                if passes and place == drawn:
+                    keep.append(whole(one))
+        return Decision(keep if len(keep) == len(state.live) else [], [], notes)
+
+
+@dataclass(frozen=True)
 class SoftArgmax:
     """One attempt of all, number i with probability softmax(r_i / temperature); the other hypotheses are dropped."""
 
@@ -299,10 +404,7 @@ class SoftArgmax:
         if state.left:
             return None
         weights = _weights([scored(one) for one in judged], self.temperature)
-        # The largest of log w - log(-log u): as exact as a walk along the sum, and not moved by a rounding of it.
-        chosen = max(range(len(judged)), key=lambda index: -math.inf if not weights[index] else math.log(
-            weights[index]) - math.log(-math.log(judged[index].uniforms[0])))
-        total, winner = sum(weights), judged[chosen]
+        total, winner = sum(weights), judged[_drawn(weights, judged)]
         notes = {(one.hypothesis, one.attempt): Note(None, weight / total, one is winner)
                  for one, weight in zip(judged, weights, strict=True)}
         return Decision([whole(winner)], _others(state, winner), notes)
@@ -407,6 +509,13 @@ def _weights(values: Sequence[float], scale: float) -> list[float]:
     return [1.0 if value == top else math.exp((value - top) / scale) for value in values]
 
 
+def _drawn(weights: Sequence[float], judged: Sequence[Judged]) -> int:
+    """The place of one of them, drawn in proportion to its weight: the largest of log w - log(-log u), which is as exact
+    as a walk along the sum, and not moved by a rounding of it."""
+    return max(range(len(judged)), key=lambda index: -math.inf if not weights[index] else math.log(
+        weights[index]) - math.log(-math.log(judged[index].uniforms[0])))
+
+
 def _highest(judged: Sequence[Judged], state: State, count: int) -> Decision:
     """The `count` attempts of the highest reward are kept, the earliest of equals; who has none is dropped."""
     ranked = sorted(judged, key=scored, reverse=True)[:count]  # stable: the earliest of equals first
@@ -422,7 +531,8 @@ def _others(state: State, winner: Judged) -> list[int]:
 
 
 OWN_RULES = frozenset({
-    Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample, RewardGuided})
+    Threshold, Argmax, Always, SoftArgmax, FirstAccepted, DropWorst, Highest, Resample, RewardGuided, AcceptPrefix,
+    FirstAbove, GuidedDraft})
 """Rules whose decisions can always be done, as a test shows: those of others are checked each time."""
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stars.arguments import shown
-from stars.cache import PagedCache
+from stars.cache import Opening, PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
 from stars.models import Models
@@ -96,24 +96,27 @@ class Scheduler:
         assert self._reward is not None
         return self._reward
 
-    def check(self, name: str, plan: Plan, prompt: Prompt, max_tokens: int) -> None:
+    def check(self, name: str, plan: Plan, prompt: Prompt, max_tokens: int, contexts: Sequence[list[int]]) -> None:
         """RequestError unless the responses to a prompt that are decided together can be held at all.
 
-        name: of the policy that asks for them.
+        name: of the policy that asks for them. contexts: what the language model reads each of them after.
         """
         population = plan.lanes.population
-        if population == 1 or plan.whole:
+        if population == 1 and len(contexts) == 1 or plan.whole:
             return
         if population > self._config.max_num_seqs:
             raise RequestError(f"{name}'s population is {shown(population)} and the engine decodes "
                                f"{self._config.max_num_seqs} responses at once: build it with larger max_num_seqs and "
                                "max_num_lanes")
-        history = len(prompt.token_ids) - 1
         where = f"cache_tokens={self._config.cache_tokens}"
-        if self._cache.could_hold(history, [history + max_tokens] * population):
+        if self._cache.could_open([Opening(ids[:-1], [len(ids) - 1 + max_tokens] * population) for ids in contexts]):
             if plan.score.when == "never" or self._scorer.could_hold(prompt, max_tokens, population):
                 return
             where = f"the reward model's cache of {where}"
+        if population == 1:
+            lengths = " and ".join(str(len(ids)) for ids in contexts)
+            raise RequestError(f"{name} reads a response of up to {max_tokens} tokens after two prompts, of {lengths} "
+                               f"tokens, which do not fit {where} together: raise it, or lower max_tokens")
         raise RequestError(f"{name} decodes {population} responses of up to {max_tokens} tokens together, which do "
                            f"not fit {where}: raise it, lower max_tokens, or draw fewer")
 
@@ -173,16 +176,24 @@ class Scheduler:
 
         opened: the hypothesis holds nothing yet but what its table and session were opened with.
         """
-        table, request, segment = hypothesis.pages, hypothesis.request, hypothesis.next_segment
-        try:
-            self._cache.reserve(table, _length(hypothesis) + segment - table.length)
-        except OutOfPages:
+        if not self._reserve_pages(hypothesis):
             return False
+        request, segment = hypothesis.request, hypothesis.next_room
         if hypothesis.session is None:
             return True
         # A response that is scored at its end grows in the reward's cache then, all at once.
         unseen = len(hypothesis.token_ids) if opened or request.plan.score.when == "end" else 0
         return self._scorer.reserve(hypothesis.session, unseen + segment)
+
+    def _reserve_pages(self, hypothesis: Hypothesis) -> bool:
+        """Takes those of the language model's cache, in every context that is open; False where they are not there."""
+        try:
+            for context in hypothesis.contexts:
+                stop = hypothesis.length(context) + hypothesis.next_room
+                self._cache.reserve(context.table, stop - context.table.length)
+        except OutOfPages:
+            return False
+        return True
 
     def _preempt(self, unit: Unit) -> None:
         """Takes everything from a running `unit` and puts it in front of those that wait."""
@@ -218,8 +229,7 @@ class Scheduler:
         request, hypotheses = unit.request, unit.unfinished
         for hypothesis in hypotheses:
             self._round.close(hypothesis)
-        if not self._cache.can_open(request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses],
-                                    request.stores):
+        if not self._can_open(unit):
             raise IntegrityError("a request does not fit in an empty cache, although it was checked: this is a defect")
         return self.fail(request, RewardError(f"{type(self._reward).__name__}.{problem} while nothing else is open: "
                                               "refuse it in check"))
@@ -257,7 +267,7 @@ class Scheduler:
 
     def _first(self, only: Group | None) -> Unit | None:
         """The unit to be admitted next: the rest of one that has been admitted in part, or the first that waits."""
-        if self.running and any(hypothesis.table is None for hypothesis in self.running[-1].unfinished):
+        if self.running and not all(hypothesis.opened for hypothesis in self.running[-1].unfinished):
             return self.running[-1]
         while self.waiting and not self.waiting[0].unfinished:
             self.waiting.popleft()
@@ -270,14 +280,12 @@ class Scheduler:
         Who could share pages with one that is being read waits until those are written, the rest of its own unit too.
         """
         opened: list[Hypothesis] = []
-        beginnings = {self._beginning(hypothesis) for hypothesis in self._unread} - {None}
+        beginnings = {beginning for hypothesis in self._unread for beginning in self._beginnings(hypothesis)}
         while (unit := self._first(only)) is not None:
             if unit not in self.running and (unit is self._gave_way and self.running or not self._has_room(unit)):
                 break
-            for hypothesis in unit.unfinished:
-                if hypothesis.table is not None:
-                    continue
-                beginning = self._beginning(hypothesis)
+            for hypothesis in _unopened(unit):
+                beginning = self._beginning(hypothesis, 0 if hypothesis.table is None else 1)
                 if beginning in beginnings:
                     return bool(opened)
                 try:
@@ -300,23 +308,40 @@ class Scheduler:
 
     def _has_room(self, unit: Unit) -> bool:
         """Whether all of `unit` can be opened in the language model's cache, with a segment each."""
-        hypotheses = unit.unfinished
-        return self._places + _places(unit) <= self._config.max_num_seqs and self._cache.can_open(
-            unit.request.prompt.token_ids[:-1], [_next_length(one) for one in hypotheses], unit.request.stores)
+        return self._places + _places(unit) <= self._config.max_num_seqs and self._can_open(unit)
 
-    def _beginning(self, hypothesis: Hypothesis) -> tuple[int, ...] | None:
-        """Its prompt up to the end of the first page that cannot be shared yet; None if it fills no such page."""
-        history, stores = hypothesis.request.prompt.token_ids[:-1], hypothesis.request.stores
+    def _can_open(self, unit: Unit) -> bool:
+        """Whether there are pages for all of `unit`, with a segment each."""
+        first, *others = [Opening(ids[:-1], [len(ids) - 1 + len(one.token_ids) + one.next_room
+                                             for one in unit.unfinished]) for ids in unit.request.contexts]
+        return self._cache.can_open(first.token_ids, first.lengths, unit.request.stores, others)
+
+    def _beginning(self, hypothesis: Hypothesis, context: int) -> tuple[int, ...] | None:
+        """The prompt of its context of this number up to the end of the first page that cannot be shared yet; None if
+        it fills no such page."""
+        history, stores = hypothesis.request.contexts[context][:-1], hypothesis.request.stores
         stop = self._cache.shared_length(history, stores) + self._config.page_size
         return (*stores, *history[:stop]) if len(history) >= stop else None
 
+    def _beginnings(self, hypothesis: Hypothesis) -> list[tuple[int, ...]]:
+        """Those of what is being read of it."""
+        found = [self._beginning(hypothesis, index) for index in range(len(hypothesis.contexts))]
+        return [beginning for beginning in found if beginning is not None]
+
     def _open(self, hypothesis: Hypothesis) -> bool:
-        """Takes the pages of prompt, committed tokens and a segment in both caches; False if the reward has no room."""
+        """Takes the pages of prompt, committed tokens and a segment in both caches; False if one has no room. Of two
+        contexts the second is opened by a second call."""
         request = hypothesis.request
+        if hypothesis.table is not None:
+            try:
+                hypothesis.judge = self._cache.open(request.contexts[1][:-1], request.stores)
+            except OutOfPages:
+                return False
+            return self._reserve_pages(hypothesis)
         scored = request.plan.score.when != "never"
         if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
-        table = hypothesis.table = self._cache.open(request.prompt.token_ids[:-1], request.stores)
+        table = hypothesis.table = self._cache.open(request.contexts[0][:-1], request.stores)
         hypothesis.prefill = Prefill()
         if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
             hypothesis.metrics.prompt_tokens_cached = table.length
@@ -380,11 +405,8 @@ def _places(unit: Unit) -> int:
     return unit.request.plan.lanes.population if unit.whole is None else 1
 
 
-def _length(hypothesis: Hypothesis) -> int:
-    """Positions that it has in the language model's cache: those of all its tokens but the last."""
-    return hypothesis.length - 1
-
-
-def _next_length(hypothesis: Hypothesis) -> int:
-    """Positions that it needs until its next segment is committed."""
-    return _length(hypothesis) + hypothesis.next_segment
+def _unopened(unit: Unit) -> Iterator[Hypothesis]:
+    """Its responses that lack a table, each again until it has all."""
+    for hypothesis in unit.unfinished:
+        while not hypothesis.opened:
+            yield hypothesis

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from stars.cache import OWN_STORE
 from stars.errors import RewardError
 from stars.kernels.types import Draft
 from stars.request import Extra, Hypothesis, Lane, Reader, Winner
@@ -57,9 +56,9 @@ class Scores:
             if request.ranks:  # one row of the draft for all of its lanes, whose tokens the host hands out
                 place += bool(lanes) and lanes[0].ranking is None
                 continue
-            if hypothesis.proposal.stores != OWN_STORE:  # drafted before, by others
+            if hypothesis.proposal.apart:  # drafted before
                 continue
-            if request.scores_segments and not request.stop and request.reader is None:
+            if hypothesis.scores_segments and not request.stop and hypothesis.reader is None:
                 scored[hypothesis] = list(enumerate(lanes, place))  # stop strings are found by the host
             place += len(lanes)
         batch, candidates = [], []
@@ -87,11 +86,11 @@ class Scores:
     def score_ended(self, winners: Sequence[Winner]) -> list[tuple[Winner, Scored]]:
         """Asks for the one reward that what ends a response gets.
 
-        Where segments are scored, what a rule cut or continued has no reward yet either.
+        Where segments are scored, what a rule cut or continued, and what was redrawn unscored, has no reward yet either.
         """
         ended = [winner for winner in winners if winner.finish_reason is not None and (
             winner.hypothesis.request.plan.score.when == "end"
-            or winner.hypothesis.request.scores_segments and not winner.as_drawn)]
+            or winner.unscored)]
         if not ended:
             return []
         candidates: list[Candidate] = []
@@ -124,9 +123,9 @@ class Scores:
     def next_pass(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
         """Scores the next lanes of each response, once its reader has read them, if it has one."""
         read: list[tuple[Lane, Scored]] = []
-        if any([hypothesis.request.reader is not None for hypothesis in unscored]):
+        if any([hypothesis.reader is not None for hypothesis in unscored]):
             read = self._read(unscored)
-            unscored = {one: lanes for one, lanes in unscored.items() if one.request.scores_segments}
+            unscored = {one: lanes for one, lanes in unscored.items() if one.scores_segments}
         return read + self._next_rewards(unscored) if unscored else read
 
     def _read(self, unscored: dict[Hypothesis, list[Lane]]) -> list[tuple[Lane, Scored]]:
@@ -135,7 +134,7 @@ class Scores:
         chosen: dict[Reader, list[Lane]] = {}
         responses = len(unscored)
         for hypothesis, lanes in unscored.items():
-            reader, request = hypothesis.request.reader, hypothesis.request
+            reader, request = hypothesis.reader, hypothesis.request
             if reader is None or request.scores_segments and lanes[0].reading is not None:
                 continue
             count = len(lanes) if request.scores_segments else max(1, reader.lanes_per_pass(
@@ -188,7 +187,7 @@ class Scores:
         taken = set(batch)
         left = {hypothesis: rest for hypothesis, lanes in unscored.items()
                 if (rest := [lane for lane in lanes if lane not in taken])}
-        wanted = not any([hypothesis.request.plan.decide.in_order for hypothesis in left])
+        wanted = not any([hypothesis.group.rule.in_order for hypothesis in left])
         if not self._looks_ahead or not left or (self._preparing > self._idle and not wanted):
             return
         begin = time.perf_counter()
@@ -262,7 +261,7 @@ def _with_handles(batch: Sequence[Lane], results: Sequence[Scored]) -> list[tupl
     """Lanes with their scores; each keeps what the reward keeps of it."""
     for lane, result in zip(batch, results, strict=True):
         lane.score_handle = result.handle
-        if result.per_token:
+        if result.per_token and lane.hypothesis.reader is None:
             lane.per_token = result.per_token
     return list(zip(batch, results, strict=True))
 

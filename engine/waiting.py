@@ -75,15 +75,16 @@ class Waiting:
         return [future for future in futures if not future.done()]
 
     def drawing(self, groups: Sequence[Group], slabs: int) -> list[Hypothesis]:
-        """The responses of `groups` that get a lane each of so many free slabs, the oldest first: who waits keeps its
-        own. What is decided together is drawn for together or not at all."""
+        """The responses of `groups` that get an attempt each of so many free slabs, the oldest first: who waits keeps
+        its own. What is decided together is drawn for together or not at all."""
         chosen: list[Hypothesis] = []
         for group in groups:
             members = group.active
             for together in [[one] for one in members] if group.request.whole else [members]:
-                if len(together) <= slabs:
+                wanted = len(together) * group.request.lane_slabs
+                if wanted <= slabs:
                     chosen += together
-                    slabs -= len(together)
+                    slabs -= wanted
         return chosen
 
 

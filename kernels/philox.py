@@ -7,7 +7,8 @@ The law (every implementation, on every device, gives these words bit for bit):
 - The key is the 64-bit seed, low word first.
 - Counter word 0 is the vocabulary block b; the four words that come out belong to tokens 4b .. 4b + 3.
   Counter word 1 is the position in the segment, from 0.
-  Counter word 2 is attempt | kind << 24; attempts count from 1; kind 0 is token noise, kind 1 the accept uniform.
+  Counter word 2 is attempt | kind << 24; attempts count from 1; kind 0 is token noise, kind 1 the accept uniform, kind
+  4 the noise of a token that is drawn after the kept ones of an attempt.
   Counter word 3 is segment index | sample index << 20.
 - A word w gives the uniform u = ((w >> 8) + 0.5) / 2^24, which is never 0 and never 1.
 - The accept uniform of an attempt is word 0 at counter words c0 = 0, c1 = 0 and kind 1.
@@ -31,6 +32,7 @@ KIND_TOKEN_NOISE = 0
 KIND_ACCEPT = 1
 KIND_RULE = 2  # further random numbers of a rule, for each attempt
 KIND_GROUP = 3  # of a rule, for a group and round; attempt 0: of an exhaustion, for each attempt of a hypothesis
+KIND_DRAW = 4  # noise of the token that is drawn after the kept ones of an attempt
 MAX_ATTEMPT = (1 << 24) - 1
 MAX_SEGMENT = (1 << 20) - 1
 MAX_SAMPLE = (1 << 12) - 1
@@ -91,7 +93,7 @@ def pack_attempt(attempt: int, kind: int) -> int:
     """Counter word 2: attempt | kind << 24."""
     if not 1 <= attempt <= MAX_ATTEMPT and not (attempt == 0 and kind == KIND_GROUP):
         raise ValueError(f"attempt {attempt} is outside 1..{MAX_ATTEMPT}; lower max_attempts")
-    if kind not in (KIND_TOKEN_NOISE, KIND_ACCEPT, KIND_RULE, KIND_GROUP):
+    if kind not in (KIND_TOKEN_NOISE, KIND_ACCEPT, KIND_RULE, KIND_GROUP, KIND_DRAW):
         raise ValueError(f"kind {kind} of random number is unknown; use one of the KIND_ constants")
     return attempt | kind << 24
 
@@ -154,10 +156,11 @@ def exhaust_uniform(seed: int, attempt: int, segment: int, sample: int) -> float
     return float(uniform(philox4x32(counter, split_seed(seed))[word]))
 
 
-def token_words(seed: int, position: int, attempt: int, stream: int, vocab_size: int) -> np.ndarray:
+def token_words(seed: int, position: int, attempt: int, stream: int, vocab_size: int,
+                kind: int = KIND_TOKEN_NOISE) -> np.ndarray:
     """uint32 [vocab_size] words of the token noise of one draw; `stream` is counter word 3, signed or not."""
     blocks = np.arange((vocab_size + 3) // 4, dtype=np.uint32)  # [blocks]
-    counter = (blocks, position, pack_attempt(attempt, KIND_TOKEN_NOISE), stream & 0xFFFFFFFF)
+    counter = (blocks, position, pack_attempt(attempt, kind), stream & 0xFFFFFFFF)
     return np.stack(philox4x32(counter, split_seed(seed)), axis=1).reshape(-1)[:vocab_size]
 
 

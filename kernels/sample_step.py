@@ -113,6 +113,22 @@ def sampling_threshold(scaled: Tensor, top_k: int, top_p: float, min_p: float) -
     return threshold.item()
 
 
+def proposal_logprobs(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """log p of what a lane of these parameters draws from, float64 [rows, vocab] of logits float32 [rows, vocab]; -inf
+    where a token is filtered out. Where its draw is an argmax, p is 1 at that token."""
+    rows = logits / torch.tensor([temperature], dtype=torch.float32, device=logits.device) if temperature > 0 else logits
+    thresholds = torch.full((len(logits), 1), -torch.inf, device=logits.device)
+    drawn = torch.isfinite(rows.amax(1)) if temperature > 0 else torch.zeros(len(logits), dtype=torch.bool)
+    if top_k > 0 or top_p < 1.0 or min_p > 0.0:
+        for row in drawn.nonzero().flatten().tolist():
+            thresholds[row] = sampling_threshold(rows[row], top_k, top_p, min_p)
+    logprobs = torch.log_softmax(rows.double().masked_fill(rows < thresholds, -torch.inf), dim=1)
+    for row in (~drawn).nonzero().flatten().tolist():
+        logprobs[row] = -torch.inf
+        logprobs[row, _argmax(logits[row])] = 0.0
+    return logprobs
+
+
 def _cut(row: Tensor, lanes: LaneState, lane: int) -> bool:
     """Whether the lane ends before this draw, because the model is too uncertain of what comes."""
     cut = float(lanes.entropy_cut[lane])
@@ -120,18 +136,29 @@ def _cut(row: Tensor, lanes: LaneState, lane: int) -> bool:
 
 
 def _draw(row: Tensor, lanes: LaneState, lane: int) -> int:
-    if lanes.temperature[lane] > 0:
-        scaled = row / lanes.temperature[lane : lane + 1]  # [vocab]
-        if math.isfinite(scaled.max().item()):
-            threshold = sampling_threshold(
-                scaled, int(lanes.top_k[lane]), float(lanes.top_p[lane]), float(lanes.min_p[lane])
-            )
-            words = philox.token_words(
-                int(lanes.seeds[lane]), int(lanes.steps[lane]), int(lanes.attempts[lane]), int(lanes.streams[lane]),
-                row.numel(),
-            )
-            noise = torch.from_numpy(philox.gumbel(words)).float().to(row.device)  # [vocab]
-            row = torch.where(scaled >= threshold, scaled + noise, -torch.inf)
+    scaled = _scaled(row, lanes.temperature[lane : lane + 1])
+    if scaled is not None:
+        threshold = sampling_threshold(
+            scaled, int(lanes.top_k[lane]), float(lanes.top_p[lane]), float(lanes.min_p[lane])
+        )
+        words = philox.token_words(
+            int(lanes.seeds[lane]), int(lanes.steps[lane]), int(lanes.attempts[lane]), int(lanes.streams[lane]),
+            row.numel(),
+        )
+        noise = torch.from_numpy(philox.gumbel(words)).float().to(row.device)  # [vocab]
+        row = torch.where(scaled >= threshold, scaled + noise, -torch.inf)
+    return _argmax(row)
+
+
+def _scaled(row: Tensor, temperature: Tensor) -> Tensor | None:
+    """row / temperature float32 [1]; None where the draw is the argmax of `row`: at 0, or where the quotient overflows.
+    """
+    scaled = row / temperature if temperature > 0 else None
+    return scaled if scaled is not None and math.isfinite(scaled.max().item()) else None
+
+
+def _argmax(row: Tensor) -> int:
+    """The lowest token id of the largest."""
     return int((row == row.max()).nonzero()[0])
 
 

@@ -57,9 +57,9 @@ def content(ids: Sequence[int]) -> list[int]:
     return [token for token in ids if token != EOS]
 
 
-def candidates(prefix: Prefix, size: int, params) -> Iterator[tuple[Prefix, float]]:
-    """Every segment of at most `size` tokens that can follow `prefix`, with its probability under the proposal."""
-    logits = oracle.penalised(MODEL.logits(PROMPT + list(prefix)), PROMPT, list(prefix), params)
+def candidates(prefix: Prefix, size: int, params, model: ToyModel = MODEL) -> Iterator[tuple[Prefix, float]]:
+    """Every segment of at most `size` tokens that can follow `prefix`, with its probability as `model` draws."""
+    logits = oracle.penalised(model.logits(PROMPT + list(prefix)), PROMPT, list(prefix), params)
     kept = oracle.log_softmax(oracle.proposal(logits, params))
     for token, logprob in enumerate(kept):
         if logprob == -math.inf:
@@ -67,7 +67,7 @@ def candidates(prefix: Prefix, size: int, params) -> Iterator[tuple[Prefix, floa
         if size == 1 or token == EOS:
             yield (token,), math.exp(logprob)
         else:
-            for rest, probability in candidates(prefix + (token,), size - 1, params):
+            for rest, probability in candidates(prefix + (token,), size - 1, params, model):
                 yield (token, *rest), math.exp(logprob) * probability
 
 
@@ -119,10 +119,10 @@ def noise_reused(monkeypatch):
     """All attempts of a segment, of all hypotheses of a completion, draw the same tokens."""
     spec = stars.proposer.LaneSpec
 
-    def repeating(table, last, slab, max_tokens, seed, attempt, stream, params, *rest):
+    def repeating(table, last, slab, max_tokens, seed, attempt, stream, params, *rest, **named):
         population = max(1, repeating.population)
         segment, sample = stream & 0xFFFFF, (stream >> 20 & 0xFFF) // population * population
-        return spec(table, last, slab, max_tokens, seed, 1, pack_stream(segment, sample), params, *rest)
+        return spec(table, last, slab, max_tokens, seed, 1, pack_stream(segment, sample), params, *rest, **named)
 
     settle = stars.request.Request.__post_init__
 

@@ -272,6 +272,29 @@ Case penalties_case(int64_t lanes) {
           [data] { return bytes_of(data->logits); }};
 }
 
+Case blend_case(int64_t lanes) {
+  constexpr int64_t models = 3, vocab = 40000;
+  struct Data {
+    std::vector<float> logits, weights, out;
+    std::vector<int32_t> done;
+    stars_blend_logits_params params;
+  };
+  Numbers numbers;
+  auto data = std::make_shared<Data>();
+  Data& d = *data;
+  d.logits = numbers.floats(models * lanes * vocab);
+  d.weights = numbers.floats(models * lanes);
+  d.out.resize(lanes * vocab);
+  d.done.assign(lanes, 0);
+  d.params = {sizeof d.params, d.logits.data(), d.weights.data(), d.done.data(), d.out.data(), models, lanes, lanes, vocab};
+  return {"blend_logits",
+          [data] {
+            std::fill(data->out.begin(), data->out.end(), 0.0f);
+            return stars_call(STARS_OP_BLEND_LOGITS, &data->params);
+          },
+          [data] { return bytes_of(data->out); }};
+}
+
 // Several operations as a program, created, filled and run.
 Case program_case() {
   struct Data {
@@ -317,7 +340,7 @@ std::vector<Case> all_cases() {
   return {linear_case(STARS_F32, 3),       linear_case(STARS_BF16, 70),      linear_case(STARS_BF16_DOT, 1),
           linear_case(STARS_BF16_DOT, 70), attention_case(1, 1300, true),    attention_case(5, 700, false),
           attention_case(2, 3, true),      sample_case(1),                   sample_case(6),
-          penalties_case(6),               program_case()};
+          penalties_case(6),               blend_case(3),                     program_case()};
 }
 
 // -- what is tried ----------------------------------------------------------------------------------------------------

@@ -227,12 +227,12 @@ def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:
 def install(monkeypatch) -> RecordedGpu:
     """Engines built from now on, for the rest of a test, take the way of a GPU; see `build`."""
     gpu = RecordedGpu()
-    for module in ("cache", "draft", "passes", "tiling"):
+    for module in ("cache", "draft", "logit_reads", "passes", "tiling"):
         monkeypatch.setattr(importlib.import_module(f"stars.{module}"), "Buffers", SplitBuffers)
     work_as(monkeypatch, TARGET)
     monkeypatch.setattr(PagedCache, "_to_device", lambda cache, values: gpu.to_device(cache, values))
     monkeypatch.setattr("stars.draft.sample_step", gpu.sample_step)
-    monkeypatch.setattr("stars.cache.copy_rows", gpu.copy_rows)
+    monkeypatch.setattr("stars.kv_store.copy_rows", gpu.copy_rows)
     monkeypatch.setattr("stars.pacing.mapped", mapped)
     monkeypatch.setattr(graphs, "column", lambda done: "cuda")
     replay = graphs.Graphs._replay
@@ -264,6 +264,7 @@ def build(gpu: RecordedGpu, model, reward, **sizes) -> stars.Engine:
     engine = stars.Engine(model, reward, **sizes)
     for cache in (engine._cache, engine.reward.cache):
         gpu.memory += tensors_of(cache)
-    gpu.memory += tensors_of([part._buffers for part in (engine._models.members[0].passes, engine.reward._passes, engine._round.drafter)],
-                             engine._models.members[0].passes._rewards, engine.reward._passes._rewards, engine._round.drafter._logits)
+    own, others, drafter = engine._models.own.passes, engine.reward._passes, engine._round.drafter
+    gpu.memory += tensors_of([part._buffers for part in (own, others, drafter)], own._rewards, others._rewards,
+                             drafter._logits)
     return engine

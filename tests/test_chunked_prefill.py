@@ -53,7 +53,7 @@ class Rows:
     def of(self, made: stars.Engine) -> tuple[int, int]:
         """So far: the language model's and the reward model's."""
         reward = getattr(made.reward, "_passes", None)
-        return sum(self.run.get(made._passes, [])), sum(self.run.get(reward, []))
+        return sum(self.run.get(made._models.own.passes, [])), sum(self.run.get(reward, []))
 
 
 @contextmanager

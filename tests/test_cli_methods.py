@@ -10,7 +10,7 @@ import pytest
 import stars
 from stars.cli import main
 from stars.cli.methods import all_methods, table
-from stars.cli.options import shipped_pair
+from stars.cli.options import shipped_heads, shipped_models, shipped_pair
 from stars.policies import POLICIES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -30,6 +30,11 @@ SETTINGS = {
                         dict(particles=3, resampling="systematic")),
     "args": (["--set", "topk=4", "--set", "weight=2.5"], dict(topk=4, weight=2.5)),
     "rad": (["--set", "topk=4", "--set", "clamp=False"], dict(topk=4, clamp=False)),
+    "persona-judge": (["--set", "draft=Good. ", "--set", "judge=Bad. ", "--set", "gamma=3", "--set", "score=true"],
+                      dict(draft="Good. ", judge="Bad. ", gamma=3, score=True)),
+    "rsd": (["--set", "segment_size=4", "--set", "beta=0.5"], dict(segment_size=4, beta=0.5)),
+    "token-guidance": (["--set", "reference=lm", "--set", "weight=2", "--set", "score=true"],
+                       dict(reference="lm", weight=2.0, score=True)),
 }
 """Parameters of each policy as they are typed, and as Python has them."""
 
@@ -44,7 +49,7 @@ def test_every_policy_runs_by_its_name(capsys, name):
     assert main([*GENERATE, "--policy", name, *typed, *(THRESHOLD if threshold else [])]) == 0
     row = json.loads(capsys.readouterr().out)
     policy = POLICIES[name](**given, **(dict(reward_threshold=0.5) if threshold else {}))
-    engine = stars.Engine(*shipped_pair())
+    engine = stars.Engine(*shipped_pair(), models=shipped_models(policy), heads=shipped_heads(policy))
     [output] = engine.generate("This film was", stars.SamplingParams(max_tokens=9, seed=3), policy, use_tqdm=False)
     assert row["outputs"][0]["text"] == output.outputs[0].text
     assert row["outputs"][0]["reward"] == pytest.approx(output.outputs[0].reward, abs=1e-5)

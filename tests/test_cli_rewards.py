@@ -62,6 +62,41 @@ def test_a_model_behind_a_server(run, pair, monkeypatch):
         assert json.loads(out)["error"].startswith(f"the reward server at {server.url}/classify could not be reached")
 
 
+def test_an_implicit_reward(run, pair, tiny_model):
+    """Alone, with its parameters, and in a sum after a reward model, whose class has parameters of its own."""
+    models = [str(tiny_model(tokenizer=True, chat_template=True, seed=seed)) for seed in (5, 6)]
+    params, policy = stars.SamplingParams(max_tokens=8, seed=3), stars.STARS(4, 3, 0.5, reward_threshold=1.0)
+    own = ["--reward-implicit", *models, "--reward-set", "beta=0.5", "--reward-set", "length_normalised=True"]
+    implicit = [dict(beta=0.5, length_normalised=True), dict(beta=2.0)]
+    for flags, made in (
+            (own, lambda: stars.ImplicitReward(*models, **implicit[0])),
+            (["--reward", pair[3], "--reward-implicit", *models, "--reward-set", "beta=2", "--reward-set", "close=eos",
+              "--reward-weight", "0.5", "--reward-weight", "-1"], lambda: stars.WeightedReward([
+                  (stars.CausalReward(pair[3], close="eos"), 0.5), (stars.ImplicitReward(*models, **implicit[1]), -1.0)
+              ]))):
+        code, out, err = run("generate", PROMPT, *pair[:2], *flags, *FLAGS, *STARS)
+        assert code == 0, err
+        engine = stars.Engine(pair[1], made(), max_num_lanes=8, max_num_seqs=4, cache_tokens=512)
+        [direct] = engine.generate(PROMPT, params, policy, use_tqdm=False)
+        found = row_of(out)
+        assert found["token_ids"] == direct.outputs[0].token_ids
+        assert found["reward"] == pytest.approx(direct.outputs[0].reward, abs=1e-5)
+    code, out, err = run("calibrate", PROMPT, *pair[:2], *own, *FLAGS[:4], "--num-samples", "2", "--json")
+    assert code == 0 and json.loads(out)["samples"] == 2
+
+
+@pytest.mark.parametrize("flags, code, problem", [
+    (["--reward-implicit", "one"], 2, "expected 2 arguments"),
+    (["--reward-implicit", "a", "b", "--reward-close", "eos"], 2, "belong to --reward, which is not given, and "),
+    (["--reward-implicit", "a", "b", "--reward-set", "alpha=1"], 2, "only as beta and length_normalised"),
+    (["--reward-implicit", "a", "b", "--reward-set", "beta=0"], 1, "ImplicitReward.beta is 0, it must be"),
+    (["--reward-implicit", "no/a", "no/b"], 1, "no/a is not a directory here"),
+])
+def test_flags_of_an_implicit_reward_that_do_not_go_together(run, pair, flags, code, problem):
+    found, _, err = run("generate", PROMPT, *pair[:2], *flags, *FLAGS)
+    assert found == code and problem in err
+
+
 @pytest.mark.parametrize("flags, code, problem", [
     (["--reward-model", "rm"], 2, "belong to --reward-url, which is not given"),
     (["--reward-weight", "1", "--reward-weight", "2"], 2, "is given 2 times for 1 rewards: give it once for each"),

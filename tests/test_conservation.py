@@ -152,7 +152,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(where=st.sampled_from(["reward", "draft", "prefill", "commit"]))
     def interrupt(self, where):
         holders = {"reward": None, "draft": (self.engine._round.drafter, "draft"),
-                   "prefill": (self.engine._models.members[0].passes, "prefill"), "commit": (self.engine._cache, "commit")}
+                   "prefill": (self.engine._models.own.passes, "prefill"), "commit": (self.engine._cache, "commit")}
         if where == "reward" and self.causal:
             holders["reward"] = (self.engine.reward, "score")
         holder = holders[where]

@@ -238,6 +238,24 @@ def test_every_model_of_a_sum_has_room(monkeypatch):
     assert sum(sizes.needed_bytes(config, held, other).values()) > 2 << 30
 
 
+def test_both_models_of_an_implicit_reward_have_room(monkeypatch):
+    """With their language model heads, and what logits are read with: of a chunk's rows, and of few at a time."""
+    lm = Path(stars.__file__).parent / "demo_models" / "lm"
+    shape = load_config(lm)
+    config = on_a_gpu(shape, cache_tokens=32768, max_num_lanes=64, max_num_seqs=64, max_segment_size=128)
+    monkeypatch.setattr(fit, "choose_prefill", lambda *settings: "triton")
+    noted = []
+    monkeypatch.setattr(fit, "fit_memory", lambda config, models, other, free, total: noted.append((models, other)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
+    reward = stars.WeightedReward([(stars.ImplicitReward(lm, lm), 1.0)])
+    fit.fit(config, lm, reward, load_tokenizer(lm), shape.vocab_size)
+    [(held, other)] = noted
+    assert list(held) == ["the language model", "reward model 1", "reward model 2"]
+    assert {one.weight_bytes for one in held.values()} == {2 * inspect_model(lm, "lm").parameters}
+    assert [one.slab_len for one in held.values()][1:] == [129, 129]
+    assert other == 2 * 4 * (2048 * (shape.hidden_size + 2) + 64 * shape.vocab_size)
+
+
 def test_nothing_is_read_of_a_pair_that_does_not_fit(monkeypatch):
     """An engine is refused before a tensor is read; on the CPU memory is not asked for."""
     pair = Path(stars.__file__).parent / "demo_models"

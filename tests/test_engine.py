@@ -353,8 +353,8 @@ def test_prompts_with_a_common_beginning_wait_for_it_once(monkeypatch, common, o
     """Chat templates give all prompts the same first page: one at a time, each would cost a pass of few rows."""
     engine = toy_engine(LM, max_num_seqs=8, page_size=16)
     started = []
-    prefill = engine._models.members[0].passes.prefill
-    monkeypatch.setattr(engine._models.members[0].passes, "prefill", lambda tables, *rows: (
+    prefill = engine._models.own.passes.prefill
+    monkeypatch.setattr(engine._models.own.passes, "prefill", lambda tables, *rows: (
         started.append(len(tables)), prefill(tables, *rows))[1])
     draw = np.random.default_rng(1)
     head = draw.integers(1, 5, common).tolist()

@@ -212,7 +212,7 @@ def test_a_rule_that_keeps_two_ranks_of_one_response(width, top_p):
     (dict(propose=Enumerate(0)), "propose.k is 0, it must be an integer of at least 1"),
     (dict(propose=Enumerate(257)), "propose.k is 257"),
     (dict(propose=Enumerate("4")), "propose.k is '4'"),
-    (dict(propose=4), "propose is 4, it must be a stars.plan.Sampled or Enumerate"),
+    (dict(propose=4), "propose is 4, it must be a stars.plan.Sampled, Enumerate, Blend, Model or Prompted"),
     (dict(segment=Fixed(2)), "enumerates single tokens and has segments of Fixed(size=2): set segment to Fixed(1)"),
     (dict(segment=Whole(1), score=Score("end"), lanes=Lanes(1, 1)), "set segment to Fixed(1)"),
     (dict(lanes=Lanes(4, 5)), "has 5 attempts of 4 tokens that are enumerated"),

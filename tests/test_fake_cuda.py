@@ -82,7 +82,7 @@ if FAKED:
             engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", dtype=dtype, prefill_backend=backend,
                                   deterministic=deterministic, cache_tokens=8192, max_num_seqs=8, max_num_lanes=16,
                                   max_segment_size=32)
-            assert seen == [True, True] * deterministic and engine._models.members[0].passes.prefill_backend == backend
+            assert seen == [True, True] * deterministic and engine._models.own.passes.prefill_backend == backend
             # A library that compiles does so at start-up: a call for each layer of both models.
             assert len(gathered) == (backend == "sdpa") * (6 + 3)
             for top_k, presence in ((0, 0.0), (40, 0.2), (0, 0.0), (40, 0.2)):
@@ -195,7 +195,8 @@ if FAKED:
             assert calls == [(1024, 1024, None)] * 9 * (backend == "sdpa"), calls
             seen = fake_cuda.events.copy()
             passed = set()
-            for passes, kinds in ((engine._models.members[0].passes, ("prefill",)), (engine.reward._passes, ("prefill", "score"))):
+            own = engine._models.own.passes
+            for passes, kinds in ((own, ("prefill",)), (engine.reward._passes, ("prefill", "score"))):
                 for kind in kinds:
                     for rows in range(CUDA.captured(kind) + 128, passes._most[kind] + 1, 128):
                         for tiles in passes._tiling.shapes(rows, kind):
@@ -205,8 +206,8 @@ if FAKED:
                             passes._append(engine._round.drafter.device_draft, rows, passes._sequences(rows)).call()
             if deterministic:
                 for rows in (16, 48, 512, 640, 2048):
-                    [tiles] = engine._models.members[0].passes._tiling.shapes(rows, "score")
-                    run_idle(engine._models.members[0].passes, rows, "score", tiles, False)
+                    [tiles] = engine._models.own.passes._tiling.shapes(rows, "score")
+                    run_idle(engine._models.own.passes, rows, "score", tiles, False)
             assert fake_cuda.events["launch"] > seen["launch"] and fake_cuda.events["compile"] == seen["compile"]
         assert len(passed) == 14 + 12 and max(rows for _, rows in passed) == 2048
 
@@ -239,6 +240,26 @@ if FAKED:
         seen = fake_cuda.events - start
         assert seen["replay"] and not seen["capture"] and not seen["compile"]
         assert not gated or len(reward.gating._kept) == 1, "the prompts begin alike"
+
+    def test_log_probabilities_are_captured_behind_their_pass():
+        """Those of both models of an implicit reward: nothing is captured or compiled once requests come, and what no
+        slab holds is read in pages."""
+        with fake_cuda.gpu():
+            reward = stars.ImplicitReward(MODELS / "lm", MODELS / "lm")
+            engine = stars.Engine(MODELS / "lm", reward, device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=8, max_num_lanes=16, max_segment_size=32, prefill_backend="triton")
+            for part in reward.parts:
+                captured = {key[1] for key in part._passes._graphs._at_start if key[0] == "logprobs"}
+                assert captured == set(CUDA.shapes("score", 512))
+            start = fake_cuda.events.copy()
+            decode(engine, 0, 0.0)
+            decode(engine, 0, 0.0)
+            seen = fake_cuda.events - start
+            assert seen["replay"] and not seen["capture"] and not seen["compile"], seen
+            [output] = engine.generate(PROMPTS[1], stars.SamplingParams(max_tokens=90, seed=3), stars.BestOfN(n=2),
+                                       use_tqdm=False)
+            assert output.outputs[0].error is None
+            engine.check_integrity()
 
     def run_idle(passes, rows: int, kind: str, tiles, scored: bool) -> None:
         passes._fill_idle(rows, passes._sequences(rows))
@@ -345,7 +366,7 @@ if FAKED:
         read = [one for one in rounds if any(count for _, count in one[0])]
         assert len(read) >= 15
         for given, found, launched in read:
-            for passes in (engine._models.members[0].passes, engine.reward._passes):
+            for passes in (engine._models.own.passes, engine.reward._passes):
                 assert sum(count for owner, count in given if owner is passes) <= 64
             assert found["stream wait"] >= 2 and not found["synchronize"] and not found["blocking transfer"], found
             assert not found["capture"] and not found["compile"] and set(launched) <= {"copy_rows_kernel"}, launched
@@ -444,7 +465,7 @@ if FAKED:
         """What a decoder outgrows is kept for graphs that may use it, and no memory was reckoned for it."""
         with fake_cuda.gpu():
             engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", prefill_backend="triton")
-        for decoder in (engine._models.members[0].passes.decoder, engine.reward.decoder):
+        for decoder in (engine._models.own.passes.decoder, engine.reward.decoder):
             kept = [tensor for one in decoder._outgrown for tensor in (one if isinstance(one, tuple) else [one])]
             reserved = sum(tensor.nbytes for tensor in decoder._reserved)
             assert kept and sum(tensor.nbytes for tensor in kept) < reserved // 100

@@ -100,6 +100,7 @@ PRODUCTS = {  # sizes that are multiplied, in every operation; 2^24 each is too 
                   "layers source_rows width 16", "layers target_rows width 16"],
     "append_draft": ["sequences max_closing"],
     "apply_penalties": ["lanes vocab", "lanes max_steps"],
+    "blend_logits": ["models room", "models vocab", "room vocab", "lanes vocab", "models room vocab 16"],
 }
 
 
@@ -133,7 +134,8 @@ def test_a_null_pointer_is_refused_where_there_is_something_to_read(name):
     ("take_rows", {"width": 0}), ("rope_write", {"heads": 0}), ("attention", {"heads": 0}),
     ("attention", {"heads": 3}), ("sample_step", {"vocab": 0}), ("copy_rows", {"width": 0}),
     ("copy_rows", {"source_rows": 0}), ("copy_rows", {"target_rows": 0}), ("append_draft", {"vocab": 0}),
-    ("apply_penalties", {"vocab": 0}),
+    ("apply_penalties", {"vocab": 0}), ("blend_logits", {"models": 0}), ("blend_logits", {"vocab": 0}),
+    ("blend_logits", {"room": 0}),
 ])
 def test_a_size_of_zero_is_refused_where_something_is_divided_by_it(name, changes):
     (field, _), = changes.items()

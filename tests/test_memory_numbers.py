@@ -93,9 +93,10 @@ def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
     ranks = importlib.import_module("stars.kernels.triton.top_tokens")
     ranks._scratch.clear()  # of more lanes
     ranking = ranks._scratch_of(min(lanes, selection_rows(LM["vocab"])), LM["vocab"], torch.device("cpu"))
-    lm, rm = engine._models.members[0].passes.decoder, reward.decoder
+    own = engine._models.own.passes
+    lm, rm = own.decoder, reward.decoder
     taken = {
-        "the language model": bytes_of(lm._space, lm._logits, lm.cos, lm.sin, engine._models.members[0].passes._tiling._workspace,
+        "the language model": bytes_of(lm._space, lm._logits, lm.cos, lm.sin, own._tiling._workspace,
                                        drafter._tiling._workspace, sampler.values, *ranking),
         "the reward model": bytes_of(rm._space, rm._logits, rm.cos, rm.sin, reward._passes._tiling._workspace),
     }
@@ -119,9 +120,9 @@ def test_what_is_not_named_is_little(built):
     what nobody names."""
     engine, reward, _ = built(cache_tokens=1 << 12, page_size=16, max_num_seqs=64, max_num_lanes=64,
                               max_segment_size=128)
-    unnamed = [engine._models.members[0].passes._buffers, engine._models.members[0].passes._rewards, reward._passes._buffers, reward._passes._rewards,
-               engine._round.drafter._buffers, engine._cache._moves, reward.cache._moves,
-               engine._models.members[0].passes._tiling._buffers, reward._passes._tiling._buffers, engine._round.drafter._tiling._buffers]
-    tables = [engine._models.members[0].passes._block_tables, reward._passes._block_tables, engine._round.drafter._block_tables]
+    own, others, drafter = engine._models.own.passes, reward._passes, engine._round.drafter
+    unnamed = [own._buffers, own._rewards, others._buffers, others._rewards, drafter._buffers, engine._cache._moves,
+               reward.cache._moves, own._tiling._buffers, others._tiling._buffers, drafter._tiling._buffers]
+    tables = [own._block_tables, others._block_tables, drafter._block_tables]
     longer = (128 << 10) // POSITIONS
     assert bytes_of(unnamed) + longer * bytes_of(tables) < LIBRARIES // 50

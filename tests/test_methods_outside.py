@@ -279,7 +279,7 @@ def test_an_interrupted_round_of_a_population_never_happened(place):
 
     def run(interrupts: Sequence[int]) -> stars.RequestOutput:
         engine = breeding_engine()
-        holder, name = {"fork": (engine._cache, "fork"), "prefill": (engine._models.members[0].passes, "prefill"),
+        holder, name = {"fork": (engine._cache, "fork"), "prefill": (engine._models.own.passes, "prefill"),
                         "commit": (engine._cache, "commit"), "resume": (engine.reward, "resume"),
                         "reward fork": (engine.reward, "fork")}[place]
         right, calls = getattr(holder, name), []
@@ -333,7 +333,7 @@ def test_the_best_seen_of_earlier_rounds_is_committed_from_its_slab():
     """Every attempt is rejected, a lane a round: nothing but the prompt is read anew, by either model."""
     engine = breeding_engine()
     prefills = []
-    for passes in (engine._models.members[0].passes, engine.reward._passes):
+    for passes in (engine._models.own.passes, engine.reward._passes):
         prefill = passes.prefill
         passes.prefill = lambda given, *rows, prefill=prefill: (
             prefills.append(len(given)), prefill(given, *rows))[1]

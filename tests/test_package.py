@@ -99,7 +99,9 @@ def test_the_wheel(tmp_path):
     home = metadata.removesuffix("METADATA")
     for name in ("stars/bindings/lib/libstars.so", "stars/bindings/stars.h", "stars/py.typed", "stars/trace/page.html",
                  "stars/demo_models/README.md", "stars/demo_models/lm/model.safetensors",
-                 "stars/demo_models/rm/tokenizer.json", home + "licenses/LICENSE", home + "licenses/NOTICE"):
+                 "stars/demo_models/rm/tokenizer.json", "stars/demo_models/guide/adapter_model.safetensors",
+                 "stars/demo_models/guide/adapter_config.json", "stars/demo_models/small/model.safetensors",
+                 home + "licenses/LICENSE", home + "licenses/NOTICE"):
         assert name in names, name
     ours = {f"stars/{path.relative_to(ROOT / 'engine')}" for path in (ROOT / "engine").rglob("*.py")}
     ours |= {f"stars/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}

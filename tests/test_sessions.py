@@ -40,8 +40,7 @@ CAUSAL = {
 }
 PROCESS = {"process, tags": "mlp", "process, separators": "token"}
 PAGED = [*CAUSAL, *PROCESS]  # of which a session has pages
-IMPLICIT = {"implicit": dict(beta=0.5), "implicit, a mean": dict(length_normalised=True)}
-COMPOSITE = ["sum of two models", "sum with a callable", "sum of sums", "cached", *IMPLICIT]
+COMPOSITE = ["sum of two models", "sum with a callable", "sum of sums", "cached", "implicit"]
 KINDS = [*PAGED, "encoder", "function of ids", "function of text", *COMPOSITE]
 
 
@@ -130,8 +129,8 @@ def bench(tiny_model, tmp_path_factory, lm, lag, process_models):
         elif kind == "sum of sums":
             reward = stars.WeightedReward([(made("sum with a callable"), 1.0), (made("other, eos"), 0.5),
                                            (made("cached"), 0.25), (made("implicit"), 0.5)])
-        elif kind in IMPLICIT:
-            reward = stars.ImplicitReward(*language_models, **IMPLICIT[kind])
+        elif kind == "implicit":
+            reward = stars.ImplicitReward(*language_models, beta=0.5)
         elif kind == "cached":
             reward = stars.CachedReward(made("function of ids"), maxsize=3)
         elif kind == "encoder":

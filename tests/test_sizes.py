@@ -87,7 +87,7 @@ def test_an_engine_allocates_what_the_formulas_say(monkeypatch, target):
     engine = stars.Engine(LM.decoder(), CausalReward(RM.decoder()), **GIVEN)
     config, reward, drafter = engine.config, engine.reward, engine._round.drafter
     assert config.target is target
-    for passes, cache, sizes in ((engine._models.members[0].passes, engine._cache, language_model(config)),
+    for passes, cache, sizes in ((engine._models.own.passes, engine._cache, language_model(config)),
                                  (reward._passes, reward.cache,
                                   reward_model(RM.config, config, 113 + target.reward_lag))):
         assert cache.k_pages.shape[1] == config.num_pages * config.page_size == 1008

@@ -162,7 +162,7 @@ def sum_of(*pairs) -> float | stars.RewardError:
     reward = stars.WeightedReward([(Says(said), weight) for said, weight in pairs])
     session = reward.open(Prompt("x", [1], "x"), 4)
     [scored] = reward.score([Candidate(session, [1], None)])
-    assert scored[1:] == (2 * len(pairs), 3 * len(pairs), None)
+    assert scored[1:] == (2 * len(pairs), 3 * len(pairs), None, ())
     return scored.reward
 
 

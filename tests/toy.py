@@ -118,6 +118,21 @@ class ToyModel:
         return norm(x[-1], self.final_norm) @ self.out.T.astype(np.float64)
 
 
+class Digits:
+    """A tokenizer whose tokens below 10 are digits: text and ids say the same."""
+
+    bos_token = bos_token_id = None
+    has_chat_template = False
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The digits."""
+        return [int(digit) for digit in text]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The same without EOS."""
+        return "".join(str(token) for token in token_ids if token != EOS)
+
+
 def toy_pair(vocab: int, seeds: tuple[int, int], *, sharpness: float = 1.5, layers: int = 1, positions: int = 96,
              ) -> tuple[ToyModel, ToyModel]:
     """A language model and a reward model of its vocabulary; `sharpness` is the reward model's."""
@@ -138,7 +153,7 @@ def scripted_engine(tokenizer: Any, vocab: int, script: Sequence[int], prompt_to
     """An engine whose model writes `script` after any prompt of `prompt_tokens` tokens, then EOS."""
     engine = toy_engine(ToyModel(vocab, seed=5, layers=1, eos=(eos,)), reward, tokenizer=tokenizer, **options)
     table = torch.tensor([*script] + [eos] * 80)
-    decoder = engine._models.members[0].passes.decoder
+    decoder = engine._models.own.passes.decoder
     forward, seen = decoder.forward, []
 
     def noting(batch, cache, rows=None):

@@ -178,6 +178,8 @@ class FakeBuffers(buffers.Buffers):
             columns = host["token_ids"].shape[1]
             host["token_ids"][:] = draw.permutation(np.arange(20, 20 + columns))
             host["logprobs"][:] = -1.0
+        elif "logprobs" in host:
+            host["logprobs"][:] = -draw.exponential(size=host["logprobs"].shape)
         if "rewards" in host:
             host["rewards"][:] = draw.normal(size=host["rewards"].shape)
 
@@ -208,7 +210,7 @@ def install() -> None:
     cuda.current_stream = lambda *device: Stream()
     cuda.stream, cuda.synchronize, cuda.empty_cache = (lambda stream: nullcontext()), _synchronize, lambda: None
     JITFunction.run = launch
-    for module in ("cache", "draft", "passes", "tiling"):
+    for module in ("cache", "draft", "logit_reads", "passes", "tiling"):
         __import__(f"stars.{module}", fromlist=["Buffers"]).Buffers = FakeBuffers
     pacing.mapped = mapped
     torch.Tensor.pin_memory = lambda self: self

@@ -43,7 +43,8 @@ def kernels(record: Record, settings: Settings) -> None:
         "swiglu": of(kernel_rows.swiglu, 17, wide),
         "take_rows, embedding": of(kernel_rows.rows), "copy_rows": of(kernel_rows.copies),
         "score_and_decide": kernel_sampler.rewards, "append_draft": kernel_sampler.appended,
-        "apply_penalties": kernel_sampler.penalised, "prefill of libraries": kernel_prefill.backends}
+        "apply_penalties": kernel_sampler.penalised, "blend_logits": kernel_sampler.blended,
+        "prefill of libraries": kernel_prefill.backends}
     if not settings.dry:
         parts["philox words"] = kernel_sampler.words
     run_apart(record, settings, parts, most=2 if settings.dry else 10)

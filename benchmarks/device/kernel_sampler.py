@@ -18,6 +18,7 @@ from torch import Tensor
 from stars.kernels import philox
 from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.apply_penalties import apply_penalties_reference
+from stars.kernels.blend_logits import blend_logits_reference
 from stars.kernels.linear import Weight
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.types import Draft, LaneState, Penalties, TrailingRows
@@ -41,7 +42,7 @@ def run(record: Record, settings: Settings) -> None:
     parts |= {f"cuts of {vocab}, {str(dtype)[6:]}": partial(cuts, vocab=vocab, lanes=lanes, dtype=dtype)
               for vocab, lanes, dtype in CUT if not (settings.quick and vocab > 10000)}
     parts |= kernel_ranking.parts(settings)
-    parts |= {"penalties": penalised, "followers": appended, "ends": ends, "verdicts": rewards}
+    parts |= {"penalties": penalised, "blends": blended, "followers": appended, "ends": ends, "verdicts": rewards}
     run_apart(record, settings, parts, most=5)
 
 
@@ -320,6 +321,23 @@ def penalised(record: Record, settings: Settings) -> None:
     ops.apply_penalties(got, state, penalties)
     apply_penalties_reference(logits, on_cpu(state), on_cpu(penalties))
     same(record, "apply_penalties", got, logits)
+
+
+def blended(record: Record, settings: Settings) -> None:
+    """Weights of both signs and zeros beside logits that are no numbers: the reference's bits."""
+    ops, draw, lanes, room, vocab = launchers(settings.dry), np.random.default_rng(6), 33, 37, 5003
+    for models in (1, 2, 3):
+        weights = torch.tensor(draw.choice(np.array([0.0, 0.3, 1.0, -0.4], np.float32), (models, room)))
+        logits = torch.tensor(draw.normal(size=(models, room, vocab)).astype(np.float32) * 3)
+        logits[torch.tensor(draw.random(logits.shape) < 0.05)] = -torch.inf
+        logits[weights == 0.0] = torch.nan
+        done = torch.tensor(draw.random(lanes) < 0.2, dtype=torch.int32)
+        wanted = logits[0, :lanes].clone()
+        on_device = [tensor.to(settings.device) for tensor in (logits, weights, done)]
+        ops.blend_logits(*on_device, on_device[0][0, :lanes])  # in the first model's place
+        blend_logits_reference(logits, weights, done, wanted)
+        same(record, f"blend_logits of {models}", on_device[0][0, :lanes].nan_to_num(nan=9.0),
+             wanted.nan_to_num(nan=9.0))
 
 
 def rewards(record: Record, settings: Settings) -> None:

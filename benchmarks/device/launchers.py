@@ -11,6 +11,7 @@ def launchers(dry: bool) -> SimpleNamespace:
         from stars.kernels.append_draft import append_draft_reference
         from stars.kernels.apply_penalties import apply_penalties_reference
         from stars.kernels.attention import attention_reference
+        from stars.kernels.blend_logits import blend_logits_reference
         from stars.kernels.copy_rows import copy_rows_reference
         from stars.kernels.embedding import embedding_reference
         from stars.kernels.embedding_scaled import embedding_scaled_reference
@@ -29,10 +30,11 @@ def launchers(dry: bool) -> SimpleNamespace:
 
         return SimpleNamespace(
             append_draft=append_draft_reference, apply_penalties=apply_penalties_reference,
-            attention=attention_reference, copy_rows=copy_rows_reference, embedding=embedding_reference,
-            embedding_scaled=embedding_scaled_reference, linear=linear_reference, linear_invariant=linear_reference,
-            linear_normed=linear_normed_reference, linear_residual=linear_residual_reference,
-            linear_swiglu=linear_swiglu_reference, qkv_rope=qkv_rope_reference,
+            attention=attention_reference, blend_logits=blend_logits_reference, copy_rows=copy_rows_reference,
+            embedding=embedding_reference, embedding_scaled=embedding_scaled_reference, linear=linear_reference,
+            linear_invariant=linear_reference, linear_normed=linear_normed_reference,
+            linear_residual=linear_residual_reference, linear_swiglu=linear_swiglu_reference,
+            qkv_rope=qkv_rope_reference,
             product=lambda x, weight, out, tile: linear_reference(x, weight, out), rms_norm=rms_norm_reference,
             rope_write=rope_write_reference,
             sample_step=lambda logits, lanes, filters=True, ended=None, cuts=True: sample_step_reference(
@@ -42,6 +44,7 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.append_draft import append_draft
     from stars.kernels.triton.apply_penalties import apply_penalties
     from stars.kernels.triton.attention import attention
+    from stars.kernels.triton.blend_logits import blend_logits
     from stars.kernels.triton.copy_rows import copy_rows
     from stars.kernels.triton.embedding import embedding
     from stars.kernels.triton.linear import launch, linear, linear_invariant
@@ -55,8 +58,8 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.top_tokens import top_tokens
 
     return SimpleNamespace(
-        append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, copy_rows=copy_rows,
-        embedding=embedding, embedding_scaled=embedding_scaled, linear=linear, linear_invariant=linear_invariant,
-        linear_normed=linear_normed, linear_residual=linear_residual, linear_swiglu=linear_swiglu, product=launch,
-        qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write, sample_step=sample_step, score=score,
-        swiglu=swiglu, take_rows=take_rows, top_tokens=top_tokens)
+        append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, blend_logits=blend_logits,
+        copy_rows=copy_rows, embedding=embedding, embedding_scaled=embedding_scaled, linear=linear,
+        linear_invariant=linear_invariant, linear_normed=linear_normed, linear_residual=linear_residual,
+        linear_swiglu=linear_swiglu, product=launch, qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write,
+        sample_step=sample_step, score=score, swiglu=swiglu, take_rows=take_rows, top_tokens=top_tokens)

@@ -64,7 +64,8 @@ const isa chosen_isa = choose_isa();
   X(COPY_ROWS, copy_rows, table.copy_rows)       \
   X(DECIDE, decide, decide)                      \
   X(APPEND_DRAFT, append_draft, append_draft)    \
-  X(APPLY_PENALTIES, apply_penalties, apply_penalties)
+  X(APPLY_PENALTIES, apply_penalties, apply_penalties) \
+  X(BLEND_LOGITS, blend_logits, blend_logits)
 
 constexpr int64_t kMaxProducts = int64_t{1} << 60;  // of a matrix product; ten years of all cores of anything
 
@@ -232,6 +233,17 @@ const char* check(const stars_apply_penalties_params& p) {
                 "no array of the lanes may be null");
   STARS_REQUIRE(p.lanes == 0 || ((p.max_steps == 0 || p.out_tokens) && (p.entries == 0 || p.history)),
                 "out_tokens and history must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_blend_logits_params& p) {
+  STARS_REQUIRE(p.models > 0 && p.room >= 0 && p.lanes >= 0 && p.vocab > 0,
+                "room and lanes must be >= 0, models and vocab positive");
+  STARS_REQUIRE(fits(p.models, p.room, p.vocab), "models * room * vocab is too large");
+  STARS_REQUIRE(fits(p.lanes, p.vocab), "lanes * vocab is too large");
+  STARS_REQUIRE(p.lanes <= p.room, "lanes must be at most room");
+  STARS_REQUIRE(p.lanes == 0 || (p.logits && p.weights && p.done && p.out),
+                "logits, weights, done and out must not be null");
   return nullptr;
 }
 

@@ -1,4 +1,5 @@
-"""The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo`, `methods` and `info`.
+"""The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo`, `methods`, `convert-head` and
+`info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
 exit code 1, a value that a flag cannot have among them. Arguments that cannot be read or do not go together give 2,
@@ -112,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     _trace(_command(commands, "trace", "look at a trace that generate wrote"))
     _demo(_command(commands, "demo", "plain sampling beside STARS on the shipped pair of models"))
     _methods(_command(commands, "methods", "the policies, what each asks of the loop, and their parameters"))
+    _convert_head(_command(commands, "convert-head", "write the pickled actor of MARA's code as a safetensors file"))
     _info(_command(commands, "info", "versions, the C++ library and the CPU"))
     return parser
 
@@ -241,6 +243,18 @@ def _methods(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", choices=tuple(POLICIES), metavar="NAME",
                         help="all that there is to say of one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def _convert_head(parser: argparse.ArgumentParser) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from stars.cli.convert_head import convert_head
+
+        return convert_head(args)
+
+    parser.add_argument("source", metavar="IN", help="the actor's state dict, as torch.save wrote it: tensors are read "
+                        "from it, and nothing else")
+    parser.add_argument("target", metavar="OUT", help="the safetensors file to be written, for Engine(heads=…)")
     parser.set_defaults(run=run)
 
 

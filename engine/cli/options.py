@@ -244,19 +244,20 @@ def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engi
     """The engine of the flags; without --model the shipped pair, which is said on stderr, and what `policy` asks for
     beside it and the flags do not name."""
     model, rewards = args.model, list(args.reward or ())
-    beside: dict[str, dict[str, Path]] = {}
+    models: dict[str, Path] = {}
+    heads: dict[str, Path] = {}
     if model is None:
         model, shipped = shipped_pair()
         what = "language model" if _rewards(args) else "pair"
         rewards = rewards if _rewards(args) else [shipped]
         print(f"stars: no --model given, so this uses the shipped {what}, a toy trained on film reviews",
               file=sys.stderr)
-        beside = {} if policy is None else shipped_beside(policy)
+        if policy is not None:
+            models, heads = shipped_models(policy), shipped_heads(policy)
     from stars.engine import Engine
 
-    named = {kind: {**beside.get(kind, {}), **given} for kind, given in (
-        ("models", dict(args.named)), ("heads", dict(args.head)))}
-    return Engine(model, _reward(args, rewards), models=named["models"], heads=named["heads"], **_given(args, ENGINE))
+    return Engine(model, _reward(args, rewards), models=models | dict(args.named), heads=heads | dict(args.head),
+                  **_given(args, ENGINE))
 
 
 def _rewards(args: argparse.Namespace) -> int:
@@ -312,12 +313,16 @@ def shipped_pair() -> tuple[Path, Path]:
     return pair
 
 
-def shipped_beside(policy: Policy) -> dict[str, dict[str, Path]]:
-    """Engine's `models` and `heads` of those names that a policy uses and the package has something for."""
+def shipped_models(policy: Policy) -> dict[str, Path]:
+    """Engine's `models` of those names that a policy uses and the package has something for."""
     plan = plan_of(policy)
-    names = {name for name, _ in plan.drafts_with} | set(plan.reads_with)
-    heads = {plan.score.reads.head} if isinstance(plan.score.reads, Hidden) else set()
-    return {"models": _shipped(SHIPPED_MODELS, names - {OWN}), "heads": _shipped(SHIPPED_HEADS, heads)}
+    return _shipped(SHIPPED_MODELS, {name for name, _ in plan.drafts_with}.union(plan.reads_with) - {OWN})
+
+
+def shipped_heads(policy: Policy) -> dict[str, Path]:
+    """Engine's `heads`, as `shipped_models`."""
+    reads = plan_of(policy).score.reads
+    return _shipped(SHIPPED_HEADS, {reads.head} if isinstance(reads, Hidden) else set())
 
 
 def _shipped(places: dict[str, str], names: set[str]) -> dict[str, Path]:

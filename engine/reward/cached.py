@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -41,7 +41,7 @@ class CachedReward(CompositeReward):
         super().__init__([inner])
         self.maxsize = checked_integer("CachedReward.maxsize", maxsize, 1)
         self.hits = self.misses = 0
-        self._known: OrderedDict[Hashable, float] = OrderedDict()  # the one used last at the end
+        self._known: OrderedDict[Hashable, Scored] = OrderedDict()  # the one used last at the end
         self._lock = threading.Lock()  # Futures are settled by other threads, and engines may share it
         self._newest: tuple[Prompt, Hashable] | None = None
 
@@ -59,7 +59,7 @@ class CachedReward(CompositeReward):
                 key = self._key(candidate)
                 if key in self._known:
                     self._known.move_to_end(key)
-                    results[index] = Scored(self._known[key])
+                    results[index] = self._known[key]
                 elif key in places_of:
                     places_of[key].append(index)
                 else:
@@ -78,17 +78,19 @@ class CachedReward(CompositeReward):
         """The scores of equal candidates, of whom the first was asked for; what is there is kept."""
         reward = scored.reward
         if not isinstance(reward, Future):
-            self._keep(key, reward)
-            return {place: scored if place == places[0] else Scored(reward) for place in places}
-        reward.add_done_callback(lambda future: self._keep(key, settled(future)))
-        return {place: scored._replace(reward=future) if place == places[0] else Scored(future)
-                for place, future in zip(places, shared(reward, len(places)), strict=True)}
+            self._keep(key, reward, scored.per_token)
+            return {place: scored if place == places[0] else Scored(reward, per_token=scored.per_token)
+                    for place in places}
+        reward.add_done_callback(lambda future: self._keep(key, settled(future), scored.per_token))
+        futures = shared(reward, len(places))
+        return {place: scored._replace(reward=future) if place == places[0] else Scored(
+            future, per_token=scored.per_token) for place, future in zip(places, futures, strict=True)}
 
-    def _keep(self, key: Hashable | None, reward: Ready) -> None:
+    def _keep(self, key: Hashable | None, reward: Ready, per_token: Sequence[float]) -> None:
         if key is None or isinstance(reward, RewardError) or reward_problem(reward) is not None:
             return
         with self._lock:
-            self._known[key] = reward
+            self._known[key] = Scored(reward, per_token=per_token)
             self._known.move_to_end(key)
             while len(self._known) > self.maxsize:
                 self._known.popitem(last=False)

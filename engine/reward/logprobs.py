@@ -22,7 +22,8 @@ from stars.passes import Passes, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Held, Progress, Scored
 from stars.reward.framing import Frame, Framing
-from stars.reward.session import Session, SessionReward, outside
+from stars.reward.scoring import SlabReward
+from stars.reward.session import Session, outside
 from stars.sizes import padded_rows, reward_model, slab_length
 
 LAG = 1
@@ -64,7 +65,7 @@ class TextPlan(NamedTuple):
     targets: list[int]  # the tokens behind those rows, and what ended the response
 
 
-class LogprobReward(SessionReward):
+class LogprobReward(SlabReward):
     """log p(response | prompt) of a language model, raw: at temperature 1, without filters, without penalties.
 
     model: a directory, or a Decoder with a language model head, of the engine's vocabulary; it reads the same ids.
@@ -183,6 +184,9 @@ class LogprobReward(SessionReward):
                 end = plan._replace(first=last, targets=plan.targets[-1:])
                 logprobs = logprobs + self._passes.logprobs([self._span(holder.table, end, slab)], [end.targets])[0]
         except OutOfPages as error:
+            if holder is not session:
+                self.close(holder)
+                holder = session
             return Scored(self._no_room(len(plan.ids), error))
         finally:
             if slab is not None:

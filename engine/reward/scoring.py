@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from stars.errors import OutOfPages, RewardError
 from stars.kernels.types import Draft
 from stars.model.tokenizer import REPLACEMENT
 from stars.passes import DraftedPart, Span
+from stars.prompt import Prompt
 from stars.reward.base import Candidate, ContextFull, Progress, Scored, TrailingCandidate
 from stars.reward.framing import Text
 from stars.reward.session import NO_SCORES, Handle, Session, SessionReward, outside
@@ -35,7 +37,55 @@ class CandidatePlan(NamedTuple):
         return self.table is not self.session.table
 
 
-class ScoringReward(SessionReward):
+class SlabReward(SessionReward):
+    """A reward whose sessions grow by what was run into slabs."""
+
+    def could_hold(self, prompt: Prompt, max_tokens: int, responses: int) -> bool:
+        """Whether `reserve` could give each of them all it may ask for."""
+        history = len(self.framing.frame(prompt).prefix) - self.target.reward_lag
+        return self.cache.could_hold(history, [self._room(history + max_tokens)] * responses)
+
+    def reserve(self, session: Session, tokens: int) -> bool:
+        """Pages for so many tokens more, and some for a response that re-encodes to more."""
+        stop = self._room(len(session.committed) + tokens)
+        try:
+            self.cache.reserve(session.table, max(0, stop - session.table.length))
+        except OutOfPages:
+            return False
+        return True
+
+    def lanes_per_pass(self, tokens: int, responses: int) -> int:
+        """As many candidates as fill one pass over the weights; where a pass is padded, as many as fit the rows it is
+        made for."""
+        ridge = self.target.ridge_rows
+        if not self.target.padded:
+            return max(1, math.ceil(ridge / max(1, tokens * responses)))
+        rows = responses * (self.target.reward_lag + tokens + self.framing.longest_closing)
+        return max(1, ridge // max(1, rows))
+
+    def discard(self, handle: Handle | None) -> None:
+        """Frees the slab."""
+        if handle is not None and handle.slab is not None:
+            self.cache.return_slab(handle.slab)
+
+    def _room(self, positions: int) -> int:
+        """Positions of pages for a response of so many, as far as context and cache go."""
+        return min(positions + self.slack, self.max_model_len, self.cache.num_pages * self.cache.page_size)
+
+    def _make_room(self, session: Session, stop: int) -> None:
+        """Room for `stop` positions, where a text is longer than was reserved; raises OutOfPages."""
+        if stop > len(session.table.pages) * self.cache.page_size:
+            self.cache.reserve(session.table, stop - session.table.length)
+
+    def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
+        """Why a response cannot be scored; raised where others hold pages, so that it is tried again by itself."""
+        problem = RewardError(f"the response re-encodes to {tokens} tokens for the reward model and {error}")
+        if self.cache.num_tables > 1:
+            raise problem from error
+        return problem
+
+
+class ScoringReward(SlabReward):
     """Scores every candidate the same way: what its session's pages lack is run into a slab, and the reward is read at
     the end, or is made of what is read at step tags; the scores of those in pages are the session's. What a slab does
     not hold is run into pages first, in chunks: a finished response's into its session's, a candidate's into pages of

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
 from typing import NamedTuple
 
 from stars.cache import BlockTable, PagedCache
-from stars.errors import OutOfPages, RequestError, RewardError
+from stars.errors import RequestError
 from stars.passes import Passes
 from stars.prompt import Prompt
 from stars.reward.base import Progress, Reward
@@ -81,29 +80,6 @@ class SessionReward(Reward):
             raise RequestError(f"prompt and max_tokens need {capacity} tokens of the reward model's cache, which has "
                                f"{tokens}: raise cache_tokens")
 
-    def could_hold(self, prompt: Prompt, max_tokens: int, responses: int) -> bool:
-        """Whether `reserve` could give each of them all it may ask for."""
-        history = len(self.framing.frame(prompt).prefix) - self.target.reward_lag
-        return self.cache.could_hold(history, [self._room(history + max_tokens)] * responses)
-
-    def reserve(self, session: Session, tokens: int) -> bool:
-        """Pages for so many tokens more, and some for a response that re-encodes to more."""
-        stop = self._room(len(session.committed) + tokens)
-        try:
-            self.cache.reserve(session.table, max(0, stop - session.table.length))
-        except OutOfPages:
-            return False
-        return True
-
-    def lanes_per_pass(self, tokens: int, responses: int) -> int:
-        """As many candidates as fill one pass over the weights; where a pass is padded, as many as fit the rows it is
-        made for."""
-        ridge = self.target.ridge_rows
-        if not self.target.padded:
-            return max(1, math.ceil(ridge / max(1, tokens * responses)))
-        rows = responses * (self.target.reward_lag + tokens + self.framing.longest_closing)
-        return max(1, ridge // max(1, rows))
-
     def can_open(self, prompt: Prompt, max_tokens: int) -> bool:
         """Whether the prompt's pages are free."""
         return self.cache.can_open(self._history(self.framing.frame(prompt)))
@@ -146,27 +122,6 @@ class SessionReward(Reward):
     def check_integrity(self) -> None:
         """The cache's books."""
         self.cache.check_integrity()
-
-    def discard(self, handle: Handle | None) -> None:
-        """Frees the slab."""
-        if handle is not None and handle.slab is not None:
-            self.cache.return_slab(handle.slab)
-
-    def _room(self, positions: int) -> int:
-        """Positions of pages for a response of so many, as far as context and cache go."""
-        return min(positions + self.slack, self.max_model_len, self.cache.num_pages * self.cache.page_size)
-
-    def _make_room(self, session: Session, stop: int) -> None:
-        """Room for `stop` positions, where a text is longer than was reserved; raises OutOfPages."""
-        if stop > len(session.table.pages) * self.cache.page_size:
-            self.cache.reserve(session.table, stop - session.table.length)
-
-    def _no_room(self, tokens: int, error: OutOfPages) -> RewardError:
-        """Why a response cannot be scored; raised where others hold pages, so that it is tried again by itself."""
-        problem = RewardError(f"the response re-encodes to {tokens} tokens for the reward model and {error}")
-        if self.cache.num_tables > 1:
-            raise problem from error
-        return problem
 
     def _history(self, frame: Frame) -> list[int]:
         """What of the prompt lies in pages before anything is scored."""

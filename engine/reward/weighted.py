@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 from typing import Any
 
 from stars.arguments import real, shown
@@ -27,7 +28,7 @@ class WeightedReward(CompositeReward):
     Every part scores every candidate, one of weight 0 too. Where a part says -inf, which rejects, the sum is -inf,
     whatever its weight: a filter that says 0 or -inf takes weight 0. A part's error is the candidate's, and names the
     part by its place: "rewards[1] (…): …". A response that is too long for one part to read ends there, as with that
-    part alone.
+    part alone. Scores of single tokens are summed, too, where every part has some.
 
     Each model has pages and slabs of its own. On a GPU a model in a sum scores once the host has read the drafts, where
     one that is the only reward scores right after them: a pass starts later by what the host takes to read them.
@@ -73,9 +74,12 @@ class WeightedReward(CompositeReward):
 
     def _summed(self, scores: Sequence[Scored]) -> Scored:
         handle = tuple(scored.handle for scored in scores)
+        by_token = [scored.per_token for scored in scores]
+        per_token = [math.fsum(map(mul, self.weights, values)) for values in zip(*by_token, strict=True)] if all(
+            by_token) else ()
         return Scored(when_all([scored.reward for scored in scores], self._sum),
                       sum(scored.tokens_run for scored in scores), sum(scored.tokens_full for scored in scores),
-                      handle if any(one is not None for one in handle) else None)
+                      handle if any(one is not None for one in handle) else None, per_token)
 
     def _sum(self, rewards: list[Ready]) -> Ready:
         """The weighted sum of one candidate's rewards, or why there is none: a full context before other faults."""
