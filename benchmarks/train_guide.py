@@ -3,12 +3,13 @@
     python benchmarks/train_guide.py --data IMDB --out GUIDE [--pairs 2500] [--tokens 64] [--beta 0.1]
     python benchmarks/train_guide.py --data IMDB --out GUIDE --preferences FILE
     python benchmarks/train_guide.py --data IMDB --out GUIDE --method sft
+    python benchmarks/train_guide.py --data IMDB --out GUIDE --method measure
 
 IMDB is the folder that `train_pair.py` reads. `dpo` (arXiv 2305.18290) draws two samples of the LM for each opening,
 the first words of a training review, and the one of the higher reward is the chosen one; FILE holds pairs made
 elsewhere instead, JSON lines (plain or .gz) with the texts `prompt`, `chosen` and `rejected`. `sft` goes on with the
-training reviews of more than 5 stars. GUIDE is an adapter in peft's format over the LM, whose directory it names
-relative to itself: put it beside `lm`.
+training reviews of more than 5 stars. `measure` trains nothing: it measures the adapter that is there. GUIDE is an
+adapter in peft's format over the LM, whose directory it names relative to itself: put it beside `lm`.
 
 What is measured comes from reviews held out from all shipped models: the reward of plain samples of the guide beside
 those of the LM, and how often the guide's implicit reward agrees with the RM about pairs of the LM's samples. The RM
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 import transformers
 from common import DEMO_LM, DEMO_RM, RESULTS, describe_machine
 from quality import bootstrap
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from train_pair import CONTEXT, EOS, evaluate_language, labelled_reviews, language_loss, pad
 
 import stars
@@ -215,6 +216,17 @@ def save(adapters: dict[str, Adapted], directory: pathlib.Path, rank: int, alpha
         path.chmod(0o644)
 
 
+def load(directory: pathlib.Path, model: Any) -> dict[str, Adapted]:
+    """The adapters of a directory that `save` wrote, put beside the layers of the LM."""
+    config = json.loads((directory / "adapter_config.json").read_text())
+    adapters = adapt(model, config["r"], config["lora_alpha"])
+    tensors = load_file(directory / "adapter_model.safetensors")
+    for name, adapter in adapters.items():
+        for part in ("A", "B"):
+            getattr(adapter, part).data.copy_(tensors[f"base_model.model.{name}.lora_{part}.weight"])
+    return adapters
+
+
 def merged(adapters: dict[str, Adapted], directory: pathlib.Path, tokenizer: Any) -> None:
     """Writes the guide as a whole model in float32, for an engine that is to sample it."""
     model = transformers.LlamaForCausalLM.from_pretrained(DEMO_LM, dtype=torch.float32)
@@ -244,11 +256,27 @@ def agreement(model: Any, adapters: dict[str, Adapted], pairs: list[Pair]) -> di
             "mean_ratio_chosen": float(found[0].mean()), "mean_ratio_rejected": float(found[1].mean())}
 
 
+def batches_of(options: argparse.Namespace, engine: stars.Engine, training: list[tuple[str, float]],
+               tokenizer: Any) -> list[Any]:
+    """What is learnt from, in the order of the steps."""
+    chance = random.Random(options.seed)
+    if options.method == "sft":
+        reviews = [text for text, label in training if label]
+        return list(sft_batches(chance.sample(reviews, min(options.pairs, len(reviews))), tokenizer, options.batch,
+                                chance))
+    if options.preferences is not None:
+        pairs = read_pairs(options.preferences, tokenizer)[: options.pairs]
+    else:
+        texts = chance.sample([text for text, _ in training], options.pairs)
+        pairs = sampled_pairs(engine, openings_of(texts), options.tokens, seed=options.seed + 2)
+    return list(dpo_batches(pairs, options.batch, chance))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of the reviews")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the adapter")
-    parser.add_argument("--method", choices=["dpo", "sft"], default="dpo")
+    parser.add_argument("--method", choices=["dpo", "sft", "measure"], default="dpo")
     parser.add_argument("--preferences", type=pathlib.Path, help="pairs made elsewhere, instead of samples")
     parser.add_argument("--pairs", type=int, default=2500, help="dpo: pairs to learn from; sft: reviews")
     parser.add_argument("--tokens", type=int, default=64, help="of a sample to learn from")
@@ -263,31 +291,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    chance = random.Random(options.seed)
     training, held_out = labelled_reviews(options.data)
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_LM)
     engine = stars.Engine(DEMO_LM, DEMO_RM, max_num_seqs=64, max_num_lanes=64)
     openings = openings_of([text for text, _ in held_out[:: len(held_out) // HELD_OUT_OPENINGS]])
     tests = sampled_pairs(engine, openings, options.tokens, seed=options.seed + 1)
 
-    begin = time.monotonic()
-    if options.method == "sft":
-        reviews = [text for text, label in training if label]
-        batches = list(sft_batches(chance.sample(reviews, min(options.pairs, len(reviews))), tokenizer, options.batch,
-                                   chance))
-    else:
-        if options.preferences is not None:
-            pairs = read_pairs(options.preferences, tokenizer)[: options.pairs]
-        else:
-            texts = chance.sample([text for text, _ in training], options.pairs)
-            pairs = sampled_pairs(engine, openings_of(texts), options.tokens, seed=options.seed + 2)
-        batches = list(dpo_batches(pairs, options.batch, chance))
-    facts: dict[str, Any] = {"minutes_of_making_pairs": round((time.monotonic() - begin) / 60, 1)}
-
     model = transformers.LlamaForCausalLM.from_pretrained(DEMO_LM, dtype=torch.float32)
-    adapters = adapt(model, options.rank, options.alpha)
-    facts |= train(model, adapters, batches, options)
-    save(adapters, options.out, options.rank, options.alpha)
+    facts: dict[str, Any] = {}
+    if options.method == "measure":
+        adapters = load(options.out, model)
+    else:
+        begin = time.monotonic()
+        batches = batches_of(options, engine, training, tokenizer)
+        facts["minutes_of_making_pairs"] = round((time.monotonic() - begin) / 60, 1)
+        adapters = adapt(model, options.rank, options.alpha)
+        facts |= train(model, adapters, batches, options)
+        save(adapters, options.out, options.rank, options.alpha)
     facts["adapter_bytes"] = (options.out / "adapter_model.safetensors").stat().st_size
     facts["held_out_pairs"] = agreement(model, adapters, tests)
     reviews = [text for text, _ in held_out[::16]]
@@ -306,7 +326,8 @@ def main() -> None:
         "mean_reward_of_the_lm": float(plain.mean()), "mean_reward_of_the_lm_95": bootstrap(plain),
         "mean_reward_of_the_guide": float(guided.mean()), "mean_reward_of_the_guide_95": bootstrap(guided),
         "difference": float((guided - plain).mean()), "difference_95": bootstrap(guided - plain)}
-    settings = {name: value for name, value in vars(options).items() if not isinstance(value, pathlib.Path)}
+    used = ("seed", "threads", "tokens") if options.method == "measure" else tuple(vars(options))
+    settings = {name: vars(options)[name] for name in used if not isinstance(vars(options)[name], pathlib.Path)}
     if options.preferences is not None:
         settings["preferences"] = options.preferences.name
     results = json.loads(options.results.read_text()) if options.results.exists() else {}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.filtered_ratio import draw
-from stars.models import Models
+from stars.models import Models, Piece
 from stars.outputs import Segment
 from stars.request import Group, Hypothesis, Lane, Winner
 from stars.reward.base import Reward
@@ -141,7 +141,7 @@ class Committer:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
             self._cache.reserve(context.table, len(winner.token_ids))
         # A slab holds the token before the segment and all of the segment but its last token.
-        moves, lacking = [], []
+        moves, lacking, again, apart = [], [], list[tuple[BlockTable, Winner]](), list[tuple[Piece, int]]()
         for winner, (table, prompt_ids), slab, held in written:
             rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
             if slab == winner.lane.slab:
@@ -149,18 +149,22 @@ class Committer:
             if slab is not None and rows:
                 moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
             if rows < len(winner.token_ids):
-                lacking.append((winner, table, prompt_ids + winner.hypothesis.token_ids + winner.token_ids))
-        # Of two contexts what was run in one pass is run so again: there a slab is never wanted twice.
-        again = [one for one in lacking if self._exact and one[0].hypothesis.judge is None]
-        read = [one for one in lacking if one not in again] if again else lacking
-        for winner, table, _ in read:
-            if table.behind:  # all of its models read on from here
-                self._models.catch_up([winner.hypothesis], table.stores)
+                token_ids = prompt_ids + winner.hypothesis.token_ids + winner.token_ids
+                if self._exact and slab is not None and len(table.stores) == 1:
+                    apart.append((Piece(table, token_ids[:-1], slab), winner.hypothesis.max_segment))
+                elif self._exact and winner.hypothesis.judge is None:
+                    again.append((table, winner))
+                else:
+                    lacking.append((table, token_ids, len(token_ids) - 1))
+                    if table.behind:  # all of its models read on from here
+                        self._models.catch_up([winner.hypothesis], table.stores)
         self._cache.commit(moves)
-        for winner, table, _ in again:
+        if lacking:
+            self._models.prefill(lacking)
+        for table, winner in again:
             self._commit_again(table, winner)
-        if read:
-            self._models.prefill([(table, token_ids, len(token_ids) - 1) for _, table, token_ids in read])
+        while apart:
+            apart = self._run_apart(apart)
 
     def _commit_again(self, table: BlockTable, winner: Winner) -> None:
         """Runs what no slab holds of a winner as it would have been drafted, in a slab that is its own or that of
@@ -173,6 +177,15 @@ class Committer:
         for end in (*range(winner.rows, total, hypothesis.max_segment), total):
             if begin + end > table.length:
                 self._models.draft_again(table, token_ids, begin + end, holder.slab, lane.stores)
+
+    def _run_apart(self, wanted: Sequence[tuple[Piece, int]]) -> list[tuple[Piece, int]]:
+        """Runs the next of all tokens that tables lack, so many at most of each, in slabs whose rows are history by
+        now; returns those that lack more. So they will be run again, should a response give way: `Hypothesis.ends`."""
+        pieces: dict[int, Piece] = {}
+        for (table, token_ids, slab), most in wanted:  # of two forks of one attempt the second waits for the slab
+            pieces.setdefault(slab, Piece(table, token_ids[table.length : table.length + most], slab))
+        self._models.redraft(list(pieces.values()))
+        return [one for one in wanted if one[0].table.length < len(one[0].token_ids)]
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""

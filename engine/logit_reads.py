@@ -37,8 +37,8 @@ class LogitReads:
         # Of its own: the decoder's may grow, and a recorded pass goes on with what it was recorded with.
         self.states = torch.zeros(rows, decoder.config.hidden_size, dtype=decoder.dtype, device=target.device)
         self._logits = decoder.reserve_logits(LOGIT_ROWS)
-        self._given = Buffers(target, targets=(torch.int32, (rows,)))
-        self._found = Buffers(target, logprobs=(torch.float32, (rows,)))
+        self._given = Buffers(target, targets=(torch.int32, (rows, 1)))
+        self._found = Buffers(target, logprobs=(torch.float32, (rows, 1)))
 
     def logits(self, rows: int) -> Tensor:
         """float32 [rows, vocab] of the first rows, in memory of its own."""
@@ -49,25 +49,37 @@ class LogitReads:
         """log softmax(logits)[target] of the first rows, one for each of `targets`; `rows`: with idle ones behind them.
         rare: as of `Graphs.run`."""
         self._given.wait()
-        column = self._given.host("targets")
+        column = self._given.host("targets")[:, 0]
         column[: len(targets)], column[len(targets) : rows] = targets, -1
         self._given.upload()
         self._graphs.run_beside(self.part(rows), self.states, rare)
         self._found.fetch()
         self._found.wait()
-        logprobs: list[float] = self._found.host("logprobs")[: len(targets)].tolist()
+        logprobs: list[float] = self._found.host("logprobs")[: len(targets), 0].tolist()
         return logprobs
 
     def part(self, rows: int) -> Part:
         """What `logprobs` runs of a pass of so many rows."""
 
         def run() -> None:
-            for first in range(0, rows, LOGIT_ROWS):
-                stop = min(rows, first + LOGIT_ROWS)
-                token_logprobs(self._of(first, stop), self._given["targets"][first:stop],
-                               self._found["logprobs"][first:stop])
+            self._read(self._given["targets"][:rows], self._found["logprobs"][:rows])
 
         return Part(("logprobs", rows), run, LAUNCHES * -(-rows // LOGIT_ROWS))
+
+    def several(self, targets: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As `logprobs`, of several tokens at some of the rows."""
+        most = max(map(len, targets))
+        wanted = torch.tensor([[*row, *[-1] * (most - len(row))] for row in targets], dtype=torch.int32,
+                              device=self.states.device)
+        found = torch.empty(wanted.shape, device=self.states.device)
+        self._read(wanted, found)
+        return [values[: len(row)] for values, row in zip(found.tolist(), targets, strict=True)]
+
+    def _read(self, targets: Tensor, logprobs: Tensor) -> None:
+        """Of the first rows, as many as there are targets for."""
+        for first in range(0, len(targets), LOGIT_ROWS):
+            stop = min(len(targets), first + LOGIT_ROWS)
+            token_logprobs(self._of(first, stop), targets[first:stop], logprobs[first:stop])
 
     def _of(self, first: int, stop: int) -> Tensor:
         """Logits of rows first .. stop - 1, which the next ones overwrite."""

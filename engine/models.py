@@ -40,6 +40,14 @@ class Member(NamedTuple):
     passes: Passes
 
 
+class Piece(NamedTuple):
+    """Tokens that follow those of a table, and the slab that they are run in."""
+
+    table: BlockTable
+    token_ids: Sequence[int]
+    slab: int
+
+
 class Models:
     """All models that an engine drafts with or reads by; each is loaded once, whatever names it has."""
 
@@ -104,10 +112,30 @@ class Models:
         if drafter is None:
             first, *others = (self.members[store] for store in stores)
             beside = [(other.decoder, other.store) for other in others] if blends else None
-            with torch.inference_mode(False):  # a caller's own: what is allocated is written outside of it, too
-                drafter = Drafter(first.decoder, self._cache, self._config, first.store, beside)
+            try:
+                with torch.inference_mode(False):  # a caller's own: what is allocated is written outside of it, too
+                    drafter = Drafter(first.decoder, self._cache, self._config, first.store, beside)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(f"there is no memory to draft from {self._named(stores)}: lower max_num_lanes or "
+                                 "cache_tokens") from error
             self._drafters[stores, blends] = drafter
         return drafter
+
+    def _named(self, stores: Sequence[int]) -> str:
+        """Models by a name of each."""
+        names = {store: name for name, store in reversed(self._stores.items())}
+        return " and ".join(repr(names[store]) for store in stores)
+
+    def redraft(self, pieces: Sequence[Piece]) -> None:
+        """Runs each piece in its slab, as it was drafted token by token, and writes it into its table's pages."""
+        slab_len = self._cache.slab_len
+        spans = [Span(table, token_ids, table.length, range(slab * slab_len, slab * slab_len + len(token_ids)))
+                 for table, token_ids, slab in pieces]
+        for member in self.members:
+            if own := [span for span in spans if member.store in span.table.stores]:
+                member.passes.redraft(own)
+        self._cache.commit([CommitMove(span.table, span.slots[0], len(span.token_ids), span.start, span.table.stores)
+                            for span in spans])
 
     def prefill(self, jobs: Sequence[tuple[BlockTable, Sequence[int], int]], max_rows: int | None = None) -> int:
         """As `Passes.prefill`, in every store of each table; returns the rows that each model has run."""
@@ -135,7 +163,7 @@ class Models:
                 pieces = [(one.pages, one.request.prompt.token_ids + one.token_ids, _next_end(one, store))
                           for one in behind[: max(1, self._cache.num_free_slabs)]]
                 slabs = [self._cache.take_slab() for _ in pieces]
-                self.redraft(store, pieces, slabs)
+                self._run_behind(store, pieces, slabs)
                 for slab in slabs:
                     self._cache.return_slab(slab)
                 behind = [one for one in behind if store in one.pages.behind]
@@ -145,7 +173,8 @@ class Models:
                 for table, _, stop in jobs:
                     self._cache.catch_up(table, store, stop)
 
-    def redraft(self, store: int, pieces: Sequence[tuple[BlockTable, Sequence[int], int]], slabs: Sequence[int]) -> None:
+    def _run_behind(self, store: int, pieces: Sequence[tuple[BlockTable, Sequence[int], int]],
+                    slabs: Sequence[int]) -> None:
         """For each (table, token_ids, stop): runs token_ids from where `store` is up to `stop`, which the table has, in
         a slab as a draft had, and copies it into the pages."""
         spans = [self._span(table, token_ids, table.held(store), stop, slab)

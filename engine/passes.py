@@ -217,16 +217,23 @@ class Passes:
 
     def logprobs(self, spans: Sequence[Span], targets: Sequence[Sequence[int]]) -> list[list[float]]:
         """Runs the spans into their slabs; log softmax(logits)[target] at every row of each, at temperature 1 and
-        without filters. targets: as many tokens for each span as it has rows. Few rows have logits at a time.
-        ModelError for a model without a language model head."""
-        if [len(span.token_ids) for span in spans] != [len(those) for those in targets]:
+        without filters. targets: as many tokens for each span as it has rows; for one of a single row any number. Few
+        rows have logits at a time. ModelError for a model without a language model head."""
+        if any([len(span.token_ids) not in (1, len(those)) for span, those in zip(spans, targets, strict=True)]):
             raise ValueError("logprobs: a target is needed for every row of every span, and for no more")
-        wanted = iter([target for those in targets for target in those])
-        found: list[float] = []
+        wanted, found = iter(targets), []
         for batch in self._run_whole(spans, into_slab=True):
-            found += self._logprobs(list(islice(wanted, _rows(batch))), "score")
-        values = iter(found)
-        return [list(islice(values, len(those))) for those in targets]
+            those = list(islice(wanted, len(batch)))
+            flat = [target for tokens in those for target in tokens]
+            if len(flat) == _rows(batch):
+                values = iter(self._logprobs(flat, "score"))
+                found += [list(islice(values, len(tokens))) for tokens in those]
+            else:
+                by_row = self.logit_reads().several([row for span, tokens in zip(batch, those, strict=True) for row in (
+                    [tokens] if len(span.token_ids) == 1 else [[token] for token in tokens])])
+                rows = iter(by_row)
+                found += [[value for row in islice(rows, len(span.token_ids)) for value in row] for span in batch]
+        return found
 
     def read_logprobs(self, table: BlockTable, token_ids: Sequence[int], stop: int, max_rows: int | None = None
                       ) -> tuple[int, list[float]]:

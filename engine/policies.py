@@ -562,7 +562,7 @@ class TokenGuidance:
                                "is 1: name the model that the guide was made from, or leave the reference out")
 
     def plan(self) -> Plan:
-        """Every draft of the blend is kept."""
+        """Plain sampling from the blend."""
         if self.reference is None:
             weight = GUIDE_WEIGHT if self.weight is None else self.weight
             weights = [(OWN, 1.0 - weight), (self.guide, weight)]
@@ -571,8 +571,7 @@ class TokenGuidance:
             weights = [(OWN, 1.0), (self.guide, weight), (self.reference, -weight)]
         if self.lm_weight is not None:
             weights[0] = OWN, self.lm_weight
-        return Plan(Blend(tuple(weights)), Fixed(DRAFT_SIZE), Lanes(1),
-                    Score("end" if self.score else "never"), Always())
+        return Sample(self.score).plan()._replace(propose=Blend(tuple(weights)))
 
 
 @known_by_name({})

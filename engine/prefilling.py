@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stars.cache import CommitMove, PagedCache
+from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.errors import RewardError
-from stars.models import Models
-from stars.passes import Span
+from stars.models import Models, Piece
 from stars.request import Context, Hypothesis
 from stars.reward.base import Progress, Reward
 from stars.streams import SideStream
@@ -123,17 +122,9 @@ class Prefiller:
             if not pieces:
                 return
             slabs = [self._cache.take_slab() for _ in pieces]
-            spans: list[Span] = []
-            moves = []
-            for (hypothesis, context, first, stop), slab in zip(pieces, slabs, strict=True):
-                table, ids = context.table, context.prompt_ids + hypothesis.token_ids
-                rows = range(slab * self._cache.slab_len, slab * self._cache.slab_len + stop - first)
-                spans.append(Span(table, ids[first:stop], first, rows))
-                moves.append(CommitMove(table, rows.start, len(rows), first, table.stores))
-            for member in self._models.members:
-                if own := [span for span in spans if member.store in span.table.stores]:
-                    member.passes.redraft(own)
-            self._cache.commit(moves)
+            self._models.redraft([
+                Piece(context.table, (context.prompt_ids + hypothesis.token_ids)[first:stop], slab)
+                for (hypothesis, context, first, stop), slab in zip(pieces, slabs, strict=True)])
             for slab in slabs:
                 self._cache.return_slab(slab)
 

@@ -30,6 +30,7 @@ SETTINGS = {
                         dict(particles=3, resampling="systematic")),
     "args": (["--set", "topk=4", "--set", "weight=2.5"], dict(topk=4, weight=2.5)),
     "rad": (["--set", "topk=4", "--set", "clamp=False"], dict(topk=4, clamp=False)),
+    "mara": (["--set", "topk=5", "--set", "score=true"], dict(topk=5, score=True)),
     "persona-judge": (["--set", "draft=Good. ", "--set", "judge=Bad. ", "--set", "gamma=3", "--set", "score=true"],
                       dict(draft="Good. ", judge="Bad. ", gamma=3, score=True)),
     "rsd": (["--set", "segment_size=4", "--set", "beta=0.5"], dict(segment_size=4, beta=0.5)),

@@ -267,6 +267,18 @@ def test_what_is_refused_at_the_door():
         toy_engine(LM, models={"guide": ToyModel(29, seed=1).decoder()})
 
 
+def test_no_memory_for_a_draft_is_said_at_the_door(monkeypatch):
+    def full(*given) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = mixed_engine()
+    monkeypatch.setattr("stars.models.Drafter", full)
+    with pytest.raises(stars.RequestError, match="no memory to draft from 'lm' and 'guide': lower max_num_lanes"):
+        engine.generate(prompt(5), policy=stars.TokenGuidance(), use_tqdm=False)
+    monkeypatch.undo()
+    assert engine.generate(prompt(5), policy=stars.TokenGuidance(), use_tqdm=False)[0].finished
+
+
 def test_a_guide_without_numbers_ends_its_requests_alone():
     broken = GUIDE.decoder()
     broken.final_norm.fill_(math.nan)

@@ -148,6 +148,14 @@ def test_every_method_is_told_the_reward_of_whole_texts(policy, params):
     assert (compared >= 8 or policy == Breed()) and bool(ended) == (params is ENDING)
 
 
+def test_what_is_enumerated_is_read_at_one_row():
+    """Each model runs a row a token, however many tokens are asked about there."""
+    for output in generate(implicit(), stars.ARGS(topk=6)):
+        for one in output.outputs:
+            assert one.metrics.rm_tokens_scored == 2 * len(one.token_ids) == 28
+            assert {len(segment.attempts) for segment in one.segments} == {6}
+
+
 def test_calibration_and_means():
     """A mean over tokens, what ended the response among them, is what plain samples are told too."""
     engine = toy_engine(LM, implicit(length_normalised=True))

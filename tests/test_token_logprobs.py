@@ -57,6 +57,21 @@ def test_as_a_full_recomputation(monkeypatch, target, sequences, chunk):
             logprobs[range(len(flat)), flat].tolist(), abs=1e-5)
 
 
+def test_several_tokens_at_a_row():
+    """Of spans of one row, beside others; what is not one for each row of a longer one is refused."""
+    model = ToyModel(vocab=5, seed=3)
+    passes, spans = of(model)
+    logprobs = torch.log_softmax(wanted_logits(model), dim=-1)
+    targets = [[4, 0, 2, 0], *TEXTS[1:]]
+    found = passes.logprobs(spans, targets)
+    assert found[0] == pytest.approx(logprobs[0, targets[0]].tolist(), abs=1e-5)
+    flat = [token for text in TEXTS[1:] for token in text]
+    assert [one for those in found[1:] for one in those] == pytest.approx(
+        logprobs[range(1, 1 + len(flat)), flat].tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match="for every row of every span"):
+        passes.logprobs(spans, [*TEXTS[:1], [1], *TEXTS[2:]])
+
+
 def test_a_model_that_has_no_logits_says_so():
     passes, spans = of(ToyModel(seed=4, head="reward"))
     with pytest.raises(ModelError, match="no language model head"):

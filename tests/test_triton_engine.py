@@ -117,4 +117,34 @@ def test_fused_passes_give_the_text_of_the_cpu(monkeypatch):
     assert set(called) == {(name, scheme) for name in ("linear", "qkv_rope") for scheme in ("int4-32", "fp32")}
 
 
+def guided(decoders: list[Decoder]) -> list[stars.CompletionOutput]:
+    """Of one batch: a guide, the guide alone, a guide and a reference, whose lanes and weights are several."""
+    lm, guide, reference = decoders
+    engine = stars.Engine(lm, models={"guide": guide, "reference": reference}, cache_tokens=512, page_size=16,
+                          max_num_seqs=4, max_num_lanes=8, max_segment_size=16)
+    params = [stars.SamplingParams(max_tokens=3, seed=5, n=2), stars.SamplingParams(max_tokens=3, seed=6, top_k=9),
+              stars.SamplingParams(max_tokens=3, seed=7, presence_penalty=0.5)]
+    policy = [stars.TokenGuidance(), stars.TokenGuidance(reference="lm"),
+              stars.TokenGuidance(reference="reference", weight=0.8)]
+    outputs = engine.generate([{"prompt_token_ids": ids(length, 23, length)} for length in (5, 9, 20)],
+                              params, policy, use_tqdm=False)
+    engine.check_integrity()
+    return [completion for output in outputs for completion in output.outputs]
+
+
+def test_blended_drafts_give_the_text_of_the_cpu(monkeypatch):
+    """Models of other heads and widths than the first, whose attention has tiles of its own."""
+    models = [ToyModel(seed=1, **SIZES), ToyModel(seed=2, **(SIZES | dict(heads=4, kv_heads=2, layers=1))),
+              ToyModel(seed=3, **(SIZES | dict(hidden=64, layers=1)))]
+    theirs = guided([as_dequantised(as_on_a_gpu(model.decoder())) for model in models])
+    monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
+    monkeypatch.setattr(graph, "column", lambda done: "reference")
+    work_as(monkeypatch, PADDED)
+    ours = guided([as_on_a_gpu(model.decoder()) for model in models])
+    assert len(ours) == 4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.error is None and mine.token_ids == other.token_ids and len(mine.token_ids) > 1
+        assert mine.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-4)
+
+
 run_in_interpreter(globals())

@@ -142,10 +142,15 @@ class LogprobReward(SlabReward):
         assert isinstance(session, TextSession)
         return TextSession(self.cache.fork(session.table), session.frame, session.ids, session.logprobs)
 
+    def lanes_per_pass(self, tokens: int, responses: int) -> int:
+        """All candidates of a token, which one row reads; otherwise as many as fill a pass."""
+        return 1 << 30 if tokens <= 1 and not self.target.padded else super().lanes_per_pass(tokens, responses)
+
     def score(self, candidates: list[Candidate]) -> list[Scored]:
         """One ragged forward over the new tokens of all candidates, but for those that no slab holds."""
         results: list[Scored | None] = [None] * len(candidates)
         plans: dict[int, TextPlan] = {}
+        places: dict[int, int] = {}  # of the sessions among them
         for index, candidate in enumerate(candidates):
             plan = _plan(candidate)
             most = max(plan.targets, default=0)
@@ -157,18 +162,25 @@ class LogprobReward(SlabReward):
                 results[index] = self._score_long(plan, candidate.final)
             else:
                 plans[index] = plan
-        if plans:
-            # Spans of one table are made adjacent, so that its pages are read once for all of them.
-            places: dict[int, int] = {}
-            for index, plan in plans.items():
                 places.setdefault(id(plan.session), index)
-            order = sorted(plans, key=lambda index: places[id(plans[index].session)])
-            slabs = [self.cache.take_slab() for _ in order]
-            spans = [self._span(plans[index].session.table, plans[index], slab)
-                     for index, slab in zip(order, slabs, strict=True)]
-            found = self._passes.logprobs(spans, [plans[index].targets for index in order])
-            for index, slab, logprobs in zip(order, slabs, found, strict=True):
-                results[index] = _scored(plans[index], logprobs, slab)
+        if plans:
+            # What is read at one row, the last token's, is read at it together: all that is enumerated for a response.
+            together: dict[tuple[int, int, int], list[int]] = {}
+            for index, plan in plans.items():
+                alone = len(plan.targets) > 1 or self.target.padded  # where idle rows cost as much
+                together.setdefault((id(plan.session), plan.first, index if alone else -1), []).append(index)
+            # Spans of one table are made adjacent, so that its pages are read once for all of them.
+            groups = sorted(together.values(), key=lambda group: places[id(plans[group[0]].session)])
+            slabs = [self.cache.take_slab(len(group)) for group in groups]
+            spans = [self._span(plans[group[0]].session.table, plans[group[0]], slab)
+                     for group, slab in zip(groups, slabs, strict=True)]
+            found = self._passes.logprobs(spans, [[token for index in group for token in plans[index].targets]
+                                                  for group in groups])
+            for group, slab, logprobs in zip(groups, slabs, found, strict=True):
+                size = len(logprobs) // len(group)
+                for place, index in enumerate(group):
+                    scored = _scored(plans[index], logprobs[place * size : (place + 1) * size], slab)
+                    results[index] = scored._replace(tokens_run=0) if place else scored
         return [result for result in results if result is not None]
 
     def _score_long(self, plan: TextPlan, final: bool) -> Scored:

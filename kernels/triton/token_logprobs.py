@@ -19,7 +19,7 @@ WARPS = 8
 
 
 @triton.jit
-def token_logprobs_kernel(logits, targets, logprobs, stride, vocab, BLOCK: tl.constexpr):
+def token_logprobs_kernel(logits, targets, logprobs, stride, vocab, wanted, BLOCK: tl.constexpr):
     """One program a row."""
     row = tl.program_id(0)
     mine = logits + row.to(tl.int64) * stride
@@ -35,9 +35,11 @@ def token_logprobs_kernel(logits, targets, logprobs, stride, vocab, BLOCK: tl.co
     most = tl.max(highest, axis=0)
     base = tl.where(most == float("-inf"), 0.0, most)
     summed = tl.sum(total * tl.exp(highest - base), axis=0)
-    target = tl.load(targets + row)
-    found = tl.load(mine + tl.maximum(target, 0)) - most - tl.log(summed)
-    tl.store(logprobs + row, tl.where(target < 0, 0.0, found))
+    log_sum = tl.log(summed)
+    for place in range(row * wanted, (row + 1) * wanted):
+        target = tl.load(targets + place)
+        found = tl.load(mine + tl.maximum(target, 0)) - most - log_sum
+        tl.store(logprobs + place, tl.where(target < 0, 0.0, found))
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, logprobs: Tensor) -> None:
@@ -46,16 +48,17 @@ def token_logprobs(logits: Tensor, targets: Tensor, logprobs: Tensor) -> None:
     if logits.element_size() != 4 or not logits.is_floating_point() or logits.stride(1) != 1:
         raise ValueError(f"token_logprobs: logits are {logits.dtype} {list(logits.shape)} with strides "
                          f"{logits.stride()}, expected float32 with adjacent columns")
-    if targets.shape != (rows,) or logprobs.shape != (rows,) or targets.stride(0) != 1 or logprobs.stride(0) != 1:
+    if len(targets) != rows or targets.dim() != 2 or targets.shape != logprobs.shape or not (
+            targets.is_contiguous() and logprobs.is_contiguous()):
         raise ValueError(f"token_logprobs: targets are {list(targets.shape)} and logprobs {list(logprobs.shape)} for "
                          f"{rows} rows, or not contiguous")
     if rows:
-        token_logprobs_kernel[(rows,)](logits, targets, logprobs, logits.stride(0), vocab, BLOCK=BLOCK,
-                                       num_warps=WARPS)
+        token_logprobs_kernel[(rows,)](logits, targets, logprobs, logits.stride(0), vocab, targets.shape[1],
+                                       BLOCK=BLOCK, num_warps=WARPS)
 
 
 def variants() -> list[Variant]:
     """One: the length of a row is no constant of it."""
     return [Variant("token_logprobs", token_logprobs_kernel,
                     {"logits": "*fp32", "targets": "*i32", "logprobs": "*fp32", "stride": "i32", "vocab": "i32",
-                     "BLOCK": "constexpr"}, {"BLOCK": BLOCK}, WARPS, 1)]
+                     "wanted": "i32", "BLOCK": "constexpr"}, {"BLOCK": BLOCK}, WARPS, 1)]
