@@ -173,7 +173,7 @@ class Committer:
         holder = lane if lane.slab is not None else lane.hypothesis.preferred
         assert holder is not None and holder.slab is not None
         token_ids = hypothesis.request.prompt.token_ids + hypothesis.token_ids + winner.token_ids
-        begin, total = hypothesis.length - 1, len(winner.token_ids)
+        begin, total = hypothesis.length(hypothesis.drafting), len(winner.token_ids)
         for end in (*range(winner.rows, total, hypothesis.max_segment), total):
             if begin + end > table.length:
                 self._models.draft_again(table, token_ids, begin + end, holder.slab, lane.stores)
