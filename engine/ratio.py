@@ -33,7 +33,7 @@ class RatioReader:
         for lane in lanes:
             assert lane.slab is not None
             hypothesis, first = lane.hypothesis, lane.slab * self._cache.slab_len
-            inputs = [hypothesis.last_token(hypothesis.drafting), *lane.token_ids[:-1]]
+            inputs = [hypothesis.last_token, *lane.token_ids[:-1]]
             table = hypothesis.pages
             spans.append(Span(table, inputs, table.length, range(first, first + len(inputs))))
         found = self._models.members[0].passes.logprobs(spans, [lane.token_ids for lane in lanes])

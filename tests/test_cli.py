@@ -20,6 +20,7 @@ from editing import edit_json, edit_tensors
 from json_rows import rows, write_rows
 from lora import write_adapter
 from stars.kernels import prefill_attention
+from stars.model.action_head import save_action_head
 
 SAMPLING = ["--max-tokens", "9", "--seed", "3"]
 SMALL = ["--max-num-lanes", "8", "--max-num-seqs", "4"]
@@ -208,7 +209,9 @@ def test_named_models_and_heads_reach_the_engine(run, pair, tmp_path, monkeypatc
     """A path with a sign of equality, an adapter, a file."""
     adapter = write_adapter(tmp_path / "a=b", Path(pair[1]))
     head = tmp_path / "head.safetensors"
-    head.touch()
+    shapes = {"ln": (36,), "linear1": (5, 36), "linear2": (5, 5), "output_linear": (2, 5)}
+    save_action_head({f"{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+                     | {f"{part}.bias": torch.zeros(shape[0]) for part, shape in shapes.items()}, head)
     built, engine = [], stars.Engine
     monkeypatch.setattr("stars.engine.Engine", lambda *given, **named: built.append((named, engine(*given, **named)))
                         or built[-1][1])
