@@ -47,7 +47,8 @@ def test_every_policy_runs_by_its_name(capsys, name):
     assert main([*GENERATE, "--policy", name, *typed, *(THRESHOLD if threshold else [])]) == 0
     row = json.loads(capsys.readouterr().out)
     policy = POLICIES[name](**given, **(dict(reward_threshold=0.5) if threshold else {}))
-    engine = stars.Engine(*shipped_pair())
+    heads = {"agent": Path(stars.__file__).parent / "demo_models/agent/model.safetensors"}
+    engine = stars.Engine(*shipped_pair(), heads=heads if name == "mara" else None)
     [output] = engine.generate("This film was", stars.SamplingParams(max_tokens=9, seed=3), policy, use_tqdm=False)
     assert row["outputs"][0]["text"] == output.outputs[0].text
     assert row["outputs"][0]["reward"] == pytest.approx(output.outputs[0].reward, abs=1e-5)
