@@ -309,7 +309,8 @@ class FirstAbove:
             notes[slot, attempt] = Note(None if one.reward is None else self.least, None, accepted)
             if accepted:
                 keep[slot] = whole(one)
-        return Decision(list(keep.values()) if len(keep) == len(state.live) else [], [], notes)
+        decided = len(keep) == len(state.live)
+        return Decision(list(keep.values()) if decided else [], [], notes)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""MARA's loop written out over numpy's toy or transformers: everything is computed anew for every candidate, one by one.
+"""MARA's loop written out, over numpy's toy or transformers: all is computed anew for every candidate, one by one.
 
 Nothing of the engine is used but the oracle's filters; the head is written out as its authors describe it.
 """

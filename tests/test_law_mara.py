@@ -251,7 +251,7 @@ def test_the_shipped_head_beside_transformers():
     def run(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         if tuple(tokens) not in known:
             found = model(torch.tensor([list(tokens)]), output_hidden_states=True)
-            known[tuple(tokens)] = (found.logits[0, -1].double().numpy(), found.hidden_states[-1][0, -1].double().numpy())
+            known[tuple(tokens)] = tuple(row[0, -1].double().numpy() for row in (found.logits, found.hidden_states[-1]))
         return known[tuple(tokens)]
 
     choices = decide(lambda tokens: run(tokens)[0], lambda tokens: run(tokens)[1], load_file(file),
@@ -308,7 +308,8 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path, capsys):
     ({"ln.weight": torch.ones(8), "ln.bias": torch.zeros(8), "linear1.weight": torch.zeros(H, 8)},
      "reads hidden states of 8 numbers and the language model's have 16: use the head of this model"),
     ({"linear2.weight": torch.zeros(6, H + 1)}, r"linear2.weight of .* has shape \[6, 25\] .* ask for \[6, 24\]"),
-    ({"output_linear.weight": torch.zeros(3, 6)}, r"has shape \[3, 6\] where the head's other tensors ask for \[2, 6\]"),
+    ({"output_linear.weight": torch.zeros(3, 6)},
+     r"has shape \[3, 6\] where the head's other tensors ask for \[2, 6\]"),
     ({"ln.bias": torch.full((HIDDEN,), float("nan"))}, "ln.bias .* NaN or infinite"),
     ({"linear1.bias": torch.zeros(H, dtype=torch.int64)}, "is no tensor of floating point numbers"),
 ], ids=["missing", "extra", "width", "inner width", "actions", "NaN", "integers"])

@@ -22,7 +22,9 @@ from stars.rules import (
     Argmax,
     Decision,
     DropWorst,
+    FirstAbove,
     FirstAccepted,
+    GuidedDraft,
     Highest,
     Judged,
     Keep,
@@ -216,6 +218,19 @@ def test_guided_by_rewards_the_highest_score_of_each_hypothesis():
         Keep(0, EARLIER, 0), Keep(1, 1, 1)]
 
 
+def test_the_first_above():
+    """Strictly above, in order; one that has no reward is kept; nothing is decided before every hypothesis has one."""
+    rule = FirstAbove(0.5)
+    ones = [judged(attempt=1, reward=0.5), judged(attempt=2, reward=0.6), judged(attempt=3, reward=0.9)]
+    decision = rule(ones, state())
+    assert [(keep.hypothesis, keep.attempt) for keep in decision.keep] == [(0, 2)]
+    assert [decision.notes[0, place] for place in (1, 2, 3)] == [
+        Note(0.5, None, False), Note(0.5, None, True), Note(0.5, None, False)]
+    assert not rule(ones[:1], state()).keep and not rule(ones, state((0, 1))).keep
+    [alone] = rule([judged(attempt=1, reward=None)], state()).keep
+    assert alone.attempt == 1
+
+
 @pytest.mark.parametrize("rule", [Threshold(1.0, 0.0, 0.0), Argmax(), RewardGuided(1.0)])
 def test_rules_that_read_rewards_say_where_there_are_none(rule):
     with pytest.raises(ValueError, match="was given none: score segments"):
@@ -229,7 +244,7 @@ def test_rules_that_read_rewards_say_where_there_are_none(rule):
 @given(st.one_of(THRESHOLDS, st.sampled_from([
     Argmax(), Always(), SoftArgmax(0.7), FirstAccepted(0.5, 1.0), DropWorst(0.4), Highest(1), Highest(3),
     Resample(3, 0.5), Resample(3, 0.5, systematic=True), RewardGuided(0.7), RewardGuided(-2.0, 0.5, 0.0, 1.0),
-    AcceptPrefix(3)])), st.integers(0, 2),
+    FirstAbove(), FirstAbove(-1.0), AcceptPrefix(3), GuidedDraft(0.7, 0.5)])), st.integers(0, 2),
        st.lists(st.one_of(st.just([]), ATTEMPTS), min_size=1, max_size=3), st.integers(0, 3), st.booleans())
 def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, population, left, finished):
     """The loop does not check them. `over`: how many of the hypotheses had finished before. Others may have no
@@ -237,7 +252,7 @@ def test_the_packages_own_rules_make_decisions_that_can_be_done(rule, over, popu
     assume(all(population) or rule.in_order)
     assume(not over or not isinstance(rule, (SoftArgmax, FirstAccepted)))  # what had ended has no random numbers
     assume(not isinstance(rule, Resample) or all(len(attempts) == 1 for attempts in population))
-    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 10
+    assert type(rule) in rules.OWN_RULES and len(rules.OWN_RULES) == 12
     live = tuple(range(len(population)))
     ones = [one for slot, attempts in enumerate(population) for one in (
         [earlier(slot)] if slot < over else
