@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stars.cache import BlockTable, CommitMove, PagedCache
+from stars.cache import CommitMove, PagedCache
 from stars.filtered_ratio import draw
 from stars.models import Models, Piece
 from stars.outputs import Segment
@@ -141,7 +141,7 @@ class Committer:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
             self._cache.reserve(context.table, len(winner.token_ids))
         # A slab holds the token before the segment and all of the segment but its last token.
-        moves, lacking, again, apart = [], [], list[tuple[BlockTable, Winner]](), list[tuple[Piece, int]]()
+        moves, lacking, apart = [], [], list[tuple[Piece, int]]()
         for winner, (table, prompt_ids), slab, held in written:
             rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
             if slab == winner.lane.slab:

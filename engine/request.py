@@ -68,7 +68,7 @@ class Reader(Protocol):
         """The attempt is gone, or committed: gives back what `lane.reading` holds."""
 
 
-class Context(NamedTuple):
+class Side(NamedTuple):
     """What the language model reads a response in: its pages, and the tokens before the response."""
 
     table: BlockTable
@@ -255,21 +255,21 @@ class Hypothesis:
         return self.table is not None and (self.judge is not None or len(self.request.contexts) == 1)
 
     @property
-    def contexts(self) -> list[Context]:
+    def contexts(self) -> list[Side]:
         """The contexts whose tables are open, as the request has them: whoever holds it has one at least."""
         assert self.table is not None
         prompts = self.request.contexts
-        first = Context(self.table, prompts[0])
-        return [first] if self.judge is None else [first, Context(self.judge, prompts[1])]
+        first = Side(self.table, prompts[0])
+        return [first] if self.judge is None else [first, Side(self.judge, prompts[1])]
 
     @property
-    def drafting(self) -> Context:
+    def drafting(self) -> Side:
         """The context that attempts at the segment being decided are drawn in."""
         contexts = self.contexts
         return contexts[len(self.segments) % 2 if self.request.alternates else 0]
 
     @property
-    def judging(self) -> Context:
+    def judging(self) -> Side:
         """Of two contexts the other one."""
         first, second = self.contexts
         return first if self.request.alternates and len(self.segments) % 2 else second
@@ -285,7 +285,7 @@ class Hypothesis:
         assert self.prefill is not None
         return self.prefill
 
-    def length(self, context: Context) -> int:
+    def length(self, context: Side) -> int:
         """Positions that its table has between two segments: those of all tokens but the last."""
         return len(context.prompt_ids) + len(self.token_ids) - 1
 
@@ -342,7 +342,7 @@ class Hypothesis:
         """The token whose keys and values the LM cache does not hold yet, where attempts are drawn."""
         return self.last_in(self.drafting)
 
-    def last_in(self, context: Context) -> int:
+    def last_in(self, context: Side) -> int:
         """The same of any context."""
         return self.token_ids[-1] if self.token_ids else context.prompt_ids[-1]
 

@@ -263,7 +263,7 @@ def test_what_is_refused_at_the_door():
     with pytest.raises(stars.RequestError, match="TokenGuidance needs a reward"):
         toy_engine(LM, models={"guide": GUIDE.decoder()}).generate(
             prompt(5), policy=stars.TokenGuidance(score=True), use_tqdm=False)
-    with pytest.raises(stars.ModelError, match="vocabulary of 29 and the engine's own one of 23"):
+    with pytest.raises(stars.ModelError, match="vocabulary has 29 tokens and that of the engine's own model 23"):
         toy_engine(LM, models={"guide": ToyModel(29, seed=1).decoder()})
 
 

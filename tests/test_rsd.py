@@ -402,7 +402,7 @@ class Given:
     (dict(lanes=Lanes(1, 2, 3)), "redraws a segment of one hypothesis, which whole responses and a population"),
     (dict(segment=Whole(), lanes=Lanes(1, 1, 2), score=Score("end")), "redraws a segment of one hypothesis"),
     (dict(propose=Enumerate(4), segment=Fixed(1)), "redraws what was Enumerate"),
-    (dict(propose=Prompted("a", "b")), "redraws what was Prompted"),
+    (dict(propose=Prompted("a", "b"), score=Score("segment", reads=Ratio(True))), "redraws what was Prompted"),
     (dict(decide=Argmax(), exhaust=Redraft("small", 2, Threshold(0.5, 0.0, 1.0))), "set score.prompt to True"),
     (dict(exhaust=Redraft("small", 2, Threshold(2.0, 0.0, 1.0))), "exhaust.decide.alpha is 2"),
     (dict(exhaust=Redraft("small", 2, print)), "must be a rule"),
@@ -442,7 +442,7 @@ def test_requests_that_are_refused_at_the_door():
             (dataclasses.replace(POLICIES["hard"], small="tiny"), params(), "there is no model named 'tiny' .*'small'"),
             (stars.STARS(reward_threshold=1.0, exhaust="redraft:tiny"), params(), "there is no model named 'tiny'"),
             (POLICIES["gsi"], params(presence_penalty=0.5), "penalties would be in one of them"),
-            (Given(score=Score("segment", reads=Ratio(True)), propose=Model("small")), params(), "has no reader")):
+            (Given(score=Score("segment", reads=Ratio(True)), propose=Model("small")), params(), "go together")):
         with pytest.raises(stars.RequestError, match=word):
             made.generate(GIVEN[0], sampling, policy, use_tqdm=False)
     with pytest.raises(stars.RequestError, match="needs a reward"):

@@ -85,7 +85,8 @@ def test_the_small_model_is_small_and_says_what_the_language_model_does():
     outputs = [one for output in engine.generate(OPENINGS, params, stars.Sample(score=True), use_tqdm=False)
                for one in output.outputs]
     tokens = sum(len(one.token_ids) for one in outputs)
-    lost = -sum(one.reward for one in outputs) / tokens  # nats by token: log p of the language model - that of the small
+    # Nats by token: log p of the language model, less that of the small one.
+    lost = -sum(one.reward for one in outputs) / tokens
     own = -sum(one.cumulative_logprob for one in outputs) / tokens
     counts = torch.bincount(torch.tensor([token for one in outputs for token in one.token_ids])).double()
     unigram = -sum(count * math.log(count / tokens) for count in counts.tolist() if count) / tokens
