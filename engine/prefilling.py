@@ -8,7 +8,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.errors import RewardError
 from stars.models import Models, Piece
-from stars.request import Hypothesis, Side
+from stars.request import Hypothesis, PromptContext
 from stars.reward.base import Progress, Reward
 from stars.streams import SideStream
 
@@ -68,7 +68,7 @@ class Prefiller:
         """Whether the language model's pages hold all tokens but the last, which is the first input of a draft."""
         return hypothesis.reading.published == len(hypothesis.request.contexts) and self._unwritten(hypothesis) is None
 
-    def _unwritten(self, hypothesis: Hypothesis) -> Side | None:
+    def _unwritten(self, hypothesis: Hypothesis) -> PromptContext | None:
         """The first of its contexts whose pages lack some of what was committed."""
         return next((context for context in hypothesis.contexts
                      if context.table.length < hypothesis.length(context)), None)
@@ -105,7 +105,7 @@ class Prefiller:
 
         So every key has the bits that it had: attention adds up what lies in pages and what lies in a slab apart.
         """
-        def waits() -> list[tuple[Hypothesis, Side]]:
+        def waits() -> list[tuple[Hypothesis, PromptContext]]:
             """A context at a time of each: there is a slab for each."""
             return [(one, context) for one in hypotheses if one.reading.published == len(one.request.contexts)
                     and (context := self._unwritten(one)) is not None]
