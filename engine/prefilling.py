@@ -85,7 +85,7 @@ class Prefiller:
 
     def _run_language(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
         if self._exact:
-            self._redraft(hypotheses, allowance)
+            self._recompute(hypotheses, allowance)
         unread = [(hypothesis, index, context) for hypothesis in hypotheses
                   for index, context in enumerate(hypothesis.contexts) if index >= hypothesis.reading.published]
         if not unread:
@@ -100,7 +100,7 @@ class Prefiller:
                 self._cache.publish(table, context.prompt_ids[:-1])
                 hypothesis.reading.published += 1
 
-    def _redraft(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
+    def _recompute(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
         """Runs what was committed through the language model again as it was drafted, a segment at a time in slabs.
 
         So every key has the bits that it had: attention adds up what lies in pages and what lies in a slab apart.
@@ -122,7 +122,7 @@ class Prefiller:
             if not pieces:
                 return
             slabs = [self._cache.take_slab() for _ in pieces]
-            self._models.redraft([
+            self._models.recompute([
                 Piece(context.table, (context.prompt_ids + hypothesis.token_ids)[first:stop], slab,
                       context.table.stores)
                 for (hypothesis, context, first, stop), slab in zip(pieces, slabs, strict=True)])
