@@ -172,7 +172,8 @@ def test_exhaustions_have_names_and_arguments():
 
 
 @pytest.mark.parametrize("given, must", [
-    ("worst", "it must be one of best_seen, first, last, softmax, relax, back_up, refuse, redraft, or an object such as"),
+    ("worst",
+     "it must be one of best_seen, first, last, softmax, relax, back_up, refuse, redraft, or an object such as"),
     (None, "it must be one of best_seen"), (Softmax, "it must be one of best_seen"), ("last:2", "must be one of best_"),
     ("relax", 'it must say by how much, as "relax:0.5" does'), ("softmax:", "it must have a number after the colon"),
     ("softmax:0", "its temperature must be a finite number above 0"), ("relax:nan", "its by must be a finite number"),
