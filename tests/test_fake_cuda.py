@@ -104,11 +104,11 @@ if FAKED:
         with fake_cuda.gpu():
             engine = stars.Engine(
                 MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", prefill_backend="triton",
-                cache_tokens=8192, models={"guide": MODELS / "guide", "small": MODELS / "small"}, max_num_seqs=4, max_num_lanes=8, max_segment_size=32)
+                cache_tokens=8192, models={"guide": MODELS / "guide", "small": MODELS / "small"},
+                max_num_seqs=4, max_num_lanes=8, max_segment_size=32)
             params = stars.SamplingParams(max_tokens=24, seed=3)
             if refused:
-                words = f"{type(method).__name__} is not available on a GPU yet: .*cpu"
-                with pytest.raises(stars.RequestError, match=words):
+                with pytest.raises(stars.RequestError, match=f"{type(method).__name__} is not available on a GPU yet"):
                     engine.generate(PROMPTS[:2], params, method, use_tqdm=False)
                 return
             outputs = engine.generate(PROMPTS[:2], params, method, use_tqdm=False)
