@@ -171,7 +171,7 @@ class Committer:
         for piece, most in wanted:  # of two forks of one attempt the second waits for the slab
             first = piece.table.length
             pieces.setdefault(piece.slab, piece._replace(token_ids=piece.token_ids[first : first + most]))
-        self._models.redraft(list(pieces.values()))
+        self._models.recompute(list(pieces.values()))
         return [one for one in wanted if one[0].table.length < len(one[0].token_ids)]
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:

@@ -412,7 +412,8 @@ class Engine:
         if self.reward is not None and plan.score.when != "never":
             self.reward.check(prompt, max_tokens)
         self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens, list(contexts.values()))
-        self._models.drafter(proposal.stores, proposal.blends)  # which there may be no memory for
+        for drafts in (proposal, redrafts):
+            self._models.drafter(drafts.stores, drafts.blends)  # which there may be no memory for
         if request_id is None:
             request_id = self._new_id()
         elif not isinstance(request_id, str) and not (type(request_id) is int and abs(request_id) < 1 << 64):

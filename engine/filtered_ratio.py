@@ -55,9 +55,6 @@ class FilteredRatio:
                                            for index, token in enumerate(lane.token_ids)], rows))
         return readings
 
-    def release(self, lane: Lane) -> None:
-        """Nothing is held but memory."""
-
     def _span(self, lane: Lane) -> Span:
         """The attempt, after the token before it, in the slab of its judge."""
         hypothesis, cache = lane.hypothesis, self._passes.cache

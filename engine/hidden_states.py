@@ -58,9 +58,6 @@ class HiddenReader:
             cache.truncate(table, length)
         return [Reading(accepted.get(lane)) for lane in lanes]
 
-    def release(self, lane: Lane) -> None:
-        """Nothing is kept."""
-
 
 def _alone(lane: Lane) -> bool:
     """Whether it is the only attempt that there can be."""

@@ -127,12 +127,12 @@ class Models:
         names = {store: name for name, store in reversed(self._stores.items())}
         return " and ".join(repr(names[store]) for store in stores)
 
-    def redraft(self, pieces: Sequence[Piece]) -> None:
+    def recompute(self, pieces: Sequence[Piece]) -> None:
         """Runs each piece in its slab, as it was drafted token by token, and writes it into its table's pages."""
-        moves = self._run_again(pieces)
+        moves = self._recompute(pieces)
         self._cache.commit(moves)
 
-    def _run_again(self, pieces: Sequence[Piece]) -> list[CommitMove]:
+    def _recompute(self, pieces: Sequence[Piece]) -> list[CommitMove]:
         """Runs pieces in their slabs; what is to be copied then."""
         slab_len = self._cache.slab_len
         spans = [Span(table, token_ids, table.held(stores[0]), range(slab * slab_len, slab * slab_len + len(token_ids)))
@@ -140,7 +140,7 @@ class Models:
         for member in self.members:
             own = [span for span, piece in zip(spans, pieces, strict=True) if member.store in piece.stores]
             if own:
-                member.passes.redraft(own)
+                member.passes.recompute(own)
         return [CommitMove(span.table, span.slots[0], len(span.token_ids), span.start, piece.stores)
                 for span, piece in zip(spans, pieces, strict=True)]
 
@@ -169,7 +169,7 @@ class Models:
             while behind and self._config.deterministic:
                 some = behind[: max(1, self._cache.num_free_slabs)]
                 slabs = [self._cache.take_slab() for _ in some]
-                self._cache.bring_up(self._run_again([
+                self._cache.bring_up(self._recompute([
                     Piece(one.pages, _next_piece(one, store), slab, (store,))
                     for one, slab in zip(some, slabs, strict=True)]))
                 for slab in slabs:

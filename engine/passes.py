@@ -269,7 +269,7 @@ class Passes:
         rows = self.target.rows(len(targets), kind)
         return self.logit_reads().logprobs(targets, rows, rare=rows > self._captured[kind])
 
-    def redraft(self, spans: Sequence[Span]) -> None:
+    def recompute(self, spans: Sequence[Span]) -> None:
         """Runs the spans into their slabs, as drafts had done it token by token."""
         for batch in self._batches(spans, self.max_rows, into_slab=True):
             self._run(batch, into_slab=True, scored=False)
@@ -320,7 +320,7 @@ class Passes:
         Of a reward model, whose passes trail `draft`, scoring passes too; of one that is read by `logprobs`, those that
         end so. Passes of more rows run the kernels of the longest, which runs here: their numbers of rows are multiples
         of STEP, which no kernel is compiled for one by one, and tables of products end far below them. A library's
-        attention and redrafts, which have kernels of their own, run once.
+        attention and what is recomputed, which have kernels of their own, run once.
         """
         assert self._tiling is not None
         self.cache.warm_up()
@@ -405,7 +405,7 @@ class Passes:
                  scored: bool = True, states: Tensor | None = None) -> Prepared:
         """Fills the buffers and sends them; what is then to be run. states: where those of every row are to be."""
         rows, sequences, reads, tiles = self._fill(spans, into_slab)
-        # Redrafts, which come after a response gave way, have no shapes of their own.
+        # What is recomputed, where a response gave way or no slab holds it, has no shapes of its own.
         captured = rows <= self._captured["score" if into_slab else "prefill"] and (
             scored == into_slab or states is not None)
         prefill = None

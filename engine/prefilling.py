@@ -8,7 +8,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.errors import RewardError
 from stars.models import Models, Piece
-from stars.request import Hypothesis, Side
+from stars.request import Hypothesis, PromptContext
 from stars.reward.base import Progress, Reward
 from stars.streams import SideStream
 
@@ -68,7 +68,7 @@ class Prefiller:
         """Whether the language model's pages hold all tokens but the last, which is the first input of a draft."""
         return hypothesis.reading.published == len(hypothesis.request.contexts) and self._unwritten(hypothesis) is None
 
-    def _unwritten(self, hypothesis: Hypothesis) -> Side | None:
+    def _unwritten(self, hypothesis: Hypothesis) -> PromptContext | None:
         """The first of its contexts whose pages lack some of what was committed."""
         return next((context for context in hypothesis.contexts
                      if context.table.length < hypothesis.length(context)), None)
@@ -85,7 +85,7 @@ class Prefiller:
 
     def _run_language(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
         if self._exact:
-            self._redraft(hypotheses, allowance)
+            self._recompute(hypotheses, allowance)
         unread = [(hypothesis, index, context) for hypothesis in hypotheses
                   for index, context in enumerate(hypothesis.contexts) if index >= hypothesis.reading.published]
         if not unread:
@@ -100,12 +100,12 @@ class Prefiller:
                 self._cache.publish(table, context.prompt_ids[:-1])
                 hypothesis.reading.published += 1
 
-    def _redraft(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
+    def _recompute(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
         """Runs what was committed through the language model again as it was drafted, a segment at a time in slabs.
 
         So every key has the bits that it had: attention adds up what lies in pages and what lies in a slab apart.
         """
-        def waits() -> list[tuple[Hypothesis, Side]]:
+        def waits() -> list[tuple[Hypothesis, PromptContext]]:
             """A context at a time of each: there is a slab for each."""
             return [(one, context) for one in hypotheses if one.reading.published == len(one.request.contexts)
                     and (context := self._unwritten(one)) is not None]
@@ -122,7 +122,7 @@ class Prefiller:
             if not pieces:
                 return
             slabs = [self._cache.take_slab() for _ in pieces]
-            self._models.redraft([
+            self._models.recompute([
                 Piece(context.table, (context.prompt_ids + hypothesis.token_ids)[first:stop], slab,
                       context.table.stores)
                 for (hypothesis, context, first, stop), slab in zip(pieces, slabs, strict=True)])

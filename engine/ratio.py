@@ -24,7 +24,7 @@ class RatioReader:
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """As many as one pass holds."""
-        passes = self._models.members[0].passes
+        passes = self._models.own.passes
         return max(1, min(passes.max_sequences, passes.max_rows // tokens) // responses)
 
     def read(self, lanes: Sequence[Lane]) -> list[Reading]:
@@ -36,13 +36,10 @@ class RatioReader:
             inputs = [hypothesis.last_token, *lane.token_ids[:-1]]
             table = hypothesis.pages
             spans.append(Span(table, inputs, table.length, range(first, first + len(inputs))))
-        found = self._models.members[0].passes.logprobs(spans, [lane.token_ids for lane in lanes])
+        found = self._models.own.passes.logprobs(spans, [lane.token_ids for lane in lanes])
         readings = []
         for lane, logprobs in zip(lanes, found, strict=True):
             lane.stores = tuple(sorted({*lane.stores, *OWN_STORE}))
             ratios = [p - q for p, q in zip(logprobs, lane.logprobs, strict=True)]
             readings.append(Reading(None, ratios, True))
         return readings
-
-    def release(self, lane: Lane) -> None:
-        """Nothing is held but rows of the attempt's slab."""

@@ -29,16 +29,18 @@ class Parts(NamedTuple):
 
 def _ratio(reads: Ratio, parts: Parts) -> Reader:
     if reads.filtered:
-        return FilteredRatio(parts.models.members[0].passes)
+        return FilteredRatio(parts.models.own.passes)
     return RatioReader(parts.models, parts.cache)
 
 
 def _hidden(reads: Hidden, parts: Parts) -> Reader:
+    if parts.config.target.own_memory:
+        raise RequestError('MARA is not available on a GPU yet: build the engine with device="cpu"')
     if reads.head not in parts.heads:
         given = ", ".join(map(repr, parts.heads)) or "none"
         raise RequestError(f"there is no head named {shown(reads.head)} (those given: {given}): build the engine with "
                            f"Engine(model, heads={{{shown(reads.head)}: FILE}})")
-    return HiddenReader(parts.heads[reads.head], parts.models.members[0].passes, parts.cache)
+    return HiddenReader(parts.heads[reads.head], parts.models.own.passes, parts.cache)
 
 
 MAKERS: dict[type[Hidden] | type[Ratio], Callable[[Any, Parts], Reader]] = {Hidden: _hidden, Ratio: _ratio}

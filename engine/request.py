@@ -52,7 +52,7 @@ class Reading(NamedTuple):
 
     reward: float | None = None
     per_token: Sequence[float] = ()
-    kept: Any = None  # of `Lane.reading`, until `release`
+    kept: Any = None  # of `Lane.reading`: where the reward is asked too, anything but None says that it was read
 
 
 class Reader(Protocol):
@@ -64,11 +64,8 @@ class Reader(Protocol):
     def read(self, lanes: Sequence[Lane]) -> list[Reading]:
         """One reading an attempt, in order; attempts of one response are adjacent."""
 
-    def release(self, lane: Lane) -> None:
-        """The attempt is gone, or committed: gives back what `lane.reading` holds."""
 
-
-class Side(NamedTuple):
+class PromptContext(NamedTuple):
     """What the language model reads a response in: its pages, and the tokens before the response."""
 
     table: BlockTable
@@ -99,7 +96,7 @@ class Lane:
     judged: Judged | None = None  # what the rule is shown of it, once it may be judged
     score_handle: Any = None  # what the reward keeps of it until it is committed or discarded
     per_token: Sequence[float] = ()  # scores of its tokens, of a reward or a reader that has them
-    reading: Any = None  # what the request's reader keeps of it until it is released
+    reading: Any = None  # what the request's reader keeps of it until its slab is given back
     ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
     logits: Any = None  # float32 [steps, vocab] that it was drawn from, where its proposal keeps them
     stores: tuple[int, ...] = OWN_STORE  # of the models whose keys and values of it the slab holds
@@ -248,28 +245,27 @@ class Hypothesis:
         """What attempts at the segment being decided are drawn from."""
         return self.request.proposal if self.group.redraft is None else self.request.redrafts
 
-
     @property
     def opened(self) -> bool:
         """Whether it has the tables of all of its contexts."""
         return self.table is not None and (self.judge is not None or len(self.request.contexts) == 1)
 
     @property
-    def contexts(self) -> list[Side]:
+    def contexts(self) -> list[PromptContext]:
         """The contexts whose tables are open, as the request has them: whoever holds it has one at least."""
         assert self.table is not None
         prompts = self.request.contexts
-        first = Side(self.table, prompts[0])
-        return [first] if self.judge is None else [first, Side(self.judge, prompts[1])]
+        first = PromptContext(self.table, prompts[0])
+        return [first] if self.judge is None else [first, PromptContext(self.judge, prompts[1])]
 
     @property
-    def drafting(self) -> Side:
+    def drafting(self) -> PromptContext:
         """The context that attempts at the segment being decided are drawn in."""
         contexts = self.contexts
         return contexts[len(self.segments) % 2 if self.request.alternates else 0]
 
     @property
-    def judging(self) -> Side:
+    def judging(self) -> PromptContext:
         """Of two contexts the other one."""
         first, second = self.contexts
         return first if self.request.alternates and len(self.segments) % 2 else second
@@ -285,7 +281,7 @@ class Hypothesis:
         assert self.prefill is not None
         return self.prefill
 
-    def length(self, context: Side) -> int:
+    def length(self, context: PromptContext) -> int:
         """Positions that its table has between two segments: those of all tokens but the last."""
         return len(context.prompt_ids) + len(self.token_ids) - 1
 
@@ -342,7 +338,7 @@ class Hypothesis:
         """The token whose keys and values the LM cache does not hold yet, where attempts are drawn."""
         return self.last_in(self.drafting)
 
-    def last_in(self, context: Side) -> int:
+    def last_in(self, context: PromptContext) -> int:
         """The same of any context."""
         return self.token_ids[-1] if self.token_ids else context.prompt_ids[-1]
 

@@ -303,6 +303,4 @@ class Round:
         if lane.score_handle is not None:
             self._scorer.discard(lane.score_handle)
             lane.score_handle = None
-        if lane.reading is not None and (reader := lane.hypothesis.request.reader) is not None:
-            reader.release(lane)
-            lane.reading = None
+        lane.reading = None

@@ -27,10 +27,10 @@ class Judged(NamedTuple):
     attempt: int  # from 1, over all rounds of the segment; EARLIER for a hypothesis that had finished before
     tokens: int  # n: response tokens, the attempt's included (EOS counts)
     finished: bool  # whether the response ends with it
-    logprobs: Sequence[float]  # of the proposal as drawn; empty where it is not the LM itself (temperature, filters)
+    logprobs: Sequence[float]  # of the proposal as drawn; empty where it is not the LM itself (filters, another model)
     raw_logprobs: Sequence[float]  # of the LM, or what else is drawn from, with penalties at temperature 1, by token
-    per_token: Sequence[float]  # scores by token; empty for a scalar reward
-    reward: float | None  # of the response with this attempt; None where the plan asks for none
+    per_token: Sequence[float]  # scores by token, of a Ratio log p - log q; empty for a scalar reward
+    reward: float | None  # of the response with this attempt, or a head's of it; None where none is asked for
     parent_reward: float | None  # of the response without it; None where it is not known
     uniforms: Sequence[float]  # in (0, 1), as many as the rule declares: the first is that of the accept test
 

@@ -60,7 +60,7 @@ class Rows:
 def counted(monkeypatch) -> Iterator[Rows]:
     rows = Rows()
     with monkeypatch.context() as patched:
-        for name in ("prefill", "redraft"):
+        for name in ("prefill", "recompute"):
             whole = getattr(Passes, name)
 
             def noting(self, given, *others, name=name, whole=whole):

@@ -451,10 +451,10 @@ def test_a_row_written_meanwhile_by_another_run_is_noticed(run, pair, halfway, m
     build = options.build_engine
     another = b'{"index": 11, "outputs": []}\n'
 
-    def slow(args):
+    def slow(*args):
         with open(halfway[1], "ab") as file:
             file.write(another)
-        return build(args)
+        return build(*args)
 
     monkeypatch.setattr(options, "build_engine", slow)
     before = halfway[1].read_bytes()

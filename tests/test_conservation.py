@@ -202,8 +202,9 @@ class Traffic(RuleBasedStateMachine):
     def generate_interrupted(self, policy):
         self.trouble.next = "interrupt"
         try:
-            self.engine.generate({"prompt_token_ids": BASES[1][:9]}, stars.SamplingParams(max_tokens=9), policy,
-                                 use_tqdm=False)
+            with fitting():
+                self.engine.generate({"prompt_token_ids": BASES[1][:9]}, stars.SamplingParams(max_tokens=9), policy,
+                                     use_tqdm=False)
         except KeyboardInterrupt:
             pass
         self.trouble.next = None

@@ -94,6 +94,27 @@ if FAKED:
             assert {tensor.device.type for tensor in (q, keys, values, out, *prefill[1:4])} == {"cuda"}
             assert len(keys) == len(values) == sum(prefill.k_lengths) and len(q) == len(out) == prefill.rows
 
+    @pytest.mark.parametrize(("method", "refused"), [
+        (stars.TokenGuidance(), False), (stars.RewardGuidedSpeculation(reward_threshold=0.3), False),
+        (stars.RewardGuidedSpeculation(variant="gsi", reward_threshold=0.3, beta=1.0), False),
+        (stars.MARA(), True), (stars.PersonaJudge(), True),
+    ])
+    def test_methods_of_several_models(method, refused):
+        """They decode in captured passes, or are refused by name where they are asked for."""
+        with fake_cuda.gpu():
+            engine = stars.Engine(
+                MODELS / "lm", MODELS / "rm", device="cuda", dtype="bfloat16", prefill_backend="triton", cache_tokens=8192,
+                models={"guide": MODELS / "guide", "small": MODELS / "small"},
+                max_num_seqs=4, max_num_lanes=8, max_segment_size=32)
+            params = stars.SamplingParams(max_tokens=24, seed=3)
+            if refused:
+                with pytest.raises(stars.RequestError, match=f"{type(method).__name__} is not available on a GPU yet: .*cpu"):
+                    engine.generate(PROMPTS[:2], params, method, use_tqdm=False)
+                return
+            outputs = engine.generate(PROMPTS[:2], params, method, use_tqdm=False)
+            assert [output.outputs[0].error for output in outputs] == [None, None]
+            engine.check_integrity()
+
     def test_a_round_launches_nothing_by_itself():
         """Its draft and scores are replays, a commit is one launch a model, and nothing but events is waited for."""
         with fake_cuda.gpu():

@@ -17,13 +17,16 @@ import torch
 
 import stars
 from building import PADDED, config_of, work_as
-from editing import edit_tensors
+from editing import edit_config, edit_tensors
+from stars.cache import PagedCache
 from stars.model.tokenizer import load_tokenizer
+from stars.passes import Passes, Span
 from stars.plan import Fixed, Lanes, Plan, Sampled, Score, Whole
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored, with_parts
 from stars.reward.logprobs import LogprobReward
 from stars.rules import Decision, Judged, State, whole
+from stars.sizes import ModelSizes
 from test_conservation import nothing_is_held
 from test_methods_outside import Breed
 from toy import EOS, ToyModel, facts, ids, table_reward, toy_engine
@@ -406,6 +409,45 @@ def test_the_log_ratio_is_what_a_blend_adds():
             reward.discard(one.handle)
 
 
+def passes_logprobs(model: ToyModel, prompt: list[int], response: list[int]) -> np.ndarray:
+    """[tokens of the response, vocabulary]: by Passes.logprobs, of every token behind every beginning."""
+    decoder, config = model.decoder(), config_of(cache_tokens=64, page_size=4)
+    sizes = ModelSizes(num_slabs=1, slab_len=1, max_sequences=2, max_positions=96, max_lanes=0)
+    cache = PagedCache(decoder.config, config, sizes, decoder.dtype)
+    passes, found = Passes(decoder, cache, config, sizes), []
+    for place in range(len(response)):
+        text = prompt + response[:place]
+        table = cache.open(text)
+        passes.prefill([(table, text, len(text) - 1)])
+        found += passes.logprobs([Span(table, text[-1:], len(text) - 1, range(1))], [list(range(VOCAB))])
+        cache.close(table)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("reference, weight", [("reference", 1.5), ("lm", 1.0), (None, 0.3)])
+def test_guidance_passes_and_reward_say_one_thing(reference, weight):
+    """The log-probabilities that TokenGuidance reports are those of the blend of what Passes.logprobs reads of each
+    model; where the blend is the guide's own law, its ratio to the engine's model is the implicit reward."""
+    names = {"lm": LM, "guide": POLICY, "reference": REFERENCE}
+    engine = toy_engine(LM, stars.ImplicitReward(POLICY.decoder(), LM.decoder(), beta=BETA),
+                        models={"guide": POLICY.decoder(), "reference": REFERENCE.decoder()})
+    policy = stars.TokenGuidance(reference=reference, weight=weight, score=True)
+    for output in engine.generate(PROMPTS[:2], ENDING, policy, use_tqdm=False):
+        for one in output.outputs:
+            read = {name: passes_logprobs(model, output.prompt_token_ids, one.token_ids)
+                    for name, model in names.items()}
+            blend = (0.7 * read["lm"] + 0.3 * read["guide"] if reference is None else
+                     read["lm"] + weight * (read["guide"] - read[reference]))
+            blend -= np.log(np.exp(blend).sum(1, keepdims=True))
+            rows = range(len(one.token_ids))
+            assert one.cumulative_logprob == pytest.approx(blend[rows, one.token_ids].sum(), abs=TOLERANCE)
+            ratio = (read["guide"] - read["lm"])[rows, one.token_ids].sum()
+            assert one.reward == pytest.approx(BETA * ratio, abs=TOLERANCE)
+            if reference == "lm":
+                own = read["lm"][rows, one.token_ids].sum()
+                assert one.reward == pytest.approx(BETA * (one.cumulative_logprob - own), abs=TOLERANCE)
+
+
 def test_a_sum_with_another_reward():
     """Weighted against a table: the two add up, segment by segment."""
     table = stars.FunctionReward(table_of, inputs="ids")
@@ -482,6 +524,14 @@ def test_models_that_do_not_go_with_the_engine(tiny_model, copied):
             ((lm, tiny_model(vocab=31)), stars.RewardError, "reference of .* vocabulary of 31 and the model one of")):
         with pytest.raises(error, match=problem):
             stars.Engine(lm, stars.ImplicitReward(*models), max_num_lanes=8, max_num_seqs=4, cache_tokens=512)
+    fewer = copied(lm)
+    tokens = load_tokenizer(lm).vocab_size
+    edit_config(fewer, vocab_size=tokens - 1)
+    edit_tensors(fewer, lm_head__weight=lambda head: head[: tokens - 1].contiguous(),
+                 model__embed_tokens__weight=lambda rows: rows[: tokens - 1].contiguous())
+    with pytest.raises(stars.RewardError, match=f"policy of .*, has {tokens - 1} rows of logits and its tokenizer "
+                       f"{tokens} tokens: save the model again with a row for each"):
+        stars.Engine(lm, stars.ImplicitReward(fewer, lm), max_num_lanes=8, max_num_seqs=4, cache_tokens=512)
     with pytest.raises(stars.RewardError, match="policy of .* is a Decoder without a language model head"):
         toy_engine(LM, stars.ImplicitReward(ToyModel(VOCAB, 1, head="reward").decoder(), REFERENCE.decoder()))
     with pytest.raises(stars.RewardError, match="reference of .* has a vocabulary of 5 and the model one of 7"):

@@ -190,16 +190,8 @@ def penalties_before_the_blend(monkeypatch):
     monkeypatch.setattr(stars.draft, "apply_penalties", lambda *those: (penalise(*those), blend(*given[-1])))
 
 
-def guide_is_not_committed(monkeypatch):
-    """The pages of the other models lack what was drawn."""
-    commit, first = KVStore.commit_rows, []
-
-    def only_the_first(self, source, target) -> None:
-        first.append(self)
-        if self is first[0]:
-            commit(self, source, target)
-
-    monkeypatch.setattr(KVStore, "commit_rows", only_the_first)
+def arbitrary_pages(monkeypatch):
+    """Rows that nothing wrote hold finite numbers, whatever the memory held before."""
     fill = KVStore.__init__
 
     def arbitrary(self, *given) -> None:
@@ -210,11 +202,25 @@ def guide_is_not_committed(monkeypatch):
     monkeypatch.setattr(KVStore, "__init__", arbitrary)
 
 
+def guide_is_not_committed(monkeypatch):
+    """The pages of the other models lack what was drawn."""
+    commit, first = KVStore.commit_rows, []
+
+    def only_the_first(self, source, target) -> None:
+        first.append(self)
+        if self is first[0]:
+            commit(self, source, target)
+
+    monkeypatch.setattr(KVStore, "commit_rows", only_the_first)
+    arbitrary_pages(monkeypatch)
+
+
 def guide_has_not_read_the_prompt(monkeypatch):
     """Only the last of a table's models is prefilled."""
     prefill = stars.models.Passes.prefill
     monkeypatch.setattr(stars.models.Passes, "prefill", lambda self, jobs, left=None, advance=True: (
         prefill(self, jobs, left) if advance else 0))
+    arbitrary_pages(monkeypatch)
 
 
 def completions_alike(monkeypatch):

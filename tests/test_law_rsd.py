@@ -246,6 +246,8 @@ PLANTED = [
     (law.noise_reused, "hard"), (law.lanes_in_wrong_order, "soft"),
     (ratio_turned_round, "gsi, two"), (small_judged_as_large, "gsi, two"), (last_token_forgotten, "gsi, two"),
     (threshold_of_plain_rewards, "gsi, two"), (best_instead_of_drawn, "gsi, three"),
+    (redraft_repeats_the_draft, "gsi, two"), (redrawn_by_the_drafter, "filters"),
+    (redrawn_by_the_drafter, "exhaustion"),
 ]
 
 

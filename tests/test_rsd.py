@@ -389,6 +389,16 @@ def test_an_exhaustion_by_its_name():
 # -- bad input ----------------------------------------------------------------------------------------------------
 
 
+def test_no_memory_for_what_is_redrawn_is_said_at_the_door(monkeypatch):
+    def full(*given) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made = engine()
+    monkeypatch.setattr("stars.models.Drafter", full)
+    with pytest.raises(stars.RequestError, match="no memory to draft from 'small': lower max_num_lanes"):
+        made.generate(GIVEN[0], params(n=1), stars.STARS(4, 2, 1.0, 0.1, 3.0, exhaust="redraft:small"), use_tqdm=False)
+
+
 class Given:
     def __init__(self, **choices):
         self.choices = dict(propose=Sampled(), segment=Fixed(4), lanes=Lanes(1, 2), score=Score("segment"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from argparse import Namespace
@@ -56,6 +57,25 @@ def test_only_what_a_policy_uses_is_loaded_beside_the_pair():
 def test_a_name_stands_for_nothing_beside_a_model_of_ones_own(capsys):
     assert main(["generate", "This film was", "--model", str(LM), "--policy", "token-guidance"]) == 1
     assert "there is no model named 'guide'" in capsys.readouterr().err
+
+
+def test_the_implicit_reward_of_shipped_models_by_their_names(capsys, tmp_path, monkeypatch):
+    """The guide's ratio for STARS; a directory of that name comes first, and beside another model there are none."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["generate", "This film was", "--reward-implicit", "guide", "lm", "--reward-threshold", "0.2",
+             "--max-tokens", "6", "--seed", "2", "--no-progress", "--json"]
+    assert main(flags) == 0
+    engine = stars.Engine(LM, stars.ImplicitReward(DEMO / "guide", LM))
+    [output] = engine.generate("This film was", stars.SamplingParams(max_tokens=6, seed=2),
+                               stars.STARS(reward_threshold=0.2), use_tqdm=False)
+    row = json.loads(capsys.readouterr().out)["outputs"][0]
+    assert row["token_ids"] == output.outputs[0].token_ids
+    assert row["reward"] == pytest.approx(output.outputs[0].reward, abs=1e-5)
+    assert main([*flags, "--model", str(LM)]) == 1
+    assert "guide is not a directory here" in capsys.readouterr().err
+    (tmp_path / "guide").mkdir()
+    assert main(flags) == 1
+    assert "guide has no config.json" in capsys.readouterr().err
 
 
 def test_the_guide_raises_the_reward_and_further_with_a_larger_weight():

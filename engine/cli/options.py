@@ -62,7 +62,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
                        help="the reward model; may be given several times, for the sum of several")
     group.add_argument("--reward-implicit", nargs=2, metavar=("POLICY", "REFERENCE"), action="append",
                        help="two language models: how much likelier the first makes a response (stars.ImplicitReward); "
-                       "its parameters are --reward-set beta=… and length_normalised=…")
+                       "its parameters are --reward-set beta=… and length_normalised=…; without --model "
+                       "`guide lm` are the shipped ones")
     group.add_argument("--reward-weight", metavar="W", type=_finite, action="append",
                        help="of a reward in a sum, once for each in their order: --reward, --reward-implicit, "
                        "--reward-url (1)")
@@ -271,7 +272,8 @@ def _reward(args: argparse.Namespace, directories: list[Any]) -> Any:
 
     rewards = [_model_reward(args, directory) for directory in directories]
     of_implicit = {name: value for name, value in args.reward_set if name in IMPLICIT}
-    rewards += [ImplicitReward(*models, **of_implicit) for models in args.reward_implicit or ()]
+    rewards += [ImplicitReward(*(_shipped_or_given(args, model) for model in models), **of_implicit)
+                for models in args.reward_implicit or ()]
     if args.reward_url is not None:
         given = {REMOTE[name]: value for name, value in _given(args, tuple(REMOTE)).items()}
         rewards.append(RemoteReward(args.reward_url, template=args.reward_template or "auto", **given))
@@ -317,6 +319,13 @@ def shipped_models(policy: Policy) -> dict[str, Path]:
     """Engine's `models` of those names that a policy uses and the package has something for."""
     plan = plan_of(policy)
     return _shipped(SHIPPED_MODELS, {name for name, _ in plan.drafts_with}.union(plan.reads_with) - {OWN})
+
+
+def _shipped_or_given(args: argparse.Namespace, model: str) -> str | Path:
+    """Without --model a shipped model may be given by its name, unless a directory has it."""
+    if args.model is not None or Path(model).exists():
+        return model
+    return _shipped(SHIPPED_MODELS | {OWN: "lm"}, {model}).get(model, model)
 
 
 def shipped_heads(policy: Policy) -> dict[str, Path]:

@@ -128,6 +128,10 @@ class LogprobReward(SlabReward):
             if not tokenizer.same_vocabulary(own):
                 raise RewardError(f"the {self.name}, {shown(str(self.model))}, has another vocabulary than the model "
                                   "whose tokens it is to read: use one that was trained from the same base")
+            if shape.vocab_size < min(vocab_size, tokenizer.vocab_size):  # more are but padding
+                raise RewardError(f"the {self.name}, {shown(str(self.model))}, has {shape.vocab_size} rows of logits "
+                                  f"and its tokenizer {tokenizer.vocab_size} tokens: save the model again with a row "
+                                  "for each")
         elif shape.vocab_size != vocab_size:
             raise RewardError(f"the {self.name} has a vocabulary of {shape.vocab_size} and the model one of "
                               f"{vocab_size}: use models of one vocabulary")
