@@ -79,20 +79,20 @@ def test_the_implicit_reward_of_shipped_models_by_their_names(capsys, tmp_path, 
 
 
 def test_the_guide_raises_the_reward_and_further_with_a_larger_weight():
-    """Means of 72 texts, whose rewards spread by 1.9: a difference of two means has a standard error of 0.32 at most.
-    The guide's mean was 1.3 above the language model's, on other openings."""
+    """Means of 36 texts, whose rewards spread by 1.9: a difference of two means has a standard error of 0.45 at most.
+    On other openings, and 128 tokens, the guide's mean was 2.2 above the language model's."""
     engine = stars.Engine(LM, RM, models={"guide": DEMO / "guide"}, max_num_seqs=64, max_num_lanes=64)
-    params = stars.SamplingParams(temperature=0.8, top_k=40, max_tokens=48, seed=11, n=4)
+    params = stars.SamplingParams(temperature=0.8, top_k=40, max_tokens=48, seed=11, n=2)
 
     def mean(policy: stars.TokenGuidance) -> float:
         outputs = engine.generate(OPENINGS, params, policy, use_tqdm=False)
         rewards = [one.reward for output in outputs for one in output.outputs]
-        assert len(rewards) == 72
+        assert len(rewards) == 36
         return sum(rewards) / len(rewards)
 
     plain, guided, further = (mean(stars.TokenGuidance(reference="lm", weight=weight, score=True))
                               for weight in (0.0, 1.0, 2.0))
-    assert guided > plain + 0.65 and further > guided + 0.2
+    assert guided > plain + 0.9 and further > guided, (plain, guided, further)
 
 
 def test_the_small_model_is_small_and_says_what_the_language_model_does():
