@@ -83,8 +83,8 @@ class Models:
         """The store of a named model; RequestError where there is none of that name."""
         if name in self._stores:
             return self._stores[name]
-        given = ", ".join(map(repr, self.named)) or "none"
-        raise RequestError(f"there is no model named {shown(name)} (those given: {given}): build the engine with "
+        given = ", ".join(map(repr, [OWN, *self.named]))
+        raise RequestError(f"there is no model named {shown(name)} (there are: {given}): build the engine with "
                            f"Engine(model, models={{{shown(name)}: DIR}})")
 
     def drafts_of(self, weights: Sequence[tuple[str, float]]) -> Drafts:
@@ -117,12 +117,12 @@ class Models:
                 with torch.inference_mode(False):  # a caller's own: what is allocated is written outside of it, too
                     drafter = Drafter(first.decoder, self._cache, self._config, first.store, beside)
             except torch.OutOfMemoryError as error:
-                raise ModelError(f"there is no memory to draft from {self._named(stores)}: lower max_num_lanes or "
+                raise ModelError(f"there is no memory to draft from {self.names_of(stores)}: lower max_num_lanes or "
                                  "cache_tokens") from error
             self._drafters[stores, blends] = drafter
         return drafter
 
-    def _named(self, stores: Sequence[int]) -> str:
+    def names_of(self, stores: Sequence[int]) -> str:
         """Models by a name of each."""
         names = {store: name for name, store in reversed(self._stores.items())}
         return " and ".join(repr(names[store]) for store in stores)

@@ -123,7 +123,16 @@ class Proposer:
                     lane.token_ids, lane.logprobs, lane.logits = next(drafted)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
-                hypothesis.request.fail(NAN_BLEND if hypothesis.proposal.blends else NAN_LOGITS)
+                hypothesis.request.fail(self._nan(hypothesis.proposal))
+
+    def _nan(self, proposal: Drafts) -> str:
+        """What is said of logits that are no numbers: whose they are."""
+        if proposal.blends:
+            return NAN_BLEND
+        if proposal.stores == OWN_STORE:
+            return NAN_LOGITS
+        whose = self._models.names_of(proposal.stores)
+        return NAN_LOGITS.replace("the language model's logits", f"the logits of {whose}")
 
     def _enumerate(self, hypothesis: Hypothesis, first: int, width: int, lanes: list[Lane]) -> tuple[int, bool]:
         """Adds the next `width` tokens that are enumerated to `lanes`; their slab, and whether it was drafted.

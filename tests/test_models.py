@@ -222,8 +222,8 @@ def test_deterministic_engines_ask_every_model(base, copied, monkeypatch):
 
 def test_a_missing_name_is_said_at_the_door():
     engine = toy_engine(ToyModel(5, 1), models={"guide": ToyModel(5, 2).decoder()})
-    with pytest.raises(stars.RequestError, match=r"no model named 'small' \(those given: 'guide'\): build the engine "
-                                                 r"with Engine\(model, models=\{'small': DIR\}\)"):
+    with pytest.raises(stars.RequestError, match=r"no model named 'small' \(there are: 'lm', 'guide'\): build the "
+                                                 r"engine with Engine\(model, models=\{'small': DIR\}\)"):
         engine._models.store_of("small")
 
 

@@ -17,6 +17,7 @@ import stars.proposer
 import test_law_rsd
 from building import PADDED, work_as
 from stars.bindings import libstars
+from stars.draft import Drafted
 from stars.exhaustions import BackUp, Redraft, Refuse, Relax
 from stars.plan import Enumerate, Fixed, Lanes, Model, Plan, Prompted, Ratio, Sampled, Score, Whole, plan_of
 from stars.rules import Argmax, Decision, SoftArgmax, Threshold
@@ -444,6 +445,16 @@ def test_a_rule_of_rewards_needs_them_in_time():
 def test_policies_that_cannot_be(given, word):
     with pytest.raises(stars.RequestError, match=word):
         plan_of(RSD(**given))
+
+
+def test_logits_that_are_no_numbers_are_said_to_be_those_of_who_drafted(monkeypatch):
+    made = engine()
+    monkeypatch.setattr(made._models.drafter((1,)), "draft", lambda specs: [Drafted([-1], [0.0]) for _ in specs])
+    of_small, plain = made.generate([{"prompt_token_ids": PROMPTS[0]}] * 2, params(max_tokens=4),
+                                    [POLICIES["hard"], stars.Sample()], use_tqdm=False)
+    assert of_small.outputs[0].error.startswith("the logits of 'small' are NaN or infinite: check its weights")
+    assert plain.outputs[0].finish_reason in ("length", "stop")
+    made.check_integrity()
 
 
 def test_requests_that_are_refused_at_the_door():

@@ -333,7 +333,7 @@ def blended(record: Record, settings: Settings) -> None:
         logits[weights == 0.0] = torch.nan
         done = torch.tensor(draw.random(lanes) < 0.2, dtype=torch.int32)
         wanted = logits[0, :lanes].clone()
-        on_device = [tensor.to(settings.device) for tensor in (logits, weights, done)]
+        on_device = [tensor.to(settings.device, copy=True) for tensor in (logits, weights, done)]
         ops.blend_logits(*on_device, on_device[0][0, :lanes])  # in the first model's place
         blend_logits_reference(logits, weights, done, wanted)
         same(record, f"blend_logits of {models}", on_device[0][0, :lanes].nan_to_num(nan=9.0),

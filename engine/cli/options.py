@@ -255,6 +255,9 @@ def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engi
               file=sys.stderr)
         if policy is not None:
             models, heads = shipped_models(policy), shipped_heads(policy)
+    for name in _unasked(args, policy) if policy is not None else ():
+        print(f"stars: {args.policy or 'this policy'} asks for no {name!r}, which --named or --head gives",
+              file=sys.stderr)
     from stars.engine import Engine
 
     return Engine(model, _reward(args, rewards), models=models | dict(args.named), heads=heads | dict(args.head),
@@ -317,8 +320,21 @@ def shipped_pair() -> tuple[Path, Path]:
 
 def shipped_models(policy: Policy) -> dict[str, Path]:
     """Engine's `models` of those names that a policy uses and the package has something for."""
+    return _shipped(SHIPPED_MODELS, _models_of(policy))
+
+
+def _models_of(policy: Policy) -> set[str]:
+    """The names of the models that a policy asks for, beside the engine's own."""
     plan = plan_of(policy)
-    return _shipped(SHIPPED_MODELS, {name for name, _ in plan.drafts_with}.union(plan.reads_with) - {OWN})
+    return {name for name, _ in plan.drafts_with}.union(plan.reads_with) - {OWN}
+
+
+def _unasked(args: argparse.Namespace, policy: Policy) -> list[str]:
+    """The names of --named and --head that a policy has no use for: misspelt, perhaps."""
+    reads = plan_of(policy).score.reads
+    heads = {reads.head} if isinstance(reads, Hidden) else set()
+    return ([name for name, _ in args.named if name not in _models_of(policy)]
+            + [name for name, _ in args.head if name not in heads])
 
 
 def _shipped_or_given(args: argparse.Namespace, model: str) -> str | Path:
