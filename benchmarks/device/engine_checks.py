@@ -181,7 +181,7 @@ class _Eager:
 
 def replay_and_rewind(record: Record, settings: Settings, dtype: torch.dtype) -> None:
     of = engine(settings.device, "toy", dtype)
-    drafter, cache, passes = of._round.drafter, of._cache, of._passes
+    drafter, cache, passes = of._round.drafter, of._cache, of._models.own.passes
     prompt = PROMPTS[1]
     name = str(dtype)[6:]
 
