@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 TOKEN_DRAW, ACCEPT_DRAW, EXHAUST_DRAW = 0, 1, 3  # kinds of draw, bits 24.. of the third counter word
 
@@ -199,6 +200,19 @@ def run(lm: Callable, reward: Callable, prompt: list[int], params, policy, seed:
                 winner = picked(name, exhaust, attempts, noise)
         if winner is not None:
             segments.append(OracleSegment(winner.token_ids, winner.reward, winner.accepted, attempts, relaxed))
+
+
+def draws_of(seed: int, sample: int) -> tuple[Callable, Callable]:
+    """What a written-out loop draws by: noise(segment, attempt, position, vocab), standard Gumbel, float64 [vocab], and
+    uniform(segment, attempt), of the accept test."""
+    def noise(segment: int, attempt: int, position: int, vocab: int) -> np.ndarray:
+        return -torch.log(-torch.log(torch.from_numpy(uniforms(
+            seed, vocab, position, attempt, TOKEN_DRAW, segment, sample)))).numpy()
+
+    def uniform(segment: int, attempt: int) -> float:
+        return uniforms(seed, 1, 0, attempt, ACCEPT_DRAW, segment, sample)[0]
+
+    return noise, uniform
 
 
 def uniforms_of(seed: int, attempts: range, segment: int, sample: int) -> list[float]:

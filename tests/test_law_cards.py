@@ -238,14 +238,7 @@ def equals_the_published_loop(output: stars.RequestOutput, params: stars.Samplin
     policy, seen = output.policy, Counter()
     for completion in output.outputs:
         assert completion.error is None
-
-        def noise(segment, attempt, position, vocab, sample=completion.index):
-            return -torch.log(-torch.log(torch.from_numpy(oracle.uniforms(
-                output.seed, vocab, position, attempt, oracle.TOKEN_DRAW, segment, sample)))).numpy()
-
-        def uniform(segment, attempt, sample=completion.index):
-            return oracle.uniforms(output.seed, 1, 0, attempt, oracle.ACCEPT_DRAW, segment, sample)[0]
-
+        noise, uniform = oracle.draws_of(output.seed, completion.index)
         kept = cards_loop.run(
             lm, reward, output.prompt_token_ids, noise, uniform, option=policy.option,
             entropy_threshold=policy.entropy_threshold, reward_threshold=policy.reward_threshold, alpha=policy.alpha,

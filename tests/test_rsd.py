@@ -59,14 +59,7 @@ def equals_the_loop(output: stars.RequestOutput, sampling: stars.SamplingParams,
     policy, seen = output.policy, Counter()
     for completion in output.outputs:
         assert completion.error is None
-
-        def noise(segment, attempt, position, vocab, sample=completion.index):
-            return -torch.log(-torch.log(torch.from_numpy(oracle.uniforms(
-                output.seed, vocab, position, attempt, oracle.TOKEN_DRAW, segment, sample)))).numpy()
-
-        def uniform(segment, attempt, sample=completion.index):
-            return oracle.uniforms(output.seed, 1, 0, attempt, oracle.ACCEPT_DRAW, segment, sample)[0]
-
+        noise, uniform = oracle.draws_of(output.seed, completion.index)
         kept = rsd_loop.run(
             SMALL.logits, LM.logits, reward, output.prompt_token_ids, noise, uniform, variant=policy.variant,
             threshold=policy.reward_threshold, beta=policy.beta, n=policy.n, size=policy.segment_size,
