@@ -255,13 +255,14 @@ def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engi
               file=sys.stderr)
         if policy is not None:
             models, heads = shipped_models(policy), shipped_heads(policy)
-    for name in _unasked(args, policy) if policy is not None else ():
-        print(f"stars: {args.policy or 'this policy'} asks for no {name!r}, which --named or --head gives",
-              file=sys.stderr)
     from stars.engine import Engine
 
-    return Engine(model, _reward(args, rewards), models=models | dict(args.named), heads=heads | dict(args.head),
-                  **_given(args, ENGINE))
+    engine = Engine(model, _reward(args, rewards), models=models | dict(args.named), heads=heads | dict(args.head),
+                    **_given(args, ENGINE))
+    for name in _unasked(args, policy) if policy is not None else ():  # behind errors, which are one line
+        print(f"stars: {args.policy or 'this policy'} asks for no {name!r}, which --named or --head gives",
+              file=sys.stderr)
+    return engine
 
 
 def _rewards(args: argparse.Namespace) -> int:
