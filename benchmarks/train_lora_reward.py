@@ -14,9 +14,10 @@ OUT/figures.json says what was measured. The loss is Bradley and Terry's, half o
 turn, half on pairs that are both cut after the same random number of tokens: unfinished replies are what STARS scores.
 A dialogue is put into the chat template as the engine's causal rewards put it, and the last token's reward is read.
 
-With a budget of seconds, the number of steps follows from the time of the first ones. On a GPU products are formed in
-bfloat16 (autocast), on a CPU in float32; what is trained is kept in float32 and rounded to bfloat16 before it is
-measured, as it is stored.
+The learning rate follows the fraction of the steps or of the seconds that is spent, whichever is larger, so a slow
+machine gives fewer steps and never a schedule cut off in its middle. On a GPU products are formed in bfloat16
+(autocast), on a CPU in float32; what is trained is kept in float32 and rounded to bfloat16 before it is measured, as it
+is stored.
 """
 # ruff: noqa: E402 a checkout that is not installed is made importable first
 
@@ -60,7 +61,6 @@ CHECKED_CUTS = (8, 16, 32, 64, 128)  # of each pair, where a checkpoint is chose
 SHORTEST_CUT = 4  # tokens; a shorter reply says too little
 REPORTED = (16, 32, 64)  # tokens
 CHECKS = 6  # times that a run looks at what it does not train on
-TIMED = 4  # steps whose time tells how many fit
 Z = 1.959964  # of a 95 % interval
 
 
@@ -168,6 +168,11 @@ def reply_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.encode(text, add_special_tokens=False), eos][:LONGEST_REPLY]
 
 
+def spread(pairs: list[Pair], count: int | None) -> list[Pair]:
+    """At most `count` of them, of all kinds."""
+    return pairs if count is None else pairs[:: max(1, len(pairs) // count)][:count]
+
+
 def batches(pairs: Sequence[Pair], size: int, chance: random.Random | None = None) -> list[list[Pair]]:
     """All pairs in groups of like length; with `chance` other ones each time, in random order."""
     def key(at: int) -> tuple[float, int]:
@@ -245,52 +250,42 @@ def held_out_loss(scorer: Scorer, pairs: Sequence[Pair], size: int) -> float:
 
 def train(scorer: Scorer, pairs: Sequence[Pair], checked: Sequence[Pair], rate: float, seconds: float,
           options: argparse.Namespace, name: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Trains from the beginning; facts, and what was learnt at the step of the lowest loss on `checked`."""
+    """Trains from the beginning; facts, and what was learnt where the loss on `checked` was lowest."""
     begin = time.monotonic()
     chance = random.Random(options.seed)
     restart(scorer, options.seed)
     optimizer = torch.optim.AdamW(scorer.trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     epoch = math.ceil(len(pairs) / options.batch)
-    steps = math.ceil(options.epochs * epoch)
-    best, kept = math.inf, [weight.detach().clone() for weight in scorer.trained]
     facts: dict[str, Any] = {"rate": rate, "pairs": len(pairs), "pairs_to_choose_by": len(checked), "checks": []}
+    best, kept = math.inf, [weight.detach().clone() for weight in scorer.trained]
     groups: list[list[Pair]] = []
     losses: list[torch.Tensor] = []
-    step, timed = 0, begin
-    while step < steps:
+    step, done = 0, 0.0
+    while done < 1.0:
         groups = groups or batches(pairs, options.batch, chance)
         group = groups.pop()
+        for parameters in optimizer.param_groups:  # a tenth of the budget to warm up, then down to nothing
+            parameters["lr"] = rate * min(max(done, 1 / epoch) * 10, (1 - done) / 0.9)
         loss = preference_loss(rewards_at(scorer, group, [random_cuts(pair, chance) for pair in group]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(scorer.trained, 1.0)
-        done = step / steps
-        for parameters in optimizer.param_groups:  # a tenth of the steps to warm up, then down to nothing
-            parameters["lr"] = rate * min((step + 1) / steps * 10, 1.0, (1 - done) / 0.9)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
         step += 1
-        if step == TIMED:  # the first ones allocate and choose kernels
-            losses[-1].item()
-            timed = time.monotonic()
-        if step == 2 * TIMED:
-            losses[-1].item()
-            taken = (time.monotonic() - timed) / TIMED
-            left = 0.9 * seconds - (time.monotonic() - begin)  # a tenth for the checks
-            steps = max(step + 1, min(steps, step + int(left / taken)))
-            facts["seconds_of_a_step"] = round(taken, 4)
-        if step == steps or step % max(1, steps // CHECKS) == 0:
+        before, done = done, max(step / (epoch * options.epochs), (time.monotonic() - begin) / seconds)
+        if done >= 1.0 or int(done * CHECKS) > int(before * CHECKS):
             found = held_out_loss(scorer, checked, options.batch)
-            learnt = torch.stack(losses[-max(1, steps // CHECKS):]).mean().item()
+            learnt, losses = torch.stack(losses).mean().item(), []
             facts["checks"].append({"step": step, "training_loss": round(learnt, 4), "held_out_loss": round(found, 4)})
-            print(f"{name}, rate {rate:g}: step {step} of {steps}, training loss {learnt:.4f}, held out {found:.4f}, "
-                  f"{time.monotonic() - begin:.0f} s", flush=True)
+            print(f"{name}, rate {rate:g}: step {step}, {step / epoch:.2f} passes, training loss {learnt:.4f}, "
+                  f"held out {found:.4f}, {time.monotonic() - begin:.0f} of {seconds:.0f} s", flush=True)
             if not math.isfinite(found):
                 break
             if found < best:
                 best, kept = found, [weight.detach().clone() for weight in scorer.trained]
                 facts |= {"best_step": step, "held_out_loss": round(found, 4)}
-    facts |= {"steps": step, "epochs": round(step / epoch, 2), "seconds": round(time.monotonic() - begin, 1)}
+    facts |= {"steps": step, "passes": round(step / epoch, 2), "seconds": round(time.monotonic() - begin, 1)}
     return facts, kept
 
 
@@ -389,12 +384,12 @@ def main() -> None:
     parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the adapters' name of it")
     parser.add_argument("--weights", default="", help="what is to be said of the base's weights")
     parser.add_argument("--seconds", type=float, default=120.0, help="of everything, loading included")
-    parser.add_argument("--epochs", type=float, default=4.0, help="at most")
+    parser.add_argument("--epochs", type=float, default=4.0, help="passes over a third, at most")
     parser.add_argument("--pairs", type=int, help="of each third, at most; for a rehearsal")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0, help="of the adapter: its products count alpha / rank")
     parser.add_argument("--batch", type=int, default=16, help="pairs of a step")
-    parser.add_argument("--rates", default="2e-4,6e-4", help="peaks to choose from; the reward's is the judge's")
+    parser.add_argument("--rates", default="3e-4,1e-3", help="peaks to choose from; the reward's is the judge's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
@@ -406,7 +401,7 @@ def main() -> None:
     if tokenizer is None or tokenizer.eos_token_id is None:
         raise SystemExit(f"{options.model} has no tokenizer with an end of text: a chat model is needed")
     thirds, left_out = read_pairs(options.data, tokenizer)
-    thirds = {name: pairs[: options.pairs] for name, pairs in thirds.items()}
+    thirds = {name: spread(pairs, options.pairs) for name, pairs in thirds.items()}
     print(f"{ {name: len(pairs) for name, pairs in thirds.items()} } pairs, left out {left_out}", flush=True)
     scorer = new_scorer(options.model, options.rank, options.alpha, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -417,10 +412,10 @@ def main() -> None:
     facts: dict[str, Any] = {
         "base": options.base, "weights": options.weights, "settings": settings, "device": where,
         "pairs": {name: len(pairs) for name, pairs in thirds.items()}, "left_out": left_out,
-        "longest_prompt": LONGEST_PROMPT, "longest_reply": LONGEST_REPLY}
+        "longest_prompt": LONGEST_PROMPT, "longest_reply": LONGEST_REPLY, "machine": describe_machine()}
 
-    # A reading of everything costs about a third of a step over it: a tenth of the time is for the report.
-    each = (options.seconds - (time.monotonic() - begin)) * 0.9 / (len(rates) + 1)
+    # Reading a third costs about a third of a pass of training over it, and that is done twice and in every check.
+    each = (options.seconds - (time.monotonic() - begin)) * 0.8 / (len(rates) + 1)
     tried = []
     for rate in rates:
         tried.append(train(scorer, thirds["reward"], thirds["reward check"], rate, each, options, "reward"))
@@ -436,7 +431,7 @@ def main() -> None:
     save(scorer, options.out / "judge", options.rank, options.alpha, options.base)
     rewards["judge"] = scored(scorer, thirds["report"], options.batch)
     facts["held_out"] = report(rewards, thirds["report"])
-    facts |= {"seconds": round(time.monotonic() - begin, 1), "machine": describe_machine()}
+    facts["seconds"] = round(time.monotonic() - begin, 1)
     (options.out / "figures.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts["held_out"], indent=1), f"\n{facts['seconds']} s", flush=True)
 
