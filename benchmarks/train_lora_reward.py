@@ -10,9 +10,10 @@ one trains a judge that never guides, one is reported on. Of a training third, e
 learning rate and when to stop.
 
 OUT/reward and OUT/judge are written in peft's format for sequence classification (`stars.LoraReward` reads them), and
-OUT/figures.json says what was measured. The loss is Bradley and Terry's, half of it on whole replies with their end of
-turn, half on pairs that are both cut after the same random number of tokens: unfinished replies are what STARS scores.
-A dialogue is put into the chat template as the engine's causal rewards put it, and the last token's reward is read.
+OUT/figures.json says what was measured. The loss is Bradley and Terry's, half of it on whole replies, half on pairs that
+are both cut after the same random number of tokens: unfinished replies are what STARS scores. A dialogue is put into
+the chat template as the engine's causal rewards put it, and the last token's reward is read: no end of the turn is
+behind it, as with close="none".
 
 The learning rate follows the fraction of the steps or of the seconds that is spent, whichever is larger, so a slow
 machine gives fewer steps and never a schedule cut off in its middle. On a GPU products are formed in bfloat16
@@ -65,7 +66,7 @@ Z = 1.959964  # of a 95 % interval
 
 
 class Pair(NamedTuple):
-    """Token ids of a prompt and of the two replies to it, the end of the turn included where they have it."""
+    """Token ids of a prompt and of the two replies to it."""
 
     kind: str  # of FILES
     prompt: list[int]
@@ -161,11 +162,8 @@ def prompt_ids(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int
 
 
 def reply_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """A reply as the chat model would write it: with the end of the turn, which it draws and the engine scores, unless
-    it is cut."""
-    eos = tokenizer.eos_token_id
-    assert eos is not None
-    return [*tokenizer.encode(text, add_special_tokens=False), eos][:LONGEST_REPLY]
+    """A reply as the engine has it scored: without the end of the turn, which is no token of a response."""
+    return tokenizer.encode(text, add_special_tokens=False)[:LONGEST_REPLY]
 
 
 def spread(pairs: list[Pair], count: int | None) -> list[Pair]:
@@ -334,7 +332,7 @@ def accuracy(right: Sequence[bool]) -> dict[str, Any]:
             "low": round(low, 4), "high": round(high, 4)}
 
 
-def scored(scorer: Scorer, pairs: Sequence[Pair], size: int) -> dict[Pair | int, list[list[float]]]:
+def scored(scorer: Scorer, pairs: Sequence[Pair], size: int) -> dict[int, list[list[float]]]:
     """Rewards [2][1 + REPORTED] of every pair by its id()."""
     found = {}
     with torch.no_grad():
@@ -349,7 +347,7 @@ def differs(pair: Pair, cut: int | None) -> bool:
     return pair.chosen[:cut] != pair.rejected[:cut]
 
 
-def figures_of(rewards: dict[Any, list[list[float]]], pairs: Sequence[Pair]) -> dict[str, Any]:
+def figures_of(rewards: dict[int, list[list[float]]], pairs: Sequence[Pair]) -> dict[str, Any]:
     """Accuracies on whole replies and on their beginnings; pairs that begin alike are left out of the latter."""
     def at(place: int, cut: int | None, kind: str | None = None) -> dict[str, Any]:
         chosen = [pair for pair in pairs if differs(pair, cut) and kind in (None, pair.kind)]
@@ -363,7 +361,7 @@ def figures_of(rewards: dict[Any, list[list[float]]], pairs: Sequence[Pair]) -> 
             "deviation": round(math.sqrt(sum((one - mean) ** 2 for one in everything) / len(everything)), 4)}
 
 
-def report(rewards: dict[str, dict[Any, list[list[float]]]], pairs: Sequence[Pair]) -> dict[str, Any]:
+def report(rewards: dict[str, dict[int, list[list[float]]]], pairs: Sequence[Pair]) -> dict[str, Any]:
     """All that is said of the third that nothing was trained on, by whose rewards they are."""
     def prefers(name: str, pair: Pair) -> bool:
         chosen, rejected = rewards[name][id(pair)]
@@ -398,8 +396,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device, rates = torch.device(options.device), [float(rate) for rate in options.rates.split(",")]
     tokenizer = load_tokenizer(options.model)
-    if tokenizer is None or tokenizer.eos_token_id is None:
-        raise SystemExit(f"{options.model} has no tokenizer with an end of text: a chat model is needed")
+    if tokenizer is None or not tokenizer.has_chat_template:
+        raise SystemExit(f"{options.model} has no tokenizer with a chat template: a chat model is needed")
     thirds, left_out = read_pairs(options.data, tokenizer)
     thirds = {name: spread(pairs, options.pairs) for name, pairs in thirds.items()}
     print(f"{ {name: len(pairs) for name, pairs in thirds.items()} } pairs, left out {left_out}", flush=True)
