@@ -10,10 +10,10 @@ one trains a judge that never guides, one is reported on. Of a training third, e
 learning rate and when to stop.
 
 OUT/reward and OUT/judge are written in peft's format for sequence classification (`stars.LoraReward` reads them), and
-OUT/figures.json says what was measured. The loss is Bradley and Terry's, half of it on whole replies, half on pairs that
-are both cut after the same random number of tokens: unfinished replies are what STARS scores. A dialogue is put into
-the chat template as the engine's causal rewards put it, and the last token's reward is read: no end of the turn is
-behind it, as with close="none".
+OUT/figures.json says what was measured. The loss is that of Bradley and Terry, half of it on whole replies, half on
+pairs that are both cut after the same random number of tokens: unfinished replies are what STARS scores. A dialogue is
+put into the chat template as the engine's causal rewards put it, and the last token's reward is read: no end of the
+turn is behind it, as with close="none".
 
 The learning rate follows the fraction of the steps or of the seconds that is spent, whichever is larger, so a slow
 machine gives fewer steps and never a schedule cut off in its middle. On a GPU products are formed in bfloat16
