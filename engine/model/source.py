@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_args
 
 from torch import Tensor
 
-from stars.kernels.quant import QuantWeight
+from stars.kernels.quant import QuantWeight, Rounded
+from stars.kernels.quant_blocks import LAYOUTS
+
+SCHEMES = {scheme.upper() for scheme in (*get_args(Rounded), *LAYOUTS)}
 
 
 class TensorInfo(NamedTuple):
@@ -22,6 +25,11 @@ class TensorInfo(NamedTuple):
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it is read as a QuantWeight."""
+        return self.dtype.split("-")[0] in SCHEMES
 
 
 class TensorSource(Protocol):
