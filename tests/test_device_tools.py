@@ -402,6 +402,51 @@ print(hits)
     assert compiled == "{'swiglu_kernel': 1} 1" and hits == "[True]"
 
 
+def test_a_product_compiled_ahead_is_the_one_that_its_launch_would_compile(tmp_path):
+    """Of weights in int8, which is a type of Triton's, too: told so, it is refused, since it became another kernel."""
+    code = """
+import tempfile
+import torch
+from compile_pool import Driver, Pool, describe
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from stars.kernels.linear import pack
+from stars.kernels.quant import quantize
+from stars.kernels.triton import dequant, skinny
+pool = Pool(1, 90)
+driver.set_active(Driver(90))
+JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
+weight, x = pack(quantize(torch.ones(64, 128), "int8")), torch.zeros(3, 128, dtype=torch.bfloat16)
+def product():
+    skinny.plain(x, weight, torch.zeros(3, 64, dtype=torch.bfloat16))
+with pool.recording():
+    product()
+    dequant.kernel_scheme, honest = lambda scheme: scheme, dequant.kernel_scheme
+    try:
+        product()
+    except ValueError as error:
+        print(error)
+dequant.kernel_scheme = honest
+print(sum(map(len, pool.wait().values())))
+pool.close()
+made = []
+def compiled(*, src, metadata, metadata_group, times, cache_hit):
+    [ptx] = [open(path).read() for name, path in metadata_group.items() if name.endswith(".ptx")]
+    made.append((cache_hit, ptx))
+knobs.compilation.listener = compiled
+product()
+skinny.product_kernel.device_caches.clear()
+with tempfile.TemporaryDirectory() as folder:
+    knobs.cache.dir = folder
+    product()
+print([hit for hit, _ in made], made[0][1] == made[1][1], "0x4140" in made[0][1])
+"""
+    refused, count, found = python(code, tmp_path, os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
+    assert refused.endswith("Triton reads its constants int8 back as types of its own: call them otherwise")
+    assert count == "1" and found == "[True, False] True True"
+
+
 def test_what_a_stage_launches_is_compiled_before_it_is_timed(tmp_path):
     """`compile_first` calls the parts with nothing launched; one that fails there is left to its turn."""
     code = """
