@@ -326,7 +326,7 @@ def test_a_broken_table_is_a_warning_and_the_library(tmp_path, cards, text, why)
 
 def test_the_tables_that_are_shipped_are_of_this_version():
     files = sorted(tuned.FOLDER.glob("*.json"))
-    assert [file.name for file in files] == ["nvidia-h100-80gb-hbm3.json"]
+    assert [file.name for file in files] == ["nvidia-h100-80gb-hbm3.json", "nvidia-h200.json"]
     for file in files:
         assert file.name == f"{tuned.slug(json.loads(file.read_text())['gpu'])}.json"
     table = tuned.read(files[0])
@@ -334,6 +334,11 @@ def test_the_tables_that_are_shipped_are_of_this_version():
     with tuned.using(table):
         assert tuned.plain("bf16", 1, 4096, 14336) == tuned.Tile(16, 32, 512, 4, 3)
         assert tuned.plain("bf16", 400, 4096, 14336) is None
+    with tuned.using(tuned.read(files[1])):  # of weights in int8, which were wrong in its run, it says nothing
+        shape = tuned.ModelShape(4096, 6144, 14336, 128256)
+        assert [tuned.fused(shape, "bf16", rows) for rows in (1, 16, 64, 65, 128)] == [True] * 3 + [False] * 2
+        assert tuned.tile("residual", "fp8", 1, 4096, 14336) == tuned.Tile(16, 64, 128, 2, 4, 8, True)
+        assert tuned.tile("qkv", "int8", 1, 6144, 4096) == tuned.default("qkv", "int8", 1, 6144, 4096)
 
 
 def test_default_tiles_are_those_that_a_chain_of_products_liked():
