@@ -517,6 +517,10 @@ def forbidden(logits, ranking, filters=True):
 def left(logits, ranking, filters=True):
     right.top_tokens(logits, ranking, filters)
     ranking.token_ids[ranking.token_ids == -1] = -7
+def shifted(logits, targets, logprobs):
+    right.token_logprobs(logits, targets.clamp(min=0), logprobs)
+def coarse(logits, targets, logprobs):
+    right.token_logprobs(logits * 1.001, targets, logprobs)
 def failed(module, part, **planted):
     module.launchers = lambda dry: SimpleNamespace(**vars(right) | planted)
     record = Record("record.json", "kernels-sampler")
@@ -528,14 +532,17 @@ def ranked(record, settings):
     kernel_ranking.ranked(record, settings, 37, 35)
 print([failed(kernel_sampler, cut, sample_step=one) for one in (right.sample_step, never, cooler, drawn, untold)],
       [failed(kernel_ranking, ranked, top_tokens=one) for one in (
-          right.top_tokens, highest, unfiltered, forbidden, left)])
+          right.top_tokens, highest, unfiltered, forbidden, left)],
+      [failed(kernel_sampler, kernel_sampler.given_tokens, token_logprobs=one) for one in (
+          right.token_logprobs, shifted, coarse)])
 """
 
 
-def test_checks_of_cuts_and_rankings_notice_errors(tmp_path):
+def test_checks_of_cuts_rankings_and_given_tokens_notice_errors(tmp_path):
     """No cut at all, one at another temperature, a token behind it, one that the host is not told of; the highest id of
-    equals, a filter that is ignored, tokens that are forbidden, columns that are left as they were."""
-    assert python(PLANTED, tmp_path)[-1] == f"{[False] + [True] * 4} {[False] + [True] * 4}"
+    equals, a filter that is ignored, tokens that are forbidden, columns that are left as they were; a token in place of
+    none, logits of another temperature."""
+    assert python(PLANTED, tmp_path)[-1] == f"{[False] + [True] * 4} {[False] + [True] * 4} {[False, True, True]}"
 
 
 AHEAD = """
