@@ -14,6 +14,7 @@ from stars.bindings.operations import (
     copy_rows,
     embedding,
     linear,
+    rescale,
     rms_norm,
     rope_write,
     sample_step,
@@ -25,6 +26,6 @@ from stars.bindings.recording import Program, leave_out, record
 __all__ = [
     "Program", "accept_uniform", "append_draft", "apply_penalties", "attention", "available", "blend_logits",
     "copy_rows", "embedding", "gumbel", "isa", "leave_out", "library_path", "linear", "num_threads", "pack", "philox",
-    "record", "rms_norm", "rope_write", "sample_step", "set_num_threads", "swiglu", "take_rows", "unpack",
+    "record", "rescale", "rms_norm", "rope_write", "sample_step", "set_num_threads", "swiglu", "take_rows", "unpack",
     "usable_cpus",
 ]

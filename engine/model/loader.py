@@ -97,7 +97,7 @@ def load_model(
     if head not in ("lm", "reward"):
         raise ModelError(f"head {head!r} is not supported: use 'lm' or 'reward'")
     choice = head_choice(reward_head)
-    config = load_config(directory)
+    config = load_config(directory).reaching(max_model_len)
     if dtype == "auto":
         dtype = target_of(device.type).dtype or config.dtype
         if dtype not in DTYPES:
@@ -120,7 +120,7 @@ def load_model(
     positions = min(config.context_length, max_model_len or DEFAULT_POSITIONS)
     cos, sin = rope_tables(config.rope, config.head_dim, positions, device)
     return Decoder(
-        config, embedding, layers, reader.vector("model.norm.weight"), lm_head, score_head, cos, sin, max_rows,
+        config, embedding, layers, reader.vector("model.norm.weight", config.norm_offset), lm_head, score_head, cos, sin, max_rows,
         reader.activations,
     )
 
@@ -290,7 +290,8 @@ def _match(
 
 def _classifier(config: ModelConfig) -> str:
     """The class of transformers' reward models of this family."""
-    return f"{FAMILIES[config.model_type].class_prefix}ForSequenceClassification"
+    family = FAMILIES[config.model_type]
+    return f"{family.classifier_prefix or family.class_prefix}ForSequenceClassification"
 
 
 def _is_causal(config: ModelConfig) -> bool:
