@@ -24,5 +24,5 @@ from stars.kernels.top_tokens import top_tokens
 
 __all__ = ["Weight", "append_draft", "apply_penalties", "attention", "blend_logits", "copy_rows", "embedding",
            "embedding_scaled", "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack", "pack_rows",
-           "qkv_rope", "rescale", "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows", "token_logprobs",
-           "top_tokens"]
+           "qkv_rope", "rescale", "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows",
+           "token_logprobs", "top_tokens"]

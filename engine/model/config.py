@@ -98,13 +98,13 @@ class ModelConfig:
 
         None is the length that the model was trained on before stretching, with the short ones.
         """
-        rope = self.rope.reaching(max_model_len)
-        return self if rope == self.rope else replace(self, rope=rope)
+        return replace(self, rope=self.rope.reaching(max_model_len),
+                       layer_ropes=tuple(rope.reaching(max_model_len) for rope in self.layer_ropes))
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a text: max_position_embeddings, or more where the rotation is stretched beyond it; of longrope
-        what `reaching` has chosen.
+        """Most tokens of a text: max_position_embeddings, or more where the rotation is stretched beyond it; of
+        longrope what `reaching` has chosen.
         """
         return min(self.rope.context_length(self.max_position_embeddings), MOST)
 

@@ -63,7 +63,8 @@ class Decoder:
 
     `head` gives logits (for tied embeddings it is the embedding's own Weight), `score_head` rewards: one that is a row
     [1, hidden] is a Weight, any other a RewardHead. Either may be None. cos, sin float32 [positions, head_dim / 2], of
-    config.rope: no row of a pass may stand at a later position. dtype: of activations, keys and values; float32 on the CPU.
+    config.rope: no row of a pass may stand at a later position. dtype: of activations, keys and values; float32 on the
+    CPU.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from stars.model.tensors import Head, expected_tensors, keys_of
 from stars.model.tokenizer import has_chat_template, tokenizer_directory
 from stars.target import target_of
 
+logger = logging.getLogger(__name__)
 DEFAULT_MAX_ROWS = 256
 DEFAULT_POSITIONS = 1 << 15
 NAMED = 3  # tensors an error names before it only counts
@@ -88,6 +90,7 @@ def load_model(
     with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
     (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s head. max_model_len: positions that there is
     room for, as many as the model's context has and at most 32768 if left out; `Decoder.reserve_positions` makes more.
+    Beyond a longrope model's original_max_position_embeddings its long factors are taken, for texts of any length.
     Raises ModelError for whatever does not fit: missing,
     unexpected or misshapen tensors, an absent or ambiguous head, labels of unknown meaning, broken files.
     """
@@ -98,6 +101,10 @@ def load_model(
         raise ModelError(f"head {head!r} is not supported: use 'lm' or 'reward'")
     choice = head_choice(reward_head)
     config = load_config(directory).reaching(max_model_len)
+    if config.rope.long:
+        logger.info("%s takes longrope's long factors, as max_model_len is %d: texts of up to %d tokens, for which "
+                    "transformers takes the short ones, get other logits", directory, max_model_len,
+                    config.rope.original_max_position_embeddings)
     if dtype == "auto":
         dtype = target_of(device.type).dtype or config.dtype
         if dtype not in DTYPES:
@@ -120,8 +127,8 @@ def load_model(
     positions = min(config.context_length, max_model_len or DEFAULT_POSITIONS)
     cos, sin = rope_tables(config.rope, config.head_dim, positions, device)
     return Decoder(
-        config, embedding, layers, reader.vector("model.norm.weight", config.norm_offset), lm_head, score_head, cos, sin, max_rows,
-        reader.activations,
+        config, embedding, layers, reader.vector("model.norm.weight", config.norm_offset), lm_head, score_head, cos,
+        sin, max_rows, reader.activations,
     )
 
 
