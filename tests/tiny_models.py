@@ -149,6 +149,8 @@ def _later_family(options: dict[str, Any], tiny: TinyModel) -> None:
     options["sliding_window"] = tiny.window
     if tiny.family.startswith("gemma"):
         options.setdefault("head_dim", tiny.hidden // tiny.heads)
+    else:
+        options["attention_bias"] = tiny.attention_bias
     if tiny.family in ("gemma2", "gemma3_text"):
         options["query_pre_attn_scalar"] = 11
     if tiny.family == "gemma2":

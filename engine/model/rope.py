@@ -87,7 +87,8 @@ class RopeConfig:
             return self.rope_type
         scale = f", factor {self.factor:g}" if self.factor is not None else ""
         if self.rope_type == "longrope":
-            scale = f", {'long' if self.long else 'short'} factors"
+            original = _given(self.original_max_position_embeddings)
+            scale = ", long factors" if self.long else f", short factors up to {original} tokens"
         if self.partial_rotary_factor != 1:
             scale += f", {self.partial_rotary_factor:g} of each head"
         return f"{self.rope_type} (theta {self.rope_theta:g}{scale})"
