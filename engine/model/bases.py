@@ -1,11 +1,11 @@
-"""Which directory a model's shape, weights and tokenizer lie in: its own or, of an adapter, that of its base."""
+"""Where a model's shape, weights and tokenizer are: its own directory or file or, of an adapter, those of its base."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from stars.errors import ModelError
-from stars.model.files import INDEX, SINGLE, is_directory, is_file, read_json, shown
+from stars.model.files import INDEX, SINGLE, is_directory, is_file, is_gguf, read_json, shown
 from stars.model.sharing import own_directory
 
 CONFIG = "adapter_config.json"
@@ -18,8 +18,8 @@ def is_adapter(directory: Path) -> bool:
 
 
 def model_directory(directory: str | Path) -> Path:
-    """The directory of a model's shape and weights: of an adapter, its base's. ModelError where that is not to be had.
-    """
+    """The directory, or GGUF file, of a model's shape and weights: of an adapter, its base's. ModelError where that is
+    not to be had."""
     directory = Path(directory)
     return base_of(directory) if is_adapter(directory) else directory
 
@@ -31,7 +31,7 @@ def is_of_own_model(adapter: Path) -> bool:
 
 
 def base_of(adapter: Path) -> Path:
-    """The base that an adapter names, a directory by itself or beside it; else the engine's own model."""
+    """The base that an adapter names, a directory or GGUF file by itself or beside it; else the engine's own model."""
     base = _named_base(adapter)
     if base is None:
         base = own_directory()
@@ -51,4 +51,4 @@ def _named_base(adapter: Path) -> Path | None:
     name = read_json(adapter / CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         return None
-    return next((place for place in (adapter / name, Path(name)) if is_directory(place)), None)
+    return next((place for place in (adapter / name, Path(name)) if is_directory(place) or is_gguf(place)), None)
