@@ -54,7 +54,8 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     rewards = [one for one in held if one.model is not None]
     for number, one in enumerate(rewards, 1):
         name = "the reward model" if len(rewards) == 1 else f"reward model {number}"
-        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head, one.head, read, one.quantization)
+        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head, one.head, read,
+                                one.quantization)
     torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
     free, total = torch.cuda.mem_get_info()
     return fit_memory(config, models, sum(one.other_bytes for one in held), free, total)

@@ -13,6 +13,7 @@ from stars.model.checkpoint import Checkpoint
 from stars.model.families import FAMILIES, Family
 from stars.model.files import is_directory, is_file, is_finite, is_gguf, read_json, shown
 from stars.model.gguf_config import gguf_settings
+from stars.model.quantised_config import storage_of
 from stars.model.rope import RopeConfig, parse_rope
 
 HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
@@ -140,6 +141,7 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str)
         )
     if head_dim % 2:
         raise ModelError(f"{where} has an odd head_dim {head_dim}, which cannot be rotated: repair config.json")
+    storage = storage_of(config, where)
     max_positions = _size(config, "max_position_embeddings", where)
     bos_token_id = _token_ids(config.get("bos_token_id"), "bos_token_id", where)
     eos_token_ids = _token_ids(config.get("eos_token_id"), "eos_token_id", where)
@@ -176,6 +178,7 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str)
         mlp_bias=_switch(family.mlp_bias, config, where),
         qk_norm=family.qk_norm,
         attention_scale=head_dim**-0.5,
+        quantization=None if storage is None else storage.method,
     )
 
 
@@ -204,13 +207,6 @@ def _refuse_unsupported(config: dict[str, Any], family: Family, where: str) -> N
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"{where} has activation {shown(activation)}, which is not supported: use a model with silu")
-    if config.get("quantization_config"):
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = method if isinstance(method, str) and method.isprintable() else "an unnamed method"
-        raise ModelError(
-            f"{where} is quantised with {method}, which is not supported: use the float32, bfloat16 or float16 model"
-        )
 
 
 def _windows(config: dict[str, Any], family: Family, num_layers: int, where: str) -> tuple[int | None, ...]:

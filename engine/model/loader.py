@@ -20,7 +20,7 @@ from stars.model.checkpoint import Checkpoint
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.families import FAMILIES
-from stars.model.files import is_gguf, printed
+from stars.model.files import is_file, is_gguf, printed, read_json
 from stars.model.gguf_file import GGUFFile
 from stars.model.head_files import (
     LM_HEAD,
@@ -37,6 +37,8 @@ from stars.model.head_files import (
 from stars.model.heads import RewardHead
 from stars.model.normalisation import STATISTICS
 from stars.model.quantization import checked_quantization, rounding
+from stars.model.quantised_config import storage_of
+from stars.model.quantised_files import QuantisedCheckpoint
 from stars.model.reader import DTYPES, Reader, read_layer
 from stars.model.rope import rope_tables
 from stars.model.source import TensorInfo, TensorSource
@@ -142,7 +144,11 @@ def open_checkpoint(directory: str | Path, beside: str | None = None) -> TensorS
     directory = Path(directory)
     if is_adapter(directory):
         return AdaptedCheckpoint(directory, open_checkpoint(base_of(directory), beside))
-    return GGUFFile(directory) if is_gguf(directory) else Checkpoint(directory, beside)
+    if is_gguf(directory):
+        return GGUFFile(directory)
+    checkpoint, path = Checkpoint(directory, beside), directory / "config.json"
+    storage = storage_of(read_json(path), str(path)) if is_file(path) else None
+    return checkpoint if storage is None else QuantisedCheckpoint(checkpoint, storage)
 
 
 def check_rounding(directory: str | Path, head: Literal["lm", "reward"], reward_head: Any, quantization: str | None,

@@ -71,8 +71,8 @@ def rounding(source: TensorSource, matrices: Iterable[str], value: Rounded | Non
 
 
 def held_bytes(info: TensorInfo, scheme: Rounded | None, itemsize: int) -> int:
-    """Bytes that a GPU holds of a tensor; itemsize: of a plain number there. Of what is stored in blocks only Q4_0 stays
-    as it is: its kernels read no others."""
+    """Bytes that a GPU holds of a tensor; itemsize: of a plain number there. Of what is stored in blocks only Q4_0 is
+    kept so: its kernels read no others."""
     name, *group = info.dtype.lower().split("-")
     if info.quantised and name not in LAYOUTS:
         return _quantised_bytes(info, name, int(group[0]) if group else 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from stars import kernels
 from stars.errors import ModelError
 from stars.kernels.linear import Arithmetic, Weight
-from stars.kernels.quant import QuantWeight, Rounded, quantize
+from stars.kernels.quant import QuantWeight, Rounded, dequantize, quantize
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.config import ModelConfig
 from stars.model.decoder import LayerWeights
@@ -104,6 +104,8 @@ class Reader:
     def _rounded(self, name: str, scheme: Rounded | None) -> Tensor | QuantWeight:
         """A tensor, rounded to a scheme where one is given: one matrix at a time, where it will be multiplied."""
         tensor = self._read(name)
+        if isinstance(tensor, QuantWeight) and tensor.scheme == "fp8" and self.kind is None:
+            return dequantize(tensor)  # exactly, as no CPU multiplies its numbers
         if scheme is None or isinstance(tensor, QuantWeight):
             return tensor
         try:

@@ -37,8 +37,9 @@ class ProcessReward(CausalReward):
     the tag behind the prompt.
 
     model: HF directory, or a Decoder with a head that gives probabilities, and `tokenizer`. head, quantization: as
-    CausalReward's; without a head the two labels of the directory's head, or those of a `…ForCausalLM` for "-" and "+". What follows is
-    detected from the model's class where it is left out, and `format` shows it once the engine is built:
+    CausalReward's; without a head the two labels of the directory's head, or those of a `…ForCausalLM` for "-" and "+".
+    What follows is detected from the model's class where it is left out, and `format` shows it once the engine is
+    built:
 
     - step_separator: "\\n\\n"; of a plain language model "\\n".
     - step_tag: a text that is one token. "<extra_0>" of a `…ForProcessRewardModel`, "ки" of a `…ForCausalLM`
