@@ -124,6 +124,17 @@ def test_it_works_inside_of_other_rewards(base, adapter):
     assert math.isclose(scored(stars.Engine(base, weighted)).reward, 2 * plain + 1, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("given", [None, "int8"])
+def test_what_the_engine_rounds_the_reward_reads(base, adapter, given):
+    """Its weights are still held once, and its rewards are those of the rounded weights."""
+    engine = stars.Engine(base, adapter, quantization="int8", reward_quantization=given)
+    own, reward = decoders_of(engine)["lm"], engine.reward.decoder
+    shared = own.layers[1].o
+    assert shared is reward.layers[1].o and (shared.format == "INT8" or shared.quant.scheme == "int8")
+    assert own.embedding is reward.embedding
+    assert abs(scored(engine).reward - scored(stars.Engine(base, adapter)).reward) > 1e-6
+
+
 def test_a_gpus_decoder_has_its_products_beside_those_of_the_base(engine):
     """There are three launches of each in a step, and none are fused with them."""
     beside = as_on_a_gpu(engine.reward.decoder)
@@ -167,6 +178,9 @@ def test_adapters_of_other_bases(base, adapter, tiny_model, tmp_path, unread):
 def test_what_is_no_adapter_with_a_head(base, adapter, copied, tmp_path, unread):
     refused(base, write_adapter(tmp_path / "plain", base, named=NOWHERE), RewardError,
             "plain has low-rank matrices and no reward head: train it with peft's task_type SEQ_CLS")
+    with pytest.raises(RewardError, match='reward_quantization is "int8", and a LoraReward reads the weights of the '
+                                          'engine.s own model: leave it out and give quantization'):
+        stars.Engine(base, adapter, reward_quantization="int8")
     broken = copied(adapter)
     edit_json(broken / "adapter_config.json", use_dora=True)
     refused(base, LoraReward(broken), ModelError, "is an adapter with use_dora = True, which is not supported")

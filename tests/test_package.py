@@ -101,6 +101,7 @@ def test_the_wheel(tmp_path):
                  "stars/demo_models/README.md", "stars/demo_models/lm/model.safetensors",
                  "stars/demo_models/rm/tokenizer.json", "stars/demo_models/guide/adapter_model.safetensors",
                  "stars/demo_models/guide/adapter_config.json", "stars/demo_models/small/model.safetensors",
+                 "stars/demo_models/smollm2_reward/figures.json", "stars/demo_models/smollm2_reward/NOTICE",
                  home + "licenses/LICENSE", home + "licenses/NOTICE"):
         assert name in names, name
     ours = {f"stars/{path.relative_to(ROOT / 'engine')}" for path in (ROOT / "engine").rglob("*.py")}

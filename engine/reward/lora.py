@@ -28,11 +28,13 @@ class LoraReward(CausalReward):
 
     adapter: a directory with adapter_config.json and adapter_model.safetensors. The base is the engine's own model,
     whatever its format; base_model_name_or_path may name it or be no directory here. Where the engine's model is an
-    adapter itself, both have one base. head, template, close and chat_template_kwargs: as `CausalReward`'s. Prompts
-    are rendered and encoded by the engine's tokenizer, so the adapter needs none.
+    adapter itself, both have one base. What the engine's `quantization` makes of the weights is what the reward reads.
+    head, template, close and chat_template_kwargs: as `CausalReward`'s. Prompts are rendered and encoded by the
+    engine's tokenizer, so the adapter needs none.
 
     Where the engine is built, before any weight is read: RewardError for an engine that was given a Decoder, for an
-    adapter of another base that is here, and for one without a head; ModelError where names or shapes do not fit.
+    adapter of another base that is here, for one without a head, and for a reward_quantization of its own; ModelError
+    where names or shapes do not fit.
     """
 
     def __init__(self, adapter: Any, *, head: Any = "auto", template: Literal["auto", "chat", "raw"] = "auto",
