@@ -490,8 +490,8 @@ if FAKED:
         monkeypatch.setattr(fit, "needed_bytes", lambda *given: said.append(whole(*given)) or said[-1])
         with fake_cuda.gpu():
             engine = stars.Engine(MODELS / "lm", adapter, device="cuda", dtype="bfloat16", cache_tokens=8192,
-                                  max_num_seqs=2, max_num_lanes=2, max_segment_size=8, prefill_backend="triton")
-            decode(engine, 9, 0.2)
+                                  max_num_seqs=2, max_num_lanes=2, max_segment_size=16, prefill_backend="triton")
+            decode(engine, 40, 0.2)
             engine.check_integrity()
         own, reward = engine._models.own.passes.decoder, engine.reward.decoder
         assert isinstance(engine.reward, stars.LoraReward) and own.embedding is reward.embedding
