@@ -482,6 +482,26 @@ if FAKED:
             assert said[-1][f"{name}'s cache"] == sum(
                 one.nbytes for one in (store.k_pages, store.v_pages, store.k_slabs, store.v_slabs))
 
+    def test_a_reward_over_the_engines_own_weights_is_captured(monkeypatch, tmp_path):
+        """Its matrices are reckoned once, as the language model's, and its cache is its own."""
+        head = {"score.weight": torch.randn(1, 256, generator=torch.Generator().manual_seed(1))}
+        adapter = write_adapter(tmp_path / "reward", MODELS / "lm", rank=4, named="org/lm", whole=head)
+        said, whole = [], sizes.needed_bytes
+        monkeypatch.setattr(fit, "needed_bytes", lambda *given: said.append(whole(*given)) or said[-1])
+        with fake_cuda.gpu():
+            engine = stars.Engine(MODELS / "lm", adapter, device="cuda", dtype="bfloat16", cache_tokens=8192,
+                                  max_num_seqs=2, max_num_lanes=2, max_segment_size=16, prefill_backend="triton")
+            decode(engine, 40, 0.2)
+            engine.check_integrity()
+        own, reward = engine._models.own.passes.decoder, engine.reward.decoder
+        assert isinstance(engine.reward, stars.LoraReward) and own.embedding is reward.embedding
+        assert own.layers[3].o is reward.layers[3].o and (len(own.adapters), len(reward.adapters)) == (0, 24)
+        assert said[-1]["the reward model's weights"] == 2 * 256 + 2 * sum(
+            one.out_features * one.in_features for pair in reward.adapters for one in pair)
+        [store] = engine.reward.cache.stores
+        assert said[-1]["the reward model's cache"] == sum(
+            one.nbytes for one in (store.k_pages, store.v_pages, store.k_slabs, store.v_slabs))
+
     def test_next_to_nothing_is_outgrown():
         """What a decoder outgrows is kept for graphs that may use it, and no memory was reckoned for it."""
         with fake_cuda.gpu():

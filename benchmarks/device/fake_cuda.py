@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from stars import buffers, pacing
+from stars.model.adapters import AdaptedCheckpoint
 from stars.model.checkpoint import Checkpoint
 from stars.target import CPU
 
@@ -215,7 +216,7 @@ def install() -> None:
     pacing.mapped = mapped
     torch.Tensor.pin_memory = lambda self: self
     torch.frombuffer, torch.from_numpy = _faked(torch.frombuffer), _faked(torch.from_numpy)
-    Checkpoint.read = _faked(Checkpoint.read)
+    Checkpoint.read, AdaptedCheckpoint._own = _faked(Checkpoint.read), _faked(AdaptedCheckpoint._own)
     # Without a driver, torch's own indexing and copies of such tensors end in its CUDA code.
     FakeTensor.__getitem__, FakeTensor.copy_, FakeTensor.to = _getitem, _copy, _to
     FakeTensor.__setitem__ = lambda self, index, value: _getitem(self, index).copy_(value)
