@@ -14,6 +14,7 @@ import torch
 from hypothesis import settings
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 
+from apart import Beside, cores, runs_of
 from stars.bindings import libstars
 from stars.cli import main
 from stars.kernels.dispatch import references_only
@@ -25,6 +26,30 @@ from tiny_models import TinyModel, write_model
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile("fixed")
 HypothesisProvider._maybe_draw_constant = lambda self, choice_type, constraints, *, p=0.05: None
+
+beside_key = pytest.StashKey[Beside]()
+
+
+def pytest_collection_finish(session) -> None:
+    """Begins what runs in processes of its own: one beside the tests of this one, where there are two cores."""
+    beside = session.stash[beside_key] = Beside(runs_of(session.items), min(cores() - 1, 1))
+    if not session.config.option.collectonly:
+        beside.go_on()
+
+
+def pytest_runtest_teardown(item) -> None:
+    item.session.stash[beside_key].go_on()
+
+
+def pytest_sessionfinish(session) -> None:
+    if beside_key in session.stash:  # it is not where the tests could not be collected
+        session.stash[beside_key].stop()
+
+
+@pytest.fixture(scope="session")
+def beside(request) -> Beside:
+    """The processes beside this one, for tests that stand for one of them."""
+    return request.session.stash[beside_key]
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars
+from apart import is_apart
 from editing import edit_tensors
 from lora import write_adapter
 from process_models import write_process_model
@@ -28,7 +29,7 @@ from stars.model.heads import Gate
 from stars.model.tokenizer import load_tokenizer
 from stars.passes import Passes
 from stars.target import CUDA
-from triton_process import needs_triton, run_pytest
+from triton_process import needs_triton
 
 FAKED = os.environ.get("STARS_TEST_FAKE_CUDA") == "1"
 MODELS = Path(stars.__file__).parent / "demo_models"
@@ -620,7 +621,4 @@ if FAKED:
         assert {"8B, fp8: chain, scores of 128 rows, fused beside float32",
                 "8B fp8: logits beside dequantised weights in float32"} <= names
 else:
-
-    @needs_triton
-    def test_in_a_process_of_its_own():
-        run_pytest(Path(__file__), {"STARS_TEST_FAKE_CUDA": "1"}, 600)
+    test_in_a_process_of_its_own = needs_triton(is_apart(Path(__file__), {"STARS_TEST_FAKE_CUDA": "1"}, 900))
