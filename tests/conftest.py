@@ -114,6 +114,20 @@ def run(capsys) -> Callable[..., tuple[int, str, str]]:
     return call
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_libstars_thread(request) -> Iterator[None]:
+    """Threads that wait for each other cost far more than they give at the tests' sizes, where others use the cores.
+
+    A module of operations whose work is divided is marked `threads`: it has as many as there are cores.
+    """
+    before = libstars.num_threads() if libstars.available() else None
+    if before is not None and request.node.get_closest_marker("threads") is None:
+        libstars.set_num_threads(1)
+    yield
+    if before is not None:
+        libstars.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_torch_thread() -> Iterator[None]:
     """Threads cost more than they give at the tests' sizes."""
