@@ -115,3 +115,15 @@ def is_apart(file: Path, environment: dict[str, str], timeout: float) -> Callabl
 
     test.apart = run
     return test
+
+
+def run_apart(names: dict, variable: str = "STARS_TESTS_APART", timeout: float = 900) -> None:
+    """Replaces the tests among a module's `names` by one that runs them in a process where `variable` is 1.
+
+    Where it is 1 already nothing is replaced: so one of those tests is run by itself.
+    """
+    if os.environ.get(variable) == "1":
+        return
+    for name in [name for name in names if name.startswith("test_")]:
+        del names[name]
+    names["test_in_a_process_of_its_own"] = is_apart(Path(names["__file__"]), {variable: "1"}, timeout)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 
-from apart import is_apart
+from apart import run_apart
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,9 +21,6 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def run_in_interpreter(names: dict, timeout: int = 900) -> None:
     """Replaces the tests among a module's `names` by one that runs them in the interpreter, unless this is it."""
-    if INTERPRETED:
-        return
-    for name in [name for name in names if name.startswith("test_")]:
-        del names[name]
-    run = is_apart(Path(names["__file__"]), {"TRITON_INTERPRET": "1"}, timeout)
-    names["test_in_the_interpreter"] = needs_triton(run)
+    run_apart(names, "TRITON_INTERPRET", timeout)
+    if not INTERPRETED:
+        names["test_in_the_interpreter"] = needs_triton(names.pop("test_in_a_process_of_its_own"))
