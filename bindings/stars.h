@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 7
+#define STARS_ABI_VERSION 8
 
 typedef enum {
   STARS_OK = 0,

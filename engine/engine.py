@@ -68,7 +68,8 @@ class Engine:
 
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
     tokenizer: a directory with a tokenizer.json; None: the model directory's own.
-    reward: a directory of a reward model, a Reward (`CausalReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
+    reward: a directory of a reward model, or of a LoRA adapter that makes one of `model`, whose weights are then held
+        once; a Reward (`CausalReward`, `LoraReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
         `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
         responses) -> floats, or None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
@@ -109,10 +110,11 @@ class Engine:
             gpu_memory_utilization=gpu_memory_utilization, page_size=page_size, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, max_num_lanes=max_num_lanes, max_segment_size=max_segment_size,
             prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens)
-        self.reward = resolve_reward(reward)
+        shared = SharedWeights(Path(model) if from_files else None)
+        with shared:
+            self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
         files = check_heads(heads)
-        shared = SharedWeights(Path(model) if from_files else None)
         # Everything that can be refused is refused before any weight is read.
         action_heads = {name: load_action_head(file, shape.hidden_size, f"heads[{name!r}]", config.device,
                                                config.deterministic) for name, file in files.items()}

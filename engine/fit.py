@@ -30,9 +30,9 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     ModelError where weights, caches, slabs, activations and graphs of all models do not fit. Weights that several of
     them read from one file are counted once, as they are held once.
     """
+    held = [one.holds(tokenizer, vocab_size, config) for one in (with_parts(reward) if reward is not None else ())]
     if not config.target.own_memory:
         return config
-    held = [one.holds(tokenizer, vocab_size, config) for one in (with_parts(reward) if reward is not None else ())]
     read: set[tuple[Path, str]] = set()
     models = {"the language model": occupant(config, model, config.max_segment_size, True, read=read)}
     others = {same(model)}

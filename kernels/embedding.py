@@ -6,11 +6,15 @@ from torch import Tensor
 
 from stars.kernels.dispatch import Implementation, operation
 from stars.kernels.linear import Weight
+from stars.kernels.quant import dequantize, rows
 
 
 def embedding_reference(token_ids: Tensor, weight: Weight, out: Tensor) -> None:
     """out[i] = weight[token_ids[i]]. token_ids int32 [rows]; weight [vocab, hidden]; out [rows, hidden]."""
-    out.copy_(looked_up(weight)[token_ids.long()])
+    if weight.quant is not None:
+        out.copy_(dequantize(rows(weight.quant, token_ids.long())))
+    else:
+        out.copy_(weight.dense()[token_ids.long()])
 
 
 def looked_up(weight: Weight) -> Tensor:

@@ -307,7 +307,7 @@ def _model_reward(args: argparse.Namespace, directory: Any) -> Any:
 
 def _keywords(kind: Any) -> list[str]:
     """The parameters of a reward's class that flags may set."""
-    return [name for name in inspect.signature(kind).parameters if name not in ("model", "tokenizer")]
+    return [name for name in list(inspect.signature(kind).parameters)[1:] if name != "tokenizer"]
 
 
 def shipped_pair() -> tuple[Path, Path]:

@@ -11,7 +11,8 @@ from stars.errors import ModelError
 from stars.model.bases import model_directory
 from stars.model.checkpoint import Checkpoint
 from stars.model.families import FAMILIES, Family
-from stars.model.files import is_directory, is_file, is_finite, read_json, shown
+from stars.model.files import is_directory, is_file, is_finite, is_gguf, read_json, shown
+from stars.model.gguf_config import gguf_settings
 from stars.model.rope import RopeConfig, parse_rope
 
 HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
@@ -71,15 +72,18 @@ class ModelConfig:
 
 
 def load_config(directory: str | Path) -> ModelConfig:
-    """Reads DIRECTORY/config.json, and generation_config.json where there is one; of an adapter, its base's.
+    """Reads DIRECTORY/config.json, and generation_config.json where there is one, or a GGUF file's metadata; of an
+    adapter, its base's.
 
     Raises ModelError for a missing or broken file, an unsupported model type, architecture, rope type, activation or
     quantisation, for sizes that do not fit together, and for more layers than the weights' headers hold.
     """
     directory = Path(directory)
-    if not is_directory(directory):
+    if not is_directory(directory) and not is_gguf(directory):
         raise ModelError(f"{directory} is not a directory: give the path of a model in Hugging Face format")
     directory = model_directory(directory)
+    if is_gguf(directory):
+        return parse_config(gguf_settings(directory), {}, str(directory))
     path = directory / "config.json"
     if not is_file(path):
         raise ModelError(f"{directory} has no config.json: give the path of a model in Hugging Face format")

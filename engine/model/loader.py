@@ -1,4 +1,4 @@
-"""From a directory in Hugging Face format to a Decoder: everything is checked before any weight is read."""
+"""From a directory in Hugging Face format or a GGUF file to a Decoder: all is checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from stars.errors import ModelError
 from stars.kernels.linear import Weight
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from stars.model.bases import is_adapter
-from stars.model.checkpoint import ITEM_BYTES, Checkpoint
+from stars.model.bases import base_of, is_adapter
+from stars.model.checkpoint import Checkpoint
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.families import FAMILIES
-from stars.model.files import is_file, printed
+from stars.model.files import is_gguf, printed
+from stars.model.gguf_file import GGUFFile
 from stars.model.head_files import (
     LM_HEAD,
     PLACES,
@@ -35,8 +36,9 @@ from stars.model.heads import RewardHead
 from stars.model.normalisation import STATISTICS
 from stars.model.reader import DTYPES, Reader, read_layer
 from stars.model.rope import rope_tables
+from stars.model.source import TensorSource
 from stars.model.tensors import Head, expected_tensors, keys_of
-from stars.model.tokenizer import has_chat_template, tokenizer_directory
+from stars.model.tokenizer import has_chat_template, has_tokenizer
 from stars.target import target_of
 
 DEFAULT_MAX_ROWS = 256
@@ -78,8 +80,8 @@ def load_model(
     head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS, deterministic: bool = False,
     max_model_len: int | None = None, reward_head: Any = "auto",
 ) -> Decoder:
-    """The model in DIRECTORY with the head asked for, its matrices packed one at a time. Of a LoRA adapter it is that
-    of its base, whose weights are packed as they are, with the low-rank products beside them.
+    """The model in DIRECTORY, or in a GGUF file, with the head asked for, its matrices packed one at a time. Of a LoRA
+    adapter it is that of its base, whose weights are packed as they are, with the low-rank products beside them.
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
@@ -125,13 +127,15 @@ def load_model(
     )
 
 
-def open_checkpoint(directory: str | Path, beside: str | None = None) -> Checkpoint:
-    """The tensors of a model directory, or of an adapter and its base; ModelError."""
+def open_checkpoint(directory: str | Path, beside: str | None = None) -> TensorSource:
+    """The tensors of a model directory or GGUF file, or of an adapter and its base; ModelError."""
     directory = Path(directory)
-    return AdaptedCheckpoint(directory, beside) if is_adapter(directory) else Checkpoint(directory, beside)
+    if is_adapter(directory):
+        return AdaptedCheckpoint(directory, open_checkpoint(base_of(directory), beside))
+    return GGUFFile(directory) if is_gguf(directory) else Checkpoint(directory, beside)
 
 
-def adapted_config(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+def adapted_config(config: ModelConfig, checkpoint: TensorSource) -> ModelConfig:
     """The configuration of a base, with the labels of a reward head that its adapter brings."""
     score = checkpoint.tensors.get(SCORE_HEAD)
     brought = isinstance(checkpoint, AdaptedCheckpoint) and score is not None and (
@@ -169,14 +173,14 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
     return ModelSummary(
         config=config,
         parameters=sum(elements.values()),
-        bytes=sum(info.size * ITEM_BYTES.get(info.dtype, 0) for info in held.values()),
+        bytes=sum(info.nbytes or 0 for info in held.values()),
         shards=tuple(checkpoint.shards),
         head=head,
         tied=config.tie_word_embeddings,
         missing=missing,
         unexpected=unexpected,
         reward_head=form,
-        tokenizer=is_file(tokenizer_directory(directory) / "tokenizer.json"),
+        tokenizer=has_tokenizer(directory),
         chat_template=has_chat_template(directory),
         elements=elements,
         adapter=adapter,
@@ -201,7 +205,7 @@ def _adapter_summary(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> Adap
                                           max((features for _, features in products), default=0)), elements)
 
 
-def check(checkpoint: Checkpoint, config: ModelConfig, head: Head, choice: HeadChoice,
+def check(checkpoint: TensorSource, config: ModelConfig, head: Head, choice: HeadChoice,
           ) -> tuple[dict[str, str], HeadForm | None]:
     """The checkpoint's name of every expected tensor, and a reward model's head, once all tensors are there with the
     right shape and type; ModelError."""
@@ -215,31 +219,32 @@ def check(checkpoint: Checkpoint, config: ModelConfig, head: Head, choice: HeadC
     form = find_head(checkpoint, config, choice, _classifier(config)) if head == "reward" else None
     names, missing, unexpected = _match(checkpoint, config, head, form)
     held = checkpoint.num_layers
-    layers = "" if held == config.num_layers else (f" (num_hidden_layers is {config.num_layers} in config.json, and "
+    said, repair = ("its metadata", "use another file") if is_gguf(where) else (
+        "config.json", "use config.json of the same checkpoint")
+    layers = "" if held == config.num_layers else (f" (num_hidden_layers is {config.num_layers} in {said}, and "
                                                    f"there are tensors of {held} layers)")
     if missing:
         raise ModelError(
-            f"{where} lacks {_list(missing)}{layers}: copy the model again, or repair config.json if it is of another "
+            f"{where} lacks {_list(missing)}{layers}: copy the model again, or repair {said} if it is of another "
             "model"
         )
     if unexpected:
         raise ModelError(
-            f"{where} has {_list(unexpected)} that a {config.model_type} model with this config.json does not have"
-            f"{layers}: "
-            "use config.json of the same checkpoint, or a model without them"
+            f"{where} has {_list(unexpected)} that a {config.model_type} model with this {said.removeprefix('its ')} "
+            f"does not have{layers}: {repair}, or a model without them"
         )
     wanted = {name: (shape, keys_of(name, shape)) for name, shape in expected_tensors(config, head).items()}
     for name, (shape, keys) in (wanted | (form.tensors if form is not None else {})).items():
         info = checkpoint.tensors[names[name]]
         if info.shape != shape:
             raise ModelError(
-                f"{names[name]} of {where} has shape {list(info.shape)} where config.json asks for {list(shape)} "
-                f"({keys}): use config.json of the same checkpoint"
+                f"{names[name]} of {where} has shape {list(info.shape)} where {said} asks for {list(shape)} "
+                f"({keys}): {repair}"
             )
-        if info.dtype not in ITEM_BYTES:
+        if info.nbytes is None:
             raise ModelError(
                 f"{names[name]} of {where} is stored as {info.dtype}, which is not supported: "
-                "use the float32, bfloat16 or float16 model"
+                f"use the float32, bfloat16 or float16 model{', or a file in Q4_0 to Q6_K' if is_gguf(where) else ''}"
             )
     if isinstance(checkpoint, AdaptedCheckpoint):
         _check_pairs(checkpoint, config)
@@ -260,7 +265,7 @@ def _check_pairs(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> None:
 
 
 def _match(
-    checkpoint: Checkpoint, config: ModelConfig, head: Head, form: HeadForm | None,
+    checkpoint: TensorSource, config: ModelConfig, head: Head, form: HeadForm | None,
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """(the checkpoint's name by full name, missing tensors, unexpected tensors).
 
