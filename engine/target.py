@@ -27,6 +27,7 @@ class Target(NamedTuple):
 
     device: str
     dtypes: tuple[str, ...]  # that a model may have
+    quantizations: tuple[str, ...]  # that matrices may be rounded to as they are read
     dtype: str | None  # where "auto" is asked; None takes the checkpoint's
     float32: bool  # activations, keys and values are float32 whatever the dtype, which is then that of stored matrices
     triton: bool  # operations are Triton's kernels, in CUDA graphs, and serve some shapes only; libraries may prefill
@@ -93,6 +94,7 @@ class Target(NamedTuple):
 CPU = Target(
     device="cpu",
     dtypes=("float32", "bfloat16"),
+    quantizations=("int8", "int4"),
     dtype="float32",
     float32=True,
     triton=False,
@@ -112,6 +114,7 @@ CPU = Target(
 CUDA = Target(
     device="cuda",
     dtypes=("float32", "bfloat16", "float16"),
+    quantizations=("fp8", "int8", "int4"),
     dtype=None,
     float32=False,
     triton=True,

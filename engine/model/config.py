@@ -58,6 +58,7 @@ class ModelConfig:
     qk_norm: bool
     attention_scale: float
     attention_softcap: float | None = None
+    quantization: str | None = None  # how config.json says that the checkpoint is stored: its quant_method
 
     @property
     def is_reward(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from stars.errors import ModelError
 from stars.kernels.linear import Weight
+from stars.kernels.quant import Rounded
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from stars.model.bases import base_of, is_adapter
@@ -34,9 +35,10 @@ from stars.model.head_files import (
 )
 from stars.model.heads import RewardHead
 from stars.model.normalisation import STATISTICS
+from stars.model.quantization import checked_quantization, rounding
 from stars.model.reader import DTYPES, Reader, read_layer
 from stars.model.rope import rope_tables
-from stars.model.source import TensorSource
+from stars.model.source import TensorInfo, TensorSource
 from stars.model.tensors import Head, expected_tensors, keys_of
 from stars.model.tokenizer import has_chat_template, has_tokenizer
 from stars.target import target_of
@@ -60,7 +62,7 @@ class ModelSummary(NamedTuple):
     reward_head: HeadForm | None  # of a reward model; None where it has none that can be read
     tokenizer: bool
     chat_template: bool
-    elements: dict[tuple[Path, str], int]  # of its parameters, by file and tensor: what several read is held once
+    tensors: dict[tuple[Path, str], TensorInfo]  # its parameters, by file and name: what several read is held once
     adapter: AdapterSummary | None = None  # where the directory holds one
 
 
@@ -78,7 +80,7 @@ class AdapterSummary(NamedTuple):
 def load_model(
     directory: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu",
     head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS, deterministic: bool = False,
-    max_model_len: int | None = None, reward_head: Any = "auto",
+    max_model_len: int | None = None, reward_head: Any = "auto", quantization: str | None = None,
 ) -> Decoder:
     """The model in DIRECTORY, or in a GGUF file, with the head asked for, its matrices packed one at a time. Of a LoRA
     adapter it is that of its base, whose weights are packed as they are, with the low-rank products beside them.
@@ -90,6 +92,11 @@ def load_model(
     with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
     (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s head. max_model_len: positions that there is
     room for, as many as the model's context has and at most 32768 if left out; `Decoder.reserve_positions` makes more.
+
+    quantization: what matrices are rounded to as they are read, one at a time: "int8", a scale a row; "int4", a scale
+    for 32 columns; "fp8", on a GPU, as int8. They are the layers' products and the language model's head; a head that
+    is the embedding, too, has int8 in any case. Adapters, norms, biases and reward heads stay as they are. A checkpoint
+    that is quantised already is read as it is, and `quantization` left out, or what it is stored as.
     Raises ModelError for whatever does not fit: missing,
     unexpected or misshapen tensors, an absent or ambiguous head, labels of unknown meaning, broken files.
     """
@@ -107,11 +114,12 @@ def load_model(
     checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
     config = adapted_config(config, checkpoint)
     names, form = check(checkpoint, config, head, choice)
-    reader = Reader(checkpoint, names, dtype, device, deterministic)
+    rounded = _rounding(checkpoint, config, names, quantization, device.type)
+    reader = Reader(checkpoint, names, dtype, device, deterministic, rounded)
     tied = head == "lm" and config.tie_word_embeddings
     if tied:
         reader.check_tied()
-    embedding = reader.matrix("model.embed_tokens")
+    embedding = reader.embedding(config.tie_word_embeddings)
     layers = [read_layer(reader, config, f"model.layers.{index}.") for index in range(config.num_layers)]
     lm_head: Weight | None = None
     score_head: Weight | RewardHead | None = None
@@ -133,6 +141,35 @@ def open_checkpoint(directory: str | Path, beside: str | None = None) -> TensorS
     if is_adapter(directory):
         return AdaptedCheckpoint(directory, open_checkpoint(base_of(directory), beside))
     return GGUFFile(directory) if is_gguf(directory) else Checkpoint(directory, beside)
+
+
+def check_rounding(directory: str | Path, head: Literal["lm", "reward"], reward_head: Any, quantization: str | None,
+                   device: str) -> Rounded | None:
+    """What `load_model` would round to, without reading weights; ModelError where it would refuse."""
+    if quantization is None:
+        return None
+    checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
+    config = adapted_config(load_config(directory), checkpoint)
+    names, _ = check(checkpoint, config, head, head_choice(reward_head))
+    return _rounding(checkpoint, config, names, quantization, device)
+
+
+def followed(model: Any, quantization: Rounded | None) -> Rounded | None:
+    """What a model is rounded to that follows the engine's quantization; a Decoder and a directory whose weights are
+    quantised already are left so."""
+    if quantization is None or not isinstance(model, (str, Path)):
+        return None
+    stored = any(info.quantised for info in open_checkpoint(model).tensors.values())
+    return None if stored else quantization
+
+
+def _rounding(checkpoint: TensorSource, config: ModelConfig, names: dict[str, str], quantization: str | None,
+              device: str) -> Rounded | None:
+    """What the model's matrices are rounded to; ModelError."""
+    value = checked_quantization(quantization, target_of(device), stored=config.quantization)
+    matrices = [names[name] for name, shape in expected_tensors(config, "lm").items()
+                if len(shape) == 2 and name in names]
+    return rounding(checkpoint, matrices, value, config.quantization, config.tie_word_embeddings)
 
 
 def adapted_config(config: ModelConfig, checkpoint: TensorSource) -> ModelConfig:
@@ -166,13 +203,14 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
             pass
     names, missing, unexpected = _match(checkpoint, config, head, form)
     held = {name: checkpoint.tensors[name] for name in names.values() if name in checkpoint.tensors}
-    elements = {(checkpoint.file_of(name).resolve(), name): info.size for name, info in held.items()}
+    tensors = {(checkpoint.file_of(name).resolve(), name): info for name, info in held.items()}
     adapter = _adapter_summary(checkpoint, config) if isinstance(checkpoint, AdaptedCheckpoint) else None
     if adapter is not None:
-        elements[(directory / ADAPTER_WEIGHTS).resolve(), "low-rank"] = adapter.elements
+        tensors[(directory / ADAPTER_WEIGHTS).resolve(), "low-rank"] = TensorInfo((adapter.elements,), "F32",
+                                                                                  ADAPTER_WEIGHTS)
     return ModelSummary(
         config=config,
-        parameters=sum(elements.values()),
+        parameters=sum(info.size for info in tensors.values()),
         bytes=sum(info.nbytes or 0 for info in held.values()),
         shards=tuple(checkpoint.shards),
         head=head,
@@ -182,7 +220,7 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
         reward_head=form,
         tokenizer=has_tokenizer(directory),
         chat_template=has_chat_template(directory),
-        elements=elements,
+        tensors=tensors,
         adapter=adapter,
     )
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_args
 
 from torch import Tensor
 
-from stars.kernels.quant import QuantWeight, dequantize
+from stars.kernels.quant import QuantWeight, Rounded, dequantize
 from stars.kernels.quant_blocks import LAYOUTS
 
 BLOCKS = {"F32": (1, 4), "BF16": (1, 2), "F16": (1, 2)} | {
@@ -30,12 +30,23 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def quantised(self) -> bool:
+        """Whether it is read as a QuantWeight, where it is a matrix."""
+        return self.dtype in BLOCKS and BLOCKS[self.dtype][0] > 1 or self._rounded in get_args(Rounded)
+
+    @property
     def nbytes(self) -> int | None:
         """Bytes of it as stored; None where its type is not read."""
-        if self.dtype not in BLOCKS:
-            return None
-        columns, nbytes = BLOCKS[self.dtype]
-        return self.size // columns * nbytes
+        if self.dtype in BLOCKS:
+            columns, nbytes = BLOCKS[self.dtype]
+            return self.size // columns * nbytes
+        if self._rounded == "int4":  # with a scale and a zero in float16 and a byte
+            return self.size // 2 + 3 * (self.size // int(self.dtype.split("-")[1]))
+        return self.size + 4 * self.shape[0] if self._rounded in get_args(Rounded) else None
+
+    @property
+    def _rounded(self) -> str:
+        return self.dtype.split("-")[0].lower()
 
 
 class TensorSource(Protocol):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from stars.arguments import shown
 from stars.config import EngineConfig
 from stars.errors import RewardError
+from stars.kernels.quant import Rounded
 from stars.model.bases import CONFIG, is_adapter, is_of_own_model, model_directory
 from stars.model.config import ModelConfig, load_config
 from stars.model.head_files import VALUE_HEAD_FILE, HeadChoice, has_head, head_choice
@@ -60,6 +61,13 @@ class LoraReward(CausalReward):
                               "SEQ_CLS, which saves the head with them")
         check(checkpoint, adapted_config(load_config(adapter), checkpoint), "reward", choice)
         return super().holds(tokenizer, vocab_size, config)
+
+    def _rounding(self, config: EngineConfig) -> Rounded | None:
+        """As the engine's own model, whose weights these are."""
+        if config.reward_quantization not in (None, config.quantization):
+            raise RewardError(f'reward_quantization is "{config.reward_quantization}", and a LoraReward reads the '
+                              "weights of the engine's own model: leave it out and give quantization")
+        return config.quantization
 
     def _framing(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> Framing:
         """With the engine's tokenizer, which is that of the base."""
