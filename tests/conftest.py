@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from stars.bindings import libstars
 from stars.cli import main
 from stars.kernels.dispatch import references_only
 from tiny_models import TinyModel, write_model
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for a model; read where huggingface_hub is imported
 
 # Property tests see the same examples in every run, from a fixed seed and no store of earlier ones. One draw in twenty
 # takes a constant that hypothesis found in the source of every module imported so far. What a test saw, and so what it
