@@ -30,6 +30,7 @@ from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
+from stars.model.location import located
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
 from stars.outputs import RequestOutput, warn_of_errors
@@ -102,6 +103,7 @@ class Engine:
                  models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
+        model, reward = located(model), located(reward)
         check_model(model)
         check_reward(reward)
         from_files = isinstance(model, (str, Path))

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from stars.errors import ModelError, RewardError, StarsError, TokenizerError
 from stars.model.decoder import Decoder
 from stars.model.files import GGUF, is_gguf
+from stars.model.location import located
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
@@ -84,6 +85,10 @@ def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
     if tokenizer is None:
         return load_tokenizer(model) if isinstance(model, (str, Path)) else None
     if isinstance(tokenizer, (str, Path)):
+        try:
+            tokenizer = located(tokenizer, weights=False)
+        except ModelError as error:
+            raise TokenizerError(str(error)) from error
         if Path(tokenizer).name == "tokenizer.json":
             tokenizer = Path(tokenizer).parent
         check_directory("tokenizer", tokenizer, TokenizerError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ import torch
 from hypothesis import settings
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 
+from apart import Beside, cores, runs_of
 from stars.bindings import libstars
 from stars.cli import main
 from stars.kernels.dispatch import references_only
 from tiny_models import TinyModel, write_model
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for a model; read where huggingface_hub is imported
 
 # Property tests see the same examples in every run, from a fixed seed and no store of earlier ones. One draw in twenty
 # takes a constant that hypothesis found in the source of every module imported so far. What a test saw, and so what it
@@ -25,6 +29,30 @@ from tiny_models import TinyModel, write_model
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile("fixed")
 HypothesisProvider._maybe_draw_constant = lambda self, choice_type, constraints, *, p=0.05: None
+
+beside_key = pytest.StashKey[Beside]()
+
+
+def pytest_collection_finish(session) -> None:
+    """Begins what runs in processes of its own: one beside the tests of this one, where there are two cores."""
+    beside = session.stash[beside_key] = Beside(runs_of(session.items), min(cores() - 1, 1))
+    if not session.config.option.collectonly:
+        beside.go_on()
+
+
+def pytest_runtest_teardown(item) -> None:
+    item.session.stash[beside_key].go_on()
+
+
+def pytest_sessionfinish(session) -> None:
+    if beside_key in session.stash:  # it is not where the tests could not be collected
+        session.stash[beside_key].stop()
+
+
+@pytest.fixture(scope="session")
+def beside(request) -> Beside:
+    """The processes beside this one, for tests that stand for one of them."""
+    return request.session.stash[beside_key]
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +115,20 @@ def run(capsys) -> Callable[..., tuple[int, str, str]]:
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_libstars_thread(request) -> Iterator[None]:
+    """Threads that wait for each other cost far more than they give at the tests' sizes, where others use the cores.
+
+    A module of operations whose work is divided is marked `threads`: it has as many as there are cores.
+    """
+    before = libstars.num_threads() if libstars.available() else None
+    if before is not None and request.node.get_closest_marker("threads") is None:
+        libstars.set_num_threads(1)
+    yield
+    if before is not None:
+        libstars.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

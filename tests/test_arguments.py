@@ -435,8 +435,8 @@ def test_what_is_given_for_a_model(given, message, monkeypatch, tmp_path):
 
 def test_what_is_given_inside_a_reward(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    refused(stars.ModelError, "run `hf download org/rm --local-dir DIR`", toy_engine, LM, stars.CausalReward("org/rm"))
-    refused(stars.ModelError, "run `hf download org/rm --local-dir DIR`", toy_engine, LM, stars.EncoderReward("org/rm"))
+    refused(stars.ModelError, "run `hf download org/rm --local-dir DIR`", stars.CausalReward, "org/rm")
+    refused(stars.ModelError, "run `hf download org/rm --local-dir DIR`", stars.EncoderReward, "org/rm")
     refused(stars.RewardError, "is a Pretrained of transformers", toy_engine, LM, stars.CausalReward(Pretrained()))
 
 

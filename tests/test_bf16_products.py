@@ -19,7 +19,7 @@ from stars import kernels
 from stars.bindings import library, libstars
 from stars.bindings.library import loaded
 
-pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
+pytestmark = [pytest.mark.threads, pytest.mark.skipif(not libstars.available(), reason="libstars was not built")]
 
 U = 2.0**-24
 ROUNDING = 2.0**-8

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from apart import run_apart
+
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = ROOT / "benchmarks" / "device"
 sys.path.insert(0, str(DEVICE))
@@ -491,3 +493,6 @@ def test_the_checkout_is_importable_without_an_installation(tmp_path):
             "print([stars.__file__, stars.kernels.types.__file__, stars.bindings.__file__], names)")
     wanted = [str(ROOT / place) for place in ("engine/__init__.py", "kernels/types.py", "bindings/__init__.py")]
     assert python(code, tmp_path) == f"{wanted} [None, None, None]"
+
+
+run_apart(globals())

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stars
+from apart import is_apart
 from editing import edit_tensors
 from lora import write_adapter
 from process_models import write_process_model
@@ -28,7 +29,7 @@ from stars.model.heads import Gate
 from stars.model.tokenizer import load_tokenizer
 from stars.passes import Passes
 from stars.target import CUDA
-from triton_process import needs_triton, run_pytest
+from triton_process import needs_triton
 
 FAKED = os.environ.get("STARS_TEST_FAKE_CUDA") == "1"
 MODELS = Path(stars.__file__).parent / "demo_models"
@@ -94,12 +95,7 @@ if FAKED:
             assert {tensor.device.type for tensor in (q, keys, values, out, *prefill[1:4])} == {"cuda"}
             assert len(keys) == len(values) == sum(prefill.k_lengths) and len(q) == len(out) == prefill.rows
 
-    @pytest.mark.parametrize(("method", "refused"), [
-        (stars.TokenGuidance(), False), (stars.RewardGuidedSpeculation(reward_threshold=0.3), False),
-        (stars.RewardGuidedSpeculation(variant="gsi", reward_threshold=0.3, beta=1.0), False),
-        (stars.MARA(), True), (stars.PersonaJudge(), True),
-    ])
-    def test_methods_of_several_models(method, refused):
+    def test_methods_of_several_models():
         """They decode in captured passes, or are refused by name where they are asked for."""
         with fake_cuda.gpu():
             engine = stars.Engine(
@@ -107,13 +103,14 @@ if FAKED:
                 cache_tokens=8192, models={"guide": MODELS / "guide", "small": MODELS / "small"},
                 max_num_seqs=4, max_num_lanes=8, max_segment_size=32)
             params = stars.SamplingParams(max_tokens=24, seed=3)
-            if refused:
-                with pytest.raises(stars.RequestError, match=f"{type(method).__name__} is not available on a GPU yet"):
-                    engine.generate(PROMPTS[:2], params, method, use_tqdm=False)
-                return
-            outputs = engine.generate(PROMPTS[:2], params, method, use_tqdm=False)
-            assert [output.outputs[0].error for output in outputs] == [None, None]
-            engine.check_integrity()
+            for refused in (stars.MARA(), stars.PersonaJudge()):
+                with pytest.raises(stars.RequestError, match=f"{type(refused).__name__} is not available on a GPU yet"):
+                    engine.generate(PROMPTS[:2], params, refused, use_tqdm=False)
+            for method in (stars.TokenGuidance(), stars.RewardGuidedSpeculation(reward_threshold=0.3),
+                           stars.RewardGuidedSpeculation(variant="gsi", reward_threshold=0.3, beta=1.0)):
+                outputs = engine.generate(PROMPTS[:2], params, method, use_tqdm=False)
+                assert [output.outputs[0].error for output in outputs] == [None, None], method
+                engine.check_integrity()
 
     def test_a_round_launches_nothing_by_itself():
         """Its draft and scores are replays, a commit is one launch a model, and nothing but events is waited for."""
@@ -197,8 +194,9 @@ if FAKED:
         assert all(isinstance(key, int) for key in eager if not isinstance(key, tuple))  # copies of rows
 
     @pytest.mark.parametrize(("dtype", "backend", "deterministic"), [
-        ("bfloat16", "triton", False), ("bfloat16", "sdpa", False), ("float16", "triton", True),
-        ("float32", "triton", False),
+        ("bfloat16", "triton", False), ("float16", "triton", True),
+        pytest.param("bfloat16", "sdpa", False, marks=pytest.mark.slow),
+        pytest.param("float32", "triton", False, marks=pytest.mark.slow),
     ])
     def test_passes_too_long_to_capture_compile_nothing(monkeypatch, dtype, backend, deterministic):
         """Of every number of rows, in every width of tile, after start-up; a library has run once before, and so have
@@ -432,7 +430,9 @@ if FAKED:
                 assert said == (6 if whole else 10) * layers + 2 and library == (0 if whole else 4 * layers + 4 - most)
 
     def test_caches_take_what_memory_leaves(monkeypatch):
-        """Of a small card: both the most tokens that fit, slabs of a segment, as the pair reads the same ids."""
+        """Of a small card: both the most tokens that fit, slabs of a segment, as the pair reads the same ids. What a
+        decoder outgrows meanwhile is kept for graphs that may use it, with no memory reckoned for it: next to nothing.
+        """
         with fake_cuda.gpu():
             seen = []
             for free in (1.8, 1.7):
@@ -446,6 +446,10 @@ if FAKED:
             # A tenth of a GiB more is in pages, to less than a page: of keys, and as many values.
             page = 2 * sum(cache.k_pages.nbytes // cache.num_pages for cache in caches)
             assert abs(2 * (seen[0][1] - seen[1][1]) - 0.1 * 2**30) < page
+            for decoder in (engine._models.own.passes.decoder, engine.reward.decoder):
+                kept = [tensor for one in decoder._outgrown for tensor in (one if isinstance(one, tuple) else [one])]
+                reserved = sum(tensor.nbytes for tensor in decoder._reserved)
+                assert kept and sum(tensor.nbytes for tensor in kept) < reserved // 100
             decode(engine, 40, 0.2)
             engine.check_integrity()
 
@@ -501,15 +505,6 @@ if FAKED:
         [store] = engine.reward.cache.stores
         assert said[-1]["the reward model's cache"] == sum(
             one.nbytes for one in (store.k_pages, store.v_pages, store.k_slabs, store.v_slabs))
-
-    def test_next_to_nothing_is_outgrown():
-        """What a decoder outgrows is kept for graphs that may use it, and no memory was reckoned for it."""
-        with fake_cuda.gpu():
-            engine = stars.Engine(MODELS / "lm", MODELS / "rm", device="cuda", prefill_backend="triton")
-        for decoder in (engine._models.own.passes.decoder, engine.reward.decoder):
-            kept = [tensor for one in decoder._outgrown for tensor in (one if isinstance(one, tuple) else [one])]
-            reserved = sum(tensor.nbytes for tensor in decoder._reserved)
-            assert kept and sum(tensor.nbytes for tensor in kept) < reserved // 100
 
     def test_the_benchmarks_path_through_the_engine(monkeypatch, tmp_path):
         """Every part of the headline and of serving that an engine of 8B shapes takes, two layers of it: all of them
@@ -640,7 +635,4 @@ if FAKED:
         assert {"8B, fp8: chain, scores of 128 rows, fused beside float32",
                 "8B fp8: logits beside dequantised weights in float32"} <= names
 else:
-
-    @needs_triton
-    def test_in_a_process_of_its_own():
-        run_pytest(Path(__file__), {"STARS_TEST_FAKE_CUDA": "1"}, 600)
+    test_in_a_process_of_its_own = needs_triton(is_apart(Path(__file__), {"STARS_TEST_FAKE_CUDA": "1"}, 900))

@@ -21,7 +21,7 @@ from test_parity import PAGE, SLAB, Row, Runner, ints, tokens
 from tiny_models import TinyModel
 from toy import ToyModel
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.threads, pytest.mark.usefixtures("one_torch_thread")]
 
 MODELS = {  # hidden is a multiple of 32, and nothing else of anything
     "llama-biases-tied": TinyModel("llama", hidden=96, attention_bias=True, mlp_bias=True, tied=True),

@@ -24,7 +24,7 @@ from stars.bindings.layouts import OPERATIONS, STRUCTURES
 from stars.bindings.library import loaded
 from stars.kernels.dispatch import references_only
 
-pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
+pytestmark = [pytest.mark.threads, pytest.mark.skipif(not libstars.available(), reason="libstars was not built")]
 
 U = 2.0**-24
 ROWS = (1, 2, 3, 5, 17, 37, 123)

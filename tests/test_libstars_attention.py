@@ -15,7 +15,7 @@ from stars.kernels.attention import attention_reference
 from stars.kernels.rope_write import rope_write_reference
 from stars.kernels.types import Batch, LayerKV
 
-pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
+pytestmark = [pytest.mark.threads, pytest.mark.skipif(not libstars.available(), reason="libstars was not built")]
 
 SLAB_LEN = 80
 

@@ -20,7 +20,7 @@ from stars.bindings import layouts, library, libstars
 from stars.bindings.layouts import STRUCTURES
 from stars.bindings.library import check_status, last_error, loaded
 
-pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
+pytestmark = [pytest.mark.threads, pytest.mark.skipif(not libstars.available(), reason="libstars was not built")]
 
 INVALID = 1
 OPERATIONS = {name: (number, STRUCTURES[f"stars_{name}_params"]) for name, number in layouts.OPERATIONS.items()}

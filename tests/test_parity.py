@@ -74,7 +74,7 @@ def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
 TEXT = tokens(31)
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.threads, pytest.mark.usefixtures("one_torch_thread")]
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from apart import run_apart
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,23 +21,6 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def run_in_interpreter(names: dict, timeout: int = 900) -> None:
     """Replaces the tests among a module's `names` by one that runs them in the interpreter, unless this is it."""
-    if INTERPRETED:
-        return
-    for name in [name for name in names if name.startswith("test_")]:
-        del names[name]
-    file = Path(names["__file__"])
-
-    @needs_triton
-    def test_in_the_interpreter():
-        run_pytest(file, {"TRITON_INTERPRET": "1"}, timeout)
-
-    names["test_in_the_interpreter"] = test_in_the_interpreter
-
-
-def run_pytest(file: Path, environment: dict[str, str], timeout: int) -> None:
-    """Runs the tests of `file` in a new process; fails with its output if they do."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--durations=5", str(file)]
-    done = subprocess.run(command, cwd=file.parent.parent, env=os.environ | environment, capture_output=True, text=True,
-                          timeout=timeout)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}", pytrace=False)
+    run_apart(names, "TRITON_INTERPRET", timeout)
+    if not INTERPRETED:
+        names["test_in_the_interpreter"] = needs_triton(names.pop("test_in_a_process_of_its_own"))

@@ -23,7 +23,9 @@ def inspect(args: argparse.Namespace) -> int:
     from stars.model.config import refuse_pairwise
     from stars.model.families import FAMILIES
     from stars.model.files import read_json
+    from stars.model.location import located
 
+    args.directory = str(located(args.directory))
     path = Path(args.directory) / "config.json"
     config = read_json(path) if path.is_file() else {}
     refuse_pairwise(config, str(path))

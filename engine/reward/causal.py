@@ -16,6 +16,7 @@ from stars.model.decoder import Decoder
 from stars.model.head_files import HeadChoice, head_choice
 from stars.model.heads import RewardHead
 from stars.model.loader import load_model
+from stars.model.location import located
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
 from stars.reward.base import Held, check_path, checked_rounding, rounding_of
@@ -64,6 +65,7 @@ class CausalReward(ScoringReward):
         name = type(self).__name__
         if not hasattr(model, "forward"):
             check_path(name, model)
+            model = located(model)
         try:
             chosen = head_choice(head) != HeadChoice()
         except ModelError as error:

@@ -14,6 +14,7 @@ from stars.arguments import shown
 from stars.config import EngineConfig
 from stars.errors import ModelError, RequestError, RewardError
 from stars.model.checkpoint import Checkpoint
+from stars.model.location import located
 from stars.model.normalisation import read_normalisation
 from stars.model.tokenizer import REPLACEMENT, Tokenizer
 from stars.model.tokenizer_limits import is_failure
@@ -65,6 +66,7 @@ class EncoderReward(Reward):
     def __init__(self, model: str | Path, *, inputs: Literal["joined", "pair"] = "joined", label: int | None = None,
                  batch_size: int = 8):
         check_path("EncoderReward", model)
+        model = located(model)
         if not isinstance(inputs, str) or inputs not in ("joined", "pair"):
             raise RewardError(f'EncoderReward.inputs is {shown(inputs)}, it must be "joined" or "pair"')
         if label is not None:

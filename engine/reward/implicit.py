@@ -8,6 +8,7 @@ from typing import Any
 
 from stars.arguments import flag, real, shown
 from stars.errors import RequestError, RewardError, StarsError
+from stars.model.location import located
 from stars.reward.base import Candidate, Scored, checked_rounding
 from stars.reward.composite import CompositeReward
 from stars.reward.logprobs import LogprobReward
@@ -51,7 +52,7 @@ class ImplicitReward(CompositeReward):
             self.length_normalised = flag("ImplicitReward.length_normalised", length_normalised)
         except RequestError as error:
             raise RewardError(str(error)) from None
-        super().__init__([LogprobReward(model, f"{name} of an ImplicitReward", quantization)
+        super().__init__([LogprobReward(located(model), f"{name} of an ImplicitReward", quantization)
                           for name, model in zip(NAMES, (policy, reference), strict=True)])
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from stars.model.bases import CONFIG, is_adapter, is_of_own_model, model_directo
 from stars.model.config import ModelConfig, load_config
 from stars.model.head_files import VALUE_HEAD_FILE, HeadChoice, has_head, head_choice
 from stars.model.loader import adapted_config, check, open_checkpoint
+from stars.model.location import located
 from stars.model.sharing import own_directory
 from stars.model.tokenizer import Tokenizer
 from stars.reward.base import Held
@@ -40,6 +41,7 @@ class LoraReward(CausalReward):
     def __init__(self, adapter: Any, *, head: Any = "auto", template: Literal["auto", "chat", "raw"] = "auto",
                  close: Literal["none", "template", "eos"] = "none",
                  chat_template_kwargs: dict[str, Any] | None = None):
+        adapter = located(adapter)
         if not isinstance(adapter, (str, Path)) or not is_adapter(Path(adapter)):
             raise RewardError(f"LoraReward.adapter is {shown(adapter)}, it must be a directory with {CONFIG}: a whole "
                               "model is stars.CausalReward(DIR)")

@@ -10,6 +10,7 @@ from stars.model.bases import is_adapter, is_of_own_model
 from stars.model.families import FAMILIES
 from stars.model.files import is_file, read_json
 from stars.model.head_files import TWO_LABELS
+from stars.model.location import located
 from stars.reward.base import Reward
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
@@ -27,6 +28,7 @@ def resolve_reward(reward: Any) -> Reward | None:
     if reward is None or isinstance(reward, Reward):
         return reward
     if isinstance(reward, (str, Path)):
+        reward = located(reward)
         path = Path(reward) / "config.json"
         if is_file(path):
             config = read_json(path)
