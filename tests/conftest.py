@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: device="auto" is the CPU in all tests, on any machine
 
 import pytest
 import torch

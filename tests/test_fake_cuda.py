@@ -108,7 +108,8 @@ if FAKED:
                 max_num_seqs=4, max_num_lanes=8, max_segment_size=32)
             params = stars.SamplingParams(max_tokens=24, seed=3)
             if refused:
-                with pytest.raises(stars.RequestError, match=f"{type(method).__name__} is not available on a GPU yet"):
+                with pytest.raises(stars.RequestError, match=f"{type(method).__name__} is not available on a GPU yet: "
+                                   'device="cpu" runs it'):
                     engine.generate(PROMPTS[:2], params, method, use_tqdm=False)
                 return
             outputs = engine.generate(PROMPTS[:2], params, method, use_tqdm=False)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
-ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
+ENGINE = ("device", "dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
           "max_num_lanes", "max_num_batched_tokens")
 REWARD = {"reward_head": "head", "reward_template": "template", "reward_close": "close"}
 """Flags of a model directory, with their names in its class."""
@@ -134,8 +134,11 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Sizes and arithmetic of the engine."""
     group = parser.add_argument_group("engine (defaults are those of stars.Engine)")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                       help="of the stored matrices; bfloat16 also of their products, where the CPU has them")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"),
+                       help="where it runs (auto: a GPU that serves the model, where there is one, else the CPU)")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
+                       help="of the stored matrices; bfloat16 also of their products, where the CPU has them; float16 "
+                       "on a GPU alone")
     group.add_argument("--deterministic", action="store_true", default=None,
                        help="the same text for a seed at any width and in any batch")
     group.add_argument("--cache-tokens", type=int, metavar="N", help="budget of each model's KV cache")
