@@ -53,7 +53,7 @@ def demo(args: argparse.Namespace) -> int:
     from stars.engine import Engine
 
     begin = time.perf_counter()
-    engine = Engine(model, reward, device="cpu")  # a GPU would compile for a minute before the first word
+    engine = Engine(model, reward, device="cpu")  # a GPU would first compile its kernels
     _say(style("title", "STARS on the shipped pair"))
     _say(*wrapped("Both models are toys, trained on film reviews: a small language model that continues them and a "
                   "small reward model that scores how well the reviewer liked the film. Texts make little sense; what "

@@ -72,12 +72,13 @@ class Engine:
         `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
         responses) -> floats, or None for plain sampling only.
     device: "cpu", "cuda", or "auto": an NVIDIA GPU where torch finds one of compute capability 8.0 or more, Triton can
-        be imported and its kernels serve the model, else the CPU; for a Decoder, where that is. A GPU compiles and
-        captures at its first start, for a minute or two.
-    dtype: "auto", "float32", "bfloat16", or on a GPU "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"
-        keeps the checkpoint's values). "bfloat16" also rounds the activations of their products where the CPU
-        multiplies bfloat16 pairs (AVX512-BF16); README.md has what that gave on two processors. Sums, attention, norms
-        and caches are float32. On a GPU everything has the dtype ("auto": the checkpoint's).
+        be imported and its kernels serve the model, else the CPU; for a Decoder, where that is. A GPU compiles
+        kernels at its first start, and captures graphs at each.
+    dtype: "auto", "float32", "bfloat16", or on a GPU "float16"; a torch.dtype, "half" and "float" mean the same. On the
+        CPU it is that of the stored matrices ("auto" keeps the checkpoint's values). "bfloat16" also rounds the
+        activations of their products where the CPU multiplies bfloat16 pairs (AVX512-BF16); README.md has what that
+        gave on two processors. Sums, attention, norms and caches are float32. On a GPU everything has the dtype
+        ("auto": the checkpoint's).
     models: other language models by name, directories or Decoders, that policies draw with or judge by: of the own
         one's vocabulary, special tokens and context. A directory may hold a LoRA adapter; what several of all the
         engine's models, rewards' included, read from one file is held once. heads: files of heads by name.
