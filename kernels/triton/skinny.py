@@ -417,7 +417,7 @@ def launch(
     `tuned.needed`.
     """
     rows, in_features = x.shape
-    scheme, out_features = weight.scheme, weight.out_features
+    scheme, out_features = tuned.called(weight.scheme, x.dtype == torch.float32), weight.out_features
     matrix, quant = weight.values, weight.quant
     _check(f"a product with end {end}", x=x, weight=matrix, **({} if stream is None else stream._asdict()))
     if in_features != weight.in_features:
@@ -439,8 +439,8 @@ def launch(
                          f"meet in {floats} numbers and {tickets} tickets: reserve what `tuned.room` says")
     units, tiles, _ = tuned.units_of(end, tile, out_features, head_dim)
     pdl = tile.pdl and matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) >= (9, 0)
-    values = matrix.view(torch.uint8) if scheme == "fp8" else matrix  # not every card has the type, all have bytes
     kind, scales, zeros = ("none", matrix, None) if quant is None else (quant.scheme, quant.scales, quant.zeros)
+    values = matrix.view(torch.uint8) if kind == "fp8" else matrix  # not every card has the type, all have bytes
     # x and the matrix stand in for what an end does not read.
     product_kernel[(triton.cdiv(rows, tile.rows), units * tiles * tile.splits)](
         x, values, scales, zeros, matrix if weight.bias is None else weight.bias, x if out is None else out,
@@ -500,7 +500,10 @@ def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_fe
     """
     scale = scale or ("fp16" if group == 32 else "fp32")
     stored = kind if scheme == "none" else f"{scheme}-{group}" if group else scheme
-    chosen = tuned.default(end, stored, rows, out_features, in_features, tuned.SHARED[80]) if tile is None else tile
+    chosen = tile
+    if chosen is None:
+        asked = tuned.called(stored, kind == "fp32")
+        chosen = tuned.default(end, asked, rows, out_features, in_features, tuned.SHARED[80])
     if end == "qkv":
         chosen = tuned.of_heads(chosen, head_dim)
     constexprs = dict(
@@ -563,7 +566,9 @@ def variants() -> list[Variant]:
                   for rows in (32, 64)]
         found += [_variant("896 4864 bias", "residual", "fp16", 128, 896, 4864, bias=True, arches=(80,), **stored),
                   _variant("9728 896 bias", "swiglu", "fp16", 1, 9728, 896, bias=True, **stored),
-                  _variant("1000 1152", "plain", "fp32", 1, 1000, 1152, **stored)]
+                  _variant("1000 1152", "plain", "fp32", 1, 1000, 1152, **stored),
+                  _variant("896 4864", "residual", "fp32", 64, 896, 4864, **stored),
+                  _variant("6144 4096", "qkv", "fp32", 64, 6144, 4096, heads=32, kv_heads=8, head_dim=128, **stored)]
     for group in (32, 128):
         found += [_variant(f"1000 1152 zeros, {rows} rows", "plain", kind, rows, 1000, 1152, scheme="int4", group=group,
                            zeros=True) for rows in (1, 64) for kind in ("bf16", "fp16")]
