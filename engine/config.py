@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stars.arguments import flag, integer, real, shown
-from stars.device import check_gpu, check_model
+from stars.device import auto_device, check_gpu, check_model
 from stars.errors import ModelError, RequestError
 from stars.kernels.quant import Rounded
 from stars.model.config import ModelConfig
@@ -101,7 +101,7 @@ class EngineConfig:
         if not isinstance(prefill_backend, str):
             raise RequestError(f'prefill_backend is {shown(prefill_backend)}, it must be "auto" or a name')
         deterministic = flag("deterministic", deterministic)
-        device = "cpu" if device == "auto" else device
+        device = auto_device(model) if device == "auto" else device
         target = target_of(device)
         if not isinstance(dtype, str) or dtype not in ("auto", *target.dtypes):
             choices = ", ".join(f'"{name}"' for name in target.dtypes)

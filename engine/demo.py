@@ -68,7 +68,7 @@ def demo(args: argparse.Namespace) -> int:
     from stars.engine import Engine
 
     begin = time.perf_counter()
-    engine = Engine(show.model, show.reward)
+    engine = Engine(show.model, show.reward, device="cpu")  # a GPU would first compile its kernels
     _say(style("title", show.title))
     _say(*wrapped(show.words, width))
     _say(f"loaded in {time.perf_counter() - begin:.1f} s")

@@ -14,6 +14,16 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that attention has kernels for."""
 
 
+def auto_device(config: ModelConfig) -> str:
+    """What device="auto" is: "cuda" where there is a GPU whose kernels serve the model, else "cpu"."""
+    try:
+        check_gpu()
+        check_model(config)
+    except ModelError:
+        return "cpu"
+    return "cuda"
+
+
 def check_gpu() -> None:
     """Raises ModelError unless there is a GPU of a supported capability and a Triton that is new enough."""
     if not torch.cuda.is_available():

@@ -73,11 +73,14 @@ class Engine:
         once; a Reward (`CausalReward`, `LoraReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
         `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
         responses) -> floats, or None for plain sampling only.
-    device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
-        "float16"; a torch.dtype, "half" and "float" mean the same. On the CPU it is that of the stored matrices ("auto"
-        keeps the checkpoint's values). "bfloat16" also rounds the activations of their products where the CPU
-        multiplies bfloat16 pairs (AVX512-BF16); README.md has what that gave on two processors. Sums, attention, norms
-        and caches are float32. On a GPU everything has the dtype ("auto": the checkpoint's).
+    device: "cpu", "cuda", or "auto": an NVIDIA GPU where torch finds one of compute capability 8.0 or more, Triton can
+        be imported and its kernels serve the model, else the CPU; for a Decoder, where that is. A GPU compiles
+        kernels at its first start, and captures graphs at each.
+    dtype: "auto", "float32", "bfloat16", or on a GPU "float16"; a torch.dtype, "half" and "float" mean the same. On the
+        CPU it is that of the stored matrices ("auto" keeps the checkpoint's values). "bfloat16" also rounds the
+        activations of their products where the CPU multiplies bfloat16 pairs (AVX512-BF16); README.md has what that
+        gave on two processors. Sums, attention, norms and caches are float32. On a GPU everything has the dtype
+        ("auto": the checkpoint's).
     models: other language models by name, directories or Decoders, that policies draw with or judge by: of the own
         one's vocabulary, special tokens and context. A directory may hold a LoRA adapter; what several of all the
         engine's models, rewards' included, read from one file is held once. heads: files of heads by name.
@@ -110,6 +113,8 @@ class Engine:
         # What is no number is refused below.
         reach = max_model_len if isinstance(max_model_len, int) else None
         shape = load_config(model).reaching(reach) if from_files else model.config
+        if not from_files and device == "auto":
+            device = "cuda" if model.device.type == "cuda" else "cpu"
         config = EngineConfig.resolve(
             shape, device, dtype, deterministic, cache_tokens=cache_tokens,
             gpu_memory_utilization=gpu_memory_utilization, page_size=page_size, max_model_len=max_model_len,

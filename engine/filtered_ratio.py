@@ -68,7 +68,7 @@ class FilteredRatio:
 def check_prompted(name: str, plan: Plan, params: SamplingParams, config: EngineConfig) -> None:
     """RequestError where attempts cannot be drawn in one context and judged in another. name: of the policy."""
     if config.target.own_memory:
-        raise RequestError(f'{name} is not available on a GPU yet: build the engine with device="cpu"')
+        raise RequestError(f'{name} is not available on a GPU yet: device="cpu" runs it, build the engine with that')
     if params.penalties:
         raise RequestError(f"{name} draws and judges without penalties: leave presence_penalty, frequency_penalty and "
                            "repetition_penalty out")

@@ -35,7 +35,7 @@ def _ratio(reads: Ratio, parts: Parts) -> Reader:
 
 def _hidden(reads: Hidden, parts: Parts) -> Reader:
     if parts.config.target.own_memory:
-        raise RequestError('MARA is not available on a GPU yet: build the engine with device="cpu"')
+        raise RequestError('MARA is not available on a GPU yet: device="cpu" runs it, build the engine with that')
     if reads.head not in parts.heads:
         given = ", ".join(map(repr, parts.heads)) or "none"
         raise RequestError(f"there is no head named {shown(reads.head)} (those given: {given}): build the engine with "

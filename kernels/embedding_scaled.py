@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from stars.kernels.dispatch import Implementation, operation
-from stars.kernels.embedding import looked_up
+from stars.kernels.embedding import embedding_reference, gathered
 from stars.kernels.linear import Weight
 from stars.kernels.linear_residual import write_stream
 from stars.kernels.types import Stream
@@ -13,18 +14,15 @@ from stars.kernels.types import Stream
 
 def embedding_scaled_reference(token_ids: Tensor, weight: Weight, gain: Tensor, stream: Stream) -> None:
     """As `embedding_scaled`."""
-    write_stream(looked_up(weight)[token_ids.long()], gain, stream)
+    rows = torch.empty(stream.residual.shape, device=stream.residual.device)
+    embedding_reference(token_ids, weight, rows)
+    write_stream(rows, gain, stream)
 
 
-def _unquantised(token_ids: Tensor, weight: Weight, gain: Tensor, stream: Stream) -> bool:
-    return weight.quant is None
-
-
-@operation(cuda=[Implementation("stars.kernels.triton.skinny:embedding_scaled", _unquantised)],
+@operation(cuda=[Implementation("stars.kernels.triton.skinny:embedding_scaled", gathered)],
            reference=embedding_scaled_reference)
 def embedding_scaled(token_ids: Tensor, weight: Weight, gain: Tensor, stream: Stream) -> None:
     """stream.residual[i] = weight[token_ids[i]]; stream.scaled and stream.squares from it.
 
-    token_ids int32 [rows]; weight [vocab, hidden]; gain [hidden], the first norm's weight. Raises ValueError for a
-    quantised weight.
+    token_ids int32 [rows]; weight [vocab, hidden]; gain [hidden], the first norm's weight.
     """

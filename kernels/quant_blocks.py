@@ -63,7 +63,7 @@ def _small(blocks: Tensor, scheme: str) -> Codes:
     begin = 4 if scheme.endswith("_1") else 2
     codes = _nibbles(blocks[:, :, -16:])
     if scheme.startswith("q5"):
-        fifth = (blocks[:, :, begin : begin + 4, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # [out, blocks, 4, 8]
+        fifth = (blocks[:, :, begin : begin + 4, None] >> _bits(blocks)) & 1  # [out, blocks, 4, 8]
         codes = codes + fifth.flatten(2).short() * 16
     if begin == 4:
         return Codes(codes, scales, _half(blocks, 2))
@@ -79,7 +79,7 @@ def _large(blocks: Tensor, scheme: str) -> Codes:
     codes = _nibbles(blocks[:, :, -128:].unflatten(2, (4, 32)))  # [out, blocks, 4, 64]
     codes = codes.reshape(*blocks.shape[:2], 8, 32)
     if scheme == "q5_k":
-        fifth = (blocks[:, :, 16:48][:, :, None] >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1
+        fifth = (blocks[:, :, 16:48][:, :, None] >> _bits(blocks)[:, None]) & 1
         codes = codes + fifth.short() * 16
     d, dmin = _half(blocks, 0)[:, :, None], _half(blocks, 2)[:, :, None]
     return Codes(codes.flatten(1, 2), (d * scales).flatten(1), (-dmin * minima).flatten(1))
@@ -89,10 +89,15 @@ def _six(blocks: Tensor, scheme: str) -> Codes:
     """q6_k: low nibbles, upper two bits, sixteen signed scales, scale of scales."""
     low = blocks[:, :, :128].unflatten(2, (2, 2, 32))  # [out, blocks, half, 2, 32]
     low = torch.cat([low & 15, low >> 4], 3)  # [out, blocks, half, 4, 32]
-    upper = blocks[:, :, 128:192].unflatten(2, (2, 1, 32)) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None] & 3
+    upper = blocks[:, :, 128:192].unflatten(2, (2, 1, 32)) >> _bits(blocks)[::2, None] & 3
     codes = low.short() + upper.short() * 16 - 32
     scales = blocks[:, :, 192:208].contiguous().view(torch.int8).float() * _half(blocks, 208)[:, :, None]
     return Codes(codes.reshape(blocks.shape[0], -1, 16), scales.flatten(1), None)
+
+
+def _bits(blocks: Tensor) -> Tensor:
+    """0 to 7, as shifts of bytes."""
+    return torch.arange(8, dtype=torch.uint8, device=blocks.device)
 
 
 def _nibbles(packed: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: device="auto" is the CPU in all tests, on any machine
+
 import pytest
 import torch
 from hypothesis import settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,42 @@ def test_an_unusual_stored_type(monkeypatch):
     config = dataclasses.replace(ToyModel(vocab=5, seed=0).config, head_dim=64, dtype="float64")
     with pytest.raises(ModelError, match="stored as float64, which is not supported: choose a dtype"):
         EngineConfig.resolve(config, "cuda")
+
+
+def served() -> ModelConfig:
+    """A shape that the kernels serve."""
+    return dataclasses.replace(ToyModel(vocab=5, seed=0).config, head_dim=64, num_heads=4, num_kv_heads=2)
+
+
+def test_auto_is_a_gpu_that_serves_the_model(monkeypatch):
+    """Else the CPU: no card, an old one, no Triton or an old one, a head size without a kernel."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert EngineConfig.resolve(served()).device == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    config = EngineConfig.resolve(served())
+    assert (config.device, config.dtype, config.target) == ("cuda", "float32", CUDA)
+    assert EngineConfig.resolve(served(), "cpu").device == "cpu"
+    assert EngineConfig.resolve(ToyModel(vocab=5, seed=0).config).device == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        assert EngineConfig.resolve(served()).device == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton", None)
+        assert EngineConfig.resolve(served()).device == "cpu"
+    monkeypatch.setattr(triton, "__version__", "3.1.0")
+    assert EngineConfig.resolve(served()).device == "cpu"
+    with pytest.raises(ModelError, match="triton is 3.1.0"):
+        EngineConfig.resolve(served(), "cuda")
+
+
+def test_auto_is_where_a_decoder_is(monkeypatch):
+    """Whose tensors are on the CPU, also where a GPU would serve it."""
+    asked = []
+    monkeypatch.setattr("stars.config.auto_device", lambda config: asked.append(config) or "cuda")
+    engine = stars.Engine(ToyModel(vocab=5, seed=0).decoder(), cache_tokens=64)
+    assert engine.config.device == "cpu" and not asked
 
 
 def test_a_model_on_another_device():

@@ -83,8 +83,9 @@ def test_the_whole_dry_run(tmp_path):
     assert {"fp8", "int8", "int4"} == set(by_name(found)["quantised-8b"]["parts"])
     assert {"methods beside the CPU"} < set(by_name(found)["first-engine"]["parts"])
     assert {"sample_step, cuts", "top_tokens"} < set(by_name(found)["first-kernels"]["parts"])
-    assert {"cuts of 37, float32", "rankings of 5003"} < set(by_name(found)["kernels-sampler"]["parts"])
-    assert "heads beside the CPU" in by_name(found)["engine"]["parts"]
+    assert {"cuts of 37, float32", "rankings of 5003", "logprobs"} < set(by_name(found)["kernels-sampler"]["parts"])
+    assert {"heads beside the CPU", "several models beside the CPU", "quantised beside the CPU"} < set(
+        by_name(found)["engine"]["parts"])
     assert by_name(found)["quantised-8b"]["facts"]["8B fp8: start-up"]["captures"] == 0  # of the CPU
     table = output[output.rindex("CPU, dry run") :].rstrip().splitlines()
     assert len(table) <= report.MAX_LINES and table[-1].endswith(".json") and "correct" in table[-2]

@@ -334,11 +334,12 @@ def test_the_tables_that_are_shipped_are_of_this_version():
     with tuned.using(table):
         assert tuned.plain("bf16", 1, 4096, 14336) == tuned.Tile(16, 32, 512, 4, 3)
         assert tuned.plain("bf16", 400, 4096, 14336) is None
-    with tuned.using(tuned.read(files[1])):  # of weights in int8, which were wrong in its run, it says nothing
+    with tuned.using(tuned.read(files[1])):
         shape = tuned.ModelShape(4096, 6144, 14336, 128256)
         assert [tuned.fused(shape, "bf16", rows) for rows in (1, 16, 64, 65, 128)] == [True] * 3 + [False] * 2
-        assert tuned.tile("residual", "fp8", 1, 4096, 14336) == tuned.Tile(16, 64, 128, 2, 4, 8, True)
-        assert tuned.tile("qkv", "int8", 1, 6144, 4096) == tuned.default("qkv", "int8", 1, 6144, 4096)
+        assert tuned.tile("residual", "bf16", 1, 4096, 4096) == tuned.Tile(16, 64, 128, 4, 4, 4, True, True, 512)
+        assert tuned.tile("residual", "int8", 100, 4096, 14336) == tuned.Tile(128, 128, 128, 8, 3, 4)
+        assert tuned.tile("qkv", "int4-32", 1, 6144, 4096) == tuned.default("qkv", "int4-32", 1, 6144, 4096)
 
 
 def test_default_tiles_are_those_that_a_chain_of_products_liked():

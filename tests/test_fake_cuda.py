@@ -104,7 +104,8 @@ if FAKED:
                 max_num_seqs=4, max_num_lanes=8, max_segment_size=32)
             params = stars.SamplingParams(max_tokens=24, seed=3)
             for refused in (stars.MARA(), stars.PersonaJudge()):
-                with pytest.raises(stars.RequestError, match=f"{type(refused).__name__} is not available on a GPU yet"):
+                with pytest.raises(stars.RequestError, match=f"{type(refused).__name__} is not available on a GPU yet: "
+                                   'device="cpu" runs it'):
                     engine.generate(PROMPTS[:2], params, refused, use_tqdm=False)
             for method in (stars.TokenGuidance(), stars.RewardGuidedSpeculation(reward_threshold=0.3),
                            stars.RewardGuidedSpeculation(variant="gsi", reward_threshold=0.3, beta=1.0)):

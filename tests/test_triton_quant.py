@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from stars.kernels.gpu_schemes import served
 from stars.kernels.linear import Weight, pack
 from stars.kernels.quant import QuantWeight, dequantize, quantize
+from stars.kernels.types import Stream
+from test_gpu_schemes import blocks
 from test_triton_skinny import (
     EPS,
     Bounded,
@@ -28,7 +31,7 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from stars.kernels.triton import dequant, linear, skinny, tuned
+    from stars.kernels.triton import dequant, embedding, linear, skinny, tuned
     from stars.kernels.triton.tuned import Tile
 
     @triton.jit
@@ -285,6 +288,48 @@ def test_what_does_not_fit_is_refused():
         linear.linear(torch.ones(5, 64), weight, torch.empty(5, 37))
     with pytest.raises(ValueError, match="out is \\[5, 36\\], expected \\[5, 37\\]"):
         linear.linear(torch.ones(5, 384), weight, torch.empty(5, 36))
+
+
+# -- matrices of files, and tables that are looked up ---------------------------------------------------------------
+
+
+def test_products_with_matrices_of_files():
+    """Blocks of q4_0, and groups of 64 with zeros, as AWQ and GPTQ have them."""
+    for quant in (blocks("q4_0", 37, 4), quantize(numbers(37, 128, seed=3), "int4", 64, asymmetric=True)):
+        [four] = served([quant], torch.bfloat16)
+        weight = pack(four)
+        for rows, dtype in ((1, torch.bfloat16), (17, torch.float16), (33, torch.float32)):
+            x = numbers(rows, 128, seed=rows, dtype=dtype)
+            linear.linear(x, weight, out := torch.full((rows, 37), torch.nan, dtype=dtype))
+            product_of(x, weight).holds(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # to bfloat16 the interpreter cuts off
+def test_rows_of_an_int8_table(dtype):
+    """As numbers in float32, rounded once; NaN outside the vocabulary; and as the stream of a fused pass."""
+    quant = quantize(numbers(19, 1056, seed=1), "int8")
+    ids = torch.tensor([0, 18, -1, 7, 19], dtype=torch.int32)
+    wanted = dequantize(quant, dtype)[ids.clamp(0, 18).long()]
+    wanted[2], wanted[4] = torch.nan, torch.nan
+    embedding.embedding(ids, pack(quant), out := torch.zeros(5, 1056, dtype=dtype))
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+    stream = Stream(torch.zeros_like(out), torch.zeros_like(out), torch.zeros(5, 33))
+    gain = torch.linspace(0.5, 2.0, 1056)
+    skinny.embedding_scaled(ids, pack(quant), gain, stream)
+    torch.testing.assert_close(stream.residual, wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(stream.scaled, (wanted.float() * gain).to(dtype), rtol=0, atol=0, equal_nan=True)
+    squares = wanted.float().square().view(5, 33, 32).sum(2)
+    torch.testing.assert_close(stream.squares, squares, rtol=32 * 2.0**-24, atol=0, equal_nan=True)
+
+
+def test_a_table_of_another_scheme_is_refused():
+    quant = quantize(numbers(19, 64, seed=2), "int4", 32)
+    out = torch.zeros(1, 64)
+    with pytest.raises(ValueError, match="embedding: the table is int4-32"):
+        embedding.embedding(torch.zeros(1, dtype=torch.int32), pack(quant), out)
+    with pytest.raises(ValueError, match="embedding_scaled: the table is in int4-32"):
+        skinny.embedding_scaled(torch.zeros(1, dtype=torch.int32), pack(quant), torch.ones(64),
+                                Stream(out, out, torch.zeros(1, 2)))
 
 
 run_in_interpreter(globals())

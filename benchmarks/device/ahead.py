@@ -216,6 +216,7 @@ def _engines() -> None:
     import engine_checks
     import fake_cuda
     import torch
+    from timing import rehearsal
 
     from stars import engine, reward
 
@@ -226,8 +227,10 @@ def _engines() -> None:
             engine_checks.complete(engine_checks.engine("cuda", "toy", torch.float32, score_by=score_by),
                                    engine_checks.PROMPTS)
         for scheme in engine_checks.SCHEMES:
-            engine_checks.complete(engine_checks.engine("cuda", "toy", torch.float32, scheme=scheme),
-                                   engine_checks.PROMPTS)
+            with rehearsal():  # whatever the weights are
+                one = engine_checks.engine("cuda", "toy", torch.float32, scheme=scheme)
+            engine_checks.complete(one, engine_checks.PROMPTS)
+        engine_checks.complete(engine_checks.of_files("cuda"), engine_checks.PROMPTS, policy=engine_checks.OF_SHIPPED)
         one = engine_checks.engine("cuda", "toy", torch.float32, several=True)
         for policy in engine_checks.SEVERAL.values():
             engine_checks.complete(one, engine_checks.PROMPTS, policy=policy)

@@ -10,18 +10,21 @@ import torch
 from compare import one_order, same, within
 from kernel_rows import draw_from
 from launchers import launchers
-from models import as_quantised
+from models import as_quantised, random_blocks
 from parallel import run_apart
 from record import Record, Settings
 from timing import rehearsing
 from torch import Tensor
 
 from stars.kernels.embedding_scaled import embedding_scaled_reference
+from stars.kernels.gpu_schemes import served
 from stars.kernels.linear import Weight, linear_reference, pack
 from stars.kernels.linear_normed import linear_normed_reference
 from stars.kernels.linear_residual import linear_residual_reference
 from stars.kernels.linear_swiglu import linear_swiglu_reference
 from stars.kernels.qkv_rope import qkv_rope_reference
+from stars.kernels.quant import dequantize
+from stars.kernels.quant_blocks import LAYOUTS
 from stars.kernels.rope_write import rope_write_reference
 from stars.kernels.triton import tuned
 from stars.kernels.triton.tuned import Table
@@ -43,8 +46,9 @@ TOY = Sizes(hidden=128, heads=3, kv_heads=1, head_dim=16, intermediate=128, voca
 
 
 def run(record: Record, settings: Settings) -> None:
-    """A scheme a part."""
-    run_apart(record, settings, {scheme: partial(of_scheme, scheme=scheme) for scheme in SCHEMES}, most=7)
+    """A scheme a part, and matrices as files have them."""
+    run_apart(record, settings, {scheme: partial(of_scheme, scheme=scheme) for scheme in SCHEMES} | {
+        "matrices of files": of_files}, most=7)
 
 
 def of_scheme(record: Record, settings: Settings, scheme: str) -> None:
@@ -56,6 +60,39 @@ def of_scheme(record: Record, settings: Settings, scheme: str) -> None:
         layer(record, settings, scheme, rows, sizes)
     if not settings.dry and scheme != "fp32":
         dependents(record, settings, scheme)
+
+
+def of_files(record: Record, settings: Settings) -> None:
+    """Blocks are on the device what they are on the CPU, bit for bit; products with them, lookups in int8."""
+    ops, dtype = launchers(settings.dry), torch.bfloat16
+    for scheme in LAYOUTS:
+        with record.checking(f"blocks of {scheme}"):
+            stored = random_blocks(scheme, 333, 4)
+            moved = stored._replace(values=stored.values.to(settings.device), scales=stored.scales.to(settings.device))
+            [mine], [theirs] = served([moved], dtype), served([stored], dtype)
+            fields = {"numbers": (mine, theirs)} if isinstance(mine, Tensor) else {
+                "values": (mine.values, theirs.values), "scales": (mine.scales, theirs.scales)}
+            for field, (got, wanted) in fields.items():
+                same(record, f"blocks of {scheme}: {field}", got, wanted)
+            weight = pack(mine)
+            for rows in (5, 40):
+                x = draw_from(settings.device, rows)(rows, weight.in_features).to(dtype)
+                got, plain = (torch.full((rows, 333), torch.nan, dtype=dtype, device=settings.device) for _ in range(2))
+                ops.linear(x, weight, got)
+                linear_reference(x, weight, plain)
+                exact = x.double() @ weight.dense().double().t()
+                chain = 6 * exact.std().item() * (torch.finfo(dtype).eps / 2) * (2 / 3) ** 0.5  # as `Case.chain`
+                within(record, f"blocks of {scheme}: a product of {rows} rows", got, plain, exact, chain=chain)
+    table = as_quantised(draw_from(settings.device, 3)(333, 640), "int8")
+    ids = torch.tensor([0, 332, 7, 7, 100], dtype=torch.int32, device=settings.device)
+    for kind in (torch.bfloat16, torch.float32):
+        ops.embedding(ids, pack(table), got := torch.full((5, 640), torch.nan, dtype=kind, device=settings.device))
+        same(record, f"embedding of int8 to {str(kind)[6:]}", got, dequantize(table, kind)[ids.long()])
+        stream = Stream(torch.full_like(got, torch.nan), torch.full_like(got, torch.nan),
+                        torch.full((5, 20), torch.nan, device=settings.device))
+        ops.embedding_scaled(ids, pack(table), torch.ones(640, device=settings.device), stream)
+        same(record, f"embedding_scaled of int8 to {str(kind)[6:]}: residual", stream.residual, got)
+        same(record, f"embedding_scaled of int8 to {str(kind)[6:]}: scaled", stream.scaled, got)
 
 
 def first(record: Record, settings: Settings, scheme: str) -> None:

@@ -11,7 +11,8 @@ from timing import rehearsing
 from torch import Tensor
 
 from stars.kernels.linear import Weight, pack
-from stars.kernels.quant import FP8, QuantWeight, quantize
+from stars.kernels.quant import FP8, QuantWeight, of_blocks, quantize
+from stars.kernels.quant_blocks import LAYOUTS
 from stars.model.config import ModelConfig, parse_config
 from stars.model.decoder import Decoder, LayerWeights
 from stars.model.heads import RewardHead
@@ -126,6 +127,16 @@ def as_quantised(matrix: Tensor, scheme: str) -> QuantWeight:
     parts = [quantize(rows, kind, int(group or 0)) for rows in matrix.split(1 << 15)]
     return parts[0]._replace(values=torch.cat([part.values for part in parts]),
                              scales=torch.cat([part.scales for part in parts]))
+
+
+def random_blocks(scheme: str, rows: int, count: int) -> QuantWeight:
+    """Blocks as GGUF files hold them, on the CPU: random bytes, and ordinary scales of either sign."""
+    layout, draw = LAYOUTS[scheme], torch.Generator().manual_seed(rows)
+    values = torch.randint(0, 256, (rows, count, layout.nbytes), generator=draw).to(torch.uint8)
+    for first in [208] if scheme == "q6_k" else [0] if scheme in ("q8_0", "q4_0", "q5_0") else [0, 2]:
+        scale = (0.01 * torch.randn(rows, count, 1, generator=draw)).half()
+        values[:, :, first : first + 2] = scale.contiguous().view(torch.uint8)
+    return of_blocks(values.flatten(1), scheme)
 
 
 def scoring_over(decoder: Decoder) -> Decoder:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
-ENGINE = ("dtype", "quantization", "reward_quantization", "deterministic", "cache_tokens", "gpu_memory_utilization",
-          "max_model_len", "max_num_seqs", "max_num_lanes", "max_num_batched_tokens")
+ENGINE = ("device", "dtype", "quantization", "reward_quantization", "deterministic", "cache_tokens",
+          "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_lanes", "max_num_batched_tokens")
 REWARD = {"reward_head": "head", "reward_template": "template", "reward_close": "close"}
 """Flags of a model directory, with their names in its class."""
 IMPLICIT = ("beta", "length_normalised")
@@ -134,8 +134,11 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Sizes and arithmetic of the engine."""
     group = parser.add_argument_group("engine (defaults are those of stars.Engine)")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                       help="of the stored matrices; bfloat16 also of their products, where the CPU has them")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"),
+                       help="where it runs (auto: a GPU that serves the model, where there is one, else the CPU)")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
+                       help="of the stored matrices; bfloat16 also of their products, where the CPU has them; float16 "
+                       "on a GPU alone")
     for name, what in (("--quantization", "the language model's"), ("--reward-quantization", "the reward model's")):
         group.add_argument(name, choices=("int8", "int4"),
                            help=f"what {what} matrices are rounded to as they are read (as they are stored)")

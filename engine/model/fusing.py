@@ -47,7 +47,8 @@ def fusing(config: ModelConfig, dtype: torch.dtype, weights: Iterable[tuple[str,
     if not fusable(config, dtype) or any(weight.deterministic or (weight.quant is None and weight.values.dtype != dtype)
                                          for _, weight in weights):
         return None
-    products = {Product(end, weight.scheme, weight.out_features, weight.in_features,
+    wide = dtype == torch.float32
+    products = {Product(end, tuned.called(weight.scheme, wide), weight.out_features, weight.in_features,
                         config.head_dim if end == "qkv" else 0) for end, weight in weights}
     layers = [weight for end, weight in weights if end != "normed"]
     stored = next((weight for weight in layers if weight.quant is not None), layers[0])
@@ -69,7 +70,7 @@ def split_bytes(config: ModelConfig, dtype: torch.dtype, scheme: str, scores: bo
     """Bytes of the room that a decoder on a GPU reserves, all of its matrices stored in `scheme`; `scores`: a reward
     model's.
     """
-    shape = _shape(config, scores)
+    shape, scheme = _shape(config, scores), tuned.called(scheme, dtype == torch.float32)
     hidden, intermediate = config.hidden_size, config.intermediate_size
     products = {Product("qkv", scheme, shape.qkv, hidden, config.head_dim),
                 Product("residual", scheme, hidden, config.num_heads * config.head_dim),

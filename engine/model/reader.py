@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stars import kernels
 from stars.errors import ModelError
+from stars.kernels.gpu_schemes import served
 from stars.kernels.linear import Arithmetic, Weight
 from stars.kernels.quant import QuantWeight, Rounded, dequantize, quantize
 from stars.kernels.quant import rows as rows_of
@@ -100,7 +101,10 @@ class Reader:
         arithmetic: Arithmetic = "bfloat16" if self.rounded else "float32"
         plain = [part for part in parts if isinstance(part, Tensor)]
         if len(plain) < len(parts):
-            return kernels.pack_rows([self._moved(part) for part in parts], bias, self.deterministic, arithmetic)
+            moved = [self._moved(part) for part in parts]
+            if self.kind is not None:
+                moved = [*served(moved, self.kind, looked_up=layers[0].endswith("embed_tokens"))]
+            return kernels.pack_rows(moved, bias, self.deterministic, arithmetic)
         # bfloat16 is kept as such: it is exact and half the bytes; all else becomes float32, which is exact too
         keep = self.rounded or {part.dtype for part in plain} == {torch.bfloat16}
         kind = self.kind or (torch.bfloat16 if keep else torch.float32)

@@ -303,16 +303,22 @@ def product_kernel(
 
 
 @triton.jit
-def embedding_scaled_kernel(token_ids, table, gain, residual, scaled, squares, vocab, HIDDEN: tl.constexpr,
-                            BLOCK: tl.constexpr):
-    """Grid (rows, blocks of a row); a token outside the vocabulary gives NaN."""
+def embedding_scaled_kernel(token_ids, table, scales, gain, residual, scaled, squares, vocab, HIDDEN: tl.constexpr,
+                            SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (rows, blocks of a row); a token outside the vocabulary gives NaN. SCALED: the table is int8."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < HIDDEN
     token = tl.load(token_ids + row)
     # A width, not `inside & known`: the interpreter takes a scalar with a block of booleans for an int32.
-    known = tl.where((token >= 0) & (token < vocab), HIDDEN, 0)
-    stream = tl.load(table + token.to(tl.int64) * HIDDEN + column, mask=column < known, other=float("nan"))
+    there = (token >= 0) & (token < vocab)
+    known = tl.where(there, HIDDEN, 0)
+    if SCALED:
+        scale = tl.load(scales + token, mask=there, other=float("nan"))
+        number = tl.load(table + token.to(tl.int64) * HIDDEN + column, mask=column < known, other=0)
+        stream = number.to(tl.float32) * scale
+    else:
+        stream = tl.load(table + token.to(tl.int64) * HIDDEN + column, mask=column < known, other=float("nan"))
     stream = stream.to(residual.dtype.element_ty)
     tl.store(residual + row * HIDDEN + column, stream, mask=inside)
     stream = stream.to(tl.float32)
@@ -366,7 +372,10 @@ def linear_normed(stream: Stream, weight: Weight, eps: float, out: Tensor, space
 
 def embedding_scaled(token_ids: Tensor, weight: Weight, gain: Tensor, stream: Stream) -> None:
     """As `stars.kernels.embedding_scaled`; a token outside the vocabulary becomes NaN."""
-    table = weight.dense()
+    quant = weight.quant
+    if quant is not None and quant.scheme != "int8":
+        raise ValueError(f"embedding_scaled: the table is in {quant.name}, expected numbers or int8")
+    table, scales = (weight.dense(), gain) if quant is None else (quant.values, quant.scales)
     rows, hidden = stream.residual.shape
     _check("embedding_scaled", token_ids=token_ids, table=table, gain=gain, **stream._asdict())
     if table.shape[1] != hidden or hidden % SUMMED or token_ids.shape != (rows,) or gain.shape != (hidden,):
@@ -374,7 +383,8 @@ def embedding_scaled(token_ids: Tensor, weight: Weight, gain: Tensor, stream: St
                          f"{list(gain.shape)}: expected rows of {hidden}, a multiple of {SUMMED}, and [{rows}]")
     if rows:
         embedding_scaled_kernel[(rows, triton.cdiv(hidden, EMBEDDED))](
-            token_ids, table, gain, *stream, table.shape[0], HIDDEN=hidden, BLOCK=EMBEDDED, num_warps=4)
+            token_ids, table, scales, gain, *stream, table.shape[0], HIDDEN=hidden, SCALED=quant is not None,
+            BLOCK=EMBEDDED, num_warps=4)
 
 
 def plain(x: Tensor, weight: Weight, out: Tensor) -> None:
@@ -407,7 +417,7 @@ def launch(
     `tuned.needed`.
     """
     rows, in_features = x.shape
-    scheme, out_features = weight.scheme, weight.out_features
+    scheme, out_features = tuned.called(weight.scheme, x.dtype == torch.float32), weight.out_features
     matrix, quant = weight.values, weight.quant
     _check(f"a product with end {end}", x=x, weight=matrix, **({} if stream is None else stream._asdict()))
     if in_features != weight.in_features:
@@ -429,8 +439,8 @@ def launch(
                          f"meet in {floats} numbers and {tickets} tickets: reserve what `tuned.room` says")
     units, tiles, _ = tuned.units_of(end, tile, out_features, head_dim)
     pdl = tile.pdl and matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) >= (9, 0)
-    values = matrix.view(torch.uint8) if scheme == "fp8" else matrix  # not every card has the type, all have bytes
     kind, scales, zeros = ("none", matrix, None) if quant is None else (quant.scheme, quant.scales, quant.zeros)
+    values = matrix.view(torch.uint8) if kind == "fp8" else matrix  # not every card has the type, all have bytes
     # x and the matrix stand in for what an end does not read.
     product_kernel[(triton.cdiv(rows, tile.rows), units * tiles * tile.splits)](
         x, values, scales, zeros, matrix if weight.bias is None else weight.bias, x if out is None else out,
@@ -490,7 +500,10 @@ def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_fe
     """
     scale = scale or ("fp16" if group == 32 else "fp32")
     stored = kind if scheme == "none" else f"{scheme}-{group}" if group else scheme
-    chosen = tuned.default(end, stored, rows, out_features, in_features, tuned.SHARED[80]) if tile is None else tile
+    chosen = tile
+    if chosen is None:
+        asked = tuned.called(stored, kind == "fp32")
+        chosen = tuned.default(end, asked, rows, out_features, in_features, tuned.SHARED[80])
     if end == "qkv":
         chosen = tuned.of_heads(chosen, head_dim)
     constexprs = dict(
@@ -553,16 +566,20 @@ def variants() -> list[Variant]:
                   for rows in (32, 64)]
         found += [_variant("896 4864 bias", "residual", "fp16", 128, 896, 4864, bias=True, arches=(80,), **stored),
                   _variant("9728 896 bias", "swiglu", "fp16", 1, 9728, 896, bias=True, **stored),
-                  _variant("1000 1152", "plain", "fp32", 1, 1000, 1152, **stored)]
+                  _variant("1000 1152", "plain", "fp32", 1, 1000, 1152, **stored),
+                  _variant("896 4864", "residual", "fp32", 64, 896, 4864, **stored),
+                  _variant("6144 4096", "qkv", "fp32", 64, 6144, 4096, heads=32, kv_heads=8, head_dim=128, **stored)]
     for group in (32, 128):
         found += [_variant(f"1000 1152 zeros, {rows} rows", "plain", kind, rows, 1000, 1152, scheme="int4", group=group,
                            zeros=True) for rows in (1, 64) for kind in ("bf16", "fp16")]
     found += [_variant(f"1000 1152 wide scales, {rows} rows", "plain", "bf16", rows, 1000, 1152, scheme="int4",
                        group=32, zeros=True, scale="fp32") for rows in (1, 64)]
     for kind in ("bf16", "fp16", "fp32"):
-        found.append(Variant(
-            f"embedding_scaled {kind}", embedding_scaled_kernel,
-            {"token_ids": "*i32", "table": f"*{kind}", "gain": "*fp32", "residual": f"*{kind}", "scaled": f"*{kind}",
-             "squares": "*fp32", "vocab": "i32", "HIDDEN": "constexpr", "BLOCK": "constexpr"},
-            {"HIDDEN": 4096, "BLOCK": EMBEDDED}, 4, 1))
+        for name, table in ((f"embedding_scaled {kind}", kind), (f"embedding_scaled {kind} int8", "i8")):
+            found.append(Variant(
+                name, embedding_scaled_kernel,
+                {"token_ids": "*i32", "table": f"*{table}", "scales": "*fp32", "gain": "*fp32", "residual": f"*{kind}",
+                 "scaled": f"*{kind}", "squares": "*fp32", "vocab": "i32",
+                 **dict.fromkeys(("HIDDEN", "SCALED", "BLOCK"), "constexpr")},
+                {"HIDDEN": 4096, "SCALED": table == "i8", "BLOCK": EMBEDDED}, 4, 1))
     return found

@@ -50,6 +50,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99
 """KiB of shared memory a block may have, by compute capability."""
 
 _FLOATS = ("bf16", "fp16", "fp32")
+_IN_FLOAT32 = " in fp32"
 
 
 class Tile(NamedTuple):
@@ -79,7 +80,7 @@ class Product(NamedTuple):
     """A product of a fused pass, as `room` wants to know it."""
 
     end: str  # "qkv", "residual", "swiglu", "normed" or "plain"
-    scheme: str  # of its weight
+    scheme: str  # of its weight, as `called`
     out_features: int
     in_features: int
     head_dim: int = 0  # of "qkv"
@@ -95,6 +96,14 @@ class Table(NamedTuple):
 
 _in_force: list[Table] = []
 """The tables of the `using` that are open, the innermost last."""
+
+
+def called(scheme: str, float32: bool) -> str:
+    """A weight's scheme as tiles are asked for by: "int8 in fp32" where activations are float32 beside a quantised one.
+
+    Such a product has no tensor core: in the tiles of the others its sums leave no registers.
+    """
+    return scheme + _IN_FLOAT32 if float32 and scheme not in _FLOATS else scheme
 
 
 def slug(gpu: str) -> str:
@@ -184,7 +193,7 @@ def default(end: str, scheme: str, rows: int, out_features: int, in_features: in
     """
     shared = _shared() if shared is None else shared
     floats = scheme in _FLOATS
-    if scheme == "fp32":  # without tensor cores
+    if scheme == "fp32" or scheme.endswith(_IN_FLOAT32):  # without tensor cores
         chosen = Tile(16, 32, 32, 4, 2)
     elif not floats:
         chosen = _quantised(rows, shared)
