@@ -131,7 +131,9 @@ def test_a_null_pointer_is_refused_where_there_is_something_to_read(name):
 @pytest.mark.parametrize("name, changes", [
     ("linear", {"in_features": 0}), ("linear", {"out_features": 0}), ("linear", {"dtype": 3}),
     ("linear", {"dtype": -1}), ("embedding", {"hidden": 0}), ("embedding", {"vocab": 0}), ("embedding", {"dtype": 3}),
-    ("rms_norm", {"hidden": 0}), ("rms_norm", {"eps": float("nan")}), ("swiglu", {"intermediate": 0}),
+    ("rms_norm", {"hidden": 0}), ("rescale", {"width": 0}),
+    ("rescale", {"softcap": float("nan")}), ("swiglu", {"activation": 2}), ("swiglu", {"activation": -1}),
+    ("rms_norm", {"eps": float("nan")}), ("swiglu", {"intermediate": 0}),
     ("take_rows", {"width": 0}), ("rope_write", {"heads": 0}), ("attention", {"heads": 0}),
     ("attention", {"heads": 3}), ("sample_step", {"vocab": 0}), ("copy_rows", {"width": 0}),
     ("copy_rows", {"source_rows": 0}), ("copy_rows", {"target_rows": 0}), ("append_draft", {"vocab": 0}),
