@@ -16,8 +16,7 @@ from stars.bindings.params import Fields, Struct, Value
 from stars.bindings.recording import run
 
 if TYPE_CHECKING:
-    from stars.kernels.swiglu import Activation
-    from stars.kernels.types import Batch, Draft, LaneState, LayerKV, Penalties, TrailingRows
+    from stars.kernels.types import Activation, Batch, Draft, LaneState, LayerKV, Penalties, TrailingRows
 
 
 class Operation:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from stars.kernels.dispatch import operation
-
-Activation = Literal["silu", "gelu_tanh"]
+from stars.kernels.types import Activation
 
 
 def swiglu_reference(gate_up: Tensor, out: Tensor, activation: Activation = "silu") -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+Activation = Literal["silu", "gelu_tanh"]
+"""Of the MLP's gate."""
 
 
 class LayerKV(NamedTuple):

@@ -64,7 +64,7 @@ def test_an_engine_chooses_longrope_by_max_model_len(tiny_model):
     assert engine.config.max_model_len == 100
     params = stars.SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     [output] = engine.generate({"prompt_token_ids": list(LONG)}, params, use_tqdm=False)
-    assert output.outputs[0].token_ids == (int(transformers_logits(directory, LONG)[-1].argmax()),)
+    assert output.outputs[0].token_ids == [int(transformers_logits(directory, LONG)[-1].argmax())]
     with pytest.raises(stars.RequestError, match="max_model_len is 129, the model's context is 128"):
         stars.Engine(directory, max_model_len=129)
 

@@ -165,15 +165,15 @@ def test_an_operation_fills_every_field_by_its_name():
     swiglu = operations.Operation("swiglu")
     out, gate_up = (torch.empty(1, 2), (1, 2)), (torch.ones(1, 4), (1, 4))
     with pytest.raises(TypeError, match="^swiglu: stars_swiglu_params of stars.h and the binding differ in out$"):
-        swiglu(gate_up=gate_up, rows=1, intermediate=2)
+        swiglu(gate_up=gate_up, rows=1, intermediate=2, activation=0)
     with pytest.raises(TypeError, match="differ in bias$"):
-        swiglu(gate_up=gate_up, out=out, rows=1, intermediate=2, bias=None)
+        swiglu(gate_up=gate_up, out=out, rows=1, intermediate=2, activation=0, bias=None)
     with pytest.raises(TypeError, match="differ in out, output$"):
-        swiglu(gate_up=gate_up, output=out, rows=1, intermediate=2)
+        swiglu(gate_up=gate_up, output=out, rows=1, intermediate=2, activation=0)
     with pytest.raises(TypeError, match="swiglu: out of stars_swiglu_params in stars.h takes no int$"):
-        swiglu(gate_up=gate_up, out=7, rows=1, intermediate=2)
+        swiglu(gate_up=gate_up, out=7, rows=1, intermediate=2, activation=0)
     with pytest.raises(TypeError, match="swiglu: stars_swiglu_params of stars.h takes no such numbers: "):
-        swiglu(gate_up=gate_up, out=out, rows=out, intermediate=2)
+        swiglu(gate_up=gate_up, out=out, rows=out, intermediate=2, activation=0)
     with pytest.raises(TypeError, match="attention: batch of stars_attention_params in stars.h takes no int$"):
         operations.Operation("attention")(q=None, out=None, batch=3, kv={}, heads=1, window=0, scale=1.0, softcap=0.0)
 
@@ -182,4 +182,5 @@ def test_an_operation_fills_every_field_by_its_name():
 def test_the_types_of_arrays_are_those_of_the_header():
     swiglu = operations.Operation("swiglu")
     with pytest.raises(ValueError, match="^swiglu: gate_up is float64 .*expected contiguous float32"):
-        swiglu(gate_up=(torch.ones(1, 4).double(), (1, 4)), out=(torch.empty(1, 2), (1, 2)), rows=1, intermediate=2)
+        swiglu(gate_up=(torch.ones(1, 4).double(), (1, 4)), out=(torch.empty(1, 2), (1, 2)), rows=1, intermediate=2,
+               activation=0)

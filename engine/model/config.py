@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stars.errors import ModelError
-from stars.kernels.swiglu import Activation
+from stars.kernels.types import Activation
 from stars.model.bases import model_directory
 from stars.model.checkpoint import Checkpoint
 from stars.model.families import FAMILIES, Family, Norms

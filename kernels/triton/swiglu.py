@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stars.kernels.swiglu import Activation
 from stars.kernels.triton.functions import tanh
 from stars.kernels.triton.variant import Variant
+from stars.kernels.types import Activation
 
 BLOCK = 1024
 
