@@ -5,8 +5,8 @@
 Both rewards are the body of the language model with one random head. One keeps the tokenizer; the other has that of
 --tokenizer (the shipped pair's, if left out), with as many of the body's embeddings as this has tokens. What such a
 model says is worth nothing, and not needed: attempts are accepted by the same uniforms whatever their rewards are, so
-both engines draw as many. Texts are equal until a segment has no accepted attempt and the best is kept (equal_texts says
-how often they are). Runs alternate in one process.
+both engines draw as many. Texts are equal until a segment has no accepted attempt and the best is kept (equal_texts
+says how often they are). Runs alternate in one process.
 
 A text of other tokens is encoded again from its beginning at each attempt, and what the last segment's end has changed
 is read again. Counted are those tokens, and the seconds of encoding. Where the machine has other work, go by the
