@@ -5,10 +5,12 @@
 Both rewards are the body of the language model with one random head. One keeps the tokenizer; the other has that of
 --tokenizer (the shipped pair's, if left out), with as many of the body's embeddings as this has tokens. What such a
 model says is worth nothing, and not needed: attempts are accepted by the same uniforms whatever their rewards are, so
-both engines draw the same tokens, and only scoring differs. Runs alternate in one process.
+both engines draw as many. Texts are equal until a segment has no accepted attempt and the best is kept (equal_texts
+says how often they are). Runs alternate in one process.
 
 A text of other tokens is encoded again from its beginning at each attempt, and what the last segment's end has changed
-is read again. Counted are those tokens, and the seconds of encoding.
+is read again. Counted are those tokens, and the seconds of encoding. Where the machine has other work, go by the
+processor's time, on one thread: threads that wait for each other spend it, too.
 """
 
 from __future__ import annotations
@@ -132,17 +134,21 @@ def main() -> None:
     tokens: dict[str, list[int]] = {name: [] for name in engines}
     drawn: dict[str, list[list[int]]] = {name: [] for name in engines}
 
+    processor: dict[str, list[float]] = {name: [] for name in engines}
+
     def run(name: str, index: int) -> None:
+        begin = time.process_time()
         params = [stars.SamplingParams(max_tokens=options.tokens, ignore_eos=True, seed=100 * index + one)
                   for one in range(len(prompts))]
         with forced_accept(RATE):
             outputs = engines[name].generate(prompts, params, policy, use_tqdm=False)
         drawn[name].append([token for output in outputs for token in output.outputs[0].token_ids])
         tokens[name].append(len(drawn[name][-1]))
+        processor[name].append(time.process_time() - begin)
 
     seconds = interleave({name: lambda index, name=name: run(name, index) for name in engines}, options.repeats)
     for name in tokens:
-        del tokens[name][0], drawn[name][0]  # the warm-up's
+        del tokens[name][0], drawn[name][0], processor[name][0]  # the warm-up's
     same_text = statistics.mean(one == other for one, other in zip(drawn["same"], drawn["foreign"], strict=True))
     each = {name: one.a_candidate() for name, one in counts.items()}
     share = counts["foreign"].encoding / sum(seconds["foreign"]) * options.repeats / (options.repeats + 1)
@@ -150,6 +156,9 @@ def main() -> None:
         speedup("aligned, reward of another tokenizer", tokens["foreign"], seconds["foreign"],
                 "reward of the same vocabulary", seconds["same"], their_tokens=tokens["same"],
                 equal_texts=same_text, candidates={name: one.candidates for name, one in counts.items()}),
+        compare("processor time a token", "ms", [1e3 * cpu / n for cpu, n in zip(
+            processor["foreign"], tokens["foreign"], strict=True)], "same vocabulary", [
+                1e3 * cpu / n for cpu, n in zip(processor["same"], tokens["same"], strict=True)]),
         *(compare(f"{what} a candidate", what.partition(", ")[2] or "tokens", [each["foreign"][what]],
                   "same vocabulary", [each["same"][what]]) for what in ("tokens run", "tokens of its own")),
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from stars.kernels import dispatch, graph
 from stars.kernels.linear import Weight, pack
 from stars.kernels.triton import tuned
 from stars.model.decoder import Decoder
+from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.reward import CausalReward
 from toy import ToyModel, ids
 from triton_process import INTERPRETED, run_in_interpreter
@@ -145,6 +148,62 @@ def test_blended_drafts_give_the_text_of_the_cpu(monkeypatch):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.error is None and mine.token_ids == other.token_ids and len(mine.token_ids) > 1
         assert mine.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-4)
+
+
+def letters(folder: Path, merges: list[tuple[str, str]]) -> Tokenizer:
+    """A tokenizer of the letters a to w, and of pairs of them."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    tokens = [*"abcdefghijklmnopqrstuvw", *(one + other for one, other in merges)]
+    backend = Backend(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    backend.decoder = decoders.Fuse()
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+def test_a_reward_of_another_tokenizer_gives_the_cpus_rewards(monkeypatch, tmp_path):
+    """It reads the text again in pairs of letters, of which the end of a segment may cut one."""
+    draw = random.Random(33)  # one whose pairs undo others
+    pairs = [(one, other) for one in "abcdefghijklmnopqrstuvw" for other in "abcdefghijklmnopqrstuvw"]
+    own, its = letters(tmp_path / "own", []), letters(tmp_path / "its", draw.sample(pairs, 500))
+    lm, rm = (as_on_a_gpu(ToyModel(seed=seed, head=head, **(SIZES | dict(vocab=vocab, layers=1))).decoder())
+              for seed, head, vocab in ((1, "lm", 23), (2, "reward", 523)))
+
+    def decoded(lm: Decoder, rm: Decoder) -> tuple[stars.CompletionOutput, list[tuple[int, int]]]:
+        reward = CausalReward(rm, tokenizer=its, template="raw")
+        engine = stars.Engine(lm, reward, tokenizer=own, cache_tokens=256, page_size=16, max_num_seqs=2,
+                              max_num_lanes=4, max_segment_size=3)
+        assert reward.needs_text
+        known, planned = [], reward._plan  # of each candidate: what of it was held, and what was kept of that
+
+        def noted(candidate):
+            plan = planned(candidate)
+            known.append((len(plan.session.committed), plan.start))
+            return plan
+
+        reward._plan = noted
+        policy = stars.STARS(segment_size=3, max_attempts=2, beta=0.3, reward_threshold=1.0, width=2)
+        [output] = engine.generate("wadecat", stars.SamplingParams(max_tokens=8, seed=5, ignore_eos=True), policy,
+                                   use_tqdm=False)
+        engine.check_integrity()
+        return output.outputs[0], known
+
+    theirs, kept = decoded(as_dequantised(lm), as_dequantised(rm))
+    monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
+    monkeypatch.setattr(graph, "column", lambda done: "reference")
+    work_as(monkeypatch, PADDED)
+    ours, also = decoded(lm, rm)
+    assert ours.error is None and ours.token_ids == theirs.token_ids and len(ours.token_ids) == 8
+    read = [[(one.token_ids, one.accepted) for segment in each.segments for one in segment.attempts]
+            for each in (ours, theirs)]
+    assert read[0] == read[1] and len(read[0]) > 4
+    for segment, same in zip(ours.segments, theirs.segments, strict=True):
+        for attempt, its_own in zip(segment.attempts, same.attempts, strict=True):
+            assert attempt.reward == pytest.approx(its_own.reward, abs=1e-4)
+    assert any(start < held for held, start in kept), "no pair was cut"
+    assert any(start < held for held, start in also)
 
 
 run_in_interpreter(globals())
