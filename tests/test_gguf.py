@@ -65,7 +65,15 @@ def test_every_type_gives_the_logits_of_its_numbers(gguf_model, kind):
     (TinyModel("llama", rope="yarn"), "F32",
      {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0,
       "llama__rope__scaling__original_context_length": 32}),
-], ids=["qwen2", "qwen3", "qwen3-bias", "linear", "older-linear", "yarn"])
+    (TinyModel("llama", rope="llama3", head_dim=10), "F16", {"llama__attention__key_length": 10,
+                                                            "llama__attention__value_length": 10}),
+    (TinyModel("gemma2", hidden=64, heads=4, head_dim=24, window=3, intermediate=96, tied=True), "Q8_0", {}),
+    (TinyModel("gemma3_text", hidden=64, heads=4, head_dim=24, window=3, intermediate=96, layers=8, tied=True),
+     "Q5_0", {}),
+    (TinyModel("phi3", hidden=64, heads=4, kv_heads=2, intermediate=96, window=3), "Q4_1", {}),
+    (TinyModel("phi3", hidden=40, heads=4, rope="longrope"), "BF16", {}),
+], ids=["qwen2", "qwen3", "qwen3-bias", "linear", "older-linear", "yarn", "llama3", "gemma2", "gemma3", "phi3",
+        "longrope"])
 def test_architectures_and_rotations(gguf_model, tiny, kind, metadata):
     path = gguf_model(tiny, kind, **metadata)
     close(logits(path), logits(path.with_suffix("")))
