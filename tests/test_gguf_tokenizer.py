@@ -15,10 +15,13 @@ from stars.model.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from tiny_models import SENTENCES  # noqa: E402
 
 TEXTS = (
-    "Hello world", "  two  spaces   three", "tabs\t\tand\nnew\n\nlines\r\n", "1234 56 7,890.12", " leading", "trailing ",
-    "é è naïve façade Größe 東京 🙂 👩‍👩‍👧", "don't won't I'LL we've", "<|eot_id|>user\nhi</s>\n", "<bos>a<end_of_turn>b<think>c",
+    "Hello world", "  two  spaces   three", "tabs\t\tand\nnew\n\nlines\r\n", "1234 56 7,890.12", " leading",
+    "trailing ",
+    "é è naïve façade Größe 東京 🙂 👩‍👩‍👧", "don't won't I'LL we've", "<|eot_id|>user\nhi</s>\n",
+    "<bos>a<end_of_turn>b<think>c",
     "x=1;\n\tif (a<=b) { return; }", "", "   ", "\u00a0\u2003x", "e\u0301 combining", "aaaaaaaaaaaaaaaaaaaaaaaaa",
-    "▁already ▁▁", "<0x41> <unk> [multimodal]", "\x00\x01\x7f", "camelCase HTTPServer", "\n\n\n", "  \n  a", "Numbers 3, 14",
+    "▁already ▁▁", "<0x41> <unk> [multimodal]", "\x00\x01\x7f", "camelCase HTTPServer", "\n\n\n", "  \n  a",
+    "Numbers 3, 14",
     "the dog and the fox", "Once upon a time",
 )
 LEARNT = [*SENTENCES, *TEXTS]
@@ -65,7 +68,7 @@ def test_smollm_splits_off_digits(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "phi3"])
 def test_sentencepiece(tmp_path, architecture):
-    """Merges are found again by scores, of gemma by the order of its tokens; BOS is put in front unless asked not to."""
+    """Merges are found again by scores, of gemma by the order of its tokens; BOS is put in front unless asked not."""
     path = write_vocabulary(tmp_path / "model.gguf", architecture, sentencepiece_fields(LEARNT))
     ours = load_tokenizer(path)
     # transformers gives </s> an id beyond the vocabulary where a llama file has none
