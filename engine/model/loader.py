@@ -36,9 +36,9 @@ from stars.model.head_files import (
 )
 from stars.model.heads import RewardHead
 from stars.model.normalisation import STATISTICS
-from stars.model.quantization import checked_quantization, rounding
 from stars.model.quantised_config import storage_of
 from stars.model.quantised_files import QuantisedCheckpoint
+from stars.model.quantization import checked_quantization, rounding
 from stars.model.reader import DTYPES, Reader, read_layer
 from stars.model.rope import rope_tables
 from stars.model.source import TensorInfo, TensorSource
