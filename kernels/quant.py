@@ -156,7 +156,7 @@ def quantize(matrix: Tensor, scheme: Rounded, group: int = 0, asymmetric: bool =
     if asymmetric and scheme != "int4":
         raise ValueError(f"quantize: {scheme} has no zeros, leave asymmetric out")
     wide = matrix.float()
-    if not bool(wide.isfinite().all()):
+    if wide.numel() and not bool(torch.stack(wide.aminmax()).isfinite().all()):  # NaN is either's
         raise ValueError("quantize: matrix has NaN or infinity, give finite weights")
     if scheme == "int4":
         return _quantize_int4(wide, group, asymmetric)

@@ -234,9 +234,11 @@ def test_models_and_rewards_that_are_none(tmp_path):
 
 
 QUANTISED = [
-    ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"), ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
-    ({"quant_method": "fp8", "activation_scheme": "static"}, "fp8"), ({"quant_method": "mxfp4"}, "mxfp4"),
-    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "compressed-tensors"),
+    ({"quant_method": "awq", "bits": 3, "group_size": 128}, "awq of bits = 3"),
+    ({"quant_method": "bitsandbytes"}, "bitsandbytes"), ({"quant_method": "mxfp4"}, "mxfp4"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 in blocks of [128, 128]"),
+    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+     "compressed-tensors in the format 'nvfp4-pack-quantized'"),
     ({"bits": 3}, "an unnamed method"), ("4 bits", "an unnamed method"),
     ({"quant_method": "a\nb"}, "an unnamed method"),
 ]
@@ -251,7 +253,7 @@ def test_a_checkpoint_that_is_quantised_otherwise(tiny_model, copied, monkeypatc
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     monkeypatch.setattr(Checkpoint, "read", lambda *given: pytest.fail("a tensor was read"))
     models = (copy,) if head == "lm" else (LM.decoder(), copy)
-    refused(stars.ModelError, f"is quantised with {method}, which is not supported: use the float32, bfloat16 or "
+    refused(stars.ModelError, f"is quantised with {method}, which is not supported: use its float32, bfloat16 or "
             "float16 model", stars.Engine, *models, cache_tokens=512)
 
 

@@ -334,7 +334,7 @@ def test_dialects_say_the_same(options, tiny_model):
     ({"model_type": "mamba"}, "model_type 'mamba', which is not supported: use one of llama, mistral"),
     ({"architectures": ["LlamaForQuestionAnswering"]}, "architecture 'LlamaForQuestionAnswering'"),
     ({"hidden_act": "gelu"}, "activation 'gelu'"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "is quantised with gptq"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "is quantised with gptq of bits = None"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'.*KV cache cannot follow"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope factor = None where a positive number"),
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotates only a part of each head"),
