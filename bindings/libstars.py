@@ -15,6 +15,7 @@ from stars.bindings.operations import (
     embedding,
     linear,
     linear_into,
+    rescale,
     rms_norm,
     rope_write,
     sample_step,
@@ -26,6 +27,6 @@ from stars.bindings.recording import Program, leave_out, record
 __all__ = [
     "Program", "accept_uniform", "append_draft", "apply_penalties", "attention", "available", "blend_logits",
     "copy_rows", "embedding", "format_of", "gumbel", "isa", "leave_out", "library_path", "linear", "linear_into",
-    "num_threads", "pack", "pack_quant", "philox", "quant_bytes", "record", "rms_norm", "rope_write", "sample_step",
-    "set_num_threads", "swiglu", "take_rows", "unpack", "unpack_quant", "usable_cpus",
+    "num_threads", "pack", "pack_quant", "philox", "quant_bytes", "record", "rescale", "rms_norm", "rope_write",
+    "sample_step", "set_num_threads", "swiglu", "take_rows", "unpack", "unpack_quant", "usable_cpus",
 ]

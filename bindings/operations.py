@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stars.bindings.layouts import OPERATIONS
+from stars.bindings.layouts import HEADER, OPERATIONS
 from stars.bindings.matrices import PackedWeight, stored_type
 from stars.bindings.params import Fields, Struct, Value
 from stars.bindings.recording import run
 
 if TYPE_CHECKING:
+    from stars.kernels.swiglu import Activation
     from stars.kernels.types import Batch, Draft, LaneState, LayerKV, Penalties, TrailingRows
 
 
@@ -31,10 +32,12 @@ class Operation:
         run(self._number, self._params.fill(self.name, fields), fields)
 
 
+_ACTIVATIONS = {"silu": HEADER.constants["STARS_SILU"], "gelu_tanh": HEADER.constants["STARS_GELU_TANH"]}
 _linear = Operation("linear")
 _embedding = Operation("embedding")
 _rms_norm = Operation("rms_norm")
 _swiglu = Operation("swiglu")
+_rescale = Operation("rescale")
 _take_rows = Operation("take_rows")
 _rope_write = Operation("rope_write")
 _attention = Operation("attention")
@@ -77,17 +80,25 @@ def embedding(token_ids: Tensor, weight: PackedWeight, out: Tensor) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:
     """residual += x; out = weight * y / sqrt(mean(y^2) + eps), y = residual or x. `out` may be `x`."""
     hidden = x.shape[-1]
+    read, x_stride = _apart(x, x.shape)
+    written, out_stride = _apart(out, x.shape)
     _rms_norm(
-        x=(x, x.shape), weight=(weight, (hidden,)), residual=None if residual is None else (residual, x.shape),
-        out=(out, x.shape), rows=x.numel() // max(hidden, 1), hidden=hidden, eps=eps,
+        x=read, weight=(weight, (hidden,)), residual=None if residual is None else (residual, x.shape), out=written,
+        rows=x.numel() // max(hidden, 1), hidden=hidden, x_stride=x_stride, out_stride=out_stride, eps=eps,
     )
 
 
-def swiglu(gate_up: Tensor, out: Tensor) -> None:
-    """out [rows, intermediate] = silu(gate) * up of gate_up [rows, 2 * intermediate]."""
+def swiglu(gate_up: Tensor, out: Tensor, activation: Activation = "silu") -> None:
+    """out [rows, intermediate] = activation(gate) * up of gate_up [rows, 2 * intermediate]."""
     rows, intermediate = out.shape
     _swiglu(gate_up=(gate_up, (rows, 2 * intermediate)), out=(out, (rows, intermediate)), rows=rows,
-            intermediate=intermediate)
+            intermediate=intermediate, activation=_ACTIVATIONS[activation])
+
+
+def rescale(x: Tensor, scale: float, softcap: float | None = None) -> None:
+    """x [rows, width] = scale * x, then softcap * tanh(x / softcap) where one is given."""
+    rows, width = x.shape
+    _rescale(x=(x, (rows, width)), rows=rows, width=width, scale=scale, softcap=softcap or 0.0)
 
 
 def take_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
@@ -198,6 +209,15 @@ def blend_logits(logits: Tensor, weights: Tensor, done: Tensor, out: Tensor) -> 
     (models, room, vocab), lanes = logits.shape, out.shape[0]
     _blend_logits(logits=(logits, (models, room, vocab)), weights=(weights, (models, room)), done=(done, (lanes,)),
                   out=(out, (lanes, vocab)), models=models, room=room, lanes=lanes, vocab=vocab)
+
+
+def _apart(x: Tensor, shape: tuple[int, ...]) -> tuple[Value, int]:
+    """Rows as a field takes them, and the floats from one to the next: those of a wider matrix [rows, width] are given
+    as the memory from the first to the last."""
+    if x.dim() != 2 or x.is_contiguous() or x.shape != shape or x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        return (x, shape), shape[-1]
+    length = (x.shape[0] - 1) * x.stride(0) + x.shape[1]
+    return (x.as_strided((length,), (1,)), (length,)), x.stride(0)
 
 
 def _packed(op: str, weight: PackedWeight) -> Tensor:

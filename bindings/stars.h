@@ -72,6 +72,7 @@ typedef enum {
   STARS_OP_APPEND_DRAFT = 10,
   STARS_OP_APPLY_PENALTIES = 11,
   STARS_OP_BLEND_LOGITS = 12,
+  STARS_OP_RESCALE = 13,
 } stars_op;
 
 /* out[:, out_column : out_column + out_features] = x[rows, in_features] @ weight^T + bias, of out[rows, out_stride].
@@ -98,24 +99,39 @@ typedef struct {
   int32_t dtype;
 } stars_embedding_params;
 
-/* residual += x where residual is not NULL; out = weight * y / sqrt(mean(y^2) + eps), y = residual or x. */
+/* residual += x where residual is not NULL; out = weight * y / sqrt(mean(y^2) + eps), y = residual or x. Rows of x and
+ * out begin x_stride and out_stride floats after one another, those of residual `hidden`. */
 typedef struct {
   int64_t size;
   const float* x;
   const float* weight;
   float* residual; /* or NULL */
   float* out;      /* may be x */
-  int64_t rows, hidden;
+  int64_t rows, hidden, x_stride, out_stride;
   float eps;
 } stars_rms_norm_params;
 
-/* out[rows, intermediate] = silu(gate_up[:, :intermediate]) * gate_up[:, intermediate:]. */
+typedef enum {
+  STARS_SILU = 0,
+  STARS_GELU_TANH = 1, /* x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) */
+} stars_activation;
+
+/* out[rows, intermediate] = activation(gate_up[:, :intermediate]) * gate_up[:, intermediate:]. */
 typedef struct {
   int64_t size;
   const float* gate_up;
   float* out;
   int64_t rows, intermediate;
+  int32_t activation; /* stars_activation */
 } stars_swiglu_params;
+
+/* x[rows, width] *= scale; where softcap is positive, then x = softcap * tanh(x / softcap). */
+typedef struct {
+  int64_t size;
+  float* x;
+  int64_t rows, width;
+  float scale, softcap;
+} stars_rescale_params;
 
 /* out[i] = x[index[i]], rows of `width` floats. */
 typedef struct {

@@ -105,7 +105,9 @@ class Engine:
         check_model(model)
         check_reward(reward)
         from_files = isinstance(model, (str, Path))
-        shape = load_config(model) if from_files else model.config
+        # What is no number is refused below.
+        reach = max_model_len if isinstance(max_model_len, int) else None
+        shape = load_config(model).reaching(reach) if from_files else model.config
         config = EngineConfig.resolve(
             shape, device, dtype, deterministic, cache_tokens=cache_tokens,
             gpu_memory_utilization=gpu_memory_utilization, page_size=page_size, max_model_len=max_model_len,

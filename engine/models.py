@@ -275,7 +275,7 @@ def _check_beside(model: str | Path | Decoder, shape: ModelConfig, tokenizer: To
         if model.head is None:
             raise ModelError("it is a Decoder without a language model head: load it with head='lm'")
     else:
-        theirs, their = load_config(model), load_tokenizer(model)
+        theirs, their = load_config(model).reaching(config.max_model_len), load_tokenizer(model)
         check_rounding(model, "lm", "auto", followed(model, config.quantization), config.device)
         if (their is None) != (tokenizer is None):
             side = "it" if their is None else "the engine's own model"

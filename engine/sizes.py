@@ -170,7 +170,9 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int 
         elif not config.deterministic:
             needed[f"{name}'s activations"] += split_bytes(shape, dtype, SCHEMES[dtype], not drafts)
         # Tables of the rotation in float32, the sampler's lists, and what a library's prefill gathers of a layer.
-        needed[f"{name}'s activations"] += 4 * (sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)
+        rotations = len({shape.rope, *shape.ropes})
+        needed[f"{name}'s activations"] += 4 * (
+            rotations * sizes.max_positions * shape.head_dim + lanes * shape.vocab_size)
         if backend != "triton":
             needed[f"{name}'s activations"] += cache_bytes(shape, config.cache_tokens, dtype) // shape.num_layers
         if drafts:  # of a draft whose tokens are ranked

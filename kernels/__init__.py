@@ -12,6 +12,7 @@ from stars.kernels.linear_normed import linear_normed
 from stars.kernels.linear_residual import linear_residual
 from stars.kernels.linear_swiglu import linear_swiglu
 from stars.kernels.qkv_rope import qkv_rope
+from stars.kernels.rescale import rescale
 from stars.kernels.rms_norm import rms_norm
 from stars.kernels.rope_write import rope_write
 from stars.kernels.sample_step import sample_step
@@ -23,5 +24,5 @@ from stars.kernels.top_tokens import top_tokens
 
 __all__ = ["Weight", "append_draft", "apply_penalties", "attention", "blend_logits", "copy_rows", "embedding",
            "embedding_scaled", "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack", "pack_rows",
-           "qkv_rope", "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows", "token_logprobs",
-           "top_tokens"]
+           "qkv_rope", "rescale", "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows",
+           "token_logprobs", "top_tokens"]

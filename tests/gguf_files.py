@@ -188,3 +188,17 @@ def sentencepiece_fields(texts: list[str], **more: Any) -> dict[str, Any]:
     return {"model": "llama", "pre": "default", "tokens": tokens, "token_type": kinds,
             "scores": [-1000.0] * (8 + 256 + 2) + [-float(index) for index in range(len(pieces))], "bos_token_id": 2,
             "eos_token_id": 1, "unknown_token_id": 3, "padding_token_id": 0} | more
+
+
+def transformers_model(path: Path):
+    """transformers' model of a GGUF file in float32, by its own names and order of rows; without accelerate, which its
+    from_pretrained wants for these files."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    return model.eval()

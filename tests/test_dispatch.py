@@ -54,7 +54,7 @@ def declared(target: str) -> list[tuple[str, object]]:
 
 
 def test_every_operation_of_the_package_is_a_row():
-    assert set(kernels.__all__) - {"Weight", "pack"} == set(ROWS)
+    assert set(kernels.__all__) - {"Weight", "pack", "pack_rows"} == set(ROWS)
     assert all(getattr(kernels, name) is OPERATIONS[name].call for name in ROWS)
 
 
@@ -182,6 +182,7 @@ CASES: dict[str, Callable[[], tuple]] = {
     "qkv_rope": lambda: (stream(), pack(numbers(48, 64, seed=7), numbers(48, seed=8)), 1e-5, batch(),
                          *numbers(2, 13, 3, seed=1).sin(), caches(), torch.zeros(5, 4, 6), numbers(6, seed=2),
                          numbers(6, seed=3), space()),
+    "rescale": lambda: (numbers(5, 37), 1.7, 2.5),
     "rms_norm": lambda: (numbers(5, 9), numbers(9, seed=1), 1e-5, torch.zeros(5, 9), numbers(5, 9, seed=2)),
     "rope_write": lambda: (numbers(5, 8 * 6), batch(), *numbers(2, 13, 3, seed=1).sin(), caches(), torch.zeros(5, 4, 6),
                            numbers(6, seed=2), numbers(6, seed=3), 1e-5),

@@ -144,6 +144,43 @@ def test_swiglu(rows, intermediate):
     assert ((out.double() - expected).abs() <= 8 * U * expected.abs()).all()
 
 
+@pytest.mark.parametrize("intermediate", [1, 33, 704])
+def test_gelu(intermediate):
+    gate_up, _, _ = random_case(2 * intermediate, 1, torch.float32, 3)
+    gate_up[:, :intermediate] *= 4
+    out = torch.empty(3, intermediate)
+    kernels.swiglu(gate_up, out, "gelu_tanh")
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    # Where the tanh is near -1 the sum 1 + tanh keeps the tanh's absolute error: 4 u, times half the factors.
+    assert ((out.double() - expected).abs() <= 8 * U * (expected.abs() + (gate * up).abs())).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_of_a_norm_in_a_wider_matrix(rows):
+    """Bits of the norm of those rows alone, and nothing beside them is written."""
+    wide = torch.randn(rows, 61)
+    weight = torch.randn(19)
+    alone = wide[:, 23:42].contiguous()
+    kernels.rms_norm(alone, weight, 1e-5, alone)
+    expected = torch.cat((wide[:, :23], alone, wide[:, 42:]), dim=1)
+    kernels.rms_norm(wide[:, 23:42], weight, 1e-5, wide[:, 23:42])
+    assert torch.equal(wide, expected)
+
+
+@pytest.mark.parametrize("width", [1, 16, 37, 5000])
+def test_rescale(width):
+    x = torch.randn(3, width) * 20
+    wanted = x.double() * 1.5
+    kernels.rescale(scaled := x.clone(), 1.5)
+    assert torch.equal(scaled, wanted.float())  # one rounding
+    kernels.rescale(capped := x.clone(), 1.5, 7.0)
+    expected = 7.0 * (wanted / 7.0).tanh()
+    assert ((capped.double() - expected).abs() <= 8 * U * expected.abs()).all()
+    kernels.rescale(large := torch.tensor([[-1e30, 1e30, -torch.inf, torch.inf]]), 1.0, 30.0)
+    assert large.tolist() == [[-30.0, 30.0, -30.0, 30.0]]
+
+
 def test_swiglu_at_the_ends():
     gate = torch.tensor([-torch.inf, -200.0, -100.0, 0.0, 100.0, torch.inf, torch.nan])
     out, expected = torch.empty(1, 7), torch.empty(1, 7)

@@ -36,12 +36,31 @@ MODELS = {
     "qwen2-window-v4": TinyModel("qwen2", layers=4, window=5, dialect="v4", rope="yarn"),
     "qwen3": TinyModel("qwen3", head_dim=14, rope="theta"),
     "qwen3-bias-window": TinyModel("qwen3", attention_bias=True, window=7, tied=True, kv_heads=3),
+    "phi3-longrope": TinyModel("phi3", hidden=60, rope="longrope", window=7),
+    "phi3-partial-v4": TinyModel("phi3", hidden=60, rope="partial", dialect="v4"),
+    "gemma-v4": TinyModel("gemma", head_dim=10, tied=True, dialect="v4"),
+    "gemma2": TinyModel("gemma2", layers=4, head_dim=10, window=6, tied=True),
+    "gemma2-bfloat16-v4": TinyModel("gemma2", layers=3, head_dim=10, window=5, dtype="bfloat16", dialect="v4"),
+    "gemma3": TinyModel("gemma3_text", layers=4, head_dim=10, window=6, rope="linear", tied=True),
+    "gemma3-v4": TinyModel("gemma3_text", head_dim=14, window=5, tied=True, rope="llama3", dialect="v4"),
+    "smollm3": TinyModel("smollm3", layers=4, tied=True, rope="theta"),
+    "smollm3-window-v4": TinyModel("smollm3", layers=5, window=5, rope="yarn", dialect="v4"),
+    "olmo2-v4": TinyModel("olmo2", rope="theta", kv_heads=3, dialect="v4"),
+    "olmo3": TinyModel("olmo3", layers=4, window=6, rope="yarn"),
+    "olmo3-bias-v4": TinyModel("olmo3", layers=5, window=7, attention_bias=True, rope="yarn", dialect="v4"),
 }
 REWARD_MODELS = {
     "llama": TinyModel("llama", "reward", rope="llama3"),
     "mistral-window": TinyModel("mistral", "reward", window=6, sharded=True),
     "qwen2-bfloat16": TinyModel("qwen2", "reward", tied=True, dtype="bfloat16"),
     "qwen3-v4": TinyModel("qwen3", "reward", head_dim=14, dialect="v4"),
+    "phi3": TinyModel("phi3", "reward", hidden=60, rope="longrope"),
+    "gemma": TinyModel("gemma", "reward", head_dim=10),
+    "gemma2-v4": TinyModel("gemma2", "reward", head_dim=10, window=6, tied=True, dialect="v4"),
+    "gemma3": TinyModel("gemma3_text", "reward", head_dim=10, window=6, tied=True),
+    "smollm3-v4": TinyModel("smollm3", "reward", layers=4, dialect="v4"),
+    "olmo2": TinyModel("olmo2", "reward"),
+    "olmo3-v4": TinyModel("olmo3", "reward", layers=4, window=6, rope="yarn", dialect="v4"),
 }
 
 
@@ -199,7 +218,8 @@ def test_decode_through_slabs(tiny, tiny_model, reference, operations):
     assert table.length == len(TEXT)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window-v4", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window-v4", "qwen3", "phi3-longrope", "gemma2",
+                                  "gemma3", "smollm3-window-v4", "olmo2-v4", "olmo3"])
 def test_reject_and_redo(name, tiny_model, reference, operations):
     """After a rejected draft the next one, and all after its commit, are as if it had never been: bit by bit."""
     tiny = MODELS[name]
@@ -220,7 +240,7 @@ def test_reject_and_redo(name, tiny_model, reference, operations):
     assert torch.equal(redone, run(reject=False))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3-bias-window"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3-bias-window", "gemma3", "olmo3"])
 def test_lanes_of_several_requests(name, tiny_model, reference, operations):
     """Ragged lanes over two histories in one pass: each sees its own history and slab only."""
     tiny = MODELS[name]

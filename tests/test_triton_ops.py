@@ -19,6 +19,7 @@ from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.embedding import embedding_reference
 from stars.kernels.linear import Weight, linear_reference, pack
 from stars.kernels.quant import quantize
+from stars.kernels.rescale import rescale_reference
 from stars.kernels.rms_norm import rms_norm_reference
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.score import score_reference
@@ -34,7 +35,17 @@ if INTERPRETED:
     import triton.language as tl
 
     from stars.kernels.triton import append_draft as drafts
-    from stars.kernels.triton import copy_rows, embedding, linear, rms_norm, sample_step, score, swiglu, take_rows
+    from stars.kernels.triton import (
+        copy_rows,
+        embedding,
+        linear,
+        rescale,
+        rms_norm,
+        sample_step,
+        score,
+        swiglu,
+        take_rows,
+    )
     from stars.kernels.triton.noise import gumbel, log2_short, token_words
 
     @triton.jit
@@ -113,6 +124,35 @@ def test_swiglu(rows, intermediate, dtype):
     swiglu_reference(gate_up, wanted)
     swiglu.swiglu(gate_up, out)
     assert_near(out, wanted, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(dtype):
+    gate_up = (torch.randn(3, 2 * 1025, generator=generator(1)) * 2).to(dtype)
+    wanted, out = torch.empty(3, 1025, dtype=dtype), torch.empty(3, 1025, dtype=dtype)
+    swiglu_reference(gate_up.double(), exact := torch.empty(3, 1025, dtype=torch.float64), "gelu_tanh")
+    swiglu_reference(gate_up, wanted, "gelu_tanh")
+    swiglu.swiglu(gate_up, out, "gelu_tanh")
+    # As far from it as torch's own, plus what 1 + tanh loses near -1.
+    bound = 2 * (wanted.double() - exact).abs() + 2 * torch.finfo(dtype).eps * exact.abs() + 1e-6
+    assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rescale(dtype):
+    for scale, softcap in ((25.25, None), (1.0, 30.0), (0.5, 3.0)):
+        x = (torch.randn(3, 1027, generator=generator(2)) * 20).to(dtype)
+        rescale_reference(exact := x.double(), scale, softcap)
+        rescale.rescale(x, scale, softcap)
+        assert bool(((x.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all())
+
+
+def test_rows_of_a_norm_in_a_wider_matrix():
+    wide = torch.randn(3, 61, generator=generator(3))
+    weight, alone, before = torch.randn(19, generator=generator(4)), wide[:, 23:42].contiguous(), wide.clone()
+    rms_norm.rms_norm(alone, weight, 1e-5, alone)
+    rms_norm.rms_norm(wide[:, 23:42], weight, 1e-5, wide[:, 23:42])
+    assert torch.equal(wide, torch.cat((before[:, :23], alone, before[:, 42:]), dim=1))
 
 
 @pytest.mark.parametrize("source, target", [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32)])

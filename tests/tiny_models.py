@@ -38,14 +38,23 @@ ROPES: dict[str, dict[str, Any]] = {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
         "mscale": 0.8, "mscale_all_dim": 0.4, "beta_fast": 16.0, "beta_slow": 2.0,
     },
+    # Of heads of 10, of which 6 dimensions are rotated.
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48,
+        "partial_rotary_factor": 0.65, "short_factor": [1.0, 1.25, 1.5], "long_factor": [2.0, 3.5, 7.0],
+    },
+    "partial": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.65},
 }
+BY_TYPE = ("gemma3_text", "olmo3")
+"""Families whose layers have rotations of their own by their type."""
 
 
 @dataclass(frozen=True)
 class TinyModel:
     """What to write. The sizes are awkward on purpose: hardly a multiple of a vector's width among them."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2",
+                    "olmo3"] = "llama"
     head: Literal["lm", "reward"] = "lm"
     layers: int = 2
     hidden: int = 36
@@ -79,7 +88,8 @@ def write_model(directory: Path, tiny: TinyModel) -> Path:
         vocab = write_tokenizer(directory, tiny.tokenizer_seed, CHAT_TEMPLATE if tiny.chat_template else None)
     config = _config(transformers, tiny, vocab)
     prefix = type(config).__name__.removesuffix("Config")
-    name = prefix + ("ForCausalLM" if tiny.head == "lm" else "ForSequenceClassification")
+    classifier = {"Gemma3Text": "Gemma3TextForSequenceClassification"}.get(prefix, prefix + "ForSequenceClassification")
+    name = prefix.removesuffix("Text") + "ForCausalLM" if tiny.head == "lm" else classifier
     model = getattr(transformers, name)(config)
     _randomise(model, tiny.seed)
     model.to(getattr(torch, tiny.dtype)).save_pretrained(directory, max_shard_size="20KB" if tiny.sharded else "5GB")
@@ -110,6 +120,8 @@ def _config(transformers, tiny: TinyModel, vocab: int):
         options.update(attention_bias=tiny.attention_bias, mlp_bias=tiny.mlp_bias)
     elif tiny.family == "mistral":
         options["sliding_window"] = tiny.window
+    elif tiny.family not in ("qwen2", "qwen3"):
+        _later_family(options, tiny)
     else:  # sliding layers after the first
         options.update(use_sliding_window=tiny.window is not None, sliding_window=tiny.window, max_window_layers=1)
     if tiny.family == "qwen3":
@@ -117,8 +129,37 @@ def _config(transformers, tiny: TinyModel, vocab: int):
         options.setdefault("head_dim", tiny.hidden // tiny.heads)
     if tiny.head == "reward":
         options["num_labels"] = tiny.labels
-    names = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+    names = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
+             "phi3": "Phi3Config", "gemma": "GemmaConfig", "gemma2": "Gemma2Config", "gemma3_text": "Gemma3TextConfig",
+             "smollm3": "SmolLM3Config", "olmo2": "Olmo2Config", "olmo3": "Olmo3Config"}
     return getattr(transformers, names[tiny.family])(**options)
+
+
+def _later_family(options: dict[str, Any], tiny: TinyModel) -> None:
+    """What configurations of these families say besides, with every bound so low that it counts."""
+    if tiny.family == "phi3":
+        options["sliding_window"] = tiny.window
+        options["original_max_position_embeddings"] = 48
+        return
+    if tiny.family == "olmo2":
+        return
+    if tiny.family == "smollm3":  # of four layers the last one does not rotate
+        options.update(sliding_window=tiny.window, use_sliding_window=tiny.window is not None)
+        return
+    options["sliding_window"] = tiny.window
+    if tiny.family.startswith("gemma"):
+        options.setdefault("head_dim", tiny.hidden // tiny.heads)
+    else:
+        options["attention_bias"] = tiny.attention_bias
+    if tiny.family in ("gemma2", "gemma3_text"):
+        options["query_pre_attn_scalar"] = 11
+    if tiny.family == "gemma2":
+        options.update(attn_logit_softcapping=3.0, final_logit_softcapping=5.0)
+    if tiny.family == "gemma3_text":
+        options["layer_types"] = ["sliding_attention", "full_attention"] * (tiny.layers // 2)
+    if tiny.family in BY_TYPE:
+        options["rope_parameters"] = {"full_attention": dict(ROPES[tiny.rope]),
+                                      "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
 
 
 def _randomise(model, seed: int) -> None:
@@ -128,7 +169,8 @@ def _randomise(model, seed: int) -> None:
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.5 * noise)
+                around = 0.0 if "Gemma" in type(model).__name__ else 1.0  # Gemma adds 1 itself
+                parameter.copy_(around + 0.3 * noise if "norm" in name else 0.5 * noise)
             elif "embed_tokens" in name or "lm_head" in name or "score" in name:
                 parameter.copy_(0.5 * noise)
             else:
@@ -141,7 +183,16 @@ def to_v4(directory: Path) -> None:
     config = json.loads(path.read_text())
     config["torch_dtype"] = config.pop("dtype")
     rope = config.pop("rope_parameters")
+    if config["model_type"] in BY_TYPE:
+        sliding, rope = rope["sliding_attention"], rope["full_attention"]
+        if config["model_type"] == "gemma3_text":
+            config["rope_local_base_freq"] = sliding["rope_theta"]
+            config["sliding_window_pattern"] = 2
     config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if config["model_type"] == "phi3":
+        rope.pop("original_max_position_embeddings", None)
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config.pop("layer_types", None)
     config["transformers_version"] = "4.44.0"

@@ -75,6 +75,7 @@ struct any_linear {
   X(EMBEDDING, embedding, table.embedding)       \
   X(RMS_NORM, rms_norm, table.rms_norm)          \
   X(SWIGLU, swiglu, table.swiglu)                \
+  X(RESCALE, rescale, table.rescale)             \
   X(TAKE_ROWS, take_rows, table.take_rows)       \
   X(ROPE_WRITE, rope_write, table.rope_write)    \
   X(ATTENTION, attention, table.attention)       \
@@ -129,6 +130,8 @@ const char* check(const stars_embedding_params& p) {
 const char* check(const stars_rms_norm_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.hidden > 0, "rows must be >= 0 and hidden positive");
   STARS_REQUIRE(fits(p.rows, p.hidden), "rows * hidden is too large");
+  STARS_REQUIRE(p.x_stride >= p.hidden && p.out_stride >= p.hidden, "x_stride and out_stride must not be below hidden");
+  STARS_REQUIRE(fits(p.rows, p.x_stride) && fits(p.rows, p.out_stride), "rows * x_stride or out_stride is too large");
   STARS_REQUIRE(p.eps >= 0, "eps must not be negative");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
   return nullptr;
@@ -137,7 +140,17 @@ const char* check(const stars_rms_norm_params& p) {
 const char* check(const stars_swiglu_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.intermediate > 0, "rows must be >= 0 and intermediate positive");
   STARS_REQUIRE(fits(2, p.rows, p.intermediate), "2 * rows * intermediate is too large");
+  STARS_REQUIRE(p.activation == STARS_SILU || p.activation == STARS_GELU_TANH,
+                "activation must be 0 (silu) or 1 (gelu by tanh)");
   STARS_REQUIRE(p.rows == 0 || (p.gate_up && p.out), "gate_up and out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_rescale_params& p) {
+  STARS_REQUIRE(p.rows >= 0 && p.width > 0, "rows must be >= 0 and width positive");
+  STARS_REQUIRE(fits(p.rows, p.width), "rows * width is too large");
+  STARS_REQUIRE(p.softcap >= 0, "softcap must not be negative");
+  STARS_REQUIRE(p.rows == 0 || p.x, "x must not be null");
   return nullptr;
 }
 

@@ -14,6 +14,7 @@ struct op_table {
   void (*embedding)(const stars_embedding_params&);
   void (*rms_norm)(const stars_rms_norm_params&);
   void (*swiglu)(const stars_swiglu_params&);
+  void (*rescale)(const stars_rescale_params&);
   void (*take_rows)(const stars_take_rows_params&);
   void (*rope_write)(const stars_rope_write_params&);
   void (*attention)(const stars_attention_params&);
@@ -52,6 +53,7 @@ void linear_quantised(const stars_linear_params&);
 void embedding(const stars_embedding_params&);
 void rms_norm(const stars_rms_norm_params&);
 void swiglu(const stars_swiglu_params&);
+void rescale(const stars_rescale_params&);
 void take_rows(const stars_take_rows_params&);
 void rope_write(const stars_rope_write_params&);
 void attention(const stars_attention_params&);

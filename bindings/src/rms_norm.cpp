@@ -17,8 +17,8 @@ STARS_INLINE void for_vectors(int64_t width, F&& f) {
 }
 
 void normalise_row(const stars_rms_norm_params& p, int64_t row) {
-  const float* x = p.x + row * p.hidden;
-  float* out = p.out + row * p.hidden;
+  const float* x = p.x + row * p.x_stride;
+  float* out = p.out + row * p.out_stride;
   floats squares = {};
   if (p.residual) {
     float* residual = p.residual + row * p.hidden;

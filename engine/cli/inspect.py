@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from stars.errors import ModelError
 from stars.trace.json_lines import dumps, plain
 
 if TYPE_CHECKING:
+    from stars.model.config import ModelConfig
     from stars.model.loader import ModelSummary
 
 SHOWN_TENSORS = 8
@@ -52,7 +54,7 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
         "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype, "types": summary.types,
         "layers": config.num_layers, "heads": config.num_heads, "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size, "context": config.context_length, "rope": str(config.rope),
+        "vocab_size": config.vocab_size, "context": config.context_length, "rope": _rope(config),
         "windows": windows, "tied": summary.tied,
         # The CPU's cache is float32 whatever the checkpoint's type.
         "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4,
@@ -63,6 +65,13 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
         "tokenizer": summary.tokenizer, "chat_template": summary.chat_template, "shards": list(summary.shards),
         "missing": summary.missing, "unexpected": summary.unexpected,
     }
+
+
+def _rope(config: ModelConfig) -> str:
+    """The rotation of most layers, and of those that have another one."""
+    others = Counter(rope for rope in config.ropes if rope != config.rope)
+    return "; ".join([str(config.rope), *(f"{rope} in {count} of {config.num_layers} layers"
+                                          for rope, count in others.items())])
 
 
 def _reward_head(summary: ModelSummary) -> dict[str, Any] | None:

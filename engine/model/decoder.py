@@ -38,15 +38,17 @@ from stars.target import target_of
 class LayerWeights(NamedTuple):
     """One layer's weights; norms are float32."""
 
-    input_norm: Tensor  # [hidden]
+    input_norm: Tensor | None  # [hidden]; None: what attention reads is not normalised
     qkv: Weight  # [(heads + 2 * kv_heads) * head_dim, hidden]: queries, keys, values
-    q_norm: Tensor | None  # [head_dim]
-    k_norm: Tensor | None  # [head_dim]
+    q_norm: Tensor | None  # [head_dim], or [heads * head_dim] where it spans all heads
+    k_norm: Tensor | None  # [head_dim], or [kv_heads * head_dim]
     o: Weight  # [hidden, heads * head_dim]
-    mlp_norm: Tensor  # [hidden]
+    mlp_norm: Tensor | None  # [hidden]; None: what the MLP reads is not normalised
     gate_up: Weight  # [2 * intermediate, hidden]: gate, up
     down: Weight  # [hidden, intermediate]
     adapters: LayerAdapters = NO_ADAPTERS  # what is added to these products
+    attention_post_norm: Tensor | None = None  # [hidden], of what attention adds to the residual stream
+    mlp_post_norm: Tensor | None = None  # [hidden], of what the MLP adds to it
 
 
 class KVCache(Protocol):
@@ -57,11 +59,12 @@ class KVCache(Protocol):
 
 
 class Decoder:
-    """Pre-norm decoder layers between an embedding and a head.
+    """Decoder layers between an embedding and a head.
 
     `head` gives logits (for tied embeddings it is the embedding's own Weight), `score_head` rewards: one that is a row
-    [1, hidden] is a Weight, any other a RewardHead. Either may be None. cos, sin float32 [positions, head_dim / 2]: no
-    row of a pass may stand at a later position. dtype: of activations, keys and values; float32 on the CPU.
+    [1, hidden] is a Weight, any other a RewardHead. Either may be None. cos, sin float32 [positions, head_dim / 2], of
+    config.rope: no row of a pass may stand at a later position. dtype: of activations, keys and values; float32 on the
+    CPU.
     """
 
     def __init__(
@@ -86,7 +89,10 @@ class Decoder:
         self.score_head = score_head
         self.cos = cos
         self.sin = sin
+        self._rotations = self._layers_rotations()
         self.dtype = dtype
+        # As transformers rounds it, to the type that it multiplies in.
+        self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self.max_rows = self.max_logits = 0
         self._reserved: Workspace | None = None
         self._logits: Tensor | None = None
@@ -124,10 +130,14 @@ class Decoder:
         """Kernels that a pass of `rows` rows launches on a GPU, at most.
 
         A layer's are ten or, fused, six: attention's two, and its four products with all that is between them. Besides,
-        there are the embedding and the final norm.
+        there are the embedding and the final norm. Norms behind attention and MLP, and those of all heads, are two more
+        each; embeddings and logits may be rescaled.
         """
+        config = self.config
         fused = self._fusing is not None and self._fusing.fuses(rows)
-        return (6 if fused else 10) * len(self.layers) + 2 + self.adapter_launches
+        a_layer = 6 if fused else 10 + 2 * (config.norms == "both") + 2 * config.qk_norm_whole
+        rescaled = (config.embedding_scale != 1) + (config.logit_softcap is not None)
+        return a_layer * len(self.layers) + 2 + rescaled + self.adapter_launches
 
     @property
     def adapter_launches(self) -> int:
@@ -181,9 +191,18 @@ class Decoder:
         if count > self.config.context_length:
             raise ModelError(f"{count} positions exceed the model's context of {self.config.context_length}: lower "
                              "max_model_len")
-        self._outgrow(self.cos)
-        self._outgrow(self.sin)
+        for table in {id(table): table for pair in self._rotations for table in pair}.values():
+            self._outgrow(table)
         self.cos, self.sin = rope_tables(self.config.rope, self.config.head_dim, count, self.device)
+        self._rotations = self._layers_rotations()
+
+    def _layers_rotations(self) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines for each layer; layers of one rotation share them."""
+        tables = {self.config.rope: (self.cos, self.sin)}
+        for rope in self.config.ropes:
+            if rope not in tables:
+                tables[rope] = rope_tables(rope, self.config.head_dim, self.cos.shape[0], self.device)
+        return [tables[rope] for rope in self.config.ropes]
 
     def _outgrow(self, buffers: Workspace | SplitSpace | AdapterRoom | Tensor | None) -> None:
         """Programs of libstars hold what they use; a CUDA graph, of another engine perhaps, holds addresses only."""
@@ -240,17 +259,20 @@ class Decoder:
         branch, gate_up, gated = space.branch[:count], space.gate_up[:count], space.gated[:count]
 
         kernels.embedding(batch.token_ids, self.embedding, residual)
+        if self._embedding_scale != 1:
+            kernels.rescale(residual, self._embedding_scale)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             kv = cache.layer(index)
-            if index == 0:  # the stream holds the embedding, and no branch is to be added yet
-                kernels.rms_norm(residual, layer.input_norm, eps, normed)
-            else:
-                kernels.rms_norm(branch, layer.input_norm, eps, normed, residual)
+            # The first layer's stream holds the embedding, and no branch is to be added yet.
+            read = self._advance(None if index == 0 else branch, layer.input_norm, normed, residual)
             adapters = layer.adapters
-            kernels.linear(normed, layer.qkv, qkv)
-            add_low_rank(normed, adapters.qkv, qkv, self._room)
-            kernels.rope_write(qkv, batch, self.cos, self.sin, kv, q, layer.q_norm, layer.k_norm, eps)
+            kernels.linear(read, layer.qkv, qkv)
+            add_low_rank(read, adapters.qkv, qkv, self._room)
+            q_norm, k_norm = layer.q_norm, layer.k_norm
+            if config.qk_norm_whole:
+                q_norm, k_norm = self._norm_whole(qkv, q_norm, k_norm)
+            kernels.rope_write(qkv, batch, *self._rotations[index], kv, q, q_norm, k_norm, eps)
             self._attend(index, q, kv, batch, attended_heads)
             if rows is not None and index == last:
                 attended, residual = self._pick(rows, attended, residual)
@@ -258,13 +280,39 @@ class Decoder:
                 branch, gate_up, gated = space.branch[:wanted], space.gate_up[:wanted], space.gated[:wanted]
             kernels.linear(attended, layer.o, branch)
             add_low_rank(attended, adapters.o, branch, self._room)
-            kernels.rms_norm(branch, layer.mlp_norm, eps, normed, residual)
-            kernels.linear(normed, layer.gate_up, gate_up)
-            add_low_rank(normed, adapters.gate_up, gate_up, self._room)
-            kernels.swiglu(gate_up, gated)
+            if layer.attention_post_norm is not None:
+                kernels.rms_norm(branch, layer.attention_post_norm, eps, branch)
+            read = self._advance(branch, layer.mlp_norm, normed, residual)
+            kernels.linear(read, layer.gate_up, gate_up)
+            add_low_rank(read, adapters.gate_up, gate_up, self._room)
+            kernels.swiglu(gate_up, gated, config.activation)
             kernels.linear(gated, layer.down, branch)
             add_low_rank(gated, adapters.down, branch, self._room)
+            if layer.mlp_post_norm is not None:
+                kernels.rms_norm(branch, layer.mlp_post_norm, eps, branch)
         return residual, branch
+
+    def _advance(self, branch: Tensor | None, norm: Tensor | None, normed: Tensor, residual: Tensor) -> Tensor:
+        """Adds `branch` [n, hidden] to the residual stream, where there is one; returns what the next product reads:
+        the stream, or where a norm stands in front `normed`, which gets it."""
+        eps = self.config.rms_norm_eps
+        if branch is not None:
+            # The addition is part of the norm: without one, that of the end stands in, and `normed` is not read.
+            kernels.rms_norm(branch, self.final_norm if norm is None else norm, eps, normed, residual)
+        elif norm is not None:
+            kernels.rms_norm(residual, norm, eps, normed)
+        return residual if norm is None else normed
+
+    def _norm_whole(self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> tuple[None, None]:
+        """Normalises queries and keys in qkv [n, (heads + 2 * kv_heads) * head_dim], each row's over all heads; what
+        is left to be normalised head by head: nothing."""
+        start = 0
+        for norm in (q_norm, k_norm):
+            assert norm is not None
+            part = qkv[:, start : start + norm.shape[0]]
+            kernels.rms_norm(part, norm, self.config.rms_norm_eps, part)
+            start += norm.shape[0]
+        return None, None
 
     def _fuses(self, batch: Batch) -> bool:
         """Whether a pass takes the fused list; by its number of rows."""
@@ -280,20 +328,20 @@ class Decoder:
         attended = space.attended[:count]  # [count, heads * head_dim]
         attended_heads = attended.view(count, config.num_heads, config.head_dim)
         gated = space.gated[:count]
-        gains = [*(layer.input_norm for layer in self.layers), self.final_norm]
+        gains = [*(_present(layer.input_norm) for layer in self.layers), self.final_norm]
 
         kernels.embedding_scaled(batch.token_ids, self.embedding, gains[0], stream)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             kv = cache.layer(index)
-            kernels.qkv_rope(stream, layer.qkv, eps, batch, self.cos, self.sin, kv, q, layer.q_norm, layer.k_norm,
+            kernels.qkv_rope(stream, layer.qkv, eps, batch, *self._rotations[index], kv, q, layer.q_norm, layer.k_norm,
                              split)
             self._attend(index, q, kv, batch, attended_heads)
             if rows is not None and index == last:
                 attended, residual = self._pick(rows, attended, stream.residual)
                 stream = Stream(residual, space.normed[:wanted], space.squares[:wanted])
                 gated = space.gated[:wanted]
-            kernels.linear_residual(attended, layer.o, layer.mlp_norm, stream, split)
+            kernels.linear_residual(attended, layer.o, _present(layer.mlp_norm), stream, split)
             kernels.linear_swiglu(stream, layer.gate_up, eps, gated, split)
             kernels.linear_residual(gated, layer.down, gains[index + 1], stream, split)
         return stream
@@ -339,6 +387,8 @@ class Decoder:
         """
         head, out = self._head(hidden.shape[0], out)
         kernels.linear(hidden, head, out)
+        if self.config.logit_softcap is not None:
+            kernels.rescale(out, 1.0, self.config.logit_softcap)
         return out
 
     def _head(self, rows: int, out: Tensor | None) -> tuple[Weight, Tensor]:
@@ -352,3 +402,9 @@ class Decoder:
                                  f"reserve_logits({rows}) first")
         assert self._logits is not None
         return self.head, self._logits[:rows]
+
+
+def _present(norm: Tensor | None) -> Tensor:
+    """A norm of a layer that is like llama's, which has it."""
+    assert norm is not None
+    return norm

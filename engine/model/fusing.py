@@ -58,10 +58,11 @@ def fusing(config: ModelConfig, dtype: torch.dtype, weights: Iterable[tuple[str,
 def fusable(config: ModelConfig, dtype: torch.dtype) -> bool:
     """Whether the fused list serves a model at all.
 
-    Squares are added up by blocks of features. And what the fused products read is the residual stream times a norm's
-    weight, not divided by its length yet: in float16 that may be beyond the largest number where the norm is not.
+    Its products end with what layers like llama's have. Squares are added up by blocks of features. And what the fused
+    products read is the residual stream times a norm's weight, not divided by its length yet: in float16 that may be
+    beyond the largest number where the norm is not.
     """
-    return config.hidden_size % tuned.SUMMED == 0 and dtype != torch.float16
+    return config.llama_like and config.hidden_size % tuned.SUMMED == 0 and dtype != torch.float16
 
 
 def split_bytes(config: ModelConfig, dtype: torch.dtype, scheme: str, scores: bool = False) -> int:

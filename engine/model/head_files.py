@@ -281,6 +281,10 @@ def _vocabulary(checkpoint: TensorSource, config: ModelConfig, choice: HeadChoic
     names = ("embed_tokens", "model.embed_tokens")
     name = "lm_head" if LM_HEAD in checkpoint.tensors or not config.tie_word_embeddings else names[not bare]
     rows = choice.rows or (0,)
+    if config.logit_softcap is not None:
+        raise ModelError(f"{checkpoint.directory} keeps its logits within {config.logit_softcap:g} "
+                         "(final_logit_softcapping), which a reward of rows of the language model head does not: use a "
+                         "model with a reward head")
     _check_ungated(choice, checkpoint.directory)
     _check_rows(rows, config.vocab_size, name, checkpoint.directory)
     activation: Activation = choice.activation or ("none" if len(rows) == 1 else "softmax")

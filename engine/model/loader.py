@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -46,6 +47,7 @@ from stars.model.tensors import Head, expected_tensors, keys_of
 from stars.model.tokenizer import has_chat_template, has_tokenizer
 from stars.target import target_of
 
+logger = logging.getLogger(__name__)
 DEFAULT_MAX_ROWS = 256
 DEFAULT_POSITIONS = 1 << 15
 NAMED = 3  # tensors an error names before it only counts
@@ -96,6 +98,7 @@ def load_model(
     with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
     (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s head. max_model_len: positions that there is
     room for, as many as the model's context has and at most 32768 if left out; `Decoder.reserve_positions` makes more.
+    Beyond a longrope model's original_max_position_embeddings its long factors are taken, for texts of any length.
 
     quantization: what matrices are rounded to as they are read, one at a time: "int8", a scale a row; "int4", a scale
     for 32 columns; "fp8", on a GPU, as int8. They are the layers' products and the language model's head; a head that
@@ -110,7 +113,11 @@ def load_model(
     if head not in ("lm", "reward"):
         raise ModelError(f"head {head!r} is not supported: use 'lm' or 'reward'")
     choice = head_choice(reward_head)
-    config = load_config(directory)
+    config = load_config(directory).reaching(max_model_len)
+    if config.rope.long:
+        logger.info("%s takes longrope's long factors, as max_model_len is %d: texts of up to %d tokens, for which "
+                    "transformers takes the short ones, get other logits", directory, max_model_len,
+                    config.rope.original_max_position_embeddings)
     if dtype == "auto":
         dtype = target_of(device.type).dtype or config.dtype
         if dtype not in DTYPES:
@@ -134,8 +141,8 @@ def load_model(
     positions = min(config.context_length, max_model_len or DEFAULT_POSITIONS)
     cos, sin = rope_tables(config.rope, config.head_dim, positions, device)
     return Decoder(
-        config, embedding, layers, reader.vector("model.norm.weight"), lm_head, score_head, cos, sin, max_rows,
-        reader.activations,
+        config, embedding, layers, reader.vector("model.norm.weight", config.norm_offset), lm_head, score_head, cos,
+        sin, max_rows, reader.activations,
     )
 
 
@@ -342,7 +349,8 @@ def _match(
 
 def _classifier(config: ModelConfig) -> str:
     """The class of transformers' reward models of this family."""
-    return f"{FAMILIES[config.model_type].class_prefix}ForSequenceClassification"
+    family = FAMILIES[config.model_type]
+    return f"{family.classifier_prefix or family.class_prefix}ForSequenceClassification"
 
 
 def _is_causal(config: ModelConfig) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from stars import kernels
 from stars.errors import ModelError
 from stars.kernels.linear import Arithmetic, Weight
 from stars.kernels.quant import QuantWeight, Rounded, dequantize, quantize
+from stars.kernels.quant import rows as rows_of
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.config import ModelConfig
 from stars.model.decoder import LayerWeights
@@ -20,6 +21,7 @@ from stars.model.low_rank import LayerAdapters, LowRank
 from stars.model.quantization import INT4_GROUP, TIED
 from stars.model.sharing import once
 from stars.model.source import TensorSource
+from stars.model.tensors import NORMS, products_of
 from stars.target import target_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,18 +43,21 @@ class Reader:
         self.activations = torch.float32 if float32 else DTYPES[dtype]  # of keys and values, too
         self.kind = None if float32 else self.activations  # of matrices; None: the narrowest that is exact
 
-    def matrix(self, *layers: str) -> Weight:
-        """The weights of `layers`, one below the other, packed, with their biases where they have some."""
-        return self._packed(layers, self.quantization)
+    def matrix(self, *layers: str, order: Tensor | None = None) -> Weight:
+        """The weights of `layers`, one below the other, packed, with their biases where they have some.
+
+        order: int64 [rows] of all of them; it takes no row from one matrix to another.
+        """
+        return self._packed(layers, self.quantization, order)
 
     def embedding(self, tied: bool) -> Weight:
         """The embedding table. Where it is `tied` to the language model's head it is rounded, too; else its rows are
         looked up only, and stay as they are."""
         return self._packed(("model.embed_tokens",), TIED if tied and self.quantization else None)
 
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight or a bias, float32."""
-        return self._once([name], lambda: self._plain(name).to(self.device, torch.float32, copy=True))
+    def vector(self, name: str, offset: float = 0.0) -> Tensor:
+        """A norm's weight, `offset` added to it, or a bias, float32."""
+        return self._once([name], lambda: self._plain(name).to(self.device, torch.float32, copy=True).add_(offset))
 
     def low_rank(self, *modules: str) -> LowRank | None:
         """What an adapter adds to the product of `modules`, in the activations' type; None where it adds nothing."""
@@ -74,9 +79,9 @@ class Reader:
         return LowRank(*(kernels.pack(matrix.to(self.device, self.kind), None, self.deterministic)
                          for matrix in (torch.cat(downs), ups)))
 
-    def _packed(self, layers: tuple[str, ...], scheme: Rounded | None) -> Weight:
+    def _packed(self, layers: tuple[str, ...], scheme: Rounded | None, order: Tensor | None = None) -> Weight:
         names = [layer + ".weight" for layer in layers] + [layer + ".bias" for layer in layers]
-        return self._once(names, lambda: self._matrix(layers, scheme), scheme)
+        return self._once(names, lambda: self._matrix(layers, scheme, order), scheme)
 
     def _once(self, names: Iterable[str], make: Callable[[], T], scheme: Rounded | None = None) -> T:
         """What is made of these tensors of these files, once in a scope of shared weights."""
@@ -85,10 +90,13 @@ class Reader:
         key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic, scheme)
         return once(key, make)
 
-    def _matrix(self, layers: tuple[str, ...], scheme: Rounded | None) -> Weight:
+    def _matrix(self, layers: tuple[str, ...], scheme: Rounded | None, order: Tensor | None) -> Weight:
         parts = [self._rounded(layer + ".weight", scheme) for layer in layers]
         biases = [self.vector(layer + ".bias") for layer in layers if layer + ".bias" in self.names]
         bias = torch.cat(biases) if biases else None
+        if order is not None:
+            parts = _ordered(parts, order)
+            bias = None if bias is None else bias[order.to(bias.device)]
         arithmetic: Arithmetic = "bfloat16" if self.rounded else "float32"
         plain = [part for part in parts if isinstance(part, Tensor)]
         if len(plain) < len(parts):
@@ -145,14 +153,56 @@ class Reader:
 def read_layer(reader: Reader, config: ModelConfig, prefix: str) -> LayerWeights:
     """The weights of the layer whose tensors' names begin with `prefix`."""
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    norms, products = NORMS[config.norms], products_of(config)
+    orders = _orders(config)
+
+    def norm(name: str | None, order: Tensor | None = None) -> Tensor | None:
+        if name is None:
+            return None
+        weight = reader.vector(f"{prefix}{name}.weight", config.norm_offset)
+        return weight if order is None else weight[order.to(weight.device)]
+
     return LayerWeights(
-        input_norm=reader.vector(prefix + "input_layernorm.weight"),
-        qkv=reader.matrix(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-        q_norm=reader.vector(attention + "q_norm.weight") if config.qk_norm else None,
-        k_norm=reader.vector(attention + "k_norm.weight") if config.qk_norm else None,
+        input_norm=norm(norms.before_attention),
+        qkv=reader.matrix(*(prefix + name for name in products.qkv), order=orders.qkv),
+        q_norm=norm("self_attn.q_norm", orders.head) if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm", orders.head) if config.qk_norm else None,
         o=reader.matrix(attention + "o_proj"),
-        mlp_norm=reader.vector(prefix + "post_attention_layernorm.weight"),
-        gate_up=reader.matrix(mlp + "gate_proj", mlp + "up_proj"),
+        mlp_norm=norm(norms.before_mlp),
+        gate_up=reader.matrix(*(prefix + name for name in products.gate_up)),
         down=reader.matrix(mlp + "down_proj"),
         adapters=LayerAdapters(*(reader.low_rank(*(prefix + module for module in modules)) for modules in PRODUCTS)),
+        attention_post_norm=norm(norms.after_attention),
+        mlp_post_norm=norm(norms.after_mlp),
     )
+
+
+def _ordered(parts: Sequence[Tensor | QuantWeight], order: Tensor) -> list[Tensor | QuantWeight]:
+    """Matrices one below the other with their rows in `order`, each matrix' among themselves."""
+    taken: list[Tensor | QuantWeight] = []
+    start = 0
+    for part in parts:
+        count = part.out_features if isinstance(part, QuantWeight) else part.shape[0]
+        index = order[start : start + count] - start
+        taken.append(rows_of(part, index) if isinstance(part, QuantWeight) else part[index])
+        start += count
+    return taken
+
+
+class _Orders(NamedTuple):
+    """In which order rows are taken; None: as they are."""
+
+    head: Tensor | None  # int64 [head_dim]
+    qkv: Tensor | None  # int64 [(heads + 2 * kv_heads) * head_dim]
+
+
+def _orders(config: ModelConfig) -> _Orders:
+    """Of queries and keys, whose pairs of dimensions are rotated: see `ModelConfig.head_order`."""
+    order = config.head_order()
+    if order is None:
+        return _Orders(None, None)
+    # No family has both parts that are not rotated and a norm over all heads.
+    head, kept = torch.tensor(order), torch.arange(config.head_dim)
+    starts = torch.arange(config.num_heads + 2 * config.num_kv_heads)[:, None] * config.head_dim
+    rotated = torch.arange(len(starts))[:, None] < config.num_heads + config.num_kv_heads
+    return _Orders(head, (starts + torch.where(rotated, head, kept)).flatten())

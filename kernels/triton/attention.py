@@ -45,6 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stars.kernels.limits import MAX_HEADS_A_KEY
+from stars.kernels.triton.functions import tanh
 from stars.kernels.triton.tiles import FIELDS, NARROW, Kind, build, lanes
 from stars.kernels.triton.variant import ARCHES, Variant
 from stars.kernels.types import Batch, LayerKV
@@ -90,16 +91,6 @@ def settings(head_dim: int, dtype: torch.dtype, width: int, lanes: int, capabili
     # On sm_100 the assembler, told so, spilled one number of wide tiles; left to itself it takes 185 and none.
     registers = None if capability >= 100 and width > NARROW else 255
     return Settings(32 if small else 64, num_warps, 3, by_warps, 64, registers)
-
-
-@triton.jit
-def _tanh(x):
-    """Odd polynomial (least squares, error 2e-8) below 1/2, where 1 - 2^-y loses digits; else from the exponential."""
-    square = x * x
-    near = x + x * square * (-0.3333314061 + square * (0.1332582235 + square * (-0.0530422069 + square * 0.0172354765)))
-    shrunk = tl.exp2(tl.abs(x) * -2.8853900817779268)  # e^(-2 |x|)
-    far = (1.0 - shrunk) / (1.0 + shrunk)
-    return tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -151,7 +142,7 @@ def _attend(
         v = tl.load(values + at, mask=read, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if SOFTCAP:
-            scores = _tanh(scores) * softcap_scale
+            scores = tanh(scores) * softcap_scale
         seen = key[None, :] < beyond[:, None]
         if WINDOW:
             seen = seen & (key[None, :] >= first[:, None])
@@ -221,7 +212,7 @@ def _attend_by_warps(
         v = tl.load(values + at + inside, mask=read, other=0.0)
         scores = tl.dot(queries, tl.trans(k, 0, 2, 1)) * scale
         if SOFTCAP:
-            scores = _tanh(scores) * softcap_scale
+            scores = tanh(scores) * softcap_scale
         seen = key[:, None, :] < beyond[None, :, None]
         if WINDOW:
             seen = seen & (key[:, None, :] >= first[None, :, None])
@@ -449,7 +440,7 @@ def _lanes(
         v = tl.load(values + block * STRIDE + at, mask=read, other=0.0)
         scores = tl.dot(queries, tl.trans(k, 0, 2, 1)) * scale
         if SOFTCAP:
-            scores = _tanh(scores) * softcap_scale
+            scores = tanh(scores) * softcap_scale
         if WINDOW:
             seen = seen & (key[None, :] >= first[:, None])
         scores = tl.where(seen[:, None, :], scores, float("-inf"))
