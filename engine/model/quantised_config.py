@@ -31,7 +31,7 @@ def storage_of(config: Mapping[str, Any], where: str) -> Storage | None:
     method = given.get("quant_method") if isinstance(given, dict) else None
     if not isinstance(method, str) or method not in METHODS:
         known = method if isinstance(method, str) and method.isprintable() else "an unnamed method"
-        raise ModelError(f"{where} is quantised with {known}, which is not supported ({', '.join(METHODS)} are): {PLAIN}")
+        raise _refuse(where, known)
     if method == "awq":
         return _awq(given, where)
     if method == "gptq":

@@ -3,8 +3,9 @@
 Only weights are: a checkpoint that was made for activations of 8 bits, too, is computed with those of 16 or 32 bits,
 and scales of its activations are not read. Which layers are quantised, and how, is told by their tensors.
 
-    compressed-tensors  X.weight int8 or float8 [out, in], X.weight_scale; or X.weight_packed int32 [out, in * bits / 32],
-                        X.weight_scale [out, groups], X.weight_zero_point int32 [out * bits / 32, groups]
+    compressed-tensors  X.weight int8 or float8 [out, in], X.weight_scale [out, 1] or [1]; or X.weight_packed int32
+                        [out, in * bits / 32], X.weight_scale [out, groups], X.weight_zero_point int32
+                        [out * bits / 32, groups]
     awq                 X.qweight int32 [in, out / 8], X.qzeros int32 [groups, out / 8], X.scales [groups, out]
     gptq                X.qweight int32 [in * bits / 32, out], X.qzeros int32 [groups, out * bits / 32],
                         X.scales [groups, out], X.g_idx int32 [in]
@@ -197,8 +198,8 @@ class QuantisedCheckpoint:
     def _odd(self, module: str, part: str) -> ModelError:
         info = self._held.get(f"{module}.{part}")
         found = "is not there" if info is None else f"is {info.dtype} {list(info.shape)}"
-        return ModelError(f"{printed(module)}.{part} of {self.directory} {found}, which does not fit a module quantised "
-                          f"with {self._storage.method}: {AGAIN}")
+        return ModelError(f"{printed(module)}.{part} of {self.directory} {found}, which does not fit a module that is "
+                          f"quantised with {self._storage.method}: {AGAIN}")
 
     # -- contents -----------------------------------------------------------------------------------------------------
 
