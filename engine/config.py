@@ -15,7 +15,7 @@ from stars.arguments import flag, integer, real, shown
 from stars.device import check_gpu, check_model
 from stars.errors import ModelError, RequestError
 from stars.model.config import ModelConfig
-from stars.model.loader import DTYPES
+from stars.model.reader import DTYPES
 from stars.prefill import choose_prefill
 from stars.target import Target, target_of
 

@@ -14,7 +14,8 @@ import torch
 from stars.config import MAX_SIZE, EngineConfig
 from stars.device import check_model
 from stars.errors import ModelError, text_of
-from stars.model.loader import DTYPES, inspect_model
+from stars.model.loader import inspect_model
+from stars.model.reader import DTYPES
 from stars.model.tokenizer import Tokenizer
 from stars.prefill import choose_prefill
 from stars.reward.base import Reward, with_parts

@@ -7,7 +7,7 @@ from stars.kernels.blend_logits import blend_logits
 from stars.kernels.copy_rows import copy_rows
 from stars.kernels.embedding import embedding
 from stars.kernels.embedding_scaled import embedding_scaled
-from stars.kernels.linear import Weight, linear, pack
+from stars.kernels.linear import Weight, linear, pack, pack_rows
 from stars.kernels.linear_normed import linear_normed
 from stars.kernels.linear_residual import linear_residual
 from stars.kernels.linear_swiglu import linear_swiglu
@@ -22,5 +22,6 @@ from stars.kernels.token_logprobs import token_logprobs
 from stars.kernels.top_tokens import top_tokens
 
 __all__ = ["Weight", "append_draft", "apply_penalties", "attention", "blend_logits", "copy_rows", "embedding",
-           "embedding_scaled", "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack", "qkv_rope",
-           "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows", "token_logprobs", "top_tokens"]
+           "embedding_scaled", "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack", "pack_rows",
+           "qkv_rope", "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows", "token_logprobs",
+           "top_tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from stars.kernels.dispatch import Implementation, operation
-from stars.kernels.quant import QuantWeight, check, dequantize
+from stars.kernels.quant import QuantWeight, check, dequantize, stack, stacks
+
+Arithmetic = Literal["float32", "bfloat16"]
 
 SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """What unquantised matrices are called in tables of tiles."""
@@ -30,8 +33,9 @@ class Weight:
     packed: bool = False
     dtype: torch.dtype | None = None  # of the matrix that `values` holds, where packed
     deterministic: bool = False  # on a GPU: the bits of a row do not depend on the number of rows
-    arithmetic: Literal["float32", "bfloat16"] = "float32"  # of libstars' products, see `pack`
+    arithmetic: Arithmetic = "float32"  # of libstars' products, see `pack`
     quant: QuantWeight | None = None
+    parts: tuple[Weight, ...] = ()  # matrices of several kinds, one below the other, with their biases; then no values
 
     @property
     def scheme(self) -> str:
@@ -40,6 +44,8 @@ class Weight:
 
     def dense(self) -> Tensor:
         """The matrix [out_features, in_features]; of a quantised one in float32."""
+        if self.parts:
+            return torch.cat([part.dense().float() for part in self.parts])
         if self.quant is not None:
             return dequantize(self.quant)
         if not self.packed:
@@ -52,7 +58,7 @@ class Weight:
 
 def pack(
     matrix: Tensor | QuantWeight, bias: Tensor | None = None, deterministic: bool = False,
-    arithmetic: Literal["float32", "bfloat16"] = "float32",
+    arithmetic: Arithmetic = "float32",
 ) -> Weight:
     """A Weight of `matrix` [out_features, in_features].
 
@@ -94,6 +100,25 @@ def pack(
     return Weight(packed, bias, out_features, in_features, True, stored.dtype, deterministic, arithmetic)
 
 
+def pack_rows(parts: Sequence[Tensor | QuantWeight], bias: Tensor | None = None, deterministic: bool = False,
+              arithmetic: Arithmetic = "float32") -> Weight:
+    """A Weight of matrices [rows, in_features] one below the other, as `pack` makes it of one; `bias` is that of all.
+
+    Those of one kind are one product; else the Weight has `parts`.
+    """
+    quants = [part for part in parts if isinstance(part, QuantWeight)]
+    if len(quants) == len(parts) and stacks(quants):
+        return pack(stack(quants), bias, deterministic, arithmetic)
+    if not quants:
+        return pack(torch.cat([part for part in parts if isinstance(part, Tensor)]), bias, deterministic, arithmetic)
+    sizes = [part.out_features if isinstance(part, QuantWeight) else part.shape[0] for part in parts]
+    biases = [None] * len(parts) if bias is None else list(bias.split(sizes))
+    packed = tuple(pack(part, own, deterministic, arithmetic) for part, own in zip(parts, biases, strict=True))
+    bias = None if bias is None else torch.cat([own for own in (part.bias for part in packed) if own is not None])
+    return Weight(packed[0].values[:0], bias, sum(sizes), packed[0].in_features, deterministic=deterministic,
+                  parts=packed)
+
+
 def _narrowest(matrix: Tensor) -> Tensor:
     """`matrix` as bfloat16 if that holds every value exactly, else as float32."""
     wide, narrow = matrix.float(), matrix.to(torch.bfloat16)
@@ -108,7 +133,7 @@ def linear_reference(x: Tensor, weight: Weight, out: Tensor) -> None:
 
 
 def _unquantised(x: Tensor, weight: Weight, out: Tensor) -> bool:
-    return weight.quant is None
+    return weight.quant is None and not weight.parts
 
 
 @operation(cpu=[Implementation("stars.bindings.libstars:linear", _unquantised)],

@@ -1,36 +1,44 @@
-"""Matrices in 8 or 4 bits: what loaders make and products take, and the reference that makes numbers of them again.
+"""Matrices in 4 to 8 bits: what loaders make and products take, and the reference that makes numbers of them again.
 
     w = (value - zero) * scale
 
-Only weights are quantised: activations stay as they are, and products are summed up in float32.
+Only weights are quantised: activations stay as they are, and products are summed up in float32. Matrices of GGUF files
+stay as they are stored (`quant_blocks.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-Scheme = Literal["fp8", "int8", "int4"]
+from stars.kernels.quant_blocks import LAYOUTS, BlockScheme, take_apart
 
-INT4_GROUPS = (32, 128)
+Rounded = Literal["fp8", "int8", "int4"]
+"""Schemes that `quantize` rounds to."""
+Scheme = Rounded | BlockScheme
+
+INT4_GROUPS = (32, 64, 128)
 """Columns that may share a scale where a weight has four bits."""
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX, INT8_MAX, INT4_MAX = 448.0, 127.0, 7.0  # the largest values; int4's of 15 steps around its zero
 INT4_ZERO = 8
 
-_STORED = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}
+_STORED = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8} | dict.fromkeys(LAYOUTS, torch.uint8)
 
 
 class QuantWeight(NamedTuple):
-    """A matrix [out_features, in_features] in 8 or 4 bits."""
+    """A matrix [out_features, in_features] in 4 to 8 bits."""
 
-    values: Tensor  # fp8: float8_e4m3fn, int8: int8 [out, in]; int4: uint8 [out, in / 2], the low nibble is column 2 j
-    scales: Tensor  # float32 [out] where group is 0; float16 or float32 [out, in / group]
+    # fp8: float8_e4m3fn, int8: int8 [out, in]; int4: uint8 [out, in / 2], the low nibble is column 2 j; of schemes of
+    # blocks: the blocks themselves, uint8 [out, in / group * bytes of a block], perhaps a view of a file
+    values: Tensor
+    scales: Tensor  # float32 [out] where group is 0; float16 or float32 [out, in / group]; of blocks: float32 [0]
     zeros: Tensor | None  # int4: uint8 [out, in / group] in 0..15; None: 8 for int4, 0 for the others
-    group: int  # adjacent columns that share a scale; 0: all of a row
+    group: int  # adjacent columns that share a scale, or columns of a block; 0: all of a row
     scheme: Scheme
 
     @property
@@ -41,12 +49,14 @@ class QuantWeight(NamedTuple):
     @property
     def in_features(self) -> int:
         """Columns of the matrix."""
+        if self.scheme in LAYOUTS:
+            return self.values.shape[1] // LAYOUTS[self.scheme].nbytes * self.group
         return self.values.shape[1] * (2 if self.scheme == "int4" else 1)
 
     @property
     def name(self) -> str:
-        """The scheme as tables of tiles call it: "fp8", "int8", "int4-32", "int4-128"."""
-        return f"{self.scheme}-{self.group}" if self.group else self.scheme
+        """The scheme as tables of tiles call it: "fp8", "int8", "int4-32", "int4-128", "q4_k"."""
+        return f"{self.scheme}-{self.group}" if self.scheme == "int4" else self.scheme
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +70,9 @@ def check(quant: QuantWeight) -> None:
     values, scales, zeros = quant.values, quant.scales, quant.zeros
     if values.dim() != 2 or values.dtype != _STORED[quant.scheme]:
         raise ValueError(f"{quant.name}: values are {_described(values)}, give a matrix of {_STORED[quant.scheme]}")
+    if quant.scheme in LAYOUTS:
+        _check_blocks(quant)
+        return
     rows, columns = quant.out_features, quant.in_features
     if quant.group:
         _check_columns(columns, quant.group)
@@ -76,15 +89,68 @@ def check(quant: QuantWeight) -> None:
             raise ValueError(f"{quant.name}: {name} are not contiguous on the values' device: make them so")
 
 
-def quantize(matrix: Tensor, scheme: Scheme, group: int = 0, asymmetric: bool = False) -> QuantWeight:
+def _check_blocks(quant: QuantWeight) -> None:
+    values, nbytes = quant.values, LAYOUTS[quant.scheme].nbytes
+    if values.shape[1] % nbytes or not values.is_contiguous():
+        raise ValueError(f"{quant.name}: values are {_described(values)}, give contiguous rows of blocks of {nbytes} "
+                         "bytes")
+    if quant.scales.numel() or quant.zeros is not None:
+        raise ValueError(f"{quant.name}: scales and zeros are in the blocks, give an empty tensor and None")
+
+
+def of_blocks(values: Tensor, scheme: BlockScheme) -> QuantWeight:
+    """Rows of blocks as GGUF files hold them, uint8 [out, in / columns * bytes of a block]."""
+    quant = QuantWeight(values, torch.empty(0, device=values.device), None, LAYOUTS[scheme].columns, scheme)
+    check(quant)
+    return quant
+
+
+def rows(quant: QuantWeight, index: Tensor | slice) -> QuantWeight:
+    """Some rows of a matrix, or all in another order: `index` int64 [n] or a slice."""
+    scales = quant.scales if quant.scheme in LAYOUTS else quant.scales[index].contiguous()
+    zeros = None if quant.zeros is None else quant.zeros[index].contiguous()
+    return quant._replace(values=_bytes(quant.values)[index].contiguous().view(quant.values.dtype), scales=scales,
+                          zeros=zeros)
+
+
+def stacks(parts: Sequence[QuantWeight]) -> bool:
+    """Whether matrices can lie one below the other as one: of one scheme, group and width."""
+    return len({(part.scheme, part.group, part.in_features) for part in parts}) == 1
+
+
+def stack(parts: Sequence[QuantWeight]) -> QuantWeight:
+    """Matrices one below the other, which `stacks`."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    values = torch.cat([_bytes(part.values) for part in parts]).view(first.values.dtype)
+    if first.scheme in LAYOUTS:
+        return first._replace(values=values)
+    kind = torch.float16 if all(part.scales.dtype == torch.float16 for part in parts) else torch.float32
+    scales = torch.cat([part.scales.to(kind) for part in parts])
+    zeros = None
+    if any(part.zeros is not None for part in parts):
+        zeros = torch.cat([part.scales.new_full(part.scales.shape, INT4_ZERO, dtype=torch.uint8) if part.zeros is None
+                           else part.zeros for part in parts])
+    return QuantWeight(values, scales, zeros, first.group, first.scheme)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """Values as something that can be gathered and joined: float8 cannot, on every device."""
+    return values.view(torch.uint8)
+
+
+def quantize(matrix: Tensor, scheme: Rounded, group: int = 0, asymmetric: bool = False) -> QuantWeight:
     """`matrix` [out_features, in_features] of any float type, every weight rounded to the nearest value.
 
     fp8 and int8 have a scale for each row (`group` 0), by which its largest weight becomes 448 or 127. int4 has one for
-    each `group` of 32 or 128 columns, by which the largest becomes 7 steps from its zero; `asymmetric` gives the 15
+    each `group` of 32, 64 or 128 columns, by which the largest becomes 7 steps from its zero; `asymmetric` gives the 15
     steps of a group to the range from its least weight to its largest, 0 included. Scales of groups are float16 where
     all are normal numbers of it. Raises ValueError for an unknown scheme, sizes that do not fit, and NaN or infinity.
     """
     _check_scheme(scheme, group)
+    if scheme in LAYOUTS:
+        raise ValueError(f"quantize: {scheme} is read from files only, give {', '.join(get_args(Rounded))}")
     if matrix.dim() != 2 or not matrix.is_floating_point():
         raise ValueError(f"quantize: matrix is {_described(matrix)}, give a float type in two dimensions")
     if asymmetric and scheme != "int4":
@@ -120,6 +186,8 @@ def _quantize_int4(wide: Tensor, group: int, asymmetric: bool) -> QuantWeight:
 def dequantize(quant: QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix [out_features, in_features]: formed in float32, rounded to `dtype` once."""
     scales, values = quant.scales.float(), quant.values
+    if quant.scheme in LAYOUTS:
+        return take_apart(values, quant.scheme).numbers().to(dtype)
     if not quant.group:
         return (values.float() * scales[:, None]).to(dtype)
     rows, columns = quant.out_features, quant.in_features
@@ -145,9 +213,9 @@ def _narrowest(scales: Tensor) -> Tensor:
 
 
 def _check_scheme(scheme: str, group: int) -> None:
-    if scheme not in get_args(Scheme):
-        raise ValueError(f"scheme is {scheme!r}, it must be one of {', '.join(get_args(Scheme))}")
-    groups = INT4_GROUPS if scheme == "int4" else (0,)
+    if scheme not in _STORED:
+        raise ValueError(f"scheme is {scheme!r}, it must be one of {', '.join(_STORED)}")
+    groups = INT4_GROUPS if scheme == "int4" else (LAYOUTS[scheme].columns,) if scheme in LAYOUTS else (0,)
     if group not in groups:
         raise ValueError(f"{scheme}: group is {group}, it must be {' or '.join(map(str, groups))}")
 

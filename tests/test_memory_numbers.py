@@ -13,7 +13,7 @@ from building import PADDED, work_as
 from held import bytes_of
 from stars.kernels.top_tokens import launches, selection_rows
 from stars.model.decoder import Decoder
-from stars.model.loader import DTYPES
+from stars.model.reader import DTYPES
 from stars.reward import CausalReward
 from stars.sizes import LIBRARIES, Occupant, needed_bytes
 from stars.target import CUDA, ROWS

@@ -134,7 +134,7 @@ EIGHT, FOUR = quantize(numbers(3, 64), "int8"), quantize(numbers(3, 64), "int4",
 
 @pytest.mark.parametrize("message, call", [
     ("scheme is 'nf4', it must be one of fp8, int8, int4", lambda: quantize(numbers(3, 64), "nf4")),
-    ("int4: group is 64, it must be 32 or 128", lambda: quantize(numbers(3, 64), "int4", 64)),
+    ("int4: group is 48, it must be 32 or 64 or 128", lambda: quantize(numbers(3, 96), "int4", 48)),
     ("int8: group is 32, it must be 0", lambda: quantize(numbers(3, 64), "int8", 32)),
     ("int4-128: in_features is 192, it must be a multiple of the group of 128",
      lambda: quantize(numbers(3, 192), "int4", 128)),

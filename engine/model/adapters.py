@@ -19,8 +19,9 @@ from torch import Tensor
 
 from stars.errors import ModelError
 from stars.model.bases import CONFIG, MERGE, base_of
-from stars.model.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
+from stars.model.checkpoint import ITEM_BYTES, Checkpoint
 from stars.model.files import is_file, is_finite, printed, read_json, shown
+from stars.model.source import TensorInfo
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stars.errors import ModelError
 from stars.model.files import INDEX, SINGLE, is_file, printed, read_json, shown
+from stars.model.source import TensorInfo
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The element types a weight may have, by their safetensors names."""
-
-
-class TensorInfo(NamedTuple):
-    """What a header says of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str  # a safetensors name such as "BF16"
-    shard: str  # the file's name
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
 
 
 class Checkpoint:

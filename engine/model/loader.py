@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from stars import kernels
 from stars.errors import ModelError
 from stars.kernels.linear import Weight
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
@@ -18,7 +16,7 @@ from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from stars.model.bases import is_adapter
 from stars.model.checkpoint import ITEM_BYTES, Checkpoint
 from stars.model.config import ModelConfig, load_config
-from stars.model.decoder import Decoder, LayerWeights
+from stars.model.decoder import Decoder
 from stars.model.families import FAMILIES
 from stars.model.files import is_file, printed
 from stars.model.head_files import (
@@ -34,28 +32,16 @@ from stars.model.head_files import (
     read_head,
 )
 from stars.model.heads import RewardHead
-from stars.model.low_rank import LayerAdapters, LowRank
 from stars.model.normalisation import STATISTICS
+from stars.model.reader import DTYPES, Reader, read_layer
 from stars.model.rope import rope_tables
-from stars.model.sharing import once
+from stars.model.tensors import Head, expected_tensors, keys_of
 from stars.model.tokenizer import has_chat_template, tokenizer_directory
 from stars.target import target_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_ROWS = 256
 DEFAULT_POSITIONS = 1 << 15
 NAMED = 3  # tensors an error names before it only counts
-KEYS = {
-    "embed_tokens": "vocab_size, hidden_size", "lm_head": "vocab_size, hidden_size",
-    "q_proj": "num_attention_heads * head_dim, hidden_size", "k_proj": "num_key_value_heads * head_dim, hidden_size",
-    "v_proj": "num_key_value_heads * head_dim, hidden_size", "o_proj": "hidden_size, num_attention_heads * head_dim",
-    "gate_proj": "intermediate_size, hidden_size", "up_proj": "intermediate_size, hidden_size",
-    "down_proj": "hidden_size, intermediate_size", "q_norm": "head_dim", "k_norm": "head_dim",
-}
-"""What of config.json gives the shape of a layer's weight; that of the others is hidden_size."""
-
-Head = Literal["lm", "reward", "none"]
-T = TypeVar("T")
 
 
 class ModelSummary(NamedTuple):
@@ -119,12 +105,12 @@ def load_model(
     checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
     config = adapted_config(config, checkpoint)
     names, form = check(checkpoint, config, head, choice)
-    reader = _Reader(checkpoint, names, dtype, device, deterministic)
+    reader = Reader(checkpoint, names, dtype, device, deterministic)
     tied = head == "lm" and config.tie_word_embeddings
     if tied:
         reader.check_tied()
     embedding = reader.matrix("model.embed_tokens")
-    layers = [_layer(reader, config, f"model.layers.{index}.") for index in range(config.num_layers)]
+    layers = [read_layer(reader, config, f"model.layers.{index}.") for index in range(config.num_layers)]
     lm_head: Weight | None = None
     score_head: Weight | RewardHead | None = None
     if form is not None:
@@ -215,128 +201,6 @@ def _adapter_summary(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> Adap
                                           max((features for _, features in products), default=0)), elements)
 
 
-def expected_tensors(config: ModelConfig, head: Head) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a checkpoint of this configuration must have, by its full name."""
-    hidden, middle = config.hidden_size, config.intermediate_size
-    heads_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    matrices = (
-        ("self_attn.q_proj", heads_width, hidden, config.qkv_bias),
-        ("self_attn.k_proj", kv_width, hidden, config.qkv_bias),
-        ("self_attn.v_proj", kv_width, hidden, config.qkv_bias),
-        ("self_attn.o_proj", hidden, heads_width, config.o_bias),
-        ("mlp.gate_proj", middle, hidden, config.mlp_bias),
-        ("mlp.up_proj", middle, hidden, config.mlp_bias),
-        ("mlp.down_proj", hidden, middle, config.mlp_bias),
-    )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_layers):
-        layer = f"model.layers.{index}."
-        shapes[layer + "input_layernorm.weight"] = (hidden,)
-        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-        if config.qk_norm:
-            shapes[layer + "self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[layer + "self_attn.k_norm.weight"] = (config.head_dim,)
-        for name, rows, columns, bias in matrices:
-            shapes[f"{layer}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{layer}{name}.bias"] = (rows,)
-    shapes["model.norm.weight"] = (hidden,)
-    if head == "lm" and not config.tie_word_embeddings:
-        shapes[LM_HEAD] = (config.vocab_size, hidden)
-    return shapes
-
-
-class _Reader:
-    """Takes tensors out of a checkpoint in the form the decoder keeps them in."""
-
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], dtype: str, device: torch.device,
-                 deterministic: bool):
-        self.checkpoint = checkpoint
-        self.names = names
-        self.device = device
-        self.deterministic = deterministic
-        float32 = target_of(device.type).float32
-        self.rounded = float32 and dtype == "bfloat16"
-        self.activations = torch.float32 if float32 else DTYPES[dtype]  # of keys and values, too
-        self.kind = None if float32 else self.activations  # of matrices; None: the narrowest that is exact
-
-    def matrix(self, *layers: str) -> Weight:
-        """The weights of `layers`, one below the other, packed, with their biases where they have some."""
-        names = [layer + ".weight" for layer in layers] + [layer + ".bias" for layer in layers]
-        return self._once(names, lambda: self._matrix(*layers))
-
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight or a bias, float32."""
-        return self._once([name], lambda: self._read(name).to(self.device, torch.float32, copy=True))
-
-    def low_rank(self, *modules: str) -> LowRank | None:
-        """What an adapter adds to the product of `modules`, in the activations' type; None where it adds nothing."""
-        if not isinstance(self.checkpoint, AdaptedCheckpoint) or not any(
-                module in self.checkpoint.pairs for module in modules):
-            return None
-        features = [self.checkpoint.tensors[self.names[module + ".weight"]].shape[0] for module in modules]
-        pairs = [self.checkpoint.pairs.get(module) for module in modules]
-        downs = []
-        ups = torch.zeros(sum(features), sum(pair.rank for pair in pairs if pair is not None))
-        row = column = 0
-        for pair, count in zip(pairs, features, strict=True):
-            if pair is not None:
-                down, up = self.checkpoint.low_rank(pair)
-                downs.append(down)
-                ups[row : row + count, column : column + pair.rank] = up
-                column += pair.rank
-            row += count
-        return LowRank(*(kernels.pack(matrix.to(self.device, self.kind), None, self.deterministic)
-                         for matrix in (torch.cat(downs), ups)))
-
-    def _once(self, names: Iterable[str], make: Callable[[], T]) -> T:
-        """What is made of these tensors of these files, once in a scope of shared weights."""
-        held = [name for name in names if name in self.names]
-        read = tuple((self.checkpoint.file_of(self.names[name]).resolve(), name) for name in held)
-        key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic)
-        return once(key, make)
-
-    def _matrix(self, *layers: str) -> Weight:
-        parts = [self._read(layer + ".weight") for layer in layers]
-        biases = [self.vector(layer + ".bias") for layer in layers if layer + ".bias" in self.names]
-        # bfloat16 is kept as such: it is exact and half the bytes; all else becomes float32, which is exact too
-        keep = self.rounded or {part.dtype for part in parts} == {torch.bfloat16}
-        kind = self.kind or (torch.bfloat16 if keep else torch.float32)
-        rows = sum(part.shape[0] for part in parts)
-        joined = torch.empty(rows, parts[0].shape[1], dtype=kind, device=self.device)
-        torch.cat([part.to(self.device, kind) for part in parts], out=joined)
-        bias = torch.cat(biases) if biases else None
-        return kernels.pack(joined, bias, self.deterministic, "bfloat16" if self.rounded else "float32")
-
-    def check_tied(self) -> None:
-        """Raises ModelError where the checkpoint has a head of its own although it should be the embedding."""
-        if LM_HEAD not in self.checkpoint.tensors:
-            return
-        if not torch.equal(self.checkpoint.read(LM_HEAD), self._read("model.embed_tokens.weight")):
-            raise ModelError(
-                f"{self.checkpoint.directory} has tie_word_embeddings but a {LM_HEAD} that differs from the "
-                "embeddings: set tie_word_embeddings to false in config.json if that head is wanted, else remove it"
-            )
-
-    def _read(self, name: str) -> Tensor:
-        return self.checkpoint.read(self.names[name])
-
-
-def _layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:
-    attention, mlp = prefix + "self_attn.", prefix + "mlp."
-    return LayerWeights(
-        input_norm=reader.vector(prefix + "input_layernorm.weight"),
-        qkv=reader.matrix(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-        q_norm=reader.vector(attention + "q_norm.weight") if config.qk_norm else None,
-        k_norm=reader.vector(attention + "k_norm.weight") if config.qk_norm else None,
-        o=reader.matrix(attention + "o_proj"),
-        mlp_norm=reader.vector(prefix + "post_attention_layernorm.weight"),
-        gate_up=reader.matrix(mlp + "gate_proj", mlp + "up_proj"),
-        down=reader.matrix(mlp + "down_proj"),
-        adapters=LayerAdapters(*(reader.low_rank(*(prefix + module for module in modules)) for modules in PRODUCTS)),
-    )
-
-
 def check(checkpoint: Checkpoint, config: ModelConfig, head: Head, choice: HeadChoice,
           ) -> tuple[dict[str, str], HeadForm | None]:
     """The checkpoint's name of every expected tensor, and a reward model's head, once all tensors are there with the
@@ -364,7 +228,7 @@ def check(checkpoint: Checkpoint, config: ModelConfig, head: Head, choice: HeadC
             f"{layers}: "
             "use config.json of the same checkpoint, or a model without them"
         )
-    wanted = {name: (shape, _keys(name, shape)) for name, shape in expected_tensors(config, head).items()}
+    wanted = {name: (shape, keys_of(name, shape)) for name, shape in expected_tensors(config, head).items()}
     for name, (shape, keys) in (wanted | (form.tensors if form is not None else {})).items():
         info = checkpoint.tensors[names[name]]
         if info.shape != shape:
@@ -393,12 +257,6 @@ def _check_pairs(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> None:
                 f"{checkpoint.adapter} has an adapter of {module} for a matrix of "
                 f"{[pair.out_features, pair.in_features]} and its base {checkpoint.directory} has {found}: use the "
                 "adapter with the base model that it was trained on")
-
-
-def _keys(name: str, shape: tuple[int, ...]) -> str:
-    """What of config.json gives the shape of a tensor."""
-    keys = KEYS.get(name.split(".")[-2], "hidden_size")
-    return keys.split(",")[0] if len(shape) == 1 else keys
 
 
 def _match(

@@ -1,0 +1,135 @@
+"""Takes tensors out of a source in the form that the decoder keeps them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stars import kernels
+from stars.errors import ModelError
+from stars.kernels.linear import Arithmetic, Weight
+from stars.kernels.quant import QuantWeight
+from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
+from stars.model.config import ModelConfig
+from stars.model.decoder import LayerWeights
+from stars.model.head_files import LM_HEAD
+from stars.model.low_rank import LayerAdapters, LowRank
+from stars.model.sharing import once
+from stars.model.source import TensorSource
+from stars.target import target_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+T = TypeVar("T")
+
+
+class Reader:
+    """Takes tensors out of a checkpoint in the form the decoder keeps them in."""
+
+    def __init__(self, source: TensorSource, names: dict[str, str], dtype: str, device: torch.device,
+                 deterministic: bool):
+        self.source = source
+        self.names = names
+        self.device = device
+        self.deterministic = deterministic
+        float32 = target_of(device.type).float32
+        self.rounded = float32 and dtype == "bfloat16"
+        self.activations = torch.float32 if float32 else DTYPES[dtype]  # of keys and values, too
+        self.kind = None if float32 else self.activations  # of matrices; None: the narrowest that is exact
+
+    def matrix(self, *layers: str) -> Weight:
+        """The weights of `layers`, one below the other, packed, with their biases where they have some."""
+        names = [layer + ".weight" for layer in layers] + [layer + ".bias" for layer in layers]
+        return self._once(names, lambda: self._matrix(*layers))
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight or a bias, float32."""
+        return self._once([name], lambda: self._plain(name).to(self.device, torch.float32, copy=True))
+
+    def low_rank(self, *modules: str) -> LowRank | None:
+        """What an adapter adds to the product of `modules`, in the activations' type; None where it adds nothing."""
+        if not isinstance(self.source, AdaptedCheckpoint) or not any(
+                module in self.source.pairs for module in modules):
+            return None
+        features = [self.source.tensors[self.names[module + ".weight"]].shape[0] for module in modules]
+        pairs = [self.source.pairs.get(module) for module in modules]
+        downs = []
+        ups = torch.zeros(sum(features), sum(pair.rank for pair in pairs if pair is not None))
+        row = column = 0
+        for pair, count in zip(pairs, features, strict=True):
+            if pair is not None:
+                down, up = self.source.low_rank(pair)
+                downs.append(down)
+                ups[row : row + count, column : column + pair.rank] = up
+                column += pair.rank
+            row += count
+        return LowRank(*(kernels.pack(matrix.to(self.device, self.kind), None, self.deterministic)
+                         for matrix in (torch.cat(downs), ups)))
+
+    def _once(self, names: Iterable[str], make: Callable[[], T]) -> T:
+        """What is made of these tensors of these files, once in a scope of shared weights."""
+        held = [name for name in names if name in self.names]
+        read = tuple((self.source.file_of(self.names[name]).resolve(), name) for name in held)
+        key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic)
+        return once(key, make)
+
+    def _matrix(self, *layers: str) -> Weight:
+        parts = [self._read(layer + ".weight") for layer in layers]
+        biases = [self.vector(layer + ".bias") for layer in layers if layer + ".bias" in self.names]
+        bias = torch.cat(biases) if biases else None
+        arithmetic: Arithmetic = "bfloat16" if self.rounded else "float32"
+        plain = [part for part in parts if isinstance(part, Tensor)]
+        if len(plain) < len(parts):
+            return kernels.pack_rows([self._moved(part) for part in parts], bias, self.deterministic, arithmetic)
+        # bfloat16 is kept as such: it is exact and half the bytes; all else becomes float32, which is exact too
+        keep = self.rounded or {part.dtype for part in plain} == {torch.bfloat16}
+        kind = self.kind or (torch.bfloat16 if keep else torch.float32)
+        rows = sum(part.shape[0] for part in plain)
+        joined = torch.empty(rows, plain[0].shape[1], dtype=kind, device=self.device)
+        torch.cat([part.to(self.device, kind) for part in plain], out=joined)
+        return kernels.pack(joined, bias, self.deterministic, arithmetic)
+
+    def _moved(self, part: Tensor | QuantWeight) -> Tensor | QuantWeight:
+        """One of several matrices that are not all of one type, on the device."""
+        if isinstance(part, Tensor):
+            return part.to(self.device, self.kind)
+        zeros = None if part.zeros is None else part.zeros.to(self.device)
+        return part._replace(values=part.values.to(self.device), scales=part.scales.to(self.device), zeros=zeros)
+
+    def check_tied(self) -> None:
+        """Raises ModelError where the checkpoint has a head of its own although it should be the embedding."""
+        if LM_HEAD not in self.source.tensors:
+            return
+        head, embedding = self.source.read(LM_HEAD), self._read("model.embed_tokens.weight")
+        if not torch.equal(*(part if isinstance(part, Tensor) else part.values for part in (head, embedding))):
+            raise ModelError(
+                f"{self.source.directory} has tie_word_embeddings but a {LM_HEAD} that differs from the "
+                "embeddings: set tie_word_embeddings to false in config.json if that head is wanted, else remove it"
+            )
+
+    def _read(self, name: str) -> Tensor | QuantWeight:
+        return self.source.read(self.names[name])
+
+    def _plain(self, name: str) -> Tensor:
+        """A tensor that no source quantises."""
+        tensor = self._read(name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+def read_layer(reader: Reader, config: ModelConfig, prefix: str) -> LayerWeights:
+    """The weights of the layer whose tensors' names begin with `prefix`."""
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    return LayerWeights(
+        input_norm=reader.vector(prefix + "input_layernorm.weight"),
+        qkv=reader.matrix(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
+        q_norm=reader.vector(attention + "q_norm.weight") if config.qk_norm else None,
+        k_norm=reader.vector(attention + "k_norm.weight") if config.qk_norm else None,
+        o=reader.matrix(attention + "o_proj"),
+        mlp_norm=reader.vector(prefix + "post_attention_layernorm.weight"),
+        gate_up=reader.matrix(mlp + "gate_proj", mlp + "up_proj"),
+        down=reader.matrix(mlp + "down_proj"),
+        adapters=LayerAdapters(*(reader.low_rank(*(prefix + module for module in modules)) for modules in PRODUCTS)),
+    )
