@@ -90,7 +90,7 @@ def main() -> None:
     os.dup2(2, 1)
     import vllm
 
-    common = dict(dtype="bfloat16", max_model_len=1024, enable_prefix_caching=True, block_size=16, max_num_seqs=16)
+    common = dict(dtype="bfloat16", max_model_len=1024, enable_prefix_caching=True, block_size=32, max_num_seqs=16)
     lm = vllm.LLM(options.model, **common)
     reward = vllm.LLM(options.reward, runner="pooling", convert="classify", **common)
 

@@ -27,7 +27,6 @@ class Target(NamedTuple):
 
     device: str
     dtypes: tuple[str, ...]  # that a model may have
-    dtype: str | None  # where "auto" is asked; None takes the checkpoint's
     float32: bool  # activations, keys and values are float32 whatever the dtype, which is then that of stored matrices
     triton: bool  # operations are Triton's kernels, in CUDA graphs, and serve some shapes only; libraries may prefill
     own_memory: bool  # apart from the host's: what passes between them is sent and waited for
@@ -93,7 +92,6 @@ class Target(NamedTuple):
 CPU = Target(
     device="cpu",
     dtypes=("float32", "bfloat16"),
-    dtype="float32",
     float32=True,
     triton=False,
     own_memory=False,
@@ -112,7 +110,6 @@ CPU = Target(
 CUDA = Target(
     device="cuda",
     dtypes=("float32", "bfloat16", "float16"),
-    dtype=None,
     float32=False,
     triton=True,
     own_memory=True,

@@ -13,6 +13,7 @@ from stars.errors import ModelError
 from stars.kernels.linear import Weight
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from stars.model.auto_dtype import auto_dtype
 from stars.model.bases import is_adapter
 from stars.model.checkpoint import ITEM_BYTES, Checkpoint
 from stars.model.config import ModelConfig, load_config
@@ -83,7 +84,7 @@ def load_model(
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
-    them too. Sums, norms, biases, attention, the cache and the reward
+    them too; "auto" is that for a checkpoint in bfloat16 where it is measured ahead (`auto_dtype`). Sums, norms, biases, attention, the cache and the reward
     head stay float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and
     with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
     (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s head. max_model_len: positions that there is
@@ -99,7 +100,7 @@ def load_model(
     choice = head_choice(reward_head)
     config = load_config(directory)
     if dtype == "auto":
-        dtype = target_of(device.type).dtype or config.dtype
+        dtype = auto_dtype(config, deterministic).dtype if target_of(device.type).float32 else config.dtype
         if dtype not in DTYPES:
             raise ModelError(f"{directory} is stored as {dtype}, which is not supported: choose a dtype")
     checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
