@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from stars.bindings.huge_pages import empty
 from stars.bindings.layouts import HEADER
 from stars.bindings.library import check_status, last_error, loaded
 from stars.bindings.params import address, described
@@ -49,7 +50,7 @@ def pack(matrix: Tensor, arithmetic: Arithmetic = "float32") -> Tensor:
     pointer = address("pack", "matrix", matrix, matrix.dtype, matrix.shape)
     out_features, in_features = matrix.shape
     dtype = stored_type(matrix.dtype, arithmetic)
-    packed = torch.empty(_packed_bytes(out_features, in_features, dtype), dtype=torch.uint8)  # aligned to 64 bytes
+    packed = empty(_packed_bytes(out_features, in_features, dtype))
     check_status(loaded().stars_pack(pointer, out_features, in_features, dtype, packed.data_ptr()))
     return packed
 
