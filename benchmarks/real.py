@@ -223,7 +223,7 @@ def greedy(tokens: int) -> stars.SamplingParams:
 def one_stream(bench: Bench) -> Iterator[Figure]:
     """One text, greedy: the share of the read bandwidth, and llama.cpp and transformers beside it."""
     readers = Readers(bench.threads)
-    ids = bench.prompt_ids
+    ids = bench.prompt_ids[:1]  # as good as no prompt: what is timed are steps of one row, and nothing else
     for precision in PRECISIONS:
         engine, llama = bench.engine(precision.name), bench.llama(precision.gguf)
         if engine is None:
@@ -243,10 +243,9 @@ def one_stream(bench: Bench) -> Iterator[Figure]:
             functions["transformers"] = lambda _, texts=texts: texts.update(hf=generated(bench, ids))
         seconds = interleave(functions, bench.repeats)
         tokens = [bench.tokens] * bench.repeats
-        size = step_bytes(engine)
-        rate = [size * n / s / 1e9 for n, s in zip(tokens, seconds["ours"], strict=True)]
-        label = f"{dtype_of(precision)}, {size / 1e6:.0f} MB a step"
-        yield compare(f"one stream, {label}", "GB/s", rate, "read bandwidth, the best reader of a repeat",
+        rate = [step_bytes(engine) * n / s / 1e9 for n, s in zip(tokens, seconds["ours"], strict=True)]
+        label = ours_of(engine, precision.name)
+        yield compare(f"one stream, {label}", "GB/s", rate, "the best reader of each repeat",
                       readers.best(seconds), precision.share, tokens_per_second=bench.tokens / statistics.median(
                           seconds["ours"]), readers={name: readers.bytes / statistics.median(seconds[name]) / 1e9
                                                      for name in readers.functions()})
@@ -273,8 +272,7 @@ def streams(bench: Bench, count: int = 8) -> Iterator[Figure]:
 
         seconds = interleave({"ours": ours, "llama": lambda _, llama=llama, prompts=prompts: void(
             llama.greedy(prompts, bench.tokens))}, bench.repeats)
-        yield speedup(f"{count} streams, {dtype_of(NAMED[name])}, {step_bytes(engine) / 1e6:.0f} MB a step",
-                      [count * bench.tokens] * bench.repeats, seconds["ours"],
+        yield speedup(f"{count} streams, {ours_of(engine, name)}", [count * bench.tokens] * bench.repeats, seconds["ours"],
                       f"{bench.theirs(NAMED[name].gguf)}, {count} sequences", seconds["llama"], ">= 2.5")
 
 
@@ -302,10 +300,9 @@ def aligned(bench: Bench) -> Iterator[Figure]:
         functions["llama"] = lambda _: void(llama.greedy([ids], bench.tokens))
     seconds = interleave(functions, bench.repeats, warmups=2)
     tokens = [bench.tokens] * bench.repeats
-    size = step_bytes(engine) / 1e6
     details = {"attempts_per_segment": statistics.mean(attempts[-bench.repeats :]) * SEGMENT / bench.tokens,
                "accept_rate": ACCEPT_RATE, "width": "free"}
-    label = f"aligned, accept {ACCEPT_RATE}, bf16, {size:.0f} MB a step and as much a reward"
+    label = f"aligned, accept {ACCEPT_RATE}, {ours_of(engine, 'bf16')}"
     if llama is not None:
         yield speedup(label, tokens, seconds["ours"], f"{bench.theirs('BF16')}, unaligned", seconds["llama"], ">= 0.6",
                       **details)
@@ -327,7 +324,7 @@ def candidates(bench: Bench) -> Iterator[Figure]:
     if vllm is not None:
         functions["vllm"] = lambda index: float(vllm.candidates(bench.random_ids(index, 64), ROUNDS, index)["seconds"])
     seconds = interleave(functions, bench.repeats, warmups=2)
-    label = f"{CANDIDATES} candidates of {SEGMENT} tokens, all scored, bf16, {step_bytes(engine) / 1e6:.0f} MB a step"
+    label = f"{CANDIDATES} candidates, all scored, {ours_of(engine, 'bf16')}"
     rounds = [ROUNDS] * bench.repeats
     if vllm is None:
         yield Figure(label, ROUNDS / statistics.median(seconds["ours"]), "round/s")
@@ -350,7 +347,7 @@ def prompts(bench: Bench) -> Iterator[Figure]:
                 use_tqdm=False)),
             "llama": lambda index, llama=llama: void(llama.greedy([bench.random_ids(index, PROMPT_TOKENS)], 1)),
         }, bench.repeats)
-        yield speedup(f"prompts of {PROMPT_TOKENS} tokens, {dtype_of(NAMED[name])}", [PROMPT_TOKENS] * bench.repeats,
+        yield speedup(f"prompts of {PROMPT_TOKENS} tokens, {ours_of(engine, name)}", [PROMPT_TOKENS] * bench.repeats,
                       seconds["ours"], bench.theirs(NAMED[name].gguf), seconds["llama"],
                       ">= 2" if name == "bf16" else "")
 
@@ -389,9 +386,10 @@ def common_beginning(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def dtype_of(precision: Precision) -> str:
-    """What the engine's weights are, where the name alone does not say it."""
-    return "bf16 weights, float32 arithmetic" if precision.name == "bf16" else precision.name
+def ours_of(engine: stars.Engine, name: str) -> str:
+    """A precision of the engine, and what a step of it reads, in words."""
+    arithmetic = f", {engine._models.own.passes.decoder.arithmetic} products" if name == "bf16" else ""
+    return f"{name}{arithmetic}, {step_bytes(engine) / 1e6:.0f} MB a step"
 
 
 def installed(*modules: str) -> bool:
