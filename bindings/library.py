@@ -77,7 +77,7 @@ def last_error() -> str:
 
 
 def isa() -> str:
-    """The instruction set in use: "base", "avx2", "avx512" or "avx512_bf16"."""
+    """The instruction set in use: "base", "avx2", "avx512", "avx512_vnni" or "avx512_bf16"."""
     return str(loaded().stars_isa(), "utf8")
 
 

@@ -48,13 +48,20 @@ _blend_logits = Operation("blend_logits")
 def linear(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
     """out [rows, out_features] = x [rows, in_features] @ weight.T + bias; a row's bits do not depend on the others.
 
-    Where the weight's arithmetic is "bfloat16" and `isa()` is "avx512_bf16", x is rounded to bfloat16 before.
+    Where the weight's arithmetic is "bfloat16" and `isa()` is "avx512_bf16", x is rounded to bfloat16 before; where it
+    has a format of few bits, to 16 bits (see stars_dtype in stars.h).
     """
+    linear_into(x, weight, out, 0, weight.out_features)
+
+
+def linear_into(x: Tensor, weight: PackedWeight, out: Tensor, column: int, width: int) -> None:
+    """As `linear`, into the columns from `column` on of out [rows, width]: products of several weights side by side."""
     rows, in_features, out_features = x.shape[0], weight.in_features, weight.out_features
     _linear(
         x=(x, (rows, in_features)), weight=_packed("linear", weight),
-        bias=None if weight.bias is None else (weight.bias, (out_features,)), out=(out, (rows, out_features)),
-        rows=rows, in_features=in_features, out_features=out_features, dtype=_stored(weight),
+        bias=None if weight.bias is None else (weight.bias, (out_features,)), out=(out, (rows, width)),
+        rows=rows, in_features=in_features, out_features=out_features, out_stride=width, out_column=column,
+        dtype=_stored(weight),
     )
 
 
@@ -200,7 +207,7 @@ def _packed(op: str, weight: PackedWeight) -> Tensor:
 
 
 def _stored(weight: PackedWeight) -> int:
-    return stored_type(weight.dtype or weight.values.dtype, weight.arithmetic)
+    return stored_type(weight.dtype, weight.arithmetic, weight.format)
 
 
 def _batch(batch: Batch, rows: int) -> Fields:

@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 7
+#define STARS_ABI_VERSION 8
 
 typedef enum {
   STARS_OK = 0,
@@ -42,6 +42,20 @@ typedef enum {
   /* bfloat16 in pairs of inputs. With the instruction set "avx512_bf16" x is rounded to bfloat16 too (to nearest even,
    * subnormals to zero), pairs of products are added up in float32. Others form the same products as of STARS_BF16. */
   STARS_BF16_DOT = 2,
+  /* In 4 to 8 bits, since version 8: made by stars_pack_quant. Products of them round x, in groups of 32 inputs, to 16
+   * bits: to the nearest of 65535 steps from minus the group's largest magnitude to it. Within a group products are
+   * summed up exactly, over groups in float32 in order. A row of x with a NaN or an infinity makes a row of NaN. */
+  STARS_INT8 = 3, /* a float32 scale for each output */
+  STARS_Q8_0 = 4, /* as GGUF files have them: groups of 32 inputs with a float16 scale, ..._1 with a float16 minimum */
+  STARS_Q4_0 = 5,
+  STARS_Q4_1 = 6,
+  STARS_Q5_0 = 7,
+  STARS_Q5_1 = 8,
+  STARS_Q4_K = 9, /* and groups of 32 or 16 with integer scales, 256 inputs with float16 scales of those */
+  STARS_Q5_K = 10,
+  STARS_Q6_K = 11,
+  STARS_INT4 = 12, /* float16 scales and zeros; of symmetric ones STARS_Q4_0 */
+  STARS_INT4_F32 = 13, /* float32 scales and float16 zeros, 8 for symmetric ones */
 } stars_dtype;
 
 typedef enum {
@@ -60,8 +74,9 @@ typedef enum {
   STARS_OP_BLEND_LOGITS = 12,
 } stars_op;
 
-/* out[rows, out_features] = x[rows, in_features] @ weight^T + bias. `weight` is what stars_pack made. The bits of a row
- * of `out` do not depend on the number of rows. */
+/* out[:, out_column : out_column + out_features] = x[rows, in_features] @ weight^T + bias, of out[rows, out_stride].
+ * `weight` is what stars_pack or stars_pack_quant made. The bits of a row of `out` do not depend on the number of rows.
+ */
 typedef struct {
   int64_t size;
   const float* x;
@@ -69,7 +84,8 @@ typedef struct {
   const float* bias; /* or NULL */
   float* out;
   int64_t rows, in_features, out_features;
-  int32_t dtype; /* stars_dtype of the packed weight */
+  int64_t out_stride, out_column; /* since version 8 */
+  int32_t dtype;                  /* stars_dtype of the packed weight */
 } stars_linear_params;
 
 /* out[i] = row token_ids[i] of a packed weight [vocab, hidden]. */
@@ -266,7 +282,8 @@ STARS_API int32_t stars_abi_version(void);
 /* This header, to the letter, as the library was compiled from it: other languages can read the layouts out of it. */
 STARS_API const char* stars_header(void);
 STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */
-STARS_API const char* stars_isa(void);        /* the one in use: "base", "avx2", "avx512" or "avx512_bf16" */
+STARS_API const char* stars_isa(void);        /* the one in use: "base", "avx2", "avx512", "avx512_vnni" or
+                                               * "avx512_bf16" */
 
 /* Threads that an operation is spread over, the caller's included: of the environment's STARS_NUM_THREADS, else all
  * usable CPUs, never more than those. */
@@ -287,6 +304,17 @@ STARS_API double stars_cpu_quota(const char* root);
 STARS_API int64_t stars_packed_bytes(int64_t out_features, int64_t in_features, int32_t dtype);
 STARS_API int32_t stars_pack(const void* matrix, int64_t out_features, int64_t in_features, int32_t dtype, void* packed);
 STARS_API int32_t stars_unpack(const void* packed, int64_t out_features, int64_t in_features, int32_t dtype, void* matrix);
+
+/* The same of matrices in 4 to 8 bits, STARS_INT8 and above. `values` are, of GGUF's types, rows of its blocks (scales
+ * and zeros NULL); int8 [out_features, in_features]; of four bits uint8 [out_features, in_features / 2], the low nibble
+ * the even input. `scales`: float32 [out_features] of STARS_INT8; else [out_features, in_features / group], of float16
+ * (STARS_INT4, STARS_Q4_0 with scales) or float32. `zeros`: uint8 of the scales' shape, or NULL: 8. `group`: 32 or a
+ * multiple of it, where there are scales of groups. stars_unpack_quant makes float32 of what was packed. */
+STARS_API int64_t stars_quant_bytes(int64_t out_features, int64_t in_features, int32_t dtype);
+STARS_API int32_t stars_pack_quant(const void* values, const void* scales, const void* zeros, int64_t group,
+                                   int64_t out_features, int64_t in_features, int32_t dtype, void* packed);
+STARS_API int32_t stars_unpack_quant(const void* packed, int64_t out_features, int64_t in_features, int32_t dtype,
+                                     float* matrix);
 
 /* The uniforms and words of the counter-based generator; see kernels/philox.py for the law. */
 STARS_API int32_t stars_philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]);

@@ -36,6 +36,7 @@ class Weight:
     arithmetic: Arithmetic = "float32"  # of libstars' products, see `pack`
     quant: QuantWeight | None = None
     parts: tuple[Weight, ...] = ()  # matrices of several kinds, one below the other, with their biases; then no values
+    format: str | None = None  # of a matrix of few bits that libstars packed, as `libstars.format_of` names it
 
     @property
     def scheme(self) -> str:
@@ -50,9 +51,11 @@ class Weight:
             return dequantize(self.quant)
         if not self.packed:
             return self.values
-        assert self.dtype is not None
         from stars.bindings import libstars
 
+        if self.format is not None:
+            return libstars.unpack_quant(self.values, self.out_features, self.in_features, self.format)
+        assert self.dtype is not None
         return libstars.unpack(self.values, self.out_features, self.in_features, self.dtype, self.arithmetic)
 
 
@@ -72,12 +75,26 @@ def pack(
     (`libstars.isa()` is "avx512_bf16") so are the activations of every product; sums are float32 still. Other CPUs,
     and the references, multiply the rounded matrix in float32.
 
-    Of a QuantWeight, scales of groups of 128 become float32, and zeros take the scales' type: a GPU asks for no less
-    than four bytes ahead of time. Its kernels multiply by it at any number of rows, the CPU dequantises it for every
-    product; `arithmetic` says nothing of it. Raises ValueError where its tensors do not fit.
+    Of a QuantWeight, `arithmetic` says nothing. On the CPU libstars packs it in about as many bytes, from where it lies
+    (a mapped file's pages too). Its products round the activations of each row, in groups of 32, to 16 bits: by half of
+    1 / 32767 of the group's largest at most. Sums within a group are exact, and those of groups are added up in float32
+    in order. So the bits of a row depend on nothing but the row and the weight, with or without `deterministic`. A row
+    with NaN or infinity becomes NaN. fp8 has no such products: it is dequantised for every one.
+
+    On a GPU scales of groups of 128 become float32, and zeros take the scales' type: it asks for no less than four
+    bytes ahead of time. Its kernels multiply by it at any number of rows. Raises ValueError where its tensors do not
+    fit.
     """
     if isinstance(matrix, QuantWeight):
         check(matrix)
+        if matrix.values.is_cpu and matrix.out_features and matrix.in_features:
+            from stars.bindings import libstars
+
+            if libstars.available() and libstars.format_of(matrix.scheme) is not None:
+                packed, form = libstars.pack_quant(matrix)
+                bias = None if bias is None else bias.float().contiguous()
+                return Weight(packed, bias, matrix.out_features, matrix.in_features, True,
+                              deterministic=deterministic, format=form)
         scales = matrix.scales.float() if matrix.group == 128 else matrix.scales
         quant = matrix._replace(scales=scales, zeros=None if matrix.zeros is None else matrix.zeros.to(scales.dtype))
         bias = None if bias is None else bias.float().contiguous()
@@ -136,7 +153,22 @@ def _unquantised(x: Tensor, weight: Weight, out: Tensor) -> bool:
     return weight.quant is None and not weight.parts
 
 
-@operation(cpu=[Implementation("stars.bindings.libstars:linear", _unquantised)],
+def _all_packed(x: Tensor, weight: Weight, out: Tensor) -> bool:
+    return bool(weight.parts) and all(part.packed for part in weight.parts)
+
+
+def _side_by_side(x: Tensor, weight: Weight, out: Tensor) -> None:
+    """Every part's product into its own columns."""
+    from stars.bindings.libstars import linear_into
+
+    column = 0
+    for part in weight.parts:
+        linear_into(x, part, out, column, weight.out_features)
+        column += part.out_features
+
+
+@operation(cpu=[Implementation("stars.bindings.libstars:linear", _unquantised),
+                Implementation(_side_by_side, _all_packed)],
            cuda="stars.kernels.triton.linear:linear", reference=linear_reference)
 def linear(x: Tensor, weight: Weight, out: Tensor) -> None:
     """out = x @ weight.T + bias. x [rows, in_features]; out [rows, out_features], of x's type or float32."""

@@ -9,7 +9,7 @@ import pytest
 
 from stars.bindings import library, libstars
 
-INSTRUCTION_SETS = ("base", "avx2", "avx512")
+INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512_vnni")
 
 
 def load_copy(name: str, folder: Path):

@@ -7,6 +7,7 @@
 
 #include "cpus.h"
 #include "error.h"
+#include "formats.h"
 #include "ops.h"
 #include "packing.h"
 #include "parallel.h"
@@ -28,19 +29,28 @@ isa choose_isa() {
   isa best = {"base", &base::table};
 #ifdef STARS_X86
   __builtin_cpu_init();
-  static const op_table avx512_bf16_table = [] {
+  static const op_table avx512_vnni_table = [] {
     op_table table = avx512::table;
+    table.linear_quantised = avx512_vnni::linear_quantised;
+    return table;
+  }();
+  static const op_table avx512_bf16_table = [] {
+    op_table table = avx512_vnni_table;
     table.linear = avx512_bf16::linear;
     return table;
   }();
-  const isa wider[] = {{"avx2", &avx2::table}, {"avx512", &avx512::table}, {"avx512_bf16", &avx512_bf16_table}};
+  const isa wider[] = {{"avx2", &avx2::table},
+                       {"avx512", &avx512::table},
+                       {"avx512_vnni", &avx512_vnni_table},
+                       {"avx512_bf16", &avx512_bf16_table}};
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool supported[] = {has_avx2, has_avx512, has_avx512 && __builtin_cpu_supports("avx512bf16")};
+  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool supported[] = {has_avx2, has_avx512, has_vnni, has_vnni && __builtin_cpu_supports("avx512bf16")};
   const char* wanted = std::getenv("STARS_ISA");  // for tests: the best at most this wide
-  for (int i = 0; i < 3 && supported[i]; ++i) {
+  for (int i = 0; i < 4 && supported[i]; ++i) {
     if (wanted && std::strcmp(wanted, best.name) == 0) break;
     best = wider[i];
   }
@@ -51,9 +61,17 @@ isa choose_isa() {
 // When the library is loaded: a lock that the first call would take could be held by another thread at a fork.
 const isa chosen_isa = choose_isa();
 
+// The product of a weight, by how it is stored.
+struct any_linear {
+  const op_table& table;
+  void operator()(const stars_linear_params& p) const {
+    (is_quantised(p.dtype) ? table.linear_quantised : table.linear)(p);
+  }
+};
+
 // The number of an operation, its name, and what runs it, given a table.
 #define STARS_FOR_EACH_OP(X)                     \
-  X(LINEAR, linear, table.linear)                \
+  X(LINEAR, linear, any_linear{table})           \
   X(EMBEDDING, embedding, table.embedding)       \
   X(RMS_NORM, rms_norm, table.rms_norm)          \
   X(SWIGLU, swiglu, table.swiglu)                \
@@ -73,13 +91,25 @@ constexpr int64_t kMaxProducts = int64_t{1} << 60;  // of a matrix product; ten 
 #define STARS_REQUIRE(condition, text) \
   if (!(condition)) return text
 
+constexpr char kWrongDtype[] = "dtype must be 0 (float32), 1 or 2 (bfloat16), or 3 to 13 (of 4 to 8 bits)";
+
+bool weight_fits(int64_t out_features, int64_t in_features, int32_t dtype) {
+  if (!is_quantised(dtype)) return packed_fits(out_features, in_features);
+  const Format f = format_of(dtype);
+  const int64_t inputs = Layout(f, 0).head ? kSuperChunks * kChunk : f.scales == Scales::kOutput ? 1 : kChunk;
+  return quantised_fits(out_features, in_features) && in_features % inputs == 0;
+}
+
 const char* check(const stars_linear_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.in_features > 0 && p.out_features > 0,
                 "rows must be >= 0, in_features and out_features positive");
-  STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= STARS_BF16_DOT, "dtype must be 0 (float32), 1 or 2 (bfloat16)");
+  STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= kLastFormat, kWrongDtype);
   STARS_REQUIRE(fits(p.rows, p.in_features), "rows * in_features is too large");
   STARS_REQUIRE(fits(p.rows, p.out_features), "rows * out_features is too large");
-  STARS_REQUIRE(packed_fits(p.out_features, p.in_features), "out_features * in_features is too large");
+  STARS_REQUIRE(weight_fits(p.out_features, p.in_features, p.dtype), "out_features * in_features is too large");
+  STARS_REQUIRE(p.out_stride > 0 && fits(p.rows, p.out_stride), "out_stride must be positive, or is too large");
+  STARS_REQUIRE(p.out_column >= 0 && p.out_column <= p.out_stride - p.out_features,
+                "out_column must be >= 0, and out_features columns from it on within out_stride");
   int64_t products;
   STARS_REQUIRE(!__builtin_mul_overflow(p.rows * p.in_features, p.out_features, &products) && products <= kMaxProducts,
                 "rows * in_features * out_features is too large");
@@ -89,9 +119,9 @@ const char* check(const stars_linear_params& p) {
 
 const char* check(const stars_embedding_params& p) {
   STARS_REQUIRE(p.rows >= 0 && p.hidden > 0 && p.vocab > 0, "rows must be >= 0, hidden and vocab positive");
-  STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= STARS_BF16_DOT, "dtype must be 0 (float32), 1 or 2 (bfloat16)");
+  STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= kLastFormat, kWrongDtype);
   STARS_REQUIRE(fits(p.rows, p.hidden), "rows * hidden is too large");
-  STARS_REQUIRE(packed_fits(p.vocab, p.hidden), "vocab * hidden is too large");
+  STARS_REQUIRE(weight_fits(p.vocab, p.hidden, p.dtype), "vocab * hidden is too large");
   STARS_REQUIRE(p.rows == 0 || (p.token_ids && p.weight && p.out), "token_ids, weight and out must not be null");
   return nullptr;
 }

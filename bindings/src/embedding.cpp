@@ -2,6 +2,7 @@
 #include <bit>
 #include <limits>
 
+#include "formats.h"
 #include "ops.h"
 #include "packing.h"
 #include "row_blocks.h"
@@ -37,6 +38,8 @@ void embedding(const stars_embedding_params& p) {
       take_row<STARS_F32>(p, token, out);
     else if (p.dtype == STARS_BF16)
       take_row<STARS_BF16>(p, token, out);
+    else if (is_quantised(p.dtype))
+      unpack_row(p.weight, p.hidden, p.dtype, token, out);
     else
       take_row<STARS_BF16_DOT>(p, token, out);
   });

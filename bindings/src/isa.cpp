@@ -3,7 +3,7 @@
 
 namespace stars::STARS_ISA {
 
-const op_table table = {linear,     embedding, rms_norm,    swiglu,   take_rows,
-                        rope_write, attention, sample_step, copy_rows};
+const op_table table = {linear,    linear_quantised, embedding,   rms_norm, swiglu,
+                        take_rows, rope_write,       attention,   sample_step, copy_rows};
 
 }  // namespace stars::STARS_ISA

@@ -16,7 +16,7 @@
 
 #include "ops.h"
 #include "packing.h"
-#include "parallel.h"
+#include "product_tasks.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -87,9 +87,9 @@ STARS_INLINE void add_products(floats (&sum)[ROWS][UNITS][2], const X* x, int64_
 template <class X>
 struct Block {
   const X* x;  // at its first row and k
-  float* out;  // at its first row, column 0
+  float* out;  // at its first row, the weight's column 0
   const float* bias;
-  int64_t in_features, x_stride, out_stride;
+  int64_t in_features, out_features, x_stride, out_stride;
   int64_t k_begin, k_end;  // of the weight; `out` holds the sums up to k_begin
 };
 
@@ -108,7 +108,7 @@ void tile(const Block<X>& b, const T* weight, int64_t unit) {
     column[u] = (unit + u) % kUnitsPerPanel * vector_width;
     for (int half = 0; half < 2; ++half) {
       place[u][half] = index * kPanel + column[u] + half * kHalfPanel;
-      columns[u][half] = std::clamp<int64_t>(b.out_stride - place[u][half], 0, vector_width);
+      columns[u][half] = std::clamp<int64_t>(b.out_features - place[u][half], 0, vector_width);
     }
   }
 
@@ -230,8 +230,8 @@ void pass(const stars_linear_params& p, int64_t begin, int64_t end, int64_t firs
   const auto block_at = [&](int64_t block) { return begin + (end - begin) * block / blocks; };
   const auto run = [&](int64_t block, int64_t k, int64_t k_end, int64_t unit, int64_t unit_end) {
     const int64_t row = block_at(block);
-    const Block<X> b = {x + (row - begin) * x_stride + k / kInputs<X>, p.out + row * p.out_features, p.bias,
-                        p.in_features, x_stride, p.out_features, k, k_end};
+    const Block<X> b = {x + (row - begin) * x_stride + k / kInputs<X>, p.out + row * p.out_stride + p.out_column,
+                        p.bias, p.in_features, p.out_features, x_stride, p.out_stride, k, k_end};
     row_block(block_at(block + 1) - row, b, weight, unit, unit_end);
   };
   if (blocks == 1) return run(0, 0, p.in_features, first_unit, last_unit);
@@ -241,12 +241,13 @@ void pass(const stars_linear_params& p, int64_t begin, int64_t end, int64_t firs
         run(block, k, std::min(k + kBlockOfK, p.in_features), unit, std::min(unit + kUnitsPerPanel, last_unit));
 }
 
-// The same, of any number of rows.
+// The same, of any number of rows, by panels first .. last - 1.
 template <class T, class X>
-void product(const stars_linear_params& p, int64_t begin, int64_t end, int64_t first_unit, int64_t last_unit) {
+void product(const stars_linear_params& p, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const int64_t rows = end - begin, passes = (rows + kRowsPerPass - 1) / kRowsPerPass;
   for (int64_t i = 0; i < passes; ++i)
-    pass<T, X>(p, begin + rows * i / passes, begin + rows * (i + 1) / passes, first_unit, last_unit);
+    pass<T, X>(p, begin + rows * i / passes, begin + rows * (i + 1) / passes, first * kUnitsPerPanel,
+               last * kUnitsPerPanel);
 }
 
 }  // namespace
@@ -260,24 +261,7 @@ void linear(const stars_linear_params& p) {
   const auto run = p.dtype == STARS_F32    ? product<float, float>
                    : p.dtype == STARS_BF16 ? product<uint16_t, float>
                                            : product<uint32_t, XOfPairs>;
-  // A task is worth its barrier from about a microsecond on. More tasks than threads, so that a thread that is held up
-  // leaves work to the others.
-  constexpr int64_t kMinTask = 32 * 1024;  // multiply-adds
-  const int64_t panels = panel_count(p.out_features), threads = num_threads();
-  const int64_t worth = p.rows * p.in_features * panels * kPanel / kMinTask;
-  const int64_t tasks = std::clamp<int64_t>(worth / threads, 1, 4) * threads;
-  if (worth < 2 || threads == 1) return run(p, 0, p.rows, 0, panels * kUnitsPerPanel);
-  const int64_t column_tasks = std::min((panels + 1) / 2, tasks);
-  const int64_t row_tasks = std::clamp<int64_t>(tasks / column_tasks, 1, std::max<int64_t>(p.rows / kMaxRows, 1));
-  parallel(column_tasks * row_tasks, [run, column_tasks, row_tasks, params = &p](int64_t task) {
-    const int64_t row_task = task % row_tasks, column_task = task / row_tasks;
-    const int64_t panels = panel_count(params->out_features), rows = params->rows;
-    const auto first_unit = [=](int64_t task) {  // of a pair of panels
-      return std::min((panels + 1) / 2 * task / column_tasks * 2, panels) * kUnitsPerPanel;
-    };
-    run(*params, rows * row_task / row_tasks, rows * (row_task + 1) / row_tasks, first_unit(column_task),
-        first_unit(column_task + 1));
-  });
+  for_product_tasks(p, run, kMaxRows);
 }
 
 }  // namespace stars::STARS_ISA

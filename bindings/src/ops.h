@@ -10,6 +10,7 @@ namespace stars {
 
 struct op_table {
   void (*linear)(const stars_linear_params&);
+  void (*linear_quantised)(const stars_linear_params&);  // of 4 to 8 bits
   void (*embedding)(const stars_embedding_params&);
   void (*rms_norm)(const stars_rms_norm_params&);
   void (*swiglu)(const stars_swiglu_params&);
@@ -29,7 +30,10 @@ extern const op_table table;
 namespace avx512 {
 extern const op_table table;
 }
-namespace avx512_bf16 {  // all else is avx512's
+namespace avx512_vnni {  // all else is avx512's
+void linear_quantised(const stars_linear_params&);
+}
+namespace avx512_bf16 {  // all else is avx512_vnni's
 void linear(const stars_linear_params&);
 }
 
@@ -44,6 +48,7 @@ void blend_logits(const stars_blend_logits_params&);
 #ifdef STARS_ISA
 namespace STARS_ISA {
 void linear(const stars_linear_params&);
+void linear_quantised(const stars_linear_params&);
 void embedding(const stars_embedding_params&);
 void rms_norm(const stars_rms_norm_params&);
 void swiglu(const stars_swiglu_params&);

@@ -1,0 +1,37 @@
+// How a product with a packed weight is spread over threads.
+#pragma once
+
+#include <algorithm>
+
+#include "packing.h"
+#include "parallel.h"
+#include "simd.h"
+#include "stars.h"
+
+namespace stars::STARS_ISA {
+
+// Rows begin .. end - 1 by panels first .. last - 1.
+using product_part = void (*)(const stars_linear_params&, int64_t begin, int64_t end, int64_t first, int64_t last);
+
+STARS_INLINE void for_product_tasks(const stars_linear_params& p, product_part run, int64_t rows_of_tile) {
+  // A task is worth its barrier from about a microsecond on. More tasks than threads, so that a thread that is held up
+  // leaves work to the others.
+  constexpr int64_t kMinTask = 32 * 1024;  // multiply-adds
+  const int64_t panels = panel_count(p.out_features), threads = num_threads();
+  const int64_t worth = p.rows * p.in_features * panels * kPanel / kMinTask;
+  const int64_t tasks = std::clamp<int64_t>(worth / threads, 1, 4) * threads;
+  if (worth < 2 || threads == 1) return run(p, 0, p.rows, 0, panels);
+  const int64_t column_tasks = std::min((panels + 1) / 2, tasks);
+  const int64_t row_tasks = std::clamp<int64_t>(tasks / column_tasks, 1, std::max<int64_t>(p.rows / rows_of_tile, 1));
+  parallel(column_tasks * row_tasks, [run, column_tasks, row_tasks, params = &p](int64_t task) {
+    const int64_t row_task = task % row_tasks, column_task = task / row_tasks;
+    const int64_t panels = panel_count(params->out_features), rows = params->rows;
+    const auto first_panel = [=](int64_t task) {  // of a pair of panels
+      return std::min((panels + 1) / 2 * task / column_tasks * 2, panels);
+    };
+    run(*params, rows * row_task / row_tasks, rows * (row_task + 1) / row_tasks, first_panel(column_task),
+        first_panel(column_task + 1));
+  });
+}
+
+}  // namespace stars::STARS_ISA
