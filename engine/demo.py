@@ -1,4 +1,4 @@
-"""`stars demo`: the shipped pair at work, plain sampling beside STARS, every attempt in sight."""
+"""`stars demo`: the shipped pair or a chat model at work, plain sampling beside STARS, every attempt in sight."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stars.calibration import Calibration
 from stars.cli.options import checked_quantile, shipped_pair
 from stars.cli.terminal import Style, terminal_width, wants_color, wrapped
+from stars.demo_chat import chat_model, chat_reward, held_out, said_of
 from stars.line_file import check_writable
 from stars.outputs import Metrics, RequestOutput
 from stars.policies import STARS, Sample
@@ -29,11 +31,24 @@ OPENINGS = (
     "After twenty minutes I",
 )
 TEMPERATURE, TOP_K, SEGMENT_SIZE = 0.8, 40, 16
-SAMPLES = 16  # plain samples of each opening that the threshold is measured on
+SAMPLES = 16  # plain samples of each prompt that the threshold is measured on
+
+
+class Show(NamedTuple):
+    """What is demonstrated."""
+
+    title: str
+    model: Path
+    reward: Path
+    words: str  # of both
+    prompts: list[Any]  # as `Engine.generate` takes them
+    names: list[str]  # of the prompts, as they are printed
+    leads: list[str]  # what stands in front of each response
+    max_tokens: int
 
 
 class Run(NamedTuple):
-    """One opening, done both ways."""
+    """One prompt, done both ways."""
 
     plain: RequestOutput
     plain_seconds: float
@@ -44,35 +59,35 @@ class Run(NamedTuple):
 def demo(args: argparse.Namespace) -> int:
     """Runs the command."""
     quantile = checked_quantile(args.quantile)
-    params = SamplingParams(temperature=TEMPERATURE, top_k=TOP_K, max_tokens=args.max_tokens, seed=args.seed)
+    show = _reviews(args.max_tokens) if args.chat is None else _chat(args.chat, args.max_tokens)
+    params = SamplingParams(temperature=TEMPERATURE, top_k=TOP_K, max_tokens=show.max_tokens, seed=args.seed)
     if args.trace is not None:
         check_writable(args.trace)
-    model, reward = shipped_pair()
     width = terminal_width()
     style = Style(not args.no_color and wants_color("auto", sys.stdout))
     from stars.engine import Engine
 
     begin = time.perf_counter()
-    engine = Engine(model, reward)
-    _say(style("title", "STARS on the shipped pair"))
-    _say(*wrapped("Both models are toys, trained on film reviews: a small language model that continues them and a "
-                  "small reward model that scores how well the reviewer liked the film. Texts make little sense; what "
-                  "counts is what the reward model lets through.", width))
+    engine = Engine(show.model, show.reward)
+    _say(style("title", show.title))
+    _say(*wrapped(show.words, width))
     _say(f"loaded in {time.perf_counter() - begin:.1f} s")
-    found = engine.calibrate(list(OPENINGS), params, quantile, SAMPLES, segment_size=SEGMENT_SIZE)
+    found = engine.calibrate(show.prompts, params, quantile, SAMPLES, segment_size=SEGMENT_SIZE)
     policy = STARS(segment_size=SEGMENT_SIZE, reward_threshold=found, beta="auto")
+    each = "" if len(show.prompts) == 1 else f", {SAMPLES} for each of the {len(show.prompts)} openings below"
     _say("", *wrapped(
         f"reward threshold {number(found)}: the {quantile:g} quantile of the rewards of {found.samples} plain samples "
-        f"(mean {number(found.mean)}), {SAMPLES} for each of the {len(OPENINGS)} openings below; beta {found.beta:.3f} "
-        f"is a share of the spread of those of one opening, {found.spread:.2f}", width))
-    _say(*wrapped(f"segments of {SEGMENT_SIZE} tokens, {args.max_tokens} tokens in all, temperature {TEMPERATURE}, "
+        f"(mean {number(found.mean)}){each}; beta {found.beta:.3f} "
+        f"is a share of the spread of those of one {'opening' if each else 'prompt'}, {found.spread:.2f}", width))
+    _say(*wrapped(f"segments of {SEGMENT_SIZE} tokens, {params.max_tokens} tokens in all, temperature {TEMPERATURE}, "
                   f"top_k {TOP_K}, seed {args.seed}, alpha {policy.alpha:g}, at most "
                   f"{policy.max_attempts} attempts a segment", width))
     _say(*(style("dim", line) for line in wrapped(LEGEND, width) + wrapped(BAR_LEGEND, width)))
-    _warm_up(engine, params, policy)
+    _warm_up(engine, show.prompts[0], params, policy)
     # One scale for all: from the worst plain sample to the best, which the threshold lies near.
     scale = Scale([*found.quantiles.values(), found])
-    runs = [_opening(engine, opening, params, policy, scale, style, width) for opening in OPENINGS]
+    runs = [_both_ways(engine, prompt, name, lead, params, policy, scale, style, width)
+            for prompt, name, lead in zip(show.prompts, show.names, show.leads, strict=True)]
     _summary(runs, found, style)
     if args.trace is not None:
         write_trace(args.trace, [run.aligned for run in runs], engine.tokenizer, params)
@@ -81,21 +96,40 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _opening(engine: Engine, opening: str, params: SamplingParams, policy: STARS, scale: Scale, style: Style,
-             width: int) -> Run:
+def _reviews(max_tokens: int | None) -> Show:
+    """The shipped pair."""
+    words = ("Both models are toys, trained on film reviews: a small language model that continues them and a "
+             "small reward model that scores how well the reviewer liked the film. Texts make little sense; what "
+             "counts is what the reward model lets through.")
+    return Show("STARS on the shipped pair", *shipped_pair(), words, list(OPENINGS),
+                [f'"{opening}"' for opening in OPENINGS], list(OPENINGS), 64 if max_tokens is None else max_tokens)
+
+
+def _chat(message: str, max_tokens: int | None) -> Show:
+    """A real chat model, and a reward over its own weights."""
+    model, reward = chat_model(), chat_reward()
+    words = ("The language model is SmolLM2-135M-Instruct, as 4-bit weights of a GGUF file. The reward is a LoRA "
+             "adapter and a head over the same weights, trained on which of two replies people preferred (HH-RLHF). "
+             + said_of(held_out(reward)))
+    return Show("STARS on a chat model", model, reward, words, [{"messages": [{"role": "user", "content": message}]}],
+                [f'"{message}"'], [""], 128 if max_tokens is None else max_tokens)
+
+
+def _both_ways(engine: Engine, prompt: Any, name: str, lead: str, params: SamplingParams, policy: STARS, scale: Scale,
+               style: Style, width: int) -> Run:
     """Plain sampling, then STARS segment by segment as it happens."""
     begin = time.perf_counter()
-    plain = engine.generate(opening, params, Sample(), use_tqdm=False)[0]
+    plain = engine.generate(prompt, params, Sample(), use_tqdm=False)[0]
     plain_seconds = time.perf_counter() - begin
-    plain.outputs[0].reward = _reward(engine, opening, params)
-    _say("", style("bold", f'"{opening}"'))
+    plain.outputs[0].reward = _reward(engine, prompt, params)
+    _say("", *(style("bold", line) for line in wrapped(name, width)))
     _say(f"  plain sampling, reward {number(plain.outputs[0].reward)}")
-    _say(*wrapped(opening + (plain.outputs[0].text or ""), width, "      "))
+    _say(*wrapped(lead + (plain.outputs[0].text or ""), width, "      "))
     _say("  STARS, segment by segment")
     shown = 0
     seconds = 0.0
     begin = time.perf_counter()
-    for output in engine.stream(opening, params, policy):
+    for output in engine.stream(prompt, params, policy):
         seconds += time.perf_counter() - begin  # printing is not decoding
         segments = request_trace(output, engine.tokenizer, params).completions[0].segments
         for segment in segments[shown:]:
@@ -109,16 +143,16 @@ def _opening(engine: Engine, opening: str, params: SamplingParams, policy: STARS
     return Run(plain, plain_seconds, output, seconds)
 
 
-def _reward(engine: Engine, opening: str, params: SamplingParams) -> float | None:
+def _reward(engine: Engine, prompt: Any, params: SamplingParams) -> float | None:
     """The reward of the plain text: the same seed draws it again, so that scoring stays out of the time above."""
-    return engine.generate(opening, params, Sample(score=True), use_tqdm=False)[0].outputs[0].reward
+    return engine.generate(prompt, params, Sample(score=True), use_tqdm=False)[0].outputs[0].reward
 
 
-def _warm_up(engine: Engine, params: SamplingParams, policy: STARS) -> None:
+def _warm_up(engine: Engine, prompt: Any, params: SamplingParams, policy: STARS) -> None:
     """Measures step times and records passes once, so that the figures below are those of a running engine."""
     short = dataclasses.replace(params, max_tokens=2 * SEGMENT_SIZE, ignore_eos=True, seed=0)
-    engine.generate(OPENINGS[0], short, Sample(), use_tqdm=False)
-    engine.generate(OPENINGS[0], short, policy, use_tqdm=False)
+    engine.generate(prompt, short, Sample(), use_tqdm=False)
+    engine.generate(prompt, short, policy, use_tqdm=False)
 
 
 def _summary(runs: list[Run], found: Calibration, style: Style) -> None:

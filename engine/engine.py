@@ -68,7 +68,8 @@ class Engine:
 
     model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
     tokenizer: a directory with a tokenizer.json; None: the model directory's own.
-    reward: a directory of a reward model, a Reward (`CausalReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
+    reward: a directory of a reward model, or of a LoRA adapter that makes one of `model`, whose weights are then held
+        once; a Reward (`CausalReward`, `LoraReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
         `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
         responses) -> floats, or None for plain sampling only.
     device: "auto" (the CPU, in this release), "cpu" or "cuda". dtype: "auto", "float32", "bfloat16", or on a GPU
@@ -98,6 +99,7 @@ class Engine:
                  gpu_memory_utilization: float = 0.9, page_size: int = 16, max_model_len: int | None = None,
                  max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
                  prefill_backend: str = "auto", max_num_batched_tokens: int | None = None,
+                 quantization: str | None = None, reward_quantization: str | None = None,
                  models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
@@ -109,11 +111,16 @@ class Engine:
             shape, device, dtype, deterministic, cache_tokens=cache_tokens,
             gpu_memory_utilization=gpu_memory_utilization, page_size=page_size, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, max_num_lanes=max_num_lanes, max_segment_size=max_segment_size,
-            prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens)
-        self.reward = resolve_reward(reward)
+            prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens,
+            quantization=quantization, reward_quantization=reward_quantization)
+        if config.quantization is not None and not from_files:
+            raise RequestError(f'quantization is "{config.quantization}", and model is a Decoder, whose weights are '
+                               "read already: give load_model(DIR, quantization=...) that")
+        shared = SharedWeights(Path(model) if from_files else None)
+        with shared:
+            self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
         files = check_heads(heads)
-        shared = SharedWeights(Path(model) if from_files else None)
         # Everything that can be refused is refused before any weight is read.
         action_heads = {name: load_action_head(file, shape.hidden_size, f"heads[{name!r}]", config.device,
                                                config.deterministic) for name, file in files.items()}
@@ -122,7 +129,8 @@ class Engine:
             self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size, named)
             decoder = model if not from_files else load_model(
                 model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
-                max_rows=1, max_model_len=config.max_model_len)  # passes and drafts reserve what they need
+                max_rows=1, max_model_len=config.max_model_len,  # passes and drafts reserve what they need
+                quantization=config.quantization)
         decoder.check_device(config.device, "the model")
         if config.deterministic:
             check_row_invariance(decoder, config.target)
@@ -187,10 +195,16 @@ class Engine:
         running = len({unit.request.request_id for unit in self._scheduler.running})
         named = ", ".join(self._models.named)
         beside = f"; models {named}" if named else ""
+        rounded = f" in {config.quantization}" if config.quantization is not None else ""
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
                 f"{shape.vocab_size}{beside}; reward "
+<<<<<<< HEAD
                 f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, "
                 f"{self._models.own.passes.decoder.arithmetic}; "
+=======
+                f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, {config.dtype}"
+                f"{rounded}; "
+>>>>>>> part-quant
                 f"max_model_len {config.max_model_len}, cache_tokens {config.cache_tokens}; requests: {running} "
                 f"running, {len(self._requests) - running} waiting)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,10 @@ import torch
 
 from stars.config import MAX_SIZE, EngineConfig
 from stars.device import check_model
-from stars.errors import ModelError, text_of
-from stars.model.loader import inspect_model
+from stars.errors import ModelError, RequestError, text_of
+from stars.kernels.quant import Rounded
+from stars.model.loader import followed, inspect_model
+from stars.model.quantization import held_bytes, scheme_of
 from stars.model.reader import DTYPES
 from stars.model.tokenizer import Tokenizer
 from stars.prefill import choose_prefill
@@ -27,26 +29,33 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     """`config` with as many cache_tokens as a GPU has memory for, at most its own; on the CPU as it is.
 
     model: a directory or a Decoder, whose tokenizer and vocabulary the others are; named: others beside it. Raises
-    ModelError where weights, caches, slabs, activations and graphs of all models do not fit. Weights that several of
-    them read from one file are counted once, as they are held once.
+    ModelError where weights, caches, slabs, activations and graphs of all models do not fit, RequestError for a
+    reward_quantization of no reward model. Weights that several of them read from one file are counted once, as they
+    are held once.
     """
+    held = [one.holds(tokenizer, vocab_size, config) for one in (with_parts(reward) if reward is not None else ())]
+    if config.reward_quantization is not None and not any(isinstance(one.model, (str, Path)) for one in held):
+        raise RequestError(f'reward_quantization is "{config.reward_quantization}", and there is no reward model whose '
+                           "weights are read here: leave it out")
     if not config.target.own_memory:
         return config
-    held = [one.holds(tokenizer, vocab_size, config) for one in (with_parts(reward) if reward is not None else ())]
-    read: set[tuple[Path, str]] = set()
-    models = {"the language model": occupant(config, model, config.max_segment_size, True, read=read)}
+    read: set[Hashable] = set()
+    models = {"the language model": occupant(config, model, config.max_segment_size, True, read=read,
+                                             quantization=config.quantization)}
     others = {same(model)}
     for given, other in (named or {}).items():
         if same(other) not in others:
             others.add(same(other))
             try:
-                models[f"the model {given!r}"] = occupant(config, other, config.max_segment_size, True, read=read)
+                models[f"the model {given!r}"] = occupant(config, other, config.max_segment_size, True, read=read,
+                                                          quantization=followed(other, config.quantization))
             except ModelError as error:
                 raise ModelError(f"models[{given!r}]: {text_of(error)}") from error
     rewards = [one for one in held if one.model is not None]
     for number, one in enumerate(rewards, 1):
         name = "the reward model" if len(rewards) == 1 else f"reward model {number}"
-        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head, one.head, read)
+        models[name] = occupant(config, one.model, one.slab_len, False, one.reward_head, one.head, read,
+                                one.quantization)
     torch.cuda.empty_cache()  # what an engine before this one left with torch's allocator is free
     free, total = torch.cuda.mem_get_info()
     return fit_memory(config, models, sum(one.other_bytes for one in held), free, total)
@@ -58,16 +67,20 @@ def same(model: Any) -> Any:
 
 
 def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto",
-             head: Literal["lm", "reward"] = "reward", read: set[tuple[Path, str]] | None = None) -> Occupant:
+             head: Literal["lm", "reward"] = "reward", read: set[Hashable] | None = None,
+             quantization: Rounded | None = None) -> Occupant:
     """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it. head: of one that
-    nothing is drawn from. read: tensors that are held already, to which its own are added."""
+    nothing is drawn from. read: tensors that are held already, to which its own are added. quantization: what those of
+    a directory are rounded to."""
     target, dtype, beside = config.target, DTYPES[config.dtype], AdapterSizes()
     read = set() if read is None else read
     if isinstance(model, (str, Path)):
         summary = inspect_model(model, "lm" if drafts else head, reward_head)
         shape = summary.config
-        weight_bytes = dtype.itemsize * sum(size for name, size in summary.elements.items() if name not in read)
-        read.update(summary.elements)
+        rounded = {(*key, scheme_of(key[1], quantization, shape.tie_word_embeddings)): info
+                   for key, info in summary.tensors.items()}
+        weight_bytes = sum(held_bytes(info, key[2], dtype.itemsize) for key, info in rounded.items() if key not in read)
+        read.update(rounded)
         if summary.adapter is not None:
             beside = AdapterSizes(summary.adapter.products, *summary.adapter.widest)
         if summary.reward_head is not None:

@@ -21,7 +21,7 @@ from stars.errors import ModelError, RequestError, StarsError, text_of
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.files import is_directory, is_file
-from stars.model.loader import load_model
+from stars.model.loader import check_rounding, followed, load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes, Span
 from stars.plan import OWN, Plan
@@ -247,7 +247,8 @@ def load_named(named: Named, own: Any, own_decoder: Decoder, config: EngineConfi
                 if path not in loaded:
                     loaded[path] = load_model(model, dtype=config.dtype, device=config.device, head="lm",
                                               deterministic=config.deterministic, max_rows=1,
-                                              max_model_len=config.max_model_len)
+                                              max_model_len=config.max_model_len,
+                                              quantization=followed(model, config.quantization))
                 decoder = loaded[path]
             decoder.check_device(config.device, "the Decoder")
             if config.deterministic and decoder is not own_decoder:
@@ -275,6 +276,7 @@ def _check_beside(model: str | Path | Decoder, shape: ModelConfig, tokenizer: To
             raise ModelError("it is a Decoder without a language model head: load it with head='lm'")
     else:
         theirs, their = load_config(model), load_tokenizer(model)
+        check_rounding(model, "lm", "auto", followed(model, config.quantization), config.device)
         if (their is None) != (tokenizer is None):
             side = "it" if their is None else "the engine's own model"
             raise ModelError(f"{side} has no tokenizer.json, so the vocabularies of both cannot be compared: add the "

@@ -1,4 +1,5 @@
-"""What may stand for a model, a reward model or a tokenizer: a directory or an object of ours; else what to do."""
+"""What may stand for a model, a reward model or a tokenizer: a directory, a GGUF file or an object of ours; else what
+to do."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from stars.errors import ModelError, RewardError, StarsError, TokenizerError
 from stars.model.decoder import Decoder
+from stars.model.files import GGUF, is_gguf
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
@@ -51,19 +53,19 @@ def check_reward(reward: Any) -> None:
 
 
 def check_directory(name: str, path: str | Path, error: type[StarsError]) -> None:
-    """Raises `error` for a file and for a name of the Hugging Face hub; what is in a directory is not looked at."""
+    """Raises `error` for other files than GGUF files and for a name of the Hugging Face hub; what is in a directory or
+    file is not looked at."""
     given, path = str(path), Path(path)
     try:
-        if path.is_dir():
+        if path.is_dir() or is_gguf(path):
             return
-        if path.is_file() and path.suffix.lower() != ".gguf":
+        if path.is_file():
             raise error(f"{given} is a file: give the directory that holds it together with its config.json")
     except (OSError, ValueError):  # a name that no file system takes
         pass
     suffix = path.suffix.lower()
-    if suffix == ".gguf":
-        raise error(f"{given} is a GGUF file, which is not read: give the Hugging Face directory it was made from, "
-                    "with config.json and safetensors")
+    if suffix == GGUF:
+        raise error(f"{given} is not there: give the path of a GGUF file")
     if suffix in WEIGHTS:
         raise error(f"{given} is no directory: give the one with config.json, tokenizer.json and all weights")
     if HUB_NAME.fullmatch(given) and not given.startswith("."):

@@ -68,10 +68,9 @@ _LORA = "an adapter is fixed when the engine is built, give its directory as the
 _TEXT_ONLY = "models here read text only, leave it out"
 
 ENGINE = {
-    "quantization": Absent((None,), "quantised weights are not read, give a directory in bfloat16, float16 or float32"),
-    "load_in_8bit": Absent((False,), "quantised weights are not read, leave it out"),
-    "load_in_4bit": Absent((False,), "quantised weights are not read, leave it out"),
-    "quantization_config": Absent((None,), "quantised weights are not read, leave it out"),
+    "load_in_8bit": Absent((False,), 'give quantization="int8"'),
+    "load_in_4bit": Absent((False,), 'give quantization="int4"'),
+    "quantization_config": Absent((None,), 'give quantization="int8" or "int4"; a quantised checkpoint says it itself'),
     "kv_cache_dtype": Absent(("auto",), "the KV cache has the dtype of the computation, leave it out"),
     "tensor_parallel_size": Absent((1,), _ONE_DEVICE),
     "pipeline_parallel_size": Absent((1,), _ONE_DEVICE),

@@ -326,7 +326,7 @@ def test_a_broken_table_is_a_warning_and_the_library(tmp_path, cards, text, why)
 
 def test_the_tables_that_are_shipped_are_of_this_version():
     files = sorted(tuned.FOLDER.glob("*.json"))
-    assert [file.name for file in files] == ["nvidia-h100-80gb-hbm3.json"]
+    assert [file.name for file in files] == ["nvidia-h100-80gb-hbm3.json", "nvidia-h200.json"]
     for file in files:
         assert file.name == f"{tuned.slug(json.loads(file.read_text())['gpu'])}.json"
     table = tuned.read(files[0])
@@ -334,6 +334,11 @@ def test_the_tables_that_are_shipped_are_of_this_version():
     with tuned.using(table):
         assert tuned.plain("bf16", 1, 4096, 14336) == tuned.Tile(16, 32, 512, 4, 3)
         assert tuned.plain("bf16", 400, 4096, 14336) is None
+    with tuned.using(tuned.read(files[1])):  # of weights in int8, which were wrong in its run, it says nothing
+        shape = tuned.ModelShape(4096, 6144, 14336, 128256)
+        assert [tuned.fused(shape, "bf16", rows) for rows in (1, 16, 64, 65, 128)] == [True] * 3 + [False] * 2
+        assert tuned.tile("residual", "fp8", 1, 4096, 14336) == tuned.Tile(16, 64, 128, 2, 4, 8, True)
+        assert tuned.tile("qkv", "int8", 1, 6144, 4096) == tuned.default("qkv", "int8", 1, 6144, 4096)
 
 
 def test_default_tiles_are_those_that_a_chain_of_products_liked():
@@ -402,6 +407,51 @@ print(hits)
     assert compiled == "{'swiglu_kernel': 1} 1" and hits == "[True]"
 
 
+def test_a_product_compiled_ahead_is_the_one_that_its_launch_would_compile(tmp_path):
+    """Of weights in int8, which is a type of Triton's, too: told so, it is refused, since it became another kernel."""
+    code = """
+import tempfile
+import torch
+from compile_pool import Driver, Pool, describe
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from stars.kernels.linear import pack
+from stars.kernels.quant import quantize
+from stars.kernels.triton import dequant, skinny
+pool = Pool(1, 90)
+driver.set_active(Driver(90))
+JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
+weight, x = pack(quantize(torch.ones(64, 128), "int8")), torch.zeros(3, 128, dtype=torch.bfloat16)
+def product():
+    skinny.plain(x, weight, torch.zeros(3, 64, dtype=torch.bfloat16))
+with pool.recording():
+    product()
+    dequant.kernel_scheme, honest = lambda scheme: scheme, dequant.kernel_scheme
+    try:
+        product()
+    except ValueError as error:
+        print(error)
+dequant.kernel_scheme = honest
+print(sum(map(len, pool.wait().values())))
+pool.close()
+made = []
+def compiled(*, src, metadata, metadata_group, times, cache_hit):
+    [ptx] = [open(path).read() for name, path in metadata_group.items() if name.endswith(".ptx")]
+    made.append((cache_hit, ptx))
+knobs.compilation.listener = compiled
+product()
+skinny.product_kernel.device_caches.clear()
+with tempfile.TemporaryDirectory() as folder:
+    knobs.cache.dir = folder
+    product()
+print([hit for hit, _ in made], made[0][1] == made[1][1], "0x4140" in made[0][1])
+"""
+    refused, count, found = python(code, tmp_path, os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
+    assert refused.endswith("Triton reads its constants int8 back as types of its own: call them otherwise")
+    assert count == "1" and found == "[True, False] True True"
+
+
 def test_what_a_stage_launches_is_compiled_before_it_is_timed(tmp_path):
     """`compile_first` calls the parts with nothing launched; one that fails there is left to its turn."""
     code = """
@@ -467,6 +517,10 @@ def forbidden(logits, ranking, filters=True):
 def left(logits, ranking, filters=True):
     right.top_tokens(logits, ranking, filters)
     ranking.token_ids[ranking.token_ids == -1] = -7
+def shifted(logits, targets, logprobs):
+    right.token_logprobs(logits, targets.clamp(min=0), logprobs)
+def coarse(logits, targets, logprobs):
+    right.token_logprobs(logits * 1.001, targets, logprobs)
 def failed(module, part, **planted):
     module.launchers = lambda dry: SimpleNamespace(**vars(right) | planted)
     record = Record("record.json", "kernels-sampler")
@@ -478,14 +532,17 @@ def ranked(record, settings):
     kernel_ranking.ranked(record, settings, 37, 35)
 print([failed(kernel_sampler, cut, sample_step=one) for one in (right.sample_step, never, cooler, drawn, untold)],
       [failed(kernel_ranking, ranked, top_tokens=one) for one in (
-          right.top_tokens, highest, unfiltered, forbidden, left)])
+          right.top_tokens, highest, unfiltered, forbidden, left)],
+      [failed(kernel_sampler, kernel_sampler.given_tokens, token_logprobs=one) for one in (
+          right.token_logprobs, shifted, coarse)])
 """
 
 
-def test_checks_of_cuts_and_rankings_notice_errors(tmp_path):
+def test_checks_of_cuts_rankings_and_given_tokens_notice_errors(tmp_path):
     """No cut at all, one at another temperature, a token behind it, one that the host is not told of; the highest id of
-    equals, a filter that is ignored, tokens that are forbidden, columns that are left as they were."""
-    assert python(PLANTED, tmp_path)[-1] == f"{[False] + [True] * 4} {[False] + [True] * 4}"
+    equals, a filter that is ignored, tokens that are forbidden, columns that are left as they were; a token in place of
+    none, logits of another temperature."""
+    assert python(PLANTED, tmp_path)[-1] == f"{[False] + [True] * 4} {[False] + [True] * 4} {[False, True, True]}"
 
 
 AHEAD = """

@@ -554,8 +554,8 @@ if FAKED:
             for scheme in ("", "fp8", "int8"):
                 tune_chain.rehearse(Settings(), scheme)
         tried = {(pdl, scheme): seen.count((pdl, scheme)) for pdl, scheme in set(seen)}
-        assert set(tried) == {(False, "none"), (True, "none"), (False, "fp8"), (False, "int8")}
-        assert tried[False, "none"] > 60 < tried[True, "none"] + 20 and tried[False, "fp8"] >= 25, tried
+        assert set(tried) == {(False, "none"), (True, "none"), (False, "fp8 weight"), (False, "int8 weight")}
+        assert tried[False, "none"] > 60 < tried[True, "none"] + 20 and tried[False, "fp8 weight"] >= 25, tried
 
     @pytest.fixture
     def numbers(monkeypatch):

@@ -61,7 +61,7 @@ def test_a_block_is_that_of_the_dequantised_matrix(scheme, group, asymmetric):
         for start in range(0, columns, block):
             out = torch.full((16, block), torch.nan)
             block_kernel[(1,)](stored(quant), quant.scales, quant.zeros, out, 13, start, COLUMNS=columns, ROWS=16,
-                               BLOCK=block, FULL=False, SCHEME=scheme, GROUP=group)
+                               BLOCK=block, FULL=False, SCHEME=dequant.kernel_scheme(scheme), GROUP=group)
             there = wanted[:, start : start + block]
             assert torch.equal(out[:13, : there.shape[1]], there)
             assert bool((out[13:] == 0).all()) and bool((out[:, there.shape[1] :] == 0).all())
@@ -73,7 +73,7 @@ def test_every_number_of_eight_bits():
     for scheme, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
         out = torch.empty(2, 128)
         block_kernel[(1,)](every if scheme == "fp8" else every.view(dtype), None, None, out, 2, 0, COLUMNS=128, ROWS=2,
-                           BLOCK=128, FULL=True, SCHEME=scheme, GROUP=0)
+                           BLOCK=128, FULL=True, SCHEME=dequant.kernel_scheme(scheme), GROUP=0)
         assert torch.equal(out[finite], every.view(dtype).float()[finite])
 
 

@@ -225,6 +225,14 @@ def _engines() -> None:
         for score_by in ("mlp", "labels"):
             engine_checks.complete(engine_checks.engine("cuda", "toy", torch.float32, score_by=score_by),
                                    engine_checks.PROMPTS)
+        for scheme in engine_checks.SCHEMES:
+            engine_checks.complete(engine_checks.engine("cuda", "toy", torch.float32, scheme=scheme),
+                                   engine_checks.PROMPTS)
+        one = engine_checks.engine("cuda", "toy", torch.float32, several=True)
+        for policy in engine_checks.SEVERAL.values():
+            engine_checks.complete(one, engine_checks.PROMPTS, policy=policy)
+        engine_checks.complete(engine_checks.engine("cuda", "toy", torch.float32, implicit=True), engine_checks.PROMPTS,
+                               policy=engine_checks.IMPLICIT)
         for shape in ("toy", "toy-qwen3"):
             for dtype in (torch.float32, torch.bfloat16):
                 for deterministic in (False, True):

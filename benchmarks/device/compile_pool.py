@@ -68,9 +68,14 @@ class Pool:
     @contextmanager
     def recording(self):
         """Inside, no kernel that is not compiled yet is launched: it goes to the workers."""
-        from triton import knobs
+        from triton import knobs, language
 
         def described(*, fn, compile, **_) -> bool:
+            read_as_types = [value for value in compile["constants"].values()
+                             if isinstance(value, str) and language.dtype.is_dtype(value)]
+            if read_as_types:  # and compiled into another kernel, which takes the place of the right one in the cache
+                raise ValueError(f"{fn.name}: Triton reads its constants {', '.join(read_as_types)} back as types of "
+                                 "its own: call them otherwise")
             key = fn.module, fn.name, compile["specialization_data"]
             if key not in self.tasks:
                 self.tasks[key] = self._pool.submit(compile_one, *key, self.arch)

@@ -32,6 +32,16 @@ METHODS = {
     "ParticleFilter": stars.ParticleFilter(particles=4, beta=0.5, segment_size=8),
     "RejectionSampling": stars.RejectionSampling(reward_threshold=0.8, beta=0.5, max_attempts=6, width=3),
 }
+MODELS = {"guide": 3, "small": 4}  # and the seeds of their weights: one layer each, of the language model's vocabulary
+SEVERAL = {
+    # Blends of two and of three models; drafts of a small one that the large one redraws, and ratios of both.
+    "TokenGuidance": stars.TokenGuidance(),
+    "TokenGuidance with a reference": stars.TokenGuidance(reference="small", weight=0.7),
+    "RewardGuidedSpeculation": stars.RewardGuidedSpeculation(reward_threshold=0.8, beta=0.5, segment_size=8),
+    "GSI": stars.RewardGuidedSpeculation(variant="gsi", reward_threshold=0.8, beta=2.0, segment_size=8, n=3),
+}
+IMPLICIT = stars.STARS(segment_size=8, max_attempts=6, beta=0.3, reward_threshold=0.3, width=3)
+SCHEMES = ("fp8", "int8", "int4-32")
 LIMITS = dict(cache_tokens=8192, page_size=16, max_model_len=512, max_num_seqs=16, max_num_lanes=32,
               max_segment_size=16)
 
@@ -42,19 +52,24 @@ def run(record: Record, settings: Settings) -> None:
     for dtype in (torch.float32,) if settings.dry else (torch.bfloat16, torch.float32):
         parts |= {f"replay and rewind, {dtype}": partial(replay_and_rewind, dtype=dtype),
                   f"deterministic, {dtype}": partial(same_text, dtype=dtype)}
-    parts["heads beside the CPU"] = heads
+    parts |= {"heads beside the CPU": heads, "several models beside the CPU": several_models,
+              "quantised beside the CPU": quantised}
     for shape in ("toy",) if settings.quick else ("toy", "toy-qwen3"):
         parts[f"{shape} beside the CPU"] = partial(parity, shape=shape)
     run_apart(record, settings, parts, most=7)  # a minute and a half of compiling, for two cores
 
 
-def engine(device: str, shape: str, dtype: torch.dtype, deterministic: bool = False,
-           score_by: Score = "row") -> stars.Engine:
-    """A pair of random models, the same weights on every device."""
+def engine(device: str, shape: str, dtype: torch.dtype, deterministic: bool = False, score_by: Score = "row",
+           scheme: str = "", several: bool = False, implicit: bool = False) -> stars.Engine:
+    """A pair of random models, the same weights on every device. several: and MODELS beside them; implicit: the reward
+    is how much more probable a response is to one of these than to the other."""
     pair = [random_decoder(config_of(shape, head, "float32"), device, dtype, head, seed=seed, made_on="cpu",
-                           deterministic=deterministic and device != "cpu", score_by=score_by)
+                           deterministic=deterministic and device != "cpu", score_by=score_by, scheme=scheme)
             for seed, head in ((1, "lm"), (2, "reward"))]
-    return stars.Engine(pair[0], CausalReward(pair[1]), device=device, deterministic=deterministic,
+    others = {name: random_decoder(config_of(shape, "lm", "float32", layers=1), device, dtype, seed=seed, made_on="cpu")
+              for name, seed in MODELS.items() if several or implicit}
+    reward = stars.ImplicitReward(*others.values(), beta=0.3) if implicit else CausalReward(pair[1])
+    return stars.Engine(pair[0], reward, device=device, deterministic=deterministic, models=others if several else None,
                         dtype=str(dtype)[6:] if device != "cpu" else "auto", **LIMITS)
 
 
@@ -110,6 +125,40 @@ def heads(record: Record, settings: Settings) -> None:
                          worst < 2e-3 < max(wanted) - min(wanted), worst=worst, readings=together)
 
 
+def several_models(record: Record, settings: Settings) -> None:
+    """Blended draws, drafts of another model that are kept or drawn anew, log-probabilities of what was drawn."""
+    prompts = PROMPTS[:2] if settings.dry else PROMPTS
+    of, on_cpu = (engine(device, "toy", torch.float32, several=True) for device in (settings.device, "cpu"))
+    for name, policy in SEVERAL.items():
+        with record.checking(f"{name}: runs"):
+            ours, theirs = (complete(one, prompts, policy=policy) for one in (of, on_cpu))
+            _beside(record, settings, name, ours, theirs, rewarded="Guidance" not in name)
+            mean = [one.cumulative_logprob / len(one.token_ids) for side in (ours, theirs) for one in side]
+            worst = max(abs(a - b) for a, b, mine, other in zip(
+                mean[: len(ours)], mean[len(ours) :], ours, theirs, strict=True) if mine.token_ids == other.token_ids)
+            record.check(f"{name}: log-probabilities as on the CPU", worst < 1e-3, worst=worst)
+            if "Guidance" not in name:
+                redrawn = [segment.redrawn for one in ours for segment in one.segments]
+                record.check(f"{name}: some drafts were kept and some drawn anew", len(set(redrawn)) == 2,
+                             redrawn=sum(redrawn), of=len(redrawn))
+    with record.checking("ImplicitReward: runs"):
+        ours, theirs = (complete(engine(device, "toy", torch.float32, implicit=True), prompts, policy=IMPLICIT)
+                        for device in (settings.device, "cpu"))
+        _beside(record, settings, "ImplicitReward", ours, theirs)
+        _decided(record, "ImplicitReward", ours)
+
+
+def quantised(record: Record, settings: Settings) -> None:
+    """Fused passes over weights of 8 and 4 bits, in float32 activations, beside the dequantised ones of the CPU."""
+    prompts = PROMPTS[:2] if settings.dry else PROMPTS
+    for scheme in SCHEMES[1:2] if settings.dry else SCHEMES:
+        with record.checking(f"{scheme}: runs"):
+            ours, theirs = (complete(engine(device, "toy", torch.float32, scheme=scheme), prompts)
+                            for device in (settings.device, "cpu"))
+            _beside(record, settings, scheme, ours, theirs)
+            _decided(record, scheme, ours)
+
+
 def _readings(of: stars.Engine) -> tuple[list[float], list[float]]:
     """Rewards at three tokens of a span: of one pass, and of a pass each that ends there."""
     passes, cache = of.reward._passes, of.reward.cache
@@ -128,8 +177,8 @@ def _readings(of: stars.Engine) -> tuple[list[float], list[float]]:
     return together, apart
 
 
-def _beside(record: Record, settings: Settings, name: str, ours: list, theirs: list) -> None:
-    """Tokens and rewards as those of the CPU's engine."""
+def _beside(record: Record, settings: Settings, name: str, ours: list, theirs: list, rewarded: bool = True) -> None:
+    """Tokens and, if there are any, rewards as those of the CPU's engine."""
     errors = [one.error for one in ours if one.error]
     record.check(f"{name}: no request failed", not errors, errors=errors)
     apart = [index for index, (mine, other) in enumerate(zip(ours, theirs, strict=True))
@@ -141,6 +190,8 @@ def _beside(record: Record, settings: Settings, name: str, ours: list, theirs: l
                    for mine_segment, other_segment in zip(mine.segments, other.segments, strict=True)
                    for a, b in zip(mine_segment.attempts, other_segment.attempts, strict=True)
                    if a.reward is not None and b.reward is not None]
+    if not rewarded:
+        return
     worst = max(differences, default=float("nan"))
     record.check(f"{name}: rewards as on the CPU", worst < 2e-3, worst=worst, rewards=len(differences))
 

@@ -21,6 +21,7 @@ from stars.kernels.apply_penalties import apply_penalties_reference
 from stars.kernels.blend_logits import blend_logits_reference
 from stars.kernels.linear import Weight
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
+from stars.kernels.token_logprobs import token_logprobs_reference
 from stars.kernels.types import Draft, LaneState, Penalties, TrailingRows
 
 CUT = ((37, 80, torch.float32), (1000, 83, torch.bfloat16), (128256, 80, torch.float32))
@@ -42,7 +43,8 @@ def run(record: Record, settings: Settings) -> None:
     parts |= {f"cuts of {vocab}, {str(dtype)[6:]}": partial(cuts, vocab=vocab, lanes=lanes, dtype=dtype)
               for vocab, lanes, dtype in CUT if not (settings.quick and vocab > 10000)}
     parts |= kernel_ranking.parts(settings)
-    parts |= {"penalties": penalised, "blends": blended, "followers": appended, "ends": ends, "verdicts": rewards}
+    parts |= {"penalties": penalised, "blends": blended, "logprobs": given_tokens,
+              "followers": appended, "ends": ends, "verdicts": rewards}
     run_apart(record, settings, parts, most=5)
 
 
@@ -338,6 +340,29 @@ def blended(record: Record, settings: Settings) -> None:
         blend_logits_reference(logits, weights, done, wanted)
         same(record, f"blend_logits of {models}", on_device[0][0, :lanes].nan_to_num(nan=9.0),
              wanted.nan_to_num(nan=9.0))
+
+
+def given_tokens(record: Record, settings: Settings) -> None:
+    """Of tokens and of none, of such as are forbidden, and beside logits that are no numbers."""
+    ops = launchers(settings.dry)
+    for vocab, rows in ((37, 9), (5003, 33)) if settings.dry else ((37, 9), (5003, 33), (128256, 33)):
+        draw = torch.Generator().manual_seed(vocab)
+        logits = 3 * torch.randn(rows, vocab + 3, generator=draw)[:, :vocab]  # rows lie apart
+        logits[torch.rand(rows, vocab, generator=draw) < 0.05] = -torch.inf
+        logits[3, vocab // 2], logits[4, vocab - 1] = torch.nan, torch.inf
+        targets = torch.randint(0, vocab, (rows, 3), generator=draw).int()
+        targets[::2, 1] = -1
+        logits[5, targets[5, 0].item()] = -torch.inf
+        exact = torch.log_softmax(logits.double(), dim=-1).gather(1, targets.long().clamp(min=0))
+        exact = exact.where(targets >= 0, 0.0)
+        plain, got = (torch.full((rows, 3), -77.0, device=settings.device) for _ in range(2))
+        on_device = logits.to(settings.device), targets.to(settings.device)
+        token_logprobs_reference(*on_device, plain)
+        ops.token_logprobs(*on_device, got)
+        name, numbers = f"token_logprobs of {vocab}", exact.isfinite()
+        same(record, f"{name}: zeros, no numbers and what is forbidden", got.cpu().where(~numbers, 0.0).nan_to_num(9.0),
+             exact.float().where(~numbers, 0.0).nan_to_num(9.0))
+        within(record, name, got.cpu()[numbers], plain.cpu()[numbers], exact[numbers], 8.0)
 
 
 def rewards(record: Record, settings: Settings) -> None:

@@ -26,6 +26,7 @@ def launchers(dry: bool) -> SimpleNamespace:
         from stars.kernels.score import score_reference
         from stars.kernels.swiglu import swiglu_reference
         from stars.kernels.take_rows import take_rows_reference
+        from stars.kernels.token_logprobs import token_logprobs_reference
         from stars.kernels.top_tokens import top_tokens_reference
 
         return SimpleNamespace(
@@ -40,7 +41,7 @@ def launchers(dry: bool) -> SimpleNamespace:
             sample_step=lambda logits, lanes, filters=True, ended=None, cuts=True: sample_step_reference(
                 logits.float(), lanes, filters, ended, cuts),
             score=score_reference, swiglu=swiglu_reference, take_rows=take_rows_reference,
-            top_tokens=top_tokens_reference)
+            token_logprobs=token_logprobs_reference, top_tokens=top_tokens_reference)
     from stars.kernels.triton.append_draft import append_draft
     from stars.kernels.triton.apply_penalties import apply_penalties
     from stars.kernels.triton.attention import attention
@@ -55,6 +56,7 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.skinny import embedding_scaled, linear_normed, linear_residual, linear_swiglu, qkv_rope
     from stars.kernels.triton.swiglu import swiglu
     from stars.kernels.triton.take_rows import take_rows
+    from stars.kernels.triton.token_logprobs import token_logprobs
     from stars.kernels.triton.top_tokens import top_tokens
 
     return SimpleNamespace(
@@ -62,4 +64,5 @@ def launchers(dry: bool) -> SimpleNamespace:
         copy_rows=copy_rows, embedding=embedding, embedding_scaled=embedding_scaled, linear=linear,
         linear_invariant=linear_invariant, linear_normed=linear_normed, linear_residual=linear_residual,
         linear_swiglu=linear_swiglu, product=launch, qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write,
-        sample_step=sample_step, score=score, swiglu=swiglu, take_rows=take_rows, top_tokens=top_tokens)
+        sample_step=sample_step, score=score, swiglu=swiglu, take_rows=take_rows, token_logprobs=token_logprobs,
+        top_tokens=top_tokens)

@@ -23,16 +23,32 @@ from stars.model.decoder import Decoder
 
 SCHEMES = ("fp8", "int8")
 TOKENS = 64
+LANES = {False: (1, 16), True: (1, 4)}  # by whether the run is dry
+BEFORE = "8B: step ms"
+"""The fact by which steps over 16 bits are known, by lanes."""
 
 
 def llama_8b(record: Record, settings: Settings) -> None:
     """8B and 8B, or 1B and 1B on a card with less memory."""
     compile_first(record, settings, [lambda silent, scheme=scheme: rehearse(settings, scheme) for scheme in SCHEMES])
     name = fitting(record, settings, "Llama-3.1-8B", "Llama-3.2-1B")
+    if BEFORE not in settings.facts:
+        record.part("bf16", baseline, record, settings, name, least=6.0)
+        _free(settings)
     for scheme, seconds in zip(SCHEMES, (9.0, 9.0), strict=True):
         record.part(scheme, of_scheme, record, settings, name, scheme, least=seconds)
         _free(settings)
     record.part("int4", step_alone, record, settings, name, "int4-32" if settings.dry else "int4-128", least=5.0)
+
+
+def baseline(record: Record, settings: Settings, name: str) -> None:
+    """Steps over 16 bits, where no stage of this run has measured them."""
+    bench = Bench(record, settings, name, seed=None)
+    found = {str(lanes): 1e3 * statistics.median(bench.step_seconds(lanes)) for lanes in LANES[settings.dry]}
+    for lanes, ms in found.items():
+        record.figure(f"{bench.name}: step, {lanes} lane{'s' * (lanes != '1')}, bf16", ms, "ms")
+    record.fact(BEFORE, found)
+    settings.facts[BEFORE] = found
 
 
 def of_scheme(record: Record, settings: Settings, name: str, scheme: str) -> None:
@@ -79,8 +95,8 @@ def accuracy(record: Record, settings: Settings, decoder: Decoder, scheme: str) 
 
 def steps(record: Record, settings: Settings, bench: Bench, scheme: str, aimed: bool = True) -> None:
     """At 1 and 16 lanes, over 16 bits and over their own bytes."""
-    before = settings.facts.get("8B: step ms", {})
-    for lanes in (1, 4) if settings.dry else (1, 16):
+    before = settings.facts.get(BEFORE, {})
+    for lanes in LANES[settings.dry]:
         times = bench.step_seconds(lanes)
         ms, size, bandwidth = 1e3 * statistics.median(times), bench.step_bytes(lanes), settings.bandwidth
         name = f"{bench.name}: step, {lanes} lane{'s' * (lanes > 1)} over {bench.context} shared keys"

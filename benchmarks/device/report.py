@@ -22,6 +22,8 @@ from tables import PREFIX, text, whole
 ORDER = [stage.name for stage in STAGES]
 FORMAT = 2  # of the JSON file; raised when a field changes its meaning
 MAX_LINES = 72  # of the table
+BASELINES = ("8B: step ms",)
+"""Facts that other figures are divided by: not those of another run, whose card may have been another of the kind."""
 
 
 class Report:
@@ -59,7 +61,8 @@ class Report:
 
     def facts(self) -> dict[str, Any]:
         """What the stages so far have to say to later ones."""
-        return {name: value for stage in self.stages.values() for name, value in stage["facts"].items()}
+        return {name: value for stage in self.stages.values() for name, value in stage["facts"].items()
+                if name not in BASELINES or stage["date"] == self.date}
 
     def log(self, text: str) -> None:
         """A stage's output: the end of it on the screen, all of it in the log."""

@@ -176,7 +176,8 @@ class Run:
                 break
             facts = self.report.facts()
             for one in now:
-                limit = min(left, one.stage.seconds, self.options.stage_seconds or one.stage.seconds)
+                most = one.stage.seconds * (2 if self.options.only else 1)  # no others are to have their turn
+                limit = min(left, most, self.options.stage_seconds or most)
                 print(f"{one.stage.name} (at most {limit:.0f} s)", flush=True)
                 one.go(limit, facts)
             standby = self._prepare(waiting[0]) if waiting else []

@@ -57,12 +57,29 @@ FLOAT_64 = {name: (Tile(64, 128, 64, 4, 4, splits, True), Tile(64, 64, 128, 4, 4
 FLOAT_128 = {name: (Tile(128, 128, 64, 8, 4, splits, True), Tile(128, 64, 64, 8, 4, splits, True),
                     Tile(64, 128, 64, 4, 4, splits, True), Tile(128, 64, 64, 8, 5, splits))
              for name, splits in (("gate_up", 1), ("down", 4), ("qkv", 2), ("o", 4), ("head", 1))}
+MORE = {
+    "gate_up": (SWAPPED._replace(stages=3), SWAPPED._replace(splits=2), Tile(16, 128, 128, 4, 3, swap=True),
+                Tile(16, 64, 256, 4, 3, swap=True)),
+    "down": (SWAPPED._replace(splits=8), Tile(16, 64, 256, 4, 3, 4, True), Tile(16, 64, 128, 4, 5, 4, True)),
+    "qkv": (SWAPPED._replace(splits=2), SWAPPED._replace(splits=8), Tile(16, 64, 128, 4, 5, 4, True),
+            Tile(16, 64, 256, 4, 3, 4)),
+    "o": (Tile(16, 64, 128, 4, 5, 4, True), Tile(16, 64, 256, 4, 2, 4, True)),
+}
+"""Beside those, of one row: what an H200's bandwidth may want, more bytes under way or programs that end together. They
+are tried from what the other tiles led to, and so is what begins early and prefetches, in all products at once."""
+
 PREFETCH = (512, 2048)
 EIGHT = Tile(16, 64, 128, 2, 4, swap=True)
 BITS_8 = {name: tuple(tile._replace(splits=splits) for splits in some for tile in (
     EIGHT, EIGHT._replace(stages=6), EIGHT._replace(inner=256, stages=3)))
     for name, some in (("gate_up", (1, 2)), ("down", (4, 8)), ("qkv", (4, 8)), ("o", (4, 8)), ("head", (1,)))}
 """Of weights of 8 bits; why two warps, `tuned.default` says."""
+
+LARGE_8 = {name: tuple(tile._replace(splits=splits) for tile in (
+    Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 4, 4),
+    Tile(32, 64, 128, 4, 4)))
+    for name, splits in (("gate_up", 1), ("down", 4), ("qkv", 2), ("o", 4))}
+"""The same at 128 rows: fewer rounds of a loop whose parts wait for each other, or more programs beside each other."""
 
 TOY = {"down": (Tile(16, 64, 32, 4, 2, splits=2, swap=True),), "qkv": (Tile(16, 32, 64, 4, 2),)}
 
@@ -91,19 +108,21 @@ class Kind(NamedTuple):
     shape: Shape
     scores: bool
     candidates: dict[str, tuple[Tile, ...]]
+    again: bool = False  # from the tiles that were chosen for these rows before
 
 
 def kinds(dry: bool, scheme: str = "") -> list[Kind]:
     """The most telling first; few for a quantised scheme."""
     if scheme:
         return [Kind("1 row", Shape(1, 1), False, BITS_8), Kind("16 rows", Shape(16, 1), False, {}),
-                Kind("scores of 128 rows", Shape(4, LENGTH), True, {})]
+                Kind("scores of 128 rows", Shape(4, LENGTH), True, LARGE_8)]
     if dry:
         return [Kind("1 row", Shape(1, 1), False, TOY), Kind("scores of 4 rows", Shape(2, 2), True, {})]
     return [Kind("1 row", Shape(1, 1), False, FLOAT_16), Kind("16 rows", Shape(16, 1), False, FLOAT_16),
             Kind("scores of 128 rows", Shape(4, LENGTH), True, FLOAT_128), Kind("4 rows", Shape(4, 1), False, {}),
             Kind("64 rows", Shape(64, 1), False, FLOAT_64), Kind("scores of 32 rows", Shape(1, LENGTH), True, {}),
-            Kind("128 rows", Shape(128, 1), False, {}), Kind("scores of 64 rows", Shape(2, LENGTH), True, {})]
+            Kind("128 rows", Shape(128, 1), False, {}), Kind("scores of 64 rows", Shape(2, LENGTH), True, {}),
+            Kind("1 row, more tiles", Shape(1, 1), False, MORE, again=True)]
 
 
 def run(record: Record, settings: Settings) -> None:
@@ -147,7 +166,7 @@ def rehearse(settings: Settings, scheme: str = "") -> None:
                           if name in start)]
         for tiles in tried:
             Replay(one, table_of(of, tiles), settings.dry)
-            if kind.name in ("1 row", "16 rows") and not scheme:
+            if kind.shape.rows in (1, 16) and not scheme:
                 Replay(one, table_of(of, dependent(tiles)), settings.dry)
 
 
@@ -157,9 +176,9 @@ def defaults(decoder: Decoder, rows: int) -> Tiles:
             for name, weight in products_of(decoder).items()}
 
 
-def dependent(tiles: Tiles) -> Tiles:
+def dependent(tiles: Tiles, prefetch: int = 0) -> Tiles:
     """The same, each started while the one before it still runs."""
-    return {name: tile._replace(pdl=True, prefetch=0) for name, tile in tiles.items()}
+    return {name: tile._replace(pdl=True, prefetch=prefetch) for name, tile in tiles.items()}
 
 
 class Tuner:
@@ -211,7 +230,8 @@ class Tuner:
         tiles, replay = self._first(one, self._starts(kind), right)
         if replay is None:
             raise RuntimeError(f"no fused pass of {rows} rows ran: {'; '.join(self.wrong[-2:])}")
-        known = self.known.get(rows, {})  # scores and drafts share their layers, and what the table says of them
+        # Scores and drafts share their layers, and what the table says of them.
+        known = {} if kind.again else self.known.get(rows, {})
         try:
             for name in PRODUCTS:
                 tiles, replay = self._descend(one, tiles, replay, right, (
@@ -238,7 +258,10 @@ class Tuner:
         size += stored_bytes(of["head"]) if "head" in of else 0
         limit = None if bandwidth is None else 1e3 * size / bandwidth
         name = f"{self.label}, {self.scheme}: chain, {kind.name}"
-        aims = {"1 row": "chain", "16 rows": "chain-16"} if self.scheme == "bf16" else {}
+        aims = {"1 row": "chain", "1 row, more tiles": "chain", "16 rows": "chain-16"} if self.scheme == "bf16" else {}
+        if kind.again and chosen.right:
+            self.tiles = [entry for entry in self.tiles if entry["rows"] != rows]
+            self.known.pop(rows, None)
         for what, times in final.items():
             detail = {} if what != "fused" else {
                 "tiles": {product: tuple(tile) for product, tile in chosen.tiles.items()}}
@@ -306,7 +329,7 @@ class Tuner:
     def _dependents(self, one: Pass, tiles: Tiles, replay: Replay, right: Tensor) -> tuple[Tiles, Replay]:
         """Dependent launches for all of them or, where that gains nothing, for each by itself; then what is prefetched.
         """
-        early, ahead = self._descend(one, tiles, replay, right, [dependent(tiles)])
+        early, ahead = self._descend(one, tiles, replay, right, [dependent(tiles, size) for size in (0, *PREFETCH)])
         if early == tiles:  # not for all of them: for some?
             for name in PRODUCTS:
                 early, ahead = self._descend(one, early, ahead, right, [

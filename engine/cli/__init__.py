@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _calibrate(_command(commands, "calibrate", "measure a reward threshold on prompts"))
     _inspect(_command(commands, "inspect", "say what a model directory holds, without loading it"))
     _trace(_command(commands, "trace", "look at a trace that generate wrote"))
-    _demo(_command(commands, "demo", "plain sampling beside STARS on the shipped pair of models"))
+    _demo(_command(commands, "demo", "plain sampling beside STARS on the shipped pair of models, or on a chat model"))
     _methods(_command(commands, "methods", "the policies, what each asks of the loop, and their parameters"))
     _convert_head(_command(commands, "convert-head", "write the pickled actor of MARA's code as a safetensors file"))
     _info(_command(commands, "info", "versions, the C++ library and the CPU"))
@@ -225,7 +225,9 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
         return demo(args)
 
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of each review (%(default)s)")
+    parser.add_argument("--chat", metavar="TEXT", help="a message to SmolLM2-135M-Instruct, which `make chat` fetches, "
+                        "in place of film reviews by the shipped pair")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of each review (64), or of the reply (128)")
     parser.add_argument("--quantile", type=float, default=0.9,
                         help="of plain samples' rewards, taken as threshold (%(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of all random numbers (%(default)s)")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
             "presence_penalty", "frequency_penalty", "repetition_penalty")
-ENGINE = ("dtype", "deterministic", "cache_tokens", "gpu_memory_utilization", "max_model_len", "max_num_seqs",
-          "max_num_lanes", "max_num_batched_tokens")
+ENGINE = ("dtype", "quantization", "reward_quantization", "deterministic", "cache_tokens", "gpu_memory_utilization",
+          "max_model_len", "max_num_seqs", "max_num_lanes", "max_num_batched_tokens")
 REWARD = {"reward_head": "head", "reward_template": "template", "reward_close": "close"}
 """Flags of a model directory, with their names in its class."""
 IMPLICIT = ("beta", "length_normalised")
@@ -136,6 +136,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine (defaults are those of stars.Engine)")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
                        help="of the stored matrices; bfloat16 also of their products, where the CPU has them")
+    for name, what in (("--quantization", "the language model's"), ("--reward-quantization", "the reward model's")):
+        group.add_argument(name, choices=("int8", "int4"),
+                           help=f"what {what} matrices are rounded to as they are read (as they are stored)")
     group.add_argument("--deterministic", action="store_true", default=None,
                        help="the same text for a seed at any width and in any batch")
     group.add_argument("--cache-tokens", type=int, metavar="N", help="budget of each model's KV cache")
@@ -307,7 +310,7 @@ def _model_reward(args: argparse.Namespace, directory: Any) -> Any:
 
 def _keywords(kind: Any) -> list[str]:
     """The parameters of a reward's class that flags may set."""
-    return [name for name in inspect.signature(kind).parameters if name not in ("model", "tokenizer")]
+    return [name for name in list(inspect.signature(kind).parameters)[1:] if name != "tokenizer"]
 
 
 def shipped_pair() -> tuple[Path, Path]:

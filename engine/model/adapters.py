@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stars.errors import ModelError
-from stars.model.bases import CONFIG, MERGE, base_of
-from stars.model.checkpoint import ITEM_BYTES, Checkpoint
+from stars.kernels.quant import QuantWeight
+from stars.model.bases import CONFIG, MERGE
+from stars.model.checkpoint import ITEM_BYTES
 from stars.model.files import is_file, is_finite, printed, read_json, shown
-from stars.model.source import TensorInfo
+from stars.model.source import TensorInfo, TensorSource
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -50,17 +51,20 @@ class Pair(NamedTuple):
     scale: float  # of their product
 
 
-class AdaptedCheckpoint(Checkpoint):
-    """The tensors of an adapter's base, with those modules that the adapter brings whole in their place, and the pairs
-    of its low-rank matrices by module.
+class AdaptedCheckpoint:
+    """The tensors of an adapter's base, whatever source that is, with those modules that the adapter brings whole in
+    their place, and the pairs of its low-rank matrices by module.
 
     Raises ModelError for what cannot be kept beside the base: other kinds of adapters, modules that have no adapters
     here, damaged files.
     """
 
-    def __init__(self, adapter: Path, beside: str | None = None):
-        super().__init__(base_of(adapter), beside)
+    def __init__(self, adapter: Path, base: TensorSource):
+        self.directory, self.shards, self.num_layers = base.directory, base.shards, base.num_layers
+        self.tensors = dict(base.tensors)
         self.adapter = adapter
+        self._base = base
+        self._aliases: dict[str, str] = {}  # of modules that were trained whole, what the adapter's file calls them
         self._low: dict[str, TensorInfo] = {}
         path = adapter / WEIGHTS
         if not is_file(path):
@@ -83,20 +87,28 @@ class AdaptedCheckpoint(Checkpoint):
                     self._take(name, info, bare)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged or cut short ({error}): copy the adapter again") from error
-        self._files[WEIGHTS] = file
+        self._file = file
         self.pairs = _pairs(self._low, config, adapter)
+
+    def read(self, name: str) -> Tensor | QuantWeight:
+        """A tensor of the adapter's, or of its base as that reads it."""
+        return self._own(self._aliases[name]) if name in self._aliases else self._base.read(name)
 
     def file_of(self, name: str) -> Path:
         """The adapter's file, or the base's."""
-        return self.adapter / WEIGHTS if self._shard_of(name) == WEIGHTS else super().file_of(name)
-
-    def _shard_of(self, name: str) -> str:
-        """No names of low-rank matrices are among the tensors, which are those of a model."""
-        return WEIGHTS if name in self._low else super()._shard_of(name)
+        return self.adapter / WEIGHTS if name in self._aliases else self._base.file_of(name)
 
     def low_rank(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """lora_A [rank, in_features], and lora_B [out_features, rank] times the scale: float32."""
-        return self.read(pair.down).float(), self.read(pair.up).float() * pair.scale
+        return self._own(pair.down).float(), self._own(pair.up).float() * pair.scale
+
+    def _own(self, name: str) -> Tensor:
+        """A tensor of the adapter's file, by its name there."""
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ModelError(f"{name} cannot be read from {self.adapter / WEIGHTS} ({error}): copy again") from error
+        return tensor
 
     def _take(self, name: str, info: TensorInfo, bare: bool) -> None:
         """A tensor of a module that was trained whole; `bare`: the base leaves "model." out of its names."""

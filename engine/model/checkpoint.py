@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stars.errors import ModelError
 from stars.model.files import INDEX, SINGLE, is_file, printed, read_json, shown
-from stars.model.source import TensorInfo
+from stars.model.source import TensorInfo, layers_of
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The element types a weight may have, by their safetensors names."""
@@ -30,7 +30,6 @@ class Checkpoint:
             self.shards = [*self.shards, *({beside} - set(self.shards))]
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[str, Any] = {}
-        self._aliases: dict[str, str] = {}  # what tensors are called in their file, where that differs
         for shard in self.shards:
             path = self.directory / shard
             if not is_file(path):
@@ -55,24 +54,20 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        """Layers that there are tensors of, by the numbers in their names."""
-        parts = [name.removeprefix("model.").split(".", 2) for name in self.tensors]
-        return len({part[1] for part in parts if part[0] == "layers" and len(part) == 3})
+        """Layers that there are tensors of."""
+        return layers_of(self.tensors)
 
     def read(self, name: str) -> Tensor:
         """Tensor `name` in the file's own type; it may be a view of the file, so keep only copies of it."""
         try:
-            tensor: Tensor = self._files[self._shard_of(name)].get_tensor(self._aliases.get(name, name))
+            tensor: Tensor = self._files[self.tensors[name].shard].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelError(f"{name} cannot be read from {self.file_of(name)} ({error}): copy again") from error
         return tensor
 
     def file_of(self, name: str) -> Path:
         """The file that tensor `name` is in."""
-        return self.directory / self._shard_of(name)
-
-    def _shard_of(self, name: str) -> str:
-        return self.tensors[name].shard
+        return self.directory / self.tensors[name].shard
 
 
 def _find_shards(directory: Path) -> tuple[list[str], dict[str, str]]:

@@ -11,7 +11,9 @@ from stars.errors import ModelError
 from stars.model.bases import model_directory
 from stars.model.checkpoint import Checkpoint
 from stars.model.families import FAMILIES, Family
-from stars.model.files import is_directory, is_file, is_finite, read_json, shown
+from stars.model.files import is_directory, is_file, is_finite, is_gguf, read_json, shown
+from stars.model.gguf_config import gguf_settings
+from stars.model.quantised_config import storage_of
 from stars.model.rope import RopeConfig, parse_rope
 
 HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
@@ -57,6 +59,7 @@ class ModelConfig:
     qk_norm: bool
     attention_scale: float
     attention_softcap: float | None = None
+    quantization: str | None = None  # how config.json says that the checkpoint is stored: its quant_method
 
     @property
     def is_reward(self) -> bool:
@@ -71,15 +74,18 @@ class ModelConfig:
 
 
 def load_config(directory: str | Path) -> ModelConfig:
-    """Reads DIRECTORY/config.json, and generation_config.json where there is one; of an adapter, its base's.
+    """Reads DIRECTORY/config.json, and generation_config.json where there is one, or a GGUF file's metadata; of an
+    adapter, its base's.
 
     Raises ModelError for a missing or broken file, an unsupported model type, architecture, rope type, activation or
     quantisation, for sizes that do not fit together, and for more layers than the weights' headers hold.
     """
     directory = Path(directory)
-    if not is_directory(directory):
+    if not is_directory(directory) and not is_gguf(directory):
         raise ModelError(f"{directory} is not a directory: give the path of a model in Hugging Face format")
     directory = model_directory(directory)
+    if is_gguf(directory):
+        return parse_config(gguf_settings(directory), {}, str(directory))
     path = directory / "config.json"
     if not is_file(path):
         raise ModelError(f"{directory} has no config.json: give the path of a model in Hugging Face format")
@@ -132,6 +138,7 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str)
         )
     if head_dim % 2:
         raise ModelError(f"{where} has an odd head_dim {head_dim}, which cannot be rotated: repair config.json")
+    storage = storage_of(config, where)
     max_positions = _size(config, "max_position_embeddings", where)
     bos_token_id = _token_ids(config.get("bos_token_id"), "bos_token_id", where)
     eos_token_ids = _token_ids(config.get("eos_token_id"), "eos_token_id", where)
@@ -168,6 +175,7 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any], where: str)
         mlp_bias=_switch(family.mlp_bias, config, where),
         qk_norm=family.qk_norm,
         attention_scale=head_dim**-0.5,
+        quantization=None if storage is None else storage.method,
     )
 
 
@@ -196,13 +204,6 @@ def _refuse_unsupported(config: dict[str, Any], family: Family, where: str) -> N
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"{where} has activation {shown(activation)}, which is not supported: use a model with silu")
-    if config.get("quantization_config"):
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = method if isinstance(method, str) and method.isprintable() else "an unnamed method"
-        raise ModelError(
-            f"{where} is quantised with {method}, which is not supported: use the float32, bfloat16 or float16 model"
-        )
 
 
 def _windows(config: dict[str, Any], family: Family, num_layers: int, where: str) -> tuple[int | None, ...]:

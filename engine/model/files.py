@@ -13,6 +13,9 @@ from stars.errors import ModelError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Where a model's weights are, or which files they are in."""
 
+GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
+"""How the names of models that are one file end, and how those files begin."""
+
 MAX_BYTES = 1 << 28
 """Of a JSON file or template: the longest tokenizer.json in use is an eighth of it, an index of shards far shorter."""
 
@@ -49,6 +52,24 @@ def is_directory(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError):
         return False
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether there is a file that is a GGUF file, by its name or by how it begins."""
+    if not is_file(path):
+        return False
+    if path.suffix.lower() == GGUF:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == GGUF_MAGIC
+    except OSError:
+        return False
+
+
+def settings_of(directory: Path) -> dict[str, Any]:
+    """What config.json of a model's directory says; nothing of a model that is one file. Raises ModelError."""
+    return {} if is_file(directory) else read_json(directory / "config.json")
 
 
 def read_text(path: Path) -> str:

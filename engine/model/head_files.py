@@ -12,11 +12,11 @@ from torch import Tensor
 
 from stars.errors import ModelError
 from stars.kernels.linear import Weight, pack
-from stars.model.checkpoint import Checkpoint
 from stars.model.config import ModelConfig
-from stars.model.files import is_finite, printed, read_json, shown
+from stars.model.files import is_finite, printed, settings_of, shown
 from stars.model.heads import Activation, Gate, RewardHead
 from stars.model.normalisation import Normalisation, read_normalisation
+from stars.model.source import TensorSource, plain
 
 LM_HEAD, SCORE_HEAD = "lm_head.weight", "score.weight"
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -126,19 +126,19 @@ def head_choice(given: Any) -> HeadChoice:
                       numbers["std"], sign, pattern, numbers["temperature"])
 
 
-def has_head(checkpoint: Checkpoint) -> bool:
+def has_head(checkpoint: TensorSource) -> bool:
     """Whether there are tensors of a reward head, whatever the architecture's name."""
-    return bool(_found(checkpoint, read_json(checkpoint.directory / "config.json")))
+    return bool(_found(checkpoint, settings_of(checkpoint.directory)))
 
 
-def find_head(checkpoint: Checkpoint, config: ModelConfig, choice: HeadChoice, architecture: str) -> HeadForm:
+def find_head(checkpoint: TensorSource, config: ModelConfig, choice: HeadChoice, architecture: str) -> HeadForm:
     """The head of a checkpoint; architecture: of a model that has one, for the error where this has none.
 
     Raises ModelError for none, for several, for labels whose meaning is not known, and for what `choice` says and there
     is not. What shapes its tensors have is for the loader to compare.
     """
     where = checkpoint.directory
-    settings = read_json(where / "config.json")
+    settings = settings_of(where)
     place = _place(checkpoint, settings, choice, architecture)
     if place == "lm_head":
         return _vocabulary(checkpoint, config, choice)
@@ -178,7 +178,8 @@ def find_head(checkpoint: Checkpoint, config: ModelConfig, choice: HeadChoice, a
     return HeadForm(kind, tensors, products, rows, labels, activation, label, normalisation, sign, None)
 
 
-def read_head(checkpoint: Checkpoint, form: HeadForm, device: torch.device, deterministic: bool) -> Weight | RewardHead:
+def read_head(checkpoint: TensorSource, form: HeadForm, device: torch.device, deterministic: bool,
+              ) -> Weight | RewardHead:
     """The head of that form, whose tensors were checked: float32, with all that is fixed folded into its products."""
     products = [_read(checkpoint, name) for name in form.products]
     matrix, bias = products.pop()
@@ -186,7 +187,7 @@ def read_head(checkpoint: Checkpoint, form: HeadForm, device: torch.device, dete
         matrix, bias = matrix[list(form.rows)], None if bias is None else bias[list(form.rows)]
     gate = None
     if form.gate is not None:
-        transform = checkpoint.read("reward_transform_matrix").double()
+        transform = plain(checkpoint, "reward_transform_matrix").double()
         folded = [(transform.T @ one.double().view(form.gate.objectives, form.gate.quantiles, -1).mean(dim=1)).float()
                   for one in (matrix, bias) if one is not None]
         matrix, bias = folded[0], None if bias is None else folded[1].view(-1)
@@ -203,7 +204,7 @@ def read_head(checkpoint: Checkpoint, form: HeadForm, device: torch.device, dete
     return layers[0] if form.plain else RewardHead(layers, form.activation, form.label, gate)
 
 
-def _place(checkpoint: Checkpoint, settings: dict[str, Any], choice: HeadChoice, architecture: str) -> str:
+def _place(checkpoint: TensorSource, settings: dict[str, Any], choice: HeadChoice, architecture: str) -> str:
     """Where the head is: what stands before ".weight", or before the numbers of its products."""
     where, found = checkpoint.directory, _found(checkpoint, settings)
     if choice.tensor == "lm_head" or (choice.tensor is not None and _has_products(checkpoint, choice.tensor)):
@@ -229,18 +230,18 @@ def _place(checkpoint: Checkpoint, settings: dict[str, Any], choice: HeadChoice,
                      f"{advice}")
 
 
-def _found(checkpoint: Checkpoint, settings: dict[str, Any]) -> list[str]:
+def _found(checkpoint: TensorSource, settings: dict[str, Any]) -> list[str]:
     """The places at which there are products, also the one that OpenRLHF says in config.json."""
     prefix = settings.get("value_head_prefix")
     places = [*PLACES, *([prefix] if isinstance(prefix, str) and prefix != "lm_head" else ())]
     return [place for place in dict.fromkeys(places) if _has_products(checkpoint, place)]
 
 
-def _has_products(checkpoint: Checkpoint, place: str) -> bool:
+def _has_products(checkpoint: TensorSource, place: str) -> bool:
     return any(f"{place}.{name}" in checkpoint.tensors for name in ("weight", "0.weight"))
 
 
-def _products(checkpoint: Checkpoint, place: str) -> tuple[str, ...]:
+def _products(checkpoint: TensorSource, place: str) -> tuple[str, ...]:
     """The names of the products at a place: itself, or numbers 0, 2, …, between which there are ReLUs."""
     if f"{place}.weight" in checkpoint.tensors:
         return (place,)
@@ -251,7 +252,7 @@ def _products(checkpoint: Checkpoint, place: str) -> tuple[str, ...]:
     return tuple(f"{place}.{number}" for number in numbers)
 
 
-def _numbers(checkpoint: Checkpoint, place: str) -> list[int]:
+def _numbers(checkpoint: TensorSource, place: str) -> list[int]:
     """The n for which there is a PLACE.n.weight, ascending."""
     parts = [name.removeprefix(place + ".").split(".") for name in checkpoint.tensors if name.startswith(place + ".")]
     return sorted(int(part[0]) for part in parts
@@ -259,7 +260,7 @@ def _numbers(checkpoint: Checkpoint, place: str) -> list[int]:
                   and str(int(part[0][:9])) == part[0])
 
 
-def _chain(checkpoint: Checkpoint, products: Sequence[str], columns: int) -> dict[str, Wanted]:
+def _chain(checkpoint: TensorSource, products: Sequence[str], columns: int) -> dict[str, Wanted]:
     """The tensors of products that follow each other, the first of which takes `columns`."""
     tensors: dict[str, Wanted] = {}
     keys = "hidden_size"
@@ -274,7 +275,7 @@ def _chain(checkpoint: Checkpoint, products: Sequence[str], columns: int) -> dic
     return tensors
 
 
-def _vocabulary(checkpoint: Checkpoint, config: ModelConfig, choice: HeadChoice) -> HeadForm:
+def _vocabulary(checkpoint: TensorSource, config: ModelConfig, choice: HeadChoice) -> HeadForm:
     """Rows of the language model head: a logit of the next token's, or the probability of one token of two."""
     bare = not any(name.startswith("model.") for name in checkpoint.tensors)
     names = ("embed_tokens", "model.embed_tokens")
@@ -292,7 +293,7 @@ def _vocabulary(checkpoint: Checkpoint, config: ModelConfig, choice: HeadChoice)
                     None)
 
 
-def _gated(checkpoint: Checkpoint, config: ModelConfig, choice: HeadChoice, settings: dict[str, Any],
+def _gated(checkpoint: TensorSource, config: ModelConfig, choice: HeadChoice, settings: dict[str, Any],
            products: tuple[str, ...]) -> HeadForm:
     """Objectives, or quantiles of each, that a gate weights by the prompt."""
     where = checkpoint.directory
@@ -351,7 +352,7 @@ def _gated(checkpoint: Checkpoint, config: ModelConfig, choice: HeadChoice, sett
     return HeadForm("gated", tensors, products, None, objectives, "none", 0, None, sign, gate)
 
 
-def _normalisation(checkpoint: Checkpoint, choice: HeadChoice, settings: dict[str, Any], place: str,
+def _normalisation(checkpoint: TensorSource, choice: HeadChoice, settings: dict[str, Any], place: str,
                    activation: Activation, tensors: dict[str, Wanted],
                    ) -> tuple[Normalisation | None, int, dict[str, Wanted]]:
     """Mean and std, the sign, and the tensors with those of the two among them."""
@@ -370,7 +371,7 @@ def _normalisation(checkpoint: Checkpoint, choice: HeadChoice, settings: dict[st
     return normalisation, sign, tensors
 
 
-def _of_score_model(checkpoint: Checkpoint, settings: dict[str, Any],
+def _of_score_model(checkpoint: TensorSource, settings: dict[str, Any],
                     ) -> tuple[Normalisation | None, bool, dict[str, Wanted]]:
     """The normaliser of a score model, where config.json says `do_normalize`; whether it is a cost, which is divided by
     its spread alone; the tensors it is in."""
@@ -388,7 +389,7 @@ def _of_score_model(checkpoint: Checkpoint, settings: dict[str, Any],
     values = []
     for name in ("normalizer.mean", "normalizer.var"):
         info = checkpoint.tensors.get(name)
-        value = float(checkpoint.read(name).item()) if info is not None and info.size == 1 else math.nan
+        value = float(plain(checkpoint, name).item()) if info is not None and info.size == 1 else math.nan
         if not math.isfinite(value) or (name == "normalizer.var" and value <= 0):
             raise ModelError(f"config.json of {where} says do_normalize and it has no usable tensor {name} of one "
                              "number: set do_normalize to false for the raw score")
@@ -398,14 +399,14 @@ def _of_score_model(checkpoint: Checkpoint, settings: dict[str, Any],
     return Normalisation(0.0 if cost else mean, math.sqrt(variance) + SCORE_EPS), cost, tensors
 
 
-def _read(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor | None]:
+def _read(checkpoint: TensorSource, name: str) -> tuple[Tensor, Tensor | None]:
     """A product's matrix and bias, float32 copies."""
     bias = f"{name}.bias"
-    return (checkpoint.read(f"{name}.weight").to(torch.float32, copy=True),
-            checkpoint.read(bias).to(torch.float32, copy=True) if bias in checkpoint.tensors else None)
+    return (plain(checkpoint, f"{name}.weight").to(torch.float32, copy=True),
+            plain(checkpoint, bias).to(torch.float32, copy=True) if bias in checkpoint.tensors else None)
 
 
-def _read_gate(checkpoint: Checkpoint, form: GateForm, device: torch.device, deterministic: bool) -> Gate:
+def _read_gate(checkpoint: TensorSource, form: GateForm, device: torch.device, deterministic: bool) -> Gate:
     """The gate, with batch norms folded into the products behind them."""
     products: list[tuple[Tensor, Tensor | None]] = []
     scale, shift = None, None
@@ -418,12 +419,12 @@ def _read_gate(checkpoint: Checkpoint, form: GateForm, device: torch.device, det
         products.append((matrix, bias))
         scale = shift = None
         if norm is not None:
-            weight, offset, mean, variance = (checkpoint.read(f"{norm}.{key}").double()
+            weight, offset, mean, variance = (plain(checkpoint, f"{norm}.{key}").double()
                                               for key in ("weight", "bias", "running_mean", "running_var"))
             scale = weight / (variance + BATCH_NORM_EPS).sqrt()
             shift = offset - mean * scale
     return Gate(_packed(products, device, deterministic), form.temperature,
-                float(checkpoint.read("gating.logit_scale").item()), form.pattern)
+                float(plain(checkpoint, "gating.logit_scale").item()), form.pattern)
 
 
 def _packed(products: Sequence[tuple[Tensor, Tensor | None]], device: torch.device, deterministic: bool,

@@ -1,4 +1,4 @@
-"""From a directory in Hugging Face format to a Decoder: everything is checked before any weight is read."""
+"""From a directory in Hugging Face format or a GGUF file to a Decoder: all is checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ import torch
 
 from stars.errors import ModelError
 from stars.kernels.linear import Weight
+from stars.kernels.quant import Rounded
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
+<<<<<<< HEAD
 from stars.model.auto_dtype import auto_dtype
 from stars.model.bases import is_adapter
 from stars.model.checkpoint import ITEM_BYTES, Checkpoint
+=======
+from stars.model.bases import base_of, is_adapter
+from stars.model.checkpoint import Checkpoint
+>>>>>>> part-quant
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.families import FAMILIES
-from stars.model.files import is_file, printed
+from stars.model.files import is_file, is_gguf, printed, read_json
+from stars.model.gguf_file import GGUFFile
 from stars.model.head_files import (
     LM_HEAD,
     PLACES,
@@ -34,10 +41,14 @@ from stars.model.head_files import (
 )
 from stars.model.heads import RewardHead
 from stars.model.normalisation import STATISTICS
+from stars.model.quantization import checked_quantization, rounding
+from stars.model.quantised_config import storage_of
+from stars.model.quantised_files import QuantisedCheckpoint
 from stars.model.reader import DTYPES, Reader, read_layer
 from stars.model.rope import rope_tables
+from stars.model.source import TensorInfo, TensorSource
 from stars.model.tensors import Head, expected_tensors, keys_of
-from stars.model.tokenizer import has_chat_template, tokenizer_directory
+from stars.model.tokenizer import has_chat_template, has_tokenizer
 from stars.target import target_of
 
 DEFAULT_MAX_ROWS = 256
@@ -59,7 +70,7 @@ class ModelSummary(NamedTuple):
     reward_head: HeadForm | None  # of a reward model; None where it has none that can be read
     tokenizer: bool
     chat_template: bool
-    elements: dict[tuple[Path, str], int]  # of its parameters, by file and tensor: what several read is held once
+    tensors: dict[tuple[Path, str], TensorInfo]  # its parameters, by file and name: what several read is held once
     adapter: AdapterSummary | None = None  # where the directory holds one
 
 
@@ -77,10 +88,10 @@ class AdapterSummary(NamedTuple):
 def load_model(
     directory: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu",
     head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS, deterministic: bool = False,
-    max_model_len: int | None = None, reward_head: Any = "auto",
+    max_model_len: int | None = None, reward_head: Any = "auto", quantization: str | None = None,
 ) -> Decoder:
-    """The model in DIRECTORY with the head asked for, its matrices packed one at a time. Of a LoRA adapter it is that
-    of its base, whose weights are packed as they are, with the low-rank products beside them.
+    """The model in DIRECTORY, or in a GGUF file, with the head asked for, its matrices packed one at a time. Of a LoRA
+    adapter it is that of its base, whose weights are packed as they are, with the low-rank products beside them.
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
@@ -89,6 +100,11 @@ def load_model(
     with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
     (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s head. max_model_len: positions that there is
     room for, as many as the model's context has and at most 32768 if left out; `Decoder.reserve_positions` makes more.
+
+    quantization: what matrices are rounded to as they are read, one at a time: "int8", a scale a row; "int4", a scale
+    for 32 columns; "fp8", on a GPU, as int8. They are the layers' products and the language model's head; a head that
+    is the embedding, too, has int8 in any case. Adapters, norms, biases and reward heads stay as they are. A checkpoint
+    that is quantised already is read as it is, and `quantization` left out, or what it is stored as.
     Raises ModelError for whatever does not fit: missing,
     unexpected or misshapen tensors, an absent or ambiguous head, labels of unknown meaning, broken files.
     """
@@ -106,11 +122,12 @@ def load_model(
     checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
     config = adapted_config(config, checkpoint)
     names, form = check(checkpoint, config, head, choice)
-    reader = Reader(checkpoint, names, dtype, device, deterministic)
+    rounded = _rounding(checkpoint, config, names, quantization, device.type)
+    reader = Reader(checkpoint, names, dtype, device, deterministic, rounded)
     tied = head == "lm" and config.tie_word_embeddings
     if tied:
         reader.check_tied()
-    embedding = reader.matrix("model.embed_tokens")
+    embedding = reader.embedding(config.tie_word_embeddings)
     layers = [read_layer(reader, config, f"model.layers.{index}.") for index in range(config.num_layers)]
     lm_head: Weight | None = None
     score_head: Weight | RewardHead | None = None
@@ -126,13 +143,48 @@ def load_model(
     )
 
 
-def open_checkpoint(directory: str | Path, beside: str | None = None) -> Checkpoint:
-    """The tensors of a model directory, or of an adapter and its base; ModelError."""
+def open_checkpoint(directory: str | Path, beside: str | None = None) -> TensorSource:
+    """The tensors of a model directory or GGUF file, or of an adapter and its base; ModelError."""
     directory = Path(directory)
-    return AdaptedCheckpoint(directory, beside) if is_adapter(directory) else Checkpoint(directory, beside)
+    if is_adapter(directory):
+        return AdaptedCheckpoint(directory, open_checkpoint(base_of(directory), beside))
+    if is_gguf(directory):
+        return GGUFFile(directory)
+    checkpoint, path = Checkpoint(directory, beside), directory / "config.json"
+    storage = storage_of(read_json(path), str(path)) if is_file(path) else None
+    return checkpoint if storage is None else QuantisedCheckpoint(checkpoint, storage)
 
 
-def adapted_config(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+def check_rounding(directory: str | Path, head: Literal["lm", "reward"], reward_head: Any, quantization: str | None,
+                   device: str) -> Rounded | None:
+    """What `load_model` would round to, without reading weights; ModelError where it would refuse."""
+    if quantization is None:
+        return None
+    checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
+    config = adapted_config(load_config(directory), checkpoint)
+    names, _ = check(checkpoint, config, head, head_choice(reward_head))
+    return _rounding(checkpoint, config, names, quantization, device)
+
+
+def followed(model: Any, quantization: Rounded | None) -> Rounded | None:
+    """What a model is rounded to that follows the engine's quantization; a Decoder and a directory whose weights are
+    quantised already are left so."""
+    if quantization is None or not isinstance(model, (str, Path)):
+        return None
+    stored = any(info.quantised for info in open_checkpoint(model).tensors.values())
+    return None if stored else quantization
+
+
+def _rounding(checkpoint: TensorSource, config: ModelConfig, names: dict[str, str], quantization: str | None,
+              device: str) -> Rounded | None:
+    """What the model's matrices are rounded to; ModelError."""
+    value = checked_quantization(quantization, target_of(device), stored=config.quantization)
+    matrices = [names[name] for name, shape in expected_tensors(config, "lm").items()
+                if len(shape) == 2 and name in names]
+    return rounding(checkpoint, matrices, value, config.quantization, config.tie_word_embeddings)
+
+
+def adapted_config(config: ModelConfig, checkpoint: TensorSource) -> ModelConfig:
     """The configuration of a base, with the labels of a reward head that its adapter brings."""
     score = checkpoint.tensors.get(SCORE_HEAD)
     brought = isinstance(checkpoint, AdaptedCheckpoint) and score is not None and (
@@ -163,23 +215,24 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
             pass
     names, missing, unexpected = _match(checkpoint, config, head, form)
     held = {name: checkpoint.tensors[name] for name in names.values() if name in checkpoint.tensors}
-    elements = {(checkpoint.file_of(name).resolve(), name): info.size for name, info in held.items()}
+    tensors = {(checkpoint.file_of(name).resolve(), name): info for name, info in held.items()}
     adapter = _adapter_summary(checkpoint, config) if isinstance(checkpoint, AdaptedCheckpoint) else None
     if adapter is not None:
-        elements[(directory / ADAPTER_WEIGHTS).resolve(), "low-rank"] = adapter.elements
+        tensors[(directory / ADAPTER_WEIGHTS).resolve(), "low-rank"] = TensorInfo((adapter.elements,), "F32",
+                                                                                  ADAPTER_WEIGHTS)
     return ModelSummary(
         config=config,
-        parameters=sum(elements.values()),
-        bytes=sum(info.size * ITEM_BYTES.get(info.dtype, 0) for info in held.values()),
+        parameters=sum(info.size for info in tensors.values()),
+        bytes=sum(info.nbytes or 0 for info in held.values()),
         shards=tuple(checkpoint.shards),
         head=head,
         tied=config.tie_word_embeddings,
         missing=missing,
         unexpected=unexpected,
         reward_head=form,
-        tokenizer=is_file(tokenizer_directory(directory) / "tokenizer.json"),
+        tokenizer=has_tokenizer(directory),
         chat_template=has_chat_template(directory),
-        elements=elements,
+        tensors=tensors,
         adapter=adapter,
     )
 
@@ -202,7 +255,7 @@ def _adapter_summary(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> Adap
                                           max((features for _, features in products), default=0)), elements)
 
 
-def check(checkpoint: Checkpoint, config: ModelConfig, head: Head, choice: HeadChoice,
+def check(checkpoint: TensorSource, config: ModelConfig, head: Head, choice: HeadChoice,
           ) -> tuple[dict[str, str], HeadForm | None]:
     """The checkpoint's name of every expected tensor, and a reward model's head, once all tensors are there with the
     right shape and type; ModelError."""
@@ -216,31 +269,32 @@ def check(checkpoint: Checkpoint, config: ModelConfig, head: Head, choice: HeadC
     form = find_head(checkpoint, config, choice, _classifier(config)) if head == "reward" else None
     names, missing, unexpected = _match(checkpoint, config, head, form)
     held = checkpoint.num_layers
-    layers = "" if held == config.num_layers else (f" (num_hidden_layers is {config.num_layers} in config.json, and "
+    said, repair = ("its metadata", "use another file") if is_gguf(where) else (
+        "config.json", "use config.json of the same checkpoint")
+    layers = "" if held == config.num_layers else (f" (num_hidden_layers is {config.num_layers} in {said}, and "
                                                    f"there are tensors of {held} layers)")
     if missing:
         raise ModelError(
-            f"{where} lacks {_list(missing)}{layers}: copy the model again, or repair config.json if it is of another "
+            f"{where} lacks {_list(missing)}{layers}: copy the model again, or repair {said} if it is of another "
             "model"
         )
     if unexpected:
         raise ModelError(
-            f"{where} has {_list(unexpected)} that a {config.model_type} model with this config.json does not have"
-            f"{layers}: "
-            "use config.json of the same checkpoint, or a model without them"
+            f"{where} has {_list(unexpected)} that a {config.model_type} model with this {said.removeprefix('its ')} "
+            f"does not have{layers}: {repair}, or a model without them"
         )
     wanted = {name: (shape, keys_of(name, shape)) for name, shape in expected_tensors(config, head).items()}
     for name, (shape, keys) in (wanted | (form.tensors if form is not None else {})).items():
         info = checkpoint.tensors[names[name]]
         if info.shape != shape:
             raise ModelError(
-                f"{names[name]} of {where} has shape {list(info.shape)} where config.json asks for {list(shape)} "
-                f"({keys}): use config.json of the same checkpoint"
+                f"{names[name]} of {where} has shape {list(info.shape)} where {said} asks for {list(shape)} "
+                f"({keys}): {repair}"
             )
-        if info.dtype not in ITEM_BYTES:
+        if info.nbytes is None:
             raise ModelError(
                 f"{names[name]} of {where} is stored as {info.dtype}, which is not supported: "
-                "use the float32, bfloat16 or float16 model"
+                f"use the float32, bfloat16 or float16 model{', or a file in Q4_0 to Q6_K' if is_gguf(where) else ''}"
             )
     if isinstance(checkpoint, AdaptedCheckpoint):
         _check_pairs(checkpoint, config)
@@ -261,7 +315,7 @@ def _check_pairs(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> None:
 
 
 def _match(
-    checkpoint: Checkpoint, config: ModelConfig, head: Head, form: HeadForm | None,
+    checkpoint: TensorSource, config: ModelConfig, head: Head, form: HeadForm | None,
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """(the checkpoint's name by full name, missing tensors, unexpected tensors).
 

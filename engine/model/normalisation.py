@@ -7,8 +7,8 @@ import warnings
 from typing import Any, NamedTuple
 
 from stars.errors import ModelError
-from stars.model.checkpoint import Checkpoint
-from stars.model.files import read_json
+from stars.model.files import settings_of
+from stars.model.source import TensorSource, plain
 
 STATISTICS = ("mean", "std")
 """Keys of config.json, and names of one-element tensors that older checkpoints hold."""
@@ -22,7 +22,7 @@ class Normalisation(NamedTuple):
     std: float
 
 
-def read_normalisation(checkpoint: Checkpoint) -> Normalisation | None:
+def read_normalisation(checkpoint: TensorSource) -> Normalisation | None:
     """What the directory of `checkpoint` asks for; None leaves the raw logit.
 
     `normalize_reward` of config.json decides: true takes mean and std, from config.json or from tensors of these
@@ -31,7 +31,7 @@ def read_normalisation(checkpoint: Checkpoint) -> Normalisation | None:
     between the two places.
     """
     where = checkpoint.directory / "config.json"
-    config = read_json(where)
+    config = settings_of(checkpoint.directory)
     wanted = config.get("normalize_reward")
     if wanted is None:
         _warn_if_unused(config, checkpoint)
@@ -47,7 +47,7 @@ def read_normalisation(checkpoint: Checkpoint) -> Normalisation | None:
     return Normalisation(mean, std)
 
 
-def _statistic(config: dict[str, Any], checkpoint: Checkpoint, name: str) -> float:
+def _statistic(config: dict[str, Any], checkpoint: TensorSource, name: str) -> float:
     where = checkpoint.directory / "config.json"
     stated, stored = _stated(config, name), _stored(checkpoint, name)
     if stated is None:
@@ -75,14 +75,14 @@ def _stated(config: dict[str, Any], name: str) -> float | None:
         return None
 
 
-def _stored(checkpoint: Checkpoint, name: str) -> float | None:
+def _stored(checkpoint: TensorSource, name: str) -> float | None:
     if name not in checkpoint.tensors or checkpoint.tensors[name].size != 1:
         return None
-    value = float(checkpoint.read(name).item())
+    value = float(plain(checkpoint, name).item())
     return value if math.isfinite(value) else None
 
 
-def _warn_if_unused(config: dict[str, Any], checkpoint: Checkpoint) -> None:
+def _warn_if_unused(config: dict[str, Any], checkpoint: TensorSource) -> None:
     neutral = {"mean": 0.0, "std": 1.0}
     unused = [name for name in STATISTICS for value in (_stated(config, name), _stored(checkpoint, name))
               if value is not None and value != neutral[name]]

@@ -11,12 +11,13 @@ from torch import Tensor
 from stars import kernels
 from stars.errors import ModelError
 from stars.kernels.linear import Arithmetic, Weight
-from stars.kernels.quant import QuantWeight
+from stars.kernels.quant import QuantWeight, Rounded, dequantize, quantize
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.config import ModelConfig
 from stars.model.decoder import LayerWeights
 from stars.model.head_files import LM_HEAD
 from stars.model.low_rank import LayerAdapters, LowRank
+from stars.model.quantization import INT4_GROUP, TIED
 from stars.model.sharing import once
 from stars.model.source import TensorSource
 from stars.target import target_of
@@ -29,11 +30,12 @@ class Reader:
     """Takes tensors out of a checkpoint in the form the decoder keeps them in."""
 
     def __init__(self, source: TensorSource, names: dict[str, str], dtype: str, device: torch.device,
-                 deterministic: bool):
+                 deterministic: bool, quantization: Rounded | None = None):
         self.source = source
         self.names = names
         self.device = device
         self.deterministic = deterministic
+        self.quantization = quantization  # of matrices that are plain numbers, as they are read
         float32 = target_of(device.type).float32
         self.rounded = float32 and dtype == "bfloat16"
         self.activations = torch.float32 if float32 else DTYPES[dtype]  # of keys and values, too
@@ -41,8 +43,12 @@ class Reader:
 
     def matrix(self, *layers: str) -> Weight:
         """The weights of `layers`, one below the other, packed, with their biases where they have some."""
-        names = [layer + ".weight" for layer in layers] + [layer + ".bias" for layer in layers]
-        return self._once(names, lambda: self._matrix(*layers))
+        return self._packed(layers, self.quantization)
+
+    def embedding(self, tied: bool) -> Weight:
+        """The embedding table. Where it is `tied` to the language model's head it is rounded, too; else its rows are
+        looked up only, and stay as they are."""
+        return self._packed(("model.embed_tokens",), TIED if tied and self.quantization else None)
 
     def vector(self, name: str) -> Tensor:
         """A norm's weight or a bias, float32."""
@@ -68,15 +74,19 @@ class Reader:
         return LowRank(*(kernels.pack(matrix.to(self.device, self.kind), None, self.deterministic)
                          for matrix in (torch.cat(downs), ups)))
 
-    def _once(self, names: Iterable[str], make: Callable[[], T]) -> T:
+    def _packed(self, layers: tuple[str, ...], scheme: Rounded | None) -> Weight:
+        names = [layer + ".weight" for layer in layers] + [layer + ".bias" for layer in layers]
+        return self._once(names, lambda: self._matrix(layers, scheme), scheme)
+
+    def _once(self, names: Iterable[str], make: Callable[[], T], scheme: Rounded | None = None) -> T:
         """What is made of these tensors of these files, once in a scope of shared weights."""
         held = [name for name in names if name in self.names]
         read = tuple((self.source.file_of(self.names[name]).resolve(), name) for name in held)
-        key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic)
+        key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic, scheme)
         return once(key, make)
 
-    def _matrix(self, *layers: str) -> Weight:
-        parts = [self._read(layer + ".weight") for layer in layers]
+    def _matrix(self, layers: tuple[str, ...], scheme: Rounded | None) -> Weight:
+        parts = [self._rounded(layer + ".weight", scheme) for layer in layers]
         biases = [self.vector(layer + ".bias") for layer in layers if layer + ".bias" in self.names]
         bias = torch.cat(biases) if biases else None
         arithmetic: Arithmetic = "bfloat16" if self.rounded else "float32"
@@ -90,6 +100,19 @@ class Reader:
         joined = torch.empty(rows, plain[0].shape[1], dtype=kind, device=self.device)
         torch.cat([part.to(self.device, kind) for part in plain], out=joined)
         return kernels.pack(joined, bias, self.deterministic, arithmetic)
+
+    def _rounded(self, name: str, scheme: Rounded | None) -> Tensor | QuantWeight:
+        """A tensor, rounded to a scheme where one is given: one matrix at a time, where it will be multiplied."""
+        tensor = self._read(name)
+        if isinstance(tensor, QuantWeight) and tensor.scheme == "fp8" and self.kind is None:
+            return dequantize(tensor)  # exactly, as no CPU multiplies its numbers
+        if scheme is None or isinstance(tensor, QuantWeight):
+            return tensor
+        try:
+            return quantize(tensor.to(self.device), scheme, INT4_GROUP if scheme == "int4" else 0)
+        except ValueError as error:
+            raise ModelError(f"{self.names[name]} of {self.source.directory} cannot be rounded to {scheme} ({error}): "
+                             "leave quantization out, or copy the model again") from error
 
     def _moved(self, part: Tensor | QuantWeight) -> Tensor | QuantWeight:
         """One of several matrices that are not all of one type, on the device."""

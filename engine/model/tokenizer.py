@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as Backend
 from stars.errors import ModelError, TokenizerError
 from stars.model.bases import model_directory
 from stars.model.chat_template import ChatTemplate
-from stars.model.files import MAX_BYTES, is_file, read_json, read_text
+from stars.model.files import MAX_BYTES, is_file, is_gguf, read_json, read_text
+from stars.model.gguf_tokenizer import gguf_templates, has_gguf_tokenizer, read_gguf_tokenizer
 from stars.model.tokenizer_limits import (
     ConfinedBackend,
     bounded,
@@ -221,10 +222,12 @@ def _replace_invalid_bytes(tokens: list[str]) -> list[str]:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
-    """The tokenizer in DIRECTORY, of an adapter without one its base's; None where it has no tokenizer.json. Raises
-    TokenizerError for broken files.
+    """The tokenizer in DIRECTORY or in a GGUF file, of an adapter without one its base's; None where there is none.
+    Raises TokenizerError for broken files.
     """
     directory = tokenizer_directory(directory)
+    if is_gguf(directory):
+        return _load_gguf(directory)
     path = directory / "tokenizer.json"
     if not is_file(path):
         return None
@@ -243,15 +246,34 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
                          _templates(directory, config), str(directory))
 
 
+def _load_gguf(path: Path) -> Tokenizer | None:
+    try:
+        if not has_gguf_tokenizer(path):
+            return None
+        backend, special_tokens = read_gguf_tokenizer(path)
+        return Tokenizer(bounded(backend, f"the tokenizer of {path}"), special_tokens, gguf_templates(path), str(path))
+    except ModelError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether DIRECTORY, or a GGUF file, brings a tokenizer."""
+    directory = tokenizer_directory(directory)
+    return has_gguf_tokenizer(directory) if is_gguf(directory) else is_file(directory / "tokenizer.json")
+
+
 def tokenizer_directory(directory: str | Path) -> Path:
-    """Where the tokenizer of DIRECTORY lies: there, or where it is an adapter without one, with its base."""
+    """Where the tokenizer of DIRECTORY lies: there, or where it is an adapter without one, with its base: a directory
+    or a GGUF file."""
     directory = Path(directory)
     return directory if is_file(directory / "tokenizer.json") else model_directory(directory)
 
 
 def has_chat_template(directory: str | Path) -> bool:
-    """Whether DIRECTORY brings a chat template."""
+    """Whether DIRECTORY, or a GGUF file, brings a chat template."""
     directory = tokenizer_directory(directory)
+    if is_gguf(directory):
+        return bool(gguf_templates(directory))
     return bool(_templates(directory, _read_config(directory)))
 
 

@@ -8,12 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from stars.arguments import integer, shown
 from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError, describe
+from stars.kernels.quant import Rounded
 from stars.kernels.types import Draft
+from stars.model.loader import check_rounding, followed
 from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
 
@@ -94,6 +96,7 @@ class Held(NamedTuple):
     other_bytes: int = 0  # of whatever else
     reward_head: Any = "auto"  # of that directory, as `load_model`'s
     head: Literal["lm", "reward"] = "reward"  # of that directory
+    quantization: Rounded | None = None  # that its matrices are rounded to
 
 
 class Reward(ABC):
@@ -305,6 +308,29 @@ def check_path(owner: str, model: Any) -> None:
     """RewardError unless `model` may be a directory; objects of transformers get their own sentence from the engine."""
     if not isinstance(model, (str, Path)) and not hasattr(model, "save_pretrained"):
         raise RewardError(f"{owner}.model is {shown(model)}, it must be a model directory")
+
+
+def checked_rounding(owner: str, value: Any, model: Any) -> str | None:
+    """`value` as a reward's `quantization`: "auto", the engine's reward_quantization, or what that may be; RewardError.
+    """
+    if value not in (None, "auto", *get_args(Rounded)):
+        names = ", ".join(f'"{name}"' for name in get_args(Rounded))
+        raise RewardError(f'{owner}.quantization is {shown(value)}, it must be "auto", None, {names}')
+    if value not in (None, "auto") and not isinstance(model, (str, Path)):
+        raise RewardError(f"{owner}.quantization belongs to a directory, and model is a Decoder, whose weights are "
+                          "read already: give load_model(DIR, quantization=...) that")
+    chosen: str | None = value
+    return chosen
+
+
+def rounding_of(model: Any, value: str | None, head: Literal["lm", "reward"], reward_head: Any,
+                config: EngineConfig) -> Rounded | None:
+    """What a reward's model is rounded to: `value`, or with "auto" what the engine says of rewards, unless the model is
+    quantised already. ModelError where it cannot be; no weight is read."""
+    if not isinstance(model, (str, Path)):
+        return None
+    rounded = followed(model, config.reward_quantization) if value == "auto" else value
+    return check_rounding(model, head, reward_head, rounded, config.device)
 
 
 def with_parts(reward: Reward) -> list[Reward]:

@@ -9,6 +9,7 @@ from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.errors import ModelError, RewardError
+from stars.kernels.quant import Rounded
 from stars.kernels.types import Draft
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
@@ -17,7 +18,7 @@ from stars.model.heads import RewardHead
 from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes
-from stars.reward.base import Held, check_path
+from stars.reward.base import Held, check_path, checked_rounding, rounding_of
 from stars.reward.framing import Framing
 from stars.reward.gating import Gating
 from stars.reward.scoring import ScoringReward
@@ -41,6 +42,9 @@ class CausalReward(ScoringReward):
     scored after every response and then dropped: "none", "template" (what the chat template puts after an assistant
     turn), "eos".
 
+    quantization: what a directory's matrices are rounded to, as `load_model`'s; "auto" takes the engine's
+    reward_quantization, None leaves them as they are. The head is float32 in any case.
+
     With the LM's vocabulary token ids are passed through; with another one the response is decoded, the whole text
     is encoded again, and the cache is kept up to the longest common prefix. Ids that spell a stop string are scored
     where ids are passed through and cut off where text is.
@@ -56,7 +60,7 @@ class CausalReward(ScoringReward):
 
     def __init__(self, model: Any, *, head: Any = "auto", tokenizer: Any = None,
                  template: Literal["auto", "chat", "raw"] = "auto", close: Literal["none", "template", "eos"] = "none",
-                 chat_template_kwargs: dict[str, Any] | None = None):
+                 chat_template_kwargs: dict[str, Any] | None = None, quantization: str | None = "auto"):
         name = type(self).__name__
         if not hasattr(model, "forward"):
             check_path(name, model)
@@ -76,6 +80,7 @@ class CausalReward(ScoringReward):
             raise RewardError(f'{name}.close is {close!r}, it must be "none", "template" or "eos"')
         self.model = model
         self.head = head
+        self.quantization = checked_rounding(name, quantization, model)
         self.template = template
         self.close_policy = close
         self.chat_template_kwargs = chat_template_kwargs or {}
@@ -85,7 +90,7 @@ class CausalReward(ScoringReward):
         """The model, and slabs for what its vocabulary makes of a segment."""
         shape = self.model.config if hasattr(self.model, "forward") else load_config(self.model)
         return Held(self.model, self._slab_length(self._framing(tokenizer, vocab_size, shape), config),
-                    reward_head=self.head)
+                    reward_head=self.head, quantization=self._rounding(config))
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, compares vocabularies, allocates the cache."""
@@ -94,7 +99,7 @@ class CausalReward(ScoringReward):
         else:
             self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
                                       deterministic=config.deterministic, max_rows=1, max_model_len=1,
-                                      reward_head=self.head)
+                                      reward_head=self.head, quantization=self._rounding(config))
         self.decoder.check_device(config.device, "the reward model")
         self.locks = (self.decoder.lock,)
         if config.deterministic:
@@ -119,6 +124,10 @@ class CausalReward(ScoringReward):
         """Captures every shape of a pass."""
         with self.decoder.lock:
             self._passes.warm_up(draft)
+
+    def _rounding(self, config: EngineConfig) -> Rounded | None:
+        """What the matrices of a directory are rounded to; ModelError where they cannot be."""
+        return rounding_of(self.model, self.quantization, "reward", self.head, config)
 
     def _framing(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> Framing:
         """Compares vocabularies; RewardError where they cannot be compared or do not match."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from stars.arguments import flag, real, shown
 from stars.errors import RequestError, RewardError, StarsError
-from stars.reward.base import Candidate, Scored
+from stars.reward.base import Candidate, Scored, checked_rounding
 from stars.reward.composite import CompositeReward
 from stars.reward.logprobs import LogprobReward
 
@@ -33,21 +33,25 @@ class ImplicitReward(CompositeReward):
     A token that the policy gives no probability makes the reward -inf, which rejects. One that only the policy gives
     any is an error: the reference is no model to compare it with.
 
+    quantization: of both directories, as CausalReward's.
+
     On a GPU it scores once the host has read the drafts. RewardError where it is made or the engine is built for a
     beta that is not above 0, and for a model that is no directory or of another vocabulary.
     """
 
-    def __init__(self, policy: Any, reference: Any, *, beta: float = 1.0, length_normalised: bool = False):
+    def __init__(self, policy: Any, reference: Any, *, beta: float = 1.0, length_normalised: bool = False,
+                 quantization: str | None = "auto"):
         for name, model in zip(NAMES, (policy, reference), strict=True):
             if not isinstance(model, (str, Path)) and not hasattr(model, "forward"):
                 raise RewardError(f"ImplicitReward.{name} is {shown(model)}, it must be a model directory or a Decoder")
+            checked_rounding("ImplicitReward", quantization, model)
         try:
             self.beta = real("ImplicitReward.beta", beta, "a finite number above 0",
                              lambda value: 0.0 < value < math.inf)
             self.length_normalised = flag("ImplicitReward.length_normalised", length_normalised)
         except RequestError as error:
             raise RewardError(str(error)) from None
-        super().__init__([LogprobReward(model, f"{name} of an ImplicitReward")
+        super().__init__([LogprobReward(model, f"{name} of an ImplicitReward", quantization)
                           for name, model in zip(NAMES, (policy, reference), strict=True)])
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from stars.cache import BlockTable, CommitMove, PagedCache
 from stars.config import EngineConfig
 from stars.determinism import check_row_invariance
 from stars.errors import OutOfPages, RewardError
+from stars.kernels.quant import Rounded
 from stars.kernels.types import Draft
 from stars.logit_reads import read_bytes
 from stars.model.config import ModelConfig, load_config
@@ -20,7 +21,7 @@ from stars.model.loader import load_model
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes, Span
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Held, Progress, Scored
+from stars.reward.base import Candidate, Held, Progress, Scored, rounding_of
 from stars.reward.framing import Frame, Framing
 from stars.reward.scoring import SlabReward
 from stars.reward.session import Session, outside
@@ -79,8 +80,8 @@ class LogprobReward(SlabReward):
 
     exclusive = True
 
-    def __init__(self, model: Any, name: str):
-        self.model, self.name = model, name
+    def __init__(self, model: Any, name: str, quantization: str | None = "auto"):
+        self.model, self.name, self.quantization = model, name, quantization
 
     def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
         """The model, a slab for a segment, and what logits are read with."""
@@ -88,7 +89,10 @@ class LogprobReward(SlabReward):
         self._check_vocabulary(tokenizer, vocab_size, shape)
         slab_len = slab_length(config, False, LAG)
         rows = padded_rows(config, reward_model(shape, config, slab_len))
-        return Held(self.model, slab_len, read_bytes(shape, rows), head="lm")
+        return Held(self.model, slab_len, read_bytes(shape, rows), head="lm", quantization=self._rounding(config))
+
+    def _rounding(self, config: EngineConfig) -> Rounded | None:
+        return rounding_of(self.model, self.quantization, "lm", "auto", config)
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, compares vocabularies, allocates the cache."""
@@ -97,7 +101,8 @@ class LogprobReward(SlabReward):
         else:
             self._check_vocabulary(tokenizer, vocab_size, load_config(self.model))
             self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="lm",
-                                      deterministic=config.deterministic, max_rows=1, max_model_len=1)
+                                      deterministic=config.deterministic, max_rows=1, max_model_len=1,
+                                      quantization=self._rounding(config))
         shape = self.decoder.config
         self._check_vocabulary(tokenizer, vocab_size, shape)
         if self.decoder.head is None:

@@ -36,9 +36,10 @@ class ProcessReward(CausalReward):
     dropped, and an empty response has one: every beginning of a response has a score, in [0, 1], and r(x) is that of
     the tag behind the prompt.
 
-    model: HF directory, or a Decoder with a head that gives probabilities, and `tokenizer`. head: as CausalReward's;
-    left out, the two labels of the directory's head, or those of a `…ForCausalLM` for "-" and "+". What follows is
-    detected from the model's class where it is left out, and `format` shows it once the engine is built:
+    model: HF directory, or a Decoder with a head that gives probabilities, and `tokenizer`. head, quantization: as
+    CausalReward's; without a head the two labels of the directory's head, or those of a `…ForCausalLM` for "-" and "+".
+    What follows is detected from the model's class where it is left out, and `format` shows it once the engine is
+    built:
 
     - step_separator: "\\n\\n"; of a plain language model "\\n".
     - step_tag: a text that is one token. "<extra_0>" of a `…ForProcessRewardModel`, "ки" of a `…ForCausalLM`
@@ -62,9 +63,10 @@ class ProcessReward(CausalReward):
                  step_end: str | None = None, insert_tag: bool = True,
                  aggregate: Literal["last", "min", "prod", "mean"] = "last",
                  template: Literal["auto", "chat", "raw"] | None = None, good_label: int = 1, head: Any = "auto",
-                 tokenizer: Any = None, chat_template_kwargs: dict[str, Any] | None = None):
+                 tokenizer: Any = None, chat_template_kwargs: dict[str, Any] | None = None,
+                 quantization: str | None = "auto"):
         super().__init__(model, head=head, tokenizer=tokenizer, template="auto" if template is None else template,
-                         chat_template_kwargs=chat_template_kwargs)
+                         chat_template_kwargs=chat_template_kwargs, quantization=quantization)
         for name, value, allowed in (("step_separator", step_separator, "text, or left out"),
                                      ("step_tag", step_tag, "text of one token, or None for the separator"),
                                      ("step_end", step_end, "text with the tag in it, or left out")):

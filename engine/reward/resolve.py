@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stars.errors import RewardError
+from stars.model.bases import is_adapter, is_of_own_model
 from stars.model.families import FAMILIES
 from stars.model.files import is_file, read_json
 from stars.model.head_files import TWO_LABELS
@@ -13,12 +14,13 @@ from stars.reward.base import Reward
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
 from stars.reward.function import FunctionReward
+from stars.reward.lora import LoraReward
 from stars.reward.process import ProcessReward
 
 
 def resolve_reward(reward: Any) -> Reward | None:
     """The Reward that `reward` stands for: itself, a callable, or a model directory: an encoder, a model that
-    judges steps, or one that judges responses.
+    judges steps, or one that judges responses; or an adapter that makes one of the engine's own model.
 
     Raises RewardError for anything else, ModelError for a directory that holds no model.
     """
@@ -33,6 +35,8 @@ def resolve_reward(reward: Any) -> Reward | None:
                 return EncoderReward(reward)
             if isinstance(names, list) and any(isinstance(name, str) and name.endswith(TWO_LABELS) for name in names):
                 return ProcessReward(reward)
+        if is_adapter(Path(reward)) and is_of_own_model(Path(reward)):
+            return LoraReward(reward)
         return CausalReward(reward)
     if isinstance(reward, type) and issubclass(reward, Reward):
         raise RewardError(f"reward is the class {reward.__name__}: give an object of it")

@@ -21,6 +21,17 @@ import triton.language as tl
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
+
+def kernel_scheme(scheme: str) -> str:
+    """What a kernel is told of a scheme: never the name of one of Triton's types.
+
+    Where a kernel is compiled ahead of its launch, Triton writes down what it is compiled for, and reads a string that
+    is such a name back as the type. "int8" then equals no string of the kernel's, which becomes another one, and is
+    kept under the key of the right one.
+    """
+    return scheme if scheme == "none" else f"{scheme} weight"
+
+
 # lop3 0xea is (a & b) | c. A prmt takes bytes by number: 0 to 3 of its first operand, 4 to 7 of its second.
 
 _FP8 = """{{
@@ -103,14 +114,14 @@ def load_block(weight, scales, zeros, feature, present, start, IN_FEATURES: tl.c
                FULL: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
     """Rows `feature` of a weight, columns from `start` on, as [features, BLOCK_INNER] of the activations' DTYPE.
 
-    Zero where a row is not `present` (FULL: all are) and beyond IN_FEATURES. SCHEME "none": a weight of DTYPE itself;
-    else that of a QuantWeight, fp8 as uint8, without the scales of whole rows. zeros: None where there are none.
-    `start` is a multiple of BLOCK_INNER; a group is a multiple of it or the other way round. In the interpreter numbers
-    are float32.
+    Zero where a row is not `present` (FULL: all are) and beyond IN_FEATURES. SCHEME is as `kernel_scheme` has it: of
+    "none" the weight is of DTYPE itself, else it is a QuantWeight's, fp8 as uint8, without the scales of whole rows.
+    zeros: None where there are none. `start` is a multiple of BLOCK_INNER; a group is a multiple of it or the other way
+    round. In the interpreter numbers are float32.
     """
     if SCHEME == "none":
         return _load(weight, feature, present, start, IN_FEATURES, BLOCK_INNER, FULL)
-    elif SCHEME == "int4":
+    elif SCHEME == "int4 weight":
         stored = _load(weight, feature, present, start // 2, IN_FEATURES // 2, BLOCK_INNER // 2, FULL)
         steps = _nibbles(stored, zeros is not None, DTYPE)
         GROUPS: tl.constexpr = (BLOCK_INNER + GROUP - 1) // GROUP
@@ -157,17 +168,18 @@ def _load_groups(matrix, row, present, start, COLUMNS: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def _bytes(stored, SCHEME: tl.constexpr, DTYPE: tl.constexpr):
     """Numbers of one byte each."""
+    tl.static_assert(SCHEME == "int8 weight" or SCHEME == "fp8 weight")
     if _INTERPRETED or DTYPE == tl.float32:
-        if SCHEME == "int8":
+        if SCHEME == "int8 weight":
             numbers = stored.to(tl.float32)
         else:
             bits = stored.to(tl.int32)
             numbers = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
     elif DTYPE == tl.bfloat16:
-        code: tl.constexpr = _INT8_BF16 if SCHEME == "int8" else _FP8_BF16
+        code: tl.constexpr = _INT8_BF16 if SCHEME == "int8 weight" else _FP8_BF16
         numbers = tl.inline_asm_elementwise(code, "=r,=r,r", [stored], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
-        half: tl.constexpr = _INT8_FP16 if SCHEME == "int8" else _FP8_FP16
+        half: tl.constexpr = _INT8_FP16 if SCHEME == "int8 weight" else _FP8_FP16
         numbers = tl.inline_asm_elementwise(half, "=r,=r,r", [stored], dtype=tl.float16, is_pure=True, pack=4)
     return numbers
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stars.kernels.linear import Weight
-from stars.kernels.triton import tuned
+from stars.kernels.triton import dequant, tuned
 from stars.kernels.triton.dequant import load_block
 from stars.kernels.triton.tuned import SUMMED, Tile
 from stars.kernels.triton.variant import ARCHES, Variant
@@ -226,7 +226,7 @@ def product_kernel(
         present = feature < OUT_FEATURES
     if PDL:
         if ahead > 0:
-            BITS: tl.constexpr = 4 if SCHEME == "int4" else weight.dtype.element_ty.primitive_bitwidth
+            BITS: tl.constexpr = 4 if SCHEME == "int4 weight" else weight.dtype.element_ty.primitive_bitwidth
             first = part * BLOCKS // SPLITS * (BLOCK_INNER * BITS // 8)
             _prefetch(weight, tl.minimum(feature, OUT_FEATURES - 1), first, ahead, IN_FEATURES * BITS // 8,
                       BLOCK_FEATURES, CHUNKS)
@@ -430,7 +430,7 @@ def launch(
     units, tiles, _ = tuned.units_of(end, tile, out_features, head_dim)
     pdl = tile.pdl and matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) >= (9, 0)
     values = matrix.view(torch.uint8) if scheme == "fp8" else matrix  # not every card has the type, all have bytes
-    scales, zeros = (matrix, None) if quant is None else (quant.scales, quant.zeros)
+    kind, scales, zeros = ("none", matrix, None) if quant is None else (quant.scheme, quant.scales, quant.zeros)
     # x and the matrix stand in for what an end does not read.
     product_kernel[(triton.cdiv(rows, tile.rows), units * tiles * tile.splits)](
         x, values, scales, zeros, matrix if weight.bias is None else weight.bias, x if out is None else out,
@@ -441,9 +441,8 @@ def launch(
         OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=tile.rows, BLOCK_FEATURES=tile.features,
         BLOCK_INNER=tile.inner, SPLITS=tile.splits, END=end, HAS_BIAS=weight.bias is not None, HEADS=heads,
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=tile.swap,
-        SCHEME="none" if quant is None else quant.scheme, GROUP=0 if quant is None else quant.group, PDL=pdl,
-        CHUNKS=_chunks(tile), num_warps=tile.warps, num_stages=tile.stages,
-        maxnreg=_registers("none" if quant is None else quant.scheme, x.dtype == torch.float32, tile),
+        SCHEME=dequant.kernel_scheme(kind), GROUP=0 if quant is None else quant.group, PDL=pdl, CHUNKS=_chunks(tile),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=_registers(kind, x.dtype == torch.float32, tile),
         **({"launch_pdl": True} if pdl else {}))
 
 
@@ -497,8 +496,8 @@ def _variant(name: str, end: str, kind: str, rows: int, out_features: int, in_fe
     constexprs = dict(
         OUT_FEATURES=out_features, IN_FEATURES=in_features, BLOCK_ROWS=chosen.rows, BLOCK_FEATURES=chosen.features,
         BLOCK_INNER=chosen.inner, SPLITS=chosen.splits, END=end, HAS_BIAS=bias, HEADS=heads, KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=chosen.swap, SCHEME=scheme, GROUP=group, PDL=chosen.pdl,
-        CHUNKS=_chunks(chosen), **({} if zeros else {"zeros": None}))
+        HEAD_DIM=head_dim, QK_NORM=qk_norm, SWAP=chosen.swap, SCHEME=dequant.kernel_scheme(scheme), GROUP=group,
+        PDL=chosen.pdl, CHUNKS=_chunks(chosen), **({} if zeros else {"zeros": None}))
     kinds = dict.fromkeys(constexprs, "constexpr") | {"rows": "i32", "ahead": "i32", "eps": "fp32"}
     if scheme != "none":
         kinds |= {"weight": "*i8" if scheme == "int8" else "*u8", "scales": f"*{scale}"}

@@ -1,0 +1,138 @@
+"""GGUF files of tiny models, written with the gguf package, and the directories of what stands in them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
+
+ARCHITECTURES = {"gemma3_text": "gemma3"}  # of other model types their names
+K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
+
+
+def write_gguf(path: Path, directory: Path, kind: str = "F32", kinds: Mapping[str, str] | None = None,
+               **metadata: Any) -> Path:
+    """The model in DIRECTORY as a GGUF file. kind: the type of its matrices; kinds: that of others, by a part of their
+    Hugging Face names. metadata: more of it, or other values, by keys with "__" for "."; None leaves one out.
+
+    Beside it, under the same name without its suffix, lies the model in Hugging Face format with the numbers that the
+    file stands for, by the gguf package's arithmetic.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
+    enum = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(enum, config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(path, architecture)
+    fields = _metadata(config, architecture, directory) | {
+        key.replace("__", "."): value for key, value in metadata.items()}
+    for key, value in fields.items():
+        _add(writer, key, value)
+    numbers = {}
+    for name, tensor in sorted(load_file(directory / "model.safetensors").items()):
+        stem, _, suffix = name.rpartition(".")
+        given = "cls.output" if stem == "score" else names.get_name(stem)
+        chosen = next((one for part, one in (kinds or {}).items() if part in name), kind) if tensor.dim() > 1 else "F32"
+        order = _row_order(name, tensor.shape[0], config) if architecture == "llama" else None
+        plus_one = architecture.startswith("gemma") and "norm" in name  # the files hold what such norms multiply by
+        array = tensor.float().numpy() + plus_one
+        stored, read = _stored(array if order is None else array[order], chosen)
+        writer.add_tensor(f"{given}.{suffix}", stored, raw_dtype=GGMLQuantizationType[chosen])
+        read = read if order is None else read[np.argsort(order)]
+        numbers[name] = torch.from_numpy(np.ascontiguousarray(read - plus_one))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    twin = path.with_suffix("")
+    shutil.copytree(directory, twin, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(numbers, twin / "model.safetensors", metadata={"format": "pt"})
+    (twin / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return path
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+
+
+def _metadata(config: dict[str, Any], architecture: str, directory: Path) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or {}
+    fields: dict[str, Any] = {
+        "block_count": config["num_hidden_layers"], "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"], "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"], "vocab_size": config["vocab_size"],
+    }
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if architecture != "llama":
+        fields |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    else:
+        fields |= {"rope.dimension_count": head_dim}
+    if "rope_theta" in rope:
+        fields["rope.freq_base"] = float(rope["rope_theta"])
+    fields = {f"{architecture}.{key}": value for key, value in fields.items()}
+    return fields | (_tokenizer(directory) if (directory / "tokenizer.json").is_file() else {})
+
+
+def _tokenizer(directory: Path) -> dict[str, Any]:
+    """What converters write of a byte-level tokenizer."""
+    state = json.loads((directory / "tokenizer.json").read_text())
+    ids = {**state["model"]["vocab"], **{token["content"]: token["id"] for token in state["added_tokens"]}}
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    tokens = sorted(ids, key=ids.__getitem__)
+    fields: dict[str, Any] = {
+        "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": [3 if one in special else 1 for one in tokens],
+        "merges": [" ".join(merge) for merge in state["model"]["merges"]], "bos_token_id": 1, "eos_token_id": 2,
+        "padding_token_id": 0, "add_bos_token": True,
+    }
+    fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    template = directory / "chat_template.jinja"
+    return fields | ({"tokenizer.chat_template": template.read_text()} if template.is_file() else {})
+
+
+def _row_order(name: str, rows: int, config: dict[str, Any]) -> np.ndarray | None:
+    """The rows of queries and keys in the order of llama's files, as its converter permutes them."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
+    return None if heads is None else np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def _stored(array: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """A tensor as it is stored in a type, and the numbers that it then stands for."""
+    if kind == "F32":
+        return array, array
+    if kind in K_TYPES:  # the package reads these types and does not write them
+        blocks = _random_blocks(kind, array)
+        return blocks, gguf.quants.dequantize(blocks, GGMLQuantizationType[kind])
+    stored = gguf.quants.quantize(array, GGMLQuantizationType[kind])
+    read = stored.astype(np.float32) if kind == "F16" else gguf.quants.dequantize(stored, GGMLQuantizationType[kind])
+    return stored, read
+
+
+def _random_blocks(kind: str, array: np.ndarray) -> np.ndarray:
+    """Any bytes are blocks once their float16 scales are numbers: of the size that gives weights as large as these."""
+    columns, nbytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    generator = np.random.default_rng(array.size)
+    blocks = generator.integers(0, 256, (array.shape[0], array.shape[1] // columns, nbytes), dtype=np.uint8)
+    places = (208,) if kind == "Q6_K" else (0, 2)
+    for place in places:
+        size = float(array.std()) / (1200 if kind == "Q6_K" else 300 if kind == "Q4_K" else 600)
+        scales = (size * generator.uniform(0.5, 1.5, blocks.shape[:2])).astype(np.float16)
+        blocks[:, :, place : place + 2] = scales.view(np.uint8).reshape(*blocks.shape[:2], 2)
+    return blocks.reshape(array.shape[0], -1)
