@@ -136,3 +136,69 @@ def _random_blocks(kind: str, array: np.ndarray) -> np.ndarray:
         scales = (size * generator.uniform(0.5, 1.5, blocks.shape[:2])).astype(np.float16)
         blocks[:, :, place : place + 2] = scales.view(np.uint8).reshape(*blocks.shape[:2], 2)
     return blocks.reshape(array.shape[0], -1)
+
+
+def write_vocabulary(path: Path, architecture: str, fields: dict[str, Any]) -> Path:
+    """A GGUF file with a tokenizer and no model: `fields` without "tokenizer.ggml."."""
+    writer = gguf.GGUFWriter(path, architecture)
+    shape = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32,
+             "attention.head_count": 1, "vocab_size": len(fields["tokens"])}
+    for key, value in shape.items():
+        _add(writer, f"{architecture}.{key}", value)
+    for key, value in fields.items():
+        _add(writer, key if key.startswith("tokenizer.") else f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def byte_level_fields(pre: str, texts: list[str], **more: Any) -> dict[str, Any]:
+    """A vocabulary of bytes and their merges, learnt from whole texts, so that how they are split shows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    special = ["<pad>", "<s>", "</s>", "<|eot_id|>", "<think>"]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    learnt.train_from_iterator(texts, trainer)
+    model = json.loads(learnt.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    kinds = [4 if token == "<think>" else 3 if token in special else 1 for token in tokens]
+    return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds,
+            "merges": [" ".join(merge) for merge in model["merges"]], "bos_token_id": 1, "eos_token_id": 2,
+            "padding_token_id": 0, "add_bos_token": False} | more
+
+
+def sentencepiece_fields(texts: list[str], **more: Any) -> dict[str, Any]:
+    """A vocabulary with a token for each byte, and scores by which merges are to be found again."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False)
+    learnt.train_from_iterator(texts, trainer)
+    vocab = learnt.get_vocab()
+    pieces = sorted(vocab, key=vocab.__getitem__)
+    first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "[multimodal]"]
+    tokens = first + [f"<0x{byte:02X}>" for byte in range(256)] + ["  ", "    "] + pieces
+    kinds = [3, 3, 3, 2, 3, 3, 3, 4] + [6] * 256 + [4, 4] + [1] * len(pieces)
+    return {"model": "llama", "pre": "default", "tokens": tokens, "token_type": kinds,
+            "scores": [-1000.0] * (8 + 256 + 2) + [-float(index) for index in range(len(pieces))], "bos_token_id": 2,
+            "eos_token_id": 1, "unknown_token_id": 3, "padding_token_id": 0} | more
+
+
+def transformers_model(path: Path):
+    """transformers' model of a GGUF file in float32, by its own names and order of rows; without accelerate, which its
+    from_pretrained wants for these files."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    return model.eval()

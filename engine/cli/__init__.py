@@ -190,7 +190,7 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 
         return inspect(args)
 
-    parser.add_argument("directory", metavar="DIR", help="a model in Hugging Face format")
+    parser.add_argument("directory", metavar="DIR", help="a model in Hugging Face format, or a GGUF file")
     options.add_reward_head(parser, "looked at as a reward model with this head: ")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""`stars inspect`: what a model directory holds and whether it would load, from its headers alone."""
+"""`stars inspect`: what a model directory or GGUF file holds and whether it would load, from its headers alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _facts(directory: str, reward_head: Any) -> dict[str, Any]:
         "directory": directory, "model_type": config.model_type, "architectures": list(config.architectures),
         "head": summary.head, "reward_head": _reward_head(summary), "steps": _steps(summary),
         "loads": problem is None, "problem": problem,
-        "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype,
+        "parameters": summary.parameters, "bytes": summary.bytes, "dtype": config.dtype, "types": summary.types,
         "layers": config.num_layers, "heads": config.num_heads, "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
         "vocab_size": config.vocab_size, "context": config.context_length, "rope": str(config.rope),
@@ -120,7 +120,8 @@ def _print(facts: dict[str, Any]) -> None:
     windows = "none" if all(window is None for window, _ in facts["windows"]) else ", ".join(
         f"{count} layers {'full' if window is None else f'{window} tokens'}" for window, count in facts["windows"])
     tied = ", tied to the embeddings" if facts["tied"] and facts["head"] == "lm" else ""
-    shards = facts["shards"]
+    shards, types = facts["shards"], facts["types"]
+    stored = facts["dtype"] if len(types) < 2 else ", ".join(f"{count} {kind}" for kind, count in types.items())
     rows = [
         ("directory", facts["directory"]),
         ("model type", f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})"),
@@ -128,7 +129,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("head", heads[facts["head"]] + tied + _described(facts["reward_head"])),
         *_head_rows(facts["reward_head"]),
         *_step_rows(facts["steps"]),
-        ("parameters", f"{facts['parameters']:,} ({_size(facts['bytes'])} as {facts['dtype']})"),
+        ("parameters", f"{facts['parameters']:,} ({_size(facts['bytes'])} as {stored})"),
         ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
         ("attention", f"{facts['heads']} heads, {facts['kv_heads']} KV heads, head_dim {facts['head_dim']}"),
         ("vocabulary", f"{facts['vocab_size']:,}"),

@@ -85,7 +85,10 @@ def load_config(directory: str | Path) -> ModelConfig:
         raise ModelError(f"{directory} is not a directory: give the path of a model in Hugging Face format")
     directory = model_directory(directory)
     if is_gguf(directory):
-        return parse_config(gguf_settings(directory), {}, str(directory))
+        try:
+            return parse_config(gguf_settings(directory), {}, str(directory))
+        except ModelError as error:  # there is no config.json to repair
+            raise ModelError(str(error).replace("repair config.json", "use another file")) from error
     path = directory / "config.json"
     if not is_file(path):
         raise ModelError(f"{directory} has no config.json: give the path of a model in Hugging Face format")

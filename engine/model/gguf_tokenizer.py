@@ -96,8 +96,10 @@ def read_gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, str]]:
         else:
             backend = _sentencepiece(header, tokens, architecture, special_tokens.get("unk_token"))
         for wanted in (CONTROL, USER_DEFINED):
+            # What the vocabulary spells otherwise, spaces of gemma's, is in it and needs no second id.
             backend.add_tokens([AddedToken(token, normalized=False, special=wanted == CONTROL)
-                                for token, one in zip(tokens, kinds, strict=True) if one == wanted and token])
+                                for token, one in zip(tokens, kinds, strict=True)
+                                if one == wanted and token and backend.token_to_id(token) is not None])
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True)
                                     for token in special_tokens.values() if token])
         backend.post_processor = _post_processor(header, tokens, splitting.bos if splitting is not None else True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,7 @@ class ModelSummary(NamedTuple):
     config: ModelConfig
     parameters: int  # a tied head is not counted twice
     bytes: int  # of those parameters, as stored
+    types: dict[str, int]  # how many tensors are stored in each
     shards: tuple[str, ...]
     head: Head
     tied: bool
@@ -224,6 +226,7 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
         config=config,
         parameters=sum(info.size for info in tensors.values()),
         bytes=sum(info.nbytes or 0 for info in held.values()),
+        types=dict(Counter(info.dtype for info in held.values()).most_common()),
         shards=tuple(checkpoint.shards),
         head=head,
         tied=config.tie_word_embeddings,
