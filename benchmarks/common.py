@@ -179,8 +179,8 @@ def print_table(figures: Sequence[Figure]) -> None:
     print(f"\n{'figure':<{names}} {'value':>9} {'unit':<9}{'against':<{others}} {'other':>9}{'ratio':>8}  aim")
     for one in figures:
         aim = f"{one.aim} {'ok' if one.reached else 'MISSED'}" if one.reached is not None else one.aim
-        print(f"{one.name:<{names}} {_number(one.value):>9} {one.unit:<9}{one.against:<{others}} {_number(one.other):>9}"
-              f"{'' if one.ratio is None else f'{one.ratio:.2f}':>8}  {aim}")
+        print(f"{one.name:<{names}} {_number(one.value):>9} {one.unit:<9}{one.against:<{others}} "
+              f"{_number(one.other):>9}{'' if one.ratio is None else f'{one.ratio:.2f}':>8}  {aim}")
 
 
 def write_json(path: Path, machine: dict[str, Any], settings: dict[str, Any], figures: Sequence[Figure]) -> None:

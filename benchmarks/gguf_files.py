@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 
@@ -37,6 +38,7 @@ def rewrite(source: Path, target: Path, kind: str) -> None:
     target.with_suffix(".part").rename(target)
 
 
+@cache
 def matrix_bytes(path: Path) -> int:
     """Bytes of the matrices of a file with tied embeddings: what a step of one row reads of it."""
     from gguf import GGUFReader

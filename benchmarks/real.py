@@ -1,4 +1,4 @@
-"""A real model on the CPU, beside llama.cpp, vLLM's CPU build and transformers: writes benchmarks/results/cpu-real.json.
+"""A real model on the CPU beside llama.cpp, vLLM and transformers; writes benchmarks/results/cpu-real.json.
 
     python benchmarks/real.py --model DIR --gguf FILE [--vllm-python PYTHON] [--quick] [--only stream,prompts]
 
@@ -47,10 +47,10 @@ from common import (
     speedup,
     write_json,
 )
-from gguf_files import matrix_bytes, rewrite
 from vllm_process import VLLM
 
 import stars
+from gguf_files import matrix_bytes, rewrite
 
 SEGMENT, CANDIDATES, ROUNDS = 16, 8, 4
 ACCEPT_RATE = 0.3
@@ -210,7 +210,7 @@ def step_bytes(engine: stars.Engine) -> int:
             return sum(map(size, parts))
         quant = weight.quant
         beside = sum(one.nbytes for one in (quant.scales, quant.zeros) if one is not None) if quant is not None else 0
-        return weight.values.nbytes + beside
+        return int(weight.values.nbytes) + beside
 
     return sum(size(weight) for layer in decoder.layers for weight in (
         layer.qkv, layer.o, layer.gate_up, layer.down)) + size(decoder.head)
@@ -272,8 +272,9 @@ def streams(bench: Bench, count: int = 8) -> Iterator[Figure]:
 
         seconds = interleave({"ours": ours, "llama": lambda _, llama=llama, prompts=prompts: void(
             llama.greedy(prompts, bench.tokens))}, bench.repeats)
-        yield speedup(f"{count} streams, {ours_of(engine, name)}", [count * bench.tokens] * bench.repeats, seconds["ours"],
-                      f"{bench.theirs(NAMED[name].gguf)}, {count} sequences", seconds["llama"], ">= 2.5")
+        yield speedup(f"{count} streams, {ours_of(engine, name)}", [count * bench.tokens] * bench.repeats,
+                      seconds["ours"], f"{bench.theirs(NAMED[name].gguf)}, {count} sequences", seconds["llama"],
+                      ">= 2.5")
 
 
 def aligned(bench: Bench) -> Iterator[Figure]:

@@ -198,13 +198,8 @@ class Engine:
         rounded = f" in {config.quantization}" if config.quantization is not None else ""
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
                 f"{shape.vocab_size}{beside}; reward "
-<<<<<<< HEAD
                 f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, "
-                f"{self._models.own.passes.decoder.arithmetic}; "
-=======
-                f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, {config.dtype}"
-                f"{rounded}; "
->>>>>>> part-quant
+                f"{self._models.own.passes.decoder.arithmetic}{rounded}; "
                 f"max_model_len {config.max_model_len}, cache_tokens {config.cache_tokens}; requests: {running} "
                 f"running, {len(self._requests) - running} waiting)")
 

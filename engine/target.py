@@ -27,11 +27,7 @@ class Target(NamedTuple):
 
     device: str
     dtypes: tuple[str, ...]  # that a model may have
-<<<<<<< HEAD
-=======
     quantizations: tuple[str, ...]  # that matrices may be rounded to as they are read
-    dtype: str | None  # where "auto" is asked; None takes the checkpoint's
->>>>>>> part-quant
     float32: bool  # activations, keys and values are float32 whatever the dtype, which is then that of stored matrices
     triton: bool  # operations are Triton's kernels, in CUDA graphs, and serve some shapes only; libraries may prefill
     own_memory: bool  # apart from the host's: what passes between them is sent and waited for
@@ -97,11 +93,7 @@ class Target(NamedTuple):
 CPU = Target(
     device="cpu",
     dtypes=("float32", "bfloat16"),
-<<<<<<< HEAD
-=======
     quantizations=("int8", "int4"),
-    dtype="float32",
->>>>>>> part-quant
     float32=True,
     triton=False,
     own_memory=False,
@@ -120,11 +112,7 @@ CPU = Target(
 CUDA = Target(
     device="cuda",
     dtypes=("float32", "bfloat16", "float16"),
-<<<<<<< HEAD
-=======
     quantizations=("fp8", "int8", "int4"),
-    dtype=None,
->>>>>>> part-quant
     float32=False,
     triton=True,
     own_memory=True,

@@ -6,12 +6,12 @@ import logging
 import math
 
 import pytest
-from tiny_models import TinyModel, write_model
 
 import stars
 from stars.bindings import libstars
 from stars.model import auto_dtype
 from stars.model.loader import load_model
+from tiny_models import TinyModel, write_model
 
 pytestmark = pytest.mark.skipif(not libstars.available(), reason="libstars is not built")
 
@@ -46,7 +46,8 @@ def directories(tmp_path_factory):
 
 @pytest.mark.parametrize("at_1, at_8, dtype", [
     (1.0, 1.6, "bfloat16"), (1.3, 1.0, "bfloat16"), (0.95, 1.05, "bfloat16"),
-    (1.0, 1.0, "float32"), (1.04, 1.04, "float32"), (0.9, 1.6, "float32"), (1.6, 0.94, "float32"), (0.7, 0.7, "float32"),
+    (1.0, 1.0, "float32"), (1.04, 1.04, "float32"), (0.9, 1.6, "float32"), (1.6, 0.94, "float32"),
+    (0.7, 0.7, "float32"),
 ])
 def test_what_is_ahead_is_taken_where_nothing_is_lost(measured, directories, at_1, at_8, dtype, caplog):
     measured(at_1, at_8)
@@ -56,8 +57,8 @@ def test_what_is_ahead_is_taken_where_nothing_is_lost(measured, directories, at_
     assert {weight.arithmetic for layer in decoder.layers for weight in (
         layer.qkv, layer.o, layer.gate_up, layer.down)} == {dtype}
     said = [record.getMessage() for record in caplog.records if record.name == "stars.model.auto_dtype"]
-    assert said == [f'dtype "auto" of a llama model: {dtype}, as products of bfloat16 pairs were measured {at_1:.2f} at '
-                    f'1 row and {at_8:.2f} at 8 rows times as fast as those in float32']
+    assert said == [f'dtype "auto" of a llama model: {dtype}, as products of bfloat16 pairs were measured '
+                    f'{at_1:.2f} at 1 row and {at_8:.2f} at 8 rows times as fast as those in float32']
 
 
 def test_its_own_largest_products_are_tried_once_a_process(measured, directories):
@@ -73,6 +74,7 @@ def test_who_keeps_float32_is_not_measured(measured, directories):
     assert load_model(directories["float32"]).arithmetic == "float32"  # it would lose bits of its weights
     assert load_model(directories["bfloat16"], deterministic=True).arithmetic == "float32"
     assert load_model(directories["bfloat16"], dtype="float32").arithmetic == "float32"
+    assert load_model(directories["bfloat16"], quantization="int8").arithmetic == "float32"
     assert tried == []
 
 

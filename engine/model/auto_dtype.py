@@ -42,11 +42,14 @@ class Choice(NamedTuple):
     why: str
 
 
-def auto_dtype(config: ModelConfig, deterministic: bool) -> Choice:
+def auto_dtype(config: ModelConfig, deterministic: bool, quantised: bool = False) -> Choice:
     """What "auto" is for a model on the CPU. Only a bfloat16 checkpoint's products may be bfloat16, as its weights lose
-    nothing by it, and none in deterministic mode, whose bits are the same on every processor."""
+    nothing by it, and none in deterministic mode, whose bits are the same on every processor. Products of quantised
+    matrices have an arithmetic of their own."""
     if config.dtype != "bfloat16":
         return Choice("float32", f"the checkpoint is {config.dtype}")
+    if quantised:
+        return Choice("float32", "the weights are quantised")
     if deterministic:
         return Choice("float32", "deterministic mode")
     gate_up, down = (2 * config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)

@@ -15,14 +15,9 @@ from stars.kernels.linear import Weight
 from stars.kernels.quant import Rounded
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
-<<<<<<< HEAD
 from stars.model.auto_dtype import auto_dtype
-from stars.model.bases import is_adapter
-from stars.model.checkpoint import ITEM_BYTES, Checkpoint
-=======
 from stars.model.bases import base_of, is_adapter
 from stars.model.checkpoint import Checkpoint
->>>>>>> part-quant
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.families import FAMILIES
@@ -42,9 +37,9 @@ from stars.model.head_files import (
 )
 from stars.model.heads import RewardHead
 from stars.model.normalisation import STATISTICS
-from stars.model.quantization import checked_quantization, rounding
 from stars.model.quantised_config import storage_of
 from stars.model.quantised_files import QuantisedCheckpoint
+from stars.model.quantization import checked_quantization, rounding
 from stars.model.reader import DTYPES, Reader, read_layer
 from stars.model.rope import rope_tables
 from stars.model.source import TensorInfo, TensorSource
@@ -97,11 +92,12 @@ def load_model(
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
-    them too; "auto" is that for a checkpoint in bfloat16 where it is measured ahead (`auto_dtype`). Sums, norms, biases, attention, the cache and the reward
-    head stay float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and
-    with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
-    (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s head. max_model_len: positions that there is
-    room for, as many as the model's context has and at most 32768 if left out; `Decoder.reserve_positions` makes more.
+    them too; "auto" is that for a checkpoint in bfloat16 where it is measured ahead (`auto_dtype`). Sums, norms,
+    biases, attention, the cache and the reward head stay float32. On a GPU matrices, activations, keys and values have
+    the dtype ("auto": the checkpoint's), and with `deterministic` products have one order. A reward head whose
+    config.json says `normalize_reward` gives (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s
+    head. max_model_len: positions that there is room for, as many as the model's context has and at most 32768 if left
+    out; `Decoder.reserve_positions` makes more.
 
     quantization: what matrices are rounded to as they are read, one at a time: "int8", a scale a row; "int4", a scale
     for 32 columns; "fp8", on a GPU, as int8. They are the layers' products and the language model's head; a head that
@@ -117,14 +113,17 @@ def load_model(
         raise ModelError(f"head {head!r} is not supported: use 'lm' or 'reward'")
     choice = head_choice(reward_head)
     config = load_config(directory)
-    if dtype == "auto":
-        dtype = auto_dtype(config, deterministic).dtype if target_of(device.type).float32 else config.dtype
+    if dtype == "auto" and not target_of(device.type).float32:
+        dtype = config.dtype
         if dtype not in DTYPES:
             raise ModelError(f"{directory} is stored as {dtype}, which is not supported: choose a dtype")
     checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
     config = adapted_config(config, checkpoint)
     names, form = check(checkpoint, config, head, choice)
     rounded = _rounding(checkpoint, config, names, quantization, device.type)
+    if dtype == "auto":
+        quantised = rounded is not None or any(info.quantised for info in checkpoint.tensors.values())
+        dtype = auto_dtype(config, deterministic, quantised).dtype
     reader = Reader(checkpoint, names, dtype, device, deterministic, rounded)
     tied = head == "lm" and config.tie_word_embeddings
     if tied:
