@@ -174,11 +174,13 @@ def speedup(name: str, tokens: Sequence[float], ours: Sequence[float], against: 
 
 def print_table(figures: Sequence[Figure]) -> None:
     """The short table at the end of a run."""
-    print(f"\n{'figure':<58}{'value':>9} {'unit':<9}{'against':<36}{'other':>9}{'ratio':>8}  aim")
+    names, others = (max([width, *map(len, texts)]) for width, texts in (
+        (57, [one.name for one in figures]), (35, [one.against for one in figures])))
+    print(f"\n{'figure':<{names}} {'value':>9} {'unit':<9}{'against':<{others}} {'other':>9}{'ratio':>8}  aim")
     for one in figures:
         aim = f"{one.aim} {'ok' if one.reached else 'MISSED'}" if one.reached is not None else one.aim
-        print(f"{one.name:<58}{_number(one.value):>9} {one.unit:<9}{one.against:<36}{_number(one.other):>9}"
-              f"{'' if one.ratio is None else f'{one.ratio:.2f}':>8}  {aim}")
+        print(f"{one.name:<{names}} {_number(one.value):>9} {one.unit:<9}{one.against:<{others}} "
+              f"{_number(one.other):>9}{'' if one.ratio is None else f'{one.ratio:.2f}':>8}  {aim}")
 
 
 def write_json(path: Path, machine: dict[str, Any], settings: dict[str, Any], figures: Sequence[Figure]) -> None:

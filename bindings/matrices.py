@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -64,16 +65,34 @@ def pack(matrix: Tensor, arithmetic: Arithmetic = "float32") -> Tensor:
 
     With `arithmetic` "bfloat16", for bfloat16 matrices only, in the order in which pairs of its values are multiplied.
     """
-    if matrix.dim() != 2 or matrix.dtype not in _STORED or (
-        arithmetic == "bfloat16" and matrix.dtype != torch.bfloat16
-    ):
-        expected = "bfloat16" if arithmetic == "bfloat16" else "float32 or bfloat16"
-        raise ValueError(f"pack: matrix is {described(matrix)}, expected a {expected} matrix")
-    pointer = address("pack", "matrix", matrix, matrix.dtype, matrix.shape)
-    out_features, in_features = matrix.shape
-    dtype = stored_type(matrix.dtype, arithmetic)
-    packed = empty(_packed_bytes(out_features, in_features, dtype))
-    check_status(loaded().stars_pack(pointer, out_features, in_features, dtype, packed.data_ptr()))
+    return pack_rows([matrix], arithmetic)
+
+
+def pack_rows(matrices: Sequence[Tensor], arithmetic: Arithmetic = "float32") -> Tensor:
+    """The same of matrices [rows, in_features] of one type, one below the other. Each is read once, by all threads,
+    from where it lies, a mapped file's pages too, unless panels would hold rows of two of them: then they are joined
+    before.
+    """
+    for matrix in matrices:
+        if matrix.dim() != 2 or matrix.dtype not in _STORED or (
+            arithmetic == "bfloat16" and matrix.dtype != torch.bfloat16
+        ):
+            expected = "bfloat16" if arithmetic == "bfloat16" else "float32 or bfloat16"
+            raise ValueError(f"pack: matrix is {described(matrix)}, expected a {expected} matrix")
+    in_features, kind = matrices[0].shape[1], matrices[0].dtype
+    if any(matrix.shape[1] != in_features or matrix.dtype != kind for matrix in matrices):
+        raise ValueError(f"pack: matrices are {', '.join(map(described, matrices))}, expected one number of columns "
+                         "and one type")
+    dtype = stored_type(kind, arithmetic)
+    if not all(_fills_panels(matrix.shape[0], in_features, dtype) for matrix in matrices[:-1]):
+        matrices = [torch.cat(list(matrices))]
+    sizes = [_packed_bytes(matrix.shape[0], in_features, dtype) for matrix in matrices]
+    packed = empty(sum(sizes))
+    begin = packed.data_ptr()
+    for matrix, size in zip(matrices, sizes, strict=True):
+        pointer = address("pack", "matrix", matrix, kind, matrix.shape)
+        check_status(loaded().stars_pack(pointer, matrix.shape[0], in_features, dtype, begin))
+        begin += size
     return packed
 
 
@@ -113,7 +132,7 @@ def pack_quant(quant: Quantised) -> tuple[Tensor, str]:
     if form is None:
         raise ValueError(f"pack: libstars has no products of {quant.scheme}")
     out_features, in_features = quant.out_features, quant.in_features
-    packed = torch.empty(quant_bytes(out_features, in_features, form), dtype=torch.uint8)
+    packed = empty(quant_bytes(out_features, in_features, form))
     values, zeros = quant.values, quant.zeros
     scales = quant.scales if quant.scales.numel() else None
     check_status(loaded().stars_pack_quant(
@@ -141,6 +160,12 @@ def quant_bytes(out_features: int, in_features: int, form: str) -> int:
     if count == 0:
         raise ValueError(last_error())
     return count
+
+
+def _fills_panels(out_features: int, in_features: int, dtype: int) -> bool:
+    """Whether another row would lie in a panel of its own."""
+    one, own, more = (_packed_bytes(rows, in_features, dtype) for rows in (1, out_features, out_features + 1))
+    return own + one == more
 
 
 def _number(form: str) -> int:

@@ -53,7 +53,7 @@ class EngineConfig:
     """
 
     device: str
-    dtype: str
+    dtype: str  # on the CPU it may be "auto", as each model has its own then
     deterministic: bool
     cache_tokens: int
     least_cache_tokens: int  # below cache_tokens until `fitted` has said how many there is memory for
@@ -121,11 +121,12 @@ class EngineConfig:
             check_model(model)
             if page_size < 16 or page_size & (page_size - 1):
                 raise RequestError(f"page_size is {page_size}, on a GPU it must be a power of two of at least 16")
-        if dtype == "auto":
-            dtype = target.dtype or model.dtype
+        if dtype == "auto" and not target.float32:
+            dtype = model.dtype
             if dtype not in DTYPES:
                 raise ModelError(f"the model is stored as {dtype}, which is not supported: choose a dtype")
-        choose_prefill(model, DTYPES[dtype], target, prefill_backend, deterministic)
+        activations = torch.float32 if target.float32 else DTYPES[dtype]
+        choose_prefill(model, activations, target, prefill_backend, deterministic)
         if max_model_len is not None and max_model_len > model.context_length:
             raise RequestError(f"max_model_len is {max_model_len}, the model's context is "
                                f"{model.context_length}: lower it")

@@ -77,10 +77,11 @@ class Engine:
         be imported and its kernels serve the model, else the CPU; for a Decoder, where that is. A GPU compiles
         kernels at its first start, and captures graphs at each.
     dtype: "auto", "float32", "bfloat16", or on a GPU "float16"; a torch.dtype, "half" and "float" mean the same. On the
-        CPU it is that of the stored matrices ("auto" keeps the checkpoint's values). "bfloat16" also rounds the
-        activations of their products where the CPU multiplies bfloat16 pairs (AVX512-BF16); README.md has what that
-        gave on two processors. Sums, attention, norms and caches are float32. On a GPU everything has the dtype
-        ("auto": the checkpoint's).
+        CPU it is that of the stored matrices. "bfloat16" also rounds the activations of their products where the CPU
+        multiplies bfloat16 pairs (AVX512-BF16); README.md has what that gave on two processors. "auto" keeps the
+        checkpoint's values, each model its own, and is "bfloat16" for those in bfloat16 where that was measured ahead
+        on such a CPU: `repr(engine)` says which. Sums, attention, norms and caches are float32. On a GPU everything has
+        the dtype ("auto": the checkpoint's).
     models: other language models by name, directories or Decoders, that policies draw with or judge by: of the own
         one's vocabulary, special tokens and context. A directory may hold a LoRA adapter; what several of all the
         engine's models, rewards' included, read from one file is held once. heads: files of heads by name.
@@ -206,8 +207,8 @@ class Engine:
         rounded = f" in {config.quantization}" if config.quantization is not None else ""
         return (f"Engine({shape.model_type}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
                 f"{shape.vocab_size}{beside}; reward "
-                f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, {config.dtype}"
-                f"{rounded}; "
+                f"{type(self.reward).__name__ if self.reward is not None else None}; {config.device}, "
+                f"{self._models.own.passes.decoder.arithmetic}{rounded}; "
                 f"max_model_len {config.max_model_len}, cache_tokens {config.cache_tokens}; requests: {running} "
                 f"running, {len(self._requests) - running} waiting)")
 

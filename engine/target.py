@@ -28,7 +28,6 @@ class Target(NamedTuple):
     device: str
     dtypes: tuple[str, ...]  # that a model may have
     quantizations: tuple[str, ...]  # that matrices may be rounded to as they are read
-    dtype: str | None  # where "auto" is asked; None takes the checkpoint's
     float32: bool  # activations, keys and values are float32 whatever the dtype, which is then that of stored matrices
     triton: bool  # operations are Triton's kernels, in CUDA graphs, and serve some shapes only; libraries may prefill
     own_memory: bool  # apart from the host's: what passes between them is sent and waited for
@@ -95,7 +94,6 @@ CPU = Target(
     device="cpu",
     dtypes=("float32", "bfloat16"),
     quantizations=("int8", "int4"),
-    dtype="float32",
     float32=True,
     triton=False,
     own_memory=False,
@@ -115,7 +113,6 @@ CUDA = Target(
     device="cuda",
     dtypes=("float32", "bfloat16", "float16"),
     quantizations=("fp8", "int8", "int4"),
-    dtype=None,
     float32=False,
     triton=True,
     own_memory=True,

@@ -127,13 +127,26 @@ def pack_rows(parts: Sequence[Tensor | QuantWeight], bias: Tensor | None = None,
     if len(quants) == len(parts) and stacks(quants):
         return pack(stack(quants), bias, deterministic, arithmetic)
     if not quants:
-        return pack(torch.cat([part for part in parts if isinstance(part, Tensor)]), bias, deterministic, arithmetic)
+        return _pack_plain([part for part in parts if isinstance(part, Tensor)], bias, deterministic, arithmetic)
     sizes = [part.out_features if isinstance(part, QuantWeight) else part.shape[0] for part in parts]
     biases = [None] * len(parts) if bias is None else list(bias.split(sizes))
     packed = tuple(pack(part, own, deterministic, arithmetic) for part, own in zip(parts, biases, strict=True))
     bias = None if bias is None else torch.cat([own for own in (part.bias for part in packed) if own is not None])
     return Weight(packed[0].values[:0], bias, sum(sizes), packed[0].in_features, deterministic=deterministic,
                   parts=packed)
+
+
+def _pack_plain(parts: Sequence[Tensor], bias: Tensor | None, deterministic: bool, arithmetic: Arithmetic) -> Weight:
+    """As `pack_rows`. What is bfloat16 already is packed from where it lies; all else is copied before."""
+    if all(part.dtype == torch.bfloat16 and part.is_cpu and part.numel() for part in parts):
+        from stars.bindings import libstars
+
+        if libstars.available():
+            packed = libstars.pack_rows([part.contiguous() for part in parts], arithmetic)
+            bias = None if bias is None else bias.float().contiguous()
+            return Weight(packed, bias, sum(part.shape[0] for part in parts), parts[0].shape[1], True, torch.bfloat16,
+                          deterministic, arithmetic)
+    return pack(torch.cat(list(parts)), bias, deterministic, arithmetic)
 
 
 def _narrowest(matrix: Tensor) -> Tensor:

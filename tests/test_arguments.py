@@ -453,7 +453,7 @@ def test_a_tokenizer_by_its_path(tmp_path):
 
 @pytest.mark.parametrize("given, name", [
     (torch.float32, "float32"), (torch.bfloat16, "bfloat16"), ("bf16", "bfloat16"), ("float", "float32"),
-    ("auto", "float32")])
+    ("auto", "auto")])
 def test_names_of_dtypes(given, name):
     assert EngineConfig.resolve(LM.config, dtype=given, device=torch.device("cpu")).dtype == name
 

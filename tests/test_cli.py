@@ -291,6 +291,7 @@ def test_info(run, monkeypatch):
     assert facts["prefill"]["backends"]["sdpa"] == {"version": facts["torch"], "problem": None}
     code, out, _ = run("info")
     assert code == 0 and "libstars" in out
+    assert re.search(r"^dtype auto +(float32|bfloat16) on the CPU for a model in bfloat16, as ", out, re.M)
     assert re.search(r"^gpu +none that torch can use$", out, re.M)
     assert re.search(r"^prefill +the CPU's own attention", out, re.M)
 

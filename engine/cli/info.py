@@ -17,6 +17,10 @@ DISTRIBUTIONS = {"flash-attn-4": "flash-attn-4", "flash-attn-2": "flash-attn", "
 """What has the version of each backend of a prefill."""
 
 
+EXAMPLE = (8192, 2048)
+"""A product [out_features, in_features] of a model of a billion parameters."""
+
+
 def info(args: argparse.Namespace) -> int:
     """Runs the command."""
     from stars.bindings import libstars
@@ -26,6 +30,7 @@ def info(args: argparse.Namespace) -> int:
     facts = {
         "stars": __version__, "python": platform.python_version(), "torch": _version("torch"),
         "libstars": {"instructions": libstars.isa(), "threads": libstars.num_threads()} if built else None,
+        "dtype auto": _auto_dtype(),
         "cpu": _cpu_name(), "cores": os.cpu_count(), "transformers": _version("transformers"),
         "triton": _version("triton"), "gpu": gpu, "prefill": {"chosen": chosen, "backends": backends},
     }
@@ -35,6 +40,8 @@ def info(args: argparse.Namespace) -> int:
     facts["libstars"] = "not built: the slower torch references are used"
     if built:
         facts["libstars"] = f"instructions {libstars.isa()}, threads {libstars.num_threads()}"
+    auto = facts["dtype auto"]
+    facts["dtype auto"] = f"{auto['dtype']} on the CPU for a model in bfloat16, {auto['why']}"
     facts["gpu"] = "none that torch can use"
     if gpu is not None:
         facts["gpu"] = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.1f} GiB"
@@ -42,6 +49,13 @@ def info(args: argparse.Namespace) -> int:
     for name, value in facts.items():
         print(f"{name:<14}{value if value is not None else 'not installed'}")
     return 0
+
+
+def _auto_dtype() -> dict[str, str]:
+    """What dtype="auto" would be for a model in bfloat16 whose products are `EXAMPLE`'s."""
+    from stars.model.auto_dtype import measured_dtype
+
+    return measured_dtype((EXAMPLE,))._asdict()
 
 
 def _gpu() -> dict[str, Any] | None:

@@ -120,6 +120,14 @@ class Decoder:
         """Where weights and workspace are."""
         return self.final_norm.device
 
+    @property
+    def arithmetic(self) -> str:
+        """The type that its products multiply in: "float32" or "bfloat16" on the CPU, on a GPU the activations'."""
+        if target_of(self.device.type).float32:
+            qkv = self.layers[0].qkv
+            return (qkv.parts[0] if qkv.parts else qkv).arithmetic
+        return str(self.dtype).removeprefix("torch.")
+
     def check_device(self, device: str, name: str) -> None:
         """Raises ModelError unless `name`, this decoder, is on an engine's `device`: "cpu" or "cuda"."""
         if self.device.type != device:

@@ -16,6 +16,7 @@ from stars.kernels.linear import Weight
 from stars.kernels.quant import Rounded
 from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from stars.model.auto_dtype import auto_dtype
 from stars.model.bases import base_of, is_adapter
 from stars.model.checkpoint import Checkpoint
 from stars.model.config import ModelConfig, load_config
@@ -93,12 +94,13 @@ def load_model(
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
-    them too. Sums, norms, biases, attention, the cache and the reward
-    head stay float32. On a GPU matrices, activations, keys and values have the dtype ("auto": the checkpoint's), and
-    with `deterministic` products have one order. A reward head whose config.json says `normalize_reward` gives
-    (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s head. max_model_len: positions that there is
-    room for, as many as the model's context has and at most 32768 if left out; `Decoder.reserve_positions` makes more.
-    Beyond a longrope model's original_max_position_embeddings its long factors are taken, for texts of any length.
+    them too; "auto" is that for a checkpoint in bfloat16 where it is measured ahead (`auto_dtype`). Sums, norms,
+    biases, attention, the cache and the reward head stay float32. On a GPU matrices, activations, keys and values have
+    the dtype ("auto": the checkpoint's), and with `deterministic` products have one order. A reward head whose
+    config.json says `normalize_reward` gives (raw - mean) / std; reward_head: which it is, as `stars.CausalReward`'s
+    head. max_model_len: positions that there is room for, as many as the model's context has and at most 32768 if left
+    out; `Decoder.reserve_positions` makes more. Beyond a longrope
+    model's original_max_position_embeddings its long factors are taken, for texts of any length.
 
     quantization: what matrices are rounded to as they are read, one at a time: "int8", a scale a row; "int4", a scale
     for 32 columns; "fp8", on a GPU, as int8. They are the layers' products and the language model's head; a head that
@@ -118,14 +120,17 @@ def load_model(
         logger.info("%s takes longrope's long factors, as max_model_len is %d: texts of up to %d tokens, for which "
                     "transformers takes the short ones, get other logits", directory, max_model_len,
                     config.rope.original_max_position_embeddings)
-    if dtype == "auto":
-        dtype = target_of(device.type).dtype or config.dtype
+    if dtype == "auto" and not target_of(device.type).float32:
+        dtype = config.dtype
         if dtype not in DTYPES:
             raise ModelError(f"{directory} is stored as {dtype}, which is not supported: choose a dtype")
     checkpoint = open_checkpoint(directory, VALUE_HEAD_FILE if head == "reward" else None)
     config = adapted_config(config, checkpoint)
     names, form = check(checkpoint, config, head, choice)
     rounded = _rounding(checkpoint, config, names, quantization, device.type)
+    if dtype == "auto":
+        quantised = rounded is not None or any(info.quantised for info in checkpoint.tensors.values())
+        dtype = auto_dtype(config, deterministic, quantised).dtype
     reader = Reader(checkpoint, names, dtype, device, deterministic, rounded)
     tied = head == "lm" and config.tie_word_embeddings
     if tied:

@@ -108,10 +108,7 @@ class Reader:
         # bfloat16 is kept as such: it is exact and half the bytes; all else becomes float32, which is exact too
         keep = self.rounded or {part.dtype for part in plain} == {torch.bfloat16}
         kind = self.kind or (torch.bfloat16 if keep else torch.float32)
-        rows = sum(part.shape[0] for part in plain)
-        joined = torch.empty(rows, plain[0].shape[1], dtype=kind, device=self.device)
-        torch.cat([part.to(self.device, kind) for part in plain], out=joined)
-        return kernels.pack(joined, bias, self.deterministic, arithmetic)
+        return kernels.pack_rows([part.to(self.device, kind) for part in plain], bias, self.deterministic, arithmetic)
 
     def _rounded(self, name: str, scheme: Rounded | None) -> Tensor | QuantWeight:
         """A tensor, rounded to a scheme where one is given: one matrix at a time, where it will be multiplied."""

@@ -9,14 +9,13 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from stars.errors import ModelError, TokenizerError
 from stars.model.bases import model_directory
-from stars.model.chat_template import ChatTemplate
 from stars.model.files import MAX_BYTES, is_file, is_gguf, read_json, read_text
 from stars.model.gguf_tokenizer import gguf_templates, has_gguf_tokenizer, read_gguf_tokenizer
 from stars.model.tokenizer_limits import (
@@ -28,6 +27,9 @@ from stars.model.tokenizer_limits import (
     refuse,
     refusing,
 )
+
+if TYPE_CHECKING:
+    from stars.model.chat_template import ChatTemplate
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete UTF-8 sequence to
 CONTEXT = 8
@@ -51,7 +53,8 @@ class Tokenizer:
                  where: str):
         self._backend = backend
         self._special_tokens = special_tokens  # by name: "bos_token" and so on
-        self._templates = {name: ChatTemplate(source, where) for name, source in templates.items()}
+        self._templates = templates  # sources by name
+        self._compiled: dict[str, ChatTemplate] = {}  # those that were used
         self._where = where
         self.bos_token = special_tokens.get("bos_token")
         self.eos_token = special_tokens.get("eos_token")
@@ -149,7 +152,11 @@ class Tokenizer:
                 "save the one wanted as chat_template.jinja"
             )
         variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
-        return self._templates[name].render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        if name not in self._compiled:
+            from stars.model.chat_template import ChatTemplate  # here, as Jinja is slow to import
+
+            self._compiled[name] = ChatTemplate(self._templates[name], self._where)
+        return self._compiled[name].render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def split_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, str]:
         """(what stands before an assistant's answer to `messages`, what the template puts after it).
