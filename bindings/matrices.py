@@ -113,7 +113,7 @@ def pack_quant(quant: Quantised) -> tuple[Tensor, str]:
     if form is None:
         raise ValueError(f"pack: libstars has no products of {quant.scheme}")
     out_features, in_features = quant.out_features, quant.in_features
-    packed = torch.empty(quant_bytes(out_features, in_features, form), dtype=torch.uint8)
+    packed = empty(quant_bytes(out_features, in_features, form))
     values, zeros = quant.values, quant.zeros
     scales = quant.scales if quant.scales.numel() else None
     check_status(loaded().stars_pack_quant(
