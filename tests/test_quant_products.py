@@ -4,8 +4,8 @@ x is rounded, in groups of 32 of a row, to multiples of amax / 32767 (amax: the 
 2^-100). So a value is off by at most half of that, and by a rounding of the scale, 2^-24 of amax more at most, twice.
 The sum of a group is an exact integer. It is rounded to float32, multiplied by two scales (rounded themselves at most
 once) and added up: at most 5 roundings a group beside the one of each addition, as with the offsets, whose terms have
-magnitudes of their own. Hence K u / (1 - K u), u = 2^-24 and K = groups + 7, times the sum of magnitudes; where codes have
-an offset, |code * scale| and |offset| count instead of their sum, which may be less. (Higham, section 3.1.)
+magnitudes of their own. Hence K u / (1 - K u), u = 2^-24 and K = groups + 7, times the sum of magnitudes; where codes
+have an offset, |code * scale| and |offset| count instead of their sum, which may be less. (Higham, section 3.1.)
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from functools import cache
 import pytest
 import torch
 
+from instruction_sets import instruction_set  # noqa: F401  (a fixture)
 from libstars_threads import threads
-from instruction_sets import instruction_set  # noqa: F401
 from quant_cases import BLOCKS, FORMATS, columns_of, random_quant
 from random_products import run_linear
 from stars import kernels
@@ -89,7 +89,7 @@ def cases(name: str) -> list[tuple[QuantWeight, torch.Tensor | None, torch.Tenso
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_products_are_within_the_bound(name, instruction_set):
+def test_products_are_within_the_bound(name, instruction_set):  # noqa: F811
     for quant, bias, x, exact, most in cases(name):
         weight = kernels.pack(quant, bias)
         assert weight.packed and weight.quant is None
@@ -99,7 +99,7 @@ def test_products_are_within_the_bound(name, instruction_set):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_bits_of_a_row_depend_on_the_row_alone(name, instruction_set):
+def test_bits_of_a_row_depend_on_the_row_alone(name, instruction_set):  # noqa: F811
     """Not on the other rows, their number, or the threads."""
     in_features = sizes_of(name)[-1]
     quant = random_quant(name, 161, in_features)
@@ -115,7 +115,7 @@ def test_bits_of_a_row_depend_on_the_row_alone(name, instruction_set):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_was_packed_is_what_dequantize_makes(name, instruction_set):
+def test_what_was_packed_is_what_dequantize_makes(name, instruction_set):  # noqa: F811
     """To the bit, whole and row by row; in about as many bytes as it was stored in."""
     for in_features in sizes_of(name):
         quant = random_quant(name, 70, in_features)
@@ -129,10 +129,11 @@ def test_what_was_packed_is_what_dequantize_makes(name, instruction_set):
     weight = kernels.pack(large)
     assert weight.values.numel() == libstars.quant_bytes(64, 768, weight.format)
     # Groups of 64 and 128 have their scales once for each 32, and a zero is two bytes: 5 bits a weight, or 6.
-    assert weight.values.numel() <= {"int4-128 zeros": 1.25, "int4-64": 1.1, "int4-128": 1.1}.get(name, 1.12) * large.nbytes
+    allowed = 1.25 if name == "int4-128 zeros" else 1.12
+    assert weight.values.numel() <= allowed * large.nbytes
 
 
-def test_the_instruction_sets_agree_on_the_integers(instruction_set):
+def test_the_instruction_sets_agree_on_the_integers(instruction_set):  # noqa: F811
     """x of whole steps and weights of powers of two: nothing is rounded, and every product is exact."""
     values = torch.randint(-128, 128, (40, 96), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     quant = QuantWeight(values, torch.full((40,), 0.5), None, 0, "int8")
@@ -146,7 +147,7 @@ def test_the_instruction_sets_agree_on_the_integers(instruction_set):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_makes_its_row_nan(value, instruction_set):
+def test_what_is_not_finite_makes_its_row_nan(value, instruction_set):  # noqa: F811
     for name in ("int8", "q4_1", "q6_k"):
         quant = random_quant(name, 33, 256)
         x = numbers(3, 256)
@@ -155,7 +156,7 @@ def test_what_is_not_finite_makes_its_row_nan(value, instruction_set):
         assert bool(out[1].isnan().all()) and torch.equal(out[::2], run_linear(x[::2].contiguous(), weight))
 
 
-def test_zeros_and_tiny_rows(instruction_set):
+def test_zeros_and_tiny_rows(instruction_set):  # noqa: F811
     weight = kernels.pack(random_quant("q5_0", 33, 64))
     assert bool((run_linear(torch.zeros(2, 64), weight) == 0).all())
     assert bool((run_linear(torch.full((1, 64), 1e-45), weight) == 0).all())
@@ -163,7 +164,7 @@ def test_zeros_and_tiny_rows(instruction_set):
 
 
 @pytest.mark.parametrize("schemes", [("q4_k", "q6_k", "q5_0"), ("q4_0", "float32", "q8_0"), ("int8", "int8")])
-def test_parts_write_side_by_side(schemes, instruction_set):
+def test_parts_write_side_by_side(schemes, instruction_set):  # noqa: F811
     """Matrices of several kinds below each other: every part has the bits of its own product, in a recording too."""
     parts = [random_quant(name, 33 + 8 * i, 256, i) if name != "float32" else torch.randn(41, 256)
              for i, name in enumerate(schemes)]
