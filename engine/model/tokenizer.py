@@ -17,7 +17,6 @@ from tokenizers import Tokenizer as Backend
 from stars.errors import ModelError, TokenizerError
 from stars.model.bases import model_directory
 from stars.model.files import MAX_BYTES, is_file, is_gguf, read_json, read_text
-from stars.model.gguf_tokenizer import gguf_templates, has_gguf_tokenizer, read_gguf_tokenizer
 from stars.model.tokenizer_limits import (
     ConfinedBackend,
     bounded,
@@ -255,6 +254,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
 
 def _load_gguf(path: Path) -> Tokenizer | None:
     try:
+        from stars.model.gguf_tokenizer import (  # here, as it imports torch
+            gguf_templates,
+            has_gguf_tokenizer,
+            read_gguf_tokenizer,
+        )
+
         if not has_gguf_tokenizer(path):
             return None
         backend, special_tokens = read_gguf_tokenizer(path)
@@ -266,7 +271,11 @@ def _load_gguf(path: Path) -> Tokenizer | None:
 def has_tokenizer(directory: str | Path) -> bool:
     """Whether DIRECTORY, or a GGUF file, brings a tokenizer."""
     directory = tokenizer_directory(directory)
-    return has_gguf_tokenizer(directory) if is_gguf(directory) else is_file(directory / "tokenizer.json")
+    if is_gguf(directory):
+        from stars.model.gguf_tokenizer import has_gguf_tokenizer  # here, as it imports torch
+
+        return has_gguf_tokenizer(directory)
+    return is_file(directory / "tokenizer.json")
 
 
 def tokenizer_directory(directory: str | Path) -> Path:
@@ -280,6 +289,8 @@ def has_chat_template(directory: str | Path) -> bool:
     """Whether DIRECTORY, or a GGUF file, brings a chat template."""
     directory = tokenizer_directory(directory)
     if is_gguf(directory):
+        from stars.model.gguf_tokenizer import gguf_templates  # here, as it imports torch
+
         return bool(gguf_templates(directory))
     return bool(_templates(directory, _read_config(directory)))
 
