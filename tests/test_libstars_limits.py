@@ -52,7 +52,7 @@ def params_of(name: str):
     for path in fields_of(structure, ctypes.c_void_p):
         set_field(params, path, 64)
     for path in fields_of(structure, ctypes.c_int64):
-        set_field(params, path, 0 if path[-1] == "window" else 2)
+        set_field(params, path, 0 if path[-1] in ("window", "out_column") else 2)
     return params
 
 
@@ -85,7 +85,7 @@ def test_a_size_that_cannot_be_is_named(name):
 
 PRODUCTS = {  # sizes that are multiplied, in every operation; 2^24 each is too much, or what stands behind
     "linear": ["rows in_features", "rows out_features", "in_features out_features",
-               "rows in_features out_features 21"],
+               "rows in_features out_features 21", "rows out_stride"],
     "embedding": ["rows hidden", "hidden vocab"],
     "rms_norm": ["rows hidden"],
     "swiglu": ["rows intermediate"],
@@ -128,8 +128,8 @@ def test_a_null_pointer_is_refused_where_there_is_something_to_read(name):
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("linear", {"in_features": 0}), ("linear", {"out_features": 0}), ("linear", {"dtype": 3}),
-    ("linear", {"dtype": -1}), ("embedding", {"hidden": 0}), ("embedding", {"vocab": 0}), ("embedding", {"dtype": 3}),
+    ("linear", {"in_features": 0}), ("linear", {"out_features": 0}), ("linear", {"dtype": 14}),
+    ("linear", {"dtype": -1}), ("embedding", {"hidden": 0}), ("embedding", {"vocab": 0}), ("embedding", {"dtype": 14}),
     ("rms_norm", {"hidden": 0}), ("rms_norm", {"eps": float("nan")}), ("swiglu", {"intermediate": 0}),
     ("take_rows", {"width": 0}), ("rope_write", {"heads": 0}), ("attention", {"heads": 0}),
     ("attention", {"heads": 3}), ("sample_step", {"vocab": 0}), ("copy_rows", {"width": 0}),
@@ -149,7 +149,8 @@ def test_nothing_to_do_needs_no_memory():
     for name, (op, structure) in OPERATIONS.items():
         params = structure(ctypes.sizeof(structure))
         for path in fields_of(structure, ctypes.c_int64):
-            set_field(params, path, 0 if path[-1] in ("rows", "sequences", "lanes", "layers", "window") else 2)
+            set_field(params, path, 0 if path[-1] in ("rows", "sequences", "lanes", "layers", "window", "out_column")
+                          else 2)
         for path in fields_of(structure, ctypes.c_void_p):
             set_field(params, path, 64 if path[0] == "kv" else None)
         assert loaded().stars_call(op, ctypes.byref(params)) == 0, (name, last_error())

@@ -158,30 +158,36 @@ def test_what_does_not_fit_is_named(message, call):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_an_embedding_stays_unquantised():
-    ids, out = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, 64)
+@pytest.mark.parametrize("scheme, group, asymmetric", SCHEMES, ids=NAMES)
+def test_an_embedding_gives_rows_of_the_dequantised_matrix(scheme, group, asymmetric):
+    """Of what libstars packed, of what it has no format for, and by the reference."""
+    quant, ids = quantize(weights(35, 128), scheme, group, asymmetric), torch.tensor([33, 0, 2, 0], dtype=torch.int32)
     for column in (nullcontext(), references_only()):
-        with column, pytest.raises(ValueError, match="embedding: the weight is in int8, give it unquantised"):
-            kernels.embedding(ids, kernels.pack(EIGHT), out)
+        out = torch.full((4, 128), torch.nan)
+        with column:
+            kernels.embedding(ids, kernels.pack(quant), out)
+        assert torch.equal(out, dequantize(quant)[ids.long()])
 
 
-# -- products on the CPU ------------------------------------------------------------------------------------------
+# -- products on the CPU (libstars' own: test_quant_products.py) ----------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme, group, asymmetric", SCHEMES, ids=NAMES)
-def test_a_product_is_that_of_the_dequantised_matrix(scheme, group, asymmetric):
+def test_the_reference_multiplies_by_the_dequantised_matrix(scheme, group, asymmetric):
     quant, bias, x = quantize(weights(17, 384), scheme, group, asymmetric), numbers(17, seed=1), numbers(5, 384, seed=2)
     weight = kernels.pack(quant, bias.to(torch.bfloat16))
-    assert weight.quant is not None and torch.equal(weight.dense(), dequantize(quant))
+    assert torch.equal(weight.dense(), dequantize(quant))
     out = torch.empty(5, 17)
-    kernels.linear(x, weight, out)
+    with references_only():
+        kernels.linear(x, weight, out)
     assert torch.equal(out, torch.nn.functional.linear(x, dequantize(quant), bias.to(torch.bfloat16).float()))
 
 
 @pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 def test_a_recording_does_not_forget_what_libstars_has_no_operation_for():
     """A step with a quantised product runs whole every time, beside one of libstars' own products alone."""
-    first, second = kernels.pack(numbers(64, 64)), kernels.pack(EIGHT)
+    quant = quantize(numbers(3, 64), "fp8")
+    first, second = kernels.pack(numbers(64, 64)), kernels.pack(quant)
     x, between, out = torch.empty(2, 64), torch.empty(2, 64), torch.empty(2, 3)
     done = torch.zeros(1, dtype=torch.int32)
 
@@ -193,7 +199,7 @@ def test_a_recording_does_not_forget_what_libstars_has_no_operation_for():
     for seed in range(3):
         x.copy_(numbers(2, 64, seed=seed))
         assert graphs.run([Part("a step", step)], done) == 1
-        wanted = torch.nn.functional.linear(between, dequantize(EIGHT))
+        wanted = torch.nn.functional.linear(between, dequantize(quant))
         assert torch.equal(out, wanted)
     with libstars.record() as program:
         kernels.linear(x, first, between)

@@ -94,10 +94,7 @@ constexpr int64_t kMaxProducts = int64_t{1} << 60;  // of a matrix product; ten 
 constexpr char kWrongDtype[] = "dtype must be 0 (float32), 1 or 2 (bfloat16), or 3 to 13 (of 4 to 8 bits)";
 
 bool weight_fits(int64_t out_features, int64_t in_features, int32_t dtype) {
-  if (!is_quantised(dtype)) return packed_fits(out_features, in_features);
-  const Format f = format_of(dtype);
-  const int64_t inputs = Layout(f, 0).head ? kSuperChunks * kChunk : f.scales == Scales::kOutput ? 1 : kChunk;
-  return quantised_fits(out_features, in_features) && in_features % inputs == 0;
+  return is_quantised(dtype) ? quantised_fits(out_features, in_features) : packed_fits(out_features, in_features);
 }
 
 const char* check(const stars_linear_params& p) {
@@ -107,12 +104,14 @@ const char* check(const stars_linear_params& p) {
   STARS_REQUIRE(fits(p.rows, p.in_features), "rows * in_features is too large");
   STARS_REQUIRE(fits(p.rows, p.out_features), "rows * out_features is too large");
   STARS_REQUIRE(weight_fits(p.out_features, p.in_features, p.dtype), "out_features * in_features is too large");
-  STARS_REQUIRE(p.out_stride > 0 && fits(p.rows, p.out_stride), "out_stride must be positive, or is too large");
-  STARS_REQUIRE(p.out_column >= 0 && p.out_column <= p.out_stride - p.out_features,
-                "out_column must be >= 0, and out_features columns from it on within out_stride");
+  STARS_REQUIRE(p.in_features % inputs_of(p.dtype) == 0, "in_features must be a multiple of the dtype's group");
   int64_t products;
   STARS_REQUIRE(!__builtin_mul_overflow(p.rows * p.in_features, p.out_features, &products) && products <= kMaxProducts,
                 "rows * in_features * out_features is too large");
+  STARS_REQUIRE(p.out_stride > 0, "out_stride must be positive");
+  STARS_REQUIRE(fits(p.rows, p.out_stride), "rows * out_stride is too large");
+  STARS_REQUIRE(p.out_column >= 0 && p.out_column <= p.out_stride - p.out_features,
+                "out_column must be >= 0, and out_features columns from it on within out_stride");
   STARS_REQUIRE(p.rows == 0 || (p.x && p.weight && p.out), "x, weight and out must not be null");
   return nullptr;
 }
@@ -122,6 +121,7 @@ const char* check(const stars_embedding_params& p) {
   STARS_REQUIRE(p.dtype >= STARS_F32 && p.dtype <= kLastFormat, kWrongDtype);
   STARS_REQUIRE(fits(p.rows, p.hidden), "rows * hidden is too large");
   STARS_REQUIRE(weight_fits(p.vocab, p.hidden, p.dtype), "vocab * hidden is too large");
+  STARS_REQUIRE(p.hidden % inputs_of(p.dtype) == 0, "hidden must be a multiple of the dtype's group");
   STARS_REQUIRE(p.rows == 0 || (p.token_ids && p.weight && p.out), "token_ids, weight and out must not be null");
   return nullptr;
 }

@@ -58,6 +58,13 @@ constexpr Format format_of(int32_t dtype) {
   }
 }
 
+// What in_features must be a multiple of.
+constexpr int64_t inputs_of(int32_t dtype) {
+  if (!is_quantised(dtype) || dtype == STARS_INT8) return 1;
+  const Scales scales = format_of(dtype).scales;
+  return scales == Scales::kSmall || scales == Scales::kSmallOf16 ? kSuperChunks * kChunk : kChunk;
+}
+
 constexpr int64_t code_bytes(int bits) { return bits == 8 ? 1024 : 512 + 128 * (bits - 4); }
 
 // Where things lie, in bytes.

@@ -214,11 +214,11 @@ void tile(const stars_linear_params& p, const Format& f, const Layout& layout, c
     const int64_t count = std::clamp<int64_t>(p.out_features - place, 0, vector_width);
     if (count == 0) continue;
     const floats bias = p.bias ? load_first(p.bias + place, count) : floats{};
+    floats scale = splat(1.0f);
+    if constexpr (K::kOfOutput)
+      scale = load(reinterpret_cast<const float*>(panel + layout.panel) - kPanel + c + v * vector_width);
     for (int r = 0; r < ROWS; ++r) {
-      floats value = total[r][v];
-      if constexpr (K::kOfOutput)
-        value = value * load(reinterpret_cast<const float*>(panel + layout.panel) - kPanel + c + v * vector_width);
-      if (p.bias) value = value + bias;
+      const floats value = p.bias ? fma(total[r][v], scale, bias) : total[r][v] * scale;
       store_first(p.out + (row + r) * p.out_stride + p.out_column + place, value, count);
     }
   }

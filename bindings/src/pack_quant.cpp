@@ -171,10 +171,9 @@ const char* wrong_shape(int64_t out_features, int64_t in_features, int32_t dtype
   if (out_features <= 0 || in_features <= 0) return "out_features and in_features must be positive";
   if (!is_quantised(dtype)) return "dtype must be of 4 to 8 bits, STARS_INT8 to STARS_INT4_F32";
   if (!quantised_fits(out_features, in_features)) return "out_features * in_features is too large";
-  const Format f = format_of(dtype);
-  const bool large = f.scales == Scales::kSmall || f.scales == Scales::kSmallOf16;
-  if (large && in_features % (kSuperChunks * kChunk)) return "in_features must be a multiple of the 256 of a block";
-  if (dtype != STARS_INT8 && in_features % kChunk) return "in_features must be a multiple of the 32 of a group";
+  if (in_features % inputs_of(dtype))
+    return inputs_of(dtype) == kChunk ? "in_features must be a multiple of the 32 of a group"
+                                      : "in_features must be a multiple of the 256 of a block";
   return nullptr;
 }
 
