@@ -25,12 +25,12 @@ def info(args: argparse.Namespace) -> int:
     """Runs the command."""
     from stars.bindings import libstars
 
-    built = libstars.available()
+    built, auto = libstars.available(), _auto_dtype()
     gpu, (chosen, backends) = _gpu(), _prefill()
     facts = {
         "stars": __version__, "python": platform.python_version(), "torch": _version("torch"),
         "libstars": {"instructions": libstars.isa(), "threads": libstars.num_threads()} if built else None,
-        "dtype auto": _auto_dtype(),
+        "dtype auto": auto,
         "cpu": _cpu_name(), "cores": os.cpu_count(), "transformers": _version("transformers"),
         "triton": _version("triton"), "gpu": gpu, "prefill": {"chosen": chosen, "backends": backends},
     }
@@ -40,7 +40,6 @@ def info(args: argparse.Namespace) -> int:
     facts["libstars"] = "not built: the slower torch references are used"
     if built:
         facts["libstars"] = f"instructions {libstars.isa()}, threads {libstars.num_threads()}"
-    auto = facts["dtype auto"]
     facts["dtype auto"] = f"{auto['dtype']} on the CPU for a model in bfloat16, {auto['why']}"
     facts["gpu"] = "none that torch can use"
     if gpu is not None:
