@@ -29,6 +29,15 @@ constexpr int64_t kUnitsPerPanel = kHalfPanel / vector_width;
 // were the fastest of 8, 12 and 14 (benchmarks/README.md).
 constexpr int kMaxRows = vector_width == 16 ? 8 : 6;
 
+// Rows of a panel that are asked for before they are needed: the processor's own prefetching stops at every page, and
+// begins anew at every panel.
+constexpr int64_t kRowsAhead = 32;
+
+template <class T>
+STARS_INLINE void ask_for(const T* row) {
+  for (int64_t i = 0; i < kPanel; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
 // Inputs of a cell.
 template <class Cell>
 constexpr int64_t kInputs = std::is_same_v<Cell, uint32_t> ? 2 : 1;
@@ -124,11 +133,17 @@ void tile(const Block<X>& b, const T* weight, int64_t unit) {
 
   const X* x = b.x;
   int64_t k = b.k_begin;
+  // Behind the end of these panels lie the next ones.
+  constexpr int64_t kPanels = UNITS > kUnitsPerPanel ? UNITS / kUnitsPerPanel : 1;
+  const auto ahead = [&](int64_t k) {
+    return (k + kRowsAhead * kInputs<T> < b.k_end ? kRowsAhead : kRowsAhead + (kPanels - 1) * depth) * kPanel;
+  };
   if constexpr (kInputs<T> == kInputs<X>) {
     for (; k < b.k_end; k += kInputs<T>, ++x) {
       std::conditional_t<kInputs<T> == 2, words, floats> low[UNITS], high[UNITS];
       for (int u = 0; u < UNITS; ++u) {
         load_unit(panel[u], column[u], low[u], high[u]);
+        ask_for(panel[u] + ahead(k));
         panel[u] += kPanel;
       }
       add_products(sum, x, b.x_stride, low, high);
@@ -140,6 +155,7 @@ void tile(const Block<X>& b, const T* weight, int64_t unit) {
       add_products(sum, x, b.x_stride, low, high);
       for (int u = 0; u < UNITS; ++u) {
         load_second_of_pairs(panel[u], column[u], low[u], high[u]);
+        ask_for(panel[u] + ahead(k));
         panel[u] += kPanel;
       }
       add_products(sum, x + 1, b.x_stride, low, high);

@@ -21,7 +21,7 @@ typedef uint16_t shorts __attribute__((vector_size(4 * vector_width)));
 
 constexpr int kMaxRows = vector_width == 16 ? 8 : 4;  // of a tile
 constexpr int64_t kRowsPerPass = 64;                  // whose rounded x stays in the second-level cache
-constexpr int64_t kAhead = 4096;                      // bytes of a weight that are asked for before they are needed
+constexpr int64_t kAhead = 8192;                      // bytes of a weight that are asked for before they are needed
 
 // A group of a row of x: x = integer * scale.
 struct Group {
@@ -192,11 +192,11 @@ STARS_INLINE void add_group(floats (&total)[ROWS][2], const uint8_t* codes, cons
 // ROWS rows by two vectors of columns of a panel, from column `c` of it on.
 template <class K, int ROWS>
 void tile(const stars_linear_params& p, const Format& f, const Layout& layout, const uint8_t* panel, int64_t column,
-          int64_t c, const Group* x, int64_t row) {
+          int64_t c, const Group* x, int64_t row, bool ask) {
   floats total[ROWS][2] = {};
   for (int64_t index = 0; index < layout.chunks; ++index, ++x) {
     const uint8_t* chunk = panel + layout.chunk_at(index);
-    if constexpr (ROWS <= 2)
+    if (ask)
       for (int64_t line = 0; line < layout.chunk; line += 64) __builtin_prefetch(chunk + kAhead + line);
     floats scale[2][K::kHalves], offset[2];
     if constexpr (!K::kOfOutput)
@@ -226,12 +226,13 @@ void tile(const stars_linear_params& p, const Format& f, const Layout& layout, c
 
 template <class K, int ROWS = kMaxRows>
 void row_block(int64_t rows, const stars_linear_params& p, const Format& f, const Layout& layout, const uint8_t* panel,
-               int64_t column, const Group* x, int64_t row) {
+               int64_t column, const Group* x, int64_t row, bool ask) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      for (int64_t c = 0; c < kPanel; c += 2 * vector_width) tile<K, ROWS>(p, f, layout, panel, column, c, x, row);
+      for (int64_t c = 0; c < kPanel; c += 2 * vector_width)
+        tile<K, ROWS>(p, f, layout, panel, column, c, x, row, ask && c == 0);
     } else {
-      row_block<K, ROWS - 1>(rows, p, f, layout, panel, column, x, row);
+      row_block<K, ROWS - 1>(rows, p, f, layout, panel, column, x, row, ask);
     }
   }
 }
@@ -293,7 +294,9 @@ void product(const stars_linear_params& p, int64_t begin, int64_t end, int64_t f
       const uint8_t* panel = static_cast<const uint8_t*>(p.weight) + index * layout.panel;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t row = count * block / blocks, next = count * (block + 1) / blocks;
-        row_block<K>(next - row, p, f, layout, panel, index * kPanel, groups + row * layout.chunks, from + row);
+        // The first rows bring the panel into the caches.
+        row_block<K>(next - row, p, f, layout, panel, index * kPanel, groups + row * layout.chunks, from + row,
+                     block == 0);
       }
     }
   }
