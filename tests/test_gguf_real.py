@@ -118,5 +118,5 @@ def test_stars_decodes(path):
     engine = stars.Engine(path, reward=lambda prompt, responses: [-float(text.count("e")) for text in responses])
     params = stars.SamplingParams(temperature=1.0, max_tokens=24, seed=0)
     output = engine.generate(PROMPTS[1], params, policy=stars.CARDS(reward_threshold=-3.0))[0].outputs[0]
-    assert output.stats.attempts >= output.stats.segments >= 1
+    assert output.metrics.attempts >= output.metrics.segments >= 1
     assert output.reward == -float(output.text.count("e"))
