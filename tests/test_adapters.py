@@ -109,8 +109,8 @@ def test_an_adapter_of_a_base_that_is_not_here_is_one_of_the_engines_own_model(b
     engine = stars.Engine(base, models={"guide": adapter})
     own, guide = addresses(*decoders_of(engine).values())
     assert own == guide
-    with pytest.raises(ModelError, match="is an adapter of .*, which is not a directory here, nor whole in the hub's cache: set "
-                                         "base_model_name_or_path in its adapter_config.json"):
+    with pytest.raises(ModelError, match="is an adapter of .*, which is not a directory here, nor whole in the "
+                                         "hub's cache: set base_model_name_or_path in its adapter_config.json"):
         load_model(adapter)
 
 
