@@ -72,7 +72,7 @@ def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, rewa
     """What a model of a directory or a Decoder needs; ModelError where the GPU at hand cannot run it. head: of one that
     nothing is drawn from. read: tensors that are held already, to which its own are added. quantization: what those of
     a directory are rounded to."""
-    target, dtype, beside = config.target, DTYPES[config.dtype], AdapterSizes()
+    target, dtype, beside = config.target, DTYPES.get(config.dtype, torch.float32), AdapterSizes()
     read = set() if read is None else read
     if isinstance(model, (str, Path)):
         summary = inspect_model(model, "lm" if drafts else head, reward_head)

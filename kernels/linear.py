@@ -95,11 +95,7 @@ def pack(
                 bias = None if bias is None else bias.float().contiguous()
                 return Weight(packed, bias, matrix.out_features, matrix.in_features, True,
                               deterministic=deterministic, format=form)
-        scales = matrix.scales.float() if matrix.group == 128 else matrix.scales
-        quant = matrix._replace(scales=scales, zeros=None if matrix.zeros is None else matrix.zeros.to(scales.dtype))
-        bias = None if bias is None else bias.float().contiguous()
-        return Weight(quant.values, bias, quant.out_features, quant.in_features, deterministic=deterministic,
-                      quant=quant)
+        return as_stored(matrix, bias, deterministic)
     if arithmetic == "bfloat16":
         matrix = matrix.to(torch.bfloat16)
     out_features, in_features = matrix.shape
@@ -115,6 +111,14 @@ def pack(
     bias = None if bias is None else bias.float().contiguous()
     packed = libstars.pack(stored.contiguous(), arithmetic)
     return Weight(packed, bias, out_features, in_features, True, stored.dtype, deterministic, arithmetic)
+
+
+def as_stored(quant: QuantWeight, bias: Tensor | None = None, deterministic: bool = False) -> Weight:
+    """A Weight of a matrix that is not packed: as a GPU's kernels and the references take it."""
+    scales = quant.scales.float() if quant.group == 128 else quant.scales
+    quant = quant._replace(scales=scales, zeros=None if quant.zeros is None else quant.zeros.to(scales.dtype))
+    bias = None if bias is None else bias.float().contiguous()
+    return Weight(quant.values, bias, quant.out_features, quant.in_features, deterministic=deterministic, quant=quant)
 
 
 def pack_rows(parts: Sequence[Tensor | QuantWeight], bias: Tensor | None = None, deterministic: bool = False,

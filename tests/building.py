@@ -10,7 +10,7 @@ import torch
 
 from stars.cache import PagedCache
 from stars.config import EngineConfig
-from stars.kernels.linear import SCHEMES, Weight, pack
+from stars.kernels.linear import SCHEMES, Weight, as_stored
 from stars.kernels.quant import quantize
 from stars.kernels.triton.tuned import Table
 from stars.model.config import ModelConfig
@@ -66,7 +66,7 @@ def as_on_a_gpu(decoder: Decoder, scheme: str = "fp32", deterministic: bool = Fa
         matrix = weight.dense().float()
         if stored not in floats:
             kind, _, group = stored.partition("-")
-            return pack(quantize(matrix, kind, int(group or 0)), weight.bias)
+            return as_stored(quantize(matrix, kind, int(group or 0)), weight.bias)
         kind = floats[stored]
         return Weight(matrix.to(kind).contiguous(), None if weight.bias is None else weight.bias.to(kind),
                       weight.out_features, weight.in_features, deterministic=deterministic)

@@ -413,7 +413,7 @@ class Pretrained(torch.nn.Linear):
 
 @pytest.mark.parametrize("given, message", [
     ("meta-llama/Llama-3.1-8B", "run `hf download meta-llama/Llama-3.1-8B --local-dir DIR` and give DIR"),
-    ("gpt2", "run `hf download gpt2 --local-dir DIR`"), ("/models/x.Q4_K_M.gguf", "is a GGUF file, which is not read"),
+    ("gpt2", "run `hf download gpt2 --local-dir DIR`"), ("/models/x.Q4_K_M.gguf", "is not there"),
     (PAIR / "lm" / "model.safetensors", "is a file: give the directory that holds it"),
     ("/nowhere/model.safetensors", "give the one with config.json"), ("/nowhere/else", "is not a directory: give the "),
     (Pretrained(), "is a Pretrained of transformers, and only directories are loaded: write it with save_pretrained"),

@@ -417,13 +417,13 @@ from compile_pool import Driver, Pool, describe
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from stars.kernels.linear import pack
+from stars.kernels.linear import as_stored
 from stars.kernels.quant import quantize
 from stars.kernels.triton import dequant, skinny
 pool = Pool(1, 90)
 driver.set_active(Driver(90))
 JITFunction.run = lambda self, *args, grid, warmup, **kwargs: describe(self, args, kwargs)
-weight, x = pack(quantize(torch.ones(64, 128), "int8")), torch.zeros(3, 128, dtype=torch.bfloat16)
+weight, x = as_stored(quantize(torch.ones(64, 128), "int8")), torch.zeros(3, 128, dtype=torch.bfloat16)
 def product():
     skinny.plain(x, weight, torch.zeros(3, 64, dtype=torch.bfloat16))
 with pool.recording():

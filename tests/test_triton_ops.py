@@ -17,7 +17,7 @@ from stars.kernels import dispatch, philox
 from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.copy_rows import copy_rows_reference
 from stars.kernels.embedding import embedding_reference
-from stars.kernels.linear import Weight, linear_reference, pack
+from stars.kernels.linear import Weight, as_stored, linear_reference
 from stars.kernels.quant import quantize
 from stars.kernels.rescale import rescale_reference
 from stars.kernels.rms_norm import rms_norm_reference
@@ -643,7 +643,7 @@ def test_rewards_at_the_edges_are_what_they_are():
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_a_quantised_reward_head_is_refused(scheme):
     """Its numbers are as many as a head's, and without its scales they would be read as one."""
-    head = pack(quantize(torch.randn(1, 64, generator=generator(0)), scheme, 0))
+    head = as_stored(quantize(torch.randn(1, 64, generator=generator(0)), scheme, 0))
     rows = torch.ones(2, 64)
     rewards = torch.full((2,), -9.0)
     with pytest.raises(ValueError, match=f"^score: the head is stored as {scheme} and must be of floating point"):

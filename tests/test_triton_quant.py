@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stars.kernels.gpu_schemes import served
-from stars.kernels.linear import Weight, pack
+from stars.kernels.linear import Weight, as_stored
 from stars.kernels.quant import QuantWeight, dequantize, quantize
 from stars.kernels.types import Stream
 from test_gpu_schemes import blocks
@@ -181,7 +181,7 @@ def weight_of(out_features: int, in_features: int, scheme: str, group: int, asym
     matrix = numbers(out_features, in_features, seed=11) * in_features**-0.5
     matrix *= torch.logspace(-1, 1, out_features)[:, None]  # so that scales differ
     given = numbers(out_features, seed=12) if bias else None
-    return pack(quantize(matrix, scheme, group, asymmetric), given, **options)
+    return as_stored(quantize(matrix, scheme, group, asymmetric), given, **options)
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -297,7 +297,7 @@ def test_products_with_matrices_of_files():
     """Blocks of q4_0, and groups of 64 with zeros, as AWQ and GPTQ have them."""
     for quant in (blocks("q4_0", 37, 4), quantize(numbers(37, 128, seed=3), "int4", 64, asymmetric=True)):
         [four] = served([quant], torch.bfloat16)
-        weight = pack(four)
+        weight = as_stored(four)
         for rows, dtype in ((1, torch.bfloat16), (17, torch.float16), (33, torch.float32)):
             x = numbers(rows, 128, seed=rows, dtype=dtype)
             linear.linear(x, weight, out := torch.full((rows, 37), torch.nan, dtype=dtype))
@@ -311,11 +311,11 @@ def test_rows_of_an_int8_table(dtype):
     ids = torch.tensor([0, 18, -1, 7, 19], dtype=torch.int32)
     wanted = dequantize(quant, dtype)[ids.clamp(0, 18).long()]
     wanted[2], wanted[4] = torch.nan, torch.nan
-    embedding.embedding(ids, pack(quant), out := torch.zeros(5, 1056, dtype=dtype))
+    embedding.embedding(ids, as_stored(quant), out := torch.zeros(5, 1056, dtype=dtype))
     torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
     stream = Stream(torch.zeros_like(out), torch.zeros_like(out), torch.zeros(5, 33))
     gain = torch.linspace(0.5, 2.0, 1056)
-    skinny.embedding_scaled(ids, pack(quant), gain, stream)
+    skinny.embedding_scaled(ids, as_stored(quant), gain, stream)
     torch.testing.assert_close(stream.residual, wanted, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(stream.scaled, (wanted.float() * gain).to(dtype), rtol=0, atol=0, equal_nan=True)
     squares = wanted.float().square().view(5, 33, 32).sum(2)
@@ -326,9 +326,9 @@ def test_a_table_of_another_scheme_is_refused():
     quant = quantize(numbers(19, 64, seed=2), "int4", 32)
     out = torch.zeros(1, 64)
     with pytest.raises(ValueError, match="embedding: the table is int4-32"):
-        embedding.embedding(torch.zeros(1, dtype=torch.int32), pack(quant), out)
+        embedding.embedding(torch.zeros(1, dtype=torch.int32), as_stored(quant), out)
     with pytest.raises(ValueError, match="embedding_scaled: the table is in int4-32"):
-        skinny.embedding_scaled(torch.zeros(1, dtype=torch.int32), pack(quant), torch.ones(64),
+        skinny.embedding_scaled(torch.zeros(1, dtype=torch.int32), as_stored(quant), torch.ones(64),
                                 Stream(out, out, torch.zeros(1, 2)))
 
 
