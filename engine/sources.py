@@ -19,7 +19,7 @@ from stars.reward.encoder import EncoderReward
 from stars.reward.implicit import ImplicitReward
 from stars.reward.logprobs import LogprobReward
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+BARE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -69,9 +69,9 @@ def check_directory(name: str, path: str | Path, error: type[StarsError]) -> Non
         raise error(f"{given} is not there: give the path of a GGUF file")
     if suffix in WEIGHTS:
         raise error(f"{given} is no directory: give the one with config.json, tokenizer.json and all weights")
-    if HUB_NAME.fullmatch(given) and not given.startswith("."):
-        raise error(f"{given} is not a directory here, and nothing is downloaded: if the {name} is on the Hugging Face "
-                    f"hub, run `hf download {given} --local-dir DIR` and give DIR")
+    if BARE_NAME.fullmatch(given):
+        raise error(f"{given} is not a directory here, and only names such as org/{given} are downloaded from the "
+                    f"Hugging Face hub: give that one, or run `hf download {given} --local-dir DIR` and give DIR")
     if name != "model" and str(given).startswith(("http://", "https://")):
         raise error(f"{given} is not a directory: a reward model on a server is stars.RemoteReward(url)")
     raise error(f"{given} is not a directory: give the path of a {name} in Hugging Face format")

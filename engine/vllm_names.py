@@ -59,12 +59,16 @@ SAMPLING = {
 """Parameters of requests, by name."""
 
 _ONE_DEVICE = "an engine runs on one device, leave it out and start one process for each GPU"
-_NO_DOWNLOAD = "nothing is downloaded, leave it out and give the directory of the version that is meant"
+_REVISION = 'give the model as "org/name@revision"'
+_CODE_REVISION = "no code of a repository is run, leave it out"
+_HUB_CACHE = "what is downloaded lies in the Hugging Face hub's own cache, leave it out and set HF_HOME"
+_TOKEN = "the hub's own login is used, leave it out and run `hf auth login`"
 _CACHE = "give cache_tokens, the tokens that each model's KV cache holds"
 _SHARED = "beginnings of prompts are always shared, leave it out"
 _CONFIG = "change the model directory's config.json"
 _NO_CODE = "code in a model directory is never run, leave it out and use a supported model type"
-_LORA = "an adapter is fixed when the engine is built, give its directory as the model or as one of models={NAME: DIR}"
+_LORA = ("an adapter is fixed when the engine is built, give its directory as the model, as one of models={NAME: DIR} "
+         "or as the reward")
 _TEXT_ONLY = "models here read text only, leave it out"
 
 ENGINE = {
@@ -94,12 +98,13 @@ ENGINE = {
     "async_scheduling": Absent((None, False), "leave it out"),
     "seed": Absent((None, 0), "give SamplingParams(seed=...)"),
     "trust_remote_code": Absent((False, None), _NO_CODE),
-    "load_format": Absent(("auto", "safetensors"), "only safetensors are read, convert the weights to them"),
-    "revision": Absent((None,), _NO_DOWNLOAD),
-    "code_revision": Absent((None,), _NO_DOWNLOAD),
-    "tokenizer_revision": Absent((None,), _NO_DOWNLOAD),
-    "download_dir": Absent((None,), _NO_DOWNLOAD),
-    "hf_token": Absent((None, False), _NO_DOWNLOAD),
+    "load_format": Absent(("auto", "safetensors", "gguf"),
+                          "safetensors and GGUF files are read, convert the weights to one of them"),
+    "revision": Absent((None,), _REVISION),
+    "code_revision": Absent((None,), _CODE_REVISION),
+    "tokenizer_revision": Absent((None,), 'give tokenizer="org/name@revision"'),
+    "download_dir": Absent((None,), _HUB_CACHE),
+    "hf_token": Absent((None, False), _TOKEN),
     "hf_overrides": Absent((None, {}), _CONFIG),
     "rope_scaling": Absent((None,), _CONFIG),
     "rope_theta": Absent((None,), _CONFIG),

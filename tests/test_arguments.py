@@ -413,7 +413,8 @@ class Pretrained(torch.nn.Linear):
 
 @pytest.mark.parametrize("given, message", [
     ("meta-llama/Llama-3.1-8B", "run `hf download meta-llama/Llama-3.1-8B --local-dir DIR` and give DIR"),
-    ("gpt2", "run `hf download gpt2 --local-dir DIR`"), ("/models/x.Q4_K_M.gguf", "is not there"),
+    ("gpt2", "only names such as org/gpt2 are downloaded from the Hugging Face hub: give that one, or run `hf download "
+             "gpt2 --local-dir DIR` and give DIR"), ("/models/x.Q4_K_M.gguf", "is not there"),
     (PAIR / "lm" / "model.safetensors", "is a file: give the directory that holds it"),
     ("/nowhere/model.safetensors", "give the one with config.json"), ("/nowhere/else", "is not a directory: give the "),
     (Pretrained(), "is a Pretrained of transformers, and only directories are loaded: write it with save_pretrained"),
@@ -600,7 +601,8 @@ def test_keywords_that_belong_elsewhere():
     refused(stars.RequestError, 'give {"prompt_token_ids": [...]} as the prompt', engine.generate,
             prompt_token_ids=[[1, 2]])
     refused(stars.RequestError, "did you mean sampling_params?", engine.generate, PROMPT, sampling_param=None)
-    refused(stars.RequestError, "give its directory as the model or as one of models", engine.generate, PROMPT,
+    refused(stars.RequestError, "give its directory as the model, as one of models={NAME: DIR} or as the "
+            "reward", engine.generate, PROMPT,
             lora_request=object())
     params = stars.SamplingParams(max_tokens=2, seed=1)
     assert len(engine.generate(PROMPT, params, use_tqdm=False, lora_request=None)) == 1

@@ -360,6 +360,14 @@ def test_a_reader_that_goes_away_is_silent(pair, tmp_path):
     assert process.stderr.read() == "" and process.wait(timeout=60) == 141
 
 
+def test_what_only_a_gpu_multiplies_is_refused_by_name(run, pair):
+    """The flags take whatever some device does."""
+    for flag in ("--quantization", "--reward-quantization"):
+        code, _, err = run("generate", "x", "--device", "cpu", *pair, flag, "fp8")
+        name = flag.strip("-").replace("-", "_")
+        assert code == 1 and f"{name} is 'fp8', it must be None, \"int8\" or \"int4\" on device \"cpu\"" in err
+
+
 def test_policy_values_are_refused_before_anything_is_measured(run):
     """A bad segment size is known at once: no model is loaded and no threshold measured first."""
     code, _, error = run("generate", "x", "--segment-size", "0")

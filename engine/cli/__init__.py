@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _generate(_command(commands, "generate", "complete prompts, from arguments or a JSONL file"))
     _calibrate(_command(commands, "calibrate", "measure a reward threshold on prompts"))
-    _inspect(_command(commands, "inspect", "say what a model directory holds, without loading it"))
+    _inspect(_command(commands, "inspect", "say what a model directory or GGUF file holds, without loading it"))
     _trace(_command(commands, "trace", "look at a trace that generate wrote"))
     _demo(_command(commands, "demo", "plain sampling beside STARS on the shipped pair of models, or on a chat model"))
     _methods(_command(commands, "methods", "the policies, what each asks of the loop, and their parameters"))
@@ -190,7 +190,8 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 
         return inspect(args)
 
-    parser.add_argument("directory", metavar="DIR", help="a model in Hugging Face format, or a GGUF file")
+    parser.add_argument("directory", metavar="DIR", help="a model in Hugging Face format, a GGUF file, or a name of "
+                        "the Hugging Face hub")
     options.add_reward_head(parser, "looked at as a reward model with this head: ")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

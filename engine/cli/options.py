@@ -52,7 +52,8 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 def add_models(parser: argparse.ArgumentParser) -> None:
     """The two models."""
     group = parser.add_argument_group("models")
-    group.add_argument("--model", metavar="DIR", help="the language model (without it: the shipped pair)")
+    group.add_argument("--model", metavar="DIR", help="the language model: a directory, a GGUF file or "
+                       "a name of the Hugging Face hub, as every DIR may be (without it: the shipped pair)")
     group.add_argument("--named", action="append", default=[], type=_named, metavar="NAME=DIR",
                        help="a further language model, or a LoRA adapter, that a policy calls by this name; may be "
                        "given several times")
@@ -140,8 +141,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
                        help="of the stored matrices; bfloat16 also of their products, where the CPU has them; float16 "
                        "on a GPU alone")
     for name, what in (("--quantization", "the language model's"), ("--reward-quantization", "the reward model's")):
-        group.add_argument(name, choices=("int8", "int4"),
-                           help=f"what {what} matrices are rounded to as they are read (as they are stored)")
+        group.add_argument(name, choices=("int8", "int4", "fp8"),
+                           help=f"what {what} matrices are rounded to as they are read, fp8 on a GPU alone (as they "
+                           "are stored)")
     group.add_argument("--deterministic", action="store_true", default=None,
                        help="the same text for a seed at any width and in any batch")
     group.add_argument("--cache-tokens", type=int, metavar="N", help="budget of each model's KV cache")
