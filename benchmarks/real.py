@@ -48,10 +48,10 @@ from common import (
     speedup,
     write_json,
 )
+from gguf_types import matrix_bytes, rewrite
 from vllm_process import VLLM
 
 import stars
-from gguf_files import matrix_bytes, rewrite
 
 SEGMENT, CANDIDATES, ROUNDS = 16, 8, 4
 ACCEPT_RATE = 0.3
