@@ -169,10 +169,18 @@ def test_adapters_of_other_bases(base, adapter, tiny_model, tmp_path, unread):
             r"wider has an adapter of model.layers.0.mlp.down_proj for a matrix of \[\d+, \d+\] and its base .* has "
             r"\[36, \d+\]: use the adapter with the base model that it was trained on")
     refused(base, write_adapter(tmp_path / "head", base, named=NOWHERE, whole=head(40)), ModelError,
-            r"score.weight of .* has shape \[1, 40\] where config.json asks for \[1, 36\]")
+            rf"score.weight of .*head has shape \[1, 40\] and its base {base} asks for \[1, 36\] .*: use the adapter")
+    refused(base, LoraReward(write_adapter(tmp_path / "both", wider, named=NOWHERE, whole=head(60))), ModelError,
+            r"both has an adapter of model.layers.0.mlp.down_proj for a matrix of")
     here = write_adapter(tmp_path / "here", wider, whole=head(60))
     refused(base, LoraReward(here), RewardError,
             f"here is an adapter of {wider} and the engine's own model is {base}: give stars.CausalReward")
+
+
+def test_an_adapter_with_a_head_is_no_language_model(base, adapter):
+    with pytest.raises(ModelError, match=rf"{adapter} has 1 tensor \(score.weight\) that a llama model does not have: "
+                                         "give it as a reward, or use an adapter without them"):
+        stars.Engine(base, models={"a": adapter})
 
 
 def test_what_is_no_adapter_with_a_head(base, adapter, copied, tmp_path, unread):

@@ -287,14 +287,28 @@ def check(checkpoint: TensorSource, config: ModelConfig, head: Head, choice: Hea
             f"{where} lacks {_list(missing)}{layers}: copy the model again, or repair {said} if it is of another "
             "model"
         )
+    adapter = checkpoint.adapter if isinstance(checkpoint, AdaptedCheckpoint) else None
+    own = [name for name in unexpected if checkpoint.tensors[name].shard == ADAPTER_WEIGHTS]
+    if adapter is not None and own:
+        raise ModelError(
+            f"{adapter} has {_list(own)} that a {config.model_type} model does not have"
+            + (": give it as a reward, or use an adapter without them" if head == "lm" else
+               ": use an adapter without them"))
     if unexpected:
         raise ModelError(
             f"{where} has {_list(unexpected)} that a {config.model_type} model with this {said.removeprefix('its ')} "
             f"does not have{layers}: {repair}, or a model without them"
         )
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        _check_pairs(checkpoint, config)
     wanted = {name: (shape, keys_of(name, shape)) for name, shape in expected_tensors(config, head).items()}
     for name, (shape, keys) in (wanted | (form.tensors if form is not None else {})).items():
         info = checkpoint.tensors[names[name]]
+        if info.shape != shape and adapter is not None and info.shard == ADAPTER_WEIGHTS:
+            raise ModelError(
+                f"{names[name]} of {adapter} has shape {list(info.shape)} and its base {where} asks for {list(shape)} "
+                f"({keys}): use the adapter with the base model that it was trained on"
+            )
         if info.shape != shape:
             raise ModelError(
                 f"{names[name]} of {where} has shape {list(info.shape)} where {said} asks for {list(shape)} "
@@ -305,8 +319,6 @@ def check(checkpoint: TensorSource, config: ModelConfig, head: Head, choice: Hea
                 f"{names[name]} of {where} is stored as {info.dtype}, which is not supported: "
                 f"use the float32, bfloat16 or float16 model{', or a file in Q4_0 to Q6_K' if is_gguf(where) else ''}"
             )
-    if isinstance(checkpoint, AdaptedCheckpoint):
-        _check_pairs(checkpoint, config)
     return names, form
 
 
