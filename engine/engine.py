@@ -67,9 +67,10 @@ MAX_WARNED = 100  # policies that are remembered, and warned of
 class Engine:
     """A language model and whatever scores it, decoding any number of requests together.
 
-    model: a Hugging Face directory, or a Decoder (then give `tokenizer` too, if there is one).
-    tokenizer: a directory with a tokenizer.json; None: the model directory's own.
-    reward: a directory of a reward model, or of a LoRA adapter that makes one of `model`, whose weights are then held
+    model: a Hugging Face directory, a GGUF file, the name of either in the Hugging Face hub ("org/name@revision",
+        "org/name:FILE.gguf"), or a Decoder (then give `tokenizer` too, if there is one).
+    tokenizer: a directory with a tokenizer.json, or a GGUF file; None: the model's own.
+    reward: a reward model, as `model` is given, or of a LoRA adapter that makes one of `model`, whose weights are then held
         once; a Reward (`CausalReward`, `LoraReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
         `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
         responses) -> floats, or None for plain sampling only.

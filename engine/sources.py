@@ -24,8 +24,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def check_model(model: Any) -> None:
-    """Raises ModelError unless `model` is a directory or a Decoder, in one sentence for each thing that is often given.
-    """
+    """Raises ModelError unless `model` is a directory, a GGUF file or a Decoder, in one sentence for each thing that is
+    often given."""
     if isinstance(model, Decoder):
         return
     if not isinstance(model, (str, Path)):
@@ -54,8 +54,8 @@ def check_reward(reward: Any) -> None:
 
 
 def check_directory(name: str, path: str | Path, error: type[StarsError]) -> None:
-    """Raises `error` for other files than GGUF files and for a name of the Hugging Face hub; what is in a directory or
-    file is not looked at."""
+    """Raises `error` for other files than GGUF files and for what is not here; what is in a directory or file is not
+    looked at."""
     given, path = str(path), Path(path)
     try:
         if path.is_dir() or is_gguf(path):
