@@ -70,8 +70,8 @@ class Engine:
     model: a Hugging Face directory, a GGUF file, the name of either in the Hugging Face hub ("org/name@revision",
         "org/name:FILE.gguf"), or a Decoder (then give `tokenizer` too, if there is one).
     tokenizer: a directory with a tokenizer.json, or a GGUF file; None: the model's own.
-    reward: a reward model, as `model` is given, or of a LoRA adapter that makes one of `model`, whose weights are then held
-        once; a Reward (`CausalReward`, `LoraReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
+    reward: a reward model, given as `model` is, or a LoRA adapter that makes one of `model`, whose weights are then
+        held once; a Reward (`CausalReward`, `LoraReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
         `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
         responses) -> floats, or None for plain sampling only.
     device: "cpu", "cuda", or "auto": an NVIDIA GPU where torch finds one of compute capability 8.0 or more, Triton can
