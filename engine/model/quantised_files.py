@@ -114,7 +114,11 @@ class QuantisedCheckpoint:
             if scales.size not in (1, rows):
                 raise self._odd(module, "weight_scale")
             return TensorInfo((rows, columns), "FP8", info.shard)
-        return self._eight_bits(module, rows, columns, 1 if scales.size in (1, rows) else scales.shape[-1], info.shard)
+        if scales.size in (1, rows):
+            return self._eight_bits(module, rows, columns, 1, info.shard)
+        if len(scales.shape) != 2 or scales.shape[0] != rows:
+            raise self._odd(module, "weight_scale")
+        return self._eight_bits(module, rows, columns, scales.shape[1], info.shard)
 
     def _of_words(self, module: str, info: TensorInfo) -> TensorInfo:
         """compressed-tensors' packed integers; the shape is a tensor of its own, which is read at once."""
@@ -164,7 +168,8 @@ class QuantisedCheckpoint:
         order = self._held.get(f"{module}.{part}")
         if order is None:
             return
-        if order.dtype not in ("I32", "I64") or order.shape != (columns,) or columns % groups:
+        if order.dtype not in ("I32", "I64") or order.shape != (columns,) or not groups or (
+                columns % groups):
             raise self._odd(module, part)
         if not torch.equal(self._checkpoint.read(f"{module}.{part}").long(),
                            torch.arange(columns) // (columns // groups)):
