@@ -233,6 +233,7 @@ BROKEN = [
     (Packing("gptq", 4, 32, True, "gptq"), "qzeros", lambda one: one[1:].clone(), "qzeros of .* is I32"),
     (Packing("gptq", 4, 32, True, "gptq"), "scales", None, "scales of .* is not there, which does not fit"),
     (Packing("gptq", 8, 64, form="gptq"), "qzeros", lambda one: one + 1, "8 bits with zeros of their own"),
+    (Packing("awq", 4, 32, True), "qzeros", None, "qzeros of .* is not there"),
     (Packing("awq", 4, 32, True), "scales", lambda one: one * torch.inf, "scales that are NaN or infinite"),
     (Packing(CT, 8, form="int-quantized"), "weight_scale", lambda one: one[1:], "weight_scale of .* is F16"),
     (Packing(CT, 8, form="float-quantized"), "weight", lambda one: torch.full_like(one, torch.nan), "has NaN"),
