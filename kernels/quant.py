@@ -26,6 +26,10 @@ INT4_GROUPS = (32, 64, 128)
 FP8 = torch.float8_e4m3fn
 FP8_MAX, INT8_MAX, INT4_MAX = 448.0, 127.0, 7.0  # the largest values; int4's of 15 steps around its zero
 INT4_ZERO = 8
+PIECE = 1 << 15
+"""Weights that a CPU rounds at once, as many as torch gives one thread."""
+INTEGERS = 1.5 * 2.0**23
+"""Beside it float32 holds integers only."""
 
 _STORED = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8} | dict.fromkeys(LAYOUTS, torch.uint8)
 
@@ -155,32 +159,70 @@ def quantize(matrix: Tensor, scheme: Rounded, group: int = 0, asymmetric: bool =
         raise ValueError(f"quantize: matrix is {_described(matrix)}, give a float type in two dimensions")
     if asymmetric and scheme != "int4":
         raise ValueError(f"quantize: {scheme} has no zeros, leave asymmetric out")
-    wide = matrix.float()
-    if wide.numel() and not bool(torch.stack(wide.aminmax()).isfinite().all()):  # NaN is either's
-        raise ValueError("quantize: matrix has NaN or infinity, give finite weights")
     if scheme == "int4":
-        return _quantize_int4(wide, group, asymmetric)
-    scales = _scales(wide.abs().amax(1) if wide.numel() else wide.new_zeros(wide.shape[0]),
-                     FP8_MAX if scheme == "fp8" else INT8_MAX)  # [out]
-    scaled = wide / scales[:, None]
-    values = scaled.to(FP8) if scheme == "fp8" else scaled.round().to(torch.int8)
+        return _quantize_int4(matrix, group, asymmetric)
+    largest = matrix.new_zeros(matrix.shape[0], dtype=torch.float32)
+    for piece in _pieces(matrix):
+        largest[piece] = matrix[piece].abs().amax(1)
+    _check_finite(largest)
+    scales = _scales(largest, FP8_MAX if scheme == "fp8" else INT8_MAX)  # [out]
+    values = torch.empty(matrix.shape, dtype=_STORED[scheme], device=matrix.device)
+    for piece in _pieces(matrix):
+        scaled = matrix[piece].float() / scales[piece, None]
+        values[piece] = scaled if scheme == "fp8" else _round(scaled)
     return QuantWeight(values, scales, None, 0, scheme)
 
 
-def _quantize_int4(wide: Tensor, group: int, asymmetric: bool) -> QuantWeight:
-    rows, columns = wide.shape
+def _quantize_int4(matrix: Tensor, group: int, asymmetric: bool) -> QuantWeight:
+    rows, columns = matrix.shape
     _check_columns(columns, group)
-    groups = wide.view(rows, columns // group, group)  # [out, groups, group]
-    zeros: Tensor | None = None
-    if asymmetric:
-        low = groups.amin(2).clamp_max(0.0)
-        scales = _narrowest(_scales(groups.amax(2).clamp_min(0.0) - low, 2 * INT4_MAX + 1))
-        zeros = (low / -scales.float()).round().clamp(0, 15).to(torch.uint8)
-    else:
-        scales = _narrowest(_scales(groups.abs().amax(2), INT4_MAX))
-    zero = INT4_ZERO if zeros is None else zeros.float()[:, :, None]
-    steps = ((groups / scales.float()[:, :, None]).round() + zero).clamp(0, 15).to(torch.uint8).view(rows, columns)
-    return QuantWeight(steps[:, 0::2] | steps[:, 1::2] << 4, scales, zeros, group, "int4")
+    groups = matrix.reshape(rows, columns // group, group)  # [out, groups, group]
+    pieces = _pieces(matrix)
+    low, scales = torch.zeros(2, rows, columns // group, device=matrix.device)
+    for piece in pieces:
+        part = groups[piece].float()
+        least, largest = part.amin(2), part.amax(2)
+        _check_finite(least, largest)
+        if asymmetric:
+            low[piece] = least.clamp_max_(0.0)
+            scales[piece] = _scales(largest.clamp_min_(0.0) - least, 2 * INT4_MAX + 1)
+        else:
+            scales[piece] = _scales(torch.maximum(least.abs_(), largest.abs_()), INT4_MAX)
+    scales = _narrowest(scales, pieces)
+    zeros = torch.empty(scales.shape, dtype=torch.uint8, device=matrix.device) if asymmetric else None
+    values = torch.empty(rows, columns // 2, dtype=torch.uint8, device=matrix.device)
+    for piece in pieces:
+        scale = scales[piece].float()
+        steps = _round(groups[piece].float() / scale[:, :, None])
+        if zeros is None:
+            steps += INT4_ZERO
+        else:
+            zero = _round(low[piece] / -scale).clamp_(0, 15)
+            zeros[piece] = zero
+            steps += zero[:, :, None]
+        nibbles = steps.clamp_(0, 15).to(torch.uint8).flatten(1)
+        values[piece] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return QuantWeight(values, scales, zeros, group, "int4")
+
+
+def _pieces(matrix: Tensor) -> list[slice]:
+    """Rows that are rounded at once: on a CPU so few that they stay in a core's cache, and in one thread, as threads
+    that wait for each other after every step cost more than they save. A GPU takes all."""
+    rows, columns = matrix.shape
+    count = max(1, PIECE // max(1, columns) if matrix.is_cpu else rows)
+    return [slice(start, start + count) for start in range(0, rows, count)] if columns else []
+
+
+def _round(steps: Tensor) -> Tensor:
+    """`steps`, below 2 ** 22 in magnitude, to the nearest integers in place, ties to even: as torch.round, which takes
+    all threads from 2048 numbers on and waits milliseconds for each where they are busy."""
+    return steps.add_(INTEGERS).sub_(INTEGERS)
+
+
+def _check_finite(*limits: Tensor) -> None:
+    """Raises ValueError where a matrix has NaN or infinity: then its least or largest weights are."""
+    if not all(bool(limit.isfinite().all()) for limit in limits):
+        raise ValueError("quantize: matrix has NaN or infinity, give finite weights")
 
 
 def dequantize(quant: QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -201,15 +243,19 @@ def _scales(largest: Tensor, steps: float) -> Tensor:
     return (largest / steps).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _narrowest(scales: Tensor) -> Tensor:
+def _narrowest(scales: Tensor, pieces: Sequence[slice]) -> Tensor:
     """Scales of groups as float16 where all are normal numbers of it: 2 bytes beside the 16 of 32 weights, not 4.
 
     A group of zeros has no scale that matters: 1.
     """
     kind = torch.finfo(torch.float16)
-    scales = torch.where(scales == torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
-    fits = bool(((scales >= kind.tiny) & (scales <= kind.max)).all())
-    return scales.half() if fits else scales
+    narrow, fits = torch.empty_like(scales, dtype=torch.float16), True
+    for piece in pieces:
+        part = scales[piece]
+        part.masked_fill_(part == torch.finfo(torch.float32).tiny, 1.0)
+        fits = fits and bool(((part >= kind.tiny) & (part <= kind.max)).all())
+        narrow[piece] = part
+    return narrow if fits else scales
 
 
 def _check_scheme(scheme: str, group: int) -> None:

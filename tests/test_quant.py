@@ -9,6 +9,7 @@ import torch
 
 from stars import kernels
 from stars.bindings import libstars
+from stars.kernels import quant as quant_module
 from stars.kernels.dispatch import references_only
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.quant import FP8, QuantWeight, check, dequantize, quantize
@@ -96,6 +97,21 @@ def test_rounding_the_scales_of_groups_costs_a_product_little(group, asymmetric,
 
 
 # -- layout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scheme", "group", "asymmetric"), [("int8", 0, False), ("fp8", 0, False), ("int4", 32, True)])
+def test_rows_are_rounded_alike_however_many_at_once(monkeypatch, scheme, group, asymmetric):
+    """As torch.round does, ties to even: half steps of int8 are exact in rows whose largest weight is 127."""
+    matrix = torch.randn(13, 96, generator=torch.Generator().manual_seed(3)) * 40
+    matrix[:, :32] = torch.arange(32) - 15.5
+    matrix[:, 32] = 127.0
+    matrix.clamp_(-127.0, 127.0)
+    whole = quantize(matrix, scheme, group, asymmetric)
+    monkeypatch.setattr(quant_module, "PIECE", 5 * 96)
+    for ours, expected in zip(quantize(matrix, scheme, group, asymmetric)[:3], whole[:3], strict=True):
+        assert ours is None and expected is None or torch.equal(ours.view(torch.uint8), expected.view(torch.uint8))
+    if scheme == "int8":
+        assert torch.equal(whole.values, matrix.round().to(torch.int8))
 
 
 def test_the_low_nibble_is_the_even_column():

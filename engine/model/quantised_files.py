@@ -114,7 +114,11 @@ class QuantisedCheckpoint:
             if scales.size not in (1, rows):
                 raise self._odd(module, "weight_scale")
             return TensorInfo((rows, columns), "FP8", info.shard)
-        return self._eight_bits(module, rows, columns, 1 if scales.size in (1, rows) else scales.shape[-1], info.shard)
+        if scales.size in (1, rows):
+            return self._eight_bits(module, rows, columns, 1, info.shard)
+        if len(scales.shape) != 2 or scales.shape[0] != rows:
+            raise self._odd(module, "weight_scale")
+        return self._eight_bits(module, rows, columns, scales.shape[1], info.shard)
 
     def _of_words(self, module: str, info: TensorInfo) -> TensorInfo:
         """compressed-tensors' packed integers; the shape is a tensor of its own, which is read at once."""
@@ -148,11 +152,9 @@ class QuantisedCheckpoint:
         each = 32 // bits if bits else 0
         groups, rows = scales.shape
         columns = info.shape[0] * (each if method == "gptq" else 1)
-        there = f"{module}.qzeros" in self._held
         if method not in ("awq", "gptq") or info.shape[1] != (rows if method == "gptq" else rows // 8) or rows % each:
             raise self._odd(module, "qweight")
-        if there and (self._held[f"{module}.qzeros"].dtype, self._held[f"{module}.qzeros"].shape) != (
-                "I32", (groups, rows // each)):
+        if self._part(module, "qzeros", ("I32",)).shape != (groups, rows // each):
             raise self._odd(module, "qzeros")
         self._check_order(module, "g_idx", columns, groups)
         if bits == 8:
@@ -164,7 +166,8 @@ class QuantisedCheckpoint:
         order = self._held.get(f"{module}.{part}")
         if order is None:
             return
-        if order.dtype not in ("I32", "I64") or order.shape != (columns,) or columns % groups:
+        if order.dtype not in ("I32", "I64") or order.shape != (columns,) or not groups or (
+                columns % groups):
             raise self._odd(module, part)
         if not torch.equal(self._checkpoint.read(f"{module}.{part}").long(),
                            torch.arange(columns) // (columns // groups)):
@@ -232,20 +235,18 @@ class QuantisedCheckpoint:
         return nibbles(stored.t())[:, :rows].t().contiguous()
 
     def _awq(self, module: str, words: Tensor, scales: Tensor) -> QuantWeight:
-        name = f"{module}.qzeros"
-        zeros = awq_columns(self._checkpoint.read(name)).t().contiguous() if name in self._held else None
+        zeros = awq_columns(self._checkpoint.read(f"{module}.qzeros")).t().contiguous()
         return int4(in_pairs(awq_columns(words).t()), scales, zeros)
 
     def _gptq(self, module: str, words: Tensor, scales: Tensor) -> QuantWeight:
-        name, less_one = f"{module}.qzeros", self._storage.less_one
-        stored = self._checkpoint.read(name) if name in self._held else None
+        stored, less_one = self._checkpoint.read(f"{module}.qzeros"), self._storage.less_one
         values = words.t().contiguous().view(torch.uint8)  # each word holds columns that are adjacent
         if self._storage.bits == 8:
-            zeros = None if stored is None else stored.contiguous().view(torch.uint8) + int(less_one)
-            if zeros is not None and bool((zeros != 128).any()):
+            zeros = stored.contiguous().view(torch.uint8) + int(less_one)
+            if bool((zeros != 128).any()):
                 raise ValueError("8 bits with zeros of their own, which are not supported")
             return int8(_less_128(values), scales)
-        zeros = None if stored is None else (nibbles(stored) + int(less_one) & 15).t().contiguous()
+        zeros = (nibbles(stored) + int(less_one) & 15).t().contiguous()
         return int4(values, scales, zeros)
 
 

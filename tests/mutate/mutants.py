@@ -844,7 +844,7 @@ MUTANTS = [
            "the first row of all is not written", "libstars parity"),
     Mutant("kernels/quant.py", "torch.stack((values & 15, values >> 4), 2)",
            "torch.stack((values >> 4, values & 15), 2)", "columns of four bits change places in pairs", "quant"),
-    Mutant("kernels/quant.py", "(low / -scales.float()).round()", "(low / -scales.float()).floor()",
+    Mutant("kernels/quant.py", "_round(low[piece] / -scale)", "(low[piece] / -scale).floor_()",
            "the zero of a group is up to a step too low", "quant"),
     Mutant("kernels/quant.py", "shape = [rows, columns // quant.group] if quant.group else [rows]",
            "shape = list(scales.shape)", "scales of another shape are taken", "quant"),
