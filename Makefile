@@ -66,7 +66,7 @@ sanitize: install
 	LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 \
 	  STARS_LIBRARY=$(abspath build/sanitize/address,undefined)/libstars.so \
 	  $(BIN)/python -m pytest -q $(wildcard tests/test_libstars*.py) tests/test_recording_threads.py \
-	  tests/test_bf16_products.py tests/test_penalties.py tests/test_sampling_kernels.py
+	  tests/test_bf16_products.py tests/test_quant_products.py tests/test_penalties.py tests/test_sampling_kernels.py
 
 install: $(VENV)/installed
 
