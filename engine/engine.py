@@ -49,6 +49,7 @@ from stars.scheduler import Scheduler
 from stars.sizes import language_model
 from stars.sources import check_model, check_reward, resolve_tokenizer
 from stars.stops import stop_tokens
+from stars.target import device_of
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
 from stars.waiting import pause
@@ -116,7 +117,7 @@ class Engine:
         reach = max_model_len if isinstance(max_model_len, int) else None
         shape = load_config(model).reaching(reach) if from_files else model.config
         if not from_files and device == "auto":
-            device = "cuda" if model.device.type == "cuda" else "cpu"
+            device = device_of(model.device.type)
         config = EngineConfig.resolve(
             shape, device, dtype, deterministic, cache_tokens=cache_tokens,
             gpu_memory_utilization=gpu_memory_utilization, page_size=page_size, max_model_len=max_model_len,

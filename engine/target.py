@@ -132,3 +132,8 @@ CUDA = Target(
 def target_of(device: str) -> Target:
     """The target of a kind of device, by torch's name of it. What is not the CPU is worked as a GPU is."""
     return CPU if device == "cpu" else CUDA
+
+
+def device_of(kind: str) -> str:
+    """What an engine's `device` is called where tensors are of this kind of torch device."""
+    return "cuda" if kind == "cuda" else "cpu"

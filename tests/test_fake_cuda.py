@@ -608,8 +608,9 @@ if FAKED:
                 record.part(kind.name, tuner.measure, kind)
         assert record.finish() and not record.content["notes"], record.content["notes"]
         found = record.content["facts"]["tuned bf16"]
-        assert [(entry["rows"], entry["model"]["vocab"] > 0) for entry in found["chains"]] == [
-            (kind.shape.rows, not kind.scores) for kind in kinds]
+        # What is measured twice, by more tiles, is there once.
+        assert sorted((entry["rows"], entry["model"]["vocab"] > 0) for entry in found["chains"]) == sorted(
+            {(kind.shape.rows, not kind.scores) for kind in kinds})
         table = tuned.parse({"plain": []} | found)
         ends = {key[0]: [rows for rows, _ in entries] for key, entries in table.tiles.items()}
         assert ends["normed"] == [1, 4, 16, 64, 128] and ends["qkv"] == ends["swiglu"] == [1, 4, 16, 32, 64, 128]

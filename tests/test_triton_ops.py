@@ -144,7 +144,8 @@ def test_rescale(dtype):
         x = (torch.randn(3, 1027, generator=generator(2)) * 20).to(dtype)
         rescale_reference(exact := x.double(), scale, softcap)
         rescale.rescale(x, scale, softcap)
-        assert bool(((x.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all())
+        # Two products, and of tanh an exponential, a difference, a sum and a quotient: six roundings of half an eps.
+        assert bool(((x.double() - exact).abs() <= 3 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all())
 
 
 def test_rows_of_a_norm_in_a_wider_matrix():
