@@ -93,6 +93,10 @@ def test_an_engine_of_what_the_cache_holds(cache, tiny_model, run):
     assert outputs[0][0].outputs[0].reward == outputs[1][0].outputs[0].reward is not None
     assert engine.reward.model == reward and resolve_reward("org/rm").model == reward
     assert stars.CausalReward("org/rm").model == reward and stars.EncoderReward("org/rm").model_path == reward
+    [part] = stars.WeightedReward([("org/rm", 2.0)]).parts
+    assert part.model == reward
+    with pytest.raises(RewardError, match="CausalReward keeps what it has read"):
+        stars.CachedReward("org/rm")
     assert [part.model for part in stars.ImplicitReward("org/lm@v2", "org/lm").parts] == [other, own]
     code, out, _ = run("inspect", "org/lm")
     assert code == 0 and str(own) in out

@@ -11,6 +11,7 @@ from typing import Any
 
 from stars.errors import RewardError
 from stars.prompt import Prompt
+from stars.model.location import located
 from stars.reward.base import Candidate, Reward, Scored, checked_integer, reward_problem, settled
 from stars.reward.composite import CompositeReward
 from stars.reward.later import Ready, shared
@@ -31,6 +32,7 @@ class CachedReward(CompositeReward):
     """
 
     def __init__(self, reward: Any, maxsize: int = 4096):
+        reward = located(reward)
         check_reward(reward)
         inner = resolve_reward(reward)
         if inner is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from stars.arguments import real, shown
 from stars.errors import ModelError, RequestError, RewardError, StarsError, TokenizerError
+from stars.model.location import located
 from stars.reward.base import Candidate, ContextFull, Scored, reward_problem, with_parts
 from stars.reward.composite import CompositeReward
 from stars.reward.later import Ready, when_all
@@ -45,8 +46,9 @@ class WeightedReward(CompositeReward):
                                   "weight)")
             try:
                 weights.append(real(f"the weight of rewards[{index}]", pair[1], "a finite number", math.isfinite))
-                check_reward(pair[0])
-                part = resolve_reward(pair[0])
+                given = located(pair[0])
+                check_reward(given)
+                part = resolve_reward(given)
             except StarsError as error:
                 raise RewardError(f"WeightedReward: {error}") from error
             if part is None:
