@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from stars.errors import RewardError
-from stars.prompt import Prompt
 from stars.model.location import located
+from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored, checked_integer, reward_problem, settled
 from stars.reward.composite import CompositeReward
 from stars.reward.later import Ready, shared
