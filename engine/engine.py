@@ -30,7 +30,6 @@ from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
-from stars.model.location import located
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
 from stars.outputs import RequestOutput, warn_of_errors
@@ -47,7 +46,7 @@ from stars.rules import FirstAccepted, Threshold
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
-from stars.sources import check_model, check_reward, resolve_tokenizer
+from stars.sources import checked_model, checked_reward, resolve_tokenizer
 from stars.stops import stop_tokens
 from stars.target import device_of
 from stars.turns import Turns, one_at_a_time
@@ -109,9 +108,7 @@ class Engine:
                  models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
-        model, reward = located(model), located(reward)
-        check_model(model)
-        check_reward(reward)
+        model, reward = checked_model(model), checked_reward(reward)
         from_files = isinstance(model, (str, Path))
         # What is no number is refused below.
         reach = max_model_len if isinstance(max_model_len, int) else None

@@ -22,13 +22,12 @@ from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.files import is_directory, is_file
 from stars.model.loader import check_rounding, followed, load_model
-from stars.model.location import located
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.passes import Passes, Span
 from stars.plan import OWN, Plan
 from stars.request import Drafts, Hypothesis
 from stars.sizes import language_model
-from stars.sources import check_model
+from stars.sources import checked_model
 
 Named = dict[str, str | Path | Decoder]
 
@@ -208,8 +207,7 @@ def check_named(models: Any, shape: ModelConfig, tokenizer: Tokenizer | None, co
         if isinstance(model, str) and (model == OWN or model in models) and not is_directory(Path(model)):
             raise RequestError(f"models[{name!r}] is {model!r}, a name and no directory: give the directory")
         try:
-            model = located(model)
-            check_model(model)
+            model = checked_model(model)
             _check_beside(model, shape, tokenizer, config)
         except StarsError as error:
             raise ModelError(f"models[{name!r}]: {text_of(error)}") from error

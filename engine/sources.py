@@ -23,25 +23,31 @@ BARE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def check_model(model: Any) -> None:
-    """Raises ModelError unless `model` is a directory, a GGUF file or a Decoder, in one sentence for each thing that is
-    often given."""
+def checked_model(model: Any) -> Any:
+    """The directory or GGUF file that `model` names, here or in the hub, or the Decoder that it is.
+
+    Raises ModelError for anything else, in one sentence for each thing that is often given.
+    """
     if isinstance(model, Decoder):
-        return
+        return model
     if not isinstance(model, (str, Path)):
         raise ModelError(_object("model", model, "a model directory or a Decoder"))
+    model = located(model)
     check_directory("model", model, ModelError)
+    return model
 
 
-def check_reward(reward: Any) -> None:
-    """Raises ModelError for a reward given as a path that is none, RewardError for a model of transformers.
+def checked_reward(reward: Any) -> Any:
+    """`reward`, or the directory or GGUF file that it names, here or in the hub.
 
-    The same for the model inside a CausalReward or EncoderReward, and for those of an ImplicitReward.
+    Raises ModelError for a path that is none, RewardError for a model of transformers; the same for the model inside a
+    CausalReward or EncoderReward, and for those of an ImplicitReward.
     """
+    given = reward = located(reward)
     if isinstance(reward, ImplicitReward):
         for part in reward.parts:
             assert isinstance(part, LogprobReward)
-            check_model(part.model)
+            checked_model(part.model)
     if isinstance(reward, CausalReward):
         reward = reward.model
     elif isinstance(reward, EncoderReward):
@@ -51,6 +57,7 @@ def check_reward(reward: Any) -> None:
     elif hasattr(reward, "save_pretrained"):
         # A module can be called, and would be taken for a function of prompt and responses.
         raise RewardError(_object("reward", reward, "a model directory, a callable or a stars.Reward"))
+    return given
 
 
 def check_directory(name: str, path: str | Path, error: type[StarsError]) -> None:

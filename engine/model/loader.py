@@ -106,8 +106,8 @@ def load_model(
     for 32 columns; "fp8", on a GPU, as int8. They are the layers' products and the language model's head; a head that
     is the embedding, too, has int8 in any case. Adapters, norms, biases and reward heads stay as they are. A checkpoint
     that is quantised already is read as it is, and `quantization` left out, or what it is stored as.
-    Raises ModelError for whatever does not fit: missing,
-    unexpected or misshapen tensors, an absent or ambiguous head, labels of unknown meaning, broken files.
+    Raises ModelError for whatever does not fit: missing, unexpected or misshapen tensors, an absent or ambiguous head,
+    labels of unknown meaning, broken files.
     """
     device = _check_device(device)
     if dtype not in _dtypes(device):

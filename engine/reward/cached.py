@@ -10,13 +10,12 @@ from concurrent.futures import Future
 from typing import Any
 
 from stars.errors import RewardError
-from stars.model.location import located
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored, checked_integer, reward_problem, settled
 from stars.reward.composite import CompositeReward
 from stars.reward.later import Ready, shared
 from stars.reward.resolve import resolve_reward
-from stars.sources import check_reward
+from stars.sources import checked_reward
 
 
 class CachedReward(CompositeReward):
@@ -32,9 +31,7 @@ class CachedReward(CompositeReward):
     """
 
     def __init__(self, reward: Any, maxsize: int = 4096):
-        reward = located(reward)
-        check_reward(reward)
-        inner = resolve_reward(reward)
+        inner = resolve_reward(checked_reward(reward))
         if inner is None:
             raise RewardError("CachedReward needs a reward: a callable or a stars.Reward")
         if type(inner).commit is not Reward.commit and not isinstance(inner, CachedReward):

@@ -9,12 +9,11 @@ from typing import Any
 
 from stars.arguments import real, shown
 from stars.errors import ModelError, RequestError, RewardError, StarsError, TokenizerError
-from stars.model.location import located
 from stars.reward.base import Candidate, ContextFull, Scored, reward_problem, with_parts
 from stars.reward.composite import CompositeReward
 from stars.reward.later import Ready, when_all
 from stars.reward.resolve import resolve_reward
-from stars.sources import check_reward
+from stars.sources import checked_reward
 
 NAMED = (RewardError, RequestError, ContextFull, ModelError, TokenizerError)
 """Errors that a sentence is all of, so that the part can be named in it."""
@@ -46,9 +45,7 @@ class WeightedReward(CompositeReward):
                                   "weight)")
             try:
                 weights.append(real(f"the weight of rewards[{index}]", pair[1], "a finite number", math.isfinite))
-                given = located(pair[0])
-                check_reward(given)
-                part = resolve_reward(given)
+                part = resolve_reward(checked_reward(pair[0]))
             except StarsError as error:
                 raise RewardError(f"WeightedReward: {error}") from error
             if part is None:
