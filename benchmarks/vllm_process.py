@@ -29,11 +29,12 @@ class VLLM:
         for name in ("PYTHONPATH", "STARS_LIBRARY"):
             environment.pop(name, None)
         self._log = log.open("w")
-        # Another directory: the folder of a script is where Python looks first, and ours have common names.
+        # Another directory: those of a script and of the process are where Python looks first, and ours have common
+        # names.
         code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
         self._process = subprocess.Popen(
-            [python, "-c", code, "--model", str(model), "--reward", str(reward)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment)
+            [python, "-c", code, "--model", str(model.resolve()), "--reward", str(reward.resolve())], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment, cwd=log.resolve().parent)
         self.version = str(self._answer()["version"])
 
     def candidates(self, prompt: list[int], rounds: int, seed: int) -> Mapping[str, Any]:

@@ -233,6 +233,7 @@ const uint32_t* cells_of(const float* x, int64_t rows, int64_t in_features) {
 #endif
 
 constexpr int64_t kBlockOfK = 256;  // of a panel; stays in the first-level cache while row blocks pass over it
+constexpr int64_t kRowsOfTask = INT64_MAX;
 constexpr int64_t kRowsPerPass = 8 * kMaxRows;  // whose x stays in the second, and whose pages in the first TLB
 
 // Rows begin .. end - 1, at most kRowsPerPass, by units first_unit .. last_unit - 1.
@@ -277,7 +278,7 @@ void linear(const stars_linear_params& p) {
   const auto run = p.dtype == STARS_F32    ? product<float, float>
                    : p.dtype == STARS_BF16 ? product<uint16_t, float>
                                            : product<uint32_t, XOfPairs>;
-  for_product_tasks(p, run, kMaxRows);
+  for_product_tasks(p, kRowsOfTask, kMaxRows, run);
 }
 
 }  // namespace stars::STARS_ISA

@@ -5,13 +5,14 @@
 // matter (32 * 32767 * 255 < 2^31). What the groups make is one chain of multiply-adds in float32 over the groups in
 // order, from zero, the bias last: the bits of a row depend on nothing but the row and the weight.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
 
 #include "formats.h"
 #include "ops.h"
 #include "product_tasks.h"
-#include "scratch.h"
+#include "rounding.h"
 #include "simd.h"
 
 namespace stars::STARS_ISA {
@@ -27,14 +28,6 @@ constexpr int kMaxRows = vector_width == 16 ? 8 : 4;
 #endif
 constexpr int64_t kRowsPerPass = 64;                  // whose rounded x stays in the second-level cache
 constexpr int64_t kAhead = 8192;                      // bytes of a weight that are asked for before they are needed
-
-// A group of a row of x: x = integer * scale.
-struct Group {
-  uint32_t pairs[kChunk / 2];  // of 16-bit integers
-  float scale;
-  float sum;         // of the rounded x
-  int32_t start[2];  // minus the code's zero times the sum of the integers: of all, or of each half (kSmallOf16)
-};
 
 // Both products of 16-bit integers added.
 STARS_INLINE ints dot(ints sum, words a, words b) {
@@ -242,58 +235,14 @@ void row_block(int64_t rows, const stars_linear_params& p, const Format& f, cons
   }
 }
 
-// The first `count` of 32 values of a row, in a group.
-STARS_INLINE void round_group(const float* from, int64_t count, int zero, bool of_halves, Group& group) {
-  constexpr int kVectors = kChunk / vector_width;
-  floats x[kVectors];
-  ints largest = {};
-  for (int v = 0; v < kVectors; ++v) {
-    x[v] = load_first(from + v * vector_width, std::clamp<int64_t>(count - v * vector_width, 0, vector_width));
-    const ints magnitude = bits_as<ints>(x[v]) & 0x7fffffff;  // as integers NaN is the largest
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  int32_t highest = 0x0d800000;  // 2^-100: below, all are zeros or rounded by its steps
-  for (int i = 0; i < vector_width; ++i) highest = largest[i] > highest ? largest[i] : highest;
-  if (highest >= 0x7f800000) highest = 0x7fc00000;  // NaN, of which nothing else is made
-  float magnitude;
-  std::memcpy(&magnitude, &highest, sizeof magnitude);
-  const float inverse = 32767.0f / magnitude;
-  const floats magic = splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer, in the low bits
-  int32_t sums[2] = {0, 0};
-  for (int v = 0; v < kVectors; ++v) {
-    const ints rounded = bits_as<ints>(fma(x[v], splat(inverse), magic)) - bits_as<ints>(magic);
-    int16_t* values = reinterpret_cast<int16_t*>(group.pairs) + v * vector_width;
-    int32_t sum = 0;
-    for (int i = 0; i < vector_width; ++i) {
-      values[i] = static_cast<int16_t>(rounded[i]);
-      sum += values[i];
-    }
-    sums[v * vector_width / 16] += sum;
-  }
-  group.scale = magnitude * (1.0f / 32767.0f);
-  group.sum = group.scale * static_cast<float>(sums[0] + sums[1]);
-  group.start[0] = -zero * (of_halves ? sums[0] : sums[0] + sums[1]);
-  group.start[1] = -zero * sums[1];
-}
-
-// Room for rounded rows, until this thread's next call.
-Group* groups_of(int64_t count) {
-  thread_local scratch memory;
-  return memory.take<Group>(count);
-}
-
 template <class K>
-void product(const stars_linear_params& p, int64_t begin, int64_t end, int64_t first, int64_t last) {
+void product(const stars_linear_params& p, uint64_t call, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const Format f = format_of(p.dtype);
   const Layout layout(f, p.in_features);
   const int64_t rows = end - begin, passes = (rows + kRowsPerPass - 1) / kRowsPerPass;
   for (int64_t i = 0; i < passes; ++i) {
     const int64_t from = begin + rows * i / passes, count = begin + rows * (i + 1) / passes - from;
-    Group* groups = groups_of(count * layout.chunks);
-    for (int64_t row = 0; row < count; ++row)
-      for (int64_t g = 0; g < layout.chunks; ++g)
-        round_group(p.x + (from + row) * p.in_features + g * kChunk, p.in_features - g * kChunk, f.zero,
-                    K::kHalves == 2, groups[row * layout.chunks + g]);
+    const Group* groups = rounded_rows(call, p.x, p.in_features, from, count, f.zero, K::kHalves == 2);
     const int64_t blocks = (count + kMaxRows - 1) / kMaxRows;
     for (int64_t index = first; index < last; ++index) {
       const uint8_t* panel = static_cast<const uint8_t*>(p.weight) + index * layout.panel;
@@ -312,14 +261,17 @@ void product(const stars_linear_params& p, int64_t begin, int64_t end, int64_t f
 void linear_quantised(const stars_linear_params& p) {
   const Format f = format_of(p.dtype);
   const bool offsets = f.offsets != Offsets::kNone;
-  const product_part run = f.scales == Scales::kOutput ? product<Kind<8, Scales::kOutput, false>>
+  const auto run = f.scales == Scales::kOutput ? product<Kind<8, Scales::kOutput, false>>
                            : f.bits == 8               ? product<Kind<8, Scales::kHalf, false>>
                            : f.bits == 6               ? product<Kind<6, Scales::kSmallOf16, false>>
                            : f.bits == 5 && offsets    ? product<Kind<5, Scales::kHalf, true>>
                            : f.bits == 5               ? product<Kind<5, Scales::kHalf, false>>
                            : offsets                   ? product<Kind<4, Scales::kHalf, true>>
                                                        : product<Kind<4, Scales::kHalf, false>>;
-  for_product_tasks(p, run, kMaxRows);
+  static std::atomic<uint64_t> calls{0};
+  const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed) + 1;
+  // By rows first: a thread then rounds few of them, and a panel serves all that it has.
+  for_product_tasks(p, kRowsPerPass, kMaxRows, [run, call](const auto& params, auto... part) { run(params, call, part...); });
 }
 
 }  // namespace stars::STARS_ISA

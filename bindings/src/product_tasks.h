@@ -10,10 +10,12 @@
 
 namespace stars::STARS_ISA {
 
-// Rows begin .. end - 1 by panels first .. last - 1.
-using product_part = void (*)(const stars_linear_params&, int64_t begin, int64_t end, int64_t first, int64_t last);
-
-STARS_INLINE void for_product_tasks(const stars_linear_params& p, product_part run, int64_t rows_of_tile) {
+// Calls run(params, begin, end, first, last) for rows begin .. end - 1 by panels first .. last - 1, until all are done.
+// Work is shared by columns; by rows first where every task has `rows_of_task` of them; by rows at last where there are
+// too few columns, down to `rows_of_tile` each.
+template <class Run>
+STARS_INLINE void for_product_tasks(const stars_linear_params& p, int64_t rows_of_task, int64_t rows_of_tile,
+                                    const Run& run) {
   // A task is worth its barrier from about a microsecond on. More tasks than threads, so that a thread that is held up
   // leaves work to the others.
   constexpr int64_t kMinTask = 32 * 1024;  // multiply-adds
@@ -21,7 +23,7 @@ STARS_INLINE void for_product_tasks(const stars_linear_params& p, product_part r
   const int64_t worth = p.rows * p.in_features * panels * kPanel / kMinTask;
   const int64_t tasks = std::clamp<int64_t>(worth / threads, 1, 4) * threads;
   if (worth < 2 || threads == 1) return run(p, 0, p.rows, 0, panels);
-  const int64_t column_tasks = std::min((panels + 1) / 2, tasks);
+  const int64_t column_tasks = std::min((panels + 1) / 2, tasks / std::clamp<int64_t>(p.rows / rows_of_task, 1, tasks));
   const int64_t row_tasks = std::clamp<int64_t>(tasks / column_tasks, 1, std::max<int64_t>(p.rows / rows_of_tile, 1));
   parallel(column_tasks * row_tasks, [run, column_tasks, row_tasks, params = &p](int64_t task) {
     const int64_t row_task = task % row_tasks, column_task = task / row_tasks;

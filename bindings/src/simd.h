@@ -107,6 +107,8 @@ STARS_INLINE floats max(floats a, floats b) {
 #endif
 }
 
+STARS_INLINE ints max(ints a, ints b) { return a > b ? a : b; }
+
 // One bit per lane of a mask, lane 0 lowest.
 STARS_INLINE uint32_t mask_bits(ints mask) {
 #if defined(__AVX512F__)
@@ -162,6 +164,40 @@ STARS_INLINE float max_of(floats v) {
   return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 #else
   const float left = v[0] > v[2] ? v[0] : v[2], right = v[1] > v[3] ? v[1] : v[3];
+  return left > right ? left : right;
+#endif
+}
+
+STARS_INLINE int32_t sum_of(ints v) {
+#if defined(__AVX512F__)
+  const __m256i y = _mm256_add_epi32((__m256i)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                                     (__m256i)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  const __m256i y = (__m256i)v;
+#endif
+#if defined(__AVX2__)
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  const __m128i quarter = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(quarter) + _mm_extract_epi32(quarter, 1);
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+STARS_INLINE int32_t max_of(ints v) {
+#if defined(__AVX512F__)
+  const __m256i y = _mm256_max_epi32((__m256i)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                                     (__m256i)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  const __m256i y = (__m256i)v;
+#endif
+#if defined(__AVX2__)
+  const __m128i half = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  const __m128i quarter = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  const int32_t left = _mm_cvtsi128_si32(quarter), right = _mm_extract_epi32(quarter, 1);
+  return left > right ? left : right;
+#else
+  const int32_t left = v[0] > v[2] ? v[0] : v[2], right = v[1] > v[3] ? v[1] : v[3];
   return left > right ? left : right;
 #endif
 }
