@@ -27,7 +27,7 @@ namespace {
 constexpr int64_t kUnitsPerPanel = kHalfPanel / vector_width;
 // Rows of a tile. With 16 registers, 6 x 2 sums, two vectors of weights and a value of x fill them. With 32, 8 rows
 // were the fastest of 8, 12 and 14 (benchmarks/README.md).
-constexpr int kMaxRows = vector_width == 16 ? 8 : 6;
+constexpr int kMaxRows = vector_width == 16 ? 14 : 6;
 
 // Rows of a panel that are asked for before they are needed: the processor's own prefetching stops at every page, and
 // begins anew at every panel.
@@ -232,9 +232,8 @@ const uint32_t* cells_of(const float* x, int64_t rows, int64_t in_features) {
 }
 #endif
 
-constexpr int64_t kBlockOfK = 256;  // of a panel; stays in the first-level cache while row blocks pass over it
-constexpr int64_t kRowsOfTask = INT64_MAX;
-constexpr int64_t kRowsPerPass = 8 * kMaxRows;  // whose x stays in the second, and whose pages in the first TLB
+constexpr int64_t kBlockOfK = 768;
+constexpr int64_t kRowsPerPass = vector_width == 16 ? 112 : 48;  // whose x stays in the second, and whose pages in the first TLB
 
 // Rows begin .. end - 1, at most kRowsPerPass, by units first_unit .. last_unit - 1.
 template <class T, class X>
@@ -278,7 +277,7 @@ void linear(const stars_linear_params& p) {
   const auto run = p.dtype == STARS_F32    ? product<float, float>
                    : p.dtype == STARS_BF16 ? product<uint16_t, float>
                                            : product<uint32_t, XOfPairs>;
-  for_product_tasks(p, kRowsOfTask, kMaxRows, run);
+  for_product_tasks(p, kRowsPerPass, kMaxRows, run);
 }
 
 }  // namespace stars::STARS_ISA

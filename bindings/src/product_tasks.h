@@ -23,16 +23,13 @@ STARS_INLINE void for_product_tasks(const stars_linear_params& p, int64_t rows_o
   const int64_t worth = p.rows * p.in_features * panels * kPanel / kMinTask;
   const int64_t tasks = std::clamp<int64_t>(worth / threads, 1, 4) * threads;
   if (worth < 2 || threads == 1) return run(p, 0, p.rows, 0, panels);
-  const int64_t column_tasks = std::min((panels + 1) / 2, tasks / std::clamp<int64_t>(p.rows / rows_of_task, 1, tasks));
+  const int64_t column_tasks = std::min(panels, tasks / std::clamp<int64_t>(p.rows / rows_of_task, 1, tasks));
   const int64_t row_tasks = std::clamp<int64_t>(tasks / column_tasks, 1, std::max<int64_t>(p.rows / rows_of_tile, 1));
   parallel(column_tasks * row_tasks, [run, column_tasks, row_tasks, params = &p](int64_t task) {
     const int64_t row_task = task % row_tasks, column_task = task / row_tasks;
     const int64_t panels = panel_count(params->out_features), rows = params->rows;
-    const auto first_panel = [=](int64_t task) {  // of a pair of panels
-      return std::min((panels + 1) / 2 * task / column_tasks * 2, panels);
-    };
-    run(*params, rows * row_task / row_tasks, rows * (row_task + 1) / row_tasks, first_panel(column_task),
-        first_panel(column_task + 1));
+    run(*params, rows * row_task / row_tasks, rows * (row_task + 1) / row_tasks, panels * column_task / column_tasks,
+        panels * (column_task + 1) / column_tasks);
   });
 }
 
