@@ -114,12 +114,25 @@ STARS_INLINE void score_block(const softmax_rows& s, int64_t row, const key_tile
     std::memcpy(out + r * tile_keys, reinterpret_cast<const float*>(&scores) + r * keys, sizeof(float) * keys);
 }
 
+STARS_INLINE void ask_for(const float* row, int64_t head_dim) {
+  for (int64_t d = 0; d < head_dim; d += 16) __builtin_prefetch(row + d, 0, 2);
+}
+
 // Keys in the outer loop: the queries stay in the nearest cache.
 template <int Rows>
 STARS_INLINE void score_rows(const softmax_rows& s, int64_t first, int64_t last, const key_tile& tile, int64_t begin,
-                             int64_t end) {
-  for (int64_t key = begin; key < end; key += vector_width / Rows)
+                             int64_t end, bool ask) {
+  constexpr int keys = vector_width / Rows;
+  if (first == last) return;
+  for (int64_t key = begin; key < end; key += keys) {
+    if (ask) {
+      for (int64_t j = key; j < key + keys; ++j) {
+        if (j + 16 < end) ask_for(tile.k + tile.offset[j + 16], s.head_dim);
+        ask_for(tile.v + tile.offset[j], s.head_dim);
+      }
+    }
     for (int64_t row = first; row < last; row += Rows) score_block<Rows>(s, row, tile, key);
+  }
 }
 
 // sum = sum * decay + weights @ values, for `Rows` rows and `Vectors` vectors of the head from `d` on.
@@ -214,15 +227,12 @@ inline void pad_offsets(key_tile& tile) {
 
 // Adds one tile, with offsets for first .. last - 1, to the rows' softmax.
 inline void add_tile(const softmax_rows& s, key_tile& tile, float softcap) {
-  // Values are fetched while scores are formed: after a step's weights went through the caches they lie far away.
-  for (int64_t j = tile.first; j < tile.last; ++j)
-    for (int64_t d = 0; d < s.head_dim; d += 16) __builtin_prefetch(tile.v + tile.offset[j] + d, 0, 2);
   pad_offsets(tile);
   const int64_t begin = tile.first / key_step * key_step, end = (tile.last + key_step - 1) / key_step * key_step;
   const int64_t fours = s.rows / 4 * 4, twos = s.rows / 2 * 2;
-  score_rows<4>(s, 0, fours, tile, begin, end);
-  score_rows<2>(s, fours, twos, tile, begin, end);
-  score_rows<1>(s, twos, s.rows, tile, begin, end);
+  score_rows<4>(s, 0, fours, tile, begin, end, true);
+  score_rows<2>(s, fours, twos, tile, begin, end, fours == 0);
+  score_rows<1>(s, twos, s.rows, tile, begin, end, twos == 0);
   softmax_tile(s, tile, begin, end, softcap);
   for (int64_t row = 0; row < fours; row += 4) value_rows<4>(s, row, tile);
   for (int64_t row = fours; row < twos; row += 2) value_rows<2>(s, row, tile);
