@@ -400,7 +400,7 @@ class Engine:
             raise RequestError(f"n times the policy's candidates is {params.n * population}, the most is "
                                f"{MAX_SAMPLE + 1}: split the request")
         if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, which the model directory lacks: use stop_token_ids")
+            raise RequestError("stop strings need a tokenizer, which the model lacks: use stop_token_ids")
         eos = () if params.ignore_eos else self._eos_token_ids
         named = stop_tokens(self.tokenizer, params.stop or (), self.model_config.vocab_size)
         stop_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()), *named)))

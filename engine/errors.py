@@ -14,7 +14,7 @@ class StarsError(Exception):
 
 
 class ModelError(StarsError):
-    """A model directory cannot be loaded as asked: missing or unexpected tensors, an unsupported architecture."""
+    """A model cannot be loaded as asked: missing or unexpected tensors, an unsupported architecture."""
 
 
 class TokenizerError(StarsError):

@@ -42,7 +42,7 @@ def after(text: str, prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[in
     if not text:
         return prompt.token_ids
     if tokenizer is None:
-        raise RequestError("a text is put before the prompt, and the model directory has no tokenizer.json to read it "
+        raise RequestError("a text is put before the prompt, and the model has no tokenizer.json to read it "
                            "with: build the engine with Engine(model, tokenizer=DIR)")
     bos = getattr(tokenizer, "bos_token", None) or ""
     if prompt.given is None:
@@ -100,7 +100,7 @@ def _parse(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
     if not prompt:
         raise RequestError("the prompt is empty: give at least one character or token")
     if tokenizer is None:
-        raise RequestError('the model directory has no tokenizer.json: give {"prompt_token_ids": [...]} instead of '
+        raise RequestError('the model has no tokenizer.json: give {"prompt_token_ids": [...]} instead of '
                            "text")
     token_ids = tokenizer.encode(prompt, add_special_tokens=True)
     if not token_ids:
@@ -129,7 +129,7 @@ def _from_messages(messages: Any, tokenizer: Any) -> Prompt:
         if message.get("content") is None and "tool_calls" not in message:
             raise RequestError(f'messages[{number}] has no "content": give its text, or "tool_calls"')
     if tokenizer is None or not tokenizer.has_chat_template:
-        raise RequestError("the model directory has no chat template: give the prompt as text")
+        raise RequestError("the model has no chat template: give the prompt as text")
     rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
     token_ids = tokenizer.encode(rendered, add_special_tokens=False)
     if not token_ids:

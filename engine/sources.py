@@ -31,7 +31,7 @@ def checked_model(model: Any) -> Any:
     if isinstance(model, Decoder):
         return model
     if not isinstance(model, (str, Path)):
-        raise ModelError(_object("model", model, "a model directory or a Decoder"))
+        raise ModelError(_object("model", model, "a model directory, a GGUF file or a Decoder"))
     model = located(model)
     check_directory("model", model, ModelError)
     return model

@@ -129,7 +129,7 @@ def test_policies(build, message):
 
 
 PROMPTS = [
-    ("text", "the model directory has no tokenizer.json"),
+    ("text", "the model has no tokenizer.json"),
     ("", "the prompt is empty"),
     (5, "a prompt is a string or a dictionary, not int"),
     (None, "a prompt is a string or a dictionary, not NoneType"),
@@ -141,7 +141,7 @@ PROMPTS = [
     ({"prompt_token_ids": [1.5]}, "prompt_token_ids must be a list of integers"),
     ({"prompt_token_ids": 7}, "prompt_token_ids must be a list of integers"),
     ({"messages": []}, "messages must be a non-empty list"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "the model directory has no chat template"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "the model has no chat template"),
     ({"messages": "x"}, "messages must be a non-empty list"),
     ({}, "needs exactly one of"),
     ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "needs exactly one of"),

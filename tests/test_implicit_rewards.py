@@ -499,8 +499,8 @@ def test_what_probabilities_make(policy, reference, wanted):
 
 
 @pytest.mark.parametrize("given, options, problem", [
-    ((1, "x"), {}, "ImplicitReward.policy is 1, it must be a model directory or a Decoder"),
-    (("x", None), {}, "ImplicitReward.reference is None, it must be a model directory or a Decoder"),
+    ((1, "x"), {}, "ImplicitReward.policy is 1, it must be a model directory, a GGUF file or a Decoder"),
+    (("x", None), {}, "ImplicitReward.reference is None, it must be a model directory, a GGUF file or a Decoder"),
     (("x", "y"), {"beta": 0}, "ImplicitReward.beta is 0, it must be a finite number above 0"),
     (("x", "y"), {"beta": math.inf}, "ImplicitReward.beta is inf, it must be a finite number above 0"),
     (("x", "y"), {"beta": "1"}, "ImplicitReward.beta is '1', it must be"),

@@ -108,7 +108,7 @@ def test_the_same_decoder_is_one_model():
     ({"a": "b", "b": "a"}, r"models\['a'\] is 'b', a name and no directory: give the directory"),
     ({"a": "a"}, r"models\['a'\] is 'a', a name and no directory"),
     ({"a": "lm"}, r"models\['a'\] is 'lm', a name and no directory"),
-    ({"a": 3}, r"models\['a'\]: model is int, it must be a model directory or a Decoder"),
+    ({"a": 3}, r"models\['a'\]: model is int, it must be a model directory, a GGUF file or a Decoder"),
     ({"a": None}, r"models\['a'\]: model is NoneType, it must be"),
     ({"a": "org/name"}, r"models\['a'\]: org/name is not a directory here, nor is all of it in the cache"),
     ({"a": "/nowhere/x"}, r"models\['a'\]: /nowhere/x is not a directory: give the path of a model"),

@@ -239,6 +239,7 @@ BROKEN = [
     (Packing(CT, 8, form="float-quantized"), "weight", lambda one: torch.full_like(one, torch.nan), "has NaN"),
     (Packing(CT, 4, 32, form="pack-quantized"), "weight_shape", lambda one: one + 8,
      "weight_(shape|packed) of .* is I"),
+    (Packing(CT, 4, 32, True, "pack-quantized"), "weight_zero_point", None, "weight_zero_point of .* is not there"),
     (Packing(CT, 4, 32, form="pack-quantized"), "weight_scale", lambda one: one.repeat(1, 2),
      "128 columns in 8 groups, and groups of a multiple of 32 columns are read"),
 ]

@@ -20,6 +20,7 @@ class Storage(NamedTuple):
     method: str
     bits: int = 0  # of awq and gptq; the others' tensors say it
     less_one: bool = False  # gptq: zeros are stored less one
+    zeros: bool = False  # compressed-tensors: every module of four bits has zeros of its own
 
 
 def storage_of(config: Mapping[str, Any], where: str) -> Storage | None:
@@ -88,6 +89,7 @@ def _compressed(given: Mapping[str, Any], method: str, where: str) -> Storage:
     sparse = given.get("sparsity_config")
     if isinstance(sparse, dict) and sparse.get("format", "dense") != "dense":
         raise _refuse(where, f"compressed-tensors in the sparse format {shown(sparse['format'])}")
+    symmetric: list[bool] = []
     for group in groups:
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict):
@@ -96,4 +98,6 @@ def _compressed(given: Mapping[str, Any], method: str, where: str) -> Storage:
                 raise _refuse(where, f"compressed-tensors of {shown(scheme[1])} bits of type {shown(scheme[0])}")
             if weights.get("strategy") not in (None, "tensor", "channel", "group"):
                 raise _refuse(where, f"compressed-tensors by the strategy {shown(weights['strategy'])}")
-    return Storage(method)
+            if weights.get("num_bits") == 4:
+                symmetric.append(weights.get("symmetric", True) is not False)
+    return Storage(method, zeros=bool(symmetric) and not any(symmetric))

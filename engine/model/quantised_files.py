@@ -132,6 +132,8 @@ class QuantisedCheckpoint:
         self._check_order(module, "weight_g_idx", columns, groups)
         if info.shape[1] * 8 == columns:
             zeros = self._held.get(f"{module}.weight_zero_point")
+            if zeros is None and self._storage.zeros:
+                raise self._odd(module, "weight_zero_point")
             if zeros is not None and (zeros.dtype, zeros.shape) not in (
                     ("I32", (-(-rows // 8), groups)), ("I8", (rows, groups))):
                 raise self._odd(module, "weight_zero_point")

@@ -85,7 +85,7 @@ class EncoderReward(Reward):
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads model and tokenizer; RewardError without transformers, for a missing head and for a label unnamed."""
         if tokenizer is None:
-            raise RewardError("the model directory has no tokenizer.json, so the reward model cannot be given text: "
+            raise RewardError("the model has no tokenizer.json, so the reward model cannot be given text: "
                               "add the tokenizer")
         self.model, self.tokenizer, checkpoint = load_encoder(self.model_path, config.device)
         labels = self.model.config.num_labels

@@ -60,7 +60,7 @@ class FunctionReward(Reward):
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """A text reward needs the LM's tokenizer."""
         if self.needs_text and tokenizer is None:
-            raise RewardError('the model directory has no tokenizer.json, so the reward cannot be given text: '
+            raise RewardError('the model has no tokenizer.json, so the reward cannot be given text: '
                               'use FunctionReward(fn, inputs="ids")')
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:

@@ -100,7 +100,7 @@ class RemoteReward(Reward):
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Needs the language model's tokenizer. The server is not asked: it may come up later."""
         if tokenizer is None:
-            raise RewardError("the model directory has no tokenizer.json, so the remote reward cannot be given text: "
+            raise RewardError("the model has no tokenizer.json, so the remote reward cannot be given text: "
                               "add the tokenizer")
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
