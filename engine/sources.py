@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from stars.errors import ModelError, RewardError, StarsError, TokenizerError
 from stars.model.decoder import Decoder
-from stars.model.files import GGUF, is_gguf
+from stars.model.files import GGUF, is_gguf, printed
 from stars.model.location import located
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.reward.causal import CausalReward
@@ -63,7 +63,7 @@ def checked_reward(reward: Any) -> Any:
 def check_directory(name: str, path: str | Path, error: type[StarsError]) -> None:
     """Raises `error` for other files than GGUF files and for what is not here; what is in a directory or file is not
     looked at."""
-    given, path = str(path), Path(path)
+    given, path = printed(str(path)), Path(path)
     try:
         if path.is_dir() or is_gguf(path):
             return
@@ -79,7 +79,7 @@ def check_directory(name: str, path: str | Path, error: type[StarsError]) -> Non
     if BARE_NAME.fullmatch(given):
         raise error(f"{given} is not a directory here, and only names such as org/{given} are downloaded from the "
                     f"Hugging Face hub: give that one, or run `hf download {given} --local-dir DIR` and give DIR")
-    if name != "model" and str(given).startswith(("http://", "https://")):
+    if name != "model" and given.startswith(("http://", "https://")):
         raise error(f"{given} is not a directory: a reward model on a server is stars.RemoteReward(url)")
     raise error(f"{given} is not a directory: give the path of a {name} in Hugging Face format")
 

@@ -111,6 +111,7 @@ def test_the_same_decoder_is_one_model():
     ({"a": 3}, r"models\['a'\]: model is int, it must be a model directory, a GGUF file or a Decoder"),
     ({"a": None}, r"models\['a'\]: model is NoneType, it must be"),
     ({"a": "org/name"}, r"models\['a'\]: org/name is not a directory here, nor is all of it in the cache"),
+    ({"a": "/no\nwhere"}, r"models\['a'\]: '/no\\nwhere' is not a directory: give the path of a model"),
     ({"a": "/nowhere/x"}, r"models\['a'\]: /nowhere/x is not a directory: give the path of a model"),
 ])
 def test_names_and_values(models, message):

@@ -44,8 +44,8 @@ class ImplicitReward(CompositeReward):
                  quantization: str | None = "auto"):
         for name, model in zip(NAMES, (policy, reference), strict=True):
             if not isinstance(model, (str, Path)) and not hasattr(model, "forward"):
-                raise RewardError(f"ImplicitReward.{name} is {shown(model)}, it must be a model directory, a GGUF file or a "
-                                  "Decoder")
+                raise RewardError(f"ImplicitReward.{name} is {shown(model)}, it must be a model directory, a GGUF file "
+                                  "or a Decoder")
             checked_rounding("ImplicitReward", quantization, model)
         try:
             self.beta = real("ImplicitReward.beta", beta, "a finite number above 0",
