@@ -147,16 +147,20 @@ class Bench:
         return stars.Engine(self.model, self.reward, max_model_len=1024)
 
     @cached_property
-    def vllm(self) -> VLLM | None:
-        """vLLM's process; None where there is none, which is noted."""
+    def vllms(self) -> dict[str, VLLM]:
+        """vLLM's processes by the type that they compute in, of which a CPU without products of bfloat16 may have
+        float32 far ahead; what there is not is noted."""
+        found: dict[str, VLLM] = {}
         if self.vllm_python is None:
             self.missing.append("vLLM: no --vllm-python was given")
-            return None
-        try:
-            return VLLM(self.vllm_python, self.model, self.reward, self.threads, self.scratch / "vllm.log")
-        except (OSError, RuntimeError) as error:
-            self.missing.append(f"vLLM: {error}")
-            return None
+            return found
+        for dtype in ("bfloat16", "float32"):
+            try:
+                found[dtype] = VLLM(self.vllm_python, self.model, self.reward, dtype, self.threads,
+                                    self.scratch / f"vllm-{dtype}.log")
+            except (OSError, RuntimeError) as error:
+                self.missing.append(f"vLLM in {dtype}: {error}")
+        return found
 
     @cached_property
     def prompt_ids(self) -> list[int]:
@@ -336,7 +340,7 @@ def aligned(bench: Bench) -> Iterator[Figure]:
 
 def candidates(bench: Bench) -> Iterator[Figure]:
     """Rounds of eight candidates of 16 tokens, all scored, of which the best one is kept; vLLM beside it."""
-    engine, vllm = bench.aligned, bench.vllm
+    engine, vllms = bench.aligned, bench.vllms
     never = stars.STARS(SEGMENT, CANDIDATES, reward_threshold=float("inf"), width=CANDIDATES)
 
     def ours(index: int) -> None:
@@ -346,18 +350,20 @@ def candidates(bench: Bench) -> Iterator[Figure]:
         assert output.metrics.attempts_counted == ROUNDS * CANDIDATES
 
     functions: dict[str, Callable[[int], float | None]] = {"ours": ours}
-    if vllm is not None:
-        functions["vllm"] = lambda index: float(vllm.candidates(bench.random_ids(index, 64), ROUNDS, index)["seconds"])
+    for dtype, vllm in vllms.items():
+        functions[dtype] = lambda index, vllm=vllm: float(
+            vllm.candidates(bench.random_ids(index, 64), ROUNDS, index)["seconds"])
     seconds = interleave(functions, bench.repeats, warmups=2)
     label = f"{CANDIDATES} candidates, all scored, {ours_of(engine, 'bf16')}"
     rounds = [ROUNDS] * bench.repeats
-    if vllm is None:
+    if not vllms:
         yield Figure(label, ROUNDS / statistics.median(seconds["ours"]), "round/s")
-        return
-    yield compare(label, "round/s", [n / s for n, s in zip(rounds, seconds["ours"], strict=True)],
-                  "vLLM CPU bf16, n = 8, prefix caching, 269 MB", [n / s for n, s in zip(rounds, seconds["vllm"],
-                                                                                        strict=True)],
-                  ">= 3", version=vllm.version)
+    for dtype, vllm in vllms.items():
+        size = 269 if dtype == "bfloat16" else 538
+        yield compare(label, "round/s", [n / s for n, s in zip(rounds, seconds["ours"], strict=True)],
+                      f"vLLM CPU {dtype}, n = 8, prefix caching, {size} MB", [n / s for n, s in zip(
+                          rounds, seconds[dtype], strict=True)], ">= 3" if dtype == "bfloat16" else "",
+                      version=vllm.version)
 
 
 def prompts(bench: Bench) -> Iterator[Figure]:
@@ -454,8 +460,8 @@ def main() -> None:
             print_table(found)
             write(options, machine, bench, figures)
     finally:
-        if "vllm" in bench.__dict__ and bench.vllm is not None:
-            bench.vllm.close()
+        for vllm in bench.__dict__.get("vllms", {}).values():
+            vllm.close()
     machine["load_average_at_end"] = [round(load, 2) for load in os.getloadavg()]
     write(options, machine, bench, figures)
     print_table(figures)

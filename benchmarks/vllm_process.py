@@ -1,6 +1,7 @@
 """vLLM's CPU build beside the engine, in a process and an environment of its own, which is asked in turns.
 
-As a program, run by the interpreter that has vLLM, it is that process: `vllm_process.py --model DIR --reward DIR`.
+As a program, run by the interpreter that has vLLM, it is that process: `vllm_process.py --model DIR --reward DIR --dtype
+DTYPE`.
 It reads one JSON object a line and answers with one.
 """
 
@@ -20,9 +21,9 @@ START_SECONDS = 600.0  # its own compiler is among what it waits for
 
 
 class VLLM:
-    """The process, started by `python`, with a language model and a reward model loaded."""
+    """The process, started by `python`, with a language model and a reward model loaded, both computed in `dtype`."""
 
-    def __init__(self, python: str, model: Path, reward: Path, threads: int, log: Path):
+    def __init__(self, python: str, model: Path, reward: Path, dtype: str, threads: int, log: Path):
         environment = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1",
                            VLLM_CPU_NUM_OF_RESERVED_CPU="0", HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(threads),
                            VLLM_NO_USAGE_STATS="1")
@@ -33,8 +34,9 @@ class VLLM:
         # names.
         code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
         self._process = subprocess.Popen(
-            [python, "-c", code, "--model", str(model.resolve()), "--reward", str(reward.resolve())], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment, cwd=log.resolve().parent)
+            [python, "-c", code, "--model", str(model.resolve()), "--reward", str(reward.resolve()), "--dtype", dtype],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
+            cwd=log.resolve().parent)
         self.version = str(self._answer()["version"])
 
     def candidates(self, prompt: list[int], rounds: int, seed: int) -> Mapping[str, Any]:
@@ -86,12 +88,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--reward", required=True)
+    parser.add_argument("--dtype", required=True)
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")  # vLLM writes to the standard output as well
     os.dup2(2, 1)
     import vllm
 
-    common = dict(dtype="bfloat16", max_model_len=1024, enable_prefix_caching=True, block_size=32, max_num_seqs=16)
+    common = dict(dtype=options.dtype, max_model_len=1024, enable_prefix_caching=True, block_size=32, max_num_seqs=16)
     lm = vllm.LLM(options.model, **common)
     reward = vllm.LLM(options.reward, runner="pooling", convert="classify", **common)
 
