@@ -1,8 +1,7 @@
 """vLLM's CPU build beside the engine, in a process and an environment of its own, which is asked in turns.
 
-As a program, run by the interpreter that has vLLM, it is that process: `vllm_process.py --model DIR --reward DIR --dtype
-DTYPE`.
-It reads one JSON object a line and answers with one.
+As a program, run by the interpreter that has vLLM, it is that process: `vllm_process.py --model DIR --reward DIR
+--dtype DTYPE`. It reads one JSON object a line and answers with one.
 """
 
 from __future__ import annotations

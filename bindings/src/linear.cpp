@@ -25,9 +25,19 @@ namespace {
 
 // A unit is what a tile holds of a panel at a time: one vector of columns of its lower half and one of its upper half.
 constexpr int64_t kUnitsPerPanel = kHalfPanel / vector_width;
-// Rows of a tile. With 16 registers, 6 x 2 sums, two vectors of weights and a value of x fill them. With 32, 8 rows
-// were the fastest of 8, 12 and 14 (benchmarks/README.md).
-constexpr int kMaxRows = vector_width == 16 ? 14 : 6;
+// Rows of a tile; inputs of a panel that many row blocks pass over at a time; rows that do, whose x stays in the second-
+// level cache. With 16 registers, 6 x 2 sums, two vectors of weights and a value of x fill them. With 32, it is what was
+// fastest where each instruction set was measured: a Zen 4 and an Emerald Rapids (benchmarks/README.md).
+#if defined(__AVX512BF16__)
+constexpr int kMaxRows = 8;
+constexpr int64_t kBlockOfK = 256, kRowsPerPass = 64;
+#elif defined(__AVX512F__)
+constexpr int kMaxRows = 14;
+constexpr int64_t kBlockOfK = 768, kRowsPerPass = 112;
+#else
+constexpr int kMaxRows = 6;
+constexpr int64_t kBlockOfK = 256, kRowsPerPass = 48;
+#endif
 
 // Rows of a panel that are asked for before they are needed: the processor's own prefetching stops at every page, and
 // begins anew at every panel.
@@ -231,9 +241,6 @@ const uint32_t* cells_of(const float* x, int64_t rows, int64_t in_features) {
   return pairs;
 }
 #endif
-
-constexpr int64_t kBlockOfK = 768;
-constexpr int64_t kRowsPerPass = vector_width == 16 ? 112 : 48;  // whose x stays in the second, and whose pages in the first TLB
 
 // Rows begin .. end - 1, at most kRowsPerPass, by units first_unit .. last_unit - 1.
 template <class T, class X>
