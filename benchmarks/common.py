@@ -120,12 +120,15 @@ Timed = Callable[[int], float | None]
 
 
 def interleave(functions: Mapping[str, Timed], repeats: int, warmups: int = 1) -> dict[str, list[float]]:
-    """Seconds of every function, A B C A B C …, so that whatever slows the machine for a while slows all of them."""
+    """Seconds of every function, A B C A B C …, so that whatever slows the machine for a while slows all of them.
+
+    No index is given twice: what was read in a warm-up may lie in a cache of prefixes.
+    """
     for index in range(warmups):
         for function in functions.values():
             function(index)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for index in range(repeats):
+    for index in range(warmups, warmups + repeats):
         for name, function in functions.items():
             begin = time.perf_counter()
             own = function(index)
