@@ -53,11 +53,11 @@ def texts_of(path: Path, count: int) -> list[str]:
     sys.exit(f"{path} has {len(found)} texts, and {count} are wanted")
 
 
-def scores(engine: Engine, texts: Sequence[str]) -> Iterator[tuple[float, int]]:
+def scores(engine: Engine, texts: Sequence[list[int]]) -> Iterator[tuple[float, int]]:
     """What an engine's reward says of each text, and how many tokens it has behind the prompt."""
     reward, tokenizer, vocabulary = engine.reward, engine.tokenizer, engine.model_config.vocab_size
     for begin in range(0, len(texts), BATCH):
-        ids = [tokenizer.encode(text)[: PROMPT + RESPONSE] for text in texts[begin : begin + BATCH]]
+        ids = texts[begin : begin + BATCH]
         sessions = [reward.open(parse_prompt({"prompt_token_ids": one[:PROMPT]}, tokenizer, vocabulary), RESPONSE)
                     for one in ids]
         for session in sessions:  # one at a time: two texts may begin alike
@@ -95,6 +95,7 @@ def measured(args: argparse.Namespace, texts: Sequence[str], language: bool) -> 
                          args.file, None, "int8"))
     found: dict[str, dict[str, float]] = {}
     full = torch.empty(0)
+    ids: list[list[int]] = []  # the same for all: a file's tokenizer may differ from the directory's
     for name, model, given, tied in variants:
         quantization.TIED = tied  # the head's alternative is measured here alone
         sys.modules["stars.model.reader"].TIED = tied
@@ -104,8 +105,9 @@ def measured(args: argparse.Namespace, texts: Sequence[str], language: bool) -> 
                         quantization=given if over else None, reward_quantization=None if over else given,
                         max_num_seqs=BATCH, max_num_lanes=BATCH)
         loaded = time.perf_counter() - begin
+        ids = ids or [engine.tokenizer.encode(text)[: PROMPT + RESPONSE] for text in texts]
         with torch.inference_mode():
-            rewards, lengths = zip(*scores(engine, texts), strict=True)
+            rewards, lengths = zip(*scores(engine, ids), strict=True)
         values = torch.tensor(rewards, dtype=torch.float64)
         full = values if not found else full
         found[name] = {"load_seconds": loaded}

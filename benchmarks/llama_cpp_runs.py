@@ -55,15 +55,15 @@ class LlamaCpp:
         self._api.llama_model_free(self._model)
 
     def greedy(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """Reads every prompt and draws `tokens` tokens after each, all sequences in one batch a step."""
+        """Reads the prompts and draws `tokens` tokens after each, all sequences in one batch a step."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
         drawn: list[list[int]] = []
-        for index, prompt in enumerate(prompts):
-            for begin in range(0, len(prompt), 512):
-                part = prompt[begin : begin + 512]
-                last = begin + len(part) == len(prompt)
-                self._decode([(token, begin + i, index, last and i == len(part) - 1) for i, token in enumerate(part)])
-            drawn.append([self._argmax(len(prompt[begin:]) - 1)])
+        rows = [(token, i, index, i == len(prompt) - 1)
+                for index, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
+        for begin in range(0, len(rows), 512):
+            part = rows[begin : begin + 512]
+            self._decode(part)
+            drawn += [[self._argmax(row)] for row, (_, _, _, last) in enumerate(part) if last]
         for step in range(tokens - 1):
             self._decode([(own[-1], len(prompt) + step, index, True)
                           for index, (prompt, own) in enumerate(zip(prompts, drawn, strict=True))])

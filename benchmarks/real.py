@@ -292,14 +292,16 @@ def streams(bench: Bench, count: int = 8) -> Iterator[Figure]:
         engine, llama = bench.engine(name), bench.llama(NAMED[name].gguf, count)
         if engine is None or llama is None:
             continue
-        prompts = [bench.random_ids(index, 24) for index in range(count)]
 
-        def ours(_: int, engine=engine, prompts=prompts) -> None:
-            engine.generate([{"prompt_token_ids": ids} for ids in prompts], greedy(bench.tokens), stars.Sample(),
+        def prompts(index: int) -> list[list[int]]:
+            return [bench.random_ids(count * index + one, 24) for one in range(count)]
+
+        def ours(index: int, engine=engine, prompts=prompts) -> None:
+            engine.generate([{"prompt_token_ids": ids} for ids in prompts(index)], greedy(bench.tokens), stars.Sample(),
                             use_tqdm=False)
 
-        seconds = interleave({"ours": ours, "llama": lambda _, llama=llama, prompts=prompts: void(
-            llama.greedy(prompts, bench.tokens))}, bench.repeats)
+        seconds = interleave({"ours": ours, "llama": lambda index, llama=llama, prompts=prompts: void(
+            llama.greedy(prompts(index), bench.tokens))}, bench.repeats)
         yield speedup(f"{count} streams, {ours_of(engine, name)}", [count * bench.tokens] * bench.repeats,
                       seconds["ours"], f"{bench.theirs(NAMED[name].gguf)}, {count} sequences", seconds["llama"],
                       ">= 2.5")

@@ -2,7 +2,7 @@
 
     w = (value - zero) * scale
 
-Only weights are quantised: activations stay as they are, and products are summed up in float32. Matrices of GGUF files
+Only weights are quantised. Activations stay as they are on a GPU; on the CPU products take them in 16 bits (`pack`). Matrices of GGUF files
 stay as they are stored (`quant_blocks.py`).
 """
 

@@ -50,7 +50,7 @@ STARS_INLINE void round_group(const float* from, int64_t count, int zero, bool o
 }
 
 // Rows begin .. begin + count - 1 of a call's x [rows, in_features] in groups, a row after the other; until this
-// thread's next call. A thread rounds them once, however many of the call's tasks it takes.
+// thread's next call. A thread rounds them once, however many tasks of these rows it takes one after the other.
 STARS_INLINE const Group* rounded_rows(uint64_t call, const float* x, int64_t in_features, int64_t begin,
                                        int64_t count, int zero, bool of_halves) {
   thread_local struct {
