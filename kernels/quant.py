@@ -2,8 +2,8 @@
 
     w = (value - zero) * scale
 
-Only weights are quantised. Activations stay as they are on a GPU; on the CPU products take them in 16 bits (`pack`). Matrices of GGUF files
-stay as they are stored (`quant_blocks.py`).
+Only weights are quantised. Activations stay as they are on a GPU; on the CPU products take them in 16 bits (`pack`).
+Matrices of GGUF files stay as they are stored (`quant_blocks.py`).
 """
 
 from __future__ import annotations

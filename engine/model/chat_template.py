@@ -12,8 +12,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from stars.errors import TokenizerError, text_of
-from stars.model.template_limits import LimitedEnvironment
+from stars.model.template_limits import LimitedEnvironment, LimitExceeded
 
+LONGEST_DATE = 256
+"""Characters of a form of a date: a field of it may be as wide as it says."""
 MAX_REASON = 300
 """Characters that an error repeats of what a template said."""
 
@@ -158,4 +160,6 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > LONGEST_DATE:
+        raise LimitExceeded(f"it asks for a date of more than {LONGEST_DATE} characters")
     return datetime.now().strftime(form)

@@ -55,8 +55,12 @@ _SHALLOW = frozenset((
 """Filters whose work does not depend on what the items of a collection hold."""
 _ITEMISING = frozenset((
     "batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "slice",
-    "sort", "sum", "unique"))
-"""Filters that make an item of every character of a text."""
+    "sort", "sum", "title", "unique", "wordcount"))
+"""Filters that make an item of every character of a text, or of every word."""
+_BACKWARDS = frozenset(("lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"))
+"""Methods of texts whose work grows with the product of both lengths: Python searches fast from the left only."""
+_ENCODINGS = frozenset(("ascii", "latin-1", "latin1", "utf-8", "utf8"))
+"""Others may work with the square of the text, as punycode does."""
 _BACKTRACKING = frozenset(("pprint", "striptags", "urlize", "wordwrap"))
 """Filters whose work may grow with the square of the text."""
 _SIZED = frozenset(("batch", "center", "indent", "round", "slice", "tojson", "wordwrap"))
@@ -191,11 +195,17 @@ class Meter:
             args = (list(args[0]), *args[1:]) if not isinstance(args[0], (str, bytes)) else args
             self.text(len(owner) * len(args[0]))
         self.scan(*args, *kwargs.values())
-        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int)]
+        given = (*args, *kwargs.values())
+        numbers = [value for value in given if isinstance(value, int)]
         if isinstance(owner, (str, bytes)):
             self.text(len(owner))
             if name in ("center", "ljust", "rjust", "zfill"):
                 self.width(*numbers)
+            elif name in _BACKWARDS:
+                self.text(len(owner) * sum(len(one) for one in given if isinstance(one, (str, bytes))) // READING)
+            elif name in ("encode", "decode") and str(
+                    args[0] if args else kwargs.get("encoding", "utf-8")).lower() not in _ENCODINGS:
+                raise LimitExceeded("it encodes a text otherwise than in utf-8, ascii or latin-1")
             elif name == "expandtabs":
                 self.width(*numbers)
                 self.text(len(owner) * max([8, *numbers]))
@@ -203,7 +213,7 @@ class Meter:
                 self.replacement(owner, args[0], args[1])
             elif name == "translate":
                 self.text(len(owner) * sum(map(self.weigh, args)))
-            elif name in ("split", "rsplit", "splitlines"):
+            if name in ("split", "rsplit", "splitlines"):
                 separator = args[0] if args else kwargs.get("sep")
                 parts = (_occurrences(owner, separator) if isinstance(separator, type(owner)) and separator
                          else len(owner) // 2)
@@ -451,6 +461,8 @@ def _metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
                                                            *(n for n in given if isinstance(n, int))]))
         elif name == "replace" and len(given) > 1:
             meter.replacement(value, given[0], given[1])
+        elif name == "trim":
+            meter.text(meter.weigh(value) * sum(len(one) for one in given if isinstance(one, str)) // READING)
         elif name in ("join", "sum") and isinstance(value, Collection):
             # a separator for each item; a sum of lists copies all that went before for each
             meter.text(len(value) * (meter.weigh(given[:1]) if name == "join" else
