@@ -330,7 +330,7 @@ def _check_pairs(checkpoint: AdaptedCheckpoint, config: ModelConfig) -> None:
         if shape != (pair.out_features, pair.in_features):
             found = "no such layer" if shape is None else f"{list(shape)}"
             raise ModelError(
-                f"{checkpoint.adapter} has an adapter of {module} for a matrix of "
+                f"{checkpoint.adapter} has an adapter of {printed(module)} for a matrix of "
                 f"{[pair.out_features, pair.in_features]} and its base {checkpoint.directory} has {found}: use the "
                 "adapter with the base model that it was trained on")
 
