@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 600.0  # its own compiler is among what it waits for
-
 
 class VLLM:
     """The process, started by `python`, with a language model and a reward model loaded, both computed in `dtype`."""

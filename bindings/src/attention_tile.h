@@ -118,7 +118,8 @@ STARS_INLINE void ask_for(const float* row, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += 16) __builtin_prefetch(row + d, 0, 2);
 }
 
-// Keys in the outer loop: the queries stay in the nearest cache.
+// Keys in the outer loop: the queries stay in the nearest cache. Those of the next step, and the values of this one, are
+// asked for: after a step's weights went through the caches they lie far away.
 template <int Rows>
 STARS_INLINE void score_rows(const softmax_rows& s, int64_t first, int64_t last, const key_tile& tile, int64_t begin,
                              int64_t end, bool ask) {
@@ -127,7 +128,7 @@ STARS_INLINE void score_rows(const softmax_rows& s, int64_t first, int64_t last,
   for (int64_t key = begin; key < end; key += keys) {
     if (ask) {
       for (int64_t j = key; j < key + keys; ++j) {
-        if (j + 16 < end) ask_for(tile.k + tile.offset[j + 16], s.head_dim);
+        if (j + key_step < end) ask_for(tile.k + tile.offset[j + key_step], s.head_dim);
         ask_for(tile.v + tile.offset[j], s.head_dim);
       }
     }

@@ -246,7 +246,7 @@ const uint32_t* cells_of(const float* x, int64_t rows, int64_t in_features) {
 template <class T, class X>
 void pass(const stars_linear_params& p, int64_t begin, int64_t end, int64_t first_unit, int64_t last_unit) {
   const T* weight = static_cast<const T*>(p.weight);
-  // Rounded again for each range of columns: with few rows about a microsecond, as much as a barrier after doing so once.
+  // Rounded again for each range of columns: with few rows a microsecond, as much as a barrier after doing it once.
   const X* x = cells_of<X>(p.x + begin * p.in_features, end - begin, p.in_features);
   const int64_t x_stride = panel_depth(p.in_features, kInputs<X> == 2);
   const int64_t blocks = (end - begin + kMaxRows - 1) / kMaxRows;

@@ -262,16 +262,17 @@ void linear_quantised(const stars_linear_params& p) {
   const Format f = format_of(p.dtype);
   const bool offsets = f.offsets != Offsets::kNone;
   const auto run = f.scales == Scales::kOutput ? product<Kind<8, Scales::kOutput, false>>
-                           : f.bits == 8               ? product<Kind<8, Scales::kHalf, false>>
-                           : f.bits == 6               ? product<Kind<6, Scales::kSmallOf16, false>>
-                           : f.bits == 5 && offsets    ? product<Kind<5, Scales::kHalf, true>>
-                           : f.bits == 5               ? product<Kind<5, Scales::kHalf, false>>
-                           : offsets                   ? product<Kind<4, Scales::kHalf, true>>
-                                                       : product<Kind<4, Scales::kHalf, false>>;
+                   : f.bits == 8               ? product<Kind<8, Scales::kHalf, false>>
+                   : f.bits == 6               ? product<Kind<6, Scales::kSmallOf16, false>>
+                   : f.bits == 5 && offsets    ? product<Kind<5, Scales::kHalf, true>>
+                   : f.bits == 5               ? product<Kind<5, Scales::kHalf, false>>
+                   : offsets                   ? product<Kind<4, Scales::kHalf, true>>
+                                               : product<Kind<4, Scales::kHalf, false>>;
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = calls.fetch_add(1, std::memory_order_relaxed) + 1;
   // By rows first: a thread then rounds few of them, and a panel serves all that it has.
-  for_product_tasks(p, kRowsPerPass, kMaxRows, [run, call](const auto& params, auto... part) { run(params, call, part...); });
+  for_product_tasks(p, kRowsPerPass, kMaxRows,
+                    [run, call](const auto& params, auto... part) { run(params, call, part...); });
 }
 
 }  // namespace stars::STARS_ISA

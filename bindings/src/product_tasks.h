@@ -11,8 +11,8 @@
 namespace stars::STARS_ISA {
 
 // Calls run(params, begin, end, first, last) for rows begin .. end - 1 by panels first .. last - 1, until all are done.
-// Work is shared by rows first, so that no task has more than `rows_of_task` where there are tasks enough, then by columns;
-// by rows again where there are too few columns, down to `rows_of_tile` each.
+// Work is shared by rows first, so that no task has more than `rows_of_task` where there are tasks enough, then by
+// columns; by rows again where there are too few columns, down to `rows_of_tile` each.
 template <class Run>
 STARS_INLINE void for_product_tasks(const stars_linear_params& p, int64_t rows_of_task, int64_t rows_of_tile,
                                     const Run& run) {

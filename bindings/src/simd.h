@@ -134,72 +134,32 @@ STARS_INLINE bool any(ints mask) {
 #endif
 }
 
-// Over the lanes, halves first: the same order on every call.
-STARS_INLINE float sum_of(floats v) {
+// All lanes by `op`, halves first: the same order on every call.
+template <class V, class Op>
+STARS_INLINE auto folded(V v, Op op) {
 #if defined(__AVX512F__)
-  const __m256 y = _mm256_add_ps((__m256)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
-                                 (__m256)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-#elif defined(__AVX2__)
-  const __m256 y = (__m256)v;
+  const auto y = op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+  const auto y = v;
 #endif
 #if defined(__AVX2__)
-  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
-  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+  const auto half = op(__builtin_shufflevector(y, y, 0, 1, 2, 3), __builtin_shufflevector(y, y, 4, 5, 6, 7));
 #else
-  return (v[0] + v[2]) + (v[1] + v[3]);
+  const auto half = y;
 #endif
+  const auto quarter = op(half, __builtin_shufflevector(half, half, 2, 3, 0, 1));
+  return op(quarter[0], quarter[1]);
 }
 
-STARS_INLINE float max_of(floats v) {
-#if defined(__AVX512F__)
-  const __m256 y = _mm256_max_ps((__m256)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
-                                 (__m256)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-#elif defined(__AVX2__)
-  const __m256 y = (__m256)v;
-#endif
-#if defined(__AVX2__)
-  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
-  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
-#else
-  const float left = v[0] > v[2] ? v[0] : v[2], right = v[1] > v[3] ? v[1] : v[3];
-  return left > right ? left : right;
-#endif
+template <class V>
+STARS_INLINE auto sum_of(V v) {
+  return folded(v, [](auto a, auto b) { return a + b; });
 }
 
-STARS_INLINE int32_t sum_of(ints v) {
-#if defined(__AVX512F__)
-  const __m256i y = _mm256_add_epi32((__m256i)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
-                                     (__m256i)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-#elif defined(__AVX2__)
-  const __m256i y = (__m256i)v;
-#endif
-#if defined(__AVX2__)
-  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
-  const __m128i quarter = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return _mm_cvtsi128_si32(quarter) + _mm_extract_epi32(quarter, 1);
-#else
-  return (v[0] + v[2]) + (v[1] + v[3]);
-#endif
-}
-
-STARS_INLINE int32_t max_of(ints v) {
-#if defined(__AVX512F__)
-  const __m256i y = _mm256_max_epi32((__m256i)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
-                                     (__m256i)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-#elif defined(__AVX2__)
-  const __m256i y = (__m256i)v;
-#endif
-#if defined(__AVX2__)
-  const __m128i half = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
-  const __m128i quarter = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  const int32_t left = _mm_cvtsi128_si32(quarter), right = _mm_extract_epi32(quarter, 1);
-  return left > right ? left : right;
-#else
-  const int32_t left = v[0] > v[2] ? v[0] : v[2], right = v[1] > v[3] ? v[1] : v[3];
-  return left > right ? left : right;
-#endif
+template <class V>
+STARS_INLINE auto max_of(V v) {
+  return folded(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x, within 2 ulp; 0 below -104 (and of -inf), inf above 88.73; NaN stays.
