@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stars.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from stars.budget import Budget
     from stars.calibration import Calibration
     from stars.engine import Engine
     from stars.errors import (
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
         Reward,
         WeightedReward,
     )
-    from stars.sampling import SamplingParams
+    from stars.sampling import RequestOutputKind, SamplingParams
+    from stars.structured import StructuredOutputsParams
     from stars.trace import read_trace, write_trace
 
 # Lines go to "stars" and its children, and nowhere unless the program around says so.
@@ -60,6 +62,7 @@ logging.getLogger("stars").addHandler(logging.NullHandler())
 
 # Names are imported when they are first used: the command line answers --help without loading torch.
 _HOMES = {
+    "budget": ("Budget",),
     "calibration": ("Calibration",),
     "engine": ("Engine",),
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
@@ -70,7 +73,8 @@ _HOMES = {
                  "SpeculativeRejection", "TokenGuidance"),
     "reward": ("CachedReward", "CausalReward", "EncoderReward", "FunctionReward", "ImplicitReward", "LoraReward",
                "ProcessReward", "RemoteReward", "Reward", "WeightedReward"),
-    "sampling": ("SamplingParams",),
+    "sampling": ("RequestOutputKind", "SamplingParams"),
+    "structured": ("StructuredOutputsParams",),
     "trace": ("read_trace", "write_trace"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -80,6 +84,7 @@ __all__ = [
     "Attempt",
     "BestOfN",
     "BlockwiseBestOfK",
+    "Budget",
     "CARDS",
     "CachedReward",
     "Calibration",
@@ -103,6 +108,7 @@ __all__ = [
     "RemoteReward",
     "RequestError",
     "RequestOutput",
+    "RequestOutputKind",
     "Reward",
     "RewardError",
     "RewardGuidedSpeculation",
@@ -113,6 +119,7 @@ __all__ = [
     "SegmentBeam",
     "SpeculativeRejection",
     "StarsError",
+    "StructuredOutputsParams",
     "TokenGuidance",
     "TokenizerError",
     "TraceError",

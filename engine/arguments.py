@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from stars.errors import RequestError
 
 MAX_SHOWN = 60  # characters of a value in a message
+MAX_LISTED = 18  # names in a message
 Cls = TypeVar("Cls", bound=type)
 
 
@@ -100,7 +101,8 @@ def closest(name: str, known: Iterable[str]) -> str:
     """What to tell somebody who typed `name`, of which nothing is known."""
     known = list(known)
     found = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"did you mean {found[0]}?" if found else f"there are {', '.join(known)}"
+    more = "" if len(known) <= MAX_LISTED else f" and {len(known) - MAX_LISTED} more"
+    return f"did you mean {found[0]}?" if found else f"there are {', '.join(known[:MAX_LISTED])}{more}"
 
 
 def asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import itertools
 import logging
-import secrets
 import time
 import weakref
 from collections import deque
@@ -18,15 +17,15 @@ import torch
 from tqdm import tqdm
 
 from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, refuse_others, shown
+from stars.budget import Budget
 from stars.cache import PagedCache
 from stars.calibration import Calibration, PlainSample, PlainSegments
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
-from stars.draft import MAX_STOP_IDS, Drafter
+from stars.draft import Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
-from stars.filtered_ratio import check_prompted
 from stars.fit import fit
-from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
+from stars.intake import Asked, Intake, no_params
 from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
@@ -34,9 +33,7 @@ from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.plan import DRAFT_SIZE, Plan, Policy, Prompted, Ratio, plan_of
-from stars.policies import Sample
-from stars.prompt import after, parse_prompt
+from stars.plan import DRAFT_SIZE, Plan, Policy
 from stars.readers import Parts, Readers
 from stars.request import Group, Request
 from stars.reward.base import Later, Reward, with_parts
@@ -47,7 +44,6 @@ from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
 from stars.sources import checked_model, checked_reward, resolve_tokenizer
-from stars.stops import stop_tokens
 from stars.target import device_of
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
@@ -170,11 +166,12 @@ class Engine:
                     self.reward.warm_up(drafter.device_draft)
         self._round = Round(self._models, self._cache, self.reward, chooser, config)
         self._scheduler = Scheduler(self._cache, self.reward, self._models, self._round, config)
+        self._intake = Intake(config, self.model_config, tokenizer, self.reward, self._models, self._readers,
+                              self._scheduler)
         self._turns = Turns([*(member.decoder.lock for member in self._models.members),
                              *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
-        self._eos_token_ids = _all_eos(self.model_config, tokenizer)
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
         self._orphans: deque[str] = deque()  # ids of requests whose owner went away
         self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
@@ -215,24 +212,31 @@ class Engine:
 
     def generate(self, prompts: Any = None, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
                  policy: Policy | Sequence[Policy] | None = None,
-                 use_tqdm: bool | Callable[..., tqdm] = True, **others: Any) -> list[RequestOutput]:
+                 use_tqdm: bool | Callable[..., tqdm] = True, *, budget: Budget | Sequence[Budget] | None = None,
+                 priority: int | Sequence[int] = 0, user: str | Sequence[str] | None = None,
+                 **others: Any) -> list[RequestOutput]:
         """Completes every prompt; one RequestOutput a prompt, in order.
 
-        prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those. sampling_params and
-        policy: one for all, or a list with one for each prompt. Every input is checked before any work: RequestError
-        names the index of the prompt at fault. What fails later ends that request with finish_reason "error", and one
-        warning says of how many.
+        prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those. sampling_params,
+        policy, budget, priority and user: one for all, or a list with one for each prompt. Requests of a lower priority
+        come first; those of one are taken so that every `user` is served as many tokens as the others. Every input is
+        checked before any work: RequestError names the index of the prompt at fault. What fails later ends that request
+        with finish_reason "error", and one warning says of how many.
         """
-        refuse_others("generate", others, CALL, ("prompts", "sampling_params", "policy", "use_tqdm"))
+        refuse_others("generate", others, CALL, ("prompts", "sampling_params", "policy", "use_tqdm", "budget",
+                                                 "priority", "user"))
         refuse_bare_prompt(prompts)
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
-        params = _one_each("sampling_params", sampling_params, len(prompts))
-        policies = _one_each("policy", policy, len(prompts))
+        count = len(prompts)
+        asked = [Asked(*one) for one in zip(
+            prompts, _one_each("sampling_params", sampling_params, count), _one_each("policy", policy, count),
+            _one_each("budget", budget, count), _one_each("priority", priority, count), _one_each("user", user, count),
+            strict=True)]
         owner = _Owner()
         requests: list[Request] = []
         bar = None
         try:
-            self._submit(zip(prompts, params, policies, strict=True), owner, requests)
+            self._submit(asked, owner, requests)
             progress = tqdm if use_tqdm is True else use_tqdm
             bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
             finished = 0
@@ -254,17 +258,18 @@ class Engine:
         return outputs
 
     def stream(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
-               policy: Policy | None = None, **others: Any) -> Iterator[RequestOutput]:
+               policy: Policy | None = None, *, budget: Budget | None = None, priority: int = 0,
+               user: str | None = None, **others: Any) -> Iterator[RequestOutput]:
         """Yields the output of one prompt each time a segment was committed; each output is cumulative.
 
         Text that may still change is held back: an incomplete character, a possible start of a stop string. The prompt
         is checked at the call (RequestError); closing the iterator early aborts the request.
         """
-        refuse_others("stream", others, CALL, ("prompt", "sampling_params", "policy"))
+        refuse_others("stream", others, CALL, ("prompt", "sampling_params", "policy", "budget", "priority", "user"))
         if isinstance(prompt, (list, tuple)):
             refuse_bare_prompt(prompt)
             raise RequestError("stream takes one prompt: call it for each, or give the list to generate")
-        return self._stream(self._check(prompt, sampling_params, policy))
+        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user)))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         owner = _Owner()
@@ -308,7 +313,7 @@ class Engine:
             raise RequestError("calibrate needs a reward: build the engine with Engine(model, reward=...)")
         params = sampling_params if sampling_params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
-            raise RequestError(_no_params(params))
+            raise RequestError(no_params(params))
         params = dataclasses.replace(params, n=integer("num_samples", num_samples, 1))
         policy = PlainSegments(integer("segment_size", segment_size, 1, self.config.max_segment_size))
         outputs = self.generate(prompts, params, policy, use_tqdm=use_tqdm)
@@ -322,10 +327,12 @@ class Engine:
 
     @one_at_a_time
     def add_request(self, /, prompt: Any = None, sampling_params: SamplingParams | None = None,
-                    policy: Policy | None = None, *, request_id: str | None = None, **others: Any) -> str:
+                    policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
+                    priority: int = 0, user: str | None = None, **others: Any) -> str:
         """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands."""
-        refuse_others("add_request", others, CALL, ("prompt", "sampling_params", "policy", "request_id"))
-        request = self._parse(prompt, sampling_params, policy, request_id)
+        refuse_others("add_request", others, CALL, ("prompt", "sampling_params", "policy", "request_id", "budget",
+                                                    "priority", "user"))
+        request = self._parse(Asked(prompt, sampling_params, policy, budget, priority, user), request_id)
         self._enqueue(request)
         return request.request_id
 
@@ -372,81 +379,19 @@ class Engine:
 
     # -- the queue ------------------------------------------------------------------------------------------------
 
-    def _parse(self, given: Any, params: SamplingParams | None, policy: Policy | None,
-               request_id: str | None) -> Request:
+    def _parse(self, asked: Asked, request_id: str | None = None) -> Request:
         """A checked request that is not queued yet."""
-        params = params if params is not None else SamplingParams()
-        policy = policy if policy is not None else Sample()
-        if not isinstance(params, SamplingParams):
-            raise RequestError(_no_params(params))
-        refuse_bare_prompt(given)
-        plan = plan_of(policy)
-        if plan.score.when != "never" and self.reward is None:
-            raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
-                               "reward=...)")
-        proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
-        redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
-        reader, reads = self._readers.reader_of(plan), plan.score.reads
-        if isinstance(plan.propose, Prompted):
-            check_prompted(type(policy).__name__, plan, params, self.config)
-        if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
-            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would "
-                               "be in one of them: leave the penalties out")
-        draft, population = plan.segment.draft, plan.lanes.population
-        if draft > self.config.max_segment_size:
-            raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
-                               f"{self.config.max_segment_size}: build it with a larger max_segment_size")
-        if params.n * population > MAX_SAMPLE + 1:
-            raise RequestError(f"n times the policy's candidates is {params.n * population}, the most is "
-                               f"{MAX_SAMPLE + 1}: split the request")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, which the model lacks: use stop_token_ids")
-        eos = () if params.ignore_eos else self._eos_token_ids
-        named = stop_tokens(self.tokenizer, params.stop or (), self.model_config.vocab_size)
-        stop_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()), *named)))
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: "
-                               "give fewer")
-        vocab_size = self.model_config.vocab_size
-        prompt = parse_prompt(given, self.tokenizer, vocab_size)
-        contexts = {"prompt": prompt.token_ids}  # by what they are called
-        if isinstance(plan.propose, Prompted):
-            contexts = {f"prompt with the {name} text before it": after(text, prompt, self.tokenizer, vocab_size)
-                        for name, text in (("draft", plan.propose.draft), ("judge", plan.propose.judge))}
-        longest = max(contexts, key=lambda name: len(contexts[name]))
-        length = len(contexts[longest])
-        params = params.settle(length, self.config.max_model_len, vocab_size)
-        max_tokens = params.max_tokens
-        assert max_tokens is not None  # `settle` made it a number
-        needed = length + max_tokens
-        if needed > self.config.max_model_len:
-            raise RequestError(f"the {longest} of {length} tokens and max_tokens="
-                               f"{shown(max_tokens)} make {shown(needed)}, the limit is "
-                               f"{self.config.max_model_len} ({self.config.max_model_len_from}): "
-                               "shorten the prompt or lower max_tokens")
-        least = 1 if plan.drawn_after else plan.segment.least
-        if max_tokens > least * (MAX_SEGMENT + 1):
-            raise RequestError(f"max_tokens={max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
-                               f"{least} tokens: use longer segments or fewer tokens")
-        if self.reward is not None and plan.score.when != "never":
-            self.reward.check(prompt, max_tokens)
-        self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens, list(contexts.values()))
-        for drafts in (proposal, redrafts):
-            self._models.drafter(drafts.stores, drafts.blends)  # which there may be no memory for
         if request_id is None:
             request_id = self._new_id()
         elif not isinstance(request_id, str) and not (type(request_id) is int and abs(request_id) < 1 << 64):
             raise RequestError(f"request_id is {type(request_id).__name__}, it must be a string")
         elif self._in_use(request_id):
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self.tokenizer, named,
-                       proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
-                       contexts=tuple(contexts.values()))
+        return self._intake.parse(asked, request_id)
 
     @one_at_a_time
-    def _check(self, given: Any, params: SamplingParams | None, policy: Policy | None) -> Request:
-        return self._parse(given, params, policy, None)
+    def _check(self, asked: Asked) -> Request:
+        return self._parse(asked)
 
     def _new_id(self) -> str:
         return next(request_id for request_id in map(str, self._ids) if not self._in_use(request_id))
@@ -455,12 +400,11 @@ class Engine:
         return request_id in self._requests or request_id in self._changed
 
     @one_at_a_time
-    def _submit(self, asked: Iterable[tuple[Any, SamplingParams | None, Policy | None]], owner: _Owner,
-                requests: list[Request]) -> None:
-        """Appends a request for each (prompt, params, policy) to `requests`, and queues them once all were checked."""
-        for index, (prompt, params, policy) in enumerate(asked):
+    def _submit(self, asked: Iterable[Asked], owner: _Owner, requests: list[Request]) -> None:
+        """Appends a request for each of `asked` to `requests`, and queues them once all were checked."""
+        for index, one in enumerate(asked):
             try:
-                requests.append(self._parse(prompt, params, policy, None))
+                requests.append(self._parse(one))
             except StarsError as error:
                 raise RequestError(f"prompts[{index}]: {error}") from error
         for request in requests:
@@ -702,18 +646,6 @@ class _Owner:
     def __init__(self) -> None:
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
-
-
-def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The EOS ids that the model's files name and the tokenizer's own, as far as the model has them: configurations
-    copied from a larger one name ids that can never be drawn."""
-    own = getattr(tokenizer, "eos_token_id", None)
-    named = config.eos_token_ids if own is None else (*config.eos_token_ids, own)
-    return tuple(dict.fromkeys(token for token in named if token < config.vocab_size))
-
-
-def _no_params(given: Any) -> str:
-    return f"sampling_params is {type(given).__name__}, it must be a stars.SamplingParams"
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from stars.budget import NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
@@ -690,6 +691,10 @@ class Request:
     contexts: tuple[list[int], ...] = ()  # what the language model reads responses after; left out: the prompt
     groups: list[Group] = field(default_factory=list)  # one for each completion
     prompt_reward: float | None = None
+    budget: Budget = NO_BUDGET
+    priority: int = 0  # lower ones come first
+    user: str | None = None  # whose tokens are counted together
+    arrived: float = field(default_factory=time.monotonic)
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:

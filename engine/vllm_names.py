@@ -8,33 +8,20 @@ from __future__ import annotations
 
 from stars.arguments import Absent
 
-_LOGPROBS = "CompletionOutput.cumulative_logprob and Attempt.logprob are what is kept, leave it at None"
-_CONSTRAINT = "nothing constrains the tokens here, score the format with a reward and leave it at None"
+_LOGPROBS = "give logprobs, how many of the most probable tokens are wanted"
+_CONSTRAINT = "give structured_outputs, whose fields are those of StructuredOutputsParams"
 
 SAMPLING = {
     "best_of": Absent((None, 1), "use policy=stars.BestOfN(n), which returns the response of the highest reward"),
-    "min_tokens": Absent((0, None), "leave it at 0, or use ignore_eos=True for responses of max_tokens"),
-    "logprobs": Absent((None,), _LOGPROBS),
-    "prompt_logprobs": Absent((None,), "leave it at None"),
     "prompt_logprob_token_ids": Absent((None,), "leave it at None"),
     "prompt_logprob_start": Absent((None,), "leave it at None"),
     "logprob_token_ids": Absent((None,), _LOGPROBS),
     "flat_logprobs": Absent((False, None), "leave it at False"),
-    "logit_bias": Absent((None, {}), "leave it at None"),
-    "bad_words": Absent((None, [], ()), "leave it at None, or let a reward mark them down"),
-    "allowed_token_ids": Absent((None,), "leave it at None"),
     "logits_processors": Absent((None, [], ()), "leave it at None, or judge whole segments with a reward"),
-    "structured_outputs": Absent((None,), _CONSTRAINT),
     "reasoning_structured_outputs": Absent((None,), _CONSTRAINT),
     "guided_decoding": Absent((None,), _CONSTRAINT),
-    "truncate_prompt_tokens": Absent((None,), "leave it at None and shorten the prompt"),
     "truncation_side": Absent((None,), "leave it at None and shorten the prompt"),
-    "include_stop_str_in_output": Absent((False,), "leave it at False and add stop_reason to the text"),
-    "skip_special_tokens": Absent((True,), "leave it at True and decode CompletionOutput.token_ids"),
     "spaces_between_special_tokens": Absent((True,), "leave it at True"),
-    "detokenize": Absent((True,), "leave it at True"),
-    "output_kind": Absent((None, 0, "CUMULATIVE"), "outputs are cumulative: engine.stream yields them as they grow, "
-                                                   "engine.generate the last"),
     "stream_interval": Absent((None, 1), "engine.stream yields once a segment, whose size is the policy's"),
     "extra_args": Absent((None, {}), "leave it at None, the policy has the parameters of STARS"),
     "skip_clone": Absent((False, True), "leave it at False"),
@@ -57,6 +44,15 @@ SAMPLING = {
     "num_beams": Absent((1,), "leave it at 1, or use policy=stars.BlockwiseBestOfK(k)"),
 }
 """Parameters of requests, by name."""
+
+STRUCTURED = {
+    "disable_fallback": Absent((False,), "there is one implementation, leave it out"),
+    "disable_any_whitespace": Absent((False,), "leave it at False, or write the schema as a grammar"),
+    "disable_additional_properties": Absent((False,), 'say "additionalProperties": false in the schema'),
+    "whitespace_pattern": Absent((None,), "leave it at None, or write the schema as a grammar"),
+    "structural_tag": Absent((None,), "write it as a grammar"),
+}
+"""Fields of StructuredOutputsParams, by name."""
 
 _ONE_DEVICE = "an engine runs on one device, leave it out and start one process for each GPU"
 _REVISION = 'give the model as "org/name@revision"'
@@ -125,9 +121,9 @@ ENGINE = {
     "lora_modules": Absent((None,), _LORA),
     "max_loras": Absent((None,), _LORA),
     "max_lora_rank": Absent((None,), _LORA),
-    "max_logprobs": Absent((None, 20), "log-probabilities of other tokens are not returned, leave it out"),
-    "structured_outputs_config": Absent((None,), "nothing constrains the tokens here, leave it out"),
-    "guided_decoding_backend": Absent((None,), "nothing constrains the tokens here, leave it out"),
+    "max_logprobs": Absent((None, 20), "it is 20, leave it out"),
+    "structured_outputs_config": Absent((None,), "there is one implementation, leave it out"),
+    "guided_decoding_backend": Absent((None, "auto", "guidance"), "there is one implementation, leave it out"),
     "reasoning_parser": Absent((None, ""), "the whole response is returned as it is, leave it out"),
     "logits_processors": Absent((None, []), "leave it out, or judge whole segments with a reward"),
     "limit_mm_per_prompt": Absent((None, {}), _TEXT_ONLY),
@@ -147,11 +143,14 @@ ENGINE = {
 CALL = {
     **{name: f"give SamplingParams({name}=...) as sampling_params" for name in (
         "temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
-        "presence_penalty", "frequency_penalty", "repetition_penalty")},
+        "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "prompt_logprobs", "logit_bias",
+        "min_tokens", "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "output_kind", "structured_outputs",
+        "attempt_logprobs", "include_stop_str_in_output", "skip_special_tokens", "detokenize")},
+    "timeout": "give budget=stars.Budget(seconds=...)",
+    "deadline": "give budget=stars.Budget(seconds=...)",
     "prompt_token_ids": 'give {"prompt_token_ids": [...]} as the prompt',
     "messages": 'give {"messages": [...]} as the prompt',
     "lora_request": _LORA,
-    "priority": "requests are taken in order, leave it out",
     "tokenization_kwargs": "give the prompt as {\"prompt_token_ids\": [...]}",
     "arrival_time": "leave it out",
     "trace_headers": "leave it out",

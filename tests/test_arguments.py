@@ -301,7 +301,7 @@ def test_objects_that_are_no_policies():
 def test_segments_that_have_no_number():
     """A segment's index has 20 bits of the random counter."""
     engine = toy_engine(LM)
-    engine.config = EngineConfig.resolve(ToyModel(positions=(1 << 20) + 64).config, cache_tokens=1 << 21)
+    engine._intake._config = EngineConfig.resolve(ToyModel(positions=(1 << 20) + 64).config, cache_tokens=1 << 21)
     policy = Own(segment=Fixed(1), score=Score("never"), decide=Always())
     refused(stars.RequestError, "makes more than 1048576 segments of 1 tokens", engine.add_request, PROMPT,
             stars.SamplingParams(max_tokens=(1 << 20) + 1), policy)

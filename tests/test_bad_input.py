@@ -72,16 +72,40 @@ def refused(error: type, message: str, call, *args, **kwargs) -> None:
     (dict(stop=[""]), "SamplingParams.stop must be"),
     (dict(stop=["a", 3]), "SamplingParams.stop must be"),
     (dict(stop_token_ids=[-1]), "SamplingParams.stop_token_ids must be"),
+    (dict(logprobs=-1), "SamplingParams.logprobs is -1"),
+    (dict(logprobs=21), "SamplingParams.logprobs is 21, it must be an integer from 0 to 20"),
+    (dict(logprobs=True), "SamplingParams.logprobs is True"),
+    (dict(prompt_logprobs=1.5), "SamplingParams.prompt_logprobs is 1.5"),
+    (dict(attempt_logprobs=True), "logprobs is None: give logprobs too"),
+    (dict(logit_bias=[1]), "SamplingParams.logit_bias is [1], it must be a dictionary"),
+    (dict(logit_bias={-1: 0.0}), "a token id of SamplingParams.logit_bias is -1"),
+    (dict(logit_bias={"x": 0.0}), "a token id of SamplingParams.logit_bias is 'x'"),
+    (dict(logit_bias={1: 101.0}), "SamplingParams.logit_bias[1] is 101.0, it must be between -100 and 100"),
+    (dict(logit_bias={1: math.nan}), "SamplingParams.logit_bias[1] is nan"),
+    (dict(min_tokens=-1), "SamplingParams.min_tokens is -1"),
+    (dict(min_tokens=9, max_tokens=8), "SamplingParams.min_tokens is 9 and max_tokens 8"),
+    (dict(bad_words=[""]), "SamplingParams.bad_words must be a list of strings, none of them empty"),
+    (dict(bad_words=[1]), "SamplingParams.bad_words must be a list of strings"),
+    (dict(allowed_token_ids=[]), "SamplingParams.allowed_token_ids is empty"),
+    (dict(allowed_token_ids=[-3]), "SamplingParams.allowed_token_ids must be a list of token ids"),
+    (dict(detokenize="no"), "SamplingParams.detokenize is 'no', it must be True or False"),
+    (dict(truncate_prompt_tokens=0), "SamplingParams.truncate_prompt_tokens is 0"),
+    (dict(truncate_prompt_tokens=-2), "SamplingParams.truncate_prompt_tokens is -2"),
+    (dict(output_kind="all"), "SamplingParams.output_kind is 'all', it must be one of RequestOutputKind.CUMULATIVE"),
+    (dict(structured_outputs={}), "StructuredOutputsParams needs exactly one of json, regex, choice"),
+    (dict(structured_outputs=3), "SamplingParams.structured_outputs is 3"),
+    (dict(structured_outputs={"regex": "a", "choice": ["b"]}), "needs exactly one of json, regex, choice, grammar, "
+                                                               "json_object and has regex, choice"),
+    (dict(structured_outputs={"choice": []}), "StructuredOutputsParams.choice is []"),
+    (dict(structured_outputs={"regexp": "a"}), "did you mean regex?"),
 ])
 def test_sampling_parameters(options, message):
     refused(stars.RequestError, message, stars.SamplingParams, **options)
 
 
 @pytest.mark.parametrize("name, value", [
-    ("min_tokens", 3),
-    ("logprobs", 1), ("prompt_logprobs", 0), ("logit_bias", {1: 2.0}), ("bad_words", ["x"]), ("allowed_token_ids", [1]),
-    ("logits_processors", [len]), ("structured_outputs", {}), ("truncate_prompt_tokens", 5),
-    ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("detokenize", False),
+    ("logits_processors", [len]), ("guided_decoding", {}), ("flat_logprobs", True), ("stream_interval", 5),
+    ("spaces_between_special_tokens", False), ("thinking_token_budget", 5),
 ])
 def test_parameters_of_vllm_that_are_not_here(name, value):
     """Refused by name, never ignored."""

@@ -1,0 +1,139 @@
+"""What a user asked for becomes a request, or one sentence says why it never can."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any, NamedTuple
+
+from stars.arguments import integer, refuse_bare_prompt, shown
+from stars.budget import Budget
+from stars.config import EngineConfig
+from stars.draft import MAX_STOP_IDS
+from stars.errors import RequestError
+from stars.filtered_ratio import check_prompted
+from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
+from stars.model.config import ModelConfig
+from stars.models import Models
+from stars.plan import Policy, Prompted, Ratio, plan_of
+from stars.policies import Sample
+from stars.prompt import after, parse_prompt
+from stars.readers import Readers
+from stars.request import Request
+from stars.reward.base import Reward
+from stars.sampling import SamplingParams
+from stars.scheduler import Scheduler
+from stars.stops import stop_tokens
+
+MAX_PRIORITY = (1 << 31) - 1
+MAX_USER = 256  # characters
+
+
+class Asked(NamedTuple):
+    """One prompt and all that was said of it, as it was typed."""
+
+    prompt: Any
+    params: SamplingParams | None = None
+    policy: Policy | None = None
+    budget: Budget | None = None
+    priority: int = 0
+    user: str | None = None
+
+
+class Intake:
+    """Checks what is asked of one engine, before anything is queued."""
+
+    def __init__(self, config: EngineConfig, shape: ModelConfig, tokenizer: Any, reward: Reward | None, models: Models,
+                 readers: Readers, scheduler: Scheduler):
+        self._config = config
+        self._tokenizer = tokenizer
+        self._vocab_size = shape.vocab_size
+        self._eos_token_ids = _all_eos(shape, tokenizer)
+        self._reward = reward
+        self._models = models
+        self._readers = readers
+        self._scheduler = scheduler
+
+    def parse(self, asked: Asked, request_id: str) -> Request:
+        """A checked request that is not queued yet; RequestError or RewardError if it can never run as it stands."""
+        arrived = time.monotonic()
+        given, params, policy = asked.prompt, asked.params, asked.policy
+        params = params if params is not None else SamplingParams()
+        policy = policy if policy is not None else Sample()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(no_params(params))
+        budget, priority = Budget.of(asked.budget), integer("priority", asked.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if asked.user is not None and not (isinstance(asked.user, str) and len(asked.user) <= MAX_USER):
+            raise RequestError(f"user is {shown(asked.user)}, it must be a text of at most {MAX_USER} characters")
+        refuse_bare_prompt(given)
+        plan = plan_of(policy)
+        if plan.score.when != "never" and self._reward is None:
+            raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
+                               "reward=...)")
+        proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
+        redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
+        reader, reads = self._readers.reader_of(plan), plan.score.reads
+        if isinstance(plan.propose, Prompted):
+            check_prompted(type(policy).__name__, plan, params, self._config)
+        if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would "
+                               "be in one of them: leave the penalties out")
+        draft, population = plan.segment.draft, plan.lanes.population
+        if draft > self._config.max_segment_size:
+            raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
+                               f"{self._config.max_segment_size}: build it with a larger max_segment_size")
+        if params.n * population > MAX_SAMPLE + 1:
+            raise RequestError(f"n times the policy's candidates is {params.n * population}, the most is "
+                               f"{MAX_SAMPLE + 1}: split the request")
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, which the model lacks: use stop_token_ids")
+        eos = () if params.ignore_eos else self._eos_token_ids
+        named = stop_tokens(self._tokenizer, params.stop or (), self._vocab_size)
+        stop_ids = tuple(dict.fromkeys((*eos, *(params.stop_token_ids or ()), *named)))
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise RequestError(f"there are {len(stop_ids)} EOS and stop token ids, the most is {MAX_STOP_IDS}: "
+                               "give fewer")
+        vocab_size = self._vocab_size
+        prompt = parse_prompt(given, self._tokenizer, vocab_size)
+        contexts = {"prompt": prompt.token_ids}  # by what they are called
+        if isinstance(plan.propose, Prompted):
+            contexts = {f"prompt with the {name} text before it": after(text, prompt, self._tokenizer, vocab_size)
+                        for name, text in (("draft", plan.propose.draft), ("judge", plan.propose.judge))}
+        longest = max(contexts, key=lambda name: len(contexts[name]))
+        length = len(contexts[longest])
+        params = params.settle(length, self._config.max_model_len, vocab_size)
+        max_tokens = params.max_tokens
+        assert max_tokens is not None  # `settle` made it a number
+        needed = length + max_tokens
+        if needed > self._config.max_model_len:
+            raise RequestError(f"the {longest} of {length} tokens and max_tokens="
+                               f"{shown(max_tokens)} make {shown(needed)}, the limit is "
+                               f"{self._config.max_model_len} ({self._config.max_model_len_from}): "
+                               "shorten the prompt or lower max_tokens")
+        least = 1 if plan.drawn_after else plan.segment.least
+        if max_tokens > least * (MAX_SEGMENT + 1):
+            raise RequestError(f"max_tokens={max_tokens} makes more than {MAX_SEGMENT + 1} segments of "
+                               f"{least} tokens: use longer segments or fewer tokens")
+        if self._reward is not None and plan.score.when != "never":
+            self._reward.check(prompt, max_tokens)
+        self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens, list(contexts.values()))
+        for drafts in (proposal, redrafts):
+            self._models.drafter(drafts.stores, drafts.blends)  # which there may be no memory for
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
+                       proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
+                       contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
+                       arrived=arrived)
+
+
+def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The EOS ids that the model's files name and the tokenizer's own, as far as the model has them: configurations
+    copied from a larger one name ids that can never be drawn."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    named = config.eos_token_ids if own is None else (*config.eos_token_ids, own)
+    return tuple(dict.fromkeys(token for token in named if token < config.vocab_size))
+
+
+def no_params(given: Any) -> str:
+    """What is said of what should be a SamplingParams."""
+    return f"sampling_params is {type(given).__name__}, it must be a stars.SamplingParams"

@@ -1,0 +1,63 @@
+"""StructuredOutputsParams: what texts a response may be at all. Names are vLLM's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stars.arguments import flag, known_by_name, shown
+from stars.errors import RequestError
+from stars.vllm_names import STRUCTURED
+
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+@known_by_name(STRUCTURED)
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """Exactly one of what a response must be; RequestError otherwise.
+
+    json: a JSON schema, as a dictionary or its text. regex: a regular expression, which the whole response matches.
+    choice: one of these texts. grammar: a context-free grammar, in the dialect of Lark. json_object: any JSON object.
+    """
+
+    json: str | Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.json_object is not None:
+            wanted = flag("StructuredOutputsParams.json_object", self.json_object)
+            object.__setattr__(self, "json_object", wanted or None)
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise RequestError(f"StructuredOutputsParams needs exactly one of {', '.join(KINDS)} and has "
+                               f"{', '.join(given) if given else 'none'}")
+        if self.json is not None and not isinstance(self.json, (str, Mapping)):
+            raise RequestError(f"StructuredOutputsParams.json is {shown(self.json)}, it must be a JSON schema: a "
+                               "dictionary or its text")
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise RequestError(f"StructuredOutputsParams.{name} is {shown(value)}, it must be a text")
+        if self.choice is not None:
+            is_list = isinstance(self.choice, Sequence) and not isinstance(self.choice, str)
+            texts = tuple(self.choice) if is_list else ()
+            if not texts or not all(isinstance(text, str) and text for text in texts):
+                raise RequestError(f"StructuredOutputsParams.choice is {shown(self.choice)}, it must be a list of "
+                                   "texts, none of them empty")
+            object.__setattr__(self, "choice", texts)
+
+    @classmethod
+    def of(cls, given: Any) -> StructuredOutputsParams | None:
+        """What a user gave: one of these, its fields in a dictionary, or None."""
+        if given is None or isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping) and all(isinstance(name, str) for name in given):
+            return cls(**given)
+        raise RequestError(f"SamplingParams.structured_outputs is {shown(given)}, it must be a StructuredOutputsParams "
+                           "or a dictionary of its fields")
