@@ -83,8 +83,8 @@ def edit_logits(logits: Tensor, lanes: LaneState, edits: Edits) -> None:
     """As `stars.kernels.edit_logits`, for logits with adjacent columns."""
     count, vocab = logits.shape
     if logits.dtype != torch.float32 or logits.stride(1) != 1:
-        raise ValueError(f"edit_logits: logits are {logits.dtype} with strides {logits.stride()}, expected float32 with "
-                         "adjacent columns")
+        raise ValueError(f"edit_logits: logits are {logits.dtype} with strides {logits.stride()}, expected float32 "
+                         "with adjacent columns")
     length = edits.words.shape[-1]
     each = (count,)
     shapes = {"entries": (len(edits.entries), 3), "words": (len(edits.words), length), "tail": (count, length - 1),
