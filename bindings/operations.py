@@ -16,7 +16,7 @@ from stars.bindings.params import Fields, Struct, Value
 from stars.bindings.recording import run
 
 if TYPE_CHECKING:
-    from stars.kernels.types import Activation, Batch, Draft, LaneState, LayerKV, Penalties, TrailingRows
+    from stars.kernels.types import Activation, Batch, Draft, LaneState, LayerKV, Penalties, TopLogprobs, TrailingRows
 
 
 class Operation:
@@ -45,6 +45,7 @@ _copy_rows = Operation("copy_rows")
 _append_draft = Operation("append_draft")
 _apply_penalties = Operation("apply_penalties")
 _blend_logits = Operation("blend_logits")
+_top_logprobs = Operation("top_logprobs")
 
 
 def linear(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
@@ -208,6 +209,19 @@ def blend_logits(logits: Tensor, weights: Tensor, done: Tensor, out: Tensor) -> 
     (models, room, vocab), lanes = logits.shape, out.shape[0]
     _blend_logits(logits=(logits, (models, room, vocab)), weights=(weights, (models, room)), done=(done, (lanes,)),
                   out=(out, (lanes, vocab)), models=models, room=room, lanes=lanes, vocab=vocab)
+
+
+def top_logprobs(logits: Tensor, steps: Tensor, tokens: Tensor, top: TopLogprobs) -> None:
+    """Reads the draws of logits float32 [lanes, vocab] that were not read yet; a step without a column is passed over.
+    """
+    (count, max_steps), vocab, most = tokens.shape, logits.shape[-1], top.token_ids.shape[-1]
+    each, every = (count,), (count, max_steps)
+    _top_logprobs(
+        logits=(logits, (count, vocab)), steps=(steps, each), tokens=(tokens, every), wanted=(top.wanted, each),
+        told=(top.told, each), ranks=(top.ranks, every), token_ids=(top.token_ids, (*every, most)),
+        logprobs=(top.logprobs, (*every, most)), own=None if top.own is None else (top.own, every),
+        lanes=count, vocab=vocab, max_steps=max_steps, most=most,
+    )
 
 
 def _apart(x: Tensor, shape: tuple[int, ...]) -> tuple[Value, int]:
