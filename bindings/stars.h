@@ -73,7 +73,8 @@ typedef enum {
   STARS_OP_APPLY_PENALTIES = 11,
   STARS_OP_BLEND_LOGITS = 12,
   STARS_OP_RESCALE = 13,
-  STARS_OP_TOP_LOGPROBS = 15, /* since version 9 */
+  STARS_OP_EDIT_LOGITS = 14,
+  STARS_OP_TOP_LOGPROBS = 15,
 } stars_op;
 
 /* out[:, out_column : out_column + out_features] = x[rows, in_features] @ weight^T + bias, of out[rows, out_stride].
@@ -294,6 +295,27 @@ typedef struct {
   float* out;           /* [lanes, vocab]; may be the first lanes of one of the models' logits */
   int64_t models, room, lanes, vocab;
 } stars_blend_logits_params;
+
+/* Biases, bans and masks of single tokens, on logits in place; see kernels/edit_logits.py, and kernels/types.py, Edits,
+ * which these mirror. Token ids below 0 or beyond the vocabulary are passed over, and ranges end with their arrays. */
+typedef struct {
+  int64_t size;
+  float* logits;             /* [lanes, vocab] */
+  const int32_t* done;       /* [lanes] */
+  const int32_t* steps;      /* [lanes] */
+  const int32_t* out_tokens; /* [lanes, max_steps] */
+  const int32_t* entries;    /* [entry_count, 3] token, tokens of the response before which it is banned, float's bits */
+  const int32_t* start;      /* [lanes] */
+  const int32_t* count;      /* [lanes] */
+  const int32_t* base;       /* [lanes] */
+  const int32_t* words;      /* [word_rows, word_length], to the right; -1 is any token */
+  const int32_t* first_word; /* [lanes] */
+  const int32_t* word_count; /* [lanes] */
+  const int32_t* tail;       /* [lanes, word_length - 1], to the right, padded with -1 */
+  const int32_t* masks;      /* [mask_rows, (vocab + 31) / 32] */
+  const int32_t* mask_row;   /* [lanes], -1: no mask */
+  int64_t lanes, vocab, max_steps, entry_count, word_rows, word_length, mask_rows;
+} stars_edit_logits_params;
 
 /* What stood beside the tokens that were drawn; see kernels/top_logprobs.py, and kernels/types.py, TopLogprobs, which
  * these mirror. A lane is read whose `steps` exceed what it `told`, at column steps - 1, and has then told all of them.

@@ -282,7 +282,7 @@ MUTANTS = [
            "invariance law_cards"),
     Mutant("engine/draft.py", "penalties, cuts), run, SAMPLE_LAUNCHES", "penalties), run, SAMPLE_LAUNCHES",
            "a step recorded without cuts is replayed with them", "law_cards"),
-    Mutant("engine/draft.py", '"sample", rows, filters, penalties, cuts', '"sample", rows, filters, cuts',
+    Mutant("engine/draft.py", '"sample", blends, rows, filters, penalties, cuts', '"sample", blends, rows, filters, cuts',
            "a step recorded without penalties is replayed with them", "planted"),
     Mutant("engine/draft.py", "host.weights[:, row] = lane.weights", "host.weights[:, row] = lanes[0].weights",
            "all lanes are blended as the first one is", "guidance"),
