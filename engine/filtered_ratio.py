@@ -17,6 +17,8 @@ from stars.config import EngineConfig
 from stars.errors import ModelError, RequestError
 from stars.kernels import philox
 from stars.kernels.sample_step import proposal_logprobs
+from stars.logit_reads import read_tops
+from stars.logprobs import TokenLogprobs
 from stars.passes import Passes, Span
 from stars.plan import Plan
 from stars.proposer import NAN_LOGITS
@@ -96,6 +98,16 @@ def draw(lane: Lane, position: int, source: str) -> int:
         hypothesis.request.seed, position, hypothesis.skipped + lane.attempt,
         philox.pack_stream(hypothesis.drafts, hypothesis.sample), len(weights), philox.KIND_DRAW)
     return int((weights.numpy() + philox.gumbel(words)).argmax())
+
+
+def told(lane: Lane, position: int, token: int) -> TokenLogprobs:
+    """What is known of a token that `draw` has put there: what the judge makes of it, at temperature 1 and without
+    filters, whichever of the two it was drawn from."""
+    rows: Rows = lane.reading
+    wanted = lane.hypothesis.request.params.logprobs
+    assert wanted is not None
+    own, tops = read_tops(rows.judge[position : position + 1], [token], wanted)
+    return TokenLogprobs([token], own.tolist(), tops)
 
 
 def _logprobs(lane: Lane, logits: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stars.buffers import Buffers
-from stars.kernels import token_logprobs
+from stars.kernels import token_logprobs, top_logprobs
 from stars.kernels.graph import Graphs, Part
+from stars.kernels.types import TopLogprobs
+from stars.logprobs import Tops
 from stars.model.config import ModelConfig
 from stars.model.decoder import Decoder
 from stars.target import Target
@@ -75,6 +78,15 @@ class LogitReads:
         self._read(wanted, found)
         return [values[: len(row)] for values, row in zip(found.tolist(), targets, strict=True)]
 
+    def tops(self, first: int, targets: Sequence[int], wanted: int) -> tuple[np.ndarray, Tops]:
+        """Of the rows from `first` on, one for each of `targets`: log softmax(logits)[target] float32 [rows], its rank,
+        and the most probable tokens, as many as are wanted."""
+        parts = [read_tops(self._of(first + start, first + min(len(targets), start + LOGIT_ROWS)),
+                           targets[start : start + LOGIT_ROWS], wanted)
+                 for start in range(0, len(targets), LOGIT_ROWS)]
+        tops = Tops(*(np.concatenate(columns) for columns in zip(*(tops for _, tops in parts), strict=True)))
+        return np.concatenate([own for own, _ in parts]), tops
+
     def _read(self, targets: Tensor, logprobs: Tensor) -> None:
         """Of the first rows, as many as there are targets for."""
         for first in range(0, len(targets), LOGIT_ROWS):
@@ -84,3 +96,16 @@ class LogitReads:
     def _of(self, first: int, stop: int) -> Tensor:
         """Logits of rows first .. stop - 1, which the next ones overwrite."""
         return self._decoder.logits(self.states[first:stop], self._logits[: stop - first])
+
+
+def read_tops(logits: Tensor, targets: Sequence[int], wanted: int) -> tuple[np.ndarray, Tops]:
+    """Of each row of logits float32 [rows, vocab]: log softmax(logits)[target] float32 [rows], the target's rank, and so
+    many of the most probable tokens as are wanted. Waits for a GPU."""
+    rows, device = len(targets), logits.device
+    tokens = torch.tensor(targets, dtype=torch.int32, device=device).view(rows, 1)
+    one, most = torch.ones(rows, dtype=torch.int32, device=device), (rows, 1, wanted)
+    own = torch.empty(rows, 1, device=device)
+    found = TopLogprobs(one * wanted, one * 0, torch.empty_like(tokens),
+                        torch.empty(most, dtype=torch.int32, device=device), torch.empty(most, device=device), own)
+    top_logprobs(logits, one, tokens, found)
+    return own[:, 0].cpu().numpy(), Tops(*(getattr(found, name)[:, 0].cpu().numpy() for name in Tops._fields))
