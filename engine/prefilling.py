@@ -13,7 +13,6 @@ from stars.request import Hypothesis, PromptContext
 from stars.reward.base import Progress, Reward
 from stars.streams import SideStream
 
-
 Job = tuple[BlockTable, Sequence[int], int]
 """As `Passes.prefill` takes them."""
 

@@ -17,8 +17,8 @@ from stars.budget import NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
 from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
-from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.logprobs import PromptLogprobs, TokenLogprobs, Tops, forced, joined
+from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Logprob, Metrics, RequestOutput, Segment
 from stars.plan import OWN, Plan, Policy, Prompted
 from stars.prompt import Prompt
@@ -384,9 +384,9 @@ class Hypothesis:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
         lists = self.token_ids, self.segments, self.ends, self.logprobs, self.told
         self.boundary = Boundary(lists, len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
-                                 len(self.logprobs), len(self.told), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups,
-                                 self.redrawn)
+                                 len(self.logprobs), len(self.told), self.cumulative_logprob, self.reward,
+                                 self.finish_reason, self.stop_reason, self.error, self.note, _copy(self.metrics),
+                                 self.backups, self.redrawn)
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
