@@ -99,8 +99,8 @@ class LogitReads:
 
 
 def read_tops(logits: Tensor, targets: Sequence[int], wanted: int) -> tuple[np.ndarray, Tops]:
-    """Of each row of logits float32 [rows, vocab]: log softmax(logits)[target] float32 [rows], the target's rank, and so
-    many of the most probable tokens as are wanted. Waits for a GPU."""
+    """Of each row of logits float32 [rows, vocab]: log softmax(logits)[target] float32 [rows], the target's rank, and
+    so many of the most probable tokens as are wanted. Waits for a GPU."""
     rows, device = len(targets), logits.device
     tokens = torch.tensor(targets, dtype=torch.int32, device=device).view(rows, 1)
     one, most = torch.ones(rows, dtype=torch.int32, device=device), (rows, 1, wanted)
