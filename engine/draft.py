@@ -281,6 +281,7 @@ class Drafter:
             self._edits.idle(rows)
             for penalties in (True, False):
                 self._graphs.warm_up(self._shape(rows, True, penalties))
+            self._telling.wait()
             self._telling.host("wanted")[:], self._telling.host("told")[:] = -1, 0
             self._telling.upload()
             self._graphs.warm_up(self._tell(rows))

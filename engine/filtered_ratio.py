@@ -18,13 +18,14 @@ from stars.edits import names_of
 from stars.errors import ModelError, RequestError
 from stars.kernels import philox
 from stars.kernels.sample_step import proposal_logprobs
-from stars.logit_reads import read_tops
+from stars.logit_reads import TopReads
 from stars.logprobs import TokenLogprobs
 from stars.passes import Passes, Span
 from stars.plan import Plan
 from stars.proposer import NAN_LOGITS
 from stars.request import Lane, Reading
 from stars.sampling import SamplingParams
+from stars.target import CPU
 
 
 class Rows(NamedTuple):
@@ -108,7 +109,8 @@ def told(lane: Lane, position: int, token: int) -> TokenLogprobs:
     rows: Rows = lane.reading
     wanted = lane.hypothesis.request.params.logprobs
     assert wanted is not None
-    own, tops = read_tops(rows.judge[position : position + 1], [token], wanted)
+    room = TopReads(CPU, 1, rows.judge.shape[1])
+    own, tops = room.read(lambda start, stop: rows.judge[position : position + 1], [token], wanted)
     return TokenLogprobs([token], own.tolist(), tops)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from stars.kernels.types import TopLogprobs
 from stars.logprobs import Tops
 from stars.model.config import ModelConfig
 from stars.model.decoder import Decoder
+from stars.sampling import MAX_LOGPROBS
 from stars.target import Target
 
 LOGIT_ROWS = 64
@@ -36,12 +37,13 @@ class LogitReads:
 
     @torch.inference_mode(False)  # whoever asks first may be in it, and others not
     def __init__(self, decoder: Decoder, target: Target, rows: int, graphs: Graphs):
-        self._decoder, self._graphs = decoder, graphs
+        self._decoder, self._target, self._graphs = decoder, target, graphs
         # Of its own: the decoder's may grow, and a recorded pass goes on with what it was recorded with.
         self.states = torch.zeros(rows, decoder.config.hidden_size, dtype=decoder.dtype, device=target.device)
         self._logits = decoder.reserve_logits(LOGIT_ROWS)
         self._given = Buffers(target, targets=(torch.int32, (rows, 1)))
         self._found = Buffers(target, logprobs=(torch.float32, (rows, 1)))
+        self._tells: TopReads | None = None  # made where it is first asked for
 
     def logits(self, rows: int) -> Tensor:
         """float32 [rows, vocab] of the first rows, in memory of its own."""
@@ -81,11 +83,10 @@ class LogitReads:
     def tops(self, first: int, targets: Sequence[int], wanted: int) -> tuple[np.ndarray, Tops]:
         """Of the rows from `first` on, one for each of `targets`: log softmax(logits)[target] float32 [rows], its rank,
         and the most probable tokens, as many as are wanted."""
-        parts = [read_tops(self._of(first + start, first + min(len(targets), start + LOGIT_ROWS)),
-                           targets[start : start + LOGIT_ROWS], wanted)
-                 for start in range(0, len(targets), LOGIT_ROWS)]
-        tops = Tops(*(np.concatenate(columns) for columns in zip(*(tops for _, tops in parts), strict=True)))
-        return np.concatenate([own for own, _ in parts]), tops
+        tells = self._tells
+        if tells is None:
+            tells = self._tells = TopReads(self._target, len(self.states), self._logits.shape[1])
+        return tells.read(lambda start, stop: self._of(first + start, first + stop), targets, wanted)
 
     def _read(self, targets: Tensor, logprobs: Tensor) -> None:
         """Of the first rows, as many as there are targets for."""
@@ -98,14 +99,33 @@ class LogitReads:
         return self._decoder.logits(self.states[first:stop], self._logits[: stop - first])
 
 
-def read_tops(logits: Tensor, targets: Sequence[int], wanted: int) -> tuple[np.ndarray, Tops]:
-    """Of each row of logits float32 [rows, vocab]: log softmax(logits)[target] float32 [rows], the target's rank, and
-    so many of the most probable tokens as are wanted. Waits for a GPU."""
-    rows, device = len(targets), logits.device
-    tokens = torch.tensor(targets, dtype=torch.int32, device=device).view(rows, 1)
-    one, most = torch.ones(rows, dtype=torch.int32, device=device), (rows, 1, wanted)
-    own = torch.empty(rows, 1, device=device)
-    found = TopLogprobs(one * wanted, one * 0, torch.empty_like(tokens),
-                        torch.empty(most, dtype=torch.int32, device=device), torch.empty(most, device=device), own)
-    top_logprobs(logits, one, tokens, found)
-    return own[:, 0].cpu().numpy(), Tops(*(getattr(found, name)[:, 0].cpu().numpy() for name in Tops._fields))
+class TopReads:
+    """Room for what stands beside so many given tokens at a time, each by a row of logits."""
+
+    @torch.inference_mode(False)
+    def __init__(self, target: Target, rows: int, vocab: int):
+        row, most = (torch.int32, (rows,)), min(MAX_LOGPROBS, vocab)
+        self._given = Buffers(target, steps=row, wanted=row, told=row, tokens=(torch.int32, (rows, 1)))
+        self._found = Buffers(target, zeroed=False, ranks=(torch.int32, (rows, 1)), own=(torch.float32, (rows, 1)),
+                              token_ids=(torch.int32, (rows, 1, most)), logprobs=(torch.float32, (rows, 1, most)))
+
+    def read(self, logits: Callable[[int, int], Tensor], targets: Sequence[int], wanted: int
+             ) -> tuple[np.ndarray, Tops]:
+        """As `LogitReads.tops`. logits: float32 [stop - start, vocab] of rows start .. stop - 1."""
+        rows, given, found = len(targets), self._given, self._found
+        given.wait()
+        for name, value in (("steps", 1), ("told", 0), ("wanted", wanted)):
+            given.host(name)[:rows] = value
+        given.host("tokens")[:rows, 0] = targets
+        given.upload()
+        for start in range(0, rows, LOGIT_ROWS):
+            part = slice(start, min(rows, start + LOGIT_ROWS))
+            top_logprobs(logits(part.start, part.stop), given["steps"][part], given["tokens"][part], TopLogprobs(
+                given["wanted"][part], given["told"][part], found["ranks"][part], found["token_ids"][part],
+                found["logprobs"][part], found["own"][part]))
+        found.fetch()
+        found.wait()
+        most = min(wanted, found.host("token_ids").shape[2])
+        return found.host("own")[:rows, 0].copy(), Tops(
+            found.host("ranks")[:rows, 0].copy(), found.host("token_ids")[:rows, 0, :most].copy(),
+            found.host("logprobs")[:rows, 0, :most].copy())

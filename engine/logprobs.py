@@ -60,7 +60,7 @@ class PromptLogprobs:
         self.read = 0  # rows that are there
         self._token_ids = token_ids
         self._logprobs = np.zeros(rows, np.float32)
-        self._tops = Tops(np.zeros(rows, np.int32), np.zeros((rows, wanted), np.int32),
+        self._tops = Tops(np.zeros(rows, np.int32), np.full((rows, wanted), -1, np.int32),
                           np.zeros((rows, wanted), np.float32))
         self._entries: list[dict[int, Logprob] | None] | None = None
 
@@ -81,9 +81,9 @@ class PromptLogprobs:
     def take(self, rows: range, logprobs: np.ndarray, tops: Tops) -> None:
         """Puts down what a pass has found of `lacking` rows."""
         part = slice(rows.start, rows.stop)
-        self._logprobs[part] = logprobs
-        for mine, found in zip(self._tops, tops, strict=True):
-            mine[part] = found
+        self._logprobs[part], self._tops.ranks[part] = logprobs, tops.ranks
+        self._tops.token_ids[part, : tops.token_ids.shape[1]] = tops.token_ids  # as many as a small vocabulary has
+        self._tops.logprobs[part, : tops.token_ids.shape[1]] = tops.logprobs
         self.read = rows.stop  # last: whoever is interrupted reads them again
 
     def entries(self, name: Name) -> list[dict[int, Logprob] | None] | None:

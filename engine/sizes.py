@@ -216,8 +216,8 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int 
             needed[edits] = needed.get(edits, 0) + 4 * (
                 3 * edit_entries(config, shape.vocab_size) + MAX_WORD * edit_words(config)
                 + lanes * mask_words(shape.vocab_size))
-            # What stood beside drawn tokens, a rank and twice as many entries as the most that may be wanted.
-            needed[f"{name}'s activations"] += 4 * lanes * config.max_segment_size * (1 + 2 * MAX_LOGPROBS)
+            # What stood beside drawn tokens: a rank, and ids and numbers of the most that may be wanted, each aligned.
+            needed[f"{name}'s activations"] += 4 * lanes * config.max_segment_size * (1 + 2 * MAX_LOGPROBS) + 3 * 64
     needed["the reward"] = reward
     needed["captured graphs"] = graphs
     needed["libraries"] = LIBRARIES

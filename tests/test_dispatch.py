@@ -15,11 +15,8 @@ import pytest
 import torch
 
 import blend_cases
-<<<<<<< HEAD
-import logprob_cases
-=======
 import edit_cases
->>>>>>> part-edits
+import logprob_cases
 import penalty_cases
 import ranking_cases
 from sampler_lanes import make_lanes
