@@ -74,6 +74,7 @@ typedef enum {
   STARS_OP_BLEND_LOGITS = 12,
   STARS_OP_RESCALE = 13,
   STARS_OP_EDIT_LOGITS = 14,
+  STARS_OP_TOP_LOGPROBS = 15,
 } stars_op;
 
 /* out[:, out_column : out_column + out_features] = x[rows, in_features] @ weight^T + bias, of out[rows, out_stride].
@@ -315,6 +316,23 @@ typedef struct {
   const int32_t* mask_row;   /* [lanes], -1: no mask */
   int64_t lanes, vocab, max_steps, entry_count, word_rows, word_length, mask_rows;
 } stars_edit_logits_params;
+
+/* What stood beside the tokens that were drawn; see kernels/top_logprobs.py, and kernels/types.py, TopLogprobs, which
+ * these mirror. A lane is read whose `steps` exceed what it `told`, at column steps - 1, and has then told all of them.
+ */
+typedef struct {
+  int64_t size;
+  const float* logits;   /* [lanes, vocab] */
+  const int32_t* steps;  /* [lanes] */
+  const int32_t* tokens; /* [lanes, max_steps] */
+  const int32_t* wanted; /* [lanes], -1 leaves the lane alone */
+  int32_t* told;         /* [lanes] */
+  int32_t* ranks;        /* [lanes, max_steps] */
+  int32_t* token_ids;    /* [lanes, max_steps, most] */
+  float* logprobs;       /* [lanes, max_steps, most] */
+  float* own;            /* [lanes, max_steps] or NULL */
+  int64_t lanes, vocab, max_steps, most;
+} stars_top_logprobs_params;
 
 STARS_API int32_t stars_abi_version(void);
 /* This header, to the letter, as the library was compiled from it: other languages can read the layouts out of it. */

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         TokenizerError,
         TraceError,
     )
-    from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
+    from stars.outputs import Attempt, CompletionOutput, Logprob, Metrics, RequestOutput, Segment
     from stars.policies import (
         ARGS,
         CARDS,
@@ -67,7 +67,7 @@ _HOMES = {
     "engine": ("Engine",),
     "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
                "TokenizerError", "TraceError"),
-    "outputs": ("Attempt", "CompletionOutput", "Metrics", "RequestOutput", "Segment"),
+    "outputs": ("Attempt", "CompletionOutput", "Logprob", "Metrics", "RequestOutput", "Segment"),
     "policies": ("ARGS", "CARDS", "MARA", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter",
                  "PersonaJudge", "RejectionSampling", "RewardGuidedSpeculation", "Sample", "SegmentBeam",
                  "SpeculativeRejection", "TokenGuidance"),
@@ -95,6 +95,7 @@ __all__ = [
     "FunctionReward",
     "ImplicitReward",
     "IntegrityError",
+    "Logprob",
     "LoraReward",
     "MARA",
     "Metrics",

@@ -143,13 +143,15 @@ class PagedCache:
 
     # -- tables ---------------------------------------------------------------------------------------------------
 
-    def open(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE) -> BlockTable:
-        """Takes pages for `token_ids`; those full ones that hold a prefix of them already, in `stores`, are shared.
+    def open(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE, most: int | None = None
+             ) -> BlockTable:
+        """Takes pages for `token_ids`; those full ones that hold a prefix of them already, in `stores`, are shared, of
+        the first `most` tokens alone where that is given.
 
         The table's length is the number of positions shared: a multiple of page_size, at most len(token_ids).
         Raises OutOfPages, and then has changed nothing.
         """
-        shared = self.pool.match(self._chunks(token_ids, stores))
+        shared = self.pool.match(self._chunks(token_ids[:most], stores))
         fresh = self._pages_for(len(token_ids)) - len(shared)
         free = self.pool.num_available - self.pool.cost(shared)
         if fresh > free:
@@ -160,15 +162,21 @@ class PagedCache:
         return table
 
     def can_open(self, token_ids: Sequence[int], lengths: Sequence[int] = (), stores: tuple[int, ...] = OWN_STORE,
-                 beside: Sequence[Opening] = ()) -> bool:
-        """Whether `open(token_ids, stores)` would succeed now.
+                 beside: Sequence[Opening] = (), most: int | None = None) -> bool:
+        """Whether `open(token_ids, stores, most)` would succeed now.
 
         With `lengths`: whether as many tables could be opened that all begin with `token_ids`, one after the other as
-        each is published, and be reserved up to so many positions each; and those `beside` them after that.
+        each is published, and be reserved up to so many positions each; and those `beside` them after that. Those
+        behind the first share what was published before, too.
         """
         openings = [Opening(token_ids, lengths or [len(token_ids)]), *beside]
         shared = [self.pool.match(self._chunks(opening.token_ids, stores)) for opening in openings]
-        fresh = self._fresh(openings, [len(pages) for pages in shared])
+        found = [len(pages) for pages in shared]
+        if most is not None:
+            found[0] = min(found[0], most // self.page_size)
+            if len(openings[0].lengths) == 1:
+                shared[0] = shared[0][: found[0]]
+        fresh = self._fresh(openings, found)
         return fresh <= self.pool.num_available - self.pool.cost(list(dict.fromkeys(chain(*shared))))
 
     def could_open(self, openings: Sequence[Opening]) -> bool:
@@ -182,6 +190,14 @@ class PagedCache:
     def shared_length(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE) -> int:
         """Leading positions of `token_ids` that `open` would find in published pages now."""
         return len(self.pool.match(self._chunks(token_ids, stores))) * self.page_size
+
+    def forget(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE) -> bool:
+        """No page that holds a prefix of `token_ids` is found any more, nor what continues it; whether there was one.
+        """
+        published = self.pool.match(self._chunks(token_ids, stores))
+        if published:
+            self.pool.unpublish(published[0])
+        return bool(published)
 
     def publish(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         """Offers the full pages of `token_ids`, whose keys `table` now holds from position 0, for sharing.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stars.cache import CommitMove, PagedCache
-from stars.filtered_ratio import draw
+from stars.filtered_ratio import draw, told
 from stars.models import Models, Piece
 from stars.outputs import Segment
 from stars.request import Group, Hypothesis, Lane, Winner
@@ -121,11 +121,13 @@ class Committer:
                 arranged.twins.append((twin, next(slots)))
                 continue
             hypothesis = parent if first else self.fork(parent, next(slots))
-            lane, then = parent.attempts[keep.attempt - 1], keep.then
+            lane, then, put = parent.attempts[keep.attempt - 1], keep.then, None
             if isinstance(then, Draw):
-                then = [draw(lane, keep.tokens, then.source)]
+                token = draw(lane, keep.tokens, then.source)
+                then, put = [token], told(lane, keep.tokens, token) if lane.tops is not None else None
             winner = (Winner.of(lane, hypothesis) if not then and keep.tokens == len(lane.token_ids) else
                       Winner.cut(lane, hypothesis, keep.tokens, then))
+            winner.put = put
             arranged.winners.append(winner)
             kept.append((keep, winner))
 

@@ -22,17 +22,26 @@ from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.edit_buffers import EditBuffers
 from stars.edits import Edited, Matcher
-from stars.kernels import apply_penalties, blend_logits, edit_logits, sample_step, top_tokens
+from stars.kernels import apply_penalties, blend_logits, edit_logits, sample_step, top_logprobs, top_tokens
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.top_tokens import launches
-from stars.kernels.types import Batch, Draft, LaneState, Penalties, Ranking, Tiles
+from stars.kernels.types import Batch, Draft, LaneState, Penalties, Ranking, Tiles, TopLogprobs
 from stars.kv_store import KVStore
+from stars.logprobs import Tops
 from stars.model.decoder import Decoder
 from stars.pacing import Pacing
 from stars.plan import MAX_RANKS
-from stars.sampling import SamplingParams
-from stars.sizes import EDIT_LAUNCHES, history_entries, language_model, later_bytes, ranked_rows, table_width
+from stars.sampling import MAX_LOGPROBS, SamplingParams
+from stars.sizes import (
+    EDIT_LAUNCHES,
+    TELL_LAUNCHES,
+    history_entries,
+    language_model,
+    later_bytes,
+    ranked_rows,
+    table_width,
+)
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
@@ -72,6 +81,7 @@ class Drafted(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     logits: Tensor | None = None  # float32 [steps, vocab] that its tokens were drawn from, where they were asked for
+    tops: Tops | None = None  # what stood beside the tokens that were drawn, where the lane's parameters ask for that
 
 
 class Source(NamedTuple):
@@ -121,6 +131,12 @@ class Drafter:
             token_ids=(torch.int32, ranked), logprobs=(torch.float32, ranked))
         self._ranked_rows = ranked_rows(config, sizes)
         self._ranks: list[int] = []  # of the lanes of the last draft, where some have any
+        told = rows, max_segment_size
+        tops = *told, min(MAX_LOGPROBS, decoder.config.vocab_size)
+        self._telling = Buffers(target, zeroed=False, wanted=one, told=one)  # apart, as few drafts ask for these
+        self._told = Buffers(target, zeroed=False, ranks=(torch.int32, told), token_ids=(torch.int32, tops),
+                             logprobs=(torch.float32, tops))
+        self._wanted: list[int] = []  # of the lanes of the last draft, where some want to be told
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in (
             *LaneState._fields, "seq_group", "prefix_len", "slab_start", *PENALTIES)})
@@ -167,9 +183,12 @@ class Drafter:
                                                                            for lane in lanes])
         rows, tiles = self._fill(lanes)
         self._ranks, self._matched = [], False
+        self._wanted = self._fill_telling(lanes)
         self._buffers.upload()
         parts = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
         parts.append(self._sample(rows, filters or cuts, False, cuts))
+        if self._wanted:
+            parts.append(self._tell(rows))
         steps = max([lane.max_tokens for lane in lanes])
         kept = torch.empty(steps, len(lanes), self._logits.shape[1])
         for step in range(steps):  # a lane that has ended leaves its row as it may be
@@ -184,7 +203,7 @@ class Drafter:
         A GPU gets the first steps, which it is busy with while the host does something else. The others it gets by
         `pace`. On the CPU the draft is then over.
         """
-        filters = penalties = cuts = ranked = edits = False
+        filters = penalties = cuts = ranked = edits = tells = False
         longest = 0
         for lane in lanes:
             filters |= lane.params.filters
@@ -192,11 +211,13 @@ class Drafter:
             cuts |= lane.entropy_cut < math.inf
             ranked |= lane.ranks > 0
             edits |= lane.edits is not None or lane.matcher is not None
+            tells |= lane.params.logprobs is not None
             longest = max(longest, lane.max_tokens)
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
         self._ranks = self._fill_ranking(lanes) if ranked else []
+        self._wanted = self._fill_telling(lanes) if tells else []
         self._matched = edits and self._edits.fill(lanes)
         self._start(filled, len(lanes), longest, filters, penalties, cuts, edits)
 
@@ -210,6 +231,8 @@ class Drafter:
         self._buffers.fetch()
         if self._ranks:
             self._ranking.fetch()
+        if self._wanted:
+            self._told.fetch()
         self._pacing.end()
 
     def drafted(self, count: int) -> list[Drafted]:
@@ -226,6 +249,14 @@ class Drafter:
             for i, ranks in enumerate(self._ranks):
                 if ranks and drafted[i].token_ids[0] >= 0:  # else its logits are no numbers
                     drafted[i] = self._ranked(i, ranks)
+        if self._wanted:
+            self._told.wait()
+            ranks_of, token_ids, values = (self._told.host(name) for name in Tops._fields)
+            for i, wanted in enumerate(self._wanted):
+                if wanted >= 0:
+                    drafted[i] = drafted[i]._replace(tops=Tops(
+                        ranks_of[i, : steps[i]].copy(), token_ids[i, : steps[i], :wanted].copy(),
+                        values[i, : steps[i], :wanted].copy()))
         return drafted
 
     def _ranked(self, lane: int, ranks: int) -> Drafted:
@@ -250,6 +281,10 @@ class Drafter:
             self._edits.idle(rows)
             for penalties in (True, False):
                 self._graphs.warm_up(self._shape(rows, True, penalties))
+            self._telling.wait()
+            self._telling.host("wanted")[:], self._telling.host("told")[:] = -1, 0
+            self._telling.upload()
+            self._graphs.warm_up(self._tell(rows))
         for rows in reversed(self._ranked_rows):
             for filters in (True, False):
                 self._graphs.warm_up(self._rank(rows, filters))
@@ -262,6 +297,7 @@ class Drafter:
             spec = LaneSpec(table, last_token=0, slab=0, max_tokens=1, seed=0, attempt=1, stream=0,
                             params=SamplingParams(), stop_ids=())
             seconds = math.inf
+            self._ranks, self._wanted, self._matched = [], [], False
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
@@ -291,6 +327,8 @@ class Drafter:
             draw = [self._shape(rows, edits, penalties), self._sample(rows, filters or cuts, False, cuts, shaped=True)]
         else:
             draw = [self._sample(rows, filters or cuts, penalties, cuts)]
+        if self._wanted:
+            draw.append(self._tell(rows))
         rank = None
         if self._ranks:
             self._ranking.upload()
@@ -422,6 +460,15 @@ class Drafter:
 
         return Part(("rank", rows, filters), run, launches(rows, self.decoder.config.vocab_size))
 
+    def _tell(self, rows: int) -> Part:
+        """What follows a draw where lanes want to be told what stood beside it."""
+        def run() -> None:
+            top_logprobs(self._logits[:rows], self._state.steps[:rows], self._state.out_tokens[:rows], TopLogprobs(
+                self._telling["wanted"][:rows], self._telling["told"][:rows],
+                *(self._told[name][:rows] for name in Tops._fields)))
+
+        return Part(("tell", rows), run, TELL_LAUNCHES)
+
     def _lanes(self, rows: int) -> LaneState:
         return LaneState(*(tensor[:rows] for tensor in self._state))
 
@@ -482,6 +529,20 @@ class Drafter:
             host.repetition[row] = lane.params.repetition_penalty
             host.frequency[row], host.presence[row] = lane.params.frequency_penalty, lane.params.presence_penalty
         self._history.upload(stop * entries.strides[0])
+
+    def _fill_telling(self, lanes: list[LaneSpec]) -> list[int]:
+        """Writes and sends how many tokens beside its own each lane wants to be told of; returns it, -1 of none, and
+        nothing where no lane wants any."""
+        most = self._told["token_ids"].shape[2]
+        wanted = [-1 if lane.params.logprobs is None else min(lane.params.logprobs, most) for lane in lanes]
+        if max(wanted) < 0:
+            return []
+        self._telling.wait()
+        into = self._telling.host("wanted")
+        into[: len(wanted)], into[len(wanted) :] = wanted, -1
+        self._telling.host("told")[:] = 0
+        self._telling.upload()
+        return wanted
 
     def _fill_ranking(self, lanes: list[LaneSpec]) -> list[int]:
         """Writes what is to be found for each lane, and has those draw that are ranked what costs least: one token,

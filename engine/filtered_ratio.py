@@ -18,11 +18,14 @@ from stars.edits import names_of
 from stars.errors import ModelError, RequestError
 from stars.kernels import philox
 from stars.kernels.sample_step import proposal_logprobs
+from stars.logit_reads import TopReads
+from stars.logprobs import TokenLogprobs
 from stars.passes import Passes, Span
 from stars.plan import Plan
 from stars.proposer import NAN_LOGITS
 from stars.request import Lane, Reading
 from stars.sampling import SamplingParams
+from stars.target import CPU
 
 
 class Rows(NamedTuple):
@@ -98,6 +101,17 @@ def draw(lane: Lane, position: int, source: str) -> int:
         hypothesis.request.seed, position, hypothesis.skipped + lane.attempt,
         philox.pack_stream(hypothesis.drafts, hypothesis.sample), len(weights), philox.KIND_DRAW)
     return int((weights.numpy() + philox.gumbel(words)).argmax())
+
+
+def told(lane: Lane, position: int, token: int) -> TokenLogprobs:
+    """What is known of a token that `draw` has put there: what the judge makes of it, at temperature 1 and without
+    filters, whichever of the two it was drawn from."""
+    rows: Rows = lane.reading
+    wanted = lane.hypothesis.request.params.logprobs
+    assert wanted is not None
+    room = TopReads(CPU, 1, rows.judge.shape[1])
+    own, tops = room.read(lambda start, stop: rows.judge[position : position + 1], [token], wanted)
+    return TokenLogprobs([token], own.tolist(), tops)
 
 
 def _logprobs(lane: Lane, logits: Tensor) -> Tensor:

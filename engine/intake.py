@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from stars.arguments import integer, refuse_bare_prompt, shown
 from stars.budget import Budget
+from stars.cache import OWN_STORE
 from stars.config import EngineConfig
 from stars.draft import MAX_STOP_IDS
 from stars.edits import edits_of, names_of
@@ -72,6 +73,8 @@ class Intake:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
         proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
+        if params.prompt_logprobs is not None:  # the engine's own model reads the prompt, whoever drafts
+            stores = tuple(sorted({*stores, *OWN_STORE}))
         redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
         reader, reads = self._readers.reader_of(plan), plan.score.reads
         if isinstance(plan.propose, Prompted):

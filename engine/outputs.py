@@ -13,6 +13,14 @@ MAX_CHARACTERS = 48  # of a text in a repr
 MAX_COMPLETIONS = 3  # of a request in its repr
 
 
+class Logprob(NamedTuple):
+    """What a model said of one token at one place, as in vLLM."""
+
+    logprob: float  # nats, of what was drawn from, at temperature 1 and before any filter
+    rank: int | None  # place among all tokens by probability, from 1; of equal ones the lowest ids come first
+    decoded_token: str | None  # the token by itself; None without a tokenizer
+
+
 class Attempt(NamedTuple):
     """One drawn candidate of a segment, in attempt order."""
 
@@ -22,6 +30,7 @@ class Attempt(NamedTuple):
     accept_probability: float | None  # min(1, exp((reward - threshold) / beta))
     accepted: bool
     logprob: float  # of the candidate under what it was drawn from, as `CompletionOutput.cumulative_logprob`, nats
+    logprobs: list[dict[int, Logprob]] | None = None  # with SamplingParams.attempt_logprobs: as of CompletionOutput
 
     def __repr__(self) -> str:
         return (f"Attempt({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
@@ -133,6 +142,9 @@ class CompletionOutput:
     segments: list[Segment] = field(default_factory=list)
     metrics: Metrics = field(default_factory=Metrics)
     error: str | None = None  # why, if finish_reason is "error"
+    # With SamplingParams.logprobs one a token: the token itself first, then the most probable ones, by token id. One
+    # that could not be drawn (-inf) is none of those. Of a token that a rule has put it is the only one, at 0.0.
+    logprobs: list[dict[int, Logprob]] | None = None
 
     def __repr__(self) -> str:
         why = f", error={_clipped(self.error)}" if self.error is not None else ""
@@ -154,6 +166,9 @@ class RequestOutput:
     policy: Policy
     prompt_reward: float | None = None  # r(prompt), where the policy needed it
     metrics: Metrics = field(default_factory=Metrics)
+    # With SamplingParams.prompt_logprobs one a token of what the engine's own model has read, None of the first; None
+    # until it has read all of it. Where a method puts texts of its own before the prompt, those are among it.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     def __repr__(self) -> str:
         shown = [repr(output) for output in self.outputs[:MAX_COMPLETIONS]]

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from stars.cache import OWN_STORE, PagedCache
 from stars.config import EngineConfig
 from stars.draft import Drafted, LaneSpec
@@ -118,11 +120,11 @@ class Proposer:
                 own, seconds_own)
             if hypothesis.request.ranks and lanes:
                 rows = int(lanes[0].ranking is None)
-                self._hand_out(lanes, Ranking(*next(drafted)[:2]) if rows else lanes[0].ranking)
+                self._hand_out(lanes, _ranking(next(drafted)) if rows else lanes[0].ranking)
                 taken = hypothesis.take_drafts(lanes, seconds * rows, rows)
             else:
                 for lane in lanes:
-                    lane.token_ids, lane.logprobs, lane.logits = next(drafted)
+                    lane.token_ids, lane.logprobs, lane.logits, lane.tops = next(drafted)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
                 hypothesis.request.fail(self._no_token(hypothesis, lanes))
@@ -170,6 +172,8 @@ class Proposer:
             place = lane.attempt - 1
             lane.ranking = ranking
             lane.token_ids, lane.logprobs = [ranking.token_ids[place]], [ranking.logprobs[place]]
+            if ranking.tops is not None:  # the ranks are those of all tokens: filters keep the first ones
+                lane.tops = ranking.tops._replace(ranks=np.array([lane.attempt], np.int32))
 
     def window(self, request: Request, groups: int) -> int:
         """Whole responses of a completion that may be under way beyond what is decided, where the rule reads in order
@@ -210,6 +214,11 @@ class Proposer:
                 widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),
                                                   len(active), max_width))
         return widths
+
+
+def _ranking(found: Drafted) -> Ranking:
+    """What was enumerated of a response."""
+    return Ranking(found.token_ids, found.logprobs, found.tops)
 
 
 def _key(drafts: Drafts) -> Key:

@@ -17,8 +17,9 @@ from stars.budget import NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
 from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
+from stars.logprobs import PromptLogprobs, TokenLogprobs, Tops, forced, joined
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
-from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
+from stars.outputs import Attempt, CompletionOutput, Logprob, Metrics, RequestOutput, Segment
 from stars.plan import OWN, Plan, Policy, Prompted
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
@@ -80,6 +81,7 @@ class Ranking(NamedTuple):
 
     token_ids: list[int]
     logprobs: list[float]
+    tops: Tops | None = None  # of the one place where they stand
 
 
 @dataclass(eq=False, slots=True)
@@ -101,8 +103,17 @@ class Lane:
     per_token: Sequence[float] = ()  # scores of its tokens, of a reward or a reader that has them
     reading: Any = None  # what the request's reader keeps of it until its slab is given back
     ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
+    tops: Tops | None = None  # what stood beside its tokens, where the request asks for that
+    known: TokenLogprobs | None = None  # that with its tokens, once it is asked for
     logits: Any = None  # float32 [steps, vocab] that it was drawn from, where its proposal keeps them
     stores: tuple[int, ...] = OWN_STORE  # of the models whose keys and values of it the slab holds
+
+    def told(self) -> TokenLogprobs:
+        """What is known of its tokens, of a lane that has tops; asked once they are as they stay."""
+        if self.known is None:
+            assert self.tops is not None
+            self.known = TokenLogprobs(self.token_ids, self.logprobs, self.tops)
+        return self.known
 
 
 @dataclass(eq=False, slots=True)
@@ -119,6 +130,7 @@ class Winner:
     as_drawn: bool  # whether it is the lane as it was drawn
     reward: float | None = None  # of the response with it, where that is known
     rows: int = 0  # of keys that were committed from the lane's slab
+    put: TokenLogprobs | None = None  # what is known of the tokens behind those that were drafted, where it is asked
 
     @property
     def read_again(self) -> bool:
@@ -147,6 +159,20 @@ class Winner:
         count, finish_reason, stop_reason = hypothesis.ending(token_ids)
         as_drawn = count == len(token_ids) == tokens == len(lane.token_ids)
         return cls(hypothesis, lane, token_ids[:count], min(tokens, count), finish_reason, stop_reason, as_drawn)
+
+    def told(self) -> list[TokenLogprobs]:
+        """What is known of its tokens, part by part, where the lane has tops. Tokens that a rule has put are forced,
+        unless it has drawn them."""
+        lane = self.lane
+        if lane.tops is None:
+            return []
+        if self.as_drawn:
+            return [lane.told()]
+        drafted = TokenLogprobs(self.token_ids[: self.drafted], lane.logprobs[: self.drafted], lane.tops)
+        rest = self.token_ids[self.drafted :]
+        if not rest:
+            return [drafted]
+        return [drafted, self.put if self.put is not None else forced(rest)]
 
 
 @dataclass(eq=False, slots=True)
@@ -180,12 +206,14 @@ class Wait:
 class Boundary(NamedTuple):
     """A response as it was when its newest segment began: what an interrupted round goes back to."""
 
-    lists: tuple[list[int], list[Segment], list[int], list[float]]  # they only grow: what takes of one makes a new one
+    # They only grow: what takes of one makes a new one.
+    lists: tuple[list[int], list[Segment], list[int], list[float], list[list[TokenLogprobs]]]
     tokens: int
     segments: int
     drafts: int
     ends: int
     logprobs: int
+    told: int
     cumulative_logprob: float
     reward: float | None
     finish_reason: str | None
@@ -224,6 +252,8 @@ class Hypothesis:
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
     preferred: Lane | None = None  # of the segment being decided, what its exhaustion would keep; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
+    # What is known of its tokens, where it is asked: of each segment, or of each piece of a whole response.
+    told: list[list[TokenLogprobs]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     reward: float | None = None  # of all that is committed; None where it was not asked for
     finish_reason: str | None = None
@@ -352,11 +382,11 @@ class Hypothesis:
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
-        lists = self.token_ids, self.segments, self.ends, self.logprobs
+        lists = self.token_ids, self.segments, self.ends, self.logprobs, self.told
         self.boundary = Boundary(lists, len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
-                                 len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups,
-                                 self.redrawn)
+                                 len(self.logprobs), len(self.told), self.cumulative_logprob, self.reward,
+                                 self.finish_reason, self.stop_reason, self.error, self.note, _copy(self.metrics),
+                                 self.backups, self.redrawn)
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
@@ -365,12 +395,13 @@ class Hypothesis:
         self.finish_reason = self.stop_reason = self.error = self.note = None
         self.per_token = ()
         if mark is not None:
-            self.token_ids, self.segments, self.ends, self.logprobs = mark.lists
+            self.token_ids, self.segments, self.ends, self.logprobs, self.told = mark.lists
             self.backups, self.redrawn = mark.backups, mark.redrawn
             del self.token_ids[mark.tokens :]
             del self.segments[mark.segments :]
             del self.ends[mark.ends :]
             del self.logprobs[mark.logprobs :]
+            del self.told[mark.told :]
             self.drafts, self.cumulative_logprob, self.reward = mark.drafts, mark.cumulative_logprob, mark.reward
             self.finish_reason, self.stop_reason = mark.finish_reason, mark.stop_reason
             self.error, self.note = mark.error, mark.note
@@ -385,7 +416,7 @@ class Hypothesis:
     def refuse(self) -> None:
         """Ends the response with what was committed before; a whole one with nothing."""
         if self.request.whole:
-            self.token_ids, self.logprobs, self.ends = [], [], []
+            self.token_ids, self.logprobs, self.ends, self.told = [], [], [], []
             self.cumulative_logprob, self.reward = 0.0, None
         self.finish("refused")
 
@@ -399,6 +430,7 @@ class Hypothesis:
         tokens = len(self.token_ids) - len(taken.token_ids)
         self.segments, self.token_ids = kept, self.token_ids[:tokens]
         self.ends = [end for end in self.ends if end <= tokens]
+        self.told = self.told[:count]
         self.drafts = count
         self.cumulative_logprob = 0.0
         for segment in kept:  # added as they were, to the same bits
@@ -419,7 +451,7 @@ class Hypothesis:
         """A second hypothesis with this one's history, in a slot of its own; without a place in the caches yet."""
         return Hypothesis(
             self.group, slot, token_ids=list(self.token_ids), segments=list(self.segments), drafts=self.drafts,
-            ends=list(self.ends), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
+            ends=list(self.ends), told=list(self.told), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
             finish_reason=self.finish_reason, stop_reason=self.stop_reason, error=self.error,
             metrics=self.metrics.kept())
 
@@ -462,7 +494,7 @@ class Hypothesis:
                 return False
             if last in request.stop_ids or len(token_ids) >= left or request.stop:
                 count, lane.finish_reason, lane.stop_reason = self.ending(token_ids)
-                lane.token_ids, lane.logprobs = token_ids[:count], lane.logprobs[:count]
+                lane.token_ids, lane.logprobs = token_ids[:count], lane.logprobs[:count]  # tops may have more
         return True
 
     def append(self, winner: Winner) -> None:
@@ -476,10 +508,13 @@ class Hypothesis:
         self.token_ids += winner.token_ids
         self.cumulative_logprob += logprob
         self.reward = winner.reward
+        if lane.tops is not None:
+            self.told.append(winner.told())
         if request.whole:
             self.logprobs += logprobs
             return
-        attempts = [_record(attempt.token_ids, attempt.reward, attempt.note, sum(attempt.logprobs))
+        attempts = [_record(attempt.token_ids, attempt.reward, attempt.note, sum(attempt.logprobs),
+                            attempt.told().entries(request.name) if request.params.attempt_logprobs else None)
                     for attempt in lane.hypothesis.attempts]
         record, redraft = attempts[lane.attempt - 1], self.group.redraft
         redrawn = len(lane.hypothesis.candidates) if redraft is not None else 0
@@ -491,7 +526,13 @@ class Hypothesis:
 
     def whole_record(self) -> Attempt:
         """The user's view of a whole response that competes with others."""
-        return _record(list(self.token_ids), self.reward, self.note, self.cumulative_logprob)
+        asked = self.request.params.attempt_logprobs
+        return _record(list(self.token_ids), self.reward, self.note, self.cumulative_logprob,
+                       self.entries() if asked else None)
+
+    def entries(self) -> list[dict[int, Logprob]]:
+        """What is known of its tokens, as it is shown."""
+        return joined([part for parts in self.told for part in parts], self.request.name)
 
     def history(self) -> np.ndarray:
         """int32 [n, 2]: the distinct tokens of prompt and response, rising, each with its count in the response."""
@@ -705,6 +746,8 @@ class Request:
     user: str | None = None  # whose tokens are counted together
     arrived: float = field(default_factory=time.monotonic)
     edits: TokenEdits | None = None  # what it asks of single tokens before they are drawn
+    prompt_told: PromptLogprobs | None = None  # of the tokens of its first context, where that is asked
+    teller: Hypothesis | None = None  # who reads them for it
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
@@ -712,6 +755,8 @@ class Request:
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
         self.contexts = self.contexts or (self.prompt.token_ids,)
+        if params.prompt_logprobs is not None:
+            self.prompt_told = PromptLogprobs(self.contexts[0], params.prompt_logprobs)
         self.alternates = isinstance(plan.propose, Prompted) and plan.propose.alternate
         self.lane_slabs = len(self.contexts)  # that an attempt takes of the language model's cache
         self.drawn_after = plan.drawn_after
@@ -776,6 +821,19 @@ class Request:
         found = find_stop(text, self.stop, unstoppable(self.detokenizer, token_ids, self.params.min_tokens))
         return text[: found[0]] if found else text
 
+    def name(self, token: int) -> str | None:
+        """The text of one token by itself, special ones shown; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        names = self._names
+        if token not in names:
+            names[token] = self.tokenizer.decode([token], skip_special_tokens=False)
+        return names[token]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {}
+
     def _settled(self, text: str) -> str:
         """`text` less what may still change: an unfinished character at its end, a possible start of a stop string."""
         return hold_back(text, self.stop) if self.stop else text.removesuffix(REPLACEMENT)
@@ -787,11 +845,12 @@ class Request:
         for completion in completions[1:]:
             metrics.add(completion.metrics)
         return RequestOutput(self.request_id, self.prompt.given, list(self.prompt.token_ids), completions,
-                             self.finished, self.seed, self.policy, self.prompt_reward, metrics)
+                             self.finished, self.seed, self.policy, self.prompt_reward, metrics,
+                             self.prompt_told.entries(self.name) if self.prompt_told is not None else None)
 
     def _completion(self, group: Group) -> CompletionOutput:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
-        only = group.hypotheses[0]
+        only, tells = group.hypotheses[0], self.params.logprobs is not None
         if len(group.hypotheses) == 1 and not group.unsettled and (
                 only.segments or not self.whole or only.finish_reason == "refused"):
             text = self.response_text(only)
@@ -799,7 +858,7 @@ class Request:
                 text = self._settled(text)
             return CompletionOutput(
                 group.index, text, list(only.token_ids), only.cumulative_logprob, only.finish_reason, only.stop_reason,
-                only.reward, list(only.segments), group.metrics(), only.error)
+                only.reward, list(only.segments), group.metrics(), only.error, only.entries() if tells else None)
         failed = next((h for h in group.hypotheses if h.finish_reason in ("error", "abort")), None)
         shared = group.shared()
         token_ids = [token for segment in shared for token in segment.token_ids]
@@ -812,7 +871,9 @@ class Request:
         return CompletionOutput(
             group.index, text, token_ids, logprob, failed.finish_reason if failed is not None else None,
             reward=shared[-1].reward if shared else None, segments=shared, metrics=group.metrics(),
-            error=failed.error if failed is not None else None)
+            error=failed.error if failed is not None else None,
+            logprobs=joined([part for parts in only.told[: len(shared)] for part in parts], self.name) if tells else
+            None)
 
 
 class Extra(Protocol):
@@ -833,7 +894,8 @@ def _copy(metrics: Metrics) -> Metrics:
     return Metrics(**vars(metrics))
 
 
-def _record(token_ids: list[int], reward: float | None, note: Note | None, logprob: float) -> Attempt:
+def _record(token_ids: list[int], reward: float | None, note: Note | None, logprob: float,
+            logprobs: list[dict[int, Logprob]] | None) -> Attempt:
     """The user's view of an attempt."""
     threshold, probability, accepted = note if note is not None else (None, None, False)
-    return Attempt(token_ids, reward, threshold, probability, accepted, logprob)
+    return Attempt(token_ids, reward, threshold, probability, accepted, logprob, logprobs)

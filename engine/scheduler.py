@@ -257,6 +257,8 @@ class Scheduler:
                 break
         first = self._first(only)
         if first is not None and not self.running:
+            if self._anew(first.request) is not None and self._forget(first.request):
+                return ended + self.admit(only)  # what it reads anew was there twice
             ended.append(self._refuse(first, "can_open refuses this prompt"))
         return ended
 
@@ -314,7 +316,20 @@ class Scheduler:
         """Whether there are pages for all of `unit`, with a segment each."""
         first, *others = [Opening(ids[:-1], [len(ids) - 1 + len(one.token_ids) + one.next_room
                                              for one in unit.unfinished]) for ids in unit.request.contexts]
-        return self._cache.can_open(first.token_ids, first.lengths, unit.request.stores, others)
+        return self._cache.can_open(first.token_ids, first.lengths, unit.request.stores, others,
+                                    self._anew(unit.request))
+
+    def _anew(self, request: Request) -> int | None:
+        """The tokens of a request's prompt that its next response may share, where it is to read the others anew: to
+        tell what the model says of them. None where nothing is to be told, or another one does."""
+        told, teller = request.prompt_told, request.teller
+        if told is None or told.complete or teller is not None and teller.table is not None:
+            return None
+        return told.read
+
+    def _forget(self, request: Request) -> bool:
+        """Forgets what is published of a request's prompt; whether anything was."""
+        return self._cache.forget(request.contexts[0], request.stores)
 
     def _beginning(self, hypothesis: Hypothesis, context: int) -> tuple[int, ...] | None:
         """The prompt of its context of this number up to the end of the first page that cannot be shared yet; None if
@@ -341,7 +356,10 @@ class Scheduler:
         scored = request.plan.score.when != "never"
         if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
-        table = hypothesis.table = self._cache.open(request.contexts[0][:-1], request.stores)
+        anew = self._anew(request)
+        table = hypothesis.table = self._cache.open(request.contexts[0][:-1], request.stores, anew)
+        if anew is not None:
+            request.teller = hypothesis
         hypothesis.prefill = Prefill()
         if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
             hypothesis.metrics.prompt_tokens_cached = table.length

@@ -16,6 +16,7 @@ from stars.model.config import ModelConfig
 from stars.model.fusing import split_bytes
 from stars.model.low_rank import LAUNCHES as LOW_RANK_LAUNCHES
 from stars.model.workspace import workspace_bytes
+from stars.sampling import MAX_LOGPROBS
 
 LIBRARIES = 1 << 30
 """Bytes that nothing of ours is to take: cuBLAS' workspaces, loaded kernels, what torch's allocator rounds up. An
@@ -100,7 +101,7 @@ def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes, mor
     its drafts may capture later. more: launches of a pass that an adapter adds."""
     ranked = [launches(rows, shape.vocab_size) for rows in ranked_rows(config, sizes)] if sizes.max_lanes else []
     lanes = len(config.target.shapes("draft", sizes.max_lanes)) if sizes.max_lanes else 0
-    shaped = 2 * lanes * EDIT_LAUNCHES  # with penalties and without
+    shaped = 2 * lanes * EDIT_LAUNCHES + lanes * TELL_LAUNCHES  # with penalties and without
     return (captured_passes(config, sizes) * _pass_bytes(shape, more)
             + later_bytes(shape, more) * (2 if sizes.max_lanes else 1)
             + 2 * sum(ranked) * LAUNCH_BYTES  # with filters and without
@@ -136,6 +137,10 @@ MAX_WORD, MAX_WORDS = 16, 1024
 
 EDIT_LAUNCHES = 3
 """On a GPU, at most, of what shapes the logits of a step by itself: a blend, the edits, penalties."""
+
+
+TELL_LAUNCHES = 2
+"""On a GPU, of what says what stood beside the tokens that were drawn."""
 
 
 def edit_entries(config: EngineConfig, vocab_size: int) -> int:
@@ -211,6 +216,8 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int 
             needed[edits] = needed.get(edits, 0) + 4 * (
                 3 * edit_entries(config, shape.vocab_size) + MAX_WORD * edit_words(config)
                 + lanes * mask_words(shape.vocab_size))
+            # What stood beside drawn tokens: a rank, and ids and numbers of the most that may be wanted, each aligned.
+            needed[f"{name}'s activations"] += 4 * lanes * config.max_segment_size * (1 + 2 * MAX_LOGPROBS) + 3 * 64
     needed["the reward"] = reward
     needed["captured graphs"] = graphs
     needed["libraries"] = LIBRARIES

@@ -117,6 +117,17 @@ class Ranking(NamedTuple):
     logprobs: Tensor  # float32 [lanes, most ranks] out: at temperature 1, without filters
 
 
+class TopLogprobs(NamedTuple):
+    """What `top_logprobs` reads of every lane beside what it drew, and where it puts what it finds."""
+
+    wanted: Tensor  # int32 [lanes] most probable tokens, at most as many as there are columns; 0: the rank; -1: nothing
+    told: Tensor  # int32 [lanes] draws that were read; as many as were drawn afterwards, where something is wanted
+    ranks: Tensor  # int32 [lanes, max_steps] out: place of each drawn token, from 1
+    token_ids: Tensor  # int32 [lanes, max_steps, most] out: the most probable first, -1 where no token is left
+    logprobs: Tensor  # float32 [lanes, max_steps, most] out: at temperature 1, without filters
+    own: Tensor | None = None  # float32 [lanes, max_steps] out: of the drawn tokens, where no sampler has said it
+
+
 class Penalties(NamedTuple):
     """What `apply_penalties` takes of every lane; lanes of one response share its entries of the history."""
 

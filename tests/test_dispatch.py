@@ -16,6 +16,7 @@ import torch
 
 import blend_cases
 import edit_cases
+import logprob_cases
 import penalty_cases
 import ranking_cases
 from sampler_lanes import make_lanes
@@ -194,6 +195,7 @@ CASES: dict[str, Callable[[], tuple]] = {
     "swiglu": lambda: (numbers(5, 34), torch.zeros(5, 17)),
     "take_rows": lambda: (numbers(5, 9), ints([4, 0, 4]), torch.zeros(3, 9)),
     "token_logprobs": lambda: (numbers(5, 37), ints([0, 36, -1, 7, 21, 3, 3, 3, 0, -1]).view(5, 2), torch.zeros(5, 2)),
+    "top_logprobs": lambda: logprob_cases.make_draws(2, lanes=5, vocab=37),
     "top_tokens": lambda: (numbers(5, 37), ranking_cases.make_ranking(5, 6, (6, 0, 3, 1, 4), top_p=0.7), True),
 }
 """Arguments of odd sizes, the same at every call."""

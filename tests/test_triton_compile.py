@@ -28,7 +28,7 @@ REPRESENTATIVE = [
     "skinny residual bf16 4096 4096, 1 rows",
     "skinny normed bf16 128256 4096, 1 rows", "skinny qkv bf16 heads of 80, 128 rows", "embedding_scaled bf16",
     "skinny residual bf16 fp8 4096 4096, 1 rows", "skinny swiglu bf16 int4-32 28672 4096, 64 rows",
-    "token_logprobs"]
+    "token_logprobs", "top_logprobs scan 128256", "top_logprobs finish own 128256"]
 
 # Every scheme, few rows and many.
 QUANTISED = ["skinny swiglu bf16 fp8 28672 4096, 1 rows", "skinny swiglu bf16 int8 28672 4096, 64 rows",

@@ -176,7 +176,7 @@ class FakeBuffers(buffers.Buffers):
             host["out_tokens"][:] = draw.integers(20, 200, host["out_tokens"].shape)
             host["out_logprobs"][:] = -1.0
         if "ranks" in host:
-            columns = host["token_ids"].shape[1]
+            columns = host["token_ids"].shape[-1]
             host["token_ids"][:] = draw.permutation(np.arange(20, 20 + columns))
             host["logprobs"][:] = -1.0
         elif "logprobs" in host:

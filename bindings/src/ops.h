@@ -20,6 +20,7 @@ struct op_table {
   void (*attention)(const stars_attention_params&);
   void (*sample_step)(const stars_sample_step_params&);
   void (*copy_rows)(const stars_copy_rows_params&);
+  void (*top_logprobs)(const stars_top_logprobs_params&);
 };
 
 namespace base {
@@ -60,6 +61,7 @@ void rope_write(const stars_rope_write_params&);
 void attention(const stars_attention_params&);
 void sample_step(const stars_sample_step_params&);
 void copy_rows(const stars_copy_rows_params&);
+void top_logprobs(const stars_top_logprobs_params&);
 }  // namespace STARS_ISA
 #endif
 
