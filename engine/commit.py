@@ -9,7 +9,7 @@ from stars.cache import CommitMove, PagedCache
 from stars.filtered_ratio import draw
 from stars.models import Models, Piece
 from stars.outputs import Segment
-from stars.request import Group, Hypothesis, Lane, Winner
+from stars.request import Group, Hypothesis, Lane, PromptContext, Winner
 from stars.reward.base import Reward
 from stars.rules import EARLIER, Decision, Draw, Keep
 
@@ -65,12 +65,15 @@ class Committer:
                     self._scorer.discard(lane.score_handle)
                     lane.score_handle = None
 
-    def commit(self, winners: Sequence[Winner]) -> None:
-        """Winners that go on are history in both caches afterwards."""
-        self._commit_rows(winners)
+    def commit(self, winners: Sequence[Winner], ended: Sequence[Winner] = ()) -> None:
+        """Winners that go on are history in both caches afterwards. Of what has `ended` its response the pages that it
+        has get what they hold of it, where a later turn may find it; nothing is run for that, and no page is taken."""
+        self._commit_rows(winners, [] if self._exact else ended)
         scored = [winner for winner in winners if winner.hypothesis.request.scores_segments]
         if scored:
             self._commit_scored(scored)
+        if ended and not self._exact:
+            self._remember_scored(ended)
 
     def take_back(self, hypothesis: Hypothesis) -> None:
         """The newest segment of a hypothesis is history no longer, in neither cache; its attempts hold nothing."""
@@ -129,14 +132,10 @@ class Committer:
             arranged.winners.append(winner)
             kept.append((keep, winner))
 
-    def _commit_rows(self, winners: Sequence[Winner]) -> None:
-        """The language model's pages hold all but the last token of each response afterwards."""
-        drafting = [winner.hypothesis.drafting for winner in winners]
-        written = [(winner, context, winner.lane.slab, len(winner.lane.token_ids))
-                   for winner, context in zip(winners, drafting, strict=True)]
-        # The judge has read the last drafted token, too. What is run in one pass must be so again to the same bits.
-        written += [(winner, hypothesis.judging, winner.lane.judge_slab, len(winner.lane.token_ids) + (not self._exact))
-                    for winner in winners if (hypothesis := winner.hypothesis).judge is not None]
+    def _commit_rows(self, winners: Sequence[Winner], ended: Sequence[Winner]) -> None:
+        """The language model's pages hold all but the last token of each response afterwards; of those that have ended
+        what slabs hold of that, and pages that are there have room for."""
+        written = self._written(winners)
         for winner, context, _, _ in written:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
             self._cache.reserve(context.table, len(winner.token_ids))
@@ -158,11 +157,25 @@ class Committer:
                     if table.behind:  # all of its models read on from here
                         self._models.catch_up([winner.hypothesis], table.stores)
                     lacking.append((table, token_ids, len(token_ids) - 1))
+        for winner, (table, _), slab, held in self._written([one for one in ended if one.hypothesis.table is not None]):
+            rows = min(len(winner.token_ids), winner.drafted + 1, held, self._cache.room(table, table.length))
+            if slab is not None and rows > 0:
+                moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
         self._cache.commit(moves)
         if lacking:
             self._models.prefill(lacking)
         while apart:
             apart = self._run_apart(apart)
+
+    def _written(self, winners: Sequence[Winner]) -> list[tuple[Winner, PromptContext, int | None, int]]:
+        """Each winner in each of its contexts: its slab there, and the rows that this may hold."""
+        drafting = [winner.hypothesis.drafting for winner in winners]
+        written = [(winner, context, winner.lane.slab, len(winner.lane.token_ids))
+                   for winner, context in zip(winners, drafting, strict=True)]
+        # The judge has read the last drafted token, too. What is run in one pass must be so again to the same bits.
+        return written + [
+            (winner, hypothesis.judging, winner.lane.judge_slab, len(winner.lane.token_ids) + (not self._exact))
+            for winner in winners if (hypothesis := winner.hypothesis).judge is not None]
 
     def _run_apart(self, wanted: Sequence[tuple[Piece, int]]) -> list[tuple[Piece, int]]:
         """Runs the next of all tokens that tables lack, so many at most of each, in slabs whose rows are history by
@@ -173,6 +186,15 @@ class Committer:
             pieces.setdefault(piece.slab, piece._replace(token_ids=piece.token_ids[first : first + most]))
         self._models.recompute(list(pieces.values()))
         return [one for one in wanted if one[0].table.length < len(one[0].token_ids)]
+
+    def _remember_scored(self, ended: Sequence[Winner]) -> None:
+        """The reward's sessions get what it has kept of the scores of what ended their responses."""
+        scored = [winner for winner in ended if winner.as_drawn and winner.lane.score_handle is not None
+                  and winner.hypothesis.request.scores_segments and winner.hypothesis.session is not None]
+        if scored:
+            self._scorer.remember([(winner.hypothesis.session, winner.lane.score_handle) for winner in scored])
+            for winner in scored:
+                winner.lane.score_handle = None
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""

@@ -213,6 +213,7 @@ class Hypothesis:
     table: BlockTable | None = None
     judge: BlockTable | None = None  # of the request's second context, where it has two: opened after `table`
     session: Any = None  # the reward's state of this response
+    left: Any = None  # the one that was closed, of a response that may lose yet
     prefill: Prefill | None = None  # while what it begins with is being read: it draws nothing yet
     wait: Wait | None = None  # while rewards of it are to come: it draws nothing and keeps what it holds
     token_ids: list[int] = field(default_factory=list)  # committed
@@ -410,7 +411,7 @@ class Hypothesis:
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = None
+        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = self.left = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
