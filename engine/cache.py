@@ -6,6 +6,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple
 
@@ -260,9 +261,11 @@ class PagedCache:
         if table.behind:
             table.behind = {store: held for store, held in table.behind.items() if held < length}
 
-    def room(self, table: BlockTable, start: int) -> int:
-        """Positions of the table from `start` on that a commit can write without a page being taken."""
-        self._check(table)
+    def try_reserve(self, table: BlockTable, start: int, tokens: int) -> int:
+        """As `reserve`, for `tokens` positions from `start` on, which is not behind the table's last, where there are
+        pages for that; how many positions from there on a commit can write then without taking any."""
+        with suppress(OutOfPages):
+            self.reserve(table, max(0, start + tokens - table.length))
         pages = len(table.pages)
         shared = (i for i in range(start // self.page_size, min(table.own, pages))
                   if self.pool.references(table.pages[i]) > 1)

@@ -66,8 +66,8 @@ class Committer:
                     lane.score_handle = None
 
     def commit(self, winners: Sequence[Winner], ended: Sequence[Winner] = ()) -> None:
-        """Winners that go on are history in both caches afterwards. Of what has `ended` its response the pages that it
-        has get what they hold of it, where a later turn may find it; nothing is run for that, and no page is taken."""
+        """Winners that go on are history in both caches afterwards. Of what has `ended` its response the slabs' rows
+        become so, too, for a later turn to find: nothing is run for that, and what there is no page for is left out."""
         self._commit_rows(winners, [] if self._exact else ended)
         scored = [winner for winner in winners if winner.hypothesis.request.scores_segments]
         if scored:
@@ -134,7 +134,7 @@ class Committer:
 
     def _commit_rows(self, winners: Sequence[Winner], ended: Sequence[Winner]) -> None:
         """The language model's pages hold all but the last token of each response afterwards; of those that have ended
-        what slabs hold of that, and pages that are there have room for."""
+        what slabs hold of that, as far as there are pages."""
         written = self._written(winners)
         for winner, context, _, _ in written:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
@@ -158,8 +158,9 @@ class Committer:
                         self._models.catch_up([winner.hypothesis], table.stores)
                     lacking.append((table, token_ids, len(token_ids) - 1))
         for winner, (table, _), slab, held in self._written([one for one in ended if one.hypothesis.table is not None]):
-            rows = min(len(winner.token_ids), winner.drafted + 1, held, self._cache.room(table, table.length))
-            if slab is not None and rows > 0:
+            rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
+            rows = min(rows, self._cache.try_reserve(table, table.length, rows))
+            if slab is not None and rows:
                 moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
         self._cache.commit(moves)
         if lacking:

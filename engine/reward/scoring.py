@@ -69,13 +69,13 @@ class SlabReward(SessionReward):
             self.cache.return_slab(handle.slab)
 
     def remember(self, responses: Sequence[tuple[Any, Any]]) -> None:
-        """What slabs hold of their ends goes into the pages that they have, and their full pages stay when they are
+        """What slabs hold of their ends goes into pages, as far as there are any, and full pages stay when they are
         closed."""
         moves = []
         for session, handle in responses:
             if handle is not None and handle.slab is not None:
                 at, stop = self._span_of(handle)
-                rows = min(stop - at, self.cache.room(session.table, at))
+                rows = min(stop - at, self.cache.try_reserve(session.table, at, stop - at))
                 if rows > 0:
                     moves.append(CommitMove(session.table, handle.slab * self.cache.slab_len, rows, at))
                     session.committed = handle.ids[: at + rows]
