@@ -420,7 +420,7 @@ class Hypothesis:
             self.group, slot, token_ids=list(self.token_ids), segments=list(self.segments), drafts=self.drafts,
             ends=list(self.ends), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
             finish_reason=self.finish_reason, stop_reason=self.stop_reason, error=self.error,
-            metrics=self.metrics.kept())
+            metrics=self.metrics.kept(), left=self.left)
 
     def ending(self, token_ids: list[int]) -> tuple[int, str | None, int | str | None]:
         """If `token_ids` were committed: how many of them, up to a stop string; whether they end the response, and why.

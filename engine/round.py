@@ -279,18 +279,20 @@ class Round:
 
     def _drop(self, hypothesis: Hypothesis, drawn: dict[Hypothesis, list[Lane]]) -> None:
         """Gives back all that a hypothesis holds that has left its group, which may have waited for its reward. Nobody
-        comes back to it."""
+        comes back to it, unless another one begins with its text, as forks do."""
         if hypothesis.wait is not None:
             self._forget(hypothesis.wait)
         self._give_back(hypothesis, drawn.get(hypothesis, []))
-        left = hypothesis.session if hypothesis.session is not None else hypothesis.left
-        if self._remembers and left is not None:
-            self._scorer.forget(left)
-        if self._remembers and hypothesis.table is None:  # it had ended, and might have been the one to stay
-            for prompt_ids in hypothesis.request.contexts:
-                self._cache.forget(prompt_ids + hypothesis.token_ids, len(prompt_ids), hypothesis.request.stores)
+        token_ids = hypothesis.token_ids
+        lost = not any([other.token_ids[: len(token_ids)] == token_ids for other in hypothesis.group.hypotheses])
+        session = hypothesis.session if hypothesis.session is not None else hypothesis.left
+        self.close(hypothesis, keep=not lost)
         hypothesis.left = None
-        self.close(hypothesis, keep=False)
+        if lost and self._remembers:  # what had ended before, or was a fork's twin, might have been the one to stay
+            for prompt_ids in hypothesis.request.contexts:
+                self._cache.forget(prompt_ids + token_ids, len(prompt_ids), hypothesis.request.stores)
+            if session is not None:
+                self._scorer.forget(session)
 
     def _keep_preferred(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
         """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs; the others give theirs

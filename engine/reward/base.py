@@ -266,7 +266,7 @@ class Reward(ABC):
                 self.discard(handle)
 
     def forget(self, session: Any) -> None:
-        """A session, perhaps one that was remembered and closed, is of a response that lost against others: nobody
+        """A session that was closed, and perhaps remembered before, is of a response that lost against others: nobody
         comes back to it."""
 
     def close(self, session: Any) -> None:

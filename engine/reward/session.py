@@ -123,7 +123,6 @@ class SessionReward(Reward):
 
     def forget(self, session: Session) -> None:
         """Frees what only this response has left."""
-        session.kept = False
         self.cache.forget(session.committed, len(session.frame.prefix))
 
     def close(self, session: Session) -> None:

@@ -1,0 +1,253 @@
+"""Conversations: a turn runs its own new tokens through both models, and what earlier turns have read and written is
+found in their caches.
+
+Prompts of a turn are the last prompt and response and some new tokens. Of such a prompt a model need not run the full
+pages of what it shares with them and has read: of the language model all but the response's last token, of the reward
+model on the CPU the same. So it runs the turn's new tokens and at most page_size - 1 more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+import stars
+from stars.engine import Engine
+from stars.exhaustions import BackUp
+from stars.outputs import RequestOutput
+from stars.passes import Passes
+from stars.reward.base import with_parts
+from stars.reward.session import SessionReward
+from tiny_models import EOS as END
+from toy import Digits, ToyModel, ids, toy_engine, toy_pair
+
+PAGE = 4
+LM, RM = toy_pair(23, (1, 2), positions=512)
+TURNS = 10
+
+
+class Rows:
+    """Counts the rows that passes over prompts have run, of the language model and of each reward model."""
+
+    def __init__(self, engine: Engine):
+        self.counts = [0]
+        self._count(0, engine._models.own.passes)
+        for reward in with_parts(engine.reward) if engine.reward is not None else []:
+            if isinstance(reward, SessionReward):
+                self.counts.append(0)
+                self._count(len(self.counts) - 1, reward._passes)
+
+    def _count(self, place: int, passes: Passes) -> None:
+        def prefill(*given: Any, right: Callable[..., int] = passes.prefill, **named: Any) -> int:
+            rows = right(*given, **named)
+            self.counts[place] += rows
+            return rows
+
+        passes.prefill = prefill
+
+    def take(self) -> list[int]:
+        counts, self.counts[:] = list(self.counts), [0] * len(self.counts)
+        return counts
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def unread(prompt: Sequence[int], before: Sequence[int]) -> int:
+    """Rows that a model with a lag of a token runs of a prompt, where it has read the text `before`, but for its last
+    token."""
+    shared = min(common(prompt, before), len(before) - 1, len(prompt) - 1) // PAGE * PAGE
+    return len(prompt) - 1 - shared
+
+
+def nothing(output: RequestOutput) -> tuple[int, int]:
+    """Rows that a turn may run besides its new tokens, of the language model and of a reward model."""
+    return 0, 0
+
+
+def converse(engine: Engine, policy: Any, params: Callable[[int], stars.SamplingParams], *, turns: int = TURNS,
+             choose: int = 0, begin: int = 3, between: Callable[[int], None] = lambda turn: None,
+             beside: Callable[[RequestOutput], tuple[int, int]] = nothing) -> list[RequestOutput]:
+    """A chat by token ids, which goes on from the completion `choose` of each turn: every turn's rows are checked."""
+    rows, before, outputs = Rows(engine), list[int](), []
+    size = engine.model_config.vocab_size
+    prompt = ids(9, size, begin)
+    for turn in range(turns):
+        rows.take()
+        [output] = engine.generate({"prompt_token_ids": prompt}, params(turn), policy, use_tqdm=False)
+        engine.check_integrity()
+        counts, more = rows.take(), beside(output)
+        for place, counted in enumerate(counts):
+            fewest, most = unread(prompt, before or [0]), more[min(place, 1)]
+            assert fewest <= counted <= fewest + most, (turn, place, counted, fewest)
+            assert counted <= len(prompt) - len(before) + PAGE - 1 + most  # in words: new tokens, and less than a page
+        outputs.append(output)
+        completion = output.outputs[choose]
+        assert completion.error is None and completion.token_ids
+        before = prompt + completion.token_ids
+        prompt = before + ids(3 + turn % 5, size, 50 + turn)
+        between(turn)
+    return outputs
+
+
+def params(turn: int, **given: Any) -> stars.SamplingParams:
+    return stars.SamplingParams(**dict(max_tokens=13 + turn % 4, seed=turn, ignore_eos=True) | given)
+
+
+STRICT = stars.STARS(segment_size=5, max_attempts=4, alpha=0.5, beta=0.5, reward_threshold=2.0, width=3)
+SEGMENTS = {"wide": STRICT, "narrow": stars.STARS(5, 6, 0.5, 0.5, 2.0, 1), "blocks": stars.BlockwiseBestOfK(3, 4),
+            "cut by entropy": stars.CARDS(2.0, 2, 7, 4, reward_threshold=2.0, width=2)}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_a_turn_runs_its_new_tokens(name):
+    """Ten turns, by token ids, attempts rejected or not: exactly what is to be run, in both models."""
+    outputs = converse(toy_engine(LM, RM, page_size=PAGE), SEGMENTS[name], params)
+    metrics = [output.metrics for output in outputs]
+    assert sum(one.attempts for one in metrics) > 1.2 * sum(one.segments for one in metrics)
+    for one in metrics[1:]:
+        assert one.prompt_tokens_cached == one.rm_tokens_cached > 0
+
+
+def test_plain_turns():
+    """Without a reward; and with one that is asked at the end, which then reads the response of its turn, too."""
+    converse(toy_engine(LM, page_size=PAGE), stars.Sample(), params)
+    converse(toy_engine(LM, RM, page_size=PAGE), stars.Sample(score=True), params,
+             beside=lambda output: (0, len(output.outputs[0].token_ids)))
+
+
+def test_two_completions_a_turn():
+    """The chat goes on from either; the second one reads the tail that the first one could not share."""
+    for choose in (0, 1):
+        outputs = converse(toy_engine(LM, RM, page_size=PAGE), STRICT, lambda turn: params(turn, n=2), choose=choose,
+                           beside=lambda output: (PAGE - 1, PAGE - 1))
+        assert any(len({tuple(one.token_ids) for one in output.outputs}) == 2 for output in outputs)
+
+
+@pytest.mark.parametrize("name, reads_at_end", [("whole", True), ("in turn", True), ("beam", False),
+                                                ("particles", False), ("speculative", False)])
+def test_a_winner_stays_and_losers_go(name, reads_at_end):
+    """Of several responses that are judged together the one that was kept is what the next turn goes on from; nothing
+    of the others stays in either cache. Forks share pages, of which each has a tail of its own."""
+    policy = {"whole": stars.BestOfN(3), "in turn": stars.RejectionSampling(reward_threshold=1.5, max_attempts=4),
+              "beam": stars.SegmentBeam(2, 2, 4), "particles": stars.ParticleFilter(3, 0.7, 4),
+              "speculative": stars.SpeculativeRejection(4, 0.5, 4)}[name]
+    engine, places = toy_engine(LM, RM, page_size=PAGE), 4
+
+    def beside(output: RequestOutput) -> tuple[int, int]:
+        text = len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1
+        for cache in (engine._cache, engine.reward.cache):
+            assert cache.pool.num_published == text // PAGE
+        tails = (places - 1) * (PAGE - 1)  # of responses that are opened once the prompt was read
+        return tails, tails + reads_at_end * places * 16
+
+    converse(engine, policy, params, beside=beside)
+    assert engine._cache.num_tables == engine.reward.cache.num_tables == 0
+
+
+def test_traffic_between_the_turns():
+    """Other prompts and other chats come and go; there is room for all."""
+    engine = toy_engine(LM, RM, page_size=PAGE)
+
+    def traffic(turn: int) -> None:
+        prompts = [{"prompt_token_ids": ids(5 + 3 * index, 23, 900 + 7 * turn + index)} for index in range(5)]
+        engine.generate(prompts, params(turn, max_tokens=9), STRICT, use_tqdm=False)
+
+    converse(engine, STRICT, params, between=traffic)
+
+
+def test_a_turn_that_was_aborted():
+    """What had been committed before is found by whoever goes on from it."""
+    engine, prompt = toy_engine(LM, RM, page_size=PAGE), ids(9, 23, 3)
+    rows = Rows(engine)
+    name = engine.add_request({"prompt_token_ids": prompt}, params(1, max_tokens=60), STRICT)
+    for _ in range(12):
+        engine.step()
+    [before] = engine._requests[name].hypotheses
+    text = prompt + before.token_ids
+    assert len(text) > len(prompt) + 2 * PAGE
+    engine.abort(name)
+    rows.take()
+    again = text + ids(2, 23, 9)
+    engine.generate({"prompt_token_ids": again}, params(2), STRICT, use_tqdm=False)
+    assert rows.take() == [unread(again, text)] * 2
+    engine.check_integrity()
+
+
+def test_the_oldest_conversation_goes_first():
+    """Three chats in a cache that holds two: a turn of the first one makes the second one the oldest, and the third one
+    takes its pages, the last ones first."""
+    texts, engine = {}, toy_engine(LM, RM, page_size=PAGE, cache_tokens=88, max_num_seqs=1)
+    rows = Rows(engine)
+
+    def turn(name: str, prompt: list[int]) -> list[int]:
+        rows.take()
+        [output] = engine.generate({"prompt_token_ids": prompt}, params(len(prompt), max_tokens=10), STRICT,
+                                   use_tqdm=False)
+        engine.check_integrity()
+        texts[name] = prompt + output.outputs[0].token_ids
+        return rows.take()
+
+    turn("a", ids(21, 23, 1))
+    turn("b", ids(21, 23, 2))
+    prompt = texts["a"] + ids(2, 23, 4)
+    assert turn("a", prompt) == [unread(prompt, texts["a"][: len(prompt) - 2])] * 2  # a is newer than b from here on
+    turn("c", ids(21, 23, 3))
+    for cache in (engine._cache, engine.reward.cache):
+        kept = {name: cache.shared_length(text[:-1]) for name, text in texts.items()}
+        assert kept["a"] == (len(texts["a"]) - 1) // PAGE * PAGE and kept["c"] == (len(texts["c"]) - 1) // PAGE * PAGE
+        assert kept["b"] < (len(texts["b"]) - 1) // PAGE * PAGE
+    prompt = texts["a"] + ids(2, 23, 5)
+    assert turn("a", prompt) == [unread(prompt, texts["a"][: len(prompt) - 2])] * 2
+
+
+class Numbers(Digits):
+    """Of both models."""
+
+    eos_token_id = None
+
+    def same_vocabulary(self, other: Any) -> bool:
+        return self is other
+
+
+def test_segments_cut_by_stop_strings():
+    """A response ends in the midst of a segment: what was drawn behind its end is in no page that is found."""
+    lm, rm = toy_pair(10, (3, 4), positions=512)
+    digits, outputs = Numbers(), []
+    engine = toy_engine(lm, stars.CausalReward(rm.decoder(), tokenizer=digits), page_size=PAGE, tokenizer=digits)
+    for seed in range(4):
+        outputs += converse(engine, stars.STARS(7, 4, 0.5, 0.5, 2.0, 3), lambda turn: params(
+            10 * seed + turn, max_tokens=20, stop=["3", "71"]), begin=100 + seed)
+    ends = [output.outputs[0].stop_reason for output in outputs]
+    assert ends.count("3") + ends.count("71") > 10
+
+
+def test_segments_that_are_taken_back():
+    """What took the place of a segment is found, and not what was taken back."""
+    engine, lengths = toy_engine(LM, RM, page_size=PAGE), []
+    policy = stars.STARS(5, 2, 1.0, 0.0, 2.2, 2, exhaust=BackUp(3))
+
+    def beside(output: RequestOutput) -> tuple[int, int]:
+        lengths.append(output.metrics.lm_tokens_drawn)
+        return 0, 5  # a reward model reads on after a segment that was taken back
+    outputs = converse(engine, policy, lambda turn: params(turn, max_tokens=20), beside=beside)
+    assert sum(lengths) > sum(2 * len(one.outputs[0].token_ids) for one in outputs)
+
+
+
+@pytest.mark.parametrize("kind", ["weighted", "implicit"])
+def test_rewards_of_several_models(kind):
+    other = ToyModel(23, 7, layers=1, positions=512, head="reward" if kind == "weighted" else "lm")
+    if kind == "weighted":
+        reward = stars.WeightedReward([(stars.CausalReward(RM.decoder()), 1.0),
+                                       (stars.CausalReward(other.decoder()), 0.5)])
+    else:
+        reward = stars.ImplicitReward(other.decoder(), ToyModel(23, 8, layers=1, positions=512).decoder())
+    engine = toy_engine(LM, reward, page_size=PAGE)
+    outputs = converse(engine, stars.STARS(5, 4, 0.5, 0.5, 0.5, 2), params)
+    assert all(one.metrics.rm_tokens_cached == 2 * one.metrics.prompt_tokens_cached for one in outputs)
+    for part in reward.parts:
+        assert 0 < part.cache.prefix_hits < part.cache.prefix_queries
