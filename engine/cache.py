@@ -200,15 +200,18 @@ class PagedCache:
         self.pool.publish(table.pages, self._chunks(token_ids, table.stores))
 
     def adopt(self, table: BlockTable, token_ids: Sequence[int]) -> bool:
-        """Takes the full pages of `token_ids`, of which the table holds the first ones, that are published and that it
-        lacks, in the place of pages of its own; the table's length becomes what they hold. False, and nothing changed,
-        where there are none."""
+        """Shares the published pages of `token_ids` that the table lacks, whose positions are all shared ones, in the
+        place of its own; its length becomes what they hold. False, and nothing changed, where there are none, or where
+        what the table has is of other tokens."""
         self._check(table)
-        found = self.pool.match(self._chunks(token_ids, table.stores))[: len(table.pages)]
+        found = self.pool.match(self._chunks(token_ids, table.stores))
         first = table.length // self.page_size
-        if len(found) <= first:
+        if len(found) <= first or found[:first] != table.pages[:first]:
             return False
-        self._exchange(table, first, found)
+        beyond = found[len(table.pages) :]
+        self._exchange(table, first, found[: len(table.pages)])
+        self.pool.share(beyond)
+        table.pages += beyond
         table.length, table.own = len(found) * self.page_size, max(table.own, len(found))
         table.behind.clear()
         return True

@@ -359,6 +359,9 @@ class Scheduler:
             hypothesis.session = self._scorer.open(request.prompt, request.max_tokens)
             if new:
                 hypothesis.metrics.rm_tokens_cached = self._scorer.cached(hypothesis.session)
+            elif hypothesis.token_ids and request.scores_segments and not self._exact:
+                text = request.detokenizer.decode(hypothesis.token_ids) if self._scorer.needs_text else None
+                self._scorer.recall(hypothesis.session, hypothesis.token_ids, text)
         return self._reserve(hypothesis, opened=True)
 
     def _begin(self, ready: Sequence[Hypothesis]) -> list[Request]:

@@ -20,7 +20,7 @@ from stars.outputs import RequestOutput
 from stars.passes import Passes
 from stars.reward.base import with_parts
 from stars.reward.session import SessionReward
-from tiny_models import EOS as END
+from editing import edit_json
 from toy import Digits, ToyModel, ids, toy_engine, toy_pair
 
 PAGE = 4
@@ -251,3 +251,112 @@ def test_rewards_of_several_models(kind):
     assert all(one.metrics.rm_tokens_cached == 2 * one.metrics.prompt_tokens_cached for one in outputs)
     for part in reward.parts:
         assert 0 < part.cache.prefix_hits < part.cache.prefix_queries
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one vocabulary", "two vocabularies"])
+def test_messages_by_a_template(tiny_model, copied, same):
+    """What a turn shares with the last one is what of its text is encoded alike; a random model's text often is not, as
+    nobody would write the tokens that it writes. Each model renders and encodes for itself."""
+    lm = copied(tiny_model(tokenizer=True, chat_template=True))
+    rm = copied(tiny_model(tokenizer=True, chat_template=True, head="reward", tokenizer_seed=0 if same else 5))
+    for directory in (lm, rm):
+        edit_json(directory / "config.json", max_position_embeddings=1024)
+    engine = Engine(lm, stars.CausalReward(rm, close="template"), page_size=PAGE, cache_tokens=4096)
+    assert engine.reward.same_vocabulary == same
+    rows, reward, messages, found = Rows(engine), engine.reward, [{"role": "user", "content": "what is a dog?"}], []
+    before, read = list[int](), list[int]()  # what both models have read
+
+    def session(self: Any, given: Any, right: Any = reward.close) -> None:
+        read[:] = given.committed[: given.table.length]
+        right(given)
+
+    reward.close = session.__get__(reward)
+    for turn in range(TURNS):
+        rows.take()
+        known, theirs = list(before), list(read)
+        [output] = engine.generate({"messages": list(messages)}, params(turn, max_tokens=9), STRICT, use_tqdm=False)
+        engine.check_integrity()
+        prompt = output.prompt_token_ids
+        frame = reward.framing._chat(messages, None).prefix
+        [language, scored] = rows.take()
+        assert language == unread(prompt, known or [0])
+        shared = min(common(frame, theirs), len(frame) - 1) // PAGE * PAGE
+        assert scored == len(frame) - 1 - shared
+        assert output.metrics.rm_tokens_cached == shared
+        # Never less than the turn before, but for a page's tail and the token that the models lag behind.
+        if known:
+            found.append((common(prompt, known), common(frame, theirs)))
+            assert language <= len(prompt) - found[-1][0] + PAGE - 1
+        before = prompt + output.outputs[0].token_ids
+        messages += [{"role": "assistant", "content": output.outputs[0].text},
+                     {"role": "user", "content": f"and turn {turn}?"}]
+    assert all(one > 9 and other > 9 for one, other in found)
+    assert found[-1][0] > 60 and found[-1][1] > 60
+
+
+def test_texts_of_deterministic_engines_do_not_depend_on_earlier_turns():
+    """Keys of drafted tokens have other bits than those of a prompt, so of a response nothing is found there."""
+    def made() -> Engine:
+        return toy_engine(LM, RM, page_size=PAGE, deterministic=True)
+
+    chat, outputs, prompt = made(), [], ids(9, 23, 3)
+    for turn in range(6):
+        [output] = chat.generate({"prompt_token_ids": prompt}, params(turn), STRICT, use_tqdm=False)
+        [alone] = made().generate({"prompt_token_ids": prompt}, params(turn), STRICT, use_tqdm=False)
+        assert output.outputs[0].segments == alone.outputs[0].segments  # rewards and log-probabilities to the last bit
+        last = len(outputs[-1].prompt_token_ids) if outputs else 0
+        assert output.metrics.prompt_tokens_cached == output.metrics.rm_tokens_cached == max(0, last - 1) // PAGE * PAGE
+        outputs.append(output)
+        prompt = prompt + output.outputs[0].token_ids + ids(2, 23, turn)
+    chat.check_integrity()
+
+
+def test_who_gave_way_is_computed_again_as_far_as_it_was_evicted():
+    """Two long responses in a cache for one and a half: the younger one comes back to what is left of its pages, and to
+    the same text."""
+    def run(tokens: int) -> tuple[list[RequestOutput], list[int]]:
+        engine = toy_engine(LM, RM, page_size=PAGE, cache_tokens=tokens)
+        rows = Rows(engine)
+        outputs = engine.generate([{"prompt_token_ids": ids(6, 23, seed)} for seed in (1, 2)], [
+            params(seed, max_tokens=most) for seed, most in ((1, 60), (2, 70))], STRICT, use_tqdm=False)
+        engine.check_integrity()
+        return outputs, rows.take()
+
+    (roomy, fewest), (tight, more) = run(4096), run(112)
+    assert [one.outputs[0].token_ids for one in tight] == [one.outputs[0].token_ids for one in roomy]
+    assert sum(one.metrics.num_preemptions for one in roomy) == 0 < sum(one.metrics.num_preemptions for one in tight)
+    lost = tight[1].metrics.num_preemptions * 70  # at most, were everything run again each time
+    for most, least in zip(more, fewest):
+        assert least < most < least + lost / 2
+
+
+def test_models_that_lag_behind():
+    """Of a response that several models have read in turn what all of them hold is found, whatever one was last."""
+    small = ToyModel(23, 9, layers=1, positions=512)
+    engine = toy_engine(LM, RM, page_size=PAGE, models={"small": small.decoder()})
+    policy = stars.STARS(5, 2, 1.0, 0.0, 2.2, 2, exhaust="redraft:small")
+    prompt, before, drawn = ids(9, 23, 3), list[int](), set()
+    for turn in range(6):
+        [output] = engine.generate({"prompt_token_ids": prompt}, params(turn, max_tokens=22), policy, use_tqdm=False)
+        engine.check_integrity()
+        drawn |= {segment.model for segment in output.outputs[0].segments}
+        cached = output.metrics.prompt_tokens_cached
+        assert cached % PAGE == 0 and cached <= max(0, len(before) - 1)
+        fresh = toy_engine(LM, RM, page_size=PAGE, models={"small": small.decoder()})
+        [alone] = fresh.generate({"prompt_token_ids": prompt}, params(turn, max_tokens=22), policy, use_tqdm=False)
+        assert alone.outputs[0].token_ids == output.outputs[0].token_ids
+        before = prompt + output.outputs[0].token_ids
+        prompt = before + ids(2, 23, turn)
+    assert drawn == {"lm", "small"}
+
+
+def test_a_response_that_ended_with_an_error_leaves_nothing_but_its_prompt():
+    def fails(prompt: Any, responses: Sequence[Any]) -> list[float]:
+        return [float("nan") if len(response) > 12 else 1.0 for response in responses]
+
+    engine = toy_engine(LM, stars.FunctionReward(fails, inputs="ids"), page_size=PAGE)
+    [output] = engine.generate({"prompt_token_ids": ids(9, 23, 3)}, params(1, max_tokens=40),
+                               stars.STARS(4, 2, 1.0, 0.0, 0.5, 1), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "error" and len(output.outputs[0].token_ids) == 12
+    assert engine._cache.pool.num_published == 8 // PAGE
+    engine.check_integrity()

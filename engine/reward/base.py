@@ -254,6 +254,10 @@ class Reward(ABC):
         """Tokens of the prompt that a session which was just opened need not run: what earlier ones have left."""
         return 0
 
+    def recall(self, session: Any, token_ids: list[int], text: str | None) -> None:
+        """Asked right after `open` of a response that `resume` will be asked for later, with the same: what is left of
+        it where it was remembered may be found again, before others take the room. No text is run for this."""
+
     def remember(self, responses: Sequence[tuple[Any, Any]]) -> None:
         """(session, handle) pairs, of responses that are closed next and that later prompts may go on from: what is
         held of them may stay until room is needed. handle: of the scored candidate that ended the response, which is

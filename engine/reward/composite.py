@@ -189,6 +189,11 @@ class CompositeReward(Reward):
         """Those of all parts together."""
         return sum(part.cached(own) for part, own in zip(self.parts, session.parts, strict=True))
 
+    def recall(self, session: Session, token_ids: list[int], text: str | None) -> None:
+        """Each part recalls its own."""
+        for part, own in zip(self.parts, session.parts, strict=True):
+            part.recall(own, token_ids, text if part.needs_text else None)
+
     def remember(self, responses: Sequence[tuple[Session, Any]]) -> None:
         """Each part remembers its own."""
         for index, part in enumerate(self.parts):

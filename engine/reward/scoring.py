@@ -224,8 +224,8 @@ class ScoringReward(SlabReward):
             self.commit([(session, scored.handle)])
             return Progress(1, rows)
         self._make_room(session, stop)
-        if not self.deterministic:
-            self._adopt(session, whole, stop)
+        if len(session.recalled) > len(session.committed):
+            session.committed, session.recalled = session.recalled, []
         rows = self._write(session, whole, stop, max_rows)
         return Progress(int(session.table.length == stop), rows)
 
@@ -233,13 +233,12 @@ class ScoringReward(SlabReward):
         stop = handle.content - self.target.reward_lag
         return min(handle.valid, stop), stop
 
-    def _adopt(self, session: Session, text: Text, stop: int) -> None:
-        """What earlier responses have left of ids[:stop] in full pages is the session's, up to a tag that is not
-        read yet."""
-        stop = min(stop, _unread(session, text, len(text.ids)))
-        if _common(session, text.ids, stop) == session.table.length and self.cache.adopt(
-                session.table, text.ids[:stop]):
-            session.committed = text.ids[: session.table.length]
+    def recall(self, session: Session, token_ids: list[int], text: str | None) -> None:
+        """Shares the full pages that are left of it, up to a tag whose score would have to be read again."""
+        whole, history = self._read(session, token_ids, text), session.committed
+        stop = min(whole.content - self.target.reward_lag, _unread(session, whole, len(whole.ids)))
+        if whole.ids[: len(history)] == history and self.cache.adopt(session.table, whole.ids[:stop]):
+            session.recalled = whole.ids[: session.table.length]
 
     def commit(self, winners: list[tuple[Session, Handle]]) -> None:
         """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped.
