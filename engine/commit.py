@@ -68,11 +68,12 @@ class Committer:
     def commit(self, winners: Sequence[Winner], ended: Sequence[Winner] = ()) -> None:
         """Winners that go on are history in both caches afterwards. Of what has `ended` its response the slabs' rows
         become so, too, for a later turn to find: nothing is run for that, and what there is no page for is left out."""
-        self._commit_rows(winners, [] if self._exact else ended)
+        ended = [winner for winner in ended if winner.hypothesis.table is not None and not self._exact]
+        self._commit_rows(winners, ended)
         scored = [winner for winner in winners if winner.hypothesis.request.scores_segments]
         if scored:
             self._commit_scored(scored)
-        if ended and not self._exact:
+        if ended:
             self._remember_scored(ended)
 
     def take_back(self, hypothesis: Hypothesis) -> None:
@@ -141,13 +142,15 @@ class Committer:
             self._cache.reserve(context.table, len(winner.token_ids))
         # A slab holds the token before the segment and all of the segment but its last token.
         moves, lacking, apart = [], [], list[tuple[Piece, int]]()
-        for winner, (table, prompt_ids), slab, held in written:
+        for winner, (table, prompt_ids), slab, held in [*written, *self._written(ended)]:
             rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
-            if slab == winner.lane.slab:
+            if winner.finish_reason is not None:
+                rows = min(rows, self._cache.try_reserve(table, table.length, rows))
+            elif slab == winner.lane.slab:
                 winner.rows = rows
             if slab is not None and rows:
                 moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
-            if rows < len(winner.token_ids):
+            if rows < len(winner.token_ids) and winner.finish_reason is None:
                 token_ids = prompt_ids + winner.hypothesis.token_ids + winner.token_ids
                 holder = slab if slab is not None else _free_slab(winner) if self._exact else None
                 if self._exact and holder is not None:
@@ -157,11 +160,6 @@ class Committer:
                     if table.behind:  # all of its models read on from here
                         self._models.catch_up([winner.hypothesis], table.stores)
                     lacking.append((table, token_ids, len(token_ids) - 1))
-        for winner, (table, _), slab, held in self._written([one for one in ended if one.hypothesis.table is not None]):
-            rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
-            rows = min(rows, self._cache.try_reserve(table, table.length, rows))
-            if slab is not None and rows:
-                moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
         self._cache.commit(moves)
         if lacking:
             self._models.prefill(lacking)

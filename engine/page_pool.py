@@ -134,7 +134,7 @@ class PagePool:
     def forget(self, pages: Sequence[int]) -> None:
         """Gives up `pages`, a chain that `match` found, from its end on: as far as nobody refers to them and no prefix
         goes on from them, they are free."""
-        for page in reversed(pages):
+        for page in pages[::-1]:
             if self._references[page] or self._children[page]:
                 return
             self.unpublish(page)

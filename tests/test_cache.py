@@ -689,9 +689,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(table=consumes(tables), share=st.sampled_from([0, 3, 20, 20]))
     def close(self, table, share):
         """With what it holds, or only the first of that: what is found afterwards is read back by who opens it."""
-        tokens = self.tokens.pop(table)
+        tokens, size = self.tokens.pop(table), self.cache.page_size
         self.cache.close(table, tokens[:share])
-        assert self.cache.shared_length(tokens) >= min(share, len(tokens)) // self.cache.page_size * self.cache.page_size
+        assert self.cache.shared_length(tokens) >= min(share, len(tokens)) // size * size
 
     @rule(table=tables, more=st.lists(st.integers(0, 1), max_size=9))
     def adopt(self, table, more):
@@ -707,9 +707,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.integers(0, 1), max_size=13), kept=st.integers(0, 13))
     def forget(self, tokens, kept):
         """Nobody who holds something loses it, which the invariant sees; and no page is lost."""
-        before = self.cache.shared_length(tokens)
+        before, size = self.cache.shared_length(tokens), self.cache.page_size
         self.cache.forget(tokens, kept)
-        assert min(before, kept // self.cache.page_size * self.cache.page_size) <= self.cache.shared_length(tokens) <= before
+        assert min(before, kept // size * size) <= self.cache.shared_length(tokens) <= before
 
     @rule(table=tables, back=st.integers(0, 6), tokens=st.integers(0, 9))
     def try_reserve(self, table, back, tokens):

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 import stars
+from editing import edit_json
 from stars.engine import Engine
 from stars.exhaustions import BackUp
 from stars.outputs import RequestOutput
 from stars.passes import Passes
 from stars.reward.base import with_parts
 from stars.reward.session import SessionReward
-from editing import edit_json
 from toy import Digits, ToyModel, ids, toy_engine, toy_pair
 
 PAGE = 4
@@ -360,3 +360,43 @@ def test_a_response_that_ended_with_an_error_leaves_nothing_but_its_prompt():
     assert output.outputs[0].finish_reason == "error" and len(output.outputs[0].token_ids) == 12
     assert engine._cache.pool.num_published == 8 // PAGE
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["causal", "weighted", "implicit", "beam", "at the end", "another vocabulary"])
+def test_what_is_found_is_what_would_be_computed(tiny_model, name):
+    """Texts are those of an engine that has seen nothing, and rewards, too, but for rounding: keys of drafted tokens
+    are summed up in another order than those of a prompt."""
+    policy: Any = {"beam": stars.SegmentBeam(2, 2, 4), "at the end": stars.Sample(score=True)}.get(
+        name, stars.STARS(5, 4, 0.5, 0.5, 0.5, 2))
+    lm = tiny_model(tokenizer=True, chat_template=True)
+
+    def made() -> Engine:
+        if name == "another vocabulary":
+            rm = tiny_model(tokenizer=True, chat_template=True, head="reward", tokenizer_seed=5)
+            return Engine(lm, rm, page_size=PAGE, cache_tokens=1024)
+        other = ToyModel(23, 7, layers=1, positions=512, head="lm" if name == "implicit" else "reward")
+        reward: Any = RM
+        if name == "weighted":
+            reward = stars.WeightedReward([(stars.CausalReward(RM.decoder()), 1.0),
+                                           (stars.CausalReward(other.decoder()), 0.5)])
+        elif name == "implicit":
+            reward = stars.ImplicitReward(other.decoder(), ToyModel(23, 8, layers=1, positions=512).decoder())
+        return toy_engine(LM, reward, page_size=PAGE)
+
+    chat, fresh = made(), made()
+    prompt: Any = "the dog" if name == "another vocabulary" else ids(9, 23, 3)
+    for turn in range(4):
+        given = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        fresh._cache.reset()
+        fresh.reward.reset()
+        [[output], [alone]] = [one.generate(given, params(turn, max_tokens=12), policy, use_tqdm=False)
+                               for one in (chat, fresh)]
+        if name != "beam":  # whose members share
+            assert alone.metrics.prompt_tokens_cached == alone.metrics.rm_tokens_cached == 0
+        assert turn == 0 or output.metrics.prompt_tokens_cached > 0 < output.metrics.rm_tokens_cached
+        assert output.outputs[0].token_ids == alone.outputs[0].token_ids
+        assert output.outputs[0].reward == pytest.approx(alone.outputs[0].reward, abs=1e-4)
+        for one, other in zip(output.outputs[0].segments, alone.outputs[0].segments, strict=True):
+            assert [a.reward for a in one.attempts] == pytest.approx([a.reward for a in other.attempts], abs=1e-4)
+        prompt = (output.prompt + output.outputs[0].text + " and" if isinstance(prompt, str) else
+                  prompt + output.outputs[0].token_ids + ids(3, 23, turn))

@@ -261,7 +261,8 @@ class Reward(ABC):
     def remember(self, responses: Sequence[tuple[Any, Any]]) -> None:
         """(session, handle) pairs, of responses that are closed next and that later prompts may go on from: what is
         held of them may stay until room is needed. handle: of the scored candidate that ended the response, which is
-        consumed; None where there is none, or none any more. No text is run for this, and nothing taken that others lack.
+        consumed; None where there is none, or none any more. No text is run for this, and nothing is taken that others
+        lack.
 
         Not asked in deterministic mode, where what was scored has other bits than what a prompt's passes make of it.
         """
