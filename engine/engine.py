@@ -26,6 +26,7 @@ from stars.draft import Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
 from stars.fit import fit
 from stars.intake import Asked, Intake, no_params
+from stars.metrics import EngineMetrics
 from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
@@ -172,6 +173,7 @@ class Engine:
                              *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
+        self.metrics = EngineMetrics(self._requests, self._scheduler, self._cache, self.reward, config.max_model_len)
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
         self._orphans: deque[str] = deque()  # ids of requests whose owner went away
         self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
@@ -524,6 +526,7 @@ class Engine:
         self._changing, self._in_round = True, groups
         changed = self._round.run(groups)
         self._in_round = ()  # from here on it stands
+        self.metrics.committed(changed)
         self._settle({group.request.request_id: group.request for group in changed}.values())
         self._changing = False
 
@@ -589,6 +592,7 @@ class Engine:
         for hypothesis in (hypothesis for request in requests for hypothesis in request.hypotheses):
             hypothesis.let_go()
         self._scheduler.reset(requests)
+        self.metrics.reset(requests)
         self._settle([request for request in requests if request.finished])
         self._changing = False
 
@@ -603,6 +607,7 @@ class Engine:
             finished = request.finished
             if finished:
                 self._note_out_of_reach(request)
+                self.metrics.ended(request)
             if request.owner is None:
                 self._changed[request.request_id] = request
             elif (owner := request.owner()) is not None:
@@ -611,6 +616,7 @@ class Engine:
                     owner.waits_for.discard(request.request_id)
             if finished:
                 del self._requests[request.request_id]
+                self.metrics.forget(request)
 
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""

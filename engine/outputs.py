@@ -118,6 +118,16 @@ KEPT = ("segments", "attempts_counted", "accepted", "fallbacks", "lm_tokens_kept
 """Counts of what became history; the others are of all that was drawn."""
 
 
+class Times(NamedTuple):
+    """When a request got so far, in seconds since it came; None where it did not."""
+
+    admitted: float | None = None  # the first response got its pages
+    prefilled: float | None = None  # both models had read what one begins with
+    first_segment: float | None = None  # the first committed segment that is shown
+    last_segment: float | None = None  # the newest
+    finished: float | None = None
+
+
 @dataclass
 class CompletionOutput:
     """One completion of a prompt."""
@@ -154,6 +164,7 @@ class RequestOutput:
     policy: Policy
     prompt_reward: float | None = None  # r(prompt), where the policy needed it
     metrics: Metrics = field(default_factory=Metrics)
+    times: Times = Times()
 
     def __repr__(self) -> str:
         shown = [repr(output) for output in self.outputs[:MAX_COMPLETIONS]]
