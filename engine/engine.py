@@ -45,6 +45,7 @@ from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
 from stars.sources import checked_model, checked_reward, resolve_tokenizer
+from stars.spans import Spans
 from stars.target import device_of
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
@@ -83,6 +84,7 @@ class Engine:
     models: other language models by name, directories or Decoders, that policies draw with or judge by: of the own
         one's vocabulary, special tokens and context. A directory may hold a LoRA adapter; what several of all the
         engine's models, rewards' included, read from one file is held once. heads: files of heads by name.
+    tracer_provider: an OpenTelemetry TracerProvider, which gets a span of every request that has ended (spans.py).
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
@@ -91,6 +93,8 @@ class Engine:
     reward may not call the engine that asks it: RequestError. What stops a call in the middle, an exception or an
     interrupt, undoes the round it was in: the next call draws it again from the same random numbers, and nothing is
     lost. An exception that one request alone causes ends that request with finish_reason "error".
+
+    `metrics` counts what it does: `engine.metrics.text()` is Prometheus' text, at any moment and from any thread.
 
     Construction raises ModelError, TokenizerError, RewardError or RequestError.
     """
@@ -102,9 +106,11 @@ class Engine:
                  max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
                  prefill_backend: str = "auto", max_num_batched_tokens: int | None = None,
                  quantization: str | None = None, reward_quantization: str | None = None,
-                 models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None, **others: Any):
+                 models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None,
+                 tracer_provider: Any = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
+        self._spans = Spans(tracer_provider, _name(model)) if tracer_provider is not None else None
         model, reward = checked_model(model), checked_reward(reward)
         from_files = isinstance(model, (str, Path))
         # What is no number is refused below.
@@ -330,11 +336,16 @@ class Engine:
     @one_at_a_time
     def add_request(self, /, prompt: Any = None, sampling_params: SamplingParams | None = None,
                     policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
-                    priority: int = 0, user: str | None = None, **others: Any) -> str:
-        """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands."""
+                    priority: int = 0, user: str | None = None, trace_headers: Mapping[str, str] | None = None,
+                    **others: Any) -> str:
+        """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands.
+
+        trace_headers: W3C's traceparent and tracestate of the span that its own belongs to; None: the caller's.
+        """
         refuse_others("add_request", others, CALL, ("prompt", "sampling_params", "policy", "request_id", "budget",
-                                                    "priority", "user"))
-        request = self._parse(Asked(prompt, sampling_params, policy, budget, priority, user), request_id)
+                                                    "priority", "user", "trace_headers"))
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user, trace_headers)
+        request = self._parse(asked, request_id)
         self._enqueue(request)
         return request.request_id
 
@@ -389,7 +400,10 @@ class Engine:
             raise RequestError(f"request_id is {type(request_id).__name__}, it must be a string")
         elif self._in_use(request_id):
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
-        return self._intake.parse(asked, request_id)
+        request = self._intake.parse(asked, request_id)
+        if self._spans is not None:
+            request.trace_context = self._spans.parent(asked.trace_headers)
+        return request
 
     @one_at_a_time
     def _check(self, asked: Asked) -> Request:
@@ -617,6 +631,8 @@ class Engine:
             if finished:
                 del self._requests[request.request_id]
                 self.metrics.forget(request)
+                if self._spans is not None:
+                    self._spans.ended(request)
 
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
@@ -652,6 +668,13 @@ class _Owner:
     def __init__(self) -> None:
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
+
+
+def _name(model: Any) -> str:
+    """What a model is called in traces: its name in the hub, its file's or directory's, or its type."""
+    if isinstance(model, (str, Path)):
+        return Path(model).resolve().name if Path(model).exists() else str(model)
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

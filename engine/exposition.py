@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from stars.arguments import shown
@@ -24,7 +25,7 @@ class Histogram(NamedTuple):
     sum: float  # of the values
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """How many values there were."""
         return sum(self.counts)
 
@@ -57,12 +58,10 @@ def _lines(family: Family, labels: list[tuple[str, str]]) -> Iterator[str]:
         if not isinstance(sample, Histogram):
             yield f"{family.name}{_labels(own)} {_number(sample)}"
             continue
-        total = 0
-        for bound, count in zip((*sample.bounds, math.inf), sample.counts, strict=True):
-            total += count
-            yield f"{family.name}_bucket{_labels([*own, ('le', _number(float(bound)))])} {total}"
+        for bound, count in zip((*sample.bounds, math.inf), accumulate(sample.counts), strict=True):
+            yield f"{family.name}_bucket{_labels([*own, ('le', _number(bound))])} {count}"
         yield f"{family.name}_sum{_labels(own)} {_number(sample.sum)}"
-        yield f"{family.name}_count{_labels(own)} {total}"
+        yield f"{family.name}_count{_labels(own)} {sample.total}"
 
 
 def _labels(labels: Sequence[tuple[str, str]]) -> str:

@@ -1,11 +1,11 @@
-"""What an engine counts, under vLLM's names where vLLM has one: its own few lines, as prometheus_client takes a lock for
-every number and cannot take all of a round's at once, which is what makes them exact however calls are interrupted."""
+"""What an engine counts, under vLLM's names where vLLM has one. Its own few lines: prometheus_client takes numbers one
+by one, and only all of a round's at once are exact however calls are interrupted."""
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import add, attrgetter
 from typing import Any, NamedTuple
 
@@ -82,6 +82,11 @@ HISTOGRAMS: dict[str, tuple[tuple[float, ...] | None, str]] = {
 }
 """Bounds, None for those that follow max_model_len, and what is observed."""
 
+LATENCIES = {"finished": "e2e_request_latency_seconds", "queue": "request_queue_time_seconds",
+             "prefill": "request_prefill_time_seconds", "decode": "request_decode_time_seconds",
+             "inference": "request_inference_time_seconds"}
+"""Histograms of phases of `Times`, told where a request ends."""
+
 FINISH_REASONS = ("stop", "length", "refused", "deadline", "budget", "abort", "error")
 
 ENDED = "of requests that have ended"
@@ -118,7 +123,8 @@ class EngineMetrics:
         self._scheduler = scheduler
         self._cache = cache
         parts = with_parts(reward) if reward is not None else ()
-        self._reward_caches = [cache for part in parts if isinstance(cache := getattr(part, "cache", None), PagedCache)]
+        found = [getattr(part, "cache", None) for part in parts]
+        self._reward_caches = [cache for cache in found if isinstance(cache, PagedCache)]
         tokens = _one_two_five(max_model_len)
         self._bounds = {name: bounds if bounds is not None else tokens for name, (bounds, _) in HISTOGRAMS.items()}
         self._state: dict[Any, Any] = {ENDED: NOTHING, PROMPT_TOKENS: 0}
@@ -132,7 +138,7 @@ class EngineMetrics:
         engines tells them apart by those. RequestError for what cannot be a label."""
         return exposition(self._families(), labels)
 
-    def snapshot(self) -> dict[str, float | Histogram | dict[str, float]]:
+    def snapshot(self) -> dict[str, float | Histogram | dict[str, float | Histogram]]:
         """All of them by their names in the text: a number, a Histogram, or numbers by `finished_reason`."""
         return {family.name: dict(family.samples) if family.label is not None else family.samples[""]
                 for family in self._families()}
@@ -146,7 +152,7 @@ class EngineMetrics:
             "kv_cache_usage_perc": _usage([self._cache]),
             "reward_kv_cache_usage_perc": _usage(self._reward_caches),
         }
-        counters = dict(zip(COUNTS, map(sum, zip(*(
+        counters: dict[str, float] = dict(zip(COUNTS, map(sum, zip(*(
             value for key, value in state.items() if key is ENDED or isinstance(key, Group)), strict=True)),
             strict=True))
         for name in list(COUNTS)[-TIMES:]:
@@ -161,7 +167,7 @@ class EngineMetrics:
             *(Family(PREFIX + name, "gauge", text, {"": gauges[name]}) for name, text in GAUGES.items()),
             *(Family(f"{PREFIX}{name}_total", "counter", text, {"": counters[name]})
               for name, text in (COUNTERS | COUNTS).items()),
-            Family(PREFIX + "request_success_total", "counter", "Completions that have ended, by why they did.", reasons,
+            Family(PREFIX + "request_success_total", "counter", "Completions that have ended, by the reason.", reasons,
                    "finished_reason"),
             *(Family(PREFIX + name, "histogram", text, {"": Histogram(self._bounds[name], *state[name])})
               for name, (_, text) in HISTOGRAMS.items()),
@@ -208,8 +214,9 @@ class EngineMetrics:
         news.observe("request_max_num_generation_tokens", max(lengths))
         news.observe("request_params_n", request.params.n)
         news.observe("request_params_max_tokens", request.max_tokens)
-        for name, seconds in _seconds(request):
-            news.observe(name, seconds)
+        for phase, seconds in request.times.phases().items():
+            if phase in LATENCIES:
+                news.observe(LATENCIES[phase], seconds)
         news.values[request] = COUNTED
         state.update(news.values)
 
@@ -254,33 +261,20 @@ def _grow(news: _News, group: Group, now: float) -> int:
     seconds = [max(had, int(has * NANO)) for had, has in zip(before[-TIMES:], values[-TIMES:], strict=True)]
     news.values[group] = (*values[:-TIMES], *seconds)
     tokens: int = values[GENERATED] - before[GENERATED]
+    latest = group.times[-1] if group.times else None
+    group.times += [now] * (values[SEGMENTS] - len(group.times))
     if not tokens:
         return 0
-    if group.times:
-        news.observe("inter_token_latency_seconds", (now - group.times[-1]) / tokens, tokens)
+    if latest is not None:
+        news.observe("inter_token_latency_seconds", (now - latest) / tokens, tokens)
     else:
         group.first_tokens = tokens
-    group.times += [now] * (values[SEGMENTS] - len(group.times))
     if news.get(request) is None:
         news.values[request], prompt = READ, len(request.prompt.token_ids)
         news.values[PROMPT_TOKENS] = news.get(PROMPT_TOKENS) + prompt
         news.observe("time_to_first_token_seconds", now - request.arrived)
         tokens += prompt
     return tokens
-
-
-def _seconds(request: Request) -> Iterator[tuple[str, float]]:
-    """The times of a request that has ended, as far as it came."""
-    times = request.times
-    assert times.finished is not None
-    yield "e2e_request_latency_seconds", times.finished
-    if times.admitted is not None:
-        yield "request_queue_time_seconds", times.admitted
-        if times.prefilled is not None:
-            yield "request_prefill_time_seconds", times.prefilled - times.admitted
-            if times.last_segment is not None:
-                yield "request_decode_time_seconds", times.last_segment - times.prefilled
-                yield "request_inference_time_seconds", times.last_segment - times.admitted
 
 
 def _usage(caches: Sequence[PagedCache]) -> float:

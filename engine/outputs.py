@@ -127,6 +127,14 @@ class Times(NamedTuple):
     last_segment: float | None = None  # the newest
     finished: float | None = None
 
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase that has ended: "queue", "prefill", "decode" (from there to the last segment),
+        "inference" (both), and "first_segment" and "finished", from the request's arrival."""
+        spans = {"queue": (0.0, self.admitted), "prefill": (self.admitted, self.prefilled),
+                 "decode": (self.prefilled, self.last_segment), "inference": (self.admitted, self.last_segment),
+                 "first_segment": (0.0, self.first_segment), "finished": (0.0, self.finished)}
+        return {name: stop - start for name, (start, stop) in spans.items() if start is not None and stop is not None}
+
 
 @dataclass
 class CompletionOutput:
