@@ -7,10 +7,11 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from operator import add, attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from stars.cache import PagedCache
 from stars.exposition import Family, Histogram, exposition
+from stars.outputs import Metrics
 from stars.request import Group, Request
 from stars.reward.base import Reward, with_parts
 from stars.scheduler import Scheduler
@@ -92,17 +93,10 @@ FINISH_REASONS = ("stop", "length", "refused", "deadline", "budget", "abort", "e
 ENDED = "of requests that have ended"
 PROMPT_TOKENS = "prompt_tokens"
 READ, COUNTED = "its prompt is counted", "all of it is counted"
-SEGMENTS, GENERATED = list(COUNTS).index("segments"), list(COUNTS).index("lm_tokens_kept")
+GENERATED = list(COUNTS).index("lm_tokens_kept")
 NANO = 10**9  # times are summed as whole nanoseconds: a sum of floats may fall where its order changes
 NOTHING = (0,) * len(COUNTS)
 _values = attrgetter(*COUNTS)
-
-
-class Cell(NamedTuple):
-    """A histogram's numbers, without its bounds."""
-
-    counts: tuple[int, ...]
-    sum: float
 
 
 class EngineMetrics:
@@ -128,7 +122,7 @@ class EngineMetrics:
         tokens = _one_two_five(max_model_len)
         self._bounds = {name: bounds if bounds is not None else tokens for name, (bounds, _) in HISTOGRAMS.items()}
         self._state: dict[Any, Any] = {ENDED: NOTHING, PROMPT_TOKENS: 0}
-        self._state |= {name: Cell((0,) * (len(bounds) + 1), 0.0) for name, bounds in self._bounds.items()}
+        self._state |= {name: ((0,) * (len(bounds) + 1), 0.0) for name, bounds in self._bounds.items()}
         self._state |= {("request_success", reason): 0 for reason in FINISH_REASONS}
 
     # -- for whoever reads them -----------------------------------------------------------------------------------
@@ -181,10 +175,10 @@ class EngineMetrics:
         now, news, tokens = time.monotonic(), _News(self._state, self._bounds), 0
         for group in groups:
             if not group.undecided and not group.waits:
-                tokens += _grow(news, group, now)
+                tokens += _grow(news, group, now)[0]
         if tokens:
             news.observe("iteration_tokens_total", tokens)
-        self._state.update(news.values)
+        news.write()
 
     def ended(self, request: Request) -> None:
         """Counts a request that has ended: once, however often it is told."""
@@ -194,8 +188,7 @@ class EngineMetrics:
         request.ended = now = time.monotonic()
         news, lengths = _News(state, self._bounds), []
         for group in request.groups:
-            _grow(news, group, now)
-            metrics, reason = group.metrics(), ("request_success", group.finish_reason)
+            (_, metrics), reason = _grow(news, group, now), ("request_success", group.finish_reason)
             news.values[ENDED] = tuple(map(add, news.get(ENDED), news.values[group]))
             news.values[group] = NOTHING
             news.values[reason] = news.get(reason, 0) + 1
@@ -218,7 +211,7 @@ class EngineMetrics:
             if phase in LATENCIES:
                 news.observe(LATENCIES[phase], seconds)
         news.values[request] = COUNTED
-        state.update(news.values)
+        news.write()
 
     def forget(self, request: Request) -> None:
         """Nobody will tell of `request` any more, which has ended and was counted."""
@@ -237,9 +230,10 @@ class EngineMetrics:
 class _News:
     """What is to be written, all at once, into the numbers that there are."""
 
-    def __init__(self, state: Mapping[Any, Any], bounds: Mapping[str, tuple[float, ...]]):
+    def __init__(self, state: dict[Any, Any], bounds: Mapping[str, tuple[float, ...]]):
         self._state = state
         self._bounds = bounds
+        self._cells: dict[str, tuple[list[int], float]] = {}
         self.values: dict[Any, Any] = {}
 
     def get(self, key: Any, otherwise: Any = None) -> Any:
@@ -249,32 +243,44 @@ class _News:
 
     def observe(self, name: str, value: float, times: int = 1) -> None:
         """Counts a value of a histogram, so many times."""
-        counts, total = self.get(name)
-        place = bisect_left(self._bounds[name], value)
-        self.values[name] = Cell((*counts[:place], counts[place] + times, *counts[place + 1 :]), total + value * times)
+        cell = self._cells.get(name)
+        if cell is None:
+            counts, total = self._state[name]
+            cell = list(counts), total
+        counts, total = cell
+        counts[bisect_left(self._bounds[name], value)] += times
+        self._cells[name] = counts, total + value * times
+
+    def write(self) -> None:
+        """Writes it."""
+        for name, (counts, total) in self._cells.items():
+            self.values[name] = tuple(counts), total
+        self._state.update(self.values)
 
 
-def _grow(news: _News, group: Group, now: float) -> int:
-    """Counts what is new of a group, and when; returns how many tokens that is, with its prompt where that is new."""
-    request, before = group.request, news.get(group, NOTHING)
-    values = _values(group.metrics())
-    seconds = [max(had, int(has * NANO)) for had, has in zip(before[-TIMES:], values[-TIMES:], strict=True)]
-    news.values[group] = (*values[:-TIMES], *seconds)
-    tokens: int = values[GENERATED] - before[GENERATED]
-    latest = group.times[-1] if group.times else None
-    group.times += [now] * (values[SEGMENTS] - len(group.times))
+def _grow(news: _News, group: Group, now: float) -> tuple[int, Metrics]:
+    """Counts what is new of a group, and when; returns how many tokens that is, with its prompt where that is new, and
+    the group's metrics."""
+    metrics = group.metrics()
+    *values, lm_seconds, rm_seconds = _values(metrics)
+    before = news.get(group, NOTHING)
+    news.values[group] = (*values, max(before[-2], int(lm_seconds * NANO)), max(before[-1], int(rm_seconds * NANO)))
+    tokens: int = metrics.lm_tokens_kept - before[GENERATED]
+    times = group.times
+    latest = times[-1] if times else None
+    times += [now] * (metrics.segments - len(times))
     if not tokens:
-        return 0
+        return 0, metrics
     if latest is not None:
         news.observe("inter_token_latency_seconds", (now - latest) / tokens, tokens)
-    else:
-        group.first_tokens = tokens
+        return tokens, metrics
+    group.first_tokens, request = tokens, group.request
     if news.get(request) is None:
-        news.values[request], prompt = READ, len(request.prompt.token_ids)
-        news.values[PROMPT_TOKENS] = news.get(PROMPT_TOKENS) + prompt
+        prompt = len(request.prompt.token_ids)
+        news.values[request], news.values[PROMPT_TOKENS] = READ, news.get(PROMPT_TOKENS) + prompt
         news.observe("time_to_first_token_seconds", now - request.arrived)
-        tokens += prompt
-    return tokens
+        return tokens + prompt, metrics
+    return tokens, metrics
 
 
 def _usage(caches: Sequence[PagedCache]) -> float:

@@ -667,8 +667,7 @@ class Group:
     def metrics(self) -> Metrics:
         """Of all that was drawn for the completion, and of what is kept of it so far."""
         if len(self.hypotheses) == 1 and not self.unsettled:
-            [only] = self.hypotheses
-            metrics = _copy(only.metrics)
+            metrics = _copy(self.hypotheses[0].metrics)
         else:
             metrics = Metrics()
             for hypothesis in self.hypotheses:
