@@ -267,18 +267,19 @@ def _grow(news: _News, group: Group, now: float) -> tuple[int, Metrics]:
     news.values[group] = (*values, max(before[-2], int(lm_seconds * NANO)), max(before[-1], int(rm_seconds * NANO)))
     tokens: int = metrics.lm_tokens_kept - before[GENERATED]
     times = group.times
-    latest = times[-1] if times else None
+    latest = times[-1] if times else now
     times += [now] * (metrics.segments - len(times))
     if not tokens:
         return 0, metrics
-    if latest is not None:
+    if before[GENERATED]:
         news.observe("inter_token_latency_seconds", (now - latest) / tokens, tokens)
         return tokens, metrics
     group.first_tokens, request = tokens, group.request
     if news.get(request) is None:
         prompt = len(request.prompt.token_ids)
         news.values[request], news.values[PROMPT_TOKENS] = READ, news.get(PROMPT_TOKENS) + prompt
-        news.observe("time_to_first_token_seconds", now - request.arrived)
+        news.observe("time_to_first_token_seconds", min(one.times[0] for one in request.groups if one.times) -
+                     request.arrived)
         return tokens + prompt, metrics
     return tokens, metrics
 
