@@ -282,7 +282,8 @@ def test_times_between_segments():
     """Every token after the first segment is one value of the latency between tokens."""
     made = engine()
     outputs = made.generate([prompt(seed) for seed in range(6)],
-                            stars.SamplingParams(max_tokens=20, seed=2, n=2, ignore_eos=True), POLICIES[0], use_tqdm=False)
+                            stars.SamplingParams(max_tokens=20, seed=2, n=2, ignore_eos=True), POLICIES[0],
+                            use_tqdm=False)
     completions = [completion for output in outputs for completion in output.outputs]
     shown = made.metrics.snapshot()
     later = [sum(len(segment.token_ids) for segment in one.segments[1:]) for one in completions]
