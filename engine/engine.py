@@ -45,7 +45,7 @@ from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
 from stars.sources import checked_model, checked_reward, resolve_tokenizer
-from stars.spans import Spans
+from stars.spans import Spans, parent_of
 from stars.target import device_of
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
@@ -110,7 +110,7 @@ class Engine:
                  tracer_provider: Any = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
-        self._spans = Spans(tracer_provider, _name(model)) if tracer_provider is not None else None
+        self.spans = Spans(tracer_provider, _name(model)) if tracer_provider is not None else None
         model, reward = checked_model(model), checked_reward(reward)
         from_files = isinstance(model, (str, Path))
         # What is no number is refused below.
@@ -236,7 +236,8 @@ class Engine:
         refuse_bare_prompt(prompts)
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         count = len(prompts)
-        asked = [Asked(*one) for one in zip(
+        parent = parent_of(self.spans)
+        asked = [Asked(*one)._replace(trace_context=parent) for one in zip(
             prompts, _one_each("sampling_params", sampling_params, count), _one_each("policy", policy, count),
             _one_each("budget", budget, count), _one_each("priority", priority, count), _one_each("user", user, count),
             strict=True)]
@@ -277,7 +278,8 @@ class Engine:
         if isinstance(prompt, (list, tuple)):
             refuse_bare_prompt(prompt)
             raise RequestError("stream takes one prompt: call it for each, or give the list to generate")
-        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user)))
+        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user,
+                                              trace_context=parent_of(self.spans))))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         owner = _Owner()
@@ -344,7 +346,8 @@ class Engine:
         """
         refuse_others("add_request", others, CALL, ("prompt", "sampling_params", "policy", "request_id", "budget",
                                                     "priority", "user", "trace_headers"))
-        asked = Asked(prompt, sampling_params, policy, budget, priority, user, trace_headers)
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user,
+                      trace_context=parent_of(self.spans, trace_headers))
         request = self._parse(asked, request_id)
         self._enqueue(request)
         return request.request_id
@@ -400,10 +403,7 @@ class Engine:
             raise RequestError(f"request_id is {type(request_id).__name__}, it must be a string")
         elif self._in_use(request_id):
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
-        request = self._intake.parse(asked, request_id)
-        if self._spans is not None:
-            request.trace_context = self._spans.parent(asked.trace_headers)
-        return request
+        return self._intake.parse(asked, request_id)
 
     @one_at_a_time
     def _check(self, asked: Asked) -> Request:
@@ -631,8 +631,8 @@ class Engine:
             if finished:
                 del self._requests[request.request_id]
                 self.metrics.forget(request)
-                if self._spans is not None:
-                    self._spans.ended(request)
+                if self.spans is not None:
+                    self.spans.ended(request)
 
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from stars.arguments import integer, refuse_bare_prompt, shown
@@ -39,7 +38,7 @@ class Asked(NamedTuple):
     budget: Budget | None = None
     priority: int = 0
     user: str | None = None
-    trace_headers: Mapping[str, str] | None = None
+    trace_context: Any = None  # of the span that its own belongs to
 
 
 class Intake:
@@ -67,11 +66,6 @@ class Intake:
         budget, priority = Budget.of(asked.budget), integer("priority", asked.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if asked.user is not None and not (isinstance(asked.user, str) and len(asked.user) <= MAX_USER):
             raise RequestError(f"user is {shown(asked.user)}, it must be a text of at most {MAX_USER} characters")
-        headers = asked.trace_headers
-        if headers is not None and not (isinstance(headers, Mapping) and all(
-                isinstance(one, str) for pair in headers.items() for one in pair)):
-            raise RequestError(f"trace_headers is {shown(headers)}, it must be a dictionary of texts, such as "
-                               '{"traceparent": "00-..."}')
         refuse_bare_prompt(given)
         plan = plan_of(policy)
         if plan.score.when != "never" and self._reward is None:
@@ -130,7 +124,7 @@ class Intake:
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
-                       arrived=arrived)
+                       arrived=arrived, trace_context=asked.trace_context)
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

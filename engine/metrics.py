@@ -79,7 +79,7 @@ HISTOGRAMS: dict[str, tuple[tuple[float, ...] | None, str]] = {
     "iteration_tokens_total": (ROUND_TOKENS, "Tokens that a round made history, with the prompts of those who had "
                                              "nothing before."),
     "request_accept_rate": (RATES, "Accepted over counted attempts of a completion that counted any."),
-    "request_width": (WIDTHS, "Most lanes that a response of a completion had in a round."),
+    "request_width": (WIDTHS, "Most lanes that a response of a completion had in a round, of those that had one."),
 }
 """Bounds, None for those that follow max_model_len, and what is observed."""
 
@@ -194,7 +194,8 @@ class EngineMetrics:
             news.values[reason] = news.get(reason, 0) + 1
             lengths.append(metrics.lm_tokens_kept)
             news.observe("request_generation_tokens", metrics.lm_tokens_kept)
-            news.observe("request_width", metrics.width)
+            if metrics.width:
+                news.observe("request_width", metrics.width)
             if metrics.accept_rate is not None:
                 news.observe("request_accept_rate", metrics.accept_rate)
             after_first = metrics.lm_tokens_kept - group.first_tokens

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stars.arguments import shown
 from stars.errors import RequestError, describe, log
 from stars.outputs import Metrics
 from stars.request import Group, Request
@@ -47,12 +48,6 @@ class Spans:
         self._tracer = tracer_provider.get_tracer("stars", __version__)
         self._model = model
 
-    def parent(self, trace_headers: Mapping[str, str] | None) -> Any:
-        """The context that a request's span belongs to: the one of its W3C headers, or the caller's."""
-        if trace_headers is None:
-            return context.get_current()
-        return TraceContextTextMapPropagator().extract({name.lower(): value for name, value in trace_headers.items()})
-
     def ended(self, request: Request) -> None:
         """Makes the span of a request that has ended. A tracer that raises ends nobody's request: it is logged."""
         try:
@@ -81,6 +76,20 @@ class Spans:
             span.set_attribute("error.type", "_OTHER")
             span.set_status(trace.Status(trace.StatusCode.ERROR, error))
         span.end(moment(request.ended))
+
+
+def parent_of(spans: Spans | None, trace_headers: Mapping[str, str] | None = None) -> Any:
+    """The context that the span of a request belongs to which is made here and now: that of its W3C headers, or the
+    caller's own; None where there are no spans. RequestError for headers that are none."""
+    if trace_headers is not None and not (isinstance(trace_headers, Mapping) and all(
+            isinstance(text, str) for pair in trace_headers.items() for text in pair)):
+        raise RequestError(f"trace_headers is {shown(trace_headers)}, it must be a dictionary of texts, such as "
+                           '{"traceparent": "00-..."}')
+    if spans is None:
+        return None
+    if trace_headers is None:
+        return context.get_current()
+    return TraceContextTextMapPropagator().extract({name.lower(): text for name, text in trace_headers.items()})
 
 
 def _asked(request: Request) -> Iterator[tuple[str, Value]]:

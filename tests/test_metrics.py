@@ -3,6 +3,7 @@ or counted twice, whatever stops a call."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import re
@@ -152,6 +153,10 @@ def test_every_metric_has_its_line_in_the_docs():
 # -- counts -----------------------------------------------------------------------------------------------------------
 
 
+def test_every_count_of_an_output_is_a_counter():
+    assert metrics.COUNTS.keys() == {one.name for one in dataclasses.fields(stars.Metrics)} - {"width"}
+
+
 def rising(shown: dict) -> dict[str, float]:
     """What may never go down, of a snapshot."""
     found = {}
@@ -187,7 +192,7 @@ def check_sums(made: stars.Engine, outputs: list[stars.RequestOutput]) -> None:
             "request_generation_tokens": [len(one.token_ids) for one in completions],
             "request_max_num_generation_tokens": [max(len(one.token_ids) for one in output.outputs)
                                                   for output in outputs],
-            "request_width": [one.metrics.width for one in completions], "request_accept_rate": rates,
+            "request_width": [one.metrics.width or None for one in completions], "request_accept_rate": rates,
             "e2e_request_latency_seconds": [one.finished for one in times],
             "request_queue_time_seconds": [one.admitted for one in times],
             "time_to_first_token_seconds": [one.first_segment for one in times],
