@@ -26,6 +26,7 @@ from stars.draft import Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
 from stars.fit import fit
 from stars.intake import Asked, Intake, no_params
+from stars.metrics import EngineMetrics
 from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
@@ -44,6 +45,7 @@ from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
 from stars.sources import checked_model, checked_reward, resolve_tokenizer
+from stars.spans import Spans, parent_of
 from stars.target import device_of
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
@@ -82,6 +84,7 @@ class Engine:
     models: other language models by name, directories or Decoders, that policies draw with or judge by: of the own
         one's vocabulary, special tokens and context. A directory may hold a LoRA adapter; what several of all the
         engine's models, rewards' included, read from one file is held once. heads: files of heads by name.
+    tracer_provider: an OpenTelemetry TracerProvider, which gets a span of every request that has ended (spans.py).
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
@@ -90,6 +93,8 @@ class Engine:
     reward may not call the engine that asks it: RequestError. What stops a call in the middle, an exception or an
     interrupt, undoes the round it was in: the next call draws it again from the same random numbers, and nothing is
     lost. An exception that one request alone causes ends that request with finish_reason "error".
+
+    `metrics` counts what it does: `engine.metrics.text()` is Prometheus' text, at any moment and from any thread.
 
     Construction raises ModelError, TokenizerError, RewardError or RequestError.
     """
@@ -101,9 +106,11 @@ class Engine:
                  max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
                  prefill_backend: str = "auto", max_num_batched_tokens: int | None = None,
                  quantization: str | None = None, reward_quantization: str | None = None,
-                 models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None, **others: Any):
+                 models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None,
+                 tracer_provider: Any = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
+        self.spans = Spans(tracer_provider, _name(model)) if tracer_provider is not None else None
         model, reward = checked_model(model), checked_reward(reward)
         from_files = isinstance(model, (str, Path))
         # What is no number is refused below.
@@ -172,6 +179,7 @@ class Engine:
                              *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
+        self.metrics = EngineMetrics(self._requests, self._scheduler, self._cache, self.reward, config.max_model_len)
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
         self._orphans: deque[str] = deque()  # ids of requests whose owner went away
         self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
@@ -228,7 +236,8 @@ class Engine:
         refuse_bare_prompt(prompts)
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         count = len(prompts)
-        asked = [Asked(*one) for one in zip(
+        parent = parent_of(self.spans)
+        asked = [Asked(*one)._replace(trace_context=parent) for one in zip(
             prompts, _one_each("sampling_params", sampling_params, count), _one_each("policy", policy, count),
             _one_each("budget", budget, count), _one_each("priority", priority, count), _one_each("user", user, count),
             strict=True)]
@@ -269,7 +278,8 @@ class Engine:
         if isinstance(prompt, (list, tuple)):
             refuse_bare_prompt(prompt)
             raise RequestError("stream takes one prompt: call it for each, or give the list to generate")
-        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user)))
+        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user,
+                                              trace_context=parent_of(self.spans))))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         owner = _Owner()
@@ -328,11 +338,17 @@ class Engine:
     @one_at_a_time
     def add_request(self, /, prompt: Any = None, sampling_params: SamplingParams | None = None,
                     policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
-                    priority: int = 0, user: str | None = None, **others: Any) -> str:
-        """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands."""
+                    priority: int = 0, user: str | None = None, trace_headers: Mapping[str, str] | None = None,
+                    **others: Any) -> str:
+        """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands.
+
+        trace_headers: W3C's traceparent and tracestate of the span that its own belongs to; None: the caller's.
+        """
         refuse_others("add_request", others, CALL, ("prompt", "sampling_params", "policy", "request_id", "budget",
-                                                    "priority", "user"))
-        request = self._parse(Asked(prompt, sampling_params, policy, budget, priority, user), request_id)
+                                                    "priority", "user", "trace_headers"))
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user,
+                      trace_context=parent_of(self.spans, trace_headers))
+        request = self._parse(asked, request_id)
         self._enqueue(request)
         return request.request_id
 
@@ -524,6 +540,7 @@ class Engine:
         self._changing, self._in_round = True, groups
         changed = self._round.run(groups)
         self._in_round = ()  # from here on it stands
+        self.metrics.committed(changed)
         self._settle({group.request.request_id: group.request for group in changed}.values())
         self._changing = False
 
@@ -589,6 +606,7 @@ class Engine:
         for hypothesis in (hypothesis for request in requests for hypothesis in request.hypotheses):
             hypothesis.let_go()
         self._scheduler.reset(requests)
+        self.metrics.reset(requests)
         self._settle([request for request in requests if request.finished])
         self._changing = False
 
@@ -603,6 +621,7 @@ class Engine:
             finished = request.finished
             if finished:
                 self._note_out_of_reach(request)
+                self.metrics.ended(request)
             if request.owner is None:
                 self._changed[request.request_id] = request
             elif (owner := request.owner()) is not None:
@@ -611,6 +630,9 @@ class Engine:
                     owner.waits_for.discard(request.request_id)
             if finished:
                 del self._requests[request.request_id]
+                self.metrics.forget(request)
+                if self.spans is not None:
+                    self.spans.ended(request)
 
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
@@ -646,6 +668,13 @@ class _Owner:
     def __init__(self) -> None:
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
+
+
+def _name(model: Any) -> str:
+    """What a model is called in traces: its name in the hub, its file's or directory's, or its type."""
+    if isinstance(model, (str, Path)):
+        return Path(model).resolve().name if Path(model).exists() else str(model)
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

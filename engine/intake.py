@@ -40,6 +40,7 @@ class Asked(NamedTuple):
     budget: Budget | None = None
     priority: int = 0
     user: str | None = None
+    trace_context: Any = None  # of the span that its own belongs to
 
 
 class Intake:
@@ -129,7 +130,7 @@ class Intake:
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
-                       arrived=arrived, edits=edits)
+                       arrived=arrived, edits=edits, trace_context=asked.trace_context)
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

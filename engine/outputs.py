@@ -128,6 +128,24 @@ KEPT = ("segments", "attempts_counted", "accepted", "fallbacks", "lm_tokens_kept
 """Counts of what became history; the others are of all that was drawn."""
 
 
+class Times(NamedTuple):
+    """When a request got so far, in seconds since it came; None where it did not."""
+
+    admitted: float | None = None  # the first response got its pages
+    prefilled: float | None = None  # both models had read what one begins with
+    first_segment: float | None = None  # the first committed segment that is shown
+    last_segment: float | None = None  # the newest
+    finished: float | None = None
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase that has ended: "queue", "prefill", "decode" (from there to the last segment),
+        "inference" (both), and "first_segment" and "finished", from the request's arrival."""
+        spans = {"queue": (0.0, self.admitted), "prefill": (self.admitted, self.prefilled),
+                 "decode": (self.prefilled, self.last_segment), "inference": (self.admitted, self.last_segment),
+                 "first_segment": (0.0, self.first_segment), "finished": (0.0, self.finished)}
+        return {name: stop - start for name, (start, stop) in spans.items() if start is not None and stop is not None}
+
+
 @dataclass
 class CompletionOutput:
     """One completion of a prompt."""
@@ -170,6 +188,7 @@ class RequestOutput:
     # With SamplingParams.prompt_logprobs one a token of what the engine's own model has read, None of the first; None
     # until it has read all of it. Where a method puts texts of its own before the prompt, those are among it.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    times: Times = Times()
 
     def __repr__(self) -> str:
         shown = [repr(output) for output in self.outputs[:MAX_COMPLETIONS]]

@@ -19,7 +19,7 @@ from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
 from stars.logprobs import PromptLogprobs, TokenLogprobs, Tops, forced, joined
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
-from stars.outputs import Attempt, CompletionOutput, Logprob, Metrics, RequestOutput, Segment
+from stars.outputs import Attempt, CompletionOutput, Logprob, Metrics, RequestOutput, Segment, Times
 from stars.plan import OWN, Plan, Policy, Prompted
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
@@ -587,6 +587,8 @@ class Group:
     dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
     queued: int = 0  # of whole responses that are drawn as they are wanted: those that the scheduler was told of
     boundary: Mark | None = None  # None before its first round
+    times: list[float] = field(default_factory=list)  # when each segment that is shown was committed
+    first_tokens: int = 0  # of what was shown first
 
     def __post_init__(self) -> None:
         self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
@@ -620,6 +622,14 @@ class Group:
     def failed(self) -> bool:
         """Whether the completion has ended without a result."""
         return any(hypothesis.finish_reason in ("error", "abort") for hypothesis in self.hypotheses)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the completion has ended; None while it runs."""
+        if not self.finished:
+            return None
+        reasons = [hypothesis.finish_reason for hypothesis in self.hypotheses]
+        return next((reason for reason in reasons if reason in ("error", "abort")), reasons[0])
 
     @property
     def judgeable(self) -> list[Hypothesis]:
@@ -708,8 +718,7 @@ class Group:
     def metrics(self) -> Metrics:
         """Of all that was drawn for the completion, and of what is kept of it so far."""
         if len(self.hypotheses) == 1 and not self.unsettled:
-            [only] = self.hypotheses
-            metrics = _copy(only.metrics)
+            metrics = _copy(self.hypotheses[0].metrics)
         else:
             metrics = Metrics()
             for hypothesis in self.hypotheses:
@@ -749,6 +758,10 @@ class Request:
     edits: TokenEdits | None = None  # what it asks of single tokens before they are drawn
     prompt_told: PromptLogprobs | None = None  # of the tokens of its first context, where that is asked
     teller: Hypothesis | None = None  # who reads them for it
+    admitted: float | None = None  # when its first response was
+    prefilled: float | None = None  # when the first one was read by both models
+    ended: float | None = None
+    trace_context: Any = None  # of the span that its own belongs to
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
@@ -800,6 +813,14 @@ class Request:
         """True when every hypothesis has a finish reason."""
         return all([group.finished for group in self.groups])
 
+    @property
+    def times(self) -> Times:
+        """How far it came, and when."""
+        shown = [group.times for group in self.groups if group.times]
+        first, last = (min(times[0] for times in shown), max(times[-1] for times in shown)) if shown else (None, None)
+        return Times(*(None if moment is None else moment - self.arrived
+                       for moment in (self.admitted, self.prefilled, first, last, self.ended)))
+
     def fail(self, message: str) -> None:
         """Ends every unfinished response with an error."""
         for hypothesis in self.hypotheses:
@@ -847,7 +868,7 @@ class Request:
             metrics.add(completion.metrics)
         return RequestOutput(self.request_id, self.prompt.given, list(self.prompt.token_ids), completions,
                              self.finished, self.seed, self.policy, self.prompt_reward, metrics,
-                             self.prompt_told.entries(self.name) if self.prompt_told is not None else None)
+                             self.prompt_told.entries(self.name) if self.prompt_told is not None else None, self.times)
 
     def _completion(self, group: Group) -> CompletionOutput:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -302,6 +303,8 @@ class Scheduler:
                     ended.append(self.fail(unit.request, error))
                     break
                 opened.append(hypothesis)
+                if unit.request.admitted is None:
+                    unit.request.admitted = time.monotonic()
                 if beginning is not None:
                     beginnings.add(beginning)
                 if unit not in self.running:
@@ -385,6 +388,9 @@ class Scheduler:
     def _begin(self, ready: Sequence[Hypothesis]) -> list[Request]:
         """What comes before the first draft of responses that were read; returns the requests whose prompt alone cannot
         be scored."""
+        for hypothesis in ready:
+            if hypothesis.request.prefilled is None:
+                hypothesis.request.prefilled = time.monotonic()
         requests = list({hypothesis.request.request_id: hypothesis.request for hypothesis in ready
                          if hypothesis.session is not None and hypothesis.request.prompt_reward is None}.values())
         self._round.prompt_rewards(requests)
