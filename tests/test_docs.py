@@ -17,7 +17,10 @@ from tiny_models import TinyModel, write_model
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAIR = Path(stars.__file__).parent / "demo_models"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PAGES = [*sorted(path.name for path in DOCS.glob("*.md")), "../README.md"]
+NAMED = {"path/to/lm": "lm", "path/to/rm": "rm", "lm": "lm", "rm": "rm", "lm-dpo": "guide", "lm-1b": "small",
+         "agent.safetensors": "agent/model.safetensors"}
+"""What the paths of examples are, of what ships."""
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -30,8 +33,8 @@ def blocks(page: str) -> list[tuple[str, str]]:
 def models(tmp_path, monkeypatch):
     """A working directory in which the models of the examples are."""
     (tmp_path / "path" / "to").mkdir(parents=True)
-    for name in ("lm", "rm"):
-        (tmp_path / "path" / "to" / name).symlink_to(PAIR / name)
+    for name, shipped in NAMED.items():
+        (tmp_path / name).symlink_to(PAIR / shipped)
     write_model(tmp_path / "path" / "to" / "chat-model", TinyModel(chat_template=True))
     monkeypatch.chdir(tmp_path)
 
