@@ -88,8 +88,8 @@ def rendered(chat: Chat, tokenizer: Any, control: ControlTokens | None) -> tuple
 
 def split(chat: Chat, tokenizer: Any, variables: Mapping[str, Any],
           control: ControlTokens | None) -> tuple[str, str, bool]:
-    """(what the tokenizer's template has before an answer to `chat`, or before what continues its final message; what it
-    has after; whether both are marked). variables: of this template, besides what is a part of the prompt."""
+    """(what the tokenizer's template has before an answer to `chat`, or before what continues its final message; what
+    it has after; whether both are marked). variables: of this template, besides what is a part of the prompt."""
     def render(value: Any) -> tuple[str, ...]:
         options = {**variables, **value["variables"]}
         if value["tools"] is not None:

@@ -26,7 +26,8 @@ class Prompt(NamedTuple):
     rendering: Chat | None = None  # of messages, how they are; its final message as the LM reads it
     literal: bool = False  # whether control tokens in what was given are text
     marked: str | None = None  # `text` with marks, where control tokens in it are text (`ControlTokens.encode`)
-    whole: str | list[dict[str, Any]] | None = None  # what was given, where token_ids are not all of it
+    cut: bool = False  # whether token_ids have lost their beginning
+    shown: str | list[dict[str, Any]] | None = None  # what was given, where it was cut
 
     @property
     def chat(self) -> Chat | None:
@@ -34,9 +35,9 @@ class Prompt(NamedTuple):
         return self.rendering or (Chat(self.given) if isinstance(self.given, list) else None)
 
     @property
-    def cut(self) -> bool:
-        """Whether it has lost its beginning."""
-        return self.whole is not None
+    def asked(self) -> str | list[dict[str, Any]] | None:
+        """Text or messages as the user gave them; None where token ids were given."""
+        return self.shown if self.cut else self.given
 
 
 def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
@@ -64,9 +65,8 @@ def last_tokens(prompt: Prompt, count: int, tokenizer: Any) -> Prompt:
     text = None
     if tokenizer is not None:  # of rendered messages with special tokens, which belong to their text
         text = finished(tokenizer.decode(token_ids, skip_special_tokens=not messages))
-    whole = prompt.whole if prompt.cut else prompt.given
     return prompt._replace(given=prompt.given if messages else None, token_ids=token_ids, text=text, marked=None,
-                           whole=whole if whole is not None else list(prompt.token_ids))
+                           cut=True, shown=prompt.asked)
 
 
 def after(text: str, prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
@@ -89,7 +89,7 @@ def after(text: str, prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[in
         begins = int(prompt.token_ids[0] == bos_id)
         own = tokenizer.encode(text, add_special_tokens=False)
         if isinstance(prompt.given, list):  # the turn has its own BOS, if it has one
-            token_ids = own + prompt.token_ids[begins * text.startswith(bos) if bos else 0 :]
+            token_ids = [*own, *prompt.token_ids[begins * text.startswith(bos) if bos else 0 :]]
         else:
             token_ids = [*prompt.token_ids[:begins], *own, *prompt.token_ids[begins:]]
     elif isinstance(prompt.given, str):
@@ -183,8 +183,8 @@ def _from_chat(chat: Chat, tokenizer: Any, literal: bool) -> Prompt:
     text, marked = rendered(chat, tokenizer, control_tokens(tokenizer) if literal else None)
     token_ids = _encoded(tokenizer, text, False, marked)
     if not token_ids:
-        raise RequestError("the chat template renders these messages to an empty prompt: change the messages to what it "
-                           "expects, or give the prompt as text")
+        raise RequestError("the chat template renders these messages to an empty prompt: change the messages to what "
+                           "it expects, or give the prompt as text")
     plain = without_marks(text) if marked else text
     return Prompt(chat.messages, token_ids, plain, continued(chat, plain), literal, text if marked else None)
 

@@ -175,7 +175,7 @@ class Tokenizer:
         Both are cut from a rendering with the answer in it, since that is what reward models are trained on: a template
         may open a finished turn otherwise than its generation prompt does. Where the two differ in white space at the
         end alone, the generation prompt is taken: that white space is then a part of the answer's first token.
-        continue_final_message: what is answered continues the last message, whose text is the end of what stands before.
+        continue_final_message: the answer continues the last message, whose text is the end of what stands before.
         Raises TokenizerError where the template drops or changes the answer.
         """
         if continue_final_message:
