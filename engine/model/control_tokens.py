@@ -28,7 +28,8 @@ class ControlTokens:
     def __init__(self, backend: Backend | ConfinedBackend, where: str):
         tokens = [token for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
         self._where = where
-        self._ids = {backend.token_to_id(token.content) for token in tokens}
+        unknown = getattr(backend.model, "unk_token", None)  # what any text may become
+        self._ids = {backend.token_to_id(token.content) for token in tokens if token.content != unknown}
         contents = sorted({token.content for token in tokens}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, contents)) or "(?!)")
         self._begins = {content[:size] for content in contents for size in range(1, len(content))}
