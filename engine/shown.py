@@ -64,11 +64,12 @@ class ShownText:
             return text[:length]
         if length == len(text):
             return self._showing.decode(token_ids)
-        plain = self._plain
-        # The longest beginning whose text is not longer: finished texts only grow.
-        count = bisect_right(range(len(token_ids) + 1), length, key=lambda count: len(plain(token_ids[:count]))) - 1
+        # The shortest beginning whose text is longer, or all: finished texts only grow. What is too much of it is the
+        # end of its last token, which is no special one.
+        count = bisect_right(range(len(token_ids)), length, key=lambda count: len(self._plain(token_ids[:count])))
         begin = token_ids[:count]
-        return finished(self._showing.decode(begin)) + text[len(plain(begin)) : length]
+        shown = finished(self._showing.decode(begin))
+        return shown[: len(shown) - max(0, len(self._plain(begin)) - length)]
 
     def _plain(self, token_ids: list[int]) -> str:
         return finished(self._detokenizer().decode(token_ids))
