@@ -20,6 +20,7 @@ from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, 
 from stars.budget import Budget
 from stars.cache import PagedCache
 from stars.calibration import Calibration, PlainSample, PlainSegments
+from stars.chat import SpecialTokens
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import Drafter
@@ -32,7 +33,7 @@ from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
-from stars.outputs import RequestOutput, warn_of_errors
+from stars.outputs import Handed, RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy
 from stars.readers import Parts, Readers
@@ -225,7 +226,8 @@ class Engine:
                  **others: Any) -> list[RequestOutput]:
         """Completes every prompt; one RequestOutput a prompt, in order.
 
-        prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those. sampling_params,
+        prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those; beside messages the
+        dictionary may have what `chat` takes, and beside {"prompt": text} "special_tokens". sampling_params,
         policy, budget, priority and user: one for all, or a list with one for each prompt. Requests of a lower priority
         come first; those of one are taken so that every `user` is served as many tokens as the others. Every input is
         checked before any work: RequestError names the index of the prompt at fault. What fails later ends that request
@@ -266,10 +268,42 @@ class Engine:
         warn_of_errors(outputs, stacklevel=3)
         return outputs
 
+    def chat(self, messages: Any = None, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+             policy: Policy | Sequence[Policy] | None = None, use_tqdm: bool | Callable[..., tqdm] = True, *,
+             tools: list[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None,
+             add_generation_prompt: bool | None = None, continue_final_message: bool = False,
+             special_tokens: SpecialTokens = "parse", budget: Budget | Sequence[Budget] | None = None,
+             priority: int | Sequence[int] = 0, user: str | Sequence[str] | None = None,
+             **others: Any) -> list[RequestOutput]:
+        """Answers a conversation, or each of a list of them; one RequestOutput a conversation, in order.
+
+        messages: dictionaries with "role" and "content" (text, or a list of text parts) or "tool_calls". They are
+        rendered by the model's chat template, as transformers' apply_chat_template does it, and by the reward model's.
+
+        tools: JSON schemas, for both templates. chat_template_kwargs: further variables of the language model's.
+        continue_final_message: the response continues the final message, whose content is text, in the same turn, for
+        rewards too. add_generation_prompt: whether an assistant's turn is opened; None: unless a message is continued.
+        special_tokens: "text" reads control tokens in messages, tools and variables as the text that they are, so that
+        no user can end a turn; "parse", as other engines do, as tokens. The other arguments are those of `generate`,
+        which takes the same by prompt: {"messages": [...], "tools": [...], ...}.
+        """
+        refuse_others("chat", others, CALL, (
+            "messages", "sampling_params", "policy", "use_tqdm", "tools", "chat_template_kwargs",
+            "add_generation_prompt", "continue_final_message", "special_tokens", "budget", "priority", "user"))
+        several = isinstance(messages, (list, tuple)) and messages and all(
+            isinstance(one, (list, tuple)) for one in messages)
+        said = {"tools": tools, "chat_template_kwargs": chat_template_kwargs,
+                "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message,
+                "special_tokens": special_tokens}
+        # Not None, which would count as absent.
+        prompts = [{"messages": [] if one is None else one, **said} for one in (messages if several else [messages])]
+        return self.generate(prompts, sampling_params, policy, use_tqdm, budget=budget, priority=priority, user=user)
+
     def stream(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
                policy: Policy | None = None, *, budget: Budget | None = None, priority: int = 0,
                user: str | None = None, **others: Any) -> Iterator[RequestOutput]:
-        """Yields the output of one prompt each time a segment was committed; each output is cumulative.
+        """Yields the output of one prompt each time a segment was committed; each output is cumulative, unless
+        SamplingParams.output_kind asks for what is new or for the last one alone.
 
         Text that may still change is held back: an incomplete character, a possible start of a stop string. The prompt
         is checked at the call (RequestError); closing the iterator early aborts the request.
@@ -353,7 +387,8 @@ class Engine:
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Admits what fits, runs one round, and returns the outputs that changed since the last step.
+        """Admits what fits, runs one round, and returns the outputs that changed since the last step, as each
+        request's output_kind asks for them.
 
         Where all that runs waits for rewards, it waits with them, for 0.05 s at most.
         """
@@ -365,9 +400,12 @@ class Engine:
     @one_at_a_time
     def _step(self) -> tuple[list[RequestOutput], list[Later]]:
         awaited = self._advance()
-        outputs = [self._output(request) for request in self._changed.values()]
+        changed = list(self._changed.values())
+        outputs = [self._output(request) for request in changed]
+        news = [request.news(output) for request, output in zip(changed, outputs, strict=True)]
         self._changed = {}
-        return outputs, awaited
+        _hand_out(changed, outputs)
+        return news, awaited
 
     @one_at_a_time
     def abort(self, request_id: str) -> bool:
@@ -480,8 +518,11 @@ class Engine:
         awaited = self._advance() if not owner.news else []
         if not owner.news:
             return None, awaited
+        output = self._output(request)
+        news = request.news(output)
         owner.news = False
-        return self._output(request), []
+        _hand_out([request], [output])
+        return news, []
 
     @one_at_a_time
     def _outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
@@ -623,9 +664,10 @@ class Engine:
                 self._note_out_of_reach(request)
                 self.metrics.ended(request)
             if request.owner is None:
-                self._changed[request.request_id] = request
+                if request.has_news:
+                    self._changed[request.request_id] = request
             elif (owner := request.owner()) is not None:
-                owner.news = True
+                owner.news |= request.has_news
                 if finished:
                     owner.waits_for.discard(request.request_id)
             if finished:
@@ -675,6 +717,12 @@ def _name(model: Any) -> str:
     if isinstance(model, (str, Path)):
         return Path(model).resolve().name if Path(model).exists() else str(model)
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _hand_out(requests: Sequence[Request], outputs: Sequence[RequestOutput]) -> None:
+    """Notes what of the requests their users have."""
+    for request, output in zip(requests, outputs, strict=True):
+        request.handed_out = tuple(map(Handed.of, output.outputs))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

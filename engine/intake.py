@@ -17,9 +17,9 @@ from stars.filtered_ratio import check_prompted
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import ModelConfig
 from stars.models import Models
-from stars.plan import Policy, Prompted, Ratio, plan_of
+from stars.plan import Plan, Policy, Prompted, Ratio, plan_of
 from stars.policies import Sample
-from stars.prompt import after, parse_prompt
+from stars.prompt import Prompt, after, last_tokens, parse_prompt
 from stars.readers import Readers
 from stars.request import Request
 from stars.reward.base import Reward
@@ -101,10 +101,10 @@ class Intake:
                                "give fewer")
         vocab_size = self._vocab_size
         prompt = parse_prompt(given, self._tokenizer, vocab_size)
-        contexts = {"prompt": prompt.token_ids}  # by what they are called
-        if isinstance(plan.propose, Prompted):
-            contexts = {f"prompt with the {name} text before it": after(text, prompt, self._tokenizer, vocab_size)
-                        for name, text in (("draft", plan.propose.draft), ("judge", plan.propose.judge))}
+        contexts = self._contexts(plan, prompt)
+        if params.truncate_prompt_tokens is not None:
+            prompt = self._cut(plan, prompt, params.truncate_prompt_tokens, params)
+            contexts = self._contexts(plan, prompt)
         longest = max(contexts, key=lambda name: len(contexts[name]))
         length = len(contexts[longest])
         params = params.settle(length, self._config.max_model_len, vocab_size)
@@ -131,6 +131,29 @@ class Intake:
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
                        arrived=arrived, edits=edits, trace_context=asked.trace_context)
+
+    def _contexts(self, plan: Plan, prompt: Prompt) -> dict[str, list[int]]:
+        """What the language model reads responses after, by what it is called."""
+        if not isinstance(plan.propose, Prompted):
+            return {"prompt": prompt.token_ids}
+        return {f"prompt with the {name} text before it": after(text, prompt, self._tokenizer, self._vocab_size)
+                for name, text in (("draft", plan.propose.draft), ("judge", plan.propose.judge))}
+
+    def _cut(self, plan: Plan, prompt: Prompt, most: int, params: SamplingParams) -> Prompt:
+        """`prompt` with its last `most` tokens, or, where that is -1, as many as fit beside max_tokens."""
+        limit = self._config.max_model_len
+        if most > limit:
+            raise RequestError(f"SamplingParams.truncate_prompt_tokens is {shown(most)} and the limit of prompt and "
+                               f"response {limit}: give fewer, or -1 for as many as fit")
+        if most > 0:
+            return last_tokens(prompt, most, self._tokenizer)
+        room = limit - (params.max_tokens if params.max_tokens is not None else max(1, params.min_tokens))
+        if room < 1:
+            raise RequestError(f"max_tokens={shown(params.max_tokens or params.min_tokens)} leaves no token of the "
+                               f"prompt, the limit is {limit}: lower it")
+        prompt = last_tokens(prompt, room, self._tokenizer)
+        over = max(map(len, self._contexts(plan, prompt).values())) - room  # by texts that are put before it
+        return last_tokens(prompt, max(1, len(prompt.token_ids) - over), self._tokenizer) if over > 0 else prompt
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -174,7 +174,11 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A request and its completions. Cumulative: each one replaces the one before."""
+    """A request and its completions.
+
+    Cumulative: each one replaces the one before. With RequestOutputKind.DELTA texts, token ids and segments are what is
+    new since the output before, and all else is of all so far.
+    """
 
     request_id: str
     prompt: str | list[dict[str, Any]] | None  # as given: text, messages, or None where token ids were given
@@ -198,6 +202,32 @@ class RequestOutput:
                 f"{len(self.prompt_token_ids)} prompt tokens, finished={self.finished}, seed={self.seed}, "
                 f"policy={type(self.policy).__name__}, prompt_reward={_number(self.prompt_reward)}, "
                 f"outputs=[{', '.join(shown)}])")
+
+
+class Handed(NamedTuple):
+    """How much of a completion was handed out."""
+
+    characters: int = 0
+    tokens: int = 0
+    segments: int = 0
+
+    @classmethod
+    def of(cls, completion: CompletionOutput) -> Handed:
+        """All of it."""
+        return cls(len(completion.text or ""), len(completion.token_ids), len(completion.segments))
+
+
+def since(output: RequestOutput, handed_out: Sequence[Handed]) -> RequestOutput:
+    """Of `output`, which is cumulative, what is new: text, token ids, their log-probabilities and segments of each completion.
+    Counts, times, rewards and sums of log-probabilities are of all so far."""
+    completions = []
+    for index, completion in enumerate(output.outputs):
+        handed = handed_out[index] if handed_out else Handed()
+        text = None if completion.text is None else completion.text[handed.characters :]
+        logprobs = None if completion.logprobs is None else completion.logprobs[handed.tokens :]
+        completions.append(replace(completion, text=text, token_ids=completion.token_ids[handed.tokens :],
+                                   segments=completion.segments[handed.segments :], logprobs=logprobs))
+    return replace(output, outputs=completions)
 
 
 def warn_of_errors(outputs: Sequence[RequestOutput], stacklevel: int) -> None:

@@ -18,15 +18,16 @@ from stars.cache import OWN_STORE, BlockTable
 from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
 from stars.logprobs import PromptLogprobs, TokenLogprobs, Tops, forced, joined
-from stars.model.tokenizer import REPLACEMENT, Detokenizer
-from stars.outputs import Attempt, CompletionOutput, Logprob, Metrics, RequestOutput, Segment, Times
+from stars.model.tokenizer import Detokenizer
+from stars.outputs import Attempt, CompletionOutput, Handed, Logprob, Metrics, RequestOutput, Segment, Times, since
 from stars.plan import OWN, Plan, Policy, Prompted
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
 from stars.rules import Always, Judged, Note, Rule
-from stars.sampling import SamplingParams
+from stars.sampling import RequestOutputKind, SamplingParams
+from stars.shown import ShownText
 from stars.sizes import MAX_WORD
-from stars.stops import cut_at_stop, find_stop, hold_back, unstoppable
+from stars.stops import cut_at_stop, find_stop, unstoppable
 
 
 class Drafts(NamedTuple):
@@ -762,6 +763,7 @@ class Request:
     prefilled: float | None = None  # when the first one was read by both models
     ended: float | None = None
     trace_context: Any = None  # of the span that its own belongs to
+    handed_out: Sequence[Handed] = ()  # of each completion, in outputs so far
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
@@ -856,9 +858,22 @@ class Request:
     def _names(self) -> dict[int, str]:
         return {}
 
-    def _settled(self, text: str) -> str:
-        """`text` less what may still change: an unfinished character at its end, a possible start of a stop string."""
-        return hold_back(text, self.stop) if self.stop else text.removesuffix(REPLACEMENT)
+    @cached_property
+    def _shown(self) -> ShownText:
+        """What the user is shown of responses. A tokenizer that failed is none: then there is no text."""
+        return ShownText(lambda: self.detokenizer, self.tokenizer, self.prompt.token_ids, self.params, self.stop_ids)
+
+    def _shown_text(self, token_ids: list[int], stop_reason: int | str | None, ended: bool) -> str | None:
+        return None if self.tokenizer is None else self._shown.of(token_ids, stop_reason, ended)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether an output of it is wanted now that it has changed."""
+        return self.params.output_kind is not RequestOutputKind.FINAL_ONLY or self.finished
+
+    def news(self, output: RequestOutput) -> RequestOutput:
+        """What is handed out of `output`: all of it, or what was not handed out before."""
+        return since(output, self.handed_out) if self.params.output_kind is RequestOutputKind.DELTA else output
 
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""
@@ -866,7 +881,7 @@ class Request:
         metrics = _copy(completions[0].metrics)
         for completion in completions[1:]:
             metrics.add(completion.metrics)
-        return RequestOutput(self.request_id, self.prompt.given, list(self.prompt.token_ids), completions,
+        return RequestOutput(self.request_id, self.prompt.asked, list(self.prompt.token_ids), completions,
                              self.finished, self.seed, self.policy, self.prompt_reward, metrics,
                              self.prompt_told.entries(self.name) if self.prompt_told is not None else None, self.times)
 
@@ -875,18 +890,14 @@ class Request:
         only, tells = group.hypotheses[0], self.params.logprobs is not None
         if len(group.hypotheses) == 1 and not group.unsettled and (
                 only.segments or not self.whole or only.finish_reason == "refused"):
-            text = self.response_text(only)
-            if text is not None and only.finish_reason is None:
-                text = self._settled(text)
+            text = self._shown_text(only.token_ids, only.stop_reason, only.finish_reason is not None)
             return CompletionOutput(
                 group.index, text, list(only.token_ids), only.cumulative_logprob, only.finish_reason, only.stop_reason,
                 only.reward, list(only.segments), group.metrics(), only.error, only.entries() if tells else None)
         failed = next((h for h in group.hypotheses if h.finish_reason in ("error", "abort")), None)
         shared = group.shared()
         token_ids = [token for segment in shared for token in segment.token_ids]
-        text = None if self.tokenizer is None else self.detokenizer.decode(token_ids)
-        if text is not None and failed is None:
-            text = self._settled(text)
+        text = self._shown_text(token_ids, None, failed is not None)
         logprob = 0.0
         for segment in shared:
             logprob += segment.logprob

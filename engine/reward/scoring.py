@@ -286,13 +286,12 @@ class ScoringReward(SlabReward):
 
     def _read(self, session: Session, token_ids: list[int], text: str | None) -> Text:
         """What the model reads of a response as in `Candidate`; RewardError where it cannot be read as it should."""
-        prefix, prompt, special, closing = session.frame
-        encoder = self.framing.encoder
-        if encoder is None:
+        prefix, prompt, special, closing, marked = session.frame
+        if self.framing.encoder is None:
             content = prefix + token_ids
         elif text:
             # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
-            content = encoder.encode(prompt + text.rstrip(REPLACEMENT), add_special_tokens=special)
+            content = self.framing.encode(prompt + text.rstrip(REPLACEMENT), special, marked)
         else:
             content = prefix
         return Text(content + closing, len(content))

@@ -544,7 +544,7 @@ MUTANTS = [
            "the share is one of what is free", "device"),
     Mutant("engine/reward/scoring.py", "if max(ids) >= self.vocab_size:", "if max(ids) > self.vocab_size:",
            "the first id outside the reward model's vocabulary is let through", "planted_rewards"),
-    Mutant("engine/reward/framing.py", "        special = messages is None  #", "        special = True  #",
+    Mutant("engine/reward/framing.py", "        special = chat is None  #", "        special = True  #",
            "a rendered template is encoded with special tokens around it", "planted_rewards"),
     Mutant("engine/reward/scoring.py", "                start = end\n", "                start = end + 1\n",
            "a final score has no row without closing tokens",
@@ -576,7 +576,7 @@ MUTANTS = [
     Mutant("engine/logit_reads.py", "self.states[first:stop], self._logits",
            "self.states[: stop - first], self._logits",
            "rows beyond the first few have the logits of those", "token_logprobs"),
-    Mutant("engine/reward/framing.py", "(self._template == \"auto\" and messages is not None)", "messages is not None",
+    Mutant("engine/reward/framing.py", "(self._template == \"auto\" and chat is not None)", "chat is not None",
            "template=\"raw\" renders messages all the same", "planted_rewards"),
     Mutant("engine/reward/framing.py", "eos = (tokenizer.eos_token_id,)", "pass",
            "close=\"eos\" takes the configuration's EOS and not the tokenizer's", "planted_rewards"),
@@ -620,8 +620,8 @@ MUTANTS = [
            "the first stop string of the list wins over the earliest", "planted engine"),
     Mutant("engine/stops.py", "min(len(stop) - 1, len(text))", "min(len(stop) - 2, len(text))",
            "all but one character of a stop string are streamed", "engine"),
-    Mutant("engine/prompt.py", "tokenizer.encode(rendered, add_special_tokens=False)",
-           "tokenizer.encode(rendered, add_special_tokens=True)", "messages begin with two BOS", "engine parity "
+    Mutant("engine/prompt.py", "_encoded(tokenizer, text, False, marked)",
+           "_encoded(tokenizer, text, True, marked)", "messages begin with two BOS", "engine parity "
            "rewards tokenizer"),
     Mutant("engine/prompt.py", "if not 0 <= token < vocab_size), None)", "if not 0 <= token <= vocab_size), None)",
            "the first id outside the vocabulary is taken", "bad_input"),
