@@ -72,6 +72,7 @@ class Metrics:
     fallbacks: int = 0  # kept although rejected, or redrawn: what was redrawn is not among the attempts counted
     lm_tokens_drawn: int = 0
     lm_tokens_kept: int = 0
+    rm_calls: int = 0  # candidates that the reward has scored or was asked for, the prompt alone included
     rm_tokens_scored: int = 0
     rm_tokens_full_rescore: int = 0  # what scoring the same candidates from scratch would have run
     prompt_tokens_cached: int = 0  # prompt tokens whose keys and values another request had left in the cache
@@ -127,7 +128,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
     # Under what tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
     cumulative_logprob: float = 0.0
-    finish_reason: str | None = None  # "stop", "length", "refused", "abort", "error"; None while it runs
+    finish_reason: str | None = None  # "stop", "length", "refused", "deadline", "budget", "abort", "error"; None: it runs
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS
     reward: float | None = None  # of the whole response so far; None where the policy does not score
     segments: list[Segment] = field(default_factory=list)

@@ -12,6 +12,7 @@ from stars.draft import Drafted, LaneSpec
 from stars.kernels.philox import pack_stream
 from stars.models import Models
 from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
+from stars.spending import Grant, grants
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -53,10 +54,10 @@ class Proposer:
         drawn: dict[Hypothesis, list[Lane]] = {}
         own: list[LaneSpec] = []
         others: dict[Key, list[LaneSpec]] = {}
-        for hypothesis, width in zip(active, self._widths(active), strict=True):
+        for hypothesis, (width, max_tokens) in zip(active, self._grants(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
             table, last = hypothesis.pages, hypothesis.last_token
-            max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
+            stream = pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             drafts = hypothesis.proposal
             specs = others.setdefault(_key(drafts), []) if drafts.apart else own
@@ -177,6 +178,12 @@ class Proposer:
         return self.chooser.choose(
             sum(metrics.accepted for metrics in kept), sum(metrics.attempts_counted for metrics in kept) + rejected,
             side_by_side, max(1, self._max_responses // side_by_side))
+
+    def _grants(self, active: Sequence[Hypothesis]) -> list[Grant]:
+        widths = self._widths(active)
+        if any([hypothesis.request.bounded for hypothesis in active]):
+            return grants(active, widths)
+        return [Grant(width, hypothesis.next_segment) for hypothesis, width in zip(active, widths, strict=True)]
 
     def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
         # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.

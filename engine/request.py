@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stars.budget import NO_BUDGET, Budget
+from stars.budget import CUT_SHORT, NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-from stars.plan import OWN, Plan, Policy, Prompted
+from stars.plan import OWN, Blend, Lanes, Model, Plan, Policy, Prompted, Sampled
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
 from stars.rules import Always, Judged, Note, Rule
@@ -240,6 +241,11 @@ class Hypothesis:
         self.sample = self.group.index * self.request.plan.lanes.population + self.slot  # of its random stream
         segment = self.request.plan.segment
         self.max_segment, self.least_segment, self.entropy_cut = segment.draft, segment.least, segment.cut
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was drawn for it."""
+        return self.drafts > 0 or bool(self.attempts)
 
     @property
     def proposal(self) -> Drafts:
@@ -720,6 +726,12 @@ class Request:
             # response may be refused, it counts how many were rejected.
             few = 1 if getattr(plan.decide, "tests_last", True) else 2
             self.attempts = tuple(min(few, count) for count in self.attempts)
+        self.bounded = self.budget.bounds_work  # whether what it draws and scores is counted against something
+        self.deadline = self.arrived + self.budget.seconds if self.budget.seconds is not None else math.inf  # monotonic
+        # Whether what is drawn of a segment is of use without the rest of it.
+        self.divisible = plan.whole or (type(plan.decide) is Always and plan.lanes == Lanes(plan.lanes.width)
+                                        and plan.score.when != "segment" and isinstance(plan.propose, (
+                                            Sampled, Blend, Model)))
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"
@@ -743,6 +755,26 @@ class Request:
     def finished(self) -> bool:
         """True when every hypothesis has a finish reason."""
         return all([group.finished for group in self.groups])
+
+    def spent(self) -> Metrics:
+        """The counts of all that was drawn and scored for it, for what is gone, too."""
+        metrics = Metrics()
+        for group in self.groups:
+            for hypothesis in group.hypotheses:
+                metrics.add(hypothesis.metrics)
+            if group.dropped is not None:
+                metrics.add(group.dropped)
+        return metrics
+
+    @property
+    def awaits_prompt(self) -> bool:
+        """Whether nothing is drawn of it yet for want of the prompt's own reward."""
+        return self.plan.score.prompt and self.prompt_reward is None
+
+    @property
+    def asked_prompt(self) -> bool:
+        """Whether the reward was asked for something. The prompt's own is what it is asked for first."""
+        return any([hypothesis.metrics.rm_calls for hypothesis in self.hypotheses])
 
     def fail(self, message: str) -> None:
         """Ends every unfinished response with an error."""
@@ -781,7 +813,7 @@ class Request:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
         only = group.hypotheses[0]
         if len(group.hypotheses) == 1 and not group.unsettled and (
-                only.segments or not self.whole or only.finish_reason == "refused"):
+                only.segments or not self.whole or only.finish_reason in ("refused", *CUT_SHORT)):
             text = self.response_text(only)
             if text is not None and only.finish_reason is None:
                 text = self._settled(text)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stars.arguments import shown
+from stars.budget import NO_BUDGET
 from stars.cache import Opening, PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
@@ -17,6 +20,7 @@ from stars.prompt import Prompt
 from stars.request import Group, Hypothesis, Prefill, Request
 from stars.reward.base import Reward
 from stars.round import Round
+from stars.spending import is_spent
 
 
 @dataclass(eq=False)
@@ -73,6 +77,7 @@ class Scheduler:
         self._prefiller = Prefiller(cache, reward, models, config)
         self._round = round_
         self._gave_way: Unit | None = None  # the last one, until another gives something back
+        self._budgeted: list[Request] = []  # those that have a budget and may be unfinished
 
     @property
     def _places(self) -> int:
@@ -122,6 +127,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues `request`."""
+        if request.budget != NO_BUDGET:
+            self._budgeted.append(request)
         self.waiting += self._units(request)
 
     def _units(self, request: Request) -> list[Unit]:
@@ -142,6 +149,22 @@ class Scheduler:
                 members, group.queued = members[group.queued : stop], max(group.queued, stop)
             units += [Unit(group, hypothesis) for hypothesis in members]
         return units
+
+    # -- budgets --------------------------------------------------------------------------------------------------
+
+    def due(self) -> list[tuple[Request, str]]:
+        """The requests that their budgets end now, each with the reason, wherever they are."""
+        if not self._budgeted:
+            return []
+        self._budgeted = [request for request in self._budgeted if not request.finished]
+        now = time.monotonic()
+        return [(request, "deadline" if request.deadline <= now else "budget") for request in self._budgeted
+                if request.deadline <= now or request.bounded and is_spent(request)]
+
+    @property
+    def deadline(self) -> float:
+        """The next one, on the clock of time.monotonic; inf where there is none."""
+        return min([request.deadline for request in self._budgeted], default=math.inf)
 
     # -- a round's room -------------------------------------------------------------------------------------------
 
@@ -247,6 +270,8 @@ class Scheduler:
         if not self.waiting and not self._unread:
             return ended
         rows = self._config.max_num_batched_tokens if any(unit.ready for unit in self.running) else None
+        if rows is None and self.deadline < math.inf:  # a chunk a round, or it would pass while a long one is read
+            rows = self._config.chunk
         language, reward = Allowance(rows), Allowance(rows)
         while True:
             opened, used = self._open_units(only, ended), language.used + reward.used
@@ -392,7 +417,9 @@ class Scheduler:
 
     def reset(self, requests: Iterable[Request]) -> None:
         """Begins anew over emptied caches: all that is unfinished of `requests` waits, in their order."""
+        requests = list(requests)
         self.running, self.waiting = [], deque()
+        self._budgeted = [request for request in requests if request.budget != NO_BUDGET]
         for request in requests:
             for group in request.groups:
                 group.queued = 0
