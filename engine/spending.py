@@ -50,7 +50,7 @@ class Purse:
         if self._whole and begun:
             return 1
         affordable = min(most, self.attempts)
-        if hypothesis.group.scores_segments:
+        if _scored(hypothesis):
             affordable = min(affordable, self.rm_calls)
         elif self._at_end and not begun and self.rm_calls < 1:
             return 0
@@ -69,7 +69,7 @@ class Purse:
         self.lm_tokens -= 1 if request.ranks else lanes * tokens
         if not self._whole or not begun:
             self.attempts -= lanes
-        if hypothesis.group.scores_segments:
+        if _scored(hypothesis):
             self.rm_calls -= lanes
         elif self._at_end and not begun:
             self.rm_calls -= 1
@@ -88,6 +88,13 @@ class Purse:
                 trial.take(hypothesis, 1)
         self.__dict__.update(trial.__dict__)
         return True
+
+
+def _scored(hypothesis: Hypothesis) -> bool:
+    """Whether each attempt at the segment that is being decided, or begins, is scored. Until a round begins that the
+    last one was redrawn is still noted."""
+    group = hypothesis.group
+    return group.scores_segments if group.undecided else group.request.scores_segments
 
 
 def calls_left(request: Request) -> float:
