@@ -153,7 +153,8 @@ class Engine:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
                 self.reward.bind(tokenizer, self.model_config.vocab_size, config)
-            chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
+            cache = self._cache
+            chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes, lambda: cache.num_free_slabs)
             if config.target.captured_at_start:
                 with decoder.lock:
                     drafter.warm_up()
@@ -541,6 +542,7 @@ class Engine:
         self._begin(groups)
         changed = self._round.run(groups)
         self._in_round = ()  # from here on it stands
+        self._scheduler.ran(groups)
         self._settle({group.request.request_id: group.request for group in changed}.values())
         self._changing = False
 

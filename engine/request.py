@@ -542,6 +542,7 @@ class Group:
     dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
     queued: int = 0  # of whole responses that are drawn as they are wanted: those that the scheduler was told of
     boundary: Mark | None = None  # None before its first round
+    seated: int = 0  # the last round that it took part in, where users shared them
 
     def __post_init__(self) -> None:
         self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
@@ -701,6 +702,7 @@ class Request:
     priority: int = 0  # lower ones come first
     user: str | None = None  # whose tokens are counted together
     arrived: float = field(default_factory=time.monotonic)
+    served: int = 0  # tokens drawn and scored for it that its user's counter has
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
