@@ -15,6 +15,8 @@ from stars.unit import Unit
 
 User = str | None
 MAX_IDLE = 1024  # users without a request whose counters are kept
+DRAFT_SHARE = 0.75
+"""Of k times its own round that a draft of k users may take: the rest is for prompts, rewards and the host."""
 LEAST_ROWS = 16  # of prompts in a round, however little another user's share of it is
 
 
@@ -91,6 +93,7 @@ class Fairness:
         requests.discard(request)
         if not requests:
             del self._active[request.user]
+            self._credit = 0.0  # or a short request would pay for those before it
         self._priorities[request.priority] -= 1
         if not self._priorities[request.priority]:
             del self._priorities[request.priority]
@@ -173,14 +176,14 @@ class Fairness:
     # -- a round --------------------------------------------------------------------------------------------------
 
     def rows(self, most: int | None, chunk: int, groups: Sequence[Group], reading: Sequence[Hypothesis]) -> int | None:
-        """Rows of prompts that each model runs in the next round at most. Beside other users' drafts no more than take
-        half of what these leave, and never all prompts at once: someone else's may come."""
+        """Rows of prompts that each model runs in the next round at most. Beside other users' drafts no more than
+        what these leave, and never all prompts at once: someone else's may come."""
         rows = chunk if most is None else most
         first = reading[0].request.user if reading else None
         own = self._own({user: loads for user, loads in self._loads(groups).items() if user != first})
         if own:
             many = min(32, self._max_lanes)
-            share = (len(self._active) - 1) * min(own.values()) / 4  # for each of two models
+            share = (len(self._active) - 1) * min(own.values()) * (1.0 - DRAFT_SHARE)
             rows = min(rows, max(LEAST_ROWS, int(share * many / self._seconds(many))))
         return rows
 
@@ -201,7 +204,7 @@ class Fairness:
         if len(own) < 2:
             self._credit = 0.0
             return Seats(groups)
-        limit = len(own) * min(own.values())
+        limit = DRAFT_SHARE * len(own) * min(own.values())
         everything = [load for ones in loads.values() for load in ones]
         if sum(load.rows for load in everything) <= self._max_lanes and _cost(self._seconds, everything) <= limit:
             self._credit = 0.0
