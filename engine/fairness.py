@@ -1,8 +1,8 @@
 """Fairness between users: what each was served, who gives way to whom, and who shares a round.
 
 The counters are those of VTC (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): tokens served to
-each user while others want something too; who comes back from idle is lifted to the least of those active. Where one
-user is active nothing is counted, and nothing is decided here.
+each user; who comes back from idle is lifted to the least of those active. Where one user is active nothing is decided
+here, and what it is served is counted once its requests end or another user comes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stars.unit import Unit
 
 User = str | None
 MAX_IDLE = 1024  # users without a request whose counters are kept
-DRAFT_SHARE = 0.75
+DRAFT_SHARE = 0.9
 """Of k times its own round that a draft of k users may take: the rest is for prompts, rewards and the host."""
 LEAST_ROWS = 16  # of prompts in a round, however little another user's share of it is
 
@@ -67,17 +67,20 @@ class Fairness:
         """Tokens that a user was served, but for what all are ahead by."""
         return self._served.get(user, 0.0)
 
+    def standing(self, user: User, running: Sequence[Unit]) -> tuple[float, int]:
+        """What users who wait are ordered by: tokens served, then responses that run."""
+        return self.served(user), sum([unit.places for unit in running if unit.request.user == user])
+
     def enter(self, request: Request) -> None:
         """A request was queued."""
         user, priority = request.user, request.priority
         if user not in self._active:
-            if self._active:
-                least = min(map(self.served, self._active))
-                self._served[user] = max(self.served(user), least)
-            self._active[user] = set()
-            if len(self._active) == 2:  # what was drawn for the one before cost nobody anything
+            if self.alone:
                 for other in (one for requests in self._active.values() for one in requests):
-                    other.served = _work(other)
+                    self._charge(other)
+            if self._active:
+                self._served[user] = max(self.served(user), min(map(self.served, self._active)))
+            self._active[user] = set()
         requests = self._active[user]
         if request not in requests:
             requests.add(request)
@@ -88,8 +91,7 @@ class Fairness:
         requests = self._active.get(request.user)
         if requests is None or request not in requests:
             return
-        if not self.alone:
-            self._charge(request)
+        self._charge(request)
         requests.discard(request)
         if not requests:
             del self._active[request.user]
@@ -113,8 +115,7 @@ class Fairness:
 
     def read(self, request: Request, tokens: int) -> None:
         """So many tokens are run as what a response begins with."""
-        if not self.alone:
-            self._served[request.user] = self.served(request.user) + tokens
+        self._served[request.user] = self.served(request.user) + tokens
 
     def ran(self, groups: Iterable[Group]) -> None:
         """A round was run for `groups`."""
@@ -289,5 +290,10 @@ def _cost(seconds: Callable[[int], float], loads: Iterable[Load]) -> float:
 
 def _work(request: Request) -> int:
     """Tokens that were drawn and scored for a request."""
-    spent = request.spent()
-    return spent.lm_tokens_drawn + spent.rm_tokens_scored
+    tokens = 0
+    for group in request.groups:
+        for hypothesis in group.hypotheses:
+            tokens += hypothesis.metrics.lm_tokens_drawn + hypothesis.metrics.rm_tokens_scored
+        if group.dropped is not None:
+            tokens += group.dropped.lm_tokens_drawn + group.dropped.rm_tokens_scored
+    return tokens

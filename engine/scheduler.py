@@ -277,7 +277,8 @@ class Scheduler:
         if self.running and not all(hypothesis.opened for hypothesis in self.running[-1].unfinished):
             return self.running[-1]
         # Who gave way would need more than there was, until another has given something back.
-        return self.waiting.first(self._fairness.served, self._gave_way if self.running else None, only)
+        return self.waiting.first(lambda user: self._fairness.standing(user, self.running),
+                                  self._gave_way if self.running else None, only)
 
     def _open_units(self, only: Group | None, ended: list[Request]) -> bool:
         """Opens what can be read side by side; a request that fails is appended to `ended`. Whether there is something

@@ -101,9 +101,9 @@ class Lines:
             if not line:
                 del self._lines[name]
 
-    def first(self, served: Callable[[str | None], float], without: Unit | None = None, only: Group | None = None,
-              ) -> Unit | None:
-        """Who comes next: of the lowest priority, of those of the user who was served least, the first. Lines that
+    def first(self, standing: Callable[[str | None], tuple[float, int]], without: Unit | None = None,
+              only: Group | None = None) -> Unit | None:
+        """Who comes next: of the lowest priority, of those of the user of the lowest standing, the first. Lines that
         begin with `without` are left out. With `only`, of that group."""
         self.sweep()
         if only is not None:
@@ -111,7 +111,7 @@ class Lines:
         fronts = [(name, *line[0]) for name, line in self._lines.items() if line[0][1] is not without]
         if len(fronts) < 2:
             return fronts[0][2] if fronts else None
-        return min(fronts, key=lambda front: (front[0][0], served(front[0][1]), front[1]))[2]
+        return min(fronts, key=lambda front: (front[0][0], standing(front[0][1]), front[1]))[2]
 
     def _line(self, unit: Unit) -> deque[tuple[int, Unit]]:
         return self._lines.setdefault(_name(unit), deque())
