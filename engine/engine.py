@@ -161,7 +161,8 @@ class Engine:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
                 self.reward.bind(tokenizer, self.model_config.vocab_size, config)
-            chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
+            cache = self._cache
+            chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes, lambda: cache.num_free_slabs)
             if config.target.captured_at_start:
                 with decoder.lock:
                     drafter.warm_up()
@@ -253,7 +254,7 @@ class Engine:
             finished = 0
             while owner.waits_for:
                 if awaited := self._advance_for(owner):
-                    pause(awaited)
+                    pause(awaited, self._scheduler.deadline)
                 done = len(requests) - len(owner.waits_for)
                 if bar is not None:
                     bar.update(done - finished)
@@ -323,7 +324,7 @@ class Engine:
             while not finished:
                 output, awaited = self._next_output(request, owner)
                 if awaited:
-                    pause(awaited)
+                    pause(awaited, self._scheduler.deadline)
                 if output is not None:
                     finished = output.finished
                     yield output
@@ -394,7 +395,7 @@ class Engine:
         """
         outputs, awaited = self._step()
         if awaited and not outputs:
-            pause(awaited)
+            pause(awaited, self._scheduler.deadline)
         return outputs
 
     @one_at_a_time
@@ -552,6 +553,7 @@ class Engine:
                 self._abort([self._requests[self._orphans[0]]])
             self._orphans.popleft()
         try:
+            self._cut_short()
             groups = self._schedule()
             self._run_round(groups)
             if not groups:
@@ -572,16 +574,33 @@ class Engine:
         self._changing = False
         return groups
 
-    def _run_round(self, groups: Sequence[Group]) -> None:
-        if not groups:
+    def _cut_short(self) -> None:
+        """Ends the requests whose time or budget is over."""
+        due = self._scheduler.due()
+        if not due:
             return
+        self._begin([group for request, _ in due for group in request.groups if not group.finished])
+        for request, reason in due:
+            self._round.conclude(request, reason)
+        self._in_round = ()
+        self._settle([request for request, _ in due])
+        self._changing = False
+
+    def _begin(self, groups: Sequence[Group]) -> None:
+        """From here on `groups` change, and go back to what they are now if the change is stopped in the middle."""
         for group in groups:
             if not group.undecided:
                 group.mark_boundary()
         self._changing, self._in_round = True, groups
+
+    def _run_round(self, groups: Sequence[Group]) -> None:
+        if not groups:
+            return
+        self._begin(groups)
         changed = self._round.run(groups)
         self._in_round = ()  # from here on it stands
         self.metrics.committed(changed)
+        self._scheduler.ran(groups)
         self._settle({group.request.request_id: group.request for group in changed}.values())
         self._changing = False
 

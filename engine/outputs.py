@@ -81,6 +81,7 @@ class Metrics:
     fallbacks: int = 0  # kept although rejected, or redrawn: what was redrawn is not among the attempts counted
     lm_tokens_drawn: int = 0
     lm_tokens_kept: int = 0
+    rm_calls: int = 0  # candidates that the reward has scored or was asked for, the prompt alone included
     rm_tokens_scored: int = 0
     rm_tokens_full_rescore: int = 0  # what scoring the same candidates from scratch would have run
     prompt_tokens_cached: int = 0  # prompt tokens whose keys and values another request had left in the cache
@@ -155,7 +156,8 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
     # Under what tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
     cumulative_logprob: float = 0.0
-    finish_reason: str | None = None  # "stop", "length", "refused", "abort", "error"; None while it runs
+    # "stop", "length", "refused", "deadline", "budget", "abort" or "error"; None while it runs.
+    finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS
     reward: float | None = None  # of the whole response so far; None where the policy does not score
     segments: list[Segment] = field(default_factory=list)
@@ -218,7 +220,7 @@ class Handed(NamedTuple):
 
 
 def since(output: RequestOutput, handed_out: Sequence[Handed]) -> RequestOutput:
-    """Of `output`, which is cumulative, what is new: text, token ids, their log-probabilities and segments of each completion.
+    """Of `output`, which is cumulative, what is new: text, token ids, log-probabilities and segments of completions.
     Counts, times, rewards and sums of log-probabilities are of all so far."""
     completions = []
     for index, completion in enumerate(output.outputs):

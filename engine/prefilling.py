@@ -103,9 +103,9 @@ class Prefiller:
                            self._models.prefill(those, allowance.left))
             if any([table.length < stop for table, _, stop in those]):  # nobody overtakes who came before
                 break
-        for (hypothesis, index, _), (table, ids, stop) in zip(unread, jobs, strict=True):
+        for (hypothesis, index, _), (table, token_ids, stop) in zip(unread, jobs, strict=True):
             if table.length == stop and index == hypothesis.reading.published:
-                self._cache.publish(table, ids[:stop])
+                self._cache.publish(table, token_ids[:stop])
                 hypothesis.reading.published += 1
 
     def _recompute(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from stars.edits import NOTHING_LEFT
 from stars.kernels.philox import pack_stream
 from stars.models import Models
 from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
+from stars.spending import Grant, grants
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -49,6 +50,7 @@ class Proposer:
         self._launched = 0.0  # when the draft that is under way was started
         self._rows = 0  # that it has: a lane each, or one for all that are enumerated of a response
         self._others: dict[Key, Rows] = {}  # what was drawn from other models beside it
+        self.lanes: Mapping[str | None, int] | None = None  # of each user in the next round; None: they share all
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
         """Starts the draft of the lanes that are returned, without waiting for it. Those that draw from other models
@@ -57,10 +59,10 @@ class Proposer:
         drawn: dict[Hypothesis, list[Lane]] = {}
         own: list[LaneSpec] = []
         others: dict[Key, list[LaneSpec]] = {}
-        for hypothesis, width in zip(active, self._widths(active), strict=True):
+        for hypothesis, (width, max_tokens) in zip(active, self._grants(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
             table, last = hypothesis.pages, hypothesis.last_token
-            max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
+            stream = pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             drafts, edits = hypothesis.proposal, hypothesis.edited()
             specs = others.setdefault(_key(drafts), []) if drafts.apart else own
@@ -191,10 +193,40 @@ class Proposer:
             sum(metrics.accepted for metrics in kept), sum(metrics.attempts_counted for metrics in kept) + rejected,
             side_by_side, max(1, self._max_responses // side_by_side))
 
-    def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
+    def _grants(self, active: Sequence[Hypothesis]) -> list[Grant]:
+        widths = self._widths(active) if self.lanes is None else self._widths_of_users(active, self.lanes)
+        if any([hypothesis.request.bounded for hypothesis in active]):
+            return grants(active, widths)
+        return [Grant(width, hypothesis.next_segment) for hypothesis, width in zip(active, widths, strict=True)]
+
+    def widths_alone(self, active: Sequence[Hypothesis]) -> list[int]:
+        """The lanes that responses would get in a round of their own."""
+        return self._widths(active)
+
+    def _widths_of_users(self, active: Sequence[Hypothesis], lanes: Mapping[str | None, int]) -> list[int]:
+        """The lanes of each response where each user has so many at most, as if it were alone with them."""
+        users: dict[str | None, list[Hypothesis]] = {}
+        for hypothesis in active:
+            users.setdefault(hypothesis.request.user, []).append(hypothesis)
+        widths: dict[Hypothesis, int] = {}
+        # Each has its own, as long as there are lanes for one of each response besides.
+        left, others = self._lanes(active), len(active)
+        for user in sorted(users, key=lambda user: len(users[user])):
+            members = users[user]
+            others -= len(members)
+            most = max(len(members), min(lanes.get(user, len(members)), left - others))
+            widths |= zip(members, self._widths(members, most), strict=True)
+            left -= sum([max(1, widths[hypothesis]) for hypothesis in members])
+        return [widths[hypothesis] for hypothesis in active]
+
+    def _lanes(self, active: Sequence[Hypothesis]) -> int:
+        """Lanes that there are for a round of `active`."""
         # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.
         lanes = min(self._max_num_lanes, self._cache.num_free_slabs - (self._max_num_seqs - len(active)))
-        lanes -= sum([hypothesis.request.lane_slabs - 1 for hypothesis in active])
+        return lanes - sum([hypothesis.request.lane_slabs - 1 for hypothesis in active])
+
+    def _widths(self, active: Sequence[Hypothesis], lanes: int | None = None) -> list[int]:
+        lanes = self._lanes(active) if lanes is None else lanes
         share = max(1, lanes // len(active)) if active else 1
         widths = []
         for hypothesis in active:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stars.budget import NO_BUDGET, Budget
+from stars.budget import CUT_SHORT, NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
 from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
 from stars.logprobs import PromptLogprobs, TokenLogprobs, Tops, forced, joined
 from stars.model.tokenizer import Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Handed, Logprob, Metrics, RequestOutput, Segment, Times, since
-from stars.plan import OWN, Plan, Policy, Prompted
+from stars.plan import OWN, Blend, Lanes, Model, Plan, Policy, Prompted, Sampled
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
 from stars.rules import Always, Judged, Note, Rule
@@ -274,6 +275,11 @@ class Hypothesis:
         self.sample = self.group.index * self.request.plan.lanes.population + self.slot  # of its random stream
         segment = self.request.plan.segment
         self.max_segment, self.least_segment, self.entropy_cut = segment.draft, segment.least, segment.cut
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was drawn for it."""
+        return self.drafts > 0 or bool(self.attempts)
 
     @property
     def proposal(self) -> Drafts:
@@ -590,6 +596,7 @@ class Group:
     boundary: Mark | None = None  # None before its first round
     times: list[float] = field(default_factory=list)  # when each segment that is shown was committed
     first_tokens: int = 0  # of what was shown first
+    seated: int = 0  # the last round that it took part in, where users shared them
 
     def __post_init__(self) -> None:
         self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
@@ -764,6 +771,7 @@ class Request:
     ended: float | None = None
     trace_context: Any = None  # of the span that its own belongs to
     handed_out: Sequence[Handed] = ()  # of each completion, in outputs so far
+    served: int = 0  # tokens drawn and scored for it that its user's counter has
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
@@ -791,6 +799,12 @@ class Request:
             # response may be refused, it counts how many were rejected.
             few = 1 if getattr(plan.decide, "tests_last", True) else 2
             self.attempts = tuple(min(few, count) for count in self.attempts)
+        self.bounded = self.budget.bounds_work  # whether what it draws and scores is counted against something
+        self.deadline = self.arrived + self.budget.seconds if self.budget.seconds is not None else math.inf  # monotonic
+        # Whether what is drawn of a segment is of use without the rest of it.
+        self.divisible = plan.whole or (type(plan.decide) is Always and plan.lanes == Lanes(plan.lanes.width)
+                                        and plan.score.when != "segment" and isinstance(plan.propose, (
+                                            Sampled, Blend, Model)))
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"
@@ -822,6 +836,26 @@ class Request:
         first, last = (min(times[0] for times in shown), max(times[-1] for times in shown)) if shown else (None, None)
         return Times(*(None if moment is None else moment - self.arrived
                        for moment in (self.admitted, self.prefilled, first, last, self.ended)))
+
+    def spent(self) -> Metrics:
+        """The counts of all that was drawn and scored for it, for what is gone, too."""
+        metrics = Metrics()
+        for group in self.groups:
+            for hypothesis in group.hypotheses:
+                metrics.add(hypothesis.metrics)
+            if group.dropped is not None:
+                metrics.add(group.dropped)
+        return metrics
+
+    @property
+    def awaits_prompt(self) -> bool:
+        """Whether nothing is drawn of it yet for want of the prompt's own reward."""
+        return self.plan.score.prompt and self.prompt_reward is None
+
+    @property
+    def asked_prompt(self) -> bool:
+        """Whether the reward was asked for something. The prompt's own is what it is asked for first."""
+        return any([hypothesis.metrics.rm_calls for hypothesis in self.hypotheses])
 
     def fail(self, message: str) -> None:
         """Ends every unfinished response with an error."""
@@ -889,7 +923,7 @@ class Request:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
         only, tells = group.hypotheses[0], self.params.logprobs is not None
         if len(group.hypotheses) == 1 and not group.unsettled and (
-                only.segments or not self.whole or only.finish_reason == "refused"):
+                only.segments or not self.whole or only.finish_reason in ("refused", *CUT_SHORT)):
             text = self._shown_text(only.token_ids, only.stop_reason, only.finish_reason is not None)
             return CompletionOutput(
                 group.index, text, list(only.token_ids), only.cumulative_logprob, only.finish_reason, only.stop_reason,

@@ -9,13 +9,15 @@ from stars.cache import PagedCache
 from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, RewardError, describe, log
+from stars.exhaustions import Refuse
 from stars.judge import Judge, preferred
 from stars.models import Models
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import Candidate, Later, Reward, Scored
-from stars.rules import Decision
+from stars.rules import Decision, Keep
 from stars.scores import Scores, late, usable
+from stars.spending import affordable
 from stars.waiting import Waiting
 from stars.width import WidthChooser
 
@@ -89,7 +91,7 @@ class Round:
 
     def able(self, groups: Sequence[Group]) -> list[Group]:
         """Those of `groups` that a round would do something for: draw, or take up what was waited for."""
-        if not self._waiting.waits:
+        if not self._waiting.waits and not any([group.request.bounded for group in groups]):
             return list(groups)
         drawing = {hypothesis.group for hypothesis in self._drawing(groups)}
         drawing.update(wait.group for wait in self._waiting.waits if wait.answered)
@@ -98,8 +100,12 @@ class Round:
     def _drawing(self, groups: Sequence[Group]) -> list[Hypothesis]:
         """The responses of `groups` that get lanes in a round."""
         if self._waiting.waits:
-            return self._waiting.drawing(groups, self._cache.num_free_slabs)
-        return [hypothesis for group in groups for hypothesis in group.active]
+            drawing = self._waiting.drawing(groups, self._cache.num_free_slabs)
+        else:
+            drawing = [hypothesis for group in groups for hypothesis in group.active]
+        if any([group.request.bounded for group in groups]):
+            drawing = affordable(drawing)
+        return drawing
 
     def awaited(self) -> list[Later]:
         """The rewards that are still to come."""
@@ -264,11 +270,50 @@ class Round:
             if not group.finished:
                 return
         if len(group.hypotheses) > 1 and not group.failed:
-            chosen = self._judge.choose(group)
-            for hypothesis in group.hypotheses if chosen is not None else ():
-                if hypothesis is not chosen:
+            self._choose(group, drawn)
+
+    def _choose(self, group: Group, drawn: dict[Hypothesis, list[Lane]]) -> None:
+        """Of several responses, all of which have ended, one is the completion."""
+        chosen = self._judge.choose(group)
+        for hypothesis in group.hypotheses if chosen is not None else ():
+            if hypothesis is not chosen:
+                group.drop(hypothesis)
+                self._drop(hypothesis, drawn)
+
+    def conclude(self, request: Request, reason: str) -> None:
+        """Ends what is unfinished of a request, for want of time or budget, with what was committed.
+
+        Of a population the plan's own final choice among the responses that there are is the completion. Of whole
+        responses it is made of those that have ended, with a reward if they are to have one; where none has, the first
+        is kept as far as it is. A plan that refuses what its rule does not accept keeps nothing then.
+        """
+        for group in request.groups:
+            if not group.finished:
+                self._cut_short(group, reason)
+
+    def _cut_short(self, group: Group, reason: str) -> None:
+        request, members = group.request, group.hypotheses
+        ended = [one for one in members if one.finish_reason is not None and one.error is None]
+        for hypothesis in members:
+            if hypothesis.finish_reason is None:
+                self.finish(hypothesis, reason)
+        if request.whole:
+            kept = ended or members[:1]
+            for hypothesis in members:
+                if hypothesis not in kept:
                     group.drop(hypothesis)
-                    self._drop(hypothesis, drawn)
+                    self._drop(hypothesis, {})
+            if ended:
+                self._conclude(group, {})
+            elif isinstance(request.exhaust[-1], Refuse):
+                kept[0].refuse()
+            elif kept[0].token_ids:
+                keep_whole(group, Decision([Keep(kept[0].slot, 1, len(kept[0].token_ids))]))
+        elif len(members) > 1:
+            self._choose(group, {})
+        if not group.failed:
+            for hypothesis in group.hypotheses:
+                hypothesis.finish_reason, hypothesis.stop_reason = reason, None
 
     def _forget(self, wait: Wait) -> None:
         """Ends a wait whose answers nobody wants any more."""

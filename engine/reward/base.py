@@ -179,8 +179,8 @@ class Reward(ABC):
         sessions first; returns how many of them have started.
 
         The engine asks this. Where others decode, it asks once a round, until all have started; between, any of these
-        sessions may be closed, and others may be opened that come after them. A reward that runs no prompts, or cannot
-        stop in between, starts all.
+        sessions may be closed, others may be opened, and their order may change. A reward that runs no prompts, or
+        cannot stop in between, starts all.
         """
         self.start(sessions)
         return Progress(len(sessions), 0)
