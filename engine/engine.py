@@ -35,7 +35,7 @@ from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy
 from stars.readers import Parts, Readers
-from stars.request import Group, Request
+from stars.request import Group, Owner, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
 from stars.round import Round
@@ -232,7 +232,7 @@ class Engine:
             prompts, _one_each("sampling_params", sampling_params, count), _one_each("policy", policy, count),
             _one_each("budget", budget, count), _one_each("priority", priority, count), _one_each("user", user, count),
             strict=True)]
-        owner = _Owner()
+        owner = Owner()
         requests: list[Request] = []
         bar = None
         try:
@@ -272,7 +272,7 @@ class Engine:
         return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user)))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
-        owner = _Owner()
+        owner = Owner()
         try:
             self._join(request, owner)
             finished = False
@@ -400,7 +400,7 @@ class Engine:
         return request_id in self._requests or request_id in self._changed
 
     @one_at_a_time
-    def _submit(self, asked: Iterable[Asked], owner: _Owner, requests: list[Request]) -> None:
+    def _submit(self, asked: Iterable[Asked], owner: Owner, requests: list[Request]) -> None:
         """Appends a request for each of `asked` to `requests`, and queues them once all were checked."""
         for index, one in enumerate(asked):
             try:
@@ -411,12 +411,12 @@ class Engine:
             self._enqueue(request, owner)
 
     @one_at_a_time
-    def _join(self, request: Request, owner: _Owner) -> None:
+    def _join(self, request: Request, owner: Owner) -> None:
         if self._in_use(request.request_id):  # by somebody who chose it since the request was checked
             request.request_id = self._new_id()
         self._enqueue(request, owner)
 
-    def _enqueue(self, request: Request, owner: _Owner | None = None) -> None:
+    def _enqueue(self, request: Request, owner: Owner | None = None) -> None:
         request_id = request.request_id
         if self._in_use(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another")
@@ -453,12 +453,12 @@ class Engine:
         self._changing = False
 
     @one_at_a_time
-    def _advance_for(self, owner: _Owner) -> list[Later]:
+    def _advance_for(self, owner: Owner) -> list[Later]:
         """Advances, unless another thread has brought what this one waits for meanwhile."""
         return self._advance() if owner.waits_for else []
 
     @one_at_a_time
-    def _next_output(self, request: Request, owner: _Owner) -> tuple[RequestOutput | None, list[Later]]:
+    def _next_output(self, request: Request, owner: Owner) -> tuple[RequestOutput | None, list[Later]]:
         """The output of `request` if it has changed, by a round of this thread or of another's; None if not, and what
         is waited for."""
         awaited = self._advance() if not owner.news else []
@@ -606,9 +606,7 @@ class Engine:
             if request.owner is None:
                 self._changed[request.request_id] = request
             elif (owner := request.owner()) is not None:
-                owner.news = True
-                if finished:
-                    owner.waits_for.discard(request.request_id)
+                owner.changed(request.request_id, finished)
             if finished:
                 del self._requests[request.request_id]
 
@@ -636,16 +634,6 @@ class Engine:
     def _show_warnings(self) -> None:
         while self._warnings:
             warn(self._warnings.pop(), stacklevel=2)
-
-
-class _Owner:
-    """Whoever waits in `generate` or `stream`: the requests made for it end once it is gone."""
-
-    __slots__ = ("news", "waits_for", "__weakref__")
-
-    def __init__(self) -> None:
-        self.news = False  # whether a request of it has changed since it looked
-        self.waits_for: set[str] = set()  # ids of its unfinished requests
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

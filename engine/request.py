@@ -670,6 +670,22 @@ class Group:
         return metrics
 
 
+class Owner:
+    """Whoever waits for requests, in `generate` or `stream`: those made for it end once it is gone."""
+
+    __slots__ = ("news", "waits_for", "__weakref__")
+
+    def __init__(self) -> None:
+        self.news = False  # whether a request of it has changed since it looked
+        self.waits_for: set[str] = set()  # ids of its unfinished requests
+
+    def changed(self, request_id: str, finished: bool) -> None:
+        """Told in the turn in which one of them changed."""
+        self.news = True
+        if finished:
+            self.waits_for.discard(request_id)
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt with its parameters and its completions."""
@@ -695,7 +711,7 @@ class Request:
     priority: int = 0  # lower ones come first
     user: str | None = None  # whose tokens are counted together
     arrived: float = field(default_factory=time.monotonic)
-    owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
+    owner: weakref.ref[Owner] | None = None  # who waits for it; None: whoever calls step
 
     def __post_init__(self) -> None:
         params, plan = self.params, self.plan
