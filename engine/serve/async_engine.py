@@ -96,7 +96,11 @@ class AsyncEngine:
         feed = self._loop.feed(asked, request_id, acknowledged=True)
         stream = RequestStream(self, feed)
         stream._begin(at_once)
-        await feed.accepted()  # a task that is cancelled here drops the stream, and so the request
+        try:
+            await feed.accepted()
+        except BaseException:  # whose traceback may hold the stream for long
+            stream._end()
+            raise
         return stream
 
     async def abort(self, request_id: str) -> bool:

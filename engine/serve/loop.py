@@ -214,11 +214,12 @@ class Loop:
         return awaited
 
     def _hear(self, messages: Sequence[Message]) -> None:
+        answers: list[tuple[Future[bool], bool]] = []
         for message in messages:
             if isinstance(message, Add):
                 self._add(message.feed, message.placed)
             elif isinstance(message, Abort):
-                _settle(message.found, self._abort(message.request_id))
+                answers.append((message.found, self._abort(message.request_id)))
             elif isinstance(message, Drop):
                 self._drop(message.feed)
             elif isinstance(message, Close):
@@ -226,6 +227,8 @@ class Loop:
         self._awaited = []  # there may be something to do again
         self._build()
         self._let_in(after_round=False)
+        for found, answer in answers:  # when the last output is there
+            _settle(found, answer)
 
     def _add(self, feed: Feed, placed: bool) -> None:
         if placed:
