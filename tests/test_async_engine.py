@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
 import os
 import random
 import subprocess
@@ -41,27 +42,45 @@ def run(coroutine: Awaitable) -> Any:
 
 
 class Gate:
-    """A reward that lets rounds through one by one: it says where one is, and waits there, once it is closed."""
+    """A reward that stops rounds, once it is shut, until it is opened, or lets one pass."""
 
     def __init__(self):
-        self.inside, self.open = threading.Event(), threading.Event()
-        self.calls = 0
-        self.open.set()
+        self.calls = 0  # that have come to the gate
+        self.inside = threading.Event()  # set where one has come
+        self._shut, self._passes = False, 0
+        self._changed = threading.Condition()
 
     def __call__(self, prompt, responses):
-        self.calls += 1
-        self.inside.set()
-        assert self.open.wait(LIMIT), "nobody opened the gate"
+        with self._changed:
+            self.calls += 1
+            self.inside.set()
+            assert self._changed.wait_for(lambda: not self._shut or self._passes, LIMIT), "nobody opened the gate"
+            self._passes = 0
         return list(map(table_reward(3), responses))
 
     def shut(self) -> None:
         """The next round stops inside."""
-        self.inside.clear()
-        self.open.clear()
+        with self._changed:
+            self._shut = True
+            self.inside.clear()
+
+    def open(self) -> None:
+        """Whoever stands at the gate goes on, and so does whoever comes."""
+        with self._changed:
+            self._shut = False
+            self._changed.notify()
 
     async def reached(self) -> None:
         """Returns once a round stands at the gate."""
         assert await asyncio.to_thread(self.inside.wait, LIMIT)
+
+    async def one_round(self) -> None:
+        """The round at the gate goes on; returns once the next one stands there."""
+        with self._changed:
+            self.inside.clear()
+            self._passes = 1
+            self._changed.notify()
+        await self.reached()
 
 
 def gated(**options) -> tuple[stars.Engine, Gate]:
@@ -203,7 +222,7 @@ def test_ids_are_one_requests_own():
             await asyncio.sleep(0)
             taken = [asyncio.create_task(served.add(*endless(), request_id=name)) for name in "abc"]
             await asyncio.sleep(0.01)
-            gate.open.set()
+            gate.open()
             for task in taken:
                 with pytest.raises(stars.RequestError, match="request id '.' is in use: choose another"):
                     await task
@@ -229,7 +248,7 @@ def test_the_event_loop_goes_on_while_a_round_runs():
                 await asyncio.sleep(0.001)
             assert time.perf_counter() - begin < 5
             assert not any(task.done() for task in (first, *tasks))
-            gate.open.set()
+            gate.open()
             stream, found = await asyncio.gather(*tasks)
             assert found and ends((await first)[-1]) == {"abort"}
             assert (await collect(stream))[-1].finished
@@ -263,7 +282,7 @@ def test_who_goes_away_frees_its_pages_before_the_next_round(how):
                 await stream.aclose()
             else:
                 del stream
-            gate.open.set()
+            gate.open()
             await until(lambda: not engine._requests)
             assert gate.calls <= calls + 1
             assert engine._cache.num_free_pages == engine._cache.num_pages
@@ -338,9 +357,13 @@ def test_streams_that_are_collected_anywhere():
         return knot
 
     async def serve():
-        engine = toy_engine(LM, stars.FunctionReward(
-            lambda prompt, responses: gc.collect() and list(map(table_reward(3), responses))
-            or list(map(table_reward(3), responses)), inputs="ids"))
+        def reward(prompt, responses):
+            if next(calls) % 20 == 0:
+                gc.collect()
+            return list(map(table_reward(3), responses))
+
+        calls = itertools.count()
+        engine = toy_engine(LM, stars.FunctionReward(reward, inputs="ids"))
         async with stars.AsyncEngine(engine) as served:
             for seed in range(6):
                 knot = junk()
@@ -382,7 +405,7 @@ def test_an_event_loop_that_is_closed_while_its_requests_run():
     loop.run_until_complete(gate.reached())
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
-    gate.open.set()
+    gate.open()
     assert run(text_of(served, 2))
     run(until(lambda: not engine._requests))
     assert gate.calls < 60  # it was not run to its end
@@ -390,6 +413,32 @@ def test_an_event_loop_that_is_closed_while_its_requests_run():
     nothing_is_held(engine)
     task._log_destroy_pending = False
     del task
+
+
+def test_what_ends_before_a_round_is_told_before_it():
+    """Here by a reward that refuses to open it; a deadline ends a request at the same place."""
+    def refused(prompt, max_tokens):
+        if prompt.token_ids[0] == 7:
+            raise stars.RewardError("not this one")
+        return opened(prompt, max_tokens)
+
+    async def serve():
+        async with stars.AsyncEngine(engine) as served:
+            first = asyncio.create_task(collect(served.generate(*endless())))
+            await gate.reached()
+            gate.shut()
+            await gate.reached()
+            other = asyncio.create_task(collect(served.generate({"prompt_token_ids": [7]}, *endless()[1:])))
+            await asyncio.sleep(0.01)
+            await gate.one_round()
+            assert ends((await other)[-1]) == {"error"}
+            gate.open()
+            await first
+
+    engine, gate = gated()
+    opened = engine.reward.open
+    engine.reward.open = refused
+    run(serve())
 
 
 # -- back-pressure ----------------------------------------------------------------------------------------------------
@@ -415,7 +464,7 @@ def test_max_waiting_refuses_at_once_or_has_them_stand_in_line():
             assert time.perf_counter() - begin < 1  # while the round stands
             tasks = [asyncio.create_task(served.add(*endless(seed))) for seed in (4, 5, 6)]
             await asyncio.sleep(0.01)
-            gate.open.set()
+            gate.open()
             streams += await asyncio.gather(*adding)
             assert not any(task.done() for task in tasks)
             assert len(engine._requests) == 3
@@ -451,7 +500,7 @@ def test_the_line_is_first_come_first_served():
             tasks = [asyncio.create_task(caller(seed)) for seed in range(12)]
             await gate.reached()
             tasks[5].cancel()
-            gate.open.set()
+            gate.open()
             await asyncio.gather(*tasks, return_exceptions=True)
         assert order == [seed for seed in range(12) if seed != 5]
         nothing_is_held(engine)
@@ -476,7 +525,7 @@ def test_one_who_leaves_the_line_leaves_no_trace(call):
                 task.cancel()
             results = await asyncio.gather(*waiting, return_exceptions=True)
             assert all(isinstance(result, asyncio.CancelledError) for result in results)
-            gate.open.set()
+            gate.open()
             await asyncio.gather(first, second)
             assert served._loop._in_line == 0 and not served._loop._line and not served._loop._queued
             assert [await text_of(served, seed) for seed in (2, 3)] == alone_with_table([2, 3])
@@ -499,7 +548,7 @@ def test_abort_of_one_in_line():
             tasks = [asyncio.create_task(collect(served.generate(*endless(), request_id=name))) for name in "abc"]
             await gate.reached()
             aborted = asyncio.create_task(served.abort("c"))
-            gate.open.set()
+            gate.open()
             assert await aborted
             [output] = await tasks[2]
             assert ends(output) == {"abort"} and not output.outputs[0].token_ids
@@ -521,7 +570,7 @@ def test_a_deadline_is_kept_in_line_too():
             other = asyncio.create_task(served.add(*endless(), request_id="other"))
             await gate.reached()
             await asyncio.sleep(0.03)
-            gate.open.set()
+            gate.open()
             stream = await late
             assert not other.done()
             assert engine._requests["late"].arrived < time.monotonic() - 0.02 if "late" in engine._requests else True
@@ -649,9 +698,9 @@ def test_one_call_a_round_wakes_an_event_loop():
             await gate.reached()
             await asyncio.sleep(0.02)
             steps, advance = [], engine._advance
-            engine._advance = lambda: steps.append(1) or advance()
+            engine._advance = lambda *given: steps.append(1) or advance(*given)
             loop.call_soon_threadsafe = lambda *given, **options: calls.append(1) or call(*given, **options)
-            gate.open.set()
+            gate.open()
             outputs = await asyncio.gather(*tasks)
             assert len(calls) <= len(steps) + 2 < sum(map(len, outputs)) / 3
 
@@ -668,7 +717,7 @@ def test_one_task_at_a_time_may_await_a_stream():
             await asyncio.sleep(0)
             with pytest.raises(RuntimeError, match="another task awaits request '0' already"):
                 await stream._feed.next()
-            gate.open.set()
+            gate.open()
             assert await task
             await stream.aclose()
 
@@ -701,7 +750,7 @@ def test_waiting_takes_no_cpu_and_ends_at_once(late):
                 stream = await served.add(*endless())
                 await until(lambda: served._loop._awaited)
             passes, advance = [], engine._advance
-            engine._advance = lambda: passes.append(1) or advance()
+            engine._advance = lambda *given: passes.append(1) or advance(*given)
             await asyncio.sleep(0.05)
             begin, looked = cpu_seconds(thread), len(passes)
             await asyncio.sleep(0.4)
@@ -734,7 +783,7 @@ def test_a_deadline_wakes_a_loop_that_waits_for_rewards():
             stream = await served.add(*endless(), budget=stars.Budget(seconds=0.3))
             await until(lambda: served._loop._awaited)
             passes, advance = [], engine._advance
-            engine._advance = lambda: passes.append(time.monotonic()) or advance()
+            engine._advance = lambda *given: passes.append(time.monotonic()) or advance(*given)
             await until(lambda: bool(passes))
             assert passes[0] - begin >= 0.29
             go.set()
@@ -764,7 +813,7 @@ def test_a_fault_reaches_everybody_and_the_engine_is_free(fault, caplog):
 
         # What is raised where nothing is admitted is nobody's own.
         engine._scheduler.plan = engine._one_by_one = broken
-        gate.open.set()
+        gate.open()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert results.pop() is False
         assert {type(result) for result in results} == {stars.EngineDeadError}
@@ -876,7 +925,7 @@ def test_shutdown_in_every_state(state, drain):
             await asyncio.sleep(0.05)
             assert not stops[0].done()
             go.set()
-        gate.open.set()
+        gate.open()
         await asyncio.gather(*stops)
         served._loop.thread.join(10)
         assert not served._loop.thread.is_alive()
@@ -907,7 +956,7 @@ def test_a_second_shutdown_may_abort_what_the_first_drains():
         first.cancel()  # which is told to nobody
         second = asyncio.create_task(served.shutdown(drain=False))
         await asyncio.sleep(0)
-        gate.open.set()
+        gate.open()
         await second
         assert ends((await task)[-1]) == {"abort"}
         nothing_is_held(engine)
@@ -964,7 +1013,7 @@ def test_a_child_is_told_after_a_fork():
     if child == 0:
         code = 1
         try:
-            gate.open.set()
+            gate.open()
             told = 0
             for call in (lambda: served.add(*asked(0)), lambda: collect(stream)):
                 try:
@@ -976,7 +1025,7 @@ def test_a_child_is_told_after_a_fork():
             code = 0 if told == 2 and output.finished and not engine._requests else 2
         finally:
             os._exit(code)
-    gate.open.set()
+    gate.open()
     deadline = time.monotonic() + 30
     while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -989,36 +1038,35 @@ def test_a_child_is_told_after_a_fork():
 
 
 SCRIPT = """
-    import asyncio, os, signal, sys, threading, time
+    import asyncio, os, signal, sys, time
     sys.path.insert(0, {tests!r})
     import stars
-    from stars.serve import loop
-    from test_async_engine import LM, collect, endless, toy_engine
+    from toy import ToyModel, toy_engine
 
     def reward(prompt, responses):
         time.sleep(0.01)
         return [0.0] * len(responses)
 
-    served = stars.AsyncEngine(toy_engine(LM, stars.FunctionReward(reward, inputs="ids")))
+    served = stars.AsyncEngine(toy_engine(ToyModel(23, 1), stars.FunctionReward(reward, inputs="ids")))
 
     async def main():
-        stream = await served.add(*endless())
+        stream = await served.add({{"prompt_token_ids": [1, 2]}}, stars.SamplingParams(max_tokens=80, ignore_eos=True),
+                                  stars.STARS(1, 1, 1.0, reward_threshold=0.0))
         await anext(stream)
         {last}
 
     try:
         {run}
     except KeyboardInterrupt:
-        print("interrupted", len(served.engine._requests) or "")
+        print("interrupted")
 """
 
 
 @pytest.mark.parametrize("last, run_it, said", [
     ("sys.exit(5)", "asyncio.run(main())", 5),
     ("return stream", "kept = asyncio.run(main())", 0),
-    ("os.kill(os.getpid(), signal.SIGINT); await collect(stream)", "asyncio.run(main())", 0),
-    ("return stream", "threading.Thread(target=lambda: asyncio.run(main())).start()", 0),
-], ids=["exit", "end", "interrupt", "thread"])
+    ("os.kill(os.getpid(), signal.SIGINT); [output async for output in stream]", "asyncio.run(main())", 0),
+], ids=["exit", "end", "interrupt"])
 def test_a_process_ends_with_requests_that_run(last, run_it, said):
     """Promptly, with its own exit code, and no word of a thread that was killed."""
     source = textwrap.dedent(SCRIPT).format(tests=str(Path(__file__).parent), last=last, run=run_it)
@@ -1042,7 +1090,7 @@ def test_an_exit_does_not_wait_for_ever(monkeypatch):
     begin = time.monotonic()
     loop_module._end_all()
     assert 0.2 <= time.monotonic() - begin < 5 and served._loop.thread.is_alive()
-    gate.open.set()
+    gate.open()
     loop_module._end_all()
     assert not served._loop.thread.is_alive()
     with contextlib.suppress(stars.EngineDeadError):

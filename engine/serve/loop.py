@@ -208,10 +208,16 @@ class Loop:
         self._watched = set(self._awaited)
 
     def _advance(self) -> list[Later]:
-        awaited = self.engine._advance()
+        awaited = self.engine._advance(self._tell_ended)
         self._build()
         self._let_in(after_round=True)
         return awaited
+
+    def _tell_ended(self) -> None:
+        """What ends as a round is planned, by a deadline for one, does not wait for the end of that round."""
+        if self._changed:
+            self._build()
+            self._deliver()
 
     def _hear(self, messages: Sequence[Message]) -> None:
         answers: list[tuple[Future[bool], bool]] = []
