@@ -609,7 +609,7 @@ def test_who_is_slow_gets_few_outputs_and_holds_up_nobody():
             await until(lambda: not engine._requests)
             slow = await collect(stream)
             assert len(slow) == 1 and decided(slow[-1]) == decided(quick[-1])
-            assert built["slow"] == 2 and built["quick"] == len(quick) > 10
+            assert built["slow"] == 2 and built["quick"] - len(quick) in (0, 1) and len(quick) > 3
             assert len(quick[-1].outputs[0].segments) >= len(quick)
 
     run(serve())
@@ -786,6 +786,9 @@ def test_a_deadline_wakes_a_loop_that_waits_for_rewards():
             engine._advance = lambda *given: passes.append(time.monotonic()) or advance(*given)
             await until(lambda: bool(passes))
             assert passes[0] - begin >= 0.29
+            looked = len(passes)
+            await asyncio.sleep(0.1)
+            assert len(passes) == looked  # what is late already is no reason to ask again and again
             go.set()
             await stream.aclose()
 
@@ -836,6 +839,39 @@ def test_a_fault_reaches_everybody_and_the_engine_is_free(fault, caplog):
         async with stars.AsyncEngine(engine) as second:
             assert [await text_of(second, 4)] == alone_with_table([4])
         nothing_is_held(engine)
+
+    run(serve())
+
+
+@pytest.mark.parametrize("at", ["a message", "the outputs"])
+def test_a_fault_between_rounds_leaves_no_message_unanswered(at):
+    """Of those that were taken together with the one that it befell."""
+    async def serve():
+        def broken(*given):
+            raise stars.IntegrityError("the books are wrong")
+
+        engine, gate = gated()
+        served = stars.AsyncEngine(engine)
+        gate.shut()
+        first = asyncio.create_task(collect(served.generate(*endless(), request_id="first")))
+        await gate.reached()
+        tasks = [asyncio.create_task(served.abort("nobody")), asyncio.create_task(served.add(*asked(1))),
+                 asyncio.create_task(served.add(*asked(2))), asyncio.create_task(served.abort("first"))]
+        await asyncio.sleep(0.01)
+        if at == "a message":
+            engine._parse = broken
+        else:
+            built = engine._output
+            engine._output = lambda request: broken() if request.request_id == "first" and request.finished else \
+                built(request)
+        gate.open()
+        results = await asyncio.gather(first, *tasks, return_exceptions=True)
+        if at == "the outputs":  # those that were taken were told so, if a round came before
+            results = [result for result in results if not hasattr(result, "request_id")] + [
+                await asyncio.gather(collect(result), return_exceptions=True)
+                for result in results if hasattr(result, "request_id")]
+            results = [result[0] if isinstance(result, list) else result for result in results]
+        assert {type(result) for result in results} == {stars.EngineDeadError}
 
     run(serve())
 

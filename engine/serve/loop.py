@@ -11,7 +11,8 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -80,10 +81,13 @@ class Loop:
         self._ended = False  # whether the thread has done its last
         self._fault: BaseException | None = None  # why, if nobody asked it to
         # What only the thread uses.
+        self._told: deque[Message] = deque()  # what it was told and has not dealt with
+        self._answers: list[tuple[Future[bool], bool]] = []  # to aborts, given once outputs are built
         self._line: dict[str, Feed] = {}  # checked, in order
         self._queued: dict[str, Feed] = {}  # the engine has them
         self._closing = False
         self._crowded = False  # whether some were left waiting by the last round
+        self._looked = 0.0  # when the engine was asked for a round last
         self._awaited: list[Later] = []  # rewards without which there is no round
         self._watched: set[Later] = set()  # rewards that leave a message
         self._wakes: dict[asyncio.AbstractEventLoop, list[tuple[Feed, Waiter]]] = {}
@@ -171,11 +175,12 @@ class Loop:
     def _run(self) -> None:
         try:
             while not (self._closing and not self._queued and not self._line):
-                if messages := self._next_messages():
-                    self.engine._turns.take(lambda told=messages: self._hear(told))  # type: ignore[misc]
+                self._listen()
+                if self._told:
+                    self.engine._turns.take(self._hear)
                     self._deliver()
-                    del messages  # it may wait for long
                 if self._queued:
+                    self._looked = time.monotonic()
                     self._awaited = self.engine._turns.take(self._advance)
                     self._watch()
                     self._deliver()
@@ -184,20 +189,19 @@ class Loop:
         else:
             self._end(None)
 
-    def _next_messages(self) -> list[Message]:
-        """What has come, and where nothing can be done before, what comes."""
-        messages: list[Message] = []
+    def _listen(self) -> None:
+        """Takes what has come, and where nothing can be done before, what comes."""
         with contextlib.suppress(queue.Empty):
             if not self._queued or self._awaited:
-                messages.append(self._inbox.get(timeout=self._nap()))
+                self._told.append(self._inbox.get(timeout=self._nap()))
             while True:
-                messages.append(self._inbox.get_nowait())
-        return messages
+                self._told.append(self._inbox.get_nowait())
 
     def _nap(self) -> float | None:
-        """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread."""
+        """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread. One that
+        had passed when the engine was asked last is no reason to ask it again."""
         deadlines = [feed.deadline for feeds in (self._queued, self._line) for feed in feeds.values()
-                     if feed.deadline is not None]
+                     if feed.deadline is not None and feed.deadline > self._looked]
         return max(0.0, min(min(deadlines) - time.monotonic(), LONGEST_NAP)) if deadlines else None
 
     def _watch(self) -> None:
@@ -219,22 +223,23 @@ class Loop:
             self._build()
             self._deliver()
 
-    def _hear(self, messages: Sequence[Message]) -> None:
-        answers: list[tuple[Future[bool], bool]] = []
-        for message in messages:
+    def _hear(self) -> None:
+        while self._told:  # a message stays until it is dealt with: after a fault somebody waits for its answer
+            message = self._told[0]
             if isinstance(message, Add):
                 self._add(message.feed, message.placed)
             elif isinstance(message, Abort):
-                answers.append((message.found, self._abort(message.request_id)))
+                self._answers.append((message.found, self._abort(message.request_id)))
             elif isinstance(message, Drop):
                 self._drop(message.feed)
             elif isinstance(message, Close):
                 self._close(message.drain)
+            self._told.popleft()
         self._awaited = []  # there may be something to do again
         self._build()
         self._let_in(after_round=False)
-        for found, answer in answers:  # when the last output is there
-            _settle(found, answer)
+        while self._answers:
+            _settle(*self._answers.pop())
 
     def _add(self, feed: Feed, placed: bool) -> None:
         if placed:
@@ -344,7 +349,7 @@ class Loop:
                 running += feed.seats
             else:
                 waiting += 1
-        if after_round:
+        if after_round or not waiting:
             self._crowded = waiting > 0
         # What is queued now and was not there in the last round takes a free seat in the next, so far as is known.
         free = 0 if self._crowded else max(self.engine.config.max_num_seqs - running, 0)
@@ -388,22 +393,22 @@ class Loop:
         with self._lock:
             self.closed = self._ended = True
             self._fault = fault
-        unheard: list[Message] = []
         with contextlib.suppress(queue.Empty):
             while True:
-                unheard.append(self._inbox.get_nowait())
+                self._told.append(self._inbox.get_nowait())
         queued = [feed.request for feed in self._queued.values() if feed.request is not None]
         if fault is not None:
             log(f"the engine's loop ended by {describe(fault)}", fault)
             with contextlib.suppress(BaseException):  # its books may be what is wrong
                 self.engine._turns.take(lambda: self.engine._drop(queued))
-        added = [message.feed for message in unheard if isinstance(message, Add)]
+        added = [message.feed for message in self._told if isinstance(message, Add)]
         for feed in (*self._queued.values(), *self._line.values(), *added):
             self._tell(feed, feed.fail(self._dead()))
-        for message in unheard:
-            if isinstance(message, Abort):
-                _settle(message.found, False if fault is None else self._dead())
-        self._queued, self._line, self._changed, self._awaited = {}, {}, {}, []
+        for found in (*(found for found, _ in self._answers),
+                      *(message.found for message in self._told if isinstance(message, Abort))):
+            _settle(found, False if fault is None else self._dead())
+        for held in (self._told, self._answers, self._queued, self._line, self._changed, self._awaited):
+            held.clear()
         self._deliver()
         _settle(self.ended, None)
 
