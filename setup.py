@@ -79,7 +79,7 @@ setup(
     ],
     python_requires=">=3.10,<3.14",
     package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"},
-    packages=["stars", "stars.cli", "stars.model", "stars.reward", "stars.trace", "stars.kernels",
+    packages=["stars", "stars.cli", "stars.model", "stars.reward", "stars.serve", "stars.trace", "stars.kernels",
               "stars.kernels.triton", "stars.bindings"],
     package_data={"stars": ["demo_models/*/*", "demo_models/README.md", "trace/page.html", "py.typed"],
                   "stars.bindings": ["stars.h"], "stars.kernels.triton": ["tuned/*.json"]},

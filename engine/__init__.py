@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from stars.calibration import Calibration
     from stars.engine import Engine
     from stars.errors import (
+        EngineDeadError,
         IntegrityError,
         ModelError,
         OutOfPages,
+        QueueFullError,
         RequestError,
         RewardError,
         StarsError,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         WeightedReward,
     )
     from stars.sampling import RequestOutputKind, SamplingParams
+    from stars.serve.async_engine import AsyncEngine
     from stars.structured import StructuredOutputsParams
     from stars.trace import read_trace, write_trace
 
@@ -65,14 +68,15 @@ _HOMES = {
     "budget": ("Budget",),
     "calibration": ("Calibration",),
     "engine": ("Engine",),
-    "errors": ("IntegrityError", "ModelError", "OutOfPages", "RequestError", "RewardError", "StarsError",
-               "TokenizerError", "TraceError"),
+    "errors": ("EngineDeadError", "IntegrityError", "ModelError", "OutOfPages", "QueueFullError", "RequestError",
+               "RewardError", "StarsError", "TokenizerError", "TraceError"),
     "outputs": ("Attempt", "CompletionOutput", "Logprob", "Metrics", "RequestOutput", "Segment"),
     "policies": ("ARGS", "CARDS", "MARA", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter",
                  "PersonaJudge", "RejectionSampling", "RewardGuidedSpeculation", "Sample", "SegmentBeam",
                  "SpeculativeRejection", "TokenGuidance"),
     "reward": ("CachedReward", "CausalReward", "EncoderReward", "FunctionReward", "ImplicitReward", "LoraReward",
                "ProcessReward", "RemoteReward", "Reward", "WeightedReward"),
+    "serve.async_engine": ("AsyncEngine",),
     "sampling": ("RequestOutputKind", "SamplingParams"),
     "structured": ("StructuredOutputsParams",),
     "trace": ("read_trace", "write_trace"),
@@ -81,6 +85,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ARGS",
+    "AsyncEngine",
     "Attempt",
     "BestOfN",
     "BlockwiseBestOfK",
@@ -92,6 +97,7 @@ __all__ = [
     "CompletionOutput",
     "EncoderReward",
     "Engine",
+    "EngineDeadError",
     "FunctionReward",
     "ImplicitReward",
     "IntegrityError",
@@ -104,6 +110,7 @@ __all__ = [
     "ParticleFilter",
     "PersonaJudge",
     "ProcessReward",
+    "QueueFullError",
     "RAD",
     "RejectionSampling",
     "RemoteReward",

@@ -33,11 +33,11 @@ from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
-from stars.outputs import Handed, RequestOutput, warn_of_errors
+from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy
 from stars.readers import Parts, Readers
-from stars.request import Group, Request
+from stars.request import Group, Owner, Request
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
 from stars.round import Round
@@ -244,7 +244,7 @@ class Engine:
             prompts, _one_each("sampling_params", sampling_params, count), _one_each("policy", policy, count),
             _one_each("budget", budget, count), _one_each("priority", priority, count), _one_each("user", user, count),
             strict=True)]
-        owner = _Owner()
+        owner = Owner()
         requests: list[Request] = []
         bar = None
         try:
@@ -317,7 +317,7 @@ class Engine:
                                               trace_context=parent_of(self.spans))))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
-        owner = _Owner()
+        owner = Owner()
         try:
             self._join(request, owner)
             finished = False
@@ -405,7 +405,8 @@ class Engine:
         outputs = [self._output(request) for request in changed]
         news = [request.news(output) for request, output in zip(changed, outputs, strict=True)]
         self._changed = {}
-        _hand_out(changed, outputs)
+        for request, output in zip(changed, outputs, strict=True):
+            request.hand_out(output)
         return news, awaited
 
     @one_at_a_time
@@ -455,7 +456,7 @@ class Engine:
         return request_id in self._requests or request_id in self._changed
 
     @one_at_a_time
-    def _submit(self, asked: Iterable[Asked], owner: _Owner, requests: list[Request]) -> None:
+    def _submit(self, asked: Iterable[Asked], owner: Owner, requests: list[Request]) -> None:
         """Appends a request for each of `asked` to `requests`, and queues them once all were checked."""
         for index, one in enumerate(asked):
             try:
@@ -466,12 +467,12 @@ class Engine:
             self._enqueue(request, owner)
 
     @one_at_a_time
-    def _join(self, request: Request, owner: _Owner) -> None:
+    def _join(self, request: Request, owner: Owner) -> None:
         if self._in_use(request.request_id):  # by somebody who chose it since the request was checked
             request.request_id = self._new_id()
         self._enqueue(request, owner)
 
-    def _enqueue(self, request: Request, owner: _Owner | None = None) -> None:
+    def _enqueue(self, request: Request, owner: Owner | None = None) -> None:
         request_id = request.request_id
         if self._in_use(request_id):
             raise RequestError(f"request id {request_id!r} is in use: choose another")
@@ -508,12 +509,12 @@ class Engine:
         self._changing = False
 
     @one_at_a_time
-    def _advance_for(self, owner: _Owner) -> list[Later]:
+    def _advance_for(self, owner: Owner) -> list[Later]:
         """Advances, unless another thread has brought what this one waits for meanwhile."""
         return self._advance() if owner.waits_for else []
 
     @one_at_a_time
-    def _next_output(self, request: Request, owner: _Owner) -> tuple[RequestOutput | None, list[Later]]:
+    def _next_output(self, request: Request, owner: Owner) -> tuple[RequestOutput | None, list[Later]]:
         """The output of `request` if it has changed, by a round of this thread or of another's; None if not, and what
         is waited for."""
         awaited = self._advance() if not owner.news else []
@@ -522,7 +523,7 @@ class Engine:
         output = self._output(request)
         news = request.news(output)
         owner.news = False
-        _hand_out([request], [output])
+        request.hand_out(output)
         return news, []
 
     @one_at_a_time
@@ -540,9 +541,10 @@ class Engine:
                 hypothesis.finish_reason, hypothesis.error = "error", hypothesis.error or sentence(error)
             return request.output()
 
-    def _advance(self) -> list[Later]:
+    def _advance(self, before_round: Callable[[], None] | None = None) -> list[Later]:
         """Admits what fits and runs one round, or, after an exception, a segment of each request by itself.
 
+        before_round: called where it is known what the round's requests are, and which have ended without it.
         Where all that runs waits for rewards that come later, there is no round, and it returns those: whoever called
         waits for one of them outside of its turn.
         """
@@ -555,6 +557,8 @@ class Engine:
         try:
             self._cut_short()
             groups = self._schedule()
+            if before_round is not None:
+                before_round()
             self._run_round(groups)
             if not groups:
                 awaited = self._round.awaited()
@@ -686,9 +690,8 @@ class Engine:
                 if request.has_news:
                     self._changed[request.request_id] = request
             elif (owner := request.owner()) is not None:
-                owner.news |= request.has_news
-                if finished:
-                    owner.waits_for.discard(request.request_id)
+                if request.has_news:
+                    owner.changed(request.request_id, finished)
             if finished:
                 del self._requests[request.request_id]
                 self.metrics.forget(request)
@@ -721,27 +724,11 @@ class Engine:
             warn(self._warnings.pop(), stacklevel=2)
 
 
-class _Owner:
-    """Whoever waits in `generate` or `stream`: the requests made for it end once it is gone."""
-
-    __slots__ = ("news", "waits_for", "__weakref__")
-
-    def __init__(self) -> None:
-        self.news = False  # whether a request of it has changed since it looked
-        self.waits_for: set[str] = set()  # ids of its unfinished requests
-
-
 def _name(model: Any) -> str:
     """What a model is called in traces: its name in the hub, its file's or directory's, or its type."""
     if isinstance(model, (str, Path)):
         return Path(model).resolve().name if Path(model).exists() else str(model)
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-
-def _hand_out(requests: Sequence[Request], outputs: Sequence[RequestOutput]) -> None:
-    """Notes what of the requests their users have."""
-    for request, output in zip(requests, outputs, strict=True):
-        request.handed_out = tuple(map(Handed.of, output.outputs))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -29,6 +29,14 @@ class RequestError(StarsError, ValueError):
     """A request is not acceptable as it stands: empty or over-long prompt, bad sampling or policy parameters."""
 
 
+class QueueFullError(RequestError):
+    """As many requests wait as may: later there is room again."""
+
+
+class EngineDeadError(StarsError):
+    """The loop of an AsyncEngine has ended, by a fault that the message names, or since it was shut down."""
+
+
 class TraceError(StarsError):
     """A trace file cannot be read: another format, a damaged or missing line. The message names the line."""
 

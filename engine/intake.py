@@ -41,6 +41,7 @@ class Asked(NamedTuple):
     priority: int = 0
     user: str | None = None
     trace_context: Any = None  # of the span that its own belongs to
+    arrived: float | None = None  # by the monotonic clock; None: now
 
 
 class Intake:
@@ -59,7 +60,7 @@ class Intake:
 
     def parse(self, asked: Asked, request_id: str) -> Request:
         """A checked request that is not queued yet; RequestError or RewardError if it can never run as it stands."""
-        arrived = time.monotonic()
+        arrived = time.monotonic() if asked.arrived is None else asked.arrived
         given, params, policy = asked.prompt, asked.params, asked.policy
         params = params if params is not None else SamplingParams()
         policy = policy if policy is not None else Sample()

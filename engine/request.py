@@ -738,6 +738,22 @@ class Group:
         return metrics
 
 
+class Owner:
+    """Whoever waits for requests, in `generate` or `stream`: those made for it end once it is gone."""
+
+    __slots__ = ("news", "waits_for", "__weakref__")
+
+    def __init__(self) -> None:
+        self.news = False  # whether a request of it has changed since it looked
+        self.waits_for: set[str] = set()  # ids of its unfinished requests
+
+    def changed(self, request_id: str, finished: bool) -> None:
+        """Told in the turn in which one of them changed."""
+        self.news = True
+        if finished:
+            self.waits_for.discard(request_id)
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt with its parameters and its completions."""
@@ -772,7 +788,7 @@ class Request:
     trace_context: Any = None  # of the span that its own belongs to
     handed_out: Sequence[Handed] = ()  # of each completion, in outputs so far
     served: int = 0  # tokens drawn and scored for it that its user's counter has
-    owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
+    owner: weakref.ref[Owner] | None = None  # who waits for it; None: whoever calls step
 
     def __post_init__(self) -> None:
         params, plan = self.params, self.plan
@@ -908,6 +924,10 @@ class Request:
     def news(self, output: RequestOutput) -> RequestOutput:
         """What is handed out of `output`: all of it, or what was not handed out before."""
         return since(output, self.handed_out) if self.params.output_kind is RequestOutputKind.DELTA else output
+
+    def hand_out(self, output: RequestOutput) -> None:
+        """Notes what of it the user has."""
+        self.handed_out = tuple(map(Handed.of, output.outputs))
 
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""

@@ -32,11 +32,15 @@ class Turns:
 
     def take(self, call: Callable[[], T]) -> T:
         """The result of `call`, made in this thread's turn; RequestError from within a turn of this thread."""
+        self.refuse_reentry()
+        self._entrance.acquire(timeout=PATIENCE)
+        return self._enter(self._locks, call)
+
+    def refuse_reentry(self) -> None:
+        """RequestError from within a turn of this thread."""
         if any(map(_is_owned, self._locks)):
             raise RequestError("the engine is at work in this thread: a reward cannot call the engine that asked it, "
                                "give it an engine of its own")
-        self._entrance.acquire(timeout=PATIENCE)
-        return self._enter(self._locks, call)
 
     def attempt(self, call: Callable[[], Any]) -> bool:
         """Makes `call` if it is nobody's turn, this thread's included, and does not wait; whether it was made.

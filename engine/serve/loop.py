@@ -1,0 +1,464 @@
+"""The thread that runs an engine for tasks of any event loops: who may come in, whose turn it is, who is told."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import itertools
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, InvalidStateError
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from stars.engine import Engine
+from stars.errors import EngineDeadError, IntegrityError, QueueFullError, RequestError, describe, log
+from stars.intake import Asked
+from stars.request import Request
+from stars.reward.base import Later
+from stars.sampling import RequestOutputKind
+from stars.serve.feed import Feed, Waiter
+
+EXIT_SECONDS = 10.0
+"""How long an interpreter that exits waits for a round to end."""
+LONGEST_NAP = 3600.0  # seconds; waits are not longer, whatever a deadline is
+T = TypeVar("T")
+
+
+class Add(NamedTuple):
+    """A request is to be checked and queued."""
+
+    feed: Feed
+    placed: bool  # whether it need not stand in line
+
+
+class Abort(NamedTuple):
+    """A request is to end, with its last output."""
+
+    request_id: str
+    found: Future[bool]
+
+
+class Drop(NamedTuple):
+    """Nobody wants a request any more."""
+
+    feed: Feed
+
+
+class Close(NamedTuple):
+    """No requests come any more: what is there is finished, or aborted."""
+
+    drain: bool
+
+
+Message: TypeAlias = Add | Abort | Drop | Close | None
+"""What the loop thread is told; None: to look again."""
+
+
+class Loop:
+    """The requests of one engine that tasks wait for, and the thread that runs them.
+
+    All that is changed is changed by that thread, in the engine's turn, between two rounds: others leave messages in
+    its inbox, and find outputs in feeds. The inbox takes messages from finalisers too, which may run anywhere.
+    Whether a request has a place, or must stand in line, is decided where it is asked, so that it is known at once.
+    """
+
+    def __init__(self, engine: Engine, max_waiting: int | None):
+        self.engine = engine
+        self.max_waiting = max_waiting
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of the next six; nobody takes it who may be a finaliser
+        # Requests that may come before they stand in line, where max_waiting is a number.
+        self._room = engine.config.max_num_seqs + (max_waiting or 0)
+        self._passed = 0  # those that have, and are in the inbox
+        self._in_line = 0  # those that stand in line, or will
+        self.closed = False  # whether requests are taken no more
+        self._ended = False  # whether the thread has done its last
+        self._fault: BaseException | None = None  # why, if nobody asked it to
+        # What only the thread uses.
+        self._told: deque[Message] = deque()  # what it was told and has not dealt with
+        self._answers: list[tuple[Future[bool], bool]] = []  # to aborts, given once outputs are built
+        self._line: dict[str, Feed] = {}  # checked, in order
+        self._queued: dict[str, Feed] = {}  # the engine has them
+        self._closing = False
+        self._crowded = False  # whether some were left waiting by the last round
+        self._looked = 0.0  # when the engine was asked for a round last
+        self._awaited: list[Later] = []  # rewards without which there is no round
+        self._watched: set[Later] = set()  # rewards that leave a message
+        self._wakes: dict[asyncio.AbstractEventLoop, list[tuple[Feed, Waiter]]] = {}
+        # What is used in turns of the engine.
+        self._changed: dict[Feed, None] = {}  # what outputs are to be built of, in order
+        self.ended: Future[None] = Future()
+        # A daemon, as a thread that is not would keep the interpreter from its exit; that waits for it all the same.
+        self.thread = threading.Thread(target=self._run, name="stars-engine", daemon=True)
+        _ALL.add(self)
+        self.thread.start()
+
+    # -- for any thread -----------------------------------------------------------------------------------------------
+
+    def feed(self, asked: Asked, request_id: str | None, acknowledged: bool) -> Feed:
+        """The feed of a request that is not asked for yet."""
+        return Feed(asked, request_id, self._note, self.wake, acknowledged)
+
+    def add(self, feed: Feed, at_once: bool = False) -> None:
+        """Asks for a request; with `at_once`, QueueFullError where it would have to stand in line."""
+        self.engine._turns.refuse_reentry()
+        feed.asked = feed.asked._replace(arrived=time.monotonic())
+        with self._lock:
+            if self.closed:
+                raise self._dead()
+            placed = self.max_waiting is None or not self._in_line and self._room > 0
+            if placed:
+                self._room -= 1
+                self._passed += 1
+            elif at_once:
+                raise QueueFullError(f"{self.max_waiting} requests wait already, as many as max_waiting allows: try "
+                                     "again later, or await add")
+            else:
+                self._in_line += 1
+            self._inbox.put(Add(feed, placed))
+
+    def abort(self, request_id: str) -> Future[bool]:
+        """Asks for a request's end; whether there was one comes later."""
+        self.engine._turns.refuse_reentry()
+        found: Future[bool] = Future()
+        with self._lock:
+            if self._fault is not None:
+                raise self._dead()
+            if self._ended:
+                found.set_result(False)
+            else:
+                self._inbox.put(Abort(request_id, found))
+        return found
+
+    def drop(self, feed: Feed) -> None:
+        """Nobody awaits `feed` any more. For finalisers, too: it takes no lock."""
+        self._inbox.put(Drop(feed))
+
+    def wake(self) -> None:
+        """Has the thread look again."""
+        self._inbox.put(None)
+
+    def close(self, drain: bool) -> None:
+        """From now on requests are refused."""
+        self.engine._turns.refuse_reentry()
+        with self._lock:
+            self.closed = True
+        self._inbox.put(Close(drain))
+
+    def forget(self) -> None:
+        """Ends the thread once nobody can call it any more. A finaliser: it takes no lock."""
+        self._inbox.put(Close(False))
+
+    def _note(self, feed: Feed) -> None:
+        """What `feed` is of has changed; called in a turn."""
+        self._changed[feed] = None
+        if threading.current_thread() is not self.thread:  # a round that another one ran
+            self.wake()
+
+    def _dead(self) -> EngineDeadError:
+        """What callers are told: each its own, as it is given the traceback of who is told."""
+        if self._fault is None:
+            return EngineDeadError("this AsyncEngine was shut down: make another one, AsyncEngine(engine)")
+        error = EngineDeadError(f"the engine's loop ended by {describe(self._fault)}: make another one, "
+                                "AsyncEngine(engine), and see the log")
+        error.__cause__ = self._fault
+        return error
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not (self._closing and not self._queued and not self._line):
+                self._listen()
+                if self._told:
+                    self.engine._turns.take(self._hear)
+                    self._deliver()
+                if self._queued:
+                    self._looked = time.monotonic()
+                    self._awaited = self.engine._turns.take(self._advance)
+                    self._watch()
+                    self._deliver()
+        except BaseException as error:  # in this thread there is nobody else to take it
+            self._end(error)
+        else:
+            self._end(None)
+
+    def _listen(self) -> None:
+        """Takes what has come, and where nothing can be done before, what comes."""
+        with contextlib.suppress(queue.Empty):
+            if not self._queued or self._awaited:
+                self._told.append(self._inbox.get(timeout=self._nap()))
+            while True:
+                self._told.append(self._inbox.get_nowait())
+
+    def _nap(self) -> float | None:
+        """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread. One that
+        had passed when the engine was asked last is no reason to ask it again."""
+        deadlines = [feed.deadline for feeds in (self._queued, self._line) for feed in feeds.values()
+                     if feed.deadline is not None and feed.deadline > self._looked]
+        return max(0.0, min(min(deadlines) - time.monotonic(), LONGEST_NAP)) if deadlines else None
+
+    def _watch(self) -> None:
+        """Rewards that are waited for wake the thread."""
+        for reward in self._awaited:
+            if reward not in self._watched:
+                reward.add_done_callback(lambda _: self.wake())
+        self._watched = set(self._awaited)
+
+    def _advance(self) -> list[Later]:
+        awaited = self.engine._advance(self._tell_ended)
+        self._build()
+        self._let_in(after_round=True)
+        return awaited
+
+    def _tell_ended(self) -> None:
+        """What ends as a round is planned, by a deadline for one, does not wait for the end of that round."""
+        if self._changed:
+            self._build()
+            self._deliver()
+
+    def _hear(self) -> None:
+        while self._told:  # a message stays until it is dealt with: after a fault somebody waits for its answer
+            message = self._told[0]
+            if isinstance(message, Add):
+                self._add(message.feed, message.placed)
+            elif isinstance(message, Abort):
+                self._answers.append((message.found, self._abort(message.request_id)))
+            elif isinstance(message, Drop):
+                self._drop(message.feed)
+            elif isinstance(message, Close):
+                self._close(message.drain)
+            self._told.popleft()
+        self._awaited = []  # there may be something to do again
+        self._build()
+        self._let_in(after_round=False)
+        while self._answers:
+            _settle(*self._answers.pop())
+
+    def _add(self, feed: Feed, placed: bool) -> None:
+        if placed:
+            with self._lock:
+                self._passed -= 1
+        try:
+            feed.request = request = self._checked(feed)
+        except IntegrityError:
+            raise
+        except Exception as error:
+            if not placed:
+                self._shorten_line()
+            self._tell(feed, feed.fail(error))
+            return
+        feed.request_id = request.request_id
+        feed.seats = request.params.n * request.plan.lanes.population
+        if request.budget.seconds is not None:
+            feed.deadline = request.arrived + request.budget.seconds
+        if placed:
+            self._enqueue(feed, request)
+        else:
+            self._line[request.request_id] = feed
+
+    def _checked(self, feed: Feed) -> Request:
+        request_id = feed.request_id
+        if request_id is None:
+            request_id = self.engine._new_id()
+            while request_id in self._line:
+                request_id = self.engine._new_id()
+        elif request_id in self._line:
+            raise RequestError(f"request id {request_id!r} is in use: choose another")
+        return self.engine._parse(feed.asked, request_id)
+
+    def _enqueue(self, feed: Feed, request: Request) -> None:
+        if self.engine._in_use(request.request_id):  # by somebody who called the engine since it was checked
+            if feed.chosen:
+                error = RequestError(f"request id {request.request_id!r} is in use: choose another")
+                self._tell(feed, feed.fail(error))
+                return
+            feed.request_id = request.request_id = self.engine._new_id()
+        self.engine._enqueue(request, feed)
+        self._queued[request.request_id] = feed
+        self._tell(feed, feed.accept())
+
+    def _abort(self, request_id: str) -> bool:
+        if request_id in self._line:
+            self._leave_line(request_id)
+        request = self.engine._requests.get(request_id)
+        if request is not None:
+            self.engine._abort([request])
+        return request is not None
+
+    def _drop(self, feed: Feed) -> None:
+        request, feed.dropped = feed.request, True
+        if request is None or feed.complete:
+            return
+        if self._line.pop(request.request_id, None) is not None:
+            self._shorten_line()
+        elif self._queued.pop(request.request_id, None) is not None:
+            self.engine._drop([request])
+
+    def _close(self, drain: bool) -> None:
+        self._closing = True
+        with self._lock:
+            self.closed = True
+        if not drain:
+            for request_id in list(self._line):
+                self._leave_line(request_id)
+            self.engine._abort([feed.request for feed in self._queued.values() if feed.request is not None])
+
+    def _build(self) -> None:
+        """Outputs of what has changed, as far as they are wanted now."""
+        later: dict[Feed, None] = {}
+        while self._changed:
+            feed = next(iter(self._changed))
+            del self._changed[feed]
+            request = feed.request
+            if request is None or feed.dropped or feed.complete:
+                continue
+            if not request.finished:
+                if feed.kind is RequestOutputKind.FINAL_ONLY:
+                    continue
+                if feed.falls_behind():
+                    later[feed] = None
+                    continue
+            output = self.engine._output(request)  # which ends the request where it has no text
+            if output.finished:
+                self._queued.pop(request.request_id, None)
+                request.owner = None  # there is nothing to end once the feed is gone
+            news = request.news(output)
+            request.hand_out(output)
+            self._tell(feed, feed.put(news))
+        self._changed = later
+
+    # -- the line -----------------------------------------------------------------------------------------------------
+
+    def _let_in(self, after_round: bool) -> None:
+        """Counts who waits, and queues as many of those in line as may wait besides: the first, and those whose time
+        is up, which the engine ends."""
+        if self.max_waiting is None:
+            return
+        now = time.monotonic()
+        for request_id in [name for name, feed in self._line.items() if feed.deadline is not None
+                           and feed.deadline <= now]:
+            self._leave_line(request_id)
+        waiting = running = 0
+        for feed in self._queued.values():
+            if feed.begun or feed.has_begun():
+                running += feed.seats
+            else:
+                waiting += 1
+        if after_round or not waiting:
+            self._crowded = waiting > 0
+        # What is queued now and was not there in the last round takes a free seat in the next, so far as is known.
+        free = 0 if self._crowded else max(self.engine.config.max_num_seqs - running, 0)
+        with self._lock:
+            room = self.max_waiting + free - waiting - self._passed
+            count = min(max(room, 0), len(self._line))
+            self._room = room - count
+        for request_id in list(itertools.islice(self._line, count)):
+            self._leave_line(request_id)
+
+    def _leave_line(self, request_id: str) -> None:
+        """Queues the one in line of this id."""
+        feed = self._line.pop(request_id)
+        self._shorten_line()
+        if feed.request is not None:
+            self._enqueue(feed, feed.request)
+
+    def _shorten_line(self) -> None:
+        with self._lock:
+            self._in_line -= 1
+
+    # -- who is told --------------------------------------------------------------------------------------------------
+
+    def _tell(self, feed: Feed, waiter: Waiter | None) -> None:
+        """Whoever awaits `feed` is woken with the others of its event loop."""
+        if waiter is not None:
+            self._wakes.setdefault(waiter.loop, []).append((feed, waiter))
+
+    def _deliver(self) -> None:
+        """Wakes whom something was found for: one call an event loop."""
+        wakes, self._wakes = self._wakes, {}
+        for loop, told in wakes.items():
+            try:
+                loop.call_soon_threadsafe(_wake_all, [waiter for _, waiter in told])
+            except RuntimeError:  # it was closed, with all who waited there
+                for feed, _ in told:
+                    self.drop(feed)
+
+    def _end(self, fault: BaseException | None) -> None:
+        """Nobody who asked, or asks from now on, is left without an answer."""
+        with self._lock:
+            self.closed = self._ended = True
+            self._fault = fault
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._told.append(self._inbox.get_nowait())
+        queued = [feed.request for feed in self._queued.values() if feed.request is not None]
+        if fault is not None:
+            log(f"the engine's loop ended by {describe(fault)}", fault)
+            with contextlib.suppress(BaseException):  # its books may be what is wrong
+                self.engine._turns.take(lambda: self.engine._drop(queued))
+        added = [message.feed for message in self._told if isinstance(message, Add)]
+        for feed in (*self._queued.values(), *self._line.values(), *added):
+            self._tell(feed, feed.fail(self._dead()))
+        for found in (*(found for found, _ in self._answers),
+                      *(message.found for message in self._told if isinstance(message, Abort))):
+            _settle(found, False if fault is None else self._dead())
+        for held in (self._told, self._answers, self._queued, self._line, self._changed, self._awaited):
+            held.clear()
+        self._deliver()
+        _settle(self.ended, None)
+
+    def _left_behind(self) -> None:
+        """After a fork, in the child, which has no such thread."""
+        self._lock = threading.Lock()
+        self.closed = self._ended = True
+        self._fault = RuntimeError("the process was forked, and the thread is its parent's")
+        for feed in (*self._queued.values(), *self._line.values()):
+            feed.left_behind(self._dead())
+        self.engine._orphans.extend(self._queued)  # whose next call ends them
+
+
+def _settle(future: Future[T], value: T | Exception) -> None:
+    """Answers, if somebody still waits for it."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(value, Exception):
+            future.set_exception(value)
+        else:
+            future.set_result(value)
+
+
+def _wake_all(waiters: Iterable[Waiter]) -> None:
+    """Called in their event loop."""
+    for waiter in waiters:
+        if not waiter.future.done():
+            waiter.future.set_result(None)
+
+
+_ALL: weakref.WeakSet[Loop] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """At the interpreter's exit, when threads that are not daemons have ended: a thread must not be in the midst of a
+    round when it goes."""
+    loops = [loop for loop in _ALL if loop.thread.is_alive()]
+    for loop in loops:
+        loop.forget()
+    until = time.monotonic() + EXIT_SECONDS
+    for loop in loops:
+        loop.thread.join(max(0.0, until - time.monotonic()))
+
+
+def _after_fork() -> None:
+    for loop in list(_ALL):
+        loop._left_behind()
+
+
+atexit.register(_end_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
