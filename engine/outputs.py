@@ -128,7 +128,8 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
     # Under what tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
     cumulative_logprob: float = 0.0
-    finish_reason: str | None = None  # "stop", "length", "refused", "deadline", "budget", "abort", "error"; None: it runs
+    # "stop", "length", "refused", "deadline", "budget", "abort", "error"; None while it runs.
+    finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS
     reward: float | None = None  # of the whole response so far; None where the policy does not score
     segments: list[Segment] = field(default_factory=list)

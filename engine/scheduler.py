@@ -357,7 +357,10 @@ class Scheduler:
         scored = request.plan.score.when != "never"
         if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
-        table = hypothesis.table = self._cache.open(request.contexts[0][:-1], request.stores)
+        try:  # there was room for all of its unit, but others may have grown since the first of them was opened
+            table = hypothesis.table = self._cache.open(request.contexts[0][:-1], request.stores)
+        except OutOfPages:
+            return False
         hypothesis.prefill = Prefill()
         self._fairness.read(request, len(request.contexts[0]) - table.length + len(hypothesis.token_ids))
         if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
