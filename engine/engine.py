@@ -555,11 +555,13 @@ class Engine:
                 self._abort([self._requests[self._orphans[0]]])
             self._orphans.popleft()
         try:
-            self._cut_short()
+            if self._cut_short():  # their outputs do not wait for a round of others
+                return awaited
             groups = self._schedule()
             if before_round is not None:
                 before_round()
             self._run_round(groups)
+            self._cut_short()
             if not groups:
                 awaited = self._round.awaited()
         except IntegrityError:
@@ -578,17 +580,18 @@ class Engine:
         self._changing = False
         return groups
 
-    def _cut_short(self) -> None:
-        """Ends the requests whose time or budget is over."""
+    def _cut_short(self) -> bool:
+        """Ends the requests whose time or budget is over; whether there were some."""
         due = self._scheduler.due()
         if not due:
-            return
+            return False
         self._begin([group for request, _ in due for group in request.groups if not group.finished])
         for request, reason in due:
             self._round.conclude(request, reason)
         self._in_round = ()
         self._settle([request for request, _ in due])
         self._changing = False
+        return True
 
     def _begin(self, groups: Sequence[Group]) -> None:
         """From here on `groups` change, and go back to what they are now if the change is stopped in the middle."""
@@ -635,7 +638,7 @@ class Engine:
     def _run_alone(self, group: Group) -> None:
         """To the end of a segment: the round that failed may be a later one of it. What comes later is waited for, or
         it would be asked for again after every round that fails."""
-        until = time.monotonic() + ALONE_SECONDS
+        until = min(time.monotonic() + ALONE_SECONDS, self._scheduler.deadline)
         while True:
             groups = self._schedule(group)
             self._run_round(groups)
