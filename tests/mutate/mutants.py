@@ -912,7 +912,7 @@ MUTANTS = [
     Mutant("engine/serve/feed.py", "        if stale:\n            self._wake()\n", "",
            "what changed while an output waited is told with the next change", "async_engine"),
     Mutant("engine/serve/async_engine.py", "hold the stream for long\n            stream._end()",
-           "hold the stream for long\n            pass", "one who is cancelled while it is added runs on", "async_engine"),
+           "hold the stream for long\n            pass", "who is cancelled while it is added runs on", "async_engine"),
     Mutant("engine/serve/async_engine.py", "        except BaseException:\n            self._end()\n            raise\n"
            "        if output", "        except StopAsyncIteration:\n            raise\n        if output",
            "a task that is cancelled leaves its request running", "async_engine"),
