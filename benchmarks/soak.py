@@ -339,6 +339,7 @@ class Soak:
             self._done += 1
             if self._done % self._every == 0:
                 self.resident.append((self._done, resident_mb()))
+                print(f"{self._done} of {self.count}, {self.resident[-1][1]:.0f} MB", file=sys.stderr, flush=True)
 
     async def _request(self, plan: Plan) -> str:
         """Its end, in a word."""
