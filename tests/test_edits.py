@@ -158,6 +158,13 @@ def test_bad_words_are_tokenised_as_vllm_does():
 
     words = ["ab", "zoo", " cab", "a", "abc a", "q", "ab"]
     assert {tuple(word) for word in by_vllm(words)} == set(bad_word_ids(words, Letters(), VOCAB))
+    class Table:
+        """Of which vLLM passes over what begins with the same token, and what is one token more."""
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return {"x": [1, 2], " x": [1, 3], "y": [4], " y": [5, 4], "z": [6], " z": [7]}[text]
+
+    assert bad_word_ids(["x", "y", "z"], Table(), VOCAB) == [(1, 2), (4,), (6,), (7,)]
     assert (27,) in bad_word_ids(["a"], Letters(), VOCAB) and len(bad_word_ids(["q"], Letters(), VOCAB)) == 1
 
 
