@@ -784,7 +784,7 @@ MUTANTS = [
     # -- Triton, in its interpreter -----------------------------------------------------------------------------------
     Mutant("kernels/triton/apply_penalties.py", "place <= at) | (token != other)", "place < at) | (token != other)",
            "a word drawn in this segment is not penalised", "triton_penalties"),
-    Mutant("kernels/triton/edit_logits.py", "            there = there & (((bits >> (token % 32)) & 1) != 0)\n", "",
+    Mutant("kernels/triton/edit_logits.py", "there = there & (((bits >> (token % 32)) & 1) != 0)", "there = there",
            "a bias lifts what the mask forbids", "triton_edits"),
     Mutant("kernels/triton/edit_logits.py", "LENGTH - 1 - (back - drawn)", "LENGTH - 1 - back",
            "words that begin in the committed response are looked for elsewhere", "triton_edits"),
@@ -836,7 +836,7 @@ MUTANTS = [
     Mutant("bindings/src/append_draft.cpp", "std::max<int64_t>(row - 1, 0)", "std::max<int64_t>(row, 0)",
            "a trailing pass scores the row after the last", "libstars_verdict"),
     Mutant("bindings/src/edit_logits.cpp", "if (wanted < 0) continue;", "", "short words never follow", "edit_logits"),
-    Mutant("bindings/src/edit_logits.cpp", "if (!(allowed >> i & 1))", "if (!(allowed & 1))",
+    Mutant("bindings/src/edit_logits.cpp", "of[i] = uint32_t{1} << i;", "of[i] = uint32_t{1};",
            "a mask has one bit", "edit_logits"),
     Mutant("bindings/src/blend_logits.cpp", "if (weight == 0.0) continue;", "", "a model without weight is read",
            "blend_logits"),
