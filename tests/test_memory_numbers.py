@@ -89,6 +89,9 @@ def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
     assert said["captured graphs"] == ranked + shaped + sum(
         (count + later[shape]) * 10 * (shape.num_layers + 1) << 16 for shape, count in passes.items())
     assert said["the words that penalties count"] == drafter._history["entries"].nbytes
+    edits = drafter._edits.edits(1)
+    assert said["biases, bans and masks"] == sum(
+        tensor.nbytes for tensor in (edits.entries, edits.words, edits.masks))
     triton = pytest.importorskip("stars.kernels.triton.sample_step")
     sampler = triton.make_workspace(lanes, LM["vocab"], torch.device("cpu"))
     ranks = importlib.import_module("stars.kernels.triton.top_tokens")
