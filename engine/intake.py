@@ -55,6 +55,7 @@ class Intake:
         self._models = models
         self._readers = readers
         self._scheduler = scheduler
+        self._names: dict[int, str] = {}  # of tokens, as log-probabilities have them: no more than the vocabulary
 
     def parse(self, asked: Asked, request_id: str) -> Request:
         """A checked request that is not queued yet; RequestError or RewardError if it can never run as it stands."""
@@ -129,7 +130,7 @@ class Intake:
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
-                       arrived=arrived, edits=edits)
+                       arrived=arrived, edits=edits, names=self._names)
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

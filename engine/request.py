@@ -748,6 +748,7 @@ class Request:
     edits: TokenEdits | None = None  # what it asks of single tokens before they are drawn
     prompt_told: PromptLogprobs | None = None  # of the tokens of its first context, where that is asked
     teller: Hypothesis | None = None  # who reads them for it
+    names: dict[int, str] = field(default_factory=dict)  # of tokens, decoded once for all requests
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
@@ -825,14 +826,10 @@ class Request:
         """The text of one token by itself, special ones shown; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        names = self._names
-        if token not in names:
-            names[token] = self.tokenizer.decode([token], skip_special_tokens=False)
-        return names[token]
-
-    @cached_property
-    def _names(self) -> dict[int, str]:
-        return {}
+        found = self.names.get(token)
+        if found is None:
+            found = self.names[token] = self.tokenizer.decode([token], skip_special_tokens=False)
+        return found
 
     def _settled(self, text: str) -> str:
         """`text` less what may still change: an unfinished character at its end, a possible start of a stop string."""
