@@ -412,9 +412,10 @@ def test_who_gives_way_says_the_same(deterministic, monkeypatch):
 
 
 def test_interrupts_leave_them_in_step(monkeypatch):
-    """At every pass and draft of a request: the output is that of an undisturbed one."""
+    """At every pass, draft and commit of a request: the output is that of an undisturbed one."""
     from stars.draft import Drafter
     from stars.passes import Passes
+    from stars.request import Hypothesis
 
     def job():
         params = stars.SamplingParams(max_tokens=29, seed=3, n=2, logprobs=2, prompt_logprobs=2, ignore_eos=True)
@@ -435,7 +436,8 @@ def test_interrupts_leave_them_in_step(monkeypatch):
     monkeypatch.setattr(Drafter, "drafted", stopping(Drafter.drafted))
     monkeypatch.setattr(Passes, "tell", stopping(Passes.tell))
     monkeypatch.setattr(Passes, "prefill", stopping(Passes.prefill))
-    for at in range(1, 10):
+    monkeypatch.setattr(Hypothesis, "append", stopping(Hypothesis.append))
+    for at in range(1, 16):
         counter.update(at=at, now=0)
         made = engine(max_num_batched_tokens=4, deterministic=True)
         made.add_request(*job())
