@@ -57,6 +57,7 @@ class Intake:
         self._models = models
         self._readers = readers
         self._scheduler = scheduler
+        self._names: dict[int, str] = {}  # of tokens, as log-probabilities have them: no more than the vocabulary
 
     def parse(self, asked: Asked, request_id: str) -> Request:
         """A checked request that is not queued yet; RequestError or RewardError if it can never run as it stands."""
@@ -131,7 +132,7 @@ class Intake:
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
-                       arrived=arrived, edits=edits, trace_context=asked.trace_context)
+                       arrived=arrived, edits=edits, trace_context=asked.trace_context, names=self._names)
 
     def _contexts(self, plan: Plan, prompt: Prompt) -> dict[str, list[int]]:
         """What the language model reads responses after, by what it is called."""

@@ -788,6 +788,7 @@ class Request:
     trace_context: Any = None  # of the span that its own belongs to
     handed_out: Sequence[Handed] = ()  # of each completion, in outputs so far
     served: int = 0  # tokens drawn and scored for it that its user's counter has
+    names: dict[int, str] = field(default_factory=dict)  # of tokens, decoded once for all requests
     owner: weakref.ref[Owner] | None = None  # who waits for it; None: whoever calls step
 
     def __post_init__(self) -> None:
@@ -899,14 +900,10 @@ class Request:
         """The text of one token by itself, special ones shown; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        names = self._names
-        if token not in names:
-            names[token] = self.tokenizer.decode([token], skip_special_tokens=False)
-        return names[token]
-
-    @cached_property
-    def _names(self) -> dict[int, str]:
-        return {}
+        found = self.names.get(token)
+        if found is None:
+            found = self.names[token] = self.tokenizer.decode([token], skip_special_tokens=False)
+        return found
 
     @cached_property
     def _shown(self) -> ShownText:

@@ -56,7 +56,8 @@ class SamplingParams:
     logprobs: 0 to 20 most probable tokens whose log-probabilities come with each token of the response, besides its
         own, which always does: of what it was drawn from, temperature and filters left out. None: none.
     attempt_logprobs: the same of every attempt, rejected ones too.
-    prompt_logprobs: as `logprobs`, of the tokens of the prompt under the engine's own model.
+    prompt_logprobs: as `logprobs`, of the tokens of the prompt, by the engine's own model's logits as they are. Such a
+        prompt is read anew, whatever of it is in the cache.
     logit_bias: by token id, -100 to 100, added to its logit before penalties.
     min_tokens: of a response before an EOS or stop token may be drawn.
     bad_words: texts that no response may contain, as vLLM tokenises them: with and without a space before.

@@ -137,7 +137,8 @@ Case linear_case(int32_t dtype, int64_t rows) {
   data->weight.resize(stars_packed_bytes(out_features, in_features, dtype));
   require(stars_pack(matrix.data(), out_features, in_features, dtype, data->weight.data()) == STARS_OK, "pack");
   data->params = {sizeof data->params, data->x.data(), data->weight.data(), data->bias.data(), data->out.data(),
-                  rows,                in_features,    out_features,         dtype};
+                  rows,                in_features,    out_features,         out_features,        0,
+                  dtype};
   return {"linear of dtype " + std::to_string(dtype) + ", rows " + std::to_string(rows),
           [data] {
             std::fill(data->out.begin(), data->out.end(), -1.0f);
@@ -225,7 +226,7 @@ Case sample_case(int64_t lanes) {
               d.used.data(),     d.steps.data(),      d.max_tokens.data(),  d.done.data(),      d.tokens.data(),
               d.logprobs.data(), d.seeds.data(),      d.attempts.data(), d.streams.data(),  d.temperature.data(),
               d.top_k.data(),    d.top_p.data(),      d.min_p.data(),   d.stop_ids.data(),  lanes,
-              vocab,             max_steps,           1};
+              vocab,             max_steps,           1,                 nullptr,             nullptr};
   return {"sample_step of " + std::to_string(lanes) + " lanes",
           [data] {
             Data& d = *data;
@@ -305,7 +306,42 @@ Case edits_case(int64_t lanes) {
             data->logits.assign(data->given.begin(), data->given.end());
             return stars_call(STARS_OP_EDIT_LOGITS, &data->params);
           },
-          [data] { return bytes_of(data->logits); }};
+          [data] { return bytes_of(data->logits); }, false};
+}
+
+Case told_case(int64_t lanes) {
+  constexpr int64_t vocab = 1301, max_steps = 2, most = 20;
+  struct Data {
+    std::vector<float> logits, logprobs, own;
+    std::vector<int32_t> steps, tokens, wanted, told, ranks, ids;
+    stars_top_logprobs_params params;
+  };
+  Numbers numbers;
+  auto data = std::make_shared<Data>();
+  Data& d = *data;
+  d.logits = numbers.floats(lanes * vocab);
+  d.steps.assign(lanes, 2);
+  d.tokens = numbers.below(lanes * max_steps, vocab);
+  d.wanted.assign(lanes, static_cast<int32_t>(most));
+  d.told.resize(lanes);
+  d.ranks.resize(lanes * max_steps);
+  d.ids.resize(lanes * max_steps * most);
+  d.logprobs.resize(lanes * max_steps * most);
+  d.own.resize(lanes * max_steps);
+  d.params = {sizeof d.params, d.logits.data(),   d.steps.data(), d.tokens.data(), d.wanted.data(), d.told.data(),
+              d.ranks.data(),  d.ids.data(),      d.logprobs.data(), d.own.data(), lanes,           vocab,
+              max_steps,       most};
+  return {"top_logprobs",
+          [data] {
+            std::fill(data->told.begin(), data->told.end(), 1);
+            return stars_call(STARS_OP_TOP_LOGPROBS, &data->params);
+          },
+          [data] {
+            std::vector<uint8_t> all = bytes_of(data->ids);
+            for (const std::vector<uint8_t>& more : {bytes_of(data->ranks), bytes_of(data->logprobs), bytes_of(data->own)})
+              all.insert(all.end(), more.begin(), more.end());
+            return all;
+          }};
 }
 
 // Several operations as a program, created, filled and run.
@@ -327,8 +363,8 @@ Case program_case() {
   d.out.resize(rows * hidden / 2);
   d.taken.resize(rows * hidden / 2);
   d.index = numbers.below(rows, rows);
-  d.norm = {sizeof d.norm, d.x.data(), d.weight.data(), nullptr, d.gate_up.data(), rows, hidden, 1e-6f};
-  d.gate = {sizeof d.gate, d.gate_up.data(), d.out.data(), rows, hidden / 2};
+  d.norm = {sizeof d.norm, d.x.data(), d.weight.data(), nullptr, d.gate_up.data(), rows, hidden, hidden, hidden, 1e-6f};
+  d.gate = {sizeof d.gate, d.gate_up.data(), d.out.data(), rows, hidden / 2, STARS_SILU};
   d.take = {sizeof d.take, d.out.data(), d.index.data(), d.taken.data(), rows, hidden / 2};
   return {"a program",
           [data]() -> int32_t {
@@ -353,7 +389,7 @@ std::vector<Case> all_cases() {
   return {linear_case(STARS_F32, 3),       linear_case(STARS_BF16, 70),      linear_case(STARS_BF16_DOT, 1),
           linear_case(STARS_BF16_DOT, 70), attention_case(1, 1300, true),    attention_case(5, 700, false),
           attention_case(2, 3, true),      sample_case(1),                   sample_case(6),
-          penalties_case(6),               edits_case(6),
+          penalties_case(6),               edits_case(6),                    told_case(6),
           program_case()};
 }
 

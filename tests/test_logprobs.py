@@ -7,6 +7,7 @@ a rank may then be that of any token within twice that.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -411,9 +412,10 @@ def test_who_gives_way_says_the_same(deterministic, monkeypatch):
 
 
 def test_interrupts_leave_them_in_step(monkeypatch):
-    """At every pass and draft of a request: the output is that of an undisturbed one."""
+    """At every pass, draft and commit of a request: the output is that of an undisturbed one."""
     from stars.draft import Drafter
     from stars.passes import Passes
+    from stars.request import Hypothesis
 
     def job():
         params = stars.SamplingParams(max_tokens=29, seed=3, n=2, logprobs=2, prompt_logprobs=2, ignore_eos=True)
@@ -434,7 +436,8 @@ def test_interrupts_leave_them_in_step(monkeypatch):
     monkeypatch.setattr(Drafter, "drafted", stopping(Drafter.drafted))
     monkeypatch.setattr(Passes, "tell", stopping(Passes.tell))
     monkeypatch.setattr(Passes, "prefill", stopping(Passes.prefill))
-    for at in range(1, 10):
+    monkeypatch.setattr(Hypothesis, "append", stopping(Hypothesis.append))
+    for at in range(1, 16):
         counter.update(at=at, now=0)
         made = engine(max_num_batched_tokens=4, deterministic=True)
         made.add_request(*job())
@@ -503,3 +506,20 @@ def test_prompts_of_one_token_and_what_is_not_asked_for():
                for one in entry.values())
     assert made._round.drafter._graphs._programs.keys() == {  # no part of a step that nobody asked for
         key for key in made._round.drafter._graphs._programs if not any("tell" in part for part in key)}
+
+
+def test_the_command_line_has_them_in_its_rows(capsys):
+    from stars.cli import main
+
+    asked = ["generate", "This film was", "--max-tokens", "7", "--seed", "3", "--policy", "sample", "--json"]
+    assert main([*asked, "--logprobs", "2"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert main(asked) == 0
+    plain = json.loads(capsys.readouterr().out)
+    [output] = row["outputs"]
+    assert [entries[0]["token_id"] for entries in output["logprobs"]] == output["token_ids"] == (
+        plain["outputs"][0]["token_ids"])
+    assert sum(entries[0]["logprob"] for entries in output["logprobs"]) == output["cumulative_logprob"]
+    assert all(2 <= len(entries) <= 3 and entries[0].keys() == {"token_id", "text", "logprob", "rank"}
+               for entries in output["logprobs"])
+    assert "logprobs" not in plain["outputs"][0]

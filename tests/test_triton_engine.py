@@ -150,6 +150,39 @@ def test_blended_drafts_give_the_text_of_the_cpu(monkeypatch):
         assert mine.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-4)
 
 
+def told(decoder: Decoder) -> stars.RequestOutput:
+    """Log-probabilities of two responses and of their prompt, read in two chunks, beside a request without any."""
+    engine = stars.Engine(decoder, cache_tokens=512, page_size=16, max_num_seqs=4, max_num_lanes=8, max_segment_size=16,
+                          max_num_batched_tokens=16)
+    params = [stars.SamplingParams(max_tokens=3, seed=5, n=2, logprobs=3, prompt_logprobs=2, top_k=9,
+                                   presence_penalty=0.5), stars.SamplingParams(max_tokens=1, seed=6)]
+    [output, other] = engine.generate([{"prompt_token_ids": ids(18, 23, 3)}, {"prompt_token_ids": ids(5, 23, 4)}],
+                                      params, stars.Sample(), use_tqdm=False)
+    engine.check_integrity()
+    assert other.outputs[0].logprobs is None
+    return output
+
+
+def test_log_probabilities_are_those_of_the_cpu(monkeypatch):
+    model = ToyModel(seed=1, **SIZES)
+    theirs = told(as_dequantised(as_on_a_gpu(model.decoder())))
+    monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
+    monkeypatch.setattr(graph, "column", lambda done: "reference")
+    work_as(monkeypatch, PADDED)
+    ours = told(as_on_a_gpu(model.decoder()))
+    both = [(one.token_ids, one.logprobs) for one in ours.outputs], [(one.token_ids, one.logprobs)
+                                                                     for one in theirs.outputs]
+    for (mine, entries), (other, its) in zip(*both, strict=True):
+        assert mine == other and len(entries) == len(its) == len(mine)
+    entries = [entry for _, one in both[0] for entry in one] + ours.prompt_logprobs[1:]
+    its = [entry for _, one in both[1] for entry in one] + theirs.prompt_logprobs[1:]
+    assert len(entries) == len(its) > 20
+    for mine, other in zip(entries, its, strict=True):
+        assert list(mine) == list(other) and len(mine) >= 2
+        for token, one in mine.items():
+            assert one.rank == other[token].rank and one.logprob == pytest.approx(other[token].logprob, abs=1e-4)
+
+
 def letters(folder: Path, merges: list[tuple[str, str]]) -> Tokenizer:
     """A tokenizer of the letters a to w, and of pairs of them."""
     from tokenizers import Tokenizer as Backend

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stars.sampling import SamplingParams
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
-            "presence_penalty", "frequency_penalty", "repetition_penalty")
+            "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
 ENGINE = ("device", "dtype", "quantization", "reward_quantization", "deterministic", "cache_tokens",
           "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_lanes", "max_num_batched_tokens")
 REWARD = {"reward_head": "head", "reward_template": "template", "reward_close": "close"}
@@ -108,6 +108,9 @@ def add_sampling(parser: argparse.ArgumentParser, with_n: bool) -> None:
     group.add_argument("--stop-token-ids", type=int, nargs="+", action="extend", metavar="ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
     group.add_argument("--seed", type=int, metavar="S", help="of the random numbers, the same for every prompt")
+    if with_n:
+        group.add_argument("--logprobs", type=int, metavar="K",
+                           help="JSON rows have each token's log-probability, and those of the K most probable ones")
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stars.errors import RequestError
-from stars.outputs import RequestOutput
+from stars.outputs import CompletionOutput, RequestOutput
 from stars.prompt import OTHER_KEYS, PROMPT_KEYS, prompt_kind
 from stars.trace import metrics_record
 from stars.trace.json_lines import MAX_NESTING, loads, plain, too_deep
@@ -67,12 +67,20 @@ def result_row(row: Row, output: RequestOutput) -> dict[str, Any]:
         "outputs": [{
             "text": completion.text, "token_ids": completion.token_ids, "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason, "reward": completion.reward,
-            "cumulative_logprob": completion.cumulative_logprob,
+            "cumulative_logprob": completion.cumulative_logprob, **_logprobs(completion),
         } for completion in output.outputs],
         "metrics": metrics_record(output.metrics), "seed": output.seed,
     }
     record: dict[str, Any] = plain({**result, "error": errors[0]} if errors else result)
     return record
+
+
+def _logprobs(completion: CompletionOutput) -> dict[str, Any]:
+    """Where they were asked for: a list a token, its own entry first."""
+    if completion.logprobs is None:
+        return {}
+    return {"logprobs": [[{"token_id": token, "text": one.decoded_token, "logprob": one.logprob, "rank": one.rank}
+                          for token, one in entry.items()] for entry in completion.logprobs]}
 
 
 def error_row(row: Row, error: str) -> dict[str, Any]:
