@@ -75,6 +75,7 @@ class Metrics:
     rm_tokens_scored: int = 0
     rm_tokens_full_rescore: int = 0  # what scoring the same candidates from scratch would have run
     prompt_tokens_cached: int = 0  # prompt tokens whose keys and values another request had left in the cache
+    rm_tokens_cached: int = 0  # the same of the tokens that the reward model reads as the prompt, in its own cache
     num_preemptions: int = 0  # times that older responses took its pages and it was computed again
     lm_seconds: float = 0.0
     rm_seconds: float = 0.0

@@ -95,9 +95,9 @@ class Prefiller:
             ids = context.prompt_ids + ([] if self._exact else hypothesis.token_ids)
             jobs.append((context.table, ids, len(ids) - 1))
         allowance.take(self._models.prefill(jobs, allowance.left))
-        for (hypothesis, index, context), (table, _, stop) in zip(unread, jobs, strict=True):
+        for (hypothesis, index, _), (table, ids, stop) in zip(unread, jobs, strict=True):
             if table.length == stop and index == hypothesis.reading.published:
-                self._cache.publish(table, context.prompt_ids[:-1])
+                self._cache.publish(table, ids[:stop])
                 hypothesis.reading.published += 1
 
     def _recompute(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:

@@ -213,6 +213,7 @@ class Hypothesis:
     table: BlockTable | None = None
     judge: BlockTable | None = None  # of the request's second context, where it has two: opened after `table`
     session: Any = None  # the reward's state of this response
+    left: Any = None  # the one that was closed, of a response that may lose yet
     prefill: Prefill | None = None  # while what it begins with is being read: it draws nothing yet
     wait: Wait | None = None  # while rewards of it are to come: it draws nothing and keeps what it holds
     token_ids: list[int] = field(default_factory=list)  # committed
@@ -410,7 +411,7 @@ class Hypothesis:
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = None
+        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = self.left = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -419,7 +420,7 @@ class Hypothesis:
             self.group, slot, token_ids=list(self.token_ids), segments=list(self.segments), drafts=self.drafts,
             ends=list(self.ends), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
             finish_reason=self.finish_reason, stop_reason=self.stop_reason, error=self.error,
-            metrics=self.metrics.kept())
+            metrics=self.metrics.kept(), left=self.left)
 
     def ending(self, token_ids: list[int]) -> tuple[int, str | None, int | str | None]:
         """If `token_ids` were committed: how many of them, up to a stop string; whether they end the response, and why.

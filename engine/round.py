@@ -38,6 +38,8 @@ class Round:
         self._cache = cache
         self._reward = reward
         self._trails = config.target.trailing
+        # What was drafted has other bits than what a prompt's passes make of it: there nothing of it is shared.
+        self._remembers = not config.deterministic
 
     @property
     def _scorer(self) -> Reward:
@@ -136,17 +138,24 @@ class Round:
         self._give_back(hypothesis, [])
         hypothesis.attempts = []
 
-    def close(self, hypothesis: Hypothesis) -> None:
-        """Gives back the pages and the session of a response."""
+    def close(self, hypothesis: Hypothesis, keep: bool = True) -> None:
+        """Gives back the pages and the session of a response.
+
+        keep: whether somebody may come back to it, by a later turn or once it goes on: then its full pages stay until
+        others need them. They do not where it ended with an error, which may have left anything in them.
+        """
         table, session = hypothesis.table, hypothesis.session
+        keep = keep and self._remembers and hypothesis.finish_reason != "error"
         if table is not None:
-            self._cache.close(table)
-            if hypothesis.judge is not None:
-                self._cache.close(hypothesis.judge)
+            for context in hypothesis.contexts:
+                self._cache.close(context.table, context.prompt_ids + hypothesis.token_ids if keep else ())
             hypothesis.table = hypothesis.judge = hypothesis.prefill = None
         if session is not None:
             hypothesis.session = None
             try:
+                if keep:
+                    self._scorer.remember([(session, None)])
+                    hypothesis.left = session if len(hypothesis.group.hypotheses) > 1 else None
                 self._scorer.close(session)
             except IntegrityError:
                 raise
@@ -203,7 +212,8 @@ class Round:
             if wait.winners[0].hypothesis.finish_reason is None:  # else its request has failed meanwhile
                 winners, twins, scores = wait.winners + winners, wait.twins + twins, wait.ends + scores
         faults = self._judge.take_ended(scores) if scores else []
-        self._committer.commit([winner for winner in winners if winner.finish_reason is None])
+        self._committer.commit([winner for winner in winners if winner.finish_reason is None],
+                               [winner for winner in winners if winner.finish_reason is not None])
         for winner in winners:
             winner.hypothesis.append(winner)
         for winner in winners:
@@ -268,11 +278,21 @@ class Round:
                 self._release(lane)
 
     def _drop(self, hypothesis: Hypothesis, drawn: dict[Hypothesis, list[Lane]]) -> None:
-        """Gives back all that a hypothesis holds that has left its group, which may have waited for its reward."""
+        """Gives back all that a hypothesis holds that has left its group, which may have waited for its reward. Nobody
+        comes back to it, unless another one begins with its text, as forks do."""
         if hypothesis.wait is not None:
             self._forget(hypothesis.wait)
         self._give_back(hypothesis, drawn.get(hypothesis, []))
-        self.close(hypothesis)
+        token_ids = hypothesis.token_ids
+        lost = not any([other.token_ids[: len(token_ids)] == token_ids for other in hypothesis.group.hypotheses])
+        session = hypothesis.session if hypothesis.session is not None else hypothesis.left
+        self.close(hypothesis, keep=not lost)
+        hypothesis.left = None
+        if lost and self._remembers:  # what had ended before, or was a fork's twin, might have been the one to stay
+            for prompt_ids in hypothesis.request.contexts:
+                self._cache.forget(prompt_ids + token_ids, len(prompt_ids), hypothesis.request.stores)
+            if session is not None:
+                self._scorer.forget(session)
 
     def _keep_preferred(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
         """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs; the others give theirs

@@ -73,6 +73,7 @@ class Scheduler:
         self._reward = reward
         self._prefiller = Prefiller(cache, reward, models, config)
         self._round = round_
+        self._exact = config.deterministic
         self._gave_way: Unit | None = None  # the last one, until another gives something back
 
     @property
@@ -319,10 +320,16 @@ class Scheduler:
                                              for one in unit.unfinished]) for ids in unit.request.contexts]
         return self._cache.can_open(first.token_ids, first.lengths, unit.request.stores, others)
 
+    def _history(self, hypothesis: Hypothesis, context: int) -> list[int]:
+        """What the pages of its context of this number hold before it draws, as far as it is looked for in those of
+        others: what was committed, too, unless it has to be run again as it was drafted."""
+        prompt_ids = hypothesis.request.contexts[context]
+        return (prompt_ids if self._exact else prompt_ids + hypothesis.token_ids)[:-1]
+
     def _beginning(self, hypothesis: Hypothesis, context: int) -> tuple[int, ...] | None:
-        """The prompt of its context of this number up to the end of the first page that cannot be shared yet; None if
+        """The history of its context of this number up to the end of the first page that cannot be shared yet; None if
         it fills no such page."""
-        history, stores = hypothesis.request.contexts[context][:-1], hypothesis.request.stores
+        history, stores = self._history(hypothesis, context), hypothesis.request.stores
         stop = self._cache.shared_length(history, stores) + self._config.page_size
         return (*stores, *history[:stop]) if len(history) >= stop else None
 
@@ -337,19 +344,27 @@ class Scheduler:
         request = hypothesis.request
         if hypothesis.table is not None:
             try:
-                hypothesis.judge = self._cache.open(request.contexts[1][:-1], request.stores)
+                hypothesis.judge = self._cache.open(self._history(hypothesis, 1), request.stores)
             except OutOfPages:
                 return False
             return self._reserve_pages(hypothesis)
         scored = request.plan.score.when != "never"
         if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
-        table = hypothesis.table = self._cache.open(request.contexts[0][:-1], request.stores)
-        hypothesis.prefill = Prefill()
-        if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
+        try:
+            table = hypothesis.table = self._cache.open(self._history(hypothesis, 0), request.stores)
+        except OutOfPages:  # of one of several, whose room others have taken meanwhile
+            return False
+        hypothesis.prefill, new = Prefill(), hypothesis.boundary is None  # else it was interrupted or gave way
+        if new:
             hypothesis.metrics.prompt_tokens_cached = table.length
         if scored:
             hypothesis.session = self._scorer.open(request.prompt, request.max_tokens)
+            if new:
+                hypothesis.metrics.rm_tokens_cached = self._scorer.cached(hypothesis.session)
+            elif hypothesis.token_ids and request.scores_segments and not self._exact:
+                text = request.detokenizer.decode(hypothesis.token_ids) if self._scorer.needs_text else None
+                self._scorer.recall(hypothesis.session, hypothesis.token_ids, text)
         return self._reserve(hypothesis, opened=True)
 
     def _begin(self, ready: Sequence[Hypothesis]) -> list[Request]:
