@@ -2,8 +2,8 @@
 
     python benchmarks/metrics_cost.py [repeats]      writes results/metrics-cost.json
 
-Times are those of the one thread that runs, so that a neighbour on the machine is not in them. Beside the ratio of the two
-stands the share of the time that was spent in feeding, by a clock around every call of it.
+Times are those of the one thread that runs, so that a neighbour on the machine is hardly in them. Beside the ratio of
+the two stands the share of the time that was spent in feeding, by a clock around every call of it.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def main() -> None:
             with feeding(engine.metrics, lambda _: lambda given: None):
                 return run(seed)
 
-        seconds = interleave({"with": run, "without": without}, repeats)
+        turns = repeats if count > 1 else 10 * repeats
+        seconds = interleave({"with": run, "without": without}, turns)
         with feeding(engine.metrics, timed):
-            whole = sum(run(1000 + seed) for seed in range(max(3, repeats // 4)))
+            whole = sum(run(1000 + seed) for seed in range(max(3, turns // 4)))
         figures.append(compare(f"{name}: CPU time with feeding", "s", seconds["with"], "without", seconds["without"],
                                "<= 1.005"))
         figures.append(Figure(f"{name}: share of the time in feeding", 100 * inside[0] / whole, "%"))

@@ -29,6 +29,7 @@ COUNTS = {
     "rm_tokens_scored": "Tokens that reward models ran for candidates.",
     "rm_tokens_full_rescore": "Tokens that scoring the same candidates from scratch would have run.",
     "prompt_tokens_cached": "Prompt tokens that another request had left in the cache, as responses were opened.",
+    "rm_tokens_cached": "The same of what reward models read.",
     "num_preemptions": "Times that a response gave its pages to older ones and was computed again.",
     "lm_seconds": "Seconds of drawing.",
     "rm_seconds": "Seconds of scoring.",
@@ -154,8 +155,8 @@ class EngineMetrics:
         counters["generation_tokens"] = counters["lm_tokens_kept"]
         counters[PROMPT_TOKENS] = state[PROMPT_TOKENS]
         for prefix, caches in (("", [self._cache]), ("reward_", self._reward_caches)):
-            for what in ("queries", "hits"):
-                counters[f"{prefix}prefix_cache_{what}"] = sum(getattr(cache, f"prefix_{what}", 0) for cache in caches)
+            counters[f"{prefix}prefix_cache_queries"] = sum(cache.prefix_queries for cache in caches)
+            counters[f"{prefix}prefix_cache_hits"] = sum(cache.prefix_hits for cache in caches)
         reasons = {key[1]: value for key, value in state.items() if isinstance(key, tuple)}
         return [
             *(Family(PREFIX + name, "gauge", text, {"": gauges[name]}) for name, text in GAUGES.items()),

@@ -440,6 +440,16 @@ def test_the_reward_models_cache_has_a_gauge():
     assert made.metrics.snapshot()["stars:reward_kv_cache_usage_perc"] == 1 - cache.num_free_pages / cache.num_pages > 0
 
 
+def test_what_caches_found_is_counted_for_both_models():
+    made = engine(stars.CausalReward(RM.decoder()))
+    for _ in range(2):
+        made.generate(prompt(length=14), stars.SamplingParams(max_tokens=4, seed=1), POLICIES[0], use_tqdm=False)
+    shown = made.metrics.snapshot()
+    for prefix, cache in (("", made._cache), ("reward_", made.reward.cache)):
+        found = [shown[f"stars:{prefix}prefix_cache_{what}_total"] for what in ("queries", "hits")]
+        assert found == [cache.prefix_queries, cache.prefix_hits] and found[0] > found[1] >= 12
+
+
 def test_reading_while_others_work():
     """Counters that a thread reads again and again while requests run never go down, and end where they should."""
     made, stop, faults, reads = engine(cache_tokens=400), threading.Event(), [], []
