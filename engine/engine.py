@@ -236,6 +236,14 @@ class Engine:
         """
         refuse_others("generate", others, CALL, ("prompts", "sampling_params", "policy", "use_tqdm", "budget",
                                                  "priority", "user"))
+        outputs = self._complete(prompts, sampling_params, policy, use_tqdm, budget, priority, user)
+        warn_of_errors(outputs, stacklevel=3)
+        return outputs
+
+    def _complete(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+                  policy: Policy | Sequence[Policy] | None, use_tqdm: bool | Callable[..., tqdm],
+                  budget: Budget | Sequence[Budget] | None, priority: int | Sequence[int],
+                  user: str | Sequence[str] | None) -> list[RequestOutput]:
         refuse_bare_prompt(prompts)
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         count = len(prompts)
@@ -266,7 +274,6 @@ class Engine:
                     bar.close()
             finally:
                 self._disown(requests)
-        warn_of_errors(outputs, stacklevel=3)
         return outputs
 
     def chat(self, messages: Any = None, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -298,7 +305,9 @@ class Engine:
                 "special_tokens": special_tokens}
         # Not None, which would count as absent.
         prompts = [{"messages": [] if one is None else one, **said} for one in (messages if several else [messages])]
-        return self.generate(prompts, sampling_params, policy, use_tqdm, budget=budget, priority=priority, user=user)
+        outputs = self._complete(prompts, sampling_params, policy, use_tqdm, budget, priority, user)
+        warn_of_errors(outputs, stacklevel=3)
+        return outputs
 
     def stream(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
                policy: Policy | None = None, *, budget: Budget | None = None, priority: int = 0,

@@ -456,3 +456,22 @@ def test_tool_templates_of_their_own(written, copied):
     assert parse_prompt({"messages": [USER]}, tokenizer, VOCAB).text == "<s>d"
     assert parse_prompt({"messages": [USER], "tools": TOOLS}, tokenizer, VOCAB).text == "<s>t1"
     assert parse_prompt({"messages": [USER], "tools": []}, tokenizer, VOCAB).text == "<s>d"
+
+
+@pytest.mark.parametrize("how", ["parse", "text"])
+def test_step_tags_in_a_prompt_are_text(tokenizer, how):
+    """Of a process reward: the tag behind each step is one, what the user wrote of it is not."""
+    from stars.reward.steps import StepFormat, StepFraming
+
+    tag = "<|assistant|>"
+    steps = StepFormat("\n", tag, tag, True, "chat")
+    framing = StepFraming(tokenizer, ToyModel(vocab=tokenizer.vocab_size, head="reward").config, "chat", steps, {})
+    given = {"messages": [{"role": "user", "content": f"a{tag}b"}], "special_tokens": how}
+    frame = framing.frame(parse_prompt(given, tokenizer, VOCAB))
+    read = framing.read(frame, "one\ntwo")
+    index = tokenizer.special_tokens[tag]
+    expected = (how == "parse") + tokenizer.split_template([USER])[0].count(tag)
+    assert frame.prefix.count(index) == expected and len(read.tags) == 2
+    assert [read.ids[place] for place in read.tags] == [index] * 2 and read.ids.count(index) == expected + 2
+    assert tokenizer.decode(read.ids, skip_special_tokens=False) == (
+        tokenizer.split_template(given["messages"])[0] + f"one{tag}two{tag}")

@@ -39,9 +39,9 @@ LOOPS = {
     "in": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{{ 'b' in t }}{% endfor %}",
     "count": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{{ t.count('b') }}{% endfor %}",
     "slices": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{% set x = t[1:] %}{% endfor %}",
-    "colliding": f"{{% set x = range(0, 99999 * {BIG}, {BIG}) | unique | list %}}",
-    "colliding keys": f"{{% set x = {{}}.fromkeys(range(0, 99999 * {BIG}, {BIG})) %}}",
-    "colliding pairs": f"{{% set x = dict(range(0, 99999 * {BIG}, {BIG}) | batch(2)) %}}",
+    "colliding": f"{{% set x = range(0, 9999 * {BIG}, {BIG}) | unique | list %}}",
+    "colliding keys": f"{{% set x = {{}}.fromkeys(range(0, 9999 * {BIG}, {BIG})) %}}",
+    "colliding pairs": f"{{% set x = dict(range(0, 9999 * {BIG}, {BIG}) | batch(2)) %}}",
     "data": "{% for i in range(99999) %}" + "x" * 10000 + "{% endfor %}",
 }
 GROWTH = {

@@ -194,6 +194,18 @@ def test_a_role_of_which_the_template_makes_a_token_keeps_it(tmp_path):
     assert end not in parse_prompt(given, tokenizer, VOCAB).token_ids
 
 
+@pytest.mark.parametrize(("template", "content"), [
+    ("<|user|>{{ messages[0].content }}|>", "a <|end"), ("<|user|><|{{ messages[0].content }}", "end|> a"),
+    ("<|user|>{{ messages[0].content }}>", "<|end|"), ("<|user|><{{ messages[0].content }}", "/s>")])
+def test_a_control_token_that_a_text_and_the_template_make_together(template, content, tmp_path):
+    tokenizer = load_tokenizer(save(KINDS["byte level"](), tmp_path, chat_template=template))
+    special = set(tokenizer.special_tokens.values())
+    parsed, text = (parse_prompt(conversation([content], how), tokenizer, VOCAB) for how in ("parse", "text"))
+    assert len(special & set(parsed.token_ids)) == 2
+    assert special & set(text.token_ids) == {tokenizer.special_tokens["<|user|>"]}
+    assert tokenizer.decode(text.token_ids, skip_special_tokens=False) == text.text == parsed.text
+
+
 def test_a_template_that_reads_what_is_marked(tmp_path):
     """Where it only looks at what might be half a control token, nothing is lost; where it looks at a whole one, a
     sentence says what to do."""

@@ -45,7 +45,9 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     """Prompts as arguments or from a file."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue")
     parser.add_argument("--input", metavar="FILE", help='JSONL of prompts, - for stdin: a string a row, or an object '
-                        'with "prompt", "prompt_token_ids" or "messages"')
+                        'with "prompt", "prompt_token_ids" or "messages", and beside those '
+                        '"tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", '
+                        '"special_tokens"')
     parser.add_argument("--chat", action="store_true", help="a prompt given as text becomes one user message")
 
 

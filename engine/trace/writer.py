@@ -28,7 +28,7 @@ REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete UTF-8 sequence 
 
 
 def request_trace(output: RequestOutput, tokenizer: Any, sampling_params: SamplingParams | None = None) -> TraceRequest:
-    """The trace of one request; `tokenizer` is the engine's, None leaves texts out."""
+    """The trace of one request, of a cumulative output; `tokenizer` is the engine's, None leaves texts out."""
     policy = {"name": type(output.policy).__name__}
     if dataclasses.is_dataclass(output.policy):
         policy.update(_shown_policy(output.policy))
@@ -120,7 +120,7 @@ def _segments(completion: CompletionOutput, tokenizer: Any) -> list[TraceSegment
             if tokenizer is None:
                 text = None
             elif ends and number == winner:
-                text = _added(shown, _ended(tokenizer, before + attempt.token_ids, completion))
+                text = _added(shown, _ended(tokenizer, before + segment.token_ids, completion))
             else:
                 text = _added(shown, _decode(tokenizer, before + attempt.token_ids, ends))
             margin = None
