@@ -193,10 +193,11 @@ def test_a_population_is_chosen_from_by_its_own_rule():
 
 def test_who_gave_way_has_the_budget_that_it_had():
     """What is drawn a second time is not counted twice: the texts are those of a large cache."""
-    jobs = [(prompt, params, policy) for prompt, params, policy in JOBS if policy != stars.Sample()]
+    jobs = [(prompt, dataclasses.replace(params, n=1), policy) for prompt, params, policy in (*JOBS, *JOBS[::-1])
+            if policy != stars.Sample()]  # several completions share a budget as they come
     chance = random.Random(4)
-    budgets = [stars.Budget(attempts=chance.randint(2, 20), lm_tokens=chance.randint(20, 120),
-                            rm_calls=chance.randint(2, 20)) for _ in jobs]
+    budgets = [stars.Budget(attempts=chance.randint(5, 40), lm_tokens=chance.randint(60, 300),
+                            rm_calls=chance.randint(5, 40)) for _ in jobs]
     outputs = []
     for size in (LARGE, 105):
         made, done = queue(function_reward(), size), {}
@@ -209,8 +210,8 @@ def test_who_gave_way_has_the_budget_that_it_had():
     large, small = outputs
     assert sum(output.metrics.num_preemptions for output in small) > 2
     assert all(keeps(budget, output.metrics) for budget, output in zip(budgets, small, strict=True))
-    one = [output for output in range(len(jobs)) if jobs[output][2].plan().lanes.population == 1]
-    assert [facts(small[index]) for index in one] == [facts(large[index]) for index in one]
+    assert [facts(one) for one in small] == [facts(one) for one in large]
+    assert sum(one.finish_reason == "budget" for output in small for one in output.outputs) > 4
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------------
