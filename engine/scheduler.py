@@ -292,7 +292,7 @@ class Scheduler:
         opened: list[Hypothesis] = []
         beginnings = {beginning for hypothesis in self._unread for beginning in self._beginnings(hypothesis)}
         while (unit := self._first(only)) is not None:
-            if unit not in self.running and (unit is self._gave_way and self.running or not self._make_room(unit)):
+            if unit not in self.running and not self._make_room(unit):
                 break
             for hypothesis in unit.unopened():
                 beginning = self._beginning(hypothesis, 0 if hypothesis.table is None else 1)

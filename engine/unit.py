@@ -107,7 +107,8 @@ class Lines:
         begin with `without` are left out. With `only`, of that group."""
         self.sweep()
         if only is not None:
-            return next((unit for unit in self if unit.unfinished and unit.group is only), None)
+            first = next((unit for unit in self if unit.unfinished and unit.group is only), None)
+            return first if first is not without else None
         fronts = [(name, *line[0]) for name, line in self._lines.items() if line[0][1] is not without]
         if len(fronts) < 2:
             return fronts[0][2] if fronts else None

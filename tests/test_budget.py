@@ -6,16 +6,16 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from concurrent.futures import Future
 
 import pytest
 
 import stars
 import stars.engine
 from stars.budget import NO_BUDGET
-from stars.reward.base import Scored
 from test_conservation import nothing_is_held
 from test_methods_outside import Breed
+from test_scheduler import JOBS, LARGE, function_reward
+from test_scheduler import engine as queue
 from test_waiting import LateFunction, rewards
 from toy import Digits, ToyModel, facts, ids, toy_engine
 
@@ -179,8 +179,7 @@ def test_a_population_is_chosen_from_by_its_own_rule():
     """A filter's last draw is among the particles that there are; a beam gives the best of them."""
     params = stars.SamplingParams(max_tokens=20, seed=5, ignore_eos=True)
     [one] = run(engine(), stars.SegmentBeam(2, 2, 4), params, stars.Budget(lm_tokens=60)).outputs
-    scored = [sum(one.token_ids == token for token in ()) for _ in ()]
-    assert not scored and len(one.token_ids) in (8, 12) and one.finish_reason == "budget"
+    assert len(one.token_ids) in (8, 12) and one.finish_reason == "budget"
     calls = []
     rule = stars.ParticleFilter(3, 0.5, 4).plan().decide
     final = type(rule).final
@@ -190,6 +189,29 @@ def test_a_population_is_chosen_from_by_its_own_rule():
     finally:
         type(rule).final = final
     assert len(calls) == 1 and len(calls[0]) == 3 and len(one.token_ids) == 8
+
+
+def test_who_gave_way_has_the_budget_that_it_had():
+    """What is drawn a second time is not counted twice: the texts are those of a large cache."""
+    jobs = [(prompt, dataclasses.replace(params, n=1), policy) for prompt, params, policy in (*JOBS, *JOBS[::-1])
+            if policy != stars.Sample()]  # several completions share a budget as they come
+    chance = random.Random(4)
+    budgets = [stars.Budget(attempts=chance.randint(5, 40), lm_tokens=chance.randint(60, 300),
+                            rm_calls=chance.randint(5, 40)) for _ in jobs]
+    outputs = []
+    for size in (LARGE, 105):
+        made, done = queue(function_reward(), size), {}
+        for index, (job, budget) in enumerate(zip(jobs, budgets, strict=True)):
+            made.add_request(*job, request_id=str(index), budget=budget)
+        while made.has_unfinished_requests():
+            done |= {output.request_id: output for output in made.step()}
+        nothing_is_held(made)
+        outputs.append([done[str(index)] for index in range(len(jobs))])
+    large, small = outputs
+    assert sum(output.metrics.num_preemptions for output in small) > 2
+    assert all(keeps(budget, output.metrics) for budget, output in zip(budgets, small, strict=True))
+    assert [facts(one) for one in small] == [facts(one) for one in large]
+    assert sum(one.finish_reason == "budget" for output in small for one in output.outputs) > 4
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------------
@@ -291,15 +313,6 @@ def test_a_deadline_wakes_who_waits_for_rewards(monkeypatch, policy):
                              budget=stars.Budget(seconds=0.3))
     assert last.finished and last.outputs[0].finish_reason == "deadline"
     nothing_is_held(made)
-
-
-class Answered(stars.FunctionReward):
-    """Of a response that has ended nothing is known yet; of all else it is said at once."""
-
-    def score(self, candidates):
-        results = super().score(candidates)
-        return [Scored(Future()) if candidate.final else result
-                for candidate, result in zip(candidates, results, strict=True)]
 
 
 def test_a_budget_waits_for_rewards_that_may_decide():

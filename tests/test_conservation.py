@@ -42,6 +42,7 @@ def nothing_is_held(engine: stars.Engine) -> None:
     engine.check_integrity()
     assert not engine._requests and not engine._scheduler.running and not engine._scheduler.waiting
     assert not engine._changed and not engine._changing and not engine._orphans
+    assert engine._scheduler._fairness.plain and not engine._scheduler._fairness._served
     caches = [engine._cache] + ([engine.reward.cache] if isinstance(engine.reward, stars.CausalReward) else [])
     for cache in caches:
         assert cache.num_free_pages == cache.num_pages, "pages are held"
@@ -108,6 +109,11 @@ PARAMS = st.builds(
     stop_token_ids=st.sampled_from([None, [2]]), top_k=st.sampled_from([0, 0, 3]))
 
 
+BUDGETS = st.one_of(st.none(), st.none(), st.builds(
+    stars.Budget, st.sampled_from([None, 1e-4, 0.01, 100.0]), *[st.sampled_from([None, 1, 3, 9, 30])] * 3))
+ORDER = dict(priority=st.sampled_from([0, 0, 0, 1, -2]), user=st.sampled_from([None, None, "a", "b"]), budget=BUDGETS)
+
+
 @contextmanager
 def fitting():
     """Populations that the cache cannot hold are refused, and texts that nothing encodes; nothing is changed."""
@@ -131,10 +137,10 @@ class Traffic(RuleBasedStateMachine):
                                  tokenizer=None if causal else Digits())
         self.open: set[str] = set()
 
-    @rule(base=st.sampled_from(BASES), length=st.integers(1, 30), params=PARAMS, policy=POLICIES)
-    def submit(self, base, length, params, policy):
+    @rule(base=st.sampled_from(BASES), length=st.integers(1, 30), params=PARAMS, policy=POLICIES, **ORDER)
+    def submit(self, base, length, params, policy, **order):
         with fitting():
-            self.open.add(self.engine.add_request({"prompt_token_ids": base[:length]}, params, policy))
+            self.open.add(self.engine.add_request({"prompt_token_ids": base[:length]}, params, policy, **order))
 
     @rule(length=st.integers(90, 120))
     def submit_too_long(self, length):
@@ -184,19 +190,25 @@ class Traffic(RuleBasedStateMachine):
         assert self.engine.abort(request_id) == runs
         assert not self.engine.abort(request_id)
 
-    @rule(base=st.sampled_from(BASES), params=PARAMS, policy=POLICIES, looks=st.integers(0, 2))
-    def stream(self, base, params, policy, looks):
+    @rule(base=st.sampled_from(BASES), params=PARAMS, policy=POLICIES, looks=st.integers(0, 2), **ORDER)
+    def stream(self, base, params, policy, looks, **order):
         with fitting():
-            stream = self.engine.stream({"prompt_token_ids": base[:9]}, params, policy)
+            stream = self.engine.stream({"prompt_token_ids": base[:9]}, params, policy, **order)
             for _, _ in zip(range(looks), stream):
                 pass
             stream.close()
 
-    @rule(params=PARAMS, policy=POLICIES)
-    def generate(self, params, policy):
+    @rule(params=PARAMS, policy=POLICIES, **ORDER)
+    def generate(self, params, policy, **order):
         with fitting():
-            outputs = self.engine.generate([{"prompt_token_ids": BASES[0][:9]}] * 2, params, policy, use_tqdm=False)
+            outputs = self.engine.generate([{"prompt_token_ids": BASES[0][:9]}] * 2, params, policy, use_tqdm=False,
+                                           **order)
             assert all(output.finished for output in outputs)
+            for output in outputs if order["budget"] is not None else ():
+                metrics, budget = output.metrics, order["budget"]
+                assert metrics.attempts <= (budget.attempts or math.inf)
+                assert metrics.lm_tokens_drawn <= (budget.lm_tokens or math.inf)
+                assert metrics.rm_calls <= (budget.rm_calls or math.inf)
 
     @rule(policy=POLICIES)
     def generate_interrupted(self, policy):
@@ -220,7 +232,8 @@ class Traffic(RuleBasedStateMachine):
             if output.finished:
                 self.open.discard(output.request_id)
                 for completion in output.outputs:
-                    assert completion.finish_reason in ("stop", "length", "abort", "error", "refused")
+                    assert completion.finish_reason in ("stop", "length", "abort", "error", "refused", "deadline",
+                                                        "budget")
                     assert (completion.error is not None) == (completion.finish_reason == "error")
 
     def teardown(self):
