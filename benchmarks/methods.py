@@ -1,6 +1,7 @@
 """Every method of the package at three budgets on held-out openings: what reward it reaches, and with how many tokens.
 
     python benchmarks/methods.py --data IMDB [--out FILE] [--only NAME …] [--openings 100] [--seeds 2] [--tokens 128]
+    python benchmarks/methods.py --data IMDB --choices        STARS alone: segment size, beta and threshold, one by one
 
 IMDB is the folder that `train_pair.py` reads. An opening is the first words of a review that both shipped models were
 kept from; thresholds, spread and betas are measured on other such openings. The reward model that guides is the one
@@ -111,12 +112,23 @@ def rows_of_several_models() -> Iterator[Row]:
         yield Row("rsd", dict(variant="gsi", n=n), 0.9, inverse=dict(beta=1 / BETA_OF_SPREAD))
 
 
+def rows_of_choices() -> Iterator[Row]:
+    """STARS with one parameter changed at a time; the others are 16 tokens, a tenth of a spread, the 0.9 quantile."""
+    for size in (2, 4, 8, 16, 32, 64):
+        yield Row("stars", dict(width=1, segment_size=size), 0.9, dict(beta=BETA_OF_SPREAD))
+    for beta in (0.0, 0.05, 0.25, 0.5, 1.0):
+        yield Row("stars", dict(width=1, segment_size=16), 0.9, dict(beta=beta))
+    for quantile in (0.25, 0.5, 0.75, 0.95, 0.99):
+        yield Row("stars", dict(width=1, segment_size=16), quantile, dict(beta=BETA_OF_SPREAD))
+
+
 def main() -> None:
     """Runs the rows, and writes what was found after each of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=tuple(POLICIES))
+    parser.add_argument("--choices", action="store_true", help="STARS alone, one parameter changed at a time")
     parser.add_argument("--openings", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2, help="of every opening")
     parser.add_argument("--tokens", type=int, default=128)
@@ -126,7 +138,8 @@ def main() -> None:
     measured = openings[:: len(openings) // options.openings][: options.openings]
     others = [opening for opening in openings[7 :: len(openings) // CALIBRATION_OPENINGS][:CALIBRATION_OPENINGS]
               if opening not in measured]
-    chosen = [row for row in rows() if options.only is None or row.policy in options.only]
+    wanted = rows_of_choices() if options.choices else rows()
+    chosen = [row for row in wanted if options.only is None or row.policy in options.only]
     params = stars.SamplingParams(temperature=0.8, top_k=40, max_tokens=options.tokens, seed=1)
     engines, samples, found = {}, {}, {}
     for name in dict.fromkeys(["rm", *(row.reward for row in chosen)]):

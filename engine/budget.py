@@ -34,6 +34,11 @@ class Budget:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, integer(f"Budget.{name}", getattr(self, name), 1))
 
+    @property
+    def bounds_work(self) -> bool:
+        """Whether anything but time is bounded."""
+        return self.attempts is not None or self.lm_tokens is not None or self.rm_calls is not None
+
     @classmethod
     def of(cls, given: Any) -> Budget:
         """What a user gave: one of these or None."""
@@ -45,3 +50,4 @@ class Budget:
 
 
 NO_BUDGET = Budget()
+CUT_SHORT = ("deadline", "budget")  # the finish reasons of what a budget has ended

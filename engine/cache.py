@@ -6,6 +6,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple
 
@@ -115,6 +116,8 @@ class PagedCache:
         self._tables: set[BlockTable] = set()
         self._free_slabs = list(range(num_slabs - 1, -1, -1))
         self._slab_holders = [0] * num_slabs
+        self.prefix_queries = 0  # tokens that `open` has looked for in published pages, since the cache was made
+        self.prefix_hits = 0  # those of them that it found there
 
     @property
     def num_free_pages(self) -> int:
@@ -143,13 +146,15 @@ class PagedCache:
 
     # -- tables ---------------------------------------------------------------------------------------------------
 
-    def open(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE) -> BlockTable:
-        """Takes pages for `token_ids`; those full ones that hold a prefix of them already, in `stores`, are shared.
+    def open(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE, most: int | None = None
+             ) -> BlockTable:
+        """Takes pages for `token_ids`; those full ones that hold a prefix of them already, in `stores`, are shared, of
+        the first `most` tokens alone where that is given.
 
         The table's length is the number of positions shared: a multiple of page_size, at most len(token_ids).
         Raises OutOfPages, and then has changed nothing.
         """
-        shared = self.pool.match(self._chunks(token_ids, stores))
+        shared = self.pool.match(self._chunks(token_ids[:most], stores))
         fresh = self._pages_for(len(token_ids)) - len(shared)
         free = self.pool.num_available - self.pool.cost(shared)
         if fresh > free:
@@ -157,18 +162,26 @@ class PagedCache:
         self.pool.share(shared)
         table = BlockTable(shared + self.pool.alloc(fresh), len(shared) * self.page_size, len(shared), stores)
         self._tables.add(table)
+        self.prefix_queries += len(token_ids)
+        self.prefix_hits += table.length
         return table
 
     def can_open(self, token_ids: Sequence[int], lengths: Sequence[int] = (), stores: tuple[int, ...] = OWN_STORE,
-                 beside: Sequence[Opening] = ()) -> bool:
-        """Whether `open(token_ids, stores)` would succeed now.
+                 beside: Sequence[Opening] = (), most: int | None = None) -> bool:
+        """Whether `open(token_ids, stores, most)` would succeed now.
 
         With `lengths`: whether as many tables could be opened that all begin with `token_ids`, one after the other as
-        each is published, and be reserved up to so many positions each; and those `beside` them after that.
+        each is published, and be reserved up to so many positions each; and those `beside` them after that. Those
+        behind the first share what was published before, too.
         """
         openings = [Opening(token_ids, lengths or [len(token_ids)]), *beside]
         shared = [self.pool.match(self._chunks(opening.token_ids, stores)) for opening in openings]
-        fresh = self._fresh(openings, [len(pages) for pages in shared])
+        found = [len(pages) for pages in shared]
+        if most is not None:
+            found[0] = min(found[0], most // self.page_size)
+            if len(openings[0].lengths) == 1:
+                shared[0] = shared[0][: found[0]]
+        fresh = self._fresh(openings, found)
         return fresh <= self.pool.num_available - self.pool.cost(list(dict.fromkeys(chain(*shared))))
 
     def could_open(self, openings: Sequence[Opening]) -> bool:
@@ -183,6 +196,14 @@ class PagedCache:
         """Leading positions of `token_ids` that `open` would find in published pages now."""
         return len(self.pool.match(self._chunks(token_ids, stores))) * self.page_size
 
+    def withdraw(self, token_ids: Sequence[int], stores: tuple[int, ...] = OWN_STORE) -> bool:
+        """No page that holds a prefix of `token_ids` is found any more, nor what continues it; whether there was one.
+        """
+        published = self.pool.match(self._chunks(token_ids, stores))
+        if published:
+            self.pool.unpublish(published[0])
+        return bool(published)
+
     def publish(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         """Offers the full pages of `token_ids`, whose keys `table` now holds from position 0, for sharing.
 
@@ -193,6 +214,23 @@ class PagedCache:
         table.length = max(table.length, len(token_ids))
         table.own = max(table.own, len(token_ids) // self.page_size)
         self.pool.publish(table.pages, self._chunks(token_ids, table.stores))
+
+    def adopt(self, table: BlockTable, token_ids: Sequence[int]) -> bool:
+        """Shares the published pages of `token_ids` that the table lacks, whose positions are all shared ones, in the
+        place of its own; its length becomes what they hold. False, and nothing changed, where there are none, or where
+        what the table has is of other tokens."""
+        self._check(table)
+        found = self.pool.match(self._chunks(token_ids, table.stores))
+        first = table.length // self.page_size
+        if len(found) <= first or found[:first] != table.pages[:first]:
+            return False
+        beyond = found[len(table.pages) :]
+        self._exchange(table, first, found[: len(table.pages)])
+        self.pool.share(beyond)
+        table.pages += beyond
+        table.length, table.own = len(found) * self.page_size, max(table.own, len(found))
+        table.behind.clear()
+        return True
 
     def fork(self, table: BlockTable) -> BlockTable:
         """A second table with the same content. It shares every page; who writes first to the last one copies it."""
@@ -242,12 +280,37 @@ class PagedCache:
         if table.behind:
             table.behind = {store: held for store, held in table.behind.items() if held < length}
 
-    def close(self, table: BlockTable) -> None:
-        """Gives the table's pages back; published ones stay shareable until they are needed."""
+    def try_reserve(self, table: BlockTable, start: int, tokens: int) -> int:
+        """As `reserve`, for `tokens` positions from `start` on, which is not behind the table's last, where there are
+        pages for that; how many positions from there on a commit can write then without taking any."""
+        with suppress(OutOfPages):
+            self.reserve(table, max(0, start + tokens - table.length))
+        pages = len(table.pages)
+        shared = (i for i in range(start // self.page_size, min(table.own, pages))
+                  if self.pool.references(table.pages[i]) > 1)
+        return max(0, next(shared, pages) * self.page_size - start)
+
+    def close(self, table: BlockTable, token_ids: Sequence[int] = ()) -> None:
+        """Gives the table's pages back; published ones stay shareable until they are needed, those first that were
+        given back longest ago.
+
+        token_ids: what the table's positions hold, from the first on. Its full pages are published then, as far as
+        token_ids go and every store holds them.
+        """
         self._check(table)
+        held = min([len(token_ids), *map(table.held, table.stores)])
+        if held >= self.page_size:
+            found = self.pool.publish(table.pages, self._chunks(token_ids[:held], table.stores))
+            # Pages that another one has published before count as used now, lest a prefix go before what continues it.
+            self._exchange(table, 0, found)
         self._tables.remove(table)
         self.pool.free(table.pages)
         table.pages, table.length = [], CLOSED
+
+    def forget(self, token_ids: Sequence[int], kept: int, stores: tuple[int, ...] = OWN_STORE) -> None:
+        """Frees the published pages of `token_ids` beyond the first `kept` that nobody shares and nothing continues."""
+        found = self.pool.match(self._chunks(token_ids, stores))
+        self.pool.forget(found[kept // self.page_size :])
 
     def warm_up(self) -> None:
         """Compiles what a GPU copies rows with: nothing is moved."""
@@ -499,6 +562,14 @@ class PagedCache:
         for table, start, stop in writes:
             if self._pages_for(stop) >= table.own:
                 table.own = min(table.own, start // self.page_size)
+
+    def _exchange(self, table: BlockTable, first: int, pages: Sequence[int]) -> None:
+        """Lets `table` refer to pages[first:] in the place of its own of those indices, which hold nothing more."""
+        for i in range(first, len(pages)):
+            if pages[i] != table.pages[i]:
+                self.pool.share([pages[i]])
+                self.pool.free([table.pages[i]])
+                table.pages[i] = pages[i]
 
     def _replace(self, replaced: Sequence[tuple[BlockTable, int]], fresh: Sequence[int]) -> None:
         """Gives each (table, index of a page) a copy of that page in one of the `fresh` pages."""

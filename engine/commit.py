@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stars.cache import CommitMove, PagedCache
-from stars.filtered_ratio import draw
+from stars.filtered_ratio import draw, told
 from stars.models import Models, Piece
 from stars.outputs import Segment
-from stars.request import Group, Hypothesis, Lane, Winner
+from stars.request import Group, Hypothesis, Lane, PromptContext, Winner
 from stars.reward.base import Reward
 from stars.rules import EARLIER, Decision, Draw, Keep
 
@@ -65,12 +65,16 @@ class Committer:
                     self._scorer.discard(lane.score_handle)
                     lane.score_handle = None
 
-    def commit(self, winners: Sequence[Winner]) -> None:
-        """Winners that go on are history in both caches afterwards."""
-        self._commit_rows(winners)
+    def commit(self, winners: Sequence[Winner], ended: Sequence[Winner] = ()) -> None:
+        """Winners that go on are history in both caches afterwards. Of what has `ended` its response the slabs' rows
+        become so, too, for a later turn to find: nothing is run for that, and what there is no page for is left out."""
+        ended = [winner for winner in ended if winner.hypothesis.table is not None and not self._exact]
+        self._commit_rows(winners, ended)
         scored = [winner for winner in winners if winner.hypothesis.request.scores_segments]
         if scored:
             self._commit_scored(scored)
+        if ended:
+            self._remember_scored(ended)
 
     def take_back(self, hypothesis: Hypothesis) -> None:
         """The newest segment of a hypothesis is history no longer, in neither cache; its attempts hold nothing."""
@@ -121,34 +125,34 @@ class Committer:
                 arranged.twins.append((twin, next(slots)))
                 continue
             hypothesis = parent if first else self.fork(parent, next(slots))
-            lane, then = parent.attempts[keep.attempt - 1], keep.then
+            lane, then, put = parent.attempts[keep.attempt - 1], keep.then, None
             if isinstance(then, Draw):
-                then = [draw(lane, keep.tokens, then.source)]
+                token = draw(lane, keep.tokens, then.source)
+                then, put = [token], told(lane, keep.tokens, token) if lane.tops is not None else None
             winner = (Winner.of(lane, hypothesis) if not then and keep.tokens == len(lane.token_ids) else
                       Winner.cut(lane, hypothesis, keep.tokens, then))
+            winner.put = put
             arranged.winners.append(winner)
             kept.append((keep, winner))
 
-    def _commit_rows(self, winners: Sequence[Winner]) -> None:
-        """The language model's pages hold all but the last token of each response afterwards."""
-        drafting = [winner.hypothesis.drafting for winner in winners]
-        written = [(winner, context, winner.lane.slab, len(winner.lane.token_ids))
-                   for winner, context in zip(winners, drafting, strict=True)]
-        # The judge has read the last drafted token, too. What is run in one pass must be so again to the same bits.
-        written += [(winner, hypothesis.judging, winner.lane.judge_slab, len(winner.lane.token_ids) + (not self._exact))
-                    for winner in winners if (hypothesis := winner.hypothesis).judge is not None]
+    def _commit_rows(self, winners: Sequence[Winner], ended: Sequence[Winner]) -> None:
+        """The language model's pages hold all but the last token of each response afterwards; of those that have ended
+        what slabs hold of that, as far as there are pages."""
+        written = self._written(winners)
         for winner, context, _, _ in written:
             # A fork has no room yet, and a rule's own tokens come on top of a segment.
             self._cache.reserve(context.table, len(winner.token_ids))
         # A slab holds the token before the segment and all of the segment but its last token.
         moves, lacking, apart = [], [], list[tuple[Piece, int]]()
-        for winner, (table, prompt_ids), slab, held in written:
+        for winner, (table, prompt_ids), slab, held in [*written, *self._written(ended)]:
             rows = min(len(winner.token_ids), winner.drafted + 1, held) if slab is not None else 0
-            if slab == winner.lane.slab:
+            if winner.finish_reason is not None:
+                rows = min(rows, self._cache.try_reserve(table, table.length, rows))
+            elif slab == winner.lane.slab:
                 winner.rows = rows
             if slab is not None and rows:
                 moves.append(CommitMove(table, slab * self._cache.slab_len, rows, table.length, winner.lane.stores))
-            if rows < len(winner.token_ids):
+            if rows < len(winner.token_ids) and winner.finish_reason is None:
                 token_ids = prompt_ids + winner.hypothesis.token_ids + winner.token_ids
                 holder = slab if slab is not None else _free_slab(winner) if self._exact else None
                 if self._exact and holder is not None:
@@ -164,6 +168,16 @@ class Committer:
         while apart:
             apart = self._run_apart(apart)
 
+    def _written(self, winners: Sequence[Winner]) -> list[tuple[Winner, PromptContext, int | None, int]]:
+        """Each winner in each of its contexts: its slab there, and the rows that this may hold."""
+        drafting = [winner.hypothesis.drafting for winner in winners]
+        written = [(winner, context, winner.lane.slab, len(winner.lane.token_ids))
+                   for winner, context in zip(winners, drafting, strict=True)]
+        # The judge has read the last drafted token, too. What is run in one pass must be so again to the same bits.
+        return written + [
+            (winner, hypothesis.judging, winner.lane.judge_slab, len(winner.lane.token_ids) + (not self._exact))
+            for winner in winners if (hypothesis := winner.hypothesis).judge is not None]
+
     def _run_apart(self, wanted: Sequence[tuple[Piece, int]]) -> list[tuple[Piece, int]]:
         """Runs the next of all tokens that tables lack, so many at most of each, in slabs whose rows are history by
         now; returns those that lack more. So they will be run again, should a response give way: `Hypothesis.ends`."""
@@ -173,6 +187,15 @@ class Committer:
             pieces.setdefault(piece.slab, piece._replace(token_ids=piece.token_ids[first : first + most]))
         self._models.recompute(list(pieces.values()))
         return [one for one in wanted if one[0].table.length < len(one[0].token_ids)]
+
+    def _remember_scored(self, ended: Sequence[Winner]) -> None:
+        """The reward's sessions get what it has kept of the scores of what ended their responses."""
+        scored = [winner for winner in ended if winner.as_drawn and winner.lane.score_handle is not None
+                  and winner.hypothesis.request.scores_segments and winner.hypothesis.session is not None]
+        if scored:
+            self._scorer.remember([(winner.hypothesis.session, winner.lane.score_handle) for winner in scored])
+            for winner in scored:
+                winner.lane.score_handle = None
 
     def _commit_scored(self, winners: Sequence[Winner]) -> None:
         """The reward's sessions hold what the responses hold afterwards."""

@@ -20,17 +20,28 @@ from torch import Tensor
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
-from stars.kernels import apply_penalties, blend_logits, sample_step, top_tokens
+from stars.edit_buffers import EditBuffers
+from stars.edits import Edited, Matcher
+from stars.kernels import apply_penalties, blend_logits, edit_logits, sample_step, top_logprobs, top_tokens
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.top_tokens import launches
-from stars.kernels.types import Batch, Draft, LaneState, Penalties, Ranking, Tiles
+from stars.kernels.types import Batch, Draft, LaneState, Penalties, Ranking, Tiles, TopLogprobs
 from stars.kv_store import KVStore
+from stars.logprobs import Tops
 from stars.model.decoder import Decoder
 from stars.pacing import Pacing
 from stars.plan import MAX_RANKS
-from stars.sampling import SamplingParams
-from stars.sizes import history_entries, language_model, later_bytes, ranked_rows, table_width
+from stars.sampling import MAX_LOGPROBS, SamplingParams
+from stars.sizes import (
+    EDIT_LAUNCHES,
+    TELL_LAUNCHES,
+    history_entries,
+    language_model,
+    later_bytes,
+    ranked_rows,
+    table_width,
+)
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
@@ -57,6 +68,8 @@ class LaneSpec(NamedTuple):
     least_tokens: int = 0  # that it draws before that
     weights: tuple[float, ...] = (1.0,)  # of the drafter's models, in their order
     ranks: int = 0  # above 0: nothing is drawn, so many of the most probable next tokens are found instead
+    edits: Edited | None = None  # biases, bans and masks of single tokens
+    matcher: Matcher | None = None  # says before each draw which tokens are allowed, and is told what was drawn
 
 
 class Drafted(NamedTuple):
@@ -68,6 +81,7 @@ class Drafted(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     logits: Tensor | None = None  # float32 [steps, vocab] that its tokens were drawn from, where they were asked for
+    tops: Tops | None = None  # what stood beside the tokens that were drawn, where the lane's parameters ask for that
 
 
 class Source(NamedTuple):
@@ -117,6 +131,12 @@ class Drafter:
             token_ids=(torch.int32, ranked), logprobs=(torch.float32, ranked))
         self._ranked_rows = ranked_rows(config, sizes)
         self._ranks: list[int] = []  # of the lanes of the last draft, where some have any
+        told = rows, max_segment_size
+        tops = *told, min(MAX_LOGPROBS, decoder.config.vocab_size)
+        self._telling = Buffers(target, zeroed=False, wanted=one, told=one)  # apart, as few drafts ask for these
+        self._told = Buffers(target, zeroed=False, ranks=(torch.int32, told), token_ids=(torch.int32, tops),
+                             logprobs=(torch.float32, tops))
+        self._wanted: list[int] = []  # of the lanes of the last draft, where some want to be told
         self._state = LaneState(*(self._buffers[name] for name in LaneState._fields))
         self._host = SimpleNamespace(**{name: self._buffers.host(name) for name in (
             *LaneState._fields, "seq_group", "prefix_len", "slab_start", *PENALTIES)})
@@ -142,7 +162,9 @@ class Drafter:
         self._graphs = Graphs(sum(later_bytes(source.decoder.config, source.decoder.adapter_launches)
                                   for source in self._sources))
         self._pacing = Pacing(rows) if target.own_memory else None
-        self._under_way: tuple[Callable[[], int], int] | None = None  # a step, and how many are to be launched yet
+        self._edits = EditBuffers(config, rows, decoder.config.vocab_size)
+        self._matched = False  # whether lanes of the last draft have a matcher
+        self._under_way: Callable[[], object] | None = None  # launches what is left of a draft
 
     @property
     def device_draft(self) -> Draft:
@@ -155,15 +177,18 @@ class Drafter:
         return self.drafted(len(lanes))
 
     def draft_with_logits(self, lanes: list[LaneSpec]) -> list[Drafted]:
-        """As `draft`, of lanes without penalties, with the logits that each token was drawn from."""
+        """As `draft`, of lanes without penalties and edits, with the logits that each token was drawn from."""
         assert not self.target.own_memory, "drafts on a GPU do not keep their logits"
         filters, cuts = any([lane.params.filters for lane in lanes]), any([lane.entropy_cut < math.inf
                                                                            for lane in lanes])
         rows, tiles = self._fill(lanes)
-        self._ranks = []
+        self._ranks, self._matched = [], False
+        self._wanted = self._fill_telling(lanes)
         self._buffers.upload()
         parts = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
         parts.append(self._sample(rows, filters or cuts, False, cuts))
+        if self._wanted:
+            parts.append(self._tell(rows))
         steps = max([lane.max_tokens for lane in lanes])
         kept = torch.empty(steps, len(lanes), self._logits.shape[1])
         for step in range(steps):  # a lane that has ended leaves its row as it may be
@@ -178,30 +203,36 @@ class Drafter:
         A GPU gets the first steps, which it is busy with while the host does something else. The others it gets by
         `pace`. On the CPU the draft is then over.
         """
-        filters = penalties = cuts = ranked = False
+        filters = penalties = cuts = ranked = edits = tells = False
         longest = 0
         for lane in lanes:
             filters |= lane.params.filters
             penalties |= lane.params.penalties
             cuts |= lane.entropy_cut < math.inf
             ranked |= lane.ranks > 0
+            edits |= lane.edits is not None or lane.matcher is not None
+            tells |= lane.params.logprobs is not None
             longest = max(longest, lane.max_tokens)
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
         self._ranks = self._fill_ranking(lanes) if ranked else []
-        self._start(filled, len(lanes), longest, filters, penalties, cuts)
+        self._wanted = self._fill_telling(lanes) if tells else []
+        self._matched = edits and self._edits.fill(lanes)
+        self._start(filled, len(lanes), longest, filters, penalties, cuts, edits)
 
     def pace(self) -> None:
         """Launches the rest of the draft that was started, as the device gets on with it, and the transfer of its
         results. Ends where all lanes have ended; does nothing where no draft was started."""
         if self._pacing is None or self._under_way is None:
             return
-        (step, left), self._under_way = self._under_way, None
-        self._pacing.launch(step, left, wait=True)
+        rest, self._under_way = self._under_way, None
+        rest()
         self._buffers.fetch()
         if self._ranks:
             self._ranking.fetch()
+        if self._wanted:
+            self._told.fetch()
         self._pacing.end()
 
     def drafted(self, count: int) -> list[Drafted]:
@@ -218,6 +249,14 @@ class Drafter:
             for i, ranks in enumerate(self._ranks):
                 if ranks and drafted[i].token_ids[0] >= 0:  # else its logits are no numbers
                     drafted[i] = self._ranked(i, ranks)
+        if self._wanted:
+            self._told.wait()
+            ranks_of, token_ids, values = (self._told.host(name) for name in Tops._fields)
+            for i, wanted in enumerate(self._wanted):
+                if wanted >= 0:
+                    drafted[i] = drafted[i]._replace(tops=Tops(
+                        ranks_of[i, : steps[i]].copy(), token_ids[i, : steps[i], :wanted].copy(),
+                        values[i, : steps[i], :wanted].copy()))
         return drafted
 
     def _ranked(self, lane: int, ranks: int) -> Drafted:
@@ -239,6 +278,13 @@ class Drafter:
             for filters, cuts in ((True, False), (False, False), (True, True)):
                 for penalties in (True, False):
                     self._graphs.warm_up(self._sample(rows, filters, penalties, cuts))
+            self._edits.idle(rows)
+            for penalties in (True, False):
+                self._graphs.warm_up(self._shape(rows, True, penalties))
+            self._telling.wait()
+            self._telling.host("wanted")[:], self._telling.host("told")[:] = -1, 0
+            self._telling.upload()
+            self._graphs.warm_up(self._tell(rows))
         for rows in reversed(self._ranked_rows):
             for filters in (True, False):
                 self._graphs.warm_up(self._rank(rows, filters))
@@ -251,6 +297,7 @@ class Drafter:
             spec = LaneSpec(table, last_token=0, slab=0, max_tokens=1, seed=0, attempt=1, stream=0,
                             params=SamplingParams(), stop_ids=())
             seconds = math.inf
+            self._ranks, self._wanted, self._matched = [], [], False
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()
@@ -267,27 +314,43 @@ class Drafter:
             self.cache.close(table)
 
     def _start(self, filled: tuple[int, Sequence[Tiles | None]], lanes: int, times: int, filters: bool,
-               penalties: bool = False, cuts: bool = False) -> None:
-        """Sends the buffers and launches the first steps, in stream order. Tokens are ranked after the first."""
+               penalties: bool = False, cuts: bool = False, edits: bool = False) -> None:
+        """Sends the buffers and launches the first steps, in stream order. Tokens are ranked after the first.
+
+        A step is the forward passes of all models, and what is done with their logits: shaped and drawn from in one
+        part, or, where lanes have edits, shaped in a part of its own. So edits add parts, and double none.
+        """
         self._buffers.upload()
         rows, tiles = filled
-        parts = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
-        parts.append(self._sample(rows, filters or cuts, penalties, cuts))
+        forward = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
+        if edits:
+            draw = [self._shape(rows, edits, penalties), self._sample(rows, filters or cuts, False, cuts, shaped=True)]
+        else:
+            draw = [self._sample(rows, filters or cuts, penalties, cuts)]
+        if self._wanted:
+            draw.append(self._tell(rows))
+        rank = None
         if self._ranks:
-            self._start_ranked(parts, rows, lanes, times, filters)
+            self._ranking.upload()
+            rank = self._rank(rows, filters)
+        if self._matched:
+            self._start_matched(forward, draw, rank, rows, lanes, times)
+            return
+        parts = [*forward, *draw]
+        if rank is not None:
+            self._start_ranked(parts, rank, rows, lanes, times)
             return
         if self._pacing is None:
             self._graphs.run(parts, self._done[rows], times)
             return
         step = partial(self._graphs.run, parts, self._done[rows])
         self._pacing.begin(lanes)
-        self._under_way = step, self._pacing.launch(step, times, wait=False)
+        self._under_way = partial(self._pacing.launch, step, self._pacing.launch(step, times, wait=False), wait=True)
 
-    def _start_ranked(self, parts: list[Part], rows: int, lanes: int, times: int, filters: bool) -> None:
+    def _start_ranked(self, parts: list[Part], rank: Part, rows: int, lanes: int, times: int) -> None:
         """As `_start`. What ranks is no part of a step that is run again: those lanes have ended, and their logits are
         of nothing."""
-        self._ranking.upload()
-        rank, step = self._rank(rows, filters), partial(self._graphs.run, parts, self._done[rows])
+        step = partial(self._graphs.run, parts, self._done[rows])
         if self._pacing is None:
             step()
             rank.call()  # by itself: libstars replays what is made of its own operations
@@ -296,7 +359,41 @@ class Drafter:
             return
         self._pacing.begin(lanes)
         self._pacing.launch(partial(self._graphs.run, [*parts, rank], self._done[rows]), 1, wait=False)
-        self._under_way = step, self._pacing.launch(step, times - 1, wait=False)
+        self._under_way = partial(self._pacing.launch, step, self._pacing.launch(step, times - 1, wait=False),
+                                  wait=True)
+
+    def _start_matched(self, forward: list[Part], draw: list[Part], rank: Part | None, rows: int, lanes: int,
+                       times: int) -> None:
+        """As `_start`, of a draft that needs the host between any two draws: a GPU's is run by `pace`."""
+        run = partial(self._run_matched, forward, draw, rank, rows, lanes, times)
+        if self._pacing is None:
+            run()
+            return
+        self._pacing.begin(lanes)
+        self._under_way = run
+
+    def _run_matched(self, forward: list[Part], draw: list[Part], rank: Part | None, rows: int, lanes: int,
+                     times: int) -> None:
+        """Runs up to `times` steps, one by one: masks are filled while the models run, and matchers are told of every
+        draw before the next masks are. The host waits for the draw alone, by the event of a transfer."""
+        host, done = self._host, self._done[rows]
+        for _ in range(times):
+            self._edits.begin_masks(host.done, host.steps)
+            self._graphs.run(forward, done)
+            self._edits.send_masks()
+            drawn = host.steps[:lanes].copy()
+            self._graphs.run(draw, done)
+            if rank is not None:
+                if self._pacing is None:
+                    rank.call()
+                else:
+                    self._graphs.run([rank], done)
+                rank = None
+            self._buffers.fetch()
+            self._buffers.wait()
+            self._edits.accept(drawn, host.steps, host.out_tokens)
+            if host.done[:lanes].all():
+                return
 
     def _forward(self, rows: int, tiles: Tiles | None, index: int = 0) -> Part:
         """The first part of a step, up to the logits, of one of the models. What it runs is made where it is recorded,
@@ -313,20 +410,44 @@ class Drafter:
 
         return Part(("forward", index, rows, *(shape(tiles) if tiles is not None else ())), run, launched)
 
-    def _sample(self, rows: int, filters: bool, penalties: bool, cuts: bool) -> Part:
-        """The last part: what is drawn from the logits, and the step to the next. Where lanes may be cut, filters are
-        looked for too, so that two shapes serve them and not four: where there are none, a launch leaves at once."""
+    def _shape(self, rows: int, edits: bool, penalties: bool) -> Part:
+        """What comes between the forward passes and the draw where it is a part of its own: the blend, edits and
+        penalties, so that others may read the logits that are drawn from."""
         def run() -> None:
-            lanes, logits = self._lanes(rows), self._logits[:rows]
-            if self._stacked is not None:
-                blend_logits(self._stacked, self._buffers["weights"], lanes.done, logits)
+            self._blend_logits(rows)
+            if edits:
+                edit_logits(self._logits[:rows], self._lanes(rows), self._edits.edits(rows))
             if penalties:
-                apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
-                    self._buffers[name][:rows] for name in PENALTIES)))
-            sample_step(logits, lanes, filters=filters,
+                self._penalise(rows)
+
+        return Part(("shape", rows, edits, penalties), run, EDIT_LAUNCHES)
+
+    def _sample(self, rows: int, filters: bool, penalties: bool, cuts: bool, shaped: bool = False) -> Part:
+        """The last part: what is drawn from the logits, and the step to the next. Where lanes may be cut, filters are
+        looked for too, so that two shapes serve them and not four: where there are none, a launch leaves at once.
+
+        shaped: `_shape` came before, and has blended and penalised.
+        """
+        blends = self._stacked is not None and not shaped
+
+        def run() -> None:
+            if blends:
+                self._blend_logits(rows)
+            if penalties:
+                self._penalise(rows)
+            sample_step(self._logits[:rows], self._lanes(rows), filters=filters,
                         ended=None if self._pacing is None else self._pacing.ended[:rows], cuts=cuts)
 
-        return Part(("sample", rows, filters, penalties, cuts), run, SAMPLE_LAUNCHES + (self._stacked is not None))
+        return Part(("sample", blends, rows, filters, penalties, cuts), run, SAMPLE_LAUNCHES + blends)
+
+    def _blend_logits(self, rows: int) -> None:
+        """Where models are blended."""
+        if self._stacked is not None:
+            blend_logits(self._stacked, self._buffers["weights"], self._state.done[:rows], self._logits[:rows])
+
+    def _penalise(self, rows: int) -> None:
+        apply_penalties(self._logits[:rows], self._lanes(rows), Penalties(self._history["entries"], *(
+            self._buffers[name][:rows] for name in PENALTIES)))
 
     def _rank(self, rows: int, filters: bool) -> Part:
         """What follows the second part of the first step, where lanes have ranks: their most probable tokens. Rows
@@ -338,6 +459,15 @@ class Drafter:
             top_tokens(self._logits[:rows], Ranking(*(self._ranking[name][:rows] for name in Ranking._fields)), filters)
 
         return Part(("rank", rows, filters), run, launches(rows, self.decoder.config.vocab_size))
+
+    def _tell(self, rows: int) -> Part:
+        """What follows a draw where lanes want to be told what stood beside it."""
+        def run() -> None:
+            top_logprobs(self._logits[:rows], self._state.steps[:rows], self._state.out_tokens[:rows], TopLogprobs(
+                self._telling["wanted"][:rows], self._telling["told"][:rows],
+                *(self._told[name][:rows] for name in Tops._fields)))
+
+        return Part(("tell", rows), run, TELL_LAUNCHES)
 
     def _lanes(self, rows: int) -> LaneState:
         return LaneState(*(tensor[:rows] for tensor in self._state))
@@ -399,6 +529,20 @@ class Drafter:
             host.repetition[row] = lane.params.repetition_penalty
             host.frequency[row], host.presence[row] = lane.params.frequency_penalty, lane.params.presence_penalty
         self._history.upload(stop * entries.strides[0])
+
+    def _fill_telling(self, lanes: list[LaneSpec]) -> list[int]:
+        """Writes and sends how many tokens beside its own each lane wants to be told of; returns it, -1 of none, and
+        nothing where no lane wants any."""
+        most = self._told["token_ids"].shape[2]
+        wanted = [-1 if lane.params.logprobs is None else min(lane.params.logprobs, most) for lane in lanes]
+        if max(wanted) < 0:
+            return []
+        self._telling.wait()
+        into = self._telling.host("wanted")
+        into[: len(wanted)], into[len(wanted) :] = wanted, -1
+        self._telling.host("told")[:] = 0
+        self._telling.upload()
+        return wanted
 
     def _fill_ranking(self, lanes: list[LaneSpec]) -> list[int]:
         """Writes what is to be found for each lane, and has those draw that are ranked what costs least: one token,

@@ -20,18 +20,20 @@ from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, 
 from stars.budget import Budget
 from stars.cache import PagedCache
 from stars.calibration import Calibration, PlainSample, PlainSegments
+from stars.chat import SpecialTokens
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import Drafter
 from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
 from stars.fit import fit
 from stars.intake import Asked, Intake, no_params
+from stars.metrics import EngineMetrics
 from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
-from stars.outputs import RequestOutput, warn_of_errors
+from stars.outputs import Handed, RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy
 from stars.readers import Parts, Readers
@@ -44,6 +46,7 @@ from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.sizes import language_model
 from stars.sources import checked_model, checked_reward, resolve_tokenizer
+from stars.spans import Spans, parent_of
 from stars.target import device_of
 from stars.turns import Turns, one_at_a_time
 from stars.vllm_names import CALL, ENGINE
@@ -82,6 +85,7 @@ class Engine:
     models: other language models by name, directories or Decoders, that policies draw with or judge by: of the own
         one's vocabulary, special tokens and context. A directory may hold a LoRA adapter; what several of all the
         engine's models, rewards' included, read from one file is held once. heads: files of heads by name.
+    tracer_provider: an OpenTelemetry TracerProvider, which gets a span of every request that has ended (spans.py).
     deterministic: promises the same text for the same seed at any width and in any batch. Checked here; raises
         ModelError where the arithmetic at hand cannot keep the promise.
     The other arguments are those of `EngineConfig`.
@@ -90,6 +94,8 @@ class Engine:
     reward may not call the engine that asks it: RequestError. What stops a call in the middle, an exception or an
     interrupt, undoes the round it was in: the next call draws it again from the same random numbers, and nothing is
     lost. An exception that one request alone causes ends that request with finish_reason "error".
+
+    `metrics` counts what it does: `engine.metrics.text()` is Prometheus' text, at any moment and from any thread.
 
     Construction raises ModelError, TokenizerError, RewardError or RequestError.
     """
@@ -101,9 +107,11 @@ class Engine:
                  max_num_seqs: int = 64, max_num_lanes: int = 64, max_segment_size: int = 128,
                  prefill_backend: str = "auto", max_num_batched_tokens: int | None = None,
                  quantization: str | None = None, reward_quantization: str | None = None,
-                 models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None, **others: Any):
+                 models: Mapping[str, Any] | None = None, heads: Mapping[str, Any] | None = None,
+                 tracer_provider: Any = None, **others: Any):
         begin = time.perf_counter()
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
+        self.spans = Spans(tracer_provider, _name(model)) if tracer_provider is not None else None
         model, reward = checked_model(model), checked_reward(reward)
         from_files = isinstance(model, (str, Path))
         # What is no number is refused below.
@@ -153,7 +161,8 @@ class Engine:
                 for reward in with_parts(self.reward):
                     self._claim(reward)
                 self.reward.bind(tokenizer, self.model_config.vocab_size, config)
-            chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes)
+            cache = self._cache
+            chooser = WidthChooser(drafter.step_seconds, config.max_num_lanes, lambda: cache.num_free_slabs)
             if config.target.captured_at_start:
                 with decoder.lock:
                     drafter.warm_up()
@@ -172,6 +181,7 @@ class Engine:
                              *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
         self._requests: dict[str, Request] = {}  # unfinished, in the order they came
+        self.metrics = EngineMetrics(self._requests, self._scheduler, self._cache, self.reward, config.max_model_len)
         self._changed: dict[str, Request] = {}  # since the last step, in order; their outputs are built when fetched
         self._orphans: deque[str] = deque()  # ids of requests whose owner went away
         self._changing = False  # True while any of this or the caches changes, and after a call that was stopped there
@@ -217,7 +227,8 @@ class Engine:
                  **others: Any) -> list[RequestOutput]:
         """Completes every prompt; one RequestOutput a prompt, in order.
 
-        prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those. sampling_params,
+        prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those; beside messages the
+        dictionary may have what `chat` takes, and beside {"prompt": text} "special_tokens". sampling_params,
         policy, budget, priority and user: one for all, or a list with one for each prompt. Requests of a lower priority
         come first; those of one are taken so that every `user` is served as many tokens as the others. Every input is
         checked before any work: RequestError names the index of the prompt at fault. What fails later ends that request
@@ -228,7 +239,8 @@ class Engine:
         refuse_bare_prompt(prompts)
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         count = len(prompts)
-        asked = [Asked(*one) for one in zip(
+        parent = parent_of(self.spans)
+        asked = [Asked(*one)._replace(trace_context=parent) for one in zip(
             prompts, _one_each("sampling_params", sampling_params, count), _one_each("policy", policy, count),
             _one_each("budget", budget, count), _one_each("priority", priority, count), _one_each("user", user, count),
             strict=True)]
@@ -242,7 +254,7 @@ class Engine:
             finished = 0
             while owner.waits_for:
                 if awaited := self._advance_for(owner):
-                    pause(awaited)
+                    pause(awaited, self._scheduler.deadline)
                 done = len(requests) - len(owner.waits_for)
                 if bar is not None:
                     bar.update(done - finished)
@@ -257,10 +269,42 @@ class Engine:
         warn_of_errors(outputs, stacklevel=3)
         return outputs
 
+    def chat(self, messages: Any = None, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+             policy: Policy | Sequence[Policy] | None = None, use_tqdm: bool | Callable[..., tqdm] = True, *,
+             tools: list[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None,
+             add_generation_prompt: bool | None = None, continue_final_message: bool = False,
+             special_tokens: SpecialTokens = "parse", budget: Budget | Sequence[Budget] | None = None,
+             priority: int | Sequence[int] = 0, user: str | Sequence[str] | None = None,
+             **others: Any) -> list[RequestOutput]:
+        """Answers a conversation, or each of a list of them; one RequestOutput a conversation, in order.
+
+        messages: dictionaries with "role" and "content" (text, or a list of text parts) or "tool_calls". They are
+        rendered by the model's chat template, as transformers' apply_chat_template does it, and by the reward model's.
+
+        tools: JSON schemas, for both templates. chat_template_kwargs: further variables of the language model's.
+        continue_final_message: the response continues the final message, whose content is text, in the same turn, for
+        rewards too. add_generation_prompt: whether an assistant's turn is opened; None: unless a message is continued.
+        special_tokens: "text" reads control tokens in messages, tools and variables as the text that they are, so that
+        no user can end a turn; "parse", as other engines do, as tokens. The other arguments are those of `generate`,
+        which takes the same by prompt: {"messages": [...], "tools": [...], ...}.
+        """
+        refuse_others("chat", others, CALL, (
+            "messages", "sampling_params", "policy", "use_tqdm", "tools", "chat_template_kwargs",
+            "add_generation_prompt", "continue_final_message", "special_tokens", "budget", "priority", "user"))
+        several = isinstance(messages, (list, tuple)) and messages and all(
+            isinstance(one, (list, tuple)) for one in messages)
+        said = {"tools": tools, "chat_template_kwargs": chat_template_kwargs,
+                "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message,
+                "special_tokens": special_tokens}
+        # Not None, which would count as absent.
+        prompts = [{"messages": [] if one is None else one, **said} for one in (messages if several else [messages])]
+        return self.generate(prompts, sampling_params, policy, use_tqdm, budget=budget, priority=priority, user=user)
+
     def stream(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
                policy: Policy | None = None, *, budget: Budget | None = None, priority: int = 0,
                user: str | None = None, **others: Any) -> Iterator[RequestOutput]:
-        """Yields the output of one prompt each time a segment was committed; each output is cumulative.
+        """Yields the output of one prompt each time a segment was committed; each output is cumulative, unless
+        SamplingParams.output_kind asks for what is new or for the last one alone.
 
         Text that may still change is held back: an incomplete character, a possible start of a stop string. The prompt
         is checked at the call (RequestError); closing the iterator early aborts the request.
@@ -269,7 +313,8 @@ class Engine:
         if isinstance(prompt, (list, tuple)):
             refuse_bare_prompt(prompt)
             raise RequestError("stream takes one prompt: call it for each, or give the list to generate")
-        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user)))
+        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user,
+                                              trace_context=parent_of(self.spans))))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         owner = Owner()
@@ -279,7 +324,7 @@ class Engine:
             while not finished:
                 output, awaited = self._next_output(request, owner)
                 if awaited:
-                    pause(awaited)
+                    pause(awaited, self._scheduler.deadline)
                 if output is not None:
                     finished = output.finished
                     yield output
@@ -328,30 +373,40 @@ class Engine:
     @one_at_a_time
     def add_request(self, /, prompt: Any = None, sampling_params: SamplingParams | None = None,
                     policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
-                    priority: int = 0, user: str | None = None, **others: Any) -> str:
-        """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands."""
+                    priority: int = 0, user: str | None = None, trace_headers: Mapping[str, str] | None = None,
+                    **others: Any) -> str:
+        """Queues a request and returns its id; RequestError or RewardError if it can never run as it stands.
+
+        trace_headers: W3C's traceparent and tracestate of the span that its own belongs to; None: the caller's.
+        """
         refuse_others("add_request", others, CALL, ("prompt", "sampling_params", "policy", "request_id", "budget",
-                                                    "priority", "user"))
-        request = self._parse(Asked(prompt, sampling_params, policy, budget, priority, user), request_id)
+                                                    "priority", "user", "trace_headers"))
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user,
+                      trace_context=parent_of(self.spans, trace_headers))
+        request = self._parse(asked, request_id)
         self._enqueue(request)
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Admits what fits, runs one round, and returns the outputs that changed since the last step.
+        """Admits what fits, runs one round, and returns the outputs that changed since the last step, as each
+        request's output_kind asks for them.
 
         Where all that runs waits for rewards, it waits with them, for 0.05 s at most.
         """
         outputs, awaited = self._step()
         if awaited and not outputs:
-            pause(awaited)
+            pause(awaited, self._scheduler.deadline)
         return outputs
 
     @one_at_a_time
     def _step(self) -> tuple[list[RequestOutput], list[Later]]:
         awaited = self._advance()
-        outputs = [self._output(request) for request in self._changed.values()]
+        changed = list(self._changed.values())
+        outputs = [self._output(request) for request in changed]
+        news = [request.news(output) for request, output in zip(changed, outputs, strict=True)]
         self._changed = {}
-        return outputs, awaited
+        _hand_out(changed, outputs)
+        return news, awaited
 
     @one_at_a_time
     def abort(self, request_id: str) -> bool:
@@ -464,8 +519,16 @@ class Engine:
         awaited = self._advance() if not owner.news else []
         if not owner.news:
             return None, awaited
+        news = self._news(request)
         owner.news = False
-        return self._output(request), []
+        return news, []
+
+    def _news(self, request: Request) -> RequestOutput:
+        """What its user is told now that it has changed, and has from here on."""
+        output = self._output(request)
+        news = request.news(output)
+        _hand_out([request], [output])
+        return news
 
     @one_at_a_time
     def _outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
@@ -496,6 +559,7 @@ class Engine:
                 self._abort([self._requests[self._orphans[0]]])
             self._orphans.popleft()
         try:
+            self._cut_short()
             groups = self._schedule()
             if before_round is not None:
                 before_round()
@@ -518,15 +582,33 @@ class Engine:
         self._changing = False
         return groups
 
-    def _run_round(self, groups: Sequence[Group]) -> None:
-        if not groups:
+    def _cut_short(self) -> None:
+        """Ends the requests whose time or budget is over."""
+        due = self._scheduler.due()
+        if not due:
             return
+        self._begin([group for request, _ in due for group in request.groups if not group.finished])
+        for request, reason in due:
+            self._round.conclude(request, reason)
+        self._in_round = ()
+        self._settle([request for request, _ in due])
+        self._changing = False
+
+    def _begin(self, groups: Sequence[Group]) -> None:
+        """From here on `groups` change, and go back to what they are now if the change is stopped in the middle."""
         for group in groups:
             if not group.undecided:
                 group.mark_boundary()
         self._changing, self._in_round = True, groups
+
+    def _run_round(self, groups: Sequence[Group]) -> None:
+        if not groups:
+            return
+        self._begin(groups)
         changed = self._round.run(groups)
         self._in_round = ()  # from here on it stands
+        self.metrics.committed(changed)
+        self._scheduler.ran(groups)
         self._settle({group.request.request_id: group.request for group in changed}.values())
         self._changing = False
 
@@ -592,6 +674,7 @@ class Engine:
         for hypothesis in (hypothesis for request in requests for hypothesis in request.hypotheses):
             hypothesis.let_go()
         self._scheduler.reset(requests)
+        self.metrics.reset(requests)
         self._settle([request for request in requests if request.finished])
         self._changing = False
 
@@ -606,12 +689,17 @@ class Engine:
             finished = request.finished
             if finished:
                 self._note_out_of_reach(request)
+                self.metrics.ended(request)
             if request.owner is None:
-                self._changed[request.request_id] = request
+                if request.has_news:
+                    self._changed[request.request_id] = request
             elif (owner := request.owner()) is not None:
-                owner.changed(request.request_id, finished)
+                owner.changed(request)
             if finished:
                 del self._requests[request.request_id]
+                self.metrics.forget(request)
+                if self.spans is not None:
+                    self.spans.ended(request)
 
     def _note_out_of_reach(self, request: Request) -> None:
         """Notes, once a policy, that the threshold lies far outside the rewards that were seen."""
@@ -637,6 +725,19 @@ class Engine:
     def _show_warnings(self) -> None:
         while self._warnings:
             warn(self._warnings.pop(), stacklevel=2)
+
+
+def _name(model: Any) -> str:
+    """What a model is called in traces: its name in the hub, its file's or directory's, or its type."""
+    if isinstance(model, (str, Path)):
+        return Path(model).resolve().name if Path(model).exists() else str(model)
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _hand_out(requests: Sequence[Request], outputs: Sequence[RequestOutput]) -> None:
+    """Notes what of the requests their users have."""
+    for request, output in zip(requests, outputs, strict=True):
+        request.handed_out = tuple(map(Handed.of, output.outputs))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

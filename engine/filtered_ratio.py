@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from stars.config import EngineConfig
+from stars.edits import names_of
 from stars.errors import ModelError, RequestError
 from stars.kernels import philox
 from stars.kernels.sample_step import proposal_logprobs
+from stars.logit_reads import TopReads
+from stars.logprobs import TokenLogprobs
 from stars.passes import Passes, Span
 from stars.plan import Plan
 from stars.proposer import NAN_LOGITS
 from stars.request import Lane, Reading
 from stars.sampling import SamplingParams
+from stars.target import CPU
 
 
 class Rows(NamedTuple):
@@ -69,9 +73,10 @@ def check_prompted(name: str, plan: Plan, params: SamplingParams, config: Engine
     """RequestError where attempts cannot be drawn in one context and judged in another. name: of the policy."""
     if config.target.own_memory:
         raise RequestError(f'{name} is not available on a GPU yet: device="cpu" runs it, build the engine with that')
-    if params.penalties:
-        raise RequestError(f"{name} draws and judges without penalties: leave presence_penalty, frequency_penalty and "
-                           "repetition_penalty out")
+    shaping = names_of(params)
+    if shaping:
+        raise RequestError(f"{name} draws and judges without penalties, biases and bans: leave {', '.join(shaping)} "
+                           "out")
     rows = plan.segment.draft + 1
     if rows > config.max_segment_size:
         raise RequestError(f"{name} judges {rows} tokens at a time, one before those that it drafts, and the engine's "
@@ -96,6 +101,17 @@ def draw(lane: Lane, position: int, source: str) -> int:
         hypothesis.request.seed, position, hypothesis.skipped + lane.attempt,
         philox.pack_stream(hypothesis.drafts, hypothesis.sample), len(weights), philox.KIND_DRAW)
     return int((weights.numpy() + philox.gumbel(words)).argmax())
+
+
+def told(lane: Lane, position: int, token: int) -> TokenLogprobs:
+    """What is known of a token that `draw` has put there: what the judge makes of it, at temperature 1 and without
+    filters, whichever of the two it was drawn from."""
+    rows: Rows = lane.reading
+    wanted = lane.hypothesis.request.params.logprobs
+    assert wanted is not None
+    room = TopReads(CPU, 1, rows.judge.shape[1])
+    own, tops = room.read(lambda start, stop: rows.judge[position : position + 1], [token], wanted)
+    return TokenLogprobs([token], own.tolist(), tops)
 
 
 def _logprobs(lane: Lane, logits: Tensor) -> Tensor:

@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 
 from stars.arguments import integer, refuse_bare_prompt, shown
 from stars.budget import Budget
+from stars.cache import OWN_STORE
 from stars.config import EngineConfig
 from stars.draft import MAX_STOP_IDS
+from stars.edits import edits_of, names_of
 from stars.errors import RequestError
 from stars.filtered_ratio import check_prompted
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import ModelConfig
 from stars.models import Models
-from stars.plan import Policy, Prompted, Ratio, plan_of
+from stars.plan import Plan, Policy, Prompted, Ratio, plan_of
 from stars.policies import Sample
-from stars.prompt import after, parse_prompt
+from stars.prompt import Prompt, after, last_tokens, parse_prompt
 from stars.readers import Readers
 from stars.request import Request
 from stars.reward.base import Reward
@@ -38,6 +40,7 @@ class Asked(NamedTuple):
     budget: Budget | None = None
     priority: int = 0
     user: str | None = None
+    trace_context: Any = None  # of the span that its own belongs to
     arrived: float | None = None  # by the monotonic clock; None: now
 
 
@@ -72,13 +75,16 @@ class Intake:
             raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
                                "reward=...)")
         proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
+        if params.prompt_logprobs is not None:  # the engine's own model reads the prompt, whoever drafts
+            stores = tuple(sorted({*stores, *OWN_STORE}))
         redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
         reader, reads = self._readers.reader_of(plan), plan.score.reads
         if isinstance(plan.propose, Prompted):
             check_prompted(type(policy).__name__, plan, params, self._config)
-        if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
-            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would "
-                               "be in one of them: leave the penalties out")
+        shaping = names_of(params) if isinstance(reads, Ratio) and not reads.filtered else ()
+        if shaping:
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties, "
+                               f"biases and bans would be in one of them: leave {', '.join(shaping)} out")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self._config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
@@ -96,10 +102,10 @@ class Intake:
                                "give fewer")
         vocab_size = self._vocab_size
         prompt = parse_prompt(given, self._tokenizer, vocab_size)
-        contexts = {"prompt": prompt.token_ids}  # by what they are called
-        if isinstance(plan.propose, Prompted):
-            contexts = {f"prompt with the {name} text before it": after(text, prompt, self._tokenizer, vocab_size)
-                        for name, text in (("draft", plan.propose.draft), ("judge", plan.propose.judge))}
+        contexts = self._contexts(plan, prompt)
+        if params.truncate_prompt_tokens is not None:
+            prompt = self._cut(plan, prompt, params.truncate_prompt_tokens, params)
+            contexts = self._contexts(plan, prompt)
         longest = max(contexts, key=lambda name: len(contexts[name]))
         length = len(contexts[longest])
         params = params.settle(length, self._config.max_model_len, vocab_size)
@@ -120,11 +126,35 @@ class Intake:
         self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens, list(contexts.values()))
         for drafts in (proposal, redrafts):
             self._models.drafter(drafts.stores, drafts.blends)  # which there may be no memory for
+        edits = edits_of(params, self._tokenizer, (*stop_ids, *self._eos_token_ids), vocab_size)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
-                       arrived=arrived)
+                       arrived=arrived, edits=edits, trace_context=asked.trace_context)
+
+    def _contexts(self, plan: Plan, prompt: Prompt) -> dict[str, list[int]]:
+        """What the language model reads responses after, by what it is called."""
+        if not isinstance(plan.propose, Prompted):
+            return {"prompt": prompt.token_ids}
+        return {f"prompt with the {name} text before it": after(text, prompt, self._tokenizer, self._vocab_size)
+                for name, text in (("draft", plan.propose.draft), ("judge", plan.propose.judge))}
+
+    def _cut(self, plan: Plan, prompt: Prompt, most: int, params: SamplingParams) -> Prompt:
+        """`prompt` with its last `most` tokens, or, where that is -1, as many as fit beside max_tokens."""
+        limit = self._config.max_model_len
+        if most > limit:
+            raise RequestError(f"SamplingParams.truncate_prompt_tokens is {shown(most)} and the limit of prompt and "
+                               f"response {limit}: give fewer, or -1 for as many as fit")
+        if most > 0:
+            return last_tokens(prompt, most, self._tokenizer)
+        room = limit - (params.max_tokens if params.max_tokens is not None else max(1, params.min_tokens))
+        if room < 1:
+            raise RequestError(f"max_tokens={shown(params.max_tokens or params.min_tokens)} leaves no token of the "
+                               f"prompt, the limit is {limit}: lower it")
+        prompt = last_tokens(prompt, room, self._tokenizer)
+        over = max(map(len, self._contexts(plan, prompt).values())) - room  # by texts that are put before it
+        return last_tokens(prompt, max(1, len(prompt.token_ids) - over), self._tokenizer) if over > 0 else prompt
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

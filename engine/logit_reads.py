@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stars.buffers import Buffers
-from stars.kernels import token_logprobs
+from stars.kernels import token_logprobs, top_logprobs
 from stars.kernels.graph import Graphs, Part
+from stars.kernels.types import TopLogprobs
+from stars.logprobs import Tops
 from stars.model.config import ModelConfig
 from stars.model.decoder import Decoder
+from stars.sampling import MAX_LOGPROBS
 from stars.target import Target
 
 LOGIT_ROWS = 64
@@ -33,12 +37,13 @@ class LogitReads:
 
     @torch.inference_mode(False)  # whoever asks first may be in it, and others not
     def __init__(self, decoder: Decoder, target: Target, rows: int, graphs: Graphs):
-        self._decoder, self._graphs = decoder, graphs
+        self._decoder, self._target, self._graphs = decoder, target, graphs
         # Of its own: the decoder's may grow, and a recorded pass goes on with what it was recorded with.
         self.states = torch.zeros(rows, decoder.config.hidden_size, dtype=decoder.dtype, device=target.device)
         self._logits = decoder.reserve_logits(LOGIT_ROWS)
         self._given = Buffers(target, targets=(torch.int32, (rows, 1)))
         self._found = Buffers(target, logprobs=(torch.float32, (rows, 1)))
+        self._tells: TopReads | None = None  # made where it is first asked for
 
     def logits(self, rows: int) -> Tensor:
         """float32 [rows, vocab] of the first rows, in memory of its own."""
@@ -75,6 +80,14 @@ class LogitReads:
         self._read(wanted, found)
         return [values[: len(row)] for values, row in zip(found.tolist(), targets, strict=True)]
 
+    def tops(self, first: int, targets: Sequence[int], wanted: int) -> tuple[np.ndarray, Tops]:
+        """Of the rows from `first` on, one for each of `targets`: log softmax(logits)[target] float32 [rows], its rank,
+        and the most probable tokens, as many as are wanted."""
+        tells = self._tells
+        if tells is None:
+            tells = self._tells = TopReads(self._target, len(self.states), self._logits.shape[1])
+        return tells.read(lambda start, stop: self._of(first + start, first + stop), targets, wanted)
+
     def _read(self, targets: Tensor, logprobs: Tensor) -> None:
         """Of the first rows, as many as there are targets for."""
         for first in range(0, len(targets), LOGIT_ROWS):
@@ -84,3 +97,35 @@ class LogitReads:
     def _of(self, first: int, stop: int) -> Tensor:
         """Logits of rows first .. stop - 1, which the next ones overwrite."""
         return self._decoder.logits(self.states[first:stop], self._logits[: stop - first])
+
+
+class TopReads:
+    """Room for what stands beside so many given tokens at a time, each by a row of logits."""
+
+    @torch.inference_mode(False)
+    def __init__(self, target: Target, rows: int, vocab: int):
+        row, most = (torch.int32, (rows,)), min(MAX_LOGPROBS, vocab)
+        self._given = Buffers(target, steps=row, wanted=row, told=row, tokens=(torch.int32, (rows, 1)))
+        self._found = Buffers(target, zeroed=False, ranks=(torch.int32, (rows, 1)), own=(torch.float32, (rows, 1)),
+                              token_ids=(torch.int32, (rows, 1, most)), logprobs=(torch.float32, (rows, 1, most)))
+
+    def read(self, logits: Callable[[int, int], Tensor], targets: Sequence[int], wanted: int
+             ) -> tuple[np.ndarray, Tops]:
+        """As `LogitReads.tops`. logits: float32 [stop - start, vocab] of rows start .. stop - 1."""
+        rows, given, found = len(targets), self._given, self._found
+        given.wait()
+        for name, value in (("steps", 1), ("told", 0), ("wanted", wanted)):
+            given.host(name)[:rows] = value
+        given.host("tokens")[:rows, 0] = targets
+        given.upload()
+        for start in range(0, rows, LOGIT_ROWS):
+            part = slice(start, min(rows, start + LOGIT_ROWS))
+            top_logprobs(logits(part.start, part.stop), given["steps"][part], given["tokens"][part], TopLogprobs(
+                given["wanted"][part], given["told"][part], found["ranks"][part], found["token_ids"][part],
+                found["logprobs"][part], found["own"][part]))
+        found.fetch()
+        found.wait()
+        most = min(wanted, found.host("token_ids").shape[2])
+        return found.host("own")[:rows, 0].copy(), Tops(
+            found.host("ranks")[:rows, 0].copy(), found.host("token_ids")[:rows, 0, :most].copy(),
+            found.host("logprobs")[:rows, 0, :most].copy())

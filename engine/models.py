@@ -18,6 +18,7 @@ from stars.config import MAX_SIZE, EngineConfig
 from stars.determinism import check_row_invariance
 from stars.draft import Drafter
 from stars.errors import ModelError, RequestError, StarsError, text_of
+from stars.logprobs import PromptLogprobs
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.files import is_directory, is_file
@@ -158,6 +159,20 @@ class Models:
             for table, _, stop in those:
                 if table.length == stop:
                     table.behind.clear()
+        return rows
+
+    def tell(self, job: tuple[BlockTable, Sequence[int], int], told: PromptLogprobs, max_rows: int | None = None
+             ) -> int:
+        """As `prefill`, of one table that the engine's own model has a store of: what that says of the tokens is put
+        into `told`."""
+        table, token_ids, stop = job
+        rows = 0
+        for store in table.stores:
+            passes, last = self.members[store].passes, store == table.stores[-1]
+            rows = (passes.tell(table, token_ids, stop, told, max_rows, last) if store == 0
+                    else passes.prefill([job], max_rows, last))
+        if table.length == stop:
+            table.behind.clear()
         return rows
 
     def catch_up(self, hypotheses: Sequence[Hypothesis], stores: tuple[int, ...]) -> None:

@@ -13,6 +13,14 @@ MAX_CHARACTERS = 48  # of a text in a repr
 MAX_COMPLETIONS = 3  # of a request in its repr
 
 
+class Logprob(NamedTuple):
+    """What a model said of one token at one place, as in vLLM."""
+
+    logprob: float  # nats, of what was drawn from, at temperature 1 and before any filter
+    rank: int | None  # place among all tokens by probability, from 1; of equal ones the lowest ids come first
+    decoded_token: str | None  # the token by itself; None without a tokenizer
+
+
 class Attempt(NamedTuple):
     """One drawn candidate of a segment, in attempt order."""
 
@@ -22,6 +30,7 @@ class Attempt(NamedTuple):
     accept_probability: float | None  # min(1, exp((reward - threshold) / beta))
     accepted: bool
     logprob: float  # of the candidate under what it was drawn from, as `CompletionOutput.cumulative_logprob`, nats
+    logprobs: list[dict[int, Logprob]] | None = None  # with SamplingParams.attempt_logprobs: as of CompletionOutput
 
     def __repr__(self) -> str:
         return (f"Attempt({len(self.token_ids)} tokens, reward={_number(self.reward)}, "
@@ -72,9 +81,11 @@ class Metrics:
     fallbacks: int = 0  # kept although rejected, or redrawn: what was redrawn is not among the attempts counted
     lm_tokens_drawn: int = 0
     lm_tokens_kept: int = 0
+    rm_calls: int = 0  # candidates that the reward has scored or was asked for, the prompt alone included
     rm_tokens_scored: int = 0
     rm_tokens_full_rescore: int = 0  # what scoring the same candidates from scratch would have run
     prompt_tokens_cached: int = 0  # prompt tokens whose keys and values another request had left in the cache
+    rm_tokens_cached: int = 0  # the same of the tokens that the reward model reads as the prompt, in its own cache
     num_preemptions: int = 0  # times that older responses took its pages and it was computed again
     lm_seconds: float = 0.0
     rm_seconds: float = 0.0
@@ -118,6 +129,24 @@ KEPT = ("segments", "attempts_counted", "accepted", "fallbacks", "lm_tokens_kept
 """Counts of what became history; the others are of all that was drawn."""
 
 
+class Times(NamedTuple):
+    """When a request got so far, in seconds since it came; None where it did not."""
+
+    admitted: float | None = None  # the first response got its pages
+    prefilled: float | None = None  # both models had read what one begins with
+    first_segment: float | None = None  # the first committed segment that is shown
+    last_segment: float | None = None  # the newest
+    finished: float | None = None
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase that has ended: "queue", "prefill", "decode" (from there to the last segment),
+        "inference" (both), and "first_segment" and "finished", from the request's arrival."""
+        spans = {"queue": (0.0, self.admitted), "prefill": (self.admitted, self.prefilled),
+                 "decode": (self.prefilled, self.last_segment), "inference": (self.admitted, self.last_segment),
+                 "first_segment": (0.0, self.first_segment), "finished": (0.0, self.finished)}
+        return {name: stop - start for name, (start, stop) in spans.items() if start is not None and stop is not None}
+
+
 @dataclass
 class CompletionOutput:
     """One completion of a prompt."""
@@ -127,12 +156,16 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out
     # Under what tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
     cumulative_logprob: float = 0.0
-    finish_reason: str | None = None  # "stop", "length", "refused", "abort", "error"; None while it runs
+    # "stop", "length", "refused", "deadline", "budget", "abort" or "error"; None while it runs.
+    finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own EOS
     reward: float | None = None  # of the whole response so far; None where the policy does not score
     segments: list[Segment] = field(default_factory=list)
     metrics: Metrics = field(default_factory=Metrics)
     error: str | None = None  # why, if finish_reason is "error"
+    # With SamplingParams.logprobs one a token: the token itself first, then the most probable ones, by token id. One
+    # that could not be drawn (-inf) is none of those. Of a token that a rule has put it is the only one, at 0.0.
+    logprobs: list[dict[int, Logprob]] | None = None
 
     def __repr__(self) -> str:
         why = f", error={_clipped(self.error)}" if self.error is not None else ""
@@ -143,7 +176,11 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A request and its completions. Cumulative: each one replaces the one before."""
+    """A request and its completions.
+
+    Cumulative: each one replaces the one before. With RequestOutputKind.DELTA texts, token ids and segments are what is
+    new since the output before, and all else is of all so far.
+    """
 
     request_id: str
     prompt: str | list[dict[str, Any]] | None  # as given: text, messages, or None where token ids were given
@@ -154,6 +191,10 @@ class RequestOutput:
     policy: Policy
     prompt_reward: float | None = None  # r(prompt), where the policy needed it
     metrics: Metrics = field(default_factory=Metrics)
+    # With SamplingParams.prompt_logprobs one a token of what the engine's own model has read, None of the first; None
+    # until it has read all of it. Where a method puts texts of its own before the prompt, those are among it.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    times: Times = Times()
 
     def __repr__(self) -> str:
         shown = [repr(output) for output in self.outputs[:MAX_COMPLETIONS]]
@@ -163,6 +204,32 @@ class RequestOutput:
                 f"{len(self.prompt_token_ids)} prompt tokens, finished={self.finished}, seed={self.seed}, "
                 f"policy={type(self.policy).__name__}, prompt_reward={_number(self.prompt_reward)}, "
                 f"outputs=[{', '.join(shown)}])")
+
+
+class Handed(NamedTuple):
+    """How much of a completion was handed out."""
+
+    characters: int = 0
+    tokens: int = 0
+    segments: int = 0
+
+    @classmethod
+    def of(cls, completion: CompletionOutput) -> Handed:
+        """All of it."""
+        return cls(len(completion.text or ""), len(completion.token_ids), len(completion.segments))
+
+
+def since(output: RequestOutput, handed_out: Sequence[Handed]) -> RequestOutput:
+    """Of `output`, which is cumulative, what is new: text, token ids, log-probabilities and segments of completions.
+    Counts, times, rewards and sums of log-probabilities are of all so far."""
+    completions = []
+    for index, completion in enumerate(output.outputs):
+        handed = handed_out[index] if handed_out else Handed()
+        text = None if completion.text is None else completion.text[handed.characters :]
+        logprobs = None if completion.logprobs is None else completion.logprobs[handed.tokens :]
+        completions.append(replace(completion, text=text, token_ids=completion.token_ids[handed.tokens :],
+                                   segments=completion.segments[handed.segments :], logprobs=logprobs))
+    return replace(output, outputs=completions)
 
 
 def warn_of_errors(outputs: Sequence[RequestOutput], stacklevel: int) -> None:

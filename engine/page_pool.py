@@ -106,11 +106,13 @@ class PagePool:
         """Available pages that `share(shared)` would take out of reach of `alloc`."""
         return sum(1 for page in shared if self._references[page] == 0)
 
-    def publish(self, pages: Sequence[int], chunks: Iterable[tuple[int, ...]]) -> None:
+    def publish(self, pages: Sequence[int], chunks: Iterable[tuple[int, ...]]) -> list[int]:
         """Offers `pages`, all in use and holding `chunks` from position 0, for sharing.
 
-        Where another page is published for the same prefix already, that one stays and continues the prefix.
+        Where another page is published for the same prefix already, that one stays and continues the prefix. Returns
+        the pages by which `chunks` are found now.
         """
+        found: list[int] = []
         parent = ROOT
         for page, tokens in zip(pages, chunks):
             key = (parent, tokens)
@@ -125,7 +127,17 @@ class PagePool:
                 if parent != ROOT:
                     self._children[parent].add(page)
                 known = page
+            found.append(known)
             parent = known
+        return found
+
+    def forget(self, pages: Sequence[int]) -> None:
+        """Gives up `pages`, a chain that `match` found, from its end on: as far as nobody refers to them and no prefix
+        goes on from them, they are free."""
+        for page in pages[::-1]:
+            if self._references[page] or self._children[page]:
+                return
+            self.unpublish(page)
 
     def unpublish(self, page: int) -> None:
         """Removes `page` and every page reached through it from the index; cached ones among them become free.

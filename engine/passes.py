@@ -18,6 +18,7 @@ from stars.kernels.graph import Graphs, Part
 from stars.kernels.triton.tiles import Kind
 from stars.kernels.types import Batch, Draft, Prefill, Tiles, TrailingRows
 from stars.logit_reads import LogitReads
+from stars.logprobs import PromptLogprobs
 from stars.model.decoder import Decoder
 from stars.model.heads import RewardHead
 from stars.prefill import choose_prefill
@@ -246,6 +247,20 @@ class Passes:
             logprobs += self._logprobs(token_ids[first : first + len(span.token_ids)], "prefill")
             _written([span])
         return rows, logprobs
+
+    def tell(self, table: BlockTable, token_ids: Sequence[int], stop: int, told: PromptLogprobs,
+             max_rows: int | None = None, advance: bool = True) -> int:
+        """As `prefill`, of one table, whose beginning `told` is of: what it lacks of the rows that are run is put
+        there. Few rows have logits at a time."""
+        spans, rows = self._page_spans([(table, token_ids, stop)], max_rows)
+        for [span] in self._run_whole(spans, into_slab=False):
+            lacking = told.lacking(span.start, span.start + len(span.token_ids))
+            if lacking:
+                told.take(lacking, *self.logit_reads().tops(
+                    lacking.start - span.start, told.targets(lacking), told.wanted))
+            if advance:
+                _written([span])
+        return rows
 
     def logit_reads(self) -> LogitReads:
         """What reads logits at every row of a pass, made where it is first asked for."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stars.cache import PagedCache
+from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
 from stars.errors import RewardError
+from stars.logprobs import PromptLogprobs
 from stars.models import Models, Piece
 from stars.request import Hypothesis, PromptContext
 from stars.reward.base import Progress, Reward
 from stars.streams import SideStream
+
+Job = tuple[BlockTable, Sequence[int], int]
+"""As `Passes.prefill` takes them."""
 
 
 class Allowance:
@@ -90,14 +94,18 @@ class Prefiller:
                   for index, context in enumerate(hypothesis.contexts) if index >= hypothesis.reading.published]
         if not unread:
             return
-        jobs = []
+        jobs: list[Job] = []
         for hypothesis, _, context in unread:
             ids = context.prompt_ids + ([] if self._exact else hypothesis.token_ids)
             jobs.append((context.table, ids, len(ids) - 1))
-        allowance.take(self._models.prefill(jobs, allowance.left))
-        for (hypothesis, index, context), (table, _, stop) in zip(unread, jobs, strict=True):
+        for told, those in _batches(unread, jobs):
+            allowance.take(self._models.tell(those[0], told, allowance.left) if told is not None else
+                           self._models.prefill(those, allowance.left))
+            if any([table.length < stop for table, _, stop in those]):  # nobody overtakes who came before
+                break
+        for (hypothesis, index, _), (table, token_ids, stop) in zip(unread, jobs, strict=True):
             if table.length == stop and index == hypothesis.reading.published:
-                self._cache.publish(table, context.prompt_ids[:-1])
+                self._cache.publish(table, token_ids[:stop])
                 hypothesis.reading.published += 1
 
     def _recompute(self, hypotheses: Sequence[Hypothesis], allowance: Allowance) -> None:
@@ -167,3 +175,18 @@ class Prefiller:
             raise RewardError(f"{type(self._reward).__name__}.{method} has done nothing although max_rows is None: let "
                               "it do all that it is asked")
         allowance.take(progress.rows)
+
+
+def _batches(unread: Sequence[tuple[Hypothesis, int, PromptContext]], jobs: Sequence[Job]
+             ) -> list[tuple[PromptLogprobs | None, list[Job]]]:
+    """What is read together, in order: who tells of a prompt what the model says of it is read by itself."""
+    batches: list[tuple[PromptLogprobs | None, list[Job]]] = []
+    for (hypothesis, context, _), job in zip(unread, jobs, strict=True):
+        told = hypothesis.request.prompt_told if hypothesis is hypothesis.request.teller and context == 0 else None
+        if told is not None and told.complete:
+            told = None
+        if told is None and batches and batches[-1][0] is None:
+            batches[-1][1].append(job)
+        else:
+            batches.append((told, [job]))
+    return batches

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from stars.cache import OWN_STORE, PagedCache
 from stars.config import EngineConfig
 from stars.draft import Drafted, LaneSpec
+from stars.edits import NOTHING_LEFT
 from stars.kernels.philox import pack_stream
 from stars.models import Models
 from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
+from stars.spending import Grant, grants
 from stars.width import WidthChooser
 
 NAN_LOGITS = "the language model's logits are NaN or infinite: check its weights, or load it with dtype=\"float32\""
@@ -45,6 +50,7 @@ class Proposer:
         self._launched = 0.0  # when the draft that is under way was started
         self._rows = 0  # that it has: a lane each, or one for all that are enumerated of a response
         self._others: dict[Key, Rows] = {}  # what was drawn from other models beside it
+        self.lanes: Mapping[str | None, int] | None = None  # of each user in the next round; None: they share all
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
         """Starts the draft of the lanes that are returned, without waiting for it. Those that draw from other models
@@ -53,19 +59,19 @@ class Proposer:
         drawn: dict[Hypothesis, list[Lane]] = {}
         own: list[LaneSpec] = []
         others: dict[Key, list[LaneSpec]] = {}
-        for hypothesis, width in zip(active, self._widths(active), strict=True):
+        for hypothesis, (width, max_tokens) in zip(active, self._grants(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
             table, last = hypothesis.pages, hypothesis.last_token
-            max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
+            stream = pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
-            drafts = hypothesis.proposal
+            drafts, edits = hypothesis.proposal, hypothesis.edited()
             specs = others.setdefault(_key(drafts), []) if drafts.apart else own
             first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
             if request.ranks and width:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
                 if not drafted:
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, first, stream, request.params,
-                                          request.stop_ids, history, ranks=request.ranks))
+                                          request.stop_ids, history, ranks=request.ranks, edits=edits))
             else:
                 for attempt in range(first, first + width):
                     slab = self._cache.take_slab()
@@ -73,7 +79,7 @@ class Proposer:
                     lanes.append(Lane(hypothesis, attempt, slab, judge_slab, stores=drafts.stores))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment, drafts.weights))
+                                          hypothesis.least_segment, drafts.weights, edits=edits))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._others = {key: self._draft(key, specs) for key, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
@@ -116,14 +122,21 @@ class Proposer:
                 own, seconds_own)
             if hypothesis.request.ranks and lanes:
                 rows = int(lanes[0].ranking is None)
-                self._hand_out(lanes, Ranking(*next(drafted)[:2]) if rows else lanes[0].ranking)
+                self._hand_out(lanes, _ranking(next(drafted)) if rows else lanes[0].ranking)
                 taken = hypothesis.take_drafts(lanes, seconds * rows, rows)
             else:
                 for lane in lanes:
-                    lane.token_ids, lane.logprobs, lane.logits = next(drafted)
+                    lane.token_ids, lane.logprobs, lane.logits, lane.tops = next(drafted)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
-                hypothesis.request.fail(self._nan(hypothesis.proposal))
+                hypothesis.request.fail(self._no_token(hypothesis, lanes))
+
+    def _no_token(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> str:
+        """What is said where one of these lanes could draw no token."""
+        forbidden = any([lane.token_ids[-1] < 0 and lane.logprobs[-1] == -math.inf for lane in lanes])
+        if forbidden and hypothesis.request.edits is not None:
+            return NOTHING_LEFT
+        return self._nan(hypothesis.proposal)
 
     def _nan(self, proposal: Drafts) -> str:
         """What is said of logits that are no numbers: whose they are."""
@@ -161,6 +174,8 @@ class Proposer:
             place = lane.attempt - 1
             lane.ranking = ranking
             lane.token_ids, lane.logprobs = [ranking.token_ids[place]], [ranking.logprobs[place]]
+            if ranking.tops is not None:  # the ranks are those of all tokens: filters keep the first ones
+                lane.tops = ranking.tops._replace(ranks=np.array([lane.attempt], np.int32))
 
     def window(self, request: Request, groups: int) -> int:
         """Whole responses of a completion that may be under way beyond what is decided, where the rule reads in order
@@ -178,10 +193,40 @@ class Proposer:
             sum(metrics.accepted for metrics in kept), sum(metrics.attempts_counted for metrics in kept) + rejected,
             side_by_side, max(1, self._max_responses // side_by_side))
 
-    def _widths(self, active: Sequence[Hypothesis]) -> list[int]:
+    def _grants(self, active: Sequence[Hypothesis]) -> list[Grant]:
+        widths = self._widths(active) if self.lanes is None else self._widths_of_users(active, self.lanes)
+        if any([hypothesis.request.bounded for hypothesis in active]):
+            return grants(active, widths)
+        return [Grant(width, hypothesis.next_segment) for hypothesis, width in zip(active, widths, strict=True)]
+
+    def widths_alone(self, active: Sequence[Hypothesis]) -> list[int]:
+        """The lanes that responses would get in a round of their own."""
+        return self._widths(active)
+
+    def _widths_of_users(self, active: Sequence[Hypothesis], lanes: Mapping[str | None, int]) -> list[int]:
+        """The lanes of each response where each user has so many at most, as if it were alone with them."""
+        users: dict[str | None, list[Hypothesis]] = {}
+        for hypothesis in active:
+            users.setdefault(hypothesis.request.user, []).append(hypothesis)
+        widths: dict[Hypothesis, int] = {}
+        # Each has its own, as long as there are lanes for one of each response besides.
+        left, others = self._lanes(active), len(active)
+        for user in sorted(users, key=lambda user: len(users[user])):
+            members = users[user]
+            others -= len(members)
+            most = max(len(members), min(lanes.get(user, len(members)), left - others))
+            widths |= zip(members, self._widths(members, most), strict=True)
+            left -= sum([max(1, widths[hypothesis]) for hypothesis in members])
+        return [widths[hypothesis] for hypothesis in active]
+
+    def _lanes(self, active: Sequence[Hypothesis]) -> int:
+        """Lanes that there are for a round of `active`."""
         # Who waits for rewards keeps its lanes meanwhile: one slab is left to each response that may come besides.
         lanes = min(self._max_num_lanes, self._cache.num_free_slabs - (self._max_num_seqs - len(active)))
-        lanes -= sum([hypothesis.request.lane_slabs - 1 for hypothesis in active])
+        return lanes - sum([hypothesis.request.lane_slabs - 1 for hypothesis in active])
+
+    def _widths(self, active: Sequence[Hypothesis], lanes: int | None = None) -> list[int]:
+        lanes = self._lanes(active) if lanes is None else lanes
         share = max(1, lanes // len(active)) if active else 1
         widths = []
         for hypothesis in active:
@@ -201,6 +246,11 @@ class Proposer:
                 widths.append(self.chooser.choose(sum(m.accepted for m in seen), sum(m.attempts_counted for m in seen),
                                                   len(active), max_width))
         return widths
+
+
+def _ranking(found: Drafted) -> Ranking:
+    """What was enumerated of a response."""
+    return Ranking(found.token_ids, found.logprobs, found.tops)
 
 
 def _key(drafts: Drafts) -> Key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,17 +14,21 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stars.budget import NO_BUDGET, Budget
+from stars.budget import CUT_SHORT, NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
+from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
-from stars.model.tokenizer import REPLACEMENT, Detokenizer
-from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
-from stars.plan import OWN, Plan, Policy, Prompted
+from stars.logprobs import PromptLogprobs, TokenLogprobs, Tops, forced, joined
+from stars.model.tokenizer import Detokenizer
+from stars.outputs import Attempt, CompletionOutput, Handed, Logprob, Metrics, RequestOutput, Segment, Times, since
+from stars.plan import OWN, Blend, Lanes, Model, Plan, Policy, Prompted, Sampled
 from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
 from stars.rules import Always, Judged, Note, Rule
-from stars.sampling import SamplingParams
-from stars.stops import cut_at_stop, find_stop, hold_back
+from stars.sampling import RequestOutputKind, SamplingParams
+from stars.shown import ShownText
+from stars.sizes import MAX_WORD
+from stars.stops import cut_at_stop, find_stop, unstoppable
 
 
 class Drafts(NamedTuple):
@@ -78,6 +83,7 @@ class Ranking(NamedTuple):
 
     token_ids: list[int]
     logprobs: list[float]
+    tops: Tops | None = None  # of the one place where they stand
 
 
 @dataclass(eq=False, slots=True)
@@ -99,8 +105,17 @@ class Lane:
     per_token: Sequence[float] = ()  # scores of its tokens, of a reward or a reader that has them
     reading: Any = None  # what the request's reader keeps of it until its slab is given back
     ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
+    tops: Tops | None = None  # what stood beside its tokens, where the request asks for that
+    known: TokenLogprobs | None = None  # that with its tokens, once it is asked for
     logits: Any = None  # float32 [steps, vocab] that it was drawn from, where its proposal keeps them
     stores: tuple[int, ...] = OWN_STORE  # of the models whose keys and values of it the slab holds
+
+    def told(self) -> TokenLogprobs:
+        """What is known of its tokens, of a lane that has tops; asked once they are as they stay."""
+        if self.known is None:
+            assert self.tops is not None
+            self.known = TokenLogprobs(self.token_ids, self.logprobs, self.tops)
+        return self.known
 
 
 @dataclass(eq=False, slots=True)
@@ -117,6 +132,7 @@ class Winner:
     as_drawn: bool  # whether it is the lane as it was drawn
     reward: float | None = None  # of the response with it, where that is known
     rows: int = 0  # of keys that were committed from the lane's slab
+    put: TokenLogprobs | None = None  # what is known of the tokens behind those that were drafted, where it is asked
 
     @property
     def read_again(self) -> bool:
@@ -145,6 +161,20 @@ class Winner:
         count, finish_reason, stop_reason = hypothesis.ending(token_ids)
         as_drawn = count == len(token_ids) == tokens == len(lane.token_ids)
         return cls(hypothesis, lane, token_ids[:count], min(tokens, count), finish_reason, stop_reason, as_drawn)
+
+    def told(self) -> list[TokenLogprobs]:
+        """What is known of its tokens, part by part, where the lane has tops. Tokens that a rule has put are forced,
+        unless it has drawn them."""
+        lane = self.lane
+        if lane.tops is None:
+            return []
+        if self.as_drawn:
+            return [lane.told()]
+        drafted = TokenLogprobs(self.token_ids[: self.drafted], lane.logprobs[: self.drafted], lane.tops)
+        rest = self.token_ids[self.drafted :]
+        if not rest:
+            return [drafted]
+        return [drafted, self.put if self.put is not None else forced(rest)]
 
 
 @dataclass(eq=False, slots=True)
@@ -178,12 +208,14 @@ class Wait:
 class Boundary(NamedTuple):
     """A response as it was when its newest segment began: what an interrupted round goes back to."""
 
-    lists: tuple[list[int], list[Segment], list[int], list[float]]  # they only grow: what takes of one makes a new one
+    # They only grow: what takes of one makes a new one.
+    lists: tuple[list[int], list[Segment], list[int], list[float], list[list[TokenLogprobs]]]
     tokens: int
     segments: int
     drafts: int
     ends: int
     logprobs: int
+    told: int
     cumulative_logprob: float
     reward: float | None
     finish_reason: str | None
@@ -213,6 +245,7 @@ class Hypothesis:
     table: BlockTable | None = None
     judge: BlockTable | None = None  # of the request's second context, where it has two: opened after `table`
     session: Any = None  # the reward's state of this response
+    left: Any = None  # the one that was closed, of a response that may lose yet
     prefill: Prefill | None = None  # while what it begins with is being read: it draws nothing yet
     wait: Wait | None = None  # while rewards of it are to come: it draws nothing and keeps what it holds
     token_ids: list[int] = field(default_factory=list)  # committed
@@ -222,6 +255,8 @@ class Hypothesis:
     attempts: list[Lane] = field(default_factory=list)  # of the segment being decided
     preferred: Lane | None = None  # of the segment being decided, what its exhaustion would keep; keeps its slabs
     logprobs: list[float] = field(default_factory=list)  # of token_ids, while a whole response is drafted
+    # What is known of its tokens, where it is asked: of each segment, or of each piece of a whole response.
+    told: list[list[TokenLogprobs]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     reward: float | None = None  # of all that is committed; None where it was not asked for
     finish_reason: str | None = None
@@ -240,6 +275,11 @@ class Hypothesis:
         self.sample = self.group.index * self.request.plan.lanes.population + self.slot  # of its random stream
         segment = self.request.plan.segment
         self.max_segment, self.least_segment, self.entropy_cut = segment.draft, segment.least, segment.cut
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was drawn for it."""
+        return self.drafts > 0 or bool(self.attempts)
 
     @property
     def proposal(self) -> Drafts:
@@ -350,11 +390,11 @@ class Hypothesis:
 
     def mark_boundary(self) -> None:
         """Notes where the segment that begins now begins. Called before any of its attempts is drawn."""
-        lists = self.token_ids, self.segments, self.ends, self.logprobs
+        lists = self.token_ids, self.segments, self.ends, self.logprobs, self.told
         self.boundary = Boundary(lists, len(self.token_ids), len(self.segments), self.drafts, len(self.ends),
-                                 len(self.logprobs), self.cumulative_logprob, self.reward, self.finish_reason,
-                                 self.stop_reason, self.error, self.note, _copy(self.metrics), self.backups,
-                                 self.redrawn)
+                                 len(self.logprobs), len(self.told), self.cumulative_logprob, self.reward,
+                                 self.finish_reason, self.stop_reason, self.error, self.note, _copy(self.metrics),
+                                 self.backups, self.redrawn)
 
     def go_back(self) -> None:
         """Becomes what it was at the boundary: the segment since then was never drawn. May itself be interrupted and
@@ -363,12 +403,13 @@ class Hypothesis:
         self.finish_reason = self.stop_reason = self.error = self.note = None
         self.per_token = ()
         if mark is not None:
-            self.token_ids, self.segments, self.ends, self.logprobs = mark.lists
+            self.token_ids, self.segments, self.ends, self.logprobs, self.told = mark.lists
             self.backups, self.redrawn = mark.backups, mark.redrawn
             del self.token_ids[mark.tokens :]
             del self.segments[mark.segments :]
             del self.ends[mark.ends :]
             del self.logprobs[mark.logprobs :]
+            del self.told[mark.told :]
             self.drafts, self.cumulative_logprob, self.reward = mark.drafts, mark.cumulative_logprob, mark.reward
             self.finish_reason, self.stop_reason = mark.finish_reason, mark.stop_reason
             self.error, self.note = mark.error, mark.note
@@ -383,7 +424,7 @@ class Hypothesis:
     def refuse(self) -> None:
         """Ends the response with what was committed before; a whole one with nothing."""
         if self.request.whole:
-            self.token_ids, self.logprobs, self.ends = [], [], []
+            self.token_ids, self.logprobs, self.ends, self.told = [], [], [], []
             self.cumulative_logprob, self.reward = 0.0, None
         self.finish("refused")
 
@@ -397,6 +438,7 @@ class Hypothesis:
         tokens = len(self.token_ids) - len(taken.token_ids)
         self.segments, self.token_ids = kept, self.token_ids[:tokens]
         self.ends = [end for end in self.ends if end <= tokens]
+        self.told = self.told[:count]
         self.drafts = count
         self.cumulative_logprob = 0.0
         for segment in kept:  # added as they were, to the same bits
@@ -410,16 +452,16 @@ class Hypothesis:
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = None
+        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = self.left = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
         """A second hypothesis with this one's history, in a slot of its own; without a place in the caches yet."""
         return Hypothesis(
             self.group, slot, token_ids=list(self.token_ids), segments=list(self.segments), drafts=self.drafts,
-            ends=list(self.ends), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
+            ends=list(self.ends), told=list(self.told), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
             finish_reason=self.finish_reason, stop_reason=self.stop_reason, error=self.error,
-            metrics=self.metrics.kept())
+            metrics=self.metrics.kept(), left=self.left)
 
     def ending(self, token_ids: list[int]) -> tuple[int, str | None, int | str | None]:
         """If `token_ids` were committed: how many of them, up to a stop string; whether they end the response, and why.
@@ -428,7 +470,7 @@ class Hypothesis:
         if request.stop:
             # The token that ends the response is no part of its text, so it cannot complete a stop string either.
             content = token_ids[:-1] if last in request.stop_ids else token_ids
-            cut = cut_at_stop(request.detokenizer, self.token_ids, content, request.stop)
+            cut = cut_at_stop(request.detokenizer, self.token_ids, content, request.stop, request.params.min_tokens)
             if cut is not None:
                 count, stop = cut
                 return count, "stop", stop
@@ -460,7 +502,7 @@ class Hypothesis:
                 return False
             if last in request.stop_ids or len(token_ids) >= left or request.stop:
                 count, lane.finish_reason, lane.stop_reason = self.ending(token_ids)
-                lane.token_ids, lane.logprobs = token_ids[:count], lane.logprobs[:count]
+                lane.token_ids, lane.logprobs = token_ids[:count], lane.logprobs[:count]  # tops may have more
         return True
 
     def append(self, winner: Winner) -> None:
@@ -474,10 +516,13 @@ class Hypothesis:
         self.token_ids += winner.token_ids
         self.cumulative_logprob += logprob
         self.reward = winner.reward
+        if lane.tops is not None:
+            self.told.append(winner.told())
         if request.whole:
             self.logprobs += logprobs
             return
-        attempts = [_record(attempt.token_ids, attempt.reward, attempt.note, sum(attempt.logprobs))
+        attempts = [_record(attempt.token_ids, attempt.reward, attempt.note, sum(attempt.logprobs),
+                            attempt.told().entries(request.name) if request.params.attempt_logprobs else None)
                     for attempt in lane.hypothesis.attempts]
         record, redraft = attempts[lane.attempt - 1], self.group.redraft
         redrawn = len(lane.hypothesis.candidates) if redraft is not None else 0
@@ -489,7 +534,13 @@ class Hypothesis:
 
     def whole_record(self) -> Attempt:
         """The user's view of a whole response that competes with others."""
-        return _record(list(self.token_ids), self.reward, self.note, self.cumulative_logprob)
+        asked = self.request.params.attempt_logprobs
+        return _record(list(self.token_ids), self.reward, self.note, self.cumulative_logprob,
+                       self.entries() if asked else None)
+
+    def entries(self) -> list[dict[int, Logprob]]:
+        """What is known of its tokens, as it is shown."""
+        return joined([part for parts in self.told for part in parts], self.request.name)
 
     def history(self) -> np.ndarray:
         """int32 [n, 2]: the distinct tokens of prompt and response, rising, each with its count in the response."""
@@ -501,6 +552,13 @@ class Hypothesis:
             entries[np.searchsorted(tokens, words), 1] = counts
             self._history = len(self.token_ids), entries
         return self._history[1]
+
+    def edited(self) -> Edited | None:
+        """What lanes are told of it, where the request edits logits."""
+        edits = self.request.edits
+        if edits is None:
+            return None
+        return Edited(edits, len(self.token_ids), self.token_ids[1 - MAX_WORD :] if len(edits.words) else ())
 
     def content_ids(self, extra: Extra | None = None) -> list[int]:
         """Response ids with `extra` appended, without the EOS or stop token that ended them: what a reward reads."""
@@ -536,6 +594,9 @@ class Group:
     dropped: Metrics | None = None  # of what was drawn for hypotheses that are gone; never changed
     queued: int = 0  # of whole responses that are drawn as they are wanted: those that the scheduler was told of
     boundary: Mark | None = None  # None before its first round
+    times: list[float] = field(default_factory=list)  # when each segment that is shown was committed
+    first_tokens: int = 0  # of what was shown first
+    seated: int = 0  # the last round that it took part in, where users shared them
 
     def __post_init__(self) -> None:
         self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
@@ -569,6 +630,14 @@ class Group:
     def failed(self) -> bool:
         """Whether the completion has ended without a result."""
         return any(hypothesis.finish_reason in ("error", "abort") for hypothesis in self.hypotheses)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the completion has ended; None while it runs."""
+        if not self.finished:
+            return None
+        reasons = [hypothesis.finish_reason for hypothesis in self.hypotheses]
+        return next((reason for reason in reasons if reason in ("error", "abort")), reasons[0])
 
     @property
     def judgeable(self) -> list[Hypothesis]:
@@ -657,8 +726,7 @@ class Group:
     def metrics(self) -> Metrics:
         """Of all that was drawn for the completion, and of what is kept of it so far."""
         if len(self.hypotheses) == 1 and not self.unsettled:
-            [only] = self.hypotheses
-            metrics = _copy(only.metrics)
+            metrics = _copy(self.hypotheses[0].metrics)
         else:
             metrics = Metrics()
             for hypothesis in self.hypotheses:
@@ -679,11 +747,11 @@ class Owner:
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
 
-    def changed(self, request_id: str, finished: bool) -> None:
+    def changed(self, request: Request) -> None:
         """Told in the turn in which one of them changed."""
-        self.news = True
-        if finished:
-            self.waits_for.discard(request_id)
+        self.news |= request.has_news
+        if request.finished:
+            self.waits_for.discard(request.request_id)
 
 
 @dataclass(eq=False)
@@ -711,6 +779,15 @@ class Request:
     priority: int = 0  # lower ones come first
     user: str | None = None  # whose tokens are counted together
     arrived: float = field(default_factory=time.monotonic)
+    edits: TokenEdits | None = None  # what it asks of single tokens before they are drawn
+    prompt_told: PromptLogprobs | None = None  # of the tokens of its first context, where that is asked
+    teller: Hypothesis | None = None  # who reads them for it
+    admitted: float | None = None  # when its first response was
+    prefilled: float | None = None  # when the first one was read by both models
+    ended: float | None = None
+    trace_context: Any = None  # of the span that its own belongs to
+    handed_out: Sequence[Handed] = ()  # of each completion, in outputs so far
+    served: int = 0  # tokens drawn and scored for it that its user's counter has
     owner: weakref.ref[Owner] | None = None  # who waits for it; None: whoever calls step
 
     def __post_init__(self) -> None:
@@ -718,6 +795,8 @@ class Request:
         assert params.max_tokens is not None  # settled when the request was checked
         self.max_tokens: int = params.max_tokens  # of each response
         self.contexts = self.contexts or (self.prompt.token_ids,)
+        if params.prompt_logprobs is not None:
+            self.prompt_told = PromptLogprobs(self.contexts[0], params.prompt_logprobs)
         self.alternates = isinstance(plan.propose, Prompted) and plan.propose.alternate
         self.lane_slabs = len(self.contexts)  # that an attempt takes of the language model's cache
         self.drawn_after = plan.drawn_after
@@ -736,6 +815,12 @@ class Request:
             # response may be refused, it counts how many were rejected.
             few = 1 if getattr(plan.decide, "tests_last", True) else 2
             self.attempts = tuple(min(few, count) for count in self.attempts)
+        self.bounded = self.budget.bounds_work  # whether what it draws and scores is counted against something
+        self.deadline = self.arrived + self.budget.seconds if self.budget.seconds is not None else math.inf  # monotonic
+        # Whether what is drawn of a segment is of use without the rest of it.
+        self.divisible = plan.whole or (type(plan.decide) is Always and plan.lanes == Lanes(plan.lanes.width)
+                                        and plan.score.when != "segment" and isinstance(plan.propose, (
+                                            Sampled, Blend, Model)))
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"
@@ -760,6 +845,34 @@ class Request:
         """True when every hypothesis has a finish reason."""
         return all([group.finished for group in self.groups])
 
+    @property
+    def times(self) -> Times:
+        """How far it came, and when."""
+        shown = [group.times for group in self.groups if group.times]
+        first, last = (min(times[0] for times in shown), max(times[-1] for times in shown)) if shown else (None, None)
+        return Times(*(None if moment is None else moment - self.arrived
+                       for moment in (self.admitted, self.prefilled, first, last, self.ended)))
+
+    def spent(self) -> Metrics:
+        """The counts of all that was drawn and scored for it, for what is gone, too."""
+        metrics = Metrics()
+        for group in self.groups:
+            for hypothesis in group.hypotheses:
+                metrics.add(hypothesis.metrics)
+            if group.dropped is not None:
+                metrics.add(group.dropped)
+        return metrics
+
+    @property
+    def awaits_prompt(self) -> bool:
+        """Whether nothing is drawn of it yet for want of the prompt's own reward."""
+        return self.plan.score.prompt and self.prompt_reward is None
+
+    @property
+    def asked_prompt(self) -> bool:
+        """Whether the reward was asked for something. The prompt's own is what it is asked for first."""
+        return any([hypothesis.metrics.rm_calls for hypothesis in self.hypotheses])
+
     def fail(self, message: str) -> None:
         """Ends every unfinished response with an error."""
         for hypothesis in self.hypotheses:
@@ -775,14 +888,42 @@ class Request:
         """Text of the response (with `extra` appended), the stop string cut off; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        text = self.detokenizer.decode(hypothesis.content_ids(extra))
-        stopped = isinstance((extra or hypothesis).stop_reason, str)
-        found = find_stop(text, self.stop) if stopped else None
+        token_ids = hypothesis.content_ids(extra)
+        text = self.detokenizer.decode(token_ids)
+        if not isinstance((extra or hypothesis).stop_reason, str):
+            return text
+        found = find_stop(text, self.stop, unstoppable(self.detokenizer, token_ids, self.params.min_tokens))
         return text[: found[0]] if found else text
 
-    def _settled(self, text: str) -> str:
-        """`text` less what may still change: an unfinished character at its end, a possible start of a stop string."""
-        return hold_back(text, self.stop) if self.stop else text.removesuffix(REPLACEMENT)
+    def name(self, token: int) -> str | None:
+        """The text of one token by itself, special ones shown; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        names = self._names
+        if token not in names:
+            names[token] = self.tokenizer.decode([token], skip_special_tokens=False)
+        return names[token]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {}
+
+    @cached_property
+    def _shown(self) -> ShownText:
+        """What the user is shown of responses. A tokenizer that failed is none: then there is no text."""
+        return ShownText(lambda: self.detokenizer, self.tokenizer, self.prompt.token_ids, self.params, self.stop_ids)
+
+    def _shown_text(self, token_ids: list[int], stop_reason: int | str | None, ended: bool) -> str | None:
+        return None if self.tokenizer is None else self._shown.of(token_ids, stop_reason, ended)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether an output of it is wanted now that it has changed."""
+        return self.params.output_kind is not RequestOutputKind.FINAL_ONLY or self.finished
+
+    def news(self, output: RequestOutput) -> RequestOutput:
+        """What is handed out of `output`: all of it, or what was not handed out before."""
+        return since(output, self.handed_out) if self.params.output_kind is RequestOutputKind.DELTA else output
 
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""
@@ -790,33 +931,32 @@ class Request:
         metrics = _copy(completions[0].metrics)
         for completion in completions[1:]:
             metrics.add(completion.metrics)
-        return RequestOutput(self.request_id, self.prompt.given, list(self.prompt.token_ids), completions,
-                             self.finished, self.seed, self.policy, self.prompt_reward, metrics)
+        return RequestOutput(self.request_id, self.prompt.asked, list(self.prompt.token_ids), completions,
+                             self.finished, self.seed, self.policy, self.prompt_reward, metrics,
+                             self.prompt_told.entries(self.name) if self.prompt_told is not None else None, self.times)
 
     def _completion(self, group: Group) -> CompletionOutput:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""
-        only = group.hypotheses[0]
+        only, tells = group.hypotheses[0], self.params.logprobs is not None
         if len(group.hypotheses) == 1 and not group.unsettled and (
-                only.segments or not self.whole or only.finish_reason == "refused"):
-            text = self.response_text(only)
-            if text is not None and only.finish_reason is None:
-                text = self._settled(text)
+                only.segments or not self.whole or only.finish_reason in ("refused", *CUT_SHORT)):
+            text = self._shown_text(only.token_ids, only.stop_reason, only.finish_reason is not None)
             return CompletionOutput(
                 group.index, text, list(only.token_ids), only.cumulative_logprob, only.finish_reason, only.stop_reason,
-                only.reward, list(only.segments), group.metrics(), only.error)
+                only.reward, list(only.segments), group.metrics(), only.error, only.entries() if tells else None)
         failed = next((h for h in group.hypotheses if h.finish_reason in ("error", "abort")), None)
         shared = group.shared()
         token_ids = [token for segment in shared for token in segment.token_ids]
-        text = None if self.tokenizer is None else self.detokenizer.decode(token_ids)
-        if text is not None and failed is None:
-            text = self._settled(text)
+        text = self._shown_text(token_ids, None, failed is not None)
         logprob = 0.0
         for segment in shared:
             logprob += segment.logprob
         return CompletionOutput(
             group.index, text, token_ids, logprob, failed.finish_reason if failed is not None else None,
             reward=shared[-1].reward if shared else None, segments=shared, metrics=group.metrics(),
-            error=failed.error if failed is not None else None)
+            error=failed.error if failed is not None else None,
+            logprobs=joined([part for parts in only.told[: len(shared)] for part in parts], self.name) if tells else
+            None)
 
 
 class Extra(Protocol):
@@ -837,7 +977,8 @@ def _copy(metrics: Metrics) -> Metrics:
     return Metrics(**vars(metrics))
 
 
-def _record(token_ids: list[int], reward: float | None, note: Note | None, logprob: float) -> Attempt:
+def _record(token_ids: list[int], reward: float | None, note: Note | None, logprob: float,
+            logprobs: list[dict[int, Logprob]] | None) -> Attempt:
     """The user's view of an attempt."""
     threshold, probability, accepted = note if note is not None else (None, None, False)
-    return Attempt(token_ids, reward, threshold, probability, accepted, logprob)
+    return Attempt(token_ids, reward, threshold, probability, accepted, logprob, logprobs)

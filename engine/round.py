@@ -9,13 +9,15 @@ from stars.cache import PagedCache
 from stars.commit import Committer, keep_whole
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, RewardError, describe, log
+from stars.exhaustions import Refuse
 from stars.judge import Judge, preferred
 from stars.models import Models
 from stars.proposer import Proposer
 from stars.request import Group, Hypothesis, Lane, Request, Wait, Winner
 from stars.reward.base import Candidate, Later, Reward, Scored
-from stars.rules import Decision
+from stars.rules import Decision, Keep
 from stars.scores import Scores, late, usable
+from stars.spending import affordable
 from stars.waiting import Waiting
 from stars.width import WidthChooser
 
@@ -38,6 +40,8 @@ class Round:
         self._cache = cache
         self._reward = reward
         self._trails = config.target.trailing
+        # What was drafted has other bits than what a prompt's passes make of it: there nothing of it is shared.
+        self._remembers = not config.deterministic
 
     @property
     def _scorer(self) -> Reward:
@@ -87,7 +91,7 @@ class Round:
 
     def able(self, groups: Sequence[Group]) -> list[Group]:
         """Those of `groups` that a round would do something for: draw, or take up what was waited for."""
-        if not self._waiting.waits:
+        if not self._waiting.waits and not any([group.request.bounded for group in groups]):
             return list(groups)
         drawing = {hypothesis.group for hypothesis in self._drawing(groups)}
         drawing.update(wait.group for wait in self._waiting.waits if wait.answered)
@@ -96,8 +100,12 @@ class Round:
     def _drawing(self, groups: Sequence[Group]) -> list[Hypothesis]:
         """The responses of `groups` that get lanes in a round."""
         if self._waiting.waits:
-            return self._waiting.drawing(groups, self._cache.num_free_slabs)
-        return [hypothesis for group in groups for hypothesis in group.active]
+            drawing = self._waiting.drawing(groups, self._cache.num_free_slabs)
+        else:
+            drawing = [hypothesis for group in groups for hypothesis in group.active]
+        if any([group.request.bounded for group in groups]):
+            drawing = affordable(drawing)
+        return drawing
 
     def awaited(self) -> list[Later]:
         """The rewards that are still to come."""
@@ -136,17 +144,24 @@ class Round:
         self._give_back(hypothesis, [])
         hypothesis.attempts = []
 
-    def close(self, hypothesis: Hypothesis) -> None:
-        """Gives back the pages and the session of a response."""
+    def close(self, hypothesis: Hypothesis, keep: bool = True) -> None:
+        """Gives back the pages and the session of a response.
+
+        keep: whether somebody may come back to it, by a later turn or once it goes on: then its full pages stay until
+        others need them. They do not where it ended with an error, which may have left anything in them.
+        """
         table, session = hypothesis.table, hypothesis.session
+        keep = keep and self._remembers and hypothesis.finish_reason != "error"
         if table is not None:
-            self._cache.close(table)
-            if hypothesis.judge is not None:
-                self._cache.close(hypothesis.judge)
+            for context in hypothesis.contexts:
+                self._cache.close(context.table, context.prompt_ids + hypothesis.token_ids if keep else ())
             hypothesis.table = hypothesis.judge = hypothesis.prefill = None
         if session is not None:
             hypothesis.session = None
             try:
+                if keep:
+                    self._scorer.remember([(session, None)])
+                    hypothesis.left = session if len(hypothesis.group.hypotheses) > 1 else None
                 self._scorer.close(session)
             except IntegrityError:
                 raise
@@ -203,7 +218,8 @@ class Round:
             if wait.winners[0].hypothesis.finish_reason is None:  # else its request has failed meanwhile
                 winners, twins, scores = wait.winners + winners, wait.twins + twins, wait.ends + scores
         faults = self._judge.take_ended(scores) if scores else []
-        self._committer.commit([winner for winner in winners if winner.finish_reason is None])
+        self._committer.commit([winner for winner in winners if winner.finish_reason is None],
+                               [winner for winner in winners if winner.finish_reason is not None])
         for winner in winners:
             winner.hypothesis.append(winner)
         for winner in winners:
@@ -254,11 +270,50 @@ class Round:
             if not group.finished:
                 return
         if len(group.hypotheses) > 1 and not group.failed:
-            chosen = self._judge.choose(group)
-            for hypothesis in group.hypotheses if chosen is not None else ():
-                if hypothesis is not chosen:
+            self._choose(group, drawn)
+
+    def _choose(self, group: Group, drawn: dict[Hypothesis, list[Lane]]) -> None:
+        """Of several responses, all of which have ended, one is the completion."""
+        chosen = self._judge.choose(group)
+        for hypothesis in group.hypotheses if chosen is not None else ():
+            if hypothesis is not chosen:
+                group.drop(hypothesis)
+                self._drop(hypothesis, drawn)
+
+    def conclude(self, request: Request, reason: str) -> None:
+        """Ends what is unfinished of a request, for want of time or budget, with what was committed.
+
+        Of a population the plan's own final choice among the responses that there are is the completion. Of whole
+        responses it is made of those that have ended, with a reward if they are to have one; where none has, the first
+        is kept as far as it is. A plan that refuses what its rule does not accept keeps nothing then.
+        """
+        for group in request.groups:
+            if not group.finished:
+                self._cut_short(group, reason)
+
+    def _cut_short(self, group: Group, reason: str) -> None:
+        request, members = group.request, group.hypotheses
+        ended = [one for one in members if one.finish_reason is not None and one.error is None]
+        for hypothesis in members:
+            if hypothesis.finish_reason is None:
+                self.finish(hypothesis, reason)
+        if request.whole:
+            kept = ended or members[:1]
+            for hypothesis in members:
+                if hypothesis not in kept:
                     group.drop(hypothesis)
-                    self._drop(hypothesis, drawn)
+                    self._drop(hypothesis, {})
+            if ended:
+                self._conclude(group, {})
+            elif isinstance(request.exhaust[-1], Refuse):
+                kept[0].refuse()
+            elif kept[0].token_ids:
+                keep_whole(group, Decision([Keep(kept[0].slot, 1, len(kept[0].token_ids))]))
+        elif len(members) > 1:
+            self._choose(group, {})
+        if not group.failed:
+            for hypothesis in group.hypotheses:
+                hypothesis.finish_reason, hypothesis.stop_reason = reason, None
 
     def _forget(self, wait: Wait) -> None:
         """Ends a wait whose answers nobody wants any more."""
@@ -268,11 +323,21 @@ class Round:
                 self._release(lane)
 
     def _drop(self, hypothesis: Hypothesis, drawn: dict[Hypothesis, list[Lane]]) -> None:
-        """Gives back all that a hypothesis holds that has left its group, which may have waited for its reward."""
+        """Gives back all that a hypothesis holds that has left its group, which may have waited for its reward. Nobody
+        comes back to it, unless another one begins with its text, as forks do."""
         if hypothesis.wait is not None:
             self._forget(hypothesis.wait)
         self._give_back(hypothesis, drawn.get(hypothesis, []))
-        self.close(hypothesis)
+        token_ids = hypothesis.token_ids
+        lost = not any([other.token_ids[: len(token_ids)] == token_ids for other in hypothesis.group.hypotheses])
+        session = hypothesis.session if hypothesis.session is not None else hypothesis.left
+        self.close(hypothesis, keep=not lost)
+        hypothesis.left = None
+        if lost and self._remembers:  # what had ended before, or was a fork's twin, might have been the one to stay
+            for prompt_ids in hypothesis.request.contexts:
+                self._cache.forget(prompt_ids + token_ids, len(prompt_ids), hypothesis.request.stores)
+            if session is not None:
+                self._scorer.forget(session)
 
     def _keep_preferred(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
         """Of a segment that goes on, the attempt that its exhaustion would keep keeps its slabs; the others give theirs

@@ -61,10 +61,12 @@ class SamplingParams:
     min_tokens: of a response before an EOS or stop token may be drawn.
     bad_words: texts that no response may contain, as vLLM tokenises them: with and without a space before.
     allowed_token_ids: the only ids that may be drawn.
-    include_stop_str_in_output: keeps the stop string that ended the response in its text.
-    skip_special_tokens: False shows special tokens in the text. What rewards read is not changed.
-    detokenize: False leaves the text empty.
-    truncate_prompt_tokens: keeps so many of a prompt's last tokens; -1 as many as fit beside max_tokens.
+    include_stop_str_in_output: keeps the stop string, or the text of the stop token, that ended the response in its
+        text. Rewards read the same with it and without, as with the next two.
+    skip_special_tokens: False shows special tokens in the text. Stop strings are found in the text without them.
+    detokenize: False leaves the text empty, and decodes nothing but what a reward reads.
+    truncate_prompt_tokens: keeps so many of a prompt's last tokens, BOS or not; -1 as many as fit beside max_tokens.
+        Rewards read what is left too, but those that render messages themselves read them whole.
     output_kind: what `stream`, `step` and `AsyncEngine` return; `generate` returns all at the end.
     structured_outputs: a StructuredOutputsParams, or its fields in a dictionary: the texts that may be drawn at all.
     """
@@ -130,6 +132,9 @@ class SamplingParams:
             "output_kind": self._output_kind(),
             "structured_outputs": StructuredOutputsParams.of(self.structured_outputs),
         }
+        if checked["stop"] and not checked["detokenize"]:
+            raise RequestError("SamplingParams.stop is found in the text, and detokenize is False: give "
+                               "stop_token_ids, or leave detokenize out")
         if checked["attempt_logprobs"] and checked["logprobs"] is None:
             raise RequestError("SamplingParams.attempt_logprobs says whose log-probabilities are returned and logprobs "
                                "is None: give logprobs too")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Iterable, Sequence
 
 from stars.arguments import shown
+from stars.budget import NO_BUDGET
 from stars.cache import Opening, PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
+from stars.fairness import Fairness, Seats
 from stars.models import Models
 from stars.plan import Plan
 from stars.prefilling import Allowance, Prefiller
@@ -17,38 +19,8 @@ from stars.prompt import Prompt
 from stars.request import Group, Hypothesis, Prefill, Request
 from stars.reward.base import Reward
 from stars.round import Round
-
-
-@dataclass(eq=False)
-class Unit:
-    """What is admitted and pre-empted together: the population of a completion, which is decided together, or one of
-    several whole responses, which need not be drafted side by side."""
-
-    group: Group
-    whole: Hypothesis | None = None  # the one of several
-
-    @property
-    def request(self) -> Request:
-        """Whose it is."""
-        return self.group.request
-
-    @property
-    def unfinished(self) -> list[Hypothesis]:
-        """Its responses that still grow."""
-        members = self.group.hypotheses if self.whole is None else [self.whole]
-        return [hypothesis for hypothesis in members if hypothesis.finish_reason is None]
-
-    @property
-    def ready(self) -> bool:
-        """Whether it takes part in the next round: both models have read what all of its responses begin with, and
-        every reward is there that it waited for."""
-        for hypothesis in self.unfinished:
-            if hypothesis.table is None or hypothesis.prefill is not None:
-                return False
-            if hypothesis.wait is not None and not hypothesis.wait.answered:
-                return False
-        request = self.group.request
-        return request.prompt_reward is not None or not request.plan.score.prompt
+from stars.spending import is_spent
+from stars.unit import Lines, Unit
 
 
 class Scheduler:
@@ -65,19 +37,23 @@ class Scheduler:
     """
 
     def __init__(self, cache: PagedCache, reward: Reward | None, models: Models, round_: Round, config: EngineConfig):
-        self.waiting: deque[Unit] = deque()  # in order; finished ones leave when they are first
+        self.waiting = Lines()
         self.running: list[Unit] = []  # as they were admitted
         self._config = config
         self._cache = cache
         self._reward = reward
         self._prefiller = Prefiller(cache, reward, models, config)
         self._round = round_
+        self._exact = config.deterministic
         self._gave_way: Unit | None = None  # the last one, until another gives something back
+        self._budgeted: list[Request] = []  # those that have a budget and may be unfinished
+        proposer = round_.proposer
+        self._fairness = Fairness(proposer.chooser.seconds, proposer.widths_alone, config.max_num_lanes)
 
     @property
     def _places(self) -> int:
         """Responses that may run side by side until the next admission: a rule may fork a group to its population."""
-        return sum(_places(unit) for unit in self.running)
+        return sum(unit.places for unit in self.running)
 
     @property
     def groups(self) -> list[Group]:
@@ -122,7 +98,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues `request`."""
-        self.waiting += self._units(request)
+        if request.budget != NO_BUDGET:
+            self._budgeted.append(request)
+        self._fairness.enter(request)
+        self.waiting.extend(self._units(request))
 
     def _units(self, request: Request) -> list[Unit]:
         """The units of a request that may be admitted from now on and were not queued yet, in order.
@@ -143,6 +122,22 @@ class Scheduler:
             units += [Unit(group, hypothesis) for hypothesis in members]
         return units
 
+    # -- budgets --------------------------------------------------------------------------------------------------
+
+    def due(self) -> list[tuple[Request, str]]:
+        """The requests that their budgets end now, each with the reason, wherever they are."""
+        if not self._budgeted:
+            return []
+        self._budgeted = [request for request in self._budgeted if not request.finished]
+        now = time.monotonic()
+        return [(request, "deadline" if request.deadline <= now else "budget") for request in self._budgeted
+                if request.deadline <= now or request.bounded and is_spent(request)]
+
+    @property
+    def deadline(self) -> float:
+        """The next one, on the clock of time.monotonic; inf where there is none."""
+        return min([request.deadline for request in self._budgeted], default=math.inf)
+
     # -- a round's room -------------------------------------------------------------------------------------------
 
     def plan(self, only: Group | None = None) -> tuple[list[Group], list[Request]]:
@@ -153,7 +148,15 @@ class Scheduler:
         ended = self._ended(self._round.answered_prompts())
         ended += self.reserve()
         ended += self.admit(only)
-        return self.groups, ended
+        seats = Seats(self.groups)
+        if not self._fairness.alone:
+            seats = self._fairness.seat(seats.groups, self._unread)
+        self._round.proposer.lanes = seats.lanes
+        return seats.groups, ended
+
+    def ran(self, groups: Sequence[Group]) -> None:
+        """A round was run for `groups`."""
+        self._fairness.ran(groups)
 
     def reserve(self) -> list[Request]:
         """Takes the pages of a segment for every running unit, the oldest first; returns the requests that it ends.
@@ -166,7 +169,7 @@ class Scheduler:
                 # While it is read it has the pages that it was admitted with.
                 while hypothesis.table is not None and hypothesis.prefill is None and not self._reserve(hypothesis):
                     if len(self.running) > 1:
-                        self._preempt(self.running[-1])
+                        self._preempt(self._fairness.last(self.running))
                     else:
                         ended.append(self._refuse(unit, "reserve has no room for the next segment of this prompt"))
         return ended
@@ -222,7 +225,7 @@ class Scheduler:
         self._gave_way = unit
         if unit in self.running:
             self.running.remove(unit)
-            self.waiting.appendleft(unit)
+            self.waiting.push([unit])
 
     def _refuse(self, unit: Unit, problem: str) -> Request:
         """Ends the request of a unit that cannot be held although nothing else holds anything."""
@@ -247,6 +250,10 @@ class Scheduler:
         if not self.waiting and not self._unread:
             return ended
         rows = self._config.max_num_batched_tokens if any(unit.ready for unit in self.running) else None
+        if rows is None and self.deadline < math.inf:  # a chunk a round, or it would pass while a long one is read
+            rows = self._config.chunk
+        if not self._fairness.alone:
+            rows = self._fairness.rows(rows, self._config.chunk, self.groups, self._unread)
         language, reward = Allowance(rows), Allowance(rows)
         while True:
             opened, used = self._open_units(only, ended), language.used + reward.used
@@ -257,21 +264,24 @@ class Scheduler:
                 break
         first = self._first(only)
         if first is not None and not self.running:
+            if self._anew(first.request) is not None and self._forget(first.request):
+                return ended + self.admit(only)  # what it reads anew was there twice
             ended.append(self._refuse(first, "can_open refuses this prompt"))
         return ended
 
     @property
     def _unread(self) -> list[Hypothesis]:
-        """Responses that were admitted and are still being read, in the order of their admission."""
-        return [hypothesis for unit in self.running for hypothesis in unit.unfinished if hypothesis.prefill is not None]
+        """Responses that were admitted and are still being read, in order."""
+        return self._fairness.order([hypothesis for unit in self.running for hypothesis in unit.unfinished
+                                     if hypothesis.prefill is not None])
 
     def _first(self, only: Group | None) -> Unit | None:
         """The unit to be admitted next: the rest of one that has been admitted in part, or the first that waits."""
         if self.running and not all(hypothesis.opened for hypothesis in self.running[-1].unfinished):
             return self.running[-1]
-        while self.waiting and not self.waiting[0].unfinished:
-            self.waiting.popleft()
-        return next((unit for unit in self.waiting if unit.unfinished and only in (None, unit.group)), None)
+        # Who gave way would need more than there was, until another has given something back.
+        return self.waiting.first(lambda user: self._fairness.standing(user, self.running),
+                                  self._gave_way if self.running else None, only)
 
     def _open_units(self, only: Group | None, ended: list[Request]) -> bool:
         """Opens what can be read side by side; a request that fails is appended to `ended`. Whether there is something
@@ -282,9 +292,9 @@ class Scheduler:
         opened: list[Hypothesis] = []
         beginnings = {beginning for hypothesis in self._unread for beginning in self._beginnings(hypothesis)}
         while (unit := self._first(only)) is not None:
-            if unit not in self.running and (unit is self._gave_way and self.running or not self._has_room(unit)):
+            if unit not in self.running and (unit is self._gave_way and self.running or not self._make_room(unit)):
                 break
-            for hypothesis in _unopened(unit):
+            for hypothesis in unit.unopened():
                 beginning = self._beginning(hypothesis, 0 if hypothesis.table is None else 1)
                 if beginning in beginnings:
                     return bool(opened)
@@ -299,6 +309,8 @@ class Scheduler:
                     ended.append(self.fail(unit.request, error))
                     break
                 opened.append(hypothesis)
+                if unit.request.admitted is None:
+                    unit.request.admitted = time.monotonic()
                 if beginning is not None:
                     beginnings.add(beginning)
                 if unit not in self.running:
@@ -306,20 +318,48 @@ class Scheduler:
                     self.running.append(unit)
         return bool(opened)
 
+    def _make_room(self, unit: Unit) -> bool:
+        """Whether all of `unit` can be opened, once those have given way that it comes before."""
+        while not self._has_room(unit):
+            other = self._fairness.gives_way(unit, self.running)
+            if other is None:
+                return False
+            self._preempt(other)
+        return True
+
     def _has_room(self, unit: Unit) -> bool:
         """Whether all of `unit` can be opened in the language model's cache, with a segment each."""
-        return self._places + _places(unit) <= self._config.max_num_seqs and self._can_open(unit)
+        return self._places + unit.places <= self._config.max_num_seqs and self._can_open(unit)
 
     def _can_open(self, unit: Unit) -> bool:
         """Whether there are pages for all of `unit`, with a segment each."""
         first, *others = [Opening(ids[:-1], [len(ids) - 1 + len(one.token_ids) + one.next_room
                                              for one in unit.unfinished]) for ids in unit.request.contexts]
-        return self._cache.can_open(first.token_ids, first.lengths, unit.request.stores, others)
+        return self._cache.can_open(first.token_ids, first.lengths, unit.request.stores, others,
+                                    self._anew(unit.request))
+
+    def _anew(self, request: Request) -> int | None:
+        """The tokens of a request's prompt that its next response may share, where it is to read the others anew: to
+        tell what the model says of them. None where nothing is to be told, or another one does."""
+        told, teller = request.prompt_told, request.teller
+        if told is None or told.complete or teller is not None and teller.table is not None:
+            return None
+        return told.read
+
+    def _forget(self, request: Request) -> bool:
+        """Forgets what is published of a request's prompt; whether anything was."""
+        return self._cache.withdraw(request.contexts[0], request.stores)
+
+    def _history(self, hypothesis: Hypothesis, context: int) -> list[int]:
+        """What the pages of its context of this number hold before it draws, as far as it is looked for in those of
+        others: what was committed, too, unless it has to be run again as it was drafted."""
+        prompt_ids = hypothesis.request.contexts[context]
+        return (prompt_ids if self._exact else prompt_ids + hypothesis.token_ids)[:-1]
 
     def _beginning(self, hypothesis: Hypothesis, context: int) -> tuple[int, ...] | None:
-        """The prompt of its context of this number up to the end of the first page that cannot be shared yet; None if
+        """The history of its context of this number up to the end of the first page that cannot be shared yet; None if
         it fills no such page."""
-        history, stores = hypothesis.request.contexts[context][:-1], hypothesis.request.stores
+        history, stores = self._history(hypothesis, context), hypothesis.request.stores
         stop = self._cache.shared_length(history, stores) + self._config.page_size
         return (*stores, *history[:stop]) if len(history) >= stop else None
 
@@ -334,24 +374,39 @@ class Scheduler:
         request = hypothesis.request
         if hypothesis.table is not None:
             try:
-                hypothesis.judge = self._cache.open(request.contexts[1][:-1], request.stores)
+                hypothesis.judge = self._cache.open(self._history(hypothesis, 1), request.stores)
             except OutOfPages:
                 return False
             return self._reserve_pages(hypothesis)
         scored = request.plan.score.when != "never"
         if scored and not self._scorer.can_open(request.prompt, request.max_tokens):
             return False
-        table = hypothesis.table = self._cache.open(request.contexts[0][:-1], request.stores)
-        hypothesis.prefill = Prefill()
-        if hypothesis.boundary is None:  # else it has run before, and was interrupted or gave way
+        anew = self._anew(request)
+        try:
+            table = hypothesis.table = self._cache.open(self._history(hypothesis, 0), request.stores, anew)
+        except OutOfPages:  # of one of several, whose room others have taken meanwhile
+            return False
+        if anew is not None:
+            request.teller = hypothesis
+        hypothesis.prefill, new = Prefill(), hypothesis.boundary is None  # else it was interrupted or gave way
+        self._fairness.read(request, len(request.contexts[0]) - table.length + len(hypothesis.token_ids))
+        if new:
             hypothesis.metrics.prompt_tokens_cached = table.length
         if scored:
             hypothesis.session = self._scorer.open(request.prompt, request.max_tokens)
+            if new:
+                hypothesis.metrics.rm_tokens_cached = self._scorer.cached(hypothesis.session)
+            elif hypothesis.token_ids and request.scores_segments and not self._exact:
+                text = request.detokenizer.decode(hypothesis.token_ids) if self._scorer.needs_text else None
+                self._scorer.recall(hypothesis.session, hypothesis.token_ids, text)
         return self._reserve(hypothesis, opened=True)
 
     def _begin(self, ready: Sequence[Hypothesis]) -> list[Request]:
         """What comes before the first draft of responses that were read; returns the requests whose prompt alone cannot
         be scored."""
+        for hypothesis in ready:
+            if hypothesis.request.prefilled is None:
+                hypothesis.request.prefilled = time.monotonic()
         requests = list({hypothesis.request.request_id: hypothesis.request for hypothesis in ready
                          if hypothesis.session is not None and hypothesis.request.prompt_reward is None}.values())
         self._round.prompt_rewards(requests)
@@ -380,33 +435,25 @@ class Scheduler:
         for request in requests:
             if request.in_turn:
                 wanted += self._units(request)
+            if request.finished:
+                self._fairness.leave(request)
             for group in request.groups:
                 for hypothesis in group.hypotheses:
                     if hypothesis.finish_reason is not None and hypothesis.table is not None:
                         self._round.close(hypothesis)
                         self._gave_way = None
         self.running = [unit for unit in self.running if unit.unfinished]
-        while self.waiting and not self.waiting[0].unfinished:  # those after it wait until they are first
-            self.waiting.popleft()
-        self.waiting.extendleft(reversed(wanted))
+        self.waiting.sweep()
+        self.waiting.push(wanted)
 
     def reset(self, requests: Iterable[Request]) -> None:
         """Begins anew over emptied caches: all that is unfinished of `requests` waits, in their order."""
-        self.running, self.waiting = [], deque()
+        requests = list(requests)
+        self.running, self.waiting = [], Lines()
+        self._fairness.reset(requests)
+        self._budgeted = [request for request in requests if request.budget != NO_BUDGET]
         for request in requests:
             for group in request.groups:
                 group.queued = 0
             self.waiting.extend(unit for unit in self._units(request) if unit.unfinished)
         self._gave_way = None
-
-
-def _places(unit: Unit) -> int:
-    """Responses that a unit may have at once before it ends."""
-    return unit.request.plan.lanes.population if unit.whole is None else 1
-
-
-def _unopened(unit: Unit) -> Iterator[Hypothesis]:
-    """Its responses that lack a table, each again until it has all."""
-    for hypothesis in unit.unfinished:
-        while not hypothesis.opened:
-            yield hypothesis

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 from stars.errors import RewardError
 from stars.kernels.types import Draft
-from stars.request import Extra, Hypothesis, Lane, Reader, Winner
+from stars.request import Extra, Hypothesis, Lane, Reader, Request, Winner
 from stars.reward.base import (
     Ahead,
     Candidate,
@@ -22,6 +22,7 @@ from stars.reward.base import (
     reward_problem,
     settled,
 )
+from stars.spending import calls_left
 
 
 class Scores:
@@ -91,6 +92,8 @@ class Scores:
         ended = [winner for winner in winners if winner.finish_reason is not None and (
             winner.hypothesis.request.plan.score.when == "end"
             or winner.unscored)]
+        if any([winner.hypothesis.request.bounded for winner in ended]):
+            ended = _within_budgets(ended)
         if not ended:
             return []
         candidates: list[Candidate] = []
@@ -240,6 +243,20 @@ class Scores:
         self._take_ahead([])
 
 
+def _within_budgets(ended: Sequence[Winner]) -> list[Winner]:
+    """Those of `ended` whose requests may have another reward; the others end without one, for want of it."""
+    left: dict[Request, float] = {}
+    scored = []
+    for winner in ended:
+        request = winner.hypothesis.request
+        left[request] = left.get(request, calls_left(request)) - 1
+        if left[request] >= 0:
+            scored.append(winner)
+        else:
+            winner.finish_reason, winner.stop_reason = "budget", None
+    return scored
+
+
 def late(scored: Scored) -> bool:
     """Whether a reward is still to come."""
     return isinstance(scored.reward, Future) and not scored.reward.done()
@@ -271,5 +288,6 @@ def _count(hypotheses: Sequence[Hypothesis], results: Sequence[Scored], seconds:
     for hypothesis, result in zip(hypotheses, results, strict=True):
         metrics = hypothesis.metrics
         metrics.rm_seconds += seconds / len(results)
+        metrics.rm_calls += 1
         metrics.rm_tokens_scored += result.tokens_run
         metrics.rm_tokens_full_rescore += result.tokens_full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import time
 from collections.abc import Sequence
 
@@ -88,6 +89,7 @@ class Waiting:
         return chosen
 
 
-def pause(awaited: Sequence[Later]) -> None:
-    """Waits until one of them is there, for a short time."""
-    concurrent.futures.wait(awaited, PATIENCE, concurrent.futures.FIRST_COMPLETED)
+def pause(awaited: Sequence[Later], until: float = math.inf) -> None:
+    """Waits until one of them is there, for a short time, and no longer than `until`, of time.monotonic."""
+    seconds = min(PATIENCE, max(0.0, until - time.monotonic()))
+    concurrent.futures.wait(awaited, seconds, concurrent.futures.FIRST_COMPLETED)

@@ -18,8 +18,9 @@ class WidthChooser:
     where it is first needed.
     """
 
-    def __init__(self, step_seconds: Callable[[int], float], max_lanes: int):
+    def __init__(self, step_seconds: Callable[[int], float], max_lanes: int, room: Callable[[], int] | None = None):
         self._measure = step_seconds
+        self._room = room  # lanes that there are slabs for now, to be measured with; None: for all
         self._grid = [count for count in MEASURED if count <= max_lanes]
         self._seconds: dict[int, float] = {}
 
@@ -35,14 +36,17 @@ class WidthChooser:
         for width in CANDIDATES:
             if width > max_width:
                 break
-            cost = self._step(width * responses) / (1.0 - (1.0 - rate) ** width)
+            cost = self.seconds(width * responses) / (1.0 - (1.0 - rate) ** width)
             if cost < best_cost:
                 best, best_cost = width, cost
         return best
 
-    def _step(self, lanes: int) -> float:
-        below = max(count for count in self._grid if count <= lanes)
-        above = min((count for count in self._grid if count >= lanes), default=below)
+    def seconds(self, lanes: int) -> float:
+        """Of a step with so many lanes; what was not measured is interpolated, and beyond it in proportion."""
+        grid = self._grid if self._room is None else [count for count in self._grid if count in self._seconds
+                                                      or count <= max(1, self._room())]
+        below = max(count for count in grid if count <= lanes)
+        above = min((count for count in grid if count >= lanes), default=below)
         low, high = self._seconds_at(below), self._seconds_at(above)
         if above == below:
             return low * max(1.0, lanes / below)

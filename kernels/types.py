@@ -117,6 +117,17 @@ class Ranking(NamedTuple):
     logprobs: Tensor  # float32 [lanes, most ranks] out: at temperature 1, without filters
 
 
+class TopLogprobs(NamedTuple):
+    """What `top_logprobs` reads of every lane beside what it drew, and where it puts what it finds."""
+
+    wanted: Tensor  # int32 [lanes] most probable tokens, at most as many as there are columns; 0: the rank; -1: nothing
+    told: Tensor  # int32 [lanes] draws that were read; as many as were drawn afterwards, where something is wanted
+    ranks: Tensor  # int32 [lanes, max_steps] out: place of each drawn token, from 1
+    token_ids: Tensor  # int32 [lanes, max_steps, most] out: the most probable first, -1 where no token is left
+    logprobs: Tensor  # float32 [lanes, max_steps, most] out: at temperature 1, without filters
+    own: Tensor | None = None  # float32 [lanes, max_steps] out: of the drawn tokens, where no sampler has said it
+
+
 class Penalties(NamedTuple):
     """What `apply_penalties` takes of every lane; lanes of one response share its entries of the history."""
 
@@ -126,6 +137,24 @@ class Penalties(NamedTuple):
     repetition: Tensor  # float32 [lanes] above 0; 1 is off
     frequency: Tensor  # float32 [lanes]; 0 is off
     presence: Tensor  # float32 [lanes]; 0 is off
+
+
+class Edits(NamedTuple):
+    """What `edit_logits` takes of every lane; lanes of one request share its entries and its words.
+
+    A lane of which all is off has count and word_count 0 and mask_row -1.
+    """
+
+    entries: Tensor  # int32 [entries, 3] token id, tokens of the response before which it is banned, bits of a float32
+    start: Tensor  # int32 [lanes] first entry of a lane
+    count: Tensor  # type: ignore[assignment]  # int32 [lanes] its entries, of distinct tokens
+    base: Tensor  # int32 [lanes] tokens of the committed response
+    words: Tensor  # int32 [words, word length] token ids to the right, the last of which is banned; -1 is any token
+    first_word: Tensor  # int32 [lanes] first word of a lane
+    word_count: Tensor  # int32 [lanes] its words
+    tail: Tensor  # int32 [lanes, word length - 1] last tokens of the committed response, to the right, -1 where none is
+    masks: Tensor  # int32 [mask rows, ceil(vocab / 32)] bit t % 32 of word t // 32: whether token t is allowed
+    mask_row: Tensor  # int32 [lanes] -1: all are
 
 
 class Draft(NamedTuple):

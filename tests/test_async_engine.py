@@ -641,25 +641,10 @@ def test_what_changed_while_an_output_waited_is_built_once_that_is_fetched():
 
 
 def test_deltas_are_merged_and_none_is_lost():
-    """With an engine whose outputs of this kind hold what is new since the last one that was built."""
-    def as_deltas(engine):
-        output, sent = engine._output, Counter()
-
-        def build(request):
-            whole = output(request)
-            for completion in whole.outputs:
-                first = sent[completion.index]
-                sent[completion.index] = len(completion.token_ids)
-                completion.token_ids = completion.token_ids[first:]
-            return whole
-
-        engine._output = build
-
     async def serve(pause):
         engine = toy_engine(LM, RM)
         prompt, params, policy = endless()
         wanted = engine.generate(prompt, params, policy, use_tqdm=False)[0].outputs[0].token_ids
-        as_deltas(engine)
         params = dataclasses.replace(params, output_kind=KIND.DELTA)
         got, count = [], 0
         async with stars.AsyncEngine(engine) as served:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -685,10 +686,46 @@ class CacheMachine(RuleBasedStateMachine):
             self.tokens[table] = tail
             assert self.cache.num_free_pages >= free  # what it ended the sharing of is free
 
-    @rule(table=consumes(tables))
-    def close(self, table):
-        self.cache.close(table)
-        del self.tokens[table]
+    @rule(table=consumes(tables), share=st.sampled_from([0, 3, 20, 20]))
+    def close(self, table, share):
+        """With what it holds, or only the first of that: what is found afterwards is read back by who opens it."""
+        tokens, size = self.tokens.pop(table), self.cache.page_size
+        self.cache.close(table, tokens[:share])
+        assert self.cache.shared_length(tokens) >= min(share, len(tokens)) // size * size
+
+    @rule(table=tables, more=st.lists(st.integers(0, 1), max_size=9))
+    def adopt(self, table, more):
+        """What is published of a longer text, of which only shared pages are there yet."""
+        tokens, free = self.tokens[table] + more, self.cache.num_free_pages
+        if self.cache.adopt(table, tokens):
+            assert table.length % self.cache.page_size == 0 and len(self.tokens[table]) < table.length <= len(tokens)
+            assert self.cache.shared_length(tokens) == table.length
+            self.tokens[table] = tokens[: table.length]
+        else:
+            assert self.cache.num_free_pages == free
+
+    @rule(tokens=st.lists(st.integers(0, 1), max_size=13), kept=st.integers(0, 13))
+    def forget(self, tokens, kept):
+        """Nobody who holds something loses it, which the invariant sees; and no page is lost."""
+        before, size = self.cache.shared_length(tokens), self.cache.page_size
+        self.cache.forget(tokens, kept)
+        assert min(before, kept // size * size) <= self.cache.shared_length(tokens) <= before
+
+    @rule(table=tables, back=st.integers(0, 6), tokens=st.integers(0, 9))
+    def try_reserve(self, table, back, tokens):
+        """So many positions can be written then without a page more, whatever others share."""
+        start = max(0, table.length - back)
+        room = min(tokens, self.cache.try_reserve(table, start, tokens))
+        if not room or not self.cache.num_free_slabs:
+            return
+        held = Counter(page for other in self.tokens for page in other.pages)
+        text = self.tokens[table][:start] + [1] * room
+        slab = self.cache.take_slab()
+        first = fill_slab(self.cache, slab, self.values(text)[start:])
+        self.cache.commit([CommitMove(table, first, room, start)])
+        self.cache.return_slab(slab)
+        self.tokens[table] = text
+        assert held == Counter(page for other in self.tokens for page in other.pages)
 
     @rule()
     def slab(self):
@@ -704,6 +741,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity(slabs_out=len(self.slabs))
         for table, tokens in self.tokens.items():
             assert_holds(self.cache, table, self.values(tokens))
+        self.assert_index()
+
+    def assert_index(self):
+        """Each page that may be found holds what a model would compute after the pages that lead to it."""
+        pool, size = self.cache.pool, self.cache.page_size
+        pages, values = [], []
+        for key, page in pool._index.items():
+            tokens: list[int] = []
+            while key is not None:
+                tokens[:0] = key[1]
+                key = pool._keys[key[0]] if key[0] >= 0 else None
+            pages += range(page * size, (page + 1) * size)
+            values += self.values(tokens)[-size:]
+        assert torch.equal(self.cache.k_pages[:, pages], rows_for(values))
 
     def teardown(self):
         if not hasattr(self, "cache"):
@@ -901,3 +952,67 @@ def test_a_slab_has_as_many_holders_as_take_it():
     cache._slab_holders[slab] = 1
     with pytest.raises(IntegrityError, match="slabs were lost or doubled|a slab is free and held"):
         cache.check_integrity()
+
+
+# -- what stays of tables that were closed ----------------------------------------------------------------------------
+
+
+def test_full_pages_stay_as_far_as_every_store_holds_them():
+    """A store that is behind has nothing in the last pages, and who shares them would read that."""
+    cache = make_cache(4, 16, num_slabs=2, slab_len=12)
+    other = cache.add_store(shape_of(2, 1, 4), torch.float32)
+    tokens = list(range(14))
+    table = cache.open(tokens, (0, other))
+    slab = cache.take_slab()
+    cache.commit([CommitMove(table, slab * 12, 6, 0, (0, other))])
+    cache.commit([CommitMove(table, slab * 12, 8, 6, (0,))])
+    assert table.length == 14 and table.held(other) == 6
+    cache.close(table, tokens)
+    assert cache.shared_length(tokens, (0, other)) == 4 and cache.shared_length(tokens) == 0
+    cache.check_integrity()
+
+
+def test_a_prefix_goes_after_what_continues_it():
+    """Two read one prompt at once. The first one's page is what the second one's response continues: it was used when
+    that ended, and not when the first one did."""
+    cache, prompt = make_cache(4, 6), [1, 2, 3, 4]
+    first, second = opened(cache, prompt, 4), opened(cache, prompt + [5, 6, 7, 8], 8)
+    for table in (first, second):
+        write(cache, table, 0, (prompt + [5, 6, 7, 8])[: len(table.pages) * 4])
+    cache.close(first, prompt)
+    cache.close(second, prompt + [5, 6, 7, 8])
+    assert cache.pool.num_published == 2  # the second one's own first page is free
+    cache.close(opened(cache, [], 4 * 5))  # all that is free, and the last page of the response
+    assert cache.shared_length(prompt + [5, 6, 7, 8]) == 4
+    cache.check_integrity()
+
+
+def test_what_is_counted_of_lookups():
+    cache, tokens = make_cache(4, 16), list(range(11))
+    table = opened(cache, tokens, 11)
+    write(cache, table, 0, tokens)
+    cache.close(table, tokens)
+    assert (cache.prefix_queries, cache.prefix_hits) == (11, 0)
+    before = cache.prefix_queries, cache.prefix_hits
+    cache.open(tokens + [1])
+    assert (cache.prefix_queries - before[0], cache.prefix_hits - before[1]) == (12, 8)
+    cache.reset()
+    assert cache.prefix_queries == before[0] + 12
+
+
+def test_what_others_go_on_from_is_not_forgotten():
+    """Of two texts with one beginning that of the one that is kept stays, and so does what somebody holds."""
+    cache, one, other = make_cache(4, 16), list(range(12)), [*range(8), 90, 91, 92, 93]
+    for tokens in (one, other):
+        table = opened(cache, tokens, 12)
+        write(cache, table, table.length, tokens[table.length :])
+        cache.close(table, tokens)
+    cache.forget(other, 4)
+    assert (cache.shared_length(other), cache.shared_length(one)) == (8, 12)
+    held = cache.open(one)
+    cache.forget(one, 4)
+    assert cache.shared_length(one) == 12
+    cache.close(held)
+    cache.forget(one, 6)
+    assert cache.shared_length(one) == 4 and cache.pool.num_published == 1
+    cache.check_integrity()

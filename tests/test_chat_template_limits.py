@@ -22,6 +22,8 @@ NESTED = ("{{% set ns = namespace(x=['lol'], y=['lol']) %}}{{% for i in range(60
           "{{% set ns.y = [ns.y, ns.y] %}}{{% endfor %}}{}")
 DOUBLED = "{{% set ns = namespace(s='ab') %}}{{% for i in range(60) %}}{}{{% endfor %}}"
 
+BIG = (1 << 61) - 1  # integers that differ by it have one hash
+
 LOOPS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "filtered": "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
@@ -37,6 +39,9 @@ LOOPS = {
     "in": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{{ 'b' in t }}{% endfor %}",
     "count": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{{ t.count('b') }}{% endfor %}",
     "slices": "{% set t = 'a'*10000000 %}{% for i in range(99999) %}{% set x = t[1:] %}{% endfor %}",
+    "colliding": f"{{% set x = range(0, 99999 * {BIG}, {BIG}) | unique | list %}}",
+    "colliding keys": f"{{% set x = {{}}.fromkeys(range(0, 99999 * {BIG}, {BIG})) %}}",
+    "colliding pairs": f"{{% set x = dict(range(0, 99999 * {BIG}, {BIG}) | batch(2)) %}}",
     "data": "{% for i in range(99999) %}" + "x" * 10000 + "{% endfor %}",
 }
 GROWTH = {

@@ -168,7 +168,8 @@ def test_a_function_scores_no_tokens():
 
 
 def test_prompt_tokens_that_were_cached():
-    """Full pages of four of all but the prompt's last token, which others, or an earlier sample, had computed."""
+    """Full pages of four of all but the prompt's last token, which others, or an earlier sample, had computed: of their
+    prompts and of what they had committed."""
     engine, prompt = toy_engine(LM, page_size=4), ids(13, 11)
 
     def cached(length: int, n: int = 1, policy=None, tokens=prompt) -> list[int]:
@@ -177,10 +178,10 @@ def test_prompt_tokens_that_were_cached():
         return [one.metrics.prompt_tokens_cached for one in output.outputs]
 
     assert cached(4) == [0]  # no full page before its last token
-    assert cached(11, n=3) == [0, 8, 8]
+    assert cached(11, n=3) == [4, 8, 8]  # once the first one has drawn, its last token's keys are there
     assert cached(11, n=2) == [8, 8]
     assert [cached(length) for length in (3, 4, 5, 8, 9, 12)] == [[0], [0], [4], [4], [8], [8]]
-    assert cached(13, n=2) == [8, 12]
+    assert cached(13, n=2) == [12, 12]
     assert cached(13) == [12]
     assert cached(13, tokens=prompt[:5] + ids(8, 11, 77)) == [4]
     assert cached(13, tokens=ids(13, 11, 78)) == [0]

@@ -167,8 +167,9 @@ def backing_params(seed: int = 7) -> stars.SamplingParams:
 
 def told(output: stars.RequestOutput) -> list:
     """What two runs must agree on, but for last bits; metrics without times."""
+    apart = ("num_preemptions", "prompt_tokens_cached", "rm_tokens_cached")
     metrics = [{name: value for name, value in vars(one.metrics).items() if not name.endswith("seconds")
-                and name not in ("num_preemptions", "prompt_tokens_cached")} for one in output.outputs]
+                and name not in apart} for one in output.outputs]
     return [[(one.token_ids, one.finish_reason, [(s.winner, s.accepted, [a.token_ids for a in s.attempts])
                                                  for s in one.segments]) for one in output.outputs], metrics]
 

@@ -88,7 +88,16 @@ if FAKED:
             assert len(gathered) == (backend == "sdpa") * (6 + 3)
             for top_k, presence in ((0, 0.0), (40, 0.2), (0, 0.0), (40, 0.2)):
                 decode(engine, top_k, presence)
+            captured = fake_cuda.events["capture"]
+            engine.generate(PROMPTS, stars.SamplingParams(max_tokens=24, min_tokens=3, logit_bias={5: 1.0}, bad_words=[
+                "very good", "film"], presence_penalty=0.2), use_tqdm=False)
+            assert fake_cuda.events["capture"] == captured  # what edits is captured at start-up too
             engine.generate(LONG, stars.SamplingParams(max_tokens=4), use_tqdm=False)
+            told = engine.generate(PROMPTS, stars.SamplingParams(max_tokens=9, logprobs=3, prompt_logprobs=2),
+                                   stars.STARS(segment_size=4, max_attempts=3, reward_threshold=0.3), use_tqdm=False)
+            for output in told:
+                assert output.outputs[0].error is None and len(output.prompt_logprobs) == len(output.prompt_token_ids)
+                assert len(output.outputs[0].logprobs) == len(output.outputs[0].token_ids)
             engine.check_integrity()
         assert fake_cuda.events["capture"] > 10 and bool(gathered) == (backend == "sdpa")
         for q, keys, values, prefill, _, out, *_ in gathered:

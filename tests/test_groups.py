@@ -77,11 +77,11 @@ def test_interrupted_short_of_pages_or_in_company_the_text_is_the_same(name, cau
     for holder, method, every in ((engine._cache, "fork", 2), (engine._cache, "commit", 3),
                                   (engine.reward, "fork", 3), (engine.reward, "score", 7),
                                   (engine._round, "close", 4)):
-        def interrupted(*given, right=getattr(holder, method), key=(holder, method), every=every):
+        def interrupted(*given, right=getattr(holder, method), key=(holder, method), every=every, **named):
             calls[key] = calls.get(key, 0) + 1
             if calls[key] % every == 0 and calls[key] < 12:
                 raise KeyboardInterrupt
-            return right(*given)
+            return right(*given, **named)
 
         setattr(holder, method, interrupted)
     names = [engine.add_request(prompt, params(), ROWS[name]) for prompt in PROMPTS]

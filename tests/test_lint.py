@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("engine", "kernels", "bindings", "benchmarks", "tests", "setup.py")
+FOLDERS = ("engine", "kernels", "bindings", "benchmarks", "docs", "tests", "setup.py")
 
 
 def test_lint():

@@ -15,7 +15,7 @@ from stars.kernels.top_tokens import launches, selection_rows
 from stars.model.decoder import Decoder
 from stars.model.reader import DTYPES
 from stars.reward import CausalReward
-from stars.sizes import LIBRARIES, Occupant, needed_bytes
+from stars.sizes import EDIT_LAUNCHES, LIBRARIES, TELL_LAUNCHES, Occupant, needed_bytes
 from stars.target import CUDA, ROWS
 from toy import ToyModel
 
@@ -85,7 +85,8 @@ def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
     # Of captures that come later, two passes of either model and two steps of a draft.
     later = {engine.model_config: 4, reward.decoder.config: 2}
     ranked = 2 * sum(launches(rows, LM["vocab"]) for rows in {1, min(8, lanes), lanes}) << 16
-    assert said["captured graphs"] == ranked + sum(
+    shaped = shapes["draft"] * (2 * EDIT_LAUNCHES + TELL_LAUNCHES) << 16  # of edits with penalties and without
+    assert said["captured graphs"] == ranked + shaped + sum(
         (count + later[shape]) * 10 * (shape.num_layers + 1) << 16 for shape, count in passes.items())
     assert said["the words that penalties count"] == drafter._history["entries"].nbytes
     triton = pytest.importorskip("stars.kernels.triton.sample_step")
@@ -97,7 +98,8 @@ def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
     lm, rm = own.decoder, reward.decoder
     taken = {
         "the language model": bytes_of(lm._space, lm._logits, lm.cos, lm.sin, own._tiling._workspace,
-                                       drafter._tiling._workspace, sampler.values, *ranking),
+                                       drafter._tiling._workspace, sampler.values, *ranking,
+                                       *drafter._told._device.values()),
         "the reward model": bytes_of(rm._space, rm._logits, rm.cos, rm.sin, reward._passes._tiling._workspace),
     }
     for name, real in taken.items():

@@ -76,7 +76,7 @@ def run(made: stars.Engine, jobs: Sequence[tuple] = JOBS, look: Callable[[stars.
 
 def counts(output: stars.RequestOutput) -> list[dict[str, int]]:
     """What a pre-emption must leave as it is."""
-    apart = ("lm_seconds", "rm_seconds", "num_preemptions", "prompt_tokens_cached")
+    apart = ("lm_seconds", "rm_seconds", "num_preemptions", "prompt_tokens_cached", "rm_tokens_cached")
     return [{name: value for name, value in vars(completion.metrics).items() if name not in apart}
             for completion in output.outputs]
 

@@ -160,7 +160,7 @@ def test_the_engines_keywords_are_those_of_its_configuration():
                       "max_num_batched_tokens", "quantization", "reward_quantization"]
     assert [engine[name].default for name in shared] == [config[name].default for name in shared]
     assert [name for name in engine if name not in shared] == ["model", "reward", "tokenizer", "models", "heads",
-                                                               "others"]
+                                                               "tracer_provider", "others"]
     assert engine["others"].kind is inspect.Parameter.VAR_KEYWORD
 
 

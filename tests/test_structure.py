@@ -27,7 +27,6 @@ TYPES = {"Exception", "Generic", "NamedTuple", "Protocol", "object"}  # bases th
 UNLISTED = {"__init__.py", "encoder.py", "encoder_model.py", "function.py"}  # "encoders; callables" there
 
 UNUSED = {
-    "engine/cache.py: PagedCache.num_free_pages": "what conservation of pages is checked by",
     "engine/page_pool.py: PagePool.num_cached": "the same of pages that only the prefix cache holds",
     "engine/page_pool.py: PagePool.num_published": "the same of pages that can be found again",
     "engine/reward/http_calls.py: _Timed.sendall": "what http.client calls of a socket",

@@ -438,7 +438,7 @@ def test_the_tokenizers_eos_ends_a_response(loaded):
             eos_token_id, decode, encode, vocab_size = eos, ours.decode, ours.encode, ours.vocab_size
 
         engine = scripted(Named(), [*film, 4, *film], [1])
-        assert engine._eos_token_ids == ((2, 4) if eos == 4 else (2,))
+        assert engine._intake._eos_token_ids == ((2, 4) if eos == 4 else (2,))
         [output] = engine.generate({"prompt_token_ids": [1]}, stars.SamplingParams(max_tokens=12, **options),
                                    use_tqdm=False)
         completion = output.outputs[0]

@@ -295,7 +295,7 @@ def test_generate_waits_without_spinning_and_can_be_interrupted(monkeypatch):
     assert output.outputs[0].reward is not None and 3 <= len(advances) <= 14
     gate.open.clear()
 
-    def pause(awaited):
+    def pause(awaited, until):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -176,7 +176,7 @@ class FakeBuffers(buffers.Buffers):
             host["out_tokens"][:] = draw.integers(20, 200, host["out_tokens"].shape)
             host["out_logprobs"][:] = -1.0
         if "ranks" in host:
-            columns = host["token_ids"].shape[1]
+            columns = host["token_ids"].shape[-1]
             host["token_ids"][:] = draw.permutation(np.arange(20, 20 + columns))
             host["logprobs"][:] = -1.0
         elif "logprobs" in host:
@@ -211,7 +211,7 @@ def install() -> None:
     cuda.current_stream = lambda *device: Stream()
     cuda.stream, cuda.synchronize, cuda.empty_cache = (lambda stream: nullcontext()), _synchronize, lambda: None
     JITFunction.run = launch
-    for module in ("cache", "draft", "logit_reads", "passes", "tiling"):
+    for module in ("cache", "draft", "edit_buffers", "logit_reads", "passes", "tiling"):
         __import__(f"stars.{module}", fromlist=["Buffers"]).Buffers = FakeBuffers
     pacing.mapped = mapped
     torch.Tensor.pin_memory = lambda self: self

@@ -20,6 +20,7 @@ struct op_table {
   void (*attention)(const stars_attention_params&);
   void (*sample_step)(const stars_sample_step_params&);
   void (*copy_rows)(const stars_copy_rows_params&);
+  void (*top_logprobs)(const stars_top_logprobs_params&);
 };
 
 namespace base {
@@ -45,6 +46,7 @@ void decide(const stars_decide_params&);
 void append_draft(const stars_append_draft_params&);
 void apply_penalties(const stars_apply_penalties_params&);
 void blend_logits(const stars_blend_logits_params&);
+void edit_logits(const stars_edit_logits_params&);
 
 #ifdef STARS_ISA
 namespace STARS_ISA {
@@ -59,6 +61,7 @@ void rope_write(const stars_rope_write_params&);
 void attention(const stars_attention_params&);
 void sample_step(const stars_sample_step_params&);
 void copy_rows(const stars_copy_rows_params&);
+void top_logprobs(const stars_top_logprobs_params&);
 }  // namespace STARS_ISA
 #endif
 

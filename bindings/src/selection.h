@@ -206,7 +206,7 @@ inline double sum_of_exponentials(const logit_row& row, float nothing_below) {
   double total = 0.0;
   const floats highest = splat(row.highest), bound = splat(row.highest - nothing_below);
   for_blocks(row, [&](const floats& block_highest, int64_t first, int64_t end) {
-    if (!any(block_highest > bound)) return;
+    if (!any(block_highest >= bound)) return;  // equal where the logits are huge
     floats sum = {};
     if (end - first == block_size) {
       for (int64_t i = 0; i < block_vectors; ++i) sum += exp(load(row.logits + first + i * vector_width) - highest);
@@ -232,7 +232,7 @@ inline exponential_sums sums_for_entropy(const logit_row& row, float nothing_bel
   const floats highest = splat(row.highest), bound = splat(row.highest - nothing_below);
   const floats farthest = splat(-1000.0f);  // where e is 0; -inf times 0 would be NaN
   for_blocks(row, [&](const floats& block_highest, int64_t first, int64_t end) {
-    if (!any(block_highest > bound)) return;
+    if (!any(block_highest >= bound)) return;  // equal where the logits are huge
     floats mass = {}, weighted = {};
     const auto add = [&](const floats& logits) {
       const floats d = logits - highest, e = exp(d);

@@ -11,7 +11,7 @@ from typing import Any
 
 from stars.errors import RequestError
 from stars.outputs import RequestOutput
-from stars.prompt import PROMPT_KEYS, prompt_kind
+from stars.prompt import OTHER_KEYS, PROMPT_KEYS, prompt_kind
 from stars.trace import metrics_record
 from stars.trace.json_lines import MAX_NESTING, loads, plain, too_deep
 
@@ -91,7 +91,8 @@ def key_of(record: dict[str, Any], index: int) -> tuple[str, Any]:
 
 def prompt_of(record: dict[str, Any]) -> dict[str, Any]:
     """What a row asks, as it was given or as it was written."""
-    return {key: record[key] for key in PROMPT_KEYS if key in record}
+    asked = {key: record[key] for key in PROMPT_KEYS if key in record}
+    return asked | {key: record[key] for kind in asked for key in OTHER_KEYS[kind] if key in record}
 
 
 def _parse_lines(lines: Iterable[bytes], name: str, chat: bool) -> list[Row]:
@@ -133,11 +134,14 @@ def _identity_of(line: bytes) -> dict[str, Any]:
 
 
 def _prompt_of(value: Any, chat: bool) -> Any:
+    beside: dict[str, Any] = {}
     if isinstance(value, dict):
         kind = prompt_kind(value, "a row")
+        beside = {key: value[key] for key in OTHER_KEYS[kind] if value.get(key) is not None}
         if kind != "prompt":
-            return {kind: value[kind]}
+            return {kind: value[kind], **beside}
         value = value["prompt"]
     if not isinstance(value, str):
         raise RequestError(f"a prompt is a string, not {type(value).__name__}: give a string or an object")
-    return as_prompt(value, chat)
+    prompt = as_prompt(value, chat)
+    return {**(prompt if chat else {"prompt": prompt}), **beside} if beside else prompt

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from jinja2 import Template, nodes, pass_context
@@ -171,6 +171,17 @@ class Meter:
             self.text(REFERENCE)
             yield value
 
+    def keyed(self, values: Iterable[Any], pairs: bool = False) -> Iterator[Any]:
+        """`values`, which become keys, or with `pairs` their first items: a key is compared with all of its hash. Those
+        of texts cannot be foreseen and those of small integers differ; of others all may be one."""
+        colliding = 0
+        for value in values:
+            key = value[0] if pairs and isinstance(value, (list, tuple)) and value else value
+            if not isinstance(key, (str, bytes)) and (not isinstance(key, int) or abs(key) >= sys.hash_info.modulus):
+                colliding += 1
+                self.step(colliding if not isinstance(key, Mapping) else 1 + colliding // READING)  # an item has it
+            yield value
+
     def width(self, *values: Any) -> None:
         """Refuses a width, count or precision that is too large."""
         for value in values:
@@ -263,6 +274,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, (str, bytes)) or (
                 isinstance(method, types.BuiltinMethodType) and not isinstance(owner, types.ModuleType)):
             args = meter.method(owner, method.__name__, args, kwargs)
+            if method.__name__ == "fromkeys" and args and isinstance(args[0], Iterable):
+                args = (list(meter.keyed(args[0])), *args[1:])
             if isinstance(owner, str) and method.__name__ in ("format", "format_map"):
                 return meter.taken(__self._format(meter, method, args, kwargs))
         elif isinstance(__obj, LoopContext):
@@ -272,6 +285,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             meter.step(CALL)
         else:
             meter.scan(*args, *kwargs.values())
+            if __obj is dict and args and isinstance(args[0], Iterable) and not isinstance(args[0], Mapping):
+                args = (list(meter.keyed(args[0], pairs=True)), *args[1:])
         return meter.taken(super().call(__context, __obj, *args, **kwargs))
 
     def _format(self, meter: Meter, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -454,6 +469,8 @@ def _metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             meter.text(ITEM * len(value))
         if name in _SIZED:
             meter.width(*given)
+        if name == "unique" and isinstance(value, Iterable):
+            value = meter.keyed(value)
         if name == "format":
             meter.percent(str(value), kwargs or args)
         elif name == "indent":

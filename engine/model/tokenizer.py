@@ -29,6 +29,7 @@ from stars.model.tokenizer_limits import (
 
 if TYPE_CHECKING:
     from stars.model.chat_template import ChatTemplate
+    from stars.model.control_tokens import ControlTokens
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete UTF-8 sequence to
 CONTEXT = 8
@@ -111,6 +112,18 @@ class Tokenizer:
         return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()
                 if token.special and token.content}
 
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The same, for texts in which they are no tokens."""
+        from stars.model.control_tokens import ControlTokens  # here, as few want it
+
+        return ControlTokens(self._backend, self._where)
+
+    @property
+    def named_tokens(self) -> frozenset[str]:
+        """Names of special tokens that chat templates know: "bos_token" and so on."""
+        return frozenset((*self._special_tokens, *SPECIAL_TOKENS))
+
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every token id of this tokenizer means the same to `other`, which splits text in the same way.
 
@@ -137,11 +150,51 @@ class Tokenizer:
         return bool(self._templates)
 
     def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True,
-                            **kwargs: Any) -> str:
+                            continue_final_message: bool = False, **kwargs: Any) -> str:
         """`messages` as text: to be encoded without special tokens. `kwargs` are further variables of the template.
 
+        continue_final_message: the text ends with the content of the last message, which is text, less the white space
+        at its end where the template trims it; then there is no generation prompt.
         Raises TokenizerError without a template, and for messages that the template does not take.
         """
+        if not continue_final_message:
+            return self._render(messages, add_generation_prompt, kwargs)
+        content = messages[-1]["content"]
+        text = self._render(_with_content(messages, content + SENTINEL + " "), False, kwargs)
+        end = text.rfind(SENTINEL)
+        if end < 0 or content.strip() not in text[:end]:
+            raise TokenizerError(f"the chat template of {self._where} does not keep the text of the final message, so "
+                                 "that it cannot be continued: leave continue_final_message out")
+        kept = text[:end]
+        return kept if text.startswith(" ", end + len(SENTINEL)) else kept.rstrip()
+
+    def split_template(self, messages: list[dict[str, Any]], continue_final_message: bool = False,
+                       **kwargs: Any) -> tuple[str, str]:
+        """(what stands before an assistant's answer to `messages`, what the template puts after it).
+
+        Both are cut from a rendering with the answer in it, since that is what reward models are trained on: a template
+        may open a finished turn otherwise than its generation prompt does. Where the two differ in white space at the
+        end alone, the generation prompt is taken: that white space is then a part of the answer's first token.
+        continue_final_message: the answer continues the last message, whose text is the end of what stands before.
+        Raises TokenizerError where the template drops or changes the answer.
+        """
+        if continue_final_message:
+            answered = _with_content(messages, messages[-1]["content"] + SENTINEL)
+        else:
+            prompt = self._render(messages, True, kwargs)
+            answered = [*messages, {"role": "assistant", "content": SENTINEL}]
+        full = self._render(answered, False, kwargs)
+        if full.count(SENTINEL) != 1:
+            raise TokenizerError(
+                f"the chat template of {self._where} does not keep an assistant's text as it is, so responses cannot "
+                "be placed in it: use another template"
+            )
+        prefix, closing = full.split(SENTINEL)
+        if not continue_final_message and prefix.startswith(prompt) and not prefix[len(prompt) :].strip():
+            prefix = prompt
+        return prefix, closing
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str:
         if not self._templates:
             raise TokenizerError(f"{self._where} has no chat template: add chat_template.jinja, or give text")
         name = "tool_use" if kwargs.get("tools") and "tool_use" in self._templates else "default"
@@ -157,27 +210,6 @@ class Tokenizer:
             self._compiled[name] = ChatTemplate(self._templates[name], self._where)
         return self._compiled[name].render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
-    def split_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, str]:
-        """(what stands before an assistant's answer to `messages`, what the template puts after it).
-
-        Both are cut from a rendering with the answer in it, since that is what reward models are trained on: a template
-        may open a finished turn otherwise than its generation prompt does. Where the two differ in white space at the
-        end alone, the generation prompt is taken: that white space is then a part of the answer's first token.
-        Raises TokenizerError where the template drops or changes the answer.
-        """
-        prompt = self.apply_chat_template(messages, add_generation_prompt=True, **kwargs)
-        turn = {"role": "assistant", "content": SENTINEL}
-        full = self.apply_chat_template([*messages, turn], add_generation_prompt=False, **kwargs)
-        if full.count(SENTINEL) != 1:
-            raise TokenizerError(
-                f"the chat template of {self._where} does not keep an assistant's text as it is, so responses cannot "
-                "be placed in it: use another template"
-            )
-        prefix, closing = full.split(SENTINEL)
-        if prefix.startswith(prompt) and not prefix[len(prompt) :].strip():
-            prefix = prompt
-        return prefix, closing
-
 
 class Detokenizer:
     """Text of the responses to one prompt, as it stands after that prompt.
@@ -185,14 +217,17 @@ class Detokenizer:
     Many decoders treat the first token of a text in their own way: those of Llama 2's kind take its space off. So a
     response is decoded after the prompt's last tokens, whose text is then cut off. A character that the prompt leaves
     unfinished belongs to the response that completes it.
+
+    skip_special_tokens: False shows special tokens.
     """
 
-    def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int]):
+    def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
+        self._options = {} if skip_special_tokens else {"skip_special_tokens": False}
         count = CONTEXT
         while True:
             self._context = list(prompt_token_ids[-count:])
-            self._text: str = tokenizer.decode(self._context)
+            self._text: str = tokenizer.decode(self._context, **self._options)
             # Special tokens decode to nothing and a lone space may be taken off. After a character that shows, the
             # rest is decoded as it is in the whole text.
             if count >= len(prompt_token_ids) or self._text.strip(" " + REPLACEMENT):
@@ -200,8 +235,8 @@ class Detokenizer:
             count *= 2
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a response or of its beginning; special tokens are left out."""
-        text: str = self._tokenizer.decode([*self._context, *token_ids])
+        """The text of a response or of its beginning."""
+        text: str = self._tokenizer.decode([*self._context, *token_ids], **self._options)
         if text.startswith(self._text):
             return text[len(self._text) :]
         return text[len(os.path.commonprefix([self._text, text])) :]
@@ -210,6 +245,11 @@ class Detokenizer:
 def finished(text: str) -> str:
     """`text` without the character at its end that lacks bytes: the sign for it may change with the next token."""
     return text.removesuffix(REPLACEMENT)
+
+
+def _with_content(messages: list[dict[str, Any]], content: str) -> list[dict[str, Any]]:
+    """`messages` with another content of the last one."""
+    return [*messages[:-1], {**messages[-1], "content": content}]
 
 
 def _replace_invalid_bytes(tokens: list[str]) -> list[str]:

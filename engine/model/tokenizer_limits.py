@@ -217,6 +217,7 @@ def _is_known(regex: str) -> bool:
 
 class _Encoding(NamedTuple):
     ids: list[int]
+    offsets: list[tuple[int, int]]  # of each in the text, in characters
 
 
 _CHILD = """
@@ -231,7 +232,8 @@ for line in sys.stdin:
     name, given, special = json.loads(line)
     try:
         if name == "encode":
-            answer = tokenizer.encode(given, add_special_tokens=special).ids
+            encoding = tokenizer.encode(given, add_special_tokens=special)
+            answer = [encoding.ids, encoding.offsets]
         elif name == "join":
             answer = tokenizer.decoder.decode(given)
         else:
@@ -260,8 +262,8 @@ class ConfinedBackend:
         return getattr(self._backend, name)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> _Encoding:
-        """As the library's, token ids alone."""
-        return _Encoding(self._ask("encode", text, add_special_tokens))
+        """As the library's, token ids and where they stand in the text."""
+        return _Encoding(*self._ask("encode", text, add_special_tokens))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """As the library's."""

@@ -179,8 +179,8 @@ class Reward(ABC):
         sessions first; returns how many of them have started.
 
         The engine asks this. Where others decode, it asks once a round, until all have started; between, any of these
-        sessions may be closed, and others may be opened that come after them. A reward that runs no prompts, or cannot
-        stop in between, starts all.
+        sessions may be closed, others may be opened, and their order may change. A reward that runs no prompts, or
+        cannot stop in between, starts all.
         """
         self.start(sessions)
         return Progress(len(sessions), 0)
@@ -249,6 +249,30 @@ class Reward(ABC):
 
     def discard(self, handle: Any) -> None:
         """The scored candidate is gone."""
+
+    def cached(self, session: Any) -> int:
+        """Tokens of the prompt that a session which was just opened need not run: what earlier ones have left."""
+        return 0
+
+    def recall(self, session: Any, token_ids: list[int], text: str | None) -> None:
+        """Asked right after `open` of a response that `resume` will be asked for later, with the same: what is left of
+        it where it was remembered may be found again, before others take the room. No text is run for this."""
+
+    def remember(self, responses: Sequence[tuple[Any, Any]]) -> None:
+        """(session, handle) pairs, of responses that are closed next and that later prompts may go on from: what is
+        held of them may stay until room is needed. handle: of the scored candidate that ended the response, which is
+        consumed; None where there is none, or none any more. No text is run for this, and nothing is taken that others
+        lack.
+
+        Not asked in deterministic mode, where what was scored has other bits than what a prompt's passes make of it.
+        """
+        for _, handle in responses:
+            if handle is not None:
+                self.discard(handle)
+
+    def forget(self, session: Any) -> None:
+        """A session that was closed, and perhaps remembered before, is of a response that lost against others: nobody
+        comes back to it."""
 
     def close(self, session: Any) -> None:
         """The response is finished."""

@@ -112,8 +112,8 @@ def _prompt_key(prompt: Prompt) -> Hashable | None:
     if prompt.given is None:
         return tuple(prompt.token_ids), prompt.text
     if isinstance(prompt.given, str):
-        return prompt.given
+        return (prompt.given, "literal") if prompt.literal else prompt.given
     try:
-        return "messages", json.dumps(prompt.given)
+        return "messages", json.dumps([prompt.given, prompt.rendering, prompt.literal])
     except (TypeError, ValueError, RecursionError):
         return None

@@ -39,7 +39,10 @@ class CausalReward(ScoringReward):
     gate reads the prompt, and its temperature.
 
     template: "chat" renders prompt and response with the RM's chat template (a plain prompt becomes one user turn),
-    "raw" puts the response right after the prompt, "auto" is "chat" for messages and "raw" for text. close: what is
+    "raw" puts the response right after the prompt, "auto" is "chat" for messages and "raw" for text. The template is
+    given the tools of the prompt, and chat_template_kwargs; a final message that is continued and the response are one
+    turn, and without a generation prompt the response is a turn all the same. Messages whose beginning was cut are
+    rendered whole. close: what is
     scored after every response and then dropped: "none", "template" (what the chat template puts after an assistant
     turn), "eos".
 
@@ -145,7 +148,8 @@ class CausalReward(ScoringReward):
         if same and shape.vocab_size < vocab_size and self.tokenizer is None:
             raise RewardError(f"the reward model's vocabulary of {shape.vocab_size} does not match the model's of "
                               f"{vocab_size}: use a reward model of the same vocabulary, or give both a tokenizer")
-        return Framing(self.tokenizer, same, shape, self.template, self.close_policy, self.chat_template_kwargs)
+        return Framing(self.tokenizer, same, shape, self.template, self.close_policy, self.chat_template_kwargs,
+                       tokenizer)
 
     def _own_tokenizer(self) -> Tokenizer | None:
         """The reward model's: given, or its directory's."""

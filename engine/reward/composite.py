@@ -185,6 +185,26 @@ class CompositeReward(Reward):
                 if own is not None:
                     part.discard(own)
 
+    def cached(self, session: Session) -> int:
+        """Those of all parts together."""
+        return sum(part.cached(own) for part, own in zip(self.parts, session.parts, strict=True))
+
+    def recall(self, session: Session, token_ids: list[int], text: str | None) -> None:
+        """Each part recalls its own."""
+        for part, own in zip(self.parts, session.parts, strict=True):
+            part.recall(own, token_ids, text if part.needs_text else None)
+
+    def remember(self, responses: Sequence[tuple[Session, Any]]) -> None:
+        """Each part remembers its own."""
+        for index, part in enumerate(self.parts):
+            part.remember([(session.parts[index], None if handle is None else handle[index])
+                           for session, handle in responses])
+
+    def forget(self, session: Session) -> None:
+        """Each part forgets its own."""
+        for part, own in zip(self.parts, session.parts, strict=True):
+            part.forget(own)
+
     def close(self, session: Session) -> None:
         """Closes the session of every part."""
         self._close(session.parts)

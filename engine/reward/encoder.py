@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -130,11 +130,11 @@ class EncoderReward(Reward):
         checked = self._checked(encoded)
         if isinstance(checked, RewardError):
             raise checked
-        return _Session(text)
+        return _Session(text, prompt.literal)
 
     def fork(self, session: _Session) -> _Session:
         """The same prompt: there is no other history."""
-        return _Session(session.text)
+        return session._replace()
 
     def lanes_per_pass(self, tokens: int, responses: int) -> int:
         """A share of one forward pass."""
@@ -144,8 +144,9 @@ class EncoderReward(Reward):
         """Whole texts, the longest together, batch_size at a time; a batch that fails is scored text by text."""
         results: dict[int, Scored] = {}
         texts: dict[int, Encoded] = {}
-        for index, text in enumerate(self._encode([(candidate.session.text, (candidate.text or "").rstrip(REPLACEMENT))
-                                                   for candidate in candidates])):
+        for index, text in enumerate(self._encode_texts([
+                (candidate.session.text, (candidate.text or "").rstrip(REPLACEMENT), candidate.session.literal)
+                for candidate in candidates])):
             checked = self._checked(text)
             if isinstance(checked, RewardError):
                 results[index] = Scored(checked)
@@ -169,22 +170,34 @@ class EncoderReward(Reward):
             if text is None:
                 raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as "
                                    "text")
-            self._newest = prompt, text, self._encode([(text, "")])[0]
+            self._newest = prompt, text, self._encode_texts([(text, "", prompt.literal)])[0]
         return self._newest[1:]
 
-    def _encode(self, pairs: list[tuple[str, str]]) -> list[Encoded | RewardError]:
-        """The model's inputs for each (prompt, response), or why there are none."""
+    def _encode_texts(self, texts: list[tuple[str, str, bool]]) -> list[Encoded | RewardError]:
+        """The model's inputs for each (prompt, response, whether control tokens in them are text), or why there are
+        none."""
+        results: dict[int, Encoded | RewardError] = {}
+        for literal in (False, True):
+            places = [place for place, text in enumerate(texts) if text[2] == literal]
+            if places:
+                encoded = self._encode([texts[place][:2] for place in places], literal)
+                results.update(zip(places, encoded, strict=True))
+        return [results[place] for place in range(len(texts))]
+
+    def _encode(self, pairs: list[tuple[str, str]], literal: bool = False) -> list[Encoded | RewardError]:
+        # What is put around texts, [CLS] for example, is not looked for in them.
+        options: dict[str, Any] = {"verbose": False, "split_special_tokens": True} if literal else {"verbose": False}
         try:
             if self.inputs == "joined":
-                batch = self.tokenizer([first + second for first, second in pairs], verbose=False)
+                batch = self.tokenizer([first + second for first, second in pairs], **options)
             else:
                 firsts, seconds = zip(*pairs, strict=True)
-                batch = self.tokenizer(list(firsts), list(seconds), verbose=False)
+                batch = self.tokenizer(list(firsts), list(seconds), **options)
         except BaseException as error:  # a text's error is its own
             if not is_failure(error):
                 raise
             if len(pairs) > 1:
-                return [one for pair in pairs for one in self._encode([pair])]
+                return [one for pair in pairs for one in self._encode([pair], literal)]
             return [RewardError(f"the reward model's tokenizer does not take this text ({one_line(error)}): change "
                                 "the prompt")]
         batch = {name: batch[name] for name in self._inputs if name in batch}
@@ -262,9 +275,12 @@ class EncoderReward(Reward):
 
 class _Session(NamedTuple):
     text: str
+    literal: bool  # whether control tokens in it are text
 
 
 def _text(prompt: Prompt) -> str | None:
-    if isinstance(prompt.given, list):
-        return "\n".join(message_text(message) for message in prompt.given) + "\n"
-    return prompt.given if prompt.given is not None else prompt.text
+    chat = prompt.chat
+    if chat is not None:  # a line each, and of a final message that is continued the response is a part
+        text = "\n".join(message_text(message) for message in chat.messages)
+        return text if chat.continue_final_message else text + "\n"
+    return prompt.given if isinstance(prompt.given, str) else prompt.text

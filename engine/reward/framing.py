@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from stars.chat import Chat, control_tokens, rendered, split
 from stars.errors import RequestError, RewardError
 from stars.model.config import ModelConfig
 from stars.model.tokenizer import Tokenizer
@@ -19,6 +20,7 @@ class Frame(NamedTuple):
     text: str  # the prompt's text, where responses are re-encoded
     special: bool  # whether that text is encoded with special tokens around it
     closing: list[int]  # ids after every response
+    marked: bool = False  # whether that text has marks in it, where control tokens of the prompt are text
 
 
 class Text(NamedTuple):
@@ -32,11 +34,12 @@ class Text(NamedTuple):
 class Framing:
     """Renders prompts for one reward model; template, close and chat_template_kwargs as `CausalReward`'s.
 
-    shape: the reward model's. RewardError where the model lacks what `close` asks for.
+    shape: the reward model's. lm_tokenizer: the language model's, by whose chat template messages are rendered where
+    the reward model reads what that one is fed. RewardError where the model lacks what `close` asks for.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, same_vocabulary: bool, shape: ModelConfig, template: str,
-                 close: str, chat_template_kwargs: dict[str, Any]):
+                 close: str, chat_template_kwargs: dict[str, Any], lm_tokenizer: Tokenizer | None = None):
         if close == "template" and (tokenizer is None or not tokenizer.has_chat_template):
             raise RewardError('close="template" needs a chat template, which the reward model does not have: '
                               'use close="none" or "eos"')
@@ -47,6 +50,7 @@ class Framing:
             raise RewardError('close="eos" needs an EOS token, which the reward model does not name: use close="none"')
         self.encoder = None if same_vocabulary else tokenizer  # of texts, where the LM's ids are not passed through
         self._tokenizer = tokenizer
+        self._lm_tokenizer = lm_tokenizer
         self._template = template
         self._close = close
         self._eos = list(eos) if close == "eos" else []
@@ -68,9 +72,9 @@ class Framing:
         return self._newest[1]
 
     def _render(self, prompt: Prompt) -> Frame:
-        messages = prompt.given if isinstance(prompt.given, list) else None
-        if self._template == "chat" or (self._template == "auto" and messages is not None):
-            return self._chat(messages, prompt.text)
+        chat = prompt.chat
+        if self._template == "chat" or (self._template == "auto" and chat is not None):
+            return self._chat(chat, prompt)
         if self._close == "template":
             raise RequestError('close="template" needs a chat prompt: give {"messages": [...]}, or use '
                                'template="chat"')
@@ -79,20 +83,43 @@ class Framing:
         if prompt.text is None:
             raise RequestError("these prompt ids cannot be decoded for the reward model's vocabulary: give the prompt "
                                "as text")
-        special = messages is None  # a rendered template holds its special tokens
-        return Frame(self.encoder.encode(prompt.text, add_special_tokens=special), prompt.text, special, self._eos)
+        special = chat is None  # a rendered template holds its special tokens
+        text, marked = self._raw(chat, prompt, prompt.text)
+        return Frame(self.encode(text, special, marked), text, special, self._eos, marked)
 
-    def _chat(self, messages: list[dict[str, Any]] | None, text: str | None) -> Frame:
-        """The frame that the reward model's chat template makes of `messages`; without them, of `text` as a turn."""
+    def _raw(self, chat: Chat | None, prompt: Prompt, text: str) -> tuple[str, bool]:
+        """The prompt as the language model reads it, and whether it is marked for this model's control tokens."""
+        if not prompt.literal:
+            return text, False
+        control = control_tokens(self._tokenizer)
+        if chat is None:
+            marked = control.mark(text)
+            return marked, marked != text
+        if prompt.cut:
+            raise RequestError("these messages were cut, and the reward model cannot tell which control tokens in them "
+                               'are text: leave truncate_prompt_tokens out, or build its reward with template="chat"')
+        return rendered(chat, self._lm_tokenizer, control)
+
+    def encode(self, text: str, special: bool, marked: bool) -> list[int]:
+        """The reward model's ids of a text that begins with a frame's, whose `special` and `marked` these are."""
+        assert self._tokenizer is not None
+        if marked:
+            return self._tokenizer.control_tokens.encode(text, special)
+        return self._tokenizer.encode(text, add_special_tokens=special)
+
+    def _chat(self, chat: Chat | None, prompt: Prompt) -> Frame:
+        """The frame that the reward model's chat template makes of a conversation; without one, of the text as a turn.
+        """
         if self._tokenizer is None or not self._tokenizer.has_chat_template:
             raise RequestError("the reward model has no chat template: give the prompt as text, or build "
                                'its reward with template="raw"')
-        if messages is None:
-            if text is None:
+        if chat is None:
+            if prompt.text is None:
                 raise RequestError("these prompt ids cannot be decoded for the reward model's chat template: give "
                                    'the prompt as text, or use template="raw"')
-            messages = [{"role": "user", "content": text}]
-        before, after = self._tokenizer.split_template(messages, **self._chat_template_kwargs)
-        prefix = self._tokenizer.encode(before, add_special_tokens=False)
-        closing = self._tokenizer.encode(after, add_special_tokens=False) if self._close == "template" else self._eos
-        return Frame(prefix, before, False, closing)
+            chat = Chat([{"role": "user", "content": prompt.text}])
+        control = control_tokens(self._tokenizer) if prompt.literal else None
+        before, after, marked = split(chat, self._tokenizer, self._chat_template_kwargs, control)
+        prefix = self.encode(before, False, marked)
+        closing = self.encode(after, False, marked) if self._close == "template" else self._eos
+        return Frame(prefix, before, False, closing, marked)

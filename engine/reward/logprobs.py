@@ -256,6 +256,9 @@ class LogprobReward(SlabReward):
             for slab in slabs:
                 self.cache.return_slab(slab)
 
+    def _span_of(self, handle: TextHandle) -> tuple[int, int]:
+        return handle.first, len(handle.ids) - LAG
+
     def _take_up(self, session: TextSession, ids: list[int], max_rows: int | None = None) -> int:
         """ids into the session's pages, which then end before the last of them, or, after at most `max_rows` rows,
         before; returns the rows run."""

@@ -145,7 +145,7 @@ class ProcessReward(CausalReward):
             raise RewardError(f"the {side} has no tokenizer.json, and steps are found in text: add its tokenizer to "
                               "the directory, or give ProcessReward(tokenizer=...)")
         steps = self._steps(detected(shape, own))
-        return StepFraming(own, shape, steps.template, steps, self.chat_template_kwargs)
+        return StepFraming(own, shape, steps.template, steps, self.chat_template_kwargs, tokenizer)
 
     def _steps(self, steps: StepFormat) -> StepFormat:
         """What was detected, with what was given in its place."""

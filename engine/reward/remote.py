@@ -145,7 +145,8 @@ class RemoteReward(Reward):
         body = dict(self._body)
         if session.messages is not None:
             [response] = responses
-            body["messages"] = [*session.messages, {"role": "assistant", "content": response}]
+            turn = session.continued or {"role": "assistant", "content": ""}
+            body["messages"] = [*session.messages, {**turn, "content": turn["content"] + response}]
         else:
             body["input"] = [session.text + response for response in responses]
             if not session.special:
@@ -212,10 +213,15 @@ class _Session(NamedTuple):
     messages: list[dict[str, str]] | None  # None: as `text`
     text: str
     special: bool  # whether the server adds special tokens to the text
+    continued: dict[str, str] | None = None  # the final message, which responses continue
 
 
 def _session(prompt: Prompt, template: str) -> _Session:
-    messages = prompt.given if isinstance(prompt.given, list) else None
+    if prompt.literal:
+        raise RequestError('special_tokens is "text", and the reward server reads control tokens in a text as tokens: '
+                           "leave it out")
+    chat = prompt.chat
+    messages = chat.messages if chat is not None else None
     if template == "raw" or (template == "auto" and messages is None):
         if prompt.text is None:
             raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")
@@ -225,7 +231,13 @@ def _session(prompt: Prompt, template: str) -> _Session:
         if prompt.text is None:
             raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")
         messages = [{"role": "user", "content": prompt.text}]
-    return _Session([_turn(message) for message in messages], "", False)
+    if chat is not None and chat.tools is not None:
+        raise RequestError("the prompt has tools, and the reward server is sent text alone: leave them out, or build "
+                           'the reward with template="raw"')
+    turns = [_turn(message) for message in messages]
+    if chat is not None and chat.continue_final_message:
+        return _Session(turns[:-1], "", False, turns[-1])
+    return _Session(turns, "", False)
 
 
 def _turn(message: dict[str, Any]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stars.cache import BlockTable, CommitMove
 from stars.errors import OutOfPages, RewardError
@@ -67,6 +67,27 @@ class SlabReward(SessionReward):
         """Frees the slab."""
         if handle is not None and handle.slab is not None:
             self.cache.return_slab(handle.slab)
+
+    def remember(self, responses: Sequence[tuple[Any, Any]]) -> None:
+        """What slabs hold of their ends goes into pages, as far as there are any, and full pages stay when they are
+        closed."""
+        moves = []
+        for session, handle in responses:
+            if handle is not None and handle.slab is not None:
+                at, stop = self._span_of(handle)
+                rows = min(stop - at, self.cache.try_reserve(session.table, at, stop - at))
+                if rows > 0:
+                    moves.append(CommitMove(session.table, handle.slab * self.cache.slab_len, rows, at))
+                    session.committed = handle.ids[: at + rows]
+        if moves:
+            self.cache.commit(moves)
+        for _, handle in responses:
+            self.discard(handle)
+        super().remember(responses)
+
+    def _span_of(self, handle: Any) -> tuple[int, int]:
+        """The first position that its slab holds, and where what pages may take of it ends."""
+        raise NotImplementedError
 
     def _room(self, positions: int) -> int:
         """Positions of pages for a response of so many, as far as context and cache go."""
@@ -203,8 +224,21 @@ class ScoringReward(SlabReward):
             self.commit([(session, scored.handle)])
             return Progress(1, rows)
         self._make_room(session, stop)
+        if len(session.recalled) > len(session.committed):
+            session.committed, session.recalled = session.recalled, []
         rows = self._write(session, whole, stop, max_rows)
         return Progress(int(session.table.length == stop), rows)
+
+    def _span_of(self, handle: Handle) -> tuple[int, int]:
+        stop = handle.content - self.target.reward_lag
+        return min(handle.valid, stop), stop
+
+    def recall(self, session: Session, token_ids: list[int], text: str | None) -> None:
+        """Shares the full pages that are left of it, up to a tag whose score would have to be read again."""
+        whole, history = self._read(session, token_ids, text), session.committed
+        stop = min(whole.content - self.target.reward_lag, _unread(session, whole, len(whole.ids)))
+        if whole.ids[: len(history)] == history and self.cache.adopt(session.table, whole.ids[:stop]):
+            session.recalled = whole.ids[: session.table.length]
 
     def commit(self, winners: list[tuple[Session, Handle]]) -> None:
         """The winners' slabs go into pages up to the end of the response; the closing tokens are dropped.
@@ -252,13 +286,12 @@ class ScoringReward(SlabReward):
 
     def _read(self, session: Session, token_ids: list[int], text: str | None) -> Text:
         """What the model reads of a response as in `Candidate`; RewardError where it cannot be read as it should."""
-        prefix, prompt, special, closing = session.frame
-        encoder = self.framing.encoder
-        if encoder is None:
+        prefix, prompt, special, closing, marked = session.frame
+        if self.framing.encoder is None:
             content = prefix + token_ids
         elif text:
             # A character cut in two at the segment's end would be scored as a replacement sign: leave it out.
-            content = encoder.encode(prompt + text.rstrip(REPLACEMENT), add_special_tokens=special)
+            content = self.framing.encode(prompt + text.rstrip(REPLACEMENT), special, marked)
         else:
             content = prefix
         return Text(content + closing, len(content))

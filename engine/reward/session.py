@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stars.cache import BlockTable, PagedCache
 from stars.errors import RequestError
@@ -23,7 +23,7 @@ NO_SCORES: Mapping[int, float] = MappingProxyType({})
 class Session:
     """One response: its pages hold `committed`, which is the text so far, less what `Target.reward_lag` leaves out."""
 
-    __slots__ = ("table", "frame", "committed", "gate", "scores")
+    __slots__ = ("table", "frame", "committed", "gate", "scores", "kept", "recalled")
 
     def __init__(self, table: BlockTable, frame: Frame, committed: list[int], gate: list[float] | None = None,
                  scores: Mapping[int, float] = NO_SCORES):
@@ -32,6 +32,8 @@ class Session:
         self.committed = committed  # ids whose keys and values are in the pages; never changed, only replaced
         self.gate = gate  # the weights of the objectives of a gated head, once the prompt was read
         self.scores = scores  # by position, of the step tags among the committed ids; never changed, only replaced
+        self.recalled: list[int] = []  # ids that the pages hold besides, until it is resumed: `committed` is the prompt
+        self.kept = False  # whether its full pages stay once it is closed
 
 
 class Handle(NamedTuple):
@@ -98,7 +100,7 @@ class SessionReward(Reward):
         """As `start`, in whole chunks. Of a session that has not started `committed` is what its pages will hold."""
         rows = self._passes.prefill([(session.table, session.committed, len(session.committed))
                                      for session in sessions], max_rows)
-        read = list(takewhile(lambda session: session.table.length == len(session.committed), sessions))
+        read = list(takewhile(lambda session: session.table.length >= len(session.committed), sessions))
         for session in read:
             self.cache.publish(session.table, session.committed)
         if self.gating is not None and read:
@@ -111,9 +113,22 @@ class SessionReward(Reward):
         """A second session with the same history, in the same pages as long as neither writes."""
         return Session(self.cache.fork(session.table), session.frame, session.committed, session.gate, session.scores)
 
+    def cached(self, session: Session) -> int:
+        """Those whose pages are shared."""
+        return session.table.length
+
+    def remember(self, responses: Sequence[tuple[Session, Any]]) -> None:
+        """The full pages of each stay when it is closed. No closing is in them."""
+        for session, _ in responses:
+            session.kept = True
+
+    def forget(self, session: Session) -> None:
+        """Frees what only this response has left."""
+        self.cache.forget(session.committed, len(session.frame.prefix))
+
     def close(self, session: Session) -> None:
         """Drops the response's pages."""
-        self.cache.close(session.table)
+        self.cache.close(session.table, session.committed if session.kept else ())
 
     def reset(self) -> None:
         """Empties the cache."""

@@ -56,8 +56,8 @@ class StepFraming(Framing):
     """
 
     def __init__(self, tokenizer: Tokenizer, shape: ModelConfig, template: str, steps: StepFormat,
-                 chat_template_kwargs: dict[str, Any]):
-        super().__init__(tokenizer, False, shape, template, "none", chat_template_kwargs)
+                 chat_template_kwargs: dict[str, Any], lm_tokenizer: Tokenizer | None = None):
+        super().__init__(tokenizer, False, shape, template, "none", chat_template_kwargs, lm_tokenizer)
         self.steps = steps
         self._steps_tokenizer = tokenizer
         self._end = _ids(tokenizer, steps.end)
@@ -89,7 +89,7 @@ class StepFraming(Framing):
         closed = bool(rest.rpartition(tag)[2].strip()) if not inserted and rest else bool(rest) or not steps
         put = len(steps) + closed
         text = "".join(step + end for step in steps) + rest + (end if closed else "")
-        ids = self._steps_tokenizer.encode(frame.text + text, add_special_tokens=frame.special)
+        ids = self.encode(frame.text + text, frame.special, frame.marked)
         before = frame.prefix.count(self._tag)  # a prompt may speak of tags
         tags = [place for place, token in enumerate(ids) if token == self._tag][before:]
         if len(tags) < max(1, put):

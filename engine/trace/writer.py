@@ -119,8 +119,8 @@ def _segments(completion: CompletionOutput, tokenizer: Any) -> list[TraceSegment
         for number, attempt in enumerate(segment.attempts):
             if tokenizer is None:
                 text = None
-            elif ends and number == winner:  # a stop string and what follows it are no part of the text
-                text = _added(shown, completion.text or "")
+            elif ends and number == winner:
+                text = _added(shown, _ended(tokenizer, before + attempt.token_ids, completion))
             else:
                 text = _added(shown, _decode(tokenizer, before + attempt.token_ids, ends))
             margin = None
@@ -141,6 +141,14 @@ def _decode(tokenizer: Any, token_ids: list[int], ends: bool = False) -> str:
         return ""
     text: str = tokenizer.decode(token_ids)
     return text if ends else text.rstrip(REPLACEMENT)
+
+
+def _ended(tokenizer: Any, token_ids: list[int], completion: CompletionOutput) -> str:
+    """The text of a whole response: a stop string and what follows it, or a stop token, are no part of it."""
+    reason = completion.stop_reason
+    by_token = completion.finish_reason == "stop" and not isinstance(reason, str)
+    text = _decode(tokenizer, token_ids[:-1] if by_token else token_ids, True)
+    return text[: text.index(reason)] if isinstance(reason, str) and reason in text else text
 
 
 def _added(before: str, text: str) -> str:

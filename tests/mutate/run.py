@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mutate.mutants import MIN_CAUGHT, MUTANTS, Mutant, problem, test_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("engine", "kernels", "bindings", "tests", "benchmarks")
+FOLDERS = ("engine", "kernels", "bindings", "tests", "benchmarks", "docs")
 CPP = (".cpp", ".h")
 PATIENCE, MIN_LIMIT = 5.0, 60.0  # times what the tests take without an error, and seconds
 FAILED, COLLECTION_FAILED = 1, 2  # exit codes of pytest

@@ -1,0 +1,223 @@
+"""Makes what of the documentation is not written by hand: `make docs`.
+
+docs/api.md comes from the docstrings of all that `stars` exports, docs/figures/*.svg from benchmarks/results. Both are
+kept in the repository, so that the pages read as they are; a test says when they are out of date.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import stars
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+
+SECTIONS = {
+    "Engines": ("Engine", "AsyncEngine"),
+    "Requests": ("SamplingParams", "StructuredOutputsParams", "RequestOutputKind", "Budget"),
+    "Methods": ("STARS", "CARDS", "Sample", "BestOfN", "BlockwiseBestOfK", "RejectionSampling", "SpeculativeRejection",
+                "SegmentBeam", "ParticleFilter", "ARGS", "RAD", "MARA", "PersonaJudge", "TokenGuidance",
+                "RewardGuidedSpeculation"),
+    "Rewards": ("Reward", "CausalReward", "LoraReward", "ProcessReward", "EncoderReward", "FunctionReward",
+                "CachedReward", "RemoteReward", "ImplicitReward", "WeightedReward"),
+    "Outputs": ("RequestOutput", "CompletionOutput", "Segment", "Attempt", "Logprob", "Metrics", "Calibration"),
+    "Traces": ("write_trace", "read_trace"),
+    "Errors": (),  # whatever is an exception
+}
+"""What is exported, by what it is for. A name that is in none of them ends up under "More"."""
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+
+def api() -> str:
+    """The text of docs/api.md."""
+    exported = {name: getattr(stars, name) for name in stars.__all__}
+    errors = [name for name, value in exported.items() if isinstance(value, type) and issubclass(value, Exception)]
+    sections = {title: [name for name in names if name in exported] for title, names in SECTIONS.items()}
+    sections["Errors"] += errors
+    listed = {name for names in sections.values() for name in names}
+    sections["More"] = [name for name in stars.__all__ if name not in listed]
+    parts = ["# API reference", "Made from the docstrings by `make docs`: change those, not this file.",
+             "\n".join(f"- [{title}](#{title.lower()}): {', '.join(f'`{name}`' for name in names)}"
+                       for title, names in sections.items() if names)]
+    for title, names in sections.items():
+        if names:
+            parts.append(f"## {title}")
+        for name in names:
+            parts += _entry(name, exported[name])
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(name: str, value: Any) -> Iterator[str]:
+    """A name with its docstring, and of a class its own public methods and properties."""
+    yield f"### `stars.{name}`"
+    if not isinstance(value, type):
+        yield _code(f"{name}{_signature(value)}")
+        yield _doc(value)
+        return
+    if issubclass(value, Exception):
+        yield f"{_doc(value)} Derives from `{value.__mro__[1].__name__}`."
+        return
+    if issubclass(value, enum.Enum):
+        yield _doc(value)
+        yield "\n".join(f"- `{name}.{member.name}`" for member in value)
+        return
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    if fields or hasattr(value, "_fields"):
+        yield _code(_fields(value))
+    elif value.__init__ is not object.__init__:  # type: ignore[misc]
+        yield _code(f"{name}{_signature(value.__init__, bound=True)}")  # type: ignore[misc]
+    yield _doc(value)
+    for method, member in vars(value).items():
+        called = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+        if method.startswith("_") or not getattr(called, "__doc__", None) or method in {field.name for field in fields}:
+            continue
+        if isinstance(called, property):
+            yield f"**`{name}.{method}`** (property)\n\n{_doc(called)}"
+        elif inspect.isfunction(called):
+            yield f"{_code(f'{name}.{method}{_signature(called, bound=not isinstance(member, staticmethod))}')}\n\n" \
+                  f"{_doc(called)}"
+
+
+def _fields(value: type) -> str:
+    """The source of a class' fields, with their comments."""
+    lines, kept = inspect.getsource(value).splitlines(), []
+    for line in lines:
+        if re.match(r"    \w+: [^#]*", line) or kept and line.startswith("    # "):
+            kept.append(line)
+        elif re.match(r"    (def |@)", line):
+            break
+        elif line.startswith("    # "):
+            kept.append(line)
+    return f"class {value.__name__}:\n" + "\n".join(kept)
+
+
+def _signature(function: Callable[..., Any], bound: bool = False) -> str:
+    """As it is written, without what nobody is meant to give."""
+    signature = inspect.signature(function)
+    parameters = [parameter for name, parameter in signature.parameters.items()
+                  if not (bound and name in ("self", "cls")) and parameter.kind is not parameter.VAR_KEYWORD]
+    kinds = [parameter.kind for parameter in parameters]
+    if bound and kinds and kinds[0] is inspect.Parameter.POSITIONAL_ONLY:  # a slash after self alone
+        parameters = [parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) if parameter.kind
+                      is inspect.Parameter.POSITIONAL_ONLY else parameter for parameter in parameters]
+    return re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(signature.replace(parameters=parameters)))
+
+
+def _code(text: str) -> str:
+    """A block; a long signature with a line for each few parameters."""
+    if "\n" not in text and len(text) > 100:
+        text = "\n    ".join(textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False))
+    return f"```\n{text}\n```"
+
+
+def _doc(value: Any) -> str:
+    """The docstring as paragraphs; a line that explains a parameter begins a new one."""
+    text = inspect.cleandoc(value.__doc__ or "")
+    return re.sub(r"\n(?=\w+(?:, \w+)*: )", "\n\n", text)
+
+
+# -- the figures ------------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """One setting."""
+
+    label: str
+    tokens: float  # that the language model drew for a text
+    reward: float
+    low: float
+    high: float
+
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 52, 24, 34, 44
+
+
+def figures() -> dict[str, str]:
+    """The text of each file under docs/figures."""
+    rows = json.loads((RESULTS / "cpu-choices.json").read_text())["rows"]
+    plain = {"segment_size": 16, "quantile": 0.9, "beta": 0.1}
+    chosen: dict[str, list[Point]] = {name: [] for name in plain}
+    for row in rows:
+        setting = row["setting"]
+        values = {"segment_size": row["parameters"]["segment_size"], "quantile": _number(r"q=([\d.]+)", setting),
+                  "beta": _number(r"beta=([\d.]+) spreads", setting)}
+        changed = [name for name, value in plain.items() if values[name] != value]
+        for name in changed or plain:  # the setting that all three share is in all of them
+            chosen[name].append(Point(f"{values[name]:g}", row["lm_tokens"], row["mean_reward"],
+                                      *row["mean_reward_95"]))
+    titles = {"segment_size": "segment_size B", "quantile": "threshold, as a quantile of plain samples' rewards",
+              "beta": "beta, in spreads of plain samples' rewards"}
+    return {f"{name}.svg": _chart(titles[name], sorted(points, key=lambda point: float(point.label)))
+            for name, points in chosen.items()}
+
+
+def _number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found is not None, f"{text!r} has no {pattern}"
+    return float(found[1])
+
+
+def _chart(title: str, points: Sequence[Point]) -> str:
+    """Mean reward over tokens drawn, a point a setting, with 95 % intervals."""
+    right = 100 * (1 + int(max(point.tokens for point in points) // 100))
+    low = int(10 * min(point.low for point in points)) / 10 - 0.1
+    high = int(10 * max(point.high for point in points)) / 10 + 0.2
+
+    def x(tokens: float) -> float:
+        return LEFT + tokens / right * (WIDTH - LEFT - RIGHT)
+
+    def y(reward: float) -> float:
+        return TOP + (high - reward) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+             'font-size="12">',
+             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+             f'<text x="{LEFT}" y="18" font-weight="bold">{title}</text>',
+             f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#555"/>',
+             f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">'
+             'tokens drawn for a text of at most 128</text>',
+             f'<text transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" text-anchor="middle">'
+             'mean reward</text>']
+    for tick in range(0, right + 1, 100):
+        lines.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick}</text>')
+    step = 0.2 if high - low < 1.5 else 0.5
+    for index in range(int(low / step), int(high / step) + 1):
+        if low <= index * step <= high:
+            lines.append(f'<text x="{LEFT - 6}" y="{y(index * step) + 4:.1f}" text-anchor="end">{index * step:.1f}'
+                         '</text>')
+    path = " ".join(f"{x(point.tokens):.1f},{y(point.reward):.1f}" for point in points)
+    lines.append(f'<polyline points="{path}" fill="none" stroke="#9bb8d3"/>')
+    for index, point in enumerate(points):
+        where, below = x(point.tokens), 16 if index % 2 else -8
+        lines.append(f'<path d="M{where:.1f} {y(point.low):.1f}V{y(point.high):.1f}" stroke="#1f5f99"/>'
+                     f'<circle cx="{where:.1f}" cy="{y(point.reward):.1f}" r="4" fill="#1f5f99"/>'
+                     f'<text x="{where + 4:.1f}" y="{y(point.reward) + below:.1f}">{point.label}</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """All that is made, by where it belongs."""
+    return {DOCS / "api.md": api(), **{DOCS / "figures" / name: text for name, text in figures().items()}}
+
+
+def main() -> None:
+    """Writes what is made."""
+    for path, text in pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf8")
+        print(path.relative_to(DOCS.parent))
+
+
+if __name__ == "__main__":
+    main()
