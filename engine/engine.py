@@ -545,10 +545,10 @@ class Engine:
                 hypothesis.finish_reason, hypothesis.error = "error", hypothesis.error or sentence(error)
             return request.output()
 
-    def _advance(self, before_round: Callable[[], None] | None = None) -> list[Later]:
+    def _advance(self, tell: Callable[[], None] | None = None) -> list[Later]:
         """Admits what fits and runs one round, or, after an exception, a segment of each request by itself.
 
-        before_round: called where it is known what the round's requests are, and which have ended without it.
+        tell: called where requests may have ended before others are read, and before the round.
         Where all that runs waits for rewards that come later, there is no round, and it returns those: whoever called
         waits for one of them outside of its turn.
         """
@@ -560,9 +560,11 @@ class Engine:
             self._orphans.popleft()
         try:
             self._cut_short()
+            if tell is not None:
+                tell()
             groups = self._schedule()
-            if before_round is not None:
-                before_round()
+            if tell is not None:
+                tell()
             self._run_round(groups)
             if not groups:
                 awaited = self._round.awaited()
