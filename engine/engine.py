@@ -33,7 +33,7 @@ from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
-from stars.outputs import Handed, RequestOutput, warn_of_errors
+from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy
 from stars.readers import Parts, Readers
@@ -405,7 +405,8 @@ class Engine:
         outputs = [self._output(request) for request in changed]
         news = [request.news(output) for request, output in zip(changed, outputs, strict=True)]
         self._changed = {}
-        _hand_out(changed, outputs)
+        for request, output in zip(changed, outputs, strict=True):
+            request.hand_out(output)
         return news, awaited
 
     @one_at_a_time
@@ -519,16 +520,11 @@ class Engine:
         awaited = self._advance() if not owner.news else []
         if not owner.news:
             return None, awaited
-        news = self._news(request)
-        owner.news = False
-        return news, []
-
-    def _news(self, request: Request) -> RequestOutput:
-        """What its user is told now that it has changed, and has from here on."""
         output = self._output(request)
         news = request.news(output)
-        _hand_out([request], [output])
-        return news
+        owner.news = False
+        request.hand_out(output)
+        return news, []
 
     @one_at_a_time
     def _outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
@@ -545,10 +541,10 @@ class Engine:
                 hypothesis.finish_reason, hypothesis.error = "error", hypothesis.error or sentence(error)
             return request.output()
 
-    def _advance(self, tell: Callable[[], None] | None = None) -> list[Later]:
+    def _advance(self, before_round: Callable[[], None] | None = None) -> list[Later]:
         """Admits what fits and runs one round, or, after an exception, a segment of each request by itself.
 
-        tell: called where requests may have ended before others are read, and before the round.
+        before_round: called where it is known what the round's requests are, and which have ended without it.
         Where all that runs waits for rewards that come later, there is no round, and it returns those: whoever called
         waits for one of them outside of its turn.
         """
@@ -559,13 +555,13 @@ class Engine:
                 self._abort([self._requests[self._orphans[0]]])
             self._orphans.popleft()
         try:
-            self._cut_short()
-            if tell is not None:
-                tell()
+            if self._cut_short():  # their outputs do not wait for a round of others
+                return awaited
             groups = self._schedule()
-            if tell is not None:
-                tell()
+            if before_round is not None:
+                before_round()
             self._run_round(groups)
+            self._cut_short()
             if not groups:
                 awaited = self._round.awaited()
         except IntegrityError:
@@ -584,17 +580,18 @@ class Engine:
         self._changing = False
         return groups
 
-    def _cut_short(self) -> None:
-        """Ends the requests whose time or budget is over."""
+    def _cut_short(self) -> bool:
+        """Ends the requests whose time or budget is over; whether there were some."""
         due = self._scheduler.due()
         if not due:
-            return
+            return False
         self._begin([group for request, _ in due for group in request.groups if not group.finished])
         for request, reason in due:
             self._round.conclude(request, reason)
         self._in_round = ()
         self._settle([request for request, _ in due])
         self._changing = False
+        return True
 
     def _begin(self, groups: Sequence[Group]) -> None:
         """From here on `groups` change, and go back to what they are now if the change is stopped in the middle."""
@@ -641,7 +638,7 @@ class Engine:
     def _run_alone(self, group: Group) -> None:
         """To the end of a segment: the round that failed may be a later one of it. What comes later is waited for, or
         it would be asked for again after every round that fails."""
-        until = time.monotonic() + ALONE_SECONDS
+        until = min(time.monotonic() + ALONE_SECONDS, self._scheduler.deadline)
         while True:
             groups = self._schedule(group)
             self._run_round(groups)
@@ -696,7 +693,8 @@ class Engine:
                 if request.has_news:
                     self._changed[request.request_id] = request
             elif (owner := request.owner()) is not None:
-                owner.changed(request)
+                if request.has_news:
+                    owner.changed(request.request_id, finished)
             if finished:
                 del self._requests[request.request_id]
                 self.metrics.forget(request)
@@ -734,12 +732,6 @@ def _name(model: Any) -> str:
     if isinstance(model, (str, Path)):
         return Path(model).resolve().name if Path(model).exists() else str(model)
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-
-def _hand_out(requests: Sequence[Request], outputs: Sequence[RequestOutput]) -> None:
-    """Notes what of the requests their users have."""
-    for request, output in zip(requests, outputs, strict=True):
-        request.handed_out = tuple(map(Handed.of, output.outputs))
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -747,11 +747,11 @@ class Owner:
         self.news = False  # whether a request of it has changed since it looked
         self.waits_for: set[str] = set()  # ids of its unfinished requests
 
-    def changed(self, request: Request) -> None:
+    def changed(self, request_id: str, finished: bool) -> None:
         """Told in the turn in which one of them changed."""
-        self.news |= request.has_news
-        if request.finished:
-            self.waits_for.discard(request.request_id)
+        self.news = True
+        if finished:
+            self.waits_for.discard(request_id)
 
 
 @dataclass(eq=False)
@@ -924,6 +924,10 @@ class Request:
     def news(self, output: RequestOutput) -> RequestOutput:
         """What is handed out of `output`: all of it, or what was not handed out before."""
         return since(output, self.handed_out) if self.params.output_kind is RequestOutputKind.DELTA else output
+
+    def hand_out(self, output: RequestOutput) -> None:
+        """Notes what of it the user has."""
+        self.handed_out = tuple(map(Handed.of, output.outputs))
 
     def output(self) -> RequestOutput:
         """A snapshot: later rounds do not change it."""

@@ -8,6 +8,7 @@ model on the CPU the same. So it runs the turn's new tokens and at most page_siz
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -400,3 +401,38 @@ def test_what_is_found_is_what_would_be_computed(tiny_model, name):
             assert [a.reward for a in one.attempts] == pytest.approx([a.reward for a in other.attempts], abs=1e-4)
         prompt = (output.prompt + output.outputs[0].text + " and" if isinstance(prompt, str) else
                   prompt + output.outputs[0].token_ids + ids(3, 23, turn))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_many_chats_in_a_tight_cache(seed):
+    """Chats of every policy side by side, some aborted, in caches that hold a few of them: they give way, are evicted
+    and come back. The books balance after every step, and every text is that of an engine with room for all."""
+    draw = random.Random(seed)
+    kinds: list[Any] = [STRICT, stars.BestOfN(3), stars.ParticleFilter(3, 0.7, 4), stars.SegmentBeam(2, 2, 4),
+                        stars.STARS(5, 2, 1.0, 0.0, 2.2, 2, exhaust=BackUp(3)), stars.RejectionSampling(1.0)]
+    engine, roomy = (toy_engine(LM, RM, page_size=PAGE, cache_tokens=tokens) for tokens in (256, 16384))
+    prompts = {chat: ids(3 + 4 * (chat % 2), 23, 60 + chat // 2) for chat in range(8)}  # two each begin alike
+    running: dict[str, tuple[int, stars.SamplingParams, Any]] = {}
+    ended = gave_way = aborted = 0
+    while ended < 30:
+        for chat in prompts.keys() - {one[0] for one in running.values()}:
+            asked = params(draw.randrange(1000), max_tokens=draw.randint(12, 40), n=draw.choice([1, 1, 2]))
+            policy = kinds[draw.randrange(len(kinds))]
+            running[engine.add_request({"prompt_token_ids": prompts[chat]}, asked, policy)] = chat, asked, policy
+        if draw.random() < 0.05:
+            engine.abort(draw.choice(list(running)))
+        for output in engine.step():
+            if not output.finished:
+                continue
+            chat, asked, policy = running.pop(output.request_id)
+            ended, gave_way = ended + 1, gave_way + output.metrics.num_preemptions
+            if output.outputs[0].finish_reason == "abort":
+                aborted += 1
+            else:
+                [alone] = roomy.generate({"prompt_token_ids": prompts[chat]}, asked, policy, use_tqdm=False)
+                assert [one.token_ids for one in output.outputs] == [one.token_ids for one in alone.outputs]
+            prompts[chat] = prompts[chat] + output.outputs[-1].token_ids + ids(2, 23, draw.randrange(1000))
+            if len(prompts[chat]) > 60:
+                prompts[chat] = prompts[chat][:draw.randint(3, 30)]
+        engine.check_integrity()
+    assert gave_way > 2 and aborted and engine._cache.prefix_hits > engine._cache.prefix_queries / 3

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import stars
-from stars.intake import Asked
 from stars.fairness import Fairness, Load, _cost
+from stars.intake import Asked
 from test_conservation import nothing_is_held
 from test_waiting import rewards
 from toy import Digits, ToyModel, facts, ids, toy_engine

@@ -238,7 +238,10 @@ def test_counters_are_the_sums_of_outputs_and_never_go_down(kind, seed):
                                                 chance.choice(POLICIES)))
             elif what < 0.32 and unfinished:
                 made.abort(chance.choice(sorted(unfinished)))
-            elif what < 0.4:
+            elif what < 0.35:
+                made._cache.commit = interrupt
+                collect(made, done, unfinished)
+            elif what < 0.43:
                 trouble.next = chance.choice(["raise", "nan", "interrupt", "-inf"])
                 collect(made, done, unfinished)
             else:
@@ -250,6 +253,7 @@ def test_counters_are_the_sums_of_outputs_and_never_go_down(kind, seed):
             refused += 1
         finally:
             trouble.next = None
+            vars(made._cache).pop("commit", None)
         after = rising(made.metrics.snapshot())
         fallen = {name: (value, after[name]) for name, value in before.items() if after[name] < value}
         assert not fallen
@@ -258,6 +262,10 @@ def test_counters_are_the_sums_of_outputs_and_never_go_down(kind, seed):
     check_sums(made, list(done.values()))
     nothing_stays(made)
     assert taken and made.metrics.snapshot()["stars:num_preemptions_total"] > 0, "the run has not what it is to test"
+
+
+def interrupt(*given):
+    raise KeyboardInterrupt
 
 
 def collect(made: stars.Engine, done: dict[str, stars.RequestOutput], unfinished: set[str]) -> None:

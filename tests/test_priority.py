@@ -8,10 +8,11 @@ import random
 import pytest
 
 import stars
+from stars.errors import OutOfPages
 from test_conservation import nothing_is_held
 from test_scheduler import JOBS, LARGE, Population, causal_reward, engine, function_reward, run
 from test_scheduler import text as whole_text
-from toy import facts, ids
+from toy import ToyModel, facts, ids, toy_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -138,8 +139,6 @@ def test_everybody_ends_while_others_of_all_priorities_come():
 
 
 def test_deterministic_mode_keeps_every_bit_of_who_gave_way():
-    from toy import ToyModel, toy_engine
-
     lm = ToyModel(vocab=11, seed=1, positions=160)
     rm = ToyModel(vocab=11, seed=3, positions=160, head="reward", sharpness=1.5)
     texts = []
@@ -156,27 +155,30 @@ def test_deterministic_mode_keeps_every_bit_of_who_gave_way():
     assert texts[0] == texts[1]
 
 
-def test_the_rest_of_a_population_waits_where_pages_run_out():
-    """The first of a population is read in chunks while others grow. Where they have taken its pages by then, all of it
-    waits; it does not end with an error."""
-    long = {"prompt_token_ids": ids(40, 11, 5)}
-    [whole] = run(engine(function_reward(), LARGE), [(long, stars.SamplingParams(max_tokens=20, seed=2, ignore_eos=True),
-                                                      Population())])
-    given_up = 0
-    for tokens in range(95, 150, 5):
-        made = engine(function_reward(), tokens, max_num_batched_tokens=3)
-        for index in range(2):
-            made.add_request({"prompt_token_ids": ids(6, 11, index)}, dataclasses.replace(LONG, seed=index),
-                             stars.Sample(score=True), request_id=f"s{index}")
-        made.step()
-        try:
-            made.add_request(long, stars.SamplingParams(max_tokens=20, seed=2, ignore_eos=True), Population(),
-                             request_id="many")
-        except stars.RequestError:
-            continue
-        give_up, calls = made._scheduler._give_up, []
-        made._scheduler._give_up = lambda unit, give_up=give_up, calls=calls: calls.append(unit) or give_up(unit)
-        done = drain(made)
-        given_up += any(isinstance(unit.request.policy, Population) for unit in calls)
-        assert facts(done["many"]) == facts(whole)
-    assert given_up
+@pytest.mark.parametrize("tokens, rows, count, size", [(94, 6, 4, 2), (123, 4, 5, 2), (80, 7, 3, 3)])
+def test_the_rest_of_a_population_waits_where_pages_run_out(tokens, rows, count, size):
+    """The first of a population is read while others grow. Where they have taken the pages of the second by then, all
+    of it waits; it does not end with an error."""
+    prompt = {"prompt_token_ids": ids(17, 11, 5)}
+    [whole] = run(engine(function_reward(), LARGE), [(prompt, SHORT, Population())])
+    refused = []
+    for steps in range(1, 6):
+        made = engine(function_reward(), tokens, max_num_batched_tokens=rows, page_size=7)
+        for index in range(count):
+            made.add_request({"prompt_token_ids": ids(2 + 3 * index, 11, index)}, dataclasses.replace(LONG, seed=index),
+                             stars.STARS(size, 3, 1.0, 0.3, 0.5, 1))
+        for _ in range(steps):
+            made.step()
+        made.add_request(prompt, SHORT, Population(), request_id="many")
+        opened = made._cache.open
+
+        def opening(*given, opened=opened):
+            try:
+                return opened(*given)
+            except OutOfPages:
+                refused.append(given)
+                raise
+
+        made._cache.open = opening
+        assert facts(drain(made)["many"]) == facts(whole)
+    assert refused

@@ -104,10 +104,9 @@ class Feed(Owner):
 
     # -- for the loop thread, which wakes the waiters that these return -----------------------------------------------
 
-    def changed(self, request: Request) -> None:
-        """Called by the engine, in a turn of any thread."""
-        if request.has_news:
-            self._notify(self)
+    def changed(self, request_id: str, finished: bool) -> None:
+        """Called by the engine, in a turn of any thread, where there is something to tell."""
+        self._notify(self)
 
     def has_begun(self) -> bool:
         """Whether the request was admitted, or has ended before."""

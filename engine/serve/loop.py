@@ -321,11 +321,13 @@ class Loop:
             if not request.finished and feed.falls_behind():
                 later[feed] = None
                 continue
-            output = self.engine._news(request)  # which ends the request where it has no text
+            output = self.engine._output(request)  # which ends the request where it has no text
             if output.finished:
                 self._queued.pop(request.request_id, None)
                 request.owner = None  # there is nothing to end once the feed is gone
-            self._tell(feed, feed.put(output))
+            news = request.news(output)
+            request.hand_out(output)
+            self._tell(feed, feed.put(news))
         self._changed = later
 
     # -- the line -----------------------------------------------------------------------------------------------------

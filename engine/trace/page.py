@@ -27,6 +27,7 @@ FIGURES = (
     ("lm_tokens_drawn", "LM tokens drawn"), ("lm_tokens_kept", "LM tokens kept"),
     ("rm_tokens_scored", "RM tokens scored"), ("rm_tokens_full_rescore", "RM tokens of a full re-score"),
     ("prompt_tokens_cached", "prompt tokens found in the cache"),
+    ("rm_tokens_cached", "prompt tokens found in the RM's cache"),
 )
 
 
