@@ -215,7 +215,7 @@ def plan_of(seed: int, number: int, rows: Callable[[str], bool]) -> Plan:
         given["prompt"] = r.choice(["", {"prompt_token_ids": [1 << 40]}, 7])
         return plan
     if fate == "deadline":
-        given["budget"] = stars.Budget(seconds=0.001 + r.random() ** 2)
+        given["budget"] = stars.Budget(seconds=0.02 + r.random() ** 2)
     elif fate == "budget":
         given["budget"] = stars.Budget(**{r.choice(["attempts", "lm_tokens", "rm_calls"]): r.randint(1, 20)})
     used = []
@@ -266,8 +266,8 @@ class Soak:
         self.ends: list[list[str]] = [[] for _ in range(requests)]  # of each request; must be one
         self.reasons: Counter[tuple[str, str]] = Counter()
         self.texts: dict[int, list[Any]] = {}  # of the undisturbed
-        self.late: list[tuple[float, float]] = []  # a deadline, and when its request's last output came
-        self.rounds: list[tuple[float, float]] = []  # begin and end
+        self.late: list[tuple[float, float, float]] = []  # a deadline, when its request ended, and when its caller knew
+        self.rounds: list[tuple[float, float]] = []  # begin and end, of what is read before it too
         self.refusals = 0  # of add_nowait
         self.resident: list[tuple[int, float]] = []  # requests that have ended, MB
         self._numbers = iter(range(requests))
@@ -275,16 +275,16 @@ class Soak:
         self._done = 0
         self._every = max(1, requests // 40)
         self._aborts: set[asyncio.Task[bool]] = set()  # a loop holds its tasks weakly
-        run_round = engine._round.run
+        advance = engine._advance
 
-        def timed(groups: Any) -> Any:
+        def timed(*given: Any) -> Any:
             begin = time.monotonic()
             try:
-                return run_round(groups)
+                return advance(*given)
             finally:
                 self.rounds.append((begin, time.monotonic()))
 
-        engine._round.run = timed  # type: ignore[method-assign]
+        engine._advance = timed  # type: ignore[method-assign]
 
     def problem(self, number: int, text: str) -> None:
         self.problems.append(f"request {number}: {text}")
@@ -347,7 +347,9 @@ class Soak:
         stream = await self._stream(plan)
         if plan.fate == "abort":
             asyncio.get_running_loop().call_later(plan.delay, self._abort, stream.request_id)
-        last, deltas = None, defaultdict(list)
+        last = None
+        tokens: dict[int, list[int]] = defaultdict(list)  # of deltas
+        logprobs: dict[int, list[Any]] = defaultdict(list)
         limit = random.Random(plan.number).randint(0, 3)
         count = 0
         async for output in stream:
@@ -355,7 +357,8 @@ class Soak:
                 self.problem(plan.number, "has an output after its last")
             last, count = output, count + 1
             for one in output.outputs:
-                deltas[one.index] += one.token_ids
+                tokens[one.index] += one.token_ids
+                logprobs[one.index] += getattr(one, "logprobs", None) or []
             if not output.finished and plan.fate == "leave" and count > limit:
                 return "left"
             if not output.finished and plan.fate == "close" and count > limit:
@@ -370,11 +373,14 @@ class Soak:
             self.problem(plan.number, f"has {count} outputs where its last is all")
         if params.output_kind is KIND.DELTA:
             for one in last.outputs:
-                one.token_ids, one.text = deltas[one.index], None
+                one.token_ids, one.text = tokens[one.index], None
+                if logprobs[one.index]:
+                    one.logprobs = logprobs[one.index]
         reasons = {one.finish_reason for one in last.outputs}
         special = reasons & {"abort", "deadline", "budget", "error"}
         if "deadline" in reasons:
-            self.late.append((begin + plan.given["budget"].seconds, time.monotonic()))
+            seconds = plan.given["budget"].seconds
+            self.late.append((begin + seconds, begin + (last.times.finished or 0.0), time.monotonic()))
         if plan.fate in UNDISTURBED:
             self.texts[plan.number] = facts(last)
         if not special:
@@ -436,19 +442,22 @@ class Soak:
         return statistics.median(values[-quarter:]) - statistics.median(values[quarter : 2 * quarter])
 
     def deadlines(self) -> dict[str, Any]:
-        """How late the last outputs of requests were whose deadlines passed. One that fell into a round is kept within
-        a segment where no other round began and ended before its caller was told."""
+        """How late requests ended whose deadlines passed, and how late their callers knew. One that fell into a round
+        is kept within a segment where no other round began and ended before the request did."""
         if not self.late:
             return {"count": 0}
         begins = [begin for begin, _ in self.rounds]
         missed = 0
-        for deadline, told in self.late:
+        for deadline, ended, _ in self.late:
             first = bisect_left(begins, deadline)
-            missed += first < len(self.rounds) and self.rounds[first][1] < told
-        seconds = sorted(told - deadline for deadline, told in self.late)
-        return {"count": len(seconds), "within_a_segment": 1 - missed / len(seconds),
-                "median_ms_late": 1e3 * statistics.median(seconds),
-                "p99_ms_late": 1e3 * seconds[int(0.99 * (len(seconds) - 1))], "most_ms_late": 1e3 * seconds[-1]}
+            missed += first < len(self.rounds) and self.rounds[first][1] < ended
+        found: dict[str, Any] = {"count": len(self.late), "within_a_segment": 1 - missed / len(self.late)}
+        for name, seconds in (("ended", [ended - deadline for deadline, ended, _ in self.late]),
+                              ("told", [told - deadline for deadline, _, told in self.late])):
+            ordered = [round(1e3 * one, 1) for one in sorted(seconds)]
+            found[f"{name}_ms_late"] = {"median": statistics.median(ordered),
+                                        "p99": ordered[int(0.99 * (len(ordered) - 1))], "most": ordered[-1]}
+        return found
 
     def check_texts(self, alone: int) -> int:
         """Runs so many of the undisturbed by themselves; returns how many were."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -17,9 +18,10 @@ from stars.plan import Policy
 from stars.sampling import SamplingParams
 from stars.serve.feed import Feed
 from stars.serve.loop import Loop
+from stars.spans import parent_of
 from stars.vllm_names import CALL
 
-REQUEST = ("prompt", "sampling_params", "policy", "request_id", "budget", "priority", "user")
+REQUEST = ("prompt", "sampling_params", "policy", "request_id", "budget", "priority", "user", "trace_headers")
 
 
 class AsyncEngine:
@@ -65,31 +67,39 @@ class AsyncEngine:
 
     def generate(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
                  policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
-                 priority: int = 0, user: str | None = None, **others: Any) -> RequestStream:
+                 priority: int = 0, user: str | None = None,
+                 trace_headers: Mapping[str, str] | None = None, **others: Any) -> RequestStream:
         """`async for output in engine.generate(…)`: the outputs of one prompt, as `Engine.stream` yields them, or as
         `sampling_params.output_kind` says; the last one is finished.
 
         The request is made when the first output is asked for, and waits in line then, if there is one. Bad input
         raises there, before anything is queued: RequestError, RewardError. EngineDeadError after a fault or shutdown.
+
+        trace_headers: W3C's traceparent and tracestate of the span that its own belongs to; None: the caller's.
         """
         refuse_others("generate", others, CALL, REQUEST)
-        asked = Asked(prompt, sampling_params, policy, budget, priority, user)
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user,
+                      trace_context=parent_of(self.engine.spans, trace_headers))
         return RequestStream(self, self._loop.feed(asked, request_id, acknowledged=False))
 
     async def add(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
                   policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
-                  priority: int = 0, user: str | None = None, **others: Any) -> RequestStream:
+                  priority: int = 0, user: str | None = None,
+                  trace_headers: Mapping[str, str] | None = None, **others: Any) -> RequestStream:
         """As `generate`, of a request that is queued when this returns: its `request_id` is known."""
         refuse_others("add", others, CALL, REQUEST)
-        asked = Asked(prompt, sampling_params, policy, budget, priority, user)
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user,
+                      trace_context=parent_of(self.engine.spans, trace_headers))
         return await self._added(asked, request_id, at_once=False)
 
     async def add_nowait(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
                          policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
-                         priority: int = 0, user: str | None = None, **others: Any) -> RequestStream:
+                         priority: int = 0, user: str | None = None,
+                         trace_headers: Mapping[str, str] | None = None, **others: Any) -> RequestStream:
         """As `add`, and QueueFullError at once where `max_waiting` requests wait."""
         refuse_others("add_nowait", others, CALL, REQUEST)
-        asked = Asked(prompt, sampling_params, policy, budget, priority, user)
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user,
+                      trace_context=parent_of(self.engine.spans, trace_headers))
         return await self._added(asked, request_id, at_once=True)
 
     async def _added(self, asked: Asked, request_id: str | None, at_once: bool) -> RequestStream:

@@ -105,14 +105,13 @@ class Feed(Owner):
     # -- for the loop thread, which wakes the waiters that these return -----------------------------------------------
 
     def changed(self, request_id: str, finished: bool) -> None:
-        """Called by the engine, in a turn of any thread."""
+        """Called by the engine, in a turn of any thread, where there is something to tell."""
         self._notify(self)
 
     def has_begun(self) -> bool:
         """Whether the request was admitted, or has ended before."""
         request = self.request
-        self.begun = request is not None and any([
-            one.table is not None or one.token_ids or one.finish_reason is not None for one in request.hypotheses])
+        self.begun = request is not None and (request.admitted is not None or request.finished)
         return self.begun
 
     def falls_behind(self) -> bool:

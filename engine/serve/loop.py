@@ -21,7 +21,6 @@ from stars.errors import EngineDeadError, IntegrityError, QueueFullError, Reques
 from stars.intake import Asked
 from stars.request import Request
 from stars.reward.base import Later
-from stars.sampling import RequestOutputKind
 from stars.serve.feed import Feed, Waiter
 
 EXIT_SECONDS = 10.0
@@ -319,12 +318,9 @@ class Loop:
             request = feed.request
             if request is None or feed.dropped or feed.complete:
                 continue
-            if not request.finished:
-                if feed.kind is RequestOutputKind.FINAL_ONLY:
-                    continue
-                if feed.falls_behind():
-                    later[feed] = None
-                    continue
+            if not request.finished and feed.falls_behind():
+                later[feed] = None
+                continue
             output = self.engine._output(request)  # which ends the request where it has no text
             if output.finished:
                 self._queued.pop(request.request_id, None)
