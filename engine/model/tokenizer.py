@@ -111,6 +111,13 @@ class Tokenizer:
         return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()
                 if token.special and token.content}
 
+    def token_bytes(self, vocab_size: int) -> list[bytes | None]:
+        """What each id below `vocab_size` adds to a text; None where that is nothing. Raises TokenizerError where it
+        depends on the tokens beside it."""
+        from stars.model.token_bytes import token_bytes  # here, as only grammars need it
+
+        return token_bytes(self._backend, set(self.special_tokens.values()), self.decode, vocab_size, self._where)
+
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every token id of this tokenizer means the same to `other`, which splits text in the same way.
 
