@@ -12,6 +12,7 @@ from stars.bindings.operations import (
     attention,
     blend_logits,
     copy_rows,
+    edit_logits,
     embedding,
     linear,
     linear_into,
@@ -26,7 +27,8 @@ from stars.bindings.recording import Program, leave_out, record
 
 __all__ = [
     "Program", "accept_uniform", "append_draft", "apply_penalties", "attention", "available", "blend_logits",
-    "copy_rows", "embedding", "format_of", "gumbel", "isa", "leave_out", "library_path", "linear", "linear_into",
-    "num_threads", "pack", "pack_quant", "pack_rows", "philox", "quant_bytes", "record", "rescale", "rms_norm",
-    "rope_write", "sample_step", "set_num_threads", "swiglu", "take_rows", "unpack", "unpack_quant", "usable_cpus",
+    "copy_rows", "edit_logits", "embedding", "format_of", "gumbel", "isa", "leave_out", "library_path", "linear",
+    "linear_into", "num_threads", "pack", "pack_quant", "pack_rows", "philox", "quant_bytes", "record", "rescale",
+    "rms_norm", "rope_write", "sample_step", "set_num_threads", "swiglu", "take_rows", "unpack", "unpack_quant",
+    "usable_cpus",
 ]

@@ -16,7 +16,7 @@ from stars.bindings.params import Fields, Struct, Value
 from stars.bindings.recording import run
 
 if TYPE_CHECKING:
-    from stars.kernels.types import Activation, Batch, Draft, LaneState, LayerKV, Penalties, TrailingRows
+    from stars.kernels.types import Activation, Batch, Draft, Edits, LaneState, LayerKV, Penalties, TrailingRows
 
 
 class Operation:
@@ -45,6 +45,7 @@ _copy_rows = Operation("copy_rows")
 _append_draft = Operation("append_draft")
 _apply_penalties = Operation("apply_penalties")
 _blend_logits = Operation("blend_logits")
+_edit_logits = Operation("edit_logits")
 
 
 def linear(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
@@ -208,6 +209,23 @@ def blend_logits(logits: Tensor, weights: Tensor, done: Tensor, out: Tensor) -> 
     (models, room, vocab), lanes = logits.shape, out.shape[0]
     _blend_logits(logits=(logits, (models, room, vocab)), weights=(weights, (models, room)), done=(done, (lanes,)),
                   out=(out, (lanes, vocab)), models=models, room=room, lanes=lanes, vocab=vocab)
+
+
+def edit_logits(logits: Tensor, lanes: LaneState, edits: Edits) -> None:
+    """Edits logits float32 [lanes, vocab] in place; tokens outside the vocabulary are passed over."""
+    (count, max_steps), entries = lanes.out_tokens.shape, edits.entries.shape[0]
+    words, length = edits.words.shape
+    vocab, mask_rows, each = logits.shape[-1], edits.masks.shape[0], (count,)
+    _edit_logits(
+        logits=(logits, (count, vocab)), done=(lanes.done, each), steps=(lanes.steps, each),
+        out_tokens=(lanes.out_tokens, (count, max_steps)), entries=(edits.entries, (entries, 3)),
+        start=(edits.start, each), count=(edits.count, each), base=(edits.base, each),
+        words=(edits.words, (words, length)), first_word=(edits.first_word, each),
+        word_count=(edits.word_count, each), tail=(edits.tail, (count, length - 1)),
+        masks=(edits.masks, (mask_rows, (vocab + 31) // 32)), mask_row=(edits.mask_row, each),
+        lanes=count, vocab=vocab, max_steps=max_steps, entry_count=entries, word_rows=words, word_length=length,
+        mask_rows=mask_rows,
+    )
 
 
 def _apart(x: Tensor, shape: tuple[int, ...]) -> tuple[Value, int]:

@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 8
+#define STARS_ABI_VERSION 9
 
 typedef enum {
   STARS_OK = 0,
@@ -73,6 +73,7 @@ typedef enum {
   STARS_OP_APPLY_PENALTIES = 11,
   STARS_OP_BLEND_LOGITS = 12,
   STARS_OP_RESCALE = 13,
+  STARS_OP_EDIT_LOGITS = 14,
 } stars_op;
 
 /* out[:, out_column : out_column + out_features] = x[rows, in_features] @ weight^T + bias, of out[rows, out_stride].
@@ -293,6 +294,27 @@ typedef struct {
   float* out;           /* [lanes, vocab]; may be the first lanes of one of the models' logits */
   int64_t models, room, lanes, vocab;
 } stars_blend_logits_params;
+
+/* Biases, bans and masks of single tokens, on logits in place; see kernels/edit_logits.py, and kernels/types.py, Edits,
+ * which these mirror. Token ids below 0 or beyond the vocabulary are passed over, and ranges end with their arrays. */
+typedef struct {
+  int64_t size;
+  float* logits;             /* [lanes, vocab] */
+  const int32_t* done;       /* [lanes] */
+  const int32_t* steps;      /* [lanes] */
+  const int32_t* out_tokens; /* [lanes, max_steps] */
+  const int32_t* entries;    /* [entry_count, 3] token, tokens of the response before which it is banned, float's bits */
+  const int32_t* start;      /* [lanes] */
+  const int32_t* count;      /* [lanes] */
+  const int32_t* base;       /* [lanes] */
+  const int32_t* words;      /* [word_rows, word_length], to the right; -1 is any token */
+  const int32_t* first_word; /* [lanes] */
+  const int32_t* word_count; /* [lanes] */
+  const int32_t* tail;       /* [lanes, word_length - 1], to the right, padded with -1 */
+  const int32_t* masks;      /* [mask_rows, (vocab + 31) / 32] */
+  const int32_t* mask_row;   /* [lanes], -1: no mask */
+  int64_t lanes, vocab, max_steps, entry_count, word_rows, word_length, mask_rows;
+} stars_edit_logits_params;
 
 STARS_API int32_t stars_abi_version(void);
 /* This header, to the letter, as the library was compiled from it: other languages can read the layouts out of it. */

@@ -20,7 +20,9 @@ from torch import Tensor
 from stars.buffers import Buffers
 from stars.cache import BlockTable, PagedCache
 from stars.config import EngineConfig
-from stars.kernels import apply_penalties, blend_logits, sample_step, top_tokens
+from stars.edit_buffers import EditBuffers
+from stars.edits import Edited, Matcher
+from stars.kernels import apply_penalties, blend_logits, edit_logits, sample_step, top_tokens
 from stars.kernels.graph import Graphs, Part
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.top_tokens import launches
@@ -30,7 +32,7 @@ from stars.model.decoder import Decoder
 from stars.pacing import Pacing
 from stars.plan import MAX_RANKS
 from stars.sampling import SamplingParams
-from stars.sizes import history_entries, language_model, later_bytes, ranked_rows, table_width
+from stars.sizes import EDIT_LAUNCHES, history_entries, language_model, later_bytes, ranked_rows, table_width
 from stars.tiling import Tiling, shape
 
 MAX_STOP_IDS = 16
@@ -57,6 +59,8 @@ class LaneSpec(NamedTuple):
     least_tokens: int = 0  # that it draws before that
     weights: tuple[float, ...] = (1.0,)  # of the drafter's models, in their order
     ranks: int = 0  # above 0: nothing is drawn, so many of the most probable next tokens are found instead
+    edits: Edited | None = None  # biases, bans and masks of single tokens
+    matcher: Matcher | None = None  # says before each draw which tokens are allowed, and is told what was drawn
 
 
 class Drafted(NamedTuple):
@@ -142,7 +146,9 @@ class Drafter:
         self._graphs = Graphs(sum(later_bytes(source.decoder.config, source.decoder.adapter_launches)
                                   for source in self._sources))
         self._pacing = Pacing(rows) if target.own_memory else None
-        self._under_way: tuple[Callable[[], int], int] | None = None  # a step, and how many are to be launched yet
+        self._edits = EditBuffers(config, rows, decoder.config.vocab_size)
+        self._matched = False  # whether lanes of the last draft have a matcher
+        self._under_way: Callable[[], object] | None = None  # launches what is left of a draft
 
     @property
     def device_draft(self) -> Draft:
@@ -155,12 +161,12 @@ class Drafter:
         return self.drafted(len(lanes))
 
     def draft_with_logits(self, lanes: list[LaneSpec]) -> list[Drafted]:
-        """As `draft`, of lanes without penalties, with the logits that each token was drawn from."""
+        """As `draft`, of lanes without penalties and edits, with the logits that each token was drawn from."""
         assert not self.target.own_memory, "drafts on a GPU do not keep their logits"
         filters, cuts = any([lane.params.filters for lane in lanes]), any([lane.entropy_cut < math.inf
                                                                            for lane in lanes])
         rows, tiles = self._fill(lanes)
-        self._ranks = []
+        self._ranks, self._matched = [], False
         self._buffers.upload()
         parts = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
         parts.append(self._sample(rows, filters or cuts, False, cuts))
@@ -178,27 +184,29 @@ class Drafter:
         A GPU gets the first steps, which it is busy with while the host does something else. The others it gets by
         `pace`. On the CPU the draft is then over.
         """
-        filters = penalties = cuts = ranked = False
+        filters = penalties = cuts = ranked = edits = False
         longest = 0
         for lane in lanes:
             filters |= lane.params.filters
             penalties |= lane.params.penalties
             cuts |= lane.entropy_cut < math.inf
             ranked |= lane.ranks > 0
+            edits |= lane.edits is not None or lane.matcher is not None
             longest = max(longest, lane.max_tokens)
         filled = self._fill(lanes)
         if penalties:
             self._fill_penalties(lanes)
         self._ranks = self._fill_ranking(lanes) if ranked else []
-        self._start(filled, len(lanes), longest, filters, penalties, cuts)
+        self._matched = edits and self._edits.fill(lanes)
+        self._start(filled, len(lanes), longest, filters, penalties, cuts, edits)
 
     def pace(self) -> None:
         """Launches the rest of the draft that was started, as the device gets on with it, and the transfer of its
         results. Ends where all lanes have ended; does nothing where no draft was started."""
         if self._pacing is None or self._under_way is None:
             return
-        (step, left), self._under_way = self._under_way, None
-        self._pacing.launch(step, left, wait=True)
+        rest, self._under_way = self._under_way, None
+        rest()
         self._buffers.fetch()
         if self._ranks:
             self._ranking.fetch()
@@ -239,6 +247,9 @@ class Drafter:
             for filters, cuts in ((True, False), (False, False), (True, True)):
                 for penalties in (True, False):
                     self._graphs.warm_up(self._sample(rows, filters, penalties, cuts))
+            self._edits.idle(rows)
+            for penalties in (True, False):
+                self._graphs.warm_up(self._shape(rows, True, penalties))
         for rows in reversed(self._ranked_rows):
             for filters in (True, False):
                 self._graphs.warm_up(self._rank(rows, filters))
@@ -267,27 +278,41 @@ class Drafter:
             self.cache.close(table)
 
     def _start(self, filled: tuple[int, Sequence[Tiles | None]], lanes: int, times: int, filters: bool,
-               penalties: bool = False, cuts: bool = False) -> None:
-        """Sends the buffers and launches the first steps, in stream order. Tokens are ranked after the first."""
+               penalties: bool = False, cuts: bool = False, edits: bool = False) -> None:
+        """Sends the buffers and launches the first steps, in stream order. Tokens are ranked after the first.
+
+        A step is the forward passes of all models, and what is done with their logits: shaped and drawn from in one
+        part, or, where lanes have edits, shaped in a part of its own. So edits add parts, and double none.
+        """
         self._buffers.upload()
         rows, tiles = filled
-        parts = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
-        parts.append(self._sample(rows, filters or cuts, penalties, cuts))
+        forward = [self._forward(rows, each, index) for index, each in enumerate(tiles)]
+        if edits:
+            draw = [self._shape(rows, edits, penalties), self._sample(rows, filters or cuts, False, cuts, shaped=True)]
+        else:
+            draw = [self._sample(rows, filters or cuts, penalties, cuts)]
+        rank = None
         if self._ranks:
-            self._start_ranked(parts, rows, lanes, times, filters)
+            self._ranking.upload()
+            rank = self._rank(rows, filters)
+        if self._matched:
+            self._start_matched(forward, draw, rank, rows, lanes, times)
+            return
+        parts = [*forward, *draw]
+        if rank is not None:
+            self._start_ranked(parts, rank, rows, lanes, times)
             return
         if self._pacing is None:
             self._graphs.run(parts, self._done[rows], times)
             return
         step = partial(self._graphs.run, parts, self._done[rows])
         self._pacing.begin(lanes)
-        self._under_way = step, self._pacing.launch(step, times, wait=False)
+        self._under_way = partial(self._pacing.launch, step, self._pacing.launch(step, times, wait=False), wait=True)
 
-    def _start_ranked(self, parts: list[Part], rows: int, lanes: int, times: int, filters: bool) -> None:
+    def _start_ranked(self, parts: list[Part], rank: Part, rows: int, lanes: int, times: int) -> None:
         """As `_start`. What ranks is no part of a step that is run again: those lanes have ended, and their logits are
         of nothing."""
-        self._ranking.upload()
-        rank, step = self._rank(rows, filters), partial(self._graphs.run, parts, self._done[rows])
+        step = partial(self._graphs.run, parts, self._done[rows])
         if self._pacing is None:
             step()
             rank.call()  # by itself: libstars replays what is made of its own operations
@@ -296,7 +321,41 @@ class Drafter:
             return
         self._pacing.begin(lanes)
         self._pacing.launch(partial(self._graphs.run, [*parts, rank], self._done[rows]), 1, wait=False)
-        self._under_way = step, self._pacing.launch(step, times - 1, wait=False)
+        self._under_way = partial(self._pacing.launch, step, self._pacing.launch(step, times - 1, wait=False),
+                                  wait=True)
+
+    def _start_matched(self, forward: list[Part], draw: list[Part], rank: Part | None, rows: int, lanes: int,
+                       times: int) -> None:
+        """As `_start`, of a draft that needs the host between any two draws: a GPU's is run by `pace`."""
+        run = partial(self._run_matched, forward, draw, rank, rows, lanes, times)
+        if self._pacing is None:
+            run()
+            return
+        self._pacing.begin(lanes)
+        self._under_way = run
+
+    def _run_matched(self, forward: list[Part], draw: list[Part], rank: Part | None, rows: int, lanes: int,
+                     times: int) -> None:
+        """Runs up to `times` steps, one by one: masks are filled while the models run, and matchers are told of every
+        draw before the next masks are. The host waits for the draw alone, by the event of a transfer."""
+        host, done = self._host, self._done[rows]
+        for _ in range(times):
+            self._edits.begin_masks(host.done, host.steps)
+            self._graphs.run(forward, done)
+            self._edits.send_masks()
+            drawn = host.steps[:lanes].copy()
+            self._graphs.run(draw, done)
+            if rank is not None:
+                if self._pacing is None:
+                    rank.call()
+                else:
+                    self._graphs.run([rank], done)
+                rank = None
+            self._buffers.fetch()
+            self._buffers.wait()
+            self._edits.accept(drawn, host.steps, host.out_tokens)
+            if host.done[:lanes].all():
+                return
 
     def _forward(self, rows: int, tiles: Tiles | None, index: int = 0) -> Part:
         """The first part of a step, up to the logits, of one of the models. What it runs is made where it is recorded,
@@ -313,20 +372,44 @@ class Drafter:
 
         return Part(("forward", index, rows, *(shape(tiles) if tiles is not None else ())), run, launched)
 
-    def _sample(self, rows: int, filters: bool, penalties: bool, cuts: bool) -> Part:
-        """The last part: what is drawn from the logits, and the step to the next. Where lanes may be cut, filters are
-        looked for too, so that two shapes serve them and not four: where there are none, a launch leaves at once."""
+    def _shape(self, rows: int, edits: bool, penalties: bool) -> Part:
+        """What comes between the forward passes and the draw where it is a part of its own: the blend, edits and
+        penalties, so that others may read the logits that are drawn from."""
         def run() -> None:
-            lanes, logits = self._lanes(rows), self._logits[:rows]
-            if self._stacked is not None:
-                blend_logits(self._stacked, self._buffers["weights"], lanes.done, logits)
+            self._blend_logits(rows)
+            if edits:
+                edit_logits(self._logits[:rows], self._lanes(rows), self._edits.edits(rows))
             if penalties:
-                apply_penalties(logits, lanes, Penalties(self._history["entries"], *(
-                    self._buffers[name][:rows] for name in PENALTIES)))
-            sample_step(logits, lanes, filters=filters,
+                self._penalise(rows)
+
+        return Part(("shape", rows, edits, penalties), run, EDIT_LAUNCHES)
+
+    def _sample(self, rows: int, filters: bool, penalties: bool, cuts: bool, shaped: bool = False) -> Part:
+        """The last part: what is drawn from the logits, and the step to the next. Where lanes may be cut, filters are
+        looked for too, so that two shapes serve them and not four: where there are none, a launch leaves at once.
+
+        shaped: `_shape` came before, and has blended and penalised.
+        """
+        blends = self._stacked is not None and not shaped
+
+        def run() -> None:
+            if blends:
+                self._blend_logits(rows)
+            if penalties:
+                self._penalise(rows)
+            sample_step(self._logits[:rows], self._lanes(rows), filters=filters,
                         ended=None if self._pacing is None else self._pacing.ended[:rows], cuts=cuts)
 
-        return Part(("sample", rows, filters, penalties, cuts), run, SAMPLE_LAUNCHES + (self._stacked is not None))
+        return Part(("sample", blends, rows, filters, penalties, cuts), run, SAMPLE_LAUNCHES + blends)
+
+    def _blend_logits(self, rows: int) -> None:
+        """Where models are blended."""
+        if self._stacked is not None:
+            blend_logits(self._stacked, self._buffers["weights"], self._state.done[:rows], self._logits[:rows])
+
+    def _penalise(self, rows: int) -> None:
+        apply_penalties(self._logits[:rows], self._lanes(rows), Penalties(self._history["entries"], *(
+            self._buffers[name][:rows] for name in PENALTIES)))
 
     def _rank(self, rows: int, filters: bool) -> Part:
         """What follows the second part of the first step, where lanes have ranks: their most probable tokens. Rows

@@ -10,6 +10,7 @@ from stars.arguments import integer, refuse_bare_prompt, shown
 from stars.budget import Budget
 from stars.config import EngineConfig
 from stars.draft import MAX_STOP_IDS
+from stars.edits import edits_of
 from stars.errors import RequestError
 from stars.filtered_ratio import check_prompted
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
@@ -119,11 +120,12 @@ class Intake:
         self._scheduler.check(type(policy).__name__, plan, prompt, max_tokens, list(contexts.values()))
         for drafts in (proposal, redrafts):
             self._models.drafter(drafts.stores, drafts.blends)  # which there may be no memory for
+        edits = edits_of(params, self._tokenizer, (*stop_ids, *self._eos_token_ids), vocab_size)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
-                       arrived=arrived)
+                       arrived=arrived, edits=edits)
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

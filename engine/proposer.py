@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from stars.cache import OWN_STORE, PagedCache
 from stars.config import EngineConfig
 from stars.draft import Drafted, LaneSpec
+from stars.edits import NOTHING_LEFT
 from stars.kernels.philox import pack_stream
 from stars.models import Models
 from stars.request import Drafts, Hypothesis, Lane, Ranking, Request
@@ -58,14 +60,14 @@ class Proposer:
             table, last = hypothesis.pages, hypothesis.last_token
             max_tokens, stream = hypothesis.next_segment, pack_stream(hypothesis.drafts, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
-            drafts = hypothesis.proposal
+            drafts, edits = hypothesis.proposal, hypothesis.edited()
             specs = others.setdefault(_key(drafts), []) if drafts.apart else own
             first, skipped = len(hypothesis.attempts) + 1, hypothesis.skipped
             if request.ranks and width:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
                 if not drafted:
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, first, stream, request.params,
-                                          request.stop_ids, history, ranks=request.ranks))
+                                          request.stop_ids, history, ranks=request.ranks, edits=edits))
             else:
                 for attempt in range(first, first + width):
                     slab = self._cache.take_slab()
@@ -73,7 +75,7 @@ class Proposer:
                     lanes.append(Lane(hypothesis, attempt, slab, judge_slab, stores=drafts.stores))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment, drafts.weights))
+                                          hypothesis.least_segment, drafts.weights, edits=edits))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._others = {key: self._draft(key, specs) for key, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
@@ -123,7 +125,14 @@ class Proposer:
                     lane.token_ids, lane.logprobs, lane.logits = next(drafted)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
-                hypothesis.request.fail(self._nan(hypothesis.proposal))
+                hypothesis.request.fail(self._no_token(hypothesis, lanes))
+
+    def _no_token(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> str:
+        """What is said where one of these lanes could draw no token."""
+        forbidden = any([lane.token_ids[-1] < 0 and lane.logprobs[-1] == -math.inf for lane in lanes])
+        if forbidden and hypothesis.request.edits is not None:
+            return NOTHING_LEFT
+        return self._nan(hypothesis.proposal)
 
     def _nan(self, proposal: Drafts) -> str:
         """What is said of logits that are no numbers: whose they are."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from stars.budget import NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
+from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
@@ -23,6 +24,7 @@ from stars.prompt import Prompt
 from stars.reward.base import Later, Scored
 from stars.rules import Always, Judged, Note, Rule
 from stars.sampling import SamplingParams
+from stars.sizes import MAX_WORD
 from stars.stops import cut_at_stop, find_stop, hold_back
 
 
@@ -502,6 +504,13 @@ class Hypothesis:
             self._history = len(self.token_ids), entries
         return self._history[1]
 
+    def edited(self) -> Edited | None:
+        """What lanes are told of it, where the request edits logits."""
+        edits = self.request.edits
+        if edits is None:
+            return None
+        return Edited(edits, len(self.token_ids), self.token_ids[1 - MAX_WORD :] if len(edits.words) else ())
+
     def content_ids(self, extra: Extra | None = None) -> list[int]:
         """Response ids with `extra` appended, without the EOS or stop token that ended them: what a reward reads."""
         ids = self.token_ids + extra.token_ids if extra is not None else self.token_ids
@@ -695,6 +704,7 @@ class Request:
     priority: int = 0  # lower ones come first
     user: str | None = None  # whose tokens are counted together
     arrived: float = field(default_factory=time.monotonic)
+    edits: TokenEdits | None = None  # what it asks of single tokens before they are drawn
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:

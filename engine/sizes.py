@@ -99,9 +99,12 @@ def graph_bytes(config: EngineConfig, shape: ModelConfig, sizes: ModelSizes, mor
     """Of a GPU's memory for what is captured of a model of this shape, at most: at start-up, and what its passes and
     its drafts may capture later. more: launches of a pass that an adapter adds."""
     ranked = [launches(rows, shape.vocab_size) for rows in ranked_rows(config, sizes)] if sizes.max_lanes else []
+    lanes = len(config.target.shapes("draft", sizes.max_lanes)) if sizes.max_lanes else 0
+    shaped = 2 * lanes * EDIT_LAUNCHES  # with penalties and without
     return (captured_passes(config, sizes) * _pass_bytes(shape, more)
             + later_bytes(shape, more) * (2 if sizes.max_lanes else 1)
-            + 2 * sum(ranked) * LAUNCH_BYTES)  # with filters and without
+            + 2 * sum(ranked) * LAUNCH_BYTES  # with filters and without
+            + shaped * LAUNCH_BYTES)
 
 
 def ranked_rows(config: EngineConfig, sizes: ModelSizes) -> list[int]:
@@ -123,6 +126,31 @@ def _pass_bytes(shape: ModelConfig, more: int) -> int:
 def history_entries(config: EngineConfig, vocab_size: int) -> int:
     """Distinct words that the histories of all responses may have; two int32 each."""
     return config.max_num_seqs * min(config.max_model_len, vocab_size)
+
+
+MAX_EDITED = 1024
+"""Tokens of a request that have a bias, or are banned for a while."""
+
+MAX_WORD, MAX_WORDS = 16, 1024
+"""Tokens of a text that is banned, and such texts of two tokens or more of a request."""
+
+EDIT_LAUNCHES = 3
+"""On a GPU, at most, of what shapes the logits of a step by itself: a blend, the edits, penalties."""
+
+
+def edit_entries(config: EngineConfig, vocab_size: int) -> int:
+    """Tokens of all responses that have a bias, or are banned for a while; three int32 each."""
+    return config.max_num_seqs * min(MAX_EDITED, vocab_size)
+
+
+def edit_words(config: EngineConfig) -> int:
+    """Banned texts of all responses; MAX_WORD int32 each."""
+    return config.max_num_seqs * MAX_WORDS
+
+
+def mask_words(vocab_size: int) -> int:
+    """int32 of a mask."""
+    return -(-vocab_size // 32)
 
 
 class AdapterSizes(NamedTuple):
@@ -179,6 +207,10 @@ def needed_bytes(config: EngineConfig, models: dict[str, Occupant], reward: int 
             needed[f"{name}'s activations"] += scratch_bytes(lanes, shape.vocab_size)
             words = "the words that penalties count"
             needed[words] = needed.get(words, 0) + 8 * history_entries(config, shape.vocab_size)
+            edits = "biases, bans and masks"
+            needed[edits] = needed.get(edits, 0) + 4 * (
+                3 * edit_entries(config, shape.vocab_size) + MAX_WORD * edit_words(config)
+                + lanes * mask_words(shape.vocab_size))
     needed["the reward"] = reward
     needed["captured graphs"] = graphs
     needed["libraries"] = LIBRARIES

@@ -5,6 +5,7 @@ from stars.kernels.apply_penalties import apply_penalties
 from stars.kernels.attention import attention
 from stars.kernels.blend_logits import blend_logits
 from stars.kernels.copy_rows import copy_rows
+from stars.kernels.edit_logits import edit_logits
 from stars.kernels.embedding import embedding
 from stars.kernels.embedding_scaled import embedding_scaled
 from stars.kernels.linear import Weight, linear, pack, pack_rows
@@ -22,7 +23,7 @@ from stars.kernels.take_rows import take_rows
 from stars.kernels.token_logprobs import token_logprobs
 from stars.kernels.top_tokens import top_tokens
 
-__all__ = ["Weight", "append_draft", "apply_penalties", "attention", "blend_logits", "copy_rows", "embedding",
-           "embedding_scaled", "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack", "pack_rows",
-           "qkv_rope", "rescale", "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows",
+__all__ = ["Weight", "append_draft", "apply_penalties", "attention", "blend_logits", "copy_rows", "edit_logits",
+           "embedding", "embedding_scaled", "linear", "linear_normed", "linear_residual", "linear_swiglu", "pack",
+           "pack_rows", "qkv_rope", "rescale", "rms_norm", "rope_write", "sample_step", "score", "swiglu", "take_rows",
            "token_logprobs", "top_tokens"]

@@ -17,7 +17,8 @@ Semantics, for every lane that is not done:
    stop ids, or steps == max_tokens, the lane is done; otherwise token_ids = token, and positions, slots and slab_used
    grow by one.
 
-A lane whose logits contain NaN or +inf, or nothing but -inf, gets token -1 with log-probability NaN and is done.
+A lane whose logits contain NaN or +inf gets token -1 with log-probability NaN and is done; one whose logits are nothing
+but -inf, so that every token is forbidden, gets token -1 with log-probability -inf.
 
 A lane with an `entropy_cut` that has drawn `least_tokens` is done without a draw, `steps` and all else as they were,
 where the entropy of softmax(logits given) is at least the cut: sum of -p log p over the whole vocabulary in nats, at
@@ -52,8 +53,9 @@ def sample_step_reference(logits: Tensor, lanes: LaneState, filters: bool = True
             continue
         step = steps[lane]
         logprob: float | Tensor
-        if not math.isfinite(row.max().item()):  # max propagates NaN
-            token, logprob = -1, math.nan
+        highest = row.max().item()  # NaN where one is
+        if not math.isfinite(highest):
+            token, logprob = -1, -math.inf if highest == -math.inf else math.nan
         elif cuts and _cut(row, lanes, lane):
             lanes.done[lane] = 1
             if ended is not None:

@@ -128,6 +128,24 @@ class Penalties(NamedTuple):
     presence: Tensor  # float32 [lanes]; 0 is off
 
 
+class Edits(NamedTuple):
+    """What `edit_logits` takes of every lane; lanes of one request share its entries and its words.
+
+    A lane of which all is off has count and word_count 0 and mask_row -1.
+    """
+
+    entries: Tensor  # int32 [entries, 3] token id, tokens of the response before which it is banned, bits of a float32
+    start: Tensor  # int32 [lanes] first entry of a lane
+    count: Tensor  # type: ignore[assignment]  # int32 [lanes] its entries, of distinct tokens
+    base: Tensor  # int32 [lanes] tokens of the committed response
+    words: Tensor  # int32 [words, word length] token ids to the right, the last of which is banned; -1 is any token
+    first_word: Tensor  # int32 [lanes] first word of a lane
+    word_count: Tensor  # int32 [lanes] its words
+    tail: Tensor  # int32 [lanes, word length - 1] last tokens of the committed response, to the right, -1 where none is
+    masks: Tensor  # int32 [mask rows, ceil(vocab / 32)] bit t % 32 of word t // 32: whether token t is allowed
+    mask_row: Tensor  # int32 [lanes] -1: all are
+
+
 class Draft(NamedTuple):
     """What a finished draft leaves on the device for a pass that trails it; parts of `LaneState`."""
 

@@ -272,6 +272,42 @@ Case penalties_case(int64_t lanes) {
           [data] { return bytes_of(data->logits); }};
 }
 
+Case edits_case(int64_t lanes) {
+  constexpr int64_t vocab = 301, max_steps = 20, entries = 40, words = 30, length = 4, mask_words = (vocab + 31) / 32;
+  struct Data {
+    std::vector<float> given, logits;
+    std::vector<int32_t> done, steps, tokens, entries, start, count, base, words, word_count, tail, masks, mask_row;
+    stars_edit_logits_params params;
+  };
+  Numbers numbers;
+  auto data = std::make_shared<Data>();
+  Data& d = *data;
+  d.given = d.logits = numbers.floats(lanes * vocab);
+  d.done.assign(lanes, 0);
+  d.steps.assign(lanes, static_cast<int32_t>(max_steps));
+  d.tokens = numbers.below(lanes * max_steps, 3);
+  for (int32_t entry = 0; entry < entries; ++entry) d.entries.insert(d.entries.end(), {3 * entry, entry, 0x3f000000});
+  d.start.assign(lanes, 0);
+  d.count.assign(lanes, static_cast<int32_t>(entries));
+  d.base.assign(lanes, 2);
+  d.words = numbers.below(words * length, 3);
+  d.word_count.assign(lanes, static_cast<int32_t>(words));
+  d.tail.assign(lanes * (length - 1), 1);
+  d.masks = numbers.below(lanes * mask_words, 1 << 30);
+  for (int32_t lane = 0; lane < lanes; ++lane) d.mask_row.push_back(lane);
+  d.params = {sizeof d.params, d.logits.data(), d.done.data(),       d.steps.data(), d.tokens.data(),
+              d.entries.data(), d.start.data(), d.count.data(),      d.base.data(),  d.words.data(),
+              d.start.data(),   d.word_count.data(), d.tail.data(),  d.masks.data(), d.mask_row.data(),
+              lanes,            vocab,          max_steps,           entries,        words,
+              length,           lanes};
+  return {"edit_logits",
+          [data] {
+            data->logits.assign(data->given.begin(), data->given.end());
+            return stars_call(STARS_OP_EDIT_LOGITS, &data->params);
+          },
+          [data] { return bytes_of(data->logits); }};
+}
+
 // Several operations as a program, created, filled and run.
 Case program_case() {
   struct Data {
@@ -317,7 +353,8 @@ std::vector<Case> all_cases() {
   return {linear_case(STARS_F32, 3),       linear_case(STARS_BF16, 70),      linear_case(STARS_BF16_DOT, 1),
           linear_case(STARS_BF16_DOT, 70), attention_case(1, 1300, true),    attention_case(5, 700, false),
           attention_case(2, 3, true),      sample_case(1),                   sample_case(6),
-          penalties_case(6),               program_case()};
+          penalties_case(6),               edits_case(6),
+          program_case()};
 }
 
 // -- what is tried ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import blend_cases
+import edit_cases
 import penalty_cases
 import ranking_cases
 from sampler_lanes import make_lanes
@@ -170,6 +171,7 @@ CASES: dict[str, Callable[[], tuple]] = {
     "attention": lambda: (numbers(5, 4, 6), caches(), batch(), 0.4, torch.zeros(5, 4, 6), 7, 20.0),
     "blend_logits": lambda: blend_cases.make_blend(4, 3, 6, 5, 37, unread=9.0),
     "copy_rows": lambda: (*numbers(2, 3, 11, 2, 5), ints([4, 0, 9]), *torch.zeros(2, 3, 7, 2, 5), ints([6, 1, 2])),
+    "edit_logits": lambda: edit_cases.make_case(3, lanes=5, vocab=37),
     "embedding": lambda: (ints([3, 16, 3, 0, 7]), pack(numbers(17, 9)), torch.zeros(5, 9)),
     "embedding_scaled": lambda: (ints([3, 16, 3, 0, 7]), pack(numbers(17, 64)), numbers(64, seed=1), stream()),
     "linear": lambda: (numbers(5, 9), pack(numbers(17, 9, seed=1), numbers(17, seed=2)), torch.zeros(5, 17)),

@@ -101,6 +101,7 @@ PRODUCTS = {  # sizes that are multiplied, in every operation; 2^24 each is too 
                   "layers source_rows width 16", "layers target_rows width 16"],
     "append_draft": ["sequences max_closing"],
     "apply_penalties": ["lanes vocab", "lanes max_steps"],
+    "edit_logits": ["lanes vocab", "lanes max_steps", "lanes word_length", "word_rows word_length", "mask_rows vocab"],
     "blend_logits": ["models room", "models vocab", "room vocab", "lanes vocab", "models room vocab 16"],
 }
 
@@ -113,7 +114,8 @@ def test_a_product_that_cannot_be_is_named(name, fields):
     text = refusal(name, values)
     assert "is too large" in text and any(path[-1] in text for path in values), text
     # Each as large as it may be: the product wraps around, to zero here.
-    limits = {"vocab": 2**30, "max_steps": 2**30} if name in ("sample_step", "apply_penalties") else {}
+    limits = dict.fromkeys(("vocab", "max_steps", "word_length"), 2**30) if name in (
+        "sample_step", "apply_penalties", "edit_logits") else {}
     assert "is too large" in refusal(name, {path: limits.get(path[-1], MOST) for path in values})
 
 
@@ -138,7 +140,7 @@ def test_a_null_pointer_is_refused_where_there_is_something_to_read(name):
     ("attention", {"heads": 3}), ("sample_step", {"vocab": 0}), ("copy_rows", {"width": 0}),
     ("copy_rows", {"source_rows": 0}), ("copy_rows", {"target_rows": 0}), ("append_draft", {"vocab": 0}),
     ("apply_penalties", {"vocab": 0}), ("blend_logits", {"models": 0}), ("blend_logits", {"vocab": 0}),
-    ("blend_logits", {"room": 0}),
+    ("blend_logits", {"room": 0}), ("edit_logits", {"vocab": 0}), ("edit_logits", {"word_length": 1}),
 ])
 def test_a_size_of_zero_is_refused_where_something_is_divided_by_it(name, changes):
     (field, _), = changes.items()

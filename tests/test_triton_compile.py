@@ -23,6 +23,7 @@ REPRESENTATIVE = [
     "sample_step scan filters cuts bf16 128256", "sample_step finish filters cuts bf16 128256",
     "score bf16 weight fp32 4096 add",
     "score bf16 weight fp32 4096 bias", "append_draft 32", "blend_logits 2 models",
+    "edit_logits 49153",
     "attention one lane 128 bf16", "attention 16 lanes 128 bf16", "skinny qkv bf16 6144 4096, 1 rows",
     "skinny residual bf16 4096 4096, 1 rows",
     "skinny normed bf16 128256 4096, 1 rows", "skinny qkv bf16 heads of 80, 128 rows", "embedding_scaled bf16",

@@ -84,7 +84,8 @@ struct any_linear {
   X(DECIDE, decide, decide)                      \
   X(APPEND_DRAFT, append_draft, append_draft)    \
   X(APPLY_PENALTIES, apply_penalties, apply_penalties) \
-  X(BLEND_LOGITS, blend_logits, blend_logits)
+  X(BLEND_LOGITS, blend_logits, blend_logits)    \
+  X(EDIT_LOGITS, edit_logits, edit_logits)
 
 constexpr int64_t kMaxProducts = int64_t{1} << 60;  // of a matrix product; ten years of all cores of anything
 
@@ -287,6 +288,27 @@ const char* check(const stars_blend_logits_params& p) {
   STARS_REQUIRE(p.lanes <= p.room, "lanes must be at most room");
   STARS_REQUIRE(p.lanes == 0 || (p.logits && p.weights && p.done && p.out),
                 "logits, weights, done and out must not be null");
+  return nullptr;
+}
+
+const char* check(const stars_edit_logits_params& p) {
+  STARS_REQUIRE(p.lanes >= 0 && p.vocab > 0 && p.max_steps >= 0 && p.entry_count >= 0 && p.word_rows >= 0 &&
+                    p.mask_rows >= 0,
+                "lanes, max_steps, entry_count, word_rows and mask_rows must be >= 0 and vocab positive");
+  STARS_REQUIRE(p.word_length >= 2 && p.word_length <= INT32_MAX, "word_length must be at least 2 and below 2^31");
+  STARS_REQUIRE(p.max_steps <= INT32_MAX, "max_steps must be below 2^31, as steps are");
+  STARS_REQUIRE(fits(p.lanes, p.vocab), "lanes * vocab is too large");
+  STARS_REQUIRE(fits(p.lanes, p.max_steps), "lanes * max_steps is too large");
+  STARS_REQUIRE(fits(p.lanes, p.word_length), "lanes * word_length is too large");
+  STARS_REQUIRE(fits(p.entry_count, 3), "entry_count is too large");
+  STARS_REQUIRE(fits(p.word_rows, p.word_length), "word_rows * word_length is too large");
+  STARS_REQUIRE(fits(p.mask_rows, p.vocab), "mask_rows * vocab is too large");
+  STARS_REQUIRE(p.lanes == 0 || (p.logits && p.done && p.steps && p.start && p.count && p.base && p.first_word &&
+                                 p.word_count && p.tail && p.mask_row),
+                "no array of the lanes may be null");
+  STARS_REQUIRE(p.lanes == 0 || ((p.max_steps == 0 || p.out_tokens) && (p.entry_count == 0 || p.entries) &&
+                                 (p.word_rows == 0 || p.words) && (p.mask_rows == 0 || p.masks)),
+                "out_tokens, entries, words and masks must not be null");
   return nullptr;
 }
 

@@ -45,6 +45,7 @@ void decide(const stars_decide_params&);
 void append_draft(const stars_append_draft_params&);
 void apply_penalties(const stars_apply_penalties_params&);
 void blend_logits(const stars_blend_logits_params&);
+void edit_logits(const stars_edit_logits_params&);
 
 #ifdef STARS_ISA
 namespace STARS_ISA {

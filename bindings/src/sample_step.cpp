@@ -177,7 +177,9 @@ void step_lane(const stars_sample_step_params& p, int64_t lane) {
   row.maxima = maxima_memory.take<float>(maxima_count(p.vocab));
   int32_t token = -1;
   float logprob = __builtin_nanf("");
-  if (find_maxima(row) && row.highest > -infinity) {
+  const bool numbers = find_maxima(row);
+  if (numbers && row.highest == -infinity) logprob = -infinity;
+  if (numbers && row.highest > -infinity) {
     const noise_stream noise = {(uint64_t)p.seeds[lane], (uint32_t)step, (uint32_t)p.attempts[lane],
                                 (uint32_t)p.streams[lane]};
     double sum = 0.0;

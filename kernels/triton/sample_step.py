@@ -217,7 +217,7 @@ def finish_kernel(logits, logits_stride, token_ids, positions, slots, slab_used,
         row = logits + lane.to(tl.int64) * logits_stride
         largest = row_maximum(highest_logit)
         drawn = -1
-        logprob = float("nan")
+        logprob = tl.where(largest == -INFINITY, -INFINITY, float("nan"))
         if tl.abs(largest) < INFINITY:
             greedy = temperature == 0.0
             if temperature > 0.0:  # or so small that z overflows
