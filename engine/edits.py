@@ -19,6 +19,10 @@ NOTHING_LEFT = ("the constraints leave no token that could be drawn next: give b
                 "min_tokens and structured_outputs that a response can meet together")
 
 
+SHAPING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "bad_words",
+           "allowed_token_ids", "structured_outputs")
+
+
 class Matcher(Protocol):
     """Says which tokens a response may go on with; one of each lane, which knows the committed response."""
 
@@ -66,9 +70,10 @@ def edits_of(params: SamplingParams, tokenizer: Any, stop_ids: Iterable[int], vo
     if params.allowed_token_ids is not None:
         mask = mask_of(params.allowed_token_ids, vocab_size)
     if banned:
-        mask = (mask_of(range(vocab_size), vocab_size) if mask is None else mask) & ~mask_of(banned, vocab_size)
+        mask = (mask_of(slice(vocab_size), vocab_size) if mask is None else mask) & ~mask_of(banned, vocab_size)
     bias = params.logit_bias or {}
     until = {} if matched else dict.fromkeys(stops, params.min_tokens)
+    _check_left(params, mask, stops if not matched else [], vocab_size)
     if len(bias.keys() | until.keys()) > MAX_EDITED:
         raise RequestError(f"SamplingParams.logit_bias has {len(bias)} tokens, the most is {MAX_EDITED}, the ids that "
                            "min_tokens bans included: give fewer")
@@ -83,6 +88,25 @@ def edits_of(params: SamplingParams, tokenizer: Any, stop_ids: Iterable[int], vo
     if matched and stops:
         return TokenEdits(entries, words, mask, params.min_tokens, mask_of(stops, vocab_size))
     return TokenEdits(entries, words, mask)
+
+
+def names_of(params: SamplingParams) -> list[str]:
+    """The parameters in use that make the distribution which is drawn from another one than the model's, filters and
+    temperature left out."""
+    off = SamplingParams()
+    return [name for name in SHAPING if getattr(params, name) != getattr(off, name)]
+
+
+def _check_left(params: SamplingParams, mask: np.ndarray | None, stops: Sequence[int], vocab_size: int) -> None:
+    """RequestError where nothing could ever be drawn, whatever the response."""
+    if mask is None:
+        return
+    if not mask.any():
+        raise RequestError("SamplingParams.bad_words ban all that could be drawn, of allowed_token_ids or of the "
+                           "vocabulary: leave some of it")
+    if not (mask & ~mask_of(stops, vocab_size)).any():
+        raise RequestError(f"SamplingParams.min_tokens is {params.min_tokens} and nothing but EOS and stop token ids "
+                           "may be drawn: allow other ids, or leave min_tokens out")
 
 
 def bad_word_ids(bad_words: Iterable[str], tokenizer: Any, vocab_size: int) -> list[tuple[int, ...]]:
@@ -110,8 +134,8 @@ def bad_word_ids(bad_words: Iterable[str], tokenizer: Any, vocab_size: int) -> l
     return list(found)
 
 
-def mask_of(token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
+def mask_of(token_ids: Sequence[int] | slice, vocab_size: int) -> np.ndarray:
     """int32 words [ceil(vocab_size / 32)] with the bits of these tokens."""
     bits = np.zeros(32 * mask_words(vocab_size), np.uint8)
-    bits[list(token_ids)] = 1
+    bits[token_ids if isinstance(token_ids, slice) else list(token_ids)] = 1
     return np.packbits(bits, bitorder="little").view(np.dtype("<i4")).astype(np.int32)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stars.config import EngineConfig
+from stars.edits import names_of
 from stars.errors import ModelError, RequestError
 from stars.kernels import philox
 from stars.kernels.sample_step import proposal_logprobs
@@ -69,9 +70,10 @@ def check_prompted(name: str, plan: Plan, params: SamplingParams, config: Engine
     """RequestError where attempts cannot be drawn in one context and judged in another. name: of the policy."""
     if config.target.own_memory:
         raise RequestError(f'{name} is not available on a GPU yet: device="cpu" runs it, build the engine with that')
-    if params.penalties:
-        raise RequestError(f"{name} draws and judges without penalties: leave presence_penalty, frequency_penalty and "
-                           "repetition_penalty out")
+    shaping = names_of(params)
+    if shaping:
+        raise RequestError(f"{name} draws and judges without penalties, biases and bans: leave {', '.join(shaping)} "
+                           "out")
     rows = plan.segment.draft + 1
     if rows > config.max_segment_size:
         raise RequestError(f"{name} judges {rows} tokens at a time, one before those that it drafts, and the engine's "

@@ -10,7 +10,7 @@ from stars.arguments import integer, refuse_bare_prompt, shown
 from stars.budget import Budget
 from stars.config import EngineConfig
 from stars.draft import MAX_STOP_IDS
-from stars.edits import edits_of
+from stars.edits import edits_of, names_of
 from stars.errors import RequestError
 from stars.filtered_ratio import check_prompted
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
@@ -76,9 +76,10 @@ class Intake:
         reader, reads = self._readers.reader_of(plan), plan.score.reads
         if isinstance(plan.propose, Prompted):
             check_prompted(type(policy).__name__, plan, params, self._config)
-        if isinstance(reads, Ratio) and not reads.filtered and params.penalties:
-            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties would "
-                               "be in one of them: leave the penalties out")
+        shaping = names_of(params) if isinstance(reads, Ratio) and not reads.filtered else ()
+        if shaping:
+            raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties, "
+                               f"biases and bans would be in one of them: leave {', '.join(shaping)} out")
         draft, population = plan.segment.draft, plan.lanes.population
         if draft > self._config.max_segment_size:
             raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "

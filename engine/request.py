@@ -25,7 +25,7 @@ from stars.reward.base import Later, Scored
 from stars.rules import Always, Judged, Note, Rule
 from stars.sampling import SamplingParams
 from stars.sizes import MAX_WORD
-from stars.stops import cut_at_stop, find_stop, hold_back
+from stars.stops import cut_at_stop, find_stop, hold_back, unstoppable
 
 
 class Drafts(NamedTuple):
@@ -430,7 +430,7 @@ class Hypothesis:
         if request.stop:
             # The token that ends the response is no part of its text, so it cannot complete a stop string either.
             content = token_ids[:-1] if last in request.stop_ids else token_ids
-            cut = cut_at_stop(request.detokenizer, self.token_ids, content, request.stop)
+            cut = cut_at_stop(request.detokenizer, self.token_ids, content, request.stop, request.params.min_tokens)
             if cut is not None:
                 count, stop = cut
                 return count, "stop", stop
@@ -769,9 +769,11 @@ class Request:
         """Text of the response (with `extra` appended), the stop string cut off; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        text = self.detokenizer.decode(hypothesis.content_ids(extra))
-        stopped = isinstance((extra or hypothesis).stop_reason, str)
-        found = find_stop(text, self.stop) if stopped else None
+        token_ids = hypothesis.content_ids(extra)
+        text = self.detokenizer.decode(token_ids)
+        if not isinstance((extra or hypothesis).stop_reason, str):
+            return text
+        found = find_stop(text, self.stop, unstoppable(self.detokenizer, token_ids, self.params.min_tokens))
         return text[: found[0]] if found else text
 
     def _settled(self, text: str) -> str:

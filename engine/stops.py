@@ -10,13 +10,19 @@ from stars.errors import RequestError
 from stars.model.tokenizer import Detokenizer, finished
 
 
-def find_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int, str] | None:
-    """The earliest stop string in text[start:], as (position in text, stop string); None if there is none.
+def find_stop(text: str, stops: Sequence[str], after: int = 0) -> tuple[int, str] | None:
+    """The earliest stop string that ends behind the first `after` characters, as (position in text, stop string); None
+    if there is none.
 
     Of several at one position the shortest, which is the first to complete.
     """
-    found = [(position, stop) for stop in stops if (position := text.find(stop, start)) >= 0]
+    found = [(position, stop) for stop in stops if (position := text.find(stop, max(0, after - len(stop) + 1))) >= 0]
     return min(found) if found else None
+
+
+def unstoppable(detokenizer: Detokenizer, token_ids: list[int], min_tokens: int) -> int:
+    """Characters of a response that no stop string ends in: those of its first min_tokens tokens."""
+    return len(finished(detokenizer.decode(token_ids[:min_tokens]))) if min_tokens else 0
 
 
 def hold_back(text: str, stops: Sequence[str]) -> str:
@@ -32,13 +38,16 @@ def hold_back(text: str, stops: Sequence[str]) -> str:
 
 
 def cut_at_stop(detokenizer: Detokenizer, committed: list[int], drafted: list[int],
-                stops: Sequence[str]) -> tuple[int, str] | None:
+                stops: Sequence[str], min_tokens: int = 0) -> tuple[int, str] | None:
     """Where a stop string completes inside `drafted`: (drafted tokens up to and including it, the stop string).
 
-    None if it does not. Only texts that need the draft to complete count, since the committed text has none.
+    None if it does not. Only texts that need the draft to complete count, since the committed text has none; and none
+    of the first min_tokens tokens of the response, as in vLLM.
     """
+    after = unstoppable(detokenizer, committed + drafted, min_tokens)
+
     def found(count: int) -> tuple[int, str] | None:
-        return find_stop(finished(detokenizer.decode(committed + drafted[:count])), stops)
+        return find_stop(finished(detokenizer.decode(committed + drafted[:count])), stops, after)
 
     if found(len(drafted)) is None:
         return None

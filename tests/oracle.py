@@ -7,7 +7,7 @@ pages, lanes or widths: a width only decides how many attempts are drawn beyond 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +83,21 @@ def penalised(logits: np.ndarray, prompt: list[int], response: list[int], params
         z[token] = z[token] / params.repetition_penalty if z[token] > 0 else z[token] * params.repetition_penalty
     for token in set(response):
         z[token] -= params.frequency_penalty * response.count(token) + params.presence_penalty
+    return z
+
+
+def edited(logits: np.ndarray, response: list[int], params, stop_ids: set[int],
+           bad_words: Sequence[Sequence[int]] = ()) -> np.ndarray:
+    """Logits after biases and bans, before penalties; bad_words: their token ids."""
+    z = np.asarray(logits, dtype=np.float64).copy()
+    for token, bias in (params.logit_bias or {}).items():
+        z[token] += bias
+    for token in range(len(z)):
+        follows = [*response, token]
+        if (params.allowed_token_ids is not None and token not in params.allowed_token_ids
+                or token in stop_ids and len(response) < params.min_tokens
+                or any(follows[-len(word) :] == list(word) for word in bad_words)):
+            z[token] = -np.inf
     return z
 
 

@@ -114,7 +114,8 @@ def test_every_request_of_a_batch_has_parameters_of_its_own():
 def test_the_earliest_stop_string_counts_and_of_two_at_one_place_the_shorter():
     assert find_stop("abcdef", ["ef", "bc"]) == (1, "bc") == find_stop("abcdef", ["bc", "ef"])
     assert find_stop("abcdef", ["bcd", "bc"]) == (1, "bc") == find_stop("abcdef", ["bc", "bcd"])
-    assert find_stop("abcabc", ["b"], 2) == (4, "b") and find_stop("abc", ["x"]) is None
+    assert find_stop("abcabc", ["b"], 2) == (4, "b") == find_stop("abcabc", ["b"], 4)
+    assert find_stop("abc", ["x"]) is None
 
 
 def test_one_engine_in_turn_with_and_without_penalties():
