@@ -24,6 +24,7 @@ import numpy as np
 
 from stars.errors import RequestError, TokenizerError, text_of
 from stars.grammar_ends import rules_end, schema_ends
+from stars.grammar_process import GrammarProcess
 from stars.structured import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ MAX_TEXT = 1 << 20
 """Characters of a grammar: far more than those in use, and compiled or refused within seconds."""
 MAX_COMPILED = 32
 """Compiled grammars that are kept for later requests."""
-MAX_LEXER_STATES = 50_000
-"""Of one matcher, at 1 to 2 kB each. llguidance's other limits stand as they are: they bound the time of a mask."""
+LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}
+"""Of one matcher, at 1 to 2 kB a state. llguidance's other limits stand as they are: they bound the time of a mask."""
 MAX_THREADS = 4
 """That compute masks side by side."""
 NOTHING_FORCED = '%llguidance {"no_forcing": true}'
@@ -44,14 +45,14 @@ Rows = np.ndarray  # int32 [rows, ceil(vocab / 32)]: bit t % 32 of word t // 32 
 
 
 class Grammars:
-    """The grammars of one engine's requests. tokenizer: the engine's, or None. eos_token_ids: all that the model has."""
+    """The grammars of one engine's requests. tokenizer: the engine's, or None. eos_token_ids: all of the model."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]):
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._lock = threading.Lock()  # any thread may ask for a grammar
-        self._tokens: llguidance.LLTokenizer | None = None  # made when first needed: 0.2 s for 50,000 tokens
+        self._compiler: _Compiler | None = None  # made when first needed
         self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
 
     def of(self, asked: StructuredOutputsParams) -> Grammar:
@@ -59,24 +60,24 @@ class Grammars:
         nothing, and where this engine has none."""
         kind, text = _text(asked)
         with self._lock:
-            tokens = self._tokens = self._tokens if self._tokens is not None else self._make_tokens()
+            compiler = self._compiler = self._compiler if self._compiler is not None else self._make_compiler()
             found = self._compiled.get((kind, text))
             if found is None:
-                found = self._compiled[kind, text] = Grammar(_compiled(kind, text, tokens), self._eos_token_ids,
-                                                             self._vocab_size)
+                fresh = compiler.compile(kind, text)
+                found = self._compiled[kind, text] = Grammar(fresh, self._eos_token_ids, self._vocab_size)
                 if len(self._compiled) > MAX_COMPILED:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end((kind, text))
         return found
 
-    def _make_tokens(self) -> llguidance.LLTokenizer:
-        """The tokens as llguidance knows them: their bytes, and names for those that no text holds."""
+    def _make_compiler(self) -> _Compiler:
+        """Of this engine's tokens, as llguidance knows them: their bytes, and names for those that no text holds."""
         try:
-            from llguidance import LLTokenizer
+            import llguidance  # noqa: F401
         except ImportError as error:
             raise RequestError('structured_outputs needs llguidance, which is not installed: pip install '
                                '"stars-engine[structured]"') from error
-        if self._tokenizer is None or not hasattr(self._tokenizer, "token_bytes"):
+        if not hasattr(self._tokenizer, "token_bytes"):
             raise RequestError("structured_outputs needs a tokenizer, which the model lacks: build the engine with "
                                "tokenizer=DIR")
         if not self._eos_token_ids:
@@ -91,23 +92,7 @@ class Grammars:
         hidden = [index for index, text in enumerate(texts) if not text or index in eos]
         for index in hidden:
             texts[index] = names.get(index, f"<[{index}]>").encode()
-        return LLTokenizer(_Tokens(texts, self._eos_token_ids[0], hidden), eos_token=list(self._eos_token_ids))
-
-
-class _Tokens:
-    """What LLTokenizer reads of a tokenizer."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(self, tokens: Sequence[bytes | None], eos_token_id: int, special_token_ids: list[int]):
-        self.tokens = tokens
-        self.eos_token_id = eos_token_id
-        self.special_token_ids = special_token_ids
-
-    def __call__(self, text: bytes) -> list[int]:
-        """Text to ids is asked for where bytes are forced, which they are not."""
-        raise NotImplementedError
+        return _Compiler(texts, self._eos_token_ids, hidden)
 
 
 class Grammar:
@@ -116,7 +101,13 @@ class Grammar:
     def __init__(self, fresh: llguidance.LLMatcher, eos_token_ids: Sequence[int], vocab_size: int):
         self._fresh = fresh  # at the beginning, for ever: never moved
         self.eos_token_ids = eos_token_ids
-        self.words = -(-vocab_size // WORD)
+        self._words = -(-vocab_size // WORD)
+
+    def first(self, stop_ids: Sequence[int]) -> np.ndarray:
+        """The mask of the first token, int32 [ceil(vocab / 32)]."""
+        row = np.zeros(self._words, np.int32)
+        self.start(stop_ids).fill(row)
+        return row
 
     def start(self, stop_ids: Sequence[int]) -> Matcher:
         """A matcher at the beginning of a response that ends by one of `stop_ids`."""
@@ -264,16 +255,24 @@ def _text(asked: StructuredOutputsParams) -> tuple[str, str]:
     try:
         "".join([text, *(asked.choice or ())]).encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"structured_outputs.{kind} is no valid Unicode ({error.reason}): give valid text") from error
+        raise RequestError(f"structured_outputs.{kind} is no valid Unicode ({error.reason}): give valid "
+                           "text") from error
     return kind, text
 
 
 def _dumped(schema: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(schema, default=dict)
+        return json.dumps(schema, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"structured_outputs.json is no JSON schema ({text_of(error)}): give a dictionary of what "
                            "JSON can hold") from error
+
+
+def _plain(value: Any) -> Any:
+    """What the json module does not know: mappings of other kinds."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is nothing that JSON has")
 
 
 def _lark(kind: str, text: str) -> str:
@@ -282,7 +281,7 @@ def _lark(kind: str, text: str) -> str:
         try:
             json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _refused(kind, text_of(error)) from error
+            raise _refused(kind, f"it is no JSON: {text_of(error)}") from error
         return f"start: %json {text}"
     if kind == "regex":
         from llguidance import regex_to_lark
@@ -300,30 +299,62 @@ def _lark(kind: str, text: str) -> str:
     return text
 
 
-def _compiled(kind: str, text: str, tokens: llguidance.LLTokenizer) -> llguidance.LLMatcher:
-    """A matcher at the beginning; RequestError where there is no such grammar, or no text of it."""
-    from llguidance import LLMatcher, LLParserLimits
+class _Tokens:
+    """What LLTokenizer reads of a tokenizer."""
 
-    lark = _lark(kind, text)
-    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-    matcher = LLMatcher(tokens, f"{lark}\n{NOTHING_FORCED}\n", log_level=0, limits=limits)
-    if matcher.is_error():
-        raise _refused(kind, _line(matcher.get_error()))
-    if not (schema_ends(json.loads(text)) if kind == "json" else rules_end(lark)):
-        raise _refused(kind, "it never comes to an end")
-    probe = matcher.deep_copy()
-    probe.compute_bitmask()
-    if probe.is_error():
-        reason = _line(probe.get_error())
-        raise _refused(kind, "no text matches it" if "NoExtension" in reason else reason)
-    return matcher
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokens: Sequence[bytes], eos_token_id: int, special_token_ids: Sequence[int]):
+        self.tokens = tokens
+        self.eos_token_id = eos_token_id
+        self.special_token_ids = special_token_ids
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Text to ids is asked for where bytes are forced, which they are not."""
+        raise NotImplementedError
+
+
+class _Compiler:
+    """Compiles grammars for the tokens of one model."""
+
+    def __init__(self, texts: Sequence[bytes], eos_token_ids: Sequence[int], special_token_ids: Sequence[int]):
+        from llguidance import LLParserLimits, LLTokenizer
+
+        self._tokens = LLTokenizer(_Tokens(texts, eos_token_ids[0], special_token_ids), eos_token=list(eos_token_ids))
+        self._limits = LLParserLimits(**LIMITS)
+        self._process = GrammarProcess(texts, eos_token_ids, special_token_ids, LIMITS)
+
+    def compile(self, kind: str, text: str) -> llguidance.LLMatcher:
+        """A matcher at the beginning; RequestError where there is no such grammar, or no text of it."""
+        from llguidance import LLMatcher
+
+        lark = _lark(kind, text)
+        grammar = f"{lark}\n{NOTHING_FORCED}\n"
+        try:
+            problem = self._process.problem(grammar)
+        except OSError as error:
+            raise RequestError(f"structured_outputs needs a process of its own, which cannot be started ({error}): "
+                               "free memory or processes") from error
+        if problem is not None:
+            message, nothing = problem
+            raise _refused(kind, "no text matches it" if nothing and "NoExtension" in message else message)
+        if not (schema_ends(json.loads(text)) if kind == "json" else rules_end(lark)):
+            raise _refused(kind, "it never comes to an end")
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise _refused(kind, matcher.get_error())
+        return matcher
 
 
 WHAT = {"json": "JSON schema", "regex": "regular expression", "choice": "list of choices", "grammar": "grammar"}
 
 
 def _refused(kind: str, why: str) -> RequestError:
-    """What is said of a grammar that is none."""
+    """What is said of a grammar that is none. why: llguidance's message, or a reason of our own."""
+    why = _line(why)
+    if kind != "grammar":  # whose lines the user has not written
+        why = re.sub(r"^line \d+, column \d+: ", "", why)
     return RequestError(f"structured_outputs.{kind} is no {WHAT[kind]} that can be followed ({why}): mend it")
 
 
@@ -333,5 +364,5 @@ def _line(message: str) -> str:
     error = re.search(r"^error: (.*)", message, re.MULTILINE)
     line = error.group(1) if error else message.split("\n", 1)[0]
     line = re.sub(r"^(at )?(\d+)\((\d+)\): ", r"line \2, column \3: ", line.strip())
-    line = re.sub(r"^line \d+, column \d+: (failed to compile JSON schema: )", "", line)
+    line = re.sub(r'failed to (compile JSON schema|parse "%json"): ', "", line)
     return " ".join(line.split())[:200].rstrip(".:")

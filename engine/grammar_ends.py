@@ -114,10 +114,11 @@ def _required(node: Mapping[str, Any]) -> Iterator[Any]:
 
 # -- Lark's rules -----------------------------------------------------------------------------------------------------
 
-_TOKEN = re.compile(
-    r"""(?P<skip>[ \t\r]+|//[^\n]*|\#[^\n]*)|(?P<line>\n)|(?P<text>"(?:\\.|[^"\\\n])*"i?|/(?:\\.|[^/\\\n])+/[imslux]*|<[^>\n]*>)
-    |(?P<name>[A-Za-z_][A-Za-z0-9_\-]*)|(?P<number>-?\d+)|(?P<sign>\.\.|->|[:|()\[\]{},?!*+~&=.@])|(?P<directive>%\w+)""",
-    re.VERBOSE)
+_TOKEN = re.compile(r"""
+    (?P<skip>[ \t\r]+|//[^\n]*|\#[^\n]*)|(?P<line>\n)
+    |(?P<text>"(?:\\.|[^"\\\n])*"i?|/(?:\\.|[^/\\\n])+/[imslux]*|<[^>\n]*>)
+    |(?P<name>[A-Za-z_][A-Za-z0-9_\-]*)|(?P<number>-?\d+)
+    |(?P<sign>\.\.|->|[:|()\[\]{},?!*+~&=.@])|(?P<directive>%\w+)""", re.VERBOSE)
 
 
 class _Token(NamedTuple):

@@ -10,9 +10,10 @@ from stars.arguments import integer, refuse_bare_prompt, shown
 from stars.budget import Budget
 from stars.config import EngineConfig
 from stars.draft import MAX_STOP_IDS
-from stars.edits import edits_of, names_of
+from stars.edits import NOTHING_LEFT, TokenEdits, edits_of, names_of
 from stars.errors import RequestError
 from stars.filtered_ratio import check_prompted
+from stars.grammar import Grammar, Grammars
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import ModelConfig
 from stars.models import Models
@@ -25,6 +26,7 @@ from stars.reward.base import Reward
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.stops import stop_tokens
+from stars.structured import StructuredOutputsParams
 
 MAX_PRIORITY = (1 << 31) - 1
 MAX_USER = 256  # characters
@@ -54,6 +56,7 @@ class Intake:
         self._models = models
         self._readers = readers
         self._scheduler = scheduler
+        self._grammars = Grammars(tokenizer, shape.vocab_size, self._eos_token_ids)
 
     def parse(self, asked: Asked, request_id: str) -> Request:
         """A checked request that is not queued yet; RequestError or RewardError if it can never run as it stands."""
@@ -122,11 +125,28 @@ class Intake:
         for drafts in (proposal, redrafts):
             self._models.drafter(drafts.stores, drafts.blends)  # which there may be no memory for
         edits = edits_of(params, self._tokenizer, (*stop_ids, *self._eos_token_ids), vocab_size)
+        grammar = self._grammar_of(params, stop_ids, edits)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
-                       arrived=arrived, edits=edits)
+                       arrived=arrived, edits=edits, grammar=grammar)
+
+    def _grammar_of(self, params: SamplingParams, stop_ids: tuple[int, ...], edits: TokenEdits | None,
+                    ) -> Grammar | None:
+        """What `params` say that responses must be; RequestError where none can be so, or end."""
+        asked = params.structured_outputs
+        if asked is None:
+            return None
+        assert isinstance(asked, StructuredOutputsParams)  # `SamplingParams` made it one
+        grammar = self._grammars.of(asked)
+        if not stop_ids:
+            raise RequestError("structured_outputs needs a token that ends the response, and ignore_eos leaves none: "
+                               "leave ignore_eos out, or give stop_token_ids")
+        allowed = grammar.first(stop_ids)
+        if edits is not None and edits.mask is not None and not (allowed & edits.mask).any():
+            raise RequestError(f"at the first token {NOTHING_LEFT}")
+        return grammar
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

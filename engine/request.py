@@ -17,6 +17,7 @@ from stars.budget import NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
 from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
+from stars.grammar import Branches, Grammar, Matcher
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Metrics, RequestOutput, Segment
 from stars.plan import OWN, Plan, Policy, Prompted
@@ -103,6 +104,8 @@ class Lane:
     ranking: Ranking | None = None  # where it is one of the tokens that were enumerated: all of them
     logits: Any = None  # float32 [steps, vocab] that it was drawn from, where its proposal keeps them
     stores: tuple[int, ...] = OWN_STORE  # of the models whose keys and values of it the slab holds
+    matcher: Matcher | None = None  # where its request has a grammar
+    fault: str | None = None  # why no further token could be drawn, where its turn to be judged may never come
 
 
 @dataclass(eq=False, slots=True)
@@ -236,6 +239,7 @@ class Hypothesis:
     backups: int = 0  # segments that were taken back
     redrawn: Mapping[int, int] = field(default_factory=dict)  # how often all attempts at a segment were drawn in vain
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
+    _branches: Branches | None = None  # matchers of its grammar that were moved last; they say nothing that it does not
 
     def __post_init__(self) -> None:
         self.request = self.group.request
@@ -376,11 +380,12 @@ class Hypothesis:
             self.error, self.note = mark.error, mark.note
             self.metrics = _copy(mark.metrics)
             self._history = None
+        self._branches = None  # an interrupt may have left one half moved
 
     def finish(self, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
         """Ends the response; what it holds in the caches is given back once the round is over."""
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
-        self.attempts = []
+        self.attempts, self._branches = [], None
 
     def refuse(self) -> None:
         """Ends the response with what was committed before; a whole one with nothing."""
@@ -412,7 +417,7 @@ class Hypothesis:
 
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
-        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = None
+        self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = self._branches = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -510,6 +515,15 @@ class Hypothesis:
         if edits is None:
             return None
         return Edited(edits, len(self.token_ids), self.token_ids[1 - MAX_WORD :] if len(edits.words) else ())
+
+    def matchers(self, lanes: int) -> list[Matcher] | list[None]:
+        """Of so many lanes that go on from here: what its grammar allows, where it has one."""
+        grammar = self.request.grammar
+        if grammar is None:
+            return [None] * lanes
+        if self._branches is None:
+            self._branches = Branches(grammar, self.request.stop_ids)
+        return self._branches.at(self.token_ids, lanes)
 
     def content_ids(self, extra: Extra | None = None) -> list[int]:
         """Response ids with `extra` appended, without the EOS or stop token that ended them: what a reward reads."""
@@ -705,6 +719,7 @@ class Request:
     user: str | None = None  # whose tokens are counted together
     arrived: float = field(default_factory=time.monotonic)
     edits: TokenEdits | None = None  # what it asks of single tokens before they are drawn
+    grammar: Grammar | None = None  # what its responses must be
     owner: weakref.ref[Any] | None = None  # who waits for it in generate or stream; None: whoever calls step
 
     def __post_init__(self) -> None:
