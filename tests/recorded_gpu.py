@@ -227,7 +227,7 @@ def mapped(count: int) -> tuple[torch.Tensor, np.ndarray]:
 def install(monkeypatch) -> RecordedGpu:
     """Engines built from now on, for the rest of a test, take the way of a GPU; see `build`."""
     gpu = RecordedGpu()
-    for module in ("cache", "draft", "logit_reads", "passes", "tiling"):
+    for module in ("cache", "draft", "edit_buffers", "logit_reads", "passes", "tiling"):
         monkeypatch.setattr(importlib.import_module(f"stars.{module}"), "Buffers", SplitBuffers)
     work_as(monkeypatch, TARGET)
     monkeypatch.setattr(PagedCache, "_to_device", lambda cache, values: gpu.to_device(cache, values))

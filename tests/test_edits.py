@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from transformers.generation import logits_process
 
 import law
+import recorded_gpu
 import stars
 import stars.proposer
-from building import PADDED
+from building import PADDED, work_as
 from law import FALSE_POSITIVE_RATE, MODEL, PROMPT, p_value
+from stars.bindings import libstars
 from stars.draft import Drafter, LaneSpec
 from stars.edits import NOTHING_LEFT, Edited, bad_word_ids, edits_of, mask_of
 from stars.kernels.philox import pack_stream
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 VOCAB = 37
 LM = ToyModel(VOCAB, seed=2, layers=1, positions=128)
 SMALL = ToyModel(VOCAB, seed=8, layers=1, positions=128)
+RM = ToyModel(VOCAB, seed=5, layers=1, positions=128, head="reward", sharpness=1.5)
 TABLE = table_reward(seed=3)
 START = ids(6, VOCAB, seed=4)
 
@@ -317,6 +320,50 @@ def test_a_matcher_draws_what_the_same_bans_do(width, monkeypatch):
     assert got[3].token_ids == run(engine(deterministic=True), others, policy)[0].token_ids
     rate = sum(one.metrics.accepted for one in got[:3]) / sum(one.metrics.attempts_counted for one in got[:3])
     assert rate < 0.4 and len(matchers) >= 3 * 4
+
+
+@pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
+def test_a_gpus_host_sends_what_is_asked_and_waits_for_what_was_drawn(monkeypatch):
+    """Edits, matchers and neither in one batch, on a device with memory of its own: the CPU's texts."""
+    work_as(monkeypatch, PADDED._replace(chunk=64))
+    sizes = dict(tokenizer=Letters(), cache_tokens=512, page_size=4, max_num_seqs=5, max_num_lanes=15)
+    policy = stars.STARS(5, 4, 0.2, 0.5, 3.0, width=3)
+    params = [stars.SamplingParams(max_tokens=18, seed=20 + seed, **(some_edits(seed) if seed % 3 else {}))
+              for seed in range(5)]
+    wanted = run(toy_engine(LM, RM, **sizes), params, policy, 5)
+    gpu = recorded_gpu.install(monkeypatch)
+    made = recorded_gpu.build(gpu, LM.decoder(), stars.CausalReward(RM.decoder()), **sizes)
+    for _ in range(3):  # launched, captured, replayed
+        assert [one.token_ids for one in run(made, params, policy, 5)] == [one.token_ids for one in wanted]
+    spec, matchers = stars.proposer.LaneSpec, []
+
+    def matched(*given, params, edits, **named):
+        if params.min_tokens:
+            matchers.append(Anything())
+            return spec(*given, params=params, edits=edits, matcher=matchers[-1], **named)
+        return spec(*given, params=params, edits=edits, **named)
+
+    def by_name(table, last, slab, max_tokens, seed, attempt, stream, params, *rest, **named):
+        return matched(table, last, slab, max_tokens, seed, attempt, stream, params=params, **dict(zip(
+            ("stop_ids", "history", "entropy_cut", "least_tokens", "weights"), rest, strict=False)), **named)
+
+    monkeypatch.setattr(stars.proposer, "LaneSpec", by_name)
+    for _ in range(3):
+        assert [one.token_ids for one in run(made, params, policy, 5)] == [one.token_ids for one in wanted]
+    assert sum(len(matcher.accepted) for matcher in matchers) > 40
+
+
+class Anything:
+    """Allows all of a vocabulary."""
+
+    def __init__(self):
+        self.accepted = []
+
+    def fill(self, row: np.ndarray) -> None:
+        row[:] = mask_of(slice(VOCAB), VOCAB)
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
 
 
 class Only:

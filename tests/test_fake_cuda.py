@@ -88,6 +88,10 @@ if FAKED:
             assert len(gathered) == (backend == "sdpa") * (6 + 3)
             for top_k, presence in ((0, 0.0), (40, 0.2), (0, 0.0), (40, 0.2)):
                 decode(engine, top_k, presence)
+            captured = fake_cuda.events["capture"]
+            engine.generate(PROMPTS, stars.SamplingParams(max_tokens=24, min_tokens=3, logit_bias={5: 1.0}, bad_words=[
+                "very good", "film"], presence_penalty=0.2), use_tqdm=False)
+            assert fake_cuda.events["capture"] == captured  # what edits is captured at start-up too
             engine.generate(LONG, stars.SamplingParams(max_tokens=4), use_tqdm=False)
             engine.check_integrity()
         assert fake_cuda.events["capture"] > 10 and bool(gathered) == (backend == "sdpa")

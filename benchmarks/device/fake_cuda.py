@@ -211,7 +211,7 @@ def install() -> None:
     cuda.current_stream = lambda *device: Stream()
     cuda.stream, cuda.synchronize, cuda.empty_cache = (lambda stream: nullcontext()), _synchronize, lambda: None
     JITFunction.run = launch
-    for module in ("cache", "draft", "logit_reads", "passes", "tiling"):
+    for module in ("cache", "draft", "edit_buffers", "logit_reads", "passes", "tiling"):
         __import__(f"stars.{module}", fromlist=["Buffers"]).Buffers = FakeBuffers
     pacing.mapped = mapped
     torch.Tensor.pin_memory = lambda self: self
