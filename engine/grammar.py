@@ -13,7 +13,6 @@ the segment once more, which an ambiguous grammar makes slow).
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from collections import OrderedDict
@@ -36,12 +35,8 @@ MAX_COMPILED = 32
 """Compiled grammars that are kept for later requests."""
 LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}
 """Of one matcher, at 1 to 2 kB a state. llguidance's other limits stand as they are: they bound the time of a mask."""
-MAX_THREADS = 4
-"""That compute masks side by side."""
 NOTHING_FORCED = '%llguidance {"no_forcing": true}'
 WORD = 32  # tokens of a mask's word
-
-Rows = np.ndarray  # int32 [rows, ceil(vocab / 32)]: bit t % 32 of word t // 32 is token t
 
 
 class Grammars:
@@ -152,7 +147,7 @@ class Matcher:
 
     def shared(self, token_ids: Sequence[int]) -> int:
         """How many of `token_ids`, from the first on, it is after."""
-        taken = self._taken
+        taken, token_ids = self._taken, list(token_ids)
         count = min(len(taken), len(token_ids))
         if taken[:count] == token_ids[:count]:
             return count
@@ -172,17 +167,13 @@ class Matcher:
 
     def fill(self, row: np.ndarray) -> None:
         """Writes the mask of the tokens allowed next, int32 [ceil(vocab / 32)]: none where there is an `error`."""
-        self._parser.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        self.finish(row)
-
-    def finish(self, row: np.ndarray) -> None:
-        """Turns what llguidance wrote into `row` into the mask: the request's own stop ids end it, and no other."""
+        self._parser.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)  # without Python's lock
         self._check("the grammar allows no further token")
         if self.error is not None:
             row[:] = 0
             return
         words = row.view(np.uint32)
-        for token in self._grammar.eos_token_ids:
+        for token in self._grammar.eos_token_ids:  # the request's own stop ids end it, and no others
             words[token // WORD] &= ~np.uint32(1 << token % WORD)
         if self._parser.is_accepting():
             for token in self._stop_ids:
@@ -194,28 +185,6 @@ class Matcher:
         """Notes why the parser has given up, if it has."""
         if self.error is None and self._parser.is_error():
             self.error = f"{what} ({_line(self._parser.get_error())})"
-
-
-class Masks:
-    """Fills the masks of many matchers at once, in as many threads as are worth it, without Python's lock."""
-
-    def __init__(self) -> None:
-        self._executor: llguidance.LLExecutor | None = None
-
-    def fill(self, matchers: Sequence[tuple[Matcher, int]], rows: Rows) -> None:
-        """Writes the mask of each matcher into its row of `rows`, int32 [rows, ceil(vocab / 32)], contiguous."""
-        if len(matchers) == 1:
-            [(matcher, row)] = matchers
-            matcher.fill(rows[row])
-            return
-        if self._executor is None:
-            from llguidance import LLExecutor
-
-            self._executor = LLExecutor(min(MAX_THREADS, os.cpu_count() or 1))
-        self._executor.unsafe_compute_mask_ptr([(matcher._parser, row) for matcher, row in matchers],
-                                               rows.ctypes.data, rows.strides[0], len(rows))
-        for matcher, row in matchers:
-            matcher.finish(rows[row])
 
 
 class Branches:

@@ -8,6 +8,8 @@ its seed, or less.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import law
@@ -28,7 +30,7 @@ EVEN = Language("((a|b)(a|b|c))*", 10)
 def case(width: int, threshold: float, seed: int, language: Language = WORDS, segment_size: int = 2, attempts: int = 12,
          **params) -> tuple[Case, Language]:
     policy = stars.STARS(segment_size, attempts, 0.2, 0.5, threshold, width)
-    asked = stars.SamplingParams(max_tokens=law.MAX_TOKENS, n=law.DRAWS // 2, seed=seed,
+    asked = stars.SamplingParams(max_tokens=law.MAX_TOKENS, n=law.DRAWS // 4, seed=seed,
                                  structured_outputs={"regex": language.regex}, **params)
     return Case(policy, asked), language
 
@@ -37,9 +39,9 @@ CASES = {
     "width 1": case(1, 5.6, 51),
     "width 3": case(3, 5.6, 52),
     "width 8": case(8, 5.6, 53),
-    "width 8, segments of 3": case(8, 5.8, 54, EVEN, 3),
+    "width 8, segments of 3": case(8, 5.2, 54, EVEN, 3),
     "filters and penalties": case(3, 5.6, 55, segment_size=3, temperature=0.8, top_p=0.9, presence_penalty=0.5),
-    "no cap in reach": case(8, 4.2, 56, attempts=1000),
+    "no cap in reach": case(8, 5.2, 56, attempts=1000),
 }
 
 
@@ -72,6 +74,7 @@ def test_committed_segments_follow_the_law_of_the_constrained_proposal(name, mon
 
 def test_the_text_does_not_depend_on_the_width():
     drawn = CASES["width 8"][0]
+    drawn = drawn._replace(params=dataclasses.replace(drawn.params, n=128))
     found = []
     for width in (1, 3, 8):
         policy = stars.STARS(2, 12, 0.2, 0.5, 5.6, width)
@@ -101,18 +104,6 @@ def lanes_share_a_state(monkeypatch):
     monkeypatch.setattr(stars.grammar.Matcher, "branch", lambda self: self)
 
 
-def nothing_is_taken_back(monkeypatch):
-    """A matcher that is moved keeps what it had, and only follows what is new."""
-    def forward_only(self, token_ids):
-        rest = list(token_ids[len(self._taken) :])
-        self._parser.consume_tokens(rest)
-        self._taken += rest
-        self.error = None
-        return self
-
-    monkeypatch.setattr(stars.grammar.Matcher, "at", forward_only)
-
-
 def the_loser_stays(monkeypatch):
     """The state that a response goes on from is that of its last lane, whoever has won."""
     def stale(self, token_ids, lanes):
@@ -130,29 +121,29 @@ def draws_are_not_followed(monkeypatch):
 
 def ends_everywhere(monkeypatch):
     """EOS is allowed wherever anything is."""
-    finish = stars.grammar.Matcher.finish
+    fill = stars.grammar.Matcher.fill
 
     def ending(self, row):
-        finish(self, row)
+        fill(self, row)
         if row.any():
             row[0] |= 1
 
-    monkeypatch.setattr(stars.grammar.Matcher, "finish", ending)
+    monkeypatch.setattr(stars.grammar.Matcher, "fill", ending)
 
 
 def never_ends_early(monkeypatch):
     """EOS is left out where the text may also go on."""
-    finish = stars.grammar.Matcher.finish
+    fill = stars.grammar.Matcher.fill
 
     def going_on(self, row):
-        finish(self, row)
+        fill(self, row)
         if (row & ~1).any():
             row &= ~1
 
-    monkeypatch.setattr(stars.grammar.Matcher, "finish", going_on)
+    monkeypatch.setattr(stars.grammar.Matcher, "fill", going_on)
 
 
-@pytest.mark.parametrize("error", [lanes_share_a_state, nothing_is_taken_back, the_loser_stays, draws_are_not_followed,
+@pytest.mark.parametrize("error", [lanes_share_a_state, the_loser_stays, draws_are_not_followed,
                                    ends_everywhere, never_ends_early], ids=lambda error: error.__name__)
 def test_the_law_sees_errors(error, monkeypatch):
     """Some of them lead to texts that cannot go on: then responses fail, which is as well seen."""
