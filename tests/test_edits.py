@@ -158,6 +158,13 @@ def test_bad_words_are_tokenised_as_vllm_does():
 
     words = ["ab", "zoo", " cab", "a", "abc a", "q", "ab"]
     assert {tuple(word) for word in by_vllm(words)} == set(bad_word_ids(words, Letters(), VOCAB))
+    class Table:
+        """Of which vLLM passes over what begins with the same token, and what is one token more."""
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return {"x": [1, 2], " x": [1, 3], "y": [4], " y": [5, 4], "z": [6], " z": [7]}[text]
+
+    assert bad_word_ids(["x", "y", "z"], Table(), VOCAB) == [(1, 2), (4,), (6,), (7,)]
     assert (27,) in bad_word_ids(["a"], Letters(), VOCAB) and len(bad_word_ids(["q"], Letters(), VOCAB)) == 1
 
 
@@ -326,10 +333,10 @@ def test_a_matcher_draws_what_the_same_bans_do(width, monkeypatch):
 def test_a_gpus_host_sends_what_is_asked_and_waits_for_what_was_drawn(monkeypatch):
     """Edits, matchers and neither in one batch, on a device with memory of its own: the CPU's texts."""
     work_as(monkeypatch, PADDED._replace(chunk=64))
-    sizes = dict(tokenizer=Letters(), cache_tokens=512, page_size=4, max_num_seqs=5, max_num_lanes=15)
+    sizes = dict(cache_tokens=512, page_size=4, max_num_seqs=5, max_num_lanes=15)
     policy = stars.STARS(5, 4, 0.2, 0.5, 3.0, width=3)
-    params = [stars.SamplingParams(max_tokens=18, seed=20 + seed, **(some_edits(seed) if seed % 3 else {}))
-              for seed in range(5)]
+    params = [stars.SamplingParams(max_tokens=18, seed=20 + seed, **(
+        some_edits(seed) | dict(bad_words=None) if seed % 3 else {})) for seed in range(5)]
     wanted = run(toy_engine(LM, RM, **sizes), params, policy, 5)
     gpu = recorded_gpu.install(monkeypatch)
     made = recorded_gpu.build(gpu, LM.decoder(), stars.CausalReward(RM.decoder()), **sizes)

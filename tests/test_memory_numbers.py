@@ -85,9 +85,13 @@ def test_what_is_said_is_what_is_taken(built, sizes, dtype, deterministic):
     # Of captures that come later, two passes of either model and two steps of a draft.
     later = {engine.model_config: 4, reward.decoder.config: 2}
     ranked = 2 * sum(launches(rows, LM["vocab"]) for rows in {1, min(8, lanes), lanes}) << 16
-    assert said["captured graphs"] == ranked + sum(
+    shaped = 2 * 3 * shapes["draft"] << 16  # blend, edits and penalties, and without the last
+    assert said["captured graphs"] == ranked + shaped + sum(
         (count + later[shape]) * 10 * (shape.num_layers + 1) << 16 for shape, count in passes.items())
     assert said["the words that penalties count"] == drafter._history["entries"].nbytes
+    edits = drafter._edits.edits(1)
+    assert said["biases, bans and masks"] == sum(
+        tensor.nbytes for tensor in (edits.entries, edits.words, edits.masks))
     triton = pytest.importorskip("stars.kernels.triton.sample_step")
     sampler = triton.make_workspace(lanes, LM["vocab"], torch.device("cpu"))
     ranks = importlib.import_module("stars.kernels.triton.top_tokens")

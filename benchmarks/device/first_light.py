@@ -44,6 +44,7 @@ def kernels(record: Record, settings: Settings) -> None:
         "take_rows, embedding": of(kernel_rows.rows), "copy_rows": of(kernel_rows.copies),
         "score_and_decide": kernel_sampler.rewards, "append_draft": kernel_sampler.appended,
         "apply_penalties": kernel_sampler.penalised, "blend_logits": kernel_sampler.blended,
+        "edit_logits": kernel_sampler.edited,
         "prefill of libraries": kernel_prefill.backends}
     if not settings.dry:
         parts["philox words"] = kernel_sampler.words

@@ -19,10 +19,11 @@ from stars.kernels import philox
 from stars.kernels.append_draft import append_draft_reference
 from stars.kernels.apply_penalties import apply_penalties_reference
 from stars.kernels.blend_logits import blend_logits_reference
+from stars.kernels.edit_logits import edit_logits_reference
 from stars.kernels.linear import Weight
 from stars.kernels.sample_step import sample_step_reference, sampling_threshold
 from stars.kernels.token_logprobs import token_logprobs_reference
-from stars.kernels.types import Draft, LaneState, Penalties, TrailingRows
+from stars.kernels.types import Draft, Edits, LaneState, Penalties, TrailingRows
 
 CUT = ((37, 80, torch.float32), (1000, 83, torch.bfloat16), (128256, 80, torch.float32))
 """(vocabulary, lanes, type of the logits) where lanes are cut: 80 have every pair of a filter and a kind of cut."""
@@ -340,6 +341,35 @@ def blended(record: Record, settings: Settings) -> None:
         blend_logits_reference(logits, weights, done, wanted)
         same(record, f"blend_logits of {models}", on_device[0][0, :lanes].nan_to_num(nan=9.0),
              wanted.nan_to_num(nan=9.0))
+
+
+def edited(record: Record, settings: Settings) -> None:
+    """Biases, bans, words that follow and words that do not, masks of few tokens and of all: the reference's bits."""
+    ops, draw, lanes, vocab, length = launchers(settings.dry), np.random.default_rng(7), 33, 5003, 5
+    state = lane_state(lanes, settings.device)
+    state.steps.copy_(torch.tensor(np.arange(lanes) % (state.out_tokens.shape[1] + 1)))
+    state.out_tokens.copy_(torch.tensor(draw.integers(0, 3, state.out_tokens.shape)))
+    tokens = [np.flatnonzero(draw.random(vocab) < (0.0, 0.002, 0.2)[lane % 3]) for lane in range(lanes)]
+    count = np.array([len(one) for one in tokens])
+    bias = draw.normal(size=count.sum()).astype(np.float32).view(np.int32)
+    words = draw.integers(-1, 3, (40 * lanes, length))
+    words[:, -1] = draw.integers(0, vocab, len(words))
+    bits = draw.random((lanes, (vocab + 31) // 32 * 32)) < draw.choice([0.01, 0.5, 1.0], (lanes, 1))
+
+    def make(values) -> Tensor:
+        return torch.tensor(np.asarray(values), dtype=torch.int32, device=settings.device)
+
+    edits = Edits(
+        make(np.stack((np.concatenate(tokens), draw.choice([0, 0, 9, 1 << 30], count.sum()), bias), axis=1)),
+        make(np.cumsum(count) - count), make(count), make(draw.integers(0, 12, lanes)), make(words),
+        make(40 * np.arange(lanes)), make(draw.integers(0, 41, lanes)),
+        make(draw.integers(-1, 3, (lanes, length - 1))), make(np.packbits(bits, 1, "little").view("<i4")),
+        make(draw.choice(np.arange(-1, lanes), lanes)))
+    logits = 3 * torch.randn(lanes, vocab, generator=torch.Generator().manual_seed(7))
+    got = logits.to(settings.device)
+    ops.edit_logits(got, state, edits)
+    edit_logits_reference(logits, on_cpu(state), on_cpu(edits))
+    same(record, "edit_logits", got, logits)
 
 
 def given_tokens(record: Record, settings: Settings) -> None:

@@ -13,6 +13,7 @@ def launchers(dry: bool) -> SimpleNamespace:
         from stars.kernels.attention import attention_reference
         from stars.kernels.blend_logits import blend_logits_reference
         from stars.kernels.copy_rows import copy_rows_reference
+        from stars.kernels.edit_logits import edit_logits_reference
         from stars.kernels.embedding import embedding_reference
         from stars.kernels.embedding_scaled import embedding_scaled_reference
         from stars.kernels.linear import linear_reference
@@ -32,7 +33,8 @@ def launchers(dry: bool) -> SimpleNamespace:
         return SimpleNamespace(
             append_draft=append_draft_reference, apply_penalties=apply_penalties_reference,
             attention=attention_reference, blend_logits=blend_logits_reference, copy_rows=copy_rows_reference,
-            embedding=embedding_reference, embedding_scaled=embedding_scaled_reference, linear=linear_reference,
+            edit_logits=edit_logits_reference, embedding=embedding_reference,
+            embedding_scaled=embedding_scaled_reference, linear=linear_reference,
             linear_invariant=linear_reference, linear_normed=linear_normed_reference,
             linear_residual=linear_residual_reference, linear_swiglu=linear_swiglu_reference,
             qkv_rope=qkv_rope_reference,
@@ -47,6 +49,7 @@ def launchers(dry: bool) -> SimpleNamespace:
     from stars.kernels.triton.attention import attention
     from stars.kernels.triton.blend_logits import blend_logits
     from stars.kernels.triton.copy_rows import copy_rows
+    from stars.kernels.triton.edit_logits import edit_logits
     from stars.kernels.triton.embedding import embedding
     from stars.kernels.triton.linear import launch, linear, linear_invariant
     from stars.kernels.triton.rms_norm import rms_norm
@@ -61,8 +64,8 @@ def launchers(dry: bool) -> SimpleNamespace:
 
     return SimpleNamespace(
         append_draft=append_draft, apply_penalties=apply_penalties, attention=attention, blend_logits=blend_logits,
-        copy_rows=copy_rows, embedding=embedding, embedding_scaled=embedding_scaled, linear=linear,
-        linear_invariant=linear_invariant, linear_normed=linear_normed, linear_residual=linear_residual,
+        copy_rows=copy_rows, edit_logits=edit_logits, embedding=embedding, embedding_scaled=embedding_scaled,
+        linear=linear, linear_invariant=linear_invariant, linear_normed=linear_normed, linear_residual=linear_residual,
         linear_swiglu=linear_swiglu, product=launch, qkv_rope=qkv_rope, rms_norm=rms_norm, rope_write=rope_write,
         sample_step=sample_step, score=score, swiglu=swiglu, take_rows=take_rows, token_logprobs=token_logprobs,
         top_tokens=top_tokens)

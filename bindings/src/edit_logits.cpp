@@ -12,6 +12,14 @@ namespace {
 constexpr float kForbidden = -std::numeric_limits<float>::infinity();
 constexpr int64_t kWordsPerTask = 512;  // of a mask, 32 columns each
 
+// A table, as shifts by a number of each element's own are no vectors in the least instruction set.
+constexpr struct bits {
+  uint32_t of[32] = {};
+  constexpr bits() {
+    for (int i = 0; i < 32; ++i) of[i] = uint32_t{1} << i;
+  }
+} kBit;
+
 // Entries first .. end - 1 of a range that is cut to what the array has.
 struct range {
   int64_t first, end;
@@ -27,12 +35,10 @@ void mask_words(const stars_edit_logits_params& p, int64_t lane, int64_t first, 
     if (allowed == ~uint32_t{0}) continue;
     const int64_t count = std::min<int64_t>(32, p.vocab - 32 * word);
     float* const column = row + 32 * word;
-    if (allowed == 0) {
-      std::fill(column, column + count, kForbidden);
-      continue;
-    }
-    for (int64_t i = 0; i < count; ++i)
-      if (!(allowed >> i & 1)) column[i] = kForbidden;
+    if (count == 32)
+      for (int i = 0; i < 32; ++i) column[i] = allowed & kBit.of[i] ? column[i] : kForbidden;  // without a branch
+    else
+      for (int64_t i = 0; i < count; ++i) column[i] = allowed & kBit.of[i] ? column[i] : kForbidden;
   }
 }
 
