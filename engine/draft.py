@@ -297,7 +297,7 @@ class Drafter:
             spec = LaneSpec(table, last_token=0, slab=0, max_tokens=1, seed=0, attempt=1, stream=0,
                             params=SamplingParams(), stop_ids=())
             seconds = math.inf
-            self._ranks, self._wanted, self._matched = [], [], False
+            self._ranks, self._wanted, self._matched = [], [], False  # of a draft that is over
             for _ in range(repeats + 1):  # the first one also records
                 filled = self._fill([spec._replace(slab=slab) for slab in slabs])
                 begin = time.perf_counter()

@@ -11,9 +11,10 @@ from stars.budget import Budget
 from stars.cache import OWN_STORE
 from stars.config import EngineConfig
 from stars.draft import MAX_STOP_IDS
-from stars.edits import edits_of, names_of
+from stars.edits import NOTHING_LEFT, TokenEdits, edits_of, names_of
 from stars.errors import RequestError
 from stars.filtered_ratio import check_prompted
+from stars.grammar import Grammar, Grammars
 from stars.kernels.philox import MAX_SAMPLE, MAX_SEGMENT
 from stars.model.config import ModelConfig
 from stars.models import Models
@@ -26,6 +27,7 @@ from stars.reward.base import Reward
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
 from stars.stops import stop_tokens
+from stars.structured import StructuredOutputsParams
 
 MAX_PRIORITY = (1 << 31) - 1
 MAX_USER = 256  # characters
@@ -58,6 +60,7 @@ class Intake:
         self._readers = readers
         self._scheduler = scheduler
         self._names: dict[int, str] = {}  # of tokens, as log-probabilities have them: no more than the vocabulary
+        self._grammars = Grammars(tokenizer, shape.vocab_size, self._eos_token_ids)
 
     def parse(self, asked: Asked, request_id: str) -> Request:
         """A checked request that is not queued yet; RequestError or RewardError if it can never run as it stands."""
@@ -128,11 +131,13 @@ class Intake:
         for drafts in (proposal, redrafts):
             self._models.drafter(drafts.stores, drafts.blends)  # which there may be no memory for
         edits = edits_of(params, self._tokenizer, (*stop_ids, *self._eos_token_ids), vocab_size)
+        grammar = self._grammar_of(params, stop_ids, edits)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
-                       arrived=arrived, edits=edits, trace_context=asked.trace_context, names=self._names)
+                       arrived=arrived, edits=edits, trace_context=asked.trace_context, names=self._names,
+                       grammar=grammar)
 
     def _contexts(self, plan: Plan, prompt: Prompt) -> dict[str, list[int]]:
         """What the language model reads responses after, by what it is called."""
@@ -156,6 +161,22 @@ class Intake:
         prompt = last_tokens(prompt, room, self._tokenizer)
         over = max(map(len, self._contexts(plan, prompt).values())) - room  # by texts that are put before it
         return last_tokens(prompt, max(1, len(prompt.token_ids) - over), self._tokenizer) if over > 0 else prompt
+
+    def _grammar_of(self, params: SamplingParams, stop_ids: tuple[int, ...], edits: TokenEdits | None,
+                    ) -> Grammar | None:
+        """What `params` say that responses must be; RequestError where none can be so, or end."""
+        asked = params.structured_outputs
+        if asked is None:
+            return None
+        assert isinstance(asked, StructuredOutputsParams)  # `SamplingParams` made it one
+        grammar = self._grammars.of(asked)
+        if not stop_ids:
+            raise RequestError("structured_outputs needs a token that ends the response, and ignore_eos leaves none: "
+                               "leave ignore_eos out, or give stop_token_ids")
+        allowed = grammar.first(stop_ids)
+        if edits is not None and edits.mask is not None and not (allowed & edits.mask).any():
+            raise RequestError(f"at the first token {NOTHING_LEFT}")
+        return grammar
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

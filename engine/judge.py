@@ -209,7 +209,7 @@ class Judge:
         fresh = False
         for lane, result in scores:
             # What a reader alone says is on the lane already.
-            reward = usable(result.reward) if group.scores_segments else lane.reward
+            reward = lane.fault or (usable(result.reward) if group.scores_segments else lane.reward)
             if isinstance(reward, str):
                 faults.setdefault(lane.hypothesis, (reward, isinstance(settled(result.reward), ContextFull)))
                 continue

@@ -44,6 +44,7 @@ class Proposer:
         self.drafter = models.drafter(OWN_STORE)
         self.chooser = chooser
         self._cache = cache
+        self._trails = config.target.trailing
         self._max_num_lanes = config.max_num_lanes
         self._max_num_seqs = config.max_num_seqs
         self._max_responses = min(config.max_num_lanes, config.max_num_seqs)
@@ -70,16 +71,20 @@ class Proposer:
             if request.ranks and width:
                 slab, drafted = self._enumerate(hypothesis, first, width, lanes)
                 if not drafted:
+                    [matcher] = hypothesis.matchers(1)
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, first, stream, request.params,
-                                          request.stop_ids, history, ranks=request.ranks, edits=edits))
+                                          request.stop_ids, history, ranks=request.ranks, edits=edits,
+                                          matcher=matcher))
+                    for lane in lanes:
+                        lane.matcher = matcher
             else:
-                for attempt in range(first, first + width):
+                for attempt, matcher in enumerate(hypothesis.matchers(width), first):
                     slab = self._cache.take_slab()
                     judge_slab = self._cache.take_slab() if request.lane_slabs > 1 else None
-                    lanes.append(Lane(hypothesis, attempt, slab, judge_slab, stores=drafts.stores))
+                    lanes.append(Lane(hypothesis, attempt, slab, judge_slab, stores=drafts.stores, matcher=matcher))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment, drafts.weights, edits=edits))
+                                          hypothesis.least_segment, drafts.weights, edits=edits, matcher=matcher))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._others = {key: self._draft(key, specs) for key, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
@@ -127,15 +132,26 @@ class Proposer:
             else:
                 for lane in lanes:
                     lane.token_ids, lane.logprobs, lane.logits, lane.tops = next(drafted)
+                if hypothesis.request.grammar is not None:
+                    self._note_dead_ends(hypothesis, lanes)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
                 hypothesis.request.fail(self._no_token(hypothesis, lanes))
 
+    def _note_dead_ends(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
+        """Of attempts that no token could be drawn for in the middle: they are at fault where it is their turn to be
+        judged. At the first token all attempts fail, and so does the request."""
+        judged = hypothesis.group.waits_for_scores and not hypothesis.request.whole and not self._trails
+        for lane in lanes:
+            if judged and len(lane.token_ids) > 1 and _forbidden(lane):
+                lane.fault = _why_forbidden(lane)
+                del lane.token_ids[-1], lane.logprobs[-1]
+
     def _no_token(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> str:
         """What is said where one of these lanes could draw no token."""
-        forbidden = any([lane.token_ids[-1] < 0 and lane.logprobs[-1] == -math.inf for lane in lanes])
-        if forbidden and hypothesis.request.edits is not None:
-            return NOTHING_LEFT
+        forbidden = next((lane for lane in lanes if _forbidden(lane)), None)
+        if forbidden is not None and hypothesis.request.edits is not None:
+            return _why_forbidden(forbidden)
         return self._nan(hypothesis.proposal)
 
     def _nan(self, proposal: Drafts) -> str:
@@ -251,6 +267,15 @@ class Proposer:
 def _ranking(found: Drafted) -> Ranking:
     """What was enumerated of a response."""
     return Ranking(found.token_ids, found.logprobs, found.tops)
+
+
+def _forbidden(lane: Lane) -> bool:
+    """Whether a lane has ended because all tokens were forbidden."""
+    return lane.token_ids[-1] < 0 and lane.logprobs[-1] == -math.inf
+
+
+def _why_forbidden(lane: Lane) -> str:
+    return (lane.matcher.error if lane.matcher is not None else None) or NOTHING_LEFT
 
 
 def _key(drafts: Drafts) -> Key:

@@ -18,6 +18,7 @@ from stars.budget import CUT_SHORT, NO_BUDGET, Budget
 from stars.cache import OWN_STORE, BlockTable
 from stars.edits import Edited, TokenEdits
 from stars.exhaustions import BackUp, BestSeen, Pick, Redraft, Relax, exhaustion, steps
+from stars.grammar import Branches, Grammar, Matcher
 from stars.logprobs import PromptLogprobs, TokenLogprobs, Tops, forced, joined
 from stars.model.tokenizer import Detokenizer
 from stars.outputs import Attempt, CompletionOutput, Handed, Logprob, Metrics, RequestOutput, Segment, Times, since
@@ -109,6 +110,8 @@ class Lane:
     known: TokenLogprobs | None = None  # that with its tokens, once it is asked for
     logits: Any = None  # float32 [steps, vocab] that it was drawn from, where its proposal keeps them
     stores: tuple[int, ...] = OWN_STORE  # of the models whose keys and values of it the slab holds
+    matcher: Matcher | None = None  # where its request has a grammar
+    fault: str | None = None  # why no further token could be drawn, where its turn to be judged may never come
 
     def told(self) -> TokenLogprobs:
         """What is known of its tokens, of a lane that has tops; asked once they are as they stay."""
@@ -269,6 +272,7 @@ class Hypothesis:
     backups: int = 0  # segments that were taken back
     redrawn: Mapping[int, int] = field(default_factory=dict)  # how often all attempts at a segment were drawn in vain
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
+    _branches: Branches | None = None  # matchers of its grammar that were moved last; they say nothing that it does not
 
     def __post_init__(self) -> None:
         self.request = self.group.request
@@ -415,11 +419,12 @@ class Hypothesis:
             self.error, self.note = mark.error, mark.note
             self.metrics = _copy(mark.metrics)
             self._history = None
+        self._branches = None  # an interrupt may have left one half moved
 
     def finish(self, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
         """Ends the response; what it holds in the caches is given back once the round is over."""
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
-        self.attempts = []
+        self.attempts, self._branches = [], None
 
     def refuse(self) -> None:
         """Ends the response with what was committed before; a whole one with nothing."""
@@ -453,6 +458,7 @@ class Hypothesis:
     def let_go(self) -> None:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
         self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = self.left = None
+        self._branches = None
         self.attempts = []
 
     def fork(self, slot: int) -> Hypothesis:
@@ -559,6 +565,15 @@ class Hypothesis:
         if edits is None:
             return None
         return Edited(edits, len(self.token_ids), self.token_ids[1 - MAX_WORD :] if len(edits.words) else ())
+
+    def matchers(self, lanes: int) -> list[Matcher] | list[None]:
+        """Of so many lanes that go on from here: what its grammar allows, where it has one."""
+        grammar = self.request.grammar
+        if grammar is None:
+            return [None] * lanes
+        if self._branches is None:
+            self._branches = Branches(grammar, self.request.stop_ids)
+        return self._branches.at(self.token_ids, lanes)
 
     def content_ids(self, extra: Extra | None = None) -> list[int]:
         """Response ids with `extra` appended, without the EOS or stop token that ended them: what a reward reads."""
@@ -780,6 +795,7 @@ class Request:
     user: str | None = None  # whose tokens are counted together
     arrived: float = field(default_factory=time.monotonic)
     edits: TokenEdits | None = None  # what it asks of single tokens before they are drawn
+    grammar: Grammar | None = None  # what its responses must be
     prompt_told: PromptLogprobs | None = None  # of the tokens of its first context, where that is asked
     teller: Hypothesis | None = None  # who reads them for it
     admitted: float | None = None  # when its first response was

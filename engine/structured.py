@@ -19,8 +19,9 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object")
 class StructuredOutputsParams:
     """Exactly one of what a response must be; RequestError otherwise.
 
-    json: a JSON schema, as a dictionary or its text. regex: a regular expression, which the whole response matches.
-    choice: one of these texts. grammar: a context-free grammar, in the dialect of Lark. json_object: any JSON object.
+    json: a JSON schema: a dictionary, its text, or a class of pydantic's. regex: a regular expression without look-around
+    and back-references, which the whole response matches. choice: one of these texts. grammar: a context-free grammar,
+    in the dialect of Lark that llguidance reads, or in llama.cpp's. json_object: any JSON object.
     """
 
     json: str | Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
@@ -37,6 +38,9 @@ class StructuredOutputsParams:
         if len(given) != 1:
             raise RequestError(f"StructuredOutputsParams needs exactly one of {', '.join(KINDS)} and has "
                                f"{', '.join(given) if given else 'none'}")
+        schema_of = getattr(self.json, "model_json_schema", None)
+        if isinstance(self.json, type) and callable(schema_of):
+            object.__setattr__(self, "json", schema_of())
         if self.json is not None and not isinstance(self.json, (str, Mapping)):
             raise RequestError(f"StructuredOutputsParams.json is {shown(self.json)}, it must be a JSON schema: a "
                                "dictionary or its text")

@@ -206,16 +206,16 @@ def test_an_interrupt_leaves_no_answer_behind(saved, monkeypatch):
     """The answer to the interrupted question is never taken for the next one's."""
     tokenizer = load_tokenizer(saved(pre_tokenizer=split(ODD)))
     expected = tokenizer.encode("the dog")
-    original = tokenizer_limits.os.write
+    original = os.write
 
     def interrupted(descriptor: int, data) -> int:
         original(descriptor, data)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizer_limits.os, "write", interrupted)
+    monkeypatch.setattr(os, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode("something else")
-    monkeypatch.setattr(tokenizer_limits.os, "write", original)
+    monkeypatch.setattr(os, "write", original)
     assert tokenizer.encode("the dog") == expected
 
 

@@ -124,6 +124,13 @@ class Tokenizer:
         """Names of special tokens that chat templates know: "bos_token" and so on."""
         return frozenset((*self._special_tokens, *SPECIAL_TOKENS))
 
+    def token_bytes(self, vocab_size: int) -> list[bytes | None]:
+        """What each id below `vocab_size` adds to a text; None where that is nothing. Raises TokenizerError where it
+        depends on the tokens beside it."""
+        from stars.model.token_bytes import token_bytes  # here, as only grammars need it
+
+        return token_bytes(self._backend, set(self.special_tokens.values()), self.decode, vocab_size, self._where)
+
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether every token id of this tokenizer means the same to `other`, which splits text in the same way.
 

@@ -13,13 +13,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
-import select
-import subprocess
-import sys
-import threading
-import time
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 from tokenizers import Tokenizer as Backend
 
 from stars.errors import ModelError, TokenizerError, text_of
+from stars.model.confined import Broken, Confined, TooSlow
 from stars.model.files import read_json
 
 MAX_GROWTH = 64
@@ -244,17 +238,18 @@ for line in sys.stdin:
 """
 
 
-class ConfinedBackend:
+class ConfinedBackend(Confined):
     """A tokenizer whose encoding and decoding are done by a process of its own; all else is the library's, here.
 
-    The process starts at the first text and ends with this object or with this process. A text that takes it longer
-    than DEADLINE ends it, and with a TokenizerError; the next text starts another. Any thread may call, one at a time.
+    A text that takes it longer than DEADLINE ends the process, with a TokenizerError; the next text starts another.
     """
 
+    script = _CHILD
+
     def __init__(self, backend: Backend, where: str):
+        super().__init__()
         self._backend = backend
         self._where = where
-        self._forget()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -275,82 +270,23 @@ class ConfinedBackend:
         text: str = self._ask("join", tokens, False)
         return text
 
-    def _forget(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
+    def _beginning(self) -> str:
+        return self._backend.to_str()
 
     def _ask(self, *question: Any) -> Any:
-        if self._owner != os.getpid():  # forked: the other process is the parent's
-            self._forget()
-        with self._lock:
-            try:
-                if self._process is None:
-                    self._start()
-                answer = self._exchange(question, DEADLINE)
-            except BaseException:  # an interrupt too: its answer would be taken for the next one's
-                self._stop()
-                raise
-        if isinstance(answer, dict):
-            raise ValueError(answer["error"])
-        return answer
-
-    def _start(self) -> None:
-        command = [sys.executable, "-c", _CHILD, str(MAX_MEMORY)]
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         try:
-            # A session of its own: an interrupt at the terminal is this process's to handle.
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-                                             stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0)
+            answer = self._answer(question, DEADLINE, START_DEADLINE, MAX_MEMORY)
+        except TooSlow as error:
+            raise TokenizerError(
+                f"{self._where} takes more than {error.args[0]:g} s for one text, which its regular expressions or "
+                "normaliser make too much of: use another tokenizer, or shorter texts") from error
+        except Broken as error:
+            raise TokenizerError(
+                f"{self._where} cannot be run within {MAX_MEMORY >> 30} GiB, or breaks the library: use "
+                "another tokenizer, or shorter texts") from error
         except OSError as error:
             raise TokenizerError(f"{self._where} needs a process of its own, which cannot be started ({error}): use a "
                                  "tokenizer without regular expressions of its own") from error
-        self._finalizer = weakref.finalize(self, _end, self._process, os.getpid())
-        self._exchange(self._backend.to_str(), START_DEADLINE)
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process = None  # first: an interrupt here must not leave a process that has ended
-            self._finalizer()
-
-    def _exchange(self, question: Any, seconds: float) -> Any:
-        """Sends one line and reads one, neither longer than `seconds` in all."""
-        deadline = time.monotonic() + seconds
-        process = self._process
-        assert process is not None and process.stdout is not None and process.stdin is not None
-        reading, writing = process.stdout.fileno(), process.stdin.fileno()
-        pipes = select.poll()
-        pipes.register(reading, select.POLLIN)
-        pipes.register(writing, select.POLLOUT)
-        unsent = memoryview(json.dumps(question).encode() + b"\n")
-        parts: list[bytes] = []
-        os.set_blocking(writing, False)
-        while not parts or not parts[-1].endswith(b"\n"):
-            if not unsent and len(parts) == 0:
-                pipes.modify(writing, 0)
-            ready = dict(pipes.poll(1e3 * max(0.0, deadline - time.monotonic())))
-            if not ready:
-                raise TokenizerError(
-                    f"{self._where} takes more than {seconds:g} s for one text, which its regular expressions or "
-                    "normaliser make too much of: use another tokenizer, or shorter texts")
-            if writing in ready and unsent:
-                try:
-                    unsent = unsent[os.write(writing, unsent[: 1 << 16]) :]
-                except BrokenPipeError:  # what it said before it ended, if anything, is read below
-                    unsent = unsent[:0]
-            if reading in ready:
-                parts.append(os.read(reading, 1 << 20))
-                if not parts[-1]:
-                    raise TokenizerError(
-                        f"{self._where} cannot be run within {MAX_MEMORY >> 30} GiB, or breaks the library: use "
-                        "another tokenizer, or shorter texts")
-        return json.loads(b"".join(parts))
-
-
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    if owner == os.getpid():
-        process.kill()
-        process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
+        if isinstance(answer, dict):
+            raise ValueError(answer["error"])
+        return answer
