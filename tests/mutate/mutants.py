@@ -728,7 +728,7 @@ MUTANTS = [
            "a grammar ends a response before min_tokens", "edits"),
     Mutant("engine/edit_buffers.py", "            row &= edits.mask\n", "            pass\n",
            "a grammar allows what the request does not", "edits"),
-    Mutant("engine/edit_buffers.py", "        filling.result()\n", "",
+    Mutant("engine/edit_buffers.py", "        self._helper.wait()\n", "",
            "masks are read before they are filled", "edits"),
     Mutant("engine/edit_buffers.py", 'host["base"][index] = base\n', 'host["base"][index] = lanes[0].edits.base\n',
            "all lanes count the first one's tokens", "edits"),
