@@ -127,7 +127,8 @@ def use_grammar(r: random.Random, plan: Plan) -> None:
     pattern = r.choice(["[ab]{3,9}", "(good|bad|neither)( film)?", "[0-9]{4}-[0-9]{2}", '\\{"stars": [1-5]\\}'])
     if type(plan.given["policy"]).__name__ in ("ARGS", "RAD"):
         return
-    change(plan, structured_outputs={"regex": pattern}, stop=None, presence_penalty=0.0, max_tokens=48)
+    change(plan, structured_outputs={"regex": pattern}, stop=None, ignore_eos=False,
+           presence_penalty=0.0, max_tokens=48)
 
     def check(output: stars.RequestOutput) -> str | None:
         wrong = [one.text for one in output.outputs if one.finish_reason == "stop" and one.text is not None

@@ -228,7 +228,8 @@ def test_ids_are_one_requests_own():
                     await task
             outputs = await asyncio.gather(first, *others)
             assert [output[-1].request_id for output in outputs] == ["a", "b", "c"]
-            assert (await collect(served.generate(*asked(1), request_id="a")))[-1].finished  # it is free again
+            again = await served.add_nowait(*asked(1), request_id="a")  # it is free again, and nobody stands in line
+            assert (await collect(again))[-1].finished
 
     run(serve())
 

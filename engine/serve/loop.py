@@ -211,6 +211,7 @@ class Loop:
         self._watched = set(self._awaited)
 
     def _advance(self) -> list[Later]:
+        self._let_late_in()
         awaited = self.engine._advance(self._tell_ended)
         self._build()
         self._let_in(after_round=True)
@@ -333,14 +334,9 @@ class Loop:
     # -- the line -----------------------------------------------------------------------------------------------------
 
     def _let_in(self, after_round: bool) -> None:
-        """Counts who waits, and queues as many of those in line as may wait besides: the first, and those whose time
-        is up, which the engine ends."""
+        """Counts who waits, and queues as many of those in line as may wait besides, the first."""
         if self.max_waiting is None:
             return
-        now = time.monotonic()
-        for request_id in [name for name, feed in self._line.items() if feed.deadline is not None
-                           and feed.deadline <= now]:
-            self._leave_line(request_id)
         waiting = running = 0
         for feed in self._queued.values():
             if feed.begun or feed.has_begun():
@@ -356,6 +352,13 @@ class Loop:
             count = min(max(room, 0), len(self._line))
             self._room = room - count
         for request_id in list(itertools.islice(self._line, count)):
+            self._leave_line(request_id)
+
+    def _let_late_in(self) -> None:
+        """Queues those in line whose time is up: the engine ends them."""
+        now = time.monotonic()
+        for request_id in [name for name, feed in self._line.items() if feed.deadline is not None
+                           and feed.deadline <= now]:
             self._leave_line(request_id)
 
     def _leave_line(self, request_id: str) -> None:
