@@ -86,7 +86,6 @@ class Loop:
         self._queued: dict[str, Feed] = {}  # the engine has them
         self._closing = False
         self._crowded = False  # whether some were left waiting by the last round
-        self._looked = 0.0  # when the engine was asked for a round last
         self._awaited: list[Later] = []  # rewards without which there is no round
         self._watched: set[Later] = set()  # rewards that leave a message
         self._wakes: dict[asyncio.AbstractEventLoop, list[tuple[Feed, Waiter]]] = {}
@@ -179,7 +178,6 @@ class Loop:
                     self.engine._turns.take(self._hear)
                     self._deliver()
                 if self._queued:
-                    self._looked = time.monotonic()
                     self._awaited = self.engine._turns.take(self._advance)
                     self._watch()
                     self._deliver()
@@ -197,10 +195,9 @@ class Loop:
                 self._told.append(self._inbox.get_nowait())
 
     def _nap(self) -> float | None:
-        """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread. One that
-        had passed when the engine was asked last is no reason to ask it again."""
+        """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread."""
         deadlines = [feed.deadline for feeds in (self._queued, self._line) for feed in feeds.values()
-                     if feed.deadline is not None and feed.deadline > self._looked]
+                     if feed.deadline is not None]
         return max(0.0, min(min(deadlines) - time.monotonic(), LONGEST_NAP)) if deadlines else None
 
     def _watch(self) -> None:
