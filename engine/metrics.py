@@ -31,6 +31,7 @@ COUNTS = {
     "prompt_tokens_cached": "Prompt tokens that another request had left in the cache, as responses were opened.",
     "rm_tokens_cached": "The same of what reward models read.",
     "num_preemptions": "Times that a response gave its pages to older ones and was computed again.",
+    "rm_calls": "Candidates that rewards were asked for, the prompt alone included.",
     "lm_seconds": "Seconds of drawing.",
     "rm_seconds": "Seconds of scoring.",
 }

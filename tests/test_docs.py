@@ -35,7 +35,7 @@ def models(tmp_path, monkeypatch):
     (tmp_path / "path" / "to").mkdir(parents=True)
     for name, shipped in NAMED.items():
         (tmp_path / name).symlink_to(PAIR / shipped)
-    write_model(tmp_path / "path" / "to" / "chat-model", TinyModel(chat_template=True))
+    write_model(tmp_path / "path" / "to" / "chat-model", TinyModel(tokenizer=True, chat_template=True))
     monkeypatch.chdir(tmp_path)
 
 

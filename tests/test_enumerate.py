@@ -294,7 +294,7 @@ def test_the_greedy_text_is_that_of_a_loop_on_transformers():
     engine = stars.Engine(MODELS / "lm", MODELS / "rm")
     lm = transformers.AutoModelForCausalLM.from_pretrained(MODELS / "lm", dtype=torch.float32).eval()
     rm = transformers.AutoModelForSequenceClassification.from_pretrained(MODELS / "rm", dtype=torch.float32).eval()
-    eos = set(engine._eos_token_ids)
+    eos = set(engine._intake._eos_token_ids)
     for text, topk, weight in (("This film was", 10, 1.0), ("After twenty minutes I", 7, 3.0)):
         [output] = engine.generate(text, stars.SamplingParams(max_tokens=12), stars.ARGS(topk, weight), use_tqdm=False)
         prompt, response, smallest = output.prompt_token_ids, [], math.inf

@@ -828,7 +828,7 @@ MUTANTS = [
            "matchers are not told what was drawn", "edits"),
     Mutant("engine/stops.py", "max(0, after - len(stop) + 1)", "max(0, after)",
            "a stop string that begins before min_tokens is not seen", "edits"),
-    Mutant("engine/proposer.py", "        if forbidden and hypothesis.request.edits is not None:", "        if False:",
+    Mutant("engine/proposer.py", "if forbidden is not None and hypothesis.request.edits is not None:", "if False:",
            "constraints that leave nothing are blamed on the weights", "edits"),
     Mutant("kernels/blend_logits.py", "            if weight:\n", "            if True:\n",
            "a model without weight is read", "blend_logits"),
