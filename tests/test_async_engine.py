@@ -756,6 +756,25 @@ def test_waiting_takes_no_cpu_and_ends_at_once(late):
     run(serve())
 
 
+def test_what_another_thread_does_wakes_a_loop_that_waits_for_rewards():
+    async def serve():
+        go = threading.Event()
+        engine = toy_engine(LM, stars.FunctionReward(
+            lambda prompt, responses: go.wait(LIMIT) and [0.0] * len(responses), inputs="ids", blocking=True),
+            max_num_seqs=1, max_num_lanes=1)
+        async with stars.AsyncEngine(engine) as served:
+            first = await served.add(*endless())
+            await until(lambda: served._loop._awaited)
+            other = asyncio.create_task(collect(served.generate(*endless(), request_id="other")))
+            await until(lambda: "other" in engine._requests and served._loop._awaited)
+            assert await asyncio.to_thread(engine.abort, "other")
+            assert ends((await asyncio.wait_for(other, 10))[-1]) == {"abort"}
+            go.set()
+            await first.aclose()
+
+    run(serve())
+
+
 def test_a_deadline_wakes_a_loop_that_waits_for_rewards():
     async def serve():
         go = threading.Event()

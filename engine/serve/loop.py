@@ -25,6 +25,9 @@ from stars.serve.feed import Feed, Waiter
 
 EXIT_SECONDS = 10.0
 """How long an interpreter that exits waits for a round to end."""
+GATHERING, MOST_GATHERING = 0.0005, 0.005
+"""Seconds that an idle loop waits for a further request, each time, and in all: an event loop makes those of its tasks
+one after the other, and a round that begins with the first alone holds up the others."""
 LONGEST_NAP = 3600.0  # seconds; waits are not longer, whatever a deadline is
 T = TypeVar("T")
 
@@ -189,8 +192,12 @@ class Loop:
     def _listen(self) -> None:
         """Takes what has come, and where nothing can be done before, what comes."""
         with contextlib.suppress(queue.Empty):
-            if not self._queued or self._awaited:
+            idle = not self._queued
+            if idle or self._awaited:
                 self._told.append(self._inbox.get(timeout=self._nap()))
+            until = time.monotonic() + MOST_GATHERING
+            while idle and time.monotonic() < until:  # who comes together begins together
+                self._told.append(self._inbox.get(timeout=GATHERING))
             while True:
                 self._told.append(self._inbox.get_nowait())
 
