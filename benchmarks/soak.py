@@ -19,6 +19,7 @@ import dataclasses
 import gc
 import json
 import logging
+import operator
 import random
 import re
 import statistics
@@ -26,6 +27,7 @@ import sys
 import threading
 import time
 import warnings
+from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -125,7 +127,8 @@ def use_grammar(r: random.Random, plan: Plan) -> None:
     pattern = r.choice(["[ab]{3,9}", "(good|bad|neither)( film)?", "[0-9]{4}-[0-9]{2}", '\\{"stars": [1-5]\\}'])
     if type(plan.given["policy"]).__name__ in ("ARGS", "RAD"):
         return
-    change(plan, structured_outputs={"regex": pattern}, stop=None, presence_penalty=0.0, max_tokens=48)
+    change(plan, structured_outputs={"regex": pattern}, stop=None, ignore_eos=False,
+           presence_penalty=0.0, max_tokens=48)
 
     def check(output: stars.RequestOutput) -> str | None:
         wrong = [one.text for one in output.outputs if one.finish_reason == "stop" and one.text is not None
@@ -258,16 +261,20 @@ def facts(output: stars.RequestOutput) -> list[Any]:
 class Soak:
     """One run, and what it has seen."""
 
-    def __init__(self, engine: stars.Engine, requests: int, seed: int, rows: Callable[[str], bool], at_once: int):
+    def __init__(self, engine: stars.Engine, requests: int, seed: int, rows: Callable[[str], bool], at_once: int,
+                 alone: int):
         self.engine, self.count, self.seed, self.rows = engine, requests, seed, rows
         self.at_once = at_once
         self.served = stars.AsyncEngine(engine, max_waiting=16)
         self.problems: list[str] = []
         self.ends: list[list[str]] = [[] for _ in range(requests)]  # of each request; must be one
         self.reasons: Counter[tuple[str, str]] = Counter()
-        self.texts: dict[int, list[Any]] = {}  # of the undisturbed
+        undisturbed = [number for number in range(requests) if plan_of(seed, number, rows).fate in UNDISTURBED]
+        # Of some of the undisturbed, as what is kept here grows with it.
+        self.texts: dict[int, list[Any]] = dict.fromkeys(
+            random.Random(seed).sample(undisturbed, min(alone, len(undisturbed))), [])
         self.late: list[tuple[float, float, float]] = []  # a deadline, when its request ended, and when its caller knew
-        self.rounds: list[tuple[float, float]] = []  # begin and end, of what is read before it too
+        self.begins, self.round_ends = array("d"), array("d")  # of rounds, and of what is read before them
         self.refusals = 0  # of add_nowait
         self.resident: list[tuple[int, float]] = []  # requests that have ended, MB
         self._numbers = iter(range(requests))
@@ -282,7 +289,8 @@ class Soak:
             try:
                 return advance(*given)
             finally:
-                self.rounds.append((begin, time.monotonic()))
+                self.begins.append(begin)
+                self.round_ends.append(time.monotonic())
 
         engine._advance = timed  # type: ignore[method-assign]
 
@@ -381,7 +389,7 @@ class Soak:
         if "deadline" in reasons:
             seconds = plan.given["budget"].seconds
             self.late.append((begin + seconds, begin + (last.times.finished or 0.0), time.monotonic()))
-        if plan.fate in UNDISTURBED:
+        if plan.number in self.texts:
             self.texts[plan.number] = facts(last)
         if not special:
             for check in plan.checks:
@@ -446,11 +454,10 @@ class Soak:
         is kept within a segment where no other round began and ended before the request did."""
         if not self.late:
             return {"count": 0}
-        begins = [begin for begin, _ in self.rounds]
         missed = 0
         for deadline, ended, _ in self.late:
-            first = bisect_left(begins, deadline)
-            missed += first < len(self.rounds) and self.rounds[first][1] < ended
+            first = bisect_left(self.begins, deadline)
+            missed += first < len(self.begins) and self.round_ends[first] < ended
         found: dict[str, Any] = {"count": len(self.late), "within_a_segment": 1 - missed / len(self.late)}
         for name, seconds in (("ended", [ended - deadline for deadline, ended, _ in self.late]),
                               ("told", [told - deadline for deadline, _, told in self.late])):
@@ -459,10 +466,9 @@ class Soak:
                                         "p99": ordered[int(0.99 * (len(ordered) - 1))], "most": ordered[-1]}
         return found
 
-    def check_texts(self, alone: int) -> int:
-        """Runs so many of the undisturbed by themselves; returns how many were."""
-        chosen = random.Random(self.seed).sample(sorted(self.texts), min(alone, len(self.texts)))
-        for number in chosen:
+    def check_texts(self) -> None:
+        """Runs those of the undisturbed by themselves whose texts are kept."""
+        for number in self.texts:
             plan = plan_of(self.seed, number, self.rows)
             params = dataclasses.replace(plan.given["sampling_params"], output_kind=KIND.FINAL_ONLY)
             [output] = self.engine.generate(plan.given["prompt"], params, plan.given["policy"], use_tqdm=False)
@@ -472,7 +478,6 @@ class Soak:
                 got = [(token_ids, None, *rest) for token_ids, _, *rest in got]
             if got != wanted:
                 self.problem(number, f"has another text than alone: {got} and {wanted}: {plan.given}")
-        return len(chosen)
 
 
 def resident_mb() -> float:
@@ -490,7 +495,7 @@ def soak(requests: int, seed: int, without: tuple[str, ...] = (), at_once: int =
     logging.getLogger("stars").setLevel(logging.CRITICAL)  # rewards that fail are part of it
     engine = build()
     there = {name: name not in without and row.there(engine) for name, row in ROWS.items()}
-    run = Soak(engine, requests, seed, there.__getitem__, at_once)
+    run = Soak(engine, requests, seed, there.__getitem__, at_once, alone)
     threads = {thread.name for thread in threading.enumerate()} - {"stars-engine"}
     seconds = run.run()
     run.check_ends()
@@ -498,14 +503,14 @@ def soak(requests: int, seed: int, without: tuple[str, ...] = (), at_once: int =
     growth = run.memory_growth()
     if growth > growth_mb:
         run.problems.append(f"memory has grown by {growth:.1f} MB between the second and the last quarter")
-    compared = run.check_texts(alone)
+    run.check_texts()
     return {
         "requests": requests, "seed": seed, "rows": there, "seconds": round(seconds, 1),
         "requests_per_second": round(requests / seconds, 2),
         "ends": {f"{fate}: {end}": count for (fate, end), count in sorted(run.reasons.items())},
-        "refused_by_add_nowait": run.refusals, "texts_compared_with_alone": compared,
-        "deadlines": run.deadlines(), "rounds": len(run.rounds),
-        "longest_round_ms": round(1e3 * max(end - begin for begin, end in run.rounds), 1),
+        "refused_by_add_nowait": run.refusals, "texts_compared_with_alone": len(run.texts),
+        "deadlines": run.deadlines(), "rounds": len(run.begins),
+        "longest_round_ms": round(1e3 * max(map(operator.sub, run.round_ends, run.begins)), 1),
         "memory_growth_mb": round(growth, 2),
         "resident_mb": [[count, round(mb, 1)] for count, mb in run.resident],
         "problems": run.problems,

@@ -25,6 +25,9 @@ from stars.serve.feed import Feed, Waiter
 
 EXIT_SECONDS = 10.0
 """How long an interpreter that exits waits for a round to end."""
+GATHERING, MOST_GATHERING = 0.0005, 0.005
+"""Seconds that an idle loop waits for a further request, each time, and in all: an event loop makes those of its tasks
+one after the other, and a round that begins with the first alone holds up the others."""
 LONGEST_NAP = 3600.0  # seconds; waits are not longer, whatever a deadline is
 T = TypeVar("T")
 
@@ -86,7 +89,6 @@ class Loop:
         self._queued: dict[str, Feed] = {}  # the engine has them
         self._closing = False
         self._crowded = False  # whether some were left waiting by the last round
-        self._looked = 0.0  # when the engine was asked for a round last
         self._awaited: list[Later] = []  # rewards without which there is no round
         self._watched: set[Later] = set()  # rewards that leave a message
         self._wakes: dict[asyncio.AbstractEventLoop, list[tuple[Feed, Waiter]]] = {}
@@ -179,7 +181,6 @@ class Loop:
                     self.engine._turns.take(self._hear)
                     self._deliver()
                 if self._queued:
-                    self._looked = time.monotonic()
                     self._awaited = self.engine._turns.take(self._advance)
                     self._watch()
                     self._deliver()
@@ -191,16 +192,19 @@ class Loop:
     def _listen(self) -> None:
         """Takes what has come, and where nothing can be done before, what comes."""
         with contextlib.suppress(queue.Empty):
-            if not self._queued or self._awaited:
+            idle = not self._queued
+            if idle or self._awaited:
                 self._told.append(self._inbox.get(timeout=self._nap()))
+            until = time.monotonic() + MOST_GATHERING
+            while idle and time.monotonic() < until:  # who comes together begins together
+                self._told.append(self._inbox.get(timeout=GATHERING))
             while True:
                 self._told.append(self._inbox.get_nowait())
 
     def _nap(self) -> float | None:
-        """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread. One that
-        had passed when the engine was asked last is no reason to ask it again."""
+        """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread."""
         deadlines = [feed.deadline for feeds in (self._queued, self._line) for feed in feeds.values()
-                     if feed.deadline is not None and feed.deadline > self._looked]
+                     if feed.deadline is not None]
         return max(0.0, min(min(deadlines) - time.monotonic(), LONGEST_NAP)) if deadlines else None
 
     def _watch(self) -> None:
@@ -211,6 +215,7 @@ class Loop:
         self._watched = set(self._awaited)
 
     def _advance(self) -> list[Later]:
+        self._let_late_in()
         awaited = self.engine._advance(self._tell_ended)
         self._build()
         self._let_in(after_round=True)
@@ -333,14 +338,9 @@ class Loop:
     # -- the line -----------------------------------------------------------------------------------------------------
 
     def _let_in(self, after_round: bool) -> None:
-        """Counts who waits, and queues as many of those in line as may wait besides: the first, and those whose time
-        is up, which the engine ends."""
+        """Counts who waits, and queues as many of those in line as may wait besides, the first."""
         if self.max_waiting is None:
             return
-        now = time.monotonic()
-        for request_id in [name for name, feed in self._line.items() if feed.deadline is not None
-                           and feed.deadline <= now]:
-            self._leave_line(request_id)
         waiting = running = 0
         for feed in self._queued.values():
             if feed.begun or feed.has_begun():
@@ -356,6 +356,13 @@ class Loop:
             count = min(max(room, 0), len(self._line))
             self._room = room - count
         for request_id in list(itertools.islice(self._line, count)):
+            self._leave_line(request_id)
+
+    def _let_late_in(self) -> None:
+        """Queues those in line whose time is up: the engine ends them."""
+        now = time.monotonic()
+        for request_id in [name for name, feed in self._line.items() if feed.deadline is not None
+                           and feed.deadline <= now]:
             self._leave_line(request_id)
 
     def _leave_line(self, request_id: str) -> None:
