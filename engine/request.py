@@ -418,6 +418,8 @@ class Hypothesis:
         """Forgets its places in caches that were emptied, and the attempts that stood there."""
         self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = None
         self.attempts = []
+        if self.request.awaits_prompt:  # which is asked for again, and nothing else was
+            self.metrics.rm_calls = 0
 
     def fork(self, slot: int) -> Hypothesis:
         """A second hypothesis with this one's history, in a slot of its own; without a place in the caches yet."""
