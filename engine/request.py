@@ -460,6 +460,8 @@ class Hypothesis:
         self.table = self.judge = self.session = self.preferred = self.prefill = self.wait = self.left = None
         self._branches = None
         self.attempts = []
+        if self.request.awaits_prompt:  # which is asked for again, and nothing else was
+            self.metrics.rm_calls = 0
 
     def fork(self, slot: int) -> Hypothesis:
         """A second hypothesis with this one's history, in a slot of its own; without a place in the caches yet."""

@@ -13,6 +13,7 @@ import stars
 import stars.engine
 from stars.budget import NO_BUDGET
 from test_conservation import nothing_is_held
+from test_faults import IGNORED, Interrupts
 from test_methods_outside import Breed
 from test_scheduler import JOBS, LARGE, function_reward
 from test_scheduler import engine as queue
@@ -372,6 +373,61 @@ def test_an_interrupt_while_a_request_is_cut_short_changes_nothing(monkeypatch):
             texts.append(facts(output))
             nothing_is_held(made)
         assert texts[0] == texts[1]
+
+
+def bounded_traffic(made: stars.Engine) -> list:
+    """Requests of several users and priorities, all of which their budgets end; interrupts are survived."""
+    params = stars.SamplingParams(max_tokens=12, seed=2, ignore_eos=True)
+    given = [(MANY[0], stars.Budget(lm_tokens=30), "a", 0), (MANY[5], stars.Budget(attempts=9), "b", 0),
+             (ONE[0](2), stars.Budget(rm_calls=4), None, 1), (MANY[2], stars.Budget(attempts=3), "a", -1)]
+    for index, (policy, budget, user, priority) in enumerate(given):
+        while str(index) not in made._requests:
+            try:
+                made.add_request(PROMPT, params, policy, request_id=str(index), budget=budget, user=user,
+                                 priority=priority)
+            except KeyboardInterrupt:
+                made.check_integrity()
+    requests, left = dict(made._requests), True
+    while left:
+        try:
+            made.step()
+            left = made.has_unfinished_requests()
+        except KeyboardInterrupt:
+            made.check_integrity()
+    outputs = [requests[str(index)].output() for index in range(len(given))]
+    return [([(one.token_ids, one.finish_reason, one.reward) for one in output.outputs], output.metrics.attempts,
+             output.metrics.rm_calls) for output in outputs]
+
+
+def interrupt_every(step: int) -> None:
+    made = engine(cache_tokens=120, max_num_seqs=5, max_num_lanes=8)
+    made._round.proposer.chooser._measure = lambda lanes: 1.0 + 0.1 * lanes
+    wanted = bounded_traffic(made)
+    assert [output[0][0][1] for output in wanted] == ["budget"] * 4
+    with Interrupts() as seen:
+        bounded_traffic(made)
+    functions = ("conclude", "_cut_short", "_choose", "_conclude", "_begin", "due", "_within_budgets", "_make_room",
+                 "spent", "let_go", "seat", "prompt_rewards", "keep_whole")
+    places = sorted(place for place in seen.seen if place[0].endswith(("spending.py", "fairness.py", "unit.py"))
+                    or place[2] in functions)
+    assert {place[2] for place in places} >= {*functions[:6], "seat", "take_together", "_share", "_charge", "remove"}
+    for number, place in enumerate(places[step // 2 :: step]):
+        with Interrupts(place, 1 if number % 2 else seen.seen[place]):
+            got = bounded_traffic(made)
+        nothing_is_held(made)
+        assert got == wanted, f"after an interrupt at {place}"
+
+
+@IGNORED
+def test_an_interrupt_loses_nothing_of_a_budget():
+    """Before every 31st bytecode of budgets, of fairness and of what ends requests."""
+    interrupt_every(31)
+
+
+@pytest.mark.slow
+@IGNORED
+def test_an_interrupt_anywhere_loses_nothing_of_a_budget():
+    interrupt_every(1)
 
 
 def test_a_budget_is_one_of_numbers():

@@ -20,6 +20,7 @@ class Script:
 
     def __init__(self, *calls: list[float]):
         self.calls = list(calls)
+        self.candidates = sum(map(len, calls))
 
     def __call__(self, prompt, responses):
         rewards = self.calls.pop(0)
@@ -37,6 +38,7 @@ def run(script: Script, params: stars.SamplingParams, policy, **options) -> star
     [output] = engine.generate(PROMPT, params, policy, use_tqdm=False)
     engine.check_integrity()
     assert not script.calls and all(completion.error is None for completion in output.outputs)
+    assert output.metrics.rm_calls == script.candidates
     return output
 
 
@@ -45,8 +47,9 @@ def params(max_tokens: int, n: int = 1) -> stars.SamplingParams:
 
 
 def counts(metrics: Metrics) -> dict[str, int]:
-    """All counts that are not 0."""
-    return {name: value for name, value in vars(metrics).items() if value and not name.endswith("seconds")}
+    """All counts that are not 0, but for the rewards that were asked for: `run` has counted those."""
+    return {name: value for name, value in vars(metrics).items()
+            if value and name != "rm_calls" and not name.endswith("seconds")}
 
 
 # -- attempts ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import stars
 from stars.fairness import Fairness, Load, _cost
 from stars.intake import Asked
+from stars.unit import Unit
 from test_conservation import nothing_is_held
 from test_waiting import rewards
 from toy import Digits, ToyModel, facts, ids, toy_engine
@@ -179,6 +181,47 @@ def test_long_prompts_delay_nobody_beyond_their_share():
     serve(engine(cache_tokens=8192), [reader, chat], lambda: len(chat.times) >= 40)
     assert p99(chat.times) <= 2.2 * p99(before.times)
     assert len(reader.times) > 20
+
+
+def test_the_groups_of_a_user_take_turns():
+    made = engine()
+    Clock(made)
+    narrow = stars.STARS(4, 6, 0.5, 0.3, 1.0, width=1)
+    for name, many, policy in (("batch", 8, WORK), ("light", 1, narrow)):
+        for index in range(many):
+            made.add_request({"prompt_token_ids": ids(6, seed=index)}, stars.SamplingParams(
+                max_tokens=120, seed=index, ignore_eos=True), policy, user=name, request_id=f"{name}-{index}")
+    run, seats = made._round.run, Counter()
+
+    def running(groups):
+        seats.update(group.request.request_id for group in groups)
+        return run(groups)
+
+    made._round.run = running
+    for _ in range(24):
+        made.step()
+    batch = [seats[f"batch-{index}"] for index in range(8)]
+    assert max(batch) - min(batch) <= 1 and min(batch) >= 1 and seats["light-0"] >= 20 > 2 * max(batch), seats
+
+
+def test_who_gives_way_where_pages_run_out():
+    """The oldest of the lowest priority never, though its user was served most."""
+    fairness, made = Fairness(step, lambda ones: [1] * len(ones), 8), engine()
+
+    def unit(user, priority=0):
+        request = made._parse(Asked({"prompt_token_ids": ids(4)}, stars.SamplingParams(max_tokens=4), user=user,
+                                    priority=priority))
+        fairness.enter(request)
+        return Unit(request.groups[0])
+
+    first, second, third = unit("a"), unit("b"), unit("b")
+    fairness.read(first.request, 100)
+    assert fairness.last([first, second, third]) is third
+    more = unit("a")
+    assert fairness.last([first, second, more, third]) is more
+    low = unit("c", 1)
+    assert fairness.last([low, first, second, more]) is low
+    assert fairness.last([low, unit("c", 2), first]).request.priority == 2
 
 
 def test_with_one_user_nothing_changes():

@@ -1113,7 +1113,7 @@ MUTANTS = [
     Mutant("engine/fairness.py", "if below.request.priority > priority:", "if below.request.priority >= priority:",
            "units of one priority take each other's places", "priority"),
     Mutant("engine/fairness.py", "        others = [unit for unit in running if unit is not first]\n",
-           "        others = running\n", "the last one that runs may give way", "priority"),
+           "        others = running\n", "the last one that runs may give way", "fairness"),
     Mutant("engine/fairness.py", "max(self.served(user), min(map(self.served, self._active)))", "self.served(user)",
            "who comes back has saved up turns", "fairness"),
     Mutant("engine/fairness.py", "cost <= limit + self._credit and", "True and",
