@@ -33,7 +33,7 @@ MAX_TEXT = 1 << 20
 """Characters of a grammar: far more than those in use, and compiled or refused within seconds."""
 MAX_COMPILED = 32
 """Compiled grammars that are kept for later requests."""
-LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}
+LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
 """Of one matcher, at 1 to 2 kB a state. llguidance's other limits stand as they are: they bound the time of a mask."""
 NOTHING_FORCED = '%llguidance {"no_forcing": true}'
 WORD = 32  # tokens of a mask's word
@@ -290,7 +290,8 @@ class _Compiler:
     def __init__(self, texts: Sequence[bytes], eos_token_ids: Sequence[int], special_token_ids: Sequence[int]):
         from llguidance import LLParserLimits, LLTokenizer
 
-        self._tokens = LLTokenizer(_Tokens(texts, eos_token_ids[0], special_token_ids), eos_token=list(eos_token_ids))
+        tokens: Any = _Tokens(texts, eos_token_ids[0], special_token_ids)
+        self._tokens = LLTokenizer(tokens, eos_token=list(eos_token_ids))
         self._limits = LLParserLimits(**LIMITS)
         self._process = GrammarProcess(texts, eos_token_ids, special_token_ids, LIMITS)
 
