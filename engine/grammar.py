@@ -291,7 +291,7 @@ class _Compiler:
         from llguidance import LLParserLimits, LLTokenizer
 
         tokens: Any = _Tokens(texts, eos_token_ids[0], special_token_ids)
-        self._tokens = LLTokenizer(tokens, eos_token=list(eos_token_ids))
+        self._tokens = LLTokenizer(tokens)
         self._limits = LLParserLimits(**LIMITS)
         self._process = GrammarProcess(texts, eos_token_ids, special_token_ids, LIMITS)
 

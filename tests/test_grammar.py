@@ -257,6 +257,16 @@ def test_a_state_is_a_function_of_the_tokens():
             histories.append(tuple(follows))
 
 
+def test_every_stop_id_ends_a_text_where_it_may_end():
+    """EOS ids that the request leaves out do not; a stop id that is text is that, too."""
+    made = Grammars(LETTERS, VOCAB, (EOS, 36))
+    grammar, b = made.of(StructuredOutputsParams(regex="a(b|1)?")), LETTERS.texts.index("b")
+    a, one = LETTERS.texts.index("a"), LETTERS.texts.index("1")
+    for stops in ((EOS, 36), (36,), (EOS, 5, b), (EOS,)):
+        start, then = (allowed(Branches(grammar, stops).at(tokens, 1)[0]) for tokens in ([], [a]))
+        assert start == {a} and then == {b, one, *stops}
+
+
 def random_schema(drawn: random.Random, depth: int = 2) -> dict:
     """Of what the toy's letters can spell."""
     kind = drawn.choice(["integer", "boolean", "enum", "string", *(["object", "array", "anyOf"] if depth else [])])
