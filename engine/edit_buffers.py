@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from stars.buffers import Buffers
 from stars.config import EngineConfig
 from stars.edits import Edited, Matcher, TokenEdits
+from stars.helper import Helper
 from stars.kernels.types import Edits
 from stars.sizes import MAX_WORD, edit_entries, edit_words, mask_words
 
@@ -63,8 +64,7 @@ class EditBuffers:
                      "masks": self._masks}
         self._matched: list[Matched] = []
         self._rows = 0  # masks that are used
-        self._helper: ThreadPoolExecutor | None = None
-        self._filling: Future[None] | None = None
+        self._helper = Helper("stars-masks")
 
     def edits(self, rows: int) -> Edits:
         """Of the first `rows` lanes, on the device."""
@@ -73,7 +73,7 @@ class EditBuffers:
 
     def fill(self, lanes: Sequence[EditedLane]) -> bool:
         """Writes what is asked of every lane, and sends all but the masks of matchers; whether there are any."""
-        self._settle()
+        self._helper.settle()  # of a draft that was interrupted: whoever fills masks writes here
         for buffers in (self._lanes, self._entries, self._words, self._masks):
             buffers.wait()
         host = {name: self._all[name].host(name) for name in Edits._fields}
@@ -130,17 +130,13 @@ class EditBuffers:
         done, steps: int32 [lanes], as of LaneState.
         """
         live = [matched for matched in self._matched if not done[matched.lane]]
-        if self._helper is None:
-            self._helper = ThreadPoolExecutor(1, "stars-masks")
         drawn = [int(steps[matched.lane]) for matched in live]
         self._masks.wait()
-        self._filling = self._helper.submit(_fill_masks, live, drawn)
+        self._helper.begin(partial(_fill_masks, live, drawn))
 
     def send_masks(self) -> None:
         """Waits for the masks, and sends them; raises what a matcher raised."""
-        assert self._filling is not None
-        filling, self._filling = self._filling, None
-        filling.result()
+        self._helper.wait()
         self._masks.upload(self._rows * self._masks.host("masks").strides[0])
 
     def accept(self, drawn_before: np.ndarray, steps: np.ndarray, out_tokens: np.ndarray) -> None:
@@ -153,12 +149,6 @@ class EditBuffers:
                 token = int(out_tokens[lane, steps[lane] - 1])
                 if token >= 0:
                     matcher.accept(token)
-
-    def _settle(self) -> None:
-        """Waits for masks that were begun in a draft that was interrupted: whoever fills them writes here."""
-        filling, self._filling = self._filling, None
-        if filling is not None:
-            filling.exception()
 
 
 def _fill_masks(live: Sequence[Matched], drawn: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from building import PADDED, config_of
 from stars.cache import PagedCache
 from stars.config import EngineConfig
 from stars.draft import Drafter, LaneSpec
+from stars.edits import Edited, edits_of
 from stars.kernels.graph import Graphs, Part
 from stars.model.decoder import Decoder
 from stars.passes import DraftedPart, Passes, Span
@@ -105,7 +106,8 @@ def test_what_is_not_rare_was_captured(monkeypatch, name, heads, kv_heads, head_
 
         tables = [table(cache) for _ in per]
         cuts = [draw.choice((math.inf, math.inf, 2.0)) for _ in per]
-        drafter.launch([LaneSpec(own, 1, lane, segment, 3, lane + 1, 0, kind, (), None, cut, 1)
+        edits = draw.choice((None, Edited(edits_of(SamplingParams(logit_bias={3: 1.0}), None, (), 29), 0, ())))
+        drafter.launch([LaneSpec(own, 1, lane, segment, 3, lane + 1, 0, kind, (), None, cut, 1, edits=edits)
                         for own, count, kind, cut in zip(tables, per, params, cuts, strict=True)
                         for lane in range(count)])
         shapes.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from threading import Event, Timer
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from law import FALSE_POSITIVE_RATE, MODEL, PROMPT, p_value
 from stars.bindings import libstars
 from stars.draft import Drafter, LaneSpec
 from stars.edits import NOTHING_LEFT, Edited, bad_word_ids, edits_of, mask_of
+from stars.helper import Helper
 from stars.kernels.philox import pack_stream
 from stars.policies import POLICIES
 from stars.target import CPU
@@ -437,3 +439,19 @@ def test_what_a_matcher_raises_is_raised_by_the_draft():
 
     with pytest.raises(ValueError, match="no such state"):
         drafted(CPU, [dict(matcher=lambda: Broken([1])), {}])
+
+
+def test_masks_under_way_end_before_the_next_draft_writes():
+    """Of a draft that was interrupted; and the thread that fills them ends with its owner."""
+    helper, written, going = Helper("masks"), [], Event()
+    helper.begin(lambda: (going.wait(10), written.append(1)))
+    Timer(0.05, going.set).start()
+    helper.settle()
+    assert written == [1]
+    helper.begin(lambda: written.append(2))
+    helper.wait()
+    helper.settle()
+    thread = helper._thread
+    del helper
+    thread.join(10)
+    assert written == [1, 2] and not thread.is_alive()

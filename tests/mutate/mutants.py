@@ -728,7 +728,7 @@ MUTANTS = [
            "a grammar ends a response before min_tokens", "edits"),
     Mutant("engine/edit_buffers.py", "            row &= edits.mask\n", "            pass\n",
            "a grammar allows what the request does not", "edits"),
-    Mutant("engine/edit_buffers.py", "        filling.result()\n", "",
+    Mutant("engine/edit_buffers.py", "        self._helper.wait()\n", "",
            "masks are read before they are filled", "edits"),
     Mutant("engine/edit_buffers.py", 'host["base"][index] = base\n', 'host["base"][index] = lanes[0].edits.base\n',
            "all lanes count the first one's tokens", "edits"),
@@ -784,8 +784,6 @@ MUTANTS = [
     # -- Triton, in its interpreter -----------------------------------------------------------------------------------
     Mutant("kernels/triton/apply_penalties.py", "place <= at) | (token != other)", "place < at) | (token != other)",
            "a word drawn in this segment is not penalised", "triton_penalties"),
-    Mutant("kernels/triton/edit_logits.py", "there = there & (((bits >> (token % 32)) & 1) != 0)", "there = there",
-           "a bias lifts what the mask forbids", "triton_edits"),
     Mutant("kernels/triton/edit_logits.py", "LENGTH - 1 - (back - drawn)", "LENGTH - 1 - back",
            "words that begin in the committed response are looked for elsewhere", "triton_edits"),
     Mutant("kernels/triton/blend_logits.py", "            if weight != 0.0:", "            if weight == weight:",
