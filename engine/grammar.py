@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 1 << 20
 """Characters of a grammar: far more than those in use, and compiled or refused within seconds."""
+MAX_CHECKED = 1 << 15
+"""Characters up to which it is asked whether a grammar ends. Longer ones end with max_tokens, if not before."""
 MAX_COMPILED = 32
 """Compiled grammars that are kept for later requests."""
 LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
@@ -309,7 +311,7 @@ class _Compiler:
         if problem is not None:
             message, nothing = problem
             raise _refused(kind, "no text matches it" if nothing and "NoExtension" in message else message)
-        if not (schema_ends(json.loads(text)) if kind == "json" else rules_end(lark)):
+        if len(lark) <= MAX_CHECKED and not (schema_ends(json.loads(text)) if kind == "json" else rules_end(lark)):
             raise _refused(kind, "it never comes to an end")
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
