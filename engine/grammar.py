@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 1 << 20
 """Characters of a grammar: far more than those in use, and compiled or refused within seconds."""
+MAX_CHECKED = 1 << 15
+"""Characters up to which it is asked whether a grammar ends. Longer ones end with max_tokens, if not before."""
 MAX_COMPILED = 32
 """Compiled grammars that are kept for later requests."""
-LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}
+LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
 """Of one matcher, at 1 to 2 kB a state. llguidance's other limits stand as they are: they bound the time of a mask."""
 NOTHING_FORCED = '%llguidance {"no_forcing": true}'
 WORD = 32  # tokens of a mask's word
@@ -290,7 +292,8 @@ class _Compiler:
     def __init__(self, texts: Sequence[bytes], eos_token_ids: Sequence[int], special_token_ids: Sequence[int]):
         from llguidance import LLParserLimits, LLTokenizer
 
-        self._tokens = LLTokenizer(_Tokens(texts, eos_token_ids[0], special_token_ids), eos_token=list(eos_token_ids))
+        tokens: Any = _Tokens(texts, eos_token_ids[0], special_token_ids)
+        self._tokens = LLTokenizer(tokens)
         self._limits = LLParserLimits(**LIMITS)
         self._process = GrammarProcess(texts, eos_token_ids, special_token_ids, LIMITS)
 
@@ -308,7 +311,7 @@ class _Compiler:
         if problem is not None:
             message, nothing = problem
             raise _refused(kind, "no text matches it" if nothing and "NoExtension" in message else message)
-        if not (schema_ends(json.loads(text)) if kind == "json" else rules_end(lark)):
+        if len(lark) <= MAX_CHECKED and not (schema_ends(json.loads(text)) if kind == "json" else rules_end(lark)):
             raise _refused(kind, "it never comes to an end")
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():

@@ -108,8 +108,10 @@ def _required(node: Mapping[str, Any]) -> Iterator[Any]:
     properties, required = node.get("properties"), node.get("required")
     others = node.get("additionalProperties", {})
     for name in required if isinstance(required, list) else ():
-        known = isinstance(properties, Mapping) and isinstance(name, str) and name in properties
-        yield properties[name] if known else others
+        if isinstance(properties, Mapping) and isinstance(name, str) and name in properties:
+            yield properties[name]
+        else:
+            yield others
 
 
 # -- Lark's rules -----------------------------------------------------------------------------------------------------

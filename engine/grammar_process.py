@@ -33,7 +33,7 @@ class Tokens:
 texts, eos, special, limits = json.loads(sys.stdin.readline())
 Tokens.tokens = [text.encode("latin-1") for text in texts]
 Tokens.eos_token_id, Tokens.special_token_ids = eos[0], special
-tokens = LLTokenizer(Tokens(), eos_token=eos)
+tokens = LLTokenizer(Tokens())
 print("true", flush=True)
 
 def answer(grammar):

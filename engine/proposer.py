@@ -132,7 +132,7 @@ class Proposer:
             else:
                 for lane in lanes:
                     lane.token_ids, lane.logprobs, lane.logits, lane.tops = next(drafted)
-                if hypothesis.request.grammar is not None:
+                if hypothesis.request.edits is not None:
                     self._note_dead_ends(hypothesis, lanes)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:

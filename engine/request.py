@@ -421,6 +421,13 @@ class Hypothesis:
             self._history = None
         self._branches = None  # an interrupt may have left one half moved
 
+    def count_preemption(self) -> None:
+        """It gives its place away. Its boundary counts that, too: its group may go back to theirs while it waits."""
+        self.metrics.num_preemptions += 1
+        if self.boundary is not None:
+            counted = replace(self.boundary.metrics, num_preemptions=self.metrics.num_preemptions)
+            self.boundary = self.boundary._replace(metrics=counted)
+
     def finish(self, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
         """Ends the response; what it holds in the caches is given back once the round is over."""
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error

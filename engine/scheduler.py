@@ -215,7 +215,7 @@ class Scheduler:
         for hypothesis, metrics in spent.items():
             # The attempts that were given up are counted when they are drawn again; the clock ran for them, too.
             hypothesis.metrics.lm_seconds, hypothesis.metrics.rm_seconds = metrics.lm_seconds, metrics.rm_seconds
-            hypothesis.metrics.num_preemptions += 1
+            hypothesis.count_preemption()
         self._give_up(unit)
 
     def _give_up(self, unit: Unit) -> None:

@@ -19,9 +19,9 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object")
 class StructuredOutputsParams:
     """Exactly one of what a response must be; RequestError otherwise.
 
-    json: a JSON schema: a dictionary, its text, or a class of pydantic's. regex: a regular expression without look-around
-    and back-references, which the whole response matches. choice: one of these texts. grammar: a context-free grammar,
-    in the dialect of Lark that llguidance reads, or in llama.cpp's. json_object: any JSON object.
+    json: a JSON schema: a dictionary, its text, or a class of pydantic's. regex: a regular expression without
+    look-around and back-references, which the whole response matches. choice: one of these texts. grammar: a
+    context-free grammar, in the dialect of Lark that llguidance reads, or in llama.cpp's. json_object: any JSON object.
     """
 
     json: str | Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)

@@ -1,4 +1,4 @@
-"""Structured outputs through the engine: every policy, any width, forks, take-backs, interrupts, and what is refused."""
+"""Structured outputs in the engine: every policy, any width, forks, take-backs, interrupts, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ from toy import EOS, ToyModel, ids, table_reward, toy_engine
 pytest.importorskip("llguidance")
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-LETTERS = Letters(('{', '}', '[', ']', '"', ':', ',', ' ', *"abcdef", *"0123456789", *"trulsn", '{"', '":', '","', "true",
-                   "12", "ab"))
+LETTERS = Letters((*'{}[]":, ', *"abcdef", *"0123456789", *"trulsn", '{"', '":', '","', "true", "12", "ab"))
 VOCAB = 37
 LM, SMALL = (ToyModel(VOCAB, seed=seed, layers=1, positions=128) for seed in (2, 8))
 TABLE = table_reward(seed=3)
@@ -213,8 +212,8 @@ def allowed(matcher) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist())
 
 
-REGEXES = ["[ab]{2,5}(12|true,true)?", "(ab|a)*b?", "a|ab|abc", "(?:a{0,3}b){1,2}", "x*a?", "[^b]{1,2}", "(a|)(b|)", "ab?|1+",
-           "^(12)+$", "(?i)AB", "a.b"]
+REGEXES = ["[ab]{2,5}(12|true,true)?", "(ab|a)*b?", "a|ab|abc", "(?:a{0,3}b){1,2}", "x*a?", "[^b]{1,2}", "(a|)(b|)",
+           "ab?|1+", "^(12)+$", "(?i)AB", "a.b"]
 
 
 @pytest.mark.parametrize("regex", REGEXES)
@@ -256,6 +255,16 @@ def test_a_state_is_a_function_of_the_tokens():
                 lane.accept(follows[-1])
             assert allowed(lane) == masks(grammar, follows), LETTERS.decode(follows)
             histories.append(tuple(follows))
+
+
+def test_every_stop_id_ends_a_text_where_it_may_end():
+    """EOS ids that the request leaves out do not; a stop id that is text is that, too."""
+    made = Grammars(LETTERS, VOCAB, (EOS, 36))
+    grammar, b = made.of(StructuredOutputsParams(regex="a(b|1)?")), LETTERS.texts.index("b")
+    a, one = LETTERS.texts.index("a"), LETTERS.texts.index("1")
+    for stops in ((EOS, 36), (36,), (EOS, 5, b), (EOS,)):
+        start, then = (allowed(Branches(grammar, stops).at(tokens, 1)[0]) for tokens in ([], [a]))
+        assert start == {a} and then == {b, one, *stops}
 
 
 def random_schema(drawn: random.Random, depth: int = 2) -> dict:
@@ -353,7 +362,8 @@ def test_letters_of_all_kinds_in_choices():
             return [None, *(bytes([byte]) for byte in range(256))]
 
     made = Grammars(Bytes(), 257, (EOS,))
-    texts = ["é", "a/b", "\\", "\\n", "\n", "\x00", "\x7f", '"', "'", "😀", "\u2028", "%json", "/x/", "<a>", "{}", "é\\"]
+    texts = ["é", "a/b", "\\", "\\n", "\n", "\x00", "\x7f", '"', "'", "😀", "\u2028", "%json", "/x/", "<a>", "{}",
+             "é\\"]
     branches = Branches(made.of(StructuredOutputsParams(choice=texts)), (EOS,))
     for text in texts:
         tokens = [1 + byte for byte in text.encode()]
