@@ -6,18 +6,21 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from stars.arguments import integer, real, shown
+from stars.arguments import integer, known_by_name, real, shown
 from stars.errors import RequestError
 
 
+@known_by_name({})
 @dataclass(frozen=True)
 class Budget:
     """Bounds on one request, all of its completions together; None: no bound. RequestError for what is none.
 
-    seconds: from when it was handed over, waiting included: then it ends with finish_reason "deadline".
+    seconds: from when it was handed over, waiting included: then it ends with finish_reason "deadline", once the round
+        that is under way is over; neither a draft nor a call of a reward is interrupted.
     attempts: candidates drawn. lm_tokens: tokens drawn by language models, rejected ones too. rm_calls: candidates that
         the reward scores, the prompt alone included. Nothing beyond is drawn or scored, and it ends with "budget".
-    What was committed comes back.
+    What was committed comes back, and attempts of a segment that was not are dropped. Of methods that judge whole
+    responses it is the best of those that have ended, and where none has the first one's text so far.
     """
 
     seconds: float | None = None

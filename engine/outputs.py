@@ -154,7 +154,8 @@ class CompletionOutput:
     index: int
     text: str | None = ""  # None without a tokenizer
     token_ids: list[int] = field(default_factory=list)  # EOS included; the text leaves it out, unless asked
-    # Under what tokens are drawn from, the LM or a blend of models, with penalties (temperature 1, no filter), nats.
+    # Under what tokens are drawn from, the LM or a blend of models, with biases, bans, masks and penalties (temperature
+    # 1, no filter), nats.
     cumulative_logprob: float = 0.0
     # "stop", "length", "refused", "deadline", "budget", "abort" or "error"; None while it runs.
     finish_reason: str | None = None

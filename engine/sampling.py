@@ -58,9 +58,10 @@ class SamplingParams:
     attempt_logprobs: the same of every attempt, rejected ones too.
     prompt_logprobs: as `logprobs`, of the tokens of the prompt, by the engine's own model's logits as they are. Such a
         prompt is read anew, whatever of it is in the cache.
-    logit_bias: by token id, -100 to 100, added to its logit before penalties.
+    logit_bias: by token id, of at most 1024 of them, -100 to 100, added to its logit before penalties.
     min_tokens: of a response before an EOS or stop token may be drawn.
-    bad_words: texts that no response may contain, as vLLM tokenises them: with and without a space before.
+    bad_words: texts that no response may contain, as vLLM tokenises them: with and without a space before; at most 16
+        tokens each, and at most 1024 of several tokens.
     allowed_token_ids: the only ids that may be drawn.
     include_stop_str_in_output: keeps the stop string, or the text of the stop token, that ended the response in its
         text. Rewards read the same with it and without, as with the next two.
@@ -70,6 +71,9 @@ class SamplingParams:
         Rewards read what is left too, but those that render messages themselves read them whole.
     output_kind: what `stream`, `step` and `AsyncEngine` return; `generate` returns all at the end.
     structured_outputs: a StructuredOutputsParams, or its fields in a dictionary: the texts that may be drawn at all.
+
+    Bias, bans and masks come before penalties, those before temperature and filters. A response that they leave no token
+    ends with an error. Methods that compare two distributions refuse them by name.
     """
 
     temperature: float = 1.0

@@ -4,14 +4,19 @@ after a deadline."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 
 import pytest
+from safetensors.torch import save_file
 
 import stars
 import stars.engine
+from mara_loop import head_tensors
 from stars.budget import NO_BUDGET
+from stars.policies import POLICIES
+from test_bad_input import refused
 from test_conservation import nothing_is_held
 from test_faults import IGNORED, Interrupts
 from test_methods_outside import Breed
@@ -39,6 +44,7 @@ ONE = [  # methods of one response with segments, at a width that is left out
     lambda width: stars.RewardGuidedSpeculation("small", reward_threshold=2.0, segment_size=4),
     lambda width: stars.TokenGuidance("small", score=True), lambda width: stars.RAD(topk=3),
     lambda width: stars.RewardGuidedSpeculation("small", reward_threshold=2.0, beta=0.5, segment_size=4, variant="gsi"),
+    lambda width: stars.MARA(topk=4, width=width), lambda width: stars.MARA(topk=4, width=width, score=True),
 ]
 MANY = [stars.BestOfN(4), stars.BestOfN(3, temperature=0.5), stars.RejectionSampling(2.0, 0.3, 5, width=3),
         stars.RejectionSampling(9.0, 0.0, 4, width=2, exhaust="refuse"), stars.SpeculativeRejection(4, 0.4, 4),
@@ -46,9 +52,19 @@ MANY = [stars.BestOfN(4), stars.BestOfN(3, temperature=0.5), stars.RejectionSamp
         Breed()]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def agent(tmp_path_factory):
+    """The head that MARA asks."""
+    HEADS["agent"] = str(tmp_path_factory.mktemp("head") / "agent.safetensors")
+    save_file(head_tensors(LM.config.hidden_size, 24, seed=6, bias=-1.0), HEADS["agent"])
+
+
+HEADS: dict[str, str] = {}
+
+
 def engine(reward=None, **options) -> stars.Engine:
     reward = reward if reward is not None else stars.FunctionReward(rewards, inputs="ids")
-    return toy_engine(LM, reward, tokenizer=Digits(), models={"small": SMALL.decoder()}, **options)
+    return toy_engine(LM, reward, tokenizer=Digits(), models={"small": SMALL.decoder()}, heads=HEADS, **options)
 
 
 def some_budget(chance: random.Random) -> stars.Budget:
@@ -109,6 +125,10 @@ def test_methods_of_several_responses_keep_within_a_budget(policy):
             assert [one.token_ids for one in part.outputs] == [one.token_ids for one in whole.outputs]
         cut += any(one.finish_reason == "budget" and one.token_ids for one in part.outputs)
     assert cut > 2 or getattr(policy, "exhaust", "") == "refuse"
+
+
+def test_every_method_is_among_these():
+    assert {type(policy) for policy in [method(1) for method in ONE] + MANY} >= {*POLICIES.values()}
 
 
 def test_the_reward_is_asked_no_more_often_than_the_metrics_say():
@@ -432,3 +452,30 @@ def test_an_interrupt_anywhere_loses_nothing_of_a_budget():
 
 def test_a_budget_is_one_of_numbers():
     assert dataclasses.astuple(stars.Budget(1, 2, 3, 4)) == (1.0, 2, 3, 4)
+
+
+@pytest.mark.parametrize("options, message", [
+    *((dict(seconds=value), f"Budget.seconds is {shown}, it must be a finite number above 0: a deadline lies ahead")
+      for value, shown in ((0, "0"), (-1.0, "-1.0"), (math.nan, "nan"), (math.inf, "inf"), (True, "True"),
+                           ("1", "'1'"))),
+    *((dict([(name, value)]), f"Budget.{name} is {value!r}, it must be an integer of at least 1")
+      for name in ("attempts", "lm_tokens", "rm_calls") for value in (0, -1, 1.5, True)),
+    (dict(second=1.0), "Budget has no parameter 'second': did you mean seconds?"),
+])
+def test_what_is_no_budget_is_refused(options, message):
+    refused(stars.RequestError, message, stars.Budget, **options)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(budget={"seconds": 1.0}), "budget is {'seconds': 1.0}, it must be a stars.Budget"),
+    (dict(priority=1 << 31), "priority is 2147483648, it must be an integer from -2147483647 to 2147483647"),
+    (dict(priority=0.5), "priority is 0.5"), (dict(user=3), "user is 3, it must be a text of at most 256 characters"),
+    (dict(user="x" * 257), "it must be a text of at most 256 characters"),
+])
+def test_what_is_said_of_a_request_is_checked_at_every_door(options, message):
+    made = engine()
+    for call in (made.add_request, made.stream, made.generate):
+        refused(stars.RequestError, message, call, PROMPT, **options)
+    for name, value in options.items():
+        refused(stars.RequestError, f"{name} has 1 entries for 2 prompts", made.generate, [PROMPT] * 2, **{name: [value]})
+    assert not made.has_unfinished_requests()

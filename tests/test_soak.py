@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("llguidance")
+
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 300
 
@@ -21,5 +25,6 @@ def test_a_small_soak(tmp_path):
     result = json.loads(output.read_text())
     assert result["problems"] == [] and sum(result["ends"].values()) == COUNT
     assert result["texts_compared_with_alone"] == 60
+    assert all(result["rows"].values()), result["rows"]  # what the engine has is asked of it
     assert {"cancel: cancelled", "abort: abort", "leave: left", "fail: error", "bad: refused"} <= set(result["ends"])
     assert any(end.startswith("close: closed") for end in result["ends"])
