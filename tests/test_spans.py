@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -153,6 +154,30 @@ def test_without_headers_the_parent_is_the_callers_span(provider, exporter):
 def test_headers_that_are_none_are_refused(given):
     with pytest.raises(stars.RequestError, match="^trace_headers is .*, it must be a dictionary of texts"):
         engine(None).add_request(PROMPT, trace_headers=given)
+
+
+@pytest.mark.parametrize("call", ["generate", "add", "add_nowait"])
+def test_spans_of_an_async_engine_belong_to_headers_or_to_the_task(provider, exporter, call):
+    """To the span of the task that asks, though another thread makes it."""
+    async def serve():
+        async with stars.AsyncEngine(engine(provider)) as served:
+            async def one(**options):
+                found = getattr(served, call)(PROMPT, SHORT, **options)
+                return [output async for output in (found if call == "generate" else await found)][-1].request_id
+
+            async def within(name):
+                with provider.get_tracer("test").start_as_current_span(name) as caller:
+                    return await one(), caller.get_span_context().span_id
+
+            wanted = dict(await asyncio.gather(within("first"), within("second")))
+            wanted[await one(trace_headers={"traceparent": TRACEPARENT})] = int(TRACEPARENT.split("-")[2], 16)
+            with pytest.raises(stars.RequestError, match="^trace_headers is"):
+                await one(trace_headers="traceparent")
+        found = {span.attributes["gen_ai.response.id"]: span.parent.span_id for span in exporter.get_finished_spans()
+                 if "gen_ai.response.id" in span.attributes}
+        assert found == wanted and len(set(found.values())) == 3
+
+    asyncio.run(asyncio.wait_for(serve(), 60))
 
 
 def test_headers_are_taken_without_spans_too():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 import stars
 from building import PADDED, as_on_a_gpu, fused_up_to, work_as
+from letters import Letters
 from stars import kernels
 from stars.kernels import dispatch, graph
 from stars.kernels.linear import Weight, pack
@@ -18,7 +20,7 @@ from stars.kernels.triton import tuned
 from stars.model.decoder import Decoder
 from stars.model.tokenizer import Tokenizer, load_tokenizer
 from stars.reward import CausalReward
-from toy import ToyModel, ids
+from toy import ToyModel, ids, table_reward
 from triton_process import INTERPRETED, run_in_interpreter
 
 SIZES = dict(vocab=23, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, layers=2)
@@ -148,6 +150,45 @@ def test_blended_drafts_give_the_text_of_the_cpu(monkeypatch):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.error is None and mine.token_ids == other.token_ids and len(mine.token_ids) > 1
         assert mine.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-4)
+
+
+def edited(lm: Decoder) -> list[stars.RequestOutput]:
+    """Biases, bans, a minimum and a grammar, each beside the others and beside a request without any."""
+    letters = Letters("abcdefghijklmnopqrstu ")
+    table = table_reward(3)
+    reward = stars.FunctionReward(lambda prompt, responses: [table(one) for one in responses], inputs="ids")
+    engine = stars.Engine(lm, reward, tokenizer=letters, cache_tokens=512, page_size=16, max_num_seqs=4,
+                          max_num_lanes=8, max_segment_size=3)
+    params = [stars.SamplingParams(max_tokens=5, seed=5, min_tokens=4, logit_bias={0: 9.0, 3: 4.0, 4: 4.0},
+                                   bad_words=["cd", "h"], repetition_penalty=1.3),
+              stars.SamplingParams(max_tokens=5, seed=6, structured_outputs={"regex": "[ac][d-f]{2}[bg]"}),
+              stars.SamplingParams(max_tokens=5, seed=7, allowed_token_ids=[2, 5, 22], ignore_eos=True),
+              stars.SamplingParams(max_tokens=5, seed=8, ignore_eos=True)]
+    policy = stars.STARS(segment_size=3, max_attempts=2, beta=0.3, reward_threshold=1.0, width=2)
+    outputs = engine.generate([{"prompt_token_ids": ids(5, 23, 5)}] * 4, params, policy, use_tqdm=False)
+    engine.check_integrity()
+    return outputs
+
+
+def test_edits_and_grammars_are_those_of_the_cpu(monkeypatch):
+    pytest.importorskip("llguidance")
+    model = ToyModel(seed=1, **SIZES)
+    theirs = edited(as_dequantised(as_on_a_gpu(model.decoder())))
+    monkeypatch.setattr(dispatch, "column", lambda tensor: "cuda")
+    monkeypatch.setattr(graph, "column", lambda done: "reference")
+    work_as(monkeypatch, PADDED)
+    ours = edited(as_on_a_gpu(model.decoder()))
+    for output, other in zip(ours, theirs, strict=True):
+        [mine], [its] = output.outputs, other.outputs
+        assert mine.error is None and mine.token_ids == its.token_ids
+        assert [[(attempt.token_ids, attempt.accepted) for attempt in segment.attempts] for segment in mine.segments] \
+            == [[(attempt.token_ids, attempt.accepted) for attempt in segment.attempts] for segment in its.segments]
+        assert mine.cumulative_logprob == pytest.approx(its.cumulative_logprob, abs=1e-4)
+    biased, shaped, allowed, _ = (output.outputs[0] for output in ours)
+    assert len(biased.token_ids) >= 4 and "cd" not in biased.text and "h" not in biased.text
+    assert re.fullmatch("[ac][d-f]{2}[bg]", shaped.text) and shaped.finish_reason == "stop"
+    assert {*allowed.token_ids} <= {2, 5, 22}
+    assert sum(len(segment.attempts) for output in ours for segment in output.outputs[0].segments) > 10
 
 
 def told(decoder: Decoder) -> stars.RequestOutput:
