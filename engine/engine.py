@@ -230,9 +230,9 @@ class Engine:
         prompts: a string, {"prompt_token_ids": [...]}, {"messages": [...]}, or a list of those; beside messages the
         dictionary may have what `chat` takes, and beside {"prompt": text} "special_tokens". sampling_params,
         policy, budget, priority and user: one for all, or a list with one for each prompt. Requests of a lower priority
-        come first; those of one are taken so that every `user` is served as many tokens as the others. Every input is
-        checked before any work: RequestError names the index of the prompt at fault. What fails later ends that request
-        with finish_reason "error", and one warning says of how many.
+        come first; of those of one priority the `user`'s who was served fewest tokens, and no user's make a round much
+        longer for another. Every input is checked before any work: RequestError names the index of the prompt at
+        fault. What fails later ends that request with finish_reason "error", and one warning says of how many.
         """
         refuse_others("generate", others, CALL, ("prompts", "sampling_params", "policy", "use_tqdm", "budget",
                                                  "priority", "user"))
