@@ -6,10 +6,12 @@ kept in the repository, so that the pages read as they are; a test says when the
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import enum
 import inspect
 import json
+import operator
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +24,23 @@ DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 
 SECTIONS = {
-    "Engines": ("Engine", "AsyncEngine"),
+    "Engines": ("Engine", "AsyncEngine", "serve.async_engine.RequestStream"),
     "Requests": ("SamplingParams", "StructuredOutputsParams", "RequestOutputKind", "Budget"),
     "Methods": ("STARS", "CARDS", "Sample", "BestOfN", "BlockwiseBestOfK", "RejectionSampling", "SpeculativeRejection",
                 "SegmentBeam", "ParticleFilter", "ARGS", "RAD", "MARA", "PersonaJudge", "TokenGuidance",
                 "RewardGuidedSpeculation"),
     "Rewards": ("Reward", "CausalReward", "LoraReward", "ProcessReward", "EncoderReward", "FunctionReward",
                 "CachedReward", "RemoteReward", "ImplicitReward", "WeightedReward"),
-    "Outputs": ("RequestOutput", "CompletionOutput", "Segment", "Attempt", "Logprob", "Metrics", "Calibration"),
+    "Outputs": ("RequestOutput", "CompletionOutput", "Segment", "Attempt", "Logprob", "Metrics", "outputs.Times",
+                "Calibration"),
+    "Metrics": ("metrics.EngineMetrics", "exposition.Histogram"),
     "Traces": ("write_trace", "read_trace"),
     "Errors": (),  # whatever is an exception
 }
 """What is exported, by what it is for. A name that is in none of them ends up under "More"."""
+BEYOND = {"serve.async_engine.RequestStream": ("request_id", "aclose"), "outputs.Times": ("phases",),
+          "metrics.EngineMetrics": ("text", "snapshot"), "exposition.Histogram": ("total",)}
+"""What is not exported, as nobody makes one, but is handed out; and what its users call."""
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -42,6 +49,7 @@ SECTIONS = {
 def api() -> str:
     """The text of docs/api.md."""
     exported = {name: getattr(stars, name) for name in stars.__all__}
+    exported |= {name: operator.attrgetter(name)(stars) for name in BEYOND}
     errors = [name for name, value in exported.items() if isinstance(value, type) and issubclass(value, Exception)]
     sections = {title: [name for name in names if name in exported] for title, names in SECTIONS.items()}
     sections["Errors"] += errors
@@ -75,12 +83,14 @@ def _entry(name: str, value: Any) -> Iterator[str]:
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     if fields or hasattr(value, "_fields"):
         yield _code(_fields(value))
-    elif value.__init__ is not object.__init__:  # type: ignore[misc]
+    elif name not in BEYOND and value.__init__ is not object.__init__:  # type: ignore[misc]
         yield _code(f"{name}{_signature(value.__init__, bound=True)}")  # type: ignore[misc]
     yield _doc(value)
     for method, member in vars(value).items():
         called = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         if method.startswith("_") or not getattr(called, "__doc__", None) or method in {field.name for field in fields}:
+            continue
+        if method not in BEYOND.get(name, (method,)):
             continue
         if isinstance(called, property):
             yield f"**`{name}.{method}`** (property)\n\n{_doc(called)}"
@@ -92,7 +102,9 @@ def _entry(name: str, value: Any) -> Iterator[str]:
 def _fields(value: type) -> str:
     """The source of a class' fields, with their comments."""
     lines, kept = inspect.getsource(value).splitlines(), []
-    for line in lines:
+    first, *rest = ast.parse("\n".join(lines)).body[0].body  # type: ignore[attr-defined]
+    docstring = first.end_lineno if ast.get_docstring(ast.Module([first, *rest], [])) is not None else 0
+    for line in lines[docstring:]:  # whose lines on parameters look like fields
         if re.match(r"    \w+: [^#]*", line) or kept and line.startswith("    # "):
             kept.append(line)
         elif re.match(r"    (def |@)", line):
@@ -124,7 +136,7 @@ def _code(text: str) -> str:
 def _doc(value: Any) -> str:
     """The docstring as paragraphs; a line that explains a parameter begins a new one."""
     text = inspect.cleandoc(value.__doc__ or "")
-    return re.sub(r"\n(?=\w+(?:, \w+)*: )", "\n\n", text)
+    return re.sub(r"\n+(?=\w+(?:, \w+)*: )", "\n\n", text)
 
 
 # -- the figures ------------------------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ class SamplingParams:
     output_kind: what `stream`, `step` and `AsyncEngine` return; `generate` returns all at the end.
     structured_outputs: a StructuredOutputsParams, or its fields in a dictionary: the texts that may be drawn at all.
 
-    Bias, bans and masks come before penalties, those before temperature and filters. A response that they leave no token
-    ends with an error. Methods that compare two distributions refuse them by name.
+    Bias, bans and masks come before penalties, those before temperature and filters. A response that they leave no
+    token ends with an error. Methods that compare two distributions refuse them by name.
     """
 
     temperature: float = 1.0

@@ -23,10 +23,10 @@ class StructuredOutputsParams:
     look-around and back-references, which the whole response matches. choice: one of these texts. grammar: a
     context-free grammar, in the dialect of Lark that llguidance reads, or in llama.cpp's. json_object: any JSON object.
 
-    Needs llguidance (`pip install 'stars-engine[structured]'`), a tokenizer, and an EOS or stop token, which may be drawn
-    where such a text may end. Tokens are drawn from the proposal restricted to those that a text of it may go on with,
-    normalised. One that max_tokens or a stop string cuts may end in the middle. What nothing can match, or what never
-    ends, is a RequestError where the request is made.
+    Needs llguidance (`pip install 'stars-engine[structured]'`), a tokenizer, and an EOS or stop token, which may be
+    drawn where such a text may end. Tokens are drawn from the proposal restricted to those that a text of it may go on
+    with, normalised. One that max_tokens or a stop string cuts may end in the middle. What nothing can match, or what
+    never ends, is a RequestError where the request is made.
     """
 
     json: str | Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)

@@ -240,7 +240,7 @@ def test_limits_of_the_cache():
     (dict(gpu_memory_utilization=1.01), "gpu_memory_utilization is 1.01, it must be above 0 and at most 1"),
     (dict(max_num_lanes=1.5), "max_num_lanes is 1.5"), (dict(max_num_seqs=True), "max_num_seqs is True"),
     (dict(max_model_len=65), "max_model_len is 65, the model's context is 64"),
-    (dict(scheduling_policy="random"), "scheduling_policy is not implemented: requests come by priority, then in order"),
+    (dict(scheduling_policy="random"), "scheduling_policy is not implemented: requests come by priority"),
 ])
 def test_engine_settings(options, message):
     refused(stars.RequestError, message, toy_engine, LM, **options)

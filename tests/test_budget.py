@@ -477,5 +477,6 @@ def test_what_is_said_of_a_request_is_checked_at_every_door(options, message):
     for call in (made.add_request, made.stream, made.generate):
         refused(stars.RequestError, message, call, PROMPT, **options)
     for name, value in options.items():
-        refused(stars.RequestError, f"{name} has 1 entries for 2 prompts", made.generate, [PROMPT] * 2, **{name: [value]})
+        refused(stars.RequestError, f"{name} has 1 entries for 2 prompts", made.generate, [PROMPT] * 2,
+                **{name: [value]})
     assert not made.has_unfinished_requests()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -71,6 +72,23 @@ def test_every_export_has_a_docstring_in_the_reference():
     for name in stars.__all__:
         entry = re.search(rf"^### `stars\.{name}`\n(.*?)(?=^###? |\Z)", text, re.MULTILINE | re.DOTALL)
         assert entry is not None and re.search(r"^\w", BLOCK.sub("", entry[1]), re.MULTILINE), name
+
+
+def test_fields_are_those_of_the_class_and_not_lines_of_its_docstring():
+    text = (DOCS / "api.md").read_text(encoding="utf8")
+    for name in stars.__all__:
+        value = getattr(stars, name)
+        if dataclasses.is_dataclass(value):
+            [body] = re.findall(rf"^class {name}:\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+            listed = re.findall(r"^    (\w+): ", body, re.MULTILINE)
+            assert listed == [field.name for field in dataclasses.fields(value)], name
+
+
+def test_all_python_is_marked_so_and_runs():
+    for page in PAGES[:-1]:
+        for language, text in blocks(page):
+            if not language and page != "api.md":
+                assert not re.search(r"^(import|from|engine =|with|async def) ", text, re.MULTILINE), (page, text)
 
 
 @pytest.mark.parametrize("page", PAGES)
