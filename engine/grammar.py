@@ -48,23 +48,36 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
-        self._lock = threading.Lock()  # any thread may ask for a grammar
+        self._lock = threading.Lock()  # any thread may ask for a grammar: one is compiled at a time
+        self._kept = threading.Lock()  # held for a moment only: who asks for a known one waits for no other
         self._compiler: _Compiler | None = None  # made when first needed
         self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
 
     def of(self, asked: StructuredOutputsParams) -> Grammar:
         """What `asked` allows, compiled or taken from those kept; RequestError where that is no grammar or admits
         nothing, and where this engine has none."""
+        found = self.known(asked)
+        if found is not None:
+            return found
         kind, text = _text(asked)
         with self._lock:
-            compiler = self._compiler = self._compiler if self._compiler is not None else self._make_compiler()
-            found = self._compiled.get((kind, text))
+            found = self.known(asked)  # by now
             if found is None:
-                fresh = compiler.compile(kind, text)
-                found = self._compiled[kind, text] = Grammar(fresh, self._eos_token_ids, self._vocab_size)
-                if len(self._compiled) > MAX_COMPILED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end((kind, text))
+                compiler = self._compiler = self._compiler if self._compiler is not None else self._make_compiler()
+                found = Grammar(compiler.compile(kind, text), self._eos_token_ids, self._vocab_size)
+                with self._kept:
+                    self._compiled[kind, text] = found
+                    if len(self._compiled) > MAX_COMPILED:
+                        self._compiled.popitem(last=False)
+        return found
+
+    def known(self, asked: StructuredOutputsParams) -> Grammar | None:
+        """The same where it is kept, else None; RequestError where it can be none by its form."""
+        key = _text(asked)
+        with self._kept:
+            found = self._compiled.get(key)
+            if found is not None:
+                self._compiled.move_to_end(key)
         return found
 
     def _make_compiler(self) -> _Compiler:

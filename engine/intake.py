@@ -139,6 +139,19 @@ class Intake:
                        arrived=arrived, edits=edits, trace_context=asked.trace_context, names=self._names,
                        grammar=grammar)
 
+    def to_compile(self, asked: Asked) -> StructuredOutputsParams | None:
+        """What `compile` is to be given before `parse`, so that nobody waits for it who has the turn; None: nothing."""
+        params = asked.params
+        structured = params.structured_outputs if isinstance(params, SamplingParams) else None
+        if structured is None:
+            return None
+        assert isinstance(structured, StructuredOutputsParams)  # `SamplingParams` made it one
+        return structured if self._grammars.known(structured) is None else None
+
+    def compile(self, structured: StructuredOutputsParams) -> None:
+        """Has a grammar at hand, which may take seconds: any thread may, without the engine's turn. RequestError."""
+        self._grammars.of(structured)
+
     def _contexts(self, plan: Plan, prompt: Prompt) -> dict[str, list[int]]:
         """What the language model reads responses after, by what it is called."""
         if not isinstance(plan.propose, Prompted):

@@ -24,11 +24,12 @@ from typing import Any
 import pytest
 
 import stars
+from letters import LETTERS
 from stars.serve import loop as loop_module
 from test_conservation import nothing_is_held
 from test_invariance import decided
 from test_turns import LM, RM, alone, asked, run_all
-from toy import ids, table_reward, toy_engine
+from toy import ToyModel, ids, table_reward, toy_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -193,6 +194,56 @@ def test_bad_input_raises_where_it_is_asked(call, prompt, options, message):
         nothing_is_held(engine.engine)
 
     run(serve())
+
+
+def test_a_grammar_that_takes_long_to_compile_holds_up_nobody(monkeypatch):
+    """Neither those without one, nor one that is known; its own deadline counts from the call, and who is cancelled
+    meanwhile leaves nothing."""
+    pytest.importorskip("llguidance")
+    compiler, gate, entered = stars.grammar._Compiler.compile, threading.Event(), threading.Event()
+
+    def slow(self, kind, text):
+        if "c" in text:
+            entered.set()
+            assert gate.wait(LIMIT)
+        return compiler(self, kind, text)
+
+    def shaped(regex: str) -> stars.SamplingParams:
+        return stars.SamplingParams(max_tokens=6, seed=3, structured_outputs={"regex": regex})
+
+    async def serve():
+        monkeypatch.setattr("stars.grammar._Compiler.compile", slow)
+        prompt = {"prompt_token_ids": [1, 2, 3]}
+        async with stars.AsyncEngine(toy_engine(ToyModel(5, seed=2), tokenizer=LETTERS)) as engine:
+            assert (await collect(engine.generate(prompt, shaped("[ab]{2}"))))[-1].outputs[0].text in SHAPES
+            tasks = [asyncio.create_task(collect(engine.generate(prompt, shaped("c[ab]"))))]
+            await until(entered.is_set)
+            tasks += [asyncio.create_task(collect(engine.generate(prompt, shaped("c[ab]"), **given))) for given in (
+                dict(budget=stars.Budget(seconds=0.01)), {})]
+            tasks.append(asyncio.create_task(engine.add(prompt, shaped("c("))))
+            closed, read_twice = engine.generate(prompt, shaped("c[ab]")), engine.generate(prompt, shaped("c[ab]"))
+            readers = [asyncio.create_task(collect(stream)) for stream in (closed, read_twice)]
+            await asyncio.sleep(0.02)
+            await closed.aclose()
+            with pytest.raises(RuntimeError, match="another task awaits this request already"):
+                await anext(read_twice)
+            for params in (stars.SamplingParams(max_tokens=4), shaped("[ab]{2}")):
+                assert (await collect(engine.generate(prompt, params)))[-1].finished
+            tasks[2].cancel()
+            gate.set()
+            whole, late, gone, wrong = await asyncio.gather(*tasks, return_exceptions=True)
+            assert whole[-1].outputs[0].text in ("ca", "cb")
+            assert ends(late[-1]) == {"deadline"} and not late[-1].outputs[0].token_ids
+            assert isinstance(gone, asyncio.CancelledError)
+            assert isinstance(wrong, stars.RequestError) and "is no regular expression" in str(wrong)
+            assert await asyncio.gather(*readers) == [[], []]
+            await until(lambda: not engine.engine.has_unfinished_requests())
+            nothing_is_held(engine.engine)
+
+    run(serve())
+
+
+SHAPES = ("aa", "ab", "ba", "bb")
 
 
 def test_unknown_keywords_raise_at_the_call():

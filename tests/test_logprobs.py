@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import stars
+from letters import LETTERS, Language
 from stars.exhaustions import BackUp
 from stars.logit_reads import LogitReads
 from stars.plan import Fixed, Lanes, Plan, Sampled, Score
@@ -183,6 +184,28 @@ def test_with_penalties_and_edits():
     [output] = made.generate({"prompt_token_ids": prompt}, params, STARS, use_tqdm=False)
     assert check(output, params, after) > 40
     assert all({*entry} <= {1, 3, 4, 6, 7, 9} for entry in output.outputs[0].logprobs)
+
+
+@pytest.mark.parametrize("name", ["stars", "sample", "args"])
+def test_under_a_grammar(name):
+    """Of the allowed tokens alone, which make all of the probability; penalties come after the mask."""
+    pytest.importorskip("llguidance")
+    language = Language("((a|b)(a|b|c))*", 10)  # four tokens have at most eight letters
+    policy = {"stars": STARS, "sample": stars.Sample(), "args": stars.ARGS(topk=3)}[name]
+    params = stars.SamplingParams(max_tokens=4, n=8, seed=9, logprobs=4, attempt_logprobs=True, temperature=0.7,
+                                  repetition_penalty=1.2, structured_outputs={"regex": language.regex})
+    prompt = ids(5, 5, 4)
+
+    def after(token_ids):
+        z = MODEL.logits(token_ids).astype(np.float64).copy()
+        z[[token for token in range(11) if token not in language.allowed(tuple(token_ids[len(prompt) :]))]] = -np.inf
+        for token in {*token_ids}:
+            z[token] = z[token] / 1.2 if z[token] > 0 else z[token] * 1.2
+        return log_softmax(z)
+
+    [output] = engine(tokenizer=LETTERS).generate({"prompt_token_ids": prompt}, params, policy, use_tqdm=False)
+    assert check(output, params, after, lambda key: LETTERS.decode([key])) > 14
+    in_step(output, params)
 
 
 def test_of_a_blend_and_of_what_another_model_redrew():

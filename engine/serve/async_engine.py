@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
@@ -32,7 +33,8 @@ class AsyncEngine:
         wait in line, first come first served, and `add_nowait` raises QueueFullError.
 
     Any event loop of any thread may call, and so may any thread call the `engine` itself: they take turns, round by
-    round. Nothing here blocks an event loop: the loop thread checks requests and builds outputs, between rounds.
+    round. Nothing here blocks an event loop: the loop thread checks requests and builds outputs, between rounds. A new
+    grammar is compiled in a thread of the event loop's before that, so that it holds up nobody else.
 
     A task that is cancelled while it awaits an output, a stream that is closed, and one that is simply no longer held
     end their request before the next round. Who is slow holds up nobody: of cumulative outputs some are left out, and
@@ -105,6 +107,7 @@ class AsyncEngine:
     async def _added(self, asked: Asked, request_id: str | None, at_once: bool) -> RequestStream:
         feed = self._loop.feed(asked, request_id, acknowledged=True)
         stream = RequestStream(self, feed)
+        await stream._prepare()
         stream._begin(at_once)
         try:
             await feed.accepted()
@@ -147,7 +150,7 @@ class RequestStream:
     def __init__(self, engine: AsyncEngine, feed: Feed):
         self._engine = engine  # which lives as long as somebody awaits it
         self._feed = feed
-        self._begun = self._ended = False
+        self._begun = self._ended = self._preparing = False
 
     @property
     def request_id(self) -> str | None:
@@ -162,6 +165,9 @@ class RequestStream:
             raise StopAsyncIteration
         try:
             if not self._begun:
+                await self._prepare()
+                if self._ended:  # closed meanwhile
+                    raise StopAsyncIteration
                 self._begin()
             output = await self._feed.next()
         except BaseException:
@@ -176,6 +182,21 @@ class RequestStream:
     async def aclose(self) -> None:
         """Ends the request, if it is not finished; there are no more outputs."""
         self._end()
+
+    async def _prepare(self) -> None:
+        """Compiles its grammar in a thread of the event loop's, if it is a new one: rounds go on meanwhile.
+        RequestError where that is none."""
+        if self._preparing:
+            raise RuntimeError("another task awaits this request already: one at a time may")
+        intake, asked = self._engine.engine._intake, self._feed.asked
+        structured = intake.to_compile(asked)
+        if structured is not None and self._engine.is_running:
+            self._preparing = True
+            self._feed.asked = asked._replace(arrived=time.monotonic())  # a deadline counts from here
+            try:
+                await asyncio.to_thread(intake.compile, structured)
+            finally:
+                self._preparing = False
 
     def _begin(self, at_once: bool = False) -> None:
         self._engine._loop.add(self._feed, at_once)

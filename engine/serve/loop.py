@@ -109,7 +109,8 @@ class Loop:
     def add(self, feed: Feed, at_once: bool = False) -> None:
         """Asks for a request; with `at_once`, QueueFullError where it would have to stand in line."""
         self.engine._turns.refuse_reentry()
-        feed.asked = feed.asked._replace(arrived=time.monotonic())
+        if feed.asked.arrived is None:
+            feed.asked = feed.asked._replace(arrived=time.monotonic())
         with self._lock:
             if self.closed:
                 raise self._dead()
