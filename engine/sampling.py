@@ -59,7 +59,8 @@ class SamplingParams:
     prompt_logprobs: as `logprobs`, of the tokens of the prompt, by the engine's own model's logits as they are. Such a
         prompt is read anew, whatever of it is in the cache.
     logit_bias: by token id, of at most 1024 of them, -100 to 100, added to its logit before penalties.
-    min_tokens: of a response before an EOS or stop token may be drawn.
+    min_tokens: of a response before an EOS or stop token may be drawn; where structured_outputs leave nothing else, it
+        is drawn all the same.
     bad_words: texts that no response may contain, as vLLM tokenises them: with and without a space before; at most 16
         tokens each, and at most 1024 of several tokens.
     allowed_token_ids: the only ids that may be drawn.
