@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,9 @@ class Engine:
             prompts, _one_each("sampling_params", sampling_params, count), _one_each("policy", policy, count),
             _one_each("budget", budget, count), _one_each("priority", priority, count), _one_each("user", user, count),
             strict=True)]
+        for index, one in enumerate(asked):
+            with _named(index):
+                asked[index] = self._compiled(one)
         owner = Owner()
         requests: list[Request] = []
         bar = None
@@ -322,8 +326,8 @@ class Engine:
         if isinstance(prompt, (list, tuple)):
             refuse_bare_prompt(prompt)
             raise RequestError("stream takes one prompt: call it for each, or give the list to generate")
-        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user,
-                                              trace_context=parent_of(self.spans))))
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user, trace_context=parent_of(self.spans))
+        return self._stream(self._check(self._compiled(asked)))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         owner = Owner()
@@ -379,7 +383,6 @@ class Engine:
 
     # -- step by step ---------------------------------------------------------------------------------------------
 
-    @one_at_a_time
     def add_request(self, /, prompt: Any = None, sampling_params: SamplingParams | None = None,
                     policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
                     priority: int = 0, user: str | None = None, trace_headers: Mapping[str, str] | None = None,
@@ -392,6 +395,10 @@ class Engine:
                                                     "priority", "user", "trace_headers"))
         asked = Asked(prompt, sampling_params, policy, budget, priority, user,
                       trace_context=parent_of(self.spans, trace_headers))
+        return self._add_request(self._compiled(asked), request_id)
+
+    @one_at_a_time
+    def _add_request(self, asked: Asked, request_id: str | None) -> str:
         request = self._parse(asked, request_id)
         self._enqueue(request)
         return request.request_id
@@ -454,6 +461,16 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         return self._intake.parse(asked, request_id)
 
+    def _compiled(self, asked: Asked) -> Asked:
+        """`asked`, whose grammar is at hand now, if it has one: others have their turns while it is compiled."""
+        structured = self._intake.to_compile(asked)
+        if structured is None:
+            return asked
+        self._turns.refuse_reentry()
+        arrived = time.monotonic()  # a deadline counts from the call
+        self._intake.compile(structured)
+        return asked._replace(arrived=arrived)
+
     @one_at_a_time
     def _check(self, asked: Asked) -> Request:
         return self._parse(asked)
@@ -468,10 +485,8 @@ class Engine:
     def _submit(self, asked: Iterable[Asked], owner: Owner, requests: list[Request]) -> None:
         """Appends a request for each of `asked` to `requests`, and queues them once all were checked."""
         for index, one in enumerate(asked):
-            try:
+            with _named(index):
                 requests.append(self._parse(one))
-            except StarsError as error:
-                raise RequestError(f"prompts[{index}]: {error}") from error
         for request in requests:
             self._enqueue(request, owner)
 
@@ -741,6 +756,15 @@ def _name(model: Any) -> str:
     if isinstance(model, (str, Path)):
         return Path(model).resolve().name if Path(model).exists() else str(model)
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Says of what is refused which prompt it is."""
+    try:
+        yield
+    except StarsError as error:
+        raise RequestError(f"prompts[{index}]: {error}") from error
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -8,6 +8,8 @@ import json
 import random
 import re
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +20,7 @@ import stars
 import stars.grammar
 from letters import Language, Letters
 from stars.exhaustions import BackUp
-from stars.grammar import Branches, Grammars
+from stars.grammar import Branches, Grammars, _Compiler
 from stars.grammar_ends import rules_end, schema_ends
 from stars.policies import POLICIES
 from stars.structured import StructuredOutputsParams
@@ -468,6 +470,39 @@ def test_what_is_too_complex_later_fails_with_a_sentence():
     [completion] = run(made, params, stars.Sample())
     assert completion.finish_reason == "error" and "the grammar" in completion.error
     assert "\n" not in completion.error and len(completion.error) < 300
+
+
+@pytest.mark.parametrize("call", ["generate", "chat", "stream", "add_request"])
+def test_nobody_waits_for_what_another_thread_compiles(call, monkeypatch, tiny_model):
+    """Each door of an engine compiles without the turn; a deadline counts from the call."""
+    compiler, gate, entered, ended = _Compiler.compile, threading.Event(), threading.Event(), []
+
+    def slow(self, kind, text):
+        entered.set()
+        assert gate.wait(60)
+        return compiler(self, kind, text)
+
+    made = stars.Engine(tiny_model(tokenizer=True, chat_template=True), device="cpu", cache_tokens=1024)
+    prompt = [{"role": "user", "content": "a"}] if call == "chat" else "a"
+    params = stars.SamplingParams(max_tokens=4, structured_outputs={"regex": "[ab]{3}"})
+
+    def ask():
+        found = getattr(made, call)(prompt, params, budget=stars.Budget(seconds=0.02))
+        while made.has_unfinished_requests():
+            found = made.step() or found
+        ended.extend(found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Compiler, "compile", slow)
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert entered.wait(60)
+        [other] = made.generate("b", stars.SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+        assert len(other.outputs[0].token_ids) == 4 and not ended
+        time.sleep(0.03)
+        gate.set()
+        thread.join(60)
+    assert ended[-1].outputs[0].finish_reason == "deadline" and not ended[-1].outputs[0].token_ids
 
 
 def test_compiled_grammars_are_kept_and_bounded(monkeypatch):
