@@ -92,10 +92,10 @@ setup(
         "flash": ["flash-attn>=2.6"],  # where there is no wheel for the installed torch, pip compiles it for long
         "flash4": ["flash-attn-4>=4.0.0b4"],  # there are pre-releases only; naming one lets pip take them
         "hf": ["transformers>=4.51"],
-        "structured": ["llguidance>=1.3"],
+        "structured": ["llguidance>=1.9"],
         "otel": ["opentelemetry-api>=1.30"],
         "test": ["pytest>=8", "pytest-benchmark", "hypothesis", "gguf>=0.17", "mypy>=2.4", "ruff>=0.17",
-                 "transformers>=4.51", "llguidance>=1.3", "opentelemetry-sdk>=1.30",
+                 "transformers>=4.51", "llguidance>=1.9", "opentelemetry-sdk>=1.30",
                  'triton>=3.6; platform_system == "Linux"'],
     },
     entry_points={"console_scripts": ["stars=stars.cli:main"]},

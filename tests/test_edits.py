@@ -319,7 +319,7 @@ def test_a_matcher_draws_what_the_same_bans_do(width, monkeypatch):
         if edits is None:
             return spec(table, last, slab, max_tokens, seed, *rest, edits=edits, **named)
         matchers.append(NoDoubles(last if edits.base else None, VOCAB))
-        return spec(table, last, slab, max_tokens, seed, *rest, edits=edits, matcher=matchers[-1], **named)
+        return spec(table, last, slab, max_tokens, seed, *rest, edits=edits, **(named | dict(matcher=matchers[-1])))
 
     monkeypatch.setattr(stars.proposer, "LaneSpec", matched)
     others = stars.SamplingParams(max_tokens=14, n=2, seed=4)
@@ -349,7 +349,7 @@ def test_a_gpus_host_sends_what_is_asked_and_waits_for_what_was_drawn(monkeypatc
     def matched(*given, params, edits, **named):
         if params.min_tokens:
             matchers.append(Anything())
-            return spec(*given, params=params, edits=edits, matcher=matchers[-1], **named)
+            named["matcher"] = matchers[-1]
         return spec(*given, params=params, edits=edits, **named)
 
     def by_name(table, last, slab, max_tokens, seed, attempt, stream, params, *rest, **named):
