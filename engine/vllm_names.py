@@ -129,7 +129,7 @@ ENGINE = {
     "limit_mm_per_prompt": Absent((None, {}), _TEXT_ONLY),
     "mm_processor_kwargs": Absent((None, {}), _TEXT_ONLY),
     "allowed_local_media_path": Absent((None, ""), _TEXT_ONLY),
-    "disable_log_stats": Absent((True, False), "engine.metrics always counts, in less than 1 % of the time, leave it out"),
+    "disable_log_stats": Absent((True, False), "engine.metrics always counts, which takes under 1 %, leave it out"),
     "otlp_traces_endpoint": Absent((None,), "give tracer_provider, an OpenTelemetry TracerProvider that exports there"),
     "collect_detailed_traces": Absent((None,), "give tracer_provider, whose spans have an event for each segment"),
     "disable_log_requests": Absent((True,), 'log lines go to the logger "stars", set its level and leave this out'),
