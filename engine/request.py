@@ -699,8 +699,8 @@ class Group:
         if self.redraft is not None:
             self.begin_stage(None)
         for hypothesis in self.hypotheses:
-            begun = hypothesis.table is not None and hypothesis.prefill is None and hypothesis.wait is None
-            if begun or hypothesis.finish_reason is not None:
+            begun = hypothesis.boundary is not None or hypothesis.table is not None and hypothesis.prefill is None
+            if begun and hypothesis.wait is None or hypothesis.finish_reason is not None:
                 hypothesis.mark_boundary()
         self.boundary = Mark(tuple(self.hypotheses), self.memory, self.dropped)
 
