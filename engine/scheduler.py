@@ -181,12 +181,11 @@ class Scheduler:
         place of one who has ended, or who needed fewer."""
         pages = 0
         for unit in self.running:
-            if unit.places > 1:
+            members = unit.unfinished if unit.places > 1 else []
+            if members and all([hypothesis.opened for hypothesis in members]):
                 needed = [sum([self._cache.pages_written(hypothesis.length(context), hypothesis.next_room)
-                               for context in hypothesis.contexts])
-                          for hypothesis in unit.unfinished if hypothesis.table is not None]
-                if needed:
-                    pages += unit.places * max(needed) - sum(needed)
+                               for context in hypothesis.contexts]) for hypothesis in members]
+                pages += unit.places * max(needed) - sum(needed)
         return pages
 
     def _reserve(self, hypothesis: Hypothesis, opened: bool = False) -> bool:
