@@ -404,7 +404,8 @@ class Scheduler:
             return False
         if anew is not None:
             request.teller = hypothesis
-        hypothesis.prefill, new = Prefill(), hypothesis.boundary is None  # else it was interrupted or gave way
+        hypothesis.prefill, new = Prefill(), not hypothesis.admitted  # else it was interrupted or gave way
+        hypothesis.admitted = True
         self._fairness.read(request, len(request.contexts[0]) - table.length + len(hypothesis.token_ids))
         if new:
             hypothesis.metrics.prompt_tokens_cached = table.length

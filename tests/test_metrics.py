@@ -291,6 +291,27 @@ def test_what_gave_way_goes_back_no_further_than_that():
     check_sums(made, [wanted, output])
 
 
+def test_what_was_cached_is_counted_at_the_first_admission():
+    """One of two whole responses gave way before it drew anything, and its group was counted: once it comes back to an
+    emptied cache it still says what it found at first."""
+    made, params = engine(cache_tokens=512), stars.SamplingParams(max_tokens=40, seed=3, ignore_eos=True)
+    made.generate(prompt(), params, stars.BestOfN(2), use_tqdm=False)
+    made.add_request(prompt(), params, stars.BestOfN(2))
+    made._schedule()
+    made._scheduler._preempt(made._scheduler.running[-1])
+    made.step()
+    before = rising(made.metrics.snapshot())
+    made._cache.commit = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    del made._cache.commit
+    while made.has_unfinished_requests():
+        [output] = made.step() or [None]
+        after = rising(made.metrics.snapshot())
+        assert not {name: (value, after[name]) for name, value in before.items() if after[name] < value}
+    assert output.metrics.prompt_tokens_cached == 2 * 8
+
+
 def interrupt(*given):
     raise KeyboardInterrupt
 
