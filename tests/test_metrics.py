@@ -298,7 +298,7 @@ def test_what_was_cached_is_counted_at_the_first_admission():
     made.generate(prompt(), params, stars.BestOfN(2), use_tqdm=False)
     made.add_request(prompt(), params, stars.BestOfN(2))
     made._schedule()
-    made._scheduler._preempt(made._scheduler.running[-1])
+    made._scheduler._preempt(made._scheduler.running[0])
     made.step()
     before = rising(made.metrics.snapshot())
     made._cache.commit = interrupt
