@@ -167,8 +167,8 @@ class PagedCache:
         return table
 
     def can_open(self, token_ids: Sequence[int], lengths: Sequence[int] = (), stores: tuple[int, ...] = OWN_STORE,
-                 beside: Sequence[Opening] = (), most: int | None = None) -> bool:
-        """Whether `open(token_ids, stores, most)` would succeed now.
+                 beside: Sequence[Opening] = (), most: int | None = None, spare: int = 0) -> bool:
+        """Whether `open(token_ids, stores, most)` would succeed now and leave `spare` pages.
 
         With `lengths`: whether as many tables could be opened that all begin with `token_ids`, one after the other as
         each is published, and be reserved up to so many positions each; and those `beside` them after that. Those
@@ -182,7 +182,11 @@ class PagedCache:
             if len(openings[0].lengths) == 1:
                 shared[0] = shared[0][: found[0]]
         fresh = self._fresh(openings, found)
-        return fresh <= self.pool.num_available - self.pool.cost(list(dict.fromkeys(chain(*shared))))
+        return fresh + spare <= self.pool.num_available - self.pool.cost(list(dict.fromkeys(chain(*shared))))
+
+    def pages_written(self, length: int, tokens: int) -> int:
+        """Pages that a table of `length` positions needs to itself for `tokens` more."""
+        return self._pages_for(length + tokens) - length // self.page_size if tokens else 0
 
     def could_open(self, openings: Sequence[Opening]) -> bool:
         """Whether the empty cache holds the tables of all `openings`, each of which shares what it can."""
@@ -244,7 +248,7 @@ class PagedCache:
         return forked
 
     def reserve(self, table: BlockTable, tokens: int) -> None:
-        """Makes room for `tokens` positions after the table's last, in pages that no other table refers to.
+        """Makes room for `tokens` positions after the table's last, in pages that no other table refers to or will.
 
         Raises OutOfPages, and then has changed nothing.
         """
@@ -253,11 +257,14 @@ class PagedCache:
             return
         start, stop = table.length // self.page_size, self._pages_for(table.length + tokens)
         missing = max(0, stop - len(table.pages))
-        shared = [(table, i) for i in range(start, min(stop, table.own)) if self.pool.references(table.pages[i]) > 1]
+        written = range(start, min(stop, table.own))
+        shared = [(table, i) for i in written if self.pool.references(table.pages[i]) > 1]
         if missing or shared:
             fresh = self.pool.alloc(len(shared) + missing)
             self._replace(shared, fresh)
             table.pages += fresh[len(shared) :]
+        for i in written:  # of a rewound table: whoever found one now would share it before it is overwritten
+            self.pool.unpublish(table.pages[i])
 
     def reset(self) -> None:
         """Closes every table and gives every slab and page back, whatever an interrupted call left half done.

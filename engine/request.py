@@ -269,6 +269,7 @@ class Hypothesis:
     per_token: Sequence[float] = ()  # scores of the tokens of a whole response, where its reward has them
     metrics: Metrics = field(default_factory=Metrics)  # of what was drawn for it and the segments it has
     boundary: Boundary | None = None  # None before its first round
+    admitted: bool = False  # whether it ever was, though it may have given way
     backups: int = 0  # segments that were taken back
     redrawn: Mapping[int, int] = field(default_factory=dict)  # how often all attempts at a segment were drawn in vain
     _history: tuple[int, np.ndarray] | None = None  # response tokens it was made for, and the result
@@ -476,7 +477,7 @@ class Hypothesis:
             self.group, slot, token_ids=list(self.token_ids), segments=list(self.segments), drafts=self.drafts,
             ends=list(self.ends), told=list(self.told), cumulative_logprob=self.cumulative_logprob, reward=self.reward,
             finish_reason=self.finish_reason, stop_reason=self.stop_reason, error=self.error,
-            metrics=self.metrics.kept(), left=self.left)
+            metrics=self.metrics.kept(), left=self.left, admitted=True)
 
     def ending(self, token_ids: list[int]) -> tuple[int, str | None, int | str | None]:
         """If `token_ids` were committed: how many of them, up to a stop string; whether they end the response, and why.
@@ -694,13 +695,13 @@ class Group:
         return [slot for slot in range(self.request.plan.lanes.population) if slot not in taken]
 
     def mark_boundary(self) -> None:
-        """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that have begun."""
+        """As `Hypothesis.mark_boundary`, for the group and all of its hypotheses that were admitted once. Who waits for
+        rewards has a round of its own to go back behind."""
         self.round = self.relaxed = 0
         if self.redraft is not None:
             self.begin_stage(None)
         for hypothesis in self.hypotheses:
-            begun = hypothesis.table is not None and hypothesis.prefill is None and hypothesis.wait is None
-            if begun or hypothesis.finish_reason is not None:
+            if hypothesis.admitted and hypothesis.wait is None or hypothesis.finish_reason is not None:
                 hypothesis.mark_boundary()
         self.boundary = Mark(tuple(self.hypotheses), self.memory, self.dropped)
 

@@ -150,6 +150,7 @@ class Round:
         keep: whether somebody may come back to it, by a later turn or once it goes on: then its full pages stay until
         others need them. They do not where it ended with an error, which may have left anything in them.
         """
+        self._give_back(hypothesis, [])  # of an undecided segment, where its request has failed in another's round
         table, session = hypothesis.table, hypothesis.session
         keep = keep and self._remembers and hypothesis.finish_reason != "error"
         if table is not None:

@@ -172,7 +172,21 @@ class Scheduler:
                         self._preempt(self._fairness.last(self.running))
                     else:
                         ended.append(self._refuse(unit, "reserve has no room for the next segment of this prompt"))
+        while len(self.running) > 1 and self._cache.num_free_pages < self._for_forks():
+            self._preempt(self._fairness.last(self.running))
         return ended
+
+    def _for_forks(self) -> int:
+        """Pages that a round may take besides what is reserved: of a population those are kept twice that stand in the
+        place of one who has ended, or who needed fewer."""
+        pages = 0
+        for unit in self.running:
+            members = unit.unfinished if unit.places > 1 else []
+            if members and all([hypothesis.opened for hypothesis in members]):
+                needed = [sum([self._cache.pages_written(hypothesis.length(context), hypothesis.next_room)
+                               for context in hypothesis.contexts]) for hypothesis in members]
+                pages += unit.places * max(needed) - sum(needed)
+        return pages
 
     def _reserve(self, hypothesis: Hypothesis, opened: bool = False) -> bool:
         """Takes the pages of the next segment in both caches; False where they are not there.
@@ -333,10 +347,12 @@ class Scheduler:
 
     def _can_open(self, unit: Unit) -> bool:
         """Whether there are pages for all of `unit`, with a segment each."""
-        first, *others = [Opening(ids[:-1], [len(ids) - 1 + len(one.token_ids) + one.next_room
-                                             for one in unit.unfinished]) for ids in unit.request.contexts]
+        lengths = [len(one.token_ids) + one.next_room for one in unit.unfinished]
+        lengths += [max(lengths)] * (unit.places - len(lengths))  # who is kept twice in the place of one who has ended
+        first, *others = [Opening(ids[:-1], [len(ids) - 1 + length for length in lengths])
+                          for ids in unit.request.contexts]
         return self._cache.can_open(first.token_ids, first.lengths, unit.request.stores, others,
-                                    self._anew(unit.request))
+                                    self._anew(unit.request), self._for_forks())
 
     def _anew(self, request: Request) -> int | None:
         """The tokens of a request's prompt that its next response may share, where it is to read the others anew: to
@@ -388,7 +404,8 @@ class Scheduler:
             return False
         if anew is not None:
             request.teller = hypothesis
-        hypothesis.prefill, new = Prefill(), hypothesis.boundary is None  # else it was interrupted or gave way
+        hypothesis.prefill, new = Prefill(), not hypothesis.admitted  # else it was interrupted or gave way
+        hypothesis.admitted = True
         self._fairness.read(request, len(request.contexts[0]) - table.length + len(hypothesis.token_ids))
         if new:
             hypothesis.metrics.prompt_tokens_cached = table.length

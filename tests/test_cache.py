@@ -476,6 +476,23 @@ def test_reserve_after_a_rewind_into_shared_pages():
     cache.check_integrity()
 
 
+def test_nobody_finds_what_is_reserved_to_be_overwritten():
+    """A rewound table's pages are published: between reserve and commit nobody may come to share one, or the commit
+    would need a page that was not reserved."""
+    cache, prompt = make_cache(num_pages=4), list(range(8))
+    table = published_table(cache, prompt, 8)
+    cache.truncate(table, 4)
+    assert cache.shared_length(prompt) == 8
+    cache.reserve(table, 4)
+    assert cache.shared_length(prompt) == 4
+    other = cache.open(prompt + [8] * 4)
+    assert other.pages[0] == table.pages[0] and table.pages[1] not in other.pages and not cache.num_free_pages
+    start = fill_slab(cache, cache.take_slab(), [70, 71, 72, 73])
+    cache.commit([CommitMove(table, start, 4, 4)])
+    assert_holds(cache, table, prompt[:4] + [70, 71, 72, 73])
+    cache.check_integrity()
+
+
 def test_a_closed_table_is_refused_everywhere():
     cache, other = make_cache(), make_cache()
     closed, foreign = opened(cache, [], 4), opened(other, [], 4)

@@ -264,6 +264,54 @@ def test_counters_are_the_sums_of_outputs_and_never_go_down(kind, seed):
     assert taken and made.metrics.snapshot()["stars:num_preemptions_total"] > 0, "the run has not what it is to test"
 
 
+def test_what_gave_way_goes_back_no_further_than_that():
+    """One of several whole responses had its first piece counted and gave way, the other goes on: an interrupt of its
+    round takes nothing back that was counted before."""
+    made, params = engine(cache_tokens=512), stars.SamplingParams(max_tokens=40, seed=3, ignore_eos=True)
+    wanted = made.generate(prompt(), params, stars.BestOfN(2), use_tqdm=False)[0]
+    made.add_request(prompt(), params, stars.BestOfN(2))
+    [(first, second)] = [group.hypotheses for request in made._requests.values() for group in request.groups]
+    while not second.drafts:
+        made.step()
+    made._scheduler._preempt(made._scheduler.running[-1])
+    made.step()
+    assert (first.drafts, second.drafts) == (2, 1)
+    made._cache.commit = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    del made._cache.commit
+    made.check_integrity()
+    assert (first.drafts, second.drafts) == (2, 1)
+    assert second.metrics.attempts == 1 and second.metrics.lm_tokens_drawn == len(second.token_ids) > 0
+    done: dict[str, stars.RequestOutput] = {}
+    while made.has_unfinished_requests():
+        collect(made, done, set())
+    [output] = done.values()
+    assert output.outputs[0].token_ids == wanted.outputs[0].token_ids
+    check_sums(made, [wanted, output])
+
+
+def test_what_was_cached_is_counted_at_the_first_admission():
+    """One of two whole responses gave way before it drew anything, and its group was counted: once it comes back to an
+    emptied cache it still says what it found at first."""
+    made, params = engine(cache_tokens=512), stars.SamplingParams(max_tokens=40, seed=3, ignore_eos=True)
+    made.generate(prompt(), params, stars.BestOfN(2), use_tqdm=False)
+    made.add_request(prompt(), params, stars.BestOfN(2))
+    made._schedule()
+    made._scheduler._preempt(made._scheduler.running[0])
+    made.step()
+    before = rising(made.metrics.snapshot())
+    made._cache.commit = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    del made._cache.commit
+    while made.has_unfinished_requests():
+        [output] = made.step() or [None]
+        after = rising(made.metrics.snapshot())
+        assert not {name: (value, after[name]) for name, value in before.items() if after[name] < value}
+    assert output.metrics.prompt_tokens_cached == 2 * 8
+
+
 def interrupt(*given):
     raise KeyboardInterrupt
 

@@ -404,3 +404,22 @@ def test_an_interrupt_in_the_queue_loses_nothing(causal):
 @pytest.mark.parametrize("causal", [False, True], ids=["function", "causal"])
 def test_an_interrupt_anywhere_in_the_queue_loses_nothing(causal):
     interrupt_everywhere(causal, 1, lambda number, runs: {1, runs})
+
+
+def test_there_is_room_for_who_is_kept_twice_in_the_place_of_who_has_ended():
+    """A beam that ended has given its pages back, and others have them by the time that another one is forked into its
+    place: no round lacks a page then, and the texts are those of each alone."""
+    def made(cache_tokens: int) -> stars.Engine:
+        longest = stars.FunctionReward(lambda prompt, responses: [float(len(one)) for one in responses], inputs="ids")
+        return engine(longest, cache_tokens, page_size=4, max_num_seqs=8, max_segment_size=16)
+
+    given = 0
+    for seed in range(12):
+        jobs = [({"prompt_token_ids": ids(5 + index, 5, index)},
+                 stars.SamplingParams(max_tokens=24, seed=6 * seed + index, ignore_eos=index % 2 > 0,
+                                      stop_token_ids=[4] if index % 2 == 0 else None),
+                 stars.SegmentBeam(3, 2, 3) if index % 2 == 0 else stars.Sample()) for index in range(8)]
+        outputs = run(made(96), jobs)
+        given += sum(output.metrics.num_preemptions for output in outputs)
+        assert list(map(facts, outputs)) == list(map(facts, run(made(LARGE), jobs)))
+    assert given > 0, "the run has not what it is to test"

@@ -4,6 +4,7 @@ those of a reward that answers at once, at any timing."""
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import subprocess
@@ -531,3 +532,24 @@ print("done", flush=True)
                           capture_output=True, text=True, timeout=50)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
     assert time.monotonic() - begin < 50
+
+
+def test_a_request_that_fails_holds_nothing_of_its_completions_that_wait():
+    """Both completions keep an attempt of their undecided segments; one's next reward is an error while the other's is
+    to come, and in its round the other has no part."""
+    reward = LateFunction(rewards, inputs="ids")
+    engine = toy_engine(LM, reward)
+    params = stars.SamplingParams(max_tokens=8, n=2, seed=1, ignore_eos=True)
+    engine.add_request(PROMPTS[0], params, stars.STARS(4, 9, 1.0, 0.0, math.inf, width=1))
+    while len(reward.pending) < 2:
+        engine.step()
+    reward.settle()
+    reward.settle()
+    while len(reward.pending) < 2:
+        engine.step()
+    members = [hypothesis for request in engine._requests.values() for hypothesis in request.hypotheses]
+    assert all([one.preferred is not None and one.wait is not None for one in members])
+    reward.pending[0][0].set_result(RewardError("no"))
+    done = [output for output in engine.step() if output.finished]
+    assert [one.finish_reason for one in done[0].outputs] == ["error"] * 2
+    nothing_is_held(engine)
