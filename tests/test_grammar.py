@@ -401,6 +401,21 @@ def test_a_dead_end_after_the_winner_is_nobodys(width):
     assert found == test_a_dead_end_after_the_winner_is_nobodys.alone
 
 
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys(width):
+    made = engine(deterministic=True)
+    found = []
+    for seed in range(12):
+        [completion] = run(made, asked(6, seed, regex="(a|b|c|1)+(2|z)|[def]z"),
+                           stars.RejectionSampling(2.0, 0.3, 4, width=width))
+        found.append((completion.finish_reason, completion.token_ids, completion.error))
+    nothing_is_held(made)
+    assert len({reason for reason, _, _ in found}) > 1 and any(error for _, _, error in found)
+    if width == 1:
+        test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys.alone = found
+    assert found == test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys.alone
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
