@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -61,6 +61,7 @@ LOW_ACCEPT_ATTEMPTS = 100
 ALONE_SECONDS = 5.0
 """How long a completion that is run by itself, after a round that raised, may wait for rewards in its caller's turn."""
 MAX_WARNED = 100  # policies that are remembered, and warned of
+T = TypeVar("T")
 
 
 class Engine:
@@ -256,7 +257,7 @@ class Engine:
         requests: list[Request] = []
         bar = None
         try:
-            self._submit(asked, owner, requests)
+            self._submit(_each(asked, self._intake.compiled), owner, requests)
             progress = tqdm if use_tqdm is True else use_tqdm
             bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
             finished = 0
@@ -322,8 +323,8 @@ class Engine:
         if isinstance(prompt, (list, tuple)):
             refuse_bare_prompt(prompt)
             raise RequestError("stream takes one prompt: call it for each, or give the list to generate")
-        return self._stream(self._check(Asked(prompt, sampling_params, policy, budget, priority, user,
-                                              trace_context=parent_of(self.spans))))
+        asked = Asked(prompt, sampling_params, policy, budget, priority, user, trace_context=parent_of(self.spans))
+        return self._stream(self._check(self._intake.compiled(asked)))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         owner = Owner()
@@ -379,7 +380,6 @@ class Engine:
 
     # -- step by step ---------------------------------------------------------------------------------------------
 
-    @one_at_a_time
     def add_request(self, /, prompt: Any = None, sampling_params: SamplingParams | None = None,
                     policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
                     priority: int = 0, user: str | None = None, trace_headers: Mapping[str, str] | None = None,
@@ -392,6 +392,10 @@ class Engine:
                                                     "priority", "user", "trace_headers"))
         asked = Asked(prompt, sampling_params, policy, budget, priority, user,
                       trace_context=parent_of(self.spans, trace_headers))
+        return self._add(self._intake.compiled(asked), request_id)
+
+    @one_at_a_time
+    def _add(self, asked: Asked, request_id: str | None) -> str:
         request = self._parse(asked, request_id)
         self._enqueue(request)
         return request.request_id
@@ -467,11 +471,7 @@ class Engine:
     @one_at_a_time
     def _submit(self, asked: Iterable[Asked], owner: Owner, requests: list[Request]) -> None:
         """Appends a request for each of `asked` to `requests`, and queues them once all were checked."""
-        for index, one in enumerate(asked):
-            try:
-                requests.append(self._parse(one))
-            except StarsError as error:
-                raise RequestError(f"prompts[{index}]: {error}") from error
+        requests += _each(asked, self._parse)
         for request in requests:
             self._enqueue(request, owner)
 
@@ -741,6 +741,17 @@ def _name(model: Any) -> str:
     if isinstance(model, (str, Path)):
         return Path(model).resolve().name if Path(model).exists() else str(model)
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _each(asked: Iterable[Asked], check: Callable[[Asked], T]) -> list[T]:
+    """What `check` makes of each of `asked`; RequestError names the one at fault."""
+    results = []
+    for index, one in enumerate(asked):
+        try:
+            results.append(check(one))
+        except StarsError as error:
+            raise RequestError(f"prompts[{index}]: {error}") from error
+    return results
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -33,6 +33,7 @@ class AsyncEngine:
 
     Any event loop of any thread may call, and so may any thread call the `engine` itself: they take turns, round by
     round. Nothing here blocks an event loop: the loop thread checks requests and builds outputs, between rounds.
+    Grammars that are new are compiled in another one, so that nobody else waits for them.
 
     A task that is cancelled while it awaits an output, a stream that is closed, and one that is simply no longer held
     end their request before the next round. Who is slow holds up nobody: of cumulative outputs some are left out, and
@@ -105,8 +106,8 @@ class AsyncEngine:
     async def _added(self, asked: Asked, request_id: str | None, at_once: bool) -> RequestStream:
         feed = self._loop.feed(asked, request_id, acknowledged=True)
         stream = RequestStream(self, feed)
-        stream._begin(at_once)
         try:
+            await stream._begin(at_once)
             await feed.accepted()
         except BaseException:  # whose traceback may hold the stream for long
             stream._end()
@@ -147,7 +148,7 @@ class RequestStream:
     def __init__(self, engine: AsyncEngine, feed: Feed):
         self._engine = engine  # which lives as long as somebody awaits it
         self._feed = feed
-        self._begun = self._ended = False
+        self._beginning = self._begun = self._ended = False
 
     @property
     def request_id(self) -> str | None:
@@ -162,7 +163,9 @@ class RequestStream:
             raise StopAsyncIteration
         try:
             if not self._begun:
-                self._begin()
+                await self._begin()
+            if self._ended:  # closed meanwhile
+                raise StopAsyncIteration
             output = await self._feed.next()
         except BaseException:
             self._end()
@@ -177,7 +180,16 @@ class RequestStream:
         """Ends the request, if it is not finished; there are no more outputs."""
         self._end()
 
-    def _begin(self, at_once: bool = False) -> None:
+    async def _begin(self, at_once: bool = False) -> None:
+        """Asks for the request, once its grammar is compiled, if it has one."""
+        if self._beginning:
+            raise RuntimeError("another task awaits this request already: one at a time may")
+        self._beginning = True
+        compiling = self._engine._loop.compile(self._feed)
+        if compiling is not None:
+            self._feed.asked = await asyncio.wrap_future(compiling)
+            if self._ended:
+                return
         self._engine._loop.add(self._feed, at_once)
         self._begun = True
 
