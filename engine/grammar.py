@@ -280,6 +280,8 @@ def _lark(kind: str, text: str) -> str:
     if kind == "regex":
         from llguidance import regex_to_lark
 
+        if (len(text) - len(text.rstrip("\\"))) % 2:  # which it would leave out
+            raise _refused(kind, "the backslash at its end escapes nothing")
         return f"start: TEXT\nTEXT: /{regex_to_lark(text, 'd')}/"
     if kind == "choice":
         return "start: TEXT\nTEXT: " + " | ".join(map(json.dumps, json.loads(text)))

@@ -431,6 +431,7 @@ def test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys(width):
     (dict(json={"enum": []}), "Unsatisfiable schema"),
     (dict(json={"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}), "it never comes to an end"),
     (dict(regex="["), "is no regular expression that can be followed (unclosed character class)"),
+    (dict(regex="ab\\"), "is no regular expression that can be followed (the backslash at its end escapes nothing)"),
     (dict(regex="a(?=b)"), "look-around"),
     (dict(regex="a[^\\s\\S]"), "no text matches it"),
     (dict(regex="z"), "no text matches it"),  # which no token spells
