@@ -419,6 +419,23 @@ def test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys(width):
     assert found == test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys.alone
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_dead_end_leaves_the_other_completions(width):
+    """What they are does not depend on when it is met, and so not on width or batch."""
+    found = []
+    for policy in (stars.Sample(), stars.STARS(2, 5, 1.0, 0.5, -1.0, width=width),
+                   stars.RejectionSampling(2.0, 0.3, 4, width=width)):
+        made = engine(deterministic=True)
+        completions = run(made, asked(6, 1, 24, regex="(a|b|c|1)+(2|z)|[def]z"), policy)
+        nothing_is_held(made)
+        reasons = [completion.finish_reason for completion in completions]
+        assert reasons.count("error") > 1 and reasons.count("stop") > 1, policy
+        found.append([(completion.finish_reason, completion.token_ids) for completion in completions])
+    if width == 1:
+        test_a_dead_end_leaves_the_other_completions.alone = found
+    assert found == test_a_dead_end_leaves_the_other_completions.alone
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
