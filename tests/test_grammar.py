@@ -560,7 +560,7 @@ def slow(monkeypatch) -> tuple[threading.Event, threading.Event]:
 
     def slowly(self, kind, text):
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(8)
         return compiled(self, kind, text)
 
     monkeypatch.setattr(stars.grammar._Compiler, "compile", slowly)
@@ -612,8 +612,8 @@ def test_no_task_waits_for_anothers_grammar(slow):
             streams = [made.generate(prompt, asked(24, seed, regex=REGEX)) for seed in range(3)]
             tasks = [asyncio.create_task(last(stream)) for stream in streams]
             adding = asyncio.create_task(made.add(prompt, asked(24, 3, regex=REGEX)))
-            await asyncio.to_thread(begun.wait, 20)
-            free = await asyncio.wait_for(last(made.generate(prompt, stars.SamplingParams(max_tokens=8, seed=1))), 20)
+            await asyncio.to_thread(begun.wait, 8)
+            free = await asyncio.wait_for(last(made.generate(prompt, stars.SamplingParams(max_tokens=8, seed=1))), 4)
             assert free.token_ids and not any(task.done() for task in (*tasks, adding))
             tasks[1].cancel()
             await streams[2].aclose()
