@@ -56,10 +56,8 @@ def parse_chat(given: Mapping[str, Any], tokenizer: Any) -> Chat:
 
 def parse_special_tokens(given: Any) -> bool:
     """Whether control tokens in a user's texts are text; RequestError for what is neither "parse" nor "text"."""
-    if given is None or given == "parse":
-        return False
-    if isinstance(given, str) and given == "text":
-        return True
+    if given is None or isinstance(given, str) and given in ("parse", "text"):
+        return bool(given == "text")
     raise RequestError(f'special_tokens is {shown(given)}, it must be "parse", where control tokens in a text are '
                        'tokens, or "text"')
 

@@ -10,9 +10,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -62,6 +61,7 @@ LOW_ACCEPT_ATTEMPTS = 100
 ALONE_SECONDS = 5.0
 """How long a completion that is run by itself, after a round that raised, may wait for rewards in its caller's turn."""
 MAX_WARNED = 100  # policies that are remembered, and warned of
+T = TypeVar("T")
 
 
 class Engine:
@@ -253,14 +253,11 @@ class Engine:
             prompts, _one_each("sampling_params", sampling_params, count), _one_each("policy", policy, count),
             _one_each("budget", budget, count), _one_each("priority", priority, count), _one_each("user", user, count),
             strict=True)]
-        for index, one in enumerate(asked):
-            with _named(index):
-                asked[index] = self._compiled(one)
         owner = Owner()
         requests: list[Request] = []
         bar = None
         try:
-            self._submit(asked, owner, requests)
+            self._submit(_each(asked, self._intake.compiled), owner, requests)
             progress = tqdm if use_tqdm is True else use_tqdm
             bar = progress(total=len(requests), desc="Processed prompts", dynamic_ncols=True) if progress else None
             finished = 0
@@ -327,7 +324,7 @@ class Engine:
             refuse_bare_prompt(prompt)
             raise RequestError("stream takes one prompt: call it for each, or give the list to generate")
         asked = Asked(prompt, sampling_params, policy, budget, priority, user, trace_context=parent_of(self.spans))
-        return self._stream(self._check(self._compiled(asked)))
+        return self._stream(self._check(self._intake.compiled(asked)))
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
         owner = Owner()
@@ -395,10 +392,10 @@ class Engine:
                                                     "priority", "user", "trace_headers"))
         asked = Asked(prompt, sampling_params, policy, budget, priority, user,
                       trace_context=parent_of(self.spans, trace_headers))
-        return self._add_request(self._compiled(asked), request_id)
+        return self._add(self._intake.compiled(asked), request_id)
 
     @one_at_a_time
-    def _add_request(self, asked: Asked, request_id: str | None) -> str:
+    def _add(self, asked: Asked, request_id: str | None) -> str:
         request = self._parse(asked, request_id)
         self._enqueue(request)
         return request.request_id
@@ -461,16 +458,6 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use: choose another")
         return self._intake.parse(asked, request_id)
 
-    def _compiled(self, asked: Asked) -> Asked:
-        """`asked`, whose grammar is at hand now, if it has one: others have their turns while it is compiled."""
-        structured = self._intake.to_compile(asked)
-        if structured is None:
-            return asked
-        self._turns.refuse_reentry()
-        arrived = time.monotonic()  # a deadline counts from the call
-        self._intake.compile(structured)
-        return asked._replace(arrived=arrived)
-
     @one_at_a_time
     def _check(self, asked: Asked) -> Request:
         return self._parse(asked)
@@ -484,9 +471,7 @@ class Engine:
     @one_at_a_time
     def _submit(self, asked: Iterable[Asked], owner: Owner, requests: list[Request]) -> None:
         """Appends a request for each of `asked` to `requests`, and queues them once all were checked."""
-        for index, one in enumerate(asked):
-            with _named(index):
-                requests.append(self._parse(one))
+        requests += _each(asked, self._parse)
         for request in requests:
             self._enqueue(request, owner)
 
@@ -758,13 +743,15 @@ def _name(model: Any) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
-@contextmanager
-def _named(index: int) -> Iterator[None]:
-    """Says of what is refused which prompt it is."""
-    try:
-        yield
-    except StarsError as error:
-        raise RequestError(f"prompts[{index}]: {error}") from error
+def _each(asked: Iterable[Asked], check: Callable[[Asked], T]) -> list[T]:
+    """What `check` makes of each of `asked`; RequestError names the one at fault."""
+    results = []
+    for index, one in enumerate(asked):
+        try:
+            results.append(check(one))
+        except StarsError as error:
+            raise RequestError(f"prompts[{index}]: {error}") from error
+    return results
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -13,6 +13,7 @@ the segment once more, which an ambiguous grammar makes slow).
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -48,37 +49,46 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
-        self._lock = threading.Lock()  # any thread may ask for a grammar: one is compiled at a time
-        self._kept = threading.Lock()  # held for a moment only: who asks for a known one waits for no other
         self._compiler: _Compiler | None = None  # made when first needed
         self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._begin()
 
     def of(self, asked: StructuredOutputsParams) -> Grammar:
         """What `asked` allows, compiled or taken from those kept; RequestError where that is no grammar or admits
-        nothing, and where this engine has none."""
-        found = self.known(asked)
+        nothing, and where this engine has none. Any thread may ask; it may wait for seconds."""
+        kind, text = _text(asked)
+        found = self._find(kind, text)
         if found is not None:
             return found
-        kind, text = _text(asked)
-        with self._lock:
-            found = self.known(asked)  # by now
+        with self._compiling:
+            found = self._find(kind, text)  # by who was before
             if found is None:
                 compiler = self._compiler = self._compiler if self._compiler is not None else self._make_compiler()
                 found = Grammar(compiler.compile(kind, text), self._eos_token_ids, self._vocab_size)
-                with self._kept:
+                with self._lock:
                     self._compiled[kind, text] = found
                     if len(self._compiled) > MAX_COMPILED:
                         self._compiled.popitem(last=False)
         return found
 
     def known(self, asked: StructuredOutputsParams) -> Grammar | None:
-        """The same where it is kept, else None; RequestError where it can be none by its form."""
-        key = _text(asked)
-        with self._kept:
-            found = self._compiled.get(key)
+        """What `asked` allows, where that is compiled already; waits for nobody. RequestError as of `_text`."""
+        return self._find(*_text(asked))
+
+    def _find(self, kind: str, text: str) -> Grammar | None:
+        if self._process != os.getpid():
+            self._begin()
+        with self._lock:
+            found = self._compiled.get((kind, text))
             if found is not None:
-                self._compiled.move_to_end(key)
+                self._compiled.move_to_end((kind, text))
         return found
+
+    def _begin(self) -> None:
+        """In a process that was forked, too: what other threads had locked stays so there."""
+        self._process = os.getpid()
+        self._lock = threading.Lock()  # of what is compiled, for an instant
+        self._compiling = threading.Lock()  # for as long as that takes
 
     def _make_compiler(self) -> _Compiler:
         """Of this engine's tokens, as llguidance knows them: their bytes, and names for those that no text holds."""
@@ -270,6 +280,8 @@ def _lark(kind: str, text: str) -> str:
     if kind == "regex":
         from llguidance import regex_to_lark
 
+        if (len(text) - len(text.rstrip("\\"))) % 2:  # which it would leave out
+            raise _refused(kind, "the backslash at its end escapes nothing")
         return f"start: TEXT\nTEXT: /{regex_to_lark(text, 'd')}/"
     if kind == "choice":
         return "start: TEXT\nTEXT: " + " | ".join(map(json.dumps, json.loads(text)))

@@ -44,6 +44,7 @@ class Asked(NamedTuple):
     user: str | None = None
     trace_context: Any = None  # of the span that its own belongs to
     arrived: float | None = None  # by the monotonic clock; None: now
+    grammar: Grammar | None = None  # of the parameters' structured_outputs, once it is compiled
 
 
 class Intake:
@@ -131,7 +132,7 @@ class Intake:
         for drafts in (proposal, redrafts):
             self._models.drafter(drafts.stores, drafts.blends)  # which there may be no memory for
         edits = edits_of(params, self._tokenizer, (*stop_ids, *self._eos_token_ids), vocab_size)
-        grammar = self._grammar_of(params, stop_ids, edits)
+        grammar = self._grammar_of(asked, params, stop_ids, edits)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return Request(request_id, prompt, params, policy, plan, seed, stop_ids, tuple(eos), self._tokenizer, named,
                        proposal=proposal, redrafts=redrafts, stores=stores, reader=reader,
@@ -139,18 +140,19 @@ class Intake:
                        arrived=arrived, edits=edits, trace_context=asked.trace_context, names=self._names,
                        grammar=grammar)
 
-    def to_compile(self, asked: Asked) -> StructuredOutputsParams | None:
-        """What `compile` is to be given before `parse`, so that nobody waits for it who has the turn; None: nothing."""
-        params = asked.params
-        structured = params.structured_outputs if isinstance(params, SamplingParams) else None
-        if structured is None:
-            return None
-        assert isinstance(structured, StructuredOutputsParams)  # `SamplingParams` made it one
-        return structured if self._grammars.known(structured) is None else None
+    def compiled(self, asked: Asked) -> Asked:
+        """`asked` with its grammar, if it has one: RequestError where that is none. It may take seconds, which nobody
+        else is to wait for: it is called before the turn, by any thread."""
+        wanted = _wanted(asked)
+        if wanted is None:
+            return asked
+        arrived = time.monotonic() if asked.arrived is None else asked.arrived
+        return asked._replace(grammar=self._grammars.of(wanted), arrived=arrived)
 
-    def compile(self, structured: StructuredOutputsParams) -> None:
-        """Has a grammar at hand, which may take seconds: any thread may, without the engine's turn. RequestError."""
-        self._grammars.of(structured)
+    def lacks_grammar(self, asked: Asked) -> bool:
+        """Whether `compiled` has something to compile."""
+        wanted = _wanted(asked)
+        return wanted is not None and self._grammars.known(wanted) is None
 
     def _contexts(self, plan: Plan, prompt: Prompt) -> dict[str, list[int]]:
         """What the language model reads responses after, by what it is called."""
@@ -175,14 +177,14 @@ class Intake:
         over = max(map(len, self._contexts(plan, prompt).values())) - room  # by texts that are put before it
         return last_tokens(prompt, max(1, len(prompt.token_ids) - over), self._tokenizer) if over > 0 else prompt
 
-    def _grammar_of(self, params: SamplingParams, stop_ids: tuple[int, ...], edits: TokenEdits | None,
+    def _grammar_of(self, asked: Asked, params: SamplingParams, stop_ids: tuple[int, ...], edits: TokenEdits | None,
                     ) -> Grammar | None:
         """What `params` say that responses must be; RequestError where none can be so, or end."""
-        asked = params.structured_outputs
-        if asked is None:
+        wanted = params.structured_outputs
+        if wanted is None:
             return None
-        assert isinstance(asked, StructuredOutputsParams)  # `SamplingParams` made it one
-        grammar = self._grammars.of(asked)
+        assert isinstance(wanted, StructuredOutputsParams)  # `SamplingParams` made it one
+        grammar = asked.grammar if asked.grammar is not None else self._grammars.of(wanted)
         if not stop_ids:
             raise RequestError("structured_outputs needs a token that ends the response, and ignore_eos leaves none: "
                                "leave ignore_eos out, or give stop_token_ids")
@@ -190,6 +192,12 @@ class Intake:
         if edits is not None and edits.mask is not None and not (allowed & edits.mask).any():
             raise RequestError(f"at the first token {NOTHING_LEFT}")
         return grammar
+
+
+def _wanted(asked: Asked) -> StructuredOutputsParams | None:
+    """What a grammar is to be compiled of, before anything of `asked` was checked."""
+    wanted = asked.params.structured_outputs if isinstance(asked.params, SamplingParams) else None
+    return wanted if isinstance(wanted, StructuredOutputsParams) and asked.grammar is None else None
 
 
 def _all_eos(config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -120,7 +120,7 @@ class Judge:
         stopped = group.hypotheses[len(ended)]
         if stopped.finish_reason is not None:  # without a reward, and it is its turn
             stopped.finish("error", error=stopped.error)
-            group.request.fail(str(stopped.error))
+            group.fail(str(stopped.error))
         return None
 
     def _settles_whole(self, group: Group, decision: Decision | None) -> bool:
@@ -205,13 +205,15 @@ class Judge:
         if not unfinished(group):  # with another group of its request
             return
         in_order = group.rule.in_order
-        faults: dict[Hypothesis, tuple[str, bool]] = {}  # and whether the model's context is full
+        # Whether the model's context is full, and whether no token could be drawn.
+        faults: dict[Hypothesis, tuple[str, bool, bool]] = {}
         fresh = False
         for lane, result in scores:
             # What a reader alone says is on the lane already.
             reward = lane.fault or (usable(result.reward) if group.scores_segments else lane.reward)
             if isinstance(reward, str):
-                faults.setdefault(lane.hypothesis, (reward, isinstance(settled(result.reward), ContextFull)))
+                faults.setdefault(lane.hypothesis, (
+                    reward, isinstance(settled(result.reward), ContextFull), lane.fault is not None))
                 continue
             lane.reward = reward
             if lane.hypothesis not in faults:
@@ -219,11 +221,11 @@ class Judge:
                 fresh = True
         if in_order and fresh and self._ask(group, decisions):
             return
-        for hypothesis, (fault, full) in faults.items():
+        for hypothesis, (fault, full, dead) in faults.items():
             if full and hypothesis.token_ids:
                 hypothesis.finish("length")
             else:
-                group.request.fail(fault)
+                (group if dead else group.request).fail(fault)
                 return
         members = unfinished(group)
         if members and (faults if in_order else not any([unscored.get(hypothesis) for hypothesis in members])):

@@ -117,7 +117,8 @@ class Proposer:
         return Rows(iter(drafted), (time.perf_counter() - begin) / len(specs))
 
     def collect(self, drawn: dict[Hypothesis, list[Lane]]) -> None:
-        """Takes what was drafted in the lanes. Without logits to draw from, a request fails."""
+        """Takes what was drafted in the lanes. Without a token to draw a completion fails; of whole responses that
+        are judged in order, where it is that one's turn."""
         if not drawn:
             return
         own = iter(self.drafter.drafted(self._rows) if self._rows else ())
@@ -136,7 +137,11 @@ class Proposer:
                     self._note_dead_ends(hypothesis, lanes)
                 taken = hypothesis.take_drafts(lanes, seconds * len(lanes))
             if not taken:
-                hypothesis.request.fail(self._no_token(hypothesis, lanes))
+                why = self._no_token(hypothesis, lanes)
+                if hypothesis.request.in_turn:  # one before it may be accepted, and then nobody has asked for it
+                    hypothesis.finish("stop", error=why)
+                else:
+                    hypothesis.group.fail(why)
 
     def _note_dead_ends(self, hypothesis: Hypothesis, lanes: Sequence[Lane]) -> None:
         """Of attempts that no token could be drawn for in the middle: they are at fault where it is their turn to be

@@ -651,6 +651,13 @@ class Group:
                 return False
         return True
 
+    def fail(self, message: str) -> None:
+        """Ends every unfinished response with an error; other completions of the request go on, as they would at
+        another width."""
+        for hypothesis in self.hypotheses:
+            if hypothesis.finish_reason is None:
+                hypothesis.finish("error", error=message)
+
     @property
     def failed(self) -> bool:
         """Whether the completion has ended without a result."""
@@ -902,9 +909,8 @@ class Request:
 
     def fail(self, message: str) -> None:
         """Ends every unfinished response with an error."""
-        for hypothesis in self.hypotheses:
-            if hypothesis.finish_reason is None:
-                hypothesis.finish("error", error=message)
+        for group in self.groups:
+            group.fail(message)
 
     @cached_property
     def detokenizer(self) -> Detokenizer:

@@ -238,6 +238,7 @@ class Round:
         for winner, slot in twins:
             self._committer.fork(winner.hypothesis, slot)
         grown = {winner.hypothesis.group for winner in winners if winner.finish_reason is not None}
+        grown.update([one.group for one in drawn if one.error is not None and one.request.in_turn])
         for group in groups:
             if group.finished or group.request.in_turn and group in grown:
                 self._conclude(group, drawn)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -172,7 +172,7 @@ class SamplingParams:
                                f"{shown(self.stop_token_ids)}") from None
 
     def _logit_bias(self) -> dict[int, float] | None:
-        if not self.logit_bias:
+        if self.logit_bias is None:
             return None
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"SamplingParams.logit_bias is {shown(self.logit_bias)}, it must be a dictionary of "
@@ -184,7 +184,7 @@ class SamplingParams:
             token = integer("a token id of SamplingParams.logit_bias", token, 0)
             bias[token] = real(f"SamplingParams.logit_bias[{shown(token)}]", value,
                                f"between {-MAX_BIAS:g} and {MAX_BIAS:g}", lambda number: abs(number) <= MAX_BIAS)
-        return bias
+        return bias or None
 
     def _bad_words(self) -> tuple[str, ...]:
         words = _items("bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else self.bad_words)
@@ -268,9 +268,10 @@ def _count(name: str, value: Any) -> int | None:
 def _items(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
-    if not isinstance(value, Iterable):
-        raise RequestError(f"SamplingParams.{name} is {shown(value)}, it must be a list")
-    return tuple(value)
+    try:
+        return tuple(value)
+    except Exception:  # no list, or one that cannot be read
+        raise RequestError(f"SamplingParams.{name} is {shown(value)}, it must be a list") from None
 
 
 def _between(name: str, value: Any, least: float, most: float, wanted: str) -> float:

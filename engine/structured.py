@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stars.arguments import flag, known_by_name, shown
-from stars.errors import RequestError
+from stars.errors import RequestError, text_of
 from stars.vllm_names import STRUCTURED
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
@@ -45,7 +45,11 @@ class StructuredOutputsParams:
                                f"{', '.join(given) if given else 'none'}")
         schema_of = getattr(self.json, "model_json_schema", None)
         if isinstance(self.json, type) and callable(schema_of):
-            object.__setattr__(self, "json", schema_of())
+            try:
+                object.__setattr__(self, "json", schema_of())
+            except Exception as error:  # pydantic's, of a class with a field that JSON has not
+                raise RequestError(f"StructuredOutputsParams.json is {shown(self.json)}, which makes no JSON schema "
+                                   f"({text_of(error)}): give one as a dictionary") from error
         if self.json is not None and not isinstance(self.json, (str, Mapping)):
             raise RequestError(f"StructuredOutputsParams.json is {shown(self.json)}, it must be a JSON schema: a "
                                "dictionary or its text")

@@ -184,6 +184,34 @@ def test_flags_and_lists(name, value):
 
 # -- token ids that a model has not ---------------------------------------------------------------------------------
 
+class Unreadable(list):
+    def __iter__(self):
+        raise OSError("a list that cannot be read")
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words", "stop_token_ids", "allowed_token_ids"])
+@pytest.mark.parametrize("value", [np.array(2), Unreadable([1]), 7, object()])
+def test_lists_that_are_none(name, value):
+    with pytest.raises(stars.RequestError, match=f"SamplingParams.{name} (is .*,|must)"):
+        stars.SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), np.array([]), [], "", 0, [1]])
+def test_a_bias_that_is_no_dictionary(value):
+    with pytest.raises(stars.RequestError, match="logit_bias is .* must be a dictionary"):
+        stars.SamplingParams(logit_bias=value)
+
+
+def test_a_class_that_has_no_schema():
+    class Model:
+        @classmethod
+        def model_json_schema(cls):
+            raise ValueError("Cannot generate a JsonSchema for\ncore_schema.IsInstanceSchema")
+
+    with pytest.raises(stars.RequestError, match=r"makes no JSON schema \(Cannot generate a JsonSchema for core"):
+        stars.SamplingParams(structured_outputs={"json": Model})
+
+
 def test_stop_ids_beyond_the_vocabulary_are_refused_and_leave_the_others():
     engine = toy_engine(LM)
     params = stars.SamplingParams(max_tokens=4, ignore_eos=True, seed=1)

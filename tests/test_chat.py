@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import stars
@@ -100,6 +101,7 @@ TOKENIZER_ERRORS = [
      "needs a final message whose content is a text"),
     ({"special_tokens": "ignore"}, "special_tokens is 'ignore', it must be \"parse\""),
     ({"special_tokens": True}, "special_tokens is True, it must be"),
+    ({"special_tokens": np.array(["text", "parse"])}, "special_tokens is array.* it must be"),
     ({"messages": []}, "messages must be a non-empty list"),
     ({"messages": USER}, "messages must be a non-empty list"),
     ({"image": 1}, 'does not take "image"'),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -403,6 +405,38 @@ def test_a_dead_end_after_the_winner_is_nobodys(width):
     assert found == test_a_dead_end_after_the_winner_is_nobodys.alone
 
 
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys(width):
+    made = engine(deterministic=True)
+    found = []
+    for seed in range(12):
+        [completion] = run(made, asked(6, seed, regex="(a|b|c|1)+(2|z)|[def]z"),
+                           stars.RejectionSampling(2.0, 0.3, 4, width=width))
+        found.append((completion.finish_reason, completion.token_ids, completion.error))
+    nothing_is_held(made)
+    assert len({reason for reason, _, _ in found}) > 1 and any(error for _, _, error in found)
+    if width == 1:
+        test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys.alone = found
+    assert found == test_a_whole_response_with_a_dead_end_after_the_winner_is_nobodys.alone
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_dead_end_leaves_the_other_completions(width):
+    """What they are does not depend on when it is met, and so not on width or batch."""
+    found = []
+    for policy in (stars.Sample(), stars.STARS(2, 5, 1.0, 0.5, -1.0, width=width),
+                   stars.RejectionSampling(2.0, 0.3, 4, width=width)):
+        made = engine(deterministic=True)
+        completions = run(made, asked(6, 1, 24, regex="(a|b|c|1)+(2|z)|[def]z"), policy)
+        nothing_is_held(made)
+        reasons = [completion.finish_reason for completion in completions]
+        assert reasons.count("error") > 1 and reasons.count("stop") > 1, policy
+        found.append([(completion.finish_reason, completion.token_ids) for completion in completions])
+    if width == 1:
+        test_a_dead_end_leaves_the_other_completions.alone = found
+    assert found == test_a_dead_end_leaves_the_other_completions.alone
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +449,7 @@ def test_a_dead_end_after_the_winner_is_nobodys(width):
     (dict(json={"enum": []}), "Unsatisfiable schema"),
     (dict(json={"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}), "it never comes to an end"),
     (dict(regex="["), "is no regular expression that can be followed (unclosed character class)"),
+    (dict(regex="ab\\"), "is no regular expression that can be followed (the backslash at its end escapes nothing)"),
     (dict(regex="a(?=b)"), "look-around"),
     (dict(regex="a[^\\s\\S]"), "no text matches it"),
     (dict(regex="z"), "no text matches it"),  # which no token spells
@@ -547,3 +582,96 @@ ENDED = {**NODE, "properties": {"c": {"anyOf": [{"type": "null"}, {"$ref": "#/$d
 ])
 def test_schemas_that_need_themselves_never_end(schema, ends):
     assert schema_ends(schema) is ends
+
+
+# -- compiled beside the turns ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(monkeypatch) -> tuple[threading.Event, threading.Event]:
+    """(set where a grammar is being compiled, what that waits for)."""
+    begun, go_on, compiled = threading.Event(), threading.Event(), stars.grammar._Compiler.compile
+
+    def slowly(self, kind, text):
+        begun.set()
+        assert go_on.wait(8)
+        return compiled(self, kind, text)
+
+    monkeypatch.setattr(stars.grammar._Compiler, "compile", slowly)
+    return begun, go_on
+
+
+@pytest.mark.parametrize("ask", ["generate", "stream", "add_request"])
+def test_nobody_waits_for_anothers_grammar(slow, ask):
+    begun, go_on = slow
+    made, found = engine(), []
+    known = asked(24, 1, regex="[ab]{2}")
+    go_on.set()
+    run(made, known)
+    go_on.clear()
+    begun.clear()
+    prompt = {"prompt_token_ids": START}
+
+    def call() -> None:
+        if ask == "generate":
+            found.extend(run(made, asked(24, 1, regex=REGEX)))
+        elif ask == "stream":
+            found.extend([output.outputs[0] for output in made.stream(prompt, asked(24, 1, regex=REGEX))][-1:])
+        else:
+            made.add_request(prompt, asked(24, 1, regex=REGEX))
+            while not found:
+                found.extend([output.outputs[0] for output in made.step() if output.finished])
+
+    other = threading.Thread(target=call, daemon=True)
+    other.start()
+    assert begun.wait(20)
+    [free], [constrained] = run(made, stars.SamplingParams(max_tokens=8, seed=1)), run(made, known)
+    assert free.token_ids and fits(constrained, ["aa", "ab", "ba", "bb"]) and not found
+    go_on.set()
+    other.join(20)
+    assert found[0].error is None and fits(found[0], WORDS)
+    nothing_is_held(made)
+
+
+def test_no_task_waits_for_anothers_grammar(slow):
+    """Nor is a stream that is closed meanwhile, or whose task is cancelled, ever asked for."""
+    begun, go_on = slow
+
+    async def last(stream):
+        return [output async for output in stream][-1].outputs[0]
+
+    async def all_of_it():
+        async with stars.AsyncEngine(engine()) as made:
+            prompt = {"prompt_token_ids": START}
+            streams = [made.generate(prompt, asked(24, seed, regex=REGEX)) for seed in range(3)]
+            tasks = [asyncio.create_task(last(stream)) for stream in streams]
+            adding = asyncio.create_task(made.add(prompt, asked(24, 3, regex=REGEX)))
+            await asyncio.to_thread(begun.wait, 8)
+            free = await asyncio.wait_for(last(made.generate(prompt, stars.SamplingParams(max_tokens=8, seed=1))), 4)
+            assert free.token_ids and not any(task.done() for task in (*tasks, adding))
+            tasks[1].cancel()
+            await streams[2].aclose()
+            with pytest.raises(RuntimeError, match="another task"):
+                await streams[0]._begin()
+            go_on.set()
+            assert fits(await tasks[0], WORDS) and fits(await last(await adding), WORDS)
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[1]
+            with pytest.raises(IndexError):  # no output
+                await tasks[2]
+            with pytest.raises(stars.RequestError, match="can be followed"):
+                await last(made.generate(prompt, asked(24, 1, regex="(a")))
+        return made
+
+    nothing_is_held(asyncio.run(all_of_it()).engine)
+
+
+def test_what_was_locked_when_a_process_was_forked_is_free_in_the_child():
+    made = Grammars(LETTERS, VOCAB, (EOS,))
+    wanted = StructuredOutputsParams(regex=REGEX)
+    made.of(wanted)
+    with made._lock, made._compiling:
+        child = os.fork()
+        if not child:
+            os._exit(0 if made.known(wanted) is not None and made._compiling.acquire(timeout=1) else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
@@ -33,8 +32,8 @@ class AsyncEngine:
         wait in line, first come first served, and `add_nowait` raises QueueFullError.
 
     Any event loop of any thread may call, and so may any thread call the `engine` itself: they take turns, round by
-    round. Nothing here blocks an event loop: the loop thread checks requests and builds outputs, between rounds. A new
-    grammar is compiled in a thread of the event loop's before that, so that it holds up nobody else.
+    round. Nothing here blocks an event loop: the loop thread checks requests and builds outputs, between rounds.
+    Grammars that are new are compiled in another one, so that nobody else waits for them.
 
     A task that is cancelled while it awaits an output, a stream that is closed, and one that is simply no longer held
     end their request before the next round. Who is slow holds up nobody: of cumulative outputs some are left out, and
@@ -107,9 +106,8 @@ class AsyncEngine:
     async def _added(self, asked: Asked, request_id: str | None, at_once: bool) -> RequestStream:
         feed = self._loop.feed(asked, request_id, acknowledged=True)
         stream = RequestStream(self, feed)
-        await stream._prepare()
-        stream._begin(at_once)
         try:
+            await stream._begin(at_once)
             await feed.accepted()
         except BaseException:  # whose traceback may hold the stream for long
             stream._end()
@@ -150,7 +148,7 @@ class RequestStream:
     def __init__(self, engine: AsyncEngine, feed: Feed):
         self._engine = engine  # which lives as long as somebody awaits it
         self._feed = feed
-        self._begun = self._ended = self._preparing = False
+        self._beginning = self._begun = self._ended = False
 
     @property
     def request_id(self) -> str | None:
@@ -165,10 +163,9 @@ class RequestStream:
             raise StopAsyncIteration
         try:
             if not self._begun:
-                await self._prepare()
-                if self._ended:  # closed meanwhile
-                    raise StopAsyncIteration
-                self._begin()
+                await self._begin()
+            if self._ended:  # closed meanwhile
+                raise StopAsyncIteration
             output = await self._feed.next()
         except BaseException:
             self._end()
@@ -183,22 +180,16 @@ class RequestStream:
         """Ends the request, if it is not finished; there are no more outputs."""
         self._end()
 
-    async def _prepare(self) -> None:
-        """Compiles its grammar in a thread of the event loop's, if it is a new one: rounds go on meanwhile.
-        RequestError where that is none."""
-        if self._preparing:
+    async def _begin(self, at_once: bool = False) -> None:
+        """Asks for the request, once its grammar is compiled, if it has one."""
+        if self._beginning:
             raise RuntimeError("another task awaits this request already: one at a time may")
-        intake, asked = self._engine.engine._intake, self._feed.asked
-        structured = intake.to_compile(asked)
-        if structured is not None and self._engine.is_running:
-            self._preparing = True
-            self._feed.asked = asked._replace(arrived=time.monotonic())  # a deadline counts from here
-            try:
-                await asyncio.to_thread(intake.compile, structured)
-            finally:
-                self._preparing = False
-
-    def _begin(self, at_once: bool = False) -> None:
+        self._beginning = True
+        compiling = self._engine._loop.compile(self._feed)
+        if compiling is not None:
+            self._feed.asked = await asyncio.wrap_future(compiling)
+            if self._ended:
+                return
         self._engine._loop.add(self._feed, at_once)
         self._begun = True
 

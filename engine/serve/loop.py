@@ -21,6 +21,7 @@ from stars.errors import EngineDeadError, IntegrityError, QueueFullError, Reques
 from stars.intake import Asked
 from stars.request import Request
 from stars.reward.base import Later
+from stars.serve.aside import Aside
 from stars.serve.feed import Feed, Waiter
 
 EXIT_SECONDS = 10.0
@@ -74,6 +75,7 @@ class Loop:
         self.engine = engine
         self.max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._aside = Aside("stars-grammars")
         self._lock = threading.Lock()  # of the next six; nobody takes it who may be a finaliser
         # Requests that may come before they stand in line, where max_waiting is a number.
         self._room = engine.config.max_num_seqs + (max_waiting or 0)
@@ -124,6 +126,14 @@ class Loop:
             else:
                 self._in_line += 1
             self._inbox.put(Add(feed, placed))
+
+    def compile(self, feed: Feed) -> Future[Asked] | None:
+        """Has the grammar compiled of a request that is to be asked for, in a thread of its own, where it has one that
+        is not known yet; None where there is nothing to do."""
+        intake, asked = self.engine._intake, feed.asked._replace(arrived=time.monotonic())
+        if self.closed or not intake.lacks_grammar(asked):
+            return None
+        return self._aside.submit(lambda: intake.compiled(asked))
 
     def abort(self, request_id: str) -> Future[bool]:
         """Asks for a request's end; whether there was one comes later."""
