@@ -668,19 +668,19 @@ def test_who_is_slow_gets_few_outputs_and_holds_up_nobody():
 def test_what_changed_while_an_output_waited_is_built_once_that_is_fetched():
     """Also where no round follows: all that runs waits for rewards."""
     async def serve():
-        go, reached = threading.Event(), threading.Event()
+        stuck, go = threading.Event(), threading.Event()
         late = Gate()
 
         def reward(prompt, responses):
             if len(responses[0]) >= 6:
-                reached.set()
+                stuck.set()
                 go.wait(LIMIT)
             return late(prompt, responses)
 
         engine = toy_engine(LM, stars.FunctionReward(reward, inputs="ids", blocking=True))
         async with stars.AsyncEngine(engine) as served:
             stream = await served.add(*endless())
-            await until(lambda: reached.is_set() and stream._feed.stale and served._loop._awaited)
+            await until(lambda: stuck.is_set() and stream._feed.stale and served._loop._awaited)
             first = await anext(stream)
             assert len(first.outputs[0].token_ids) < 5
             second = await anext(stream)

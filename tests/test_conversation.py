@@ -16,10 +16,12 @@ import pytest
 
 import stars
 from editing import edit_json
+from stars.chat import Chat
 from stars.engine import Engine
 from stars.exhaustions import BackUp
 from stars.outputs import RequestOutput
 from stars.passes import Passes
+from stars.prompt import Prompt
 from stars.reward.base import with_parts
 from stars.reward.session import SessionReward
 from toy import Digits, ToyModel, ids, toy_engine, toy_pair
@@ -278,7 +280,7 @@ def test_messages_by_a_template(tiny_model, copied, same):
         [output] = engine.generate({"messages": list(messages)}, params(turn, max_tokens=9), STRICT, use_tqdm=False)
         engine.check_integrity()
         prompt = output.prompt_token_ids
-        frame = reward.framing._chat(messages, None).prefix
+        frame = reward.framing._chat(Chat(messages), Prompt(messages, prompt, None)).prefix
         [language, scored] = rows.take()
         assert language == unread(prompt, known or [0])
         shared = min(common(frame, theirs), len(frame) - 1) // PAGE * PAGE

@@ -467,7 +467,7 @@ def test_a_pair_that_does_not_fit_the_card(tmp_path):
             "print(record.content['notes'], sum(needed.values()) < 75e9, len(needed))")
     lines = python(code, tmp_path).splitlines()
     assert lines[0] == "Llama-3.1-8B" and lines[-2] == "Llama-3.2-1B"
-    assert "a pair of Llama-3.1-8B needs" in lines[-1] and lines[-1].endswith("Llama-3.2-1B instead'] True 10")
+    assert "a pair of Llama-3.1-8B needs" in lines[-1] and lines[-1].endswith("Llama-3.2-1B instead'] True 11")
 
 
 def test_parameters_are_those_of_a_checkpoint():

@@ -196,8 +196,8 @@ def completions_alike(monkeypatch):
 def a_rank_is_skipped(monkeypatch):
     """The second most probable token is never tried."""
     find = stars.proposer.Ranking
-    monkeypatch.setattr(stars.proposer, "Ranking", lambda tokens, logprobs: find(
-        tokens[:1] + tokens[2:] or tokens, logprobs[:1] + logprobs[2:] or logprobs))
+    monkeypatch.setattr(stars.proposer, "Ranking", lambda tokens, logprobs, *others: find(
+        tokens[:1] + tokens[2:] or tokens, logprobs[:1] + logprobs[2:] or logprobs, *others))
 
 
 def _scored_as(monkeypatch, score: Callable) -> None:

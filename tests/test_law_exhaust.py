@@ -365,8 +365,8 @@ def uniforms_repeated(monkeypatch):
 def tokens_repeated(monkeypatch):
     """Its attempts, of which there is one, have new uniforms and the old tokens."""
     spec = stars.proposer.LaneSpec
-    monkeypatch.setattr(stars.proposer, "LaneSpec", lambda *given: spec(
-        *given[:5], 1, *given[6:]))
+    monkeypatch.setattr(stars.proposer, "LaneSpec", lambda *given, **named: spec(
+        *given[:5], 1, *given[6:], **named))
 
 
 def one_more(monkeypatch):

@@ -161,7 +161,8 @@ def test_beside_requests_that_draw_and_are_scored(head):
 def order_reversed(monkeypatch):
     """The least probable candidate is asked about first."""
     find = stars.proposer.Ranking
-    monkeypatch.setattr(stars.proposer, "Ranking", lambda tokens, logprobs: find(tokens[::-1], logprobs[::-1]))
+    monkeypatch.setattr(stars.proposer, "Ranking", lambda tokens, logprobs, *others: find(
+        tokens[::-1], logprobs[::-1], *others))
 
 
 def threshold_forgotten(monkeypatch):

@@ -455,7 +455,7 @@ def test_requests_that_are_refused_at_the_door():
     for policy, sampling, word in (
             (dataclasses.replace(POLICIES["hard"], small="tiny"), params(), "there is no model named 'tiny' .*'small'"),
             (stars.STARS(reward_threshold=1.0, exhaust="redraft:tiny"), params(), "there is no model named 'tiny'"),
-            (POLICIES["gsi"], params(presence_penalty=0.5), "penalties would be in one of them"),
+            (POLICIES["gsi"], params(presence_penalty=0.5), "would be in one of them: leave presence_penalty out"),
             (Given(score=Score("segment", reads=Ratio(True)), propose=Model("small")), params(), "go together")):
         with pytest.raises(stars.RequestError, match=word):
             made.generate(GIVEN[0], sampling, policy, use_tqdm=False)

@@ -375,7 +375,7 @@ def test_an_encoder_reads_a_prompt_once(bench, monkeypatch):
     made = bench("encoder")
     reward, calls = made.reward, []
     encode = reward._encode
-    monkeypatch.setattr(reward, "_encode", lambda pairs: calls.append(pairs) or encode(pairs))
+    monkeypatch.setattr(reward, "_encode", lambda pairs, *given: calls.append(pairs) or encode(pairs, *given))
     for _ in range(3):
         made.open()
     assert calls == [[(PROMPT, "")]]
