@@ -224,7 +224,7 @@ def test_too_little_memory():
         fit.fit_memory(config, {"the language model": weights}, 0, 5 << 30, 80 << 30)
     assert str(caught.value) == (
         "the GPU has 5.0 GiB free and lacks 2.1 GiB (6.0 GiB for the language model's weights, 65 MiB for the language "
-        "model's cache, 56 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
+        "model's cache, 58 MiB for captured graphs, 1.0 GiB for libraries): lower max_num_lanes, max_num_seqs or "
         "max_segment_size, or use smaller models")
     with pytest.raises(ModelError, match=r"^the GPU has 9\.0 GiB free, 1\.0 GiB of it within gpu_memory_utilization="
                                          r"0\.9, and lacks .*: raise gpu_memory_utilization, or lower max_num_lanes"):

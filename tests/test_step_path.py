@@ -24,8 +24,8 @@ from stars.cli.options import shipped_pair
 
 MAX_FILES = 26
 """15 was aimed at. It was 20 when the queue, the proposal, scores, the judgement and the commit of a round, and what a
-reward model scores, stood in three files instead of eight. Users and their shares, units, metrics, and what of a text is
-shown have files of their own since."""
+reward model scores, stood in three files instead of eight. Users and their shares, units, metrics, and what is shown of
+a text have files of their own since."""
 CHANGES_BEFORE = 160
 INLINED = {"<listcomp>", "<dictcomp>", "<setcomp>"}  # no calls of their own from Python 3.12 on
 ENGINE = Path(stars.__file__).resolve().parent
