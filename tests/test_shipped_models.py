@@ -100,7 +100,8 @@ def test_the_small_model_is_small_and_says_what_the_language_model_does():
     files = {path.name: path.stat().st_size for path in (DEMO / "small").iterdir()}
     assert files["model.safetensors"] < 3_000_000
     assert (DEMO / "small" / "tokenizer.json").read_bytes() == (LM / "tokenizer.json").read_bytes()
-    engine = stars.Engine(LM, stars.ImplicitReward(DEMO / "small", LM), models={"small": DEMO / "small"}, dtype="float32")
+    engine = stars.Engine(LM, stars.ImplicitReward(DEMO / "small", LM), dtype="float32",
+                          models={"small": DEMO / "small"})
     params = stars.SamplingParams(temperature=1.0, max_tokens=48, seed=3, n=2)
     outputs = [one for output in engine.generate(OPENINGS, params, stars.Sample(score=True), use_tqdm=False)
                for one in output.outputs]
