@@ -24,7 +24,8 @@ from stars.line_file import LineFile
 FLAGS = ["--max-tokens", "7", "--seed", "3", "--max-num-lanes", "8", "--max-num-seqs", "4", "--no-progress"]
 STARS = [*FLAGS, "--segment-size", "3", "--max-attempts", "3", "--reward-threshold", "0.5"]
 OLD = '{"precious": 1}\n'
-PROMPTS = [{"prompt": f"Once upon a time {number}", "note": [number]} for number in range(12)]
+# No two share a page: the keys that a finished response leaves in one have other last bits than a prompt's.
+PROMPTS = [{"prompt": f"{number} times upon a time", "note": [number]} for number in range(12)]
 
 
 pytestmark = pytest.mark.usefixtures("usual_signals")

@@ -291,7 +291,7 @@ def test_the_greedy_text_is_that_of_a_loop_on_transformers():
     """Everything recomputed in float32. Scores of the two differ by rounding, some 1e-5: a text could only differ where
     the best two are closer than 1e-3, of which there is none."""
     transformers = pytest.importorskip("transformers")
-    engine = stars.Engine(MODELS / "lm", MODELS / "rm")
+    engine = stars.Engine(MODELS / "lm", MODELS / "rm", dtype="float32")
     lm = transformers.AutoModelForCausalLM.from_pretrained(MODELS / "lm", dtype=torch.float32).eval()
     rm = transformers.AutoModelForSequenceClassification.from_pretrained(MODELS / "rm", dtype=torch.float32).eval()
     eos = set(engine._intake._eos_token_ids)

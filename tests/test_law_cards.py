@@ -192,8 +192,8 @@ def entropy_of_the_proposal(monkeypatch):
 def least_ignored(monkeypatch):
     """A segment may be cut after its first token."""
     spec = stars.proposer.LaneSpec
-    monkeypatch.setattr(stars.proposer, "LaneSpec", lambda *given, **named: spec(
-        *given, **named)._replace(least_tokens=1))
+    monkeypatch.setattr(stars.proposer, "LaneSpec",
+                        lambda *given, **named: spec(*given, **named)._replace(least_tokens=1))
 
 
 def last_attempt_tested(monkeypatch):

@@ -243,7 +243,7 @@ def test_the_shipped_head_beside_transformers():
     directory = shipped_pair()[0]
     file = str(directory).removesuffix("lm") + "agent/model.safetensors"
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    engine = stars.Engine(*shipped_pair(), heads={"agent": file})
+    engine = stars.Engine(*shipped_pair(), heads={"agent": file}, dtype="float32")
     params = stars.SamplingParams(max_tokens=6, temperature=0.8, top_k=40, top_p=0.95)
     [output] = engine.generate("The acting in this", params, stars.MARA(), use_tqdm=False)
     known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}

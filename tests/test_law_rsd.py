@@ -242,7 +242,7 @@ def best_instead_of_drawn(monkeypatch):
 
 
 PLANTED = [
-    (redraft_repeats_the_draft, "hard"), (redrawn_by_the_drafter, "hard"), (large_never_caught_up, "hard"),
+    (redraft_repeats_the_draft, "hard"), (redrawn_by_the_drafter, "hard"), (large_never_caught_up, "filters"),
     (law.noise_reused, "hard"), (law.lanes_in_wrong_order, "soft"),
     (ratio_turned_round, "gsi, two"), (small_judged_as_large, "gsi, two"), (last_token_forgotten, "gsi, two"),
     (threshold_of_plain_rewards, "gsi, two"), (best_instead_of_drawn, "gsi, three"),

@@ -46,13 +46,14 @@ def last_hidden(decoder) -> torch.Tensor:
     return decoder.forward(batch, cache, ints([4])).clone()
 
 
-def logits(directory: Path, **options) -> torch.Tensor:
-    decoder = load_model(directory, **options)
+def logits(directory: Path, *, dtype: str = "float32", **options) -> torch.Tensor:
+    """Not of "auto": for a bfloat16 checkpoint the clock would decide."""
+    decoder = load_model(directory, dtype=dtype, **options)
     return decoder.logits(last_hidden(decoder)).clone()
 
 
 def reward(directory: Path) -> torch.Tensor:
-    decoder = load_model(directory, head="reward")
+    decoder = load_model(directory, dtype="float32", head="reward")
     rewards = torch.empty(1)
     linear(last_hidden(decoder), decoder.score_head, rewards.view(1, 1))
     return rewards

@@ -41,7 +41,7 @@ def adapter(base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(base, adapter) -> stars.Engine:
-    return stars.Engine(base, str(adapter))  # a plain directory
+    return stars.Engine(base, str(adapter), dtype="float32")  # a plain directory
 
 
 def scored(engine: stars.Engine, prompt=CHAT, policy=None) -> stars.CompletionOutput:

@@ -109,7 +109,7 @@ class Runner:
     """A decoder and its cache, driven by hand."""
 
     def __init__(self, directory, head: str = "lm", num_pages: int = 64):
-        self.decoder: Decoder = load_model(directory, head=head, max_rows=64)
+        self.decoder: Decoder = load_model(directory, dtype="float32", head=head, max_rows=64)
         self.cache = cache_of(self.decoder.config, page_size=PAGE, num_pages=num_pages, num_slabs=6, slab_len=SLAB)
         for tensor in (self.cache.k_pages, self.cache.v_pages, self.cache.k_slabs, self.cache.v_slabs):
             tensor.fill_(float("nan"))  # what was never written must never be read

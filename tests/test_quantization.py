@@ -143,7 +143,7 @@ def test_the_shipped_pair_in_eight_bits_scores_alike():
                for rest in ("was the worst", "is a delight", "would", "made me sleep", "and the cast", "never")]
     rewards = []
     for quantization in (None, "int8"):
-        engine = stars.Engine(lm, rm, reward_quantization=quantization)
+        engine = stars.Engine(lm, rm, dtype="float32", reward_quantization=quantization)
         params = stars.SamplingParams(max_tokens=6, seed=1)
         rewards.append(torch.tensor([output.outputs[0].reward for output in engine.generate(
             prompts, params, stars.Sample(score=True), use_tqdm=False)]))

@@ -100,7 +100,8 @@ def test_the_small_model_is_small_and_says_what_the_language_model_does():
     files = {path.name: path.stat().st_size for path in (DEMO / "small").iterdir()}
     assert files["model.safetensors"] < 3_000_000
     assert (DEMO / "small" / "tokenizer.json").read_bytes() == (LM / "tokenizer.json").read_bytes()
-    engine = stars.Engine(LM, stars.ImplicitReward(DEMO / "small", LM), models={"small": DEMO / "small"})
+    engine = stars.Engine(LM, stars.ImplicitReward(DEMO / "small", LM), dtype="float32",
+                          models={"small": DEMO / "small"})
     params = stars.SamplingParams(temperature=1.0, max_tokens=48, seed=3, n=2)
     outputs = [one for output in engine.generate(OPENINGS, params, stars.Sample(score=True), use_tqdm=False)
                for one in output.outputs]
@@ -129,7 +130,7 @@ def test_what_is_trained_is_what_the_engine_runs(train_guide, tmp_path):
     train_guide.save(adapters, tmp_path / "guide", rank=3, alpha=6.0)
     (tmp_path / "lm").symlink_to(LM)  # beside it, as the adapter says
     params = stars.SamplingParams(max_tokens=23, seed=5, n=3)
-    [output] = stars.Engine(LM, stars.ImplicitReward(tmp_path / "guide", LM)).generate(
+    [output] = stars.Engine(LM, stars.ImplicitReward(tmp_path / "guide", LM), dtype="float32").generate(
         "Two brothers inherit", params, stars.Sample(score=True), use_tqdm=False)
     pairs = [train_guide.Pair(output.prompt_token_ids, one.token_ids, one.token_ids) for one in output.outputs]
     with torch.no_grad():
