@@ -6,10 +6,9 @@ import atexit
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TypeVar
-
-Call = TypeVar("Call")
+from typing import Any
 
 CALL_SECONDS = 10.0
 """How long an exit waits for a call of the engine's own that is under way: a part of a round, or a grammar."""
@@ -24,15 +23,15 @@ class Beside(threading.Thread):
     midst of an operation of torch, or of freeing a tensor, it ends the process instead, with an exit code of its own.
     """
 
-    def __init__(self, serve: Callable[[SimpleQueue[Call | None]], None], calls: SimpleQueue[Call | None], name: str,
+    def __init__(self, serve: Callable[[Any], None], calls: SimpleQueue[Any], name: str,
                  patience: float = CALL_SECONDS):
         super().__init__(target=serve, args=(calls,), name=name, daemon=True)
         self.patience = patience
-        self.send_home = lambda: end(calls)
+        self.send_home = partial(end, calls)
         self.start()
 
 
-def end(calls: SimpleQueue[Call | None]) -> None:
+def end(calls: SimpleQueue[Any]) -> None:
     """Drops what has not begun, and sends a thread home."""
     try:
         while True:
