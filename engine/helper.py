@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
-from threading import Thread
+
+from stars.beside import Beside
 
 Calls = SimpleQueue["tuple[Callable[[], None], SimpleQueue[BaseException | None]] | None"]
 
@@ -20,16 +21,15 @@ class Helper:
     def __init__(self, name: str):
         self._name = name
         self._calls: Calls = SimpleQueue()
-        self._thread: Thread | None = None
+        self._thread: Beside | None = None
         self._answer: SimpleQueue[BaseException | None] = SimpleQueue()
         self._under_way = False
-        weakref.finalize(self, self._calls.put, None)
+        weakref.finalize(self, self._calls.put, None).atexit = False  # beside.py looks after exits
 
     def begin(self, call: Callable[[], None]) -> None:
         """Has it run; the one before must have been waited for."""
         if self._thread is None or not self._thread.is_alive():  # nor is it in a child of a fork
-            self._thread = Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
-            self._thread.start()
+            self._thread = Beside(_serve, self._calls, self._name)
         self._under_way, self._answer = True, SimpleQueue()
         self._calls.put((call, self._answer))
 

@@ -1167,6 +1167,59 @@ def test_processes_end_with_requests_that_run():
         assert printed.strip() == ("interrupted" if name == "interrupt" else "")
 
 
+BESIDE = """
+    import sys, threading, time
+    sys.path.insert(0, {tests!r})
+    import stars, torch
+    from toy import ToyModel, toy_engine
+
+    called = threading.Event()
+
+    def reward(prompt, responses):
+        called.set()
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:  # each gives the interpreter's lock away, and asks for it
+            torch.zeros(1 << 16).add_(1)
+        return [0.0] * len(responses)
+
+    engine = toy_engine(ToyModel(5, 1), stars.FunctionReward(reward, inputs="ids", blocking=True))
+    params = stars.SamplingParams(max_tokens=4)
+    engine.add_request({{"prompt_token_ids": [1, 2]}}, params, stars.STARS(reward_threshold=1.0))
+    while not called.is_set():
+        engine.step()
+"""
+
+
+def test_a_process_ends_while_a_reward_is_inside_torch():
+    """A thread that asks for the interpreter's lock too late is ended there, and with it the process, by code 134."""
+    source = textwrap.dedent(BESIDE).format(tests=str(Path(__file__).parent))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "STARS_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", source], text=True, env=environment, capture_output=True,
+                           timeout=2 * LIMIT)
+    assert ended.returncode == 0 and not ended.stderr, ended.stderr
+
+
+def test_an_engine_whose_rewards_came_late_is_collected():
+    """The threads of those rewards, which wait for further ones, do not hold the last."""
+    def serve_one() -> weakref.ref:
+        engine = toy_engine(LM, stars.FunctionReward(lambda prompt, responses: table_reward_of(responses), inputs="ids",
+                                                     blocking=True))
+        served = stars.AsyncEngine(engine)
+        assert run(collect(served.generate(*asked(0))))[-1].finished
+        return weakref.ref(engine)
+
+    gone, deadline = serve_one(), time.monotonic() + LIMIT
+    while gone() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert gone() is None
+
+
+def table_reward_of(responses):
+    time.sleep(0.01)  # so that the engine waits
+    return list(map(table_reward(3), responses))
+
+
 def test_an_exit_does_not_wait_for_ever(monkeypatch):
     """For a round that does not end it waits so long and no longer."""
     monkeypatch.setattr(loop_module, "EXIT_SECONDS", 0.2)

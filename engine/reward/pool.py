@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
+from stars.beside import USER_CALL_SECONDS, Beside, end
 from stars.errors import RewardError, describe
 from stars.reward.base import Later
 
@@ -17,7 +18,7 @@ from stars.reward.base import Later
 class Pool:
     """At most `max_workers` threads, begun as calls come; they end with the pool.
 
-    They are daemons: neither a process that exits nor an engine that is collected waits for a call.
+    An engine that is collected waits for no call, and a process that exits for a second at most (beside.py says why).
     """
 
     def __init__(self, max_workers: int):
@@ -34,7 +35,7 @@ class Pool:
         with self._lock:
             if self._threads < self.max_workers:
                 self._threads += 1
-                threading.Thread(target=_work, args=(self._calls,), name="stars-reward", daemon=True).start()
+                Beside(_work, self._calls, "stars-reward", USER_CALL_SECONDS)
         return futures
 
     def _begin(self) -> None:
@@ -42,7 +43,7 @@ class Pool:
         self._lock = threading.Lock()
         self._threads = 0
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        weakref.finalize(self, _end, self._calls)
+        weakref.finalize(self, end, self._calls).atexit = False  # beside.py looks after exits
 
 
 class _Call(NamedTuple):
@@ -63,15 +64,6 @@ def _work(calls: queue.SimpleQueue[_Call | None]) -> None:
             for future, reward in zip(asked.futures, rewards, strict=True):
                 if not future.cancelled():
                     future.set_result(reward)
-            del rewards
+            del rewards, future, reward  # of which those who wait, and so an engine, hang
         del asked, wanted
     calls.put(None)  # for the next one
-
-
-def _end(calls: queue.SimpleQueue[_Call | None]) -> None:
-    """Drops what has not begun, and sends the threads home."""
-    try:
-        while True:
-            calls.get_nowait()
-    except queue.Empty:
-        calls.put(None)

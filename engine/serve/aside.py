@@ -9,27 +9,28 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
+from stars.beside import Beside
+
 T = TypeVar("T")
 Calls: TypeAlias = "SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]"
 
 
 class Aside:
-    """The thread begins with the first call and ends with its owner; it is a daemon, for which no exit waits."""
+    """The thread begins with the first call and ends with its owner."""
 
     def __init__(self, name: str):
         self._name = name
         self._calls: Calls = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: Beside | None = None
         self._lock = threading.Lock()
-        weakref.finalize(self, self._calls.put, None)
+        weakref.finalize(self, self._calls.put, None).atexit = False  # beside.py looks after exits
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Has `call` made, unless its Future is cancelled before its turn. Any thread may ask."""
         future: Future[T] = Future()
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
-                self._thread.start()
+                self._thread = Beside(_serve, self._calls, self._name)
         self._calls.put((call, future))
         return future
 

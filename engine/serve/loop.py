@@ -97,8 +97,7 @@ class Loop:
         # What is used in turns of the engine.
         self._changed: dict[Feed, None] = {}  # what outputs are to be built of, in order
         self.ended: Future[None] = Future()
-        # A daemon, as a thread that is not would keep the interpreter from its exit; that waits for it all the same.
-        self.thread = threading.Thread(target=self._run, name="stars-engine", daemon=True)
+        self.thread = _Thread(target=self._run, name="stars-engine", daemon=True)
         _ALL.add(self)
         self.thread.start()
 
@@ -220,9 +219,10 @@ class Loop:
 
     def _watch(self) -> None:
         """Rewards that are waited for wake the thread."""
+        inbox = self._inbox  # a user who keeps a reward does not keep the engine
         for reward in self._awaited:
             if reward not in self._watched:
-                reward.add_done_callback(lambda _: self.wake())
+                reward.add_done_callback(lambda _: inbox.put(None))
         self._watched = set(self._awaited)
 
     def _advance(self) -> list[Later]:
@@ -454,18 +454,22 @@ def _wake_all(waiters: Iterable[Waiter]) -> None:
             waiter.future.set_result(None)
 
 
+class _Thread(threading.Thread):
+    """A daemon, as a thread that is not would keep the interpreter from its exit; that waits for it all the same."""
+
+
 _ALL: weakref.WeakSet[Loop] = weakref.WeakSet()
 
 
 def _end_all() -> None:
     """At the interpreter's exit, when threads that are not daemons have ended: a thread must not be in the midst of a
-    round when it goes."""
-    loops = [loop for loop in _ALL if loop.thread.is_alive()]
-    for loop in loops:
+    round when it goes, nor freeing an engine that nobody holds any more, whose loop is gone (beside.py says why)."""
+    for loop in list(_ALL):
         loop.forget()
     until = time.monotonic() + EXIT_SECONDS
-    for loop in loops:
-        loop.thread.join(max(0.0, until - time.monotonic()))
+    for thread in threading.enumerate():
+        if isinstance(thread, _Thread):
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def _after_fork() -> None:

@@ -1056,7 +1056,7 @@ MUTANTS = [
            "added: list[Feed] = []", "a fault is not told to those whose message waits", "async_engine"),
     Mutant("engine/serve/loop.py", "            self._told.popleft()\n        self._awaited", "            "
            "self._told.clear()\n        self._awaited", "of several messages the first is heard", "async_engine"),
-    Mutant("engine/serve/loop.py", "reward.add_done_callback(lambda _: self.wake())", "pass",
+    Mutant("engine/serve/loop.py", "reward.add_done_callback(lambda _: inbox.put(None))", "pass",
            "rewards that come do not wake the loop", "async_engine"),
     Mutant("engine/serve/loop.py", "LONGEST_NAP)) if deadlines else None", "LONGEST_NAP)) if 0 else None",
            "a deadline does not wake the loop", "async_engine"),
