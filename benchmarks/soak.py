@@ -439,7 +439,8 @@ class Soak:
         held = Counter(type(one).__name__ for one in gc.get_objects() if type(one) in (Request, Feed, RequestStream))
         if held:
             self.problems.append(f"objects are held: {dict(held)}")
-        more = {thread.name for thread in threading.enumerate()} - threads - {"stars-reward", "stars-grammars"}  # which end with their owners
+        stay = {"stars-reward", "stars-grammars"}  # which end with their owners
+        more = {thread.name for thread in threading.enumerate()} - threads - stay
         if more:
             self.problems.append(f"threads are left: {more}")
 
