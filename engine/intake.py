@@ -107,10 +107,9 @@ class Intake:
                                "give fewer")
         vocab_size = self._vocab_size
         prompt = parse_prompt(given, self._tokenizer, vocab_size)
-        contexts = self._contexts(plan, prompt)
         if params.truncate_prompt_tokens is not None:
             prompt = self._cut(plan, prompt, params.truncate_prompt_tokens, params)
-            contexts = self._contexts(plan, prompt)
+        contexts = self._contexts(plan, prompt)
         longest = max(contexts, key=lambda name: len(contexts[name]))
         length = len(contexts[longest])
         params = params.settle(length, self._config.max_model_len, vocab_size)
