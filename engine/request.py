@@ -29,7 +29,7 @@ from stars.rules import Always, Judged, Note, Rule
 from stars.sampling import RequestOutputKind, SamplingParams
 from stars.shown import ShownText
 from stars.sizes import MAX_WORD
-from stars.stops import cut_at_stop, find_stop, unstoppable
+from stars.stops import cut_at_stop, stop_of
 
 
 class Drafts(NamedTuple):
@@ -925,7 +925,7 @@ class Request:
         text = self.detokenizer.decode(token_ids)
         if not isinstance((extra or hypothesis).stop_reason, str):
             return text
-        found = find_stop(text, self.stop, unstoppable(self.detokenizer, token_ids, self.params.min_tokens))
+        found = stop_of(self.detokenizer, token_ids, text, self.stop, self.params.min_tokens)
         return text[: found[0]] if found else text
 
     def name(self, token: int) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stars.model.tokenizer import Detokenizer, finished
 from stars.sampling import SamplingParams
-from stars.stops import find_stop, hold_back, unstoppable
+from stars.stops import hold_back, stop_of
 
 
 class ShownText:
@@ -42,7 +42,7 @@ class ShownText:
         text = self._detokenizer().decode(content)
         found = None
         if isinstance(stop_reason, str):
-            found = find_stop(text, self._stop, unstoppable(self._detokenizer(), content, self._min_tokens))
+            found = stop_of(self._detokenizer(), content, text, self._stop, self._min_tokens)
         if found is not None:
             place, stop = found
             return self._until(content, text, place + len(stop) * self._includes)

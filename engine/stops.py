@@ -20,6 +20,13 @@ def find_stop(text: str, stops: Sequence[str], after: int = 0) -> tuple[int, str
     return min(found) if found else None
 
 
+def stop_of(detokenizer: Detokenizer, token_ids: list[int], text: str, stops: Sequence[str], min_tokens: int,
+            ) -> tuple[int, str] | None:
+    """As `find_stop`, in the `text` of these tokens of a response, the first min_tokens of which end in no stop string.
+    """
+    return find_stop(text, stops, unstoppable(detokenizer, token_ids, min_tokens))
+
+
 def unstoppable(detokenizer: Detokenizer, token_ids: list[int], min_tokens: int) -> int:
     """Characters of a response that no stop string ends in: those of its first min_tokens tokens."""
     return len(finished(detokenizer.decode(token_ids[:min_tokens]))) if min_tokens else 0
