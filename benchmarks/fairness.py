@@ -1,6 +1,6 @@
 """What a chat waits beside a long batch of somebody else, and how late a deadline is kept, on the shipped pair.
 
-    python benchmarks/fairness.py [--out FILE] [--chats 60] [--deadlines 2000] [--threads N] [--quick]
+    python benchmarks/fairness.py [--out FILE] [--chats 300] [--deadlines 2000] [--threads N] [--quick]
 
 A user `chat` asks for one short text after another and thinks between them; other users keep so many long texts under
 way. A chat's time runs from the moment at which it was to be asked, so the rest of the round that is under way counts.
@@ -57,9 +57,10 @@ LOADS = (
 LONG_WAITS = ("40:1, one user", "40:1, one user, priorities")  # of which two chats a turn are enough
 
 
-def chat_times(engine: stars.Engine, load: Load, count: int, thinks: float) -> tuple[list[float], float, list[str]]:
-    """Seconds of `count` chats, tokens of others a second, and the chats' texts."""
-    chance, times, texts = random.Random(1), [], []
+def chat_times(engine: stars.Engine, load: Load, count: int, thinks: float,
+               first: int = 0) -> tuple[list[float], float, list[str]]:
+    """Seconds of `count` chats from number `first` on, tokens of others a second, and the chats' texts."""
+    chance, times, texts = random.Random(first), [], []
     others: dict[str, str | None] = {}
     asked = tokens = 0
     begin = time.perf_counter()
@@ -77,7 +78,7 @@ def chat_times(engine: stars.Engine, load: Load, count: int, thinks: float) -> t
         if chat is None and (time.perf_counter() >= due or not others):
             while time.perf_counter() < due:
                 time.sleep(0.0005)
-            number = len(times)
+            number = first + len(times)
             chat = engine.add_request(OPENINGS[number % len(OPENINGS)], stars.SamplingParams(
                 max_tokens=CHAT_TOKENS, seed=number, ignore_eos=True), CHAT, user=load.chat,
                 priority=load.chat_priority)
@@ -141,10 +142,10 @@ def deadlines(engine: stars.Engine, count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "fairness.json")
-    parser.add_argument("--chats", type=int, default=60, help="of each load")
+    parser.add_argument("--chats", type=int, default=300, help="of each load")
     parser.add_argument("--deadlines", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=3, help="in which the chats of all loads are divided")
+    parser.add_argument("--turns", type=int, default=15, help="in which the chats of all loads are divided")
     parser.add_argument("--quick", action="store_true", help="whether it runs, not how fast")
     given = parser.parse_args()
     if given.quick:
@@ -157,10 +158,11 @@ def main() -> None:
     times: dict[str, list[float]] = {load.name: [] for load in LOADS}
     others: dict[str, list[float]] = {load.name: [] for load in LOADS}
     texts: dict[str, list[list[str]]] = {load.name: [] for load in LOADS}
-    for _ in range(given.turns):
+    each = given.chats // given.turns
+    for turn in range(given.turns):
         for load in LOADS:
-            count = given.chats // given.turns if load.name not in LONG_WAITS else 2
-            seconds, rate, said = chat_times(engine, load, count, median)
+            seconds, rate, said = chat_times(engine, load, each if load.name not in LONG_WAITS else 2, median,
+                                             turn * each)
             times[load.name] += seconds
             others[load.name].append(rate)
             texts[load.name].append(said)
