@@ -23,6 +23,7 @@ class WidthChooser:
         self._room = room  # lanes that there are slabs for now, to be measured with; None: for all
         self._grid = [count for count in MEASURED if count <= max_lanes]
         self._seconds: dict[int, float] = {}
+        self._known: dict[int, float] = {}  # what `seconds` says, once every count was measured
 
     def measure(self) -> None:
         """Measures every count now; the largest first, as workspaces that grow later are held twice."""
@@ -43,6 +44,14 @@ class WidthChooser:
 
     def seconds(self, lanes: int) -> float:
         """Of a step with so many lanes; what was not measured is interpolated, and beyond it in proportion."""
+        known = self._known.get(lanes)
+        if known is None:
+            known = self._between(lanes)
+            if len(self._seconds) == len(self._grid):
+                self._known[lanes] = known
+        return known
+
+    def _between(self, lanes: int) -> float:
         grid = self._grid if self._room is None else [count for count in self._grid if count in self._seconds
                                                       or count <= max(1, self._room())]
         below = max(count for count in grid if count <= lanes)
