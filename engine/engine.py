@@ -571,7 +571,7 @@ class Engine:
                 before_round()
             self._run_round(groups)
             self._cut_short()
-            if not groups:
+            if not groups and not self._scheduler.reads:
                 awaited = self._round.awaited()
         except IntegrityError:
             raise

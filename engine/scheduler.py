@@ -27,6 +27,8 @@ class Scheduler:
     """Units in the order they came: those in front run, as many as both caches hold, the others wait.
 
     Who is admitted draws once both models have read its prompt, a bounded number of rows a round where others decode.
+    Where nothing decodes, all that is there is read first and begins together, as wide rounds cost little more than
+    narrow ones. It is a chunk a round then, too: others may come, be aborted or see their deadline pass meanwhile.
 
     Pages are taken for a prompt at admission and for a segment before each round. Where they run out, the unit that was
     admitted last is pre-empted: it goes back to its last boundary, gives everything back and waits in front of all
@@ -46,6 +48,7 @@ class Scheduler:
         self._round = round_
         self._exact = config.deterministic
         self._gave_way: Unit | None = None  # the last one, until another gives something back
+        self._together = -math.inf  # those that came before begin to decode together
         self._budgeted: list[Request] = []  # those that have a budget and may be unfinished
         proposer = round_.proposer
         self._fairness = Fairness(proposer.chooser.seconds, proposer.widths_alone, config.max_num_lanes)
@@ -148,6 +151,9 @@ class Scheduler:
         ended = self._ended(self._round.answered_prompts())
         ended += self.reserve()
         ended += self.admit(only)
+        if only is None and self._gathers:
+            return [], ended
+        self._together = -math.inf
         seats = Seats(self.groups)
         if not self._fairness.alone:
             seats = self._fairness.seat(seats.groups, self._unread)
@@ -258,30 +264,49 @@ class Scheduler:
         there, and reads on in what those begin with that were admitted; returns the requests that this ends.
 
         Where something decodes, so many rows of each model are run at most as `max_num_batched_tokens` says; otherwise
-        all are. With `only`, units of one group are admitted.
+        a chunk. With `only`, units of one group are admitted and read to their end.
         """
         ended: list[Request] = []
         if not self.waiting and not self._unread:
             return ended
-        rows = self._config.max_num_batched_tokens if any(unit.ready for unit in self.running) else None
-        if rows is None and self.deadline < math.inf:  # a chunk a round, or it would pass while a long one is read
-            rows = self._config.chunk
-        if not self._fairness.alone:
-            rows = self._fairness.rows(rows, self._config.chunk, self.groups, self._unread)
-        language, reward = Allowance(rows), Allowance(rows)
-        while True:
-            opened, used = self._open_units(only, ended), language.used + reward.used
-            ready = self._prefiller.advance(self._unread, language, reward)
-            ended += self._begin(ready)
-            # What was read may be shared from now on: those that waited for it are opened next.
-            if not opened and not ready and language.used + reward.used == used:
-                break
+        idle = not any(unit.ready for unit in self.running)
+        if idle:
+            self._together = time.monotonic()
+        idle, rows = idle or self._gathers, None
+        if only is None:
+            rows = self._config.chunk if idle else self._config.max_num_batched_tokens
+            if not self._fairness.alone:
+                rows = self._fairness.rows(rows, self._config.chunk, self.groups, self._unread)
+        if not self._read_on(rows, only, ended) and idle and self._unread:
+            self._read_on(None, only, ended)  # there is a reward that does nothing by halves
         first = self._first(only)
         if first is not None and not self.running:
             if self._anew(first.request) is not None and self._forget(first.request):
                 return ended + self.admit(only)  # what it reads anew was there twice
             ended.append(self._refuse(first, "can_open refuses this prompt"))
         return ended
+
+    def _read_on(self, rows: int | None, only: Group | None, ended: list[Request]) -> bool:
+        """Opens and reads as `admit` says, at most so many rows of each model; whether anything was done."""
+        language, reward, done = Allowance(rows), Allowance(rows), False
+        while True:
+            opened, used = self._open_units(only, ended), language.used + reward.used
+            ready = self._prefiller.advance(self._unread, language, reward)
+            ended += self._begin(ready)
+            # What was read may be shared from now on: those that waited for it are opened next.
+            if not opened and not ready and language.used + reward.used == used:
+                return done
+            done = True
+
+    @property
+    def reads(self) -> bool:
+        """Whether something that was admitted is still being read."""
+        return any(hypothesis.prefill is not None for unit in self.running for hypothesis in unit.unfinished)
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether those that could decode wait for others that came no later than they; never for other users."""
+        return self._fairness.plain and any([one.request.arrived <= self._together for one in self._unread])
 
     @property
     def _unread(self) -> list[Hypothesis]:
@@ -467,6 +492,7 @@ class Scheduler:
         """Begins anew over emptied caches: all that is unfinished of `requests` waits, in their order."""
         requests = list(requests)
         self.running, self.waiting = [], Lines()
+        self._together = -math.inf
         self._fairness.reset(requests)
         self._budgeted = [request for request in requests if request.budget != NO_BUDGET]
         for request in requests:

@@ -295,20 +295,6 @@ def test_a_deadline_reaches_who_waits_in_the_queue_and_who_is_read():
     nothing_is_held(made)
 
 
-def test_a_long_prompt_is_read_in_chunks_where_a_deadline_may_pass():
-    made = engine()
-    chunk = made.config.chunk
-    read = []
-    passes = made._models.own.passes
-    prefill = passes.prefill
-    passes.prefill = lambda jobs, rows=None, **more: read.append(rows) or prefill(jobs, rows, **more)
-    made.generate(PROMPT, stars.SamplingParams(max_tokens=4), use_tqdm=False)
-    assert read[0] is None
-    read.clear()
-    made.generate(PROMPT, stars.SamplingParams(max_tokens=4), use_tqdm=False, budget=stars.Budget(seconds=9.0))
-    assert read[0] == chunk
-
-
 @pytest.mark.parametrize("policy", [stars.STARS(4, 3, 0.5, 0.3, 1.0), stars.STARS(4, 3, 1.0, 0.3, 1.0, width=1),
                                     stars.Sample(score=True), stars.BestOfN(3), stars.SegmentBeam(2, 2, 4)],
                          ids=lambda policy: type(policy).__name__)

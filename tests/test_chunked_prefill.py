@@ -27,6 +27,7 @@ from test_scheduler import (
     text,
 )
 from test_scheduler import engine as made_engine
+from test_waiting import LateFunction
 from toy import ToyModel, facts, ids, toy_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -133,17 +134,23 @@ def test_the_first_to_come_is_the_first_to_be_read(monkeypatch):
     assert joined == [1, 1, 1, 1, 2, 3, 4, 5, 5, 5, 5, 5]
 
 
-def test_where_nothing_decodes_prompts_are_read_at_once(monkeypatch):
+def test_where_nothing_decodes_all_prompts_are_read_first(monkeypatch):
     made = engine(causal_reward(), 8)
     with counted(monkeypatch) as rows:
-        for job in LONG:
-            made.add_request(*job)
-        made.step()
-        assert rows.of(made) == (96 + 52 + 4 + 89 + 30,) * 2
-    assert all(unit.ready for unit in made._scheduler.running) and len(made._scheduler.running) == 7
+        names = [made.add_request(*job) for job in LONG]
+        total = 96 + 52 + 4 + 89 + 30  # the further samples of a prompt, which share its pages, come with the first
+        while rows.of(made) != (total, total):
+            assert not any(one.metrics.attempts for name in names for one in made._requests[name].hypotheses)
+            before = rows.of(made)
+            made.step()
+            assert 0 < rows.of(made)[0] - before[0] <= 8
+        assert all(one.metrics.attempts for name in names for one in made._requests[name].hypotheses)
+        while made.has_unfinished_requests():
+            made.step()
+        nothing_is_held(made)
 
 
-def test_who_was_being_read_goes_on_at_once_where_the_others_have_ended(monkeypatch):
+def test_who_was_being_read_goes_on_where_the_others_have_ended(monkeypatch):
     made = engine(causal_reward(), 8)
     name = made.add_request(*DECODING[1])
     made.step()
@@ -153,9 +160,11 @@ def test_who_was_being_read_goes_on_at_once_where_the_others_have_ended(monkeypa
     assert not unit.ready and unit.group.active == []
     made.abort(name)
     with counted(monkeypatch) as rows:
-        made.step()
-        assert rows.of(made) == (88, 88)  # all that 8 of the 96 rows have left
-    assert unit.ready
+        steps = 0
+        while not unit.ready:
+            made.step()
+            steps += 1
+        assert rows.of(made) == (88, 88) and steps == 11  # all that 8 of the 96 rows have left
 
 
 def test_a_common_beginning_is_read_once(monkeypatch):
@@ -200,8 +209,9 @@ def test_who_is_being_read_gives_way():
             one = request.hypotheses[0]
             gave_way.append((one.metrics.num_preemptions, bool(one.token_ids)))
 
-    made.add_request(*jobs[0])
-    made.step()
+    first = made.add_request(*jobs[0])
+    while not made._requests[first].hypotheses[0].token_ids:
+        made.step()
     [second] = run(made, jobs[1:], look)
     assert (1, False) in gave_way, "in the middle of its prompt"
     [alone] = run(engine(causal_reward(), None), jobs[1:])
@@ -379,3 +389,123 @@ def test_requests_of_every_policy_beside_one_another():
         assert [text(one) for one in chunked] == [text(one) for one in whole]
         if reward is function_reward:  # what a pass scores depends on who is scored beside it
             assert [counts(one) for one in chunked] == [counts(one) for one in whole]
+
+
+BURST = [({"prompt_token_ids": ids(length, 11, 20 + length)}, stars.SamplingParams(
+    max_tokens=9, seed=length, ignore_eos=True), STARS) for length in (97, 53, 20)]
+
+
+@pytest.mark.parametrize("reward", [function_reward, causal_reward])
+def test_what_is_there_is_read_in_chunks_and_begins_together(monkeypatch, reward):
+    """A call of `step` reads a chunk, so that others come in between; nobody decodes before the others of a burst."""
+    causal = reward is causal_reward
+    with counted(monkeypatch) as seen:
+        made, done, steps = engine(reward(), 16), {}, []
+        names = [made.add_request(*job) for job in BURST]
+        while not done:
+            before = seen.of(made)
+            done |= {output.request_id: output for output in made.step()}
+            steps.append(tuple(after - first for after, first in zip(seen.of(made), before, strict=True)))
+        total = 96 + 52 + 19
+        assert [sum(column) for column in zip(*steps, strict=True)] == [total, total * causal]
+        # Whole chunks of 16, in order: 96 = 6 x 16, 52 = 3 x 16 + 4, and 19 = 16 + 3, of which the 16 do not fit in.
+        assert [one for one, _ in steps] == [16] * 9 + [4, 16, 3] or [one for one, _ in steps] == [16] * 9 + [4, 19]
+        assert all(made._requests[name].hypotheses[0].metrics.attempts for name in names)
+        late = made.add_request({"prompt_token_ids": ids(40, 11, 3)}, stars.SamplingParams(max_tokens=3, seed=0))
+        while made.has_unfinished_requests():
+            done |= {output.request_id: output for output in made.step()}
+        nothing_is_held(made)
+    assert [text(done[name]) for name in names] == [text(one) for one in run(engine(reward(), None), BURST)]
+    assert done[late].finished
+
+
+def test_a_burst_waits_for_nobody_who_comes_later(monkeypatch):
+    """Neither for one of its own user, nor, from the first of another user on, for its own."""
+    for user in (None, "other"):
+        with counted(monkeypatch) as seen:
+            made = engine(function_reward(), 16)
+            first = made.add_request(*BURST[2])
+            second = made.add_request(*BURST[0])
+            assert made.step() == [] and made.step() == []  # the first is read, the second in part
+            late = made.add_request(*BURST[1], user=user)
+            decodes, steps = made._requests[first].hypotheses[0].metrics, 0
+            while not decodes.attempts:
+                made.step()
+                steps += 1
+            assert steps == (1 if user else 6), steps  # 96 / 16 of the burst are left
+            assert made._requests[late].hypotheses[0].prefill is not None or not user
+            made.abort(second)
+            while made.has_unfinished_requests():
+                made.step()
+            nothing_is_held(made)
+
+
+def test_who_is_read_may_be_aborted_between_two_chunks(monkeypatch):
+    with counted(monkeypatch) as seen:
+        made = engine(causal_reward(), 16)
+        names = [made.add_request(*job) for job in BURST]
+        made.step()
+        assert made.abort(names[0])
+        [output] = made.step()
+        assert output.request_id == names[0] and output.outputs[0].finish_reason == "abort"
+        rest, done = seen.of(made)[0], {}
+        while made.has_unfinished_requests():
+            done |= {output.request_id: output for output in made.step()}
+        nothing_is_held(made)
+        assert seen.of(made)[0] - rest < 52 + 19
+    assert [text(done[name]) for name in names[1:]] == [text(one) for one in run(engine(causal_reward(), 16), BURST[1:])]
+
+
+def test_a_reward_that_starts_at_once_or_not_at_all():
+    """Where nothing decodes, and it does nothing within a chunk, it is asked for all of it, as often as that is so."""
+    class Whole(Slow):
+        def start_in_chunks(self, sessions, max_rows):
+            if max_rows is not None:
+                return stars.reward.base.Progress(0, 0)
+            asked.append(len(sessions))
+            self.started += sessions
+            return stars.reward.base.Progress(len(sessions), 1)
+
+    asked: list[int] = []
+    made = engine(Whole(False), 16)
+    outputs = made.generate(*map(list, zip(*BURST, strict=True)), use_tqdm=False)
+    assert asked == [3] and all(len(one.outputs[0].token_ids) == 9 for one in outputs)
+    nothing_is_held(made)
+
+
+def test_the_reward_of_a_prompt_that_comes_late_does_not_hold_up_reading(monkeypatch):
+    """The first of a burst waits for the reward of its prompt; the others are read meanwhile, a chunk a step."""
+    reward = LateFunction(lambda prompts, responses: [1.0] * len(responses), "ids")
+    with counted(monkeypatch) as seen:
+        made = engine(reward, 16)
+        names = [made.add_request(*job) for job in (BURST[2], BURST[0])]
+        waited: list[int] = []
+        monkeypatch.setattr(stars.engine, "pause", lambda *_: waited.append(seen.of(made)[0]))
+        while not waited:
+            made.step()
+        assert waited == [19 + 96]
+        for name in names:
+            made.abort(name)
+        while made.has_unfinished_requests():
+            made.step()
+        nothing_is_held(made)
+
+
+@pytest.mark.rounds_raise
+def test_who_fails_is_found_where_prompts_are_longer_than_a_chunk():
+    """Run by itself, a completion is read to its end first: also beside deadlines and other users."""
+    class Fails(Slow):
+        def score(self, candidates):
+            if any(len(candidate.session.ids) == 53 for candidate in candidates):
+                raise ZeroDivisionError("of this prompt")
+            return super().score(candidates)
+
+    made = engine(Fails(False), 16)
+    names = [made.add_request(*job, budget=stars.Budget(seconds=600.0), user=f"{index % 2}")
+             for index, job in enumerate(BURST)]
+    done = {}
+    for _ in range(200):
+        done |= {output.request_id: output for output in made.step()}
+    assert not made.has_unfinished_requests()
+    nothing_is_held(made)
+    assert [done[name].outputs[0].error for name in names] == [None, "ZeroDivisionError: of this prompt", None]
