@@ -419,25 +419,24 @@ def test_what_is_there_is_read_in_chunks_and_begins_together(monkeypatch, reward
     assert done[late].finished
 
 
-def test_a_burst_waits_for_nobody_who_comes_later(monkeypatch):
+def test_a_burst_waits_for_nobody_who_comes_later():
     """Neither for one of its own user, nor, from the first of another user on, for its own."""
     for user in (None, "other"):
-        with counted(monkeypatch) as seen:
-            made = engine(function_reward(), 16)
-            first = made.add_request(*BURST[2])
-            second = made.add_request(*BURST[0])
-            assert made.step() == [] and made.step() == []  # the first is read, the second in part
-            late = made.add_request(*BURST[1], user=user)
-            decodes, steps = made._requests[first].hypotheses[0].metrics, 0
-            while not decodes.attempts:
-                made.step()
-                steps += 1
-            assert steps == (1 if user else 6), steps  # 96 / 16 of the burst are left
-            assert made._requests[late].hypotheses[0].prefill is not None or not user
-            made.abort(second)
-            while made.has_unfinished_requests():
-                made.step()
-            nothing_is_held(made)
+        made = engine(function_reward(), 16)
+        first = made.add_request(*BURST[2])
+        second = made.add_request(*BURST[0])
+        assert made.step() == [] and made.step() == []  # the first is read, the second in part
+        late = made.add_request(*BURST[1], user=user)
+        decodes, steps = made._requests[first].hypotheses[0].metrics, 0
+        while not decodes.attempts:
+            made.step()
+            steps += 1
+        assert steps == (1 if user else 6), steps  # 96 / 16 of the burst are left
+        assert made._requests[late].hypotheses[0].prefill is not None or not user
+        made.abort(second)
+        while made.has_unfinished_requests():
+            made.step()
+        nothing_is_held(made)
 
 
 def test_who_is_read_may_be_aborted_between_two_chunks(monkeypatch):
@@ -453,7 +452,8 @@ def test_who_is_read_may_be_aborted_between_two_chunks(monkeypatch):
             done |= {output.request_id: output for output in made.step()}
         nothing_is_held(made)
         assert seen.of(made)[0] - rest < 52 + 19
-    assert [text(done[name]) for name in names[1:]] == [text(one) for one in run(engine(causal_reward(), 16), BURST[1:])]
+    alone = run(engine(causal_reward(), 16), BURST[1:])
+    assert [text(done[name]) for name in names[1:]] == [text(one) for one in alone]
 
 
 def test_a_reward_that_starts_at_once_or_not_at_all():
