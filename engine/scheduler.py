@@ -306,7 +306,8 @@ class Scheduler:
     @property
     def _gathers(self) -> bool:
         """Whether those that could decode wait for others that came no later than they; never for other users."""
-        return self._fairness.plain and any([one.request.arrived <= self._together for one in self._unread])
+        return (self._together > -math.inf and self._fairness.plain
+                and any([one.request.arrived <= self._together for one in self._unread]))
 
     @property
     def _unread(self) -> list[Hypothesis]:

@@ -345,7 +345,7 @@ def test_one_failing_request_leaves_the_others_alone():
 
 
 @pytest.mark.parametrize(("common", "own", "waves"), [
-    (40, 30, [1, 5]),  # all but the first share two pages, and go on apart
+    (40, 20, [1, 5]),  # all but the first share two pages, and go on apart
     (0, 40, [6]), (10, 30, [6]),  # nothing to share
     (48, 5, [1, 5]), (48, 0, [1, 5]),  # whole pages, and less than a page behind them
 ])

@@ -162,7 +162,7 @@ def test_the_rest_of_a_population_waits_where_pages_run_out(tokens, rows, count,
     prompt = {"prompt_token_ids": ids(17, 11, 5)}
     [whole] = run(engine(function_reward(), LARGE), [(prompt, SHORT, Population())])
     refused = []
-    for steps in range(1, 6):
+    for steps in range(1, 12):
         made = engine(function_reward(), tokens, max_num_batched_tokens=rows, page_size=7)
         for index in range(count):
             made.add_request({"prompt_token_ids": ids(2 + 3 * index, 11, index)}, dataclasses.replace(LONG, seed=index),
