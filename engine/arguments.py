@@ -44,6 +44,15 @@ def bare(value: Any) -> Any:
     return value
 
 
+def request_ids(given: Any) -> list[str]:
+    """One id, or each of several; RequestError where there is something else."""
+    ids: list[Any] = [given] if isinstance(given, (str, int)) or not isinstance(given, Iterable) else list(given)
+    for one in ids:
+        if not isinstance(one, (str, int)):
+            raise RequestError(f"a request id is a string, and {shown(one)} is none: give one, or a list of them")
+    return ids
+
+
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as int: Python's, numpy's, those of `bare`; no bool. RequestError for others and outside least .. most.
     """

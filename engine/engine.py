@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, refuse_others, shown
+from stars.arguments import integer, real, refuse_bare_prompt, refuse_keywords, refuse_others, request_ids, shown
 from stars.budget import Budget
 from stars.cache import PagedCache
 from stars.calibration import Calibration, PlainSample, PlainSegments
@@ -423,15 +423,14 @@ class Engine:
         return news, awaited
 
     @one_at_a_time
-    def abort(self, request_id: str) -> bool:
-        """Ends a request with finish_reason "abort", keeping what was committed; False if there is none of that id.
+    def abort(self, request_id: str | Iterable[str]) -> bool:
+        """Ends a request, or several, with finish_reason "abort", keeping what was committed; whether there was one.
 
-        The next `step` returns its last output.
+        The next `step` returns their last outputs.
         """
-        request = self._requests.get(request_id) if isinstance(request_id, (str, int)) else None
-        if request is not None:
-            self._abort([request])
-        return request is not None
+        found = [self._requests[one] for one in dict.fromkeys(request_ids(request_id)) if one in self._requests]
+        self._abort(found)
+        return bool(found)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to return."""
@@ -445,6 +444,12 @@ class Engine:
         self._cache.check_integrity(slabs_out=self._round.slabs_held(running))
         if self.reward is not None:
             self.reward.check_integrity()
+
+    @one_at_a_time
+    def _measure_widths(self) -> None:
+        """Measures now what the first policy that leaves its width free would measure in the midst of others."""
+        with self._models.own.decoder.lock:
+            self._round.proposer.chooser.measure()
 
     # -- the queue ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from typing import Any, NamedTuple
@@ -148,10 +149,13 @@ class Intake:
         arrived = time.monotonic() if asked.arrived is None else asked.arrived
         return asked._replace(grammar=self._grammars.of(wanted), arrived=arrived)
 
-    def lacks_grammar(self, asked: Asked) -> bool:
-        """Whether `compiled` has something to compile."""
+    def without_grammar(self, asked: Asked) -> Asked | None:
+        """`asked` as it is but for its grammar, if `compiled` has something to compile; else None."""
         wanted = _wanted(asked)
-        return wanted is not None and self._grammars.known(wanted) is None
+        if wanted is None or self._grammars.known(wanted) is not None:
+            return None
+        assert asked.params is not None
+        return asked._replace(params=dataclasses.replace(asked.params, structured_outputs=None))
 
     def _contexts(self, plan: Plan, prompt: Prompt) -> dict[str, list[int]]:
         """What the language model reads responses after, by what it is called."""

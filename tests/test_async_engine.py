@@ -225,20 +225,146 @@ def test_a_grammar_that_takes_long_to_compile_holds_up_nobody(monkeypatch):
             readers = [asyncio.create_task(collect(stream)) for stream in (closed, read_twice)]
             await asyncio.sleep(0.02)
             await closed.aclose()
-            with pytest.raises(RuntimeError, match="another task awaits this request already"):
+            with pytest.raises(RuntimeError, match="another task awaits request '.' already"):
                 await anext(read_twice)
+            late = await asyncio.wait_for(tasks[1], LIMIT)  # though its grammar is not there
+            assert ends(late[-1]) == {"deadline"} and not late[-1].outputs[0].token_ids
+            assert await readers[0] == [] and not readers[1].done()
             for params in (stars.SamplingParams(max_tokens=4), shaped("[ab]{2}")):
                 assert (await collect(engine.generate(prompt, params)))[-1].finished
             tasks[2].cancel()
             gate.set()
-            whole, late, gone, wrong = await asyncio.gather(*tasks, return_exceptions=True)
+            whole, _, gone, wrong = await asyncio.gather(*tasks, return_exceptions=True)
             assert whole[-1].outputs[0].text in ("ca", "cb")
-            assert ends(late[-1]) == {"deadline"} and not late[-1].outputs[0].token_ids
             assert isinstance(gone, asyncio.CancelledError)
             assert isinstance(wrong, stars.RequestError) and "is no regular expression" in str(wrong)
-            assert await asyncio.gather(*readers) == [[], []]
+            assert (await readers[1])[-1].outputs[0].text in ("ca", "cb")
             await until(lambda: not engine.engine.has_unfinished_requests())
             nothing_is_held(engine.engine)
+
+    run(serve())
+
+
+@pytest.mark.parametrize("max_waiting", [None, 2])
+def test_who_waits_for_its_grammar_is_known(monkeypatch, max_waiting):
+    """It has an id that can be aborted and is in use, takes a place, is drained by a shutdown, and ends with one that
+    aborts."""
+    pytest.importorskip("llguidance")
+    compiler, gate, entered = stars.grammar._Compiler.compile, threading.Event(), threading.Event()
+
+    def slow(self, kind, text):
+        entered.set()
+        assert gate.wait(LIMIT)
+        return compiler(self, kind, text)
+
+    def shaped(regex: str) -> stars.SamplingParams:
+        return stars.SamplingParams(max_tokens=6, seed=3, structured_outputs={"regex": regex})
+
+    async def serve(drain: bool):
+        prompt = {"prompt_token_ids": [1, 2, 3]}
+        gate.clear(), entered.clear()
+        core = toy_engine(ToyModel(5, seed=2), tokenizer=LETTERS, max_num_seqs=1)
+        engine = stars.AsyncEngine(core, max_waiting=max_waiting)
+        first, second = (asyncio.create_task(collect(engine.generate(prompt, shaped(text), request_id=text)))
+                         for text in ("c[ab]", "b[ab]"))
+        await until(entered.is_set)
+        assert await engine.abort("c[ab]")
+        assert ends((await first)[-1]) == {"abort"}
+        with pytest.raises(stars.RequestError, match="request id 'b.ab.' is in use"):
+            await engine.add(prompt, request_id="b[ab]")
+        if max_waiting is not None:  # a seat and two places, of which one is taken
+            tasks = [asyncio.create_task(engine.add_nowait(prompt, shaped("a" * count))) for count in (1, 2)]
+            await asyncio.sleep(0)
+            with pytest.raises(stars.QueueFullError):
+                await engine.add_nowait(prompt, shaped("a("))
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert not await engine.abort("c[ab]")
+            nowait = asyncio.create_task(engine.add_nowait(prompt, shaped("b[ab]"), request_id="third"))
+            await asyncio.sleep(0.02)
+            assert await engine.abort("third") and ends((await collect(await nowait))[-1]) == {"abort"}
+        ending = asyncio.create_task(engine.shutdown(drain))
+        await asyncio.sleep(0.02)
+        assert drain is not ending.done()
+        gate.set()
+        await ending
+        [*_, last] = await second
+        assert last.outputs[0].text in ("ba", "bb") if drain else ends(last) == {"abort"}
+        nothing_is_held(core)
+
+    monkeypatch.setattr("stars.grammar._Compiler.compile", slow)
+    for drain in (True, False):
+        run(serve(drain))
+
+
+def test_a_stream_that_is_closed_tells_its_reader():
+    """Before it has a place, and while it decodes: whoever awaits an output gets no more of them, at once."""
+    async def serve():
+        core = toy_engine(LM, RM, max_num_seqs=1)
+        async with stars.AsyncEngine(core, max_waiting=1) as engine:
+            streams = [engine.generate(*endless(seed)) for seed in range(3)]
+            readers = [asyncio.create_task(collect(stream)) for stream in streams]
+            await until(lambda: bool(core._scheduler.running))
+            for stream, reader in zip(streams[::-1], readers[::-1], strict=True):
+                await stream.aclose()
+                await asyncio.wait_for(reader, LIMIT)
+            await until(lambda: not core.has_unfinished_requests())
+            nothing_is_held(core)
+
+    run(serve())
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_reader_that_is_cancelled_at_something_else_ends_its_request(queued):
+    """Though the error is kept, and with it the frame that holds the stream; one that has handed its stream on ends
+    nothing."""
+    async def serve():
+        core = toy_engine(LM, RM)
+        async with stars.AsyncEngine(core) as engine:
+            have_read = []
+
+            async def reads(stream):
+                async for _ in stream:
+                    have_read.append(stream)
+                    await asyncio.sleep(LIMIT)
+
+            def made():
+                return engine.add(*endless()) if queued else engine.generate(*endless())
+
+            stream, other = made(), made()
+            if queued:
+                stream, other = await stream, await other
+            task, handed = (asyncio.create_task(reads(one)) for one in (stream, other))
+            await until(lambda: len(have_read) == 2)
+            rest = asyncio.create_task(collect(other))
+            await until(lambda: other._reader() is rest)
+            task.cancel(), handed.cancel()
+            kept = await asyncio.gather(task, handed, return_exceptions=True)
+            await until(lambda: len(core._requests) == 1)
+            assert isinstance(kept[0], asyncio.CancelledError) and not rest.done()
+            rest.cancel()
+            await until(lambda: not core._requests)
+            nothing_is_held(core)
+
+    run(serve())
+
+
+def test_several_are_aborted_at_once_and_ids_are_strings():
+    async def serve():
+        core = toy_engine(LM, RM)
+        async with stars.AsyncEngine(core) as engine:
+            streams = [await engine.add(*endless(), request_id=name) for name in "abc"]
+            for wrong in (["a", ["b"]], 1.5, {1.5}, None):
+                with pytest.raises(stars.RequestError, match="a request id is a string, and .* is none: give one"):
+                    await engine.abort(wrong)
+            assert await engine.abort(["a", "b", "other"]) and not await engine.abort(("a", "b", "other"))
+            assert [ends((await collect(stream))[-1]) for stream in streams[:2]] == [{"abort"}] * 2
+            assert core.abort(["c"]) and not core.abort([])
+            with pytest.raises(stars.RequestError, match="a request id is a string"):
+                core.abort([None])
+            assert ends((await collect(streams[2]))[-1]) == {"abort"}
+            assert engine.metrics is core.metrics and engine.is_running
 
     run(serve())
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from stars.arguments import integer, refuse_others
+from stars.arguments import integer, refuse_others, request_ids
 from stars.budget import Budget
 from stars.engine import Engine
 from stars.errors import RequestError
 from stars.intake import Asked
+from stars.metrics import EngineMetrics
 from stars.outputs import RequestOutput
 from stars.plan import Policy
 from stars.sampling import SamplingParams
@@ -28,15 +29,16 @@ class AsyncEngine:
     """An engine that a thread of its own runs for tasks, which await outputs.
 
     model: an Engine, which it takes over, or what Engine is given, which builds one: that takes its time, in the thread
-        that calls. max_waiting: requests that may wait to be admitted; None: any number. Beyond, `generate` and `add`
-        wait in line, first come first served, and `add_nowait` raises QueueFullError.
+        that calls, and so does measuring how many candidates a step is best drawn with. max_waiting: requests that
+        may wait to be admitted; None: any number. Beyond, `generate` and `add` wait in line, first come first served,
+        and `add_nowait` raises QueueFullError.
 
     Any event loop of any thread may call, and so may any thread call the `engine` itself: they take turns, round by
     round. Nothing here blocks an event loop: the loop thread checks requests and builds outputs, between rounds.
-    Grammars that are new are compiled in another one, so that nobody else waits for them.
+    Grammars that are new are compiled in another one, one after the other, so that nobody without one waits for them.
 
-    A task that is cancelled while it awaits an output, a stream that is closed, and one that is simply no longer held
-    end their request before the next round. Who is slow holds up nobody: of cumulative outputs some are left out, and
+    A task that reads a stream and is cancelled, a stream that is closed, and one that is simply no longer held end
+    their request before the next round. Who is slow holds up nobody: of cumulative outputs some are left out, and
     deltas grow.
 
     What raises out of a round, and is not a request's own error, ends the loop: everybody who waits, and whoever calls
@@ -53,6 +55,8 @@ class AsyncEngine:
             if given:
                 raise RequestError(f"AsyncEngine takes over an Engine as it is: give {', '.join(given)} to Engine")
         self.engine = model if isinstance(model, Engine) else Engine(model, reward, **options)
+        if self.engine.reward is not None:
+            self.engine._measure_widths()
         self._loop = Loop(self.engine, max_waiting)
         weakref.finalize(self, self._loop.forget).atexit = False  # the loop looks after exits itself
 
@@ -60,6 +64,11 @@ class AsyncEngine:
         if "_loop" not in vars(self):
             return "AsyncEngine(not built)"
         return f"AsyncEngine({'running' if self.is_running else 'ended'}; {self.engine!r})"
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """The engine's."""
+        return self.engine.metrics
 
     @property
     def is_running(self) -> bool:
@@ -107,19 +116,20 @@ class AsyncEngine:
         feed = self._loop.feed(asked, request_id, acknowledged=True)
         stream = RequestStream(self, feed)
         try:
-            await stream._begin(at_once)
+            stream._begin(at_once)
             await feed.accepted()
         except BaseException:  # whose traceback may hold the stream for long
             stream._end()
             raise
         return stream
 
-    async def abort(self, request_id: str) -> bool:
-        """Ends a request with finish_reason "abort", keeping what was committed; False if there is none of that id.
+    async def abort(self, request_id: str | Iterable[str]) -> bool:
+        """Ends a request, or several, with finish_reason "abort", keeping what was committed; whether there was one.
 
-        Who awaits its outputs gets its last.
+        Who awaits their outputs gets the last.
         """
-        return await asyncio.wrap_future(self._loop.abort(request_id))
+        found = [asyncio.wrap_future(self._loop.abort(one)) for one in request_ids(request_id)]
+        return any([await one for one in found])
 
     async def shutdown(self, drain: bool = True) -> None:
         """Takes no more requests and ends the loop thread once those that were asked for are finished, which with
@@ -142,13 +152,14 @@ class AsyncEngine:
 class RequestStream:
     """The outputs of one request, for one task at a time: `async for`, in any event loop.
 
-    Closed by `aclose`, by leaving it, or by a task that is cancelled while it awaits an output.
+    Closed by `aclose`, by leaving it, or where the task that reads it is cancelled.
     """
 
     def __init__(self, engine: AsyncEngine, feed: Feed):
         self._engine = engine  # which lives as long as somebody awaits it
         self._feed = feed
-        self._beginning = self._begun = self._ended = False
+        self._begun = self._ended = False
+        self._reader: weakref.ref[asyncio.Task[Any]] | None = None
 
     @property
     def request_id(self) -> str | None:
@@ -161,11 +172,11 @@ class RequestStream:
     async def __anext__(self) -> RequestOutput:
         if self._ended:
             raise StopAsyncIteration
+        self._feed.refuse_second()
+        self._note_reader()
         try:
             if not self._begun:
-                await self._begin()
-            if self._ended:  # closed meanwhile
-                raise StopAsyncIteration
+                self._begin()
             output = await self._feed.next()
         except BaseException:
             self._end()
@@ -177,19 +188,27 @@ class RequestStream:
         return output
 
     async def aclose(self) -> None:
-        """Ends the request, if it is not finished; there are no more outputs."""
+        """Ends the request, if it is not finished; there are no more outputs, for a task that awaits one neither."""
         self._end()
+        self._feed.close()
 
-    async def _begin(self, at_once: bool = False) -> None:
-        """Asks for the request, once its grammar is compiled, if it has one."""
-        if self._beginning:
-            raise RuntimeError("another task awaits this request already: one at a time may")
-        self._beginning = True
-        compiling = self._engine._loop.compile(self._feed)
-        if compiling is not None:
-            self._feed.asked = await asyncio.wrap_future(compiling)
-            if self._ended:
-                return
+    def _note_reader(self) -> None:
+        """A task that reads and is cancelled elsewhere than here ends the request too, even where the error that holds
+        its frame is kept."""
+        task = asyncio.current_task()
+        if task is None or self._reader is not None and self._reader() is task:
+            return
+        self._reader, stream = weakref.ref(task), weakref.ref(self)
+
+        def done(task: asyncio.Task[Any]) -> None:
+            held = stream()
+            if held is not None and task.cancelled() and held._reader is not None and held._reader() is task:
+                held._end()
+
+        task.add_done_callback(done)
+
+    def _begin(self, at_once: bool = False) -> None:
+        """Asks for the request."""
         self._engine._loop.add(self._feed, at_once)
         self._begun = True
 

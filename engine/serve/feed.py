@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from stars.intake import Asked
@@ -21,6 +23,13 @@ class Waiter(NamedTuple):
     future: asyncio.Future[None]
 
 
+def wake_all(waiters: Iterable[Waiter]) -> None:
+    """Called in their event loop."""
+    for waiter in waiters:
+        if not waiter.future.done():
+            waiter.future.set_result(None)
+
+
 class Feed(Owner):
     """The outputs of one request, of which at most one waits to be fetched until the request ends.
 
@@ -28,8 +37,9 @@ class Feed(Owner):
     slow costs nothing, and deltas, which hold what is new since the last that was built, are merged and never lost.
     """
 
-    __slots__ = ("asked", "chosen", "request_id", "request", "kind", "seats", "deadline", "begun", "dropped", "stale",
-                 "complete", "_notify", "_wake", "_acknowledged", "_accepted", "_outputs", "_error", "_waiter", "_lock")
+    __slots__ = ("asked", "chosen", "request_id", "request", "kind", "placed", "compiled", "seats", "deadline", "begun",
+                 "dropped", "stale", "complete", "closed", "_notify", "_wake", "_acknowledged", "_accepted", "_outputs",
+                 "_error", "_waiter", "_lock")
 
     def __init__(self, asked: Asked, request_id: str | None, notify: Callable[[Feed], None],
                  wake: Callable[[], None], acknowledged: bool):
@@ -42,7 +52,9 @@ class Feed(Owner):
         params = asked.params
         self.kind = params.output_kind if isinstance(params, SamplingParams) else RequestOutputKind.CUMULATIVE
         # What only the loop thread uses.
-        self.request: Request | None = None  # once it is checked
+        self.request: Request | None = None  # once it is checked; without its grammar, where that is being compiled
+        self.placed = False  # whether it need not stand in line
+        self.compiled: Future[Asked] | None = None  # with its grammar
         self.seats = 1  # responses that run side by side
         self.deadline: float | None = None  # on the monotonic clock
         self.begun = False  # whether it has been admitted
@@ -50,6 +62,7 @@ class Feed(Owner):
         # What both sides use, under the lock.
         self.stale = False  # whether there is more than what waits to be fetched
         self.complete = False  # whether all outputs are there
+        self.closed = False  # whether its reader is to have no more of them
         self._notify, self._wake = notify, wake
         self._acknowledged, self._accepted = acknowledged, False
         self._outputs: deque[RequestOutput] = deque()
@@ -79,7 +92,7 @@ class Feed(Owner):
                     break
                 if self._error is not None:
                     raise self._error
-                if self.complete:
+                if self.complete or self.closed:
                     return None
                 waiter = self._wait()
             await self._sleep(waiter)
@@ -87,9 +100,23 @@ class Feed(Owner):
             self._wake()
         return output
 
-    def _wait(self) -> Waiter:
+    def close(self) -> None:
+        """Whoever awaits an output is told that there are no more."""
+        with self._lock:
+            self.closed = True
+            self._outputs.clear()
+            waiter = self._pop()
+        if waiter is not None:
+            with contextlib.suppress(RuntimeError):  # its event loop was closed
+                waiter.loop.call_soon_threadsafe(wake_all, [waiter])
+
+    def refuse_second(self) -> None:
+        """RuntimeError where another task awaits an output."""
         if self._waiter is not None:
             raise RuntimeError(f"another task awaits request {self.request_id!r} already: one at a time may")
+
+    def _wait(self) -> Waiter:
+        self.refuse_second()
         loop = asyncio.get_running_loop()
         self._waiter = Waiter(loop, loop.create_future())
         return self._waiter

@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -22,7 +21,7 @@ from stars.intake import Asked
 from stars.request import Request
 from stars.reward.base import Later
 from stars.serve.aside import Aside
-from stars.serve.feed import Feed, Waiter
+from stars.serve.feed import Feed, Waiter, wake_all
 
 EXIT_SECONDS = 10.0
 """How long an interpreter that exits waits for a round to end."""
@@ -38,6 +37,13 @@ class Add(NamedTuple):
 
     feed: Feed
     placed: bool  # whether it need not stand in line
+
+
+class Prepared(NamedTuple):
+    """The grammar of a request is compiled, or none."""
+
+    feed: Feed
+    asked: Future[Asked]
 
 
 class Abort(NamedTuple):
@@ -59,7 +65,7 @@ class Close(NamedTuple):
     drain: bool
 
 
-Message: TypeAlias = Add | Abort | Drop | Close | None
+Message: TypeAlias = Add | Prepared | Abort | Drop | Close | None
 """What the loop thread is told; None: to look again."""
 
 
@@ -79,7 +85,7 @@ class Loop:
         self._lock = threading.Lock()  # of the next six; nobody takes it who may be a finaliser
         # Requests that may come before they stand in line, where max_waiting is a number.
         self._room = engine.config.max_num_seqs + (max_waiting or 0)
-        self._passed = 0  # those that have, and are in the inbox
+        self._passed = 0  # those that have, and are in the inbox or being prepared
         self._in_line = 0  # those that stand in line, or will
         self.closed = False  # whether requests are taken no more
         self._ended = False  # whether the thread has done its last
@@ -87,6 +93,7 @@ class Loop:
         # What only the thread uses.
         self._told: deque[Message] = deque()  # what it was told and has not dealt with
         self._answers: list[tuple[Future[bool], bool]] = []  # to aborts, given once outputs are built
+        self._preparing: dict[str, Feed] = {}  # checked but for their grammars, which are being compiled
         self._line: dict[str, Feed] = {}  # checked, in order
         self._queued: dict[str, Feed] = {}  # the engine has them
         self._closing = False
@@ -125,14 +132,6 @@ class Loop:
             else:
                 self._in_line += 1
             self._inbox.put(Add(feed, placed))
-
-    def compile(self, feed: Feed) -> Future[Asked] | None:
-        """Has the grammar compiled of a request that is to be asked for, in a thread of its own, where it has one that
-        is not known yet; None where there is nothing to do."""
-        intake, asked = self.engine._intake, feed.asked._replace(arrived=time.monotonic())
-        if self.closed or not intake.lacks_grammar(asked):
-            return None
-        return self._aside.submit(lambda: intake.compiled(asked))
 
     def abort(self, request_id: str) -> Future[bool]:
         """Asks for a request's end; whether there was one comes later."""
@@ -185,9 +184,9 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            while not (self._closing and not self._queued and not self._line):
+            while not (self._closing and not self._queued and not self._line and not self._preparing):
                 self._listen()
-                if self._told:
+                if self._told or self._late(self._preparing):
                     self.engine._turns.take(self._hear)
                     self._deliver()
                 if self._queued:
@@ -213,8 +212,8 @@ class Loop:
 
     def _nap(self) -> float | None:
         """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread."""
-        deadlines = [feed.deadline for feeds in (self._queued, self._line) for feed in feeds.values()
-                     if feed.deadline is not None]
+        deadlines = [feed.deadline for feeds in (self._queued, self._line, self._preparing)
+                     for feed in feeds.values() if feed.deadline is not None]
         return max(0.0, min(min(deadlines) - time.monotonic(), LONGEST_NAP)) if deadlines else None
 
     def _watch(self) -> None:
@@ -243,6 +242,8 @@ class Loop:
             message = self._told[0]
             if isinstance(message, Add):
                 self._add(message.feed, message.placed)
+            elif isinstance(message, Prepared):
+                self._prepared(message.feed, message.asked)
             elif isinstance(message, Abort):
                 self._answers.append((message.found, self._abort(message.request_id)))
             elif isinstance(message, Drop):
@@ -251,42 +252,82 @@ class Loop:
                 self._close(message.drain)
             self._told.popleft()
         self._awaited = []  # there may be something to do again
+        self._let_late_in()
         self._build()
         self._let_in(after_round=False)
         while self._answers:
             _settle(*self._answers.pop())
 
     def _add(self, feed: Feed, placed: bool) -> None:
-        if placed:
-            with self._lock:
-                self._passed -= 1
+        """Checks a request, which stands in line then, is queued, or has its grammar compiled meanwhile."""
+        feed.placed = placed
         try:
-            feed.request = request = self._checked(feed)
+            bare = self.engine._intake.without_grammar(feed.asked)
+            feed.request = self._checked(feed, bare or feed.asked)
         except IntegrityError:
             raise
         except Exception as error:
-            if not placed:
-                self._shorten_line()
-            self._tell(feed, feed.fail(error))
+            self._refuse(feed, error)
             return
-        feed.request_id = request.request_id
-        feed.seats = request.params.n * request.plan.lanes.population
-        if request.budget.seconds is not None:
-            feed.deadline = request.arrived + request.budget.seconds
-        if placed:
-            self._enqueue(feed, request)
+        feed.request_id = feed.request.request_id
+        feed.seats = feed.request.params.n * feed.request.plan.lanes.population
+        if feed.request.budget.seconds is not None:
+            feed.deadline = feed.request.arrived + feed.request.budget.seconds
+        if bare is None:
+            self._place(feed)
         else:
-            self._line[request.request_id] = feed
+            self._preparing[feed.request_id] = feed
+            intake, inbox, asked = self.engine._intake, self._inbox, feed.asked
+            feed.compiled = self._aside.submit(lambda: intake.compiled(asked))
+            feed.compiled.add_done_callback(lambda done: inbox.put(Prepared(feed, done)))
 
-    def _checked(self, feed: Feed) -> Request:
+    def _prepared(self, feed: Feed, compiled: Future[Asked]) -> None:
+        """A grammar is there, or cannot be: perhaps of a request that has ended meanwhile."""
+        if self._preparing.get(str(feed.request_id)) is not feed:
+            return
+        del self._preparing[str(feed.request_id)]
+        try:
+            feed.asked = compiled.result()
+            feed.request = self._checked(feed, feed.asked)
+        except IntegrityError:
+            raise
+        except Exception as error:
+            self._refuse(feed, error)
+        else:
+            self._place(feed)
+
+    def _refuse(self, feed: Feed, error: Exception) -> None:
+        self._leave_place(feed)
+        self._tell(feed, feed.fail(error))
+
+    def _place(self, feed: Feed) -> None:
+        """Queues a request that need not stand in line; the others do from now on."""
+        assert feed.request is not None
+        if feed.placed:
+            self._leave_place(feed)
+            self._enqueue(feed, feed.request)
+        else:
+            self._line[feed.request.request_id] = feed
+
+    def _leave_place(self, feed: Feed) -> None:
+        """Who was counted as about to come is not any more."""
+        if feed.compiled is not None:
+            feed.compiled.cancel()  # unless it is under way, or done
+        with self._lock:
+            if feed.placed:
+                self._passed -= 1
+            else:
+                self._in_line -= 1
+
+    def _checked(self, feed: Feed, asked: Asked) -> Request:
         request_id = feed.request_id
         if request_id is None:
             request_id = self.engine._new_id()
-            while request_id in self._line:
+            while request_id in self._line or request_id in self._preparing:
                 request_id = self.engine._new_id()
-        elif request_id in self._line:
+        elif request_id in self._line or request_id in self._preparing:
             raise RequestError(f"request id {request_id!r} is in use: choose another")
-        return self.engine._parse(feed.asked, request_id)
+        return self.engine._parse(asked, request_id)
 
     def _enqueue(self, feed: Feed, request: Request) -> None:
         if self.engine._in_use(request.request_id):  # by somebody who called the engine since it was checked
@@ -300,7 +341,7 @@ class Loop:
         self._tell(feed, feed.accept())
 
     def _abort(self, request_id: str) -> bool:
-        if request_id in self._line:
+        if request_id in self._line or request_id in self._preparing:
             self._leave_line(request_id)
         request = self.engine._requests.get(request_id)
         if request is not None:
@@ -311,8 +352,8 @@ class Loop:
         request, feed.dropped = feed.request, True
         if request is None or feed.complete:
             return
-        if self._line.pop(request.request_id, None) is not None:
-            self._shorten_line()
+        if self._line.pop(request.request_id, None) or self._preparing.pop(request.request_id, None):
+            self._leave_place(feed)
         elif self._queued.pop(request.request_id, None) is not None:
             self.engine._drop([request])
 
@@ -321,7 +362,7 @@ class Loop:
         with self._lock:
             self.closed = True
         if not drain:
-            for request_id in list(self._line):
+            for request_id in [*self._line, *self._preparing]:
                 self._leave_line(request_id)
             self.engine._abort([feed.request for feed in self._queued.values() if feed.request is not None])
 
@@ -370,22 +411,24 @@ class Loop:
             self._leave_line(request_id)
 
     def _let_late_in(self) -> None:
-        """Queues those in line whose time is up: the engine ends them."""
-        now = time.monotonic()
-        for request_id in [name for name, feed in self._line.items() if feed.deadline is not None
-                           and feed.deadline <= now]:
+        """Queues those in line, or being prepared, whose time is up: the engine ends them."""
+        for request_id in [*self._late(self._line), *self._late(self._preparing)]:
             self._leave_line(request_id)
 
+    @staticmethod
+    def _late(feeds: dict[str, Feed]) -> list[str]:
+        """Of those the ids whose time is up."""
+        if not feeds:
+            return []
+        now = time.monotonic()
+        return [name for name, feed in feeds.items() if feed.deadline is not None and feed.deadline <= now]
+
     def _leave_line(self, request_id: str) -> None:
-        """Queues the one in line of this id."""
-        feed = self._line.pop(request_id)
-        self._shorten_line()
+        """Queues the one in line of this id; one that is still prepared, to be ended before it draws."""
+        feed = self._line.pop(request_id, None) or self._preparing.pop(request_id)
+        self._leave_place(feed)
         if feed.request is not None:
             self._enqueue(feed, feed.request)
-
-    def _shorten_line(self) -> None:
-        with self._lock:
-            self._in_line -= 1
 
     # -- who is told --------------------------------------------------------------------------------------------------
 
@@ -399,7 +442,7 @@ class Loop:
         wakes, self._wakes = self._wakes, {}
         for loop, told in wakes.items():
             try:
-                loop.call_soon_threadsafe(_wake_all, [waiter for _, waiter in told])
+                loop.call_soon_threadsafe(wake_all, [waiter for _, waiter in told])
             except RuntimeError:  # it was closed, with all who waited there
                 for feed, _ in told:
                     self.drop(feed)
@@ -418,12 +461,13 @@ class Loop:
             with contextlib.suppress(BaseException):  # its books may be what is wrong
                 self.engine._turns.take(lambda: self.engine._drop(queued))
         added = [message.feed for message in self._told if isinstance(message, Add)]
-        for feed in (*self._queued.values(), *self._line.values(), *added):
+        for feed in (*self._queued.values(), *self._line.values(), *self._preparing.values(), *added):
             self._tell(feed, feed.fail(self._dead()))
         for found in (*(found for found, _ in self._answers),
                       *(message.found for message in self._told if isinstance(message, Abort))):
             _settle(found, False if fault is None else self._dead())
-        for held in (self._told, self._answers, self._queued, self._line, self._changed, self._awaited):
+        for held in (self._told, self._answers, self._queued, self._line, self._preparing, self._changed,
+                     self._awaited):
             held.clear()
         self._deliver()
         _settle(self.ended, None)
@@ -433,7 +477,7 @@ class Loop:
         self._lock = threading.Lock()
         self.closed = self._ended = True
         self._fault = RuntimeError("the process was forked, and the thread is its parent's")
-        for feed in (*self._queued.values(), *self._line.values()):
+        for feed in (*self._queued.values(), *self._line.values(), *self._preparing.values()):
             feed.left_behind(self._dead())
         self.engine._orphans.extend(self._queued)  # whose next call ends them
 
@@ -445,13 +489,6 @@ def _settle(future: Future[T], value: T | Exception) -> None:
             future.set_exception(value)
         else:
             future.set_result(value)
-
-
-def _wake_all(waiters: Iterable[Waiter]) -> None:
-    """Called in their event loop."""
-    for waiter in waiters:
-        if not waiter.future.done():
-            waiter.future.set_result(None)
 
 
 class _Thread(threading.Thread):
