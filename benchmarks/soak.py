@@ -7,8 +7,9 @@ Requests are drawn from the seed and their number alone: policies, parameters, t
 them: some are cancelled, left, closed or aborted, some have deadlines or budgets, rewards that raise or come late, slow
 readers. They come from two event loops in two threads. What must be true in the end: every request has ended once, as
 it should; no page, slab, thread or object is held, and memory has stopped growing; the texts of the undisturbed are
-those that the same requests have alone; deadlines were kept within a segment. What an engine has not (see ROWS) is left
-out, and said. Exit code 1 where something is wrong.
+those that the same requests have alone, deltas joined; deadlines were kept within a segment, but for so few as 0.1 % of
+them explains: one run in 1000 that misses no more is called wrong all the same (a one-sided binomial test). What an
+engine has not (see ROWS) is left out, and said. Exit code 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ from stars.serve.feed import Feed
 FAILING = "FAIL"  # a prompt with this in it has a reward that raises
 LATE = "LATE"  # a prompt whose reward takes its time
 KIND = stars.RequestOutputKind
+MISSED = 1e-3  # the part of deadlines that a run may miss by more than a segment
+FALSE_ALARMS = 1e-3  # the part of runs that are called wrong although they miss no more than these
 MAX_PROBLEMS = 20  # that are printed
 
 POLICIES: tuple[Callable[[random.Random], Any], ...] = (
@@ -250,6 +253,15 @@ def build(deterministic: bool = True) -> stars.Engine:
                         max_num_seqs=32, max_num_lanes=64, max_segment_size=32)
 
 
+def chance(missed: int, count: int) -> float:
+    """That at least `missed` of `count` deadlines are missed where MISSED of all are: a binomial tail."""
+    term, below = (1 - MISSED) ** count, 0.0
+    for number in range(missed):
+        below += term
+        term *= (count - number) / (number + 1) * MISSED / (1 - MISSED)
+    return 1 - below
+
+
 def facts(output: stars.RequestOutput) -> list[Any]:
     """What a run alone must agree on."""
     return [(one.token_ids, one.text, one.finish_reason, one.stop_reason) for one in output.outputs]
@@ -358,6 +370,7 @@ class Soak:
         last = None
         tokens: dict[int, list[int]] = defaultdict(list)  # of deltas
         logprobs: dict[int, list[Any]] = defaultdict(list)
+        texts: dict[int, str] = defaultdict(str)
         limit = random.Random(plan.number).randint(0, 3)
         count = 0
         async for output in stream:
@@ -366,6 +379,7 @@ class Soak:
             last, count = output, count + 1
             for one in output.outputs:
                 tokens[one.index] += one.token_ids
+                texts[one.index] += one.text or ""
                 logprobs[one.index] += getattr(one, "logprobs", None) or []
             if not output.finished and plan.fate == "leave" and count > limit:
                 return "left"
@@ -381,7 +395,7 @@ class Soak:
             self.problem(plan.number, f"has {count} outputs where its last is all")
         if params.output_kind is KIND.DELTA:
             for one in last.outputs:
-                one.token_ids, one.text = tokens[one.index], None
+                one.token_ids, one.text = tokens[one.index], texts[one.index]
                 if logprobs[one.index]:
                     one.logprobs = logprobs[one.index]
         reasons = {one.finish_reason for one in last.outputs}
@@ -450,16 +464,19 @@ class Soak:
         quarter = len(values) // 4
         return statistics.median(values[-quarter:]) - statistics.median(values[quarter : 2 * quarter])
 
-    def deadlines(self) -> dict[str, Any]:
+    def check_deadlines(self) -> dict[str, Any]:
         """How late requests ended whose deadlines passed, and how late their callers knew. One that fell into a round
         is kept within a segment where no other round began and ended before the request did."""
         if not self.late:
-            return {"count": 0}
+            return {"count": 0, "missed": 0}
         missed = 0
         for deadline, ended, _ in self.late:
             first = bisect_left(self.begins, deadline)
             missed += first < len(self.begins) and self.round_ends[first] < ended
-        found: dict[str, Any] = {"count": len(self.late), "within_a_segment": 1 - missed / len(self.late)}
+        found: dict[str, Any] = {"count": len(self.late), "missed": missed,
+                                 "within_a_segment": 1 - missed / len(self.late)}
+        if chance(missed, len(self.late)) < FALSE_ALARMS:
+            self.problems.append(f"{missed} of {len(self.late)} deadlines were missed by more than a segment")
         for name, seconds in (("ended", [ended - deadline for deadline, ended, _ in self.late]),
                               ("told", [told - deadline for deadline, _, told in self.late])):
             ordered = [round(1e3 * one, 1) for one in sorted(seconds)]
@@ -473,12 +490,9 @@ class Soak:
             plan = plan_of(self.seed, number, self.rows)
             params = dataclasses.replace(plan.given["sampling_params"], output_kind=KIND.FINAL_ONLY)
             [output] = self.engine.generate(plan.given["prompt"], params, plan.given["policy"], use_tqdm=False)
-            got, wanted = self.texts[number], facts(output)
-            if plan.given["sampling_params"].output_kind is KIND.DELTA:
-                wanted = [(token_ids, None, *rest) for token_ids, _, *rest in wanted]
-                got = [(token_ids, None, *rest) for token_ids, _, *rest in got]
-            if got != wanted:
-                self.problem(number, f"has another text than alone: {got} and {wanted}: {plan.given}")
+            if self.texts[number] != facts(output):
+                self.problem(number, f"has another text than alone: {self.texts[number]} and {facts(output)}: "
+                                     f"{plan.given}")
 
 
 def resident_mb() -> float:
@@ -490,7 +504,7 @@ def resident_mb() -> float:
         return 0.0
 
 
-def soak(requests: int, seed: int, without: tuple[str, ...] = (), at_once: int = 48, alone: int = 200,
+def soak(requests: int, seed: int, without: tuple[str, ...] = (), at_once: int = 48, alone: int = 1000,
          growth_mb: float = 24.0) -> dict[str, Any]:
     """One run; "problems" of what it returns says what is wrong, nothing in the best case."""
     logging.getLogger("stars").setLevel(logging.CRITICAL)  # rewards that fail are part of it
@@ -504,13 +518,14 @@ def soak(requests: int, seed: int, without: tuple[str, ...] = (), at_once: int =
     growth = run.memory_growth()
     if growth > growth_mb:
         run.problems.append(f"memory has grown by {growth:.1f} MB between the second and the last quarter")
+    deadlines = run.check_deadlines()
     run.check_texts()
     return {
         "requests": requests, "seed": seed, "rows": there, "seconds": round(seconds, 1),
         "requests_per_second": round(requests / seconds, 2),
         "ends": {f"{fate}: {end}": count for (fate, end), count in sorted(run.reasons.items())},
         "refused_by_add_nowait": run.refusals, "texts_compared_with_alone": len(run.texts),
-        "deadlines": run.deadlines(), "rounds": len(run.begins),
+        "deadlines": deadlines, "rounds": len(run.begins),
         "longest_round_ms": round(1e3 * max(map(operator.sub, run.round_ends, run.begins)), 1),
         "memory_growth_mb": round(growth, 2),
         "resident_mb": [[count, round(mb, 1)] for count, mb in run.resident],
@@ -536,7 +551,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="500 requests, and no result file")
     parser.add_argument("--seed", type=int, default=0, help="what all is drawn from")
     parser.add_argument("--at-once", type=int, default=48, help="callers")
-    parser.add_argument("--alone", type=int, default=200, help="texts that are compared with those of a run alone")
+    parser.add_argument("--alone", type=int, help="texts that are compared with those of a run alone (1000, quick 200)")
     parser.add_argument("--growth", type=float, default=24.0,
                         help="MB that the last quarter may have more than the second")
     parser.add_argument("--without", type=lambda text: tuple(text.split(",")), default=(),
@@ -547,7 +562,8 @@ def main() -> int:
     set_threads(options.threads)
     machine = describe_machine()
     requests = options.requests or (500 if options.quick else 10_000)
-    result = soak(requests, options.seed, options.without, options.at_once, options.alone, options.growth)
+    alone = options.alone or (200 if options.quick else 1000)
+    result = soak(requests, options.seed, options.without, options.at_once, alone, options.growth)
     print("\n".join(lines(result)))
     default = ROOT / ".benchmarks" if options.quick else RESULTS
     output = options.output or default / "soak.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -49,7 +50,7 @@ def parse_chat(given: Mapping[str, Any], tokenizer: Any) -> Chat:
     if continues and not isinstance(messages[-1].get("content"), str):
         raise RequestError("continue_final_message needs a final message whose content is a text, and it is "
                            f"{shown(messages[-1].get('content'))}")
-    return Chat(list(messages), _tools(given.get("tools")),
+    return Chat([_as_read(number, message) for number, message in enumerate(messages)], _tools(given.get("tools")),
                 _variables(given.get("chat_template_kwargs"), getattr(tokenizer, "named_tokens", ())), generates,
                 continues)
 
@@ -126,6 +127,33 @@ def control_tokens(tokenizer: Any) -> ControlTokens:
 
 def _or(value: Any, default: bool) -> Any:
     return default if value is None else value
+
+
+def _as_read(number: int, message: dict[str, Any]) -> dict[str, Any]:
+    """`message` as templates expect it, and as vLLM renders it: arguments of tool calls are objects, where OpenAI's API
+    has their JSON text, and an empty list of calls is left out."""
+    calls = message.get("tool_calls")
+    if message.get("role") != "assistant" or not isinstance(calls, (list, tuple)):
+        return message
+    if not calls:
+        return {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**message, "tool_calls": [_with_arguments(number, call) for call in calls]}
+
+
+def _with_arguments(number: int, call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if arguments is None or isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            pass
+        if not isinstance(arguments, dict):
+            raise RequestError(f"messages[{number}] has a tool call whose arguments are "
+                               f"{shown(function['arguments'])}, which is no JSON object: give one, or its text")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _tools(given: Any) -> list[dict[str, Any]] | None:

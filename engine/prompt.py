@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from stars.arguments import MAX_SHOWN, shown
@@ -149,7 +150,7 @@ def _parse(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
         if kind == "prompt_token_ids":
             return _from_ids(prompt["prompt_token_ids"], tokenizer, vocab_size)
         if kind == "messages":
-            return _from_chat(parse_chat(prompt, tokenizer), tokenizer, literal)
+            return _from_chat(parse_chat(prompt, tokenizer), tokenizer, literal, prompt["messages"])
         prompt = prompt["prompt"]
     if not isinstance(prompt, str):
         raise RequestError(f"a prompt is a string or a dictionary, not {type(prompt).__name__}")
@@ -179,14 +180,14 @@ def _from_ids(token_ids: Any, tokenizer: Any, vocab_size: int) -> Prompt:
     return Prompt(None, token_ids, text)
 
 
-def _from_chat(chat: Chat, tokenizer: Any, literal: bool) -> Prompt:
+def _from_chat(chat: Chat, tokenizer: Any, literal: bool, given: Sequence[dict[str, Any]]) -> Prompt:
     text, marked = rendered(chat, tokenizer, control_tokens(tokenizer) if literal else None)
     token_ids = _encoded(tokenizer, text, False, marked)
     if not token_ids:
         raise RequestError("the chat template renders these messages to an empty prompt: change the messages to what "
                            "it expects, or give the prompt as text")
     plain = without_marks(text) if marked else text
-    return Prompt(chat.messages, token_ids, plain, continued(chat, plain), literal, text if marked else None)
+    return Prompt(list(given), token_ids, plain, continued(chat, plain), literal, text if marked else None)
 
 
 def message_text(message: dict[str, Any]) -> str:

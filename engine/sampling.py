@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from stars.arguments import flag, integer, known_by_name, real, shown
+from stars.arguments import flag, integer, known_by_name, number_below, real, shown
 from stars.errors import RequestError
 from stars.structured import StructuredOutputsParams
 from stars.vllm_names import SAMPLING
@@ -262,6 +262,9 @@ class SamplingParams:
 
 
 def _count(name: str, value: Any) -> int | None:
+    if number_below(value, 0):  # as -1, which is all of the vocabulary in vLLM
+        raise RequestError(f"SamplingParams.{name} is {shown(value)}, it must be an integer from 0 to {MAX_LOGPROBS}, "
+                           "the most that is returned")
     return None if value is None else integer(f"SamplingParams.{name}", value, 0, MAX_LOGPROBS)
 
 

@@ -10,6 +10,7 @@ from stars.arguments import Absent
 
 _LOGPROBS = "give logprobs, how many of the most probable tokens are wanted"
 _CONSTRAINT = "give structured_outputs, whose fields are those of StructuredOutputsParams"
+_GUIDED = ("json", "regex", "choice", "grammar")  # guided_json, ..., of older vLLM
 
 SAMPLING = {
     "best_of": Absent((None, 1), "use policy=stars.BestOfN(n), which returns the response of the highest reward"),
@@ -20,6 +21,9 @@ SAMPLING = {
     "logits_processors": Absent((None, [], ()), "leave it at None, or judge whole segments with a reward"),
     "reasoning_structured_outputs": Absent((None,), _CONSTRAINT),
     "guided_decoding": Absent((None,), _CONSTRAINT),
+    **{f"guided_{name}": Absent((None,), f'give structured_outputs={{"{name}": ...}}') for name in _GUIDED},
+    "response_format": Absent((None, {"type": "text"}),
+                              'give structured_outputs={"json": SCHEMA}, or {"json_object": True}'),
     "truncation_side": Absent((None,), "leave it at None and shorten the prompt"),
     "spaces_between_special_tokens": Absent((True,), "leave it at True"),
     "stream_interval": Absent((None, 1), "engine.stream yields once a segment, whose size is the policy's"),
@@ -136,7 +140,8 @@ ENGINE = {
     "enable_log_requests": Absent((False,), 'log lines go to the logger "stars", set its level and leave this out'),
     "show_hidden_metrics_for_version": Absent((None,), "engine.metrics hides none, leave it out"),
     "prefix_caching_hash_algo": Absent(("sha256", "builtin", None), "pages are compared by their tokens, leave it out"),
-    "logprobs_mode": Absent(("raw_logprobs", None), _LOGPROBS),
+    "logprobs_mode": Absent((None,), "log-probabilities are of what a token is drawn from, before temperature and "
+                            "filters, leave it out"),
     "enable_sleep_mode": Absent((False,), "an engine keeps its memory until it is deleted, leave it out"),
     "worker_cls": Absent(("auto",), "the engine runs in the process that built it, leave it out"),
     "served_model_name": Absent((None,), "nothing is served here, leave it out"),
@@ -151,6 +156,8 @@ CALL = {
         "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "prompt_logprobs", "logit_bias",
         "min_tokens", "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "output_kind", "structured_outputs",
         "attempt_logprobs", "include_stop_str_in_output", "skip_special_tokens", "detokenize")},
+    **{name: "give SamplingParams(structured_outputs=...) as sampling_params" for name in (
+        "guided_decoding", "response_format", *(f"guided_{name}" for name in _GUIDED))},
     "timeout": "give budget=stars.Budget(seconds=...)",
     "deadline": "give budget=stars.Budget(seconds=...)",
     "prompt_token_ids": 'give {"prompt_token_ids": [...]} as the prompt',

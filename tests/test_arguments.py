@@ -406,6 +406,11 @@ def test_vllms_fields_are_all_known():
     (stars.CARDS, "entropy_treshold", "did you mean entropy_threshold?"),
     (stars.BlockwiseBestOfK, "segmentsize", "did you mean segment_size?"), (stars.Sample, "scores", "mean score?"),
     (lambda **given: toy_engine(LM, **given), "max_model_length", "did you mean max_model_len?"),
+    (stars.SamplingParams, "guided_json", 'give structured_outputs={"json": ...}'),
+    (stars.SamplingParams, "guided_regex", 'give structured_outputs={"regex": ...}'),
+    (stars.SamplingParams, "guided_choice", 'give structured_outputs={"choice": ...}'),
+    (stars.SamplingParams, "guided_grammar", 'give structured_outputs={"grammar": ...}'),
+    (stars.SamplingParams, "response_format", 'give structured_outputs={"json": SCHEMA}'),
     (lambda **given: toy_engine(LM, **given), "tensor_parallel_size", "one process for each GPU"),
 ])
 def test_names_that_are_not_there(call, given, message):
@@ -614,10 +619,16 @@ def test_numbers_of_no_dimension():
 
 @pytest.mark.parametrize("given", [{"seed": 0}, {"max_logprobs": 20}, {"swap_space": 4}, {"swap_space": 4.0},
                                    {"enable_sleep_mode": False}, {"disable_log_requests": True},
-                                   {"logprobs_mode": "raw_logprobs"}, {"worker_cls": "auto"},
+                                   {"logprobs_mode": None}, {"worker_cls": "auto"},
                                    {"enforce_eager": np.bool_(False)}, {"tensor_parallel_size": np.int64(1)}])
 def test_defaults_of_others_ask_for_nothing(given):
     assert toy_engine(LM, **given).config == toy_engine(LM).config
+
+
+def test_log_probabilities_are_not_vllms_raw_ones():
+    for mode in ("raw_logprobs", "processed_logprobs"):
+        refused(stars.RequestError, "Engine.logprobs_mode is not implemented: log-probabilities are of what a token is "
+                "drawn from", toy_engine, LM, logprobs_mode=mode)
 
 
 def test_keywords_that_belong_elsewhere():
@@ -632,6 +643,9 @@ def test_keywords_that_belong_elsewhere():
     refused(stars.RequestError, "give its directory as the model, as one of models={NAME: DIR} or as the "
             "reward", engine.generate, PROMPT,
             lora_request=object())
+    for name in ("guided_json", "response_format"):
+        refused(stars.RequestError, f"generate has no parameter '{name}': give SamplingParams(structured_outputs=...)",
+                engine.generate, PROMPT, **{name: {}})
     params = stars.SamplingParams(max_tokens=2, seed=1)
     assert len(engine.generate(PROMPT, params, use_tqdm=False, lora_request=None)) == 1
     refused(stars.RequestError, "stream takes one prompt", engine.stream, ["x", "y"])

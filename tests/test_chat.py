@@ -99,6 +99,9 @@ TOKENIZER_ERRORS = [
      "needs a final message whose content is a text, and it is None"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "continue_final_message": True},
      "needs a final message whose content is a text"),
+    *(({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]},
+       r"messages\[1\] has a tool call whose arguments are .*, which is no JSON object: give one") for arguments in
+      ("{", "[1]", "3", " ", "[" * 10**5)),
     ({"special_tokens": "ignore"}, "special_tokens is 'ignore', it must be \"parse\""),
     ({"special_tokens": True}, "special_tokens is True, it must be"),
     ({"special_tokens": np.array(["text", "parse"])}, "special_tokens is array.* it must be"),
@@ -126,6 +129,36 @@ def test_keys_that_belong_to_messages(given, expected, written):
     one_sentence(str(caught.value))
     absent = {key: None for key in ("tools", "special_tokens", "chat_template_kwargs")}
     assert parse_prompt({"prompt_token_ids": [1], **absent}, load_tokenizer(written), VOCAB).token_ids == [1]
+
+
+CALLS = ("{% for message in messages %}<s>{% if message.tool_calls is defined %}{% for call in message.tool_calls %}"
+         "{{ call.function.arguments | tojson }}{% endfor %}{% else %}{{ message.content }}{% endif %}{% endfor %}")
+
+
+@pytest.mark.parametrize("special_tokens", ["parse", "text"])
+@pytest.mark.parametrize(("arguments", "expected"), [
+    ({"arguments": '{"city":"Köln", "days": [1, null]}'}, '{"city": "Köln", "days": [1, null]}'),
+    ({"arguments": {"city": "Köln"}}, '{"city": "Köln"}'), ({"arguments": [1]}, "[1]"),
+    ({"arguments": ""}, "{}"), ({"arguments": None}, "{}"), ({}, "{}"),
+])
+def test_arguments_of_tool_calls_are_objects_to_a_template(written, copied, arguments, expected, special_tokens):
+    """As in vLLM; what the user gave is neither changed nor shown otherwise."""
+    tokenizer = with_template(copied(written), CALLS)
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [
+        {"type": "function", "function": {"name": "f", **arguments}}, *[{"function": {"arguments": "{}"}}] * 2]}]
+    before = json.dumps(messages)
+    prompt = parse_prompt({"messages": messages, "special_tokens": special_tokens}, tokenizer, VOCAB)
+    assert prompt.text == f"<s>{USER['content']}<s>{expected}{{}}{{}}"
+    assert json.dumps(messages) == before and prompt.asked == messages
+
+
+def test_no_tool_calls_are_none(written, copied):
+    tokenizer = with_template(copied(written), CALLS)
+    for calls, expected in (([], "Yes"), (None, "Yes"), ([{"function": {}}], "{}")):
+        prompt = parse_prompt({"messages": [{**turn("Yes"), "tool_calls": calls}]}, tokenizer, VOCAB)
+        assert prompt.text == f"<s>{expected}"
+    user = parse_prompt({"messages": [{**USER, "tool_calls": []}]}, tokenizer, VOCAB)
+    assert user.text == "<s>"  # of an assistant's messages alone
 
 
 def test_an_empty_rendering_says_what_to_do(written, copied):

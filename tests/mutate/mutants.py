@@ -1102,6 +1102,8 @@ MUTANTS = [
            "kept", "a final message that a template trims is continued behind its white space", "chat"),
     Mutant("engine/chat.py", "content = content.rstrip()", "pass",
            "a reward model reads white space that the language model was not fed", "chat"),
+    Mutant("engine/chat.py", "json.loads(arguments or \"{}\")", "json.loads(\"{}\")",
+           "arguments of tool calls that are JSON text are lost", "chat"),
     Mutant("engine/chat.py", "for name in SHARED_VARIABLES if name in chat.variables}", "for name in ()}",
            "a reward model is given no documents", "chat"),
     Mutant("engine/chat.py", "options = {**variables, **value[\"variables\"]}", "options = {**value[\"variables\"]}",
