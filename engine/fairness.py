@@ -98,7 +98,8 @@ class Fairness:
         requests.discard(request)
         if not requests:
             del self._active[request.user]
-            self._credit = 0.0  # or a short request would pay for those before it
+            if self.alone:  # nobody is left without any more
+                self._credit = 0.0
         self._priorities[request.priority] -= 1
         if not self._priorities[request.priority]:
             del self._priorities[request.priority]

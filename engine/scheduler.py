@@ -176,11 +176,18 @@ class Scheduler:
                 while hypothesis.table is not None and hypothesis.prefill is None and not self._reserve(hypothesis):
                     if len(self.running) > 1:
                         self._preempt(self._fairness.last(self.running))
+                    elif self._holds_twice(unit):
+                        self._preempt(unit)
                     else:
                         ended.append(self._refuse(unit, "reserve has no room for the next segment of this prompt"))
         while len(self.running) > 1 and self._cache.num_free_pages < self._for_forks():
             self._preempt(self._fairness.last(self.running))
         return ended
+
+    def _holds_twice(self, unit: Unit) -> bool:
+        """Whether its responses hold their prompt in several copies: one of them had read it anew, to tell of it."""
+        tables = [one.table for one in unit.unfinished if one.table is not None]
+        return unit.request.prompt_told is not None and len({table.pages[0] for table in tables if table.pages}) > 1
 
     def _for_forks(self) -> int:
         """Pages that a round may take besides what is reserved: of a population those are kept twice that stand in the
@@ -267,11 +274,12 @@ class Scheduler:
         a chunk. With `only`, units of one group are admitted and read to their end.
         """
         ended: list[Request] = []
+        before = self._gave_way
         if not self.waiting and not self._unread:
             return ended
         idle = not any(unit.ready for unit in self.running)
-        if idle:
-            self._together = time.monotonic()
+        if idle and not any(one.wait is not None for unit in self.running for one in unit.unfinished):
+            self._together = time.monotonic()  # who waits for a reward has begun
         idle, rows = idle or self._gathers, None
         if only is None:
             rows = self._config.chunk if idle else self._config.max_num_batched_tokens
@@ -283,7 +291,8 @@ class Scheduler:
         if first is not None and not self.running:
             if self._anew(first.request) is not None and self._forget(first.request):
                 return ended + self.admit(only)  # what it reads anew was there twice
-            ended.append(self._refuse(first, "can_open refuses this prompt"))
+            gave_way = self._gave_way if self._gave_way is not before else None
+            ended.append(self._refuse(gave_way or first, "can_open refuses this prompt"))
         return ended
 
     def _read_on(self, rows: int | None, only: Group | None, ended: list[Request]) -> bool:
@@ -332,11 +341,15 @@ class Scheduler:
         opened: list[Hypothesis] = []
         beginnings = {beginning for hypothesis in self._unread for beginning in self._beginnings(hypothesis)}
         while (unit := self._first(only)) is not None:
-            if unit not in self.running and not self._make_room(unit):
-                break
+            if unit not in self.running:
+                held = len(self.running)
+                if not self._make_room(unit):
+                    break
+                if len(self.running) < held:  # nobody waits for what they were being read with
+                    beginnings = {beginning for one in self._unread for beginning in self._beginnings(one)}
             for hypothesis in unit.unopened():
                 beginning = self._beginning(hypothesis, 0 if hypothesis.table is None else 1)
-                if beginning in beginnings:
+                if beginning in beginnings or self._waits_for_reward(hypothesis):
                     return bool(opened)
                 try:
                     if not self._open(hypothesis):
@@ -357,6 +370,16 @@ class Scheduler:
                     self.waiting.remove(unit)
                     self.running.append(unit)
         return bool(opened)
+
+    def _waits_for_reward(self, hypothesis: Hypothesis) -> bool:
+        """Whether the reward is still to read the beginning that it shares with another one, which comes first: the
+        language model may be ahead of it. Where one of them has been read its pages are there."""
+        request, size = hypothesis.request, self._config.page_size
+        if hypothesis.table is not None or request.plan.score.when == "never" or len(request.contexts[0]) <= size:
+            return False
+        alike = [one for unit in self.running for one in unit.unfinished if one.session is not None
+                 and one.request.contexts[0][:size] == request.contexts[0][:size]]
+        return bool(alike) and all([one.prefill is not None and not one.reading.started for one in alike])
 
     def _make_room(self, unit: Unit) -> bool:
         """Whether all of `unit` can be opened, once those have given way that it comes before."""

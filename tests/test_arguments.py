@@ -536,9 +536,11 @@ def test_calibrate_says_what_it_lacks():
     assert with_reward.calibrate([PROMPT], stars.SamplingParams(max_tokens=2, seed=1), num_samples=2) == 0.0
 
 
-@pytest.mark.parametrize("value", [[], {}, None, set(), object()])
+@pytest.mark.parametrize("value", [None, 1.5, object(), [None], [["a"]]])
 def test_abort_of_what_is_no_id(value):
-    assert toy_engine(LM).abort(value) is False
+    refused(stars.RequestError, "a request id is a string, and ", toy_engine(LM).abort, value)
+    for nobody in ([], {}, set(), "a", ["a", 1]):
+        assert toy_engine(LM).abort(nobody) is False
 
 
 def test_numbers_that_cannot_be_printed_and_flags_as_ids():

@@ -319,8 +319,12 @@ def test_a_stream_that_is_closed_tells_its_reader():
 def test_a_reader_that_is_cancelled_at_something_else_ends_its_request(queued):
     """Though the error is kept, and with it the frame that holds the stream; one that has handed its stream on ends
     nothing."""
+    long = ({"prompt_token_ids": [1, 2, 3]}, stars.SamplingParams(max_tokens=2900, seed=1, ignore_eos=True),
+            stars.STARS(1, 1, 1.0, reward_threshold=0.0))
+
     async def serve():
-        core = toy_engine(LM, RM)
+        reward = stars.FunctionReward(lambda prompt, responses: [1.0] * len(responses), "ids")
+        core = toy_engine(ToyModel(23, seed=1, positions=3000), reward)
         async with stars.AsyncEngine(core) as engine:
             have_read = []
 
@@ -330,7 +334,7 @@ def test_a_reader_that_is_cancelled_at_something_else_ends_its_request(queued):
                     await asyncio.sleep(LIMIT)
 
             def made():
-                return engine.add(*endless()) if queued else engine.generate(*endless())
+                return engine.add(*long) if queued else engine.generate(*long)
 
             stream, other = made(), made()
             if queued:
@@ -346,6 +350,23 @@ def test_a_reader_that_is_cancelled_at_something_else_ends_its_request(queued):
             rest.cancel()
             await until(lambda: not core._requests)
             nothing_is_held(core)
+
+    run(serve())
+
+
+def test_who_waits_for_a_common_beginning_takes_no_place():
+    """While it is read, chunk after chunk, seats are free: nobody is refused."""
+    async def serve():
+        core = toy_engine(LM, None, max_num_seqs=16, max_num_batched_tokens=4)
+        async with stars.AsyncEngine(core, max_waiting=2) as engine:
+            params = stars.SamplingParams(max_tokens=4, seed=1, ignore_eos=True)
+            streams = []
+            for last in range(8):
+                prompt = {"prompt_token_ids": [*ids(80, 23, 1), 1 + last]}
+                streams.append(await engine.add_nowait(prompt, params))
+            for stream in streams:
+                assert (await collect(stream))[-1].finished
+        nothing_is_held(core)
 
     run(serve())
 

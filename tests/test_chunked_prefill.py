@@ -33,6 +33,7 @@ from toy import ToyModel, facts, ids, toy_engine
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 STARS = stars.STARS(4, 6, 0.5, 0.4, 1.5, 2)
+SMALL, SMALL_RM = ToyModel(vocab=11, seed=1, layers=1), ToyModel(vocab=11, seed=3, layers=1, head="reward")
 # Whatever is drawn is accepted: a segment of 3 tokens a round.
 DECODING = [({"prompt_token_ids": ids(7, 11, seed)}, stars.SamplingParams(max_tokens=147, seed=seed, ignore_eos=True),
              stars.STARS(3, 1, 1.0, 0.0, -1e9)) for seed in range(2)]
@@ -509,3 +510,82 @@ def test_who_fails_is_found_where_prompts_are_longer_than_a_chunk():
     assert not made.has_unfinished_requests()
     nothing_is_held(made)
     assert [done[name].outputs[0].error for name in names] == [None, "ZeroDivisionError: of this prompt", None]
+
+
+def test_who_takes_the_place_of_one_that_is_read_reads_their_common_beginning():
+    """It had waited for pages that nobody wrote any more."""
+    made = toy_engine(SMALL, None, max_num_seqs=1, max_num_batched_tokens=8, deterministic=True)
+    params = stars.SamplingParams(max_tokens=4, seed=0, ignore_eos=True)
+    names = [made.add_request({"prompt_token_ids": ids(60, 11)}, params, priority=1)]
+    made.step()
+    names.append(made.add_request({"prompt_token_ids": ids(60, 11)}, params, priority=0))
+    done = {}
+    while made.has_unfinished_requests():
+        done |= {output.request_id: output for output in made.step()}
+    assert [done[name].outputs[0].error for name in names] == [None, None]
+    assert done[names[0]].metrics.num_preemptions == 1
+    nothing_is_held(made)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_reward_reads_a_common_prompt_before_others_share_it(monkeypatch, first):
+    """Where the language model has it already, or is ahead by a chunk: a population fits that would not without."""
+    prompt, params = {"prompt_token_ids": ids(65, 11)}, stars.SamplingParams(max_tokens=8, seed=0, ignore_eos=True)
+    for jobs in ([(prompt, params, stars.SegmentBeam(3, 2, 4))], [(prompt, params, stars.Sample(score=True))] * 6):
+        made = toy_engine(SMALL, stars.CausalReward(SMALL_RM.decoder()), max_num_batched_tokens=8,
+                          cache_tokens=160 if len(jobs) == 1 else 4000)
+        if first:  # which asks for no reward
+            made.generate(prompt, params, use_tqdm=False)
+        with counted(monkeypatch) as rows:
+            assert [one.error for output in run(made, jobs) for one in output.outputs] == [None] * len(jobs)
+            language, reward = rows.of(made)
+        assert language <= 64 and reward <= 2 * 64 + 8
+
+
+@pytest.mark.rounds_raise
+def test_who_has_no_room_is_refused_and_nobody_else(monkeypatch):
+    """A population whose third session the reward never has pages for; another user's request, which only waits, goes
+    on."""
+    made = toy_engine(SMALL, stars.CausalReward(SMALL_RM.decoder()), max_num_seqs=3)
+    params = stars.SamplingParams(max_tokens=8, seed=0, ignore_eos=True)
+    reserve, sessions = made.reward.reserve, []
+
+    def reserving(session, tokens):
+        if session not in sessions:
+            sessions.append(session)
+        return sessions.index(session) % 3 != 2 and reserve(session, tokens)
+
+    monkeypatch.setattr(made.reward, "reserve", reserving)
+    names = [made.add_request({"prompt_token_ids": ids(65, 11)}, params, stars.SegmentBeam(3, 2, 4), user="b"),
+             made.add_request({"prompt_token_ids": ids(9, 11, 5)}, params, user="a")]
+    done = {}
+    for _ in range(200):
+        done |= {output.request_id: output for output in made.step()}
+    assert not made.has_unfinished_requests()
+    assert "refuse it in check" in str(done[names[0]].outputs[0].error) and done[names[1]].outputs[0].error is None
+    nothing_is_held(made)
+
+
+@pytest.mark.parametrize("user", [None, "other"])
+def test_who_waits_for_a_late_reward_has_begun(monkeypatch, user):
+    """A long prompt that comes meanwhile is not read to its end before the response goes on."""
+    reward = LateFunction(lambda prompt, responses: [1.0] * len(responses), "ids")
+    made = toy_engine(ToyModel(vocab=11, seed=1, layers=1, positions=600), reward, max_num_batched_tokens=8)
+    monkeypatch.setattr(stars.engine, "pause", lambda *_: reward.settle())
+    name = made.add_request({"prompt_token_ids": ids(5, 11)}, stars.SamplingParams(
+        max_tokens=40, seed=0, ignore_eos=True), stars.STARS(4, 1, 1.0, 0.0, -1e9))
+    for _ in range(9):
+        made.step()
+    made.add_request({"prompt_token_ids": ids(400, 11)}, stars.SamplingParams(max_tokens=4, seed=1), user=user)
+    decodes, still, most = made._requests[name].hypotheses[0], 0, 0
+    while name in made._requests:
+        tokens = len(decodes.token_ids)
+        made.step()
+        reward.settle()
+        still = still + 1 if len(decodes.token_ids) == tokens else 0
+        most = max(most, still)
+    assert most <= 3
+    made.abort([*made._requests])
+    while made.has_unfinished_requests():
+        made.step()
+    nothing_is_held(made)

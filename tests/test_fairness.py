@@ -301,3 +301,22 @@ def test_what_users_do_changes_no_text():
             done |= {output.request_id: output for output in made.step()}
         nothing_is_held(made)
         assert [kept(facts(done[str(index)])) for index in range(len(jobs))] == [kept(one) for one in whole]
+
+
+def test_a_heavy_user_has_its_turn_beside_light_ones_that_come_and_go():
+    """What it is left without adds up, whoever leaves meanwhile: 8 lanes of 128 tokens beside segments of 4."""
+    made = toy_engine(ToyModel(vocab=11, seed=1, layers=1, positions=512), stars.FunctionReward(rewards, inputs="ids"),
+                      max_segment_size=128)
+    Clock(made)
+    heavy = made.add_request({"prompt_token_ids": ids(5, seed=1)}, stars.SamplingParams(
+        max_tokens=128, seed=0, ignore_eos=True), stars.BlockwiseBestOfK(8, 128), user="heavy")
+    running: set[str] = set()
+    for number in range(600):
+        if len(running) < 3:
+            running.add(made.add_request({"prompt_token_ids": ids(3, seed=number)}, stars.SamplingParams(
+                max_tokens=8 + 4 * (number % 3), seed=number, ignore_eos=True), stars.STARS(4, 1, 1.0, 0.0, -1e9),
+                user=f"light {number}"))
+        running -= {output.request_id for output in made.step() if output.finished}
+        if heavy not in made._requests:
+            break
+    assert 20 < number < 599

@@ -652,7 +652,7 @@ def test_no_task_waits_for_anothers_grammar(slow):
             tasks[1].cancel()
             await streams[2].aclose()
             with pytest.raises(RuntimeError, match="another task"):
-                await streams[0]._begin()
+                await anext(streams[0])
             go_on.set()
             assert fits(await tasks[0], WORDS) and fits(await last(await adding), WORDS)
             with pytest.raises(asyncio.CancelledError):

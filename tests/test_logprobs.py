@@ -546,3 +546,15 @@ def test_the_command_line_has_them_in_its_rows(capsys):
     assert all(2 <= len(entries) <= 3 and entries[0].keys() == {"token_id", "text", "logprob", "rank"}
                for entries in output["logprobs"])
     assert "logprobs" not in plain["outputs"][0]
+
+
+def test_a_population_that_holds_its_prompt_twice_makes_room_for_itself():
+    """Its first member reads the prompt anew, to tell of it, while the others share what a request before has left."""
+    reward = stars.FunctionReward(lambda prompt, responses: [float(sum(one) % 7) for one in responses], "ids")
+    made = toy_engine(ToyModel(vocab=11, seed=1, layers=1), reward, cache_tokens=196)
+    for _ in range(2):
+        [output] = made.generate({"prompt_token_ids": ids(57, 11)}, stars.SamplingParams(
+            max_tokens=24, seed=1, ignore_eos=True, prompt_logprobs=1), stars.SpeculativeRejection(4, 0.01, 4),
+            use_tqdm=False)
+        assert output.outputs[0].error is None and len(output.prompt_logprobs) == 57
+    nothing_is_held(made)

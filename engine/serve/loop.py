@@ -400,7 +400,8 @@ class Loop:
             else:
                 waiting += 1
         if after_round or not waiting:
-            self._crowded = waiting > 0
+            # Who waits for a beginning that is being read leaves seats free.
+            self._crowded = waiting > 0 and not self.engine._scheduler.reads
         # What is queued now and was not there in the last round takes a free seat in the next, so far as is known.
         free = 0 if self._crowded else max(self.engine.config.max_num_seqs - running, 0)
         with self._lock:
