@@ -116,6 +116,16 @@ def endless(seed: int = 0) -> tuple:
     return {"prompt_token_ids": ids(6, 23, seed)}, params, stars.STARS(1, 1, 1.0, reward_threshold=0.0)
 
 
+def long_engine(**options) -> stars.Engine:
+    """One whose requests, `LONG`, take seconds."""
+    reward = stars.FunctionReward(lambda prompt, responses: [1.0] * len(responses), "ids")
+    return toy_engine(ToyModel(23, seed=1, positions=3000), reward, **options)
+
+
+LONG = ({"prompt_token_ids": [1, 2, 3]}, stars.SamplingParams(max_tokens=2900, seed=1, ignore_eos=True),
+        stars.STARS(1, 1, 1.0, reward_threshold=0.0))
+
+
 # -- the same texts ---------------------------------------------------------------------------------------------------
 
 
@@ -301,9 +311,9 @@ def test_who_waits_for_its_grammar_is_known(monkeypatch, max_waiting):
 def test_a_stream_that_is_closed_tells_its_reader():
     """Before it has a place, and while it decodes: whoever awaits an output gets no more of them, at once."""
     async def serve():
-        core = toy_engine(LM, RM, max_num_seqs=1)
+        core = long_engine(max_num_seqs=1)
         async with stars.AsyncEngine(core, max_waiting=1) as engine:
-            streams = [engine.generate(*endless(seed)) for seed in range(3)]
+            streams = [engine.generate(*LONG) for _ in range(3)]
             readers = [asyncio.create_task(collect(stream)) for stream in streams]
             await until(lambda: bool(core._scheduler.running))
             for stream, reader in zip(streams[::-1], readers[::-1], strict=True):
@@ -319,12 +329,8 @@ def test_a_stream_that_is_closed_tells_its_reader():
 def test_a_reader_that_is_cancelled_at_something_else_ends_its_request(queued):
     """Though the error is kept, and with it the frame that holds the stream; one that has handed its stream on ends
     nothing."""
-    long = ({"prompt_token_ids": [1, 2, 3]}, stars.SamplingParams(max_tokens=2900, seed=1, ignore_eos=True),
-            stars.STARS(1, 1, 1.0, reward_threshold=0.0))
-
     async def serve():
-        reward = stars.FunctionReward(lambda prompt, responses: [1.0] * len(responses), "ids")
-        core = toy_engine(ToyModel(23, seed=1, positions=3000), reward)
+        core = long_engine()
         async with stars.AsyncEngine(core) as engine:
             have_read = []
 
@@ -334,7 +340,7 @@ def test_a_reader_that_is_cancelled_at_something_else_ends_its_request(queued):
                     await asyncio.sleep(LIMIT)
 
             def made():
-                return engine.add(*long) if queued else engine.generate(*long)
+                return engine.add(*LONG) if queued else engine.generate(*LONG)
 
             stream, other = made(), made()
             if queued:
@@ -373,9 +379,9 @@ def test_who_waits_for_a_common_beginning_takes_no_place():
 
 def test_several_are_aborted_at_once_and_ids_are_strings():
     async def serve():
-        core = toy_engine(LM, RM)
+        core = long_engine()
         async with stars.AsyncEngine(core) as engine:
-            streams = [await engine.add(*endless(), request_id=name) for name in "abc"]
+            streams = [await engine.add(*LONG, request_id=name) for name in "abc"]
             for wrong in (["a", ["b"]], 1.5, {1.5}, None):
                 with pytest.raises(stars.RequestError, match="a request id is a string, and .* is none: give one"):
                     await engine.abort(wrong)
@@ -798,11 +804,13 @@ def counted(engine: stars.Engine) -> Counter:
 
 def test_who_is_slow_gets_few_outputs_and_holds_up_nobody():
     async def serve():
-        engine = toy_engine(LM, RM)
+        engine = long_engine()
         built = counted(engine)
         async with stars.AsyncEngine(engine) as served:
-            stream = await served.add(*endless(), request_id="slow")
-            quick = await collect(served.generate(*endless(), request_id="quick"))
+            prompt, params, policy = LONG
+            asked = prompt, dataclasses.replace(params, max_tokens=600), policy
+            stream = await served.add(*asked, request_id="slow")
+            quick = await collect(served.generate(*asked, request_id="quick"))
             await until(lambda: not engine._requests)
             slow = await collect(stream)
             assert len(slow) == 1 and decided(slow[-1]) == decided(quick[-1])
