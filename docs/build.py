@@ -95,8 +95,9 @@ def _entry(name: str, value: Any) -> Iterator[str]:
         if isinstance(called, property):
             yield f"**`{name}.{method}`** (property)\n\n{_doc(called)}"
         elif inspect.isfunction(called):
-            yield f"{_code(f'{name}.{method}{_signature(called, bound=not isinstance(member, staticmethod))}')}\n\n" \
-                  f"{_doc(called)}"
+            waits = "async " if inspect.iscoroutinefunction(called) else ""
+            signature = _signature(called, bound=not isinstance(member, staticmethod))
+            yield f"{_code(f'{waits}{name}.{method}{signature}')}\n\n{_doc(called)}"
 
 
 def _fields(value: type) -> str:
@@ -118,7 +119,7 @@ def _signature(function: Callable[..., Any], bound: bool = False) -> str:
     """As it is written, without what nobody is meant to give."""
     signature = inspect.signature(function)
     parameters = [parameter for name, parameter in signature.parameters.items()
-                  if not (bound and name in ("self", "cls")) and parameter.kind is not parameter.VAR_KEYWORD]
+                  if not (bound and name in ("self", "cls")) and name != "others"]  # which are refused by name
     kinds = [parameter.kind for parameter in parameters]
     if bound and kinds and kinds[0] is inspect.Parameter.POSITIONAL_ONLY:  # a slash after self alone
         parameters = [parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) if parameter.kind
