@@ -360,6 +360,20 @@ def test_a_reader_that_is_cancelled_at_something_else_ends_its_request(queued):
     run(serve())
 
 
+def test_a_task_that_reads_many_streams_keeps_nothing_of_them():
+    async def serve():
+        async with stars.AsyncEngine(toy_engine(LM, RM)) as engine:
+            task = asyncio.current_task()
+            before = len(task._callbacks or ())
+            for seed in range(5):
+                assert (await collect(engine.generate(*asked(seed))))[-1].finished
+            with pytest.raises(stars.RequestError):
+                await collect(engine.generate({"prompt_token_ids": [99]}))
+            assert len(task._callbacks or ()) == before
+
+    run(serve())
+
+
 def test_who_waits_for_a_common_beginning_takes_no_place():
     """While it is read, chunk after chunk, seats are free: nobody is refused."""
     async def serve():

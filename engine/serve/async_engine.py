@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -160,6 +160,7 @@ class RequestStream:
         self._feed = feed
         self._begun = self._ended = False
         self._reader: weakref.ref[asyncio.Task[Any]] | None = None
+        self._watch: Callable[[asyncio.Task[Any]], None] | None = None  # what its reader calls where it ends
 
     @property
     def request_id(self) -> str | None:
@@ -180,11 +181,13 @@ class RequestStream:
             output = await self._feed.next()
         except BaseException:
             self._end()
+            self._unwatch()
             raise
+        self._ended = output is None or output.finished
+        if self._ended:
+            self._unwatch()
         if output is None:
-            self._ended = True
             raise StopAsyncIteration
-        self._ended = output.finished
         return output
 
     async def aclose(self) -> None:
@@ -198,14 +201,22 @@ class RequestStream:
         task = asyncio.current_task()
         if task is None or self._reader is not None and self._reader() is task:
             return
-        self._reader, stream = weakref.ref(task), weakref.ref(self)
+        stream = weakref.ref(self)
 
         def done(task: asyncio.Task[Any]) -> None:
             held = stream()
             if held is not None and task.cancelled() and held._reader is not None and held._reader() is task:
                 held._end()
 
+        self._reader, self._watch = weakref.ref(task), done
         task.add_done_callback(done)
+
+    def _unwatch(self) -> None:
+        """A task that reads one stream after the other keeps nothing of them."""
+        task = self._reader() if self._reader is not None else None
+        if task is not None and self._watch is not None:
+            task.remove_done_callback(self._watch)
+        self._reader = self._watch = None
 
     def _begin(self, at_once: bool = False) -> None:
         """Asks for the request."""

@@ -1113,9 +1113,10 @@ MUTANTS = [
            "what changed while an output waited is told with the next change", "async_engine"),
     Mutant("engine/serve/async_engine.py", "hold the stream for long\n            stream._end()",
            "hold the stream for long\n            pass", "who is cancelled while it is added runs on", "async_engine"),
-    Mutant("engine/serve/async_engine.py", "        except BaseException:\n            self._end()\n            raise\n"
-           "        if output", "        except StopAsyncIteration:\n            raise\n        if output",
+    Mutant("engine/serve/async_engine.py", "            self._end()\n            self._unwatch()", "            self._unwatch()",
            "a task that is cancelled leaves its request running", "async_engine"),
+    Mutant("engine/serve/async_engine.py", "            task.remove_done_callback(self._watch)\n", "            pass\n",
+           "a task keeps something of every stream that it has read", "async_engine"),
     Mutant("engine/model/control_tokens.py", "places.add(found.start() + 1)", "places.add(found.start())",
            "a mark stands before a control token and not in it", "control_tokens"),
     Mutant("engine/model/control_tokens.py", "if text[-size:] in self._begins:", "if False:",
