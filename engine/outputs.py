@@ -196,6 +196,7 @@ class RequestOutput:
     # until it has read all of it. Where a method puts texts of its own before the prompt, those are among it.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     times: Times = Times()
+    num_cached_tokens: int | None = None  # tokens of the prompt that its first response found in the cache; None before
 
     def __repr__(self) -> str:
         shown = [repr(output) for output in self.outputs[:MAX_COMPLETIONS]]

@@ -817,6 +817,7 @@ class Request:
     teller: Hypothesis | None = None  # who reads them for it
     admitted: float | None = None  # when its first response was
     prefilled: float | None = None  # when the first one was read by both models
+    cached: int | None = None  # tokens of the prompt that the first one found in the cache
     ended: float | None = None
     trace_context: Any = None  # of the span that its own belongs to
     handed_out: Sequence[Handed] = ()  # of each completion, in outputs so far
@@ -966,7 +967,8 @@ class Request:
             metrics.add(completion.metrics)
         return RequestOutput(self.request_id, self.prompt.asked, list(self.prompt.token_ids), completions,
                              self.finished, self.seed, self.policy, self.prompt_reward, metrics,
-                             self.prompt_told.entries(self.name) if self.prompt_told is not None else None, self.times)
+                             self.prompt_told.entries(self.name) if self.prompt_told is not None else None, self.times,
+                             self.cached)
 
     def _completion(self, group: Group) -> CompletionOutput:
         """What all hypotheses of the group have in common, and so what may be shown: all of it once one is left."""

@@ -458,6 +458,8 @@ class Scheduler:
         self._fairness.read(request, len(request.contexts[0]) - table.length + len(hypothesis.token_ids))
         if new:
             hypothesis.metrics.prompt_tokens_cached = table.length
+            if request.cached is None:
+                request.cached = table.length
         if scored:
             hypothesis.session = self._scorer.open(request.prompt, request.max_tokens)
             if new:

@@ -113,6 +113,7 @@ def test_a_turn_runs_its_new_tokens(name):
     assert sum(one.attempts for one in metrics) > 1.2 * sum(one.segments for one in metrics)
     for one in metrics[1:]:
         assert one.prompt_tokens_cached == one.rm_tokens_cached > 0
+    assert [output.num_cached_tokens for output in outputs] == [one.prompt_tokens_cached for one in metrics]
 
 
 def test_plain_turns():
@@ -120,6 +121,18 @@ def test_plain_turns():
     converse(toy_engine(LM, page_size=PAGE), stars.Sample(), params)
     converse(toy_engine(LM, RM, page_size=PAGE), stars.Sample(score=True), params,
              beside=lambda output: (0, len(output.outputs[0].token_ids)))
+
+
+@pytest.mark.parametrize("policy", [stars.Sample(), stars.BestOfN(3), stars.ParticleFilter(3, 0.7, 4)])
+def test_cached_tokens_of_a_request_are_those_its_first_response_found(policy):
+    """Whatever the others found, which read the same prompt after it."""
+    engine, found = toy_engine(LM, RM, page_size=PAGE), []
+    for prompt in (ids(9, 23, 3), ids(9, 23, 3) + [5, 6]):
+        engine.add_request({"prompt_token_ids": prompt}, params(0, n=2), policy)
+        while engine.has_unfinished_requests():
+            found += [output for output in engine.step() if output.finished]
+    assert [output.num_cached_tokens for output in found] == [0, 8]
+    assert all(output.metrics.prompt_tokens_cached > output.num_cached_tokens for output in found)
 
 
 def test_two_completions_a_turn():
