@@ -282,6 +282,8 @@ def test_who_waits_for_its_grammar_is_known(monkeypatch, max_waiting):
         assert ends((await first)[-1]) == {"abort"}
         with pytest.raises(stars.RequestError, match="request id 'b.ab.' is in use"):
             await engine.add(prompt, request_id="b[ab]")
+        late = collect(engine.generate(prompt, shaped("a[ab]"), budget=stars.Budget(seconds=0.02)))
+        assert ends((await asyncio.wait_for(late, 10))[-1]) == {"deadline"}  # though nothing else happens
         if max_waiting is not None:  # a seat and two places, of which one is taken
             tasks = [asyncio.create_task(engine.add_nowait(prompt, shaped("a" * count))) for count in (1, 2)]
             await asyncio.sleep(0)
@@ -349,10 +351,12 @@ def test_a_reader_that_is_cancelled_at_something_else_ends_its_request(queued):
             await until(lambda: len(have_read) == 2)
             rest = asyncio.create_task(collect(other))
             await until(lambda: other._reader() is rest)
+            requests = [*core._requests.values()]
             task.cancel(), handed.cancel()
             kept = await asyncio.gather(task, handed, return_exceptions=True)
             await until(lambda: len(core._requests) == 1)
             assert isinstance(kept[0], asyncio.CancelledError) and not rest.done()
+            assert {one.hypotheses[0].finish_reason for one in requests} == {"abort", None}
             rest.cancel()
             await until(lambda: not core._requests)
             nothing_is_held(core)
