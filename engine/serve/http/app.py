@@ -1,0 +1,80 @@
+"""The application: what is answered where."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+
+from stars.exposition import CONTENT_TYPE
+from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
+from stars.serve.http.errors import ApiError, api_error
+from stars.serve.http.service import Service, service_of
+from stars.version import __version__
+
+logger = logging.getLogger(__name__)
+
+ROUTERS = tuple(room.router for room in (completions, chat, models, tokens, rewards, calibrate, page))
+
+
+def build_app(service: Service) -> FastAPI:
+    """The ASGI application over `service`."""
+    app = FastAPI(title="STARS engine", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_api_route("/health", _health, methods=["GET"], tags=["server"])
+    app.add_api_route("/ready", _ready, methods=["GET"], tags=["server"])
+    app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse)
+    app.add_exception_handler(ApiError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_error)
+    return app
+
+
+async def _health(request: Request) -> JSONResponse:
+    """Whether the engine runs: 503 once its loop has ended."""
+    if not service_of(request).engine.is_running and not service_of(request).draining:
+        raise ApiError(503, "the engine's loop has ended: start the server again", code="engine_dead")
+    return JSONResponse({"status": "ok"})
+
+
+async def _ready(request: Request) -> JSONResponse:
+    """Whether requests are taken: 503 while the server shuts down, too."""
+    service = service_of(request)
+    service.check_open()
+    return await _health(request)
+
+
+async def _metrics(request: Request) -> PlainTextResponse:
+    """The engine's metrics in Prometheus' text format."""
+    return PlainTextResponse(service_of(request).engine.metrics.text(), media_type=CONTENT_TYPE)
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    told = api_error(error)
+    if told.status >= 500 and not isinstance(error, ApiError):
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSONResponse(told.body(), told.status, told.headers)
+
+
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+    """400, where FastAPI would say 422, with the name of the first field that is wrong."""
+    assert isinstance(error, RequestValidationError)
+    first: dict[str, Any] = dict(error.errors()[0])
+    place = [str(part) for part in first["loc"] if part != "body"]
+    name = ".".join(place) or None
+    message = f"{name}: {first['msg']}" if name else f"the body: {first['msg']}"
+    return JSONResponse(ApiError(400, message, param=place[0] if place else None).body(), 400)
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    messages = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} takes no {request.method}"}
+    told = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
+    return JSONResponse(told.body(), error.status_code, dict(error.headers or {}))

@@ -1,0 +1,7 @@
+"""The page at /."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+router = APIRouter(tags=["page"])

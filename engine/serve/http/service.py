@@ -1,0 +1,31 @@
+"""What all handlers share: the engine, how it is served, and what is under way."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from fastapi import Request
+
+from stars.serve.async_engine import AsyncEngine
+from stars.serve.http.errors import ApiError
+from stars.serve.http.settings import ServerSettings
+
+
+class Service:
+    """One engine behind an API."""
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings):
+        self.engine = engine
+        self.settings = settings
+        self.draining = False  # from SIGTERM on: no more requests are taken
+
+    def check_open(self) -> None:
+        """ApiError where no request is taken any more."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down: try another one, or later", code="draining",
+                           headers={"Retry-After": "1"})
+
+
+def service_of(request: Request) -> Service:
+    """The Service of a request's application."""
+    return cast(Any, request.app.state).service  # type: ignore[no-any-return]

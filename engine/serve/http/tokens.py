@@ -1,0 +1,7 @@
+"""/tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+router = APIRouter(tags=["tokens"])
