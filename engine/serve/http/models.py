@@ -83,7 +83,8 @@ def names(service: Service) -> dict[str, str]:
     """The policy of each name that requests may have as their model: of those that this engine can run."""
     model = service.settings.model
     runnable = [name for name in POLICIES if _runs(service, name)]
-    return {model: default_policy(service), **{f"{model}:{name}": name for name in runnable}, f"{model}:plain": "sample"}
+    return {model: default_policy(service), f"{model}:plain": "sample",
+            **{f"{model}:{name}": name for name in runnable}}
 
 
 def check_name(service: Service, name: str) -> None:

@@ -95,7 +95,8 @@ async def detokenize(asked: DetokenizeRequest, request: Request) -> DetokenizeRe
     vocabulary = engine.model_config.vocab_size
     wrong = next((token for token in asked.tokens if token >= vocabulary), None)
     if wrong is not None:
-        raise ApiError(400, f"token id {shown(wrong)} is outside the model's vocabulary of {vocabulary}", param="tokens")
+        raise ApiError(400, f"token id {shown(wrong)} is outside the model's vocabulary of {vocabulary}: use those of "
+                       "/tokenize", param="tokens")
     try:
         return DetokenizeResponse(prompt=await asyncio.to_thread(
             engine.tokenizer.decode, asked.tokens, skip_special_tokens=False))
