@@ -76,6 +76,7 @@ async def tokenize(asked: TokenizeRequest, request: Request) -> TokenizeResponse
     if len(kinds) != 1:
         raise ApiError(400, 'give either "prompt", a text, or "messages"', param=kinds[0] if kinds else "prompt")
     [kind] = kinds
+    _refuse_without_tokenizer(engine, kind)
     if kind == "prompt":
         beside = next((name for name in OF_MESSAGES if getattr(asked, name) is not None), None)
         if beside is not None:
@@ -90,6 +91,7 @@ async def tokenize(asked: TokenizeRequest, request: Request) -> TokenizeResponse
 async def detokenize(asked: DetokenizeRequest, request: Request) -> DetokenizeResponse:
     """The text of token ids."""
     engine = _engine(asked, service_of(request))
+    _refuse_without_tokenizer(engine, "tokens")
     if len(asked.tokens) > MOST:
         raise ApiError(400, f"there are {len(asked.tokens)} tokens, the most is {MOST}: split them", param="tokens")
     vocabulary = engine.model_config.vocab_size
@@ -105,17 +107,18 @@ async def detokenize(asked: DetokenizeRequest, request: Request) -> DetokenizeRe
 
 
 def _engine(asked: Asked, service: Service) -> Engine:
-    """The engine whose tokenizer reads what is asked; ApiError where there is none, or for names that nobody knows."""
+    """The engine whose tokenizer reads what is asked; ApiError for names that nobody knows."""
     kind = type(asked)
     for name in asked.model_extra or ():
         raise ApiError(400, f"there is no parameter {shown(name)} here: {closest(name, kind.model_fields)}", param=name)
     if asked.model is not None:
         check_name(service, asked.model)
-    engine = service.engine.engine
+    return service.engine.engine
+
+
+def _refuse_without_tokenizer(engine: Engine, param: str) -> None:
     if engine.tokenizer is None:
-        raise ApiError(400, "the model has no tokenizer.json: start the server with one that has",
-                       param="tokens" if kind is DetokenizeRequest else "prompt")
-    return engine
+        raise ApiError(400, "the model has no tokenizer.json: start the server with one that has", param=param)
 
 
 def _tokens(engine: Engine, asked: TokenizeRequest) -> TokenizeResponse:
