@@ -12,12 +12,13 @@ from stars.arguments import closest, shown
 from stars.engine import Engine
 from stars.errors import RequestError, TokenizerError
 from stars.prompt import parse_prompt
+from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.description import JSON_BODY, responses
 from stars.serve.http.errors import ApiError
 from stars.serve.http.models import check_name
 from stars.serve.http.service import Service, service_of
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(tags=["tokens"], route_class=JsonRoute)
 MOST = 1 << 20
 """Characters of a text, or ids, of one request: what any context holds, and a second of one core."""
 OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools", "special_tokens")
