@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from stars.errors import StarsError
 from stars.exposition import CONTENT_TYPE, exposition
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
+from stars.serve.http.description import describe
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.limits import Bodies, Counted, Hosts, Keys, Places
 from stars.serve.http.service import Service, service_of
@@ -46,6 +47,7 @@ def build_app(service: Service) -> FastAPI:
                            allow_headers=("*",), expose_headers=("Retry-After", "X-Request-Id"))
     app.add_middleware(Hosts, settings=service.settings)
     app.add_middleware(Counted, service=service)
+    describe(app)
     return app
 
 
