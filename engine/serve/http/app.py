@@ -34,6 +34,8 @@ def build_app(service: Service) -> FastAPI:
             app.include_router(router)
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"])
     app.add_api_route("/ready", _ready, methods=["GET"], tags=["server"])
+    for path, answer in (("/health", _health), ("/ready", _ready)):
+        app.add_route(path, answer, methods=["HEAD"], include_in_schema=False)  # as some load balancers ask
     app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse)
     app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
