@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from stars.arguments import shown
 from stars.errors import StarsError
 from stars.exposition import CONTENT_TYPE, exposition
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
@@ -93,6 +94,7 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    messages = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} takes no {request.method}"}
+    path = shown(request.url.path)
+    messages = {404: f"there is no {path} here", 405: f"{path} takes no {shown(request.method)}"}
     told = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
     return JSONResponse(told.body(), error.status_code, dict(error.headers or {}))

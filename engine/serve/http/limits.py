@@ -33,6 +33,9 @@ READS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that ask for no work of the models."""
 BODIES = 256
 """Bodies of the largest size that may be in the midst of being received."""
+HEAD_BYTES = 1 << 16
+"""Of a request, at most. h11 has a bound of its own, and keeps to it only where a head comes in parts."""
+CLOSE = {"Connection": "close"}
 VERSIONS = ("1.0", "1.1", "2", "3")  # of HTTP, as servers of ASGI name them; h11 lets any number pass
 GONE = 499
 PAGE_POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; connect-src "
@@ -44,7 +47,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
     """Answers with `error`, and closes the connection where the request's body was not read."""
     headers = dict(error.headers)
     if has_body(scope):
-        headers["Connection"] = "close"
+        headers |= CLOSE
     await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
 
 
@@ -132,7 +135,11 @@ class Hosts:
     def _problem(self, scope: Scope, headers: Headers) -> ApiError | None:
         host = headers.get("host")
         if scope.get("http_version", "1.1") not in VERSIONS:
-            return ApiError(505, "this server speaks HTTP/1.1: ask in that", code="bad_http")
+            return ApiError(505, "this server speaks HTTP/1.1: ask in that", code="bad_http", headers=CLOSE)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path") or b"") + len(
+                scope["query_string"]) > HEAD_BYTES:
+            return ApiError(431, f"the request's head has more than {HEAD_BYTES} bytes: send less", code="bad_http",
+                            headers=CLOSE)
         if self.hosts and host is not None and _name(host) not in self.hosts:
             return ApiError(400, "this server does not go by the name in the Host header: ask it by another, or start "
                             "it with --allowed-host NAME", code="unknown_host")

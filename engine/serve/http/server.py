@@ -19,6 +19,7 @@ import uvicorn
 from stars.cli.signals import handling
 from stars.serve.http.app import build_app
 from stars.serve.http.guard import Door, Guard
+from stars.serve.http.limits import HEAD_BYTES
 from stars.serve.http.service import Service
 
 KEEP_ALIVE_SECONDS = 15  # that a connection may be idle between two requests
@@ -28,7 +29,6 @@ TOLD_SECONDS = 5.0
 """How long clients may take to read the end of what was cut off by the end of --drain-seconds."""
 SPARE_FILES = 128
 """Files of the process that are no connections."""
-HEAD_BYTES = 1 << 16
 
 
 class Server(uvicorn.Server):
