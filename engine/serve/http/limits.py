@@ -11,14 +11,15 @@ import hashlib
 import hmac
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stars.serve.http.bodies import REQUEST_ID, request_id_of
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
@@ -38,9 +39,6 @@ HEAD_BYTES = 1 << 16
 CLOSE = {"Connection": "close"}
 VERSIONS = ("1.0", "1.1", "2", "3")  # of HTTP, as servers of ASGI name them; h11 lets any number pass
 GONE = 499
-PAGE_POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; connect-src "
-               "'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-"""Of a page that has no Content-Security-Policy of its own: nothing from elsewhere, nothing to elsewhere."""
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +70,8 @@ class Counted:
             await self.app(scope, receive, send)
             return
         begin, status, over, gone = time.monotonic(), 0, False, False
-        request_id = scope.setdefault("state", {})["request_id"] = uuid.uuid4().hex
+        request_id = request_id_of(Request(scope))
+        traffic = self.service.traffic
 
         async def received() -> Message:
             nonlocal gone
@@ -84,7 +83,12 @@ class Counted:
             nonlocal status, over
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _harden(MutableHeaders(scope=message), request_id)
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                if status == 429:
+                    headers["Retry-After"] = str(traffic.retry_after())
             elif message["type"] == "http.response.body":
                 over = not message.get("more_body", False)
             await send(message)
@@ -94,26 +98,18 @@ class Counted:
         except Exception as error:
             if status:  # who reads must see that this is no whole answer: the server closes the connection
                 raise
-            told = api_error(error, self.service.traffic.retry_after())
+            told = api_error(error)
             logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             await refuse(told, scope, receive, sent)
         finally:
             seconds = time.monotonic() - begin
             route = getattr(scope.get("route"), "path", "other")
             told_status = GONE if gone and not over else status or 500
-            self.service.traffic.answered(scope["method"], route, told_status, seconds)
+            traffic.answered(scope["method"], route, told_status, seconds)
             if self.service.settings.log_requests:
-                counts = scope["state"].get("counts") or {}
+                counts = scope["state"].get("counts", dict)()  # of what a handler counted, by names
                 request_log.info("%s %s %s %d %.3fs%s", request_id, scope["method"], route, told_status, seconds,
                                  "".join(f" {name}={value}" for name, value in counts.items()))
-
-
-def _harden(headers: MutableHeaders, request_id: str) -> None:
-    headers.setdefault("X-Request-Id", request_id)
-    headers.setdefault("X-Content-Type-Options", "nosniff")
-    headers.setdefault("Referrer-Policy", "no-referrer")
-    if headers.get("content-type", "").startswith("text/html"):
-        headers.setdefault("Content-Security-Policy", PAGE_POLICY)
 
 
 class Hosts:
@@ -206,7 +202,7 @@ class Places:
             self.service.check_open()
             if traffic.under_way >= most:
                 raise ApiError(429, f"{most} requests are under way already, as many as may be: try again later",
-                               code="too_many_requests", headers={"Retry-After": str(traffic.retry_after())})
+                               code="too_many_requests")
         except ApiError as error:
             await refuse(error, scope, receive, send)
             return
