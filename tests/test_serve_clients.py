@@ -21,6 +21,7 @@ from pydantic import BaseModel
 import stars
 from serving_http import SECONDS, Running, running_server, service_of_pair, wait_until
 from stars.cli.options import shipped_pair
+from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -326,6 +327,20 @@ def test_models_that_are_not_there(client):
         with pytest.raises(openai.NotFoundError) as caught:
             call()
         assert caught.value.code == "model_not_found"
+
+
+def test_keys(server):
+    settings = ServerSettings("tiny", api_keys=("the-right-one", "another"))
+    with running_server(Service(server.service.engine, settings)) as locked:
+        for key in ("none", "the-right-on", "the-right-one-"):
+            with client_of(locked, api_key=key) as client:
+                for call in (client.models.list, lambda: endless(client, stream=True)):
+                    with pytest.raises(openai.AuthenticationError) as caught:
+                        call()
+                    assert caught.value.code == "invalid_api_key" and key not in str(caught.value)
+        for key in settings.api_keys:
+            with client_of(locked, api_key=key) as client:
+                assert client.completions.create(model="tiny:plain", prompt=PROMPT, max_tokens=2).choices[0].text
 
 
 def endless(client: Any, **options: Any) -> Any:
