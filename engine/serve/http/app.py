@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from stars.exposition import CONTENT_TYPE
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
+from stars.serve.http.description import describe
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.service import Service, service_of
 from stars.version import __version__
@@ -34,6 +35,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_error)
+    describe(app)
     return app
 
 
