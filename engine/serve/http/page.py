@@ -7,20 +7,21 @@ hash, and the browser itself refuses to make HTML of a text.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import math
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
 
-from stars.policies import STARS
+from stars.calibration import Calibration
+from stars.serve.http.description import responses
+from stars.serve.http.models import cards
 from stars.serve.http.service import service_of
-from stars.serve.http.settings import ServerSettings
 from stars.version import __version__
 
 router = APIRouter(tags=["page"])
@@ -66,36 +67,38 @@ async def page(request: Request) -> Response:
     return Response(found.body, headers=found.headers, media_type="text/html")
 
 
-@router.get("/v1/playground")
-async def playground(request: Request) -> JSONResponse:
-    """What the playground must know of the server: the model's name, whether it takes messages, whether there is a
-    reward, and what the server's own settings make of STARS."""
+class Playground(BaseModel):
+    """What the page must know of the server before it can ask."""
+
+    model: str = Field(description="The language model's name")
+    version: str
+    chat: bool = Field(description="Whether the model takes messages")
+    reward: bool = Field(description="Whether there is a reward that STARS can be run with")
+    example: str = Field(description="A prompt to begin with")
+    defaults: dict[str, int | float | None] = Field(description="Of STARS' parameters; null: to be given, or the "
+                                                                "server's to choose")
+    threshold_range: tuple[float, float] = Field(description="Where thresholds make sense")
+
+
+@router.get("/v1/playground", response_model=Playground, responses=responses(401, 429, 503))
+async def playground(request: Request) -> Playground:
+    """What the page at / must know of the server."""
     service = service_of(request)
-    engine = service.engine.engine
-    chat = engine.tokenizer is not None and bool(engine.tokenizer.has_chat_template)
-    return JSONResponse({
-        "model": service.settings.model, "version": __version__, "chat": chat, "reward": engine.reward is not None,
-        "example": EXAMPLES[chat], "defaults": _defaults(service.settings),
-        "threshold_range": _threshold_range(service.settings)})
+    tokenizer = service.engine.engine.tokenizer
+    chat = tokenizer is not None and bool(tokenizer.has_chat_template)
+    aligned = next((card for card in cards(service) if card.id == f"{service.settings.model}:stars"), None)
+    calibration = service.settings.calibration
+    defaults = {name: aligned.stars.parameters[name] if aligned is not None else None for name in FIELDS}
+    if defaults["beta"] == "auto":
+        defaults["beta"] = None if calibration is None else calibration.beta
+    return Playground(
+        model=service.settings.model, version=__version__, chat=chat, reward=aligned is not None,
+        example=EXAMPLES[chat], defaults=defaults, threshold_range=_threshold_range(calibration))
 
 
-def _defaults(settings: ServerSettings) -> dict[str, Any]:
-    """Of STARS, by name; None where the server, or nobody, chooses."""
-    values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(STARS) if field.name in FIELDS}
-    if settings.policy in (None, "stars"):
-        values |= {name: value for name, value in settings.policy_parameters.items() if name in FIELDS}
-    if settings.calibration is not None:
-        if values["reward_threshold"] is None:
-            values["reward_threshold"] = settings.calibration.reward_threshold
-        if values["beta"] == "auto":
-            values["beta"] = settings.calibration.beta
-    return {name: value if isinstance(value, (int, float)) and math.isfinite(value) else None
-            for name, value in values.items()}
-
-
-def _threshold_range(settings: ServerSettings) -> tuple[float, float]:
+def _threshold_range(calibration: Calibration | None) -> tuple[float, float]:
     """From below the worst to above the best of the samples that were calibrated on."""
-    quantiles = settings.calibration.quantiles.values() if settings.calibration is not None else ()
+    quantiles = () if calibration is None else calibration.quantiles.values()
     seen = [value for value in quantiles if math.isfinite(value)]
     if not seen:
         return RANGE
