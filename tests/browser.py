@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
 import queue
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +23,14 @@ FLAGS = ("--headless=new", "--remote-debugging-pipe", "--disable-gpu", "--disabl
          "--no-default-browser-check", "--disable-background-networking", "--disable-component-update",
          "--disable-default-apps", "--disable-extensions", "--disable-sync", "--mute-audio", "--hide-scrollbars",
          "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+BEGIN = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for place, end in zip((3, 4), ends):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""The browser wants its pipes as files 3 and 4."""
 TIMEOUT = 60.0  # seconds of one command: the machine may be busy
 
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "Space": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39,
@@ -46,7 +56,7 @@ class Browser:
         assert program is not None
         flags = [*FLAGS, f"--user-data-dir={profile}", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", program, *flags],
+            [sys.executable, "-c", BEGIN, str(theirs_in), str(theirs_out), program, *flags],
             pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs_in)
         os.close(theirs_out)
@@ -66,7 +76,8 @@ class Browser:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._out.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._out.close()
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
         """One command and its result; PageError."""
@@ -87,7 +98,7 @@ class Browser:
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        tab = self._tabs[session] = Tab(self, session, target)
+        tab = self._tabs[session] = Tab(self, session, target, context)
         for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
             tab.call(f"{domain}.enable")
         tab.resize(width, height)
@@ -109,8 +120,8 @@ class Browser:
 class Tab:
     """One page."""
 
-    def __init__(self, browser: Browser, session: str, target: str):
-        self._browser, self._session, self._target = browser, session, target
+    def __init__(self, browser: Browser, session: str, target: str, context: str):
+        self._browser, self._session, self._target, self._context = browser, session, target, context
         self.heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._events: list[dict[str, Any]] = []
 
@@ -149,7 +160,7 @@ class Tab:
         """Waits for a truth, of the page or of the test."""
         end = time.monotonic() + seconds
         while True:
-            found = self.js(holds) if isinstance(holds, str) else holds()
+            found = self.js(f"!!({holds})") if isinstance(holds, str) else holds()
             if found:
                 return found
             assert time.monotonic() < end, otherwise
@@ -191,18 +202,25 @@ class Tab:
         node = self.call("Runtime.evaluate", expression=f"document.getElementById({json.dumps(name)})")["result"]
         self.call("DOM.setFileInputFiles", files=[str(path)], objectId=node["objectId"])
 
+    def save_files_to(self, directory: Path) -> None:
+        """Where downloads go."""
+        self._browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(directory),
+                           browserContextId=self._context)
+
     def screenshot(self, path: Path, whole: bool = False) -> None:
         """A PNG of what is in sight, or of the whole page."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
-    def complaints(self) -> list[str]:
-        """Errors and warnings of the console, exceptions, and what a policy has blocked."""
+    def complaints(self, but: str | None = None) -> list[str]:
+        """Errors and warnings of the console, exceptions, and what a policy has blocked, `but` for those that say so.
+        """
         said = [f"{call['type']}: {call['args']}" for call in self.events("Runtime.consoleAPICalled")
                 if call["type"] in ("error", "warning", "assert")]
         said += [str(thrown["exceptionDetails"]) for thrown in self.events("Runtime.exceptionThrown")]
-        return said + [str(entry["entry"]["text"]) for entry in self.events("Log.entryAdded")
-                       if entry["entry"]["level"] in ("error", "warning")]
+        said += [str(entry["entry"]["text"]) for entry in self.events("Log.entryAdded")
+                 if entry["entry"]["level"] in ("error", "warning")]
+        return [one for one in said if but is None or but not in one]
 
     def requested(self) -> list[str]:
         """The addresses of all requests."""
