@@ -557,7 +557,7 @@ def test_nothing_moves_where_motion_is_unwanted(tab):
     assert seconds < 0.5 and tab.js("[window.moved, document.getAnimations().length]") == [0, 0]
     assert written(tab, "aligned") == " a b"
     assert tab.js("[...document.querySelectorAll('#aligned del')].every(gone => gone.classList.contains('gone'))")
-    assert tab.js("document.querySelector('#aligned .seg').dataset.rejected") == "3"
+    assert tab.js("document.querySelector('#aligned .seg .words').dataset.rejected") == "3"
 
 
 @needs_browser
