@@ -27,6 +27,7 @@ from stars.request import Request
 from stars.reward.base import Reward
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
+from stars.score_call import PairParser
 from stars.stops import stop_tokens
 from stars.structured import StructuredOutputsParams
 
@@ -139,6 +140,10 @@ class Intake:
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
                        arrived=arrived, edits=edits, trace_context=asked.trace_context, names=self._names,
                        grammar=grammar)
+
+    def pair_parser(self, reward: Reward) -> PairParser:
+        """What reads responses that `reward` is to score by themselves."""
+        return PairParser(self._tokenizer, self._vocab_size, self._eos_token_ids, reward)
 
     def compiled(self, asked: Asked) -> Asked:
         """`asked` with its grammar, if it has one: RequestError where that is none. It may take seconds, which nobody
