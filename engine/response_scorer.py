@@ -88,9 +88,9 @@ class ResponseScorer:
             ready.append(pair)
         if not ready:
             return begun
-        if not self._take_up(call, ready[0], sessions, rows):
+        if not self._take_up(call, ready[0], sessions):
             return True
-        call.read, call.pieces = ready[-1].prompt, 0
+        call.read, call.spent = ready[-1].prompt, 0
         needs_text = self._reward.needs_text
         results = self._reward.score([Candidate(
             sessions[id(pair.prompt)], pair.token_ids, pair.text if needs_text else None, self._is_long(pair),
@@ -142,9 +142,9 @@ class ResponseScorer:
         """Sessions of the first prompts of a wave, as far as there is room; first: whether nothing else is open."""
         opened: list[tuple[Prompt, Any]] = []
         for prompt, tokens in wave:
-            session = self._open(prompt, tokens, long if call.pieces else None)
+            session = self._open(prompt, tokens, long if call.spent else None)
             while session is None and first and not opened and self._make_way(call):
-                session = self._open(prompt, tokens, long if call.pieces else None)
+                session = self._open(prompt, tokens, long if call.spent else None)
             if session is None:
                 break
             opened.append((prompt, session))
@@ -188,16 +188,17 @@ class ResponseScorer:
             self._leave(session)
         return ({id(prompt): session for prompt, session in opened[: progress.done]}, max(0, rows - progress.rows))
 
-    def _take_up(self, call: ScoreCall, pair: Pair, sessions: dict[int, Any], rows: int) -> bool:
+    def _take_up(self, call: ScoreCall, pair: Pair, sessions: dict[int, Any]) -> bool:
         """Whether no more of a long response is to be read before it is scored than one turn may read. If not, what was
-        read is left for the next one, which reads twice as much: others may have taken the pages by then."""
-        rows = max(rows, 1) << call.pieces
-        if len(pair.token_ids) <= rows or not self._is_long(pair) or self._config.deterministic:
+        read is left for the next one. Where that does not find it again, and again, all is read at once."""
+        tokens, rows = len(pair.token_ids), self._config.chunk
+        if tokens <= rows or not self._is_long(pair) or self._config.deterministic or call.spent > 2 * tokens:
             return True
         session = sessions[id(pair.prompt)]
-        if self._reward.resume_in_chunks(session, pair.token_ids, pair.text, rows).done:
+        progress = self._reward.resume_in_chunks(session, pair.token_ids, pair.text, rows)
+        if progress.done:
             return True
-        call.pieces += 1
+        call.spent += progress.rows + 1
         self._leave(session)
         return False
 

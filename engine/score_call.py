@@ -43,7 +43,7 @@ class ScoreCall:
         self.alone = 0  # those before this one are scored by themselves: together they have raised
         self.tries = 0  # turns in a row in which there was no room
         self.cached: int | None = None  # tokens of the next one's prompt that were found, where it is read in several turns
-        self.pieces = 0  # turns in which the next one's response was read in part
+        self.spent = 0  # rows of the next one's response that were run in turns that did not come to its end
         self.read: Prompt | None = None  # whose pages the last turn has read
         self.num_tokens = 0
         self._name = name
