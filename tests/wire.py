@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from serving import SECONDS, wait_until
+from serving_http import SECONDS, wait_until
 from stars.serve.http.server import Server, bound_socket
 from stars.serve.http.service import Service
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from stars.arguments import shown
 from stars.errors import StarsError
 from stars.exposition import CONTENT_TYPE, exposition
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
@@ -34,6 +35,8 @@ def build_app(service: Service) -> FastAPI:
             app.include_router(router)
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"])
     app.add_api_route("/ready", _ready, methods=["GET"], tags=["server"])
+    for path, answer in (("/health", _health), ("/ready", _ready)):
+        app.add_route(path, answer, methods=["HEAD"], include_in_schema=False)  # as some load balancers ask
     app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse)
     app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -73,7 +76,7 @@ async def _metrics(request: Request) -> PlainTextResponse:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    told = api_error(error, service_of(request).traffic.retry_after())
+    told = api_error(error)
     if told.status >= 500 and not isinstance(error, ApiError):
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse(told.body(), told.status, told.headers)
@@ -91,6 +94,7 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    messages = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} takes no {request.method}"}
+    path = shown(request.url.path)
+    messages = {404: f"there is no {path} here", 405: f"{path} takes no {shown(request.method)}"}
     told = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
     return JSONResponse(told.body(), error.status_code, dict(error.headers or {}))
