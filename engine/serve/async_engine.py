@@ -14,7 +14,7 @@ from stars.engine import Engine
 from stars.errors import RequestError
 from stars.intake import Asked
 from stars.metrics import EngineMetrics
-from stars.outputs import RequestOutput
+from stars.outputs import RequestOutput, Rewards
 from stars.plan import Policy
 from stars.sampling import SamplingParams
 from stars.serve.feed import Feed
@@ -128,6 +128,11 @@ class AsyncEngine:
             stream._end()
             raise
         return stream
+
+    async def score(self, prompts: Any = None, responses: Any = None, **others: Any) -> Rewards:
+        """As `Engine.score`, a slice at a time between the rounds of others. Cancelled, it ends before the next one."""
+        refuse_others("score", others, CALL, ("prompts", "responses"))
+        return await asyncio.wrap_future(self._loop.score(self.engine._score_call(prompts, responses)))
 
     async def abort(self, request_id: str | Iterable[str]) -> bool:
         """Ends a request, or several, with finish_reason "abort", keeping what was committed; whether there was one.
