@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvicorn
@@ -80,6 +82,15 @@ def service_of_pair(settings: ServerSettings | None = None, max_waiting: int | N
         yield Service(engine, settings if settings is not None else ServerSettings("tiny"))
     finally:
         asyncio.run(engine.shutdown(drain=False))
+
+
+def chat_pair(directory: Path) -> dict[str, Any]:
+    """Options of Engine: the shipped pair, whose language model, in DIRECTORY, has got a chat template."""
+    lm, rm = shipped_pair()
+    shutil.copytree(lm, directory)
+    (directory / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
+    return {"model": directory, "reward": stars.CausalReward(rm, template="raw")}
 
 
 def wait_until(true: Callable[[], Any], seconds: float = SECONDS) -> float:

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from stars.serve.http.description import JSON_BODY, responses
-
 FinishReason = Literal["stop", "length", "content_filter", "abort"]
 
 
@@ -171,5 +169,4 @@ EVENTS = {"text/event-stream": {"schema": {"type": "string", "description":
 
 def answers(model: type[Answer]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that answers with a `model`, or with events."""
-    return {200: {"model": model, "content": EVENTS, "description": "All of it, or events"},
-            **responses(*JSON_BODY, 404, 500)}
+    return {200: {"model": model, "content": EVENTS, "description": "All of it, or events"}}
