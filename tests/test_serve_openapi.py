@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 import stars
-from serving_http import chat_pair, service_of_pair
+from serving_http import SECONDS, chat_pair, service_of_pair
 from stars.serve.http.app import build_app
 from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
           response_schema_conformance, negative_data_rejection]
-FEW, MANY = 10, 300
+FEW, MANY = 10, 100
 """Examples of each address that takes a body, of bodies that fit and of those that do not."""
 SETTINGS = ServerSettings("tiny", policy_parameters={"reward_threshold": 0.0, "segment_size": 4, "max_attempts": 2},
                           default_max_tokens=4)
@@ -64,7 +64,7 @@ def hold(method: str, path: str, mode: GenerationMode, count: int) -> Counter[in
     @settings(max_examples=count, derandomize=True, database=None, deadline=None, phases=(Phase.generate,),
               suppress_health_check=list(HealthCheck))
     def send(case: Any) -> None:
-        answer = case.call()
+        answer = case.call(timeout=SECONDS)
         statuses[answer.status_code] += 1
         case.validate_response(answer, checks=CHECKS)
 
