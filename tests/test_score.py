@@ -620,7 +620,7 @@ def interrupted_traffic(engine: stars.Engine) -> tuple[Any, Any]:
 
 
 @IGNORED
-@pytest.mark.parametrize("step", [61, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [113, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_interrupt_anywhere_in_a_call_loses_nothing(monkeypatch, step):
     """At the code of this feature: some of its bytecodes, and a fifth of them."""
     monkeypatch.setattr(response_scorer, "PATIENCE", 2)
@@ -669,7 +669,7 @@ def test_a_long_list_holds_up_nobody_for_longer_than_a_slice():
 
     async def main() -> None:
         async with stars.AsyncEngine(engine) as shared:
-            lists = [asyncio.ensure_future(shared.score(prompt(9, seed), [[1, 2, seed]] * 400)) for seed in range(2)]
+            lists = [asyncio.ensure_future(shared.score(prompt(9, seed), [[1, 2, seed]] * 10_000)) for seed in range(2)]
             while order.count("slice") < 6:
                 await asyncio.sleep(0.001)
             begin = len(order)
@@ -679,7 +679,9 @@ def test_a_long_list_holds_up_nobody_for_longer_than_a_slice():
             rounds = [place for place, what in enumerate(during) if what == "round"]
             assert len(rounds) >= 10
             assert {after - before for before, after in zip(rounds, rounds[1:], strict=False)} <= {1, 2}
-            assert all(len(rewards) == 400 for rewards in await asyncio.gather(*lists))
+            for one in lists:
+                one.cancel()
+            assert len(await shared.score(prompt(), [[1, 2]] * 100)) == 100
     run(main())
 
 
