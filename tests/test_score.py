@@ -17,12 +17,14 @@ from lora import ALL, write_adapter
 from process_models import source_of, write_process_model
 from stars import response_scorer
 from stars.errors import RewardError
+from stars.model.tokenizer import Detokenizer
 from stars.reward.base import ContextFull, Reward, Scored
-from stars.score_call import score_call
+from stars.score_call import PairParser, score_call
 from test_conservation import nothing_is_held
 from test_encoder_rewards import write_encoder
 from test_faults import IGNORED, Interrupts
 from test_lora_reward import head
+from test_text import loaded  # noqa: F401, a fixture
 from toy import Digits, ToyModel, ids, toy_engine, toy_pair
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -145,6 +147,17 @@ def test_ids_and_texts_of_one_response_are_one(made, model):
     assert by_ids == by_text and engine.score([text]) == pytest.approx([by_text], abs=TOLERANCE)
     apart, = engine.score({"prompt": PROMPTS[0], "special_tokens": "text"}, " jumps over the lazy dog")
     assert apart == by_text
+
+
+@pytest.mark.parametrize("kind", ["fallback", "metaspace", "byte level"])
+@pytest.mark.parametrize("begin, text", [("the cat", " sat on"), ("the c", "at sat"), ("the", "cat"), ("T", "he cat")])
+def test_a_text_has_the_tokens_that_it_has_behind_its_prompt(request, kind, begin, text):
+    """Many tokenizers treat a text's first token in their own way: by itself a response would begin with a space."""
+    tokenizer, _ = request.getfixturevalue("loaded")[kind]
+    parser = PairParser(tokenizer, tokenizer.vocab_size, (), stars.FunctionReward(of_text, inputs="ids"))
+    call = score_call(begin, [text])
+    pair = parser.next_of(call)
+    assert Detokenizer(tokenizer, pair.prompt.token_ids).decode(pair.token_ids) == text
 
 
 def test_one_prompt_or_one_for_each(made):
