@@ -22,7 +22,7 @@ from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.logprobs_field import TokenPlaces
 from stars.serve.http.service import Service, user_of
 from stars.serve.http.stars_field import SegmentRecords, choice_record, number, policy_record, together, trace_text
-from stars.serve.http.streaming import DONE, EventStream, client_closed, dumped, event, unless_gone
+from stars.serve.http.streaming import DONE, EventStream, client_closed, dumped, event, merged, unless_gone
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Answer:
         await self._begin()
         choices = []
         try:
-            async for index, output in _merged(self._streams):
+            async for index, output in merged(self._streams):
                 self._note(index, output)
         finally:
             await self._end()
@@ -110,7 +110,7 @@ class Answer:
     async def stream(self) -> AsyncGenerator[bytes]:
         """Events, once the first output is there: until then an error has a status of its own."""
         await self._begin()
-        outputs = _merged(self._streams)
+        outputs = merged(self._streams)
         try:
             first = await anext(outputs)
             self._raise_error(first[1])
@@ -212,7 +212,8 @@ class Answer:
 
     def _closes(self) -> bool:
         """Whether the event that was made last is the last of all, so that it has the answer's `stars`."""
-        return (not self.wanted.include_usage and len(self._choices) == len(self.wanted.prompts) * self.wanted.params[0].n
+        count = len(self.wanted.prompts) * self.wanted.params[0].n
+        return (not self.wanted.include_usage and len(self._choices) == count
                 and all(choice.ended for choice in self._choices.values()))
 
     def _piece(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Piece:
@@ -276,37 +277,3 @@ async def answered(service: Service, request: Request, wanted: Wanted, shape: Sh
         if whole is not None:
             return Response(dumped(whole), media_type="application/json")
     raise client_closed()
-
-
-async def _merged(streams: list[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """The outputs of several requests as they come, each with the number of its request. Nobody is read ahead of."""
-    if len(streams) == 1:
-        async for output in streams[0]:
-            yield 0, output
-        return
-    ready: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(1)
-
-    async def read(index: int, stream: RequestStream) -> None:
-        try:
-            async for output in stream:
-                await ready.put((index, output))
-        except Exception as error:
-            await ready.put(error)
-        else:
-            await ready.put(None)
-
-    readers = [asyncio.ensure_future(read(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        left = len(readers)
-        while left:
-            one = await ready.get()
-            if isinstance(one, Exception):
-                raise one
-            if one is None:
-                left -= 1
-            else:
-                yield one
-    finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
