@@ -1222,8 +1222,6 @@ MUTANTS = [
            "clients are told to wait for an idle time that is over", "serve_limits"),
     Mutant("engine/serve/http/guard.py", "next(iter(self.quiet)).give_way()", "next(reversed(self.quiet)).give_way()",
            "the newest connection gives way", "serve_edge"),
-    Mutant("engine/serve/http/guard.py", "                len(self._held) < PIPELINED_BYTES):",
-           "                False):", "who sent two requests and went away is not noticed", "serve_edge"),
     Mutant("engine/serve/http/guard.py", "        if self._head_timer is None:\n",
            "        self._got_head()\n        if True:\n", "a byte now and then keeps a head waited for",
            "serve_edge"),

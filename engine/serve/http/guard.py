@@ -124,13 +124,6 @@ class Guard(H11Protocol):
 
     # -- what uvicorn calls -------------------------------------------------------------------------------------------
 
-    def handle_events(self) -> None:
-        """Reads on while a request is answered, so that its client is seen to go away."""
-        super().handle_events()
-        if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE) and self.flow.read_paused and (
-                len(self._held) < PIPELINED_BYTES):
-            self.flow.resume_reading()
-
     def on_response_complete(self) -> None:
         """The next head is awaited, by uvicorn until its first byte."""
         super().on_response_complete()
