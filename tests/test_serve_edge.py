@@ -288,7 +288,7 @@ def _answers(wire: Wire, status: int) -> bool:
 @pytest.mark.parametrize("begun", [b"", b"G", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "])
 def test_a_head_that_does_not_come_is_not_waited_for(place, begun):
     """Dripping does not help."""
-    with Wire(place.address) as wire:
+    with Wire(place.address, seconds=5) as wire:
         begin = time.monotonic()
         wire.send(begun)
         stop = threading.Event()
@@ -299,10 +299,12 @@ def test_a_head_that_does_not_come_is_not_waited_for(place, begun):
 
         thread = threading.Thread(target=drip)
         thread.start()
-        answer = wire.answer()
-        seconds = time.monotonic() - begin
-        stop.set()
-        thread.join()
+        try:
+            answer = wire.answer()
+            seconds = time.monotonic() - begin
+        finally:
+            stop.set()
+            thread.join()
         assert (answer.status, answer.error["code"]) == (408, "head_timeout") and 0.5 < seconds < 3
         assert wire.ended()
 

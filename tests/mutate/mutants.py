@@ -1227,4 +1227,8 @@ MUTANTS = [
            "serve_edge"),
     Mutant("engine/serve/http/server.py", "        self.service.draining = True\n", "",
            "requests are let in while the server shuts down", "serve_limits"),
+    Mutant("engine/serve/http/guard.py", "        elif self._chunked:\n", "        elif False:\n",
+           "a body in crumbs keeps everybody waiting", "serve_edge"),
+    Mutant("engine/serve/http/server.py", "os._exit(128 + sig)", "os._exit(0)",
+           "who was ended at once says that all went well", "serve_signals"),
 ]
