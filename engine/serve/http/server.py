@@ -19,7 +19,8 @@ import uvicorn
 
 from stars.cli.signals import handling
 from stars.serve.http.app import build_app
-from stars.serve.http.guard import MOST_LINGERING, Door, Guard
+from stars.serve.http.guard import Door, Guard
+from stars.serve.http.leaving import MOST_LINGERING
 from stars.serve.http.limits import HEAD_BYTES
 from stars.serve.http.service import Service
 
