@@ -11,6 +11,7 @@ from pydantic.config import JsonDict
 from stars.intake import MAX_PRIORITY, MAX_USER
 from stars.sampling import MAX_BIAS, MAX_LOGPROBS, MAX_REPETITION, MAX_SAMPLES, MIN_REPETITION
 
+MAX_SENT_USER = MAX_USER - 16  # the API key's name is put before it
 MAX_PROMPTS = 1024  # of one request: each is one of the engine's
 KNOWN_ONLY: JsonDict = {"additionalProperties": False}  # `extras.refuse` says so in a better sentence
 STRICT = ConfigDict(strict=True, extra="allow", json_schema_extra=KNOWN_ONLY)
@@ -96,7 +97,7 @@ class Sampled(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
     logit_bias: dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = Field(
         None, description="by token id, of at most 1024 of them")
-    user: str | None = Field(None, max_length=MAX_USER, description="whose it is: users get even shares")
+    user: str | None = Field(None, max_length=MAX_SENT_USER, description="whose it is: users get even shares")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0)
