@@ -91,21 +91,24 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """All of it, once it is there."""
         await self._begin()
-        choices = []
         try:
             async for index, output in merged(self._streams):
                 self._note(index, output)
         finally:
             await self._end()
-        for index in sorted(self._last):
-            output = self._last[index]
+        for output in self._last.values():
             self._raise_error(output)
-            for completion in output.outputs:
-                piece = self._piece(index, output, completion)
-                choices.append({**self._shape.choice(self.wanted, self.tokenizer, piece),
-                                "stars": self._of_choice(piece)})
+        # In a thread where it takes a while.
+        decodes = self.wanted.guided.return_segments or self.wanted.logprobs is not None
+        choices = await asyncio.to_thread(self._whole_choices) if decodes else self._whole_choices()
         return {**self._head(self._shape.whole), "choices": choices, "usage": self._usage(),
                 "stars": await self._of_answer(), **self._shape.beside(self.wanted, self._last[0])}
+
+    def _whole_choices(self) -> list[dict[str, Any]]:
+        pieces = [self._piece(index, self._last[index], completion) for index in sorted(self._last)
+                  for completion in self._last[index].outputs]
+        return [{**self._shape.choice(self.wanted, self.tokenizer, piece), "stars": self._of_choice(piece)}
+                for piece in pieces]
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """Events, once the first output is there: until then an error has a status of its own."""
@@ -240,7 +243,6 @@ class Answer:
             "prompt_reward": number(outputs[0].prompt_reward) if len(outputs) == 1 else None}
         if self.wanted.guided.return_trace:
             cumulative = [together(self._kept[index]) for index in sorted(self._kept)]
-            # In a thread: a long response's takes a while.
             record["trace"] = await asyncio.to_thread(trace_text, cumulative, self.tokenizer, self.wanted.params)
         return record
 
