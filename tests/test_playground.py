@@ -348,6 +348,9 @@ def test_a_threshold_is_measured(tab, server):
     assert float(tab.js("$('reward_threshold').value")) == pytest.approx(found, rel=1e-3)
     assert float(tab.js("$('beta').value")) == pytest.approx(found.beta, rel=1e-3)
     assert f"Threshold {found:+.2f}: the 0.9 quantile" in tab.text("#status").replace("−", "-")
+    tab.js("about.defaults.reward_threshold = null; $('reward_threshold').value = ''")
+    run(tab)  # of a server that knows none, it is measured before
+    assert float(tab.js("$('reward_threshold').value")) == pytest.approx(found, rel=1e-3)
 
 
 @needs_browser
