@@ -93,7 +93,8 @@ def test_users_of_two_keys_are_not_the_same(place, monkeypatch):
 
 @pytest.mark.parametrize("host, status", [
     ("localhost", 200), ("localhost:8000", 200), ("LOCALHOST", 200), ("[::1]:8000", 200), ("evil.example", 400),
-    ("localhost.evil.example", 400), ("evil.example:80@localhost", 200), ("", 400), ("[::1", 400), ("127.0.0.1", 400)])
+    ("localhost.evil.example", 400), ("evil.example:80@localhost", 400),
+    ("localhost/x", 400), ("", 400), ("[::1", 400), ("127.0.0.1", 400)])
 def test_a_name_that_is_not_the_servers_is_refused(place, host, status):
     """So a page whose own name is pointed at this machine reads nothing of it."""
     with Wire(place.address) as wire:
@@ -235,7 +236,8 @@ def test_a_handler_that_raises_is_answered_for(place, monkeypatch, caplog):
     assert (answer.status, answer.error["type"]) == (500, "server_error") and b"secret" not in answer.body
     assert [record.name for record in caplog.records if record.exc_info] == ["stars.serve.http.limits"]  # once
     monkeypatch.undo()
-    assert text_of(place, key(KEYS[0])) and place.service.traffic.under_way == 0
+    assert text_of(place, key(KEYS[0]))
+    wait_until(lambda: is_free(place))
 
 
 def test_an_answer_that_breaks_off_is_cut_off(place, monkeypatch):

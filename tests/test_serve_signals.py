@@ -53,7 +53,8 @@ class Process(NamedTuple):
 def started(*flags: str, background: bool = False, **environment: str) -> Iterator[Process]:
     usual = {"OMP_NUM_THREADS": "1", "STARS_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     with subprocess.Popen([*COMMAND, "--port", "0", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, env={**os.environ, **usual, **environment}, preexec_fn=lambda: _signals(background)) as process:
+                          text=True, env={**os.environ, **usual, **environment},
+                          preexec_fn=lambda: _signals(background)) as process:
         try:
             line = process.stdout.readline()
             found = re.search(r"http://([\d.]+):(\d+)", line)

@@ -71,6 +71,12 @@ class AsyncEngine:
         return self.engine.metrics
 
     @property
+    def max_requests(self) -> int | None:
+        """Requests that may run and wait at once before `add_nowait` raises; None: any number."""
+        waiting = self._loop.max_waiting
+        return None if waiting is None else self.engine.config.max_num_seqs + waiting
+
+    @property
     def is_running(self) -> bool:
         """Whether requests are taken: False after a fault, and from the moment that `shutdown` is called."""
         return not self._loop.closed

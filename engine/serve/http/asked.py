@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import secrets
 from typing import Any, NamedTuple
 
 from stars.arguments import shown
 from stars.errors import RequestError
 from stars.policies import Sample
 from stars.sampling import RequestOutputKind, SamplingParams
+from stars.serve.http import draws
 from stars.serve.http.errors import TOO_LONG, ApiError, api_error
 from stars.serve.http.extras import refuse, refuse_within
 from stars.serve.http.guidance import Guided, guided
@@ -20,13 +20,16 @@ from stars.serve.http.service import Service
 
 DEFAULT_MAX_TOKENS = 16
 """Of completions, as in OpenAI's API."""
-SEED_BITS = 53
-"""Of a seed that is drawn here: as many as a number in JavaScript holds."""
 COMMON = ("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "top_k",
           "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "bad_words",
           "allowed_token_ids", "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
           "prompt_logprobs")
 """Parameters whose names and meanings are those of SamplingParams."""
+
+NO_SEED = (None, -1)
+OTHERS = frozenset((*COMMON, "max_tokens", "structured_outputs", "special_tokens", "chat_template_kwargs", "tools",
+                    "add_generation_prompt", "continue_final_message", "priority"))
+"""Parameters that a sentence of the engine's may be about."""
 
 
 class Wanted(NamedTuple):
@@ -51,9 +54,7 @@ class Wanted(NamedTuple):
 
     def refused(self, error: Exception, number: int | None = None) -> ApiError:
         """What is told of an error that the engine refuses prompt `number`, of several, with."""
-        known = {*COMMON, "max_tokens", "structured_outputs", "special_tokens", "chat_template_kwargs", "tools",
-                 "add_generation_prompt", "continue_final_message", "priority"}
-        told = api_error(error, given=known, otherwise=self.main)
+        told = api_error(error, given=OTHERS, otherwise=self.main)
         if told.status != 400:
             return told
         message = re.sub(r"\b[a-z_]+\b", lambda word: self.names.get(word[0], word[0]), str(told))
@@ -69,6 +70,10 @@ def asked_completion(service: Service, body: CompletionRequest) -> Wanted:
     """What a body of /v1/completions asks for."""
     refuse(body)
     prompts = _prompts(body)
+    most = service.engine.max_requests
+    if most is not None and len(prompts) > most:
+        raise ApiError(400, f"there are {len(prompts)} prompts, and no more than {most} may run and wait at once: "
+                       "split the request", "prompt")
     judged = guided(service, body.model, body.stars)
     max_tokens = body.max_tokens
     if max_tokens is None:
@@ -89,7 +94,7 @@ def asked_completion(service: Service, body: CompletionRequest) -> Wanted:
 def asked_chat(service: Service, body: ChatCompletionRequest) -> Wanted:
     """What a body of /v1/chat/completions asks for."""
     refuse(body)
-    prompt = {"messages": [_message(number, message) for number, message in enumerate(body.messages)],
+    prompt = {"messages": [message_of(number, message) for number, message in enumerate(body.messages)],
               "tools": _tools(body), "chat_template_kwargs": body.chat_template_kwargs,
               "add_generation_prompt": body.add_generation_prompt,
               "continue_final_message": body.continue_final_message, "special_tokens": body.special_tokens}
@@ -114,6 +119,8 @@ def asked_chat(service: Service, body: ChatCompletionRequest) -> Wanted:
 
 def _wanted(body: Sampled, prompts: list[Any], params: SamplingParams, judged: Guided, main: str,
             names: dict[str, str]) -> Wanted:
+    if not hasattr(judged.policy, "segment_size") and hasattr(judged.policy, "max_segment"):
+        names["stars.segment_size"] = "stars.max_segment"
     options = body.stream_options
     if options is not None:
         refuse_within("stream_options", options.model_extra, type(options).model_fields)
@@ -121,10 +128,9 @@ def _wanted(body: Sampled, prompts: list[Any], params: SamplingParams, judged: G
             raise ApiError(400, "stream_options are given and stream is not true: leave them out", "stream_options")
     if body.stream and body.prompt_logprobs is not None:
         raise ApiError(400, "prompt_logprobs do not come in a stream: leave one out", "prompt_logprobs")
-    if params.seed is not None:
-        of_each = [params] * len(prompts)
-    else:
-        of_each = [dataclasses.replace(params, seed=secrets.randbits(SEED_BITS)) for _ in prompts]
+    of_each = [params] * len(prompts)
+    if body.seed in NO_SEED:
+        of_each[1:] = [dataclasses.replace(params, seed=draws.seed()) for _ in prompts[1:]]
     return Wanted(prompts, of_each, judged, main, names, body.priority or 0, body.user, bool(body.stream),
                   bool(options and options.include_usage), bool(options and options.continuous_usage_stats),
                   return_token_ids=bool(body.return_token_ids), prompt_logprobs=body.prompt_logprobs is not None)
@@ -134,13 +140,15 @@ def _params(body: Sampled, given: dict[str, Any]) -> tuple[SamplingParams, dict[
     """The sampling parameters, and which of them clients call otherwise."""
     kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
     values = {name: getattr(body, name) for name in COMMON if getattr(body, name) is not None} | given
+    if body.seed in NO_SEED:
+        values["seed"] = draws.seed()
     structured, names = _structured(body), {}
     if structured is not None and body.structured_outputs is None:
         names["structured_outputs"] = "response_format"
     try:
         return SamplingParams(**values, structured_outputs=structured, output_kind=kind), names
     except RequestError as error:
-        told = api_error(error)
+        told = api_error(error, given=OTHERS)
         raise ApiError(400, str(told), names.get(told.param or "", told.param)) from error
 
 
@@ -188,7 +196,7 @@ def _is_ids(given: list[Any]) -> bool:
     return all(type(item) is int for item in given)
 
 
-def _message(number: int, message: ChatMessage) -> dict[str, Any]:
+def message_of(number: int, message: ChatMessage) -> dict[str, Any]:
     """A message as the engine takes it: what is null left out, and the role that OpenAI calls developer by the name
     that chat templates know it by."""
     given = {name: value for name, value in message.model_dump(exclude_unset=True).items()
