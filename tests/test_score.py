@@ -338,10 +338,12 @@ class Told(stars.CausalReward):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.slices: list[int] = []  # candidates of each score
+        self.tokens: list[int] = []  # of their responses
         self.rows: list[int] = []  # rows of each start and each resume
 
     def score(self, candidates):
         self.slices.append(len(candidates))
+        self.tokens.append(sum(len(candidate.token_ids) for candidate in candidates))
         return super().score(candidates)
 
     def start_in_chunks(self, sessions, max_rows):
@@ -370,10 +372,11 @@ def turns_of(engine: stars.Engine, prompts: Any, responses: Any) -> tuple[list[f
 
 def test_a_long_list_takes_many_turns_which_hold_nothing():
     reward = Told(RM.decoder())
-    engine = toy_engine(LM, reward, max_num_lanes=8, max_num_batched_tokens=32)
+    engine = toy_engine(LM, reward, max_num_lanes=12, max_num_batched_tokens=32)
     responses = [ids(1 + seed % 7, 11, seed) for seed in range(50)]
     rewards, turns = turns_of(engine, prompt(), responses)
-    assert turns > 7 and max(reward.slices) <= 8 and sum(reward.slices) == 50
+    assert turns > 7 and max(reward.slices) <= 12 and sum(reward.slices) == 50
+    assert max(reward.tokens) <= 32
     wanted = [RM.reward(prompt()["prompt_token_ids"] + [token for token in one]) for one in responses]
     assert rewards == pytest.approx(wanted, abs=2e-3)
     assert sum(reward.rows) < 9 + 4 * turns  # the prompt's pages are found again
