@@ -23,7 +23,8 @@ CHARACTERS = 1 << 16
 class ResponseScorer:
     """Scores what a ScoreCall asks for, through the reward's contract alone.
 
-    A turn is about as long as a round: as many responses as the reward wants at once, or of a long one a chunk of rows.
+    A turn is about as long as a round: a chunk of rows, or as many responses as a reward wants at once that reads them
+    whole.
     Nothing is held between turns but what prompts have left in published pages, which others take as they need them.
     So nobody waits for a call, and a call that is dropped leaves nothing. Where pages are short it waits for others to
     end; after PATIENCE turns those give way that do so for each other, and go on to the same text afterwards.
@@ -32,6 +33,8 @@ class ResponseScorer:
     def __init__(self, reward: Reward, parser: PairParser, cache: PagedCache, scheduler: Scheduler,
                  config: EngineConfig):
         self._reward = reward
+        # Where every part runs a response's new tokens alone, their rows say how long a slice takes.
+        self._by_rows = all(isinstance(part, SessionReward) for part in with_parts(reward) if not part.parts)
         self._caches = [part.cache for part in with_parts(reward) if isinstance(part, SessionReward)]
         self._parser = parser
         self._cache = cache
@@ -115,9 +118,11 @@ class ResponseScorer:
         """The next ones, as many as are scored in one turn; none where all slabs are taken."""
         first = call.pairs[call.next]
         slabs = min([self._config.max_num_lanes, *(cache.num_free_slabs for cache in (self._cache, *self._caches))])
-        most = min(slabs, max(1, self._reward.lanes_per_pass(max(1, len(first.token_ids)), 1)))
+        most = slabs
         if alone or self._is_long(first):
             most = min(slabs, 1)
+        elif not self._by_rows:
+            most = min(slabs, max(1, self._reward.lanes_per_pass(max(1, len(first.token_ids)), 1)))
         chosen: list[Pair] = []
         rows, prompts = 0, {id(call.read)}
         for pair in call.pairs[call.next : call.next + most]:

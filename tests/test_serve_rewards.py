@@ -165,7 +165,7 @@ def test_a_reward_that_rejects_or_cannot_say(words):
     assert raw(words, "/score", text_1="x", text_2=["no", "a"]) == [None, of_text("x", ["a"])[0]]
     answer = post(words, "/score", text_1="x", text_2=["no", "a"])
     assert answer["data"][0]["score"] == 0.0
-    refused(words, "/score", 422, "text_2[1]: the reward is NaN", "text_2", text_1="x", text_2=["a", "what"])
+    refused(words, "/score", 400, "text_2[1]: the reward is NaN", "text_2", text_1="x", text_2=["a", "what"])
     assert answer["usage"]["prompt_tokens"] == 0  # a function has no tokens
 
 
@@ -188,7 +188,7 @@ def test_a_reward_that_rejects_or_cannot_say(words):
     ("messages is ", "messages", {"messages": [{"role": "assistant", "content": "a"}]}),
     ("chat_template_kwargs belong to messages, and there is text_1", "chat_template_kwargs",
      {"text_1": "a", "text_2": "b", "chat_template_kwargs": {"x": 1}}),
-    ("use_activation is 'no', it must be a valid boolean", "use_activation",
+    ("use_activation is 'no', it must be true or false", "use_activation",
      {"text_1": "a", "text_2": "b", "use_activation": "no"}),
 ])
 def test_what_cannot_be_scored_is_said_by_name(client, message, param, body):
@@ -203,7 +203,7 @@ def test_what_asks_for_nothing_is_taken(client):
 
 def test_models_by_name(client):
     assert post(client, "/score", model="tiny:plain", text_1="a", text_2="b")["model"] == "tiny:plain"
-    error = refused(client, "/score", 404, "there is no model 'tiney': did you mean tiny", "model", model="tiney",
+    error = refused(client, "/score", 404, "there is no model 'tiney' here", "model", model="tiney",
                     text_1="a", text_2="b")
     assert error["code"] == "model_not_found"
 
@@ -430,7 +430,7 @@ def test_one_bad_text_of_a_batch_fails_alone(model):
     with listening(stars.Engine(model, stars.FunctionReward(reward), **SMALL)) as address:
         far = stars.Engine(model, stars.RemoteReward(address, retries=0), **SMALL)
         assert far.score("x", [" a", " b"]) == [1.0, 1.0]
-        with pytest.raises(stars.RewardError, match=r"responses\[1\]: .*status 422: .*the reward is NaN"):
+        with pytest.raises(stars.RewardError, match=r"responses\[1\]: .*status 400: .*the reward is NaN"):
             far.score("x", [" a", " q", " b"])
 
 
@@ -515,7 +515,7 @@ def test_calibrations_are_few_at_once_and_end_with_their_clients():
             while len(engine.engine._requests) < 8:
                 await asyncio.sleep(0.001)
             third = await client.post("/v1/calibrate", json=body)
-            assert third.status_code == 429 and third.headers["Retry-After"] == "10"
+            assert third.status_code == 429 and int(third.headers["Retry-After"]) >= 1
             assert third.json()["error"]["code"] == "calibrating"
             tasks[0].cancel()
             await asyncio.wait([tasks[0]])
@@ -541,12 +541,13 @@ def test_a_calibration_stands_behind_nobody_it_need_not():
             task = asyncio.ensure_future(client.post("/v1/calibrate", json=body))
             while not engine.engine._requests:
                 await asyncio.sleep(0.001)
-            most, users = 0, set()
-            async for _ in engine.generate(prompt(), stars.SamplingParams(max_tokens=20, ignore_eos=True),
-                                           stars.Sample(), user="ann"):
-                most = max(most, len(engine.engine._requests))
-                users |= {request.user for request in list(engine.engine._requests.values())}
-            assert not task.done() and most <= 5 and len(users) == 2
+            chat = await engine.add(prompt(), stars.SamplingParams(max_tokens=20, ignore_eos=True), stars.Sample(),
+                                    user="ann")
+            users = [request.user for request in list(engine.engine._requests.values())]
+            assert len(users) <= 5 and len(set(users)) == 2
+            async for _ in chat:
+                assert len(engine.engine._requests) <= 5
+            assert not task.done()
             assert (await task).status_code == 200
         await engine.shutdown()
     asyncio.run(asyncio.wait_for(main(), LIMIT))
@@ -554,7 +555,7 @@ def test_a_calibration_stands_behind_nobody_it_need_not():
 
 def test_samples_that_all_are_rejected_make_no_threshold(model):
     with client_of(stars.Engine(model, stars.FunctionReward(lambda p, r: [-math.inf] * len(r)), **SMALL)) as client:
-        refused(client, "/v1/calibrate", 422, "too many samples have the reward -inf", "prompts", prompts=["a"],
+        refused(client, "/v1/calibrate", 400, "too many samples have the reward -inf", "prompts", prompts=["a"],
                 segment_size=DRAFT_SIZE)
 
 

@@ -18,14 +18,10 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
 from stars.serve.http.errors import ApiError
+from stars.serve.http.leaving import Leaving, Lingering
 from stars.serve.http.limits import MOST_LINES
 from stars.serve.http.service import Service
 
-LINGER_SECONDS, LINGER_BYTES = 2.0, 4 << 20
-"""How long, and for how much of what it still sends, a client is listened to that was answered before it had sent all:
-closed at once, its own system would throw the answer away."""
-MOST_LINGERING = 256
-"""Connections that may end so; the others are closed at once."""
 PIPELINED_BYTES = 1 << 16
 """Of requests behind the one that is being answered: beyond, nothing is read until it is."""
 SLICE = 1 << 13
@@ -43,7 +39,7 @@ class Door:
     def __init__(self, service: Service):
         self.service = service
         self.quiet: OrderedDict[Guard, None] = OrderedDict()  # on which no request is under way, the oldest first
-        self.lingering = 0  # connections that are closed but for what their clients still send
+        self.lingering = Lingering()
 
     def make_room(self) -> bool:
         """Whether there is room for one more connection, if need be in place of one that asks nothing."""
@@ -66,23 +62,17 @@ class Guard(H11Protocol):
         self.asked = False  # whether it ever sent a whole head
         self._counted = self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None  # while a head is awaited
-        self._write_timer: asyncio.TimerHandle | None = None  # while the client does not read
-        self._lingered = 0  # bytes that were thrown away
         self._held = bytearray()  # what came and h11 has not seen: behind a request that is being answered
         self._cycle = self.cycle  # of which the next three are known
         self._chunked = False  # whether its body comes in chunks
         self._lines = self._bytes = 0  # of the body so far, or of the next head
 
-    @property
-    def is_sending(self) -> bool:
-        """Whether its client has probably more to say, although it was answered."""
-        return self._refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
-
     # -- what asyncio calls -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Counts it; one too many is told so."""
-        self.leaving = Leaving(cast(asyncio.Transport, transport), self)
+        self.leaving = Leaving(cast(asyncio.Transport, transport), self.loop, self.door.service, self.door.lingering,
+                               self._is_sending)
         super().connection_made(cast(asyncio.Transport, self.leaving))
         traffic = self.door.service.traffic
         room = self.door.make_room()
@@ -100,17 +90,13 @@ class Guard(H11Protocol):
         self.leaving.forget()
         self._got_head()
         self.door.quiet.pop(self, None)
-        if self._write_timer is not None:
-            self._write_timer.cancel()
         self._uncount()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Looks whether what came is the whole head of a request, and throws away what comes behind the last answer."""
         if self.leaving.closing:
-            self._lingered += len(data)
-            if self._lingered > LINGER_BYTES:
-                self.leaving.abort()
+            self.leaving.throw_away(data)
             return
         self._held += data
         self._go_on()
@@ -118,24 +104,14 @@ class Guard(H11Protocol):
     def pause_writing(self) -> None:
         """The client is behind: it has so long to read on."""
         super().pause_writing()
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.door.service.settings.write_seconds, self._unread)
+        self.leaving.await_reader()
 
     def resume_writing(self) -> None:
         """It read."""
         super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
+        self.leaving.reader_reads()
 
     # -- what uvicorn calls -------------------------------------------------------------------------------------------
-
-    def handle_events(self) -> None:
-        """Reads on while a request is answered, so that its client is seen to go away."""
-        super().handle_events()
-        if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE) and self.flow.read_paused and (
-                len(self._held) < PIPELINED_BYTES):
-            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """The next head is awaited, by uvicorn until its first byte."""
@@ -144,6 +120,7 @@ class Guard(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What h11 cannot read: its own status, the head that is too long among them."""
+        self.door.service.traffic.closed("bad")
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.leaving.close()  # in the midst of an answer there is no place for another
@@ -174,12 +151,14 @@ class Guard(H11Protocol):
             end = part.rfind(b"\r\n\r\n")  # of the last head in it
             self._lines = part.count(b"\n", end) if end >= 0 else self._lines + part.count(b"\n")
             if self._lines > MOST_LINES and end < 0:
+                self.door.service.traffic.closed("bad")
                 self._tell(ApiError(431, MESSAGES[431], code="bad_http"))
                 return True
         elif self._chunked:
             self._lines += part.count(b"\n")
             self._bytes += len(part)
             if self._lines > FREE_LINES + self._bytes // LEAST_PIECE:
+                self.door.service.traffic.closed("bad")
                 self._tell(ApiError(400, "the body comes in too many small pieces: send larger ones", code="bad_http"))
                 return True
         return False
@@ -226,12 +205,11 @@ class Guard(H11Protocol):
         seconds = self.door.service.settings.header_seconds
         self._tell(ApiError(408, f"no request came within {seconds:g} s: send its head at once", code="head_timeout"))
 
-    def _unread(self) -> None:
-        self._write_timer = None
-        self.door.service.traffic.closed("reader")
-        self.leaving.abort()
-
     # -- ends ---------------------------------------------------------------------------------------------------------
+
+    def _is_sending(self) -> bool:
+        """Whether its client has probably more to say, although it was answered."""
+        return self._refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def _crowded(self) -> None:
         service = self.door.service
@@ -259,57 +237,3 @@ class Guard(H11Protocol):
         self.leaving.write(head + "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode() + b"\r\n"
                            + body)
         self.leaving.close()
-
-
-class Leaving:
-    """A transport that is closed so that its client gets the last answer, and that does not wait for ever for it."""
-
-    def __init__(self, transport: asyncio.Transport, guard: Guard):
-        self._transport = transport
-        self._guard = guard
-        self._timer: asyncio.TimerHandle | None = None
-        self._lingers = False
-        self.closing = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def is_closing(self) -> bool:
-        """Whether nothing more is sent."""
-        return self.closing or self._transport.is_closing()
-
-    def write(self, data: bytes) -> None:
-        """Sends, until it is closed."""
-        if not self.closing and data:
-            self._transport.write(data)
-
-    def close(self) -> None:
-        """Nothing more is sent. What the client still sends is thrown away for a while, if it has not sent all."""
-        if self.is_closing():
-            return
-        self.closing = True
-        door = self._guard.door
-        if self._guard.is_sending and door.lingering < MOST_LINGERING and self._transport.can_write_eof():
-            self._lingers = True
-            door.lingering += 1
-            self._transport.write_eof()
-            self._transport.resume_reading()
-            self._timer = self._guard.loop.call_later(LINGER_SECONDS, self._transport.abort)
-        else:
-            self._transport.close()
-            if self._transport.get_write_buffer_size():
-                self._timer = self._guard.loop.call_later(door.service.settings.write_seconds, self._transport.abort)
-
-    def abort(self) -> None:
-        """Ends it at once."""
-        self.closing = True
-        self._transport.abort()
-
-    def forget(self) -> None:
-        """It is gone."""
-        self.closing = True
-        if self._lingers:
-            self._lingers = False
-            self._guard.door.lingering -= 1
-        if self._timer is not None:
-            self._timer.cancel()
