@@ -20,6 +20,8 @@ REASONS = {
 OF_ALL = (400, 401, 500, 503)
 OF_BODIES = (403, 404, 408, 413, 415, 429)
 """Errors of requests that have one, besides."""
+JSON_BODY = (*OF_ALL, *OF_BODIES)
+"""Errors of requests that have one."""
 THEIRS = ("HTTPValidationError", "ValidationError")
 """Shapes of FastAPI's own errors, which are not sent here."""
 
