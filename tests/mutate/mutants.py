@@ -1205,8 +1205,8 @@ MUTANTS = [
            "the same groups take part in every round", "fairness"),
     Mutant("engine/scheduler.py", "        self._round.proposer.lanes = seats.lanes\n", "",
            "others' responses narrow the lanes of the lightest user", "fairness"),
-    Mutant("engine/serve/http/streaming.py", "await asyncio.wait((task, gone), return_when", "await asyncio.wait((task,), "
-           "return_when", "a client that goes away is not noticed", "serve_completions"),
+    Mutant("engine/serve/http/streaming.py", "await asyncio.wait((task, gone), return_when",
+           "await asyncio.wait((task,), return_when", "a client that goes away is not noticed", "serve_completions"),
     Mutant("engine/serve/http/growing_text.py", "return text if ends else text.rstrip(REPLACEMENT)", "return text",
            "half a character is told", "serve_guidance"),
     Mutant("engine/serve/http/asked.py", "of_each[1:] = [dataclasses.replace(params, seed=draws.seed()) for _ in "

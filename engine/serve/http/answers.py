@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FINISH = {"refused": "content_filter", "budget": "length", "deadline": "length"}
 """OpenAI's words for the engine's finish reasons that it has not; the others are called alike."""
+ERROR = "error"
 TRACE_HEADERS = ("traceparent", "tracestate")
 
 
@@ -91,21 +92,24 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """All of it, once it is there."""
         await self._begin()
-        choices = []
         try:
             async for index, output in merged(self._streams):
                 self._note(index, output)
         finally:
             await self._end()
-        for index in sorted(self._last):
-            output = self._last[index]
+        for output in self._last.values():
             self._raise_error(output)
-            for completion in output.outputs:
-                piece = self._piece(index, output, completion)
-                choices.append({**self._shape.choice(self.wanted, self.tokenizer, piece),
-                                "stars": self._of_choice(piece)})
+        # In a thread where it takes a while.
+        decodes = self.wanted.guided.return_segments or self.wanted.logprobs is not None
+        choices = await asyncio.to_thread(self._whole_choices) if decodes else self._whole_choices()
         return {**self._head(self._shape.whole), "choices": choices, "usage": self._usage(),
                 "stars": await self._of_answer(), **self._shape.beside(self.wanted, self._last[0])}
+
+    def _whole_choices(self) -> list[dict[str, Any]]:
+        pieces = [self._piece(index, self._last[index], completion) for index in sorted(self._last)
+                  for completion in self._last[index].outputs]
+        return [{**self._shape.choice(self.wanted, self.tokenizer, piece), "stars": self._of_choice(piece)}
+                for piece in pieces]
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """Events, once the first output is there: until then an error has a status of its own."""
@@ -142,13 +146,13 @@ class Answer:
     def _chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """The events of an output, one a choice that has grown or ended."""
         self._note(index, output)
-        self._raise_error(output)
         for completion in output.outputs:
             choice = self._choice(index, output, completion)
-            ends = completion.finish_reason is not None
+            ends = completion.finish_reason not in (None, ERROR)
             if not choice.ended and (completion.segments or completion.text or ends):
                 choice.ended = ends
                 yield self._chunk(index, output, completion)
+        self._raise_error(output)  # behind what had been committed
 
     def _chunk(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         piece = self._piece(index, output, completion)
@@ -219,7 +223,7 @@ class Answer:
     def _piece(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Piece:
         choice = self._choice(index, output, completion)
         first, choice.told = not choice.told, True
-        reason = completion.finish_reason
+        reason = completion.finish_reason if completion.finish_reason != ERROR else None
         return Piece(choice.number, completion.text or "", completion, output, first,
                      None if reason is None else FINISH.get(reason, reason), choice.places)
 
@@ -240,7 +244,6 @@ class Answer:
             "prompt_reward": number(outputs[0].prompt_reward) if len(outputs) == 1 else None}
         if self.wanted.guided.return_trace:
             cumulative = [together(self._kept[index]) for index in sorted(self._kept)]
-            # In a thread: a long response's takes a while.
             record["trace"] = await asyncio.to_thread(trace_text, cumulative, self.tokenizer, self.wanted.params)
         return record
 
@@ -259,7 +262,7 @@ class Answer:
     def _raise_error(output: RequestOutput) -> None:
         """ApiError where the request has ended by one."""
         for completion in output.outputs:
-            if completion.finish_reason == "error":
+            if completion.finish_reason == ERROR:
                 raise ApiError(500, completion.error or "the request ended with an error")
 
 
