@@ -354,6 +354,7 @@ def test_a_threshold_is_measured(tab, server):
 
 
 @needs_browser
+@pytest.mark.filterwarnings("ignore:reward_threshold=100 accepted 0")
 def test_escape_stops_and_the_pages_are_free(tab, server):
     fill(tab, reward_threshold=100, beta=0, segment_size=1, max_tokens=400)
     tab.js("void run()")
