@@ -18,6 +18,7 @@ KEEPALIVE = 2.0
 """Seconds that a connection is kept for the next request: fewer than any server does, so that none is closed while a
 request is on its way."""
 SHOWN = 160  # characters of an error
+TIMEOUT = asyncio.exceptions.TimeoutError  # another class than the built-in one before Python 3.11
 
 
 class Client:
@@ -48,7 +49,7 @@ class Client:
                     raise RequestError(f"{self.models_url} answers {response.status} "
                                        f"({_message(await response.read())}): give --model NAME")
                 name = json.loads(await response.read())["data"][0]["id"]
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except (aiohttp.ClientError, TIMEOUT) as error:
             raise RequestError(f"{self.models_url} cannot be asked for a model ({_words(error)}): is a server "
                                "there?") from error
         except (ValueError, LookupError, TypeError) as error:
@@ -68,7 +69,7 @@ class Client:
                     answer.error = f"the answer is no event stream, but {response.content_type}"
                 else:
                     await self._read(response, answer)
-        except asyncio.TimeoutError:
+        except TIMEOUT:
             answer.error = "timeout"
         except aiohttp.ClientError as error:
             answer.error = _words(error)
@@ -86,7 +87,7 @@ class Client:
                         done, answer.ended = True, answer.ended or now
                     elif not done:
                         told = self._event(data, answer, now) or told
-        except (aiohttp.ClientError, asyncio.TimeoutError):
+        except (aiohttp.ClientError, TIMEOUT):
             if not done:
                 raise
         whole = done or answer.finish_reason is not None

@@ -12,8 +12,6 @@ import numpy as np
 from stars.bench.answers import COMPLETED, FAILED, REFUSED, Answer
 from stars.bench.load import Run
 
-GOALS = ("ttft", "tpot", "e2el")
-"""What a goal of goodput may be about."""
 PERCENTILES = (50, 90, 99)
 LATE = 0.01  # seconds after which a request was sent late
 
@@ -21,7 +19,7 @@ LATE = 0.01  # seconds after which a request was sent late
 def figures(run: Run, goals: Mapping[str, float]) -> dict[str, Any]:
     """Counts, throughput and latencies in milliseconds. What nothing was measured of is None.
 
-    goals: bounds in milliseconds, by names of GOALS; a completed request that meets all of them counts as good.
+    goals: bounds in milliseconds, by ttft, tpot and e2el; a completed request that meets all of them counts as good.
     """
     answers, duration = run.answers, run.duration
     outcomes = Counter(answer.outcome for answer in answers)

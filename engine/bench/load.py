@@ -19,9 +19,9 @@ from stars.bench.workload import COMPLETIONS, Entry, body_of
 class Target:
     """Where requests go and what all of them have in common.
 
-    model: None: the first of /v1/models. timeout: seconds of one request, connecting included. max_concurrency: requests
-    under way at once; the others wait in the client, which its slip shows. common: further fields of every body. seed:
-    each request carries this seed, and the next one the next; None: none does.
+    model: None: the first of /v1/models. timeout: seconds of one request, connecting included.
+    max_concurrency: requests under way at once; the others wait in the client, which its slip shows.
+    common: further fields of every body. seed: of the first request, the next one has the next; None: none has any.
     """
 
     base_url: str
@@ -43,19 +43,20 @@ class Run(NamedTuple):
     meter: Meter
 
 
-async def send_load(target: Target, entries: Sequence[Entry], num_warmups: int = 0,
+async def send_load(target: Target, entries: Sequence[Entry], warmups: Sequence[Entry] = (),
                     on_answer: Callable[[], Any] = lambda: None) -> Run:
     """Sends every request at its time and waits for all of them; RequestError where there is no model to be asked.
 
-    num_warmups: requests that are sent, one after the other, before the clock starts. on_answer: called after each.
+    warmups: requests that are sent, one after the other, before the clock starts. on_answer: called after each of the
+        others.
     """
     allow_connections(target.max_concurrency or len(entries))
     async with Client(target.base_url, target.endpoint, target.timeout, target.api_key) as client:
         model = await client.first_model() if target.model is None else target.model
         bodies = [body_of(entry, target.endpoint, model, target.common if target.seed is None else
                           {"seed": target.seed + index, **target.common}) for index, entry in enumerate(entries)]
-        for index in range(num_warmups):
-            await client.send(bodies[index % len(bodies)], Answer(0.0))
+        for entry in warmups:
+            await client.send(body_of(entry, target.endpoint, model, target.common), Answer(0.0))
         free = contextlib.nullcontext() if target.max_concurrency is None else asyncio.Semaphore(target.max_concurrency)
         answers = [Answer(entry.due) for entry in entries]
 

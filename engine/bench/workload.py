@@ -62,11 +62,12 @@ def read_prompts(path: str) -> list[Any]:
 def read_trace(path: str, max_tokens: int | None, seed: int) -> list[Entry]:
     """The requests of a file of JSON lines: objects with "timestamp" in seconds, a prompt as in `read_prompts` or
     "prompt_tokens", for which so many words are made up, and "max_tokens". The first is sent at once."""
-    entries = []
+    entries: list[Entry] = []
     for where, row in _rows(path):
         if not isinstance(row, dict):
             raise RequestError(f'{where}: give an object with "timestamp" and a prompt')
-        time, tokens = row.get("timestamp"), row.get("max_tokens", max_tokens)
+        time: Any = row.get("timestamp")
+        tokens = row.get("max_tokens", max_tokens)
         if not _is_number(time) or not math.isfinite(time):
             raise RequestError(f"{where}: timestamp is {shown(time)}, it must be a number of seconds")
         if tokens is not None and not (_is_integer(tokens) and tokens >= 1):
