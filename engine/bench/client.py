@@ -45,13 +45,15 @@ class Client:
         """The first name of /v1/models; RequestError where there is none to be had."""
         try:
             async with self._session.get(self.models_url) as response:
-                if response.status != 200:
-                    raise RequestError(f"{self.models_url} answers {response.status} "
-                                       f"({_message(await response.read())}): give --model NAME")
-                name = json.loads(await response.read())["data"][0]["id"]
+                status, body = response.status, await response.read()
         except (aiohttp.ClientError, TIMEOUT) as error:
             raise RequestError(f"{self.models_url} cannot be asked for a model ({_words(error)}): is a server "
                                "there?") from error
+        if status != 200:
+            advice = "--api-key-env VAR" if status in (401, 403) else "--model NAME"
+            raise RequestError(f"{self.models_url} answers {status} ({_message(body)}): give {advice}")
+        try:
+            name = json.loads(body)["data"][0]["id"]
         except (ValueError, LookupError, TypeError) as error:
             raise RequestError(f"{self.models_url} names no model: give --model NAME") from error
         return str(name)

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 from stars.arguments import shown
 from stars.errors import RequestError
 from stars.line_file import check_writable
-from stars.trace.json_lines import dumps, plain
 
 if TYPE_CHECKING:
     from stars.bench.load import Run
@@ -100,6 +99,7 @@ def serve(args: argparse.Namespace) -> int:
 
     from stars.bench.figures import details, figures, header
     from stars.bench.load import Target, send_load
+    from stars.trace.json_lines import dumps, plain
 
     entries, warmups = _load(args)
     common: dict[str, Any] = {} if args.temperature is None else {"temperature": args.temperature}
