@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ class Entry(NamedTuple):
     due: float  # seconds from the start
     prompt: Any  # a text, token ids, or a list of messages
     max_tokens: int | None
+    fields: Mapping[str, Any] = MappingProxyType({})  # further ones of its body
 
 
 def poisson(prompts: Sequence[Any], count: int, rate: float, burstiness: float, seed: int,
@@ -98,7 +100,8 @@ def body_of(entry: Entry, endpoint: str, model: str, common: dict[str, Any]) -> 
     else:
         asked = {"prompt": entry.prompt}
     limit = {} if entry.max_tokens is None else {"max_tokens": entry.max_tokens}
-    body = {"model": model, **asked, **limit, "stream": True, "stream_options": {"include_usage": True}, **common}
+    body = {"model": model, **asked, **limit, "stream": True, "stream_options": {"include_usage": True},
+            **common, **entry.fields}
     return json.dumps(body, ensure_ascii=False).encode("utf8", "surrogatepass")
 
 
