@@ -196,7 +196,7 @@ def _stars(options: argparse.Namespace, model: Path) -> tuple[ServerProcess, Tar
 
 
 def _transformers(options: argparse.Namespace, model: Path, continuous: bool) -> tuple[ServerProcess, Target] | str:
-    missing = [name for name in ("transformers", "fastapi", "uvicorn", "openai")
+    missing = [name for name in ("transformers", "accelerate", "fastapi", "uvicorn", "openai")
                if not _importable(options.transformers_python, name)]
     if missing:
         return f"not installed ({', '.join(missing)})"
@@ -246,7 +246,8 @@ def calibrated(options: argparse.Namespace) -> Path:
     """What `stars calibrate` measures of the reward on a few of the prompts."""
     path = options.scratch / "calibration.json"
     rows = options.scratch / "calibration.jsonl"
-    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats(options.prompts, 2 if options.quick else 8)))
+    few = chats(options.prompts, 2 if options.quick else 8)
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in few))
     program = "import sys; from stars.cli import main; sys.exit(main())"
     subprocess.run([sys.executable, "-c", program, "calibrate", "--model", str(options.gguf), "--reward", str(REWARD),
                     "--input", str(rows), "--num-samples", "2" if options.quick else "8", "--quantile", "0.8",
