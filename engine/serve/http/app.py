@@ -76,7 +76,7 @@ async def _metrics(request: Request) -> PlainTextResponse:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    told = api_error(error, service_of(request).traffic.retry_after())
+    told = api_error(error)
     if told.status >= 500 and not isinstance(error, ApiError):
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse(told.body(), told.status, told.headers)

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
 from stars.serve.http.errors import ApiError
+from stars.serve.http.limits import MOST_LINES
 from stars.serve.http.service import Service
 
 LINGER_SECONDS, LINGER_BYTES = 2.0, 4 << 20
@@ -27,6 +28,11 @@ MOST_LINGERING = 256
 """Connections that may end so; the others are closed at once."""
 PIPELINED_BYTES = 1 << 16
 """Of requests behind the one that is being answered: beyond, nothing is read until it is."""
+SLICE = 1 << 13
+"""Bytes that h11 is given at once: it takes dozens of microseconds for every chunk of a body, however small."""
+LEAST_PIECE = 64
+"""Bytes of a chunked body for each end of a line in it, of which a chunk has two; there may be this many lines more."""
+FREE_LINES = 1024
 MESSAGES = {400: "this is no HTTP request that can be read", 431: "the request's head is too long",
             501: "this is an HTTP feature that the server does not have"}
 
@@ -62,6 +68,10 @@ class Guard(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None  # while a head is awaited
         self._write_timer: asyncio.TimerHandle | None = None  # while the client does not read
         self._lingered = 0  # bytes that were thrown away
+        self._held = bytearray()  # what came and h11 has not seen: behind a request that is being answered
+        self._cycle = self.cycle  # of which the next three are known
+        self._chunked = False  # whether its body comes in chunks
+        self._lines = self._bytes = 0  # of the body so far, or of the next head
 
     @property
     def is_sending(self) -> bool:
@@ -102,8 +112,8 @@ class Guard(H11Protocol):
             if self._lingered > LINGER_BYTES:
                 self.leaving.abort()
             return
-        super().data_received(data)
-        self._look()
+        self._held += data
+        self._go_on()
 
     def pause_writing(self) -> None:
         """The client is behind: it has so long to read on."""
@@ -124,13 +134,13 @@ class Guard(H11Protocol):
         """Reads on while a request is answered, so that its client is seen to go away."""
         super().handle_events()
         if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE) and self.flow.read_paused and (
-                len(self.conn.trailing_data[0]) < PIPELINED_BYTES):
+                len(self._held) < PIPELINED_BYTES):
             self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """The next head is awaited, by uvicorn until its first byte."""
         super().on_response_complete()
-        self._look()
+        self._go_on()
 
     def send_400_response(self, msg: str) -> None:
         """What h11 cannot read: its own status, the head that is too long among them."""
@@ -139,6 +149,40 @@ class Guard(H11Protocol):
             self.leaving.close()  # in the midst of an answer there is no place for another
         else:
             self._tell(ApiError(status, MESSAGES.get(status, MESSAGES[400]), code="bad_http"))
+
+    # -- what came ----------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Has h11 read what is there, up to the end of a request; the next one waits until that is answered."""
+        while self._held and not self.leaving.closing and self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            part = bytes(self._held[:SLICE])
+            del self._held[:SLICE]
+            if self._is_flood(part):
+                return
+            super().data_received(part)
+        if len(self._held) >= PIPELINED_BYTES and not self.leaving.closing:
+            self.flow.pause_reading()
+        self._look()
+
+    def _is_flood(self, part: bytes) -> bool:
+        """Whether head or body would take far longer to read than their lengths say; the client is told so."""
+        if self.cycle is not self._cycle:
+            self._cycle = self.cycle
+            self._lines = self._bytes = 0
+            self._chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
+        if self.conn.their_state is h11.IDLE:
+            end = part.rfind(b"\r\n\r\n")  # of the last head in it
+            self._lines = part.count(b"\n", end) if end >= 0 else self._lines + part.count(b"\n")
+            if self._lines > MOST_LINES and end < 0:
+                self._tell(ApiError(431, MESSAGES[431], code="bad_http"))
+                return True
+        elif self._chunked:
+            self._lines += part.count(b"\n")
+            self._bytes += len(part)
+            if self._lines > FREE_LINES + self._bytes // LEAST_PIECE:
+                self._tell(ApiError(400, "the body comes in too many small pieces: send larger ones", code="bad_http"))
+                return True
+        return False
 
     # -- heads --------------------------------------------------------------------------------------------------------
 
@@ -205,6 +249,9 @@ class Guard(H11Protocol):
         """An answer that no handler gives, and the end of the connection."""
         if self.leaving.closing:
             return
+        if self.cycle is not None and not self.cycle.response_complete:  # whoever receives a body need not wait for it
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = json.dumps(error.body()).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close",
                    **error.headers}
