@@ -154,7 +154,8 @@ def rivals(options: argparse.Namespace, prompts: Sequence[Any], say: Callable[[s
         "transformers serve, continuous batching": lambda: _transformers(options, model, continuous=True),
         "vLLM, CPU build": lambda: _vllm(options, model),
     }
-    found: dict[str, Any] = {"model": f"{options.gguf.name} as a directory in bfloat16", "max_tokens": tokens}
+    servers = {name: start for name, start in servers.items() if any(part in name for part in options.rival)}
+    found: dict[str, Any] = {"model": f"{options.gguf.name} as a directory in bfloat16", "max_tokens": tokens, "vllm_eager": options.vllm_eager}
     capacity = None
     for name, start in servers.items():
         try:
@@ -219,8 +220,9 @@ def _vllm(options: argparse.Namespace, model: Path) -> tuple[ServerProcess, Targ
                                        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     server = ServerProcess(
         [options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port),
-         "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "2048", "--served-model-name", "m"],
-        options.scratch / "vllm.log", port=port, environment=environment, seconds=300)
+         "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "2048", "--served-model-name", "m",
+         *(["--enforce-eager"] if options.vllm_eager else [])], options.scratch / "vllm.log", port=port,
+        environment=environment, seconds=420)
     return server, Target(server.url, CHAT, "m", timeout=options.timeout,
                           common={"temperature": TEMPERATURE, "ignore_eos": True})
 
@@ -315,8 +317,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), default=["aligned", "plain"],
                         help="aligned, plain, or none of both with --rivals: --only ''")
     parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--rival", type=lambda text: text.split(","), default=["serve", "vLLM"],
+                        help="some of them, by parts of their names")
     parser.add_argument("--transformers-python", default=sys.executable)
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vLLM's CPU build")
+    parser.add_argument("--vllm-eager", action="store_true", help="without its compilation, which takes minutes")
     parser.add_argument("--seconds", type=float, help="of a load of the aligned sweep (60); plain ones take 0.4 of it")
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=24, help="of an answer (%(default)s)")
