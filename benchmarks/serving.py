@@ -49,6 +49,7 @@ LOADS = (10, 30, 50, 70, 90, 100, 120)  # percent of capacity
 TEMPERATURE = 0.8
 AIM_LOAD, AIM_RATIO, OVERLOAD = 70, 3.0, 120
 RIVAL_LOADS = (30, 60, 90)  # percent of what `stars serve` can do
+PATIENCE = 60.0  # seconds that a rival may take for an answer, which bounds the run
 TURN = re.compile(r"\s*(Human|Assistant):\s*")
 SHOWN = ("completed", "refused", "failed", "request_throughput", "output_throughput", "median_ttft_ms", "p90_ttft_ms",
          "p99_ttft_ms", "p99_itl_ms", "median_e2el_ms", "p99_e2el_ms", "client_cpu_share")
@@ -148,6 +149,7 @@ def rivals(options: argparse.Namespace, prompts: Sequence[Any], say: Callable[[s
     """The same requests to each server, alone: what it can do, and at loads that are equal for all of them."""
     model = model_directory(options)
     tokens, clients, seconds = options.max_tokens, options.clients, options.seconds / 2
+    options.timeout = PATIENCE
     servers: dict[str, Callable[[], tuple[ServerProcess, Target] | str]] = {
         "stars serve": lambda: _stars(options, model),
         "transformers serve": lambda: _transformers(options, model, continuous=False),
@@ -155,7 +157,8 @@ def rivals(options: argparse.Namespace, prompts: Sequence[Any], say: Callable[[s
         "vLLM, CPU build": lambda: _vllm(options, model),
     }
     servers = {name: start for name, start in servers.items() if any(part in name for part in options.rival)}
-    found: dict[str, Any] = {"model": f"{options.gguf.name} as a directory in bfloat16", "max_tokens": tokens, "vllm_eager": options.vllm_eager}
+    found: dict[str, Any] = {"model": f"{options.gguf.name} as a directory in bfloat16", "max_tokens": tokens,
+                             "vllm_eager": options.vllm_eager}
     capacity = None
     for name, start in servers.items():
         try:
@@ -169,8 +172,13 @@ def rivals(options: argparse.Namespace, prompts: Sequence[Any], say: Callable[[s
         server, target = started
         with server:
             load = Load(server, prompts, tokens, target)
-            load.send([0.0] * 2, 1)
-            _, idle = load.send([0.0] * (3 if options.quick else 10), 1)
+            load.send([0.0], 1)
+            run, warm = load.send([0.0], 1)
+            if not warm["completed"]:
+                found[name] = f"no answer: {run.answers[0].error}"
+                say(f"{name}: {found[name]}")
+                continue
+            _, idle = load.send([0.0] * min(10, max(2, int(seconds / 2 / run.duration))), 1)
             say(f"{name}: " + _line("idle", idle))
             load.used = 100
             run, closed = load.send([0.0] * (2 * clients), clients)

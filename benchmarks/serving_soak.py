@@ -271,8 +271,8 @@ def main() -> int:
     wrong += [f"memory grows by {growth:.3f} MB for 1000 requests"] * (growth > FLAT and not options.quick)
     wrong += [f"{result['tracebacks']} tracebacks in {server.log}"] * bool(result["tracebacks"])
     print(f"{soak.next} requests in {seconds:.0f} s: {result['kinds']}; memory {memory[0][1]:.0f} to "
-          f"{memory[-1][1]:.0f} MB, {growth:.3f} +- {error:.3f} MB for 1000 requests; {compared} texts compared; cores: "
-          f"server {cpu / seconds:.2f}, client {meter.cpu_share:.2f}")
+          f"{memory[-1][1]:.0f} MB, {growth:.3f} +- {error:.3f} MB for 1000 requests; {compared} texts compared; "
+          f"cores: server {cpu / seconds:.2f}, client {meter.cpu_share:.2f}")
     print("\n".join(f"WRONG: {one}" for one in wrong[:20]) or "nothing is wrong")
     print(f"written to {options.output}")
     return 1 if wrong else 0
