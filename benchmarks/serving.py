@@ -48,7 +48,7 @@ from stars.demo_chat import REWARD
 LOADS = (10, 30, 50, 70, 90, 100, 120)  # percent of capacity
 TEMPERATURE = 0.8
 AIM_LOAD, AIM_RATIO, OVERLOAD = 70, 3.0, 120
-RIVAL_LOADS = (30, 60, 90)  # percent of what `stars serve` can do
+RIVAL_LOADS = (30, 70)  # percent of what `stars serve` can do
 PATIENCE = 60.0  # seconds that a rival may take for an answer, which bounds the run
 TURN = re.compile(r"\s*(Human|Assistant):\s*")
 SHOWN = ("completed", "refused", "failed", "request_throughput", "output_throughput", "median_ttft_ms", "p90_ttft_ms",
@@ -330,7 +330,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--transformers-python", default=sys.executable)
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vLLM's CPU build")
     parser.add_argument("--vllm-eager", action="store_true", help="without its compilation, which takes minutes")
-    parser.add_argument("--seconds", type=float, help="of a load of the aligned sweep (60); plain ones take 0.4 of it")
+    parser.add_argument("--seconds", type=float, help="of a load of the aligned sweep (52); plain ones take 0.4 of it")
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=24, help="of an answer (%(default)s)")
     parser.add_argument("--segment-size", type=int, default=8)
@@ -341,7 +341,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "stars-serving")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    options.seconds = options.seconds or (4.0 if options.quick else 60.0)
+    options.seconds = options.seconds or (4.0 if options.quick else 52.0)
     options.loads = (30, 70, 120) if options.quick else LOADS
     options.clients = min(options.clients, 4) if options.quick else options.clients
     options.timeout = 60.0 + 3 * options.seconds
