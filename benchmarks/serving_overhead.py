@@ -156,7 +156,7 @@ def over_http(server: ServerProcess, work: Work, clients: int, seed: int) -> Tim
     run = asyncio.run(send_load(target, [Entry(0.0, prompt, work.tokens) for prompt in prompts]))
     found = figures(run, {})
     if found["completed"] != work.requests:
-        raise RuntimeError(f"{work.requests - found['completed']} requests failed: {found['errors']}")
+        raise RuntimeError(f"{work.requests - found['completed']} requests failed: {found['failures']}")
     return Timed(run.duration, server.cpu_seconds() - cpu, found["total_output_tokens"], run.meter.cpu_share)
 
 

@@ -211,11 +211,11 @@ def test_every_request_is_told_of_once():
     assert found["completed"] + found["refused"] + found["failed"] == len(server.asked) == 36
     assert found["statuses"] == {"200": 21, "400": 3, "429": 3, "503": 3}
     assert found["refusals_with_retry_after"] == 3
-    assert found["errors"]["timeout"] == 6 and found["errors"]["400: top_p is 7"] == 3
-    assert found["errors"]["in the stream: the engine died"] == 3
-    assert found["errors"]["the stream broke off"] == 3
-    assert found["errors"]["an event that is no completion: {broken"] == 3
-    assert sum(found["errors"].values()) == 24
+    assert found["failures"]["timeout"] == 6 and found["failures"]["400: top_p is 7"] == 3
+    assert found["failures"]["in the stream: the engine died"] == 3
+    assert found["failures"]["the stream broke off"] == 3
+    assert found["failures"]["an event that is no completion: {broken"] == 3
+    assert sum(found["failures"].values()) == 24
     assert found["answers_without_usage"] == 3  # those without [DONE]
     for answer, outcome in zip(run.answers, details(run)["outcomes"], strict=True):
         assert answer.ended is not None and answer.outcome == outcome
@@ -314,12 +314,12 @@ def test_result_files_have_vllms_keys():
                 for what in ("mean", "median", "std", "p50", "p90", "p99")]
     keys = {"date", "backend", "model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency", "duration",
             "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput", "request_goodput",
-            "output_throughput", "total_token_throughput", "max_concurrent_requests", *measured}
+            "output_throughput", "total_token_throughput", "max_concurrent_requests", "endpoint_type", "label", "tokenizer_id", *measured}
     run = run_of([answer(0.0, 0.1, [0.2], 0.0, 5)])
     found = header(run, backend="openai", endpoint="/v1/completions", request_rate=math.inf, burstiness=1.0,
                    max_concurrency=None) | figures(run, {})
     assert keys <= set(found) and found["request_rate"] == "inf"
-    assert {"input_lens", "output_lens", "ttfts", "itls", "generated_texts"} <= set(details(run))
+    assert {"input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors"} <= set(details(run))
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------

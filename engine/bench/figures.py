@@ -35,7 +35,7 @@ def figures(run: Run, goals: Mapping[str, float]) -> dict[str, Any]:
         "sent": sum(answer.sent is not None for answer in answers),
         "statuses": {str(status): count for status, count in sorted(Counter(
             answer.status for answer in answers if answer.status is not None).items())},
-        "errors": dict(Counter(answer.error for answer in answers if answer.outcome == FAILED).most_common(20)),
+        "failures": dict(Counter(answer.error for answer in answers if answer.outcome == FAILED).most_common(20)),
         "refusals_with_retry_after": sum(answer.retry_after for answer in answers if answer.outcome == REFUSED),
         "total_input_tokens": read,
         "total_output_tokens": written,
@@ -76,8 +76,8 @@ def header(run: Run, *, backend: str, endpoint: str, request_rate: float | None,
     """What a result file begins with; of a trace the rate is None."""
     last = max((answer.due for answer in run.answers), default=0.0)
     return {
-        "date": time.strftime("%Y%m%d-%H%M%S"), "backend": backend, "endpoint": endpoint, "model_id": run.model,
-        "num_prompts": len(run.answers),
+        "date": time.strftime("%Y%m%d-%H%M%S"), "backend": backend, "endpoint_type": backend, "endpoint": endpoint,
+        "label": None, "model_id": run.model, "tokenizer_id": None, "num_prompts": len(run.answers),
         "request_rate": "trace" if request_rate is None else "inf" if request_rate == float("inf") else request_rate,
         "burstiness": burstiness, "max_concurrency": max_concurrency,
         "offered_rate": len(run.answers) / last if last > 0.0 else None,
@@ -95,7 +95,7 @@ def details(run: Run) -> dict[str, Any]:
         "latencies": [answer.e2el for answer in run.answers],
         "generated_texts": [answer.text for answer in run.answers],
         "outcomes": [answer.outcome for answer in run.answers],
-        "request_errors": [answer.error or "" for answer in run.answers],
+        "errors": [answer.error or "" for answer in run.answers],
     }
 
 

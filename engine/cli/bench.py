@@ -194,7 +194,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
                         "late (99th percentiles)"])]
     if found.get("mean_accept_rate") is not None:
         lines.append(f"accept rate {found['mean_accept_rate']:.3f}, {found['mean_attempts']:.1f} attempts a request")
-    return lines + [f"{count} failed: {error}" for error, count in found["errors"].items()]
+    return lines + [f"{count} failed: {error}" for error, count in found["failures"].items()]
 
 
 def _table(found: dict[str, Any]) -> list[str]:
