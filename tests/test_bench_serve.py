@@ -314,7 +314,8 @@ def test_result_files_have_vllms_keys():
                 for what in ("mean", "median", "std", "p50", "p90", "p99")]
     keys = {"date", "backend", "model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency", "duration",
             "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput", "request_goodput",
-            "output_throughput", "total_token_throughput", "max_concurrent_requests", "endpoint_type", "label", "tokenizer_id", *measured}
+            "output_throughput", "total_token_throughput", "max_concurrent_requests", "endpoint_type", "label",
+            "tokenizer_id", *measured}
     run = run_of([answer(0.0, 0.1, [0.2], 0.0, 5)])
     found = header(run, backend="openai", endpoint="/v1/completions", request_rate=math.inf, burstiness=1.0,
                    max_concurrency=None) | figures(run, {})
