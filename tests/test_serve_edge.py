@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from serving_http import service_of_pair, wait_until
+from stars.exposition import Family
 from stars.serve.http.server import room_for
 from stars.serve.http.settings import ServerSettings
 from wire import Place, Wire, events, place_of, request
@@ -336,6 +337,23 @@ def test_who_does_not_read_is_let_go(place, right):
         poured(wire, (request("/metrics") for _ in range(800)))
         assert text_of(place) == right
         wait_until(lambda: place.service.traffic._refused["reader"] > before, 10)
+
+
+def test_who_reads_slowly_is_read_to(place, monkeypatch):
+    """For longer than a client may do nothing: what counts is that it goes on."""
+    before = place.service.traffic._refused["reader"]
+    large = Family("large", "gauge", "x" * (6 << 20), {"": 1})
+    monkeypatch.setattr(place.service.traffic, "families", lambda: [large])
+    with set_to(place, write_seconds=0.5), Wire(place.address) as wire:
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        wire.send(request("/metrics"))
+        begin, read = time.monotonic(), 0
+        while read < 6 << 20:
+            part = wire.socket.recv(1 << 16)
+            assert part, "cut off"
+            read += len(part)
+            time.sleep(0.015)
+        assert time.monotonic() - begin > 1.0 and place.service.traffic._refused["reader"] == before
 
 
 # -- who goes away ----------------------------------------------------------------------------------------------------

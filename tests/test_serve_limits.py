@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -225,6 +226,20 @@ def test_a_reward_that_raises_in_a_stream_is_told_there(place, monkeypatch):
         monkeypatch.setattr(REWARD, "fails", False)
         assert wire.send(request("/health")).answer().status == 200  # the connection goes on
     wait_until(lambda: is_free(place))
+
+
+@pytest.mark.rounds_raise
+def test_a_reward_server_that_is_down_ends_its_requests_alone(caplog):
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    reward = stars.RemoteReward(f"http://127.0.0.1:{port}", model="rm", retries=0, timeout=5)
+    with service_of_pair(ServerSettings("lm", drain_seconds=0.0), reward=reward) as service, place_of(service) as place:
+        for stream in (False, True):
+            answer = place.ask("/v1/completions", COMPLETION | {"stream": stream})
+            assert (answer.status, answer.error["type"]) == (500, "server_error"), answer.body
+        assert place.ask("/v1/completions", COMPLETION | {"model": "lm:plain", "stars": {}}).status == 200
+        assert place.ask("/health").status == 200
+        wait_until(lambda: is_free(place))
 
 
 def test_a_handler_that_raises_is_answered_for(place, monkeypatch, caplog):

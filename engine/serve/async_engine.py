@@ -81,6 +81,12 @@ class AsyncEngine:
         """Whether requests are taken: False after a fault, and from the moment that `shutdown` is called."""
         return not self._loop.closed
 
+    @property
+    def num_in_line(self) -> int:
+        """Requests that were asked for and that the engine does not have yet: those in line, and those that are being
+        checked or have their grammar compiled."""
+        return self._loop.in_line
+
     def generate(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
                  policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
                  priority: int = 0, user: str | None = None,

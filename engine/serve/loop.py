@@ -144,6 +144,11 @@ class Loop:
                 self._in_line += 1
             self._inbox.put(Add(feed, placed))
 
+    @property
+    def in_line(self) -> int:
+        """Requests that the engine does not have yet."""
+        return self._in_line + self._passed
+
     def abort(self, request_id: str) -> Future[bool]:
         """Asks for a request's end; whether there was one comes later."""
         self.engine._turns.refuse_reentry()

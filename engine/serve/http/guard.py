@@ -66,7 +66,6 @@ class Guard(H11Protocol):
         self.asked = False  # whether it ever sent a whole head
         self._counted = self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None  # while a head is awaited
-        self._write_timer: asyncio.TimerHandle | None = None  # while the client does not read
         self._lingered = 0  # bytes that were thrown away
         self._held = bytearray()  # what came and h11 has not seen: behind a request that is being answered
         self._cycle = self.cycle  # of which the next three are known
@@ -100,8 +99,6 @@ class Guard(H11Protocol):
         self.leaving.forget()
         self._got_head()
         self.door.quiet.pop(self, None)
-        if self._write_timer is not None:
-            self._write_timer.cancel()
         self._uncount()
         super().connection_lost(exc)
 
@@ -118,15 +115,12 @@ class Guard(H11Protocol):
     def pause_writing(self) -> None:
         """The client is behind: it has so long to read on."""
         super().pause_writing()
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.door.service.settings.write_seconds, self._unread)
+        self.leaving.await_reader()
 
     def resume_writing(self) -> None:
         """It read."""
         super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
+        self.leaving.reader_reads()
 
     # -- what uvicorn calls -------------------------------------------------------------------------------------------
 
@@ -144,6 +138,7 @@ class Guard(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What h11 cannot read: its own status, the head that is too long among them."""
+        self.door.service.traffic.closed("bad")
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.leaving.close()  # in the midst of an answer there is no place for another
@@ -174,12 +169,14 @@ class Guard(H11Protocol):
             end = part.rfind(b"\r\n\r\n")  # of the last head in it
             self._lines = part.count(b"\n", end) if end >= 0 else self._lines + part.count(b"\n")
             if self._lines > MOST_LINES and end < 0:
+                self.door.service.traffic.closed("bad")
                 self._tell(ApiError(431, MESSAGES[431], code="bad_http"))
                 return True
         elif self._chunked:
             self._lines += part.count(b"\n")
             self._bytes += len(part)
             if self._lines > FREE_LINES + self._bytes // LEAST_PIECE:
+                self.door.service.traffic.closed("bad")
                 self._tell(ApiError(400, "the body comes in too many small pieces: send larger ones", code="bad_http"))
                 return True
         return False
@@ -226,11 +223,6 @@ class Guard(H11Protocol):
         seconds = self.door.service.settings.header_seconds
         self._tell(ApiError(408, f"no request came within {seconds:g} s: send its head at once", code="head_timeout"))
 
-    def _unread(self) -> None:
-        self._write_timer = None
-        self.door.service.traffic.closed("reader")
-        self.leaving.abort()
-
     # -- ends ---------------------------------------------------------------------------------------------------------
 
     def _crowded(self) -> None:
@@ -268,6 +260,8 @@ class Leaving:
         self._transport = transport
         self._guard = guard
         self._timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes, as that timer was set
         self._lingers = False
         self.closing = False
 
@@ -298,7 +292,28 @@ class Leaving:
         else:
             self._transport.close()
             if self._transport.get_write_buffer_size():
-                self._timer = self._guard.loop.call_later(door.service.settings.write_seconds, self._transport.abort)
+                self.await_reader()
+
+    def await_reader(self) -> None:
+        """From now on the client must read on."""
+        if self._reader_timer is None:
+            self._unread = self._transport.get_write_buffer_size()
+            self._reader_timer = self._guard.loop.call_later(self._guard.door.service.settings.write_seconds,
+                                                             self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        self._reader_timer = None
+        if self._transport.get_write_buffer_size() < self._unread:  # slow, and there
+            self.await_reader()
+        else:
+            self._guard.door.service.traffic.closed("reader")
+            self.abort()
+
+    def reader_reads(self) -> None:
+        """It read all but a little."""
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
     def abort(self) -> None:
         """Ends it at once."""
@@ -311,5 +326,6 @@ class Leaving:
         if self._lingers:
             self._lingers = False
             self._guard.door.lingering -= 1
+        self.reader_reads()
         if self._timer is not None:
             self._timer.cancel()

@@ -31,6 +31,9 @@ TURNS = 8
 BACKLOG = 4096  # connections that the system holds meanwhile
 TOLD_SECONDS = 5.0
 """How long clients may take to read the end of what was cut off by the end of --drain-seconds."""
+SENT_AHEAD = 1 << 17
+"""Bytes that the system holds for a client: megabytes, if it chose, for each that does not read, and whether one reads
+were seen in leaps of as many."""
 SPARE_FILES = 64 + MOST_LINGERING
 """Files of the process that are no connections."""
 
@@ -120,6 +123,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT_AHEAD)  # which connections take over
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         made.bind(place)
