@@ -165,7 +165,7 @@ def test_a_reward_that_rejects_or_cannot_say(words):
     assert raw(words, "/score", text_1="x", text_2=["no", "a"]) == [None, of_text("x", ["a"])[0]]
     answer = post(words, "/score", text_1="x", text_2=["no", "a"])
     assert answer["data"][0]["score"] == 0.0
-    refused(words, "/score", 422, "text_2[1]: the reward is NaN", "text_2", text_1="x", text_2=["a", "what"])
+    refused(words, "/score", 400, "text_2[1]: the reward is NaN", "text_2", text_1="x", text_2=["a", "what"])
     assert answer["usage"]["prompt_tokens"] == 0  # a function has no tokens
 
 
@@ -188,7 +188,7 @@ def test_a_reward_that_rejects_or_cannot_say(words):
     ("messages is ", "messages", {"messages": [{"role": "assistant", "content": "a"}]}),
     ("chat_template_kwargs belong to messages, and there is text_1", "chat_template_kwargs",
      {"text_1": "a", "text_2": "b", "chat_template_kwargs": {"x": 1}}),
-    ("use_activation is 'no', it must be a valid boolean", "use_activation",
+    ("use_activation is 'no', it must be true or false", "use_activation",
      {"text_1": "a", "text_2": "b", "use_activation": "no"}),
 ])
 def test_what_cannot_be_scored_is_said_by_name(client, message, param, body):
@@ -203,7 +203,7 @@ def test_what_asks_for_nothing_is_taken(client):
 
 def test_models_by_name(client):
     assert post(client, "/score", model="tiny:plain", text_1="a", text_2="b")["model"] == "tiny:plain"
-    error = refused(client, "/score", 404, "there is no model 'tiney': did you mean tiny", "model", model="tiney",
+    error = refused(client, "/score", 404, "there is no model 'tiney' here", "model", model="tiney",
                     text_1="a", text_2="b")
     assert error["code"] == "model_not_found"
 
@@ -220,7 +220,8 @@ def test_a_server_without_a_reward_says_what_to_do():
     with client_of(toy_engine(LM)) as plain:
         for path, body in (("/score", {"text_1": "a", "text_2": "b"}), ("/classify", {"input": "a"}),
                            ("/pooling", {"input": "a"}), ("/v1/calibrate", {"prompts": ["a"]})):
-            assert refused(plain, path, 400, "no reward model: start one with --reward", None, **body)["code"] == "no_reward"
+            error = refused(plain, path, 400, "no reward model: start one with --reward", None, **body)
+            assert error["code"] == "no_reward"
 
 
 def test_a_server_that_shuts_down_takes_nothing(engine, model):
@@ -357,7 +358,7 @@ def test_dimensions_of_a_reward(client):
 def test_who_reads_responses_alone_says_how_to_send_them(model, tiny_model):
     reward = stars.ImplicitReward(tiny_model(family="llama", tokenizer=True, chat_template=True, seed=5), model)
     with client_of(stars.Engine(model, reward, **SMALL)) as client:
-        refused(client, "/classify", 400, "give prompts and responses apart, or messages", "input", input=["a b", "c d"])
+        refused(client, "/classify", 400, "give prompts and responses apart, or messages", "input", input=["a", "b"])
         assert len(raw(client, "/score", text_1=PROMPTS[0], text_2=TEXTS)) == 3
 
 
@@ -384,8 +385,8 @@ def listening(engine: stars.Engine) -> Iterator[str]:
 def decided(engine: stars.Engine, asked: Any) -> list[Any]:
     """Tokens and the rewards of all attempts up to those that were accepted."""
     policy = stars.STARS(segment_size=6, max_attempts=4, beta=0.5, reward_threshold=1.0)
-    outputs = engine.generate([asked] * 3, [stars.SamplingParams(max_tokens=24, seed=seed) for seed in range(3)], policy,
-                              use_tqdm=False)
+    params = [stars.SamplingParams(max_tokens=24, seed=seed) for seed in range(3)]
+    outputs = engine.generate([asked] * 3, params, policy, use_tqdm=False)
     return [(completion.token_ids, completion.finish_reason,
              [attempt.reward for segment in completion.segments for attempt in segment.attempts[: segment.winner + 1]])
             for output in outputs for completion in output.outputs]
@@ -429,7 +430,7 @@ def test_one_bad_text_of_a_batch_fails_alone(model):
     with listening(stars.Engine(model, stars.FunctionReward(reward), **SMALL)) as address:
         far = stars.Engine(model, stars.RemoteReward(address, retries=0), **SMALL)
         assert far.score("x", [" a", " b"]) == [1.0, 1.0]
-        with pytest.raises(stars.RewardError, match=r"responses\[1\]: .*status 422: .*the reward is NaN"):
+        with pytest.raises(stars.RewardError, match=r"responses\[1\]: .*status 400: .*the reward is NaN"):
             far.score("x", [" a", " q", " b"])
 
 
@@ -467,7 +468,8 @@ def test_a_calibration_is_what_the_engine_would_measure(client, engine, tmp_path
 
 def test_prompts_of_every_kind(client):
     own = client.app.state.service.engine.engine.tokenizer
-    record = post(client, "/v1/calibrate", prompts=[PROMPTS[0], own.encode(PROMPTS[1]), CHAT], num_samples=2, max_tokens=4)
+    prompts = [PROMPTS[0], own.encode(PROMPTS[1]), CHAT]
+    record = post(client, "/v1/calibrate", prompts=prompts, num_samples=2, max_tokens=4)
     assert record["prompts"] == 3 and record["samples"] == 6 and record["quantile"] == 0.9
     assert record["format"] == "stars-calibration" and "warning" in record
 
@@ -479,7 +481,8 @@ def test_prompts_of_every_kind(client):
     ("prompts[1]: the prompt is empty", "prompts", {"prompts": ["a", ""]}),
     ("quantile is 2, it must be", "quantile", {"prompts": ["a"], "quantile": 2}),
     ("num_samples is 257", "num_samples", {"prompts": ["a"], "num_samples": 257}),
-    ("256 samples of 17 prompts are 4352, the most is 4096", "num_samples", {"prompts": ["a"] * 17, "num_samples": 256}),
+    ("256 samples of 17 prompts are 4352, the most is 4096", "num_samples",
+     {"prompts": ["a"] * 17, "num_samples": 256}),
     ("a segment may have 999 tokens", None, {"prompts": ["a"], "segment_size": 999}),
     ("there is no parameter 'samples': did you mean num_samples", "samples", {"prompts": ["a"], "samples": 3}),
     ("max_tokens", "max_tokens", {"prompts": ["a"], "max_tokens": 100000}),
@@ -512,7 +515,7 @@ def test_calibrations_are_few_at_once_and_end_with_their_clients():
             while len(engine.engine._requests) < 8:
                 await asyncio.sleep(0.001)
             third = await client.post("/v1/calibrate", json=body)
-            assert third.status_code == 429 and third.headers["Retry-After"] == "10"
+            assert third.status_code == 429 and int(third.headers["Retry-After"]) >= 1
             assert third.json()["error"]["code"] == "calibrating"
             tasks[0].cancel()
             await asyncio.wait([tasks[0]])
@@ -538,12 +541,13 @@ def test_a_calibration_stands_behind_nobody_it_need_not():
             task = asyncio.ensure_future(client.post("/v1/calibrate", json=body))
             while not engine.engine._requests:
                 await asyncio.sleep(0.001)
-            most, users = 0, set()
-            async for _ in engine.generate(prompt(), stars.SamplingParams(max_tokens=20, ignore_eos=True),
-                                           stars.Sample(), user="ann"):
-                most = max(most, len(engine.engine._requests))
-                users |= {request.user for request in list(engine.engine._requests.values())}
-            assert not task.done() and most <= 5 and len(users) == 2
+            chat = await engine.add(prompt(), stars.SamplingParams(max_tokens=20, ignore_eos=True), stars.Sample(),
+                                    user="ann")
+            users = [request.user for request in list(engine.engine._requests.values())]
+            assert len(users) <= 5 and len(set(users)) == 2
+            async for _ in chat:
+                assert len(engine.engine._requests) <= 5
+            assert not task.done()
             assert (await task).status_code == 200
         await engine.shutdown()
     asyncio.run(asyncio.wait_for(main(), LIMIT))
@@ -551,7 +555,7 @@ def test_a_calibration_stands_behind_nobody_it_need_not():
 
 def test_samples_that_all_are_rejected_make_no_threshold(model):
     with client_of(stars.Engine(model, stars.FunctionReward(lambda p, r: [-math.inf] * len(r)), **SMALL)) as client:
-        refused(client, "/v1/calibrate", 422, "too many samples have the reward -inf", "prompts", prompts=["a"],
+        refused(client, "/v1/calibrate", 400, "too many samples have the reward -inf", "prompts", prompts=["a"],
                 segment_size=DRAFT_SIZE)
 
 

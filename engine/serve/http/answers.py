@@ -7,8 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -17,6 +16,7 @@ from starlette.responses import Response
 from stars.errors import StarsError
 from stars.outputs import CompletionOutput, RequestOutput
 from stars.serve.async_engine import RequestStream
+from stars.serve.http import draws
 from stars.serve.http.asked import Wanted
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.logprobs_field import TokenPlaces
@@ -62,7 +62,7 @@ class _Choice:
         self.told = self.ended = False  # whether there was an event, and the last one
         self.tokens = 0
         before = () if wanted.echo else output.prompt_token_ids
-        self.places = None if wanted.logprobs is None else TokenPlaces(tokenizer, before, 0)
+        self.places = None if wanted.logprobs is None else TokenPlaces(tokenizer, before)
         self.segments = None if not wanted.guided.return_segments else SegmentRecords(
             tokenizer, output.prompt_token_ids, wanted.params[0], wanted.return_token_ids)
 
@@ -76,7 +76,7 @@ class Answer:
         self._engine = service.engine
         self._shape = shape
         self._trace_headers = {name: headers[name] for name in TRACE_HEADERS if name in headers} or None
-        self._id = f"{shape.prefix}{uuid.uuid4().hex}"
+        self._id = f"{shape.prefix}{draws.name()}"
         self._created = int(time.time())
         self._streams: list[RequestStream] = []
         self._choices: dict[int, _Choice] = {}
@@ -104,8 +104,8 @@ class Answer:
                 piece = self._piece(index, output, completion)
                 choices.append({**self._shape.choice(self.wanted, self.tokenizer, piece),
                                 "stars": self._of_choice(piece)})
-        return {**self._head(self._shape.whole), "choices": choices, "usage": self._usage(), "stars": self._of_answer(),
-                **self._shape.beside(self.wanted, self._last[0])}
+        return {**self._head(self._shape.whole), "choices": choices, "usage": self._usage(),
+                "stars": await self._of_answer(), **self._shape.beside(self.wanted, self._last[0])}
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """Events, once the first output is there: until then an error has a status of its own."""
@@ -123,14 +123,14 @@ class Answer:
                       outputs: AsyncGenerator[tuple[int, RequestOutput]]) -> AsyncGenerator[bytes]:
         try:
             async with contextlib.aclosing(outputs):
-                for one in self._told(*first):
-                    yield one
+                for chunk in self._chunks(*first):
+                    yield event(chunk if not self._closes() else {**chunk, "stars": await self._of_answer()})
                 async for index, output in outputs:
-                    for one in self._told(index, output):
-                        yield one
+                    for chunk in self._chunks(index, output):
+                        yield event(chunk if not self._closes() else {**chunk, "stars": await self._of_answer()})
             if self.wanted.include_usage:
                 yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage(),
-                             "stars": self._of_answer()})
+                             "stars": await self._of_answer()})
         except Exception as error:
             if not isinstance(error, (ApiError, StarsError)):
                 logger.error("a stream failed", exc_info=error)
@@ -139,18 +139,16 @@ class Answer:
             await self._end()
         yield DONE
 
-    def _told(self, index: int, output: RequestOutput) -> list[bytes]:
-        """The events of an output."""
+    def _chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """The events of an output, one a choice that has grown or ended."""
         self._note(index, output)
         self._raise_error(output)
-        events = []
         for completion in output.outputs:
             choice = self._choice(index, output, completion)
             ends = completion.finish_reason is not None
             if not choice.ended and (completion.segments or completion.text or ends):
                 choice.ended = ends
-                events.append(event(self._chunk(index, output, completion)))
-        return events
+                yield self._chunk(index, output, completion)
 
     def _chunk(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         piece = self._piece(index, output, completion)
@@ -162,8 +160,6 @@ class Answer:
             chunk["usage"] = self._usage()
         elif self.wanted.include_usage:
             chunk["usage"] = None
-        if not self.wanted.include_usage and self._all_ended():
-            chunk["stars"] = self._of_answer()
         return chunk
 
     async def _begin(self) -> None:
@@ -214,8 +210,9 @@ class Answer:
             self._choices[number] = _Choice(self.wanted, self.tokenizer, output, number)
         return self._choices[number]
 
-    def _all_ended(self) -> bool:
-        return (len(self._choices) == len(self.wanted.prompts) * self.wanted.params[0].n
+    def _closes(self) -> bool:
+        """Whether the event that was made last is the last of all, so that it has the answer's `stars`."""
+        return (not self.wanted.include_usage and len(self._choices) == len(self.wanted.prompts) * self.wanted.params[0].n
                 and all(choice.ended for choice in self._choices.values()))
 
     def _piece(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Piece:
@@ -233,7 +230,7 @@ class Answer:
         segments = self._choices[piece.number].segments
         return record if segments is None else record | {"segments": segments.new(piece.completion)}
 
-    def _of_answer(self) -> dict[str, Any]:
+    async def _of_answer(self) -> dict[str, Any]:
         """The answer's `stars`. What differs between prompts is said of their choices."""
         outputs = [self._last[index] for index in sorted(self._last)]
         seeds = {output.seed for output in outputs}
@@ -242,7 +239,8 @@ class Answer:
             "prompt_reward": number(outputs[0].prompt_reward) if len(outputs) == 1 else None}
         if self.wanted.guided.return_trace:
             cumulative = [together(self._kept[index]) for index in sorted(self._kept)]
-            record["trace"] = trace_text(cumulative, self.tokenizer, self.wanted.params)
+            # In a thread: a long response's takes a while.
+            record["trace"] = await asyncio.to_thread(trace_text, cumulative, self.tokenizer, self.wanted.params)
         return record
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from stars.plan import DRAFT_SIZE
 from stars.sampling import MAX_BIAS, MAX_REPETITION, MIN_REPETITION, RequestOutputKind, SamplingParams
 from stars.serve.http.asked import DEFAULT_MAX_TOKENS
 from stars.serve.http.bodies import JsonRoute
+from stars.serve.http.description import JSON_BODY, responses
 from stars.serve.http.errors import ApiError, api_error
-from stars.serve.http.guidance import served_names
+from stars.serve.http.models import check_name
 from stars.serve.http.protocol import FIRST_ONLY, Ids, Seed, Stop, Texts
-from stars.serve.http.service import Service, service_of
+from stars.serve.http.service import Service, service_of, user_of
 from stars.serve.http.streaming import client_closed, dumped, unless_gone
 
 router = APIRouter(tags=["reward"], route_class=JsonRoute)
@@ -80,7 +81,7 @@ SAMPLING = tuple(CalibrationRequest.model_fields)[tuple(CalibrationRequest.model
 """The parameters that are those of SamplingParams."""
 
 
-@router.post("/v1/calibrate", response_class=Response)
+@router.post("/v1/calibrate", response_class=Response, responses=responses(*JSON_BODY, 404, 500))
 async def calibrate(request: Request, body: CalibrationRequest) -> Response:
     """A reward_threshold for these prompts, and what else plain samples say of the reward: what `--calibration` takes,
     saved as a file. The server itself stays as it is."""
@@ -88,12 +89,13 @@ async def calibrate(request: Request, body: CalibrationRequest) -> Response:
     service.check_open()
     prompts, params = _asked(service, body)
     with _place(service):
-        calibration = await unless_gone(request.receive, _measured(service, body, prompts, params))
+        user = user_of(request, body.user or f"calibrate-{uuid.uuid4().hex}")
+        calibration = await unless_gone(request.receive, _measured(service, body, prompts, params, user))
     if calibration is None:
         raise client_closed()
     if not all(map(math.isfinite, (calibration, calibration.mean, calibration.spread))):
-        raise ApiError(422, "too many samples have the reward -inf, and no threshold can be made of it: give prompts "
-                       "that the reward accepts some answers to", "prompts")
+        raise ApiError(400, "too many samples have the reward -inf, and no threshold can be made of it: give prompts "
+                       "that the reward accepts some answers to", "prompts", "unscorable")
     return Response(dumped({**calibration.record(), "warning": calibration.warning}), media_type="application/json")
 
 
@@ -101,18 +103,16 @@ def _asked(service: Service, body: CalibrationRequest) -> tuple[list[Any], Sampl
     """Prompts as the engine takes them, and how they are sampled; ApiError for what cannot be asked."""
     for name, value in (body.model_extra or {}).items():
         if value is not None:
-            raise ApiError(400, f"there is no parameter {shown(name)}: {closest(name, CalibrationRequest.model_fields)}",
-                           name)
-    names = served_names(service)
-    if body.model is not None and body.model not in names:
-        raise ApiError(404, f"there is no model {shown(body.model)}: {closest(body.model, names)}", "model",
-                       "model_not_found")
+            known = CalibrationRequest.model_fields
+            raise ApiError(400, f"there is no parameter {shown(name)}: {closest(name, known)}", name)
+    if body.model is not None:
+        check_name(service, body.model)
     if service.engine.engine.reward is None:
         raise ApiError(400, "the server has no reward model: start one with --reward MODEL", code="no_reward")
     samples = body.num_samples or 16
     if samples * len(body.prompts) > MAX_TOGETHER:
-        raise ApiError(400, f"{samples} samples of {len(body.prompts)} prompts are {samples * len(body.prompts)}, the most "
-                       f"is {MAX_TOGETHER}: give fewer", "num_samples")
+        raise ApiError(400, f"{samples} samples of {len(body.prompts)} prompts are {samples * len(body.prompts)}, the "
+                       f"most is {MAX_TOGETHER}: give fewer", "num_samples")
     given = {name: getattr(body, name) for name in SAMPLING if getattr(body, name) is not None}
     given.setdefault("max_tokens", max(DEFAULT_MAX_TOKENS, body.min_tokens or 0))
     try:
@@ -144,11 +144,10 @@ def _place(service: Service) -> Iterator[None]:
         _under_way[service] -= 1
 
 
-async def _measured(service: Service, body: CalibrationRequest, prompts: list[Any],
-                    params: SamplingParams) -> Calibration:
+async def _measured(service: Service, body: CalibrationRequest, prompts: list[Any], params: SamplingParams,
+                    user: str | None) -> Calibration:
     """Samples of all prompts, a few at a time; the first error ends them all."""
     policy = PlainSegments(body.segment_size or DRAFT_SIZE)
-    user = body.user or f"calibrate-{uuid.uuid4().hex}"
     samples: list[list[PlainSample]] = [[] for _ in prompts]
     left = iter(enumerate(prompts))
 
@@ -166,7 +165,7 @@ async def _measured(service: Service, body: CalibrationRequest, prompts: list[An
 
 
 async def _sampled(service: Service, prompt: Any, index: int, params: SamplingParams, policy: PlainSegments,
-                   priority: int, user: str) -> list[PlainSample]:
+                   priority: int, user: str | None) -> list[PlainSample]:
     """Of one prompt. The first ones do not stand in line where there is one; the others wait for their turn."""
     add = service.engine.add_nowait if index < WINDOW else service.engine.add
     try:

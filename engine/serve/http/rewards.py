@@ -13,12 +13,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from stars.arguments import closest, shown
 from stars.errors import RequestError, RewardError
 from stars.outputs import Rewards
 from stars.serve.http.bodies import JsonRoute
+from stars.serve.http.description import JSON_BODY, responses
 from stars.serve.http.errors import ApiError, api_error
-from stars.serve.http.guidance import served_names
+from stars.serve.http.models import check_name
 from stars.serve.http.reward_bodies import (
     WAYS,
     ClassifyRequest,
@@ -35,6 +35,7 @@ from stars.serve.http.streaming import client_closed, dumped, unless_gone
 
 router = APIRouter(tags=["reward"], route_class=JsonRoute)
 
+ERRORS = responses(*JSON_BODY, 404, 500)
 LABEL = "LABEL_0"
 """What transformers calls the only label of a model that does not name it."""
 PLACE = re.compile(r"^(?:responses|prompts)\[(\d+)\]: ")
@@ -42,17 +43,16 @@ CONTEXT = re.compile(r"(\d+) tokens for the reward model, whose context is (\d+)
 """How a reward says that a text is longer than it reads."""
 
 
-@router.post("/score", response_class=Response)
-@router.post("/v1/score", response_class=Response)
+@router.post("/score", response_class=Response, responses=ERRORS)
+@router.post("/v1/score", response_class=Response, responses=ERRORS)
 async def score(request: Request, body: ScoreRequest) -> Response:
     """Rewards of responses to prompts."""
     service = _checked(request, body)
-    prompts, responses, name = _divided(body)
-    rewards = await _rewards(service, request, prompts, responses, name)
+    rewards = await _rewards(service, request, *_divided(body))
     return _answer(service, body, "score", rewards, lambda reward: {"object": "score", "score": reward})
 
 
-@router.post("/classify", response_class=Response)
+@router.post("/classify", response_class=Response, responses=ERRORS)
 async def classify(request: Request, body: ClassifyRequest) -> Response:
     """Rewards of texts, each as the probability of a label."""
     service = _checked(request, body)
@@ -61,7 +61,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
                    lambda reward: {"label": LABEL, "probs": [reward], "num_classes": 1})
 
 
-@router.post("/pooling", response_class=Response)
+@router.post("/pooling", response_class=Response, responses=ERRORS)
 async def pooling(request: Request, body: PoolingRequest) -> Response:
     """Rewards of texts, as bare numbers."""
     service = _checked(request, body)
@@ -82,10 +82,8 @@ def _checked(request: Request, body: OfReward) -> Service:
     service = service_of(request)
     service.check_open()
     refuse_unknown(body)
-    names = served_names(service)
-    if body.model is not None and body.model not in names:
-        raise ApiError(404, f"there is no model {shown(body.model)}: {closest(body.model, names)}", "model",
-                       "model_not_found")
+    if body.model is not None:
+        check_name(service, body.model)
     if service.engine.engine.reward is None:
         raise ApiError(400, "the server has no reward model: start one with --reward MODEL", code="no_reward")
     return service
@@ -109,11 +107,11 @@ def _divided(body: ScoreRequest) -> tuple[list[Any], list[Any] | None, str]:
         raise ApiError(400, f"chat_template_kwargs belong to messages, and there is {first}: leave them out",
                        "chat_template_kwargs")
     prompts, _ = texts_of(first, getattr(body, first))
-    responses, _ = texts_of(second, getattr(body, second))
-    if len(prompts) not in (1, len(responses)):
-        raise ApiError(400, f"{first} has {len(prompts)} texts and {second} {len(responses)}: give one {first} for all, "
-                       f"or one for each", second)
-    return [one if isinstance(one, str) else {"prompt_token_ids": one} for one in prompts], responses, second
+    answers, _ = texts_of(second, getattr(body, second))
+    if len(prompts) not in (1, len(answers)):
+        raise ApiError(400, f"{first} has {len(prompts)} texts and {second} {len(answers)}: give one {first} for "
+                       "all, or one for each", second)
+    return [one if isinstance(one, str) else {"prompt_token_ids": one} for one in prompts], answers, second
 
 
 def _whole(body: ClassifyRequest) -> tuple[list[Any], None, str]:
@@ -134,11 +132,11 @@ def _whole(body: ClassifyRequest) -> tuple[list[Any], None, str]:
             for one in texts], None, "input"
 
 
-async def _rewards(service: Service, request: Request, prompts: list[Any], responses: list[Any] | None,
+async def _rewards(service: Service, request: Request, prompts: list[Any], answers: list[Any] | None,
                    name: str) -> Rewards:
     """Their rewards; whoever goes away has them scored no further."""
     try:
-        rewards = await unless_gone(request.receive, service.engine.score(prompts, responses))
+        rewards = await unless_gone(request.receive, service.engine.score(prompts, answers))
     except (RequestError, RewardError) as error:
         raise _refusal(error, name) from error
     if rewards is None:
@@ -157,7 +155,7 @@ def _refusal(error: Exception, name: str) -> ApiError:
         place = f"{name}[{message[len(name) + 1:message.index(']')]}]: " if message.startswith(f"{name}[") else ""
         return ApiError(400, f"{place}{found[1]} tokens are more than the reward model's context length of {found[2]}: "
                         "shorten the text", name, "context_length_exceeded")
-    return ApiError(422 if isinstance(error, RewardError) else 400, message, name)
+    return ApiError(400, message, name, "unscorable" if isinstance(error, RewardError) else None)
 
 
 def _answer(service: Service, body: OfReward, kind: str, rewards: Rewards,
