@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import RESULTS, ROOT, describe_machine
-from serving_process import ServerProcess, free_port, stars_serve
+from serving_process import ServerProcess, end_on_sigterm, free_port, stars_serve
 
 from stars.bench.answers import COMPLETED
 from stars.bench.arrivals import arrival_times
@@ -280,6 +280,7 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     options = _parse()
+    end_on_sigterm()
     machine = describe_machine()
     result: dict[str, Any] = {"machine": machine, "settings": {name: getattr(options, name) for name in (
         "max_tokens", "segment_size", "max_attempts", "seconds", "clients", "max_waiting", "threads", "quick")} | {

@@ -39,7 +39,7 @@ from common import (
     print_table,
     write_json,
 )
-from serving_process import ServerProcess, stars_serve
+from serving_process import ServerProcess, end_on_sigterm, stars_serve
 
 import stars
 from stars.bench.figures import figures
@@ -194,6 +194,7 @@ def main() -> None:
     if options.engine:
         serve_lines()
         return
+    end_on_sigterm()
     every = sorted(os.sched_getaffinity(0))
     kinds = [Cores("together", set(every), set(every), len(every))]
     if len(every) > 1:

@@ -107,6 +107,11 @@ class ServerProcess:
         return found
 
 
+def end_on_sigterm() -> None:
+    """Lets a program that is told to end still stop the servers that it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def free_port() -> int:
     """One that nobody listens at."""
     with socket.socket() as listening:

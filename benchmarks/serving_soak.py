@@ -32,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import DEMO_LM, DEMO_RM, OPENINGS, RESULTS, ROOT, describe_machine
-from serving_process import ServerProcess, stars_serve
+from serving_process import ServerProcess, end_on_sigterm, stars_serve
 
 import stars
 from stars.bench.client import KEEPALIVE
@@ -236,6 +236,7 @@ async def soaked(server: ServerProcess, options: argparse.Namespace) -> tuple[So
 
 def main() -> int:
     options = _parse()
+    end_on_sigterm()
     machine = describe_machine()
     arguments = ["--deterministic", "--served-model-name", MODEL, "--reward-threshold", "1.0"]
     with stars_serve(arguments, options.scratch / "soak-server.log") as server:
