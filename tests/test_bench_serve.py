@@ -526,3 +526,26 @@ def test_a_client_that_is_too_slow_says_so():
     [warning] = warnings_of(found | {"client_cpu_share": 0.9, "p99_loop_lag_ms": 40.0, "sent_late": 1}, True)
     assert "90% of a core" in warning and "40 ms" in warning and "sent late" in warning
     assert warnings_of(found | {"sent_late": 1}, False) == []  # where it holds them back by itself
+
+
+def test_stars_serve_is_measured(tmp_path, one_torch_thread):
+    """With more clients than the server lets in: refusals are told apart, and segments are those of the server."""
+    from serving_http import running_server, service_of_pair
+    from stars.serve.http.settings import ServerSettings
+
+    saved, body = tmp_path / "run.json", {"stars": {"policy": "stars", "segment_size": 4, "max_attempts": 3,
+                                                    "reward_threshold": 0.5, "beta": 0.5}}
+    with service_of_pair(ServerSettings("pair"), max_waiting=2, max_num_seqs=2) as service:
+        with running_server(service) as server:
+            assert main(["bench", "serve", "--base-url", server.url, "--num-prompts", "24", "--random-input-len", "5",
+                         "--max-tokens", "12", "--ignore-eos", "--request-seeds", "--extra-body", json.dumps(body),
+                         "--save", str(saved), "--save-detailed"]) == 0
+    found = json.loads(saved.read_text())
+    assert found["model_id"] == "pair" and found["failed"] == 0
+    assert found["completed"] >= 4 and found["refused"] == 24 - found["completed"] == found["statuses"].get("429", 0)
+    assert found["refusals_with_retry_after"] == found["refused"]
+    assert found["total_output_tokens"] == 12 * found["completed"] and found["input_tokens"]["min"] >= 5
+    assert 0 < found["mean_accept_rate"] <= 1 and 3 <= found["mean_attempts"] <= 9
+    events = [1 + len(gaps) for gaps, outcome in zip(found["itls"], found["outcomes"], strict=True)
+              if outcome == "completed"]
+    assert set(events) == {3}  # segments of 4 tokens
