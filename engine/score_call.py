@@ -188,12 +188,12 @@ class PairParser:
         if prompt.literal:
             control: ControlTokens = self._tokenizer.control_tokens
             return self._checked(control.encode(control.mark(text), False))
-        before = (prompt.text or "")[-ANCHOR:]
-        anchor = self._tokenizer.encode(before, add_special_tokens=False) if before else []
-        token_ids = self._tokenizer.encode(before + text, add_special_tokens=False)
-        if token_ids[: len(anchor)] != anchor:  # the seam is within a token
-            return self._checked(self._tokenizer.encode(text, add_special_tokens=False))
-        return self._checked(token_ids[len(anchor) :])
+        for before in filter(None, ((prompt.text or "")[-ANCHOR:], "\n")):
+            anchor = self._tokenizer.encode(before, add_special_tokens=False)
+            token_ids = self._tokenizer.encode(before + text, add_special_tokens=False)
+            if token_ids[: len(anchor)] == anchor:  # else the seam is within a token
+                return self._checked(token_ids[len(anchor) :])
+        return self._checked(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _ids(self, given: Any) -> list[int]:
         if not isinstance(given, (list, tuple)) or not _is_ids(given):

@@ -22,7 +22,7 @@ import stars
 from browser import Browser, Tab, chromium
 from serving_http import Running, running_server, service_of_pair, wait_until
 from stars.calibration import Calibration
-from stars.cli.options import shipped_calibration
+from stars.cli.options import shipped_calibration, shipped_pair
 from stars.serve.http.app import build_app
 from stars.serve.http.page import playground_page
 from stars.serve.http.service import Service
@@ -338,6 +338,22 @@ def test_rejected_candidates_fade_unless_they_are_to_stay(tab):
 
 
 @needs_browser
+def test_a_threshold_is_measured(tab, server):
+    fill(tab, max_tokens=16)
+    tab.js("$('measure').click()")
+    tab.until("running === null", "nothing was measured")
+    assert tab.text("#error") == ""
+    params = stars.SamplingParams(temperature=0.8, max_tokens=16, seed=3)
+    found = server.engine.calibrate([PROMPT], params, 0.9, 16, segment_size=8)
+    assert float(tab.js("$('reward_threshold').value")) == pytest.approx(found, rel=1e-3)
+    assert float(tab.js("$('beta').value")) == pytest.approx(found.beta, rel=1e-3)
+    assert f"Threshold {found:+.2f}: the 0.9 quantile" in tab.text("#status").replace("−", "-")
+    tab.js("about.defaults.reward_threshold = null; $('reward_threshold').value = ''")
+    run(tab)  # of a server that knows none, it is measured before
+    assert float(tab.js("$('reward_threshold').value")) == pytest.approx(found, rel=1e-3)
+
+
+@needs_browser
 def test_escape_stops_and_the_pages_are_free(tab, server):
     fill(tab, reward_threshold=100, beta=0, segment_size=1, max_tokens=400)
     tab.js("void run()")
@@ -375,8 +391,8 @@ def test_the_keyboard_is_enough(tab):
         assert len(seen) < 60, "Tab is trapped"
     sliders = [part for name in ("reward_threshold", "beta", "segment_size", "width")
                for part in (name, f"{name}-slider")]
-    assert seen == ["open", "save", "prompt", "run", "stop", "settings", *sliders, "max_tokens", "temperature", "seed",
-                    "key", "keep", "numbers", "code"]
+    assert seen == ["open", "save", "prompt", "run", "stop", "settings", *sliders, "measure", "max_tokens",
+                    "temperature", "seed", "key", "keep", "numbers", "code"]
 
     tab.js("$('segment_size-slider').focus()")
     tab.press("ArrowRight")
@@ -507,8 +523,8 @@ END = data({"choices": [], "usage": {"completion_tokens": 4}, "stars": {"trace":
 @needs_browser
 def test_events_are_read_however_they_are_cut(tab):
     text = ('\ufeffdata: {"a": "naïve 東京 🙂"}\r\n\r\n: a comment\ndata:two\ndata:  lines\n\nevent: x\nid: 7\ndata\n'
-            "\n\ndata: cr\r\rdata: [DONE]\n\ndata: no end")
-    expected = ['{"a": "naïve 東京 🙂"}', "two\n lines", "", "cr", "[DONE]", "no end"]
+            "\n\ndata: one\r\ndata: event\r\n\r\ndata: cr\r\rdata: [DONE]\n\ndata: no end")
+    expected = ['{"a": "naïve 東京 🙂"}', "two\n lines", "", "one\nevent", "cr", "[DONE]", "no end"]
     cuts = """(bytes => {
         const wrong = [];
         const read = pieces => {
@@ -527,11 +543,14 @@ def test_events_are_read_however_they_are_cut(tab):
 
 @needs_browser
 def test_a_stream_cut_within_characters_is_whole(tab):
-    body = (data(streamed(segment("naïve 東京 🙂", 1), finish=None)) + data(streamed(segment(" Größe"))) + END).encode()
+    body = (data(streamed(segment("naïve 東京 🙂", 1), segment(" Größe"), finish=None)) + data(streamed(segment("!")))
+            + END).encode()
     fill(tab)
     script(tab, [body[at : at + 7] for at in range(0, len(body), 7)])
     run(tab)
-    assert written(tab, "plain") == written(tab, "aligned") == "naïve 東京 🙂 Größe"
+    assert written(tab, "plain") == written(tab, "aligned") == "naïve 東京 🙂 Größe!"
+    parts = "[...document.querySelectorAll('#aligned .seg')].map(part => part.textContent)"
+    assert tab.js(parts) == ["naïve 東京 🙂", " Größe", "!"]
 
 
 @needs_browser
@@ -541,7 +560,7 @@ def test_playing_keeps_up_with_the_stream(tab):
     seconds = timed(tab)
     assert written(tab, "aligned") == "".join(f" {index}" for index in range(60))
     assert tab.js("document.querySelectorAll('#aligned del').length") == 600 == dots(tab)["rejected"]
-    assert seconds < 3.0  # 660 steps: by MAX_LAG 1.2 s and what the browser takes itself
+    assert seconds < 8.0  # 660 steps: 1.2 s, MAX_LAG, and what a busy machine takes; at their usual pace 211 s
     script(tab, [data(streamed(segment(" slow", 2))), END])
     seconds = timed(tab)
     assert seconds > 0.5  # two candidates are in sight for a while
@@ -554,7 +573,7 @@ def test_nothing_moves_where_motion_is_unwanted(tab):
     script(tab, [data(streamed(segment(" a", 3), finish=None)), data(streamed(segment(" b", 3))), END])
     tab.js("window.moved = 0; document.addEventListener('animationstart', () => { window.moved += 1; })")
     seconds = timed(tab)
-    assert seconds < 0.5 and tab.js("[window.moved, document.getAnimations().length]") == [0, 0]
+    assert seconds < 1.1 and tab.js("[window.moved, document.getAnimations().length]") == [0, 0]
     assert written(tab, "aligned") == " a b"
     assert tab.js("[...document.querySelectorAll('#aligned del')].every(gone => gone.classList.contains('gone'))")
     assert tab.js("document.querySelector('#aligned .seg .words').dataset.rejected") == "3"
@@ -720,9 +739,10 @@ def test_the_code_does_the_same(tab, server):
 
 
 @needs_browser
-def test_a_chat_model_gets_messages(browser, tiny_model):
-    lm = tiny_model(tokenizer=True, chat_template=True)
-    reward = tiny_model(tokenizer=True, chat_template=True, head="reward")
+def test_a_chat_model_gets_messages(browser, copied):
+    lm, reward = map(copied, shipped_pair())
+    for directory in (lm, reward):
+        (directory / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     chat = ServerSettings("chat", policy_parameters={"reward_threshold": 0.0})
     with service_of_pair(chat, model=lm, reward=reward, cache_tokens=1024) as service, \
             running_server(service) as server:
@@ -745,8 +765,8 @@ def test_a_chat_model_gets_messages(browser, tiny_model):
 
 
 @needs_browser
-def test_without_a_reward_there_is_one_side(browser, lm):
-    with service_of_pair(ServerSettings("plain"), model=lm, reward=None, cache_tokens=512) as service, \
+def test_without_a_reward_there_is_one_side(browser):
+    with service_of_pair(ServerSettings("plain"), reward=None, cache_tokens=512) as service, \
             running_server(service) as server:
         tab = browser.tab()
         tab.open(server.url)

@@ -17,12 +17,14 @@ from lora import ALL, write_adapter
 from process_models import source_of, write_process_model
 from stars import response_scorer
 from stars.errors import RewardError
+from stars.model.tokenizer import Detokenizer
 from stars.reward.base import ContextFull, Reward, Scored
-from stars.score_call import score_call
+from stars.score_call import PairParser, score_call
 from test_conservation import nothing_is_held
 from test_encoder_rewards import write_encoder
 from test_faults import IGNORED, Interrupts
 from test_lora_reward import head
+from test_text import loaded  # noqa: F401, a fixture
 from toy import Digits, ToyModel, ids, toy_engine, toy_pair
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -145,6 +147,17 @@ def test_ids_and_texts_of_one_response_are_one(made, model):
     assert by_ids == by_text and engine.score([text]) == pytest.approx([by_text], abs=TOLERANCE)
     apart, = engine.score({"prompt": PROMPTS[0], "special_tokens": "text"}, " jumps over the lazy dog")
     assert apart == by_text
+
+
+@pytest.mark.parametrize("kind", ["fallback", "metaspace", "byte level"])
+@pytest.mark.parametrize("begin, text", [("the cat", " sat on"), ("the c", "at sat"), ("the", "cat"), ("T", "he cat")])
+def test_a_text_has_the_tokens_that_it_has_behind_its_prompt(request, kind, begin, text):
+    """Many tokenizers treat a text's first token in their own way: by itself a response would begin with a space."""
+    tokenizer, _ = request.getfixturevalue("loaded")[kind]
+    parser = PairParser(tokenizer, tokenizer.vocab_size, (), stars.FunctionReward(of_text, inputs="ids"))
+    call = score_call(begin, [text])
+    pair = parser.next_of(call)
+    assert Detokenizer(tokenizer, pair.prompt.token_ids).decode(pair.token_ids) == text
 
 
 def test_one_prompt_or_one_for_each(made):
@@ -325,10 +338,12 @@ class Told(stars.CausalReward):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.slices: list[int] = []  # candidates of each score
+        self.tokens: list[int] = []  # of their responses
         self.rows: list[int] = []  # rows of each start and each resume
 
     def score(self, candidates):
         self.slices.append(len(candidates))
+        self.tokens.append(sum(len(candidate.token_ids) for candidate in candidates))
         return super().score(candidates)
 
     def start_in_chunks(self, sessions, max_rows):
@@ -357,10 +372,11 @@ def turns_of(engine: stars.Engine, prompts: Any, responses: Any) -> tuple[list[f
 
 def test_a_long_list_takes_many_turns_which_hold_nothing():
     reward = Told(RM.decoder())
-    engine = toy_engine(LM, reward, max_num_lanes=8, max_num_batched_tokens=32)
+    engine = toy_engine(LM, reward, max_num_lanes=12, max_num_batched_tokens=32)
     responses = [ids(1 + seed % 7, 11, seed) for seed in range(50)]
     rewards, turns = turns_of(engine, prompt(), responses)
-    assert turns > 7 and max(reward.slices) <= 8 and sum(reward.slices) == 50
+    assert turns > 7 and max(reward.slices) <= 12 and sum(reward.slices) == 50
+    assert max(reward.tokens) <= 32
     wanted = [RM.reward(prompt()["prompt_token_ids"] + [token for token in one]) for one in responses]
     assert rewards == pytest.approx(wanted, abs=2e-3)
     assert sum(reward.rows) < 9 + 4 * turns  # the prompt's pages are found again

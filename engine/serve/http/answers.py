@@ -22,7 +22,7 @@ from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.logprobs_field import TokenPlaces
 from stars.serve.http.service import Service, user_of
 from stars.serve.http.stars_field import SegmentRecords, choice_record, number, policy_record, together, trace_text
-from stars.serve.http.streaming import DONE, EventStream, client_closed, dumped, event, unless_gone
+from stars.serve.http.streaming import DONE, EventStream, client_closed, dumped, event, merged, unless_gone
 
 logger = logging.getLogger(__name__)
 
@@ -91,26 +91,29 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """All of it, once it is there."""
         await self._begin()
-        choices = []
         try:
-            async for index, output in _merged(self._streams):
+            async for index, output in merged(self._streams):
                 self._note(index, output)
         finally:
             await self._end()
-        for index in sorted(self._last):
-            output = self._last[index]
+        for output in self._last.values():
             self._raise_error(output)
-            for completion in output.outputs:
-                piece = self._piece(index, output, completion)
-                choices.append({**self._shape.choice(self.wanted, self.tokenizer, piece),
-                                "stars": self._of_choice(piece)})
+        # In a thread where it takes a while.
+        decodes = self.wanted.guided.return_segments or self.wanted.logprobs is not None
+        choices = await asyncio.to_thread(self._whole_choices) if decodes else self._whole_choices()
         return {**self._head(self._shape.whole), "choices": choices, "usage": self._usage(),
                 "stars": await self._of_answer(), **self._shape.beside(self.wanted, self._last[0])}
+
+    def _whole_choices(self) -> list[dict[str, Any]]:
+        pieces = [self._piece(index, self._last[index], completion) for index in sorted(self._last)
+                  for completion in self._last[index].outputs]
+        return [{**self._shape.choice(self.wanted, self.tokenizer, piece), "stars": self._of_choice(piece)}
+                for piece in pieces]
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """Events, once the first output is there: until then an error has a status of its own."""
         await self._begin()
-        outputs = _merged(self._streams)
+        outputs = merged(self._streams)
         try:
             first = await anext(outputs)
             self._raise_error(first[1])
@@ -212,7 +215,8 @@ class Answer:
 
     def _closes(self) -> bool:
         """Whether the event that was made last is the last of all, so that it has the answer's `stars`."""
-        return (not self.wanted.include_usage and len(self._choices) == len(self.wanted.prompts) * self.wanted.params[0].n
+        count = len(self.wanted.prompts) * self.wanted.params[0].n
+        return (not self.wanted.include_usage and len(self._choices) == count
                 and all(choice.ended for choice in self._choices.values()))
 
     def _piece(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Piece:
@@ -239,7 +243,6 @@ class Answer:
             "prompt_reward": number(outputs[0].prompt_reward) if len(outputs) == 1 else None}
         if self.wanted.guided.return_trace:
             cumulative = [together(self._kept[index]) for index in sorted(self._kept)]
-            # In a thread: a long response's takes a while.
             record["trace"] = await asyncio.to_thread(trace_text, cumulative, self.tokenizer, self.wanted.params)
         return record
 
@@ -276,37 +279,3 @@ async def answered(service: Service, request: Request, wanted: Wanted, shape: Sh
         if whole is not None:
             return Response(dumped(whole), media_type="application/json")
     raise client_closed()
-
-
-async def _merged(streams: list[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """The outputs of several requests as they come, each with the number of its request. Nobody is read ahead of."""
-    if len(streams) == 1:
-        async for output in streams[0]:
-            yield 0, output
-        return
-    ready: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(1)
-
-    async def read(index: int, stream: RequestStream) -> None:
-        try:
-            async for output in stream:
-                await ready.put((index, output))
-        except Exception as error:
-            await ready.put(error)
-        else:
-            await ready.put(None)
-
-    readers = [asyncio.ensure_future(read(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        left = len(readers)
-        while left:
-            one = await ready.get()
-            if isinstance(one, Exception):
-                raise one
-            if one is None:
-                left -= 1
-            else:
-                yield one
-    finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)

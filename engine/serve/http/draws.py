@@ -1,5 +1,5 @@
-"""Random numbers for names and seeds. The system's own generator lets go of the interpreter's lock, which costs an event
-loop milliseconds where an engine computes beside it."""
+"""Random numbers for names and seeds. The system's own generator lets go of the interpreter's lock, which costs an
+event loop milliseconds where an engine computes beside it."""
 
 from __future__ import annotations
 

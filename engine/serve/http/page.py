@@ -26,7 +26,7 @@ from stars.version import __version__
 
 router = APIRouter(tags=["page"])
 
-RANGE = (-5.0, 5.0)  # of the threshold's slider, where no calibration says what rewards there are
+RANGE = [-5.0, 5.0]  # of the threshold's slider, where no calibration says what rewards there are
 FIELDS = ("reward_threshold", "beta", "segment_size", "width")  # of STARS that the page has sliders for
 EXAMPLES = {True: "How do I learn to cook?", False: "This film was"}  # a message, a text to continue
 
@@ -77,7 +77,7 @@ class Playground(BaseModel):
     example: str = Field(description="A prompt to begin with")
     defaults: dict[str, int | float | None] = Field(description="Of STARS' parameters; null: to be given, or the "
                                                                 "server's to choose")
-    threshold_range: tuple[float, float] = Field(description="Where thresholds make sense")
+    threshold_range: list[float] = Field(min_length=2, max_length=2, description="Where thresholds make sense")
 
 
 @router.get("/v1/playground", response_model=Playground, responses=responses(401, 429, 503))
@@ -96,10 +96,10 @@ async def playground(request: Request) -> Playground:
         example=EXAMPLES[chat], defaults=defaults, threshold_range=_threshold_range(calibration))
 
 
-def _threshold_range(calibration: Calibration | None) -> tuple[float, float]:
+def _threshold_range(calibration: Calibration | None) -> list[float]:
     """From below the worst to above the best of the samples that were calibrated on."""
     quantiles = () if calibration is None else calibration.quantiles.values()
     seen = [value for value in quantiles if math.isfinite(value)]
     if not seen:
         return RANGE
-    return float(math.floor(min(seen) - 1)), float(math.ceil(max(seen) + 1))
+    return [float(math.floor(min(seen) - 1)), float(math.ceil(max(seen) + 1))]
