@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from typing import Any
@@ -13,6 +14,7 @@ from in_process import Server
 from stars.cli.options import shipped_pair
 from stars.serve.http.protocol import ChatCompletionRequest
 from stars.serve.http.replies import ChatCompletion
+from stars.trace.reader import read_trace
 from test_conservation import nothing_is_held
 from test_serve_completions import BAD, GUIDED, POLICY, as_described, asked_of, refused
 
@@ -167,7 +169,11 @@ SCHEMA = {"type": "object", "properties": {"stars": {"enum": [1, 2, 3]}}, "requi
 def test_json_is_what_is_asked_for(server, stream):
     for given in ({"response_format": {"type": "json_schema", "json_schema": {"name": "r", "schema": SCHEMA}}},
                   {"structured_outputs": {"json": SCHEMA}}):
-        answer = server.post(PATH, {"messages": [USER], "max_tokens": 80, "seed": 1, "stream": stream, **given})
+        answer = server.post(PATH, {"messages": [USER], "max_tokens": 80, "seed": 1, "stream": stream, **given,
+                                    "stars": {"return_trace": True}})
+        record = answer.events[-1]["stars"] if stream else answer.json["stars"]
+        [traced] = read_trace(io.StringIO(record["trace"]))
+        assert traced.params["structured_outputs"] == {"json": SCHEMA}
         text = joined(answer.events, 1)[0] if stream else answer.json["choices"][0]["message"]["content"]
         assert json.loads(text)["stars"] in (1, 2, 3)
     answer = server.post(PATH, {"messages": [USER], "max_tokens": 40, "seed": 1, "model": "toy:plain",

@@ -289,7 +289,7 @@ BAD: dict[str, list[Any]] = {
     "temperature": ["hot", -0.1, True, [1], 10**400, 1e39],
     "top_p": [0, 1.1, "1", -1],
     "n": [0, 1.5, "2", True, 4097, -1, 10**30],
-    "stop": [1, [1], {"a": 1}, [""], "", ["a", None]],
+    "stop": [1, [1], {"a": 1}, [""], "", ["a", None], ["a"] * 65, "a" * 1025],
     "seed": ["1", 1.5, 2**70, True],
     "presence_penalty": [2.1, -2.1, "a"],
     "frequency_penalty": [2.1, -2.1, "a"],
@@ -534,12 +534,14 @@ def test_an_error_before_anything_is_sent_has_a_status(server_with_reward):
 
 
 def test_an_error_afterwards_is_an_event(server_with_reward):
-    server_with_reward.reward.fails_at = 3
-    events = server_with_reward.post(PATH, {"prompt": "x", "stream": True, "max_tokens": 40, "ignore_eos": True}).events
-    assert len(events) == 3 and all(event["choices"][0]["text"] for event in events[:2])
+    server_with_reward.reward.fails_at = 12
+    events = server_with_reward.post(PATH, {"prompt": "x", "stream": True, "max_tokens": 90, "ignore_eos": True,
+                                            "stars": {"return_segments": True}}).events
+    assert sum(len(event["choices"][0]["stars"]["segments"]) for event in events[:-1]) == 11, "committed"
+    assert all(event["choices"][0]["finish_reason"] is None for event in events[:-1])
     assert "the reward fell over" in events[-1]["error"]["message"] and "choices" not in events[-1]
     server_with_reward.reward.calls = 0
-    whole = server_with_reward.post(PATH, {"prompt": "x", "max_tokens": 40, "ignore_eos": True})
+    whole = server_with_reward.post(PATH, {"prompt": "x", "max_tokens": 90, "ignore_eos": True})
     assert whole.status == 500
 
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FINISH = {"refused": "content_filter", "budget": "length", "deadline": "length"}
 """OpenAI's words for the engine's finish reasons that it has not; the others are called alike."""
+ERROR = "error"
 TRACE_HEADERS = ("traceparent", "tracestate")
 
 
@@ -145,13 +146,13 @@ class Answer:
     def _chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """The events of an output, one a choice that has grown or ended."""
         self._note(index, output)
-        self._raise_error(output)
         for completion in output.outputs:
             choice = self._choice(index, output, completion)
-            ends = completion.finish_reason is not None
+            ends = completion.finish_reason not in (None, ERROR)
             if not choice.ended and (completion.segments or completion.text or ends):
                 choice.ended = ends
                 yield self._chunk(index, output, completion)
+        self._raise_error(output)  # behind what had been committed
 
     def _chunk(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         piece = self._piece(index, output, completion)
@@ -222,7 +223,7 @@ class Answer:
     def _piece(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Piece:
         choice = self._choice(index, output, completion)
         first, choice.told = not choice.told, True
-        reason = completion.finish_reason
+        reason = completion.finish_reason if completion.finish_reason != ERROR else None
         return Piece(choice.number, completion.text or "", completion, output, first,
                      None if reason is None else FINISH.get(reason, reason), choice.places)
 
@@ -261,7 +262,7 @@ class Answer:
     def _raise_error(output: RequestOutput) -> None:
         """ApiError where the request has ended by one."""
         for completion in output.outputs:
-            if completion.finish_reason == "error":
+            if completion.finish_reason == ERROR:
                 raise ApiError(500, completion.error or "the request ended with an error")
 
 

@@ -13,6 +13,7 @@ from stars.sampling import MAX_BIAS, MAX_LOGPROBS, MAX_REPETITION, MAX_SAMPLES, 
 
 MAX_SENT_USER = MAX_USER - 16  # the API key's name is put before it
 MAX_PROMPTS = 1024  # of one request: each is one of the engine's
+MAX_STOPS, MAX_STOP = 64, 1024  # strings, and characters of one: each is looked for in every candidate
 KNOWN_ONLY: JsonDict = {"additionalProperties": False}  # `extras.refuse` says so in a better sentence
 STRICT = ConfigDict(strict=True, extra="allow", json_schema_extra=KNOWN_ONLY)
 
@@ -26,10 +27,11 @@ class _Hashable(FailFast):
 FIRST_ONLY = _Hashable()  # of a long list that is wrong everywhere one error is told
 Texts = Annotated[list[str], FIRST_ONLY]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], FIRST_ONLY]
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP}
 Stop = Annotated[
-    Texts, BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
-    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1},
-                              {"type": "array", "items": {"type": "string", "minLength": 1}}]})]
+    list[Annotated[str, Field(max_length=MAX_STOP)]], FIRST_ONLY, Field(max_length=MAX_STOPS),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]})]
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _TEXT = {"type": "string", "minLength": 1}
 Prompts = Annotated[Any, WithJsonSchema({"anyOf": [

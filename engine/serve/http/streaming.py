@@ -97,6 +97,8 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Non
         left = [one for one in (task, gone) if one.cancel()]
         if left:
             await asyncio.wait(left)
+        if gone.done() and not gone.cancelled():
+            gone.exception()  # a server that fails to say whether the client is there has lost it
 
 
 def client_closed() -> ApiError:
