@@ -606,10 +606,13 @@ def test_an_exception_while_texts_are_checked_disturbs_nobody():
 
 
 def test_only_one_slice_that_falls_together_is_taken_apart():
-    """A reward that cannot score several at once still scores each."""
+    """A reward that cannot score several at once still scores each; it is not asked for those again together."""
+    raised: list[int] = []
+
     class One(stars.CausalReward):
         def score(self, candidates):
             if len(candidates) > 1:
+                raised.append(len(candidates))
                 raise ZeroDivisionError
             return super().score(candidates)
 
@@ -617,6 +620,7 @@ def test_only_one_slice_that_falls_together_is_taken_apart():
     responses = [ids(3, 11, seed) for seed in range(5)]
     assert engine.score(prompt(), responses) == pytest.approx(
         [RM.reward(prompt()["prompt_token_ids"] + one) for one in responses], abs=2e-3)
+    assert raised == [5]
     nothing_is_held(engine)
 
 

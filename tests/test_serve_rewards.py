@@ -23,6 +23,7 @@ import stars
 from stars.plan import DRAFT_SIZE
 from stars.serve.http.app import build_app
 from stars.serve.http.reward_bodies import MAX_PROMPTS
+from stars.serve.http.reward_replies import CalibrationReply, ClassifyReply, PoolingReply, ScoreReply
 from stars.serve.http.rewards import _sigmoid
 from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
@@ -81,9 +82,15 @@ def words(model) -> Iterator[TestClient]:
         yield client
 
 
+REPLIES = {"/score": ScoreReply, "/v1/score": ScoreReply, "/classify": ClassifyReply, "/pooling": PoolingReply,
+           "/v1/calibrate": CalibrationReply}
+
+
 def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
+    """An answer, which is as the description says, and has nothing besides."""
     answer = client.post(path, json=body)
     assert answer.status_code == 200, answer.text
+    assert REPLIES[path].model_validate(answer.json(), strict=True, extra="forbid")
     return answer.json()
 
 

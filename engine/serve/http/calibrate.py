@@ -21,10 +21,10 @@ from stars.plan import DRAFT_SIZE
 from stars.sampling import MAX_BIAS, MAX_REPETITION, MIN_REPETITION, RequestOutputKind, SamplingParams
 from stars.serve.http.asked import DEFAULT_MAX_TOKENS
 from stars.serve.http.bodies import JsonRoute
-from stars.serve.http.description import JSON_BODY, responses
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.models import check_name
 from stars.serve.http.protocol import FIRST_ONLY, Ids, Seed, Stop, Texts
+from stars.serve.http.reward_replies import CalibrationReply
 from stars.serve.http.service import Service, service_of, user_of
 from stars.serve.http.streaming import client_closed, dumped, unless_gone
 
@@ -81,7 +81,7 @@ SAMPLING = tuple(CalibrationRequest.model_fields)[tuple(CalibrationRequest.model
 """The parameters that are those of SamplingParams."""
 
 
-@router.post("/v1/calibrate", response_class=Response, responses=responses(*JSON_BODY, 404, 500))
+@router.post("/v1/calibrate", response_model=CalibrationReply)
 async def calibrate(request: Request, body: CalibrationRequest) -> Response:
     """A reward_threshold for these prompts, and what else plain samples say of the reward: what `--calibration` takes,
     saved as a file. The server itself stays as it is."""

@@ -16,7 +16,6 @@ from fastapi import APIRouter, Request, Response
 from stars.errors import RequestError, RewardError
 from stars.outputs import Rewards
 from stars.serve.http.bodies import JsonRoute
-from stars.serve.http.description import JSON_BODY, responses
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.models import check_name
 from stars.serve.http.reward_bodies import (
@@ -29,13 +28,13 @@ from stars.serve.http.reward_bodies import (
     refuse_unknown,
     texts_of,
 )
+from stars.serve.http.reward_replies import ClassifyReply, PoolingReply, ScoreReply
 from stars.serve.http.service import Service, service_of
 from stars.serve.http.stars_field import number
 from stars.serve.http.streaming import client_closed, dumped, unless_gone
 
 router = APIRouter(tags=["reward"], route_class=JsonRoute)
 
-ERRORS = responses(*JSON_BODY, 404, 500)
 LABEL = "LABEL_0"
 """What transformers calls the only label of a model that does not name it."""
 PLACE = re.compile(r"^(?:responses|prompts)\[(\d+)\]: ")
@@ -43,8 +42,8 @@ CONTEXT = re.compile(r"(\d+) tokens for the reward model, whose context is (\d+)
 """How a reward says that a text is longer than it reads."""
 
 
-@router.post("/score", response_class=Response, responses=ERRORS)
-@router.post("/v1/score", response_class=Response, responses=ERRORS)
+@router.post("/score", response_model=ScoreReply)
+@router.post("/v1/score", response_model=ScoreReply)
 async def score(request: Request, body: ScoreRequest) -> Response:
     """Rewards of responses to prompts."""
     service = _checked(request, body)
@@ -52,7 +51,7 @@ async def score(request: Request, body: ScoreRequest) -> Response:
     return _answer(service, body, "score", rewards, lambda reward: {"object": "score", "score": reward})
 
 
-@router.post("/classify", response_class=Response, responses=ERRORS)
+@router.post("/classify", response_model=ClassifyReply)
 async def classify(request: Request, body: ClassifyRequest) -> Response:
     """Rewards of texts, each as the probability of a label."""
     service = _checked(request, body)
@@ -61,7 +60,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
                    lambda reward: {"label": LABEL, "probs": [reward], "num_classes": 1})
 
 
-@router.post("/pooling", response_class=Response, responses=ERRORS)
+@router.post("/pooling", response_model=PoolingReply)
 async def pooling(request: Request, body: PoolingRequest) -> Response:
     """Rewards of texts, as bare numbers."""
     service = _checked(request, body)
