@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import stars
+from stars.bench.plot import Panel, Series, even_axis, log_axis, svg
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -176,6 +177,40 @@ def figures() -> dict[str, str]:
             for name, points in chosen.items()}
 
 
+def serving() -> dict[str, str]:
+    """The chart of benchmarks/serving.py, once there is a result of it."""
+    if not (RESULTS / "serving.json").is_file():
+        return {}
+    result = json.loads((RESULTS / "serving.json").read_text())
+    titles = {"aligned": "STARS, with the reward", "plain": "plain samples"}
+    panels = [_load_panel(title, result[name]) for name, title in titles.items() if name in result]
+    points = [point for name in titles if name in result for point in result[name]["points"]]
+    lengths, shares = [[point[key] for point in points] for key in ("input_tokens", "client_cpu_share")]
+    settings = result["settings"]
+    shortest, longest = min(one["min"] for one in lengths), max(one["max"] for one in lengths)
+    words = (f"prompts of {shortest} to {longest} tokens (median {lengths[-1]['median']}), answers of at most "
+             f"{settings['max_tokens']}; the client took {min(shares):.2f} to {max(shares):.2f} of a core")
+    notes = [f"{settings['model']} on {result['machine']['cores']} cores; {words}",
+             *(f"{titles[name]}: capacity {result[name]['capacity']:.3g} requests/s, "
+               f"{result[name]['closed_loop']['output_throughput']:.0f} tokens/s, idle median "
+               f"{result[name]['idle']['median_ttft_ms']:.0f} ms" for name in titles if name in result)]
+    title = "stars serve, from idle to more than it can do: time to the first segment"
+    return {"serving.svg": svg(title, panels, notes)}
+
+
+def _load_panel(title: str, found: dict[str, Any]) -> Panel:
+    """Percentiles of the time to the first segment over the load."""
+    points = found["points"]
+    series = [Series(words, [(point["load_percent"], point[key]) for point in points if point[key] is not None], color)
+              for color, (words, key) in enumerate((("median", "median_ttft_ms"), ("90 %", "p90_ttft_ms"),
+                                                    ("99 %", "p99_ttft_ms")))]
+    bound = 3 * found["idle"]["median_ttft_ms"]
+    last = points[-1]["load_percent"]
+    series.append(Series("3 x idle median", [(0.0, bound), (last, bound)], 4, "dashed"))
+    height = log_axis("milliseconds", [value for one in series for _, value in one.points])
+    return Panel(title, even_axis("load, % of capacity", 0.0, last), height, series)
+
+
 def _number(pattern: str, text: str) -> float:
     found = re.search(pattern, text)
     assert found is not None, f"{text!r} has no {pattern}"
@@ -222,7 +257,8 @@ def _chart(title: str, points: Sequence[Point]) -> str:
 
 def pages() -> dict[Path, str]:
     """All that is made, by where it belongs."""
-    return {DOCS / "api.md": api(), **{DOCS / "figures" / name: text for name, text in figures().items()}}
+    drawn = figures() | serving()
+    return {DOCS / "api.md": api(), **{DOCS / "figures" / name: text for name, text in drawn.items()}}
 
 
 def main() -> None:

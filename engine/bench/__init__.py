@@ -1,1 +1,1 @@
-"""Measuring a server as its clients see it."""
+"""`stars bench serve`: an endpoint of OpenAI's API under load, as its clients see it."""

@@ -1,5 +1,5 @@
-"""The command line: `stars generate`, `calibrate`, `serve`, `inspect`, `trace`, `demo`, `methods`, `convert-head` and
-`info`.
+"""The command line: `stars generate`, `calibrate`, `serve`, `inspect`, `trace`, `demo`, `methods`, `convert-head`,
+`bench serve` and `info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
 exit code 1, a value that a flag cannot have among them. Arguments that cannot be read or do not go together give 2,
@@ -116,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     _demo(_command(commands, "demo", "plain sampling beside STARS on the shipped pair of models, or on a chat model"))
     _methods(_command(commands, "methods", "the policies, what each asks of the loop, and their parameters"))
     _convert_head(_command(commands, "convert-head", "write the pickled actor of MARA's code as a safetensors file"))
+    _bench(_command(commands, "bench", "measure a server"))
     _info(_command(commands, "info", "versions, the C++ library and the CPU"))
     return parser
 
@@ -288,6 +289,22 @@ def _info(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    from stars.cli.bench import add_serve, check_serve
+
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _command(commands, "serve", "send load to an endpoint of OpenAI's API and say how it was answered")
+
+    def run(args: argparse.Namespace) -> int:
+        from stars.cli.bench import serve
+
+        check_serve(command, args)
+        return serve(args)
+
+    add_serve(command)
+    command.set_defaults(run=run)
 
 
 def _fail(message: str) -> int:
