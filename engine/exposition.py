@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from stars.arguments import shown
 from stars.errors import RequestError
@@ -36,13 +36,18 @@ class Family(NamedTuple):
     name: str  # without the suffixes of a histogram's samples
     kind: Literal["counter", "gauge", "histogram"]
     help: str
-    samples: Mapping[str, float | Histogram]  # by the value of `label`; one, by "", where there is none
-    label: str | None = None
+    samples: Mapping[Any, float | Histogram]  # by the value of `label`; one, by "", where there is none
+    label: str | tuple[str, ...] | None = None  # several: `samples` are by tuples of as many values
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels' names."""
+        return () if self.label is None else (self.label,) if isinstance(self.label, str) else self.label
 
 
 def exposition(families: Sequence[Family], labels: Mapping[str, str]) -> str:
     """The text of all `families`, with `labels` on every sample. RequestError for a label that cannot be one."""
-    taken = {"le", *(family.label for family in families)}
+    taken = {"le", *(name for family in families for name in family.names)}
     for name, value in labels.items():
         if not LABEL.fullmatch(name) or name.startswith("__") or name in taken or not isinstance(value, str):
             raise RequestError(f"{shown(name)}={shown(value)} cannot be a label of metrics: give a text, and a name of "
@@ -54,7 +59,8 @@ def _lines(family: Family, labels: list[tuple[str, str]]) -> Iterator[str]:
     yield f"# HELP {family.name} " + family.help.replace("\\", r"\\").replace("\n", r"\n")
     yield f"# TYPE {family.name} {family.kind}"
     for value, sample in family.samples.items():
-        own = labels if family.label is None else [*labels, (family.label, value)]
+        values = value if isinstance(value, tuple) else (value,)
+        own = [*labels, *zip(family.names, values, strict=family.label is not None)]
         if not isinstance(sample, Histogram):
             yield f"{family.name}{_labels(own)} {_number(sample)}"
             continue

@@ -132,14 +132,15 @@ class EngineMetrics:
     def text(self, **labels: str) -> str:
         """All of them in Prometheus' text format, `exposition.CONTENT_TYPE`, with `labels` on each: a server of several
         engines tells them apart by those. RequestError for what cannot be a label."""
-        return exposition(self._families(), labels)
+        return exposition(self.families(), labels)
 
     def snapshot(self) -> dict[str, float | Histogram | dict[str, float | Histogram]]:
         """All of them by their names in the text: a number, a Histogram, or numbers by `finished_reason`."""
         return {family.name: dict(family.samples) if family.label is not None else family.samples[""]
-                for family in self._families()}
+                for family in self.families()}
 
-    def _families(self) -> list[Family]:
+    def families(self) -> list[Family]:
+        """All of them, for a text that has others beside."""
         state = self._state.copy()  # in one piece
         running = len({unit.request for unit in list(self._scheduler.running)})
         gauges = {

@@ -1,5 +1,5 @@
-"""The command line: `stars generate`, `calibrate`, `inspect`, `trace`, `demo`, `methods`, `convert-head`
-and `info`.
+"""The command line: `stars generate`, `calibrate`, `serve`, `inspect`, `trace`, `demo`, `methods`, `convert-head` and
+`info`.
 
 Arguments are checked before anything heavy is imported. Every error of the package ends in one sentence on stderr and
 exit code 1, a value that a flag cannot have among them. Arguments that cannot be read or do not go together give 2,
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from stars.cli import options
+from stars.cli.serve_options import add_serving
 from stars.cli.signals import Terminated, termination
 from stars.errors import StarsError
 from stars.line_file import FULL
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _generate(_command(commands, "generate", "complete prompts, from arguments or a JSONL file"))
     _calibrate(_command(commands, "calibrate", "measure a reward threshold on prompts"))
+    _serve(_command(commands, "serve", "answer OpenAI's API over HTTP, with a page to try it"))
     _inspect(_command(commands, "inspect", "say what a model directory or GGUF file holds, without loading it"))
     _trace(_command(commands, "trace", "look at a trace that generate wrote"))
     _demo(_command(commands, "demo", "plain sampling beside STARS on the shipped pair of models, or on a chat model"))
@@ -124,6 +126,7 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, summary: s
 
 def _generate(parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> int:
+        options.check_prompts(parser, args)
         options.check_policy(parser, args)
         _check_output(parser, args)
         from stars.cli.generate import generate
@@ -165,6 +168,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> int:
         from stars.cli.calibrate import calibrate
 
+        options.check_prompts(parser, args)
         options.check_models(parser, args, needs_reward=True)
         return calibrate(args)
 
@@ -180,6 +184,21 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     options.add_models(parser)
     options.add_sampling(parser, with_n=False)
+    options.add_engine(parser)
+    parser.set_defaults(run=run)
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    def run(args: argparse.Namespace) -> int:
+        options.check_policy(parser, args, alone=False)
+        from stars.cli.serve import serve
+
+        return serve(args)
+
+    parser.usage = "stars serve [--model DIR] [--reward DIR] [options]"
+    add_serving(parser)
+    options.add_models(parser)
+    options.add_policy(parser)
     options.add_engine(parser)
     parser.set_defaults(run=run)
 

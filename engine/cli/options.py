@@ -161,10 +161,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
                        help="tokens of prompts that each model reads in a round while others decode")
 
 
-def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, needs_reward: bool) -> None:
-    """Ends the program where prompts or models are missing or said twice."""
+def check_prompts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where prompts are missing or said twice."""
     if bool(args.prompts) == (args.input is not None):
         parser.error("give prompts as arguments, or a file of them with --input")
+
+
+def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, needs_reward: bool) -> None:
+    """Ends the program where models are missing or said twice."""
     if needs_reward and args.model is not None and not _rewards(args):
         parser.error("this needs a reward model: give --reward DIR, --reward-url URL, or --reward-implicit POLICY "
                      "REFERENCE")
@@ -189,8 +193,9 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace, need
                      "rewards: give it once for each, or not at all")
 
 
-def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Sets the default policy, and ends the program over parameters that do not belong to the one chosen."""
+def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace, alone: bool = True) -> None:
+    """Sets the default policy, and ends the program over parameters that do not belong to the one chosen. alone:
+    whether no other will run."""
     if args.policy is None:
         args.policy = "sample" if args.model is not None and not _rewards(args) else "stars"
     known = parameters(args.policy)
@@ -205,7 +210,7 @@ def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"--set {name}: --policy {args.policy} has {', '.join(known) or 'no parameters'}")
     names = [name for name, _ in args.set] + [POLICY_FLAGS[flag] for flag in _given(args, POLICY_FLAGS)]
     _check_once(parser, names)
-    if args.calibration is not None and ("reward_threshold" not in known or "reward_threshold" in names):
+    if args.calibration is not None and (alone and "reward_threshold" not in known or "reward_threshold" in names):
         parser.error("--calibration gives the reward_threshold: leave out the other, and take a policy that has one")
     check_models(parser, args, needs_reward="score" not in known)
 
@@ -231,7 +236,7 @@ def parameters(policy: str) -> list[str]:
 def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy:
     """The policy of the flags; `calibration` is what was measured, for where the flags leave that open. RequestError.
     """
-    given = _policy_parameters(args)
+    given = policy_parameters(args)
     if needs_calibration(args):
         given["reward_threshold"] = calibration
         if given.get("beta") == "auto" and not isinstance(calibration, Calibration):
@@ -246,17 +251,17 @@ def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy
 def needs_calibration(args: argparse.Namespace) -> bool:
     """Whether the threshold has to be measured, or read from a file."""
     return ("reward_threshold" in parameters(args.policy)
-            and _policy_parameters(args).get("reward_threshold", "auto") == "auto")
+            and policy_parameters(args).get("reward_threshold", "auto") == "auto")
 
 
-def _policy_parameters(args: argparse.Namespace) -> dict[str, Any]:
+def policy_parameters(args: argparse.Namespace) -> dict[str, Any]:
     """The parameters that were given, under the policy's own names."""
     return dict(args.set) | {POLICY_FLAGS[flag]: value for flag, value in _given(args, POLICY_FLAGS).items()}
 
 
-def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engine:
+def build_engine(args: argparse.Namespace, policy: Policy | None = None, any_policy: bool = False) -> Engine:
     """The engine of the flags; without --model the shipped pair, which is said on stderr, and what `policy` asks for
-    beside it and the flags do not name."""
+    beside it and the flags do not name, or with `any_policy` whatever one might ask for."""
     model, rewards = args.model, list(args.reward or ())
     models: dict[str, Path] = {}
     heads: dict[str, Path] = {}
@@ -266,7 +271,9 @@ def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engi
         rewards = rewards if _rewards(args) else [shipped]
         print(f"stars: no --model given, so this uses the shipped {what}, a toy trained on film reviews",
               file=sys.stderr)
-        if policy is not None:
+        if any_policy:
+            models, heads = _shipped(SHIPPED_MODELS, {*SHIPPED_MODELS}), _shipped(SHIPPED_HEADS, {*SHIPPED_HEADS})
+        elif policy is not None:
             models, heads = shipped_models(policy), shipped_heads(policy)
     from stars.engine import Engine
 
@@ -276,6 +283,11 @@ def build_engine(args: argparse.Namespace, policy: Policy | None = None) -> Engi
         print(f"stars: {args.policy or 'this policy'} asks for no {name!r}, which --named or --head gives",
               file=sys.stderr)
     return engine
+
+
+def gives_reward(args: argparse.Namespace) -> bool:
+    """Whether the flags name a reward."""
+    return _rewards(args) > 0
 
 
 def _rewards(args: argparse.Namespace) -> int:
@@ -330,6 +342,11 @@ def shipped_pair() -> tuple[Path, Path]:
     if not all((directory / "config.json").is_file() for directory in pair):
         raise ModelError(f"this installation has no models in {root}: give --model and --reward, or install it again")
     return pair
+
+
+def shipped_calibration() -> Path:
+    """What `stars calibrate` measured of the shipped pair."""
+    return _demo_models() / "calibration.json"
 
 
 def shipped_models(policy: Policy) -> dict[str, Path]:

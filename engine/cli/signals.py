@@ -16,7 +16,7 @@ class Terminated(KeyboardInterrupt):
 @contextlib.contextmanager
 def termination() -> Iterator[None]:
     """SIGTERM raises Terminated within, as SIGINT raises KeyboardInterrupt."""
-    with _handling(_raise, (signal.SIGTERM,)):
+    with handling(_raise, (signal.SIGTERM,)):
         yield
 
 
@@ -30,7 +30,7 @@ def noted_interrupts() -> Iterator[list[int]]:
             _raise(number, frame)
         seen.append(number)
 
-    with _handling(note, (signal.SIGINT, signal.SIGTERM)):
+    with handling(note, (signal.SIGINT, signal.SIGTERM)):
         yield seen
 
 
@@ -39,7 +39,7 @@ def _raise(number: int, frame: Any) -> None:
 
 
 @contextlib.contextmanager
-def _handling(handler: Callable[[int, Any], None], numbers: tuple[int, ...]) -> Iterator[None]:
+def handling(handler: Callable[[int, Any], None], numbers: tuple[int, ...]) -> Iterator[None]:
     """Has `handler` called; a signal that is ignored (as in the background of a script) stays so."""
     before = {}
     try:

@@ -9,10 +9,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-from stars.exposition import CONTENT_TYPE
+from stars.errors import StarsError
+from stars.exposition import CONTENT_TYPE, exposition
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
 from stars.serve.http.errors import ApiError, api_error
+from stars.serve.http.limits import Bodies, Counted, Hosts, Keys, Places
 from stars.serve.http.service import Service, service_of
 from stars.version import __version__
 
@@ -26,14 +29,23 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="STARS engine", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     for router in ROUTERS:
-        app.include_router(router)
+        if router is not page.router or service.settings.page:
+            app.include_router(router)
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"])
     app.add_api_route("/ready", _ready, methods=["GET"], tags=["server"])
     app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse)
     app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_error)
+    app.add_exception_handler(StarsError, _on_error)  # what nobody foresaw is answered by `Counted`
+    app.add_middleware(Bodies, service=service)  # the last one that is added comes first
+    app.add_middleware(Places, service=service)
+    app.add_middleware(Keys, keys=service.settings.api_keys)
+    if service.settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=("GET", "POST"),
+                           allow_headers=("*",), expose_headers=("Retry-After", "X-Request-Id"))
+    app.add_middleware(Hosts, settings=service.settings)
+    app.add_middleware(Counted, service=service)
     return app
 
 
@@ -52,12 +64,14 @@ async def _ready(request: Request) -> JSONResponse:
 
 
 async def _metrics(request: Request) -> PlainTextResponse:
-    """The engine's metrics in Prometheus' text format."""
-    return PlainTextResponse(service_of(request).engine.metrics.text(), media_type=CONTENT_TYPE)
+    """The engine's metrics and the server's in Prometheus' text format."""
+    service = service_of(request)
+    families = [*service.engine.metrics.families(), *service.traffic.families()]
+    return PlainTextResponse(exposition(families, {}), media_type=CONTENT_TYPE)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    told = api_error(error)
+    told = api_error(error, service_of(request).traffic.retry_after())
     if told.status >= 500 and not isinstance(error, ApiError):
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse(told.body(), told.status, told.headers)

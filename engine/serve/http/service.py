@@ -9,6 +9,7 @@ from fastapi import Request
 from stars.serve.async_engine import AsyncEngine
 from stars.serve.http.errors import ApiError
 from stars.serve.http.settings import ServerSettings
+from stars.serve.http.traffic import Traffic
 
 
 class Service:
@@ -17,13 +18,14 @@ class Service:
     def __init__(self, engine: AsyncEngine, settings: ServerSettings):
         self.engine = engine
         self.settings = settings
+        self.traffic = Traffic()
         self.draining = False  # from SIGTERM on: no more requests are taken
 
     def check_open(self) -> None:
         """ApiError where no request is taken any more."""
         if self.draining:
             raise ApiError(503, "the server is shutting down: try another one, or later", code="draining",
-                           headers={"Retry-After": "1"})
+                           headers={"Retry-After": str(self.traffic.retry_after()), "Connection": "close"})
 
 
 def service_of(request: Request) -> Service:

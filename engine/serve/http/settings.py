@@ -27,7 +27,8 @@ class ServerSettings:
     max_body_bytes: of a request. max_concurrent_requests: API requests under way, queued and running; beyond 429.
     max_connections: beyond, a connection is told 503 and closed. header_seconds: that a client may take for a request's
         head, body_seconds: for its body.
-    drain_seconds: that requests under way have from SIGTERM on.
+    write_seconds: that a client may leave what was sent to it unread. drain_seconds: that requests under way have from
+        SIGTERM on.
     cors_origins: pages of other origins that may call, "*" for all; empty: none. allowed_hosts: names of this server
         that requests may give, against pages that rebind theirs; empty: any.
     """
@@ -43,9 +44,12 @@ class ServerSettings:
     max_connections: int = 4096
     header_seconds: float = 10.0
     body_seconds: float = 30.0
+    write_seconds: float = 60.0
     drain_seconds: float = 30.0
     cors_origins: Sequence[str] = ()
     allowed_hosts: Sequence[str] = ()
+    page: bool = True
+    log_requests: bool = False
 
     def __post_init__(self) -> None:
         if not self.model or ":" in self.model:
@@ -54,7 +58,7 @@ class ServerSettings:
             raise RequestError(f"policy is {shown(self.policy)}, it must be one of {', '.join(POLICIES)}")
         for name in ("default_max_tokens", "max_body_bytes", "max_concurrent_requests", "max_connections"):
             object.__setattr__(self, name, integer(name, getattr(self, name), 1))
-        for name in ("header_seconds", "body_seconds", "drain_seconds"):
+        for name in ("header_seconds", "body_seconds", "write_seconds", "drain_seconds"):
             object.__setattr__(self, name, real(name, getattr(self, name), "a finite number of seconds, 0 or above",
                                                 lambda value: 0.0 <= value < 1e9))
         for name in ("api_keys", "cors_origins", "allowed_hosts"):

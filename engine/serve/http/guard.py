@@ -1,0 +1,268 @@
+"""Connections: how many there may be, and how long they may do nothing.
+
+uvicorn's h11 protocol with what it leaves out. A connection on which nothing is asked gives way to a new one where
+there are too many, the oldest first: however many are opened and left, who asks is heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections import OrderedDict
+from typing import Any, cast
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.server import ServerState
+
+from stars.serve.http.errors import ApiError
+from stars.serve.http.service import Service
+
+LINGER_SECONDS, LINGER_BYTES = 2.0, 4 << 20
+"""How long, and for how much of what it still sends, a client is listened to that was answered before it had sent all:
+closed at once, its own system would throw the answer away."""
+MOST_LINGERING = 256
+"""Connections that may end so; the others are closed at once."""
+PIPELINED_BYTES = 1 << 16
+"""Of requests behind the one that is being answered: beyond, nothing is read until it is."""
+MESSAGES = {400: "this is no HTTP request that can be read", 431: "the request's head is too long",
+            501: "this is an HTTP feature that the server does not have"}
+
+
+class Door:
+    """What the connections of one server share."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        self.quiet: OrderedDict[Guard, None] = OrderedDict()  # on which no request is under way, the oldest first
+        self.lingering = 0  # connections that are closed but for what their clients still send
+
+    def make_room(self) -> bool:
+        """Whether there is room for one more connection, if need be in place of one that asks nothing."""
+        if self.service.traffic.open_connections < self.service.settings.max_connections:
+            return True
+        if not self.quiet:
+            return False
+        next(iter(self.quiet)).give_way()
+        return True
+
+
+class Guard(H11Protocol):
+    """One connection."""
+
+    def __init__(self, door: Door, config: Config, server_state: ServerState, app_state: dict[str, Any],
+                 _loop: asyncio.AbstractEventLoop | None = None):
+        super().__init__(config, server_state, app_state, _loop)
+        self.door = door
+        self.access_log = False
+        self.asked = False  # whether it ever sent a whole head
+        self._counted = self._refused = False
+        self._head_timer: asyncio.TimerHandle | None = None  # while a head is awaited
+        self._write_timer: asyncio.TimerHandle | None = None  # while the client does not read
+        self._lingered = 0  # bytes that were thrown away
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether its client has probably more to say, although it was answered."""
+        return self._refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    # -- what asyncio calls -------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Counts it; one too many is told so."""
+        self.leaving = Leaving(cast(asyncio.Transport, transport), self)
+        super().connection_made(cast(asyncio.Transport, self.leaving))
+        traffic = self.door.service.traffic
+        room = self.door.make_room()
+        self._counted = True
+        traffic.open_connections += 1
+        if room:
+            self._await_head()
+        else:
+            traffic.closed("crowded")
+            self._refused = True
+            self._crowded()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forgets it."""
+        self.leaving.forget()
+        self._got_head()
+        self.door.quiet.pop(self, None)
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        self._uncount()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Looks whether what came is the whole head of a request, and throws away what comes behind the last answer."""
+        if self.leaving.closing:
+            self._lingered += len(data)
+            if self._lingered > LINGER_BYTES:
+                self.leaving.abort()
+            return
+        super().data_received(data)
+        self._look()
+
+    def pause_writing(self) -> None:
+        """The client is behind: it has so long to read on."""
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.door.service.settings.write_seconds, self._unread)
+
+    def resume_writing(self) -> None:
+        """It read."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    # -- what uvicorn calls -------------------------------------------------------------------------------------------
+
+    def handle_events(self) -> None:
+        """Reads on while a request is answered, so that its client is seen to go away."""
+        super().handle_events()
+        if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE) and self.flow.read_paused and (
+                len(self.conn.trailing_data[0]) < PIPELINED_BYTES):
+            self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        """The next head is awaited, by uvicorn until its first byte."""
+        super().on_response_complete()
+        self._look()
+
+    def send_400_response(self, msg: str) -> None:
+        """What h11 cannot read: its own status, the head that is too long among them."""
+        status = getattr(sys.exc_info()[1], "error_status_hint", 400)
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.leaving.close()  # in the midst of an answer there is no place for another
+        else:
+            self._tell(ApiError(status, MESSAGES.get(status, MESSAGES[400]), code="bad_http"))
+
+    # -- heads --------------------------------------------------------------------------------------------------------
+
+    def give_way(self) -> None:
+        """Closes a connection on which nothing is asked; one that never asked anything is told why."""
+        self.door.service.traffic.closed("crowded")
+        self._got_head()
+        self.door.quiet.pop(self, None)
+        if self.asked:
+            self.leaving.close()
+            self._uncount()
+        else:
+            self._crowded()
+
+    def _look(self) -> None:
+        """Whether a head is still awaited."""
+        if self.leaving.closing:
+            self._got_head()
+        elif self.conn.their_state is not h11.IDLE:
+            self.asked = True
+            self._got_head()
+            self.door.quiet.pop(self, None)
+        elif self.timeout_keep_alive_task is None:  # uvicorn's own, from an answer to the next byte
+            self._await_head()
+        else:
+            self.door.quiet[self] = None
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.door.service.settings.header_seconds, self._late)
+            self.door.quiet[self] = None
+
+    def _got_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _late(self) -> None:
+        self._head_timer = None
+        self.door.service.traffic.closed("head")
+        seconds = self.door.service.settings.header_seconds
+        self._tell(ApiError(408, f"no request came within {seconds:g} s: send its head at once", code="head_timeout"))
+
+    def _unread(self) -> None:
+        self._write_timer = None
+        self.door.service.traffic.closed("reader")
+        self.leaving.abort()
+
+    # -- ends ---------------------------------------------------------------------------------------------------------
+
+    def _crowded(self) -> None:
+        service = self.door.service
+        self._tell(ApiError(503, f"{service.settings.max_connections} connections are open already, as many as may be: "
+                            "try again later", code="too_many_connections",
+                            headers={"Retry-After": str(service.traffic.retry_after())}))
+        self._uncount()  # it lingers, and keeps nobody out
+
+    def _uncount(self) -> None:
+        if self._counted:
+            self._counted = False
+            self.door.service.traffic.open_connections -= 1
+
+    def _tell(self, error: ApiError) -> None:
+        """An answer that no handler gives, and the end of the connection."""
+        if self.leaving.closing:
+            return
+        body = json.dumps(error.body()).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close",
+                   **error.headers}
+        head = b"HTTP/1.1 %d %b\r\n" % (error.status, STATUS_PHRASES[error.status])
+        self.leaving.write(head + "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode() + b"\r\n"
+                           + body)
+        self.leaving.close()
+
+
+class Leaving:
+    """A transport that is closed so that its client gets the last answer, and that does not wait for ever for it."""
+
+    def __init__(self, transport: asyncio.Transport, guard: Guard):
+        self._transport = transport
+        self._guard = guard
+        self._timer: asyncio.TimerHandle | None = None
+        self._lingers = False
+        self.closing = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing more is sent."""
+        return self.closing or self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Sends, until it is closed."""
+        if not self.closing and data:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Nothing more is sent. What the client still sends is thrown away for a while, if it has not sent all."""
+        if self.is_closing():
+            return
+        self.closing = True
+        door = self._guard.door
+        if self._guard.is_sending and door.lingering < MOST_LINGERING and self._transport.can_write_eof():
+            self._lingers = True
+            door.lingering += 1
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self._timer = self._guard.loop.call_later(LINGER_SECONDS, self._transport.abort)
+        else:
+            self._transport.close()
+            if self._transport.get_write_buffer_size():
+                self._timer = self._guard.loop.call_later(door.service.settings.write_seconds, self._transport.abort)
+
+    def abort(self) -> None:
+        """Ends it at once."""
+        self.closing = True
+        self._transport.abort()
+
+    def forget(self) -> None:
+        """It is gone."""
+        self.closing = True
+        if self._lingers:
+            self._lingers = False
+            self._guard.door.lingering -= 1
+        if self._timer is not None:
+            self._timer.cancel()
