@@ -111,8 +111,8 @@ async def answered(app: ASGIApp, ask: Ask) -> AsyncGenerator[Head | bytes, None]
 class Forward:
     """Has each request answered by a replica, and by another one where that is lost before anything was sent.
 
-    answers: begins a request at a replica, and yields what `answered` does there. lost: what it raises where the replica
-        is lost.
+    answers: begins a request at a replica, and yields what `answered` does there. lost: what it raises where the
+        replica is lost.
 
     A stream begins with its first event; every other answer is sent once it is whole, so that it can be had again. A
     stream that had begun ends with an event that says so.

@@ -34,7 +34,7 @@ from stars.cli.serve_options import add_serving
 from stars.errors import EngineDeadError, RequestError
 from stars.exposition import CONTENT_TYPE, exposition, merged
 from stars.serve.forward import Ask, Forward, Head, answered
-from stars.serve.http.app import build_app, guard
+from stars.serve.http.app import build_app, protect
 from stars.serve.http.errors import ApiError
 from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
@@ -60,8 +60,8 @@ def build(config: Mapping[str, Any]) -> serve.Application:
     replicas: how many engines; or options of their deployment, which is called "engine", under Serve's own names:
         num_replicas, autoscaling_config, ray_actor_options (num_gpus, num_cpus), max_ongoing_requests,
         request_router_config, …
-    ingress: the same of what stands in front of them, called "api": it keeps limits and keys, and has requests that were
-        lost with a replica answered by another one.
+    ingress: the same of what stands in front of them, called "api": it keeps limits and keys, and has requests that
+        were lost with a replica answered by another one.
 
     RequestError for what cannot be.
     """
@@ -70,7 +70,7 @@ def build(config: Mapping[str, Any]) -> serve.Application:
     given = {name.replace("-", "_"): value for name, value in config.items()}
     own = {name: given.pop(name, None) for name in OURS}
     args = _arguments(given)
-    settings = settings_of(args)
+    settings = settings_of(args, room_for=lambda connections: connections)  # which Serve's proxies hold
     replicas = {"graceful_shutdown_timeout_s": settings.drain_seconds,
                 "max_ongoing_requests": settings.max_concurrent_requests} | _deployment("replicas", own["replicas"])
     ingress = {"max_ongoing_requests": 2 * settings.max_concurrent_requests,  # beyond its own limit it says 429
@@ -197,7 +197,7 @@ class Api:
         app = Starlette(routes=[
             Route("/health", self._health), Route("/ready", self._health), Route("/metrics", self._metrics),
             Mount("/", app=forward)])
-        guard(app, self.service)
+        protect(app, self.service)
         return app
 
     async def _answers(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
