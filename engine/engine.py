@@ -35,7 +35,7 @@ from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
 from stars.outputs import RequestOutput, warn_of_errors
 from stars.passes import Passes
-from stars.plan import DRAFT_SIZE, Plan, Policy
+from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
 from stars.readers import Parts, Readers
 from stars.request import Group, Owner, Request
 from stars.reward.base import Later, Reward, with_parts
@@ -435,6 +435,11 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to return."""
         return bool(self._requests or self._changed)
+
+    def check_policy(self, policy: Policy) -> None:
+        """RequestError where no request can have `policy` here, for want of a reward, a model, a head or memory for its
+        segments. Any thread may ask, at any moment."""
+        self._intake.needs_of(policy, plan_of(policy))
 
     @one_at_a_time
     def check_integrity(self) -> None:

@@ -23,7 +23,7 @@ from stars.plan import Plan, Policy, Prompted, Ratio, plan_of
 from stars.policies import Sample
 from stars.prompt import Prompt, after, last_tokens, parse_prompt
 from stars.readers import Readers
-from stars.request import Request
+from stars.request import Drafts, Reader, Request
 from stars.reward.base import Reward
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
@@ -46,6 +46,15 @@ class Asked(NamedTuple):
     trace_context: Any = None  # of the span that its own belongs to
     arrived: float | None = None  # by the monotonic clock; None: now
     grammar: Grammar | None = None  # of the parameters' structured_outputs, once it is compiled
+
+
+class Needs(NamedTuple):
+    """What a plan is run with, of what an engine has."""
+
+    proposal: Drafts
+    stores: tuple[int, ...]  # of all models that responses are read by
+    redrafts: Drafts
+    reader: Reader | None
 
 
 class Intake:
@@ -77,24 +86,17 @@ class Intake:
             raise RequestError(f"user is {shown(asked.user)}, it must be a text of at most {MAX_USER} characters")
         refuse_bare_prompt(given)
         plan = plan_of(policy)
-        if plan.score.when != "never" and self._reward is None:
-            raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
-                               "reward=...)")
-        proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
+        proposal, stores, redrafts, reader = self.needs_of(policy, plan)
         if params.prompt_logprobs is not None:  # the engine's own model reads the prompt, whoever drafts
             stores = tuple(sorted({*stores, *OWN_STORE}))
-        redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
-        reader, reads = self._readers.reader_of(plan), plan.score.reads
+        reads = plan.score.reads
         if isinstance(plan.propose, Prompted):
             check_prompted(type(policy).__name__, plan, params, self._config)
         shaping = names_of(params) if isinstance(reads, Ratio) and not reads.filtered else ()
         if shaping:
             raise RequestError(f"{type(policy).__name__} compares the probabilities of two models, and penalties, "
                                f"biases and bans would be in one of them: leave {', '.join(shaping)} out")
-        draft, population = plan.segment.draft, plan.lanes.population
-        if draft > self._config.max_segment_size:
-            raise RequestError(f"a segment may have {draft} tokens and the engine's slabs hold "
-                               f"{self._config.max_segment_size}: build it with a larger max_segment_size")
+        population = plan.lanes.population
         if params.n * population > MAX_SAMPLE + 1:
             raise RequestError(f"n times the policy's candidates is {params.n * population}, the most is "
                                f"{MAX_SAMPLE + 1}: split the request")
@@ -139,6 +141,20 @@ class Intake:
                        contexts=tuple(contexts.values()), budget=budget, priority=priority, user=asked.user,
                        arrived=arrived, edits=edits, trace_context=asked.trace_context, names=self._names,
                        grammar=grammar)
+
+    def needs_of(self, policy: Policy, plan: Plan) -> Needs:
+        """What requests of a policy are run with; RequestError where this engine lacks it. Nothing is run or allocated:
+        any thread may ask, in anybody's turn."""
+        if plan.score.when != "never" and self._reward is None:
+            raise RequestError(f"{type(policy).__name__} needs a reward: build the engine with Engine(model, "
+                               "reward=...)")
+        proposal, stores = self._models.proposal_of(plan), self._models.stores_of(plan)
+        redrafts = self._models.drafts_of(((plan.redrafts_with, 1.0),))
+        reader = self._readers.reader_of(plan)
+        if plan.segment.draft > self._config.max_segment_size:
+            raise RequestError(f"a segment may have {plan.segment.draft} tokens and the engine's slabs hold "
+                               f"{self._config.max_segment_size}: build it with a larger max_segment_size")
+        return Needs(proposal, stores, redrafts, reader)
 
     def compiled(self, asked: Asked) -> Asked:
         """`asked` with its grammar, if it has one: RequestError where that is none. It may take seconds, which nobody

@@ -100,6 +100,10 @@ class Tokenizer:
             text = join(_replace_invalid_bytes(shown))
         return text
 
+    def tokens(self, ids: Sequence[int]) -> list[str | None]:
+        """Each of `ids` as tokenizer.json writes it: "Ġfilm" of byte-level ones, for example. None for unknown ids."""
+        return [self._backend.id_to_token(token) for token in ids]
+
     @cached_property
     def _byte_fallback(self) -> bool:
         """Whether tokens such as <0xE4> are decoded to bytes."""

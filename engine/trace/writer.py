@@ -104,8 +104,17 @@ def _shown_policy(policy: Any) -> dict[str, Any]:
 def _shown_params(params: SamplingParams | None) -> dict[str, Any] | None:
     if params is None:
         return None
-    return {field.name: plain(getattr(params, field.name)) for field in dataclasses.fields(params)
-            if field.name == "max_tokens" or getattr(params, field.name) not in (field.default, ())}
+    return {field.name: plain(_shown_value(getattr(params, field.name))) for field in dataclasses.fields(params)
+            if field.name != "output_kind"  # how outputs were handed over changes nothing of them
+            and (field.name == "max_tokens" or getattr(params, field.name) not in (field.default, ()))}
+
+
+def _shown_value(value: Any) -> Any:
+    """A parameter; what has parameters of its own, as those of structured outputs, by those that are given."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)
+            if getattr(value, field.name) is not None}
 
 
 def _segments(completion: CompletionOutput, tokenizer: Any) -> list[TraceSegment]:

@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from stars.errors import StarsError
 from stars.exposition import CONTENT_TYPE, exposition
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
+from stars.serve.http.description import describe
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.limits import Bodies, Counted, Hosts, Keys, Places
 from stars.serve.http.service import Service, service_of
@@ -34,12 +35,15 @@ def build_app(service: Service) -> FastAPI:
             app.include_router(router)
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"])
     app.add_api_route("/ready", _ready, methods=["GET"], tags=["server"])
+    for path, answer in (("/health", _health), ("/ready", _ready)):
+        app.add_route(path, answer, methods=["HEAD"], include_in_schema=False)  # as some load balancers ask
     app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=PlainTextResponse)
     app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(StarsError, _on_error)  # what nobody foresaw is answered by `Counted`
     protect(app, service)
+    describe(app)
     return app
 
 

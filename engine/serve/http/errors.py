@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from stars.arguments import shown
 from stars.errors import EngineDeadError, QueueFullError, RequestError, RewardError, StarsError, TokenizerError
+from stars.policies import POLICIES
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error",
          422: "invalid_request_error", 429: "rate_limit_error", 499: "client_closed_request",
          500: "server_error", 501: "not_implemented_error", 503: "service_unavailable_error"}
-TOO_LONG = re.compile(r"the limit is \d+ \(")  # what `Intake` says of a prompt that does not fit
-NAMED = re.compile(r"\b[A-Z]\w*\.([a-z]\w*)")  # "SamplingParams.top_p is 2, it must …"
+TOO_LONG = re.compile(r"the limit is \d+ \(|leaves no room for a response")
+"""What `Intake` says of a prompt that does not fit."""
+NAMED = re.compile(r"\b([A-Z]\w*)\.([a-z]\w*)")  # "SamplingParams.top_p is 2, it must …"
+OF_POLICY = frozenset(kind.__name__ for kind in POLICIES.values())
+WORD = re.compile(r"[a-z]\w*")
+NO_PARAMETER = frozenset(("n", "stop", "user", "model", "stream", "seed", "stars", "prompt", "messages", "echo"))
+"""Names of parameters that are words of sentences, too."""
+SPOKEN = ((re.compile(r"^user is"), "user"), (re.compile(r"\bstop (strings?|token ids)\b"), "stop"),
+          (re.compile(r"\bn times the policy's"), "n"),
+          (re.compile(r"\b(policy|reward=|segment may|model named|head named|population)\b"), "stars.policy"),
+          (re.compile(rf"\b({'|'.join(sorted(OF_POLICY))})\b"), "stars.policy"))
+"""How sentences speak of parameters that they do not name."""
+NESTED = ("stars", "stream_options", "response_format")  # parameters whose own ones are named behind a dot
 
 
 class ApiError(Exception):
@@ -31,9 +44,14 @@ class ApiError(Exception):
                           "code": self.code}}
 
 
-def api_error(error: Exception, retry_after: int = 1) -> ApiError:
+def api_error(error: Exception, retry_after: int = 1, given: Collection[str] = (),
+              otherwise: str | None = None) -> ApiError:
     """What a client is told of an exception of the engine. What is no error of the package's is a 500 that says
-    nothing of itself: it is for the log."""
+    nothing of itself: it is for the log.
+
+    given: the parameters that the client may have given, one of which is at fault. otherwise: which one it is where
+        the message names none.
+    """
     if isinstance(error, ApiError):
         return error
     message = " ".join(str(error).split())
@@ -42,9 +60,49 @@ def api_error(error: Exception, retry_after: int = 1) -> ApiError:
     if isinstance(error, EngineDeadError):
         return ApiError(503, message, code="engine_dead")
     if isinstance(error, (RequestError, RewardError, TokenizerError)):
-        named = NAMED.search(message)
         code = "context_length_exceeded" if TOO_LONG.search(message) else None
-        return ApiError(400, message, param=named[1] if named else None, code=code)
+        return ApiError(400, NAMED.sub(_as_sent, message), _param(message, given) or otherwise, code)
     if isinstance(error, StarsError):
         return ApiError(500, message)
     return ApiError(500, "an error of the server, which its log has")
+
+
+def invalid(errors: Sequence[Any]) -> ApiError:
+    """400, where FastAPI would say 422, of what pydantic says of a body: with the name of the first field that is
+    wrong."""
+    first = errors[0]
+    place = [part for part in first["loc"] if part != "body"]
+    if not place:
+        return ApiError(400, f"the body: {first['msg']}")
+    names = place[:2] if place[0] in NESTED and len(place) > 1 and isinstance(place[1], str) else place[:1]
+    name = ".".join(map(str, names))
+    if first["type"] == "missing":
+        return ApiError(400, f"{name} is missing: give it", name)
+    reasons = dict.fromkeys(re.sub("^Input should be ", "", error["msg"]) for error in errors if error["loc"][:2] ==
+                            first["loc"][:2])
+    where = "".join(f"[{part}]" for part in place[len(names):] if isinstance(part, int))
+    return ApiError(400, f"{name}{where} is {shown(first['input'])}, it must be {' or '.join(list(reasons)[:3])}", name)
+
+
+def _param(message: str, given: Collection[str]) -> str | None:
+    """The parameter, as clients name it, that a sentence of the engine's is about; None where it names none."""
+    named = NAMED.search(message)
+    if named is not None:
+        return _sent_name(named[1], named[2])
+    found = next((word for word in WORD.findall(message) if word in given and word not in NO_PARAMETER), None)
+    return found or next((param for pattern, param in SPOKEN if pattern.search(message)), None)
+
+
+def _as_sent(named: re.Match[str]) -> str:
+    """A parameter in a sentence, as clients name it."""
+    return _sent_name(named[1], named[2]) or named[0]
+
+
+def _sent_name(owner: str, name: str) -> str | None:
+    if owner == "SamplingParams":
+        return name
+    if owner == "StructuredOutputsParams":
+        return "structured_outputs"
+    if owner == "Budget":
+        return f"stars.budget.{name}"
+    return f"stars.{name}" if owner in OF_POLICY else None

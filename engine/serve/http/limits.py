@@ -33,6 +33,7 @@ READS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that ask for no work of the models."""
 BODIES = 256
 """Bodies of the largest size that may be in the midst of being received."""
+VERSIONS = ("1.0", "1.1", "2", "3")  # of HTTP, as servers of ASGI name them; h11 lets any number pass
 GONE = 499
 PAGE_POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; connect-src "
                "'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -122,19 +123,21 @@ class Hosts:
         self.origins = frozenset(origin.lower().rstrip("/") for origin in settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = self._problem(Headers(scope=scope), scope["method"]) if scope["type"] == "http" else None
+        problem = self._problem(scope, Headers(scope=scope)) if scope["type"] == "http" else None
         if problem is None:
             await self.app(scope, receive, send)
         else:
             await refuse(problem, scope, receive, send)
 
-    def _problem(self, headers: Headers, method: str) -> ApiError | None:
+    def _problem(self, scope: Scope, headers: Headers) -> ApiError | None:
         host = headers.get("host")
+        if scope.get("http_version", "1.1") not in VERSIONS:
+            return ApiError(505, "this server speaks HTTP/1.1: ask in that", code="bad_http")
         if self.hosts and host is not None and _name(host) not in self.hosts:
             return ApiError(400, "this server does not go by the name in the Host header: ask it by another, or start "
                             "it with --allowed-host NAME", code="unknown_host")
         origin = headers.get("origin", "").lower()
-        if origin and method not in READS and "*" not in self.origins and origin not in self.origins and (
+        if origin and scope["method"] not in READS and "*" not in self.origins and origin not in self.origins and (
                 host is None or urlsplit(origin).netloc != host.lower()):
             return ApiError(403, "pages of other origins may not ask this server: start it with --cors-origin ORIGIN",
                             code="foreign_origin")
