@@ -66,7 +66,7 @@ def is_free(place: Place) -> bool:
     return not engine._requests and not place.service.traffic.under_way
 
 
-# -- what cannot be read --------------------------------------------------------------------------------------------------
+# -- what cannot be read ----------------------------------------------------------------------------------------------
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 WRONG = {
@@ -109,7 +109,7 @@ def test_what_is_wrong_has_a_status_of_its_own(place, what):
         answer = wire.answer()
         assert answer.status == status and answer.headers["content-type"] == "application/json"
         assert answer.error["message"] and answer.error["code"] == code and answer.error["type"]
-        assert status not in (400, 431, 501) or code != "bad_http" or wire.ended()
+        assert code != "bad_http" or wire.ended()
     assert place.service.engine.is_running
 
 
@@ -136,7 +136,7 @@ def test_who_sends_rubbish_disturbs_nobody(place, right):
     wait_until(lambda: is_free(place))
 
 
-# -- HTTP that is unusual and right -----------------------------------------------------------------------------------------
+# -- HTTP that is unusual and right -----------------------------------------------------------------------------------
 
 
 def test_http_1_0_is_answered_and_closed(place, right):
@@ -191,7 +191,7 @@ def test_who_asks_whether_to_go_on_is_told(place, right):
         assert wire.answer().status == 413 and wire.ended()  # not told to go on
 
 
-# -- what is too much -----------------------------------------------------------------------------------------------------
+# -- what is too much -------------------------------------------------------------------------------------------------
 
 
 def poured(wire: Wire, parts: Iterator[bytes]) -> int:
@@ -218,7 +218,8 @@ def test_a_body_of_100_mb_is_refused_unread(place, right, chunked):
             wire.send(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{how}")
             sent = poured(wire, (framed for _ in range(GREAT // len(part))))
             answer = wire.answer()
-            assert (answer.status, answer.error["code"], answer.headers["connection"]) == (413, "body_too_large", "close")
+            assert (answer.status, answer.error["code"]) == (413, "body_too_large")
+            assert answer.headers["connection"] == "close"
             assert sent < 40 << 20 and wire.ended() and time.monotonic() - begin < 8
     assert text_of(place) == right
     assert place.service.traffic.buffered == 0
@@ -256,7 +257,7 @@ def _answers(wire: Wire, status: int) -> bool:
         return False
 
 
-# -- who is slow ----------------------------------------------------------------------------------------------------------
+# -- who is slow ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("begun", [b"", b"G", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "])
@@ -289,7 +290,8 @@ def test_a_head_that_does_not_come_behind_an_answer_is_not_waited_for(place):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(place, right):
-    for framing, drops in (("Content-Length: 1000\r\n\r\n", b"x"), ("Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")):
+    for framing, drops in (("Content-Length: 1000\r\n\r\n", b"x"),
+                           ("Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")):
         with Wire(place.address) as wire:
             wire.send(HEAD, framing)
             begin = time.monotonic()
@@ -312,7 +314,7 @@ def test_who_does_not_read_is_let_go(place, right):
         wait_until(lambda: place.service.traffic._refused["reader"] > before, 10)
 
 
-# -- who goes away --------------------------------------------------------------------------------------------------------
+# -- who goes away ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("behind", [b"", request("/health")], ids=["alone", "with another behind"])
@@ -340,7 +342,7 @@ def test_a_body_that_breaks_off_is_nobodys_request(place):
     assert place.metric('stars:http_requests_total{method="POST",path="other",status="499"}') > 0
 
 
-# -- too many -------------------------------------------------------------------------------------------------------------
+# -- too many ---------------------------------------------------------------------------------------------------------
 
 
 def test_connections_that_ask_nothing_give_way(place, right):
@@ -376,7 +378,7 @@ def test_connections_that_are_in_use_stay(place):
 def test_a_flood_of_connections_is_hardly_noticed(place, right, count):
     """Requests beside go on in about the time that they take alone."""
     room_for(count)
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2 * count + 200:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < count + SETTINGS.max_connections + 1000:
         pytest.skip("this process may not open so many files")
     alone = sorted(_seconds(place, right) for _ in range(8))[4]
     beside: list[float] = []

@@ -20,7 +20,7 @@ from stars.serve.async_engine import RequestStream
 from stars.serve.http.asked import Wanted
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.logprobs_field import TokenPlaces
-from stars.serve.http.service import Service
+from stars.serve.http.service import Service, user_of
 from stars.serve.http.stars_field import SegmentRecords, choice_record, number, policy_record, together, trace_text
 from stars.serve.http.streaming import DONE, EventStream, client_closed, dumped, event, unless_gone
 
@@ -82,6 +82,11 @@ class Answer:
         self._choices: dict[int, _Choice] = {}
         self._last: dict[int, RequestOutput] = {}  # the newest output of each prompt
         self._kept: dict[int, list[RequestOutput]] = {}  # all of them, for a trace
+
+    def counts(self) -> dict[str, Any]:
+        """What is told of it in a log."""
+        usage = self._usage()
+        return {"id": self._id} | {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
 
     async def whole(self) -> dict[str, Any]:
         """All of it, once it is there."""
@@ -262,7 +267,8 @@ class Answer:
 async def answered(service: Service, request: Request, wanted: Wanted, shape: Shape) -> Response:
     """The response to a request, of which no more than its checks is done where its client goes away."""
     service.check_open()
-    answer = Answer(service, wanted, shape, request.headers)
+    answer = Answer(service, wanted._replace(user=user_of(request, wanted.user)), shape, request.headers)
+    request.state.counts = answer.counts
     if wanted.stream:
         events = await unless_gone(request.receive, answer.stream())
         if events is not None:

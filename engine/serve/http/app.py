@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from stars.arguments import shown
 from stars.errors import StarsError
 from stars.exposition import CONTENT_TYPE, exposition
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
@@ -81,7 +82,7 @@ async def _metrics(request: Request) -> PlainTextResponse:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    told = api_error(error, service_of(request).traffic.retry_after())
+    told = api_error(error)
     if told.status >= 500 and not isinstance(error, ApiError):
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse(told.body(), told.status, told.headers)
@@ -99,6 +100,7 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    messages = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} takes no {request.method}"}
+    path = shown(request.url.path)
+    messages = {404: f"there is no {path} here", 405: f"{path} takes no {shown(request.method)}"}
     told = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
     return JSONResponse(told.body(), error.status_code, dict(error.headers or {}))

@@ -11,14 +11,15 @@ import hashlib
 import hmac
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stars.serve.http.bodies import REQUEST_ID, request_id_of
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
@@ -33,18 +34,18 @@ READS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that ask for no work of the models."""
 BODIES = 256
 """Bodies of the largest size that may be in the midst of being received."""
+HEAD_BYTES = 1 << 16
+"""Of a request, at most. h11 has a bound of its own, and keeps to it only where a head comes in parts."""
+CLOSE = {"Connection": "close"}
 VERSIONS = ("1.0", "1.1", "2", "3")  # of HTTP, as servers of ASGI name them; h11 lets any number pass
 GONE = 499
-PAGE_POLICY = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; connect-src "
-               "'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-"""Of a page that has no Content-Security-Policy of its own: nothing from elsewhere, nothing to elsewhere."""
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with `error`, and closes the connection where the request's body was not read."""
     headers = dict(error.headers)
     if has_body(scope):
-        headers["Connection"] = "close"
+        headers |= CLOSE
     await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
 
 
@@ -69,7 +70,8 @@ class Counted:
             await self.app(scope, receive, send)
             return
         begin, status, over, gone = time.monotonic(), 0, False, False
-        request_id = scope.setdefault("state", {})["request_id"] = uuid.uuid4().hex
+        request_id = request_id_of(Request(scope))
+        traffic = self.service.traffic
 
         async def received() -> Message:
             nonlocal gone
@@ -81,7 +83,12 @@ class Counted:
             nonlocal status, over
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _harden(MutableHeaders(scope=message), request_id)
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                if status == 429:
+                    headers["Retry-After"] = str(traffic.retry_after())
             elif message["type"] == "http.response.body":
                 over = not message.get("more_body", False)
             await send(message)
@@ -91,26 +98,18 @@ class Counted:
         except Exception as error:
             if status:  # who reads must see that this is no whole answer: the server closes the connection
                 raise
-            told = api_error(error, self.service.traffic.retry_after())
+            told = api_error(error)
             logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             await refuse(told, scope, receive, sent)
         finally:
             seconds = time.monotonic() - begin
             route = getattr(scope.get("route"), "path", "other")
             told_status = GONE if gone and not over else status or 500
-            self.service.traffic.answered(scope["method"], route, told_status, seconds)
+            traffic.answered(scope["method"], route, told_status, seconds)
             if self.service.settings.log_requests:
-                counts = scope["state"].get("counts") or {}
+                counts = scope["state"].get("counts", dict)()  # of what a handler counted, by names
                 request_log.info("%s %s %s %d %.3fs%s", request_id, scope["method"], route, told_status, seconds,
                                  "".join(f" {name}={value}" for name, value in counts.items()))
-
-
-def _harden(headers: MutableHeaders, request_id: str) -> None:
-    headers.setdefault("X-Request-Id", request_id)
-    headers.setdefault("X-Content-Type-Options", "nosniff")
-    headers.setdefault("Referrer-Policy", "no-referrer")
-    if headers.get("content-type", "").startswith("text/html"):
-        headers.setdefault("Content-Security-Policy", PAGE_POLICY)
 
 
 class Hosts:
@@ -132,7 +131,11 @@ class Hosts:
     def _problem(self, scope: Scope, headers: Headers) -> ApiError | None:
         host = headers.get("host")
         if scope.get("http_version", "1.1") not in VERSIONS:
-            return ApiError(505, "this server speaks HTTP/1.1: ask in that", code="bad_http")
+            return ApiError(505, "this server speaks HTTP/1.1: ask in that", code="bad_http", headers=CLOSE)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path") or b"") + len(
+                scope["query_string"]) > HEAD_BYTES:
+            return ApiError(431, f"the request's head has more than {HEAD_BYTES} bytes: send less", code="bad_http",
+                            headers=CLOSE)
         if self.hosts and host is not None and _name(host) not in self.hosts:
             return ApiError(400, "this server does not go by the name in the Host header: ask it by another, or start "
                             "it with --allowed-host NAME", code="unknown_host")
@@ -199,7 +202,7 @@ class Places:
             self.service.check_open()
             if traffic.under_way >= most:
                 raise ApiError(429, f"{most} requests are under way already, as many as may be: try again later",
-                               code="too_many_requests", headers={"Retry-After": str(traffic.retry_after())})
+                               code="too_many_requests")
         except ApiError as error:
             await refuse(error, scope, receive, send)
             return

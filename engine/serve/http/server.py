@@ -19,16 +19,19 @@ import uvicorn
 from stars.cli.signals import handling
 from stars.serve.http.app import build_app
 from stars.serve.http.guard import Door, Guard
+from stars.serve.http.limits import HEAD_BYTES
 from stars.serve.http.service import Service
 
 KEEP_ALIVE_SECONDS = 15  # that a connection may be idle between two requests
-ACCEPTED_AT_ONCE = 64  # connections, between which requests that run have their turn
+ACCEPTED_AT_ONCE = 64
+"""Connections, between which requests that run have their turn. It takes a few such turns until what a new one says is
+read: fewer where only few may be open, since it could have to give way before."""
+TURNS = 8
 BACKLOG = 4096  # connections that the system holds meanwhile
 TOLD_SECONDS = 5.0
 """How long clients may take to read the end of what was cut off by the end of --drain-seconds."""
 SPARE_FILES = 128
 """Files of the process that are no connections."""
-HEAD_BYTES = 1 << 16
 
 
 class Server(uvicorn.Server):
@@ -41,10 +44,11 @@ class Server(uvicorn.Server):
         self._socket = listening
         self._until: float | None = None  # when requests under way are ended
         self._aborted = False
+        at_once = max(1, min(ACCEPTED_AT_ONCE, service.settings.max_connections // TURNS))
         super().__init__(uvicorn.Config(
             build_app(service), http=cast(Any, partial(Guard, Door(service))), loop="asyncio", ws="none",
             lifespan="off", interface="asgi3", log_config=None, access_log=False, proxy_headers=False,
-            server_header=False, backlog=ACCEPTED_AT_ONCE, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            server_header=False, backlog=at_once, timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=1, h11_max_incomplete_event_size=HEAD_BYTES))
 
     def start(self) -> None:

@@ -28,6 +28,12 @@ class Service:
                            headers={"Retry-After": str(self.traffic.retry_after()), "Connection": "close"})
 
 
+def user_of(request: Request, user: str | None) -> str | None:
+    """What the engine calls a request's user: those of one API key are none of another's."""
+    client: str | None = getattr(request.state, "client", None)
+    return user if client is None else f"{client}/{user or ''}"
+
+
 def service_of(request: Request) -> Service:
     """The Service of a request's application."""
     return cast(Any, request.app.state).service  # type: ignore[no-any-return]
