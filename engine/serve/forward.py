@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,8 +27,7 @@ ROUTED = 1 << 14
 """Characters of a prompt that a router may look at."""
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """A request of HTTP as data."""
 
     method: str
@@ -138,7 +136,7 @@ class Forward:
 
     async def _answer(self, ask: Ask, send: Send) -> None:
         """`lost` only where nothing was sent."""
-        head, parts, begun = Head(500, []), [], False
+        head, parts, begun, last = Head(500, []), [], False, b""
         try:
             async with aclosing(self.answers(ask)) as items:
                 async for item in items:
@@ -147,7 +145,7 @@ class Forward:
                     elif head.streams:
                         if not begun:
                             await send(_start(head))
-                        begun = True
+                        begun, last = True, item
                         await send({"type": "http.response.body", "body": item, "more_body": True})
                     else:
                         parts.append(item)
@@ -157,7 +155,8 @@ class Forward:
             logger.warning("%s %s: a stream broke off (%s)", ask.method, ask.path, type(error).__name__)
             told = api_error(error) if not isinstance(error, self.lost) else ApiError(
                 503, "the replica was lost in the midst of this stream: ask again", code="replica_lost")
-            parts = [f"\n\ndata: {json.dumps(told.body())}\n\ndata: [DONE]\n\n".encode()]
+            parts = [b"" if last.endswith(b"\n\n") else b"\n\n",
+                     f"data: {json.dumps(told.body())}\n\ndata: [DONE]\n\n".encode()]
         if not begun:
             await send(_start(head))
         await send({"type": "http.response.body", "body": b"".join(parts), "more_body": False})

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any, NoReturn, cast
 
 try:
+    import ray
     from ray import serve
     from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -23,11 +24,14 @@ except ImportError as error:
     raise ImportError("stars.serve.ray needs Ray Serve: pip install 'stars-engine[ray]'") from error
 
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stars.arguments import closest, shown
+from stars.bindings import libstars
 from stars.cli import options
 from stars.cli.serve import engine_of, settings_of
 from stars.cli.serve_options import add_serving
@@ -44,9 +48,10 @@ logger = logging.getLogger(__name__)
 LOST = (RayActorError, ReplicaUnavailableError, ObjectLostError, WorkerCrashedError, EngineDeadError)
 """What a request gets whose replica is gone, or has an engine that is."""
 OURS = ("replicas", "ingress")
-SERVES = {"host": "http_options.host", "port": "http_options.port", "max_connections": "the load balancer in front",
-          "header_seconds": "the load balancer in front", "write_seconds": "the load balancer in front"}
-"""Flags of `stars serve` that are not ours to keep here, and where what they say belongs."""
+ELSEWHERE = {"host": "http_options.host", "port": "http_options.port", "max_connections": "the load balancer in front",
+             "header_seconds": "the load balancer in front", "write_seconds": "the load balancer in front",
+             "log_requests": "logging_config"}
+"""Flags of `stars serve` that mean nothing here, and where what they say belongs."""
 PROBE = 5.0
 """Seconds that replicas have to say how they are."""
 
@@ -117,8 +122,8 @@ def _arguments(given: Mapping[str, Any]) -> argparse.Namespace:
     flags = {action.dest: action for action in parser._actions}
     words = ["--host=0.0.0.0"]  # whoever may ask: Serve listens, where it is told to
     for name, value in given.items():
-        if name in SERVES:
-            raise RequestError(f"{name} is not the application's: that is said by {SERVES[name]}")
+        if name in ELSEWHERE:
+            raise RequestError(f"{name} is not the application's: that is said by {ELSEWHERE[name]}")
         if name not in flags:
             raise RequestError(f"there is no {name}: {closest(name, [*flags, *OURS])}")
         words += _words(flags[name], value)
@@ -149,11 +154,19 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _take_threads() -> None:
+    """As many as Ray gives this replica CPUs, whole ones, unless the environment says how many."""
+    cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
+    if cpus and "STARS_NUM_THREADS" not in os.environ and libstars.available():
+        libstars.set_num_threads(min(cpus, libstars.usable_cpus()))
+
+
 @serve.deployment(name="engine", health_check_period_s=2.0)
 class EngineReplica:
     """One engine, and the API over it, in a process of its own."""
 
     def __init__(self, args: argparse.Namespace, settings: ServerSettings):
+        _take_threads()
         self.service = Service(engine_of(args), settings)
         self.app = build_app(self.service)
 
@@ -183,6 +196,19 @@ class EngineReplica:
             await self.service.engine.shutdown(drain=False)
 
 
+def _unnumbered(app: ASGIApp) -> ASGIApp:
+    """`app` without ids of requests in its answers: Serve puts its own there, which its logs have."""
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await app(scope, receive, sent)
+
+    return answer
+
+
 @serve.deployment(name="api", ray_actor_options={"num_cpus": 0.5})
 @serve.ingress()
 class Api:
@@ -192,13 +218,13 @@ class Api:
         self.service = Service(cast(Any, None), settings)  # the engines are elsewhere
         self.engines = engines
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         forward = Forward(self._answers, LOST)
         app = Starlette(routes=[
             Route("/health", self._health), Route("/ready", self._health), Route("/metrics", self._metrics),
             Mount("/", app=forward)])
         protect(app, self.service)
-        return app
+        return _unnumbered(app)
 
     async def _answers(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
         response = self.engines.options(stream=True).answer.remote(ask)
