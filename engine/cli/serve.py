@@ -38,7 +38,6 @@ def serve(args: argparse.Namespace) -> int:
     from stars.serve.http.service import Service
 
     settings = settings_of(args, room_for)
-    _max_waiting(args)
     if not 0 <= args.port < 1 << 16:
         raise RequestError(f"--port is {args.port}, it must be from 0 to 65535")
     try:
@@ -68,6 +67,7 @@ def settings_of(args: argparse.Namespace, room_for: Callable[[int], int]) -> Ser
     """How it is to answer. room_for: as `server.room_for`. RequestError for what does not go together."""
     from stars.serve.http.settings import ServerSettings
 
+    _max_waiting(args)
     parameters = {name: value for name, value in options.policy_parameters(args).items()
                   if (name, value) != ("reward_threshold", "auto")}
     calibration = _calibration(args) if "reward_threshold" not in parameters else None
