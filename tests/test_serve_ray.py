@@ -10,23 +10,26 @@ import random
 import re
 import signal
 import socket
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
-from stars import STARS, Engine, RequestError, SamplingParams
+from stars import STARS, Engine, EngineDeadError, RequestError, SamplingParams
 from stars.cli.options import shipped_pair
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
 
 import httpx
 
-from ray_cluster import ray_cluster
-from stars.serve.ray import build
+from ray_cluster import Cluster, ray_cluster
+from stars.serve.forward import Ask
+from stars.serve.ray import LOST, EngineReplica, build
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 KEY = "a-key"
@@ -38,7 +41,7 @@ LOAD = 24
 
 class Api(NamedTuple):
     url: str
-    cluster: Any
+    cluster: Cluster
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(self.url + path, headers=HEADERS, timeout=30, **options)
@@ -68,16 +71,23 @@ def configuration(port: int) -> dict[str, Any]:
     return given
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    port = free_port()
-    file = tmp_path_factory.mktemp("serve") / "config.yaml"
-    file.write_text(yaml.safe_dump(configuration(port)))
-    with ray_cluster(num_cpus=4) as cluster:
-        assert cluster.serve("run", "--non-blocking", str(file)) == ""
-        found = Api(f"http://127.0.0.1:{port}", cluster)
-        wait_until(lambda: found.get("/ready").status_code == 200, 60)
+@contextlib.contextmanager
+def running(cluster: Cluster, given: dict[str, Any], *command: str) -> Iterator[Api]:
+    """The API of a configuration, which this command of `serve` deploys."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(given, file)
+        file.flush()
+        assert cluster.serve(*command, file.name) == ""
+        found = Api(f"http://127.0.0.1:{given['http_options']['port']}", cluster)
+        wait_until(lambda: found.get("/ready").status_code == 200 and len(found.replicas()) == 2, 60)
         yield found
+
+
+@pytest.fixture(scope="module")
+def api():
+    with ray_cluster(num_cpus=4) as cluster:
+        with running(cluster, configuration(free_port()), "run", "--non-blocking") as found:
+            yield found
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +230,8 @@ async def until_streams_run(api: Api) -> None:
             return
 
 
-def test_a_killed_engine_loses_no_request_that_had_not_begun(api, engine):
+def check_kill(api: Api, engine: Engine) -> None:
+    """An engine that is killed under load loses no request that had not begun, and another one takes its place."""
     right = texts(engine, range(LOAD))
     wait_until(lambda: len(api.replicas()) == 2)
     victim, *_ = api.cluster.processes("ray::ServeReplica:stars:engine")
@@ -237,6 +248,71 @@ def test_a_killed_engine_loses_no_request_that_had_not_begun(api, engine):
     assert broken, "no stream ran where it was killed"
     wait_until(lambda: len(api.replicas()) == 2 and victim not in api.cluster.processes())
     assert api.post("/v1/completions", asked(1)).json()["choices"][0]["text"] == right[1]
+
+
+def test_a_killed_engine_loses_no_request_that_had_not_begun(api, engine):
+    check_kill(api, engine)
+
+
+def test_an_engine_that_has_ended_is_tried_elsewhere_and_replaced(monkeypatch):
+    """One whose loop breaks under a request raises what is tried again; from the next one on it is gone."""
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended
+
+    async def app(scope, receive, send):
+        replica.service.engine.is_running = False
+        await send({"type": "http.response.start", "status": 503, "headers": []})
+
+    async def items():
+        return [item async for item in replica.answer(Ask("GET", "/", b"", (), None, b""))]
+
+    kind = EngineReplica.func_or_class
+    replica = object.__new__(type("Replica", (), {"answer": kind.answer, "check_health": kind.check_health}))
+    replica.service, replica.app = SimpleNamespace(engine=SimpleNamespace(is_running=True)), app
+    monkeypatch.setattr(os, "_exit", end)
+    assert replica.check_health()
+    with pytest.raises(LOST):
+        asyncio.run(items())
+    with pytest.raises(EngineDeadError):
+        replica.check_health()
+    with pytest.raises(Ended):
+        asyncio.run(items())
+
+
+ROUTER = {"request_router_class": "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router."
+                                  "PrefixCacheAffinityRouter",
+          "request_router_kwargs": {"imbalanced_threshold": 8, "do_eviction": True}}
+
+
+@pytest.mark.slow
+def test_deployed_over_http_with_routing_by_prefixes(engine):
+    """What the docs say besides: `serve deploy`, Serve's prefix-aware router, `serve run` with the flags as words."""
+    given = configuration(free_port())
+    [application] = given["applications"]
+    application["deployments"][0]["request_router_config"] = ROUTER
+    application["args"]["deterministic"] = False  # which remembers prompts alone
+    model, reward = map(str, shipped_pair())
+    with ray_cluster(num_cpus=4, dashboard=True) as cluster:
+        with running(cluster, given, "deploy", "--address", f"http://{cluster.dashboard}") as api:
+            for number in range(6):
+                text, before = f"{number} of ten for this film, and here is why it is so. " * 3, 0
+                for turn in range(4):
+                    answer = api.post("/v1/completions", asked(turn, prompt=text, max_tokens=48)).json()
+                    usage, [choice] = answer["usage"], answer["choices"]
+                    if turn:  # the engine was asked that knows the turn before
+                        assert usage["prompt_tokens_details"]["cached_tokens"] >= before - 2 * 16
+                    before = usage["prompt_tokens"]
+                    text += choice["text"] + " And yet,"
+            check_kill(api, engine)
+            assert cluster.serve("run", "--non-blocking", "--name", "second", "--route-prefix", "/second",
+                                 "stars.serve.ray:build", f"model={model}", f"reward={reward}", "replicas=1",
+                                 "reward-threshold=1.0", "served_model_name=film") == ""
+            answer = api.post("/second/v1/completions", asked(1, model="film"))
+            assert answer.status_code == 200 and len(answer.json()["choices"][0]["text"]) > 100
+            assert api.get("/second/health").json() == {"status": "ok"}
 
 
 # -- configurations --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any, NoReturn, cast
 
 try:
@@ -19,7 +20,6 @@ try:
     from ray import serve
     from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-    from ray.serve.handle import DeploymentHandle
 except ImportError as error:
     raise ImportError("stars.serve.ray needs Ray Serve: pip install 'stars-engine[ray]'") from error
 
@@ -175,10 +175,11 @@ class EngineReplica:
         if not self.service.engine.is_running:
             logger.error("the engine's loop has ended: this replica ends too, so that it is replaced")
             os._exit(1)  # at once: whoever still answers fast, with errors, would be given every request
-        async for item in answered(self.app, ask):
-            if isinstance(item, Head) and item.status == 503 and not self.service.engine.is_running:
-                raise EngineDeadError("the engine's loop has ended")  # nothing was sent: another one may answer
-            yield item
+        async with aclosing(answered(self.app, ask)) as items:
+            async for item in items:
+                if isinstance(item, Head) and item.status == 503 and not self.service.engine.is_running:
+                    raise EngineDeadError("the engine's loop has ended")  # nothing was sent: another one may answer
+                yield item
 
     def metrics(self) -> str:
         """The engine's, in Prometheus' text format, as this replica's."""
@@ -214,7 +215,7 @@ def _unnumbered(app: ASGIApp) -> ASGIApp:
 class Api:
     """What is asked: limits, keys and a replica that answers."""
 
-    def __init__(self, settings: ServerSettings, engines: DeploymentHandle[Any]):
+    def __init__(self, settings: ServerSettings, engines: Any):
         self.service = Service(cast(Any, None), settings)  # the engines are elsewhere
         self.engines = engines
 
