@@ -17,11 +17,35 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stars.cli.options import shipped_pair
 
 MARK = "STARS_TEST_CLUSTER"
 """The environment variable by which the processes of a cluster are known."""
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+KEY = "a-key"
+POLICY = {"reward_threshold": 1.0, "segment_size": 8, "max_attempts": 3}
+ROUTER = {"request_router_class": "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router."
+                                  "PrefixCacheAffinityRouter",
+          "request_router_kwargs": {"imbalanced_threshold": 8, "do_eviction": True}}
+"""What docs/scaling.md says of routing by prefixes."""
 OBJECT_STORE = 100_000_000
 SECONDS = 60.0
+
+
+def configuration(port: int) -> dict[str, Any]:
+    """The one of the docs, for the shipped pair and a small machine."""
+    given = yaml.safe_load((DOCS / "serve-config.yaml").read_text(encoding="utf8"))
+    model, reward = map(str, shipped_pair())
+    [application] = given["applications"]
+    assert {"model": "path/to/lm", "reward": "path/to/rm"}.items() <= application["args"].items()
+    application["args"] |= {"model": model, "reward": reward, "set": POLICY, "deterministic": True, "api_key": [KEY],
+                            "max_num_seqs": 16, "max_body_bytes": 100_000}
+    given["http_options"]["port"] = port
+    return given
 
 
 class Cluster:

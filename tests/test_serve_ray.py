@@ -12,31 +12,25 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
-from stars import STARS, Engine, EngineDeadError, RequestError, SamplingParams
+from ray_cluster import KEY, POLICY, ROUTER, Cluster, configuration, ray_cluster
+from stars import STARS, Engine, SamplingParams
 from stars.cli.options import shipped_pair
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
 
 import httpx
 
-from ray_cluster import Cluster, ray_cluster
-from stars.serve.forward import Ask
-from stars.serve.ray import LOST, EngineReplica, build
-
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-POLICY = {"reward_threshold": 1.0, "segment_size": 8, "max_attempts": 3}
-LONG = 160  # tokens
-LOAD = 24
+SECONDS = 120.0  # that anything may take, on a machine that is busy
+LONG = 240  # tokens
+LOAD = 24  # requests, of which EARLY run where an engine is killed
+EARLY = 16
 
 
 class Api(NamedTuple):
@@ -59,18 +53,6 @@ class Api(NamedTuple):
         return sum(map(float, re.findall(rf"^stars:{name}\{{.*?\}} (\S+)$", self.get("/metrics").text, re.MULTILINE)))
 
 
-def configuration(port: int) -> dict[str, Any]:
-    """The one of the docs, for the shipped pair and a small machine."""
-    given = yaml.safe_load((DOCS / "serve-config.yaml").read_text(encoding="utf8"))
-    model, reward = map(str, shipped_pair())
-    [application] = given["applications"]
-    assert {"model": "path/to/lm", "reward": "path/to/rm"}.items() <= application["args"].items()
-    application["args"] |= {"model": model, "reward": reward, "set": POLICY, "deterministic": True, "api_key": [KEY],
-                            "max_num_seqs": 8, "max_body_bytes": 100_000}
-    given["http_options"]["port"] = port
-    return given
-
-
 @contextlib.contextmanager
 def running(cluster: Cluster, given: dict[str, Any], *command: str) -> Iterator[Api]:
     """The API of a configuration, which this command of `serve` deploys."""
@@ -79,7 +61,7 @@ def running(cluster: Cluster, given: dict[str, Any], *command: str) -> Iterator[
         file.flush()
         assert cluster.serve(*command, file.name) == ""
         found = Api(f"http://127.0.0.1:{given['http_options']['port']}", cluster)
-        wait_until(lambda: found.get("/ready").status_code == 200 and len(found.replicas()) == 2, 60)
+        wait_until(lambda: found.get("/ready").status_code == 200 and len(found.replicas()) == 2)
         yield found
 
 
@@ -93,7 +75,7 @@ def api():
 @pytest.fixture(scope="module")
 def engine():
     model, reward = shipped_pair()
-    return Engine(str(model), str(reward), deterministic=True, max_num_seqs=8)
+    return Engine(str(model), str(reward), deterministic=True, max_num_seqs=16)
 
 
 def free_port() -> int:
@@ -104,8 +86,8 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-def wait_until(reached, seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
+def wait_until(reached) -> None:
+    until = time.monotonic() + SECONDS
     while True:
         try:
             if reached():
@@ -114,6 +96,11 @@ def wait_until(reached, seconds: float = 30.0) -> None:
             pass
         assert time.monotonic() < until, "it did not come about"
         time.sleep(0.1)
+
+
+def streams(seed: int) -> bool:
+    """Which requests are streamed: in pairs, as Serve gives every other one to the other engine."""
+    return seed % 4 < 2
 
 
 def asked(seed: int, **more: Any) -> dict[str, Any]:
@@ -171,14 +158,14 @@ def test_errors_have_openais_shape(api):
 
 
 def test_a_client_that_goes_away_frees_what_it_had(api):
+    before = api.gauge("generation_tokens_total")
     with httpx.stream("POST", api.url + "/v1/completions", json=asked(3, stream=True, n=8, max_tokens=900),
                       headers=HEADERS, timeout=30) as stream:
         parts = stream.iter_text()  # which closes the stream once it is dropped
         assert next(parts).startswith("data: ")
         assert api.gauge("num_requests_running") == 1
-    begin = time.monotonic()
     wait_until(lambda: api.gauge("num_requests_running") == 0)
-    assert time.monotonic() - begin < 3.0
+    assert api.gauge("generation_tokens_total") - before < 8 * 900 / 2
 
 
 # -- one of them is killed -------------------------------------------------------------------------------------------
@@ -191,43 +178,33 @@ class Answer(NamedTuple):
     begun: float | None  # when the first of a stream was there
 
 
-async def answer(client: httpx.AsyncClient, seed: int, stream: bool) -> Answer:
-    async with client.stream("POST", "/v1/completions", json=asked(seed, stream=stream)) as response:
+async def answer(client: httpx.AsyncClient, seed: int, begun: asyncio.Event) -> Answer:
+    async with client.stream("POST", "/v1/completions", json=asked(seed, stream=streams(seed))) as response:
         parts: list[str] = []
-        begun = None
+        when = None
         async for part in response.aiter_text():
-            begun = begun or time.monotonic()
+            when = when or time.monotonic()
+            begun.set()
             parts.append(part)
-    body = "".join(parts)
-    if stream and response.status_code == 200:
-        return Answer(200, *read(body), begun)
-    found = json.loads(body)
+    if streams(seed) and response.status_code == 200:
+        return Answer(200, *read("".join(parts)), when)
+    found = json.loads("".join(parts))
     return Answer(response.status_code, *((found["choices"][0]["text"], []) if "choices" in found
                                           else ("", [found["error"]])), None)
 
 
 async def loaded(api: Api, victim: int) -> tuple[list[Answer], float]:
-    """Answers to plain and streamed requests, and when the replica was killed: once a stream had begun."""
-    async with httpx.AsyncClient(base_url=api.url, headers=HEADERS, timeout=60) as client:
-        tasks = [asyncio.create_task(answer(client, seed, seed % 2 == 0)) for seed in range(LOAD)]
-        await until_streams_run(api)
+    """Answers to plain and streamed requests, and when the engine was killed: while the first streams ran, and before
+    the last ones had begun."""
+    async with httpx.AsyncClient(base_url=api.url, headers=HEADERS, timeout=90) as client:
+        begun = [asyncio.Event() for _ in range(LOAD)]
+        tasks = [asyncio.create_task(answer(client, seed, begun[seed])) for seed in range(EARLY)]
+        await asyncio.gather(*(begun[seed].wait() for seed in range(EARLY) if streams(seed)))
+        tasks += [asyncio.create_task(answer(client, seed, begun[seed])) for seed in range(EARLY, LOAD)]
+        await asyncio.sleep(0.02)
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         return list(await asyncio.gather(*tasks)), killed
-
-
-async def until_streams_run(api: Api) -> None:
-    """Each engine has committed something."""
-    async def committed() -> AsyncIterator[float]:
-        while True:
-            text = (await asyncio.to_thread(api.get, "/metrics")).text
-            yield min(map(float, re.findall(r"^stars:generation_tokens_total\{.*?\} (\S+)$", text, re.MULTILINE)))
-
-    first = None
-    async for least in committed():
-        first = least if first is None else first
-        if least > first:
-            return
 
 
 def check_kill(api: Api, right: dict[int, str] | None) -> None:
@@ -244,7 +221,7 @@ def check_kill(api: Api, right: dict[int, str] | None) -> None:
         if seed not in broken:
             assert one.text == right[seed] if right else len(one.text) > LONG
         else:  # it had begun: what came is right, and it ends with what happened
-            assert seed % 2 == 0 and one.begun < killed + 1.0 and one.text
+            assert streams(seed) and one.begun < killed + 1.0 and one.text
             assert not right or right[seed].startswith(one.text) and one.text != right[seed]
             assert [error["code"] for error in one.errors] == ["replica_lost"]
     assert broken, "no stream ran where it was killed"
@@ -254,39 +231,6 @@ def check_kill(api: Api, right: dict[int, str] | None) -> None:
 
 def test_a_killed_engine_loses_no_request_that_had_not_begun(api, engine):
     check_kill(api, texts(engine, range(LOAD)))
-
-
-def test_an_engine_that_has_ended_is_tried_elsewhere_and_replaced(monkeypatch):
-    """One whose loop breaks under a request raises what is tried again; from the next one on it is gone."""
-    class Ended(BaseException):
-        pass
-
-    def end(code):
-        raise Ended
-
-    async def app(scope, receive, send):
-        replica.service.engine.is_running = False
-        await send({"type": "http.response.start", "status": 503, "headers": []})
-
-    async def items():
-        return [item async for item in replica.answer(Ask("GET", "/", b"", (), None, b""))]
-
-    kind = EngineReplica.func_or_class
-    replica = object.__new__(type("Replica", (), {"answer": kind.answer, "check_health": kind.check_health}))
-    replica.service, replica.app = SimpleNamespace(engine=SimpleNamespace(is_running=True)), app
-    monkeypatch.setattr(os, "_exit", end)
-    assert replica.check_health()
-    with pytest.raises(LOST):
-        asyncio.run(items())
-    with pytest.raises(EngineDeadError):
-        replica.check_health()
-    with pytest.raises(Ended):
-        asyncio.run(items())
-
-
-ROUTER = {"request_router_class": "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router."
-                                  "PrefixCacheAffinityRouter",
-          "request_router_kwargs": {"imbalanced_threshold": 8, "do_eviction": True}}
 
 
 @pytest.mark.slow
@@ -315,81 +259,3 @@ def test_deployed_over_http_with_routing_by_prefixes():
             answer = api.post("/second/v1/completions", asked(1, model="film"))
             assert answer.status_code == 200 and len(answer.json()["choices"][0]["text"]) > 100
             assert api.get("/second/health").json() == {"status": "ok"}
-
-
-# -- configurations --------------------------------------------------------------------------------------------------
-
-
-def test_the_configuration_of_the_docs_is_one_of_serve():
-    from ray.serve.schema import ServeDeploySchema
-
-    [application] = ServeDeploySchema.model_validate(configuration(8000)).applications
-    assert application.import_path == "stars.serve.ray:build"
-    assert {one.name for one in application.deployments} == {"engine", "api"}
-    build(application.args)
-
-
-def test_the_examples_of_the_docs_are_ones_of_serve():
-    from ray.serve.schema import ServeDeploySchema
-
-    text = (DOCS / "scaling.md").read_text(encoding="utf8")
-    whole, *parts, kubernetes = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    assert kubernetes["kind"] == "RayService" and len(parts) == 2
-    given = [whole, yaml.safe_load(kubernetes["spec"]["serveConfigV2"]),
-             *({"applications": [whole["applications"][0] | {"deployments": part}]} for part in parts)]
-    for one in given:
-        [application] = ServeDeploySchema.model_validate(one).applications
-        build(application.args)
-    image = {group["template"]["spec"]["containers"][0]["image"] for group in (
-        kubernetes["spec"]["rayClusterConfig"]["headGroupSpec"],
-        *kubernetes["spec"]["rayClusterConfig"]["workerGroupSpecs"])}
-    assert len(image) == 1 and kubernetes["spec"]["rayClusterConfig"]["rayVersion"] in pinned("ray")
-
-
-def pinned(name: str) -> list[str]:
-    """The versions of a package in requirements.txt."""
-    text = (DOCS.parent / "requirements.txt").read_text(encoding="utf8")
-    return re.findall(rf"^{name}(?:\[\w+\])?==([\d.]+)", text, re.MULTILINE)
-
-
-def test_the_router_of_the_docs_is_there():
-    from ray.serve.config import RequestRouterConfig
-
-    assert ROUTER["request_router_class"] in (DOCS / "scaling.md").read_text(encoding="utf8")
-    assert RequestRouterConfig(**ROUTER).get_request_router_class().__name__ == "PrefixCacheAffinityRouter"
-
-
-@pytest.mark.parametrize("config, message", [
-    ({"modle": "lm"}, "there is no modle: did you mean model?"),
-    ({"replica": 2}, "there is no replica: did you mean replicas?"),
-    (["model"], "the application's args are ['model'], they must be names and values"),
-    ({"port": 80}, "port is not the application's: that is said by http_options.port"),
-    ({"reward_threshold": "high"}, "argument --reward-threshold: invalid number value: 'high'"),
-    ({"policy": "star"}, "argument --policy: invalid choice"),
-    ({"set": {"speed": 3}}, "--set speed: --policy stars has"),
-    ({"deterministic": "perhaps"}, "deterministic is 'perhaps', it must be true or false"),
-    ({"max_waiting": 0}, "max_waiting is 0, it must be an integer of at least 1"),
-    ({"max_body_bytes": 0}, "max_body_bytes is 0, it must be an integer of at least 1"),
-    ({"served_model_name": "a:b"}, "the served model's name is 'a:b'"),
-    ({"calibration": "no.json"}, "no.json"),
-    ({"replicas": 0}, "replicas: num_replicas"),
-    ({"replicas": {"num_replica": 2}}, "replicas: "),
-    ({"replicas": {"ray_actor_options": {"num_cpus": "many"}}}, "replicas: "),
-    ({"replicas": {"max_ongoing_requests": -1}}, "replicas: "),
-    ({"ingress": [1]}, "ingress is [1], it must be a number"),
-])
-def test_bad_configurations_are_refused_in_a_sentence(config, message):
-    with pytest.raises((RequestError, OSError)) as raised:
-        build(config)
-    told = str(raised.value)
-    assert message in told and "\n" not in told and len(told) < 600, told
-
-
-def test_options_go_to_serve_as_they_are():
-    scaling = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 8}
-    app = build({"replicas": {"autoscaling_config": scaling, "ray_actor_options": {"num_gpus": 1}}, "ingress": "3",
-                 "drain-seconds": "7"})
-    api, engines = app._bound_deployment, app._bound_deployment.init_args[1]._bound_deployment
-    assert (api.name, api.num_replicas) == ("api", 3)
-    assert engines.ray_actor_options["num_gpus"] == 1 and engines._deployment_config.graceful_shutdown_timeout_s == 7
-    assert engines._deployment_config.autoscaling_config.max_replicas == 4
