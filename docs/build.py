@@ -32,6 +32,7 @@ SECTIONS = {
     "Rewards": ("Reward", "CausalReward", "LoraReward", "ProcessReward", "EncoderReward", "FunctionReward",
                 "CachedReward", "RemoteReward", "ImplicitReward", "WeightedReward"),
     "Outputs": ("RequestOutput", "CompletionOutput", "Segment", "Attempt", "Logprob", "Metrics", "outputs.Times",
+                "Rewards",
                 "Calibration"),
     "Metrics": ("metrics.EngineMetrics", "exposition.Histogram"),
     "Traces": ("write_trace", "read_trace"),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         TokenizerError,
         TraceError,
     )
-    from stars.outputs import Attempt, CompletionOutput, Logprob, Metrics, RequestOutput, Segment
+    from stars.outputs import Attempt, CompletionOutput, Logprob, Metrics, RequestOutput, Rewards, Segment
     from stars.policies import (
         ARGS,
         CARDS,
@@ -70,7 +70,7 @@ _HOMES = {
     "engine": ("Engine",),
     "errors": ("EngineDeadError", "IntegrityError", "ModelError", "OutOfPages", "QueueFullError", "RequestError",
                "RewardError", "StarsError", "TokenizerError", "TraceError"),
-    "outputs": ("Attempt", "CompletionOutput", "Logprob", "Metrics", "RequestOutput", "Segment"),
+    "outputs": ("Attempt", "CompletionOutput", "Logprob", "Metrics", "RequestOutput", "Rewards", "Segment"),
     "policies": ("ARGS", "CARDS", "MARA", "RAD", "STARS", "BestOfN", "BlockwiseBestOfK", "ParticleFilter",
                  "PersonaJudge", "RejectionSampling", "RewardGuidedSpeculation", "Sample", "SegmentBeam",
                  "SpeculativeRejection", "TokenGuidance"),
@@ -120,6 +120,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "RewardGuidedSpeculation",
+    "Rewards",
     "STARS",
     "Sample",
     "SamplingParams",

@@ -33,17 +33,19 @@ from stars.model.config import load_config
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
-from stars.outputs import RequestOutput, warn_of_errors
+from stars.outputs import RequestOutput, Rewards, warn_of_errors
 from stars.passes import Passes
 from stars.plan import DRAFT_SIZE, Plan, Policy, plan_of
 from stars.readers import Parts, Readers
 from stars.request import Group, Owner, Request
+from stars.response_scorer import ResponseScorer
 from stars.reward.base import Later, Reward, with_parts
 from stars.reward.resolve import resolve_reward
 from stars.round import Round
 from stars.rules import FirstAccepted, Threshold
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
+from stars.score_call import ScoreCall, score_call
 from stars.sizes import language_model
 from stars.sources import checked_model, checked_reward, resolve_tokenizer
 from stars.spans import Spans, parent_of
@@ -178,6 +180,8 @@ class Engine:
         self._scheduler = Scheduler(self._cache, self.reward, self._models, self._round, config)
         self._intake = Intake(config, self.model_config, tokenizer, self.reward, self._models, self._readers,
                               self._scheduler)
+        self._scorer = None if self.reward is None else ResponseScorer(
+            self.reward, self._intake.pair_parser(self.reward), self._cache, self._scheduler, config)
         self._turns = Turns([*(member.decoder.lock for member in self._models.members),
                              *(self.reward.locks if self.reward is not None else ())])
         # The requests and what their hypotheses have committed are what counts: queue and caches can be made from it.
@@ -377,6 +381,42 @@ class Engine:
                 if completion.error is not None:
                     raise RequestError(f"a sample of {output.prompt!r} could not be scored: {completion.error}")
         return [[sample for sample in map(PlainSample.of, output.outputs) if sample is not None] for output in outputs]
+
+    def score(self, prompts: Any = None, responses: Any = None, **others: Any) -> Rewards:
+        """The reward of each response, as the loop would have scored it: a list of floats, in order.
+
+        prompts: as of `generate`, one for all responses or one for each. responses: a text or a list of token ids, whose
+        EOS is what ended it, or a list of those. Without responses each prompt is a whole: of messages the last one, an
+        assistant's, is scored as the answer to the others, and a text is scored as one where the reward reads prompt
+        and response as one text, and as a response to nothing where it is a callable.
+
+        All is checked before anything is scored: RequestError or RewardError, which names the one at fault, as it does
+        where one has no reward. A long list is scored a slice at a time, between the rounds of others, and -inf, by
+        which a reward rejects, is a reward.
+        """
+        refuse_others("score", others, CALL, ("prompts", "responses"))
+        call = self._score_call(prompts, responses)
+        try:
+            while not call.done:
+                if awaited := self._score_turn(call):
+                    pause(awaited)
+        finally:
+            call.cancel()
+        return call.result()
+
+    def _score_call(self, prompts: Any, responses: Any) -> ScoreCall:
+        """What is to be scored, of which nothing is checked yet; RequestError where there is no reward."""
+        if self._scorer is None:
+            raise RequestError("score needs a reward: build the engine with Engine(model, reward=...)")
+        return score_call(prompts, responses)
+
+    @one_at_a_time
+    def _score_turn(self, call: ScoreCall) -> list[Later]:
+        """A slice, or a round of others where there is no room for one; what is waited for outside of the turn."""
+        assert self._scorer is not None
+        if not self._score_slice(call):
+            self._advance()
+        return call.awaited() if self._scorer.waits(call) else []
 
     # -- step by step ---------------------------------------------------------------------------------------------
 
@@ -668,6 +708,36 @@ class Engine:
                 return
             if not groups:
                 pause(awaited)
+
+    def _score_slice(self, call: ScoreCall) -> bool:
+        """A turn of `call`; False where there was no room. After an exception each of a slice is scored by itself, with
+        nothing else in the caches: who fails alone ends the call."""
+        assert self._scorer is not None
+        self._recover()
+        stop = max(call.alone, call.next + self.config.max_num_lanes)
+        try:
+            return self._changed_by(call, alone=False)
+        except IntegrityError:
+            raise
+        except Exception as error:
+            self._recover()
+            call.alone = stop
+            log(f"a slice of responses to be scored raised {describe(error)}: each is scored by itself", error)
+        try:
+            return self._changed_by(call, alone=True)
+        except IntegrityError:
+            raise
+        except Exception as error:
+            self._recover()
+            call.fail(call.next, error)
+            return True
+
+    def _changed_by(self, call: ScoreCall, alone: bool) -> bool:
+        assert self._scorer is not None
+        self._changing = True
+        done = self._scorer.advance(call, alone)
+        self._changing = False
+        return done
 
     def _fail(self, request: Request, error: Exception) -> None:
         before, self._changing = self._changing, True

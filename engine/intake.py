@@ -27,6 +27,7 @@ from stars.request import Drafts, Reader, Request
 from stars.reward.base import Reward
 from stars.sampling import SamplingParams
 from stars.scheduler import Scheduler
+from stars.score_call import PairParser
 from stars.stops import stop_tokens
 from stars.structured import StructuredOutputsParams
 
@@ -155,6 +156,10 @@ class Intake:
             raise RequestError(f"a segment may have {plan.segment.draft} tokens and the engine's slabs hold "
                                f"{self._config.max_segment_size}: build it with a larger max_segment_size")
         return Needs(proposal, stores, redrafts, reader)
+
+    def pair_parser(self, reward: Reward) -> PairParser:
+        """What reads responses that `reward` is to score by themselves."""
+        return PairParser(self._tokenizer, self._vocab_size, self._eos_token_ids, reward)
 
     def compiled(self, asked: Asked) -> Asked:
         """`asked` with its grammar, if it has one: RequestError where that is none. It may take seconds, which nobody

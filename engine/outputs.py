@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,17 @@ from stars.plan import OWN, Policy
 
 MAX_CHARACTERS = 48  # of a text in a repr
 MAX_COMPLETIONS = 3  # of a request in its repr
+
+
+class Rewards(list[float]):
+    """What `score` returns: a reward for each response, in order.
+
+    num_tokens: of the reward model, that scoring each of them from scratch takes; 0 where the reward has no tokens.
+    """
+
+    def __init__(self, rewards: Iterable[float], num_tokens: int):
+        super().__init__(rewards)
+        self.num_tokens = num_tokens
 
 
 class Logprob(NamedTuple):

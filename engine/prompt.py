@@ -6,14 +6,14 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from stars.arguments import MAX_SHOWN, shown
+from stars.arguments import MAX_SHOWN, flag, shown
 from stars.chat import CHAT_KEYS, Chat, continued, control_tokens, parse_chat, parse_special_tokens, rendered
 from stars.errors import RequestError
 from stars.model.control_tokens import without_marks
 from stars.model.tokenizer import finished
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-OTHER_KEYS = {"prompt": ("special_tokens",), "prompt_token_ids": (), "messages": (*CHAT_KEYS, "special_tokens")}
+OTHER_KEYS = {"prompt": ("special_tokens", "add_special_tokens"), "prompt_token_ids": (), "messages": (*CHAT_KEYS, "special_tokens")}
 """What a prompt dictionary may have besides each of PROMPT_KEYS."""
 
 
@@ -29,6 +29,7 @@ class Prompt(NamedTuple):
     marked: str | None = None  # `text` with marks, where control tokens in it are text (`ControlTokens.encode`)
     cut: bool = False  # whether token_ids have lost their beginning
     shown: str | list[dict[str, Any]] | None = None  # what was given, where it was cut
+    special: bool = True  # whether a text is read with the special tokens that a tokenizer puts around it
 
     @property
     def chat(self) -> Chat | None:
@@ -47,7 +48,8 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
     Keys whose value is None count as absent; ids may have their text with them. Messages, each with "content" (text,
     or a list of text parts) or "tool_calls", are rendered with the LM's chat template and encoded without special
     tokens, since the template holds them; beside them may stand what `chat.CHAT_KEYS` names. "special_tokens" beside a
-    text or messages says whether control tokens in what is given are tokens ("parse") or text ("text").
+    text or messages says whether control tokens in what is given are tokens ("parse") or text ("text"), and
+    "add_special_tokens": False beside a text that it has those already which a tokenizer puts around one.
     """
     parsed = _parse(prompt, tokenizer, vocab_size)
     _check_ids(parsed.token_ids, vocab_size)
@@ -96,7 +98,8 @@ def after(text: str, prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[in
     elif isinstance(prompt.given, str):
         begins = len(bos) * prompt.given.startswith(bos) * (not prompt.literal)
         rest = prompt.marked if prompt.marked is not None else prompt.given
-        token_ids = _encoded(tokenizer, rest[:begins] + text + rest[begins:], True, prompt.marked is not None)
+        token_ids = _encoded(tokenizer, rest[:begins] + text + rest[begins:], prompt.special,
+                             prompt.marked is not None)
     else:
         rest = prompt.marked or prompt.text or ""
         rest = rest.removeprefix(bos) if text.startswith(bos) else rest
@@ -134,7 +137,7 @@ def _encoded(tokenizer: Any, text: str, add_special_tokens: bool, marked: bool) 
 
 
 def _parse(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
-    literal = False
+    literal, special = False, True
     if isinstance(prompt, dict):
         known = {*PROMPT_KEYS, *(key for keys in OTHER_KEYS.values() for key in keys)}
         unknown = [key if isinstance(key, str) else shown(key) for key in prompt if key not in known]
@@ -151,6 +154,8 @@ def _parse(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
             return _from_ids(prompt["prompt_token_ids"], tokenizer, vocab_size)
         if kind == "messages":
             return _from_chat(parse_chat(prompt, tokenizer), tokenizer, literal, prompt["messages"])
+        if prompt.get("add_special_tokens") is not None:
+            special = flag("add_special_tokens", prompt["add_special_tokens"])
         prompt = prompt["prompt"]
     if not isinstance(prompt, str):
         raise RequestError(f"a prompt is a string or a dictionary, not {type(prompt).__name__}")
@@ -160,10 +165,11 @@ def _parse(prompt: Any, tokenizer: Any, vocab_size: int) -> Prompt:
         raise RequestError('the model has no tokenizer.json: give {"prompt_token_ids": [...]} instead of '
                            "text")
     marked = control_tokens(tokenizer).mark(prompt) if literal else prompt
-    token_ids = _encoded(tokenizer, marked, True, marked != prompt)
+    token_ids = _encoded(tokenizer, marked, special, marked != prompt)
     if not token_ids:
         raise RequestError("the tokenizer makes nothing of this prompt: give at least one character that it knows")
-    return Prompt(prompt, token_ids, prompt, literal=literal, marked=marked if marked != prompt else None)
+    return Prompt(prompt, token_ids, prompt, literal=literal, marked=marked if marked != prompt else None,
+                  special=special)
 
 
 def _from_ids(token_ids: Any, tokenizer: Any, vocab_size: int) -> Prompt:

@@ -245,6 +245,15 @@ class Scheduler:
             hypothesis.count_preemption()
         self._give_up(unit)
 
+    def make_way(self) -> bool:
+        """Has the unit give way that is the next to do so, to somebody who is none and holds nothing once the turn is
+        over; False where nobody runs."""
+        if not self.running:
+            return False
+        self._preempt(self._fairness.last(self.running) if len(self.running) > 1 else self.running[0])
+        self._gave_way = None  # there is what it had as soon as the turn is over
+        return True
+
     def _give_up(self, unit: Unit) -> None:
         """Takes everything from `unit`, which waits in front of all others until another gives something back."""
         for hypothesis in unit.unfinished:

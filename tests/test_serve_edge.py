@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from serving_http import service_of_pair, wait_until
+from stars.exposition import Family
 from stars.serve.http.server import room_for
 from stars.serve.http.settings import ServerSettings
 from wire import Place, Wire, events, place_of, request
@@ -83,6 +84,8 @@ WRONG = {
     "one long header": (b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 200_000 + b"\r\n\r\n", 431, "bad_http"),
     "many headers": (b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 40_000 + b"\r\n", 431, "bad_http"),
     "headers without end": (b"GET /health HTTP/1.1\r\n" + b"X: yyyyyyyyyy\r\n" * 20_000, 431, "bad_http"),
+    "a body in crumbs": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 40_000, 400, "bad_http"),
+    "300 headers": (b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 300 + b"\r\n", 431, "bad_http"),
     "a long target": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 431, "bad_http"),
     "broken JSON": (request("/v1/completions", b'{"model": "lm", "prompt'), 400, None),
     "no object": (request("/v1/completions", b"[]"), 400, None),
@@ -225,6 +228,28 @@ def test_a_body_of_100_mb_is_refused_unread(place, right, chunked):
     assert place.service.traffic.buffered == 0
 
 
+@pytest.mark.parametrize("before", [b"", request("/health")], ids=["alone", "behind another"])
+def test_what_costs_much_to_read_holds_up_nobody(place, right, before):
+    """h11 would be busy for seconds with chunks of a byte each, all that while."""
+    with Wire(place.address) as wire:
+        begin = time.monotonic()
+        poured(wire, iter([before + WRONG["a body in crumbs"][0]]))
+        assert not before or wire.answer().status == 200
+        assert wire.answer().status == 400
+        assert text_of(place) == right and time.monotonic() - begin < 0.7
+
+
+def test_a_body_in_fair_pieces_is_read(place, right):
+    body = json.dumps(COMPLETION, indent=1).replace("\n", "\r\n").encode()
+    parts = [body[at:at + 7] for at in range(0, len(body), 7)]
+    pieces = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    with Wire(place.address) as wire:
+        answer = wire.send(HEAD, "Transfer-Encoding: chunked\r\n\r\n", pieces, "0\r\n\r\n").answer()
+        assert json.loads(answer.body)["choices"][0]["text"] == right
+    lines = json.dumps(COMPLETION | {"user": "ann"}, indent=0).replace("\n", "\r\n" * 5000).encode()
+    assert json.loads(place.ask("/v1/completions", lines).body)["choices"][0]["text"] == right
+
+
 def test_a_body_may_be_as_long_as_is_said(place):
     most = SETTINGS.max_body_bytes
     for length, status in ((most, 400), (most + 1, 413)):
@@ -312,6 +337,23 @@ def test_who_does_not_read_is_let_go(place, right):
         poured(wire, (request("/metrics") for _ in range(800)))
         assert text_of(place) == right
         wait_until(lambda: place.service.traffic._refused["reader"] > before, 10)
+
+
+def test_who_reads_slowly_is_read_to(place, monkeypatch):
+    """For longer than a client may do nothing: what counts is that it goes on."""
+    before = place.service.traffic._refused["reader"]
+    large = Family("large", "gauge", "x" * (6 << 20), {"": 1})
+    monkeypatch.setattr(place.service.traffic, "families", lambda: [large])
+    with set_to(place, write_seconds=0.5), Wire(place.address) as wire:
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        wire.send(request("/metrics"))
+        begin, read = time.monotonic(), 0
+        while read < 6 << 20:
+            part = wire.socket.recv(1 << 16)
+            assert part, "cut off"
+            read += len(part)
+            time.sleep(0.015)
+        assert time.monotonic() - begin > 1.0 and place.service.traffic._refused["reader"] == before
 
 
 # -- who goes away ----------------------------------------------------------------------------------------------------

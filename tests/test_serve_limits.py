@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -93,7 +94,8 @@ def test_users_of_two_keys_are_not_the_same(place, monkeypatch):
 
 @pytest.mark.parametrize("host, status", [
     ("localhost", 200), ("localhost:8000", 200), ("LOCALHOST", 200), ("[::1]:8000", 200), ("evil.example", 400),
-    ("localhost.evil.example", 400), ("evil.example:80@localhost", 200), ("", 400), ("[::1", 400), ("127.0.0.1", 400)])
+    ("localhost.evil.example", 400), ("evil.example:80@localhost", 400),
+    ("localhost/x", 400), ("", 400), ("[::1", 400), ("127.0.0.1", 400)])
 def test_a_name_that_is_not_the_servers_is_refused(place, host, status):
     """So a page whose own name is pointed at this machine reads nothing of it."""
     with Wire(place.address) as wire:
@@ -226,6 +228,20 @@ def test_a_reward_that_raises_in_a_stream_is_told_there(place, monkeypatch):
     wait_until(lambda: is_free(place))
 
 
+@pytest.mark.rounds_raise
+def test_a_reward_server_that_is_down_ends_its_requests_alone(caplog):
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    reward = stars.RemoteReward(f"http://127.0.0.1:{port}", model="rm", retries=0, timeout=5)
+    with service_of_pair(ServerSettings("lm", drain_seconds=0.0), reward=reward) as service, place_of(service) as place:
+        for stream in (False, True):
+            answer = place.ask("/v1/completions", COMPLETION | {"stream": stream})
+            assert (answer.status, answer.error["type"]) == (500, "server_error"), answer.body
+        assert place.ask("/v1/completions", COMPLETION | {"model": "lm:plain", "stars": {}}).status == 200
+        assert place.ask("/health").status == 200
+        wait_until(lambda: is_free(place))
+
+
 def test_a_handler_that_raises_is_answered_for(place, monkeypatch, caplog):
     def broken(*_: Any) -> Any:
         raise ValueError("a secret of the server's")
@@ -235,7 +251,8 @@ def test_a_handler_that_raises_is_answered_for(place, monkeypatch, caplog):
     assert (answer.status, answer.error["type"]) == (500, "server_error") and b"secret" not in answer.body
     assert [record.name for record in caplog.records if record.exc_info] == ["stars.serve.http.limits"]  # once
     monkeypatch.undo()
-    assert text_of(place, key(KEYS[0])) and place.service.traffic.under_way == 0
+    assert text_of(place, key(KEYS[0]))
+    wait_until(lambda: is_free(place))
 
 
 def test_an_answer_that_breaks_off_is_cut_off(place, monkeypatch):

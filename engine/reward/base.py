@@ -114,6 +114,10 @@ class Reward(ABC):
     needs_text = False  # whether `Candidate.text` must be filled
     locks: Sequence[Any] = ()  # of models that other engines may share, known once it is bound
     exclusive = False  # whether it has a state that two engines cannot share
+    activated = False  # whether rewards are probabilities already, as of a sigmoid; known once it is bound
+    # What a text that nobody has divided is to it: a prompt without a response, a response without a prompt, or, where
+    # it reads responses alone, nothing.
+    whole_text: Literal["prompt", "response"] | None = "prompt"
     parts: Sequence[Reward] = ()  # rewards that it asks: the engine makes them its own, and asks them what they hold
     engine: weakref.ref[Any] | None = None  # whose it is, if it is exclusive; the engine sets it
 
@@ -199,7 +203,7 @@ class Reward(ABC):
         A reward may be a Future, which another thread settles: with a float, or with a RewardError, and never by an
         exception. The response waits for it, with what it holds, the handle included; all others go on. Where a
         response ends meanwhile, or is begun anew, its Futures are cancelled and its handles discarded: what is settled
-        afterwards reaches nobody. Who returns Futures offers neither `score_trailing` nor `score_ahead`.
+        afterwards reaches nobody. `Engine.score`, whose responses do not go on, discards and closes at once. Who returns Futures offers neither `score_trailing` nor `score_ahead`.
         """
 
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> Trailing | None:

@@ -120,7 +120,9 @@ class CausalReward(ScoringReward):
         self.cache = PagedCache(shape, config, sizes, self.decoder.dtype)
         with self.decoder.lock:  # another engine may be at work with it
             self._passes = Passes(self.decoder, self.cache, config, sizes)
-        gate = self.decoder.score_head.gate if isinstance(self.decoder.score_head, RewardHead) else None
+        head = self.decoder.score_head
+        gate = head.gate if isinstance(head, RewardHead) else None
+        self.activated = isinstance(head, RewardHead) and head.activation != "none"
         self.gating = None if gate is None else Gating(gate, self._passes, self.cache)
         self.vocab_size = shape.vocab_size
         self.slack = 0 if self.same_vocabulary else REENCODE_SLACK

@@ -36,6 +36,8 @@ class CompositeReward(Reward):
 
     def __init__(self, parts: Sequence[Reward]):
         self.parts = tuple(parts)
+        read = {part.whole_text for part in parts}
+        self.whole_text = read.pop() if len(read) == 1 else None
 
     def _named(self, index: int, error: StarsError) -> StarsError:
         """An error of a part, as it is told."""

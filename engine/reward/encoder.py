@@ -74,6 +74,7 @@ class EncoderReward(Reward):
         batch_size = checked_batch_size("EncoderReward", batch_size)
         self.model_path = Path(model) if isinstance(model, str) else model
         self.inputs = inputs
+        self.whole_text = "prompt" if inputs == "joined" else None
         self.label = label
         self.batch_size = self._batch_size = batch_size  # the latter: what the model bears
 

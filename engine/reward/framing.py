@@ -83,7 +83,7 @@ class Framing:
         if prompt.text is None:
             raise RequestError("these prompt ids cannot be decoded for the reward model's vocabulary: give the prompt "
                                "as text")
-        special = chat is None  # a rendered template holds its special tokens
+        special = chat is None and prompt.special  # a rendered template holds its special tokens
         text, marked = self._raw(chat, prompt, prompt.text)
         return Frame(self.encode(text, special, marked), text, special, self._eos, marked)
 

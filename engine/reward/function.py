@@ -56,6 +56,7 @@ class FunctionReward(Reward):
         self.inputs = inputs
         self.batch_size = batch_size
         self.needs_text = inputs == "text"
+        self.whole_text = "response"
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """A text reward needs the LM's tokenizer."""

@@ -79,6 +79,7 @@ class LogprobReward(SlabReward):
     """
 
     exclusive = True
+    whole_text = None
 
     def __init__(self, model: Any, name: str, quantization: str | None = "auto"):
         self.model, self.name, self.quantization = model, name, quantization

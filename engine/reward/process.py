@@ -57,6 +57,7 @@ class ProcessReward(CausalReward):
     or a head without two labels; in a request, where the tokenizer merges a tag with what stands around it.
     """
 
+    whole_text = None
     readings = 4  # of a candidate, in one pass: the steps that a segment ends, and the closing
 
     def __init__(self, model: Any, *, step_separator: str | None = None, step_tag: str | None = "auto",

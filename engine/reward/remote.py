@@ -226,7 +226,7 @@ def _session(prompt: Prompt, template: str) -> _Session:
         if prompt.text is None:
             raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")
         # A rendered template holds its special tokens.
-        return _Session(None, prompt.text, messages is None)
+        return _Session(None, prompt.text, messages is None and prompt.special)
     if messages is None:
         if prompt.text is None:
             raise RequestError("the reward reads text and these prompt ids cannot be decoded: give the prompt as text")

@@ -14,7 +14,7 @@ from stars.engine import Engine
 from stars.errors import RequestError
 from stars.intake import Asked
 from stars.metrics import EngineMetrics
-from stars.outputs import RequestOutput
+from stars.outputs import RequestOutput, Rewards
 from stars.plan import Policy
 from stars.sampling import SamplingParams
 from stars.serve.feed import Feed
@@ -71,9 +71,21 @@ class AsyncEngine:
         return self.engine.metrics
 
     @property
+    def max_requests(self) -> int | None:
+        """Requests that may run and wait at once before `add_nowait` raises; None: any number."""
+        waiting = self._loop.max_waiting
+        return None if waiting is None else self.engine.config.max_num_seqs + waiting
+
+    @property
     def is_running(self) -> bool:
         """Whether requests are taken: False after a fault, and from the moment that `shutdown` is called."""
         return not self._loop.closed
+
+    @property
+    def num_in_line(self) -> int:
+        """Requests that were asked for and that the engine does not have yet: those in line, and those that are being
+        checked or have their grammar compiled."""
+        return self._loop.in_line
 
     def generate(self, prompt: Any = None, sampling_params: SamplingParams | None = None,
                  policy: Policy | None = None, *, request_id: str | None = None, budget: Budget | None = None,
@@ -122,6 +134,11 @@ class AsyncEngine:
             stream._end()
             raise
         return stream
+
+    async def score(self, prompts: Any = None, responses: Any = None, **others: Any) -> Rewards:
+        """As `Engine.score`, a slice at a time between the rounds of others. Cancelled, it ends before the next one."""
+        refuse_others("score", others, CALL, ("prompts", "responses"))
+        return await asyncio.wrap_future(self._loop.score(self.engine._score_call(prompts, responses)))
 
     async def abort(self, request_id: str | Iterable[str]) -> bool:
         """Ends a request, or several, with finish_reason "abort", keeping what was committed; whether there was one.

@@ -12,16 +12,20 @@ import threading
 import time
 import weakref
 from collections import deque
-from concurrent.futures import Future, InvalidStateError
-from typing import NamedTuple, TypeAlias, TypeVar
+from concurrent.futures import Future
+from typing import NamedTuple, TypeAlias
 
 from stars.engine import Engine
 from stars.errors import EngineDeadError, IntegrityError, QueueFullError, RequestError, describe, log
 from stars.intake import Asked
+from stars.outputs import Rewards
 from stars.request import Request
 from stars.reward.base import Later
+from stars.score_call import ScoreCall
 from stars.serve.aside import Aside
 from stars.serve.feed import Feed, Waiter, wake_all
+from stars.serve.score_line import ScoreLine, settle
+from stars.waiting import PATIENCE
 
 EXIT_SECONDS = 10.0
 """How long an interpreter that exits waits for a round to end."""
@@ -29,7 +33,6 @@ GATHERING, MOST_GATHERING = 0.0005, 0.005
 """Seconds that an idle loop waits for a further request, each time, and in all: an event loop makes those of its tasks
 one after the other, and a round that begins with the first alone holds up the others."""
 LONGEST_NAP = 3600.0  # seconds; waits are not longer, whatever a deadline is
-T = TypeVar("T")
 
 
 class Add(NamedTuple):
@@ -59,13 +62,20 @@ class Drop(NamedTuple):
     feed: Feed
 
 
+class Score(NamedTuple):
+    """Responses are to be scored."""
+
+    call: ScoreCall
+    rewards: Future[Rewards]
+
+
 class Close(NamedTuple):
     """No requests come any more: what is there is finished, or aborted."""
 
     drain: bool
 
 
-Message: TypeAlias = Add | Prepared | Abort | Drop | Close | None
+Message: TypeAlias = Add | Prepared | Abort | Drop | Score | Close | None
 """What the loop thread is told; None: to look again."""
 
 
@@ -96,6 +106,7 @@ class Loop:
         self._preparing: dict[str, Feed] = {}  # checked but for their grammars, which are being compiled
         self._line: dict[str, Feed] = {}  # checked, in order
         self._queued: dict[str, Feed] = {}  # the engine has them
+        self._scores = ScoreLine(engine, self._inbox)
         self._closing = False
         self._crowded = False  # whether some were left waiting by the last round
         self._awaited: list[Later] = []  # rewards without which there is no round
@@ -133,6 +144,11 @@ class Loop:
                 self._in_line += 1
             self._inbox.put(Add(feed, placed))
 
+    @property
+    def in_line(self) -> int:
+        """Requests that the engine does not have yet."""
+        return self._in_line + self._passed
+
     def abort(self, request_id: str) -> Future[bool]:
         """Asks for a request's end; whether there was one comes later."""
         self.engine._turns.refuse_reentry()
@@ -145,6 +161,16 @@ class Loop:
             else:
                 self._inbox.put(Abort(request_id, found))
         return found
+
+    def score(self, call: ScoreCall) -> Future[Rewards]:
+        """Asks for rewards; whoever cancels the Future has them no longer wanted."""
+        self.engine._turns.refuse_reentry()
+        rewards: Future[Rewards] = Future()
+        with self._lock:
+            if self.closed:
+                raise self._dead()
+            self._inbox.put(Score(call, rewards))
+        return rewards
 
     def drop(self, feed: Feed) -> None:
         """Nobody awaits `feed` any more. For finalisers, too: it takes no lock."""
@@ -184,7 +210,8 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            while not (self._closing and not self._queued and not self._line and not self._preparing):
+            while not (self._closing and not self._queued and not self._line and not self._preparing
+                       and not self._scores):
                 self._listen()
                 if self._told or self._late(self._preparing):
                     self.engine._turns.take(self._hear)
@@ -193,6 +220,8 @@ class Loop:
                     self._awaited = self.engine._turns.take(self._advance)
                     self._watch()
                     self._deliver()
+                if self._scores:
+                    self._scores.turn()
         except BaseException as error:  # in this thread there is nobody else to take it
             self._end(error)
         else:
@@ -201,8 +230,8 @@ class Loop:
     def _listen(self) -> None:
         """Takes what has come, and where nothing can be done before, what comes."""
         with contextlib.suppress(queue.Empty):
-            idle = not self._queued
-            if idle or self._awaited:
+            idle = not self._queued and not self._scores.able
+            if (not self._queued or self._awaited) and (not self._scores.able or self._scores.cramped):
                 self._told.append(self._inbox.get(timeout=self._nap()))
             until = time.monotonic() + MOST_GATHERING
             while idle and time.monotonic() < until:  # who comes together begins together
@@ -214,6 +243,8 @@ class Loop:
         """Seconds until a deadline passes, None where there is none: rewards and messages wake the thread."""
         deadlines = [feed.deadline for feeds in (self._queued, self._line, self._preparing)
                      for feed in feeds.values() if feed.deadline is not None]
+        if self._scores.cramped:
+            deadlines.append(time.monotonic() + PATIENCE)
         return max(0.0, min(min(deadlines) - time.monotonic(), LONGEST_NAP)) if deadlines else None
 
     def _watch(self) -> None:
@@ -248,6 +279,8 @@ class Loop:
                 self._answers.append((message.found, self._abort(message.request_id)))
             elif isinstance(message, Drop):
                 self._drop(message.feed)
+            elif isinstance(message, Score):
+                self._scores.add(message.call, message.rewards)
             elif isinstance(message, Close):
                 self._close(message.drain)
             self._told.popleft()
@@ -256,7 +289,7 @@ class Loop:
         self._build()
         self._let_in(after_round=False)
         while self._answers:
-            _settle(*self._answers.pop())
+            settle(*self._answers.pop())
 
     def _add(self, feed: Feed, placed: bool) -> None:
         """Checks a request, which stands in line then, is queued, or has its grammar compiled meanwhile."""
@@ -364,6 +397,7 @@ class Loop:
         if not drain:
             for request_id in [*self._line, *self._preparing]:
                 self._leave_line(request_id)
+            self._scores.end(self._dead)
             self.engine._abort([feed.request for feed in self._queued.values() if feed.request is not None])
 
     def _build(self) -> None:
@@ -466,12 +500,16 @@ class Loop:
             self._tell(feed, feed.fail(self._dead()))
         for found in (*(found for found, _ in self._answers),
                       *(message.found for message in self._told if isinstance(message, Abort))):
-            _settle(found, False if fault is None else self._dead())
+            settle(found, False if fault is None else self._dead())
+        for message in self._told:
+            if isinstance(message, Score):
+                self._scores.add(message.call, message.rewards)
+        self._scores.end(self._dead)
         for held in (self._told, self._answers, self._queued, self._line, self._preparing, self._changed,
                      self._awaited):
             held.clear()
         self._deliver()
-        _settle(self.ended, None)
+        settle(self.ended, None)
 
     def _left_behind(self) -> None:
         """After a fork, in the child, which has no such thread."""
@@ -480,16 +518,8 @@ class Loop:
         self._fault = RuntimeError("the process was forked, and the thread is its parent's")
         for feed in (*self._queued.values(), *self._line.values(), *self._preparing.values()):
             feed.left_behind(self._dead())
+        self._scores.end(self._dead)
         self.engine._orphans.extend(self._queued)  # whose next call ends them
-
-
-def _settle(future: Future[T], value: T | Exception) -> None:
-    """Answers, if somebody still waits for it."""
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(value, Exception):
-            future.set_exception(value)
-        else:
-            future.set_result(value)
 
 
 class _Thread(threading.Thread):

@@ -14,7 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from stars.arguments import shown
 from stars.errors import StarsError
-from stars.exposition import CONTENT_TYPE, exposition
+from stars.exposition import CONTENT_TYPE, Family, exposition
+from stars.metrics import PREFIX
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
 from stars.serve.http.description import describe
 from stars.serve.http.errors import ApiError, api_error
@@ -77,7 +78,9 @@ async def _ready(request: Request) -> JSONResponse:
 async def _metrics(request: Request) -> PlainTextResponse:
     """The engine's metrics and the server's in Prometheus' text format."""
     service = service_of(request)
-    families = [*service.engine.metrics.families(), *service.traffic.families()]
+    line = Family(PREFIX + "num_requests_in_line", "gauge", "Requests that the engine does not have yet: they stand in "
+                  "line, or are being checked.", {"": service.engine.num_in_line})
+    families = [*service.engine.metrics.families(), line, *service.traffic.families()]
     return PlainTextResponse(exposition(families, {}), media_type=CONTENT_TYPE)
 
 

@@ -28,6 +28,10 @@ COMMON = ("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "freq
           "prompt_logprobs")
 """Parameters whose names and meanings are those of SamplingParams."""
 
+OTHERS = frozenset((*COMMON, "max_tokens", "structured_outputs", "special_tokens", "chat_template_kwargs", "tools",
+                    "add_generation_prompt", "continue_final_message", "priority"))
+"""Parameters that a sentence of the engine's may be about."""
+
 
 class Wanted(NamedTuple):
     """What one HTTP request asks for."""
@@ -51,9 +55,7 @@ class Wanted(NamedTuple):
 
     def refused(self, error: Exception, number: int | None = None) -> ApiError:
         """What is told of an error that the engine refuses prompt `number`, of several, with."""
-        known = {*COMMON, "max_tokens", "structured_outputs", "special_tokens", "chat_template_kwargs", "tools",
-                 "add_generation_prompt", "continue_final_message", "priority"}
-        told = api_error(error, given=known, otherwise=self.main)
+        told = api_error(error, given=OTHERS, otherwise=self.main)
         if told.status != 400:
             return told
         message = re.sub(r"\b[a-z_]+\b", lambda word: self.names.get(word[0], word[0]), str(told))
@@ -69,6 +71,10 @@ def asked_completion(service: Service, body: CompletionRequest) -> Wanted:
     """What a body of /v1/completions asks for."""
     refuse(body)
     prompts = _prompts(body)
+    most = service.engine.max_requests
+    if most is not None and len(prompts) > most:
+        raise ApiError(400, f"there are {len(prompts)} prompts, and no more than {most} may run and wait at once: "
+                       "split the request", "prompt")
     judged = guided(service, body.model, body.stars)
     max_tokens = body.max_tokens
     if max_tokens is None:
@@ -114,6 +120,8 @@ def asked_chat(service: Service, body: ChatCompletionRequest) -> Wanted:
 
 def _wanted(body: Sampled, prompts: list[Any], params: SamplingParams, judged: Guided, main: str,
             names: dict[str, str]) -> Wanted:
+    if not hasattr(judged.policy, "segment_size") and hasattr(judged.policy, "max_segment"):
+        names["stars.segment_size"] = "stars.max_segment"
     options = body.stream_options
     if options is not None:
         refuse_within("stream_options", options.model_extra, type(options).model_fields)
@@ -140,7 +148,7 @@ def _params(body: Sampled, given: dict[str, Any]) -> tuple[SamplingParams, dict[
     try:
         return SamplingParams(**values, structured_outputs=structured, output_kind=kind), names
     except RequestError as error:
-        told = api_error(error)
+        told = api_error(error, given=OTHERS)
         raise ApiError(400, str(told), names.get(told.param or "", told.param)) from error
 
 

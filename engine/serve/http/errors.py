@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from stars.arguments import shown
+from stars.arguments import MAX_SHOWN, shown
 from stars.errors import EngineDeadError, QueueFullError, RequestError, RewardError, StarsError, TokenizerError
 from stars.policies import POLICIES
 
@@ -18,14 +18,17 @@ TOO_LONG = re.compile(r"the limit is \d+ \(|leaves no room for a response")
 """What `Intake` says of a prompt that does not fit."""
 NAMED = re.compile(r"\b([A-Z]\w*)\.([a-z]\w*)")  # "SamplingParams.top_p is 2, it must …"
 OF_POLICY = frozenset(kind.__name__ for kind in POLICIES.values())
-WORD = re.compile(r"[a-z]\w*")
+WORD = re.compile(r"\b[a-z]\w*")
 NO_PARAMETER = frozenset(("n", "stop", "user", "model", "stream", "seed", "stars", "prompt", "messages", "echo"))
 """Names of parameters that are words of sentences, too."""
-SPOKEN = ((re.compile(r"^user is"), "user"), (re.compile(r"\bstop (strings?|token ids)\b"), "stop"),
-          (re.compile(r"\bn times the policy's"), "n"),
-          (re.compile(r"\b(policy|reward=|segment may|model named|head named|population)\b"), "stars.policy"),
-          (re.compile(rf"\b({'|'.join(sorted(OF_POLICY))})\b"), "stars.policy"))
+SPOKEN = tuple((re.compile(pattern), param) for pattern, param in (
+    (r"\bstop (strings?|token ids)\b", "stop"), (r"\bn times the policy's", "n"),
+    (r"\ba segment may have\b", "stars.segment_size"), (r"\bno (model|head) named\b", "stars.policy"),
+    (rf"\b({'|'.join(sorted(OF_POLICY))})\b", "stars.policy")))
 """How sentences speak of parameters that they do not name."""
+PLAINER = {"a valid dictionary or object to extract fields from": "an object", "a valid dictionary": "an object",
+           "a valid boolean": "true or false", "a valid ": "a ", "a integer": "an integer"}
+KINDS = ("str", "int", "float", "bool")  # where one of several types is wanted pydantic's places have the type, too
 NESTED = ("stars", "stream_options", "response_format")  # parameters whose own ones are named behind a dot
 
 
@@ -56,12 +59,15 @@ def api_error(error: Exception, retry_after: int = 1, given: Collection[str] = (
         return error
     message = " ".join(str(error).split())
     if isinstance(error, QueueFullError):
-        return ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry_after)})
+        return ApiError(429, f"{message.split(':')[0]}: try again later", code="queue_full",
+                        headers={"Retry-After": str(retry_after)})
     if isinstance(error, EngineDeadError):
         return ApiError(503, message, code="engine_dead")
     if isinstance(error, (RequestError, RewardError, TokenizerError)):
         code = "context_length_exceeded" if TOO_LONG.search(message) else None
-        return ApiError(400, NAMED.sub(_as_sent, message), _param(message, given) or otherwise, code)
+        said = NAMED.sub(_as_sent, message).replace("StructuredOutputsParams", "structured_outputs")
+        return ApiError(400, said.replace("True or False", "true or false"),
+                        _param(message) or _spoken_of(said, given) or otherwise, code)
     if isinstance(error, StarsError):
         return ApiError(500, message)
     return ApiError(500, "an error of the server, which its log has")
@@ -78,19 +84,37 @@ def invalid(errors: Sequence[Any]) -> ApiError:
     name = ".".join(map(str, names))
     if first["type"] == "missing":
         return ApiError(400, f"{name} is missing: give it", name)
-    reasons = dict.fromkeys(re.sub("^Input should be ", "", error["msg"]) for error in errors if error["loc"][:2] ==
-                            first["loc"][:2])
-    where = "".join(f"[{part}]" for part in place[len(names):] if isinstance(part, int))
-    return ApiError(400, f"{name}{where} is {shown(first['input'])}, it must be {' or '.join(list(reasons)[:3])}", name)
+    reasons = dict.fromkeys(_reason(error["msg"]) for error in errors if error["loc"][:2] == first["loc"][:2])
+    inside = [part for part in place[len(names):] if isinstance(part, int) or part not in KINDS and "[" not in part]
+    where = "".join(f".{part}" if isinstance(part, str) and part.isidentifier() and len(part) <= MAX_SHOWN
+                    else f"[{shown(part)}]" for part in inside)
+    return ApiError(400, f"{name}{where} is {shown(first['input'])}, it must {' or '.join(list(reasons)[:3])}", name)
 
 
-def _param(message: str, given: Collection[str]) -> str | None:
-    """The parameter, as clients name it, that a sentence of the engine's is about; None where it names none."""
+def _reason(message: str) -> str:
+    """What pydantic says that a value should be."""
+    message = re.sub(r"^\w+ should | after validation.*", "", message)
+    for theirs, ours in PLAINER.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _param(message: str) -> str | None:
+    """The parameter that a sentence of the engine's names with its class, as clients name it; None where it does not.
+    """
     named = NAMED.search(message)
-    if named is not None:
-        return _sent_name(named[1], named[2])
-    found = next((word for word in WORD.findall(message) if word in given and word not in NO_PARAMETER), None)
-    return found or next((param for pattern, param in SPOKEN if pattern.search(message)), None)
+    if named is None:
+        return None
+    name = _sent_name(named[1], named[2])
+    return "structured_outputs" if named[1] == "StructuredOutputsParams" else name
+
+
+def _spoken_of(message: str, given: Collection[str]) -> str | None:
+    """The parameter that a sentence speaks of first, otherwise."""
+    found = [(word.start(), word[0]) for word in WORD.finditer(message)
+             if word[0] in given and word[0] not in NO_PARAMETER]
+    found += [(place.start(), param) for pattern, param in SPOKEN if (place := pattern.search(message)) is not None]
+    return min(found)[1] if found else None
 
 
 def _as_sent(named: re.Match[str]) -> str:
@@ -102,7 +126,7 @@ def _sent_name(owner: str, name: str) -> str | None:
     if owner == "SamplingParams":
         return name
     if owner == "StructuredOutputsParams":
-        return "structured_outputs"
+        return f"structured_outputs.{name}"
     if owner == "Budget":
         return f"stars.budget.{name}"
     return f"stars.{name}" if owner in OF_POLICY else None

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
 from stars.serve.http.errors import ApiError
+from stars.serve.http.limits import MOST_LINES
 from stars.serve.http.service import Service
 
 LINGER_SECONDS, LINGER_BYTES = 2.0, 4 << 20
@@ -27,6 +28,11 @@ MOST_LINGERING = 256
 """Connections that may end so; the others are closed at once."""
 PIPELINED_BYTES = 1 << 16
 """Of requests behind the one that is being answered: beyond, nothing is read until it is."""
+SLICE = 1 << 13
+"""Bytes that h11 is given at once: it takes dozens of microseconds for every chunk of a body, however small."""
+LEAST_PIECE = 64
+"""Bytes of a chunked body for each end of a line in it, of which a chunk has two; there may be this many lines more."""
+FREE_LINES = 1024
 MESSAGES = {400: "this is no HTTP request that can be read", 431: "the request's head is too long",
             501: "this is an HTTP feature that the server does not have"}
 
@@ -60,8 +66,11 @@ class Guard(H11Protocol):
         self.asked = False  # whether it ever sent a whole head
         self._counted = self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None  # while a head is awaited
-        self._write_timer: asyncio.TimerHandle | None = None  # while the client does not read
         self._lingered = 0  # bytes that were thrown away
+        self._held = bytearray()  # what came and h11 has not seen: behind a request that is being answered
+        self._cycle = self.cycle  # of which the next three are known
+        self._chunked = False  # whether its body comes in chunks
+        self._lines = self._bytes = 0  # of the body so far, or of the next head
 
     @property
     def is_sending(self) -> bool:
@@ -90,8 +99,6 @@ class Guard(H11Protocol):
         self.leaving.forget()
         self._got_head()
         self.door.quiet.pop(self, None)
-        if self._write_timer is not None:
-            self._write_timer.cancel()
         self._uncount()
         super().connection_lost(exc)
 
@@ -102,21 +109,18 @@ class Guard(H11Protocol):
             if self._lingered > LINGER_BYTES:
                 self.leaving.abort()
             return
-        super().data_received(data)
-        self._look()
+        self._held += data
+        self._go_on()
 
     def pause_writing(self) -> None:
         """The client is behind: it has so long to read on."""
         super().pause_writing()
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.door.service.settings.write_seconds, self._unread)
+        self.leaving.await_reader()
 
     def resume_writing(self) -> None:
         """It read."""
         super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
+        self.leaving.reader_reads()
 
     # -- what uvicorn calls -------------------------------------------------------------------------------------------
 
@@ -124,21 +128,58 @@ class Guard(H11Protocol):
         """Reads on while a request is answered, so that its client is seen to go away."""
         super().handle_events()
         if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE) and self.flow.read_paused and (
-                len(self.conn.trailing_data[0]) < PIPELINED_BYTES):
+                len(self._held) < PIPELINED_BYTES):
             self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """The next head is awaited, by uvicorn until its first byte."""
         super().on_response_complete()
-        self._look()
+        self._go_on()
 
     def send_400_response(self, msg: str) -> None:
         """What h11 cannot read: its own status, the head that is too long among them."""
+        self.door.service.traffic.closed("bad")
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.leaving.close()  # in the midst of an answer there is no place for another
         else:
             self._tell(ApiError(status, MESSAGES.get(status, MESSAGES[400]), code="bad_http"))
+
+    # -- what came ----------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Has h11 read what is there, up to the end of a request; the next one waits until that is answered."""
+        while self._held and not self.leaving.closing and self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            part = bytes(self._held[:SLICE])
+            del self._held[:SLICE]
+            if self._is_flood(part):
+                return
+            super().data_received(part)
+        if len(self._held) >= PIPELINED_BYTES and not self.leaving.closing:
+            self.flow.pause_reading()
+        self._look()
+
+    def _is_flood(self, part: bytes) -> bool:
+        """Whether head or body would take far longer to read than their lengths say; the client is told so."""
+        if self.cycle is not self._cycle:
+            self._cycle = self.cycle
+            self._lines = self._bytes = 0
+            self._chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
+        if self.conn.their_state is h11.IDLE:
+            end = part.rfind(b"\r\n\r\n")  # of the last head in it
+            self._lines = part.count(b"\n", end) if end >= 0 else self._lines + part.count(b"\n")
+            if self._lines > MOST_LINES and end < 0:
+                self.door.service.traffic.closed("bad")
+                self._tell(ApiError(431, MESSAGES[431], code="bad_http"))
+                return True
+        elif self._chunked:
+            self._lines += part.count(b"\n")
+            self._bytes += len(part)
+            if self._lines > FREE_LINES + self._bytes // LEAST_PIECE:
+                self.door.service.traffic.closed("bad")
+                self._tell(ApiError(400, "the body comes in too many small pieces: send larger ones", code="bad_http"))
+                return True
+        return False
 
     # -- heads --------------------------------------------------------------------------------------------------------
 
@@ -182,11 +223,6 @@ class Guard(H11Protocol):
         seconds = self.door.service.settings.header_seconds
         self._tell(ApiError(408, f"no request came within {seconds:g} s: send its head at once", code="head_timeout"))
 
-    def _unread(self) -> None:
-        self._write_timer = None
-        self.door.service.traffic.closed("reader")
-        self.leaving.abort()
-
     # -- ends ---------------------------------------------------------------------------------------------------------
 
     def _crowded(self) -> None:
@@ -205,6 +241,9 @@ class Guard(H11Protocol):
         """An answer that no handler gives, and the end of the connection."""
         if self.leaving.closing:
             return
+        if self.cycle is not None and not self.cycle.response_complete:  # whoever receives a body need not wait for it
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = json.dumps(error.body()).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close",
                    **error.headers}
@@ -221,6 +260,8 @@ class Leaving:
         self._transport = transport
         self._guard = guard
         self._timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes, as that timer was set
         self._lingers = False
         self.closing = False
 
@@ -251,7 +292,28 @@ class Leaving:
         else:
             self._transport.close()
             if self._transport.get_write_buffer_size():
-                self._timer = self._guard.loop.call_later(door.service.settings.write_seconds, self._transport.abort)
+                self.await_reader()
+
+    def await_reader(self) -> None:
+        """From now on the client must read on."""
+        if self._reader_timer is None:
+            self._unread = self._transport.get_write_buffer_size()
+            self._reader_timer = self._guard.loop.call_later(self._guard.door.service.settings.write_seconds,
+                                                             self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        self._reader_timer = None
+        if self._transport.get_write_buffer_size() < self._unread:  # slow, and there
+            self.await_reader()
+        else:
+            self._guard.door.service.traffic.closed("reader")
+            self.abort()
+
+    def reader_reads(self) -> None:
+        """It read all but a little."""
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
     def abort(self) -> None:
         """Ends it at once."""
@@ -264,5 +326,6 @@ class Leaving:
         if self._lingers:
             self._lingers = False
             self._guard.door.lingering -= 1
+        self.reader_reads()
         if self._timer is not None:
             self._timer.cancel()

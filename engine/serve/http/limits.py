@@ -36,6 +36,7 @@ BODIES = 256
 """Bodies of the largest size that may be in the midst of being received."""
 HEAD_BYTES = 1 << 16
 """Of a request, at most. h11 has a bound of its own, and keeps to it only where a head comes in parts."""
+MOST_LINES = 256  # of a head
 CLOSE = {"Connection": "close"}
 VERSIONS = ("1.0", "1.1", "2", "3")  # of HTTP, as servers of ASGI name them; h11 lets any number pass
 GONE = 499
@@ -119,6 +120,8 @@ class Hosts:
     def __init__(self, app: ASGIApp, settings: ServerSettings):
         self.app = app
         self.hosts = frozenset(host.lower().strip("[]") for host in settings.allowed_hosts)
+        if "*" in self.hosts:
+            self.hosts = frozenset()
         self.origins = frozenset(origin.lower().rstrip("/") for origin in settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,6 +135,9 @@ class Hosts:
         host = headers.get("host")
         if scope.get("http_version", "1.1") not in VERSIONS:
             return ApiError(505, "this server speaks HTTP/1.1: ask in that", code="bad_http", headers=CLOSE)
+        if len(scope["headers"]) > MOST_LINES:
+            return ApiError(431, f"the request has more than {MOST_LINES} headers: send fewer", code="bad_http",
+                            headers=CLOSE)
         if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path") or b"") + len(
                 scope["query_string"]) > HEAD_BYTES:
             return ApiError(431, f"the request's head has more than {HEAD_BYTES} bytes: send less", code="bad_http",
@@ -150,7 +156,7 @@ class Hosts:
 def _name(host: str) -> str | None:
     """The host's name without a port; None where it is none."""
     try:
-        return urlsplit("//" + host.lower()).hostname
+        return urlsplit("//" + host.lower()).hostname if not set("@/?#\\") & set(host) else None
     except ValueError:
         return None
 

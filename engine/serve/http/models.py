@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -16,7 +15,9 @@ from stars.plan import Policy, plan_of
 from stars.policies import POLICIES
 from stars.serve.http.description import responses
 from stars.serve.http.errors import ApiError
+from stars.serve.http.guidance import PLAIN, SAMPLE, default_policy
 from stars.serve.http.service import Service, service_of
+from stars.serve.http.stars_field import policy_record
 from stars.version import __version__
 
 router = APIRouter(tags=["models"])
@@ -83,7 +84,7 @@ def names(service: Service) -> dict[str, str]:
     """The policy of each name that requests may have as their model: of those that this engine can run."""
     model = service.settings.model
     runnable = [name for name in POLICIES if _runs(service, name)]
-    return {model: default_policy(service), f"{model}:plain": "sample",
+    return {model: default_policy(service), f"{model}:{PLAIN}": SAMPLE,
             **{f"{model}:{name}": name for name in runnable}}
 
 
@@ -103,18 +104,12 @@ def cards(service: Service) -> Iterator[ModelCard]:
                         max_model_len=service.engine.engine.config.max_model_len, stars=_guidance(service, policy))
 
 
-def default_policy(service: Service) -> str:
-    """The policy of requests that name none."""
-    return service.settings.policy or ("sample" if service.engine.engine.reward is None else "stars")
-
-
 def _guidance(service: Service, policy: str) -> Guidance:
     given = _given(service, policy)
     example = _example(policy, given)
-    parameters = {name: given.get(name) if _is_open(name, given) else getattr(example, name)
-                  for name in _parameters(policy)}
-    return Guidance(policy=policy, parameters={name: _shown(value) for name, value in parameters.items()},
-                    needs_reward=plan_of(example).score.when != "never")
+    parameters = {name: given.get(name) if _is_open(name, given) else value
+                  for name, value in policy_record(example).items() if name != "name"}
+    return Guidance(policy=policy, parameters=parameters, needs_reward=plan_of(example).score.when != "never")
 
 
 def _runs(service: Service, policy: str) -> bool:
@@ -149,10 +144,3 @@ def _is_open(name: str, given: Mapping[str, Any]) -> bool:
 
 def _parameters(policy: str) -> list[str]:
     return [field.name for field in dataclasses.fields(cast(Any, POLICIES[policy]))]
-
-
-def _shown(value: Any) -> Any:
-    """A parameter in JSON: null for a number that it lacks, an object of Python's as it is written."""
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else repr(value)

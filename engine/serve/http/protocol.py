@@ -12,7 +12,7 @@ from stars.intake import MAX_PRIORITY, MAX_USER
 from stars.sampling import MAX_BIAS, MAX_LOGPROBS, MAX_REPETITION, MAX_SAMPLES, MIN_REPETITION
 
 MAX_PROMPTS = 1024  # of one request: each is one of the engine's
-KNOWN_ONLY: JsonDict = {"additionalProperties": False}  # what is not known is refused by `extras.refuse`, with a better sentence
+KNOWN_ONLY: JsonDict = {"additionalProperties": False}  # `extras.refuse` says so in a better sentence
 STRICT = ConfigDict(strict=True, extra="allow", json_schema_extra=KNOWN_ONLY)
 
 

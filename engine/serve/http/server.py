@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -18,7 +19,7 @@ import uvicorn
 
 from stars.cli.signals import handling
 from stars.serve.http.app import build_app
-from stars.serve.http.guard import Door, Guard
+from stars.serve.http.guard import MOST_LINGERING, Door, Guard
 from stars.serve.http.limits import HEAD_BYTES
 from stars.serve.http.service import Service
 
@@ -30,7 +31,10 @@ TURNS = 8
 BACKLOG = 4096  # connections that the system holds meanwhile
 TOLD_SECONDS = 5.0
 """How long clients may take to read the end of what was cut off by the end of --drain-seconds."""
-SPARE_FILES = 128
+SENT_AHEAD = 1 << 17
+"""Bytes that the system holds for a client: megabytes, if it chose, for each that does not read, and whether one reads
+were seen in leaps of as many."""
+SPARE_FILES = 64 + MOST_LINGERING
 """Files of the process that are no connections."""
 
 
@@ -43,7 +47,7 @@ class Server(uvicorn.Server):
         self.service = service
         self._socket = listening
         self._until: float | None = None  # when requests under way are ended
-        self._aborted = False
+        self._ending: asyncio.Future[None] | None = None  # once they are
         at_once = max(1, min(ACCEPTED_AT_ONCE, service.settings.max_connections // TURNS))
         super().__init__(uvicorn.Config(
             build_app(service), http=cast(Any, partial(Guard, Door(service))), loop="asyncio", ws="none",
@@ -75,15 +79,16 @@ class Server(uvicorn.Server):
         if not self.service.traffic.under_way:
             return True
         now = time.monotonic()
-        if not self._aborted and now >= self._until:
-            self._aborted = True
-            await self.service.engine.shutdown(drain=False)
+        if self._ending is None and now >= self._until:
+            self._ending = asyncio.ensure_future(self.service.engine.shutdown(drain=False))
         return now >= self._until + TOLD_SECONDS
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Closes what is open."""
         await super().shutdown(sockets)
-        await self.service.engine.shutdown(drain=False)
+        ending = self._ending or self.service.engine.shutdown(drain=False)
+        with contextlib.suppress(asyncio.TimeoutError):  # of a round that does not end, in a reward for one
+            await asyncio.wait_for(ending, TOLD_SECONDS)
 
     def drain(self) -> None:
         """Lets no more requests in, and ends once the others have."""
@@ -119,6 +124,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT_AHEAD)  # which connections take over
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         made.bind(place)

@@ -30,7 +30,7 @@ class ServerSettings:
     write_seconds: that a client may leave what was sent to it unread. drain_seconds: that requests under way have from
         SIGTERM on.
     cors_origins: pages of other origins that may call, "*" for all; empty: none. allowed_hosts: names of this server
-        that requests may give, against pages that rebind theirs; empty: any.
+        that requests may give, against pages that rebind theirs; empty, or "*": any.
     """
 
     model: str
@@ -58,9 +58,12 @@ class ServerSettings:
             raise RequestError(f"policy is {shown(self.policy)}, it must be one of {', '.join(POLICIES)}")
         for name in ("default_max_tokens", "max_body_bytes", "max_concurrent_requests", "max_connections"):
             object.__setattr__(self, name, integer(name, getattr(self, name), 1))
-        for name in ("header_seconds", "body_seconds", "write_seconds", "drain_seconds"):
-            object.__setattr__(self, name, real(name, getattr(self, name), "a finite number of seconds, 0 or above",
-                                                lambda value: 0.0 <= value < 1e9))
+        for name in ("header_seconds", "body_seconds", "write_seconds"):
+            object.__setattr__(self, name, real(name, getattr(self, name), "a finite number of seconds above 0",
+                                                lambda value: 0.0 < value < 1e9))
+        object.__setattr__(self, "drain_seconds", real("drain_seconds", self.drain_seconds,
+                                                       "a finite number of seconds, 0 or above",
+                                                       lambda value: 0.0 <= value < 1e9))
         for name in ("api_keys", "cors_origins", "allowed_hosts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not all(key and key.isascii() and key.isprintable() and " " not in key for key in self.api_keys):

@@ -110,8 +110,9 @@ async def detokenize(asked: DetokenizeRequest, request: Request) -> DetokenizeRe
 def _engine(asked: Asked, service: Service) -> Engine:
     """The engine whose tokenizer reads what is asked; ApiError for names that nobody knows."""
     kind = type(asked)
-    for name in asked.model_extra or ():
-        raise ApiError(400, f"there is no parameter {shown(name)} here: {closest(name, kind.model_fields)}", param=name)
+    for name, value in (asked.model_extra or {}).items():
+        if value is not None:
+            raise ApiError(400, f"there is no parameter {shown(name)}: {closest(name, kind.model_fields)}", param=name)
     if asked.model is not None:
         check_name(service, asked.model)
     return service.engine.engine

@@ -28,7 +28,7 @@ class Traffic:
         self._begun = time.monotonic()
         self._answers: Counter[tuple[str, str, str]] = Counter()
         self._seconds: dict[str, tuple[list[int], float]] = {}
-        self._refused: Counter[str] = Counter({reason: 0 for reason in ("crowded", "head", "reader")})
+        self._refused: Counter[str] = Counter({reason: 0 for reason in ("bad", "crowded", "head", "reader")})
         self._ends: deque[float] = deque(maxlen=REMEMBERED)
 
     def answered(self, method: str, path: str, status: int, seconds: float) -> None:
@@ -64,8 +64,9 @@ class Traffic:
             Family(PREFIX + "http_requests_under_way", "gauge", "Requests of the API that are being answered.",
                    {"": self.under_way}),
             Family(PREFIX + "http_connections", "gauge", "Connections that are open.", {"": self.open_connections}),
-            Family(PREFIX + "http_connections_closed_total", "counter", "Connections that the server closed: too many "
-                   "of them, a head that did not come, a reader that did not read.", dict(self._refused), "reason"),
+            Family(PREFIX + "http_connections_closed_total", "counter", "Connections that the server closed: what came "
+                   "is no HTTP, too many of them, a head that did not come, a client that did not read.",
+                   dict(self._refused), "reason"),
             Family(PREFIX + "http_requests_total", "counter", "Requests that were answered; 499: the client went "
                    "away.", dict(self._answers), ("method", "path", "status")),
             Family(PREFIX + "http_request_duration_seconds", "histogram", "From a request's head to the end of its "
