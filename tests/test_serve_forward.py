@@ -97,6 +97,23 @@ def test_the_prefix_of_a_route_is_not_the_replicas_business():
         assert ask.path == "/v1/models"
 
 
+def test_who_speaks_websocket_is_turned_away():
+    async def receive():
+        raise AssertionError("nothing is read")
+
+    async def answers(ask):
+        raise AssertionError("nobody is asked")
+        yield
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Forward(answers, (Lost,))({"type": "websocket", "path": "/"}, receive, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
 @pytest.mark.parametrize("body, prompt", [
     ({"prompt": "Hi"}, "Hi"), ({"prompt": ["a", "b"]}, "ab"), ({"prompt": [1, 23]}, "1 23 "),
     ({"messages": [{"role": "user", "content": "Hi"}, {"content": [{"type": "text", "text": "you"}]}]}, "Hiyou"),

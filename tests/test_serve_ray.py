@@ -12,7 +12,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -193,18 +193,18 @@ async def answer(client: httpx.AsyncClient, seed: int, begun: asyncio.Event) -> 
                                           else ("", [found["error"]])), None)
 
 
-async def loaded(api: Api, victim: int) -> tuple[list[Answer], float]:
-    """Answers to plain and streamed requests, and when the engine was killed: while the first streams ran, and before
-    the last ones had begun."""
+async def loaded(api: Api, act: Callable[[], object]) -> tuple[list[Answer], float]:
+    """Answers to plain and streamed requests, and when `act` was called: while the first streams ran, and before the
+    last ones had begun."""
     async with httpx.AsyncClient(base_url=api.url, headers=HEADERS, timeout=90) as client:
         begun = [asyncio.Event() for _ in range(LOAD)]
         tasks = [asyncio.create_task(answer(client, seed, begun[seed])) for seed in range(EARLY)]
         await asyncio.gather(*(begun[seed].wait() for seed in range(EARLY) if streams(seed)))
         tasks += [asyncio.create_task(answer(client, seed, begun[seed])) for seed in range(EARLY, LOAD)]
         await asyncio.sleep(0.02)
-        os.kill(victim, signal.SIGKILL)
-        killed = time.monotonic()
-        return list(await asyncio.gather(*tasks)), killed
+        when = time.monotonic()
+        await asyncio.to_thread(act)
+        return list(await asyncio.gather(*tasks)), when
 
 
 def check_kill(api: Api, right: dict[int, str] | None) -> None:
@@ -214,7 +214,7 @@ def check_kill(api: Api, right: dict[int, str] | None) -> None:
     """
     wait_until(lambda: len(api.replicas()) == 2)
     victim, *_ = api.cluster.processes("ray::ServeReplica:stars:engine")
-    answers, killed = asyncio.run(loaded(api, victim))
+    answers, killed = asyncio.run(loaded(api, lambda: os.kill(victim, signal.SIGKILL)))
     broken = {seed for seed, one in enumerate(answers) if one.errors}
     for seed, one in enumerate(answers):
         assert one.status == 200, one
@@ -235,14 +235,16 @@ def test_a_killed_engine_loses_no_request_that_had_not_begun(api, engine):
 
 @pytest.mark.slow
 def test_deployed_over_http_with_routing_by_prefixes():
-    """What the docs say besides: `serve deploy`, Serve's prefix-aware router, `serve run` with the flags as words."""
+    """What the docs say besides: `serve deploy`, again with fewer engines, of which the one that goes finishes what it
+    does; Serve's prefix-aware router; `serve run` with the flags as words."""
     given = configuration(free_port())
     [application] = given["applications"]
     application["deployments"][0]["request_router_config"] = ROUTER
     application["args"]["deterministic"] = False  # which remembers prompts alone
     model, reward = map(str, shipped_pair())
     with ray_cluster(num_cpus=4, dashboard=True) as cluster:
-        with running(cluster, given, "deploy", "--address", f"http://{cluster.dashboard}") as api:
+        address = f"http://{cluster.dashboard}"
+        with running(cluster, given, "deploy", "--address", address) as api:
             for number in range(6):
                 text, before = f"{number} of ten for this film, and here is why it is so. " * 3, 0
                 for turn in range(4):
@@ -253,6 +255,13 @@ def test_deployed_over_http_with_routing_by_prefixes():
                     before = usage["prompt_tokens"]
                     text += choice["text"] + " And yet,"
             check_kill(api, None)
+            application["deployments"][0]["num_replicas"] = 1
+            with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+                yaml.safe_dump(given, file)
+                file.flush()
+                answers, _ = asyncio.run(loaded(api, lambda: cluster.serve("deploy", "--address", address, file.name)))
+            assert all(one.status == 200 and not one.errors and len(one.text) > LONG for one in answers)
+            wait_until(lambda: len(api.cluster.processes("ray::ServeReplica:stars:engine")) == 1)
             assert cluster.serve("run", "--non-blocking", "--name", "second", "--route-prefix", "/second",
                                  "stars.serve.ray:build", f"model={model}", f"reward={reward}", "replicas=1",
                                  "reward-threshold=1.0", "served_model_name=film") == ""

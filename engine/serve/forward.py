@@ -121,6 +121,9 @@ class Forward:
         self.lost = lost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # nothing here speaks WebSocket
+            await send({"type": "websocket.close", "code": 1003})
+            return
         ask = await _asked(scope, receive)
         if ask is None:
             return
