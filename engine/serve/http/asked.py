@@ -94,7 +94,7 @@ def asked_completion(service: Service, body: CompletionRequest) -> Wanted:
 def asked_chat(service: Service, body: ChatCompletionRequest) -> Wanted:
     """What a body of /v1/chat/completions asks for."""
     refuse(body)
-    prompt = {"messages": [_message(number, message) for number, message in enumerate(body.messages)],
+    prompt = {"messages": [message_of(number, message) for number, message in enumerate(body.messages)],
               "tools": _tools(body), "chat_template_kwargs": body.chat_template_kwargs,
               "add_generation_prompt": body.add_generation_prompt,
               "continue_final_message": body.continue_final_message, "special_tokens": body.special_tokens}
@@ -196,7 +196,7 @@ def _is_ids(given: list[Any]) -> bool:
     return all(type(item) is int for item in given)
 
 
-def _message(number: int, message: ChatMessage) -> dict[str, Any]:
+def message_of(number: int, message: ChatMessage) -> dict[str, Any]:
     """A message as the engine takes it: what is null left out, and the role that OpenAI calls developer by the name
     that chat templates know it by."""
     given = {name: value for name, value in message.model_dump(exclude_unset=True).items()

@@ -34,6 +34,9 @@ _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems":
 _TEXT = {"type": "string", "minLength": 1}
 Prompts = Annotated[Any, WithJsonSchema({"anyOf": [
     _TEXT, _IDS, *({"type": "array", "items": of, "minItems": 1, "maxItems": MAX_PROMPTS} for of in (_TEXT, _IDS))]})]
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": {
+    "type": "object", "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}}]}
 Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
@@ -134,11 +137,13 @@ class CompletionRequest(Sampled):
 class ChatMessage(BaseModel):
     """One message; whatever else it has goes to the chat template."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"anyOf": [
+        {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+        {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array"}}}]})
 
     role: str = Field(min_length=1)
-    content: str | list[dict[str, Any]] | None = Field(None, description='a text, or {"type": "text", "text": ...} of '
-                                                       "them")
+    content: Annotated[str | list[dict[str, Any]] | None, WithJsonSchema(_CONTENT)] = Field(
+        None, description='a text, or {"type": "text", "text": ...} of them')
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
