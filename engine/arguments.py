@@ -154,6 +154,7 @@ def known_keywords(owner: str, given: dict[str, Any], takes: Callable[..., Any],
     return kept
 
 
+@functools.cache
 def _parameters(takes: Callable[..., Any]) -> list[str]:
     """Names that `takes` may be given as keywords."""
     return [name for name, parameter in inspect.signature(takes).parameters.items()

@@ -385,10 +385,10 @@ class Engine:
     def score(self, prompts: Any = None, responses: Any = None, **others: Any) -> Rewards:
         """The reward of each response, as the loop would have scored it: a list of floats, in order.
 
-        prompts: as of `generate`, one for all responses or one for each. responses: a text or a list of token ids, whose
-        EOS is what ended it, or a list of those. Without responses each prompt is a whole: of messages the last one, an
-        assistant's, is scored as the answer to the others, and a text is scored as one where the reward reads prompt
-        and response as one text, and as a response to nothing where it is a callable.
+        prompts: as of `generate`, one for all responses or one for each. responses: a text or a list of token ids,
+        whose EOS is what ended it, or a list of those. Without responses each prompt is a whole: of messages the last
+        one, an assistant's, is scored as the answer to the others, and a text is scored as one where the reward reads
+        prompt and response as one text, and as a response to nothing where it is a callable.
 
         All is checked before anything is scored: RequestError or RewardError, which names the one at fault, as it does
         where one has no reward. A long list is scored a slice at a time, between the rounds of others, and -inf, by

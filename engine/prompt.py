@@ -13,7 +13,8 @@ from stars.model.control_tokens import without_marks
 from stars.model.tokenizer import finished
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-OTHER_KEYS = {"prompt": ("special_tokens", "add_special_tokens"), "prompt_token_ids": (), "messages": (*CHAT_KEYS, "special_tokens")}
+OTHER_KEYS = {"prompt": ("special_tokens", "add_special_tokens"), "prompt_token_ids": (),
+              "messages": (*CHAT_KEYS, "special_tokens")}
 """What a prompt dictionary may have besides each of PROMPT_KEYS."""
 
 

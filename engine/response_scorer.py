@@ -7,9 +7,10 @@ from typing import Any
 
 from stars.cache import PagedCache
 from stars.config import EngineConfig
-from stars.errors import OutOfPages, RewardError, StarsError
+from stars.errors import IntegrityError, OutOfPages, RewardError
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Reward
+from stars.reward.base import Candidate, Reward, with_parts
+from stars.reward.session import SessionReward
 from stars.scheduler import Scheduler
 from stars.score_call import Pair, PairParser, ScoreCall, prompts_of
 
@@ -23,14 +24,15 @@ class ResponseScorer:
     """Scores what a ScoreCall asks for, through the reward's contract alone.
 
     A turn is about as long as a round: as many responses as the reward wants at once, or of a long one a chunk of rows.
-    Nothing is held between turns but what prompts have left in published pages, which others take as they need them. So
-    nobody waits for a call, and a call that is dropped leaves nothing. Where pages are short it waits for others to end;
-    after PATIENCE turns those give way that do so for each other, and go on to the same text afterwards.
+    Nothing is held between turns but what prompts have left in published pages, which others take as they need them.
+    So nobody waits for a call, and a call that is dropped leaves nothing. Where pages are short it waits for others to
+    end; after PATIENCE turns those give way that do so for each other, and go on to the same text afterwards.
     """
 
     def __init__(self, reward: Reward, parser: PairParser, cache: PagedCache, scheduler: Scheduler,
                  config: EngineConfig):
         self._reward = reward
+        self._caches = [part.cache for part in with_parts(reward) if isinstance(part, SessionReward)]
         self._parser = parser
         self._cache = cache
         self._scheduler = scheduler
@@ -59,7 +61,9 @@ class ResponseScorer:
             try:
                 pair = self._parser.next_of(call)
                 self._reward.check(pair.prompt, len(pair.token_ids))
-            except StarsError as error:
+            except IntegrityError:
+                raise
+            except Exception as error:  # of a user's tokenizer, or reward: nothing was begun
                 call.fail(len(call.pairs), error)
                 return
             new = not call.pairs or call.pairs[-1].prompt is not pair.prompt
@@ -110,7 +114,7 @@ class ResponseScorer:
     def _slice(self, call: ScoreCall, alone: bool) -> list[Pair]:
         """The next ones, as many as are scored in one turn; none where all slabs are taken."""
         first = call.pairs[call.next]
-        slabs = min(self._config.max_num_lanes, self._cache.num_free_slabs)
+        slabs = min([self._config.max_num_lanes, *(cache.num_free_slabs for cache in (self._cache, *self._caches))])
         most = min(slabs, max(1, self._reward.lanes_per_pass(max(1, len(first.token_ids)), 1)))
         if alone or self._is_long(first):
             most = min(slabs, 1)
@@ -170,8 +174,8 @@ class ResponseScorer:
         """Whether somebody who runs gives way to `call`, which has waited for long enough; RewardError where nobody
         runs, and there will never be more room."""
         if not self._scheduler.running:
-            raise RewardError(f"{type(self._reward).__name__} has no room for this response while nothing else is open: "
-                              "refuse it in check")
+            raise RewardError(f"{type(self._reward).__name__} has no room for this response while nothing else is "
+                              "open: refuse it in check")
         return call.tries >= PATIENCE and self._scheduler.make_way()
 
     def _start(self, call: ScoreCall, opened: Sequence[tuple[Prompt, Any]], rows: int) -> tuple[dict[int, Any], int]:

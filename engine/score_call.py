@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stars.arguments import refuse_bare_prompt, shown
-from stars.errors import RequestError, RewardError, StarsError
+from stars.errors import RequestError, RewardError, StarsError, sentence
 from stars.model.control_tokens import ControlTokens
 from stars.model.tokenizer import Detokenizer
 from stars.outputs import Rewards
 from stars.prompt import Prompt, message_text, parse_prompt
-from stars.reward.base import Later, Reward, Scored, reward_problem, settled
+from stars.reward.base import ContextFull, Later, Reward, Scored, reward_problem, settled
 
 ANCHOR = 64
 """Characters of a prompt before a response that its tokens are found with: many tokenizers treat the first token of a
 text in their own way, and some merge what stands on both sides of the seam."""
-APART = ("the reward reads the response alone, and this is one text: give prompts and responses apart, or messages whose "
-         "last one is the assistant's")
+APART = ("the reward reads the response alone, and this is one text: give prompts and responses apart, or messages "
+         "whose last one is the assistant's")
 
 
 class Pair(NamedTuple):
@@ -42,7 +42,7 @@ class ScoreCall:
         self.next = 0  # the first that was not scored
         self.alone = 0  # those before this one are scored by themselves: together they have raised
         self.tries = 0  # turns in a row in which there was no room
-        self.cached: int | None = None  # tokens of the next one's prompt that were found, where it is read in several turns
+        self.cached: int | None = None  # tokens found of the next one's prompt, where it is read in several turns
         self.spent = 0  # rows of the next one's response that were run in turns that did not come to its end
         self.read: Prompt | None = None  # whose pages the last turn has read
         self.num_tokens = 0
@@ -109,10 +109,9 @@ class ScoreCall:
 
     def _named(self, index: int, error: Exception) -> StarsError:
         """The same, with the place of what it is about, where there are several."""
-        kind: type[StarsError] = type(error) if isinstance(error, (RequestError, RewardError)) else RewardError
+        kind = next((kind for kind in (ContextFull, RequestError) if isinstance(error, kind)), RewardError)
         place = f"{self._name}[{index}]: " if len(self.asked) > 1 else ""
-        told = error if isinstance(error, StarsError) else f"the reward raised {type(error).__name__}: {error}"
-        named = kind(f"{place}{told}")
+        named = kind(place + sentence(error))
         named.__cause__ = error
         return named
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvicorn
 
 import stars
 from stars.cli.options import shipped_pair
-from stars.serve.http.app import build_app
+from stars.serve.http.server import Server, address, bound_socket
 from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
 
@@ -41,27 +43,32 @@ class Running(NamedTuple):
         return len(engine._requests) + engine._cache.num_pages - engine._cache.num_free_pages
 
 
-@contextmanager
-def running_server(service: Service, wrap: Callable[[Any], Any] = lambda app: app, **options: Any) -> Iterator[Running]:
-    """`service` behind uvicorn on a free port of the loopback address, until the block is left; the engine stays.
+class _InThread(Server):
+    """A server that leaves its engine to others, in whose process signals are nobody's."""
 
-    wrap: what is put around the application. options: uvicorn.Config's.
-    """
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(wrap(build_app(service)), log_level="warning", lifespan="off",
-                            **{"timeout_graceful_shutdown": 2, **options})
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="uvicorn", daemon=True)
-    thread.start()
-    try:
-        wait_until(lambda: server.started or not thread.is_alive())
-        assert thread.is_alive(), "the server did not start"
-        yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", service)
-    finally:
-        server.should_exit = True
-        thread.join(SECONDS)
-        listening.close()
-        assert not thread.is_alive(), "the server does not end"
+    async def shutdown(self, sockets: Any = None) -> None:
+        await uvicorn.Server.shutdown(self, sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def running_server(service: Service) -> Iterator[Running]:
+    """`service` on a free port of the loopback address, until the block is left; the engine stays."""
+    with contextlib.closing(bound_socket("127.0.0.1", 0)) as listening:
+        server = _InThread(service, listening)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server", daemon=True)
+        thread.start()
+        try:
+            wait_until(lambda: server.started or not thread.is_alive())
+            assert thread.is_alive(), "the server did not start"
+            yield Running(address(listening), service)
+        finally:
+            server.should_exit = True
+            thread.join(SECONDS)
+            assert not thread.is_alive(), "the server does not end"
 
 
 @contextmanager
@@ -75,6 +82,15 @@ def service_of_pair(settings: ServerSettings | None = None, max_waiting: int | N
         yield Service(engine, settings if settings is not None else ServerSettings("tiny"))
     finally:
         asyncio.run(engine.shutdown(drain=False))
+
+
+def chat_pair(directory: Path) -> dict[str, Any]:
+    """Options of Engine: the shipped pair, whose language model, in DIRECTORY, has got a chat template."""
+    lm, rm = shipped_pair()
+    shutil.copytree(lm, directory)
+    (directory / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
+    return {"model": directory, "reward": stars.CausalReward(rm, template="raw")}
 
 
 def wait_until(true: Callable[[], Any], seconds: float = SECONDS) -> float:

@@ -22,7 +22,7 @@ import stars
 from browser import Browser, Tab, chromium
 from serving_http import Running, running_server, service_of_pair, wait_until
 from stars.calibration import Calibration
-from stars.cli.options import shipped_calibration
+from stars.cli.options import shipped_calibration, shipped_pair
 from stars.serve.http.app import build_app
 from stars.serve.http.page import playground_page
 from stars.serve.http.service import Service
@@ -338,6 +338,19 @@ def test_rejected_candidates_fade_unless_they_are_to_stay(tab):
 
 
 @needs_browser
+def test_a_threshold_is_measured(tab, server):
+    fill(tab, max_tokens=16)
+    tab.js("$('measure').click()")
+    tab.until("running === null", "nothing was measured")
+    assert tab.text("#error") == ""
+    params = stars.SamplingParams(temperature=0.8, max_tokens=16, seed=3)
+    found = server.engine.calibrate([PROMPT], params, 0.9, 16, segment_size=8)
+    assert float(tab.js("$('reward_threshold').value")) == pytest.approx(found, rel=1e-3)
+    assert float(tab.js("$('beta').value")) == pytest.approx(found.beta, rel=1e-3)
+    assert f"Threshold {found:+.2f}: the 0.9 quantile" in tab.text("#status").replace("−", "-")
+
+
+@needs_browser
 def test_escape_stops_and_the_pages_are_free(tab, server):
     fill(tab, reward_threshold=100, beta=0, segment_size=1, max_tokens=400)
     tab.js("void run()")
@@ -375,8 +388,8 @@ def test_the_keyboard_is_enough(tab):
         assert len(seen) < 60, "Tab is trapped"
     sliders = [part for name in ("reward_threshold", "beta", "segment_size", "width")
                for part in (name, f"{name}-slider")]
-    assert seen == ["open", "save", "prompt", "run", "stop", "settings", *sliders, "max_tokens", "temperature", "seed",
-                    "key", "keep", "numbers", "code"]
+    assert seen == ["open", "save", "prompt", "run", "stop", "settings", *sliders, "measure", "max_tokens",
+                    "temperature", "seed", "key", "keep", "numbers", "code"]
 
     tab.js("$('segment_size-slider').focus()")
     tab.press("ArrowRight")
@@ -720,9 +733,10 @@ def test_the_code_does_the_same(tab, server):
 
 
 @needs_browser
-def test_a_chat_model_gets_messages(browser, tiny_model):
-    lm = tiny_model(tokenizer=True, chat_template=True)
-    reward = tiny_model(tokenizer=True, chat_template=True, head="reward")
+def test_a_chat_model_gets_messages(browser, copied):
+    lm, reward = map(copied, shipped_pair())
+    for directory in (lm, reward):
+        (directory / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     chat = ServerSettings("chat", policy_parameters={"reward_threshold": 0.0})
     with service_of_pair(chat, model=lm, reward=reward, cache_tokens=1024) as service, \
             running_server(service) as server:
@@ -745,8 +759,8 @@ def test_a_chat_model_gets_messages(browser, tiny_model):
 
 
 @needs_browser
-def test_without_a_reward_there_is_one_side(browser, lm):
-    with service_of_pair(ServerSettings("plain"), model=lm, reward=None, cache_tokens=512) as service, \
+def test_without_a_reward_there_is_one_side(browser):
+    with service_of_pair(ServerSettings("plain"), reward=None, cache_tokens=512) as service, \
             running_server(service) as server:
         tab = browser.tab()
         tab.open(server.url)

@@ -12,8 +12,9 @@ import stars
 from in_process import Server
 from stars.cli.options import shipped_pair
 from stars.serve.http.protocol import ChatCompletionRequest
+from stars.serve.http.replies import ChatCompletion
 from test_conservation import nothing_is_held
-from test_serve_completions import BAD, GUIDED, POLICY, asked_of, refused
+from test_serve_completions import BAD, GUIDED, POLICY, as_described, asked_of, refused
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -185,6 +186,13 @@ def test_what_a_prompt_says(server):
     events = server.post(PATH, {"messages": [USER], "max_tokens": 4, "stream": True, "return_token_ids": True,
                                 "stars": GUIDED}).events
     assert events[0]["choices"][0]["prompt_token_ids"] == output.prompt_token_ids
+
+
+def test_answers_are_as_described(server):
+    body = {"messages": [USER], "max_tokens": 8, "n": 2, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0,
+            "return_token_ids": True, "stars": {**GUIDED, "return_segments": True, "return_trace": True}}
+    as_described(ChatCompletion, server.post(PATH, body).json)
+    as_described(ChatCompletion, server.post(PATH, {"messages": [USER], "max_tokens": 2}).json)
 
 
 MINE: dict[str, list[Any]] = {

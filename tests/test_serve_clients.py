@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
@@ -19,13 +18,12 @@ import pytest
 from pydantic import BaseModel
 
 import stars
-from serving_http import SECONDS, Running, running_server, service_of_pair, wait_until
-from stars.cli.options import shipped_pair
+from serving_http import SECONDS, Running, chat_pair, running_server, service_of_pair, wait_until
+from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 PROMPT = "This film was"
 MESSAGES = [{"role": "user", "content": "Say what the film was like."}]
 GUIDED = {"policy": "stars", "reward_threshold": 0.5, "beta": 0.5, "segment_size": 4, "max_attempts": 4}
@@ -71,18 +69,15 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def chat_lm(tmp_path_factory) -> Path:
-    """The shipped language model, with a chat template."""
-    directory = Path(shutil.copytree(shipped_pair()[0], tmp_path_factory.mktemp("chat") / "lm"))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
-    return directory
+def chat_models(tmp_path_factory) -> dict[str, Any]:
+    """The shipped pair, with a chat template."""
+    return chat_pair(tmp_path_factory.mktemp("chat") / "lm")
 
 
 @pytest.fixture(scope="module")
-def server(chat_lm) -> Iterator[Running]:
+def server(chat_models) -> Iterator[Running]:
     settings = ServerSettings("tiny", policy_parameters={name: GUIDED[name] for name in GUIDED if name != "policy"})
-    reward = stars.CausalReward(shipped_pair()[1], template="raw")
-    with service_of_pair(settings, model=chat_lm, reward=reward) as service, running_server(service) as running:
+    with service_of_pair(settings, **chat_models) as service, running_server(service) as running:
         yield running
 
 
@@ -92,10 +87,10 @@ def gate() -> Gate:
 
 
 @pytest.fixture(scope="module")
-def gated_server(chat_lm, gate) -> Iterator[Running]:
+def gated_server(chat_models, gate) -> Iterator[Running]:
     """One whose rounds can be stopped, with room for one request and a line of one."""
     settings = ServerSettings("tiny", policy_parameters={"reward_threshold": 1.0, "segment_size": 4, "max_attempts": 2})
-    with service_of_pair(settings, max_waiting=1, model=chat_lm, reward=gate, max_num_seqs=1) as service:
+    with service_of_pair(settings, max_waiting=1, model=chat_models["model"], reward=gate, max_num_seqs=1) as service:
         with running_server(service) as running:
             yield running
 
@@ -326,6 +321,20 @@ def test_models_that_are_not_there(client):
         with pytest.raises(openai.NotFoundError) as caught:
             call()
         assert caught.value.code == "model_not_found"
+
+
+def test_keys(server):
+    settings = ServerSettings("tiny", api_keys=("the-right-one", "another"))
+    with running_server(Service(server.service.engine, settings)) as locked:
+        for key in ("none", "the-right-on", "the-right-one-"):
+            with client_of(locked, api_key=key) as client:
+                for call in (client.models.list, lambda: endless(client, stream=True)):
+                    with pytest.raises(openai.AuthenticationError) as caught:
+                        call()
+                    assert caught.value.code == "invalid_api_key" and key not in str(caught.value)
+        for key in settings.api_keys:
+            with client_of(locked, api_key=key) as client:
+                assert client.completions.create(model="tiny:plain", prompt=PROMPT, max_tokens=2).choices[0].text
 
 
 def endless(client: Any, **options: Any) -> Any:

@@ -49,7 +49,8 @@ def client(pair) -> TestClient:
 
 @pytest.fixture(scope="module")
 def chat(lm) -> Iterator[Service]:
-    with service_of_pair(ServerSettings("org/chat"), model=lm, reward=None, cache_tokens=512) as service:
+    settings = ServerSettings("org/chat", max_body_bytes=8 << 20)
+    with service_of_pair(settings, model=lm, reward=None, cache_tokens=512) as service:
         yield service
 
 
@@ -205,13 +206,13 @@ def test_control_tokens_in_messages_may_be_text(lm, chat_client):
     ({"prompt": "a", "tools": []}, "tools", "belongs to messages"),
     ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt", "belongs to messages"),
     ({"prompt": "a", "add_special_token": True}, "add_special_token", "did you mean add_special_tokens"),
-    ({"prompt": "a", "add_special_tokens": 1}, "add_special_tokens", "boolean"),
+    ({"prompt": "a", "add_special_tokens": 1}, "add_special_tokens", "true or false"),
     ({"prompt": "a" * ((1 << 20) + 1)}, "prompt", "the most is 1048576"),
-    ({"messages": []}, "messages", "non-empty"),
+    ({"messages": []}, "messages", "at least 1"),
     ({"messages": "a"}, "messages", "list"),
     ({"messages": [{"role": "user"}]}, "messages", "content"),
     ({"messages": [USER], "chat_template_kwargs": {"messages": 1}}, "messages", "no variable"),
-    ({"messages": [USER], "special_tokens": "drop"}, "messages", "special_tokens is 'drop'"),
+    ({"messages": [USER], "special_tokens": "drop"}, "special_tokens", "'parse' or 'text'"),
     ({"messages": [USER], "add_generation_prompt": True, "continue_final_message": True}, "messages", "both True"),
 ])
 def test_what_cannot_be_tokenised_is_refused_by_name(asked, param, word, chat_client):

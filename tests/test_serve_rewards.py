@@ -220,7 +220,8 @@ def test_a_server_without_a_reward_says_what_to_do():
     with client_of(toy_engine(LM)) as plain:
         for path, body in (("/score", {"text_1": "a", "text_2": "b"}), ("/classify", {"input": "a"}),
                            ("/pooling", {"input": "a"}), ("/v1/calibrate", {"prompts": ["a"]})):
-            assert refused(plain, path, 400, "no reward model: start one with --reward", None, **body)["code"] == "no_reward"
+            error = refused(plain, path, 400, "no reward model: start one with --reward", None, **body)
+            assert error["code"] == "no_reward"
 
 
 def test_a_server_that_shuts_down_takes_nothing(engine, model):
@@ -357,7 +358,7 @@ def test_dimensions_of_a_reward(client):
 def test_who_reads_responses_alone_says_how_to_send_them(model, tiny_model):
     reward = stars.ImplicitReward(tiny_model(family="llama", tokenizer=True, chat_template=True, seed=5), model)
     with client_of(stars.Engine(model, reward, **SMALL)) as client:
-        refused(client, "/classify", 400, "give prompts and responses apart, or messages", "input", input=["a b", "c d"])
+        refused(client, "/classify", 400, "give prompts and responses apart, or messages", "input", input=["a", "b"])
         assert len(raw(client, "/score", text_1=PROMPTS[0], text_2=TEXTS)) == 3
 
 
@@ -384,8 +385,8 @@ def listening(engine: stars.Engine) -> Iterator[str]:
 def decided(engine: stars.Engine, asked: Any) -> list[Any]:
     """Tokens and the rewards of all attempts up to those that were accepted."""
     policy = stars.STARS(segment_size=6, max_attempts=4, beta=0.5, reward_threshold=1.0)
-    outputs = engine.generate([asked] * 3, [stars.SamplingParams(max_tokens=24, seed=seed) for seed in range(3)], policy,
-                              use_tqdm=False)
+    params = [stars.SamplingParams(max_tokens=24, seed=seed) for seed in range(3)]
+    outputs = engine.generate([asked] * 3, params, policy, use_tqdm=False)
     return [(completion.token_ids, completion.finish_reason,
              [attempt.reward for segment in completion.segments for attempt in segment.attempts[: segment.winner + 1]])
             for output in outputs for completion in output.outputs]
@@ -467,7 +468,8 @@ def test_a_calibration_is_what_the_engine_would_measure(client, engine, tmp_path
 
 def test_prompts_of_every_kind(client):
     own = client.app.state.service.engine.engine.tokenizer
-    record = post(client, "/v1/calibrate", prompts=[PROMPTS[0], own.encode(PROMPTS[1]), CHAT], num_samples=2, max_tokens=4)
+    prompts = [PROMPTS[0], own.encode(PROMPTS[1]), CHAT]
+    record = post(client, "/v1/calibrate", prompts=prompts, num_samples=2, max_tokens=4)
     assert record["prompts"] == 3 and record["samples"] == 6 and record["quantile"] == 0.9
     assert record["format"] == "stars-calibration" and "warning" in record
 
@@ -479,7 +481,8 @@ def test_prompts_of_every_kind(client):
     ("prompts[1]: the prompt is empty", "prompts", {"prompts": ["a", ""]}),
     ("quantile is 2, it must be", "quantile", {"prompts": ["a"], "quantile": 2}),
     ("num_samples is 257", "num_samples", {"prompts": ["a"], "num_samples": 257}),
-    ("256 samples of 17 prompts are 4352, the most is 4096", "num_samples", {"prompts": ["a"] * 17, "num_samples": 256}),
+    ("256 samples of 17 prompts are 4352, the most is 4096", "num_samples",
+     {"prompts": ["a"] * 17, "num_samples": 256}),
     ("a segment may have 999 tokens", None, {"prompts": ["a"], "segment_size": 999}),
     ("there is no parameter 'samples': did you mean num_samples", "samples", {"prompts": ["a"], "samples": 3}),
     ("max_tokens", "max_tokens", {"prompts": ["a"], "max_tokens": 100000}),

@@ -203,7 +203,8 @@ class Reward(ABC):
         A reward may be a Future, which another thread settles: with a float, or with a RewardError, and never by an
         exception. The response waits for it, with what it holds, the handle included; all others go on. Where a
         response ends meanwhile, or is begun anew, its Futures are cancelled and its handles discarded: what is settled
-        afterwards reaches nobody. `Engine.score`, whose responses do not go on, discards and closes at once. Who returns Futures offers neither `score_trailing` nor `score_ahead`.
+        afterwards reaches nobody. `Engine.score`, whose responses do not go on, discards and closes at once. Who
+        returns Futures offers neither `score_trailing` nor `score_ahead`.
         """
 
     def score_trailing(self, draft: Draft, candidates: Sequence[TrailingCandidate]) -> Trailing | None:

@@ -7,8 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -17,12 +16,13 @@ from starlette.responses import Response
 from stars.errors import StarsError
 from stars.outputs import CompletionOutput, RequestOutput
 from stars.serve.async_engine import RequestStream
+from stars.serve.http import draws
 from stars.serve.http.asked import Wanted
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.logprobs_field import TokenPlaces
 from stars.serve.http.service import Service, user_of
 from stars.serve.http.stars_field import SegmentRecords, choice_record, number, policy_record, together, trace_text
-from stars.serve.http.streaming import DONE, EventStream, client_closed, dumped, event, unless_gone
+from stars.serve.http.streaming import DONE, EventStream, client_closed, dumped, event, merged, unless_gone
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class _Choice:
         self.told = self.ended = False  # whether there was an event, and the last one
         self.tokens = 0
         before = () if wanted.echo else output.prompt_token_ids
-        self.places = None if wanted.logprobs is None else TokenPlaces(tokenizer, before, 0)
+        self.places = None if wanted.logprobs is None else TokenPlaces(tokenizer, before)
         self.segments = None if not wanted.guided.return_segments else SegmentRecords(
             tokenizer, output.prompt_token_ids, wanted.params[0], wanted.return_token_ids)
 
@@ -76,7 +76,7 @@ class Answer:
         self._engine = service.engine
         self._shape = shape
         self._trace_headers = {name: headers[name] for name in TRACE_HEADERS if name in headers} or None
-        self._id = f"{shape.prefix}{uuid.uuid4().hex}"
+        self._id = f"{shape.prefix}{draws.name()}"
         self._created = int(time.time())
         self._streams: list[RequestStream] = []
         self._choices: dict[int, _Choice] = {}
@@ -91,26 +91,29 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """All of it, once it is there."""
         await self._begin()
-        choices = []
         try:
-            async for index, output in _merged(self._streams):
+            async for index, output in merged(self._streams):
                 self._note(index, output)
         finally:
             await self._end()
-        for index in sorted(self._last):
-            output = self._last[index]
+        for output in self._last.values():
             self._raise_error(output)
-            for completion in output.outputs:
-                piece = self._piece(index, output, completion)
-                choices.append({**self._shape.choice(self.wanted, self.tokenizer, piece),
-                                "stars": self._of_choice(piece)})
-        return {**self._head(self._shape.whole), "choices": choices, "usage": self._usage(), "stars": self._of_answer(),
-                **self._shape.beside(self.wanted, self._last[0])}
+        # In a thread where it takes a while.
+        decodes = self.wanted.guided.return_segments or self.wanted.logprobs is not None
+        choices = await asyncio.to_thread(self._whole_choices) if decodes else self._whole_choices()
+        return {**self._head(self._shape.whole), "choices": choices, "usage": self._usage(),
+                "stars": await self._of_answer(), **self._shape.beside(self.wanted, self._last[0])}
+
+    def _whole_choices(self) -> list[dict[str, Any]]:
+        pieces = [self._piece(index, self._last[index], completion) for index in sorted(self._last)
+                  for completion in self._last[index].outputs]
+        return [{**self._shape.choice(self.wanted, self.tokenizer, piece), "stars": self._of_choice(piece)}
+                for piece in pieces]
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """Events, once the first output is there: until then an error has a status of its own."""
         await self._begin()
-        outputs = _merged(self._streams)
+        outputs = merged(self._streams)
         try:
             first = await anext(outputs)
             self._raise_error(first[1])
@@ -123,14 +126,14 @@ class Answer:
                       outputs: AsyncGenerator[tuple[int, RequestOutput]]) -> AsyncGenerator[bytes]:
         try:
             async with contextlib.aclosing(outputs):
-                for one in self._told(*first):
-                    yield one
+                for chunk in self._chunks(*first):
+                    yield event(chunk if not self._closes() else {**chunk, "stars": await self._of_answer()})
                 async for index, output in outputs:
-                    for one in self._told(index, output):
-                        yield one
+                    for chunk in self._chunks(index, output):
+                        yield event(chunk if not self._closes() else {**chunk, "stars": await self._of_answer()})
             if self.wanted.include_usage:
                 yield event({**self._head(self._shape.chunk), "choices": [], "usage": self._usage(),
-                             "stars": self._of_answer()})
+                             "stars": await self._of_answer()})
         except Exception as error:
             if not isinstance(error, (ApiError, StarsError)):
                 logger.error("a stream failed", exc_info=error)
@@ -139,18 +142,16 @@ class Answer:
             await self._end()
         yield DONE
 
-    def _told(self, index: int, output: RequestOutput) -> list[bytes]:
-        """The events of an output."""
+    def _chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """The events of an output, one a choice that has grown or ended."""
         self._note(index, output)
         self._raise_error(output)
-        events = []
         for completion in output.outputs:
             choice = self._choice(index, output, completion)
             ends = completion.finish_reason is not None
             if not choice.ended and (completion.segments or completion.text or ends):
                 choice.ended = ends
-                events.append(event(self._chunk(index, output, completion)))
-        return events
+                yield self._chunk(index, output, completion)
 
     def _chunk(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         piece = self._piece(index, output, completion)
@@ -162,8 +163,6 @@ class Answer:
             chunk["usage"] = self._usage()
         elif self.wanted.include_usage:
             chunk["usage"] = None
-        if not self.wanted.include_usage and self._all_ended():
-            chunk["stars"] = self._of_answer()
         return chunk
 
     async def _begin(self) -> None:
@@ -214,8 +213,10 @@ class Answer:
             self._choices[number] = _Choice(self.wanted, self.tokenizer, output, number)
         return self._choices[number]
 
-    def _all_ended(self) -> bool:
-        return (len(self._choices) == len(self.wanted.prompts) * self.wanted.params[0].n
+    def _closes(self) -> bool:
+        """Whether the event that was made last is the last of all, so that it has the answer's `stars`."""
+        count = len(self.wanted.prompts) * self.wanted.params[0].n
+        return (not self.wanted.include_usage and len(self._choices) == count
                 and all(choice.ended for choice in self._choices.values()))
 
     def _piece(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Piece:
@@ -233,7 +234,7 @@ class Answer:
         segments = self._choices[piece.number].segments
         return record if segments is None else record | {"segments": segments.new(piece.completion)}
 
-    def _of_answer(self) -> dict[str, Any]:
+    async def _of_answer(self) -> dict[str, Any]:
         """The answer's `stars`. What differs between prompts is said of their choices."""
         outputs = [self._last[index] for index in sorted(self._last)]
         seeds = {output.seed for output in outputs}
@@ -242,7 +243,7 @@ class Answer:
             "prompt_reward": number(outputs[0].prompt_reward) if len(outputs) == 1 else None}
         if self.wanted.guided.return_trace:
             cumulative = [together(self._kept[index]) for index in sorted(self._kept)]
-            record["trace"] = trace_text(cumulative, self.tokenizer, self.wanted.params)
+            record["trace"] = await asyncio.to_thread(trace_text, cumulative, self.tokenizer, self.wanted.params)
         return record
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -278,37 +279,3 @@ async def answered(service: Service, request: Request, wanted: Wanted, shape: Sh
         if whole is not None:
             return Response(dumped(whole), media_type="application/json")
     raise client_closed()
-
-
-async def _merged(streams: list[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """The outputs of several requests as they come, each with the number of its request. Nobody is read ahead of."""
-    if len(streams) == 1:
-        async for output in streams[0]:
-            yield 0, output
-        return
-    ready: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(1)
-
-    async def read(index: int, stream: RequestStream) -> None:
-        try:
-            async for output in stream:
-                await ready.put((index, output))
-        except Exception as error:
-            await ready.put(error)
-        else:
-            await ready.put(None)
-
-    readers = [asyncio.ensure_future(read(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        left = len(readers)
-        while left:
-            one = await ready.get()
-            if isinstance(one, Exception):
-                raise one
-            if one is None:
-                left -= 1
-            else:
-                yield one
-    finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)

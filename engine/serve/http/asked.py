@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import secrets
 from typing import Any, NamedTuple
 
 from stars.arguments import shown
 from stars.errors import RequestError
 from stars.policies import Sample
 from stars.sampling import RequestOutputKind, SamplingParams
+from stars.serve.http import draws
 from stars.serve.http.errors import TOO_LONG, ApiError, api_error
 from stars.serve.http.extras import refuse, refuse_within
 from stars.serve.http.guidance import Guided, guided
@@ -20,14 +20,13 @@ from stars.serve.http.service import Service
 
 DEFAULT_MAX_TOKENS = 16
 """Of completions, as in OpenAI's API."""
-SEED_BITS = 53
-"""Of a seed that is drawn here: as many as a number in JavaScript holds."""
 COMMON = ("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "top_k",
           "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "bad_words",
           "allowed_token_ids", "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
           "prompt_logprobs")
 """Parameters whose names and meanings are those of SamplingParams."""
 
+NO_SEED = (None, -1)
 OTHERS = frozenset((*COMMON, "max_tokens", "structured_outputs", "special_tokens", "chat_template_kwargs", "tools",
                     "add_generation_prompt", "continue_final_message", "priority"))
 """Parameters that a sentence of the engine's may be about."""
@@ -95,7 +94,7 @@ def asked_completion(service: Service, body: CompletionRequest) -> Wanted:
 def asked_chat(service: Service, body: ChatCompletionRequest) -> Wanted:
     """What a body of /v1/chat/completions asks for."""
     refuse(body)
-    prompt = {"messages": [_message(number, message) for number, message in enumerate(body.messages)],
+    prompt = {"messages": [message_of(number, message) for number, message in enumerate(body.messages)],
               "tools": _tools(body), "chat_template_kwargs": body.chat_template_kwargs,
               "add_generation_prompt": body.add_generation_prompt,
               "continue_final_message": body.continue_final_message, "special_tokens": body.special_tokens}
@@ -129,10 +128,9 @@ def _wanted(body: Sampled, prompts: list[Any], params: SamplingParams, judged: G
             raise ApiError(400, "stream_options are given and stream is not true: leave them out", "stream_options")
     if body.stream and body.prompt_logprobs is not None:
         raise ApiError(400, "prompt_logprobs do not come in a stream: leave one out", "prompt_logprobs")
-    if params.seed is not None:
-        of_each = [params] * len(prompts)
-    else:
-        of_each = [dataclasses.replace(params, seed=secrets.randbits(SEED_BITS)) for _ in prompts]
+    of_each = [params] * len(prompts)
+    if body.seed in NO_SEED:
+        of_each[1:] = [dataclasses.replace(params, seed=draws.seed()) for _ in prompts[1:]]
     return Wanted(prompts, of_each, judged, main, names, body.priority or 0, body.user, bool(body.stream),
                   bool(options and options.include_usage), bool(options and options.continuous_usage_stats),
                   return_token_ids=bool(body.return_token_ids), prompt_logprobs=body.prompt_logprobs is not None)
@@ -142,6 +140,8 @@ def _params(body: Sampled, given: dict[str, Any]) -> tuple[SamplingParams, dict[
     """The sampling parameters, and which of them clients call otherwise."""
     kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
     values = {name: getattr(body, name) for name in COMMON if getattr(body, name) is not None} | given
+    if body.seed in NO_SEED:
+        values["seed"] = draws.seed()
     structured, names = _structured(body), {}
     if structured is not None and body.structured_outputs is None:
         names["structured_outputs"] = "response_format"
@@ -196,7 +196,7 @@ def _is_ids(given: list[Any]) -> bool:
     return all(type(item) is int for item in given)
 
 
-def _message(number: int, message: ChatMessage) -> dict[str, Any]:
+def message_of(number: int, message: ChatMessage) -> dict[str, Any]:
     """A message as the engine takes it: what is null left out, and the role that OpenAI calls developer by the name
     that chat templates know it by."""
     given = {name: value for name, value in message.model_dump(exclude_unset=True).items()

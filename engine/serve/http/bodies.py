@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
@@ -13,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from stars.arguments import shown
+from stars.serve.http import draws
 from stars.serve.http.errors import ApiError, invalid
 from stars.trace.json_lines import MAX_NESTING, too_deep
 
@@ -61,7 +61,7 @@ def request_id_of(request: Request) -> str:
     if known is None:
         known = request.headers.get(REQUEST_ID, "")
         if not (0 < len(known) <= MAX_REQUEST_ID and known.isascii() and known.isprintable()):
-            known = uuid.uuid4().hex
+            known = draws.name()
         request.state.request_id = known
     return known
 

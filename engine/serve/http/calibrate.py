@@ -101,8 +101,8 @@ def _asked(service: Service, body: CalibrationRequest) -> tuple[list[Any], Sampl
     """Prompts as the engine takes them, and how they are sampled; ApiError for what cannot be asked."""
     for name, value in (body.model_extra or {}).items():
         if value is not None:
-            raise ApiError(400, f"there is no parameter {shown(name)}: {closest(name, CalibrationRequest.model_fields)}",
-                           name)
+            known = CalibrationRequest.model_fields
+            raise ApiError(400, f"there is no parameter {shown(name)}: {closest(name, known)}", name)
     names = served_names(service)
     if body.model is not None and body.model not in names:
         raise ApiError(404, f"there is no model {shown(body.model)}: {closest(body.model, names)}", "model",
@@ -111,8 +111,8 @@ def _asked(service: Service, body: CalibrationRequest) -> tuple[list[Any], Sampl
         raise ApiError(400, "the server has no reward model: start one with --reward MODEL", code="no_reward")
     samples = body.num_samples or 16
     if samples * len(body.prompts) > MAX_TOGETHER:
-        raise ApiError(400, f"{samples} samples of {len(body.prompts)} prompts are {samples * len(body.prompts)}, the most "
-                       f"is {MAX_TOGETHER}: give fewer", "num_samples")
+        raise ApiError(400, f"{samples} samples of {len(body.prompts)} prompts are {samples * len(body.prompts)}, the "
+                       f"most is {MAX_TOGETHER}: give fewer", "num_samples")
     given = {name: getattr(body, name) for name in SAMPLING if getattr(body, name) is not None}
     given.setdefault("max_tokens", max(DEFAULT_MAX_TOKENS, body.min_tokens or 0))
     try:

@@ -13,12 +13,13 @@ from stars.serve.http.asked import Wanted, asked_chat
 from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.logprobs_field import chat_logprobs, prompt_logprobs
 from stars.serve.http.protocol import ChatCompletionRequest
+from stars.serve.http.replies import RESPONSES, ChatCompletion
 from stars.serve.http.service import service_of
 
 router = APIRouter(tags=["generation"], route_class=JsonRoute)
 
 
-@router.post("/v1/chat/completions", response_class=Response)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=RESPONSES)
 async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
     """Answers a conversation."""
     service = service_of(request)

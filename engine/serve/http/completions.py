@@ -13,12 +13,13 @@ from stars.serve.http.asked import Wanted, asked_completion
 from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.logprobs_field import completion_logprobs, prompt_logprobs
 from stars.serve.http.protocol import CompletionRequest
+from stars.serve.http.replies import RESPONSES, Completion
 from stars.serve.http.service import service_of
 
 router = APIRouter(tags=["generation"], route_class=JsonRoute)
 
 
-@router.post("/v1/completions", response_class=Response)
+@router.post("/v1/completions", response_model=Completion, responses=RESPONSES)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Goes on with a text, or with several."""
     service = service_of(request)

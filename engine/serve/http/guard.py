@@ -18,14 +18,10 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
 from stars.serve.http.errors import ApiError
+from stars.serve.http.leaving import Leaving, Lingering
 from stars.serve.http.limits import MOST_LINES
 from stars.serve.http.service import Service
 
-LINGER_SECONDS, LINGER_BYTES = 2.0, 4 << 20
-"""How long, and for how much of what it still sends, a client is listened to that was answered before it had sent all:
-closed at once, its own system would throw the answer away."""
-MOST_LINGERING = 256
-"""Connections that may end so; the others are closed at once."""
 PIPELINED_BYTES = 1 << 16
 """Of requests behind the one that is being answered: beyond, nothing is read until it is."""
 SLICE = 1 << 13
@@ -43,7 +39,7 @@ class Door:
     def __init__(self, service: Service):
         self.service = service
         self.quiet: OrderedDict[Guard, None] = OrderedDict()  # on which no request is under way, the oldest first
-        self.lingering = 0  # connections that are closed but for what their clients still send
+        self.lingering = Lingering()
 
     def make_room(self) -> bool:
         """Whether there is room for one more connection, if need be in place of one that asks nothing."""
@@ -66,22 +62,17 @@ class Guard(H11Protocol):
         self.asked = False  # whether it ever sent a whole head
         self._counted = self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None  # while a head is awaited
-        self._lingered = 0  # bytes that were thrown away
         self._held = bytearray()  # what came and h11 has not seen: behind a request that is being answered
         self._cycle = self.cycle  # of which the next three are known
         self._chunked = False  # whether its body comes in chunks
         self._lines = self._bytes = 0  # of the body so far, or of the next head
 
-    @property
-    def is_sending(self) -> bool:
-        """Whether its client has probably more to say, although it was answered."""
-        return self._refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
-
     # -- what asyncio calls -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Counts it; one too many is told so."""
-        self.leaving = Leaving(cast(asyncio.Transport, transport), self)
+        self.leaving = Leaving(cast(asyncio.Transport, transport), self.loop, self.door.service, self.door.lingering,
+                               self._is_sending)
         super().connection_made(cast(asyncio.Transport, self.leaving))
         traffic = self.door.service.traffic
         room = self.door.make_room()
@@ -105,9 +96,7 @@ class Guard(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Looks whether what came is the whole head of a request, and throws away what comes behind the last answer."""
         if self.leaving.closing:
-            self._lingered += len(data)
-            if self._lingered > LINGER_BYTES:
-                self.leaving.abort()
+            self.leaving.throw_away(data)
             return
         self._held += data
         self._go_on()
@@ -123,13 +112,6 @@ class Guard(H11Protocol):
         self.leaving.reader_reads()
 
     # -- what uvicorn calls -------------------------------------------------------------------------------------------
-
-    def handle_events(self) -> None:
-        """Reads on while a request is answered, so that its client is seen to go away."""
-        super().handle_events()
-        if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE) and self.flow.read_paused and (
-                len(self._held) < PIPELINED_BYTES):
-            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """The next head is awaited, by uvicorn until its first byte."""
@@ -225,6 +207,10 @@ class Guard(H11Protocol):
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
+    def _is_sending(self) -> bool:
+        """Whether its client has probably more to say, although it was answered."""
+        return self._refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
     def _crowded(self) -> None:
         service = self.door.service
         self._tell(ApiError(503, f"{service.settings.max_connections} connections are open already, as many as may be: "
@@ -251,81 +237,3 @@ class Guard(H11Protocol):
         self.leaving.write(head + "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode() + b"\r\n"
                            + body)
         self.leaving.close()
-
-
-class Leaving:
-    """A transport that is closed so that its client gets the last answer, and that does not wait for ever for it."""
-
-    def __init__(self, transport: asyncio.Transport, guard: Guard):
-        self._transport = transport
-        self._guard = guard
-        self._timer: asyncio.TimerHandle | None = None
-        self._reader_timer: asyncio.TimerHandle | None = None
-        self._unread = 0  # bytes, as that timer was set
-        self._lingers = False
-        self.closing = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def is_closing(self) -> bool:
-        """Whether nothing more is sent."""
-        return self.closing or self._transport.is_closing()
-
-    def write(self, data: bytes) -> None:
-        """Sends, until it is closed."""
-        if not self.closing and data:
-            self._transport.write(data)
-
-    def close(self) -> None:
-        """Nothing more is sent. What the client still sends is thrown away for a while, if it has not sent all."""
-        if self.is_closing():
-            return
-        self.closing = True
-        door = self._guard.door
-        if self._guard.is_sending and door.lingering < MOST_LINGERING and self._transport.can_write_eof():
-            self._lingers = True
-            door.lingering += 1
-            self._transport.write_eof()
-            self._transport.resume_reading()
-            self._timer = self._guard.loop.call_later(LINGER_SECONDS, self._transport.abort)
-        else:
-            self._transport.close()
-            if self._transport.get_write_buffer_size():
-                self.await_reader()
-
-    def await_reader(self) -> None:
-        """From now on the client must read on."""
-        if self._reader_timer is None:
-            self._unread = self._transport.get_write_buffer_size()
-            self._reader_timer = self._guard.loop.call_later(self._guard.door.service.settings.write_seconds,
-                                                             self._look_at_reader)
-
-    def _look_at_reader(self) -> None:
-        self._reader_timer = None
-        if self._transport.get_write_buffer_size() < self._unread:  # slow, and there
-            self.await_reader()
-        else:
-            self._guard.door.service.traffic.closed("reader")
-            self.abort()
-
-    def reader_reads(self) -> None:
-        """It read all but a little."""
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None
-
-    def abort(self) -> None:
-        """Ends it at once."""
-        self.closing = True
-        self._transport.abort()
-
-    def forget(self) -> None:
-        """It is gone."""
-        self.closing = True
-        if self._lingers:
-            self._lingers = False
-            self._guard.door.lingering -= 1
-        self.reader_reads()
-        if self._timer is not None:
-            self._timer.cancel()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Logprob
-from stars.serve.http.stars_field import TAIL
+from stars.serve.http.growing_text import GrowingText
 
 LEAST = -9999.0
 """What stands for minus infinity, which JSON has not and clients' models do not take: vLLM's number."""
@@ -16,20 +15,18 @@ LEAST = -9999.0
 class TokenPlaces:
     """Where in a growing text each token begins. Of a character of several tokens the first ones add nothing yet."""
 
-    def __init__(self, tokenizer: Any, before: Sequence[int], start: int):
-        self._tokenizer = tokenizer
-        self._tail = list(before[-TAIL:])
-        self._place = start
+    def __init__(self, tokenizer: Any, before: Sequence[int]):
+        self._grown = None if tokenizer is None else GrowingText(tokenizer, before)
+        self._place = 0
 
     def of(self, token_ids: Sequence[int]) -> list[int]:
         """The places of the next tokens."""
         places = []
         for token in token_ids:
             places.append(self._place)
-            if self._tokenizer is not None:
-                added = Detokenizer(self._tokenizer, self._tail).decode([token]).rstrip(REPLACEMENT)
-                self._place += len(added)
-            self._tail = [*self._tail, token][-TAIL:]
+            if self._grown is not None:
+                self._place += len(self._grown.added([token]))
+                self._grown.add([token])
         return places
 
 

@@ -60,13 +60,13 @@ class Version(BaseModel):
     version: str
 
 
-@router.get("/v1/models", response_model=ModelList, responses=responses(401, 429, 503))
+@router.get("/v1/models", response_model=ModelList)
 async def list_models(request: Request) -> ModelList:
     """The language model's name, and that name with each policy that this server can run."""
     return ModelList(data=list(cards(service_of(request))))
 
 
-@router.get("/v1/models/{model:path}", response_model=ModelCard, responses=responses(401, 404, 429, 503))
+@router.get("/v1/models/{model:path}", response_model=ModelCard, responses=responses(404))
 async def get_model(model: str, request: Request) -> ModelCard:
     """One of them."""
     service = service_of(request)
@@ -74,7 +74,7 @@ async def get_model(model: str, request: Request) -> ModelCard:
     return next(card for card in cards(service) if card.id == model)
 
 
-@router.get("/version", response_model=Version, tags=["server"], responses=responses(401, 429, 503))
+@router.get("/version", response_model=Version, tags=["server"])
 async def version() -> Version:
     """Which version of STARS engine answers."""
     return Version(version=__version__)

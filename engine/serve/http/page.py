@@ -12,11 +12,11 @@ import math
 import re
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from stars.calibration import Calibration
 from stars.serve.http.description import responses
@@ -77,7 +77,9 @@ class Playground(BaseModel):
     example: str = Field(description="A prompt to begin with")
     defaults: dict[str, int | float | None] = Field(description="Of STARS' parameters; null: to be given, or the "
                                                                 "server's to choose")
-    threshold_range: tuple[float, float] = Field(description="Where thresholds make sense")
+    threshold_range: Annotated[tuple[float, float], WithJsonSchema(
+        {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2})] = Field(
+        description="Where thresholds make sense")
 
 
 @router.get("/v1/playground", response_model=Playground, responses=responses(401, 429, 503))

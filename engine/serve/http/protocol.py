@@ -11,6 +11,7 @@ from pydantic.config import JsonDict
 from stars.intake import MAX_PRIORITY, MAX_USER
 from stars.sampling import MAX_BIAS, MAX_LOGPROBS, MAX_REPETITION, MAX_SAMPLES, MIN_REPETITION
 
+MAX_SENT_USER = MAX_USER - 16  # the API key's name is put before it
 MAX_PROMPTS = 1024  # of one request: each is one of the engine's
 KNOWN_ONLY: JsonDict = {"additionalProperties": False}  # `extras.refuse` says so in a better sentence
 STRICT = ConfigDict(strict=True, extra="allow", json_schema_extra=KNOWN_ONLY)
@@ -33,6 +34,9 @@ _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems":
 _TEXT = {"type": "string", "minLength": 1}
 Prompts = Annotated[Any, WithJsonSchema({"anyOf": [
     _TEXT, _IDS, *({"type": "array", "items": of, "minItems": 1, "maxItems": MAX_PROMPTS} for of in (_TEXT, _IDS))]})]
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": {
+    "type": "object", "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}}]}
 Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
@@ -96,7 +100,7 @@ class Sampled(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
     logit_bias: dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = Field(
         None, description="by token id, of at most 1024 of them")
-    user: str | None = Field(None, max_length=MAX_USER, description="whose it is: users get even shares")
+    user: str | None = Field(None, max_length=MAX_SENT_USER, description="whose it is: users get even shares")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0)
@@ -133,11 +137,13 @@ class CompletionRequest(Sampled):
 class ChatMessage(BaseModel):
     """One message; whatever else it has goes to the chat template."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"anyOf": [
+        {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+        {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array"}}}]})
 
     role: str = Field(min_length=1)
-    content: str | list[dict[str, Any]] | None = Field(None, description='a text, or {"type": "text", "text": ...} of '
-                                                       "them")
+    content: Annotated[str | list[dict[str, Any]] | None, WithJsonSchema(_CONTENT)] = Field(
+        None, description='a text, or {"type": "text", "text": ...} of them')
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None

@@ -111,8 +111,8 @@ def _divided(body: ScoreRequest) -> tuple[list[Any], list[Any] | None, str]:
     prompts, _ = texts_of(first, getattr(body, first))
     responses, _ = texts_of(second, getattr(body, second))
     if len(prompts) not in (1, len(responses)):
-        raise ApiError(400, f"{first} has {len(prompts)} texts and {second} {len(responses)}: give one {first} for all, "
-                       f"or one for each", second)
+        raise ApiError(400, f"{first} has {len(prompts)} texts and {second} {len(responses)}: give one {first} for "
+                       "all, or one for each", second)
     return [one if isinstance(one, str) else {"prompt_token_ids": one} for one in prompts], responses, second
 
 

@@ -19,12 +19,13 @@ import uvicorn
 
 from stars.cli.signals import handling
 from stars.serve.http.app import build_app
-from stars.serve.http.guard import MOST_LINGERING, Door, Guard
+from stars.serve.http.guard import Door, Guard
+from stars.serve.http.leaving import MOST_LINGERING
 from stars.serve.http.limits import HEAD_BYTES
 from stars.serve.http.service import Service
 
 KEEP_ALIVE_SECONDS = 15  # that a connection may be idle between two requests
-ACCEPTED_AT_ONCE = 64
+ACCEPTED_AT_ONCE = 128
 """Connections, between which requests that run have their turn. It takes a few such turns until what a new one says is
 read: fewer where only few may be open, since it could have to give way before."""
 TURNS = 8

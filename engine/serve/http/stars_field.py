@@ -8,17 +8,15 @@ import os
 from collections.abc import Sequence
 from typing import Any, cast
 
-from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Attempt, CompletionOutput, RequestOutput, Segment
 from stars.plan import Policy
 from stars.policies import POLICIES
 from stars.sampling import SamplingParams
+from stars.serve.http.growing_text import GrowingText
 from stars.trace.json_lines import plain
 from stars.trace.writer import trace_header, trace_lines
 
 NAMES = {kind: name for name, kind in POLICIES.items()}
-TAIL = 64
-"""Tokens in front of a segment that its texts are decoded after, of which `Detokenizer` takes as many as it needs."""
 
 
 def number(value: float | None) -> float | None:
@@ -61,16 +59,12 @@ def together(deltas: Sequence[RequestOutput]) -> RequestOutput:
 
 
 class SegmentRecords:
-    """The segments of one response, as they come.
-
-    Each is decoded after a few tokens before it, and not after all of the response: what a segment costs does not grow.
-    """
+    """The segments of one response, as they come."""
 
     def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int], params: SamplingParams, token_ids: bool):
-        self._tokenizer = tokenizer
-        self._skip = params.skip_special_tokens
+        self._grown = None if tokenizer is None else GrowingText(tokenizer, prompt_token_ids,
+                                                                 params.skip_special_tokens)
         self._token_ids = token_ids  # whether they are shown
-        self._tail = list(prompt_token_ids[-TAIL:])
         self._segments: list[str] = []  # their texts
         self._shown: list[str] = []  # the text of the response
 
@@ -82,27 +76,25 @@ class SegmentRecords:
 
     def _record(self, segment: Segment, ends: bool) -> dict[str, Any]:
         """ends: whether nothing comes after it, so that its text is what is left of the response's."""
-        decoder = None if self._tokenizer is None else Detokenizer(self._tokenizer, self._tail, self._skip)
-
-        def text_of(token_ids: list[int]) -> str | None:
-            text = None if decoder is None else decoder.decode(token_ids)
-            return text if text is None or ends else text.rstrip(REPLACEMENT)
-
-        text = text_of(segment.token_ids)
+        attempts = [self._attempt(attempt, ends) for attempt in segment.attempts]
+        text = self._text(segment.token_ids, ends)
         if ends and text is not None:
             before, whole = "".join(self._segments), "".join(self._shown)
             text = whole[len(os.path.commonprefix((before, whole))):]
-        attempts = [self._attempt(attempt, text_of) for attempt in segment.attempts]
-        if ends and attempts and attempts[segment.winner]["text"] is not None:
-            attempts[segment.winner]["text"] = text
+            if attempts:
+                attempts[segment.winner]["text"] = text
         self._segments.append(text or "")
-        self._tail = [*self._tail, *segment.token_ids][-TAIL:]
+        if self._grown is not None and not ends:
+            self._grown.add(segment.token_ids)
         record = {"text": text, "reward": number(segment.reward), "threshold": number(segment.threshold),
                   "accepted": segment.accepted, "winner": segment.winner, "attempts": attempts}
         return {**record, "token_ids": segment.token_ids} if self._token_ids else record
 
-    def _attempt(self, attempt: Attempt, text_of: Any) -> dict[str, Any]:
-        record = {"text": text_of(attempt.token_ids), "reward": number(attempt.reward),
+    def _attempt(self, attempt: Attempt, ends: bool) -> dict[str, Any]:
+        record = {"text": self._text(attempt.token_ids, ends), "reward": number(attempt.reward),
                   "threshold": number(attempt.threshold), "accept_probability": number(attempt.accept_probability),
                   "accepted": attempt.accepted, "logprob": number(attempt.logprob)}
         return {**record, "token_ids": attempt.token_ids} if self._token_ids else record
+
+    def _text(self, token_ids: list[int], ends: bool) -> str | None:
+        return None if self._grown is None else self._grown.added(token_ids, ends)

@@ -1,4 +1,4 @@
-"""Server-sent events, and clients that go away."""
+"""Server-sent events, several requests' outputs as one stream, and clients that go away."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from stars.outputs import RequestOutput
+from stars.serve.async_engine import RequestStream
 from stars.serve.http.errors import ApiError
 
 T = TypeVar("T")
@@ -48,6 +50,40 @@ class EventStream(Response):
             async for one in events:
                 await send({"type": "http.response.body", "body": one, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def merged(streams: list[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """The outputs of several requests as they come, each with the number of its request. Nobody is read ahead of."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    ready: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(1)
+
+    async def read(index: int, stream: RequestStream) -> None:
+        try:
+            async for output in stream:
+                await ready.put((index, output))
+        except Exception as error:
+            await ready.put(error)
+        else:
+            await ready.put(None)
+
+    readers = [asyncio.ensure_future(read(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        left = len(readers)
+        while left:
+            one = await ready.get()
+            if isinstance(one, Exception):
+                raise one
+            if one is None:
+                left -= 1
+            else:
+                yield one
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictInt, StrictStr
+from pydantic.config import JsonDict
 
 from stars.arguments import closest, shown
 from stars.engine import Engine
 from stars.errors import RequestError, TokenizerError
 from stars.prompt import parse_prompt
+from stars.serve.http.asked import message_of
 from stars.serve.http.bodies import JsonRoute
-from stars.serve.http.description import JSON_BODY, responses
 from stars.serve.http.errors import ApiError
 from stars.serve.http.models import check_name
+from stars.serve.http.protocol import FIRST_ONLY, ChatMessage
 from stars.serve.http.service import Service, service_of
 
 router = APIRouter(tags=["tokens"], route_class=JsonRoute)
@@ -27,16 +29,26 @@ OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template
 class Asked(BaseModel):
     """What both have."""
 
-    model_config = ConfigDict(extra="allow")  # refused by name, with what may have been meant
-
     model: StrictStr | None = Field(None, description="A name of /v1/models; all have the same tokenizer")
+
+
+def _either() -> JsonDict:
+    """A text, or messages with what belongs to them; each null is as good as absent."""
+    def absent(*names: str) -> dict[str, JsonValue]:
+        return {name: {"type": "null"} for name in names}
+
+    return {"additionalProperties": False, "oneOf": [
+        {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, **absent("messages", *OF_MESSAGES)}},
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}, **absent("prompt")}}]}
 
 
 class TokenizeRequest(Asked):
     """A text, or messages as the chat template renders them."""
 
+    model_config = ConfigDict(extra="allow", json_schema_extra=_either())  # `_engine` refuses others by name
+
     prompt: StrictStr | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[ChatMessage], FIRST_ONLY, Field(min_length=1)] | None = None
     add_special_tokens: StrictBool | None = Field(
         None, description="Whether what the tokenizer puts around a text is there: true for a prompt unless told "
                           "otherwise, false for messages, whose template holds it")
@@ -45,7 +57,8 @@ class TokenizeRequest(Asked):
     continue_final_message: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
-    special_tokens: StrictStr | None = Field(None, description="How control tokens in messages are read: parse, text")
+    special_tokens: Literal["parse", "text"] | None = Field(
+        None, description='"text": control tokens in messages are the texts they are')
 
 
 class TokenizeResponse(BaseModel):
@@ -60,7 +73,9 @@ class TokenizeResponse(BaseModel):
 class DetokenizeRequest(Asked):
     """Token ids."""
 
-    tokens: list[Annotated[StrictInt, Field(ge=0)]]
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], FIRST_ONLY]
 
 
 class DetokenizeResponse(BaseModel):
@@ -69,7 +84,7 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
-@router.post("/tokenize", response_model=TokenizeResponse, responses=responses(*JSON_BODY, 404))
+@router.post("/tokenize", response_model=TokenizeResponse)
 async def tokenize(asked: TokenizeRequest, request: Request) -> TokenizeResponse:
     """The tokens of a text, or of messages. The engine is not asked, so that nobody waits for its rounds."""
     engine = _engine(asked, service_of(request))
@@ -88,7 +103,7 @@ async def tokenize(asked: TokenizeRequest, request: Request) -> TokenizeResponse
         raise ApiError(400, str(error), param=kind) from error
 
 
-@router.post("/detokenize", response_model=DetokenizeResponse, responses=responses(*JSON_BODY, 404))
+@router.post("/detokenize", response_model=DetokenizeResponse)
 async def detokenize(asked: DetokenizeRequest, request: Request) -> DetokenizeResponse:
     """The text of token ids."""
     engine = _engine(asked, service_of(request))
@@ -131,7 +146,8 @@ def _tokens(engine: Engine, asked: TokenizeRequest) -> TokenizeResponse:
         _refuse_long(len(text))
         token_ids = tokenizer.encode(text, add_special_tokens=special is not False)
     else:
-        given = {"messages": asked.messages, **{name: getattr(asked, name) for name in OF_MESSAGES}}
+        given = {name: getattr(asked, name) for name in OF_MESSAGES}
+        given["messages"] = [message_of(number, message) for number, message in enumerate(asked.messages or ())]
         prompt = parse_prompt(given, tokenizer, engine.model_config.vocab_size)
         token_ids = prompt.token_ids
         if special:
