@@ -16,6 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.10"]
 
 
 class CMakeBuild(build_ext):
@@ -95,12 +96,13 @@ setup(
         "hf": ["transformers>=4.51"],
         "structured": ["llguidance>=1.9"],
         "otel": ["opentelemetry-api>=1.30"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.10"],
-        "ray": ["ray[serve]>=2.50", "fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.10"],
+        "serve": SERVE,
+        "ray": [*SERVE, "ray[serve]>=2.60"],
         "bench": ["aiohttp>=3.10"],
         "test": ["pytest>=8", "pytest-benchmark", "hypothesis", "gguf>=0.17", "mypy>=2.4", "ruff>=0.17",
                  "transformers>=4.51", "llguidance>=1.9", "opentelemetry-sdk>=1.30",
-                 'triton>=3.6; platform_system == "Linux"'],
+                 'triton>=3.6; platform_system == "Linux"', *SERVE, "ray[serve]>=2.60", "aiohttp>=3.10", "httpx>=0.28",
+                 "openai>=3", "langchain-openai>=1", "schemathesis>=4"],
     },
     entry_points={"console_scripts": ["stars=stars.cli:main"]},
     zip_safe=False,

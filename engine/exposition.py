@@ -55,6 +55,18 @@ def exposition(families: Sequence[Family], labels: Mapping[str, str]) -> str:
     return "".join(line + "\n" for family in families for line in _lines(family, list(labels.items())))
 
 
+def merged(texts: Sequence[str]) -> str:
+    """One text of several, whose samples differ by their labels: all of a name stand together, told of once."""
+    blocks: dict[str, list[str]] = {}
+    block: list[str] = []
+    for line in (line for text in texts for line in text.splitlines()):
+        if line.startswith("#"):
+            block = blocks.setdefault(line.split(" ")[2], [])
+        if not line.startswith("#") or line not in block:
+            block.append(line)
+    return "".join(line + "\n" for lines in blocks.values() for line in lines)
+
+
 def _lines(family: Family, labels: list[tuple[str, str]]) -> Iterator[str]:
     yield f"# HELP {family.name} " + family.help.replace("\\", r"\\").replace("\n", r"\n")
     yield f"# TYPE {family.name} {family.kind}"

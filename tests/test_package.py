@@ -17,7 +17,7 @@ import pytest
 import stars
 
 ROOT = Path(__file__).resolve().parents[1]
-PINNED = re.compile(r"([A-Za-z0-9_.-]+)==([0-9][0-9A-Za-z.+]*)(?:; (.+))?")
+PINNED = re.compile(r"([A-Za-z0-9_.-]+)(?:\[\w+\])?==([0-9][0-9A-Za-z.+]*)(?:; (.+))?")
 MINORS = range(10, 14)
 
 
@@ -48,21 +48,24 @@ def test_what_is_installed_here_is_pinned():
 
     requirements = pytest.importorskip("packaging.requirements")
     pinned, seen = pins(), set()
-    waiting = ["torch", "numpy", "safetensors", "tokenizers", "jinja2", "tqdm", "pytest", "pytest-benchmark",
-               "hypothesis", "mypy", "ruff", "transformers"]
+    waiting = [(name, "") for name in (
+        "torch", "numpy", "safetensors", "tokenizers", "jinja2", "tqdm", "pytest", "pytest-benchmark", "hypothesis",
+        "mypy", "ruff", "transformers", "fastapi", "uvicorn", "openai", "langchain-openai", "schemathesis", "aiohttp",
+        "httpx")] + [("ray", "serve")]
     while waiting:
-        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
-        if name in seen:
+        given, extra = waiting.pop()
+        name = re.sub(r"[-_.]+", "-", given).lower()
+        if (name, extra) in seen:
             continue
-        seen.add(name)
+        seen.add((name, extra))
         if name.startswith(("nvidia-", "cuda-")):
             continue  # a CUDA build of torch names their versions itself
         assert name in pinned, f"{name} is installed by `make test` and not pinned"
         for text in metadata.requires(name) or ():
             requirement = requirements.Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                waiting.append(requirement.name)
-    assert len(seen) > 30
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                waiting += [(requirement.name, wanted) for wanted in ("", *requirement.extras)]
+    assert len(seen) > 100
 
 
 def test_versions_of_python_agree():

@@ -18,6 +18,7 @@ from stars.cli import options
 from stars.errors import RequestError, StarsError
 
 if TYPE_CHECKING:
+    from stars.serve.async_engine import AsyncEngine
     from stars.serve.http.settings import ServerSettings
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -36,8 +37,7 @@ def serve(args: argparse.Namespace) -> int:
     from stars.serve.http.server import Server, bound_socket, room_for
     from stars.serve.http.service import Service
 
-    settings = _settings(args, room_for)
-    max_waiting = integer("max_waiting", MAX_WAITING if args.max_waiting is None else args.max_waiting, 1)
+    settings = settings_of(args, room_for)
     if not 0 <= args.port < 1 << 16:
         raise RequestError(f"--port is {args.port}, it must be from 0 to 65535")
     try:
@@ -48,17 +48,26 @@ def serve(args: argparse.Namespace) -> int:
         _say_what_is_odd(args, settings)
         if settings.log_requests:
             _log_requests()
-        from stars.serve.async_engine import AsyncEngine
-
-        engine = AsyncEngine(options.build_engine(args, any_policy=True), max_waiting=max_waiting)
-        Server(Service(engine, settings), listening).start()
+        Server(Service(engine_of(args), settings), listening).start()
     return 0
 
 
-def _settings(args: argparse.Namespace, room_for: Callable[[int], int]) -> ServerSettings:
-    """RequestError for what does not go together."""
+def engine_of(args: argparse.Namespace) -> AsyncEngine:
+    """The engine that is to answer."""
+    from stars.serve.async_engine import AsyncEngine
+
+    return AsyncEngine(options.build_engine(args, any_policy=True), max_waiting=_max_waiting(args))
+
+
+def _max_waiting(args: argparse.Namespace) -> int:
+    return integer("max_waiting", MAX_WAITING if args.max_waiting is None else args.max_waiting, 1)
+
+
+def settings_of(args: argparse.Namespace, room_for: Callable[[int], int]) -> ServerSettings:
+    """How it is to answer. room_for: as `server.room_for`. RequestError for what does not go together."""
     from stars.serve.http.settings import ServerSettings
 
+    _max_waiting(args)
     parameters = {name: value for name, value in options.policy_parameters(args).items()
                   if (name, value) != ("reward_threshold", "auto")}
     calibration = _calibration(args) if "reward_threshold" not in parameters else None

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -43,6 +44,13 @@ def build_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(StarsError, _on_error)  # what nobody foresaw is answered by `Counted`
+    protect(app, service)
+    describe(app)
+    return app
+
+
+def protect(app: Starlette, service: Service) -> None:
+    """Puts in front of `app` what looks at requests before it does."""
     app.add_middleware(Bodies, service=service)  # the last one that is added comes first
     app.add_middleware(Places, service=service)
     app.add_middleware(Keys, keys=service.settings.api_keys)
@@ -51,8 +59,6 @@ def build_app(service: Service) -> FastAPI:
                            allow_headers=("*",), expose_headers=("Retry-After", "X-Request-Id"))
     app.add_middleware(Hosts, settings=service.settings)
     app.add_middleware(Counted, service=service)
-    describe(app)
-    return app
 
 
 async def _health(request: Request) -> JSONResponse:

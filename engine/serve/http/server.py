@@ -121,7 +121,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
     """A socket at this address. OSError where that cannot be."""
     family, _, _, _, place = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
                                  key=lambda found: found[0] != socket.AF_INET)
-    made = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol by name: asyncio sends what is written at once (TCP_NODELAY) only over sockets that say it.
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT_AHEAD)  # which connections take over
