@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,13 @@ def serve(args: argparse.Namespace) -> int:
         _say_what_is_odd(args, settings)
         if settings.log_requests:
             _log_requests()
-        Server(Service(engine_of(args), settings), listening).start()
+        Server(Service(engine_of(args), settings), listening, partial(_say_where, settings)).start()
     return 0
+
+
+def _say_where(settings: ServerSettings, address: str) -> None:
+    page = "page at /, " if settings.page else ""
+    print(f"stars: serving {settings.model} at {address} ({page}policy {settings.policy or 'by request'})", flush=True)
 
 
 def engine_of(args: argparse.Namespace) -> AsyncEngine:

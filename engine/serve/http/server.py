@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -43,9 +43,10 @@ class Server(uvicorn.Server):
     """Serves until SIGTERM or Ctrl-C: then it lets in no more requests, lets those under way go on for `drain_seconds`,
     ends the rest with what was committed, and returns. A second signal ends the process at once."""
 
-    def __init__(self, service: Service, listening: socket.socket):
-        """listening: a socket that is bound."""
+    def __init__(self, service: Service, listening: socket.socket, listens: Callable[[str], None] | None = None):
+        """listening: a socket that is bound. listens: told the address once requests are heard there."""
         self.service = service
+        self._listens = listens
         self._socket = listening
         self._until: float | None = None  # when requests under way are ended
         self._ending: asyncio.Future[None] | None = None  # once they are
@@ -66,10 +67,8 @@ class Server(uvicorn.Server):
         """Listens, and says where."""
         await super().startup(sockets)
         self._socket.listen(BACKLOG)
-        settings = self.service.settings
-        page = "page at /, " if settings.page else ""
-        print(f"stars: serving {settings.model} at {address(self._socket)} ({page}policy "
-              f"{settings.policy or 'by request'})", flush=True)
+        if self._listens is not None:
+            self._listens(address(self._socket))
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end."""
