@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import stars
+from serving_http import chat_pair, running_server, service_of_pair
 from stars.cli import main as stars_command
+from stars.serve.http.settings import ServerSettings
 from tiny_models import TinyModel, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +24,7 @@ PAGES = [*sorted(path.name for path in DOCS.glob("*.md")), "../README.md"]
 NAMED = {"path/to/lm": "lm", "path/to/rm": "rm", "lm": "lm", "rm": "rm", "lm-dpo": "guide", "lm-1b": "small",
          "agent.safetensors": "agent/model.safetensors"}
 """What the paths of examples are, of what ships."""
+ADDRESS = "http://127.0.0.1:8000"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -40,14 +43,27 @@ def models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture()
+def address(page, tmp_path):
+    """Of a server, where the examples of a page ask one."""
+    if page != "http.md":
+        yield ADDRESS
+        return
+    pytest.importorskip("openai")
+    with service_of_pair(ServerSettings("NAME"), **chat_pair(tmp_path / "chat")) as service:
+        with running_server(service) as server:
+            yield server.url
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "api.md"])
-def test_the_examples_of_a_page_run(page, models, capsys):
+def test_the_examples_of_a_page_run(page, models, address, capsys):
     """In order and in one namespace, as a reader would type them."""
     names: dict = {"__name__": "__main__"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of few attempts accepted, which some examples show
         for index, (language, text) in enumerate(blocks(page)):
             if language == "python":
+                text = text.replace(ADDRESS, address)
                 exec(compile(text, f"{page}, example {index}", "exec"), names)  # noqa: S102
             for line in text.splitlines() if not language else ():
                 if line.startswith("stars "):
