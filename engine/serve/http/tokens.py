@@ -73,7 +73,7 @@ class TokenizeResponse(BaseModel):
 class DetokenizeRequest(Asked):
     """Token ids."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+    model_config = ConfigDict(extra="allow")  # of names that nobody knows null is as good as absent
 
     tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], FIRST_ONLY]
 
