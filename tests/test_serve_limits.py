@@ -175,24 +175,27 @@ def test_when_to_come_again_follows_the_pace(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("stars.serve.http.traffic.time.monotonic", lambda: now[0])
     traffic = Traffic()
-    assert traffic.retry_after(5) == 1  # nothing is known yet
+
+    def seconds(under_way: int) -> int:
+        traffic.under_way = under_way
+        return traffic.retry_after()
+
+    assert seconds(5) == 1  # nothing is known yet
     now[0] += 7.5
-    assert traffic.retry_after(5) == 8  # nothing has ended for so long
+    assert seconds(5) == 8  # nothing has ended for so long
     for _ in range(20):
         now[0] += 0.5
         traffic.ended()
-    assert traffic.retry_after(8) == math.ceil(8 / (20 / 17.5))
-    traffic.under_way = 40
-    assert traffic.retry_after() == math.ceil(40 / (20 / 17.5))
-    assert (traffic.retry_after(10**6), traffic.retry_after(0)) == (60, 1)
+    assert seconds(8) == math.ceil(8 / (20 / 17.5))
+    assert (seconds(10**6), seconds(0)) == (60, 1)
     now[0] += 59
-    assert traffic.retry_after(1) == 60 // 3  # three of them have ended in the last minute
+    assert seconds(1) == 60 // 3  # three of them have ended in the last minute
     now[0] += 3600
-    assert traffic.retry_after(1) == 60
+    assert seconds(1) == 60
     for _ in range(1000):
         now[0] += 0.01
         traffic.ended()
-    assert traffic.retry_after(100) == 1  # what came to an end of late counts, not the idle time before
+    assert seconds(100) == 1  # what came to an end of late counts, not the idle time before
 
 
 # -- what breaks ------------------------------------------------------------------------------------------------------

@@ -166,6 +166,12 @@ def test_conversations(client):
     assert raw(client, "/v1/score", messages=[messages, other]) == pytest.approx(wanted, abs=TOLERANCE)
     answer = post(client, "/classify", messages=other, use_activation=False)
     assert answer["data"][0]["probs"] == pytest.approx(wanted[1:], abs=TOLERANCE)
+    turns = [[{"role": role, "content": "Be brief."}, *messages] for role in ("system", "developer")]
+    named, theirs = raw(client, "/score", messages=turns)
+    assert named == pytest.approx(theirs, abs=TOLERANCE) and named != pytest.approx(wanted[0], abs=TOLERANCE)
+    image = [{"role": "user", "content": [{"type": "image_url"}]}, messages[-1]]
+    refused(client, "/score", 400, "messages[0].content has a part of type 'image_url' that is no text", "messages",
+            messages=image)
 
 
 def test_a_reward_that_rejects_or_cannot_say(words):
@@ -522,7 +528,7 @@ def test_calibrations_are_few_at_once_and_end_with_their_clients():
             while len(engine.engine._requests) < 8:
                 await asyncio.sleep(0.001)
             third = await client.post("/v1/calibrate", json=body)
-            assert third.status_code == 429 and int(third.headers["Retry-After"]) >= 1
+            assert third.status_code == 429 and third.headers["Retry-After"] == "10"
             assert third.json()["error"]["code"] == "calibrating"
             tasks[0].cancel()
             await asyncio.wait([tasks[0]])
