@@ -408,6 +408,7 @@ def test_what_others_have(server):
                               (dict(max_new_tokens=3), "max_new_tokens", "max_tokens"),
                               (dict(use_beam_search=True), "use_beam_search", "segment-beam"),
                               (dict(store=True), "store", "leave it out"),
+                              (dict(attempt_logprobs=True), "attempt_logprobs", "return_segments"),
                               (dict(cache_salt="x"), "cache_salt", "start a server for each"),
                               (dict(return_tokens_as_token_ids=True), "return_tokens_as_token_ids", "return_token_ids"),
                               ({"a" * 5000: 1}, "a" * 5000, "there are")):

@@ -496,7 +496,7 @@ def test_prompts_of_every_kind(client):
     ("num_samples is 257", "num_samples", {"prompts": ["a"], "num_samples": 257}),
     ("256 samples of 17 prompts are 4352, the most is 4096", "num_samples",
      {"prompts": ["a"] * 17, "num_samples": 256}),
-    ("a segment may have 999 tokens", None, {"prompts": ["a"], "segment_size": 999}),
+    ("a segment may have 999 tokens", "segment_size", {"prompts": ["a"], "segment_size": 999}),
     ("there is no parameter 'samples': did you mean num_samples", "samples", {"prompts": ["a"], "samples": 3}),
     ("max_tokens", "max_tokens", {"prompts": ["a"], "max_tokens": 100000}),
     ("min_tokens is 9", "min_tokens", {"prompts": ["a"], "min_tokens": 9, "max_tokens": 3}),

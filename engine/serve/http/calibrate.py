@@ -172,7 +172,8 @@ async def _sampled(service: Service, prompt: Any, index: int, params: SamplingPa
     except (RequestError, RewardError) as error:
         told = api_error(error, given=SAMPLING, otherwise="prompts")
         where = f"prompts[{index}]: " if told.status == 400 else ""
-        raise ApiError(told.status, f"{where}{told}", told.param, told.code, told.headers) from error
+        param = (told.param or "").removeprefix("stars.")  # a segment's size is no policy's here
+        raise ApiError(told.status, f"{where}{told}", param or None, told.code, told.headers) from error
     try:
         output = [one async for one in stream][-1]
     finally:

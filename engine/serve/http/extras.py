@@ -48,6 +48,8 @@ ABSENT: dict[str, Absent] = {
     "request_id": Absent((), "send it as the header X-Request-Id"),
     "lora_request": Absent((), "an adapter is a model of its own, start a server with it"),
     "timeout": Absent((), 'give "stars": {"budget": {"seconds": …}}'),
+    "attempt_logprobs": Absent((False,), 'give "stars": {"return_segments": true}, which has the log-probability of '
+                               "each candidate"),
     "add_special_tokens": Absent((False,), "a chat template has them, leave it out"),
     "cache_salt": Absent((), "all requests share one prefix cache, start a server for each who must not see what "
                          "others ask"),
