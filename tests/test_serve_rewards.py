@@ -8,7 +8,6 @@ import base64
 import contextlib
 import json
 import math
-import socket
 import struct
 import threading
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 import stars
+from serving_http import running_server
 from stars.plan import DRAFT_SIZE
 from stars.serve.http.app import build_app
 from stars.serve.http.reward_bodies import MAX_PROMPTS
@@ -382,17 +381,9 @@ def test_who_reads_responses_alone_says_how_to_send_them(model, tiny_model):
 def listening(engine: stars.Engine) -> Iterator[str]:
     """The address of a server over `engine`, on a socket."""
     shared = stars.AsyncEngine(engine)
-    server = uvicorn.Server(uvicorn.Config(served(shared), log_level="warning"))
-    bound = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(LIMIT)
-        bound.close()
-        asyncio.run(shared.shutdown())
+    with running_server(Service(shared, ServerSettings(model="tiny"))) as server:
+        yield server.url
+    asyncio.run(shared.shutdown())
 
 
 def decided(engine: stars.Engine, asked: Any) -> list[Any]:
