@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 import stars
 from serving_http import service_of_pair, wait_until
+from stars.serve.http.errors import ApiError
+from stars.serve.http.limits import Counted
+from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
 from stars.serve.http.traffic import Traffic
 from test_serve_edge import COMPLETION, LONG, is_free, set_to, text_of
@@ -256,6 +260,17 @@ def test_a_handler_that_raises_is_answered_for(place, monkeypatch, caplog):
     monkeypatch.undo()
     assert text_of(place, key(KEYS[0]))
     wait_until(lambda: is_free(place))
+
+
+def test_what_an_application_refuses_is_no_error_of_its_log(place, caplog):
+    """Of Ray Serve's, which has no handlers of its own, thousands may be: 429, or 503 while no engine is there."""
+    async def full(scope: Any, receive: Any, send: Any) -> None:
+        raise ApiError(429, "too many", code="queue_full")
+
+    app = Counted(full, Service(place.service.engine, ServerSettings("toy")))
+    answer = TestClient(app).get("/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert int(answer.headers["Retry-After"]) >= 1 and not [record for record in caplog.records if record.exc_info]
 
 
 def test_an_answer_that_breaks_off_is_cut_off(place, monkeypatch):

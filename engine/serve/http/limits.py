@@ -102,7 +102,8 @@ class Counted:
             if status:  # who reads must see that this is no whole answer: the server closes the connection
                 raise
             told = api_error(error)
-            logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            if not isinstance(error, ApiError):  # which somebody foresaw, in an application that has no handler of them
+                logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             await refuse(told, scope, receive, sent)
         finally:
             seconds = time.monotonic() - begin
