@@ -330,7 +330,8 @@ GUIDED_BADLY: dict[str, list[Any]] = {
     "policy": [1, "strs", ["stars"], ""], "budget": [1, "x", []], "return_segments": ["yes", 1],
     "return_trace": ["yes", 0], "beta": ["hot", -1, [], {}], "reward_threshold": ["high", True, {}],
     "segment_size": [0, 1.5, "a", 10**6], "max_attempts": [0, "a", 10**9], "alpha": [2, "a"], "width": [0, "a", 1.5],
-    "exhaust": ["never", 1, {}], "barrier": ["yes"], "bta": [1], "n": [3], "Policy": ["stars"],
+    "exhaust": ["never", 1, {}], "barrier": ["yes"], "bta": [1], "n": [3],
+    "reward": ["http://127.0.0.1:1"], "Policy": ["stars"],
 }
 BUDGETS: dict[str, list[Any]] = {"seconds": [0, -1, "a", True], "attempts": [0, 1.5], "lm_tokens": ["a"],
                                  "rm_calls": [-1], "second": [1]}
@@ -408,6 +409,7 @@ def test_what_others_have(server):
                               (dict(max_new_tokens=3), "max_new_tokens", "max_tokens"),
                               (dict(use_beam_search=True), "use_beam_search", "segment-beam"),
                               (dict(store=True), "store", "leave it out"),
+                              (dict(reward_url="http://127.0.0.1:1"), "reward_url", "there are"),
                               (dict(attempt_logprobs=True), "attempt_logprobs", "return_segments"),
                               (dict(cache_salt="x"), "cache_salt", "start a server for each"),
                               (dict(return_tokens_as_token_ids=True), "return_tokens_as_token_ids", "return_token_ids"),
