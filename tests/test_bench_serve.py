@@ -100,11 +100,11 @@ def test_events_are_read_whole_wherever_they_are_cut():
 @pytest.mark.parametrize("line", [b"x", b"data: x\n"], ids=["a line", "lines"])
 def test_an_event_that_does_not_end_is_not_kept(line):
     """And takes no longer to read the longer it is."""
-    parser, piece, begin = EventParser(), line * 8192, time.perf_counter()
+    parser, piece, begin = EventParser(), line * ((1 << 16) // len(line)), time.perf_counter()
     with pytest.raises(ValueError, match="more than 16777216 bytes"):
-        for _ in range(1 << 14):
+        for _ in range(300):
             assert not list(parser.feed(piece))
-    assert time.perf_counter() - begin < 10
+    assert time.perf_counter() - begin < 2
     for size in (1 << 20, (1 << 24) - 8):
         [data] = EventParser().feed(b"data: " + b"x" * size + b"\n\n")
         assert len(data) == size
