@@ -97,6 +97,34 @@ def test_events_are_read_whole_wherever_they_are_cut():
     assert [one for index in range(len(BODY)) for one in parser.feed(BODY[index : index + 1])] == EVENTS
 
 
+@pytest.mark.parametrize("line", [b"x", b"data: x\n"], ids=["a line", "lines"])
+def test_an_event_that_does_not_end_is_not_kept(line):
+    """And takes no longer to read the longer it is."""
+    parser, piece, begin = EventParser(), line * ((1 << 16) // len(line)), time.perf_counter()
+    with pytest.raises(ValueError, match="more than 16777216 bytes"):
+        for _ in range(300):
+            assert not list(parser.feed(piece))
+    assert time.perf_counter() - begin < 2
+    for size in (1 << 20, (1 << 24) - 8):
+        [data] = EventParser().feed(b"data: " + b"x" * size + b"\n\n")
+        assert len(data) == size
+
+
+@pytest.mark.parametrize(("answer", "error"), [
+    ([head(), chunk(event("[" * 200_000))], "an event that is no completion: [[["),
+    ([reply(400, {})[:40] + b"Content-Length: 200000\r\n\r\n" + b"[" * 200_000], "400: [[["),
+    ([head(), *[chunk(b"x" * (1 << 20))] * 20], "an event has more than"),
+    ([b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n", *[chunk(b"x" * (1 << 20))] * 100], "500: xxx"),
+    ([head(), chunk(text("a", "stop") + event({"usage": {"completion_tokens": "4"}}))], "an event that is no comp"),
+    ([head(), chunk(text("a", "stop") + event({"usage": {"completion_tokens": -4}}))], "an event that is no comp"),
+    ([head(), chunk(text("a", "stop") + event('{"usage": {"prompt_tokens": NaN}}'))], "an event that is no comp"),
+], ids=["nested", "nested error", "endless event", "endless error", "text", "negative", "no number"])
+def test_a_server_that_says_what_it_likes_fails_its_own_requests(answer, error):
+    run = sent(ScriptedServer(lambda index: [*answer, chunk(b""), None]), at_once(1))
+    assert run.answers[0].error.startswith(error)
+    assert figures(run, {})["failed"] == 1
+
+
 def test_a_stream_in_splinters_is_one_answer():
     body = text("é") + text("中", "stop", accept_rate=0.5, attempts=6) + usage(3, 2) + event("[DONE]")
 

@@ -246,6 +246,15 @@ def test_what_costs_much_to_read_holds_up_nobody(place, right, before):
         assert text_of(place) == right and time.monotonic() - begin < long / 2
 
 
+def test_a_key_that_is_there_twice_is_found_at_once(place, right):
+    """Of very many, the last."""
+    names = [f"{number:05}" for number in range(20_000)]
+    body = b"{%b}" % b",".join(b'"%b":1' % name.encode() for name in [*names, names[-1]])
+    begin = time.monotonic()
+    answer = place.ask("/v1/completions", body)
+    assert answer.status == 400 and "'19999' twice" in answer.error["message"] and time.monotonic() - begin < 2
+
+
 def test_a_body_in_fair_pieces_is_read(place, right):
     body = json.dumps(COMPLETION, indent=1).replace("\n", "\r\n").encode()
     parts = [body[at:at + 7] for at in range(0, len(body), 7)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 
 import stars
 from serving_http import service_of_pair, wait_until
+from stars.exposition import Family
 from stars.serve.http.errors import ApiError
 from stars.serve.http.limits import Counted
 from stars.serve.http.service import Service
@@ -110,6 +112,7 @@ def test_a_name_that_is_not_the_servers_is_refused(place, host, status):
 def test_pages_of_other_origins_may_not_post(place):
     """A browser sends a text without asking first, and only keeps the answer from the page."""
     for origin, status in (("https://evil.example", 403), ("null", 403), ("http://localhost:1", 403),
+                           ("http://[", 403), ("http://[::1", 403),
                            ("http://localhost", 200), ("https://friend.example", 200)):
         answer = place.ask("/v1/completions", COMPLETION, key(KEYS[0]), f"Origin: {origin}")
         assert answer.status == status, origin
@@ -146,6 +149,34 @@ def test_answers_are_not_what_they_do_not_say(place):
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_whatever_clients_ask_for_metrics_have_few_lines(place):
+    def lines() -> int:
+        return place.ask("/metrics", None, key(KEYS[0])).body.count(b"\n")
+
+    def ask(number: int) -> None:
+        place.ask(f"/health/{number}", None)
+        place.ask(f"/v1/models/{number}", None, key(KEYS[0]))
+        place.ask("/health", None, method=f"BREW{number}")
+
+    ask(0)
+    lines()  # which has some of its own
+    before = lines()
+    for number in range(1, 20):
+        ask(number)
+    assert lines() == before
+    assert place.metric('stars:http_requests_total{method="other",path="/health",status="405"}') >= 20
+
+
+def test_a_path_makes_no_lines_of_its_own_in_a_log(place, monkeypatch, caplog):
+    def broken(*_: Any) -> Any:
+        raise ValueError("broken")
+
+    monkeypatch.setattr("stars.serve.http.limits._name", broken)
+    assert place.ask("/a%0Aa%20line", None).status == 500
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert record.getMessage() == "GET '/a\\na line' failed"
 
 
 def test_a_request_is_counted_and_nothing_of_it_is_logged(place, caplog):
@@ -336,6 +367,47 @@ def test_a_server_that_shuts_down_says_so_and_goes_on_with_what_it_has():
         written = sum(len(choice["text"]) for one in found[:-1] for choice in one["choices"])
         assert written and found[-2]["usage"]["completion_tokens"] > 0
         wait_until(lambda: not place.service.engine.is_running)
+
+
+def test_who_reads_slowly_is_read_to_before_the_end(monkeypatch):
+    """What was answered is under way until it was read, or until the time is over."""
+    large = Family("large", "gauge", "x" * (6 << 20), {"": 1})
+    with service_of_pair(ServerSettings("lm", drain_seconds=30.0)) as service, place_of(service) as place, Wire(
+            place.address) as wire:
+        monkeypatch.setattr(service.traffic, "families", lambda: [large])
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        wire.send(request("/metrics"))
+        assert wire.socket.recv(1) == b"H"
+        place.server.drain()
+        time.sleep(1.5)  # for longer than connections that ask nothing are waited for
+        begin = time.monotonic()
+        while (part := wire.socket.recv(1 << 16)).find(b"# TYPE large") < 0:
+            assert part, "cut off"
+            time.sleep(0.01 if time.monotonic() < begin + 1.5 else 0)
+        wait_until(lambda: not service.engine.is_running)
+
+
+def test_a_round_that_does_not_end_is_not_waited_for(monkeypatch, caplog):
+    """Its requests are told so."""
+    hangs = threading.Event()
+
+    def reward(prompt: Any, responses: Any) -> list[float]:
+        assert hangs.wait(30)
+        return [0.0 for _ in responses]
+
+    monkeypatch.setattr("stars.serve.http.server.TOLD_SECONDS", 0.2)
+    settings = ServerSettings("lm", drain_seconds=0.0)
+    with service_of_pair(settings, reward=stars.FunctionReward(reward)) as service, place_of(service) as place, Wire(
+            place.address) as wire:
+        try:
+            wire.send(request("/v1/completions", COMPLETION))
+            wait_until(lambda: service.traffic.under_way)
+            place.server.drain()
+            answer = wire.answer()
+        finally:
+            hangs.set()
+        assert (answer.status, answer.error["code"]) == (503, "draining")
+        assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_server_without_requests_ends_at_once():

@@ -488,6 +488,8 @@ def test_prompts_of_every_kind(client):
     ("256 samples of 17 prompts are 4352, the most is 4096", "num_samples",
      {"prompts": ["a"] * 17, "num_samples": 256}),
     ("a segment may have 999 tokens", "segment_size", {"prompts": ["a"], "segment_size": 999}),
+    ("segment_size is 2147483648, it must be less", "segment_size", {"prompts": ["a"], "segment_size": 1 << 31}),
+    ("user is 'xxx", "user", {"prompts": ["a"], "user": "x" * 256}),  # a key's name may come before it
     ("there is no parameter 'samples': did you mean num_samples", "samples", {"prompts": ["a"], "samples": 3}),
     ("max_tokens", "max_tokens", {"prompts": ["a"], "max_tokens": 100000}),
     ("min_tokens is 9", "min_tokens", {"prompts": ["a"], "min_tokens": 9, "max_tokens": 3}),

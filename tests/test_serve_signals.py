@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -228,6 +229,22 @@ def test_who_opens_it_to_others_without_a_key_is_warned(run, monkeypatch):
     assert warning not in run("serve", "--port", 0)[2]
     err = run("serve", "--port", 0, "--model", "x", "--reward", "y")[2]
     assert "policy stars has no reward_threshold: requests must bring one" in err
+
+
+def test_what_goes_wrong_is_said(run, monkeypatch):
+    """An answer says that the log has more of it."""
+    log = logging.getLogger("stars.serve.http.limits")
+    error = stars_error()("far enough")
+
+    def built(*_, **__):
+        log.error("a request failed", exc_info=error)
+        log.info("nobody asked")
+        raise error
+
+    monkeypatch.setattr("stars.cli.options.build_engine", built)
+    err = run("serve", "--port", 0)[2]
+    assert err.count("a request failed") == 1 and "StarsError: far enough" in err and "nobody asked" not in err
+    log.error("afterwards")
 
 
 def stars_error() -> type[Exception]:

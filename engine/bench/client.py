@@ -18,6 +18,7 @@ KEEPALIVE = 2.0
 """Seconds that a connection is kept for the next request: fewer than any server does, so that none is closed while a
 request is on its way."""
 SHOWN = 160  # characters of an error
+MOST_READ = 1 << 20  # bytes of an answer that is no stream
 TIMEOUT = asyncio.exceptions.TimeoutError  # another class than the built-in one before Python 3.11
 
 
@@ -45,7 +46,7 @@ class Client:
         """The first name of /v1/models; RequestError where there is none to be had."""
         try:
             async with self._session.get(self.models_url) as response:
-                status, body = response.status, await response.read()
+                status, body = response.status, await _beginning(response)
         except (aiohttp.ClientError, TIMEOUT) as error:
             raise RequestError(f"{self.models_url} cannot be asked for a model ({_words(error)}): is a server "
                                "there?") from error
@@ -54,7 +55,7 @@ class Client:
             raise RequestError(f"{self.models_url} answers {status} ({_message(body)}): give {advice}")
         try:
             name = json.loads(body)["data"][0]["id"]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise RequestError(f"{self.models_url} names no model: give --model NAME") from error
         return str(name)
 
@@ -66,7 +67,7 @@ class Client:
                 answer.status = response.status
                 if response.status != 200:
                     answer.retry_after = "Retry-After" in response.headers
-                    answer.error = f"{response.status}: {_message(await response.read())}"
+                    answer.error = f"{response.status}: {_message(await _beginning(response))}"
                 elif response.content_type != "text/event-stream":
                     answer.error = f"the answer is no event stream, but {response.content_type}"
                 else:
@@ -92,6 +93,8 @@ class Client:
         except (aiohttp.ClientError, TIMEOUT):
             if not done:
                 raise
+        except ValueError as error:  # an event that does not end
+            told, done = told or str(error), True
         whole = done or answer.finish_reason is not None
         answer.error = told or (None if whole else "the stream broke off")
 
@@ -103,14 +106,15 @@ class Client:
                 return f"in the stream: {_message(data.encode())}"
             usage = event.get("usage")
             if usage:
-                answer.input_tokens = usage.get("prompt_tokens", answer.input_tokens)
-                answer.output_tokens = usage.get("completion_tokens", answer.output_tokens)
+                answer.input_tokens = _count(usage.get("prompt_tokens"), answer.input_tokens)
+                answer.output_tokens = _count(usage.get("completion_tokens"), answer.output_tokens)
             text = ""
             for choice in event.get("choices") or ():
                 text += _text_of(choice)
-                answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+                reason = choice.get("finish_reason")
+                answer.finish_reason = str(reason) if reason else answer.finish_reason
                 answer.stars |= choice.get("stars") or {}
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return f"an event that is no completion: {data[:SHOWN]}"
         if text:
             answer.text += text
@@ -129,6 +133,26 @@ def _text_of(choice: Mapping[str, Any]) -> str:
     return (delta.get("content") or "") + (delta.get("reasoning_content") or delta.get("reasoning") or "")
 
 
+def _count(value: Any, before: int | None) -> int | None:
+    """A number of tokens; `before` where nothing is said. TypeError for what is none."""
+    if value is None:
+        return before
+    if type(value) is not int or value < 0:
+        raise TypeError("no number of tokens")
+    return value
+
+
+async def _beginning(response: aiohttp.ClientResponse) -> bytes:
+    """An answer's body, or as much of it as is looked at: the connection is not used again then."""
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) >= MOST_READ:
+            response.close()
+            break
+    return bytes(body[:MOST_READ])
+
+
 def _message(body: bytes) -> str:
     """What an error's body says, in one line."""
     text = body.decode("utf8", "replace")
@@ -137,7 +161,7 @@ def _message(body: bytes) -> str:
         for key in ("error", "detail", "message"):
             found = found.get(key, found) if isinstance(found, dict) else found
         text = found if isinstance(found, str) else json.dumps(found)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return " ".join(text.split())[:SHOWN]
 

@@ -8,7 +8,8 @@ import ipaddress
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,9 +48,8 @@ def serve(args: argparse.Namespace) -> int:
         raise StarsError(f"cannot listen at {args.host}, port {args.port}: {error.strerror or error}") from None
     with listening:
         _say_what_is_odd(args, settings)
-        if settings.log_requests:
-            _log_requests()
-        Server(Service(engine_of(args), settings), listening, partial(_say_where, settings)).start()
+        with _logging(settings.log_requests):
+            Server(Service(engine_of(args), settings), listening, partial(_say_where, settings)).start()
     return 0
 
 
@@ -138,10 +138,18 @@ def is_local(host: str) -> bool:
         return False
 
 
-def _log_requests() -> None:
-    log = logging.getLogger("stars.serve.requests")
+@contextmanager
+def _logging(requests: bool) -> Iterator[None]:
+    """What goes wrong in the server goes to stderr, and a line for each request where `requests` says so."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log, lines = logging.getLogger("stars"), logging.getLogger("stars.serve.requests")
+    before = lines.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    if requests:
+        lines.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        lines.setLevel(before)
+        log.removeHandler(handler)

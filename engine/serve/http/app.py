@@ -86,7 +86,7 @@ async def _metrics(request: Request) -> PlainTextResponse:
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     told = api_error(error)
     if told.status >= 500 and not isinstance(error, ApiError):
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        logger.error("%s %s failed", request.method, shown(request.scope["path"]), exc_info=error)
     return JSONResponse(told.body(), told.status, told.headers)
 
 
@@ -98,7 +98,7 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    path = shown(request.url.path)
+    path = shown(request.scope["path"])  # request.url has the Host header in it, which may be anything
     messages = {404: f"there is no {path} here", 405: f"{path} takes no {shown(request.method)}"}
     told = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
     return JSONResponse(told.body(), error.status_code, dict(error.headers or {}))

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from stars.arguments import shown
 from stars.calibration import Calibration, PlainSample, PlainSegments
 from stars.errors import RequestError, RewardError
-from stars.intake import MAX_PRIORITY, MAX_USER
-from stars.plan import DRAFT_SIZE
+from stars.intake import MAX_PRIORITY
+from stars.plan import DRAFT_SIZE, MAX_SIZE
 from stars.sampling import MAX_BIAS, MAX_REPETITION, MIN_REPETITION, RequestOutputKind, SamplingParams
 from stars.serve.http import draws
 from stars.serve.http.asked import DEFAULT_MAX_TOKENS
@@ -24,7 +24,7 @@ from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.extras import refuse_unknown
 from stars.serve.http.models import check_name
-from stars.serve.http.protocol import FIRST_ONLY, Ids, Seed, Stop, Texts, are_ids
+from stars.serve.http.protocol import FIRST_ONLY, MAX_SENT_USER, Ids, Seed, Stop, Texts, are_ids
 from stars.serve.http.reward_replies import CalibrationReply
 from stars.serve.http.service import Service, service_of, user_of
 from stars.serve.http.streaming import client_closed, dumped, unless_gone
@@ -56,10 +56,10 @@ class CalibrationRequest(BaseModel):
     model: str | None = Field(None, description="a served name; the default otherwise")
     quantile: float | None = Field(None, ge=0.0, le=1.0, description="of the rewards: 0.9")
     num_samples: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="for each prompt: 16")
-    segment_size: int | None = Field(None, ge=1, description=f"prefixes of so many tokens, twice as many, … are scored "
-                                     f"too: {DRAFT_SIZE}")
+    segment_size: int | None = Field(None, ge=1, le=MAX_SIZE, description=f"prefixes of so many tokens, twice as many, "
+                                     f"… are scored too: {DRAFT_SIZE}")
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    user: str | None = Field(None, max_length=MAX_USER, description="whose samples they are; a name of their own")
+    user: str | None = Field(None, max_length=MAX_SENT_USER, description="whose samples they are; a name of their own")
     max_tokens: int | None = Field(None, ge=1, description=f"of a sample: {DEFAULT_MAX_TOKENS}")
     temperature: float | None = Field(None, ge=0.0)
     top_p: float | None = Field(None, gt=0.0, le=1.0)

@@ -47,6 +47,12 @@ class ApiError(Exception):
                           "code": self.code}}
 
 
+def shutting_down(retry_after: int) -> ApiError:
+    """What is told of requests that come too late."""
+    return ApiError(503, "the server is shutting down: try another one, or later", code="draining",
+                    headers={"Retry-After": str(retry_after), "Connection": "close"})
+
+
 def api_error(error: Exception, given: Collection[str] = (), otherwise: str | None = None) -> ApiError:
     """What a client is told of an exception of the engine. What is no error of the package's is a 500 that says
     nothing of itself: it is for the log.

@@ -18,8 +18,9 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stars.arguments import shown
 from stars.serve.http import draws
-from stars.serve.http.errors import ApiError, api_error
+from stars.serve.http.errors import ApiError, api_error, shutting_down
 from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
 
@@ -103,8 +104,12 @@ class Counted:
                 raise
             told = api_error(error)
             if not isinstance(error, ApiError):  # which somebody foresaw, in an application that has no handler of them
-                logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+                logger.error("%s %s failed", scope["method"], shown(scope["path"]), exc_info=error)
             await refuse(told, scope, receive, sent)
+        except asyncio.CancelledError:  # the server ends before a round of the engine's does
+            if status:
+                raise
+            await refuse(shutting_down(traffic.retry_after()), scope, receive, sent)
         finally:
             seconds = time.monotonic() - begin
             route = getattr(scope.get("route"), "path", "other")
@@ -157,7 +162,7 @@ class Hosts:
                             "it with --allowed-host NAME", code="unknown_host")
         origin = headers.get("origin", "").lower()
         if origin and scope["method"] not in READS and "*" not in self.origins and origin not in self.origins and (
-                host is None or urlsplit(origin).netloc != host.lower()):
+                host is None or _place(origin) != host.lower()):
             return ApiError(403, "pages of other origins may not ask this server: start it with --cors-origin ORIGIN",
                             code="foreign_origin")
         return None
@@ -167,6 +172,14 @@ def _name(host: str) -> str | None:
     """The host's name without a port; None where it is none."""
     try:
         return urlsplit("//" + host.lower()).hostname if not set("@/?#\\") & set(host) else None
+    except ValueError:
+        return None
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an origin; None where it is none."""
+    try:
+        return urlsplit(origin).netloc
     except ValueError:
         return None
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -76,12 +76,17 @@ class Server(uvicorn.Server):
             return True
         if self._until is None:
             return False
-        if not self.service.traffic.under_way:
+        if not self.service.traffic.under_way and not self._is_read_to():
             return True
         now = time.monotonic()
         if self._ending is None and now >= self._until:
             self._ending = asyncio.ensure_future(self.service.engine.shutdown(drain=False))
         return now >= self._until + TOLD_SECONDS
+
+    def _is_read_to(self) -> bool:
+        """Whether a client has yet to read what it was answered."""
+        connections = cast(Iterable[Guard], self.server_state.connections)
+        return any(one.leaving.get_write_buffer_size() for one in connections)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Closes what is open."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 from fastapi import Request
 
 from stars.serve.async_engine import AsyncEngine
-from stars.serve.http.errors import ApiError
+from stars.serve.http.errors import shutting_down
 from stars.serve.http.settings import ServerSettings
 from stars.serve.http.traffic import Traffic
 
@@ -24,8 +24,7 @@ class Service:
     def check_open(self) -> None:
         """ApiError where no request is taken any more."""
         if self.draining:
-            raise ApiError(503, "the server is shutting down: try another one, or later", code="draining",
-                           headers={"Retry-After": str(self.traffic.retry_after()), "Connection": "close"})
+            raise shutting_down(self.traffic.retry_after())
 
 
 def user_of(request: Request, user: str | None) -> str | None:

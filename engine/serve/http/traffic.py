@@ -14,6 +14,8 @@ from stars.metrics import PREFIX
 LATELY, REMEMBERED = 60.0, 256  # seconds, and requests, by which the pace is judged
 LEAST_WAIT, LONGEST_WAIT = 1, 60
 """Seconds that a client is told to wait."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+"""Those that have a name in /metrics: a client may send any other."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 300.0)
 """Bounds of what requests take."""
 
@@ -32,8 +34,8 @@ class Traffic:
         self._ends: deque[float] = deque(maxlen=REMEMBERED)
 
     def answered(self, method: str, path: str, status: int, seconds: float) -> None:
-        """A request is over. path: its route's, of which there are few, whatever clients ask for."""
-        self._answers[method, path, str(status)] += 1
+        """A request is over. path: its route's, of which there are few, whatever clients ask for. method: any word."""
+        self._answers[method if method in METHODS else "other", path, str(status)] += 1
         counts, total = self._seconds.get(path) or ([0] * (len(SECONDS) + 1), 0.0)
         counts[bisect_left(SECONDS, seconds)] += 1
         self._seconds[path] = counts, total + seconds
