@@ -16,7 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.10"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.54", "pydantic>=2.10"]  # guard.py stands on the inside of uvicorn
 
 
 class CMakeBuild(build_ext):

@@ -178,7 +178,7 @@ def figures() -> dict[str, str]:
 
 
 def serving() -> dict[str, str]:
-    """The chart of benchmarks/serving.py, once there is a result of it."""
+    """The chart of benchmarks/serving_load.py, once there is a result of it."""
     if not (RESULTS / "serving.json").is_file():
         return {}
     result = json.loads((RESULTS / "serving.json").read_text())

@@ -154,7 +154,8 @@ class Intake:
         reader = self._readers.reader_of(plan)
         if plan.segment.draft > self._config.max_segment_size:
             raise RequestError(f"a segment may have {plan.segment.draft} tokens and the engine's slabs hold "
-                               f"{self._config.max_segment_size}: build it with a larger max_segment_size")
+                               f"{self._config.max_segment_size}: ask for fewer, or build it with a larger "
+                               "max_segment_size")
         return Needs(proposal, stores, redrafts, reader)
 
     def pair_parser(self, reward: Reward) -> PairParser:

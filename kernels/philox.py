@@ -70,7 +70,8 @@ def philox4x32(counter: Sequence[ArrayLike], key: Sequence[ArrayLike]) -> Words:
 
 def uniform(words: ArrayLike) -> np.ndarray:
     """float64 uniforms ((w >> 8) + 0.5) / 2^24 of uint32 words, exact; between 2^-25 and 1 - 2^-25."""
-    return ((np.asarray(words, dtype=np.uint32) >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
+    drawn: np.ndarray = ((np.asarray(words, dtype=np.uint32) >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
+    return drawn
 
 
 def gumbel(words: ArrayLike) -> np.ndarray:
@@ -79,7 +80,8 @@ def gumbel(words: ArrayLike) -> np.ndarray:
     upper = numerator >= 2.0**23
     near_one = -np.log1p(-(2.0**24 - numerator - 0.5) * 2.0**-24, where=upper, out=np.zeros_like(numerator))
     away = -np.log((numerator + 0.5) * 2.0**-24, where=~upper, out=np.zeros_like(numerator))
-    return -np.log(np.where(upper, near_one, away))
+    noise: np.ndarray = -np.log(np.where(upper, near_one, away))
+    return noise
 
 
 def split_seed(seed: int) -> tuple[int, int]:

@@ -43,32 +43,33 @@ class Running(NamedTuple):
         return len(engine._requests) + engine._cache.num_pages - engine._cache.num_free_pages
 
 
-class _InThread(Server):
-    """A server that leaves its engine to others, in whose process signals are nobody's."""
+class _Lent(Server):
+    """A server that leaves its engine to others."""
 
     async def shutdown(self, sockets: Any = None) -> None:
         await uvicorn.Server.shutdown(self, sockets)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @contextmanager
 def running_server(service: Service) -> Iterator[Running]:
     """`service` on a free port of the loopback address, until the block is left; the engine stays."""
-    with contextlib.closing(bound_socket("127.0.0.1", 0)) as listening:
-        server = _InThread(service, listening)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server", daemon=True)
-        thread.start()
-        try:
-            wait_until(lambda: server.started or not thread.is_alive())
-            assert thread.is_alive(), "the server did not start"
-            yield Running(address(listening), service)
-        finally:
-            server.should_exit = True
-            thread.join(SECONDS)
-            assert not thread.is_alive(), "the server does not end"
+    with contextlib.closing(bound_socket("127.0.0.1", 0)) as listening, in_thread(_Lent(service, listening)):
+        yield Running(address(listening), service)
+
+
+@contextmanager
+def in_thread(server: Server) -> Iterator[None]:
+    """Runs it until the block is left."""
+    thread = threading.Thread(target=server.start, name="server", daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started or not thread.is_alive())
+        assert thread.is_alive(), "the server did not start"
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(SECONDS)
+        assert not thread.is_alive(), "the server does not end"
 
 
 @contextmanager

@@ -101,6 +101,15 @@ def test_generate_prints_the_text(run, pair):
     assert (code, out, err) == (0, expected[0].outputs[0].text + "\n", "")
 
 
+def test_segments_may_be_longer_than_by_default(run, pair):
+    """What the engine's sentence says to do, flags can."""
+    stars_of = ["--reward-threshold", "0.0", "--segment-size", "130", "--max-attempts", "2"]
+    code, _, err = run("generate", "Once upon", *pair, *SAMPLING, *SMALL, *stars_of)
+    assert code == 1 and "max_segment_size" in err
+    code, out, _ = run("generate", "Once upon", *pair, *SAMPLING, *SMALL, *stars_of, "--max-segment-size", "130")
+    assert code == 0 and out
+
+
 def test_generate_prints_several_in_order(run, pair):
     code, out, _ = run("generate", "Once upon", "The dog", "A reward", *pair[:2], *SAMPLING, *SMALL, "--n", "2")
     headings = [line for line in out.splitlines() if line.startswith("==>")]

@@ -114,7 +114,7 @@ def test_links_lead_somewhere(page):
         file, _, anchor = target.partition("#")
         if "://" in target:
             continue
-        path = DOCS / file if file else DOCS / page
+        path = (DOCS / page).parent / file if file else DOCS / page
         assert path.exists(), target
         if anchor:
             headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")

@@ -3,6 +3,7 @@ or counted twice, whatever stops a call."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 import random
@@ -13,11 +14,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 import stars
 from stars import metrics
 from stars.exhaustions import BackUp
 from stars.exposition import Family, Histogram, exposition
+from stars.serve.http.app import build_app
+from stars.serve.http.service import Service
+from stars.serve.http.settings import ServerSettings
 from test_conservation import Trouble
 from toy import ToyModel, ids, table_reward, toy_engine
 
@@ -145,7 +150,11 @@ def test_every_metric_has_its_line_in_the_docs():
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf8")
     rows = Counter(re.findall(r"^\| `(stars:\w+)` ", page, re.MULTILINE))
     kinds = {name: kind for name, kind in re.findall(r"^\| `(stars:\w+)` \| (\w+) ", page, re.MULTILINE)}
-    shown = parsed(engine().metrics.text())
+    served = stars.AsyncEngine(engine())
+    with TestClient(build_app(Service(served, ServerSettings("tiny")))) as client:
+        client.get("/health")
+        shown = parsed(client.get("/metrics").text)
+    asyncio.run(served.shutdown())
     assert rows.keys() == shown.keys() and set(rows.values()) == {1}
     assert kinds == {name: kind for name, (kind, _, _) in shown.items()}
 

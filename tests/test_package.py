@@ -82,6 +82,16 @@ def test_licence_and_notice():
     assert (Path(stars.__file__).parent / "py.typed").is_file()
 
 
+def test_every_file_is_packaged(tmp_path):
+    """Pages, calibrations and models as well as code, quickly: without a build of the C++ library."""
+    subprocess.run([sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)], cwd=ROOT,
+                   check=True, capture_output=True)
+    files = {path for path in (ROOT / "engine").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    ours = {str(path.relative_to(ROOT / "engine")) for path in files}
+    packaged = {str(path.relative_to(tmp_path / "stars")) for path in (tmp_path / "stars").rglob("*") if path.is_file()}
+    assert {"serve/http/playground.html", "demo_models/calibration.json"} <= ours <= packaged
+
+
 @pytest.mark.slow
 def test_the_wheel(tmp_path):
     """Builds it as a user would, and runs what was built from a directory of its own."""

@@ -202,7 +202,8 @@ def test_answers_are_as_described(server):
 
 
 MINE: dict[str, list[Any]] = {
-    **{name: values for name, values in BAD.items() if name not in ("prompt", "echo", "logprobs")},
+    **{name: values for name, values in BAD.items()
+       if name not in ("prompt", "add_special_tokens", "echo", "logprobs")},
     "messages": ["hi", [], [1], [{}], [{"role": "user"}], [{"role": 1, "content": "x"}], {"role": "user"},
                  [{"content": "x"}], [{"role": "user", "content": 5}], [{"role": "user", "content": ["x"]}],
                  [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
@@ -240,10 +241,11 @@ def test_what_contradicts_itself(server):
                         (dict(add_generation_prompt=True, continue_final_message=True), "continue_final_message"),
                         (dict(prompt="x"), "prompt"), (dict(echo=True), "echo"), (dict(functions=[TOOL]), "functions"),
                         (dict(modalities=["audio"]), "modalities"),
+                        (dict(add_special_tokens=True), "add_special_tokens"),
                         (dict(reasoning_effort="high"), "reasoning_effort")):
         refused(server, {"messages": [USER], **more}, param, PATH)
     same = {"messages": [USER], "max_tokens": 4, "max_completion_tokens": 4, "modalities": ["text"],
-            "parallel_tool_calls": True, "verbosity": "medium"}
+            "parallel_tool_calls": True, "add_special_tokens": False, "verbosity": "medium"}
     assert server.post(PATH, same).status == 200
 
 

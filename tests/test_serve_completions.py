@@ -194,18 +194,20 @@ def test_parameters_reach_the_engine(server, monkeypatch):
              "allowed_token_ids": [5, 6, 9], "skip_special_tokens": False, "include_stop_str_in_output": True,
              "truncate_prompt_tokens": 4, "prompt_logprobs": 1, "max_tokens": 9, "logprobs": 3}
     body = {**given, "prompt": PROMPTS[0], "priority": -2, "user": "ann", "special_tokens": "text",
-            "stars": {**GUIDED, "budget": {"seconds": 9, "attempts": 50}}}
+            "add_special_tokens": False, "stars": {**GUIDED, "budget": {"seconds": 9, "attempts": 50}}}
     headers = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01", "tracestate": "a=b"}
     assert server.post(PATH, body, headers).status == 200
     [(prompt, params, policy, others)] = seen
     assert params == stars.SamplingParams(**given, output_kind=RequestOutputKind.FINAL_ONLY)
-    assert policy == POLICY and prompt == {"prompt": PROMPTS[0], "special_tokens": "text"}
+    assert policy == POLICY and prompt == {"prompt": PROMPTS[0], "special_tokens": "text",
+                                            "add_special_tokens": False}
     assert others["budget"] == stars.Budget(seconds=9.0, attempts=50)
     assert (others["priority"], others["user"], others["trace_headers"]) == (-2, "ann", headers)
 
     seen.clear()
-    nothing = dict.fromkeys((*given, "priority", "user", "special_tokens", "stream", "echo", "stars", "model",
-                             "suffix", "best_of", "response_format", "structured_outputs", "stream_options"))
+    nothing = dict.fromkeys((*given, "priority", "user", "special_tokens", "add_special_tokens", "stream", "echo",
+                             "stars", "model", "suffix", "best_of", "response_format", "structured_outputs",
+                             "stream_options"))
     assert server.post(PATH, {**nothing, "prompt": PROMPTS[0]}).status == 200, "null is absent"
     [(_, params, policy, _)] = seen
     assert params == stars.SamplingParams(max_tokens=16, seed=params.seed, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -319,6 +321,7 @@ BAD: dict[str, list[Any]] = {
     "priority": ["high", 1.5, 2**40],
     "special_tokens": ["maybe", True],
     "return_token_ids": ["no"],
+    "add_special_tokens": ["no", 1],
     "echo": ["no", 1],
     "logprobs": [-1, 21, "a", True, 1.5],
 }
@@ -327,7 +330,8 @@ GUIDED_BADLY: dict[str, list[Any]] = {
     "policy": [1, "strs", ["stars"], ""], "budget": [1, "x", []], "return_segments": ["yes", 1],
     "return_trace": ["yes", 0], "beta": ["hot", -1, [], {}], "reward_threshold": ["high", True, {}],
     "segment_size": [0, 1.5, "a", 10**6], "max_attempts": [0, "a", 10**9], "alpha": [2, "a"], "width": [0, "a", 1.5],
-    "exhaust": ["never", 1, {}], "barrier": ["yes"], "bta": [1], "n": [3], "Policy": ["stars"],
+    "exhaust": ["never", 1, {}], "barrier": ["yes"], "bta": [1], "n": [3],
+    "reward": ["http://127.0.0.1:1"], "Policy": ["stars"],
 }
 BUDGETS: dict[str, list[Any]] = {"seconds": [0, -1, "a", True], "attempts": [0, 1.5], "lm_tokens": ["a"],
                                  "rm_calls": [-1], "second": [1]}
@@ -405,11 +409,27 @@ def test_what_others_have(server):
                               (dict(max_new_tokens=3), "max_new_tokens", "max_tokens"),
                               (dict(use_beam_search=True), "use_beam_search", "segment-beam"),
                               (dict(store=True), "store", "leave it out"),
+                              (dict(reward_url="http://127.0.0.1:1"), "reward_url", "there are"),
+                              (dict(attempt_logprobs=True), "attempt_logprobs", "return_segments"),
+                              (dict(cache_salt="x"), "cache_salt", "start a server for each"),
+                              (dict(return_tokens_as_token_ids=True), "return_tokens_as_token_ids", "return_token_ids"),
                               ({"a" * 5000: 1}, "a" * 5000, "there are")):
         assert word in refused(server, {"prompt": "x", **more}, param)["message"]
     nothing = dict(metadata={"a": "b"}, store=False, service_tier="auto", safety_identifier="x", prompt_cache_key="y",
-                   best_of=1, suffix="", use_beam_search=False, logits_processors=[], temprature=None)
+                   return_tokens_as_token_ids=False, best_of=1, suffix="", use_beam_search=False, logits_processors=[],
+                   temprature=None)
     assert server.post(PATH, {"prompt": "x", "max_tokens": 2, **nothing}).status == 200
+
+
+def test_special_tokens_around_a_prompt(server):
+    """BOS, unless told otherwise; token ids are what they are."""
+    tokenizer = server.engine.engine.tokenizer
+    for special in (None, True, False):
+        wanted = tokenizer.encode("This film", add_special_tokens=special is not False)
+        answer = server.post(PATH, {"prompt": ["This film", wanted], "max_tokens": 1, "add_special_tokens": special,
+                                    "return_token_ids": True}).json
+        assert [choice["prompt_token_ids"] for choice in answer["choices"]] == [wanted] * 2
+    refused(server, {"prompt": "x", "add_special_tokens": 1}, "add_special_tokens")
 
 
 def test_models(server):
@@ -423,6 +443,7 @@ def test_models(server):
 
 def test_a_prompt_that_does_not_fit(server):
     error = refused(server, {"prompt": "This film " * 900, "max_tokens": 4}, "max_tokens")
+    assert "is missing" in refused(server, {"prompt": None}, "prompt")["message"]
     assert error["code"] == "context_length_exceeded"
     error = refused(server, {"prompt": ["x", "This film " * 900], "max_tokens": 4}, "max_tokens")
     assert error["message"].startswith("prompt 1: ")

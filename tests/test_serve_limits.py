@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 import stars
 from serving_http import service_of_pair, wait_until
+from stars.serve.http.errors import ApiError
+from stars.serve.http.limits import Counted
+from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
 from stars.serve.http.traffic import Traffic
 from test_serve_edge import COMPLETION, LONG, is_free, set_to, text_of
@@ -175,24 +179,27 @@ def test_when_to_come_again_follows_the_pace(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("stars.serve.http.traffic.time.monotonic", lambda: now[0])
     traffic = Traffic()
-    assert traffic.retry_after(5) == 1  # nothing is known yet
+
+    def seconds(under_way: int) -> int:
+        traffic.under_way = under_way
+        return traffic.retry_after()
+
+    assert seconds(5) == 1  # nothing is known yet
     now[0] += 7.5
-    assert traffic.retry_after(5) == 8  # nothing has ended for so long
+    assert seconds(5) == 8  # nothing has ended for so long
     for _ in range(20):
         now[0] += 0.5
         traffic.ended()
-    assert traffic.retry_after(8) == math.ceil(8 / (20 / 17.5))
-    traffic.under_way = 40
-    assert traffic.retry_after() == math.ceil(40 / (20 / 17.5))
-    assert (traffic.retry_after(10**6), traffic.retry_after(0)) == (60, 1)
+    assert seconds(8) == math.ceil(8 / (20 / 17.5))
+    assert (seconds(10**6), seconds(0)) == (60, 1)
     now[0] += 59
-    assert traffic.retry_after(1) == 60 // 3  # three of them have ended in the last minute
+    assert seconds(1) == 60 // 3  # three of them have ended in the last minute
     now[0] += 3600
-    assert traffic.retry_after(1) == 60
+    assert seconds(1) == 60
     for _ in range(1000):
         now[0] += 0.01
         traffic.ended()
-    assert traffic.retry_after(100) == 1  # what came to an end of late counts, not the idle time before
+    assert seconds(100) == 1  # what came to an end of late counts, not the idle time before
 
 
 # -- what breaks ------------------------------------------------------------------------------------------------------
@@ -253,6 +260,17 @@ def test_a_handler_that_raises_is_answered_for(place, monkeypatch, caplog):
     monkeypatch.undo()
     assert text_of(place, key(KEYS[0]))
     wait_until(lambda: is_free(place))
+
+
+def test_what_an_application_refuses_is_no_error_of_its_log(place, caplog):
+    """Of Ray Serve's, which has no handlers of its own, thousands may be: 429, or 503 while no engine is there."""
+    async def full(scope: Any, receive: Any, send: Any) -> None:
+        raise ApiError(429, "too many", code="queue_full")
+
+    app = Counted(full, Service(place.service.engine, ServerSettings("toy")))
+    answer = TestClient(app).get("/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert int(answer.headers["Retry-After"]) >= 1 and not [record for record in caplog.records if record.exc_info]
 
 
 def test_an_answer_that_breaks_off_is_cut_off(place, monkeypatch):

@@ -8,7 +8,6 @@ import base64
 import contextlib
 import json
 import math
-import socket
 import struct
 import threading
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 import stars
+from serving_http import running_server
 from stars.plan import DRAFT_SIZE
 from stars.serve.http.app import build_app
 from stars.serve.http.reward_bodies import MAX_PROMPTS
@@ -166,6 +165,12 @@ def test_conversations(client):
     assert raw(client, "/v1/score", messages=[messages, other]) == pytest.approx(wanted, abs=TOLERANCE)
     answer = post(client, "/classify", messages=other, use_activation=False)
     assert answer["data"][0]["probs"] == pytest.approx(wanted[1:], abs=TOLERANCE)
+    turns = [[{"role": role, "content": "Be brief."}, *messages] for role in ("system", "developer")]
+    named, theirs = raw(client, "/score", messages=turns)
+    assert named == pytest.approx(theirs, abs=TOLERANCE) and named != pytest.approx(wanted[0], abs=TOLERANCE)
+    image = [{"role": "user", "content": [{"type": "image_url"}]}, messages[-1]]
+    refused(client, "/score", 400, "messages[0].content has a part of type 'image_url' that is no text", "messages",
+            messages=image)
 
 
 def test_a_reward_that_rejects_or_cannot_say(words):
@@ -376,17 +381,9 @@ def test_who_reads_responses_alone_says_how_to_send_them(model, tiny_model):
 def listening(engine: stars.Engine) -> Iterator[str]:
     """The address of a server over `engine`, on a socket."""
     shared = stars.AsyncEngine(engine)
-    server = uvicorn.Server(uvicorn.Config(served(shared), log_level="warning"))
-    bound = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(LIMIT)
-        bound.close()
-        asyncio.run(shared.shutdown())
+    with running_server(Service(shared, ServerSettings(model="tiny"))) as server:
+        yield server.url
+    asyncio.run(shared.shutdown())
 
 
 def decided(engine: stars.Engine, asked: Any) -> list[Any]:
@@ -490,7 +487,7 @@ def test_prompts_of_every_kind(client):
     ("num_samples is 257", "num_samples", {"prompts": ["a"], "num_samples": 257}),
     ("256 samples of 17 prompts are 4352, the most is 4096", "num_samples",
      {"prompts": ["a"] * 17, "num_samples": 256}),
-    ("a segment may have 999 tokens", None, {"prompts": ["a"], "segment_size": 999}),
+    ("a segment may have 999 tokens", "segment_size", {"prompts": ["a"], "segment_size": 999}),
     ("there is no parameter 'samples': did you mean num_samples", "samples", {"prompts": ["a"], "samples": 3}),
     ("max_tokens", "max_tokens", {"prompts": ["a"], "max_tokens": 100000}),
     ("min_tokens is 9", "min_tokens", {"prompts": ["a"], "min_tokens": 9, "max_tokens": 3}),
@@ -522,7 +519,7 @@ def test_calibrations_are_few_at_once_and_end_with_their_clients():
             while len(engine.engine._requests) < 8:
                 await asyncio.sleep(0.001)
             third = await client.post("/v1/calibrate", json=body)
-            assert third.status_code == 429 and int(third.headers["Retry-After"]) >= 1
+            assert third.status_code == 429 and third.headers["Retry-After"] == "10"
             assert third.json()["error"]["code"] == "calibrating"
             tasks[0].cancel()
             await asyncio.wait([tasks[0]])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from serving_http import SECONDS, wait_until
+from serving_http import SECONDS, in_thread
 from stars.serve.http.server import Server, bound_socket
 from stars.serve.http.service import Service
 
@@ -136,14 +135,8 @@ def place_of(service: Service) -> Iterator[Place]:
     """The server of `stars serve` in a thread, which ends when the block is left, with its engine."""
     listening = bound_socket("127.0.0.1", 0)
     server = Server(service, listening)
-    thread = threading.Thread(target=server.start, name="server", daemon=True)
-    thread.start()
-    try:
-        wait_until(lambda: server.started or not thread.is_alive())
-        assert thread.is_alive(), "the server did not start"
-        yield Place(listening.getsockname(), service, server)
-    finally:
-        server.drain()
-        server.should_exit = True
-        thread.join(SECONDS)
-        assert not thread.is_alive(), "the server does not end"
+    with in_thread(server):
+        try:
+            yield Place(listening.getsockname(), service, server)
+        finally:
+            server.drain()

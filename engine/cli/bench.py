@@ -175,7 +175,7 @@ def _key(variable: str | None) -> str | None:
     if variable is None:
         return None
     if not os.environ.get(variable):
-        raise RequestError(f"--api-key-env: the environment has no {variable}")
+        raise RequestError(f"--api-key-env: the environment has no {variable}: set it to the key")
     return os.environ[variable]
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "n", "stop", "stop_token_ids", "ignore_eos", "seed",
             "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
 ENGINE = ("device", "dtype", "quantization", "reward_quantization", "deterministic", "cache_tokens",
-          "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_lanes", "max_num_batched_tokens")
+          "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_lanes", "max_num_batched_tokens",
+          "max_segment_size")
 REWARD = {"reward_head": "head", "reward_template": "template", "reward_close": "close"}
 """Flags of a model directory, with their names in its class."""
 IMPLICIT = ("beta", "length_normalised")
@@ -160,6 +161,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-lanes", type=int, metavar="N", help="candidates drafted at once")
     group.add_argument("--max-num-batched-tokens", type=int, metavar="N",
                        help="tokens of prompts that each model reads in a round while others decode")
+    group.add_argument("--max-segment-size", type=int, metavar="N", help="tokens of the longest segment that a policy "
+                       "may ask for")
 
 
 def check_prompts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

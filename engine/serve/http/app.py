@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +17,7 @@ from stars.exposition import CONTENT_TYPE, Family, exposition
 from stars.metrics import PREFIX
 from stars.serve.http import calibrate, chat, completions, models, page, rewards, tokens
 from stars.serve.http.description import describe
-from stars.serve.http.errors import ApiError, api_error
+from stars.serve.http.errors import ApiError, api_error, invalid
 from stars.serve.http.limits import Bodies, Counted, Hosts, Keys, Places
 from stars.serve.http.service import Service, service_of
 from stars.version import __version__
@@ -94,11 +93,7 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     """400, where FastAPI would say 422, with the name of the first field that is wrong."""
     assert isinstance(error, RequestValidationError)
-    first: dict[str, Any] = dict(error.errors()[0])
-    place = [str(part) for part in first["loc"] if part != "body"]
-    name = ".".join(place) or None
-    message = f"{name}: {first['msg']}" if name else f"the body: {first['msg']}"
-    return JSONResponse(ApiError(400, message, param=place[0] if place else None).body(), 400)
+    return await _on_error(request, invalid(error.errors()))
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:

@@ -15,7 +15,14 @@ from stars.serve.http import draws
 from stars.serve.http.errors import TOO_LONG, ApiError, api_error
 from stars.serve.http.extras import refuse, refuse_within
 from stars.serve.http.guidance import Guided, guided
-from stars.serve.http.protocol import MAX_PROMPTS, ChatCompletionRequest, ChatMessage, CompletionRequest, Sampled
+from stars.serve.http.protocol import (
+    MAX_PROMPTS,
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    Sampled,
+    are_ids,
+)
 from stars.serve.http.service import Service
 
 DEFAULT_MAX_TOKENS = 16
@@ -176,24 +183,23 @@ def _structured(body: Sampled) -> dict[str, Any] | None:
 
 def _prompts(body: CompletionRequest) -> list[Any]:
     given = body.prompt
-    several = given if isinstance(given, list) and given and not _is_ids(given) else [given]
+    several = given if isinstance(given, list) and given and not are_ids(given) else [given]
     if len(several) > MAX_PROMPTS:
         raise ApiError(400, f"there are {len(several)} prompts, the most is {MAX_PROMPTS}: split the request", "prompt")
+    if given is None:
+        raise ApiError(400, "prompt is missing: give it", "prompt")
     beside = {} if body.special_tokens is None else {"special_tokens": body.special_tokens}
+    of_text = beside if body.add_special_tokens is None else {**beside, "add_special_tokens": body.add_special_tokens}
     prompts: list[Any] = []
     for one in several:
         if isinstance(one, str):
-            prompts.append({"prompt": one, **beside})
-        elif isinstance(one, list) and _is_ids(one):
+            prompts.append({"prompt": one, **of_text})
+        elif are_ids(one):
             prompts.append({"prompt_token_ids": one, **beside})
         else:
             raise ApiError(400, f"prompt is {shown(given)}, it must be a text, a list of token ids, or a list "
                            "of either", "prompt")
     return prompts
-
-
-def _is_ids(given: list[Any]) -> bool:
-    return all(type(item) is int for item in given)
 
 
 def message_of(number: int, message: ChatMessage) -> dict[str, Any]:

@@ -8,16 +8,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
 from fastapi import Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from stars.arguments import shown
-from stars.serve.http import draws
-from stars.serve.http.errors import ApiError, invalid
+from stars.serve.http.errors import ApiError
 from stars.trace.json_lines import MAX_NESTING, too_deep
 
-REQUEST_ID = "X-Request-Id"
-MAX_REQUEST_ID = 128  # characters of a client's own
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -25,8 +21,7 @@ class JsonRoute(APIRoute):
     """A route whose body, where it takes one, is a JSON object in UTF-8: `APIRouter(route_class=JsonRoute)`.
 
     Python's parser takes what JSON has not (NaN, the same key twice, half a surrogate pair), takes UTF-16 for UTF-8,
-    and stops at a nesting that depends on the stack. What is no JSON is 400 here, another type of content 415. All
-    answers have an X-Request-Id.
+    and stops at a nesting that depends on the stack. What is no JSON is 400 here, another type of content 415.
     """
 
     def get_route_handler(self) -> Handler:
@@ -36,34 +31,11 @@ class JsonRoute(APIRoute):
             return handle
 
         async def parsed_first(request: Request) -> Response:
-            request_id = request_id_of(request)
-            try:
-                check_content_type(request.headers.get("content-type"))
-                request._json = parsed(await request.body())  # where Request.json() keeps it
-                response = await handle(request)
-            except RequestValidationError as error:
-                told = invalid(error.errors())
-                told.headers[REQUEST_ID] = request_id
-                raise told from None
-            except ApiError as error:
-                error.headers.setdefault(REQUEST_ID, request_id)
-                raise
-            response.headers[REQUEST_ID] = request_id
-            return response
+            check_content_type(request.headers.get("content-type"))
+            request._json = parsed(await request.body())  # where Request.json() keeps it
+            return await handle(request)
 
         return parsed_first
-
-
-def request_id_of(request: Request) -> str:
-    """What the request is called: as its client calls it, where that can stand in a header and a log line, else by a
-    name of ours, the same each time."""
-    known: str | None = getattr(request.state, "request_id", None)
-    if known is None:
-        known = request.headers.get(REQUEST_ID, "")
-        if not (0 < len(known) <= MAX_REQUEST_ID and known.isascii() and known.isprintable()):
-            known = draws.name()
-        request.state.request_id = known
-    return known
 
 
 def check_content_type(given: str | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +12,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from stars.arguments import closest, shown
+from stars.arguments import shown
 from stars.calibration import Calibration, PlainSample, PlainSegments
 from stars.errors import RequestError, RewardError
 from stars.intake import MAX_PRIORITY, MAX_USER
 from stars.plan import DRAFT_SIZE
 from stars.sampling import MAX_BIAS, MAX_REPETITION, MIN_REPETITION, RequestOutputKind, SamplingParams
+from stars.serve.http import draws
 from stars.serve.http.asked import DEFAULT_MAX_TOKENS
 from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.errors import ApiError, api_error
+from stars.serve.http.extras import refuse_unknown
 from stars.serve.http.models import check_name
-from stars.serve.http.protocol import FIRST_ONLY, Ids, Seed, Stop, Texts
+from stars.serve.http.protocol import FIRST_ONLY, Ids, Seed, Stop, Texts, are_ids
 from stars.serve.http.reward_replies import CalibrationReply
 from stars.serve.http.service import Service, service_of, user_of
 from stars.serve.http.streaming import client_closed, dumped, unless_gone
@@ -89,7 +90,7 @@ async def calibrate(request: Request, body: CalibrationRequest) -> Response:
     service.check_open()
     prompts, params = _asked(service, body)
     with _place(service):
-        user = user_of(request, body.user or f"calibrate-{uuid.uuid4().hex}")
+        user = user_of(request, body.user or f"calibrate-{draws.name()}")
         calibration = await unless_gone(request.receive, _measured(service, body, prompts, params, user))
     if calibration is None:
         raise client_closed()
@@ -101,10 +102,7 @@ async def calibrate(request: Request, body: CalibrationRequest) -> Response:
 
 def _asked(service: Service, body: CalibrationRequest) -> tuple[list[Any], SamplingParams]:
     """Prompts as the engine takes them, and how they are sampled; ApiError for what cannot be asked."""
-    for name, value in (body.model_extra or {}).items():
-        if value is not None:
-            known = CalibrationRequest.model_fields
-            raise ApiError(400, f"there is no parameter {shown(name)}: {closest(name, known)}", name)
+    refuse_unknown(body)
     if body.model is not None:
         check_name(service, body.model)
     if service.engine.engine.reward is None:
@@ -123,7 +121,7 @@ def _asked(service: Service, body: CalibrationRequest) -> tuple[list[Any], Sampl
 
 
 def _prompt(index: int, given: Any) -> Any:
-    if isinstance(given, list) and given and all(type(token) is int for token in given):
+    if given and are_ids(given):
         return {"prompt_token_ids": given}
     if isinstance(given, str) or isinstance(given, dict) and "messages" in given:
         return given
@@ -155,12 +153,13 @@ async def _measured(service: Service, body: CalibrationRequest, prompts: list[An
         for index, prompt in left:
             samples[index] = await _sampled(service, prompt, index, params, policy, body.priority or 0, user)
 
+    workers = [asyncio.ensure_future(work()) for _ in range(min(WINDOW, len(prompts)))]
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(WINDOW, len(prompts))):
-                group.create_task(work())
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
     return Calibration.measure(samples, 0.9 if body.quantile is None else body.quantile)
 
 
@@ -173,7 +172,8 @@ async def _sampled(service: Service, prompt: Any, index: int, params: SamplingPa
     except (RequestError, RewardError) as error:
         told = api_error(error, given=SAMPLING, otherwise="prompts")
         where = f"prompts[{index}]: " if told.status == 400 else ""
-        raise ApiError(told.status, f"{where}{told}", told.param, told.code, told.headers) from error
+        param = (told.param or "").removeprefix("stars.")  # a segment's size is no policy's here
+        raise ApiError(told.status, f"{where}{told}", param or None, told.code, told.headers) from error
     try:
         output = [one async for one in stream][-1]
     finally:

@@ -47,8 +47,7 @@ class ApiError(Exception):
                           "code": self.code}}
 
 
-def api_error(error: Exception, retry_after: int = 1, given: Collection[str] = (),
-              otherwise: str | None = None) -> ApiError:
+def api_error(error: Exception, given: Collection[str] = (), otherwise: str | None = None) -> ApiError:
     """What a client is told of an exception of the engine. What is no error of the package's is a 500 that says
     nothing of itself: it is for the log.
 
@@ -59,8 +58,7 @@ def api_error(error: Exception, retry_after: int = 1, given: Collection[str] = (
         return error
     message = " ".join(str(error).split())
     if isinstance(error, QueueFullError):
-        return ApiError(429, f"{message.split(':')[0]}: try again later", code="queue_full",
-                        headers={"Retry-After": str(retry_after)})
+        return ApiError(429, f"{message.split(':')[0]}: try again later", code="queue_full")
     if isinstance(error, EngineDeadError):
         return ApiError(503, message, code="engine_dead")
     if isinstance(error, (RequestError, RewardError, TokenizerError)):

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from pydantic import BaseModel
+
 from stars.arguments import Absent, asks_for_nothing, closest, shown
 from stars.policies import POLICIES
 from stars.serve.http.errors import ApiError
@@ -17,8 +19,7 @@ _SEVERAL = 'give "stars": {"policy": "best-of-n", "n": …}, which returns the r
 _IN_TEMPLATE = "give it in chat_template_kwargs"
 
 WITHOUT_EFFECT = frozenset(("metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-                            "parallel_tool_calls", "include_reasoning", "return_tokens_as_token_ids", "cache_salt",
-                            "add_special_tokens", "spaces_between_special_tokens"))
+                            "parallel_tool_calls", "include_reasoning", "spaces_between_special_tokens"))
 """OpenAI's and vLLM's parameters that ask for nothing that would change an answer of this engine."""
 
 ABSENT: dict[str, Absent] = {
@@ -47,6 +48,12 @@ ABSENT: dict[str, Absent] = {
     "request_id": Absent((), "send it as the header X-Request-Id"),
     "lora_request": Absent((), "an adapter is a model of its own, start a server with it"),
     "timeout": Absent((), 'give "stars": {"budget": {"seconds": …}}'),
+    "attempt_logprobs": Absent((False,), 'give "stars": {"return_segments": true}, which has the log-probability of '
+                               "each candidate"),
+    "add_special_tokens": Absent((False,), "a chat template has them, leave it out"),
+    "cache_salt": Absent((), "all requests share one prefix cache, start a server for each who must not see what "
+                         "others ask"),
+    "return_tokens_as_token_ids": Absent((False,), "give return_token_ids, which puts them beside the texts"),
     "detokenize": Absent((True,), "give return_token_ids"),
     "output_kind": Absent((), "give stream"),
     "kv_transfer_params": Absent(({},), "leave it out"),
@@ -70,6 +77,13 @@ def refuse(body: Sampled) -> None:
             raise ApiError(400, f"there is no parameter {shown(name)}: {_advice(name, known, body)}", name)
         if not asks_for_nothing(value, absent.neutral):
             raise ApiError(400, f"{name} is {shown(value)}, which is not implemented: {absent.advice}", name)
+
+
+def refuse_unknown(body: BaseModel) -> None:
+    """ApiError 400 for the first parameter of `body` that nobody knows, at addresses that have no others."""
+    for name, value in (body.model_extra or {}).items():
+        if value is not None:
+            raise ApiError(400, f"there is no parameter {shown(name)}: {closest(name, type(body).model_fields)}", name)
 
 
 def refuse_within(name: str, extra: Mapping[str, Any] | None, known: Iterable[str]) -> None:

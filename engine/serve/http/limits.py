@@ -16,10 +16,9 @@ from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stars.serve.http.bodies import REQUEST_ID, request_id_of
+from stars.serve.http import draws
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.service import Service
 from stars.serve.http.settings import ServerSettings
@@ -40,6 +39,8 @@ MOST_LINES = 256  # of a head
 CLOSE = {"Connection": "close"}
 VERSIONS = ("1.0", "1.1", "2", "3")  # of HTTP, as servers of ASGI name them; h11 lets any number pass
 GONE = 499
+REQUEST_ID = "X-Request-Id"
+MAX_REQUEST_ID = 128  # characters of a client's own
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +72,8 @@ class Counted:
             await self.app(scope, receive, send)
             return
         begin, status, over, gone = time.monotonic(), 0, False, False
-        request_id = request_id_of(Request(scope))
+        request_id = _id(Headers(scope=scope))
+        state = scope.setdefault("state", {})
         traffic = self.service.traffic
 
         async def received() -> Message:
@@ -89,7 +91,7 @@ class Counted:
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
                 if status == 429:
-                    headers["Retry-After"] = str(traffic.retry_after())
+                    headers.setdefault("Retry-After", str(traffic.retry_after()))
             elif message["type"] == "http.response.body":
                 over = not message.get("more_body", False)
             await send(message)
@@ -100,7 +102,8 @@ class Counted:
             if status:  # who reads must see that this is no whole answer: the server closes the connection
                 raise
             told = api_error(error)
-            logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            if not isinstance(error, ApiError):  # which somebody foresaw, in an application that has no handler of them
+                logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             await refuse(told, scope, receive, sent)
         finally:
             seconds = time.monotonic() - begin
@@ -108,9 +111,16 @@ class Counted:
             told_status = GONE if gone and not over else status or 500
             traffic.answered(scope["method"], route, told_status, seconds)
             if self.service.settings.log_requests:
-                counts = scope["state"].get("counts", dict)()  # of what a handler counted, by names
+                counts = state.get("counts", dict)()  # of what a handler counted, by names
                 request_log.info("%s %s %s %d %.3fs%s", request_id, scope["method"], route, told_status, seconds,
                                  "".join(f" {name}={value}" for name, value in counts.items()))
+
+
+def _id(headers: Headers) -> str:
+    """What the request is called: as its client calls it, where that can stand in a header and a log line, else by a
+    name of ours."""
+    given = headers.get(REQUEST_ID, "")
+    return given if 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() else draws.name()
 
 
 class Hosts:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from stars.arguments import shown
 from stars.errors import RequestError
 from stars.plan import Policy, plan_of
 from stars.policies import POLICIES
@@ -90,10 +91,9 @@ def names(service: Service) -> dict[str, str]:
 
 def check_name(service: Service, name: str) -> None:
     """ApiError 404 for a name that is none of `names`."""
-    known = names(service)
-    if name not in known:
-        raise ApiError(404, f"there is no model {name!r} here: GET /v1/models lists those that are, such as "
-                       f"{service.settings.model!r}", param="model", code="model_not_found")
+    if name not in names(service):
+        raise ApiError(404, f"there is no model {shown(name)} here: GET /v1/models lists those that are, such as "
+                       f"{shown(service.settings.model)}", "model", "model_not_found")
 
 
 def cards(service: Service) -> Iterator[ModelCard]:

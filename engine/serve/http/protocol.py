@@ -42,6 +42,11 @@ _CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "i
 Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
+def are_ids(given: Any) -> bool:
+    """Whether it is a list of token ids, rather than one of texts or of such lists."""
+    return isinstance(given, list) and all(type(item) is int for item in given)
+
+
 class Guidance(BaseModel):
     """How candidates of a segment are accepted or rejected. Besides what is named here it has the parameters of the
     policy, by their names: `reward_threshold`, `beta`, `segment_size`, `max_attempts`, `width` and so on."""
@@ -132,6 +137,9 @@ class CompletionRequest(Sampled):
     """A text, or several, to go on with. max_tokens is 16 where nothing is said, as OpenAI's."""
 
     prompt: Prompts
+    add_special_tokens: bool | None = Field(
+        None, description="whether the tokenizer's special tokens, such as BOS, are put around texts: true unless told "
+                          "otherwise")
     echo: bool | None = Field(None, description="whether the prompt comes before its completion")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic.config import JsonDict
 
 from stars.arguments import asks_for_nothing, closest, shown
+from stars.serve.http.asked import message_of
 from stars.serve.http.errors import ApiError
 from stars.serve.http.extras import ABSENT
-from stars.serve.http.protocol import FIRST_ONLY, MAX_PROMPTS, ChatMessage
+from stars.serve.http.protocol import FIRST_ONLY, MAX_PROMPTS, ChatMessage, are_ids
 
 _TEXT: JsonDict = {"type": "string"}
 _IDS: JsonDict = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -96,19 +97,16 @@ def refuse_unknown(body: BaseModel) -> None:
         raise ApiError(400, f"{name} is {shown(value)}, which is not implemented: {advice}", name)
 
 
-def texts_of(name: str, given: Any) -> tuple[list[Any], bool]:
-    """(the texts or lists of token ids of a parameter, whether it has several); ApiError for what is none."""
-    if isinstance(given, str):
-        return [given], False
+def texts_of(name: str, given: Any) -> list[Any]:
+    """The texts or lists of token ids of a parameter; ApiError for what is none."""
+    if isinstance(given, str) or given and are_ids(given):
+        return [given]
     if isinstance(given, list) and given:
-        if _are_ids(given):
-            return [given], False
         if len(given) > MAX_PROMPTS:
             raise ApiError(400, f"{name} has {len(given)} texts, the most is {MAX_PROMPTS}: split the request", name)
-        if all(isinstance(one, str) or isinstance(one, list) and _are_ids(one) for one in given):
-            return given, True
-        wrong = next(index for index, one in enumerate(given) if not isinstance(one, str) and not (
-            isinstance(one, list) and _are_ids(one)))
+        wrong = next((index for index, one in enumerate(given) if not isinstance(one, str) and not are_ids(one)), None)
+        if wrong is None:
+            return given
         raise ApiError(400, f"{name}[{wrong}] is {shown(given[wrong])}, it must be a text or a list of token ids", name)
     raise ApiError(400, f"{name} is {shown(given)}, it must be a text, a list of token ids, or a list of those", name)
 
@@ -118,9 +116,5 @@ def messages_of(name: str, messages: list[ChatMessage], variables: dict[str, Any
     if messages[-1].role != "assistant":
         raise ApiError(400, f"the last of {name} is of the role {shown(messages[-1].role)}, it must be the assistant's "
                        "turn that is to be scored", "messages")
-    return {"messages": [message.model_dump(exclude_none=True) for message in messages],
+    return {"messages": [message_of(number, message) for number, message in enumerate(messages)],
             "chat_template_kwargs": variables}
-
-
-def _are_ids(given: list[Any]) -> bool:
-    return all(type(token) is int for token in given)

@@ -7,7 +7,6 @@ import math
 import re
 import struct
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from stars.errors import RequestError, RewardError
 from stars.outputs import Rewards
+from stars.serve.http import draws
 from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.models import check_name
@@ -105,8 +105,8 @@ def _divided(body: ScoreRequest) -> tuple[list[Any], list[Any] | None, str]:
     if body.chat_template_kwargs:
         raise ApiError(400, f"chat_template_kwargs belong to messages, and there is {first}: leave them out",
                        "chat_template_kwargs")
-    prompts, _ = texts_of(first, getattr(body, first))
-    answers, _ = texts_of(second, getattr(body, second))
+    prompts = texts_of(first, getattr(body, first))
+    answers = texts_of(second, getattr(body, second))
     if len(prompts) not in (1, len(answers)):
         raise ApiError(400, f"{first} has {len(prompts)} texts and {second} {len(answers)}: give one {first} for "
                        "all, or one for each", second)
@@ -125,7 +125,7 @@ def _whole(body: ClassifyRequest) -> tuple[list[Any], None, str]:
     if body.chat_template_kwargs:
         raise ApiError(400, "chat_template_kwargs belong to messages, and there is input: leave them out",
                        "chat_template_kwargs")
-    texts, _ = texts_of("input", body.input)
+    texts = texts_of("input", body.input)
     special = body.add_special_tokens is not False
     return [{"prompt_token_ids": one} if isinstance(one, list) else {"prompt": one, "add_special_tokens": special}
             for one in texts], None, "input"
@@ -165,7 +165,7 @@ def _answer(service: Service, body: OfReward, kind: str, rewards: Rewards,
     usage = {"prompt_tokens": rewards.num_tokens, "total_tokens": rewards.num_tokens, "completion_tokens": 0,
              "prompt_tokens_details": None}
     return Response(dumped({
-        "id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()),
+        "id": f"{kind}-{draws.name()}", "object": "list", "created": int(time.time()),
         "model": body.model or service.settings.model, "data": data, "usage": usage}), media_type="application/json")
 
 

@@ -9,13 +9,14 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictInt, StrictStr
 from pydantic.config import JsonDict
 
-from stars.arguments import closest, shown
+from stars.arguments import shown
 from stars.engine import Engine
 from stars.errors import RequestError, TokenizerError
 from stars.prompt import parse_prompt
 from stars.serve.http.asked import message_of
 from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.errors import ApiError
+from stars.serve.http.extras import refuse_unknown
 from stars.serve.http.models import check_name
 from stars.serve.http.protocol import FIRST_ONLY, ChatMessage
 from stars.serve.http.service import Service, service_of
@@ -124,10 +125,7 @@ async def detokenize(asked: DetokenizeRequest, request: Request) -> DetokenizeRe
 
 def _engine(asked: Asked, service: Service) -> Engine:
     """The engine whose tokenizer reads what is asked; ApiError for names that nobody knows."""
-    kind = type(asked)
-    for name, value in (asked.model_extra or {}).items():
-        if value is not None:
-            raise ApiError(400, f"there is no parameter {shown(name)}: {closest(name, kind.model_fields)}", param=name)
+    refuse_unknown(asked)
     if asked.model is not None:
         check_name(service, asked.model)
     return service.engine.engine

@@ -46,16 +46,15 @@ class Traffic:
         """The server closed a connection that would have gone on."""
         self._refused[reason] += 1
 
-    def retry_after(self, ahead: int | None = None) -> int:
-        """Seconds until the requests `ahead`, all that are under way unless it is given, will have ended at the pace of
-        the last minute."""
+    def retry_after(self) -> int:
+        """Seconds until the requests that are under way will have ended at the pace of the last minute."""
         now = time.monotonic()
         while self._ends and self._ends[0] < now - LATELY:
             self._ends.popleft()
-        ahead = self.under_way if ahead is None else ahead
         since = self._ends[0] if len(self._ends) == REMEMBERED else max(self._begun, now - LATELY)
         pace = len(self._ends) / max(now - since, 1e-3)
-        seconds = ahead / pace if pace else now - since  # nothing has ended for so long: as long again, who knows
+        # Where nothing has ended for so long: as long again, who knows.
+        seconds = self.under_way / pace if pace else now - since
         return int(min(max(math.ceil(seconds), LEAST_WAIT), LONGEST_WAIT))
 
     def families(self) -> list[Family]:

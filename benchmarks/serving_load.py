@@ -1,6 +1,6 @@
 """`stars serve` under load, as its clients see it; writes benchmarks/results/serving.json.
 
-    python benchmarks/serving.py --gguf FILE --prompts FILE [--quick] [--rivals [--vllm-python PYTHON]]
+    python benchmarks/serving_load.py --gguf FILE --prompts FILE [--quick] [--rivals [--vllm-python PYTHON]]
 
 FILE is SmolLM2-135M-Instruct's GGUF file and a JSONL of prompts (plain or .gz, field "prompt"; turns of "Human:" and
 "Assistant:" become messages). The server is a process of its own, this one is the client, which says what it takes of
