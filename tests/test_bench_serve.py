@@ -502,7 +502,7 @@ def test_nothing_answered_is_a_failure(capsys):
     (["--max-tokens", "3", "--random-output-len", "3"], 2, "--random-output-len"),
     (["--save-detailed"], 2, "--save-detailed"),
     (["--ignore-eos"], 2, "--max-tokens"),
-    (["--goodput", "itl:3"], 2, "--goodput"),
+    (["--goodput", "itl:3"], 2, "ttft, tpot, e2el; such as ttft:500"),
     (["--goodput", "ttft:x"], 2, "--goodput"),
     (["--extra-body", "[1]"], 2, "--extra-body"),
     (["--endpoint", "/v1/embeddings"], 2, "--endpoint"),
