@@ -21,6 +21,7 @@ import pytest
 from scripted_server import ScriptedServer, chunk, event, head, reply, stream, text, usage
 from stars.bench.answers import Answer
 from stars.bench.arrivals import arrival_times
+from stars.bench.client import Client
 from stars.bench.figures import details, figures, header, is_good, most_at_once
 from stars.bench.load import Run, Target, send_load
 from stars.bench.meter import INTERVAL, Meter
@@ -258,6 +259,16 @@ def test_a_server_that_is_not_there_fails_every_request():
 
     run = asyncio.run(run())
     assert figures(run, {})["failed"] == 5 and all(answer.status is None for answer in run.answers)
+
+
+def test_an_address_may_end_as_openais_clients_are_given_it():
+    async def addresses(base_url):
+        async with Client(base_url, "/v1/completions", 1.0) as client:
+            return client.url, client.models_url
+
+    wanted = "http://here:1/v1/completions", "http://here:1/v1/models"
+    for base_url in ("http://here:1", "http://here:1/", "http://here:1/v1", "http://here:1/v1/"):
+        assert asyncio.run(addresses(base_url)) == wanted
 
 
 def test_what_is_no_stream_is_no_answer():
@@ -519,7 +530,7 @@ def test_nothing_answered_is_a_failure(capsys):
     (["--max-tokens", "3", "--random-output-len", "3"], 2, "--random-output-len"),
     (["--save-detailed"], 2, "--save-detailed"),
     (["--ignore-eos"], 2, "--max-tokens"),
-    (["--goodput", "itl:3"], 2, "--goodput"),
+    (["--goodput", "itl:3"], 2, "ttft, tpot, e2el; such as ttft:500"),
     (["--goodput", "ttft:x"], 2, "--goodput"),
     (["--extra-body", "[1]"], 2, "--extra-body"),
     (["--endpoint", "/v1/embeddings"], 2, "--endpoint"),

@@ -26,8 +26,9 @@ class Client:
     """Requests to one endpoint, timed from `start`, a time of time.perf_counter."""
 
     def __init__(self, base_url: str, endpoint: str, timeout: float, api_key: str | None = None):
-        self.url = base_url.rstrip("/") + endpoint
-        self.models_url = base_url.rstrip("/") + "/v1/models"
+        base = base_url.rstrip("/").removesuffix("/v1")  # OpenAI's clients are given the address with it
+        self.url = base + endpoint
+        self.models_url = base + "/v1/models"
         self.start = time.perf_counter()
         headers = {"Content-Type": "application/json"}
         if api_key is not None:

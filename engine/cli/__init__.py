@@ -180,7 +180,8 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
                         help="plain samples of each prompt (%(default)s)")
     parser.add_argument("--segment-size", type=int, default=16, metavar="B", help="prefixes of B, 2B, 4B, … tokens are "
                         "compared with finished texts (%(default)s)")
-    parser.add_argument("--save", metavar="FILE", help="write it as JSON, for `stars generate --calibration FILE`")
+    parser.add_argument("--save", metavar="FILE", help="write it as JSON, for --calibration FILE of `stars generate` "
+                        "and `stars serve`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     options.add_models(parser)

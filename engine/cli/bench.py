@@ -241,4 +241,4 @@ def _goal(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-_goal.__name__ = f"goal such as {GOALS[0]}:500"
+_goal.__name__ = f"goal ({', '.join(GOALS)}; such as {GOALS[0]}:500)"  # argparse calls the value so

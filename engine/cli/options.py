@@ -130,7 +130,8 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--beta", type=_number_or_auto, help="temperature of accepting, 0 is the hard rule; auto is the "
                        "one of --calibration, or of the calibration on the first prompts")
     group.add_argument("--reward-threshold", type=_number_or_auto, metavar="R",
-                       help="the reward aimed at; auto measures it on the first prompts (auto)")
+                       help="the reward aimed at; auto measures it on the first prompts (auto; `stars serve` measures "
+                       "nothing: without this or --calibration, requests bring it)")
     group.add_argument("--calibration", metavar="FILE", help="threshold and beta=auto as `stars calibrate --save FILE` "
                        "measured them")
     group.add_argument("--width", type=int, metavar="W", help="candidates drawn at once (chosen by the engine)")
