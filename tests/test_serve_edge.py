@@ -80,6 +80,9 @@ WRONG = {
     "a header without a name": (b"GET /health HTTP/1.1\r\nHost: a\r\n: x\r\n\r\n", 400, "bad_http"),
     "a length that is none": (HEAD + b"Content-Length: -5\r\n\r\n", 400, "bad_http"),
     "two lengths": (HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}", 400, "bad_http"),
+    "a length and an encoding": (HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0"
+                                 b"\r\n\r\n", 400, "bad_http"),
+    "an address with a slash behind it": (request("/v1/completions/", COMPLETION), 404, None),
     "an encoding that is unknown": (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 501, "bad_http"),
     "a broken chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n", 400, "bad_http"),
     "one long header": (b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 200_000 + b"\r\n\r\n", 431, "bad_http"),

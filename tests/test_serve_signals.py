@@ -231,6 +231,20 @@ def test_who_opens_it_to_others_without_a_key_is_warned(run, monkeypatch):
     assert "policy stars has no reward_threshold: requests must bring one" in err
 
 
+def test_a_beta_far_from_the_calibrations_is_told(run, monkeypatch):
+    from stars.cli import options
+
+    def built(*_, **__):
+        raise stars_error()("far enough")
+
+    monkeypatch.setattr("stars.cli.options.build_engine", built)
+    calibration = str(options.shipped_calibration())
+    told = "stars: policy stars has beta 0.7 and the calibration suggests 0.1"
+    assert told in run("serve", "--port", 0, "--calibration", calibration)[2]
+    for flags in ([], ["--calibration", calibration, "--beta", "auto"], ["--calibration", calibration, "--beta", 0.5]):
+        assert "the calibration suggests" not in run("serve", "--port", 0, *flags)[2]
+
+
 def test_what_goes_wrong_is_said(run, monkeypatch):
     """An answer says that the log has more of it."""
     log = logging.getLogger("stars.serve.http.limits")

@@ -18,6 +18,7 @@ from stars.arguments import integer
 from stars.calibration import Calibration
 from stars.cli import options
 from stars.errors import RequestError, StarsError
+from stars.policies import POLICIES
 
 if TYPE_CHECKING:
     from stars.serve.async_engine import AsyncEngine
@@ -128,6 +129,12 @@ def _say_what_is_odd(args: argparse.Namespace, settings: ServerSettings) -> None
             options.needs_calibration(args)):
         print(f"stars: policy {settings.policy} has no reward_threshold: requests must bring one, unless the server is "
               "given --calibration FILE or --reward-threshold R", file=sys.stderr)
+    suggested = settings.calibration.beta if args.calibration is not None and settings.calibration is not None else None
+    default = getattr(POLICIES.get(settings.policy or ""), "beta", None)
+    if suggested and isinstance(default, float) and "beta" not in settings.policy_parameters and (
+            not 0.5 <= default / suggested <= 2.0):
+        print(f"stars: policy {settings.policy} has beta {default:g} and the calibration suggests {suggested:.3g}: "
+              "--beta auto takes that", file=sys.stderr)
 
 
 def is_local(host: str) -> bool:

@@ -29,7 +29,8 @@ ROUTERS = tuple(room.router for room in (completions, chat, models, tokens, rewa
 
 def build_app(service: Service) -> FastAPI:
     """The ASGI application over `service`."""
-    app = FastAPI(title="STARS engine", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="STARS engine", version=__version__, docs_url=None, redoc_url=None,
+                  redirect_slashes=False)  # a redirect would be built from the Host that the client gave
     app.state.service = service
     for router in ROUTERS:
         if router is not page.router or service.settings.page:

@@ -150,6 +150,9 @@ class Hosts:
         host = headers.get("host")
         if scope.get("http_version", "1.1") not in VERSIONS:
             return ApiError(505, "this server speaks HTTP/1.1: ask in that", code="bad_http", headers=CLOSE)
+        if "transfer-encoding" in headers and "content-length" in headers:  # two servers may read two bodies of it
+            return ApiError(400, "the request has a Content-Length and a Transfer-Encoding: send one of them",
+                            code="bad_http", headers=CLOSE)
         if len(scope["headers"]) > MOST_LINES:
             return ApiError(431, f"the request has more than {MOST_LINES} headers: send fewer", code="bad_http",
                             headers=CLOSE)
