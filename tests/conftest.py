@@ -120,6 +120,17 @@ def run(capsys) -> Callable[..., tuple[int, str, str]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """What a library makes of the root logger, as Ray does, would be the next file's: its lines, and what they hold."""
+    root = logging.getLogger()
+    level, handlers, factory = root.level, root.handlers[:], logging.getLogRecordFactory()
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    logging.setLogRecordFactory(factory)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def one_libstars_thread(request) -> Iterator[None]:
     """Threads that wait for each other cost far more than they give at the tests' sizes, where others use the cores.
 

@@ -703,7 +703,7 @@ def test_a_trace_is_replayed_without_a_server(tab, server, tmp_path):
     tab.until("$('status').textContent === 'The trace was replayed: 3 segments.'", "it was not replayed by itself", 20)
     assert written(tab, "aligned") == runs[3].outputs[0].text and tab.text("#plain .prompt") == PROMPT
     scored = [attempt for one in runs[3].outputs[0].segments for attempt in one.attempts if attempt.reward is not None]
-    assert sum(dots(tab).values()) == len(scored)
+    tab.until(lambda: sum(dots(tab).values()) == len(scored), "the chart, drawn with the next frame, has other dots")
     assert tab.js("window.asked ?? []") == []
 
 
