@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, cast
 
 from stars.arguments import choice, flag, integer, known_by_name, real, shown
 from stars.calibration import threshold_and_beta
@@ -649,6 +649,11 @@ POLICIES: dict[str, type[Policy]] = {
     "rsd": RewardGuidedSpeculation,
 }
 """Every policy of the package by the name that the command line knows it by."""
+
+
+def parameters_of(policy: str) -> list[str]:
+    """The parameters that a policy of POLICIES has."""
+    return [field.name for field in fields(cast(Any, POLICIES[policy]))]
 
 
 def _keep_threshold(policy: STARS | CARDS) -> None:

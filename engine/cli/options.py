@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import json
 import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from stars.calibration import Calibration
 from stars.errors import ModelError, RequestError
 from stars.plan import OWN, Hidden, plan_of
-from stars.policies import POLICIES
+from stars.policies import POLICIES, parameters_of
 
 if TYPE_CHECKING:
     from stars.engine import Engine
@@ -202,11 +201,11 @@ def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace, alon
     whether no other will run."""
     if args.policy is None:
         args.policy = "sample" if args.model is not None and not _rewards(args) else "stars"
-    known = parameters(args.policy)
+    known = parameters_of(args.policy)
     for flag, name in POLICY_FLAGS.items():
         if getattr(args, flag) is not None and (name not in known or flag == "best_of" and args.policy != "best-of-n"):
             owners = ["best-of-n"] if flag == "best_of" else [
-                policy for policy in POLICIES if name in parameters(policy)]
+                policy for policy in POLICIES if name in parameters_of(policy)]
             parser.error(f"--{flag.replace('_', '-')} belongs to --policy {', '.join(owners)}, and the policy is "
                          f"{args.policy}")
     for name, _ in args.set:
@@ -232,11 +231,6 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**_given(args, SAMPLING))
 
 
-def parameters(policy: str) -> list[str]:
-    """The parameters that a policy of POLICIES has."""
-    return [field.name for field in dataclasses.fields(cast(Any, POLICIES[policy]))]
-
-
 def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy:
     """The policy of the flags; `calibration` is what was measured, for where the flags leave that open. RequestError.
     """
@@ -245,7 +239,7 @@ def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy
         given["reward_threshold"] = calibration
         if given.get("beta") == "auto" and not isinstance(calibration, Calibration):
             given["beta"] = 0.0  # nothing is measured yet, or no prompt can run
-    if "score" in parameters(args.policy) and "score" not in given:
+    if "score" in parameters_of(args.policy) and "score" not in given:
         given["score"] = bool(_rewards(args)) or args.model is None
     made = POLICIES[args.policy](**given)
     plan_of(made)  # what does not go together is said before any file is touched
@@ -254,7 +248,7 @@ def policy(args: argparse.Namespace, calibration: float | None = None) -> Policy
 
 def needs_calibration(args: argparse.Namespace) -> bool:
     """Whether the threshold has to be measured, or read from a file."""
-    return ("reward_threshold" in parameters(args.policy)
+    return ("reward_threshold" in parameters_of(args.policy)
             and policy_parameters(args).get("reward_threshold", "auto") == "auto")
 
 

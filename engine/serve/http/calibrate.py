@@ -23,7 +23,7 @@ from stars.serve.http.asked import DEFAULT_MAX_TOKENS
 from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.extras import refuse_unknown
-from stars.serve.http.models import check_name
+from stars.serve.http.models import check_reward
 from stars.serve.http.protocol import FIRST_ONLY, MAX_SENT_USER, Ids, Seed, Stop, Texts, are_ids
 from stars.serve.http.reward_replies import CalibrationReply
 from stars.serve.http.service import Service, service_of, user_of
@@ -103,10 +103,7 @@ async def calibrate(request: Request, body: CalibrationRequest) -> Response:
 def _asked(service: Service, body: CalibrationRequest) -> tuple[list[Any], SamplingParams]:
     """Prompts as the engine takes them, and how they are sampled; ApiError for what cannot be asked."""
     refuse_unknown(body)
-    if body.model is not None:
-        check_name(service, body.model)
-    if service.engine.engine.reward is None:
-        raise ApiError(400, "the server has no reward model: start one with --reward MODEL", code="no_reward")
+    check_reward(service, body.model)
     samples = body.num_samples or 16
     if samples * len(body.prompts) > MAX_TOGETHER:
         raise ApiError(400, f"{samples} samples of {len(body.prompts)} prompts are {samples * len(body.prompts)}, the "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel
 
 from stars.arguments import Absent, asks_for_nothing, closest, shown
-from stars.policies import POLICIES
+from stars.policies import POLICIES, parameters_of
 from stars.serve.http.errors import ApiError
 from stars.serve.http.protocol import ChatCompletionRequest, CompletionRequest, Guidance, Sampled
 from stars.vllm_names import SAMPLING
@@ -61,8 +60,7 @@ ABSENT: dict[str, Absent] = {
 }
 """Parameters that others have and this server has not."""
 
-GUIDANCE = frozenset((*Guidance.model_fields, *(
-    field.name for kind in POLICIES.values() for field in dataclasses.fields(cast(Any, kind)))))
+GUIDANCE = frozenset((*Guidance.model_fields, *(name for policy in POLICIES for name in parameters_of(policy))))
 """What belongs into `stars`."""
 
 

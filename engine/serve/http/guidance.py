@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from stars.arguments import closest, shown
 from stars.budget import Budget
 from stars.errors import RequestError
 from stars.plan import Policy, plan_of
-from stars.policies import POLICIES
+from stars.policies import POLICIES, parameters_of
 from stars.serve.http.errors import ApiError, api_error
 from stars.serve.http.protocol import Guidance
 from stars.serve.http.service import Service
@@ -56,6 +56,11 @@ def default_policy(service: Service) -> str:
     return "stars" if service.engine.engine.reward is not None else SAMPLE
 
 
+def told_parameters(service: Service, policy: str) -> dict[str, Any]:
+    """Parameters of a policy that the server was started with: those of its default one."""
+    return dict(service.settings.policy_parameters) if policy == default_policy(service) else {}
+
+
 def _policy_of_name(service: Service, model: str | None) -> str | None:
     """The policy that a model's name has behind its colon."""
     if model is None:
@@ -79,15 +84,14 @@ def _checked_name(policy: str) -> str:
 def _policy(service: Service, name: str, given: dict[str, Any]) -> Policy:
     """The policy `name` with what was given of it, and the server's defaults for the rest."""
     settings, kind = service.settings, POLICIES[name]
-    known = [field.name for field in dataclasses.fields(cast(Any, kind))]
+    known = parameters_of(name)
     of_user = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
                if value is not None}
     unknown = next((key for key in of_user if key not in known), None)
     if unknown is not None:
         raise ApiError(400, f"the policy {name} has no {shown(unknown)}: "
                        f"{closest(unknown, known) if known else 'leave it out'}", f"stars.{unknown}")
-    parameters = dict(settings.policy_parameters) if name == default_policy(service) else {}
-    parameters |= of_user
+    parameters = told_parameters(service, name) | of_user
     if "reward_threshold" in known and parameters.get("reward_threshold", "auto") == "auto":
         if settings.calibration is None:
             raise ApiError(400, f"the policy {name} needs a reward_threshold, which depends on the reward model: "

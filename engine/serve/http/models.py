@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
@@ -13,10 +12,10 @@ from pydantic import BaseModel, Field
 from stars.arguments import shown
 from stars.errors import RequestError
 from stars.plan import Policy, plan_of
-from stars.policies import POLICIES
+from stars.policies import POLICIES, parameters_of
 from stars.serve.http.description import responses
 from stars.serve.http.errors import ApiError
-from stars.serve.http.guidance import PLAIN, SAMPLE, default_policy
+from stars.serve.http.guidance import PLAIN, SAMPLE, default_policy, told_parameters
 from stars.serve.http.service import Service, service_of
 from stars.serve.http.stars_field import policy_record
 from stars.version import __version__
@@ -96,6 +95,14 @@ def check_name(service: Service, name: str) -> None:
                        f"{shown(service.settings.model)}", "model", "model_not_found")
 
 
+def check_reward(service: Service, name: str | None) -> None:
+    """The same, and ApiError 400 where there is no reward model that could say something of texts."""
+    if name is not None:
+        check_name(service, name)
+    if service.engine.engine.reward is None:
+        raise ApiError(400, "the server has no reward model: start one with --reward MODEL", code="no_reward")
+
+
 def cards(service: Service) -> Iterator[ModelCard]:
     """Each name, the bare one first."""
     model = service.settings.model
@@ -122,9 +129,8 @@ def _runs(service: Service, policy: str) -> bool:
 
 def _given(service: Service, policy: str) -> dict[str, Any]:
     """Parameters of requests of this policy that say nothing of them, as far as the server was told any."""
-    settings = service.settings
-    given = dict(settings.policy_parameters) if policy == default_policy(service) else {}
-    if settings.calibration is not None and "reward_threshold" in _parameters(policy):
+    settings, given = service.settings, told_parameters(service, policy)
+    if settings.calibration is not None and "reward_threshold" in parameters_of(policy):
         given.setdefault("reward_threshold", settings.calibration)
     return given
 
@@ -132,7 +138,7 @@ def _given(service: Service, policy: str) -> dict[str, Any]:
 def _example(policy: str, given: Mapping[str, Any]) -> Policy:
     """The policy with these parameters; a threshold that is left to requests is 0."""
     kept = {name: value for name, value in given.items() if not _is_open(name, given)}
-    needed = {"reward_threshold": 0.0} if "reward_threshold" in _parameters(policy) else {}
+    needed = {"reward_threshold": 0.0} if "reward_threshold" in parameters_of(policy) else {}
     return POLICIES[policy](**{**needed, **kept})
 
 
@@ -140,7 +146,3 @@ def _is_open(name: str, given: Mapping[str, Any]) -> bool:
     """Whether requests must give this parameter, or another one first that it is taken from."""
     unknown = given.get("reward_threshold") is None
     return unknown and (name == "reward_threshold" or name == "beta" and given.get(name) == "auto")
-
-
-def _parameters(policy: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(cast(Any, POLICIES[policy]))]

@@ -17,7 +17,7 @@ from stars.outputs import Rewards
 from stars.serve.http import draws
 from stars.serve.http.bodies import JsonRoute
 from stars.serve.http.errors import ApiError, api_error
-from stars.serve.http.models import check_name
+from stars.serve.http.models import check_reward
 from stars.serve.http.reward_bodies import (
     WAYS,
     ClassifyRequest,
@@ -81,10 +81,7 @@ def _checked(request: Request, body: OfReward) -> Service:
     service = service_of(request)
     service.check_open()
     refuse_unknown(body)
-    if body.model is not None:
-        check_name(service, body.model)
-    if service.engine.engine.reward is None:
-        raise ApiError(400, "the server has no reward model: start one with --reward MODEL", code="no_reward")
+    check_reward(service, body.model)
     return service
 
 
