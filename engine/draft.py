@@ -70,6 +70,7 @@ class LaneSpec(NamedTuple):
     ranks: int = 0  # above 0: nothing is drawn, so many of the most probable next tokens are found instead
     edits: Edited | None = None  # biases, bans and masks of single tokens
     matcher: Matcher | None = None  # says before each draw which tokens are allowed, and is told what was drawn
+    begun: int = 0  # tokens of its segment that are committed: only of lanes without penalties, edits, ranks or logprobs
 
 
 class Drafted(NamedTuple):
@@ -163,6 +164,7 @@ class Drafter:
                                   for source in self._sources))
         self._pacing = Pacing(rows) if target.own_memory else None
         self._edits = EditBuffers(config, rows, decoder.config.vocab_size)
+        self._begun: list[int] = []  # of the lanes of the last draft: tokens that their segments had before
         self._matched = False  # whether lanes of the last draft have a matcher
         self._under_way: Callable[[], object] | None = None  # launches what is left of a draft
 
@@ -243,7 +245,8 @@ class Drafter:
         longest = max(steps)
         tokens = self._host.out_tokens[:count, :longest].tolist()
         logprobs = self._host.out_logprobs[:count, :longest].tolist()
-        drafted = [Drafted(tokens[i][: steps[i]], logprobs[i][: steps[i]]) for i in range(count)]
+        begun = self._begun
+        drafted = [Drafted(tokens[i][begun[i] : steps[i]], logprobs[i][begun[i] : steps[i]]) for i in range(count)]
         if self._ranks:
             self._ranking.wait()
             for i, ranks in enumerate(self._ranks):
@@ -476,6 +479,7 @@ class Drafter:
         """Writes the lanes into the buffers; rows of a step, idle ones included, and tiles by model."""
         self._buffers.wait()
         host, slab_len = self._host, self.cache.slab_len
+        self._begun = [lane.begun for lane in lanes]
         tables: list[BlockTable] = []
         # Entry by entry: after a draft all of this code has left the caches, and numpy's conversions of whole lists
         # touch several times as much of it.
@@ -487,8 +491,9 @@ class Drafter:
             host.prefix_len[row] = host.positions[row] = table.length
             host.slab_start[row] = host.slots[row] = lane.slab * slab_len
             host.token_ids[row] = lane.last_token
-            host.max_tokens[row] = lane.max_tokens
-            host.slab_used[row] = host.steps[row] = host.done[row] = 0
+            host.max_tokens[row] = lane.begun + lane.max_tokens
+            host.steps[row] = lane.begun
+            host.slab_used[row] = host.done[row] = 0
             host.seeds[row] = signed_seed(lane.seed)
             host.streams[row] = signed_stream(lane.stream)
             host.attempts[row] = lane.attempt

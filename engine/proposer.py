@@ -52,6 +52,7 @@ class Proposer:
         self._rows = 0  # that it has: a lane each, or one for all that are enumerated of a response
         self._others: dict[Key, Rows] = {}  # what was drawn from other models beside it
         self.lanes: Mapping[str | None, int] | None = None  # of each user in the next round; None: they share all
+        self.piece: int | None = None  # most tokens that the next round draws of what may be drawn in pieces
 
     def launch(self, active: Sequence[Hypothesis]) -> dict[Hypothesis, list[Lane]]:
         """Starts the draft of the lanes that are returned, without waiting for it. Those that draw from other models
@@ -63,7 +64,8 @@ class Proposer:
         for hypothesis, (width, max_tokens) in zip(active, self._grants(active), strict=True):
             request, lanes = hypothesis.request, drawn.setdefault(hypothesis, [])
             table, last = hypothesis.pages, hypothesis.last_token
-            stream = pack_stream(hypothesis.drafts, hypothesis.sample)
+            segment, begun = hypothesis.place
+            stream = pack_stream(segment, hypothesis.sample)
             history = hypothesis.history() if request.params.penalties else None
             drafts, edits = hypothesis.proposal, hypothesis.edited()
             specs = others.setdefault(_key(drafts), []) if drafts.apart else own
@@ -84,7 +86,8 @@ class Proposer:
                     lanes.append(Lane(hypothesis, attempt, slab, judge_slab, stores=drafts.stores, matcher=matcher))
                     specs.append(LaneSpec(table, last, slab, max_tokens, request.seed, skipped + attempt, stream,
                                           request.params, request.stop_ids, history, hypothesis.entropy_cut,
-                                          hypothesis.least_segment, drafts.weights, edits=edits, matcher=matcher))
+                                          hypothesis.least_segment, drafts.weights, edits=edits, matcher=matcher,
+                                          begun=begun))
             hypothesis.metrics.width = max(hypothesis.metrics.width, width)
         self._others = {key: self._draft(key, specs) for key, specs in others.items()} if others else {}
         self._launched = time.perf_counter()
@@ -217,8 +220,13 @@ class Proposer:
     def _grants(self, active: Sequence[Hypothesis]) -> list[Grant]:
         widths = self._widths(active) if self.lanes is None else self._widths_of_users(active, self.lanes)
         if any([hypothesis.request.bounded for hypothesis in active]):
-            return grants(active, widths)
-        return [Grant(width, hypothesis.next_segment) for hypothesis, width in zip(active, widths, strict=True)]
+            granted = grants(active, widths)
+        else:
+            granted = [Grant(width, hypothesis.next_segment) for hypothesis, width in zip(active, widths, strict=True)]
+        if self.piece is None:
+            return granted
+        return [grant._replace(tokens=min(grant.tokens, self.piece)) if hypothesis.request.piecewise else grant
+                for hypothesis, grant in zip(active, granted, strict=True)]
 
     def widths_alone(self, active: Sequence[Hypothesis]) -> list[int]:
         """The lanes that responses would get in a round of their own."""

@@ -332,13 +332,23 @@ class Hypothesis:
         return len(context.prompt_ids) + len(self.token_ids) - 1
 
     @property
+    def place(self) -> tuple[int, int]:
+        """The number of the segment that the draft which comes next belongs to, and how many of its tokens are
+        committed: 0, but where the last draft was a piece of one. Where each is drawn only depends on these two."""
+        if self.request.piecewise:
+            return divmod(len(self.token_ids), self.max_segment)
+        return self.drafts, 0
+
+    @property
     def next_segment(self) -> int:
         """Most tokens of the draft that comes next."""
-        return min(self.max_segment, self.request.max_tokens - len(self.token_ids))
+        return min(self.max_segment - self.place[1], self.request.max_tokens - len(self.token_ids))
 
     @property
     def next_room(self) -> int:
         """Most tokens of the segment that comes next, with one that may be drawn after the draft."""
+        if self.request.piecewise:
+            return self.next_segment
         return min(self.max_segment + self.request.drawn_after, self.request.max_tokens - len(self.token_ids))
 
     @property
@@ -621,7 +631,7 @@ class Group:
     boundary: Mark | None = None  # None before its first round
     times: list[float] = field(default_factory=list)  # when each segment that is shown was committed
     first_tokens: int = 0  # of what was shown first
-    seated: int = 0  # the last round that it took part in, where users shared them
+    seated: int = 0  # the last round that it took part in
 
     def __post_init__(self) -> None:
         self.hypotheses = [Hypothesis(self, slot) for slot in range(self.request.plan.lanes.population)]
@@ -856,6 +866,10 @@ class Request:
         self.divisible = plan.whole or (type(plan.decide) is Always and plan.lanes == Lanes(plan.lanes.width)
                                         and plan.score.when != "segment" and isinstance(plan.propose, (
                                             Sampled, Blend, Model)))
+        # Whether it may as well be drawn in smaller pieces: nothing but its place then says what a token is drawn from.
+        self.piecewise = (self.divisible and self.proposal == OWN_DRAFTS and isinstance(plan.propose, Sampled)
+                          and not params.penalties and params.logprobs is None and self.edits is None
+                          and self.grammar is None)
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))
         self.relaxed_by = sum(step.by for step in self.exhaust if isinstance(step, Relax))  # a threshold, each time
         self.scores_segments = plan.score.when == "segment"

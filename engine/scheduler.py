@@ -11,7 +11,7 @@ from stars.budget import NO_BUDGET
 from stars.cache import Opening, PagedCache
 from stars.config import EngineConfig
 from stars.errors import IntegrityError, OutOfPages, RequestError, RewardError, log, sentence
-from stars.fairness import Fairness, Seats
+from stars.fairness import Fairness
 from stars.models import Models
 from stars.plan import Plan
 from stars.prefilling import Allowance, Prefiller
@@ -19,6 +19,7 @@ from stars.prompt import Prompt
 from stars.request import Group, Hypothesis, Prefill, Request
 from stars.reward.base import Reward
 from stars.round import Round
+from stars.seating import Seating
 from stars.spending import is_spent
 from stars.unit import Lines, Unit
 
@@ -51,7 +52,10 @@ class Scheduler:
         self._together = -math.inf  # those that came before begin to decode together
         self._budgeted: list[Request] = []  # those that have a budget and may be unfinished
         proposer = round_.proposer
-        self._fairness = Fairness(proposer.chooser.seconds, proposer.widths_alone, config.max_num_lanes)
+        self._fairness = Fairness()
+        self._seating = Seating(self._fairness, proposer.chooser.seconds, proposer.widths_alone, config.max_num_lanes,
+                                not config.deterministic)
+        self._began = math.inf  # when something decoded that nothing did before
 
     @property
     def _places(self) -> int:
@@ -154,14 +158,13 @@ class Scheduler:
         if only is None and self._gathers:
             return [], ended
         self._together = -math.inf
-        seats = Seats(self.groups)
-        if not self._fairness.alone:
-            seats = self._fairness.seat(seats.groups, self._unread)
-        self._round.proposer.lanes = seats.lanes
+        seats = self._seating.seat(self.groups, self._unread, self._one_by_one)
+        self._round.proposer.lanes, self._round.proposer.piece = seats.lanes, seats.piece
         return seats.groups, ended
 
     def ran(self, groups: Sequence[Group]) -> None:
         """A round was run for `groups`."""
+        self._seating.ran(groups)
         self._fairness.ran(groups)
 
     def reserve(self) -> list[Request]:
@@ -288,12 +291,11 @@ class Scheduler:
             return ended
         idle = not any(unit.ready for unit in self.running)
         if idle and not any(one.wait is not None for unit in self.running for one in unit.unfinished):
-            self._together = time.monotonic()  # who waits for a reward has begun
+            self._together = self._began = time.monotonic()  # who waits for a reward has begun
         idle, rows = idle or self._gathers, None
         if only is None:
             rows = self._config.chunk if idle else self._config.max_num_batched_tokens
-            if not self._fairness.alone:
-                rows = self._fairness.rows(rows, self._config.chunk, self.groups, self._unread)
+            rows = self._seating.rows(rows, self._config.chunk, self.groups, self._unread, self._one_by_one)
         if not self._read_on(rows, only, ended) and idle and self._unread:
             self._read_on(None, only, ended)  # there is a reward that does nothing by halves
         first = self._first(only)
@@ -309,7 +311,9 @@ class Scheduler:
         language, reward, done = Allowance(rows), Allowance(rows), False
         while True:
             opened, used = self._open_units(only, ended), language.used + reward.used
+            before = language.used
             ready = self._prefiller.advance(self._unread, language, reward)
+            self._seating.read(language.used - before)
             ended += self._begin(ready)
             # What was read may be shared from now on: those that waited for it are opened next.
             if not opened and not ready and language.used + reward.used == used:
@@ -326,6 +330,11 @@ class Scheduler:
         """Whether those that could decode wait for others that came no later than they; never for other users."""
         return (self._together > -math.inf and self._fairness.plain
                 and any([one.request.arrived <= self._together for one in self._unread]))
+
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether requests come while others decode: some of those that run came after those had begun."""
+        return any([unit.request.arrived > self._began for unit in self.running])
 
     @property
     def _unread(self) -> list[Hypothesis]:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import stars
-from stars.fairness import Fairness, Load, _cost
+from stars.fairness import Fairness
+from stars.seating import Load, cost
 from stars.intake import Asked
 from stars.unit import Unit
 from test_conservation import nothing_is_held
@@ -39,7 +40,7 @@ class Clock:
         launch, prefill = drafter.launch, passes.prefill
 
         def launched(specs):
-            self.now += _cost(step, [Load(1, spec.max_tokens) for spec in specs])
+            self.now += cost(step, [Load(1, spec.max_tokens) for spec in specs])
             self.lane_steps += sum(spec.max_tokens for spec in specs)
             self.rounds += 1
             launch(specs)
@@ -206,7 +207,7 @@ def test_the_groups_of_a_user_take_turns():
 
 def test_who_gives_way_where_pages_run_out():
     """The oldest of the lowest priority never, though its user was served most."""
-    fairness, made = Fairness(step, lambda ones: [1] * len(ones), 8), engine()
+    fairness, made = Fairness(), engine()
 
     def unit(user, priority=0):
         request = made._parse(Asked({"prompt_token_ids": ids(4)}, stars.SamplingParams(max_tokens=4), user=user,
@@ -233,7 +234,7 @@ def test_with_one_user_nothing_changes():
         names = [made.add_request({"prompt_token_ids": ids(9, seed=index)}, stars.SamplingParams(
             max_tokens=30, seed=index, ignore_eos=True), WORK, user=name, request_id=f"{index}") for index in range(12)]
         fairness = made._scheduler._fairness
-        fairness.seat = fairness.rows = None  # not to be asked
+        made._scheduler._seating._loads = None  # who is alone has no loads
         while made.has_unfinished_requests():
             seen += [(clock.now, output.request_id, facts(output)) for output in made.step()]
         assert fairness._served == {} and len(names) == 12
@@ -242,7 +243,7 @@ def test_with_one_user_nothing_changes():
 
 
 def test_who_comes_back_is_lifted():
-    fairness = Fairness(step, lambda ones: [1] * len(ones), 8)
+    fairness = Fairness()
     made = engine()
 
     def request(user):

@@ -1,0 +1,263 @@
+"""Seating: who shares a round with whom, how long its drafts are, and how much of the prompts is read in it.
+
+Two bounds, and a round keeps both. Between users: a round of k users costs none of them more than about k times what
+one of its own would. Between requests that come one after the other, as a server has them: who comes meanwhile waits
+for the end of a round, so that rounds are kept short where that costs little, and who lacks its first segment goes
+before those that have theirs. Where wide rounds take hardly longer than narrow ones, as on a GPU, or all of them are
+short, this keeps nobody out; nor does it where all that run have come together, as `generate` has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from stars.fairness import Fairness, User
+from stars.request import Group, Hypothesis
+
+DRAFT_SHARE, PROMPT_SHARE = 0.75, 0.1
+"""Of k times its own round that a draft of k users may take, and of (k - 1) times that others' prompts may where the
+draft takes all of that: the rest is for rewards, the host, and the round that was under way when a user came. At shares
+of 0.9, 0.75 and 0.65 a chat's p99 beside a batch is 1.7, 1.5 and 1.3 times that alone; a batch beside one who asks all
+the time draws 900, 860 and 500 tokens a second."""
+SHORT = 0.025  # seconds of a draft that nobody minds who comes meanwhile
+LONGEST = 4.0  # drafts of a single lane that a draft may take where requests come one after the other, and prompts too
+FIRST = 1.5  # of what a draft of the newcomers alone takes that one may in which there are some
+PATIENCE = 4.0  # of the longest draft that newcomers go first for, before the others have a round
+LEAST_PIECE = 4  # tokens of a segment that is drawn in pieces: the host's part of a round is a tenth of it at most
+LEAST_ROWS = 16  # of prompts in a round, however little another user's share of it is
+
+
+class Load(NamedTuple):
+    """Rows of a draft that have so many tokens each."""
+
+    rows: int
+    tokens: int
+
+
+class Seats(NamedTuple):
+    """Who takes part in a round, how many lanes each user has there at most, and how long its drafts are."""
+
+    groups: list[Group]
+    lanes: Mapping[User, int] | None = None  # None: as many as would be drawn if all were of one user
+    piece: int | None = None  # most tokens of a segment that may be drawn in pieces; None: all that there are
+
+
+class Seating:
+    """Answers the scheduler's questions about a round.
+
+    seconds: of a step by its rows. widths: the lanes that the responses of one user would get if they were alone.
+    pieces: whether a segment may be drawn in pieces at all.
+    """
+
+    def __init__(self, fairness: Fairness, seconds: Callable[[int], float],
+                 widths: Callable[[Sequence[Hypothesis]], list[int]], max_lanes: int, pieces: bool = True):
+        self._fairness = fairness
+        self._seconds = seconds
+        self._widths = widths
+        self._max_lanes = max_lanes
+        self._pieces = pieces
+        self._credit = 0.0  # seconds of a round that those who had no seat have been left without
+        self._ahead = 0.0  # seconds that newcomers went first for since the others had a round
+        self._round = 0
+
+    def read(self, rows: int) -> None:
+        """So many rows of prompts were run."""
+        if rows:
+            self._ahead += rows * self._row
+
+    def ran(self, groups: Iterable[Group]) -> None:
+        """A round was run for `groups`."""
+        self._round += 1
+        for group in groups:
+            group.seated = self._round
+
+    def rows(self, most: int | None, chunk: int, groups: Sequence[Group], reading: Sequence[Hypothesis],
+             one_by_one: bool) -> int | None:
+        """Rows of prompts that each model runs in the next round at most.
+
+        Beside others' drafts no more than what these leave, and never all prompts at once: someone else's may come.
+        one_by_one: whether requests come one after the other.
+        """
+        alone, one_by_one = self._fairness.alone, one_by_one and not self._cheap(groups)
+        if alone and not one_by_one:
+            return most
+        rows, seconds = chunk if most is None else most, math.inf
+        if one_by_one and any([group.active for group in groups]):
+            seconds = self._longest(groups)
+        if not alone:
+            loads = self._loads(groups)
+            first = reading[0].request.user if reading else None
+            own = self._own({user: ones for user, ones in loads.items() if user != first})
+            if own:
+                users, least = self._fairness.users, min(own.values())
+                left = max(0.0, DRAFT_SHARE * users * least - self._cost(_all(loads)))
+                seconds = min(seconds, left + PROMPT_SHARE * (users - 1) * least)
+        return rows if seconds == math.inf else min(rows, max(LEAST_ROWS, int(seconds / self._row)))
+
+    def seat(self, groups: list[Group], reading: Sequence[Hypothesis], one_by_one: bool) -> Seats:
+        """Who of `groups` takes part in the next round.
+
+        Of users all groups of the one whose own round would cost least take part, with the lanes that they would have
+        alone, and of all others, the user who was served least first, as many as there is time for. Of requests that
+        come one after the other those that lack their first segment, and then who has waited longest. What those are
+        left without who have no seat adds up, so that the costliest group has its turn. Each user's groups take turns.
+        """
+        one_by_one = one_by_one and not self._cheap(groups)
+        if self._fairness.alone and not one_by_one:
+            self._credit = 0.0
+            return Seats(groups)
+        piece = self._piece(groups) if one_by_one else None
+        loads, limit, lightest = self._loads(groups, piece), math.inf, None
+        own = self._own(loads)
+        for hypothesis in reading:
+            if hypothesis.request.user not in loads:
+                alone = self._cost([Load(1, hypothesis.next_segment)])
+                own[hypothesis.request.user] = min(own.get(hypothesis.request.user, alone), alone)
+        if len(own) > 1:
+            limit = DRAFT_SHARE * len(own) * min(own.values())
+            lightest = [min(own, key=lambda user: own[user])]
+        saves = True
+        if one_by_one and groups:
+            first = self._first(groups, reading, piece) if lightest is None else None
+            if first == 0.0:
+                return Seats([])
+            saves = first is None
+            limit = min(limit, self._longest(groups) if first is None else first)
+        everything = _all(loads)
+        if sum(load.rows for load in everything) <= self._max_lanes and self._cost(everything) <= limit:
+            self._credit = 0.0 if saves else self._credit
+            return Seats(groups, piece=piece)
+        return self._share(groups, loads, lightest or [], limit, piece, saves)
+
+    @property
+    def _row(self) -> float:
+        """Seconds that a row of a prompt takes, about: that of a draft of many lanes."""
+        many = min(32, self._max_lanes)
+        return self._seconds(many) / many
+
+    def _cheap(self, groups: Sequence[Group]) -> bool:
+        """Whether no round is too long for who comes meanwhile, however many lanes it has."""
+        widest = self._seconds(self._max_lanes)
+        tokens = max([one.next_segment for group in groups for one in group.active], default=1)
+        return widest <= LONGEST * self._seconds(1) or widest * tokens <= SHORT
+
+    def _longest(self, groups: Sequence[Group]) -> float:
+        """Seconds that a draft may take, and prompts beside it, where others may come meanwhile."""
+        single = min([self._cost([Load(1, one.next_segment)]) for group in groups for one in group.active], default=0.0)
+        return max(SHORT, LONGEST * single)
+
+    def _first(self, groups: Sequence[Group], reading: Sequence[Hypothesis], piece: int | None) -> float | None:
+        """Seconds of a draft in which newcomers go first, 0 while they are being read; None where nobody goes first:
+        there are none, or no others, or these have waited long."""
+        new = [group for group in groups if _is_new(group)]
+        if not (new or reading) or len(new) == len(groups) or self._ahead >= PATIENCE * self._longest(groups):
+            self._ahead = 0.0
+            return None
+        members = [one for group in new for one in group.active]
+        took = self._cost([Load(width, _tokens(one, piece))
+                           for one, width in zip(members, self._widths(members), strict=True)])
+        self._ahead += max(took, SHORT)
+        return min(FIRST * took, self._longest(groups))
+
+    def _piece(self, groups: Sequence[Group]) -> int | None:
+        """Most tokens that a round draws, where all that take part may be drawn in pieces."""
+        members = [one for group in groups for one in group.active]
+        if not self._pieces or not members or not all([one.request.piecewise for one in members]):
+            return None
+        return max(LEAST_PIECE, int(SHORT / self._seconds(min(len(members), self._max_lanes))))
+
+    def _share(self, groups: list[Group], loads: Mapping[User, list[Load]], lightest: Sequence[User], limit: float,
+               piece: int | None, saves: bool) -> Seats:
+        """As `seat`, where there is no time for all of them. saves: whether what some are left without adds up."""
+        chosen = {group for group in groups if not group.active or group.request.user in lightest}
+        taken = [load for user in lightest for load in loads.get(user, ())]
+        left = {user: sorted((one for one in groups if one.active and one.request.user == user),
+                             key=lambda group: (not _is_new(group), group.seated))
+                for user in loads if user not in lightest}
+        ahead = {user: self._fairness.served(user) for user in left}
+        seated = dict.fromkeys(left, 0)
+        credit = self._credit if saves else 0.0
+        missing: float | None = None  # the time that the first of those that are left out lacks
+        while left:
+            user = min(left, key=lambda user: ahead[user])
+            group = left[user].pop(0)
+            more = [Load(1, _tokens(hypothesis, piece)) for hypothesis in group.active]
+            needed = self._cost(taken + more)
+            if not taken or (needed <= limit + credit and sum(load.rows for load in taken + more) <= self._max_lanes):
+                chosen.add(group)
+                taken += more
+                seated[user] += len(more)
+                ahead[user] += sum(load.tokens for load in more)
+            else:
+                missing = needed - limit if missing is None else missing
+                left[user] = []
+            if not left[user]:
+                del left[user]
+        lanes = {user: count + self._more(taken, limit) // len(seated) for user, count in seated.items() if count}
+        lanes |= dict.fromkeys([user for user in lightest if user in loads], self._max_lanes)
+        if saves:
+            spare = limit + credit - self._cost(taken)
+            self._credit = 0.0 if missing is None else max(0.0, min(spare, missing))
+        return Seats([group for group in groups if group in chosen], lanes, piece)
+
+    def _more(self, taken: Sequence[Load], limit: float) -> int:
+        """Lanes for which there is time besides those of `taken`."""
+        tokens = max((load.tokens for load in taken), default=1)
+        low, high = 0, self._max_lanes - sum(load.rows for load in taken)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._cost([*taken, Load(middle, tokens)]) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return max(0, low)
+
+    def _loads(self, groups: Sequence[Group], piece: int | None = None) -> dict[User, list[Load]]:
+        """What each user's responses would draw if they were alone, at most their share of all lanes beyond one each.
+        """
+        active: dict[User, list[Hypothesis]] = {}
+        for group in groups:
+            active.setdefault(group.request.user, []).extend(group.active)
+        share = self._max_lanes // max(1, len(active))
+        loads = {}
+        for user, members in active.items():
+            if members:
+                most = max(1, share // len(members))
+                loads[user] = [Load(1 if one.request.ranks else min(width, most), _tokens(one, piece))
+                               for one, width in zip(members, self._widths(members), strict=True)]
+        return loads
+
+    def _own(self, loads: Mapping[User, list[Load]]) -> dict[User, float]:
+        return {user: self._cost(ones) for user, ones in loads.items()}
+
+    def _cost(self, loads: Iterable[Load]) -> float:
+        return cost(self._seconds, loads)
+
+
+def cost(seconds: Callable[[int], float], loads: Iterable[Load]) -> float:
+    """Seconds of a draft: all rows are run until the shortest have their tokens, then the others."""
+    rows: dict[int, int] = {}
+    for load in loads:
+        rows[load.tokens] = rows.get(load.tokens, 0) + load.rows
+    left, done, total = sum(rows.values()), 0, 0.0
+    for tokens in sorted(rows):
+        if left:
+            total += (tokens - done) * seconds(left)
+        left, done = left - rows[tokens], tokens
+    return total
+
+
+def _is_new(group: Group) -> bool:
+    """Whether none of its responses has its first segment."""
+    return not any([hypothesis.token_ids for hypothesis in group.hypotheses])
+
+
+def _tokens(hypothesis: Hypothesis, piece: int | None) -> int:
+    """Most that its next draft has, where one is a piece of a segment."""
+    return hypothesis.next_segment if piece is None else min(piece, hypothesis.next_segment)
+
+
+def _all(loads: Mapping[User, list[Load]]) -> list[Load]:
+    return [load for ones in loads.values() for load in ones]
