@@ -7,6 +7,7 @@ here, and what it is served is counted once its requests end or another user com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from stars.request import Group, Hypothesis, Request
@@ -22,6 +23,7 @@ class Fairness:
     def __init__(self) -> None:
         self._active: dict[User, set[Request]] = {}  # their unfinished requests
         self._served: dict[User, float] = {}
+        self._fresh: dict[User, Request] = {}  # those who came from idle, owed as much as anybody, each with what it asked
         self._priorities: dict[int, int] = {}  # how many unfinished requests have each
 
     @property
@@ -49,6 +51,11 @@ class Fairness:
         """What users who wait are ordered by: tokens served, then responses that run."""
         return self.served(user), sum([unit.places for unit in running if unit.request.user == user])
 
+    def goes_first(self, request: Request) -> bool:
+        """Whether a request that has no segment yet may go before those that have: of one user any, of several the one
+        with which a user came from idle who was not served more than the others. So nobody is first for long."""
+        return self.alone or self._fresh.get(request.user) is request
+
     def enter(self, request: Request) -> None:
         """A request was queued."""
         user, priority = request.user, request.priority
@@ -59,6 +66,8 @@ class Fairness:
             if self._active:
                 self._served[user] = max(self.served(user), min(map(self.served, self._active)))
             self._active[user] = set()
+            if all([self.served(user) <= self.served(other) for other in self._active]):
+                self._fresh[user] = request
         requests = self._active[user]
         if request not in requests:
             requests.add(request)
@@ -71,6 +80,8 @@ class Fairness:
             return
         self._charge(request)
         requests.discard(request)
+        if self._fresh.get(request.user) is request:
+            del self._fresh[request.user]
         if not requests:
             del self._active[request.user]
         self._priorities[request.priority] -= 1
@@ -83,7 +94,7 @@ class Fairness:
 
     def reset(self, requests: Iterable[Request]) -> None:
         """These are the unfinished requests."""
-        served, self._active, self._priorities = self._served, {}, {}
+        served, self._active, self._priorities, self._fresh = self._served, {}, {}, {}
         self._served = {}
         for request in requests:
             if not request.finished:
@@ -99,6 +110,8 @@ class Fairness:
         if not self.alone:
             for request in dict.fromkeys([group.request for group in groups]):
                 self._charge(request)
+                if self._fresh.get(request.user) is request and any([one.token_ids for one in request.hypotheses]):
+                    del self._fresh[request.user]
 
     def _charge(self, request: Request) -> None:
         """Counts what was drawn and scored since the last time; what was given up, and is drawn again, twice."""
@@ -109,10 +122,11 @@ class Fairness:
     # -- who gives way --------------------------------------------------------------------------------------------
 
     def order(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-        """Whose prompt is read first: of the lowest priority, then of the user who was served least."""
+        """Whose prompt is read first: of the lowest priority, then who goes first, then of the user served least."""
         if self.plain:
             return hypotheses
-        return sorted(hypotheses, key=lambda one: (one.request.priority, self.served(one.request.user)))
+        return sorted(hypotheses, key=lambda one: (
+            one.request.priority, -math.inf if self.goes_first(one.request) else self.served(one.request.user)))
 
     def last(self, running: Sequence[Unit]) -> Unit:
         """Of two or more who gives way where pages run out: never the oldest of the lowest priority, so that it ends.

@@ -24,7 +24,7 @@ the time draws 900, 860 and 500 tokens a second."""
 SHORT = 0.025  # seconds of a draft that nobody minds who comes meanwhile
 LONGEST = 4.0  # drafts of a single lane that a draft may take where requests come one after the other, and prompts too
 FIRST = 1.5  # of what a draft of the newcomers alone takes that one may in which there are some
-PATIENCE = 4.0  # of the longest draft that newcomers go first for, before the others have a round
+PATIENCE = 2.0  # of the longest draft that newcomers go first for, before the others have a round
 LEAST_PIECE = 4  # tokens of a segment that is drawn in pieces: the host's part of a round is a tenth of it at most
 LEAST_ROWS = 16  # of prompts in a round, however little another user's share of it is
 
@@ -60,12 +60,14 @@ class Seating:
         self._pieces = pieces
         self._credit = 0.0  # seconds of a round that those who had no seat have been left without
         self._ahead = 0.0  # seconds that newcomers went first for since the others had a round
+        self._owed = 0.0  # seconds that prompts took of others' time
         self._round = 0
 
     def read(self, rows: int) -> None:
         """So many rows of prompts were run."""
         if rows:
             self._ahead += rows * self._row
+            self._owed += rows * self._row
 
     def ran(self, groups: Iterable[Group]) -> None:
         """A round was run for `groups`."""
@@ -77,24 +79,25 @@ class Seating:
              one_by_one: bool) -> int | None:
         """Rows of prompts that each model runs in the next round at most.
 
-        Beside others' drafts no more than what these leave, and never all prompts at once: someone else's may come.
-        one_by_one: whether requests come one after the other.
+        Where others' may come that is never all prompts at once. Chunks are not divided: beside other users' drafts
+        one is run and what it took is owed, until rounds have passed whose time left as much; meanwhile only what is
+        short is run. one_by_one: whether requests come one after the other.
         """
-        alone, one_by_one = self._fairness.alone, one_by_one and not self._cheap(groups)
-        if alone and not one_by_one:
+        one_by_one = one_by_one and not self._cheap(groups)
+        if self._fairness.alone and not one_by_one:
+            self._owed = 0.0
             return most
-        rows, seconds = chunk if most is None else most, math.inf
-        if one_by_one and any([group.active for group in groups]):
-            seconds = self._longest(groups)
-        if not alone:
-            loads = self._loads(groups)
-            first = reading[0].request.user if reading else None
-            own = self._own({user: ones for user, ones in loads.items() if user != first})
-            if own:
-                users, least = self._fairness.users, min(own.values())
-                left = max(0.0, DRAFT_SHARE * users * least - self._cost(_all(loads)))
-                seconds = min(seconds, left + PROMPT_SHARE * (users - 1) * least)
-        return rows if seconds == math.inf else min(rows, max(LEAST_ROWS, int(seconds / self._row)))
+        rows = chunk if most is None else most
+        loads = self._loads(groups)
+        reader = reading[0].request.user if reading else None
+        own = self._own({user: ones for user, ones in loads.items() if user != reader})
+        if self._fairness.alone or not own or one_by_one and reading and self._fairness.goes_first(reading[0].request):
+            self._owed = 0.0
+            return rows
+        users, least = self._fairness.users, min(own.values())
+        left = max(0.0, DRAFT_SHARE * users * least - self._cost(_all(loads))) + PROMPT_SHARE * (users - 1) * least
+        self._owed = max(0.0, self._owed - left)
+        return rows if self._owed == 0.0 else min(rows, LEAST_ROWS)
 
     def seat(self, groups: list[Group], reading: Sequence[Hypothesis], one_by_one: bool) -> Seats:
         """Who of `groups` takes part in the next round.
@@ -109,27 +112,27 @@ class Seating:
             self._credit = 0.0
             return Seats(groups)
         piece = self._piece(groups) if one_by_one else None
-        loads, limit, lightest = self._loads(groups, piece), math.inf, None
+        loads, limit = self._loads(groups, piece), math.inf
         own = self._own(loads)
         for hypothesis in reading:
             if hypothesis.request.user not in loads:
                 alone = self._cost([Load(1, hypothesis.next_segment)])
                 own[hypothesis.request.user] = min(own.get(hypothesis.request.user, alone), alone)
-        if len(own) > 1:
+        lightest = [min(own, key=lambda user: own[user])] if len(own) > 1 else []
+        if lightest:
             limit = DRAFT_SHARE * len(own) * min(own.values())
-            lightest = [min(own, key=lambda user: own[user])]
-        saves = True
+        new = [group for group in groups if self._goes_first(group)] if one_by_one else []
+        hurries = one_by_one and self._hurries(groups, new, reading)
+        if hurries and not new and not lightest:
+            return Seats([])
         if one_by_one and groups:
-            first = self._first(groups, reading, piece) if lightest is None else None
-            if first == 0.0:
-                return Seats([])
-            saves = first is None
-            limit = min(limit, self._longest(groups) if first is None else first)
+            limit = min(limit, self._longest(groups))
+        now = min(limit, self._first(new, piece)) if hurries else limit
         everything = _all(loads)
-        if sum(load.rows for load in everything) <= self._max_lanes and self._cost(everything) <= limit:
-            self._credit = 0.0 if saves else self._credit
+        if sum(load.rows for load in everything) <= self._max_lanes and self._cost(everything) <= now:
+            self._credit = 0.0
             return Seats(groups, piece=piece)
-        return self._share(groups, loads, lightest or [], limit, piece, saves)
+        return self._share(groups, loads, lightest, new, (now, limit), piece)
 
     @property
     def _row(self) -> float:
@@ -145,21 +148,29 @@ class Seating:
 
     def _longest(self, groups: Sequence[Group]) -> float:
         """Seconds that a draft may take, and prompts beside it, where others may come meanwhile."""
-        single = min([self._cost([Load(1, one.next_segment)]) for group in groups for one in group.active], default=0.0)
+        single = min([one.max_segment for group in groups for one in group.active], default=0) * self._seconds(1)
         return max(SHORT, LONGEST * single)
 
-    def _first(self, groups: Sequence[Group], reading: Sequence[Hypothesis], piece: int | None) -> float | None:
-        """Seconds of a draft in which newcomers go first, 0 while they are being read; None where nobody goes first:
-        there are none, or no others, or these have waited long."""
-        new = [group for group in groups if _is_new(group)]
-        if not (new or reading) or len(new) == len(groups) or self._ahead >= PATIENCE * self._longest(groups):
+    def _hurries(self, groups: Sequence[Group], new: Sequence[Group], reading: Sequence[Hypothesis]) -> bool:
+        """Whether newcomers, in a draft or being read, go before others, who have not waited long for them."""
+        waits = bool(new) or any([self._fairness.goes_first(one.request) for one in reading])
+        if not waits or len(new) == len(groups) or self._ahead >= PATIENCE * self._longest(groups):
             self._ahead = 0.0
-            return None
+            return False
+        self._ahead += SHORT
+        return True
+
+    def _first(self, new: Sequence[Group], piece: int | None) -> float:
+        """Seconds of a draft in which these go first."""
         members = [one for group in new for one in group.active]
         took = self._cost([Load(width, _tokens(one, piece))
                            for one, width in zip(members, self._widths(members), strict=True)])
-        self._ahead += max(took, SHORT)
-        return min(FIRST * took, self._longest(groups))
+        self._ahead += took
+        return FIRST * took
+
+    def _goes_first(self, group: Group) -> bool:
+        """Whether none of its responses has its first segment, and it may go before those that have theirs."""
+        return (not any([one.token_ids for one in group.hypotheses]) and self._fairness.goes_first(group.request))
 
     def _piece(self, groups: Sequence[Group]) -> int | None:
         """Most tokens that a round draws, where all that take part may be drawn in pieces."""
@@ -168,20 +179,21 @@ class Seating:
             return None
         return max(LEAST_PIECE, int(SHORT / self._seconds(min(len(members), self._max_lanes))))
 
-    def _share(self, groups: list[Group], loads: Mapping[User, list[Load]], lightest: Sequence[User], limit: float,
-               piece: int | None, saves: bool) -> Seats:
-        """As `seat`, where there is no time for all of them. saves: whether what some are left without adds up."""
+    def _share(self, groups: list[Group], loads: Mapping[User, list[Load]], lightest: Sequence[User],
+               new: Sequence[Group], limits: tuple[float, float], piece: int | None) -> Seats:
+        """As `seat`, where there is no time for all of them. limits: of this draft, and where nobody hurries."""
+        limit, calm = limits
         chosen = {group for group in groups if not group.active or group.request.user in lightest}
         taken = [load for user in lightest for load in loads.get(user, ())]
         left = {user: sorted((one for one in groups if one.active and one.request.user == user),
-                             key=lambda group: (not _is_new(group), group.seated))
+                             key=lambda group: (group not in new, group.seated))
                 for user in loads if user not in lightest}
         ahead = {user: self._fairness.served(user) for user in left}
         seated = dict.fromkeys(left, 0)
-        credit = self._credit if saves else 0.0
+        credit = self._credit if limit == calm else 0.0
         missing: float | None = None  # the time that the first of those that are left out lacks
         while left:
-            user = min(left, key=lambda user: ahead[user])
+            user = min(left, key=lambda user: (left[user][0] not in new, ahead[user]))
             group = left[user].pop(0)
             more = [Load(1, _tokens(hypothesis, piece)) for hypothesis in group.active]
             needed = self._cost(taken + more)
@@ -191,15 +203,14 @@ class Seating:
                 seated[user] += len(more)
                 ahead[user] += sum(load.tokens for load in more)
             else:
-                missing = needed - limit if missing is None else missing
+                missing = max(0.0, needed - calm) if missing is None else missing
                 left[user] = []
             if not left[user]:
                 del left[user]
         lanes = {user: count + self._more(taken, limit) // len(seated) for user, count in seated.items() if count}
         lanes |= dict.fromkeys([user for user in lightest if user in loads], self._max_lanes)
-        if saves:
-            spare = limit + credit - self._cost(taken)
-            self._credit = 0.0 if missing is None else max(0.0, min(spare, missing))
+        spare = calm + self._credit - self._cost(taken)
+        self._credit = 0.0 if missing is None else max(0.0, min(spare, missing))
         return Seats([group for group in groups if group in chosen], lanes, piece)
 
     def _more(self, taken: Sequence[Load], limit: float) -> int:
@@ -247,11 +258,6 @@ def cost(seconds: Callable[[int], float], loads: Iterable[Load]) -> float:
             total += (tokens - done) * seconds(left)
         left, done = left - rows[tokens], tokens
     return total
-
-
-def _is_new(group: Group) -> bool:
-    """Whether none of its responses has its first segment."""
-    return not any([hypothesis.token_ids for hypothesis in group.hypotheses])
 
 
 def _tokens(hypothesis: Hypothesis, piece: int | None) -> int:
