@@ -70,7 +70,7 @@ class LaneSpec(NamedTuple):
     ranks: int = 0  # above 0: nothing is drawn, so many of the most probable next tokens are found instead
     edits: Edited | None = None  # biases, bans and masks of single tokens
     matcher: Matcher | None = None  # says before each draw which tokens are allowed, and is told what was drawn
-    begun: int = 0  # tokens of its segment that are committed: only of lanes without penalties, edits, ranks or logprobs
+    begun: int = 0  # tokens of its segment that are committed: none beside penalties, edits, ranks and logprobs
 
 
 class Drafted(NamedTuple):

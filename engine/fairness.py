@@ -23,7 +23,7 @@ class Fairness:
     def __init__(self) -> None:
         self._active: dict[User, set[Request]] = {}  # their unfinished requests
         self._served: dict[User, float] = {}
-        self._fresh: dict[User, Request] = {}  # those who came from idle, owed as much as anybody, each with what it asked
+        self._fresh: dict[User, Request] = {}  # of those who came from idle and are not ahead: what they came with
         self._priorities: dict[int, int] = {}  # how many unfinished requests have each
 
     @property
@@ -107,11 +107,11 @@ class Fairness:
 
     def ran(self, groups: Iterable[Group]) -> None:
         """A round was run for `groups`."""
-        if not self.alone:
-            for request in dict.fromkeys([group.request for group in groups]):
+        for request in dict.fromkeys([group.request for group in groups]):
+            if not self.alone:
                 self._charge(request)
-                if self._fresh.get(request.user) is request and any([one.token_ids for one in request.hypotheses]):
-                    del self._fresh[request.user]
+            if self._fresh.get(request.user) is request and any([one.token_ids for one in request.hypotheses]):
+                del self._fresh[request.user]
 
     def _charge(self, request: Request) -> None:
         """Counts what was drawn and scored since the last time; what was given up, and is drawn again, twice."""

@@ -11,8 +11,8 @@ import pytest
 
 import stars
 from stars.fairness import Fairness
-from stars.seating import Load, cost
 from stars.intake import Asked
+from stars.seating import Load, cost
 from stars.unit import Unit
 from test_conservation import nothing_is_held
 from test_waiting import rewards

@@ -29,9 +29,9 @@ class AsyncEngine:
     """An engine that a thread of its own runs for tasks, which await outputs.
 
     model: an Engine, which it takes over, or what Engine is given, which builds one: that takes its time, in the thread
-        that calls, and so does measuring how many candidates a step is best drawn with. max_waiting: requests that
-        may wait to be admitted; None: any number. Beyond, `generate` and `add` wait in line, first come first served,
-        and `add_nowait` raises QueueFullError.
+        that calls, and so does measuring what a step takes, by which widths and the lengths of rounds are chosen.
+    max_waiting: requests that may wait to be admitted; None: any number. Beyond, `generate` and `add` wait in line,
+        first come first served, and `add_nowait` raises QueueFullError.
 
     Any event loop of any thread may call, and so may any thread call the `engine` itself: they take turns, round by
     round. Nothing here blocks an event loop: the loop thread checks requests and builds outputs, between rounds.
@@ -55,8 +55,7 @@ class AsyncEngine:
             if given:
                 raise RequestError(f"AsyncEngine takes over an Engine as it is: give {', '.join(given)} to Engine")
         self.engine = model if isinstance(model, Engine) else Engine(model, reward, **options)
-        if self.engine.reward is not None:
-            self.engine._measure_widths()
+        self.engine._measure_widths()
         self._loop = Loop(self.engine, max_waiting)
         weakref.finalize(self, self._loop.forget).atexit = False  # the loop looks after exits itself
 
