@@ -7,13 +7,13 @@ here, and what it is served is counted once its requests end or another user com
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from stars.request import Group, Hypothesis, Request
 from stars.unit import Unit
 
 User = str | None
+NOBODY = None, 0.0
 MAX_IDLE = 1024  # users without a request whose counters are kept
 
 
@@ -23,7 +23,7 @@ class Fairness:
     def __init__(self) -> None:
         self._active: dict[User, set[Request]] = {}  # their unfinished requests
         self._served: dict[User, float] = {}
-        self._fresh: dict[User, Request] = {}  # of those who came from idle and are not ahead: what they came with
+        self._fresh: dict[User, tuple[Request, float]] = {}  # what those came with who are not ahead, and what they had
         self._priorities: dict[int, int] = {}  # how many unfinished requests have each
 
     @property
@@ -54,7 +54,7 @@ class Fairness:
     def goes_first(self, request: Request) -> bool:
         """Whether a request that has no segment yet may go before those that have: of one user any, of several the one
         with which a user came from idle who was not served more than the others. So nobody is first for long."""
-        return self.alone or self._fresh.get(request.user) is request
+        return self.alone or self._fresh.get(request.user, NOBODY)[0] is request
 
     def enter(self, request: Request) -> None:
         """A request was queued."""
@@ -67,7 +67,7 @@ class Fairness:
                 self._served[user] = max(self.served(user), min(map(self.served, self._active)))
             self._active[user] = set()
             if all([self.served(user) <= self.served(other) for other in self._active]):
-                self._fresh[user] = request
+                self._fresh[user] = request, self.served(user)
         requests = self._active[user]
         if request not in requests:
             requests.add(request)
@@ -80,7 +80,7 @@ class Fairness:
             return
         self._charge(request)
         requests.discard(request)
-        if self._fresh.get(request.user) is request:
+        if self._fresh.get(request.user, NOBODY)[0] is request:
             del self._fresh[request.user]
         if not requests:
             del self._active[request.user]
@@ -94,11 +94,12 @@ class Fairness:
 
     def reset(self, requests: Iterable[Request]) -> None:
         """These are the unfinished requests."""
-        served, self._active, self._priorities, self._fresh = self._served, {}, {}, {}
+        served, self._active, self._priorities = self._served, {}, {}
         self._served = {}
         for request in requests:
             if not request.finished:
                 self.enter(request)
+        self._fresh = {}
         self._served |= {user: count for user, count in served.items() if user in self._active}
 
     def read(self, request: Request, tokens: int) -> None:
@@ -110,7 +111,8 @@ class Fairness:
         for request in dict.fromkeys([group.request for group in groups]):
             if not self.alone:
                 self._charge(request)
-            if self._fresh.get(request.user) is request and any([one.token_ids for one in request.hypotheses]):
+            if (self._fresh.get(request.user, NOBODY)[0] is request
+                    and any([one.token_ids for one in request.hypotheses])):
                 del self._fresh[request.user]
 
     def _charge(self, request: Request) -> None:
@@ -122,11 +124,16 @@ class Fairness:
     # -- who gives way --------------------------------------------------------------------------------------------
 
     def order(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-        """Whose prompt is read first: of the lowest priority, then who goes first, then of the user served least."""
+        """Whose prompt is read first: of the lowest priority, then of the user who was served least."""
         if self.plain:
             return hypotheses
-        return sorted(hypotheses, key=lambda one: (
-            one.request.priority, -math.inf if self.goes_first(one.request) else self.served(one.request.user)))
+        return sorted(hypotheses, key=lambda one: (one.request.priority, self._standing(one.request)))
+
+    def _standing(self, request: Request) -> float:
+        """What its user was served; of one that goes first before it came, so that the prompts of such are read in the
+        order in which they came, however long they are."""
+        first, served = self._fresh.get(request.user, NOBODY)
+        return served if first is request else self.served(request.user)
 
     def last(self, running: Sequence[Unit]) -> Unit:
         """Of two or more who gives way where pages run out: never the oldest of the lowest priority, so that it ends.

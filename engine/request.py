@@ -868,6 +868,7 @@ class Request:
                                             Sampled, Blend, Model)))
         # Whether it may as well be drawn in smaller pieces: nothing but its place then says what a token is drawn from.
         self.piecewise = (self.divisible and self.proposal == OWN_DRAFTS and isinstance(plan.propose, Sampled)
+                          and plan.segment.cut == math.inf and not self.bounded
                           and not params.penalties and params.logprobs is None and self.edits is None
                           and self.grammar is None)
         self.max_backups = sum(step.times for step in self.exhaust if isinstance(step, BackUp))

@@ -19,7 +19,7 @@ from stars.prompt import Prompt
 from stars.request import Group, Hypothesis, Prefill, Request
 from stars.reward.base import Reward
 from stars.round import Round
-from stars.seating import Seating
+from stars.seating import Seating, Seats
 from stars.spending import is_spent
 from stars.unit import Lines, Unit
 
@@ -55,7 +55,9 @@ class Scheduler:
         self._fairness = Fairness()
         self._seating = Seating(self._fairness, proposer.chooser.seconds, proposer.widths_alone, config.max_num_lanes,
                                 not config.deterministic)
-        self._began = math.inf  # when something decoded that nothing did before
+        self._began = math.inf  # when something last decoded that nothing did before
+        self._shared = False  # whether the round that was planned last is shared
+        self._latest = -math.inf  # when the last of those came that were admitted
 
     @property
     def _places(self) -> int:
@@ -158,13 +160,17 @@ class Scheduler:
         if only is None and self._gathers:
             return [], ended
         self._together = -math.inf
-        seats = self._seating.seat(self.groups, self._unread, self._one_by_one)
+        seats = Seats(self.groups)
+        self._shared = self._shares
+        if self._shared:
+            seats = self._seating.seat(seats.groups, self._unread, self._one_by_one)
         self._round.proposer.lanes, self._round.proposer.piece = seats.lanes, seats.piece
         return seats.groups, ended
 
     def ran(self, groups: Sequence[Group]) -> None:
         """A round was run for `groups`."""
-        self._seating.ran(groups)
+        if self._shared:
+            self._seating.ran(groups)
         self._fairness.ran(groups)
 
     def reserve(self) -> list[Request]:
@@ -295,7 +301,10 @@ class Scheduler:
         idle, rows = idle or self._gathers, None
         if only is None:
             rows = self._config.chunk if idle else self._config.max_num_batched_tokens
-            rows = self._seating.rows(rows, self._config.chunk, self.groups, self._unread, self._one_by_one)
+            if self._shares:
+                next_one = self._first(None)
+                reading = self._unread or (next_one.unfinished if next_one is not None else [])
+                rows = self._seating.rows(rows, self._config.chunk, self.groups, reading, self._one_by_one)
         if not self._read_on(rows, only, ended) and idle and self._unread:
             self._read_on(None, only, ended)  # there is a reward that does nothing by halves
         first = self._first(only)
@@ -313,7 +322,8 @@ class Scheduler:
             opened, used = self._open_units(only, ended), language.used + reward.used
             before = language.used
             ready = self._prefiller.advance(self._unread, language, reward)
-            self._seating.read(language.used - before)
+            if self._shares:
+                self._seating.read(language.used - before)
             ended += self._begin(ready)
             # What was read may be shared from now on: those that waited for it are opened next.
             if not opened and not ready and language.used + reward.used == used:
@@ -332,9 +342,14 @@ class Scheduler:
                 and any([one.request.arrived <= self._together for one in self._unread]))
 
     @property
+    def _shares(self) -> bool:
+        """Whether rounds are shared between users, or with those who come meanwhile."""
+        return not self._fairness.alone or self._one_by_one
+
+    @property
     def _one_by_one(self) -> bool:
-        """Whether requests come while others decode: some of those that run came after those had begun."""
-        return any([unit.request.arrived > self._began for unit in self.running])
+        """Whether requests come while others decode: some that were admitted came after those had begun."""
+        return self._latest > self._began
 
     @property
     def _unread(self) -> list[Hypothesis]:
@@ -387,6 +402,7 @@ class Scheduler:
                 if unit not in self.running:
                     self.waiting.remove(unit)
                     self.running.append(unit)
+                    self._latest = max(self._latest, unit.request.arrived)
         return bool(opened)
 
     def _waits_for_reward(self, hypothesis: Hypothesis) -> bool:
@@ -523,6 +539,8 @@ class Scheduler:
                 wanted += self._units(request)
             if request.finished:
                 self._fairness.leave(request)
+                if self._fairness.alone:
+                    self._seating.settle()
             for group in request.groups:
                 for hypothesis in group.hypotheses:
                     if hypothesis.finish_reason is not None and hypothesis.table is not None:

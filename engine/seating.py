@@ -21,6 +21,7 @@ DRAFT_SHARE, PROMPT_SHARE = 0.75, 0.1
 draft takes all of that: the rest is for rewards, the host, and the round that was under way when a user came. At shares
 of 0.9, 0.75 and 0.65 a chat's p99 beside a batch is 1.7, 1.5 and 1.3 times that alone; a batch beside one who asks all
 the time draws 900, 860 and 500 tokens a second."""
+READ_SHARE = 0.4  # of the time of others' drafts, that prompts of one who draws nothing may take beside them
 SHORT = 0.025  # seconds of a draft that nobody minds who comes meanwhile
 LONGEST = 4.0  # drafts of a single lane that a draft may take where requests come one after the other, and prompts too
 FIRST = 1.5  # of what a draft of the newcomers alone takes that one may in which there are some
@@ -59,15 +60,18 @@ class Seating:
         self._max_lanes = max_lanes
         self._pieces = pieces
         self._credit = 0.0  # seconds of a round that those who had no seat have been left without
-        self._ahead = 0.0  # seconds that newcomers went first for since the others had a round
         self._owed = 0.0  # seconds that prompts took of others' time
-        self._round = 0
+        self._ahead = 0.0  # seconds that newcomers went first for since the others had a round
+        self._read = 0  # rows of prompts since the last round
+        self._round = 1
 
     def read(self, rows: int) -> None:
         """So many rows of prompts were run."""
-        if rows:
-            self._ahead += rows * self._row
-            self._owed += rows * self._row
+        self._read += rows
+
+    def settle(self) -> None:
+        """Of users one at most is left: nobody is left without any more, and nobody owes anything."""
+        self._credit = self._owed = 0.0
 
     def ran(self, groups: Iterable[Group]) -> None:
         """A round was run for `groups`."""
@@ -85,19 +89,15 @@ class Seating:
         """
         one_by_one = one_by_one and not self._cheap(groups)
         if self._fairness.alone and not one_by_one:
-            self._owed = 0.0
             return most
-        rows = chunk if most is None else most
-        loads = self._loads(groups)
-        reader = reading[0].request.user if reading else None
-        own = self._own({user: ones for user, ones in loads.items() if user != reader})
-        if self._fairness.alone or not own or one_by_one and reading and self._fairness.goes_first(reading[0].request):
-            self._owed = 0.0
+        rows = chunk if most is None else min(chunk, most)
+        first = reading[0].group if reading else None
+        if self._owed == 0.0 or first is None:
             return rows
-        users, least = self._fairness.users, min(own.values())
-        left = max(0.0, DRAFT_SHARE * users * least - self._cost(_all(loads))) + PROMPT_SHARE * (users - 1) * least
-        self._owed = max(0.0, self._owed - left)
-        return rows if self._owed == 0.0 else min(rows, LEAST_ROWS)
+        if one_by_one and self._goes_first(first):
+            return min(rows, max(map(len, first.request.contexts)) + LEAST_ROWS)
+        others = any([group.active for group in groups if group.request.user != first.request.user])
+        return min(rows, LEAST_ROWS) if others else rows
 
     def seat(self, groups: list[Group], reading: Sequence[Hypothesis], one_by_one: bool) -> Seats:
         """Who of `groups` takes part in the next round.
@@ -107,32 +107,35 @@ class Seating:
         come one after the other those that lack their first segment, and then who has waited longest. What those are
         left without who have no seat adds up, so that the costliest group has its turn. Each user's groups take turns.
         """
+        read, self._read = self._read, 0
         one_by_one = one_by_one and not self._cheap(groups)
         if self._fairness.alone and not one_by_one:
-            self._credit = 0.0
+            self._ahead = 0.0
             return Seats(groups)
+        for group in groups:
+            group.seated = group.seated or self._round
         piece = self._piece(groups) if one_by_one else None
         loads, limit = self._loads(groups, piece), math.inf
-        own = self._own(loads)
+        everything, own = _all(loads), self._own(loads)
         for hypothesis in reading:
             if hypothesis.request.user not in loads:
-                alone = self._cost([Load(1, hypothesis.next_segment)])
+                alone = self._cost([Load(1, _tokens(hypothesis, piece))])
                 own[hypothesis.request.user] = min(own.get(hypothesis.request.user, alone), alone)
         lightest = [min(own, key=lambda user: own[user])] if len(own) > 1 else []
         if lightest:
             limit = DRAFT_SHARE * len(own) * min(own.values())
-        new = [group for group in groups if self._goes_first(group)] if one_by_one else []
-        hurries = one_by_one and self._hurries(groups, new, reading)
-        if hurries and not new and not lightest:
-            return Seats([])
+            self._pay(loads, own, reading[0].request.user if reading else None, read)
+        new: list[Group] | None = []
         if one_by_one and groups:
-            limit = min(limit, self._longest(groups))
-        now = min(limit, self._first(new, piece)) if hurries else limit
-        everything = _all(loads)
+            limit = min(limit, self._longest(groups, max))
+            new = self._hurries(groups, reading, read)
+            if new is None and not lightest:
+                return Seats([])
+        now = limit if new == [] else 0.0 if new is None else min(limit, self._first(new, piece))
         if sum(load.rows for load in everything) <= self._max_lanes and self._cost(everything) <= now:
             self._credit = 0.0
             return Seats(groups, piece=piece)
-        return self._share(groups, loads, lightest, new, (now, limit), piece)
+        return self._share(groups, loads, lightest, new or [], (now, limit), piece)
 
     @property
     def _row(self) -> float:
@@ -146,19 +149,37 @@ class Seating:
         tokens = max([one.next_segment for group in groups for one in group.active], default=1)
         return widest <= LONGEST * self._seconds(1) or widest * tokens <= SHORT
 
-    def _longest(self, groups: Sequence[Group]) -> float:
-        """Seconds that a draft may take, and prompts beside it, where others may come meanwhile."""
-        single = min([one.max_segment for group in groups for one in group.active], default=0) * self._seconds(1)
-        return max(SHORT, LONGEST * single)
+    def _pay(self, loads: Mapping[User, list[Load]], own: Mapping[User, float], reader: User, read: int) -> None:
+        """What is owed for so many rows of prompts and those before: a round of others pays a share of its time, less
+        what the one who reads draws in it, and at least a little."""
+        others = self._cost(_all({user: ones for user, ones in loads.items() if user != reader}))
+        drawn = own[reader] if reader in loads else 0.0
+        paid = max(READ_SHARE * others - drawn, PROMPT_SHARE * (len(own) - 1) * min(own.values()))
+        self._owed = max(0.0, self._owed + read * self._row - paid)
 
-    def _hurries(self, groups: Sequence[Group], new: Sequence[Group], reading: Sequence[Hypothesis]) -> bool:
-        """Whether newcomers, in a draft or being read, go before others, who have not waited long for them."""
-        waits = bool(new) or any([self._fairness.goes_first(one.request) for one in reading])
-        if not waits or len(new) == len(groups) or self._ahead >= PATIENCE * self._longest(groups):
+    def _longest(self, groups: Sequence[Group], of: Callable[[list[int]], int]) -> float:
+        """Seconds that a draft may take where others may come meanwhile, by the longest or the shortest of the segments
+        that are drawn."""
+        segments = [one.max_segment for group in groups for one in group.active]
+        return max(SHORT, LONGEST * of(segments) * self._seconds(1)) if segments else SHORT
+
+    def _hurries(self, groups: Sequence[Group], reading: Sequence[Hypothesis], read: int) -> list[Group] | None:
+        """The newcomers that go before others, who have not waited long for them; None while they are being read, and
+        nobody where there are none.
+
+        Who has a higher priority than some of those that would wait does not go before them. read: rows of prompts that
+        were run since the last round.
+        """
+        drawing = [group for group in groups if group.active]
+        lowest = min([group.request.priority for group in drawing], default=0)
+        new = [group for group in drawing if group.request.priority <= lowest and self._goes_first(group)]
+        reads = any([one.request.priority <= lowest and self._goes_first(one.group) for one in reading])
+        if (not (new or reads) or len(new) == len(drawing)
+                or self._ahead >= PATIENCE * self._longest(groups, min)):
             self._ahead = 0.0
-            return False
-        self._ahead += SHORT
-        return True
+            return []
+        self._ahead += max(SHORT, read * self._row)
+        return new or None
 
     def _first(self, new: Sequence[Group], piece: int | None) -> float:
         """Seconds of a draft in which these go first."""

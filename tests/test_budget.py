@@ -414,8 +414,8 @@ def interrupt_every(step: int) -> None:
         bounded_traffic(made)
     functions = ("conclude", "_cut_short", "_choose", "_conclude", "_begin", "due", "_within_budgets", "_make_room",
                  "spent", "let_go", "seat", "prompt_rewards", "keep_whole")
-    places = sorted(place for place in seen.seen if place[0].endswith(("spending.py", "fairness.py", "unit.py"))
-                    or place[2] in functions)
+    places = sorted(place for place in seen.seen if place[0].endswith((
+        "spending.py", "fairness.py", "seating.py", "unit.py")) or place[2] in functions)
     assert {place[2] for place in places} >= {*functions[:6], "seat", "take_together", "_share", "_charge", "remove"}
     for number, place in enumerate(places[step // 2 :: step]):
         with Interrupts(place, 1 if number % 2 else seen.seen[place]):
