@@ -46,6 +46,7 @@ from stars.bench.workload import CHAT, Entry
 from stars.demo_chat import REWARD
 
 LOADS = (10, 30, 50, 70, 90, 100, 120)  # percent of capacity
+LENGTHS = {"p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}  # of prompts, in tokens
 TEMPERATURE = 0.8
 AIM_LOAD, AIM_RATIO, OVERLOAD = 70, 3.0, 120
 RIVAL_LOADS = (30, 70)  # percent of what `stars serve` can do
@@ -55,12 +56,13 @@ SHOWN = ("completed", "refused", "failed", "request_throughput", "output_through
          "p99_ttft_ms", "p99_itl_ms", "median_e2el_ms", "p99_e2el_ms", "client_cpu_share")
 
 
-def chats(path: Path, count: int) -> list[list[dict[str, str]]]:
-    """The first `count` prompts of a file as messages; one without turns is one message."""
+def chats(path: Path, count: int, longest: int | None = None) -> list[list[dict[str, str]]]:
+    """The first `count` prompts of a file as messages; one without turns is one message. longest: in characters; others
+    are left out."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf8") as lines:
-        prompts = [json.loads(line)["prompt"] for _, line in zip(range(count), lines, strict=False)]
-    return [_messages(prompt) for prompt in prompts]
+        prompts = [json.loads(line)["prompt"] for line in lines]
+    return [_messages(prompt) for prompt in prompts if longest is None or len(prompt) <= longest][:count]
 
 
 def _messages(prompt: str) -> list[dict[str, str]]:
@@ -80,6 +82,7 @@ class Load:
     def __init__(self, server: ServerProcess, prompts: Sequence[Any], max_tokens: int, target: Target):
         self.server, self.prompts, self.max_tokens, self.target = server, prompts, max_tokens, target
         self.used = 0  # of the prompts: none is asked twice as long as there are others
+        self.prompt_tokens: list[int] = []  # as the server counted them
 
     def entries(self, times: Sequence[float]) -> list[Entry]:
         """A request at each of the times, each of a user of its own."""
@@ -94,6 +97,7 @@ class Load:
         cpu = self.server.cpu_seconds()
         run = asyncio.run(send_load(dataclasses.replace(self.target, max_concurrency=clients), self.entries(times)))
         found = figures(run, {})
+        self.prompt_tokens += [answer.input_tokens for answer in run.answers if answer.input_tokens is not None]
         return run, found | {"server_cpu_share": (self.server.cpu_seconds() - cpu) / run.duration,
                              "server_resident_mb": self.server.resident_bytes() / 1e6,
                              "max_ttft_ms": 1e3 * max((answer.ttft for answer in run.answers
@@ -127,7 +131,10 @@ def sweep(load: Load, seconds: float, clients: int, loads: Sequence[int], say: C
         _, found = load.send(arrival_times(count, rate, 1.0, percent))
         points.append({"load_percent": percent, "offered_rate": rate, "requests": count, **found})
         say(_line(f"{percent} %", points[-1]))
-    return {"idle": idle, "closed_loop": closed, "capacity": capacity, "clients": clients, "points": points}
+    lengths = sorted(load.prompt_tokens)
+    prompts = {name: lengths[min(len(lengths) - 1, int(share * len(lengths)))] for name, share in LENGTHS.items()}
+    return {"prompt_tokens": prompts, "idle": idle, "closed_loop": closed, "capacity": capacity, "clients": clients,
+            "points": points}
 
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +263,7 @@ def calibrated(options: argparse.Namespace) -> Path:
     """What `stars calibrate` measures of the reward on a few of the prompts."""
     path = options.scratch / "calibration.json"
     rows = options.scratch / "calibration.jsonl"
-    few = chats(options.prompts, 2 if options.quick else 8)
+    few = chats(options.prompts, 2 if options.quick else 8, options.longest_prompt)
     rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in few))
     program = "import sys; from stars.cli import main; sys.exit(main())"
     subprocess.run([sys.executable, "-c", program, "calibrate", "--model", str(options.gguf), "--reward", str(REWARD),
@@ -283,9 +290,10 @@ def main() -> None:
     end_on_sigterm()
     machine = describe_machine()
     result: dict[str, Any] = {"machine": machine, "settings": {name: getattr(options, name) for name in (
-        "max_tokens", "segment_size", "max_attempts", "seconds", "clients", "max_waiting", "threads", "quick")} | {
+        "max_tokens", "segment_size", "max_attempts", "seconds", "clients", "max_waiting", "threads", "longest_prompt",
+        "quick")} | {
         "model": options.gguf.name, "prompts": options.prompts.name, "temperature": TEMPERATURE}}
-    prompts = chats(options.prompts, 2000)
+    prompts = chats(options.prompts, 2000, options.longest_prompt)
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -302,13 +310,13 @@ def main() -> None:
         served += ["--calibration", str(calibrated(options))]
         result["settings"]["calibration"] = json.loads((options.scratch / "calibration.json").read_text())
         with stars_serve(served, options.scratch / "serve.log", environment=_threads(options)) as server:
-            for name, policy, share in (("aligned", {}, 1.0), ("plain", {"stars": {"policy": "plain"}}, 0.4)):
+            for name, policy in (("plain", {"stars": {"policy": "plain"}}), ("aligned", {})):
                 if name in options.only:
                     say(f"-- {name}")
                     target = Target(server.url, CHAT, "m", timeout=options.timeout,
                                     common={"temperature": TEMPERATURE, **policy})
                     load = Load(server, prompts, options.max_tokens, target)
-                    found = sweep(load, share * options.seconds, options.clients, options.loads, say)
+                    found = sweep(load, options.seconds, options.clients, options.loads, say)
                     result[name] = found | {"aims": judged(found)}
                     say(f"{name}: {json.dumps(result[name]['aims'])}")
                     save()
@@ -322,6 +330,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, required=True, help="SmolLM2-135M-Instruct as a GGUF file")
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL with "prompt", plain or .gz')
+    parser.add_argument("--longest-prompt", type=int, default=320,
+                        help="in characters; longer ones, whose reading alone takes long, are left out (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="short runs: whether it works, not how fast")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["aligned", "plain"],
                         help="aligned, plain, or none of both with --rivals: --only ''")
@@ -331,9 +341,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--transformers-python", default=sys.executable)
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vLLM's CPU build")
     parser.add_argument("--vllm-eager", action="store_true", help="without its compilation, which takes minutes")
-    parser.add_argument("--seconds", type=float, help="of a load of the aligned sweep (52); plain ones take 0.4 of it")
+    parser.add_argument("--seconds", type=float, help="of a load (30)")
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=24, help="of an answer (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (%(default)s)")
     parser.add_argument("--segment-size", type=int, default=8)
     parser.add_argument("--max-attempts", type=int, default=8)
     parser.add_argument("--max-waiting", type=int, default=32, help="of the server; beyond, 429 (%(default)s)")
@@ -342,7 +352,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "stars-serving")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    options.seconds = options.seconds or (4.0 if options.quick else 52.0)
+    options.seconds = options.seconds or (4.0 if options.quick else 30.0)
     options.loads = (30, 70, 120) if options.quick else LOADS
     options.clients = min(options.clients, 4) if options.quick else options.clients
     options.timeout = 60.0 + 3 * options.seconds

@@ -22,11 +22,11 @@ draft takes all of that: the rest is for rewards, the host, and the round that w
 of 0.9, 0.75 and 0.65 a chat's p99 beside a batch is 1.7, 1.5 and 1.3 times that alone; a batch beside one who asks all
 the time draws 900, 860 and 500 tokens a second."""
 READ_SHARE = 0.4  # of the time of others' drafts, that prompts of one who draws nothing may take beside them
-SHORT = 0.025  # seconds of a draft that nobody minds who comes meanwhile
+SHORT = 0.02  # seconds of a draft that nobody minds who comes meanwhile
 LONGEST = 4.0  # drafts of a single lane that a draft may take where requests come one after the other, and prompts too
 FIRST = 1.5  # of what a draft of the newcomers alone takes that one may in which there are some
 PATIENCE = 2.0  # of the longest draft that newcomers go first for, before the others have a round
-LEAST_PIECE = 4  # tokens of a segment that is drawn in pieces: the host's part of a round is a tenth of it at most
+LEAST_PIECE = 2  # tokens of a segment drawn in pieces: of fewer the host would do more than the model
 LEAST_ROWS = 16  # of prompts in a round, however little another user's share of it is
 
 
