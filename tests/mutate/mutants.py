@@ -1207,7 +1207,7 @@ MUTANTS = [
            "the same groups take part in every round", "fairness"),
     Mutant("engine/scheduler.py", "proposer.piece = seats.lanes, seats.piece", "proposer.piece = None, seats.piece",
            "others' responses narrow the lanes of the lightest user", "fairness"),
-    Mutant("engine/scheduler.py", "proposer.piece = seats.lanes, seats.piece", "proposer.piece = seats.lanes, None",
+    Mutant("engine/scheduler.py", "= seats.lanes, seats.piece\n", "= seats.lanes, None\n",
            "who comes meanwhile waits for whole segments of all", "seating"),
     Mutant("engine/scheduler.py", "return self._latest > self._began", "return False",
            "who comes meanwhile waits for the widest round", "seating"),
