@@ -31,23 +31,28 @@ def step(lanes: int) -> float:
 
 
 class Clock:
-    """Moves by what the language model runs, and by nothing else. So times are the same on every machine."""
+    """Moves by what the language model runs, and by nothing else. So times are the same on every machine.
 
-    def __init__(self, made: stars.Engine):
+    seconds: of a step by its lanes. per_row: of a row of a prompt. drafts: the tokens that lanes of each might draw.
+    """
+
+    def __init__(self, made: stars.Engine, seconds: Callable[[int], float] = step, per_row: float = PER_ROW):
         self.now, self.lane_steps, self.rounds = 0.0, 0, 0
+        self.drafts: list[list[int]] = []
         chooser, drafter, passes = made._round.proposer.chooser, made._round.drafter, made._models.own.passes
-        chooser._measure, chooser._seconds = step, {}
+        chooser._measure, chooser._seconds, chooser._known = seconds, {}, {}
         launch, prefill = drafter.launch, passes.prefill
 
         def launched(specs):
-            self.now += cost(step, [Load(1, spec.max_tokens) for spec in specs])
+            self.now += cost(seconds, [Load(1, spec.max_tokens) for spec in specs])
             self.lane_steps += sum(spec.max_tokens for spec in specs)
             self.rounds += 1
+            self.drafts.append([spec.max_tokens for spec in specs])
             launch(specs)
 
         def read(jobs, max_rows=None, **more):
             rows = prefill(jobs, max_rows, **more)
-            self.now += PER_ROW * rows
+            self.now += per_row * rows
             return rows
 
         drafter.launch, passes.prefill = launched, read

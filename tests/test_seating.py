@@ -4,6 +4,7 @@ moves, and what is never changed by it."""
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import stars
 from stars.fairness import Fairness
 from stars.intake import Asked
-from stars.seating import LEAST_PIECE, PATIENCE, SHORT, Load, cost
+from stars.seating import LEAST_PIECE, PATIENCE, SHORT
 from test_conservation import nothing_is_held
+from test_fairness import Clock
 from test_waiting import rewards
 from toy import Digits, ToyModel, facts, ids, toy_engine
 
@@ -34,26 +36,8 @@ def flat(lanes: int) -> float:
     return 0.006 + 0.00001 * lanes
 
 
-class Clock:
-    """Moves by what the language model runs, and by a little for each round."""
-
-    def __init__(self, made: stars.Engine, seconds=step):
-        self.now, self.drafts = 0.0, []
-        chooser, drafter, passes = made._round.proposer.chooser, made._round.drafter, made._models.own.passes
-        chooser._measure, chooser._seconds, chooser._known = seconds, {}, {}
-        launch, prefill = drafter.launch, passes.prefill
-
-        def launched(specs):
-            self.now += cost(seconds, [Load(1, spec.max_tokens) for spec in specs])
-            self.drafts.append([spec.max_tokens for spec in specs])
-            launch(specs)
-
-        def read(jobs, max_rows=None, **more):
-            rows = prefill(jobs, max_rows, **more)
-            self.now += PER_ROW * rows
-            return rows
-
-        drafter.launch, passes.prefill = launched, read
+def clock_of(made: stars.Engine, seconds: Callable[[int], float] = step) -> Clock:
+    return Clock(made, seconds, PER_ROW)
 
 
 def engine(**options: Any) -> stars.Engine:
@@ -105,7 +89,7 @@ def test_the_first_segment_at_seventy_percent_of_capacity(users):
     """Answers of 128 tokens, at 70 % of what 16 clients in a closed loop draw: the p99 of the time to the first segment
     is at most 3 times the idle median, and requests end as they did."""
     made = engine()
-    clock = Clock(made)
+    clock = clock_of(made)
     idle, _ = waits(made, clock, [10.0 * index for index in range(20)], 128, stars.Sample(), users)
     begin = clock.now
     waits(made, clock, [0.0] * 16, 128, stars.Sample(), users)
@@ -119,13 +103,13 @@ def test_the_first_segment_at_seventy_percent_of_capacity(users):
 def test_newcomers_with_rewards_go_first(users):
     """Segments that are scored are not drawn in pieces: who lacks its first waits for a bounded round of the others."""
     made = engine()
-    clock = Clock(made)
+    clock = clock_of(made)
     arrivals = [0.0] * 12 + [0.3 + 0.2 * index for index in range(12)]
     first, _ = waits(made, clock, arrivals, 96, ALIGNED, users)
     late = first[12:]
     made = engine()
     made._scheduler._seating._cheap = lambda groups: True  # as if wide rounds took no longer than narrow ones
-    as_before, _ = waits(made, Clock(made), arrivals, 96, ALIGNED, users)
+    as_before, _ = waits(made, clock_of(made), arrivals, 96, ALIGNED, users)
     assert p99(late) < 0.8 * p99(as_before[12:]), (p99(late), p99(as_before[12:]))
 
 
@@ -145,7 +129,7 @@ def test_pieces_have_the_numbers_of_whole_segments(mixed):
              stars.RejectionSampling(2.0, 0.3, 4)])))
     whole = [facts(made) for job in jobs for made in engine().generate(*job, use_tqdm=False)]
     made, done = engine(), {}
-    clock, cut = Clock(made), 0
+    clock, cut = clock_of(made), 0
     for index, job in enumerate(jobs):
         made.add_request(*job, request_id=str(index))
         for _ in range(3):
@@ -164,7 +148,7 @@ def test_pieces_have_the_numbers_of_whole_segments(mixed):
 
 def test_deterministic_mode_cuts_nothing():
     made = engine(deterministic=True)
-    clock = Clock(made)
+    clock = clock_of(made)
     waits(made, clock, [0.05 * index for index in range(10)], 48, stars.Sample(), False)
     assert {tokens for draft in clock.drafts for tokens in draft} == {16}
 
@@ -174,7 +158,7 @@ def test_where_wide_rounds_are_cheap_nothing_is_cut_and_nobody_waits():
     minds them."""
     for seconds in (flat, lambda lanes: SHORT / 16 / 64 * lanes):
         made = engine()
-        clock = Clock(made, seconds)
+        clock = clock_of(made, seconds)
         waits(made, clock, [0.05 * index for index in range(10)], 48, stars.Sample(), False)
         assert {tokens for draft in clock.drafts for tokens in draft} == {16}
         assert max(map(len, clock.drafts)) > 1
@@ -183,7 +167,7 @@ def test_where_wide_rounds_are_cheap_nothing_is_cut_and_nobody_waits():
 def test_who_comes_together_draws_together():
     """As `generate` has them: one round of all, whole segments, though the rounds are long."""
     made = engine()
-    clock = Clock(made)
+    clock = clock_of(made)
     waits(made, clock, [0.0] * 20, 48, stars.Sample(), False)
     assert clock.drafts == [[16] * 20] * 3
 
@@ -192,7 +176,7 @@ def test_newcomers_without_end_leave_the_others_their_rounds():
     """Twelve long answers beside short ones that always come anew: each goes on in about what newcomers may take, and a
     few rounds of the others."""
     made = engine(max_num_seqs=16, max_num_lanes=32)
-    clock = Clock(made)
+    clock = clock_of(made)
     names = [made.add_request(prompt(number), stars.SamplingParams(max_tokens=48, seed=number, ignore_eos=True),
                               stars.STARS(8, 1, 0.5, 0.3, 1.0)) for number in range(12)]
     length, grew, gaps, number, rounds = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0), [], 0, 0
@@ -219,7 +203,7 @@ def test_newcomers_without_end_leave_the_others_their_rounds():
 def test_a_prompt_longer_than_a_share_is_read_beside_drafts():
     """Whole chunks are read or nothing: what a long one takes of another user's time is owed, and not refused."""
     made = engine()
-    clock = Clock(made)
+    clock = clock_of(made)
     made.add_request(prompt(0), stars.SamplingParams(max_tokens=400, seed=0, ignore_eos=True), ALIGNED, user="writes")
     for _ in range(4):
         made.step()
