@@ -492,7 +492,7 @@ class Engine:
 
     @one_at_a_time
     def _measure_widths(self) -> None:
-        """Measures now what the first policy that leaves its width free would measure in the midst of others."""
+        """Measures now what steps take, which a free width or a shared round would measure in the midst of others."""
         with self._models.own.decoder.lock:
             self._round.proposer.chooser.measure()
 

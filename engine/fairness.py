@@ -13,7 +13,6 @@ from stars.request import Group, Hypothesis, Request
 from stars.unit import Unit
 
 User = str | None
-NOBODY = None, 0.0
 MAX_IDLE = 1024  # users without a request whose counters are kept
 
 
@@ -25,11 +24,6 @@ class Fairness:
         self._served: dict[User, float] = {}
         self._fresh: dict[User, tuple[Request, float]] = {}  # what those came with who are not ahead, and what they had
         self._priorities: dict[int, int] = {}  # how many unfinished requests have each
-
-    @property
-    def users(self) -> int:
-        """How many have unfinished requests."""
-        return len(self._active)
 
     @property
     def alone(self) -> bool:
@@ -54,7 +48,7 @@ class Fairness:
     def goes_first(self, request: Request) -> bool:
         """Whether a request that has no segment yet may go before those that have: of one user any, of several the one
         with which a user came from idle who was not served more than the others. So nobody is first for long."""
-        return self.alone or self._fresh.get(request.user, NOBODY)[0] is request
+        return self.alone or self._is_fresh(request)
 
     def enter(self, request: Request) -> None:
         """A request was queued."""
@@ -80,7 +74,7 @@ class Fairness:
             return
         self._charge(request)
         requests.discard(request)
-        if self._fresh.get(request.user, NOBODY)[0] is request:
+        if self._is_fresh(request):
             del self._fresh[request.user]
         if not requests:
             del self._active[request.user]
@@ -111,8 +105,7 @@ class Fairness:
         for request in dict.fromkeys([group.request for group in groups]):
             if not self.alone:
                 self._charge(request)
-            if (self._fresh.get(request.user, NOBODY)[0] is request
-                    and any([one.token_ids for one in request.hypotheses])):
+            if self._is_fresh(request) and any([one.token_ids for one in request.hypotheses]):
                 del self._fresh[request.user]
 
     def _charge(self, request: Request) -> None:
@@ -132,8 +125,11 @@ class Fairness:
     def _standing(self, request: Request) -> float:
         """What its user was served; of one that goes first before it came, so that the prompts of such are read in the
         order in which they came, however long they are."""
-        first, served = self._fresh.get(request.user, NOBODY)
-        return served if first is request else self.served(request.user)
+        return self._fresh[request.user][1] if self._is_fresh(request) else self.served(request.user)
+
+    def _is_fresh(self, request: Request) -> bool:
+        """Whether its user came from idle with it, was not ahead of the others, and has no segment of it yet."""
+        return request.user in self._fresh and self._fresh[request.user][0] is request
 
     def last(self, running: Sequence[Unit]) -> Unit:
         """Of two or more who gives way where pages run out: never the oldest of the lowest priority, so that it ends.

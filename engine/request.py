@@ -347,9 +347,8 @@ class Hypothesis:
     @property
     def next_room(self) -> int:
         """Most tokens of the segment that comes next, with one that may be drawn after the draft."""
-        if self.request.piecewise:
-            return self.next_segment
-        return min(self.max_segment + self.request.drawn_after, self.request.max_tokens - len(self.token_ids))
+        most = self.max_segment - self.place[1] + self.request.drawn_after
+        return min(most, self.request.max_tokens - len(self.token_ids))
 
     @property
     def most_attempts(self) -> int:

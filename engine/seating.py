@@ -23,7 +23,7 @@ of 0.9, 0.75 and 0.65 a chat's p99 beside a batch is 1.7, 1.5 and 1.3 times that
 the time draws 900, 860 and 500 tokens a second."""
 READ_SHARE = 0.4  # of the time of others' drafts, that prompts of one who draws nothing may take beside them
 SHORT = 0.02  # seconds of a draft that nobody minds who comes meanwhile
-LONGEST = 4.0  # drafts of a single lane that a draft may take where requests come one after the other, and prompts too
+LONGEST = 4.0  # drafts of a single lane that a draft may take where requests come one after the other
 FIRST = 1.5  # of what a draft of the newcomers alone takes that one may in which there are some
 PATIENCE = 2.0  # of the longest draft that newcomers go first for, before the others have a round
 LEAST_PIECE = 2  # tokens of a segment drawn in pieces: of fewer the host would do more than the model
@@ -53,7 +53,7 @@ class Seating:
     """
 
     def __init__(self, fairness: Fairness, seconds: Callable[[int], float],
-                 widths: Callable[[Sequence[Hypothesis]], list[int]], max_lanes: int, pieces: bool = True):
+                 widths: Callable[[Sequence[Hypothesis]], list[int]], max_lanes: int, pieces: bool):
         self._fairness = fairness
         self._seconds = seconds
         self._widths = widths
@@ -125,13 +125,13 @@ class Seating:
         if lightest:
             limit = DRAFT_SHARE * len(own) * min(own.values())
             self._pay(loads, own, reading[0].request.user if reading else None, read)
-        new: list[Group] | None = []
+        new: list[Group] | None = None
         if one_by_one and groups:
             limit = min(limit, self._longest(groups, max))
             new = self._hurries(groups, reading, read)
-            if new is None and not lightest:
+            if new == [] and not lightest:
                 return Seats([])
-        now = limit if new == [] else 0.0 if new is None else min(limit, self._first(new, piece))
+        now = limit if new is None else min(limit, self._first(new, piece))
         if sum(load.rows for load in everything) <= self._max_lanes and self._cost(everything) <= now:
             self._credit = 0.0
             return Seats(groups, piece=piece)
@@ -164,8 +164,8 @@ class Seating:
         return max(SHORT, LONGEST * of(segments) * self._seconds(1)) if segments else SHORT
 
     def _hurries(self, groups: Sequence[Group], reading: Sequence[Hypothesis], read: int) -> list[Group] | None:
-        """The newcomers that go before others, who have not waited long for them; None while they are being read, and
-        nobody where there are none.
+        """The newcomers that go before others, who have not waited long for them, none of them while they are being
+        read; None where nobody goes first.
 
         Who has a higher priority than some of those that would wait does not go before them. read: rows of prompts that
         were run since the last round.
@@ -177,9 +177,9 @@ class Seating:
         if (not (new or reads) or len(new) == len(drawing)
                 or self._ahead >= PATIENCE * self._longest(groups, min)):
             self._ahead = 0.0
-            return []
+            return None
         self._ahead += max(SHORT, read * self._row)
-        return new or None
+        return new
 
     def _first(self, new: Sequence[Group], piece: int | None) -> float:
         """Seconds of a draft in which these go first."""
