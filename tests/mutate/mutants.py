@@ -1224,9 +1224,8 @@ MUTANTS = [
            "newcomers without end leave the others without a round", "seating"),
     Mutant("engine/seating.py", "if self._owed == 0.0 or first is None", "if first is None",
            "a prompt that is longer than a share is not read beside drafts", "seating"),
-    Mutant("engine/fairness.py", "self._fresh[request.user][1] if self._is_fresh(request) else self.served", "self.served",
-           "newcomers overtake each other by the lengths of their prompts",
-           "seating"),
+    Mutant("engine/fairness.py", "self._fresh[request.user][1] if self._is_fresh(request) else self.served",
+           "self.served", "newcomers overtake each other by the lengths of their prompts", "seating"),
     Mutant("engine/fairness.py", "            if all([self.served(user) <= self.served(other) for other in "
            "self._active]):\n", "            if False:\n", "nobody comes first beside other users", "seating"),
     Mutant("engine/fairness.py", "                del self._fresh[request.user]\n", "                pass\n",
