@@ -469,7 +469,7 @@ def test_the_event_loop_goes_on_while_a_round_runs():
             begin = time.perf_counter()
             for _ in range(20):
                 await asyncio.sleep(0.001)
-            assert time.perf_counter() - begin < 5
+            assert time.perf_counter() - begin < LIMIT / 2
             assert not any(task.done() for task in (first, *tasks))
             gate.open()
             stream, found = await asyncio.gather(*tasks)
@@ -684,7 +684,7 @@ def test_max_waiting_refuses_at_once_or_has_them_stand_in_line():
             begin = time.perf_counter()
             with pytest.raises(stars.QueueFullError, match="2 requests wait already, as many as max_waiting allows"):
                 await served.add_nowait(*endless(3))
-            assert time.perf_counter() - begin < 1  # while the round stands
+            assert time.perf_counter() - begin < LIMIT / 2  # while the round stands
             tasks = [asyncio.create_task(served.add(*endless(seed))) for seed in (4, 5, 6)]
             await asyncio.sleep(0.01)
             gate.open()
@@ -974,7 +974,7 @@ def test_waiting_takes_no_cpu_and_ends_at_once(late):
                 await until(lambda: served._loop._awaited)
                 go.set()
                 assert (await collect(more))[-1].finished
-            assert time.perf_counter() - begin < 10
+            assert time.perf_counter() - begin < LIMIT / 2
             go.set()
         nothing_is_held(engine)
 
@@ -1010,7 +1010,7 @@ def test_a_deadline_wakes_a_loop_that_waits_for_rewards():
             stream = await served.add(*endless(), budget=stars.Budget(seconds=0.3))
             await until(lambda: served._loop._awaited)
             [*_, last] = await collect(stream)
-            assert ends(last) == {"deadline"} and 0.3 <= time.monotonic() - begin < 10
+            assert ends(last) == {"deadline"} and 0.3 <= time.monotonic() - begin < LIMIT / 2
             go.set()
 
     run(serve())
@@ -1403,7 +1403,7 @@ def test_an_exit_does_not_wait_for_ever(monkeypatch):
     assert gate.inside.wait(LIMIT)
     begin = time.monotonic()
     loop_module._end_all()
-    assert 0.2 <= time.monotonic() - begin < 5 and served._loop.thread.is_alive()
+    assert 0.2 <= time.monotonic() - begin < LIMIT / 2 and served._loop.thread.is_alive()
     gate.open()
     loop_module._end_all()
     assert not served._loop.thread.is_alive()

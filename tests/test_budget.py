@@ -306,7 +306,7 @@ def test_a_deadline_wakes_who_waits_for_rewards(monkeypatch, policy):
     begin = time.monotonic()
     [output] = made.generate(PROMPT, stars.SamplingParams(max_tokens=8, seed=1, ignore_eos=True), policy,
                              use_tqdm=False, budget=stars.Budget(seconds=0.4))
-    assert 0.4 <= time.monotonic() - begin < 5.0
+    assert 0.4 <= time.monotonic() - begin < 30.0
     assert output.outputs[0].finish_reason == "deadline"
     assert all(future.cancelled() for future, _ in reward.pending)
     nothing_is_held(made)
@@ -315,7 +315,7 @@ def test_a_deadline_wakes_who_waits_for_rewards(monkeypatch, policy):
     begin = time.monotonic()
     while made.has_unfinished_requests():
         made.step()
-    assert time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin < 30.0
     [*_, last] = made.stream(PROMPT, stars.SamplingParams(max_tokens=8, seed=1, ignore_eos=True), policy,
                              budget=stars.Budget(seconds=0.3))
     assert last.finished and last.outputs[0].finish_reason == "deadline"

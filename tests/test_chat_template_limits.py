@@ -343,7 +343,7 @@ def test_long_templates_are_refused_before_they_are_compiled():
     assert len(ChatTemplate("x" * 200_000, "here").render(MESSAGES)) == 200_000
     begin = time.monotonic()
     assert "it has more than 200000 characters" in refused("{{ 1 }}" * 28_572)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 5
 
 
 def test_messages_that_are_too_deep_are_refused():

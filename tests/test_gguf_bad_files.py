@@ -91,7 +91,7 @@ def test_hostile_headers_are_one_sentence(tmp_path, content, said):
         assert tracemalloc.get_traced_memory()[1] < 40 << 20
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 15
 
 
 def everything(path: Path) -> None:

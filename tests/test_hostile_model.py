@@ -21,7 +21,7 @@ from stars.model.tokenizer import has_chat_template, load_tokenizer
 from test_bad_input import one_sentence
 from tiny_models import TinyModel
 
-SECONDS = 5.0  # on a busy machine; each takes some milliseconds
+SECONDS = 10.0  # on a busy machine; each takes some milliseconds
 
 BAD_VALUES = [
     "x", "", "\ud800", "a\nb", [], ["x"], [[]], {}, {"x": 1}, {"": None}, None, True, False, 0, -1, 1, 1.5, 2**31,
@@ -241,7 +241,7 @@ def test_sizes_that_the_tensors_do_not_have(changes, message, linked):
     begin = time.monotonic()
     with pytest.raises(ModelError, match=message) as caught:
         stars.Engine(directory)
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < SECONDS
     one_sentence(str(caught.value))
 
 

@@ -154,7 +154,7 @@ def test_texts_that_take_too_long_are_given_up(saved, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(TokenizerError, match="takes more than 1 s for one text") as caught:
         tokenizer.encode(("a" * 28 + " ") * 2000)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     one_sentence(str(caught.value))
     assert process.poll() is not None
     assert tokenizer.decode(tokenizer.encode("a dog")) == "a dog"
@@ -251,7 +251,7 @@ def test_added_tokens_are_not_normalised_without_bound(normalizer, file, saved):
     begin = time.monotonic()
     with pytest.raises(TokenizerError, match="added tokens to be normalised") as caught:
         load_tokenizer(directory)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     one_sentence(str(caught.value))
     write(normalized=False)
     assert confined(load_tokenizer(directory))
