@@ -865,21 +865,21 @@ def test_what_changed_while_an_output_waited_is_built_once_that_is_fetched():
 
 
 def test_deltas_are_merged_and_none_is_lost():
-    async def serve(pause):
+    """Who reads late gets the first, and in one output what came since."""
+    async def serve(late):
         engine = toy_engine(LM, RM)
         prompt, params, policy = endless()
         wanted = engine.generate(prompt, params, policy, use_tqdm=False)[0].outputs[0].token_ids
         params = dataclasses.replace(params, output_kind=KIND.DELTA)
-        got, count = [], 0
         async with stars.AsyncEngine(engine) as served:
-            async for output in served.generate(prompt, params, policy):
-                got += output.outputs[0].token_ids
-                count += 1
-                await asyncio.sleep(pause)
-        assert got == wanted
-        return count
+            stream = await served.add(prompt, params, policy)
+            if late:
+                await until(lambda: stream._feed.complete)
+            outputs = await collect(stream)
+        assert [token for output in outputs for token in output.outputs[0].token_ids] == wanted
+        return len(outputs)
 
-    assert run(serve(0)) > run(serve(0.05)) >= 2
+    assert run(serve(late=True)) == 2 <= run(serve(late=False))
 
 
 def test_final_only_builds_nothing_before_the_end():
