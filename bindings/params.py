@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
@@ -74,6 +75,17 @@ def _kind(of: str) -> Kind:
     if of in _NUMBERS:
         return int
     return ctypes.c_void_p if of == "void*" else _ELEMENTS[of]
+
+
+def tensors(fields: Fields) -> Iterator[Tensor]:
+    """Those among the fields, and the fields of structs within."""
+    for value in fields.values():
+        if isinstance(value, tuple):
+            yield value[0]
+        elif isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from tensors(value)
 
 
 def address(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

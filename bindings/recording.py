@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stars.bindings.library import check_status, last_error, loaded
-from stars.bindings.params import address
+from stars.bindings.params import Fields, address, tensors
 
 _recordings: dict[int, ref[Program]] = {}
 """By the thread that records; empty nearly always, so that an operation asks no more than that. Weak: a recording that
@@ -25,16 +25,20 @@ an interrupt left here ends with its program."""
 class Program:
     """A list of operations over tensors at fixed addresses, replayed as one call; made by `record`."""
 
-    def __init__(self) -> None:
+    def __init__(self, executes: bool = True) -> None:
+        self.executes = executes  # whether what is recorded runs as it comes
         self._handle = loaded().stars_program_create()
         if not self._handle:
             raise MemoryError(last_error())
-        self._kept: list[object] = []  # every tensor of a recorded operation: their memory must outlive the program
+        self._operations = 0
+        # Whose memory must outlive the program: of the tensors that lie in it, one. All of them, thousands, would make
+        # every collection of Python's garbage as long as a round.
+        self._kept: dict[int, Tensor] = {}
         self._whole = True  # False: something ran in between that no program can hold
 
     def __len__(self) -> int:
         """Operations recorded; 0 where something ran in between that no program can hold, see `leave_out`."""
-        return len(self._kept) if self._whole else 0
+        return self._operations if self._whole else 0
 
     def run(self, times: int, done: Tensor) -> int:
         """Runs the operations up to `times` times, until all of `done` int32 are non-zero; returns how often.
@@ -49,13 +53,18 @@ class Program:
             check_status(-ran)
         return ran
 
-    def add(self, op: int, params: ctypes.Structure, kept: object) -> None:
-        """Appends an operation; `kept` holds the tensors that it reads and writes."""
+    def add(self, op: int, params: ctypes.Structure, fields: Fields) -> None:
+        """Appends an operation, whose `params` were filled from `fields`."""
         check_status(loaded().stars_program_add(self._handle, op, ctypes.byref(params)))
-        self._kept.append(kept)
+        self._operations += 1
+        for tensor in tensors(fields):
+            self._kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
 
     def leave_out(self) -> None:
         """As the function of this name, for this program."""
+        if not self.executes:
+            self.run(1, torch.zeros(1, dtype=torch.int32))
+            self.executes = True
         self._whole = False
 
     def __del__(self) -> None:
@@ -64,12 +73,16 @@ class Program:
 
 
 @contextmanager
-def record() -> Iterator[Program]:
-    """Inside, every operation of this thread is executed and also appended to the program that this yields."""
+def record(execute: bool = True) -> Iterator[Program]:
+    """Inside, every operation of this thread is executed and also appended to the program that this yields.
+
+    execute: False: not executed before the program is run, or `leave_out` is called, which executes those so far. So
+    the first run of a step is shorter: the cores do not wait for the host between two operations.
+    """
     thread = get_ident()
     if _recorded_program() is not None:
         raise RuntimeError("a program is being recorded already; recordings do not nest")
-    program = Program()
+    program = Program(execute)
     own = ref(program)
     try:
         _recordings[thread] = own
@@ -79,13 +92,14 @@ def record() -> Iterator[Program]:
             del _recordings[thread]
 
 
-def run(op: int, params: ctypes.Structure, kept: object) -> None:
-    """Runs an operation, and appends it to the program that this thread records, where it does."""
-    check_status(loaded().stars_call(op, ctypes.byref(params)))
-    if _recordings:
-        program = _recorded_program()
-        if program is not None:
-            program.add(op, params, kept)
+def run(op: int, params: ctypes.Structure, fields: Fields) -> None:
+    """Runs an operation, whose `params` were filled from `fields`, and appends it to the program that this thread
+    records, where it does."""
+    program = _recorded_program() if _recordings else None
+    if program is None or program.executes:
+        check_status(loaded().stars_call(op, ctypes.byref(params)))
+    if program is not None:
+        program.add(op, params, fields)
 
 
 def leave_out() -> None:

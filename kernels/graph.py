@@ -102,19 +102,19 @@ class Graphs:
         return times
 
     def _record(self, key: Hashable, parts: Sequence[Part], done: Tensor, times: int) -> int:
-        """Runs a step that is new to libstars, and records its first run as one program."""
+        """Records a step that is new to libstars as one program, and runs it."""
         from stars.bindings import libstars
 
-        with libstars.record() as program:
+        with libstars.record(execute=False) as program:
             for part in parts:
                 part.call()
-        if len(program):  # none where libstars has no operation for the tensors' type
-            self._programs[key] = program
-            if len(self._programs) > MAX_PROGRAMS:
-                self._programs.popitem(last=False)
-        if times == 1 or bool(done.all()):
-            return 1
-        return 1 + (program.run(times - 1, done) if len(program) else self._run_plainly(parts, done, times - 1))
+        if not len(program):  # libstars has no operation for the tensors' type; it was run
+            return 1 if times == 1 or bool(done.all()) else 1 + self._run_plainly(parts, done, times - 1)
+        ran: int = program.run(times, done)
+        self._programs[key] = program
+        if len(self._programs) > MAX_PROGRAMS:
+            self._programs.popitem(last=False)
+        return ran
 
     def _replay(self, part: Part, rare: bool) -> None:
         key = part.key

@@ -75,6 +75,32 @@ def test_two_threads_record_and_replay_different_programs_at_the_same_time():
     assert machines[0].x.tolist() == [[2.0**5] * 4] and machines[1].x.tolist() == [[3.0**4] * 4]
 
 
+def test_what_is_only_recorded_runs_with_its_program():
+    """Or as soon as something comes that no program can hold: what that reads has been written."""
+    machine = Machine(2.0, 3)
+    with libstars.record(execute=False) as program:
+        machine.step()
+    assert len(program) == 3 and machine.x.tolist() == [[1.0] * 4]
+    assert program.run(2, machine.done) == 2 and machine.x.tolist() == [[4.0] * 4]
+    with libstars.record(execute=False) as program:
+        machine.step()
+        assert machine.x.tolist() == [[4.0] * 4]
+        libstars.leave_out()
+        assert machine.x.tolist() == [[8.0] * 4]
+        machine.step()
+        assert machine.x.tolist() == [[16.0] * 4]
+    assert len(program) == 0
+
+
+def test_programs_do_not_lengthen_collections_of_garbage():
+    """A server has hundreds, of hundreds of operations each: one tensor is kept of all that lie in the same memory."""
+    machine = Machine(2.0, 3)
+    with libstars.record() as program:
+        for _ in range(100):
+            kernels.linear(machine.x[:1], machine.weight, machine.y[0].view(1, 4))
+    assert len(program) == 100 and len(program._kept) == 3
+
+
 def test_an_operation_of_another_thread_is_not_recorded():
     machine, other = Machine(2.0, 3), Machine(5.0, 3)
     with libstars.record() as program:

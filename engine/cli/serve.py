@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import ipaddress
 import logging
@@ -60,10 +61,13 @@ def _say_where(settings: ServerSettings, address: str) -> None:
 
 
 def engine_of(args: argparse.Namespace) -> AsyncEngine:
-    """The engine that is to answer."""
+    """The engine that is to answer, in a process that does nothing else."""
     from stars.serve.async_engine import AsyncEngine
 
-    return AsyncEngine(options.build_engine(args, any_policy=True), max_waiting=_max_waiting(args))
+    engine = AsyncEngine(options.build_engine(args, any_policy=True), max_waiting=_max_waiting(args))
+    gc.collect()
+    gc.freeze()  # what was imported and built stays; to look through it takes as long as a round, amid requests
+    return engine
 
 
 def _max_waiting(args: argparse.Namespace) -> int:
