@@ -301,10 +301,11 @@ class Scheduler:
         idle, rows = idle or self._gathers, None
         if only is None:
             rows = self._config.chunk if idle else self._config.max_num_batched_tokens
-            if self._shares:
-                next_one = self._first(None)
-                reading = self._unread or (next_one.unfinished if next_one is not None else [])
-                rows = self._seating.rows(rows, self._config.chunk, self.groups, reading, self._one_by_one)
+            self._open_units(only, ended)
+            if self._shares and not self._gathers:
+                rows = self._seating.rows(rows, self._config.chunk, self.groups, self._unread, self._one_by_one)
+        if rows == 0:
+            return ended
         if not self._read_on(rows, only, ended) and idle and self._unread:
             self._read_on(None, only, ended)  # there is a reward that does nothing by halves
         first = self._first(only)

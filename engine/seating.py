@@ -23,9 +23,8 @@ of 0.9, 0.75 and 0.65 a chat's p99 beside a batch is 1.7, 1.5 and 1.3 times that
 the time draws 900, 860 and 500 tokens a second."""
 READ_SHARE = 0.4  # of the time of others' drafts, that prompts of one who draws nothing may take beside them
 SHORT = 0.02  # seconds of a draft that nobody minds who comes meanwhile
-LONGEST = 4.0  # drafts of a single lane that a draft may take where requests come one after the other
-FIRST = 1.5  # of what a draft of the newcomers alone takes that one may in which there are some
-PATIENCE = 2.0  # of the longest draft that newcomers go first for, before the others have a round
+LONGEST = 2.5  # drafts of a single lane that a draft may take where requests come one after the other
+PATIENCE = 3.0  # of the longest draft that newcomers go first for, before the others have a round
 LEAST_PIECE = 2  # tokens of a segment drawn in pieces: of fewer the host would do more than the model
 LEAST_ROWS = 16  # of prompts in a round, however little another user's share of it is
 
@@ -43,6 +42,15 @@ class Seats(NamedTuple):
     groups: list[Group]
     lanes: Mapping[User, int] | None = None  # None: as many as would be drawn if all were of one user
     piece: int | None = None  # most tokens of a segment that may be drawn in pieces; None: all that there are
+
+
+class Costs(NamedTuple):
+    """What the next round is chosen by."""
+
+    loads: dict[User, list[Load]]  # what each user's responses would draw if they were alone
+    own: dict[User, float]  # seconds of that, and of those of whom nothing is read yet but prompts
+    limit: float  # seconds that the draft may take
+    piece: int | None  # as Seats'
 
 
 class Seating:
@@ -85,27 +93,33 @@ class Seating:
 
         Where others' may come that is never all prompts at once. Chunks are not divided: beside other users' drafts
         one is run and what it took is owed, until rounds have passed whose time left as much; meanwhile only what is
-        short is run. one_by_one: whether requests come one after the other.
+        short is run. one_by_one: whether requests come one after the other; then newcomers are read one at a time, and
+        none while one that was read goes first.
         """
         one_by_one = one_by_one and not self._cheap(groups)
         if self._fairness.alone and not one_by_one:
             return most
         rows = chunk if most is None else min(chunk, most)
         first = reading[0].group if reading else None
-        if self._owed == 0.0 or first is None:
+        if first is None:
             return rows
+        if one_by_one and self._hurry(groups, reading, self._costs(groups, reading, one_by_one)):
+            return 0
         if one_by_one and self._goes_first(first):
-            return min(rows, max(map(len, first.request.contexts)) + LEAST_ROWS)
-        others = any([group.active for group in groups if group.request.user != first.request.user])
+            return min(rows, max(map(len, first.request.contexts)))
+        others = self._owed > 0.0 and any([group.active for group in groups
+                                           if group.request.user != first.request.user])
         return min(rows, LEAST_ROWS) if others else rows
 
     def seat(self, groups: list[Group], reading: Sequence[Hypothesis], one_by_one: bool) -> Seats:
         """Who of `groups` takes part in the next round.
 
         Of users all groups of the one whose own round would cost least take part, with the lanes that they would have
-        alone, and of all others, the user who was served least first, as many as there is time for. Of requests that
-        come one after the other those that lack their first segment, and then who has waited longest. What those are
-        left without who have no seat adds up, so that the costliest group has its turn. Each user's groups take turns.
+        alone, and of all others, the user who was served least first, as many as there is time for. What those are left
+        without who have no seat adds up, so that the costliest group has its turn. Each user's groups take turns.
+
+        Of requests that come one after the other those that lack their first segment have rounds of their own, as long
+        as the others can wait: in a round with others they would have fewer lanes, each of which is one chance less.
         """
         read, self._read = self._read, 0
         one_by_one = one_by_one and not self._cheap(groups)
@@ -114,28 +128,31 @@ class Seating:
             return Seats(groups)
         for group in groups:
             group.seated = group.seated or self._round
+        costs = self._costs(groups, reading, one_by_one)
+        if len(costs.own) > 1:
+            self._pay(costs, reading[0].request.user if reading else None, read)
+        new = self._hurry(groups, reading, costs) if one_by_one else None
+        if new is not None:
+            self._ahead += max(SHORT, read * self._row + self._together(new, costs.piece))
+            first = [group for group in groups if group in new or not group.active]
+            return Seats(first if new else [], piece=costs.piece)
+        self._ahead = 0.0
+        everything = _all(costs.loads)
+        if sum(load.rows for load in everything) <= self._max_lanes and self._cost(everything) <= costs.limit:
+            self._credit = 0.0
+            return Seats(groups, piece=costs.piece)
+        return self._share(groups, costs)
+
+    def _costs(self, groups: Sequence[Group], reading: Sequence[Hypothesis], one_by_one: bool) -> Costs:
         piece = self._piece(groups) if one_by_one else None
-        loads, limit = self._loads(groups, piece), math.inf
-        everything, own = _all(loads), self._own(loads)
+        loads = self._loads(groups, piece)
+        own = {user: self._cost(ones) for user, ones in loads.items()}
         for hypothesis in reading:
             if hypothesis.request.user not in loads:
                 alone = self._cost([Load(1, _tokens(hypothesis, piece))])
                 own[hypothesis.request.user] = min(own.get(hypothesis.request.user, alone), alone)
-        lightest = [min(own, key=lambda user: own[user])] if len(own) > 1 else []
-        if lightest:
-            limit = DRAFT_SHARE * len(own) * min(own.values())
-            self._pay(loads, own, reading[0].request.user if reading else None, read)
-        new: list[Group] | None = None
-        if one_by_one and groups:
-            limit = min(limit, self._longest(groups, max))
-            new = self._hurries(groups, reading, read)
-            if new == [] and not lightest:
-                return Seats([])
-        now = limit if new is None else min(limit, self._first(new, piece))
-        if sum(load.rows for load in everything) <= self._max_lanes and self._cost(everything) <= now:
-            self._credit = 0.0
-            return Seats(groups, piece=piece)
-        return self._share(groups, loads, lightest, new or [], (now, limit), piece)
+        limit = self._longest(groups, max) if one_by_one and groups else math.inf
+        return Costs(loads, own, min(limit, _fair(own)), piece)
 
     @property
     def _row(self) -> float:
@@ -149,11 +166,12 @@ class Seating:
         tokens = max([one.next_segment for group in groups for one in group.active], default=1)
         return widest <= LONGEST * self._seconds(1) or widest * tokens <= SHORT
 
-    def _pay(self, loads: Mapping[User, list[Load]], own: Mapping[User, float], reader: User, read: int) -> None:
+    def _pay(self, costs: Costs, reader: User, read: int) -> None:
         """What is owed for so many rows of prompts and those before: a round of others pays a share of its time, less
         what the one who reads draws in it, and at least a little."""
-        others = self._cost(_all({user: ones for user, ones in loads.items() if user != reader}))
-        drawn = own[reader] if reader in loads else 0.0
+        own = costs.own
+        others = self._cost(_all({user: ones for user, ones in costs.loads.items() if user != reader}))
+        drawn = own[reader] if reader in costs.loads else 0.0
         paid = max(READ_SHARE * others - drawn, PROMPT_SHARE * (len(own) - 1) * min(own.values()))
         self._owed = max(0.0, self._owed + read * self._row - paid)
 
@@ -163,31 +181,32 @@ class Seating:
         segments = [one.max_segment for group in groups for one in group.active]
         return max(SHORT, LONGEST * of(segments) * self._seconds(1)) if segments else SHORT
 
-    def _hurries(self, groups: Sequence[Group], reading: Sequence[Hypothesis], read: int) -> list[Group] | None:
-        """The newcomers that go before others, who have not waited long for them, none of them while they are being
-        read; None where nobody goes first.
+    def _hurry(self, groups: Sequence[Group], reading: Sequence[Hypothesis], costs: Costs) -> list[Group] | None:
+        """The newcomers that go before the others, as many of those that came first as there is time for, none while
+        they are being read; None where nobody does: the others have waited long for newcomers, or a round of the first
+        of these would be too long itself.
 
-        Who has a higher priority than some of those that would wait does not go before them. read: rows of prompts that
-        were run since the last round.
+        Who has a higher priority than some of those that would wait does not go before them.
         """
         drawing = [group for group in groups if group.active]
-        lowest = min([group.request.priority for group in drawing], default=0)
+        requests = [*(group.request for group in drawing), *(one.request for one in reading)]
+        lowest = min([request.priority for request in requests], default=0)
         new = [group for group in drawing if group.request.priority <= lowest and self._goes_first(group)]
         reads = any([one.request.priority <= lowest and self._goes_first(one.group) for one in reading])
-        if (not (new or reads) or len(new) == len(drawing)
-                or self._ahead >= PATIENCE * self._longest(groups, min)):
-            self._ahead = 0.0
+        if not drawing or not (new or reads) or len(new) == len(drawing) and not reading:
             return None
-        self._ahead += max(SHORT, read * self._row)
-        return new
+        if self._ahead >= min(PATIENCE * self._longest(groups, min), _fair(costs.own)):
+            return None
+        count = 0
+        while count < len(new) and self._together(new[: count + 1], costs.piece) <= costs.limit:
+            count += 1
+        return new[:count] if count or not new else None
 
-    def _first(self, new: Sequence[Group], piece: int | None) -> float:
-        """Seconds of a draft in which these go first."""
-        members = [one for group in new for one in group.active]
-        took = self._cost([Load(width, _tokens(one, piece))
+    def _together(self, groups: Sequence[Group], piece: int | None) -> float:
+        """Seconds of a draft of these, with the lanes that they have if nobody else is there."""
+        members = [one for group in groups for one in group.active]
+        return self._cost([Load(width, _tokens(one, piece))
                            for one, width in zip(members, self._widths(members), strict=True)])
-        self._ahead += took
-        return FIRST * took
 
     def _goes_first(self, group: Group) -> bool:
         """Whether none of its responses has its first segment, and it may go before those that have theirs."""
@@ -200,37 +219,37 @@ class Seating:
             return None
         return max(LEAST_PIECE, int(SHORT / self._seconds(min(len(members), self._max_lanes))))
 
-    def _share(self, groups: list[Group], loads: Mapping[User, list[Load]], lightest: Sequence[User],
-               new: Sequence[Group], limits: tuple[float, float], piece: int | None) -> Seats:
-        """As `seat`, where there is no time for all of them. limits: of this draft, and where nobody hurries."""
-        limit, calm = limits
+    def _share(self, groups: list[Group], costs: Costs) -> Seats:
+        """As `seat`, where there is no time for all of them."""
+        loads, own, limit, piece = costs
+        lightest = [min(own, key=lambda user: own[user])] if len(own) > 1 else []
         chosen = {group for group in groups if not group.active or group.request.user in lightest}
         taken = [load for user in lightest for load in loads.get(user, ())]
         left = {user: sorted((one for one in groups if one.active and one.request.user == user),
-                             key=lambda group: (group not in new, group.seated))
+                             key=lambda group: group.seated)
                 for user in loads if user not in lightest}
         ahead = {user: self._fairness.served(user) for user in left}
         seated = dict.fromkeys(left, 0)
-        credit = self._credit if limit == calm else 0.0
         missing: float | None = None  # the time that the first of those that are left out lacks
         while left:
-            user = min(left, key=lambda user: (left[user][0] not in new, ahead[user]))
+            user = min(left, key=lambda user: ahead[user])
             group = left[user].pop(0)
             more = [Load(1, _tokens(hypothesis, piece)) for hypothesis in group.active]
             needed = self._cost(taken + more)
-            if not taken or (needed <= limit + credit and sum(load.rows for load in taken + more) <= self._max_lanes):
+            rows = sum(load.rows for load in taken + more)
+            if not taken or (needed <= limit + self._credit and rows <= self._max_lanes):
                 chosen.add(group)
                 taken += more
                 seated[user] += len(more)
                 ahead[user] += sum(load.tokens for load in more)
             else:
-                missing = max(0.0, needed - calm) if missing is None else missing
+                missing = max(0.0, needed - limit) if missing is None else missing
                 left[user] = []
             if not left[user]:
                 del left[user]
         lanes = {user: count + self._more(taken, limit) // len(seated) for user, count in seated.items() if count}
         lanes |= dict.fromkeys([user for user in lightest if user in loads], self._max_lanes)
-        spare = calm + self._credit - self._cost(taken)
+        spare = limit + self._credit - self._cost(taken)
         self._credit = 0.0 if missing is None else max(0.0, min(spare, missing))
         return Seats([group for group in groups if group in chosen], lanes, piece)
 
@@ -261,9 +280,6 @@ class Seating:
                                for one, width in zip(members, self._widths(members), strict=True)]
         return loads
 
-    def _own(self, loads: Mapping[User, list[Load]]) -> dict[User, float]:
-        return {user: self._cost(ones) for user, ones in loads.items()}
-
     def _cost(self, loads: Iterable[Load]) -> float:
         return cost(self._seconds, loads)
 
@@ -279,6 +295,11 @@ def cost(seconds: Callable[[int], float], loads: Iterable[Load]) -> float:
             total += (tokens - done) * seconds(left)
         left, done = left - rows[tokens], tokens
     return total
+
+
+def _fair(own: Mapping[User, float]) -> float:
+    """Seconds that a draft of these users may take: of one any."""
+    return DRAFT_SHARE * len(own) * min(own.values()) if len(own) > 1 else math.inf
 
 
 def _tokens(hypothesis: Hypothesis, piece: int | None) -> int:
