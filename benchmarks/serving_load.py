@@ -147,7 +147,7 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
         aims |= {"p99_ttfs_over_idle_median_at_70": ratio, "aim": f"<= {AIM_RATIO:g}", "reached": ratio <= AIM_RATIO}
     if OVERLOAD in points:
         point = points[OVERLOAD]
-        lost = point["requests"] - point["completed"] - point["refused"]
+        lost = point["requests"] - point["completed"] - point["statuses"].get("429", 0)
         aims |= {"lost_at_120": lost, "longest_ttfs_ms_at_120": point["max_ttft_ms"], "none_lost_at_120": lost == 0}
     return aims
 

@@ -194,6 +194,13 @@ def serving() -> dict[str, str]:
              *(f"{titles[name]}: capacity {result[name]['capacity']:.3g} requests/s, "
                f"{result[name]['closed_loop']['output_throughput']:.0f} tokens/s, idle median "
                f"{result[name]['idle']['median_ttft_ms']:.0f} ms" for name in titles if name in result)]
+    rivals = {name: one for name, one in result.get("rivals", {}).items() if isinstance(one, dict)}
+    if rivals:
+        panels.append(_rivals_panel(rivals))
+        notes.append(f"The third panel: the same {settings['max_tokens']} tokens in bfloat16, each server alone; "
+                     "answered within a minute of those that came at the higher rate: " + ", ".join(
+                         f"{name} {one['points'][-1]['completed']} of {one['points'][-1]['requests']}"
+                         for name, one in rivals.items()))
     title = "stars serve, from idle to more than it can do: time to the first segment"
     return {"serving.svg": svg(title, panels, notes)}
 
@@ -209,6 +216,16 @@ def _load_panel(title: str, found: dict[str, Any]) -> Panel:
     series.append(Series("3 x idle median", [(0.0, bound), (last, bound)], 4, "dashed"))
     height = log_axis("milliseconds", [value for one in series for _, value in one.points])
     return Panel(title, even_axis("load, % of capacity", 0.0, last), height, series)
+
+
+def _rivals_panel(rivals: dict[str, dict[str, Any]]) -> Panel:
+    """The 99th percentile of the time to the first tokens of several servers over the requests that came."""
+    series = [Series(name, [(point["offered_rate"], point["p99_ttft_ms"]) for point in one["points"]
+                            if point["p99_ttft_ms"] is not None], color)
+              for color, (name, one) in enumerate(rivals.items())]
+    last = max(point["offered_rate"] for one in rivals.values() for point in one["points"])
+    height = log_axis("milliseconds", [value for one in series for _, value in one.points])
+    return Panel("plain samples in bfloat16, 99 %", even_axis("requests/s that came", 0.0, last), height, series)
 
 
 def _number(pattern: str, text: str) -> float:

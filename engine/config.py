@@ -45,7 +45,8 @@ class EngineConfig:
     max_segment_size: tokens of the longest segment a policy may ask for.
     max_num_batched_tokens: rows of prompts that each model runs in a round at most while other responses decode; longer
         prompts are read over several rounds. None: the device's default, 2048 on a GPU and no bound on the CPU. Where
-        nothing decodes, at most so many are run in a round too, and never more than a chunk: 2048, on the CPU 256.
+        nothing decodes, where several users are active, and where requests come one by one, at most so many are run in
+        a round too, and never more than a chunk: 2048, on the CPU 256.
     prefill_backend: on a GPU, whose attention runs prompts of more than 256 tokens: "flash-attn-4", "flash-attn-2",
         "varlen" or "sdpa" (both torch's), "triton" (our own), or "auto", the first of these that suits the model.
     quantization: what the language model's matrices are rounded to as they are read, as `load_model`'s: "int8", "int4"

@@ -288,8 +288,9 @@ class Scheduler:
         """Moves waiting units, in order, into the running ones as long as the pages of prompt and first segment are
         there, and reads on in what those begin with that were admitted; returns the requests that this ends.
 
-        Where something decodes, so many rows of each model are run at most as `max_num_batched_tokens` says; otherwise
-        a chunk. With `only`, units of one group are admitted and read to their end.
+        Where something decodes, so many rows of each model are run at most as `max_num_batched_tokens` says, and as
+        `Seating.rows` says, which may be none; otherwise a chunk. With `only`, units of one group are admitted and read
+        to their end.
         """
         ended: list[Request] = []
         before = self._gave_way

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import socket
@@ -199,6 +200,19 @@ def test_a_request_is_counted_and_nothing_of_it_is_logged(place, caplog):
     assert place.metric("stars:http_connections") == 1  # which asks
 
 
+@pytest.mark.rounds_raise
+def test_nothing_of_a_prompt_is_logged_where_its_reward_fails(place, monkeypatch, caplog):
+    """Beside others, so that the round is told of, and each of them is run by itself."""
+    secret = "a prompt that nobody else may see"
+    body = COMPLETION | {"prompt": [secret, secret + "!"], "n": 2}
+    monkeypatch.setattr(REWARD, "fails", True)
+    with caplog.at_level(logging.DEBUG):
+        assert place.ask("/v1/completions", body, key(KEYS[0])).status == 500
+        assert place.ask("/v1/completions", body | {"stream": True}, key(KEYS[0])).status == 500
+    assert [record for record in caplog.records if record.exc_info], "what broke is told"
+    assert "nobody" not in caplog.text and KEYS[0] not in caplog.text
+
+
 def test_nothing_is_logged_that_was_not_asked_for(place, caplog):
     with caplog.at_level(logging.INFO):
         assert place.ask("/v1/completions", COMPLETION, key(KEYS[0])).status == 200
@@ -367,6 +381,18 @@ def test_a_server_that_shuts_down_says_so_and_goes_on_with_what_it_has():
         written = sum(len(choice["text"]) for one in found[:-1] for choice in one["choices"])
         assert written and found[-2]["usage"]["completion_tokens"] > 0
         wait_until(lambda: not place.service.engine.is_running)
+
+
+def test_who_does_not_stream_gets_what_was_committed_before_the_end():
+    with service_of_pair(ServerSettings("lm", drain_seconds=0.5)) as service, place_of(service) as place, Wire(
+            place.address) as wire:
+        wire.send(request("/v1/completions", SLOW | {"stream": False}))
+        wait_until(lambda: service.engine.is_running and service.traffic.under_way)
+        place.server.drain()
+        answer = wire.answer()
+        found = json.loads(answer.body)
+        assert answer.status == 200 and [one["finish_reason"] for one in found["choices"]] == ["abort"] * 8
+        assert found["usage"]["completion_tokens"] > 0 and all([one["text"] for one in found["choices"]])
 
 
 def test_who_reads_slowly_is_read_to_before_the_end(monkeypatch):

@@ -105,6 +105,19 @@ def test_killed_and_started_again_it_is_as_before():
             assert again.end()[0] == 0
 
 
+def test_a_server_writes_no_files(tmp_path):
+    """Neither at home nor among temporary files nor where it was started, whether requests succeed or fail."""
+    here = sorted(os.listdir())
+    with started(HOME=str(tmp_path), TMPDIR=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "cache")) as server:
+        assert len(server.texts()) == 4
+        assert server.ask("/v1/completions", BODY | {"stars": {"beta": -1}}).status == 400
+        assert server.ask("/nothing").status == 404
+        assert [str(path) for path in tmp_path.rglob("*")] == []
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0
+    assert [str(path) for path in tmp_path.rglob("*")] == [] and sorted(os.listdir()) == here
+
+
 def test_sigterm_ends_all_streams_properly_and_the_process_with_0():
     with ExitStack() as stack, started("--drain-seconds", "1", *ROOM, "--log-requests") as server:
         wires = begun(stack, server, 32)

@@ -12,8 +12,9 @@ from stars.policies import POLICIES
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error",
-         422: "invalid_request_error", 429: "rate_limit_error", 499: "client_closed_request",
-         500: "server_error", 501: "not_implemented_error", 503: "service_unavailable_error"}
+         422: "invalid_request_error", 429: "rate_limit_error", 431: "invalid_request_error",
+         499: "client_closed_request", 500: "server_error", 501: "not_implemented_error",
+         503: "service_unavailable_error", 505: "invalid_request_error"}
 TOO_LONG = re.compile(r"the limit is \d+ \(|leaves no room for a response")
 """What `Intake` says of a prompt that does not fit."""
 NAMED = re.compile(r"\b([A-Z]\w*)\.([a-z]\w*)")  # "SamplingParams.top_p is 2, it must …"
