@@ -220,8 +220,11 @@ def _load_panel(title: str, found: dict[str, Any]) -> Panel:
 
 def _rivals_panel(rivals: dict[str, dict[str, Any]]) -> Panel:
     """The 99th percentile of the time to the first tokens of several servers over the requests that came."""
-    series = [Series(name, [(point["offered_rate"], point["p99_ttft_ms"]) for point in one["points"]
-                            if point["p99_ttft_ms"] is not None], color)
+    def short(name: str) -> str:
+        return name.replace(" serve", "").replace(", continuous batching", ", batched").replace(", CPU build", "")
+
+    series = [Series(short(name), [(point["offered_rate"], point["p99_ttft_ms"]) for point in one["points"]
+                                   if point["p99_ttft_ms"] is not None], color)
               for color, (name, one) in enumerate(rivals.items())]
     last = max(point["offered_rate"] for one in rivals.values() for point in one["points"])
     height = log_axis("milliseconds", [value for one in series for _, value in one.points])
