@@ -1322,7 +1322,8 @@ SCRIPT = """
 ENDS = {  # what is done last, how, and the exit code
     "exit": ("sys.exit(5)", "asyncio.run(main())", 5),
     "end": ("return stream", "kept = asyncio.run(main())", 0),
-    "interrupt": ("os.kill(os.getpid(), signal.SIGINT); [output async for output in stream]", "asyncio.run(main())", 0),
+    "interrupt": ("os.kill(os.getpid(), signal.SIGINT); [output async for output in stream]; await asyncio.sleep(60)",
+                  "asyncio.run(main())", 0),  # should all be there before it is seen
 }
 
 
