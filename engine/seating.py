@@ -18,9 +18,9 @@ from stars.request import Group, Hypothesis
 
 DRAFT_SHARE, PROMPT_SHARE = 0.75, 0.1
 """Of k times its own round that a draft of k users may take, and of (k - 1) times that others' prompts may where the
-draft takes all of that: the rest is for rewards, the host, and the round that was under way when a user came. At shares
-of 0.9, 0.75 and 0.65 a chat's p99 beside a batch is 1.7, 1.5 and 1.3 times that alone; a batch beside one who asks all
-the time draws 900, 860 and 500 tokens a second."""
+draft takes all of that: the rest is for rewards, the host, and the round that was under way when a user came. When the
+share was chosen (newcomers had no rounds of their own then), a chat's p99 beside a batch was 1.7, 1.5 and 1.3 times
+that alone at 0.9, 0.75 and 0.65; a batch beside one who asked all the time drew 900, 860 and 500 tokens a second."""
 READ_SHARE = 0.4  # of the time of others' drafts, that prompts of one who draws nothing may take beside them
 SHORT = 0.02  # seconds of a draft that nobody minds who comes meanwhile
 LONGEST = 2.5  # drafts of a single lane that a draft may take where requests come one after the other
