@@ -335,6 +335,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="short runs: whether it works, not how fast")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["aligned", "plain"],
                         help="aligned, plain, or none of both with --rivals: --only ''")
+    parser.add_argument("--loads", type=lambda text: [int(load) for load in text.split(",")],
+                        help="percent of capacity, with commas (10 to 120)")
     parser.add_argument("--rivals", action="store_true")
     parser.add_argument("--rival", type=lambda text: text.split(","), default=["serve", "vLLM"],
                         help="some of them, by parts of their names")
@@ -353,7 +355,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     options.seconds = options.seconds or (4.0 if options.quick else 30.0)
-    options.loads = (30, 70, 120) if options.quick else LOADS
+    options.loads = options.loads or ((30, 70, 120) if options.quick else LOADS)
     options.clients = min(options.clients, 4) if options.quick else options.clients
     options.timeout = 60.0 + 3 * options.seconds
     options.output = options.output or (ROOT / ".benchmarks" if options.quick else RESULTS) / "serving.json"
