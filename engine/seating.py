@@ -24,7 +24,7 @@ that alone at 0.9, 0.75 and 0.65; a batch beside one who asked all the time drew
 READ_SHARE = 0.4  # of the time of others' drafts, that prompts of one who draws nothing may take beside them
 SHORT = 0.02  # seconds of a draft that nobody minds who comes meanwhile
 LONGEST = 2.5  # drafts of a single lane that a draft may take where requests come one after the other
-PATIENCE = 3.0  # of the longest draft that newcomers go first for, before the others have a round
+PATIENCE = 8.0  # of the longest draft that newcomers go first for, before the others have a round; no more than is fair
 LEAST_PIECE = 2  # tokens of a segment drawn in pieces: of fewer the host would do more than the model
 LEAST_ROWS = 16  # of prompts in a round, however little another user's share of it is
 

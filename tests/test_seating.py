@@ -3,6 +3,7 @@ moves, and what is never changed by it."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 LM = ToyModel(vocab=50, seed=1, layers=1, positions=512)
 PER_ROW, TURN = 0.0008, 0.002  # seconds: of a row of a prompt, and of the host in a round
 ALIGNED = stars.STARS(8, 6, 0.5, 0.3, 1.0)
+MOST_AHEAD = math.ceil(PATIENCE * LONGEST)  # rounds of one lane that newcomers have before the others do
 
 
 def step(lanes: int) -> float:
@@ -175,7 +177,7 @@ def test_rounds_of_many_newcomers_are_bounded(users):
                          user=f"user {number}" if users else None)
         for _ in range(1 if number else 3):
             made.step()
-    for _ in range(60):
+    for _ in range(12 * (MOST_AHEAD + 2)):
         made.step()
     assert len(made._scheduler.groups) >= 12
     # Of all twelve 2.1 times; a little more than once where somebody had been left without a seat.
@@ -209,7 +211,7 @@ def test_who_never_has_a_first_segment_keeps_nobody_from_being_read(users, prior
             not writes and "writes" in made._requests):
         made.step()
     add("waits", accepted, 16, priorities[1])
-    assert rounds_until(made, "waits") < 15
+    assert rounds_until(made, "waits") < MOST_AHEAD + 5
 
 
 def test_newcomers_that_others_wait_for_do_not_keep_those_from_being_read():
