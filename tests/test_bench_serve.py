@@ -480,6 +480,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "20 sent at 200 requests/s" in out and "19 completed, 1 refused (429, 503), 0 failed" in out
     assert "time to first segment" in out and "accept rate 0.500, 4.0 attempts" in out
+    assert ", requests " in out and "ms late (99th percentile)" in out
     found = json.loads(saved.read_text())
     assert (found["completed"], found["refused"], found["model_id"], found["backend"]) == (19, 1, "toy", "openai")
     assert found["request_goodput"] == pytest.approx(19 / found["duration"]) and found["offered_rate"] == 200
@@ -494,6 +495,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     tree = ElementTree.fromstring(plot.read_text())
     assert tree.tag.endswith("svg") and "prefers-color-scheme:dark" in plot.read_text()
     assert sum(element.tag.endswith("circle") for element in tree.iter()) == 2 * 19
+
+
+def test_who_waits_for_a_turn_of_a_closed_loop_is_not_late(capsys):
+    with Served(lambda index: stream([0.05])) as served:
+        assert main(["bench", "serve", "--base-url", served.address, "--num-prompts", "4", "--model", "toy",
+                     "--max-concurrency", "1"]) == 0
+    told = capsys.readouterr()
+    assert "event loop" in told.out and ", requests " not in told.out and "late" not in told.err
 
 
 def test_the_command_sends_a_trace(tmp_path, capsys):

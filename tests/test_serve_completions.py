@@ -401,6 +401,7 @@ def test_what_others_have(server):
     """Unknown parameters by the closest name, those of OpenAI and vLLM that are not here with what to do, unless they
     ask for nothing."""
     for more, param, word in ((dict(temprature=1), "temprature", "temperature"),
+                              (dict(topk=40), "topk", "did you mean top_k?"),  # though a policy has a topk
                               (dict(best_of=4), "best_of", "best-of-n"),
                               (dict(reward_threshold=1), "reward_threshold", '"stars"'),
                               (dict(suffix="x"), "suffix", "leave it out"),

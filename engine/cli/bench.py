@@ -187,11 +187,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
     rates = [f"{found['request_throughput']:.3g} requests/s"]
     rates += [f"{found['output_throughput']:.4g} tokens/s"] if found["output_throughput"] is not None else []
     rates += [f"goodput {found['request_goodput']:.3g} requests/s"] if found["request_goodput"] is not None else []
+    # In a closed loop a request waits for its turn: it is not late.
+    slip = f", requests {found['p99_slip_ms'] or 0.0:.1f} ms late" if found["max_concurrency"] is None else ""
     lines = [f"{found['sent']} sent at {_rate(found)} in {found['duration']:.1f} s: {', '.join(counts)}; "
              f"{', '.join(rates)}",
              "; ".join([*lengths, f"client: {found['client_cpu_share']:.0%} of a core, event loop "
-                        f"{found['p99_loop_lag_ms'] or 0.0:.1f} ms late, requests {found['p99_slip_ms'] or 0.0:.1f} ms "
-                        "late (99th percentiles)"])]
+                        f"{found['p99_loop_lag_ms'] or 0.0:.1f} ms late{slip} (99th percentile)"])]
     if found.get("mean_accept_rate") is not None:
         lines.append(f"accept rate {found['mean_accept_rate']:.3f}, {found['mean_attempts']:.1f} attempts a request")
     return lines + [f"{count} failed: {error}" for error, count in found["failures"].items()]

@@ -92,7 +92,7 @@ def refuse_within(name: str, extra: Mapping[str, Any] | None, known: Iterable[st
 
 
 def _advice(name: str, known: Iterable[str], body: Sampled) -> str:
-    if name in GUIDANCE:
+    if name in GUIDANCE and name not in [one.replace("_", "") for one in known]:  # `topk` is some policy's
         return f'give "stars": {{"{name}": …}}'
     other, address = ((CompletionRequest, "/v1/completions") if isinstance(body, ChatCompletionRequest)
                       else (ChatCompletionRequest, "/v1/chat/completions"))
