@@ -1323,8 +1323,7 @@ SCRIPT = """
 ENDS = {  # what is done last, how, and the exit code
     "exit": ("sys.exit(5)", "asyncio.run(main())", 5),
     "end": ("return stream", "kept = asyncio.run(main())", 0),
-    "interrupt": ("os.kill(os.getpid(), signal.SIGINT); [output async for output in stream]",
-                  "asyncio.run(main())", 0),
+    "interrupt": ("os.kill(os.getpid(), signal.SIGINT); [output async for output in stream]", "asyncio.run(main())", 0),
 }
 
 
