@@ -1,6 +1,6 @@
 // The C interface of the ledger of pages: finds the objects of handles, checks sizes and addresses.
+#include <algorithm>
 #include <memory>
-#include <new>
 #include <utility>
 
 #include "error.h"
@@ -54,19 +54,20 @@ int32_t with_sequence(stars_sequence* handle, const char* where, F&& f) {
   return with_ledger(table->ledger, where, [&](page_ledger& ledger) { return f(ledger, *table); });
 }
 
-// A handle for a table that `join` puts among those of `ledger`.
+// A handle for a table that `join` puts among those of a ledger, which the caller has; null where it throws.
 template <class Join>
-stars_sequence* new_sequence(const char* where, stars_ledger* handle, page_ledger& ledger, Join&& join) {
+stars_sequence* new_sequence(const char* where, stars_ledger* ledger, Join&& join) {
   stars_sequence* made = nullptr;
-  guarded(where, [&] {
+  const int32_t status = guarded(where, [&] {
     auto table = std::make_unique<page_table>();
-    table->ledger = handle;
+    table->ledger = ledger;
     page_table& joined = *table;
-    join(joined);
-    made = sequences.open(std::move(table), where);
-    if (!made) ledger.remove(where, joined, nullptr, 0);
+    made = sequences.open(std::move(table), where);  // first, as it may find no room
+    if (made) join(joined);
   });
-  return made;
+  if (status == STARS_OK || !made) return made;
+  sequences.close(made, where);
+  return nullptr;
 }
 
 }  // namespace
@@ -91,8 +92,10 @@ stars_ledger* stars_ledger_open(const stars_ledger_params* params) {
 }
 
 int32_t stars_ledger_close(stars_ledger* ledger) {
-  return ledgers.close(ledger, "stars_ledger_close", [](const page_ledger& held) {
-    return held.num_tables() ? "sequences of the ledger are open: close them first" : nullptr;
+  constexpr char where[] = "stars_ledger_close";
+  return ledgers.close(ledger, where, [=](const page_ledger& held) {
+    if (held.num_tables()) return fail(where, "sequences of the ledger are open: close them first");
+    return int32_t{STARS_OK};
   });
 }
 
@@ -163,7 +166,7 @@ int64_t stars_ledger_cost(stars_ledger* ledger, const int32_t* pages, int64_t co
   const int32_t status = with_ledger(ledger, where, [&](const page_ledger& held) {
     if (const char* text = wrong(pages, count)) return fail(where, text);
     cost = held.cost(where, pages, count);
-    return static_cast<int32_t>(cost < 0 ? -cost : STARS_OK);
+    return cost < 0 ? static_cast<int32_t>(-cost) : int32_t{STARS_OK};
   });
   return status == STARS_OK ? cost : -status;
 }
@@ -200,7 +203,7 @@ stars_sequence* stars_sequence_open(stars_ledger* ledger, int64_t key, const int
   with_ledger(ledger, where, [&](page_ledger& held) {
     if (!fits(count)) return fail(where, kNegative);
     if (count && !tokens) return fail(where, kNoTokens);
-    made = new_sequence(where, ledger, held, [&](page_table& table) {
+    made = new_sequence(where, ledger, [&](page_table& table) {
       table.key = key;
       held.add(table, tokens, count);
     });
@@ -213,7 +216,7 @@ stars_sequence* stars_sequence_fork(stars_sequence* sequence) {
   constexpr char where[] = "stars_sequence_fork";
   stars_sequence* made = nullptr;
   with_sequence(sequence, where, [&](page_ledger& ledger, const page_table& from) {
-    made = new_sequence(where, from.ledger, ledger, [&](page_table& table) { ledger.fork(from, table); });
+    made = new_sequence(where, from.ledger, [&](page_table& table) { ledger.fork(from, table); });
     return int32_t{STARS_OK};
   });
   return made;
@@ -253,15 +256,10 @@ int32_t stars_sequence_close(stars_sequence* sequence, const int32_t* tokens, in
   constexpr char where[] = "stars_sequence_close";
   if (!fits(count)) return fail(where, kNegative);
   if (count && !tokens) return fail(where, kNoTokens);
-  int32_t refused = STARS_OK;
-  char text[256];
-  const int32_t status = sequences.close(sequence, where, [&](page_table& table) -> const char* {
-    refused = with_ledger(table.ledger, where, [&](page_ledger& held) {
-      return held.remove(where, table, tokens, count);
-    });
-    return refused == STARS_OK ? nullptr : "";
+  return sequences.close(sequence, where, [=](page_table& table) {
+    return with_ledger(table.ledger, where,
+                       [&](page_ledger& held) { return held.remove(where, table, tokens, count); });
   });
-  return refused == STARS_OK ? status : refused;
 }
 
 int64_t stars_sequence_pages(stars_sequence* sequence, int32_t* pages, int64_t capacity) {
@@ -271,7 +269,8 @@ int64_t stars_sequence_pages(stars_sequence* sequence, int32_t* pages, int64_t c
     found = static_cast<int64_t>(table.pages.size());
     if (!pages && capacity == 0) return int32_t{STARS_OK};
     if (!pages) return fail(where, "pages must not be null where capacity is not 0");
-    if (capacity < found) return fail(where, "the sequence has more pages than capacity: pages NULL and capacity 0 ask how many");
+    if (capacity < found)
+      return fail(where, "the sequence has more pages than capacity: pages NULL and capacity 0 ask how many");
     std::copy(table.pages.begin(), table.pages.end(), pages);
     return int32_t{STARS_OK};
   });

@@ -144,7 +144,7 @@ int32_t page_ledger::page(const char* where, int32_t page, stars_page* out) cons
   return STARS_OK;
 }
 
-void page_ledger::counts(stars_ledger_counts* out) const {
+void page_ledger::counts(stars_page_counts* out) const {
   out->free = static_cast<int64_t>(free_.size());
   out->cached = num_cached_;
   out->used = num_pages() - out->free - out->cached;

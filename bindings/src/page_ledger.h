@@ -5,6 +5,7 @@
 // the functions below return a status then, and stars_last_error has the text, which begins with `where`.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -45,7 +46,7 @@ class page_ledger {
   int32_t unpublish(const char* where, int32_t page);
   int64_t cost(const char* where, const int32_t* pages, int64_t count) const;  // or a status times -1
   int32_t page(const char* where, int32_t page, stars_page* out) const;
-  void counts(stars_ledger_counts* out) const;
+  void counts(stars_page_counts* out) const;
   // STARS_CORRUPT and a text where the books do not balance. `holders`: or NULL. Throws std::bad_alloc.
   int32_t check(const char* where, const int64_t* holders) const;
 
