@@ -101,13 +101,13 @@ def content(key: int, tokens: list[int]) -> int:
     return hash((key, *tokens))
 
 
-KINDS = ["open", "extend", "extend", "extend", "fork", "rewind", "publish", "close"]
+KINDS = ["open", "open", "extend", "extend", "fork", "rewind", "publish", "publish", "close", "close"]
 OPERATIONS = st.lists(st.tuples(
     st.sampled_from(KINDS),
     st.integers(0, 2**20), st.integers(0, 9), st.lists(st.integers(0, 1), max_size=7)), min_size=10, max_size=60)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(num_pages=st.integers(1, 30), page_size=st.integers(1, 4), operations=OPERATIONS)
 def test_every_sequence_holds_its_own_text(num_pages, page_size, operations):
     play(Host(num_pages, page_size), operations)
@@ -117,7 +117,8 @@ def play(host: Host, operations: list[tuple[str, int, int, list[int]]]) -> None:
     for what, which, number, tokens in operations:
         text = host.texts[which % len(host.texts)] if host.texts else None
         if what == "open":
-            host.open(tokens, which % 2)
+            begun = text.tokens if text and number % 3 else []  # mostly as another one goes
+            host.open(begun + tokens, which // 64 % 2)
         elif text is None:
             continue
         elif what == "extend":
@@ -143,10 +144,10 @@ def test_the_property_above_reaches_copies_and_hits():
     rng, copies, hits = random.Random(5), 0, 0
     for _ in range(60):
         host = Host(rng.randrange(6, 31), rng.randrange(1, 5))
-        play(host, [(rng.choice(KINDS), rng.randrange(99), rng.randrange(10),
+        play(host, [(rng.choice(KINDS), rng.randrange(2**10), rng.randrange(10),
                      [rng.randrange(2) for _ in range(rng.randrange(7))]) for _ in range(60)])
         copies, hits = copies + host.copies, hits + host.hits
-    assert copies > 40 and hits > 100, (copies, hits)
+    assert copies > 20 and hits > 300, (copies, hits)
 
 
 # -- one at a time ----------------------------------------------------------------------------------------------------
