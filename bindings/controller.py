@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from stars.bindings.layouts import HEADER, STRUCTURES
-from stars.bindings.library import check_status, last_error, last_status, loaded
+from stars.bindings.library import check_status, last_status, loaded
 
 _BITS_64 = 2**64 - 1
 _ATTEMPT, _SCORED, _NOTE = (STRUCTURES[name] for name in ("stars_attempt", "stars_scored", "stars_note"))
@@ -101,7 +101,7 @@ class Controller:
         count = len(results)
         self._make_room(count)
         for place, one in enumerate(results):
-            self._scored[place] = (one.reward, one.attempt, one.tokens, one.ended)
+            self._scored[place] = _SCORED(one.reward, one.attempt, one.tokens, one.ended)
         decision = self._decision
         status = self._library.stars_controller_feed(self._handle, self._scored, count, self._notes,
                                                      ctypes.byref(decision))
