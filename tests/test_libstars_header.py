@@ -32,7 +32,7 @@ DRIFTS = {  # text of the header, another in its place, and what must be said of
     "number": ("STARS_OP_APPEND_DRAFT = 10", "STARS_OP_APPEND_DRAFT = 12", "STARS_OP_APPEND_DRAFT is 10 here and 12 "
                "there"),
     "status": ("STARS_OUT_OF_MEMORY = 2", "STARS_OUT_OF_MEMORY = 3", "STARS_OUT_OF_MEMORY is 2 here and 3 there"),
-    "version": ("STARS_ABI_VERSION 9", "STARS_ABI_VERSION 10", "STARS_ABI_VERSION is 9 here and 10 there"),
+    "version": ("STARS_ABI_VERSION 10", "STARS_ABI_VERSION 11", "STARS_ABI_VERSION is 10 here and 11 there"),
     "argument": ("stars_call(int32_t op,", "stars_call(int64_t op,", "stars_call is int32_t (int32_t op, const void* "
                  "params) here and int32_t (int64_t op, const void* params) there"),
     "result": ("STARS_API double stars_cpu_quota", "STARS_API float stars_cpu_quota",
