@@ -1,7 +1,7 @@
 """Builds libstars through CMake and maps the checkout's folders to the import name `stars`.
 
-`stars` is engine/, `stars.kernels` is kernels/, `stars.bindings` is bindings/: nothing is ever importable as
-`engine` or `kernels` (transformers looks for a package of the second name).
+`stars` is engine/, `stars.kernels` is kernels/, `stars.bindings` is bindings/, `stars.adapters` is bindings/adapters/:
+nothing is ever importable as `engine` or `kernels` (transformers looks for a package of the second name).
 """
 
 import os
@@ -79,9 +79,10 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10,<3.14",
-    package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"},
+    package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings",
+                 "stars.adapters": "bindings/adapters"},
     packages=["stars", "stars.bench", "stars.cli", "stars.model", "stars.reward", "stars.serve", "stars.serve.http",
-              "stars.trace", "stars.kernels", "stars.kernels.triton", "stars.bindings"],
+              "stars.trace", "stars.kernels", "stars.kernels.triton", "stars.bindings", "stars.adapters"],
     package_data={"stars": ["demo_models/*/*", "demo_models/README.md", "demo_models/calibration*",
                             "trace/page.html", "py.typed", "serve/http/*.html"],
                   "stars.bindings": ["stars.h"], "stars.kernels.triton": ["tuned/*.json"]},

@@ -9,7 +9,8 @@ from pathlib import Path
 from stars.bindings.header import difference, parse
 from stars.bindings.layouts import HEADER, HEADER_TEXT, declare
 
-_OUT_OF_MEMORY = HEADER.constants["STARS_OUT_OF_MEMORY"]
+_ERRORS: dict[int, type[Exception]] = {
+    HEADER.constants["STARS_OUT_OF_MEMORY"]: MemoryError, HEADER.constants["STARS_BUSY"]: RuntimeError}
 
 
 def library_path() -> Path:
@@ -66,9 +67,15 @@ def loaded() -> ctypes.CDLL:
 
 
 def check_status(status: int) -> None:
-    """Raises the error of a call that did not come through: MemoryError, or ValueError for what was refused."""
+    """Raises the error of a call that did not come through: MemoryError, RuntimeError where another thread is at work
+    with the object, or ValueError for what was refused."""
     if status != 0:
-        raise (MemoryError if status == _OUT_OF_MEMORY else ValueError)(last_error())
+        raise _ERRORS.get(status, ValueError)(last_error())
+
+
+def last_status() -> int:
+    """The status of the last call of this thread that failed: of those that return a handle."""
+    return int(loaded().stars_last_status())
 
 
 def last_error() -> str:

@@ -5,9 +5,9 @@
  * once over buffers at fixed addresses and replayed as one call (the CPU's counterpart of a captured CUDA graph).
  * Lengths, positions and tokens are read from memory when an operation runs, never when it is recorded.
  *
- * All matrices are row-major and contiguous. Any thread may call at any time (a program, and what an operation writes,
- * belong to one caller at a time); the library spreads the work over a pool of its own, which one operation has at a
- * time: others run in their callers' threads meanwhile.
+ * All matrices are row-major and contiguous. Any thread may call at any time (what an operation writes belongs to one
+ * caller at a time); the library spreads the work over a pool of its own, which one operation has at a time: others run
+ * in their callers' threads meanwhile.
  *
  * Sizes are checked, contents are not. An array has at most 2^46 elements, whatever its sizes; a size that may be 0
  * makes an array that may be NULL.
@@ -27,12 +27,15 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 9
+#define STARS_ABI_VERSION 10
 
 typedef enum {
   STARS_OK = 0,
   STARS_INVALID = 1,       /* a parameter is out of range; stars_last_error says which. Nothing was written */
   STARS_OUT_OF_MEMORY = 2, /* the outputs hold nothing of use; the library, and any program, can be used again */
+  STARS_EXHAUSTED = 3,     /* there are fewer pages than were asked for. Nothing was changed */
+  STARS_CLOSED = 4,        /* the handle was closed before, or is none of such an object */
+  STARS_BUSY = 5,          /* another thread is at work with the object of the handle */
 } stars_status;
 
 /* How a matrix is stored, and how products with it are formed. */
@@ -335,9 +338,13 @@ typedef struct {
 } stars_top_logprobs_params;
 
 STARS_API int32_t stars_abi_version(void);
+/* STARS_OK where `version` is the library's. Call it first, with STARS_ABI_VERSION: that is the header's a program was
+ * compiled with. Versions differ where a struct or a function does. */
+STARS_API int32_t stars_check_version(int32_t version);
 /* This header, to the letter, as the library was compiled from it: other languages can read the layouts out of it. */
 STARS_API const char* stars_header(void);
 STARS_API const char* stars_last_error(void); /* of the calling thread; valid until its next failing call */
+STARS_API int32_t stars_last_status(void);    /* the stars_status of that call; for functions that return NULL */
 STARS_API const char* stars_isa(void);        /* the one in use: "base", "avx2", "avx512", "avx512_vnni" or
                                                * "avx512_bf16" */
 
@@ -381,13 +388,136 @@ STARS_API int32_t stars_gumbel(uint64_t seed, uint32_t position, uint32_t attemp
 
 STARS_API int32_t stars_call(int32_t op, const void* params);
 
+/* Programs, controllers, ledgers and sequences are behind handles. A handle is no address: it is looked up at each call,
+ * so that one that was closed, or is of something else, is STARS_CLOSED, and one that another thread is at work with is
+ * STARS_BUSY. NULL is STARS_INVALID. At most 2^20 of each kind are open at once. */
 typedef struct stars_program stars_program;
 STARS_API stars_program* stars_program_create(void); /* NULL where there is no memory for it */
 STARS_API int32_t stars_program_add(stars_program* program, int32_t op, const void* params); /* copies the parameters */
 /* Runs the program up to `times` times; stops early once done[0 .. done_count - 1] are all non-zero (done may be NULL).
  * Returns how often it ran, or a status times -1 where it could not be run or did not come through. */
 STARS_API int32_t stars_program_run(stars_program* program, int32_t times, const int32_t* done, int64_t done_count);
-STARS_API void stars_program_destroy(stars_program* program);
+STARS_API int32_t stars_program_destroy(stars_program* program); /* NULL is none; a status since version 10 */
+
+/* -- The segment controller: one request of the law, for hosts that draft and score by themselves -------------------
+ *
+ * A response of at most N = max_tokens tokens is made segment by segment. Of each segment up to max_attempts attempts
+ * are drawn, and the first one is accepted, in their order, of which
+ *
+ *   log u < (r - tau) / beta,  tau = min(t, r0 + n / N (t - r0)),  r0 = (1 - alpha) r(x) + alpha t,
+ *
+ * t = reward_threshold, r the reward of prompt, response and attempt, n the response's tokens with the attempt's, u a
+ * uniform of the attempt's own. Where none is, the best reward wins, the earliest of equals. beta = 0 is the hard rule
+ * r >= tau. t = -inf accepts all rewards but -inf; t = +inf none, so that the best of max_attempts wins. float64.
+ *
+ *   stars_controller* c = stars_controller_open(&params);
+ *   while ((count = stars_controller_next(c, attempts, width)) > 0) {   // up to `width` attempts at once
+ *     ... draft each from the same text, at most max_tokens tokens, with its random numbers; score; then, in order:
+ *     stars_controller_feed(c, scored, count, NULL, &decision);
+ *     if (decision.verdict is STARS_ACCEPT or STARS_FALLBACK) {
+ *       ... decision.winner becomes history, all else is rewound ...
+ *       stars_controller_commit(c);
+ *     }                                                                 // STARS_RETRY: all are rewound but the best
+ *   }
+ *   stars_controller_close(c);
+ *
+ * `width` changes the speed and never the law: random numbers belong to the attempt. A host whose model is greedy, so
+ * that all attempts would be equal, says max_attempts = 1. What is refused changes nothing. */
+typedef struct stars_controller stars_controller;
+
+typedef struct {
+  int64_t size;
+  uint64_t seed;
+  double reward_threshold; /* t, in the reward's units; may be infinite */
+  double beta;             /* in the reward's units, >= 0 */
+  double alpha;            /* 0 .. 1 */
+  double prompt_reward;    /* r(x): of the prompt with an empty response; finite; read unless alpha is 1 or t infinite */
+  int64_t max_tokens;      /* N: most tokens of the response, an EOS counted */
+  int64_t segment_size;    /* tokens; of the last segment, what is left of N */
+  int64_t max_attempts;    /* of a segment, below 2^24 */
+  int64_t sample;          /* which of the responses to a prompt that share a seed: 0 .. 4095 */
+  /* Of the request; 0: no bound. Attempts drawn; their tokens; rewards computed, the prompt's included. Nothing beyond is
+   * drawn: the request ends with what was committed. An attempt that is never fed counts with its max_tokens. */
+  int64_t attempts_budget, tokens_budget, rewards_budget;
+} stars_controller_params;
+
+/* One attempt that is to be drawn, and its random numbers: those of stars_gumbel(seed, position, attempt, stream, ...)
+ * and of STARS_OP_SAMPLE_STEP, position being a token's place in the segment, from 0. */
+typedef struct {
+  uint64_t seed;
+  int32_t attempt;    /* from 1, over all rounds of the segment */
+  int32_t stream;     /* segment index + 2^20 * sample, as a counter word has them */
+  int32_t max_tokens; /* most tokens; fewer where the response ends, or the host ends a segment early */
+  int32_t reserved;   /* 0 */
+} stars_attempt;
+
+/* What became of an attempt. */
+typedef struct {
+  double reward;   /* of prompt, response and attempt; finite or -inf, which rejects */
+  int32_t attempt; /* as given */
+  int32_t tokens;  /* drawn for it, at least 1; an EOS counts */
+  int32_t ended;   /* not 0: the response ends with it */
+  int32_t reserved;
+} stars_scored;
+
+/* What the law says of an attempt; of one after the winner all 0. */
+typedef struct {
+  double threshold;   /* tau */
+  double probability; /* min(1, exp((r - tau) / beta)) */
+  int32_t accepted;
+  int32_t reserved;
+} stars_note;
+
+typedef enum {
+  STARS_UNDECIDED = 0, /* feed the attempts that follow, or, before a segment's first, ask for some */
+  STARS_RETRY = 1,     /* all that were given were rejected: ask for more */
+  STARS_ACCEPT = 2,    /* `winner` was accepted: commit */
+  STARS_FALLBACK = 3,  /* all max_attempts were rejected; `winner` had the best reward: commit */
+} stars_verdict;
+
+typedef struct {
+  int64_t size;
+  int32_t verdict; /* stars_verdict */
+  int32_t winner;  /* its attempt; 0: none yet */
+  int32_t best;    /* the attempt of the best reward so far, which may win in the end: keep it until then. 0: none */
+  int32_t read;    /* how many of the attempts that were fed the law has read: those up to the winner */
+} stars_decision;
+
+typedef enum {
+  STARS_RUNNING = 0,
+  STARS_STOP = 1,   /* what was committed last had ended */
+  STARS_LENGTH = 2, /* max_tokens were committed */
+  STARS_BUDGET = 3,
+  STARS_ABORTED = 4,
+} stars_finish_reason;
+
+/* Where a request stands. Counts are of all segments so far. */
+typedef struct {
+  int64_t size;
+  double reward;            /* of what was committed last; 0 before */
+  int64_t segments, tokens; /* committed */
+  int64_t accepted, fallbacks, attempts_counted; /* accept rate: accepted / attempts_counted, those up to the winner */
+  int64_t attempts, tokens_drawn, rewards;       /* what budgets bound; of tokens and rewards, up to the last round */
+  int32_t tried;         /* attempts at the segment being decided whose results were fed */
+  int32_t verdict;       /* on it */
+  int32_t finish_reason; /* stars_finish_reason */
+  int32_t reserved;
+} stars_progress;
+
+STARS_API stars_controller* stars_controller_open(const stars_controller_params* params); /* NULL: stars_last_status */
+/* Up to `capacity` attempts of the round that begins, into attempts[capacity]; how many, or a status times -1. 0 where
+ * the request has ended; stars_controller_progress says why. All of a round must be fed, or the segment committed, before
+ * the next is asked for. */
+STARS_API int64_t stars_controller_next(stars_controller* controller, stars_attempt* attempts, int64_t capacity);
+/* The results of the next `count` attempts that have none, in their order. What follows the winner need not be scored
+ * or fed; where it is, it only counts, and a reward of NaN there was not computed. notes[count] or NULL. */
+STARS_API int32_t stars_controller_feed(stars_controller* controller, const stars_scored* scored, int64_t count,
+                                        stars_note* notes, stars_decision* decision);
+STARS_API int32_t stars_controller_commit(stars_controller* controller); /* the winner becomes history */
+/* The attempts of the segment being decided are dropped, and the request ends with what was committed. */
+STARS_API int32_t stars_controller_abort(stars_controller* controller);
+STARS_API int32_t stars_controller_progress(stars_controller* controller, stars_progress* out);
+STARS_API int32_t stars_controller_close(stars_controller* controller);
 
 #ifdef __cplusplus
 }

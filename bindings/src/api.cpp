@@ -2,12 +2,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "cpus.h"
 #include "error.h"
 #include "formats.h"
+#include "handles.h"
 #include "ops.h"
 #include "packing.h"
 #include "parallel.h"
@@ -22,6 +25,7 @@ namespace stars {
 namespace {
 
 thread_local char last_error[256] = "";
+thread_local int32_t last_status = STARS_OK;
 
 struct isa {
   const char* name;
@@ -359,15 +363,12 @@ int32_t with_op(int32_t op, const void* params, Then&& then) {
 
 }  // namespace
 
-int32_t fail(const char* where, const char* what) {
+int32_t fail(const char* where, const char* what, int32_t status) {
   std::snprintf(last_error, sizeof last_error, "%s: %s", where, what);
-  return STARS_INVALID;
+  return last_status = status;
 }
 
-int32_t fail_for_memory(const char* where) {
-  fail(where, "out of memory");
-  return STARS_OUT_OF_MEMORY;
-}
+int32_t fail_for_memory(const char* where) { return fail(where, "out of memory", STARS_OUT_OF_MEMORY); }
 
 void out_of_memory() { throw std::bad_alloc(); }
 
@@ -375,7 +376,9 @@ const op_table& ops() { return *chosen_isa.table; }
 
 }  // namespace stars
 
-struct stars_program {
+namespace {
+
+struct program {
   struct step {
     stars::run_function run;
     union {
@@ -387,7 +390,7 @@ struct stars_program {
   std::vector<step> steps;
 };
 
-namespace {
+stars::handle_table<program, stars_program, stars::kProgram> programs;
 
 bool all_set(const int32_t* done, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
@@ -398,7 +401,17 @@ bool all_set(const int32_t* done, int64_t count) {
 }  // namespace
 
 int32_t stars_abi_version(void) { return STARS_ABI_VERSION; }
+
+int32_t stars_check_version(int32_t version) {
+  if (version == STARS_ABI_VERSION) return STARS_OK;
+  char text[160];
+  std::snprintf(text, sizeof text, "the program was compiled with version %d of stars.h and this library has %d: "
+                                   "compile the program again", static_cast<int>(version), STARS_ABI_VERSION);
+  return stars::fail("stars_check_version", text);
+}
+
 const char* stars_last_error(void) { return stars::last_error; }
+int32_t stars_last_status(void) { return stars::last_status; }
 const char* stars_isa(void) { return stars::chosen_isa.name; }
 
 int32_t stars_num_threads(void) { return stars::num_threads(); }
@@ -417,30 +430,33 @@ int32_t stars_call(int32_t op, const void* params) {
 }
 
 stars_program* stars_program_create(void) {
-  stars_program* program = new (std::nothrow) stars_program;
-  if (!program) stars::fail_for_memory("stars_program_create");
-  return program;
+  std::unique_ptr<program> fresh(new (std::nothrow) program);
+  if (fresh) return programs.open(std::move(fresh), "stars_program_create");
+  stars::fail_for_memory("stars_program_create");
+  return nullptr;
 }
 
-int32_t stars_program_add(stars_program* program, int32_t op, const void* params) {
-  if (!program) return stars::fail("stars_program_add", "program must not be null");
-  return stars::with_op(op, params, [=](const auto& typed, auto run) {
+int32_t stars_program_add(stars_program* handle, int32_t op, const void* params) {
+  decltype(programs)::taken held(programs, handle, "stars_program_add");
+  if (!held) return held.status;
+  return stars::with_op(op, params, [&](const auto& typed, auto run) {
     return stars::guarded("stars_program_add", [&] {
-      stars_program::step& step = program->steps.emplace_back();
+      program::step& step = held->steps.emplace_back();
       step.run = run;
       std::memcpy(&step.params, &typed, sizeof typed);
     });
   });
 }
 
-int32_t stars_program_run(stars_program* program, int32_t times, const int32_t* done, int64_t done_count) {
-  if (!program) return -stars::fail("stars_program_run", "program must not be null");
+int32_t stars_program_run(stars_program* handle, int32_t times, const int32_t* done, int64_t done_count) {
+  decltype(programs)::taken held(programs, handle, "stars_program_run");
+  if (!held) return -held.status;
   if (times < 0) return -stars::fail("stars_program_run", "times must be >= 0");
   if (done && !(done_count >= 0 && stars::fits(done_count)))
     return -stars::fail("stars_program_run", "done_count must be >= 0 and is too large above 2^46");
   const stars::op_table& table = stars::ops();
   for (int32_t ran = 0; ran < times;) {
-    for (const stars_program::step& step : program->steps)
+    for (const program::step& step : held->steps)
       if (const int32_t status = step.run(table, &step.params); status != STARS_OK) return -status;
     ++ran;
     if (done && all_set(done, done_count)) return ran;
@@ -448,4 +464,6 @@ int32_t stars_program_run(stars_program* program, int32_t times, const int32_t* 
   return times;
 }
 
-void stars_program_destroy(stars_program* program) { delete program; }
+int32_t stars_program_destroy(stars_program* handle) {
+  return handle ? programs.close(handle, "stars_program_destroy") : STARS_OK;
+}

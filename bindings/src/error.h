@@ -8,8 +8,8 @@
 
 namespace stars {
 
-// Keeps "where: what" for stars_last_error and returns STARS_INVALID.
-int32_t fail(const char* where, const char* what);
+// Keeps "where: what" for stars_last_error and returns the status.
+int32_t fail(const char* where, const char* what, int32_t status = STARS_INVALID);
 
 // The same for STARS_OUT_OF_MEMORY.
 int32_t fail_for_memory(const char* where);
@@ -18,8 +18,8 @@ int32_t fail_for_memory(const char* where);
 // is compiled once.
 [[noreturn]] void out_of_memory();
 
-// f() for a caller on the other side of the C interface: whatever is thrown is a status. Only what lacks memory throws here (a
-// std::bad_alloc, or the length_error of a size that no memory could hold).
+// f() for a caller on the other side of the C interface: whatever is thrown is a status. Only what lacks memory throws
+// here (a std::bad_alloc, or the length_error of a size that no memory could hold).
 template <class F>
 int32_t guarded(const char* where, F&& f) {
   try {
