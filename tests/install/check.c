@@ -10,11 +10,7 @@ static int wrong(const char* what) {
 }
 
 int main(void) {
-  if (stars_abi_version() != STARS_ABI_VERSION) {
-    fprintf(stderr, "compiled with version %d of stars.h, run with version %d of libstars\n", STARS_ABI_VERSION,
-            (int)stars_abi_version());
-    return 3;
-  }
+  if (stars_check_version(STARS_ABI_VERSION) != STARS_OK) return wrong(stars_last_error());
 
   /* Random123's known answer of Philox4x32-10: the counter and key are digits of pi. */
   uint32_t words[4];
