@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
         try:
             cmake = find_tool("cmake") or "cmake"
             generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+            # A toolchain file of another compiler or machine is named by the environment's CMAKE_TOOLCHAIN_FILE.
             subprocess.run([cmake, *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
                             f"-DSTARS_OUTPUT_DIR={library.parent.parent}"], check=True)
             subprocess.run([cmake, "--build", str(build), "--target", "stars", "--parallel"], check=True)
