@@ -59,7 +59,8 @@ class handle_table {
     return reinterpret_cast<Handle*>(static_cast<uintptr_t>((uses & kMaxUses) << 24 | index << 4 | kind));
   }
 
-  // Ends the object of a handle. `may_close(object)` is asked first, where it is given: a text refuses.
+  // Ends the object of a handle. `may_close(object)` is asked first, where it is given: a status other than STARS_OK,
+  // of which it has told, refuses.
   template <class MayClose>
   int32_t close(Handle* handle, const char* where, MayClose&& may_close) {
     std::unique_ptr<T> object;
@@ -68,7 +69,7 @@ class handle_table {
     {
       taken held(*this, handle, where);
       if (!held) return held.status;
-      if (const char* refusal = may_close(*held)) return fail(where, refusal);
+      if (const int32_t refusal = may_close(*held); refusal != STARS_OK) return refusal;
       place = held.slot_;
       index = index_of(handle);
       object.reset(place->object);
@@ -81,7 +82,7 @@ class handle_table {
   }
 
   int32_t close(Handle* handle, const char* where) {
-    return close(handle, where, [](T&) -> const char* { return nullptr; });
+    return close(handle, where, [](T&) -> int32_t { return STARS_OK; });
   }
 
  private:
