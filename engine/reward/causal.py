@@ -18,7 +18,7 @@ from stars.model.heads import RewardHead
 from stars.model.loaded import LoadedModel, own_tokenizer, taken
 from stars.model.loader import load_model
 from stars.model.location import located
-from stars.model.tokenizer import Tokenizer
+from stars.model.tokenizer import Tokenizer, from_transformers
 from stars.passes import Passes
 from stars.reward.base import Held, check_path, checked_rounding, rounding_of
 from stars.reward.framing import Framing
@@ -77,6 +77,8 @@ class CausalReward(ScoringReward):
         if chosen and hasattr(model, "forward"):
             raise RewardError(f"{name}.head belongs to a directory, and model is a Decoder, which has its head: "
                               "give load_model(DIR, head='reward', reward_head=…) that head")
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer = from_transformers(tokenizer)
         if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
             raise RewardError(f"{name}.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
                               "stars.model.tokenizer.load_tokenizer(DIR)")
@@ -148,6 +150,9 @@ class CausalReward(ScoringReward):
             same = True  # as far as anybody knows
         else:
             side = "reward model" if self.tokenizer is None else "model"
+            if self.tokenizer is None and isinstance(self.model, LoadedModel):
+                raise RewardError("the reward model was given without its tokenizer, so its vocabulary cannot be "
+                                  f"compared with the other's: give {type(self).__name__}(model, tokenizer=tokenizer)")
             raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
                               "other's: add the tokenizer to both directories or to neither")
         if same and shape.vocab_size < vocab_size and self.tokenizer is None:
