@@ -24,7 +24,17 @@ from stars.chat import SpecialTokens
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import Drafter
-from stars.errors import IntegrityError, ModelError, RequestError, RewardError, StarsError, describe, log, sentence, warn
+from stars.errors import (
+    IntegrityError,
+    ModelError,
+    RequestError,
+    RewardError,
+    StarsError,
+    describe,
+    log,
+    sentence,
+    warn,
+)
 from stars.fit import fit
 from stars.intake import Asked, Intake, no_params
 from stars.metrics import EngineMetrics

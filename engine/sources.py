@@ -88,8 +88,8 @@ def check_directory(name: str, path: str | Path, error: type[StarsError]) -> Non
 
 
 def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
-    """The tokenizer that is meant: an object of ours as it is, the one of a directory, a fast one of transformers as one
-    of ours, None for that of `model`.
+    """The tokenizer that is meant: an object of ours as it is, a fast one of transformers as one of ours, the one of a
+    directory, None for that of `model`.
 
     Returns None where none is given and `model` is no directory, is from none, or that has no tokenizer.json. Raises
     TokenizerError.

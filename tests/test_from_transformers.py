@@ -254,7 +254,7 @@ def test_the_tokenizer_is_that_of_the_directory_or_given(tiny_model, tmp_path):
     ):
         got = engine.chat(MESSAGES, params, POLICY, use_tqdm=False)[0].outputs[0]
         assert (got.token_ids, got.text, got.reward) == (wanted.token_ids, wanted.text, wanted.reward)
-    with pytest.raises(RewardError, match=r"given without its tokenizer, .* CausalReward\(model, tokenizer=tokenizer\)"):
+    with pytest.raises(RewardError, match=r"given without its tokenizer, .*: give CausalReward\(model, tokenizer="):
         stars.Engine.from_transformers(model, bare, tokenizer=theirs, **SMALL)
     engine = stars.Engine.from_transformers(model, **SMALL)
     assert engine.tokenizer is None

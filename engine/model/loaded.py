@@ -18,6 +18,7 @@ from stars.errors import ModelError
 from stars.model.files import is_directory, printed, settings_of
 from stars.model.source import TensorInfo, TensorSource, layers_of
 from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.target import target_of
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """What numbers a weight may have, by their safetensors names."""
@@ -79,7 +80,8 @@ class LoadedModel:
         places."""
         tensor = self._tensors[name]
         alone = name.endswith(ALONE) or (name.endswith(".qkv_proj.weight") and not ordered)
-        return alone and tensor.is_cuda and device == "cuda" and tensor.dtype == dtype and tensor.is_contiguous()
+        here = target_of(device).own_memory and tensor.device.type == device
+        return alone and here and tensor.dtype == dtype and tensor.is_contiguous()
 
 
 READABLE = (str, Path, LoadedModel)
