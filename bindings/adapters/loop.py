@@ -100,19 +100,17 @@ class Response:
 class Loop:
     """Runs responses together, each by a controller of its own; any width gives the same text.
 
-    decode: text of response tokens, where the reward reads text or texts are wanted; None: no text. max_num_seqs:
-    responses at once; None: as many as the reward has room for.
+    decode: text of response tokens, where the reward reads text or texts are wanted; None: no text.
     """
 
     def __init__(self, stack: Stack, scoring: Scoring | None, law: Law, decode: Detokenizes | None,
-                 stop_ids: frozenset[int] = frozenset(), width: int | None = None, max_num_seqs: int | None = None):
+                 stop_ids: frozenset[int] = frozenset(), width: int | None = None):
         self._stack = stack
         self._scoring = scoring
         self._law = law
         self._decode = decode
         self._stop_ids = stop_ids
         self._width = width or law.width
-        self._max_num_seqs = max_num_seqs
 
     def run(self, responses: Sequence[Response]) -> Iterator[list[Response]]:
         """Yields after each round those of `responses` that have a new segment or have ended, until all have.
@@ -141,8 +139,6 @@ class Loop:
         """Opens as many of `waiting` as there is room for, and takes them from it."""
         begun: list[Response] = []
         while waiting:
-            if self._max_num_seqs is not None and len(running) + len(begun) >= self._max_num_seqs:
-                break
             one = waiting[0]
             try:
                 if self._scoring is not None:
