@@ -30,6 +30,8 @@ from stars.intake import Asked, Intake, no_params
 from stars.metrics import EngineMetrics
 from stars.model.action_head import load_action_head
 from stars.model.config import load_config
+from stars.model.decoder import Decoder
+from stars.model.loaded import LoadedModel
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
@@ -116,11 +118,11 @@ class Engine:
         refuse_keywords("Engine", others, EngineConfig.resolve, ENGINE)
         self.spans = Spans(tracer_provider, _name(model)) if tracer_provider is not None else None
         model, reward = checked_model(model), checked_reward(reward)
-        from_files = isinstance(model, (str, Path))
+        given = isinstance(model, Decoder)
         # What is no number is refused below.
         reach = max_model_len if isinstance(max_model_len, int) else None
-        shape = load_config(model).reaching(reach) if from_files else model.config
-        if not from_files and device == "auto":
+        shape = model.config if given else load_config(model).reaching(reach)
+        if isinstance(model, (Decoder, LoadedModel)) and device == "auto":
             device = device_of(model.device.type)
         config = EngineConfig.resolve(
             shape, device, dtype, deterministic, cache_tokens=cache_tokens,
@@ -128,10 +130,10 @@ class Engine:
             max_num_seqs=max_num_seqs, max_num_lanes=max_num_lanes, max_segment_size=max_segment_size,
             prefill_backend=prefill_backend, max_num_batched_tokens=max_num_batched_tokens,
             quantization=quantization, reward_quantization=reward_quantization)
-        if config.quantization is not None and not from_files:
+        if config.quantization is not None and given:
             raise RequestError(f'quantization is "{config.quantization}", and model is a Decoder, whose weights are '
                                "read already: give load_model(DIR, quantization=...) that")
-        shared = SharedWeights(Path(model) if from_files else None)
+        shared = SharedWeights(Path(model) if isinstance(model, (str, Path)) else None)
         with shared:
             self.reward = resolve_reward(reward)
         tokenizer = resolve_tokenizer(tokenizer, model)
@@ -142,7 +144,7 @@ class Engine:
         with shared:
             named = check_named(models, shape, tokenizer, config)
             self.config = config = fit(config, model, self.reward, tokenizer, shape.vocab_size, named)
-            decoder = model if not from_files else load_model(
+            decoder = model if given else load_model(
                 model, dtype=config.dtype, device=config.device, head="lm", deterministic=config.deterministic,
                 max_rows=1, max_model_len=config.max_model_len,  # passes and drafts reserve what they need
                 quantization=config.quantization)
@@ -194,7 +196,7 @@ class Engine:
         self._ids = itertools.count()
         self._warnings: list[str] = []  # to be shown once the books are closed
         self._warned: set[Plan] = set()
-        logger.info("%r from %s, in %.1f s", self, model if isinstance(model, (str, Path)) else "a Decoder",
+        logger.info("%r from %s, in %.1f s", self, "a Decoder" if given else model,
                     time.perf_counter() - begin)
 
     def _claim(self, reward: Reward) -> None:
