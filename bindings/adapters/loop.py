@@ -82,6 +82,7 @@ class Response:
         self.prompt_reward: float | None = None
         self.finish_reason: str | None = None
         self.error: RequestError | RewardError | None = None
+        self.decode: Detokenizes | None = None  # where its text depends on its prompt; None: as the loop decodes
         self.sequence: Any = None  # the stack's
         self.session: Any = None  # the reward's
         self.controller: Controller | None = None
@@ -282,12 +283,13 @@ class Loop:
             token_ids = token_ids[:-1]
         if not self._scoring.needs_text:
             return Candidate(one.session, token_ids, None, stopped=stopped)
-        return Candidate(one.session, token_ids, self._text(token_ids, draft), False, draft.ended, stopped)
+        return Candidate(one.session, token_ids, self._text(one, token_ids, draft), False, draft.ended, stopped)
 
-    def _text(self, token_ids: list[int], draft: Draft) -> str | None:
-        if draft.text is not None:
+    def _text(self, one: Response, token_ids: list[int], draft: Draft) -> str | None:
+        decode = one.decode or self._decode
+        if draft.text is not None or decode is None:
             return draft.text
-        return None if self._decode is None else self._decode(token_ids)
+        return decode(token_ids)
 
     def _commit(self, one: Response, winner: int, accepted: bool) -> None:
         """The winner becomes history, in the reward's session and in what the user gets."""
@@ -308,11 +310,10 @@ class Loop:
         one.controller.commit()
         content = len(one.token_ids) + (len(draft.token_ids) if draft.content is None else draft.content)
         one.token_ids += draft.token_ids
-        if draft.text is not None or self._decode is not None:
-            shown = one.token_ids[:content]
-            if draft.content is None and draft.ended and shown[-1] in self._stop_ids:
-                shown = shown[:-1]
-            one.text = self._text(shown, draft)
+        shown = one.token_ids[:content]
+        if draft.content is None and draft.ended and shown[-1] in self._stop_ids:
+            shown = shown[:-1]
+        one.text = self._text(one, shown, draft)
         one.segments.append(segment)
         one.metrics.keep(segment, in_order=not self._law.best)
         one.finish_reason = one.controller.finish_reason
