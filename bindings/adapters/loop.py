@@ -81,7 +81,7 @@ class Response:
         self.segments: list[Segment] = []
         self.metrics = Metrics()
         self.prompt_reward: float | None = None
-        self.decode: Detokenizes | None = None  # of this one; None: the loop's
+        self.decode: Detokenizes | None = None  # of this one, as its text may depend on its prompt; None: the loop's
         self.stop_ids: frozenset[int] | None = None  # of this one; None: the loop's
         self.finish_reason: str | None = None
         self.error: StarsError | None = None
