@@ -1,7 +1,7 @@
 // What the fuzzers share: bytes as operations, a count of these, and an end. `make fuzz` builds them with libFuzzer;
 // with STARS_FUZZ_MAIN defined they are programs of their own, which run random bytes of a fixed seed:
 //
-//   fuzz_ledger [operations [seed]]
+//   fuzz_ledger [operations [seed]]      200000 and 1, where they are not given
 //
 // With libFuzzer, STARS_FUZZ_OPERATIONS of the environment is how many operations are run. A fuzzer calls stars.h and
 // nothing else of the library, and aborts where something that always holds does not.
