@@ -70,7 +70,9 @@ sanitize: install
 	  cmake -S . -B build/sanitize/$$kind -DCMAKE_CXX_COMPILER=g++ -DSTARS_SANITIZE=$$kind && \
 	  cmake --build build/sanitize/$$kind --target stars stars_stress --parallel || exit 1; \
 	done
+	cmake --build build/sanitize/address,undefined --target fuzz_ledger fuzz_controller --parallel
 	for what in memory threads fork; do build/sanitize/address,undefined/stars_stress $$what || exit 1; done
+	for what in ledger controller; do build/sanitize/address,undefined/fuzz_$$what 300000 || exit 1; done
 	build/sanitize/thread/stars_stress threads
 	LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 \
 	  STARS_LIBRARY=$(abspath build/sanitize/address,undefined)/libstars.so \

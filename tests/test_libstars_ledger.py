@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from stars.bindings import libstars
@@ -241,6 +242,33 @@ def test_the_check_compares_what_is_held(ledger, sequence):
     assert refused("stars_ledger_check", ledger, (ctypes.c_int64 * 6)(1, 1, 1, 0, 1)) == (
         corrupt, "page 4 has 0 references and 1 holders: 1 free + 1 cached + 4 in use of 6 pages")
     assert refused("stars_ledger_check", ledger, (ctypes.c_int64 * 6)(2, 1, 1))[0] == corrupt
+
+
+def test_pages_whose_tokens_have_one_hash_are_told_apart():
+    """Two tokens that the index cannot tell apart by their hashes, as page_ledger.cpp makes them of pages of one."""
+    odd = np.uint64(0x9E3779B97F4A7C15)
+    tokens = np.arange(2**19, dtype=np.uint64)
+    mixed = (odd ^ np.uint64(2**32 - 1) ^ tokens) * odd
+    hashes = (mixed ^ mixed >> np.uint64(32)).astype(np.uint32)
+    order = np.argsort(hashes, kind="stable")
+    places = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    pairs = [(int(order[place]), int(order[place + 1])) for place in places]
+    assert len(pairs) > 10  # some 32 are to be expected of 2^19 tokens and 32 bits
+    params = STRUCTURES["stars_ledger_params"](ctypes.sizeof(STRUCTURES["stars_ledger_params"]), 8, 1)
+    handle, call, pages = loaded().stars_ledger_open(ctypes.byref(params)), loaded(), ints(0, 0)
+    for first, second in pairs:
+        assert call.stars_ledger_alloc(handle, 2, pages) == OK
+        assert call.stars_ledger_publish(handle, 0, pages, ints(first), 1, None) == OK
+        assert call.stars_ledger_match(handle, 0, ints(second), 1, None) == 0
+        assert call.stars_ledger_publish(handle, 0, ints(pages[1]), ints(second), 1, None) == OK
+        for token, page in ((first, pages[0]), (second, pages[1])):
+            found = ints(-1)
+            assert call.stars_ledger_match(handle, 0, ints(token), 1, found) == 1 and found[0] == page
+        assert call.stars_ledger_unpublish(handle, pages[0]) == OK  # of two in one bucket
+        assert call.stars_ledger_match(handle, 0, ints(second), 1, None) == 1
+        assert call.stars_ledger_unpublish(handle, pages[1]) == OK
+        assert call.stars_ledger_release(handle, pages, 2) == OK
+    assert call.stars_ledger_close(handle) == OK
 
 
 def test_closing_twice():
