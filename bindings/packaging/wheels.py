@@ -56,6 +56,7 @@ def build_wheel(tools: Path, zig: Path, sdist: Path, architecture: str) -> Path:
         with tarfile.open(sdist) as archive:
             archive.extractall(folder, filter="data")
         [source] = Path(folder).iterdir()
+        shutil.copy(zig.with_name("LICENSE"), source / "LICENSE.zig")  # libstars will have parts of its runtime library
         run(tools / "python", "-m", "build", "--wheel", "--outdir", Path(folder) / "built", source,
             f"--config-setting=--build-option=--plat-name=linux_{architecture}",
             CMAKE_TOOLCHAIN_FILE=str(source / "bindings" / "packaging" / "zig.cmake"), STARS_ZIG=str(zig),
