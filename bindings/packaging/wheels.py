@@ -39,7 +39,8 @@ print("installed, instructions", libstars.isa())
 
 def run(*command: str | Path, **environment: str) -> None:
     print("+", *command, flush=True)
-    subprocess.run([str(part) for part in command], check=True, cwd=FOLDER, env={**os.environ, **environment})
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(FOLDER / "cache"), **environment}
+    subprocess.run([str(part) for part in command], check=True, cwd=FOLDER, env=environment)
 
 
 def environment(name: str, *packages: str | Path) -> Path:
