@@ -68,7 +68,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
-    license_files=["LICENSE", "NOTICE"],
+    license_files=["LICENSE*", "NOTICE"],
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

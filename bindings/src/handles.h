@@ -23,6 +23,8 @@ enum handle_kind : uint64_t { kProgram = 1, kController = 2, kLedger = 3, kSeque
 // All objects of one kind. `Handle` is the opaque struct of stars.h, of which none exists.
 template <class T, class Handle, handle_kind kind>
 class handle_table {
+  struct slot;
+
  public:
   // The object of a handle, taken for the caller until the end of the scope; null where it could not be, and then
   // `status` says why and stars_last_error has its text.
@@ -41,7 +43,7 @@ class handle_table {
 
    private:
     friend handle_table;
-    typename handle_table::slot* slot_ = nullptr;
+    slot* slot_ = nullptr;
     uint64_t after_ = 0;  // the slot's word once it is given back
   };
 
