@@ -24,9 +24,6 @@ namespace stars {
 
 namespace {
 
-thread_local char last_error[256] = "";
-thread_local int32_t last_status = STARS_OK;
-
 struct isa {
   const char* name;
   const op_table* table;
@@ -363,15 +360,6 @@ int32_t with_op(int32_t op, const void* params, Then&& then) {
 
 }  // namespace
 
-int32_t fail(const char* where, const char* what, int32_t status) {
-  std::snprintf(last_error, sizeof last_error, "%s: %s", where, what);
-  return last_status = status;
-}
-
-int32_t fail_for_memory(const char* where) { return fail(where, "out of memory", STARS_OUT_OF_MEMORY); }
-
-void out_of_memory() { throw std::bad_alloc(); }
-
 const op_table& ops() { return *chosen_isa.table; }
 
 }  // namespace stars
@@ -410,8 +398,6 @@ int32_t stars_check_version(int32_t version) {
   return stars::fail("stars_check_version", text);
 }
 
-const char* stars_last_error(void) { return stars::last_error; }
-int32_t stars_last_status(void) { return stars::last_status; }
 const char* stars_isa(void) { return stars::chosen_isa.name; }
 
 int32_t stars_num_threads(void) { return stars::num_threads(); }
