@@ -1,4 +1,4 @@
-"""bindings/examples: built with the compiler at hand and run; of the same text as each other and as a host in Python."""
+"""bindings/examples, built with the compiler at hand and run: the same text as each other, and as a host in Python."""
 
 from __future__ import annotations
 
