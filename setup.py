@@ -1,7 +1,7 @@
 """Builds libstars through CMake and maps the checkout's folders to the import name `stars`.
 
-`stars` is engine/, `stars.kernels` is kernels/, `stars.bindings` is bindings/: nothing is ever importable as
-`engine` or `kernels` (transformers looks for a package of the second name).
+`stars` is engine/, `stars.kernels` is kernels/, `stars.bindings` is bindings/, `stars.adapters` is bindings/adapters/:
+nothing is ever importable as `engine` or `kernels` (transformers looks for a package of the second name).
 """
 
 import os
@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
         try:
             cmake = find_tool("cmake") or "cmake"
             generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+            # A toolchain file of another compiler or machine is named by the environment's CMAKE_TOOLCHAIN_FILE.
             subprocess.run([cmake, *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
                             f"-DSTARS_OUTPUT_DIR={library.parent.parent}"], check=True)
             subprocess.run([cmake, "--build", str(build), "--target", "stars", "--parallel"], check=True)
@@ -79,9 +80,10 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10,<3.14",
-    package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"},
+    package_dir={"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings",
+                 "stars.adapters": "bindings/adapters"},
     packages=["stars", "stars.bench", "stars.cli", "stars.model", "stars.reward", "stars.serve", "stars.serve.http",
-              "stars.trace", "stars.kernels", "stars.kernels.triton", "stars.bindings"],
+              "stars.trace", "stars.kernels", "stars.kernels.triton", "stars.bindings", "stars.adapters"],
     package_data={"stars": ["demo_models/*/*", "demo_models/README.md", "demo_models/calibration*",
                             "trace/page.html", "py.typed", "serve/http/*.html"],
                   "stars.bindings": ["stars.h"], "stars.kernels.triton": ["tuned/*.json"]},

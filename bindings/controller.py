@@ -109,8 +109,8 @@ class Controller:
         count = len(results)
         self._make_room(count)
         for place, one in enumerate(results):
-            self._scored[place] = (one.reward, _whole("attempt", one.attempt, 31), _whole("tokens", one.tokens, 31),
-                                   bool(one.ended))
+            self._scored[place] = _SCORED(one.reward, _whole("attempt", one.attempt, 31),
+                                          _whole("tokens", one.tokens, 31), bool(one.ended))
         decision = self._decision
         status = self._library.stars_controller_feed(self._handle, self._scored, count, self._notes,
                                                      ctypes.byref(decision))

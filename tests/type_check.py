@@ -22,13 +22,16 @@ from mypy.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = (3, 10)
-PACKAGES = {"stars": "engine", "stars.kernels": "kernels", "stars.bindings": "bindings"}
+PACKAGES = {"stars": "engine", "stars.kernels": "kernels", "stars.adapters": "bindings/adapters",
+            "stars.bindings": "bindings"}
 
 
 def sources() -> Iterator[BuildSource]:
     """Every file of the package, with its import name."""
+    seen: set[Path] = set()  # bindings/adapters lies within bindings
     for package, folder in PACKAGES.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted(set((ROOT / folder).rglob("*.py")) - seen):
+            seen.add(path)
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             yield BuildSource(str(path.relative_to(ROOT)), ".".join((package, *parts)).removesuffix(".__init__"))
 

@@ -23,6 +23,8 @@ enum handle_kind : uint64_t { kProgram = 1, kController = 2, kLedger = 3, kSeque
 // All objects of one kind. `Handle` is the opaque struct of stars.h, of which none exists.
 template <class T, class Handle, handle_kind kind>
 class handle_table {
+  struct slot;
+
  public:
   // The object of a handle, taken for the caller until the end of the scope; null where it could not be, and then
   // `status` says why and stars_last_error has its text.
@@ -41,7 +43,7 @@ class handle_table {
 
    private:
     friend handle_table;
-    typename handle_table::slot* slot_ = nullptr;
+    slot* slot_ = nullptr;
     uint64_t after_ = 0;  // the slot's word once it is given back
   };
 
@@ -56,7 +58,8 @@ class handle_table {
     return reinterpret_cast<Handle*>(static_cast<uintptr_t>((uses & kMaxUses) << 24 | index << 4 | kind));
   }
 
-  // Ends the object of a handle. `may_close(object)` is asked first, where it is given: a text refuses.
+  // Ends the object of a handle. `may_close(object)` is asked first, where it is given: a status other than STARS_OK,
+  // of which it has told, refuses.
   template <class MayClose>
   int32_t close(Handle* handle, const char* where, MayClose&& may_close) {
     std::unique_ptr<T> object;
@@ -65,7 +68,7 @@ class handle_table {
     {
       taken held(*this, handle, where);
       if (!held) return held.status;
-      if (const char* refusal = may_close(*held)) return fail(where, refusal);
+      if (const int32_t refusal = may_close(*held); refusal != STARS_OK) return refusal;
       place = held.slot_;
       index = index_of(handle);
       object.reset(place->object);
@@ -78,7 +81,7 @@ class handle_table {
   }
 
   int32_t close(Handle* handle, const char* where) {
-    return close(handle, where, [](T&) -> const char* { return nullptr; });
+    return close(handle, where, [](T&) -> int32_t { return STARS_OK; });
   }
 
  private:

@@ -1,0 +1,140 @@
+"""Any of our rewards, outside an Engine: bound to a vocabulary, and asked in attempt order."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from stars.config import DEFAULT_CACHE_TOKENS, EngineConfig
+from stars.errors import RewardError
+from stars.prompt import Prompt
+from stars.reward.base import Candidate, Reward, Scored, reward_problem, settled, with_parts
+from stars.reward.resolve import resolve_reward
+from stars.sources import checked_reward
+from stars.target import target_of
+
+
+class Scoring:
+    """A reward with pages and slabs of its own, for responses that another stack drafts.
+
+    reward: as the Engine takes it. tokenizer: of the drafting model, ours (`stars.model.tokenizer`), or None where
+    there is none: then the reward gets token ids alone. vocab_size: of the drafting model. max_model_len: most tokens
+    of a prompt and its response. max_num_seqs, max_num_lanes: responses and attempts at once. segment_size: most
+    tokens of an attempt. cache_tokens: of the reward model's cache; None: 32768, or one whole response where that is
+    more. RewardError and ModelError as from the Engine.
+    """
+
+    def __init__(self, reward: Any, tokenizer: Any, vocab_size: int, *, max_model_len: int, segment_size: int,
+                 max_num_seqs: int = 64, max_num_lanes: int = 64, device: str = "cpu",
+                 cache_tokens: int | None = None):
+        found = resolve_reward(checked_reward(reward))
+        if found is None:
+            raise RewardError("reward is None, and the policy asks for rewards: give a model directory, a callable or "
+                              "a stars.Reward")
+        self.reward: Reward = found
+        self.tokenizer = tokenizer
+        page = 16
+        # A vocabulary of its own, or a template, may make more tokens of a text than the drafting model has.
+        least = 2 * max_model_len + 4 * segment_size
+        tokens = max(DEFAULT_CACHE_TOKENS, least) if cache_tokens is None else cache_tokens
+        tokens = -(-tokens // page) * page
+        config = EngineConfig(
+            device=device, dtype="auto" if device == "cpu" else "bfloat16", deterministic=False, cache_tokens=tokens,
+            least_cache_tokens=tokens, gpu_memory_utilization=0.9, page_size=page, max_model_len=max_model_len,
+            max_model_len_from="the model's context", max_num_seqs=min(max_num_seqs, max_num_lanes),
+            max_num_lanes=max_num_lanes, max_segment_size=segment_size, prefill_backend="auto",
+            target=target_of(device))
+        for part in with_parts(self.reward):
+            if part.exclusive:
+                if part.engine is not None and part.engine() is not None:
+                    raise RewardError(f"this {type(part).__name__} belongs to another engine: make one for each")
+                part.engine = weakref.ref(self)
+        self.reward.bind(tokenizer, vocab_size, config)
+        self.calls = self.tokens_run = self.tokens_full = 0  # candidates scored, what that ran, from scratch would run
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether candidates must come with their text."""
+        return self.reward.needs_text
+
+    def open(self, prompt: Prompt, max_tokens: int) -> Any:
+        """A session that has room for all of a response; None where others must end first.
+
+        RequestError or RewardError where there never will be.
+        """
+        self.reward.check(prompt, max_tokens)
+        if not self.reward.can_open(prompt, max_tokens):
+            return None
+        session = self.reward.open(prompt, max_tokens)
+        if not self.reward.reserve(session, max_tokens):
+            self.reward.close(session)
+            return None
+        return session
+
+    def start(self, sessions: Sequence[Any]) -> None:
+        """Reads the prompts of sessions that were opened."""
+        for session in sessions:  # equal prompts share pages once the first has read them
+            with self._alone():
+                self.reward.start([session])
+
+    def prompt_reward(self, session: Any) -> float:
+        """r(x): of the prompt with an empty response; RewardError where it is not finite."""
+        [result] = self._score([Candidate(session, [], "")])
+        if result.handle is not None:
+            self.reward.discard(result.handle)
+        reward = usable(result)
+        if reward == -math.inf:
+            raise RewardError("the reward of the prompt alone is -inf: it must be finite, or set alpha=1")
+        return reward
+
+    def lanes_per_pass(self, tokens: int, responses: int) -> int:
+        """Attempts of one response worth scoring at once, each of so many new tokens."""
+        return max(1, self.reward.lanes_per_pass(tokens, responses))
+
+    def score(self, candidates: list[Candidate]) -> list[Scored]:
+        """One score a candidate, in order; a handle is for `commit` or `discard`."""
+        return self._score(candidates)
+
+    def _score(self, candidates: list[Candidate]) -> list[Scored]:
+        with self._alone():
+            results = self.reward.score(candidates)
+        self.calls += len(candidates)
+        self.tokens_run += sum([result.tokens_run for result in results])
+        self.tokens_full += sum([result.tokens_full for result in results])
+        return results
+
+    def commit(self, session: Any, handle: Any) -> None:
+        """What was scored becomes the session's history."""
+        if handle is not None:
+            with self._alone():
+                self.reward.commit([(session, handle)])
+
+    def discard(self, handle: Any) -> None:
+        """What was scored is gone."""
+        if handle is not None:
+            self.reward.discard(handle)
+
+    def close(self, session: Any) -> None:
+        """The response has ended."""
+        self.reward.close(session)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, nobody else runs the reward's models."""
+        with ExitStack() as stack:
+            for lock in self.reward.locks:
+                stack.enter_context(lock)
+            yield
+
+
+def usable(result: Scored) -> float:
+    """The reward of a score, waited for where it comes later; RewardError where it cannot be used."""
+    reward = settled(result.reward)
+    problem = reward_problem(reward)
+    if problem is not None:
+        raise reward if isinstance(reward, RewardError) else RewardError(problem)
+    assert isinstance(reward, float)
+    return reward
