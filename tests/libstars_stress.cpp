@@ -3,7 +3,6 @@
 //   stars_stress memory     every allocation of every operation fails in turn: a status, and the next call is right
 //   stars_stress threads    operations in several threads, while others change the number of threads
 //   stars_stress fork       children of a process whose other threads are at work compute too
-//   stars_stress handles    controllers in several threads, and some that two threads misuse at once: busy, never a race
 //
 // Linked with --wrap=aligned_alloc and operators new of its own. Prints what it did; exits 1 at the first error.
 #include <sys/wait.h>
@@ -507,73 +506,6 @@ void try_threads() {
               static_cast<long long>(changes));
 }
 
-// A call that takes a controller, by its number. Many attempts at once make some of them long.
-int32_t misuse(stars_controller* controller, int which, std::vector<stars_attempt>& attempts,
-               std::vector<stars_scored>& scored, std::vector<stars_note>& notes) {
-  const int64_t room = static_cast<int64_t>(attempts.size());
-  if (which == 0) {
-    const int64_t count = stars_controller_next(controller, attempts.data(), room);
-    return count < 0 ? static_cast<int32_t>(-count) : STARS_OK;
-  }
-  if (which == 1) return stars_controller_commit(controller);
-  if (which == 2) {
-    stars_progress progress = {};
-    progress.size = sizeof progress;
-    return stars_controller_progress(controller, &progress);
-  }
-  stars_decision decision = {sizeof decision, 0, 0, 0, 0};
-  const int32_t first = which % 3 == 0 ? 1 : attempts[0].attempt;
-  for (int64_t i = 0; i < room; ++i) scored[i] = {-9.0, first + static_cast<int32_t>(i), 1, 0, 0};
-  return stars_controller_feed(controller, scored.data(), room, notes.data(), &decision);
-}
-
-void try_handles() {
-  std::atomic<bool> stop{false};
-  std::atomic<int64_t> requests{0}, busy{0}, closed{0}, refused{0}, done{0};
-  stars_controller_params params = {};
-  params = {sizeof params, 3, 1.0, 0.5, 0.25, -1.0, 40, 4, 1 << 20, 5, 0, 0, 0};
-  std::atomic<stars_controller*> shared{stars_controller_open(&params)};
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 3; ++i)
-    threads.emplace_back([&] {
-      const Case own = controller_case();
-      require(own.run() == STARS_OK, own.name);
-      const std::vector<uint8_t> expected = own.output();
-      for (; !stop; ++requests) require(own.run() == STARS_OK && own.output() == expected, own.name + " beside others");
-    });
-  for (int i = 0; i < 2; ++i)
-    threads.emplace_back([&, i] {
-      std::vector<stars_attempt> attempts(1024);
-      std::vector<stars_scored> scored(1024);
-      std::vector<stars_note> notes(1024);
-      std::mt19937 generator(static_cast<uint32_t>(i));
-      while (!stop) {
-        const uint32_t drawn = generator() % 100;
-        stars_controller* const handle = shared.load();
-        int32_t status;
-        if (drawn == 0) {
-          status = stars_controller_close(handle);
-          if (status == STARS_OK) shared = stars_controller_open(&params);
-        } else {
-          status = misuse(handle, static_cast<int>(drawn % 6), attempts, scored, notes);
-        }
-        if (status == STARS_BUSY) require(std::strstr(stars_last_error(), "another thread") != nullptr, "the text");
-        ++(status == STARS_OK ? done : status == STARS_BUSY ? busy : status == STARS_CLOSED ? closed : refused);
-        require(status == STARS_OK || status == STARS_INVALID || status >= STARS_CLOSED, "status of a misuse");
-      }
-    });
-  for (int tenths = 0; tenths < 30 || ((!busy || !closed || !done || requests < 1000) && tenths < 600); ++tenths)
-    std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  stop = true;
-  for (std::thread& thread : threads) thread.join();
-  require(busy > 0 && done > 0, "two threads that meet at a handle");
-  require(stars_controller_close(shared) == STARS_OK, "close");
-  require(stars_controller_close(shared) == STARS_CLOSED, "close once more");
-  std::printf("%lld requests; misused: %lld done, %lld busy, %lld closed, %lld refused\n",
-              static_cast<long long>(requests), static_cast<long long>(done), static_cast<long long>(busy),
-              static_cast<long long>(closed), static_cast<long long>(refused));
-}
-
 void try_fork(int children) {
   std::atomic<bool> stop{false};
   const Case own = linear_case(STARS_F32, 9);
@@ -620,10 +552,8 @@ int main(int count, char** arguments) {
     try_threads();
   } else if (what == "fork") {
     try_fork(50);
-  } else if (what == "handles") {
-    try_handles();
   } else {
-    std::fprintf(stderr, "usage: stars_stress memory|threads|fork|handles\n");
+    std::fprintf(stderr, "usage: stars_stress memory|threads|fork\n");
     return 2;
   }
 }
