@@ -128,6 +128,19 @@ def test_a_program_of_another_version_says_so(build, source, tmp_path):
     assert f"compiled with version {version + 1} of stars.h and this library has {version}" in text
 
 
+def test_the_loop_of_the_page_is_c(tmp_path):
+    """It is compiled, not linked: what drafts and scores is the reader's."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS["bigram.c"])), None)
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    page = (BINDINGS.parent / "docs" / "libstars.md").read_text(encoding="utf8")
+    [block] = re.findall(r"^```c\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "loop.c").write_text(block)
+    made = subprocess.run([compiler, "-std=c11", *STRICT, "-fsyntax-only", "-I", BINDINGS, tmp_path / "loop.c"],
+                          capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("source", COMPILERS)
