@@ -64,11 +64,18 @@ device:
 # races in the driver that is C++ throughout. Needs g++, as LD_PRELOAD names its libraries.
 SANITIZERS = $(subst $() ,:,$(foreach name,libasan libubsan libstdc++,$(shell g++ -print-file-name=$(name).so)))
 
+EXAMPLE = -g -fsanitize=$$kind -fno-sanitize-recover=all -Ibindings -Lbuild/sanitize/$$kind -lstars \
+  -Wl,-rpath,$(abspath build)/sanitize/$$kind
+
 sanitize: install
 	export PATH="$(abspath $(BIN)):$$PATH"; command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet cmake; \
 	for kind in address,undefined thread; do \
 	  cmake -S . -B build/sanitize/$$kind -DCMAKE_CXX_COMPILER=g++ -DSTARS_SANITIZE=$$kind && \
-	  cmake --build build/sanitize/$$kind --target stars stars_stress --parallel || exit 1; \
+	  cmake --build build/sanitize/$$kind --target stars stars_stress stars_handles --parallel && \
+	  build/sanitize/$$kind/stars_handles && \
+	  gcc -std=c11 bindings/examples/bigram.c $(EXAMPLE) -o build/sanitize/$$kind/bigram_c && \
+	  g++ -std=c++20 bindings/examples/bigram.cpp $(EXAMPLE) -pthread -o build/sanitize/$$kind/bigram_cpp && \
+	  build/sanitize/$$kind/bigram_c 7 4 24 && build/sanitize/$$kind/bigram_cpp 7 4 24 || exit 1; \
 	done
 	cmake --build build/sanitize/address,undefined --target fuzz_ledger fuzz_controller --parallel
 	for what in memory threads fork; do build/sanitize/address,undefined/stars_stress $$what || exit 1; done
