@@ -116,7 +116,7 @@ class CompletionsServer:
             told = self._read(raw, wanted)
             if isinstance(told, ServerError):
                 raise told
-            ids = told.choices[0].told
+            ids = any(choice.told for choice in told.choices)
             logprobs = ways.logprobs if math.isfinite(told.choices[0].logprob) else None
             if raw["choices"][0].get("token_ids") and logprobs is not None:
                 logprobs = 0  # the drawn token's own are enough where they need not tell how many there are

@@ -34,7 +34,7 @@ PASSED = ("temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eo
 """Parameters that a server's own sampler can be asked for, or that are the loop's."""
 ANY_VOCABULARY = 1 << 31  # the server knows its own
 PROBE = "The quick brown fox"
-"""What the given tokenizer and the server's must count alike."""
+"""What the given tokenizer and the server's must read alike, where no prompt is a text."""
 SEEDS = 1 << 31  # llama.cpp has 32 bits, and one of those numbers means that there is none
 
 
@@ -235,8 +235,16 @@ class OpenAIProposer:
     def _meet(self, request: _Request) -> None:
         """What has to be known of the server, and the reward as that allows; ServerError, RewardError."""
         tokenizer = self._tokenizer
-        pieces: list[Piece] = [PROBE] if tokenizer is not None else _pieces(request.prompt, True)
+        prompt = request.prompt
+        pieces = _pieces(prompt, True)
+        text, ids = "", []
+        if tokenizer is not None:  # a text is sent whose ids are known
+            plain = isinstance(prompt.given, str) and prompt.special and not prompt.literal
+            text, ids = (prompt.given, prompt.token_ids) if plain else (PROBE, tokenizer.encode(PROBE))
+            pieces = [text]
         ways, told = self.server.ways(pieces, request.fields)
+        if told is not None:
+            self.traffic = self.traffic.with_answer(told)
         if not ways.tells_ids:
             if self._needs_ids:
                 raise ServerError(f"the server at {self.server.address} tells no token ids, which {self._name} needs: "
@@ -244,12 +252,11 @@ class OpenAIProposer:
             if request.params.stop_token_ids:
                 raise RequestError(f"stop_token_ids need token ids, and the server at {self.server.address} tells "
                                    "none: leave them out")
-        if told is not None and tokenizer is not None:
-            ids = tokenizer.encode(PROBE)
-            if told.prompt_token_ids not in (None, ids) or told.prompt_tokens not in (0, len(ids)):
-                raise ServerError(f"the server at {self.server.address} reads {PROBE!r} as "
-                                  f"{told.prompt_token_ids or told.prompt_tokens} and the tokenizer as {ids}: give "
-                                  "the tokenizer of the model that is served")
+        if told is not None and ids and (told.prompt_token_ids not in (None, ids) or
+                                         told.prompt_tokens not in (0, len(ids))):
+            raise ServerError(f"the server at {self.server.address} reads {shown(text)} as "
+                              f"{shown(told.prompt_token_ids or told.prompt_tokens)} and the tokenizer as {shown(ids)}: "
+                              "give the tokenizer of the model that is served")
         if self._scoring is None and self._law.scores:
             scoring = Scoring(
                 self._reward, tokenizer if tokenizer is not None and ways.tells_ids else TextOnly(), ANY_VOCABULARY,
