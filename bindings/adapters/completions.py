@@ -67,7 +67,8 @@ class Ways(NamedTuple):
     several: bool  # by n, or by a request for each candidate
     logprobs: int | None
     extensions: bool  # whether it takes fields that OpenAI's API has not
-    tells_ids: bool
+    takes_ids: bool = False  # as prompts
+    tells_ids: bool = False  # of every choice, all of them
 
 
 class CompletionsServer:
@@ -95,9 +96,9 @@ class CompletionsServer:
         if self._ways is not None:
             return self._ways, None
         count = 1 if self._parallel else 2
-        tried = [Ways(count > 1, logprobs, extensions, False) for logprobs in (1, None) for extensions in (True, False)]
+        tried = [Ways(count > 1, logprobs, extensions) for logprobs in (1, None) for extensions in (True, False)]
         if count > 1:
-            tried.append(Ways(False, None, False, False))
+            tried.append(Ways(False, None, False))
         first: ServerError | None = None
         for ways in tried:
             wanted = Wanted(pieces, [1], count if ways.several else 1, 1, fields)
@@ -116,11 +117,12 @@ class CompletionsServer:
             told = self._read(raw, wanted)
             if isinstance(told, ServerError):
                 raise told
-            ids = any(choice.told for choice in told.choices)
+            takes = any(choice.told for choice in told.choices)
+            tells = bool(raw["choices"][0].get("token_ids"))
             logprobs = ways.logprobs if math.isfinite(told.choices[0].logprob) else None
-            if raw["choices"][0].get("token_ids") and logprobs is not None:
+            if tells and logprobs is not None:
                 logprobs = 0  # the drawn token's own are enough where they need not tell how many there are
-            self._ways = ways._replace(logprobs=logprobs, tells_ids=ids)
+            self._ways = ways._replace(logprobs=logprobs, takes_ids=takes, tells_ids=tells)
             return self._ways, told
         assert first is not None
         raise first

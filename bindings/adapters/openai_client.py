@@ -236,7 +236,7 @@ class OpenAIProposer:
         """What has to be known of the server, and the reward as that allows; ServerError, RewardError."""
         tokenizer = self._tokenizer
         prompt = request.prompt
-        pieces = _pieces(prompt, True)
+        pieces = _pieces(prompt, True, tokenizer)
         text, ids = "", []
         if tokenizer is not None:  # a text is sent whose ids are known
             plain = isinstance(prompt.given, str) and prompt.special and not prompt.literal
@@ -322,7 +322,7 @@ class _Drafts:
         if self._open >= self._proposer._max_num_seqs:
             return False
         self._open += 1
-        pieces = _pieces(response.prompt, self._ways.tells_ids)
+        pieces = _pieces(response.prompt, self._ways.takes_ids, self._proposer._tokenizer)
         response.sequence = _Sequence(self._numbers[response], self._requests[response], pieces)
         return True
 
@@ -365,7 +365,7 @@ class _Drafts:
         proposer, sequence = self._proposer, one.sequence
         proposer.traffic = proposer.traffic.with_answer(told)
         params = sequence.request.params
-        if told.prompt_token_ids is not None and self._ways.tells_ids and not one.prompt.token_ids:
+        if told.prompt_token_ids is not None and not one.prompt.token_ids:
             sequence.pieces = list(told.prompt_token_ids)
             one.prompt = one.prompt._replace(token_ids=sequence.pieces[:])
             self._decodes(one)
@@ -396,12 +396,15 @@ class _Drafts:
             one.decode = Detokenizer(tokenizer, one.prompt.token_ids).decode
 
 
-def _pieces(prompt: Prompt, ids: bool) -> list[Piece]:
+def _pieces(prompt: Prompt, ids: bool, tokenizer: Any) -> list[Piece]:
     """What is sent of a prompt: its ids where the server takes those, else the text."""
     if prompt.token_ids and (ids or prompt.text is None):
         return list(prompt.token_ids)
     text = prompt.given if isinstance(prompt.given, str) else prompt.text
     assert text is not None  # it has no ids
+    bos = getattr(tokenizer, "bos_token", None)
+    if bos and prompt.chat is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(bos)  # which the template has, and the server puts there too
     return [text]
 
 
