@@ -2,8 +2,8 @@
 
     python benchmarks/controller_cost.py [runs]      writes results/controller-cost.json
 
-controller_cost.cpp, 256 requests of 16 lanes, is built against the library that the package has and run several times.
-Of each way of using them the quickest run counts, and of it the first quartile over its rounds: others may be at work on
+controller_cost.cpp, 256 requests of 16 lanes, is built against the library that the package has, and run several times.
+Of each way of using them the quickest run counts, of that the first quartile over its rounds: others may be at work on
 the machine. Beside it stands what the binding in Python takes, one request of 16 lanes a round.
 """
 

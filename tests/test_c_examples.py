@@ -1,7 +1,11 @@
-"""bindings/examples, built with the compiler at hand and run: the same text as each other, and as a host in Python."""
+"""bindings/examples, built with the compiler at hand and run: the same text as each other, and as a host in Python.
+
+And docs/libstars.md: its loop is C, its figures were measured.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -139,6 +143,16 @@ def test_the_loop_of_the_page_is_c(tmp_path):
     made = subprocess.run([compiler, "-std=c11", *STRICT, "-fsyntax-only", "-I", BINDINGS, tmp_path / "loop.c"],
                           capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
+
+
+def test_the_figures_of_the_page_are_those_that_were_measured():
+    page = (BINDINGS.parent / "docs" / "libstars.md").read_text(encoding="utf8")
+    results = BINDINGS.parent / "benchmarks" / "results" / "controller-cost.json"
+    figures = json.loads(results.read_text(encoding="utf8"))["figures"]
+    for figure in figures:
+        assert f"| {figure['name']} | {figure['value']:.0f} |" in page
+    assert f"takes {1e3 * figures[0]['value'] / 4096:.0f} ns" in page
+    assert f"takes {figures[-1]['value']:.0f} µs there" in page
 
 
 @pytest.mark.slow
