@@ -25,15 +25,16 @@ class Buffers(DynamicLayer):  # type: ignore[misc]  # transformers' types are no
     It stands in for layers with a sliding window too, and keeps all: the mask says what is seen of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
         super().__init__()
+        self.room = room  # columns to begin with, where nobody calls `allocate`
         self.buffers: tuple[Tensor, ...] = ()  # keys and values, [rows, heads, columns, head_dim]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends [rows, heads, n, head_dim]; all keys and values of these rows."""
         rows, _, new, _ = key_states.shape
         if not self.buffers:
-            self.allocate((key_states, value_states), rows, new)
+            self.allocate((key_states, value_states), rows, self.room)
         begin = self.get_seq_length()
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, begin : begin + new] = states
@@ -149,8 +150,11 @@ def _read(copies: Sequence[tuple[History, slice, int]], buffers: Sequence[Sequen
     return found
 
 
-def growing(given: Any, model: Any) -> Lanes:
-    """An empty cache of the layers of `given`, which generate has prepared; RequestError for one that cannot rewind."""
+def growing(given: Any, model: Any, room: int = 0) -> Lanes:
+    """An empty cache of the layers of `given`, which generate has prepared; RequestError for one that cannot rewind.
+
+    room: columns that can be appended to it as it is.
+    """
     if given is None:
         raise RequestError(f"{type(model).__name__} gets no key-value cache from generate, which the adapter would "
                            "rewind: leave use_cache on, and use a model of attention layers")
@@ -162,7 +166,7 @@ def growing(given: Any, model: Any) -> Lanes:
     kinds = given.layers or [DynamicLayer()] * model.config.get_text_config(decoder=True).num_hidden_layers
     for layer in kinds:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
-            layers.append(Buffers())
+            layers.append(Buffers(room))
         elif type(layer).__name__ == "DummyLayer":  # reads another layer's, in the same pass
             layers.append(type(layer)())
         else:

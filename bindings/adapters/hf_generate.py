@@ -108,8 +108,7 @@ class AlignedGenerate:
         """
         frame = sys._getframe(1)
         streamer = streamer if streamer is not None else _given(frame, "streamer")
-        if _given(frame, "assistant_model") is not None:
-            raise _refusal("assistant_model", "a model", "assisted generation drafts by itself")
+        assistant, synced_gpus = _given(frame, "assistant_model"), synced_gpus or bool(_given(frame, "synced_gpus"))
         with self._turn:
             if self._busy:
                 raise RequestError("this custom_generate is at work in this thread: a reward cannot call the generate "
@@ -118,6 +117,8 @@ class AlignedGenerate:
             try:
                 if synced_gpus:
                     raise _refusal("synced_gpus", True, "processes would have to agree on every attempt")
+                if assistant is not None:
+                    raise _refusal("assistant_model", type(assistant), "assisted generation drafts by itself")
                 return self._generate(model, input_ids, logits_processor or [], stopping_criteria or [],
                                       generation_config, streamer, seed, messages, model_kwargs)
             finally:
@@ -252,7 +253,8 @@ def _check(model: Any, input_ids: Tensor, config: Any, model_kwargs: Mapping[str
     if getattr(config, "num_return_sequences", 1) > MAX_SAMPLES:
         raise RequestError(f"num_return_sequences is {config.num_return_sequences}, it must be at most {MAX_SAMPLES}")
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
-    if getattr(cache, "_is_user_defined", False) or cache is not None and int(cache.get_seq_length()) > 0:
+    filled = any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
+    if filled or getattr(cache, "_is_user_defined", False):
         raise RequestError(f"{ADAPTER} rewinds a cache of its own and does not take a cache: leave it out, or choose "
                            "its kind by cache_implementation")
     text = model.config.get_text_config(decoder=True)

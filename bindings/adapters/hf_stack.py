@@ -200,7 +200,7 @@ class HFStack:
         if any(padding):
             mask = (torch.arange(length, device=self._device) >= torch.tensor(padding, device=self._device)[:, None])
             mask = mask.long()
-        lanes, size = growing(inputs.cache, self._model), inputs.chunk or length
+        lanes, size = growing(inputs.cache, self._model, length), inputs.chunk or length
         for begin in range(0, length, size):
             stop = min(begin + size, length)
             logits = self._forward(lanes, ids[:, begin:stop], None if mask is None else mask[:, :stop],
