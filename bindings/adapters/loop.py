@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from stars.adapters.law import Law
@@ -112,7 +112,7 @@ class Loop:
         self._stop_ids = stop_ids
         self._width = width or law.width
 
-    def run(self, responses: Sequence[Response]) -> Iterator[list[Response]]:
+    def run(self, responses: Sequence[Response]) -> Generator[list[Response], None, None]:
         """Yields after each round those of `responses` that have a new segment or have ended, until all have.
 
         A response whose reward fails ends with finish_reason "error". Who stops early calls `close` of the generator:
