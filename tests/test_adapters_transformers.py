@@ -19,7 +19,7 @@ import transformers
 import law
 import stars
 import stars.adapters
-from stars import STARS, BlockwiseBestOfK, CARDS, Engine, RequestError, RewardError, Sample, SamplingParams
+from stars import CARDS, STARS, BlockwiseBestOfK, Engine, RequestError, RewardError, Sample, SamplingParams
 from stars.adapters import hf_generate, hf_stack
 from stars.reward import FunctionReward
 from test_law import case, segment_law
@@ -219,8 +219,8 @@ def test_conversations_reach_rewards_that_render_them(tiny_model):
     policy = STARS(segment_size=4, max_attempts=4, beta=0.5, reward_threshold=1.0, alpha=0.5)
     inputs = one.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     adapter = stars.adapters.transformers(policy=policy, reward=judge, tokenizer=one.tokenizer)
-    found = one.model.generate(**inputs, custom_generate=adapter, max_new_tokens=9, return_dict_in_generate=True, seed=8,
-                               messages=talks, **SAMPLING)
+    found = one.model.generate(**inputs, custom_generate=adapter, max_new_tokens=9, return_dict_in_generate=True,
+                               seed=8, messages=talks, **SAMPLING)
     engine = Engine(str(one.directory), judge, dtype="float32")
     wanted = [engine.generate({"messages": talk}, SamplingParams(max_tokens=9, seed=8, temperature=0.9, top_k=50),
                               policy=policy, use_tqdm=False)[0].outputs[0] for talk in talks]

@@ -337,11 +337,11 @@ def _of_row(processor: Any, row: int, responses: int) -> Processor:
     if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
         ignored = getattr(processor, "prompt_ignore_length", None)
         if isinstance(ignored, Tensor):
-            return logits_process.RepetitionPenaltyLogitsProcessor(
+            processor = logits_process.RepetitionPenaltyLogitsProcessor(
                 processor.penalty, prompt_ignore_length=int(ignored[row]))
     if isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
-        return logits_process.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row // responses, ids), 1)
+        processor = logits_process.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row // responses, ids), 1)
     made: Processor = processor
     return made
 

@@ -1,14 +1,16 @@
 """Decoding with a reward model: segments that it rejects are drawn anew (STARS). Needs the package stars-engine."""
 
 from functools import lru_cache
+from typing import Any
 
 import stars
 from stars.adapters import transformers as adapter
 from transformers import StopStringCriteria, StoppingCriteriaList
 
 
-def generate(model, stars_reward=None, stars_policy=None, reward_threshold=None, segment_size=16, max_attempts=20,
-             beta=0.7, alpha=0.5, width=None, stop_strings=None, tokenizer=None, stopping_criteria=None, **arguments):
+def generate(model: Any, stars_reward: Any = None, stars_policy: Any = None, reward_threshold: Any = None,
+             segment_size: Any = 16, max_attempts: Any = 20, beta: Any = 0.7, alpha: Any = 0.5, width: Any = None,
+             stop_strings: Any = None, tokenizer: Any = None, stopping_criteria: Any = None, **arguments: Any) -> Any:
     """`model.generate(**inputs, custom_generate=REPOSITORY, trust_remote_code=True, stars_reward=…, …)`.
 
     stars_reward: a directory of a reward model, a callable, or a stars.Reward. reward_threshold, segment_size,
@@ -31,5 +33,5 @@ def generate(model, stars_reward=None, stars_policy=None, reward_threshold=None,
 
 
 @lru_cache(maxsize=1)  # a reward model is loaded once, not at every call
-def _adapter(reward, policy, tokenizer):
+def _adapter(reward: Any, policy: Any, tokenizer: Any) -> Any:
     return adapter(reward=reward, policy=policy, tokenizer=tokenizer)
