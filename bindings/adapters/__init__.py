@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME: dict[str, str] = {}
+_HOME = {"llama_cpp": "llama_engine"}
 """The module of each name."""
 
 __all__ = sorted(_HOME)
