@@ -119,13 +119,13 @@ class Context:
             raise ModelError(f"llama_decode gave {status} for {len(rows)} tokens: see what llama.cpp says with "
                              "verbose=True")
         self.rows += len(rows)
-        wanted = sum([row.wanted for row in rows])
-        if not wanted:
+        count = sum([row.wanted for row in rows])
+        if not count:
             return torch.empty(0, self.vocab_size)
         logits = self._api.llama_get_logits(self._context)
-        key = ctypes.addressof(logits.contents), wanted
+        key = ctypes.addressof(logits.contents), count
         if key not in self._views:
-            self._views = {key: torch.from_numpy(np.ctypeslib.as_array(logits, (wanted, self.vocab_size)))}
+            self._views = {key: torch.from_numpy(np.ctypeslib.as_array(logits, (count, self.vocab_size)))}
         return self._views[key]
 
     def fork(self, source: int, target: int, begin: int, end: int) -> None:

@@ -50,7 +50,7 @@ def ending_tokens(api: Any, model: Any) -> tuple[int, ...]:
 def equal_tokens(api: Any, model: Any, tokenizer: Any) -> float:
     """The share of the model's tokens that `tokenizer` writes in the same way."""
     vocab = api.llama_model_get_vocab(model)
-    count = api.llama_vocab_n_tokens(vocab)
+    count: int = api.llama_vocab_n_tokens(vocab)
     written = tokenizer.tokens(range(count))
     texts = [api.llama_vocab_get_text(vocab, token) for token in range(count)]
     return sum(token is not None and token.encode() == text

@@ -17,8 +17,15 @@ import stars  # noqa: E402
 import test_law  # noqa: E402
 from gguf_files import write_gguf  # noqa: E402
 from llama_toys import write_lora, write_mamba, write_toy  # noqa: E402
-from stars import STARS, BlockwiseBestOfK, CausalReward, Engine, RequestError, SamplingParams  # noqa: E402
-from stars import adapters  # noqa: E402
+from stars import (  # noqa: E402
+    STARS,
+    BlockwiseBestOfK,
+    CausalReward,
+    Engine,
+    RequestError,
+    SamplingParams,
+    adapters,
+)
 from stars.errors import ModelError, RewardError, TokenizerError  # noqa: E402
 from tiny_models import TinyModel  # noqa: E402
 from toy import facts  # noqa: E402
@@ -139,6 +146,23 @@ def test_windows_are_forgotten_and_found_again(written):
         found = engine.generate([*PROMPTS, CHAT], params)
         assert engine.stack.free_sequences == 10
     assert [shown(one) for one in found] == [shown(one) for one in wanted]
+
+
+@pytest.mark.parametrize("first", [0, 3, 4])
+def test_what_windows_have_lost_is_not_shared(written, monkeypatch, first):
+    """A prompt of which another response still has too little is read again."""
+    _, llama = written()
+    with adapters.llama_cpp(llama) as engine:
+        params = SamplingParams(max_tokens=40, seed=2, ignore_eos=True)
+        begun = engine.stream({"prompt_token_ids": [1, 5, 6, 7, 8, 9]}, params)
+        next(begun)
+        monkeypatch.setattr(engine._context, "window", 3)
+        monkeypatch.setattr(engine._context, "first", lambda sequence: first)
+        read = engine.stack.prompt_tokens
+        assert read == 6
+        next(engine.stream({"prompt_token_ids": [1, 5, 6, 7, 8, 9]}, params))
+        assert engine.stack.prompt_tokens - read == (0 if first <= 6 - 3 else 6)
+        begun.close()
 
 
 # -- what is run, and room ----------------------------------------------------------------------------------------
@@ -306,7 +330,7 @@ def test_what_it_cannot_do_is_refused_by_name(written, tmp_path):
         adapters.llama_cpp(llama, checksum)
     with pytest.raises(RewardError, match="reward is None"):
         adapters.llama_cpp(llama, None, policy)
-    with pytest.raises(RequestError, match="n_seq_max is 2, it must be an integer from 3 to 256"):
+    with pytest.raises(RequestError, match="n_seq_max is 2, it must be an integer of at least 3"):
         adapters.llama_cpp(llama, checksum, policy, n_seq_max=2)
     with pytest.raises(RequestError, match="n_batch is 8"):
         adapters.llama_cpp(llama, checksum, policy, n_batch=8)
