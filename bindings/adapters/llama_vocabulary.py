@@ -16,7 +16,7 @@ TEMPLATE = b"tokenizer.chat_template"
 
 
 class VocabularyTokenizer(Tokenizer):
-    """Text to ids and back by llama.cpp. Its vocabulary equals no other as far as is known, so that a reward model reads
+    """Text to ids and back by llama.cpp. Its vocabulary equals no other as far as is known, so that reward models read
     the text anew; and control tokens in a user's text are tokens."""
 
     control_tokens = None  # type: ignore[assignment]
@@ -53,8 +53,8 @@ def equal_tokens(api: Any, model: Any, tokenizer: Any) -> float:
     count: int = api.llama_vocab_n_tokens(vocab)
     written = tokenizer.tokens(range(count))
     texts = [api.llama_vocab_get_text(vocab, token) for token in range(count)]
-    return sum(token is not None and token.encode() == text
-               for token, text in zip(written, texts, strict=True)) / count
+    same = [token is not None and token.encode() == text for token, text in zip(written, texts, strict=True)]
+    return same.count(True) / count
 
 
 class _Encoding(NamedTuple):

@@ -1,4 +1,4 @@
-"""`stars.adapters.llama_cpp` against the engine and against the law, on tiny models in float32, with the real llama.cpp.
+"""`stars.adapters.llama_cpp` against the engine and against the law, on tiny models in float32, with a real llama.cpp.
 
 Needs llama-cpp-python: `make embed`.
 """
