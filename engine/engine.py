@@ -225,8 +225,8 @@ class Engine:
         On a GPU, matrices that are products by themselves are the model's own memory, where they have the engine's
         dtype and are on its device: embedding, language model head, o_proj, down_proj; of phi3 also gate_up_proj, and
         qkv_proj where all dimensions are rotated. Queries, keys and values become one matrix, gates and ups another: a
-        copy. On the CPU every matrix is packed in the order that libstars multiplies in, a copy of the same size, or
-        half of it where float32 numbers are all bfloat16's. Norms, biases and reward heads are float32 copies
+        copy. On the CPU every matrix is packed in the order that libstars multiplies in: a copy in bfloat16 where
+        that holds all of its numbers, else in float32. Norms, biases and reward heads are float32 copies
         everywhere. Copies are made one at a time, and what was copied is not held: its memory is free once the caller
         lets go of the model. The model is never written to. While the engine lives it must not be trained or written
         to, as that would reach some of the engine's weights and not others: make an engine anew for new weights.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from stars.adapters.law import Law
@@ -118,7 +118,7 @@ class Loop:
         self._width = width or law.width
         self._reserve = reserve
 
-    def run(self, responses: Sequence[Response]) -> Iterator[list[Response]]:
+    def run(self, responses: Sequence[Response]) -> Generator[list[Response], None, None]:
         """Yields after each round those of `responses` that have a new segment or have ended, until all have.
 
         A response whose reward fails ends with finish_reason "error". Who stops early calls `close` of the generator:

@@ -39,7 +39,8 @@ print("installed, instructions", libstars.isa())
 
 def run(*command: str | Path, **environment: str) -> None:
     print("+", *command, flush=True)
-    subprocess.run([str(part) for part in command], check=True, cwd=FOLDER, env={**os.environ, **environment})
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(FOLDER / "cache"), **environment}
+    subprocess.run([str(part) for part in command], check=True, cwd=FOLDER, env=environment)
 
 
 def environment(name: str, *packages: str | Path) -> Path:
@@ -56,6 +57,7 @@ def build_wheel(tools: Path, zig: Path, sdist: Path, architecture: str) -> Path:
         with tarfile.open(sdist) as archive:
             archive.extractall(folder, filter="data")
         [source] = Path(folder).iterdir()
+        shutil.copy(zig.with_name("LICENSE"), source / "LICENSE.zig")  # libstars will have parts of its runtime library
         run(tools / "python", "-m", "build", "--wheel", "--outdir", Path(folder) / "built", source,
             f"--config-setting=--build-option=--plat-name=linux_{architecture}",
             CMAKE_TOOLCHAIN_FILE=str(source / "bindings" / "packaging" / "zig.cmake"), STARS_ZIG=str(zig),

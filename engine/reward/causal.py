@@ -34,11 +34,11 @@ class CausalReward(ScoringReward):
 
     model: as the engine's, or a Decoder with a reward head. One that transformers has loaded needs its `tokenizer`, a
     fast one, unless it is from a directory here; it is held until an engine has read it. head: which of the files';
-    "auto" finds it by its tensors. One row gives the raw logit, two labels the probability of the second, ArmoRM's and QRM's objectives their
-    sum by the weights that a gate gives the prompt. A name of a tensor chooses among several, "lm_head" takes its row
-    0, and a dict says more: tensor; rows, one of the reward, or the bad one's and the good one's; activation, "none",
-    "sigmoid" or "softmax"; mean and std of the rewards; sign, -1 where lower is better; prompt_pattern, ids at which a
-    gate reads the prompt, and its temperature.
+    "auto" finds it by its tensors. One row gives the raw logit, two labels the probability of the second, ArmoRM's and
+    QRM's objectives their sum by the weights that a gate gives the prompt. A name of a tensor chooses among several,
+    "lm_head" takes its row 0, and a dict says more: tensor; rows, one of the reward, or the bad one's and the good
+    one's; activation, "none", "sigmoid" or "softmax"; mean and std of the rewards; sign, -1 where lower is better;
+    prompt_pattern, ids at which a gate reads the prompt, and its temperature.
 
     template: "chat" renders prompt and response with the RM's chat template (a plain prompt becomes one user turn),
     "raw" puts the response right after the prompt, "auto" is "chat" for messages and "raw" for text. The template is
