@@ -171,7 +171,7 @@ class OpenAIProposer:
                 yield self._output(request, 0)
 
     def note(self, texts: Sequence[str]) -> None:
-        """Warns, once, of a server whose candidates are all equal, as where it decodes greedily unless told otherwise."""
+        """Warns, once, of a server whose candidates are all equal, as of one that is greedy unless told otherwise."""
         if self.rounds_alike is None or len(set(texts)) > 1:
             self.rounds_alike = None
             return
