@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
         try:
             cmake = find_tool("cmake") or "cmake"
             generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+            # A toolchain file of another compiler or machine is named by the environment's CMAKE_TOOLCHAIN_FILE.
             subprocess.run([cmake, *generator, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
                             f"-DSTARS_OUTPUT_DIR={library.parent.parent}"], check=True)
             subprocess.run([cmake, "--build", str(build), "--target", "stars", "--parallel"], check=True)
@@ -67,7 +68,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
-    license_files=["LICENSE", "NOTICE"],
+    license_files=["LICENSE*", "NOTICE"],
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
@@ -85,7 +86,8 @@ setup(
               "stars.trace", "stars.kernels", "stars.kernels.triton", "stars.bindings", "stars.adapters"],
     package_data={"stars": ["demo_models/*/*", "demo_models/README.md", "demo_models/calibration*",
                             "trace/page.html", "py.typed", "serve/http/*.html"],
-                  "stars.bindings": ["stars.h"], "stars.kernels.triton": ["tuned/*.json"]},
+                  "stars.bindings": ["stars.h"], "stars.kernels.triton": ["tuned/*.json"],
+                  "stars.adapters": ["hub/README.md", "hub/custom_generate/*"]},
     ext_modules=[Extension("stars.bindings.lib.libstars", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     install_requires=["torch>=2.6", "numpy", "safetensors", "tokenizers", "jinja2>=3.1", "tqdm"],

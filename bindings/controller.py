@@ -70,25 +70,33 @@ class Controller:
     of attempts, of tokens drawn and of rewards; 0: none. See "The segment controller" in stars.h.
 
     ValueError names what is out of range, what comes out of order, and a reward of NaN or +inf: nothing has changed
-    then. RuntimeError where libstars was not built, or another thread is at work with it.
+    then. RuntimeError where libstars was not built, or another thread is at work with it: it has one caller at a time.
     """
 
     def __init__(self, *, max_tokens: int, reward_threshold: float, seed: int = 0, beta: float = 0.7,
                  alpha: float = 0.5, prompt_reward: float = 0.0, segment_size: int = 16, max_attempts: int = 20,
                  sample: int = 0, attempts_budget: int = 0, tokens_budget: int = 0, rewards_budget: int = 0):
-        self._handle = None
-        params = STRUCTURES["stars_controller_params"]
-        given = params(ctypes.sizeof(params), seed & _BITS_64, reward_threshold, beta, alpha, prompt_reward, max_tokens,
-                       segment_size, max_attempts, sample, attempts_budget, tokens_budget, rewards_budget)
+        self._open = False
+        given = _sized("stars_controller_params")
+        given.seed, given.reward_threshold, given.beta = seed & _BITS_64, reward_threshold, beta
+        given.alpha, given.prompt_reward = alpha, prompt_reward
+        for name, value in (("max_tokens", max_tokens), ("segment_size", segment_size), ("max_attempts", max_attempts),
+                            ("sample", sample), ("attempts_budget", attempts_budget), ("tokens_budget", tokens_budget),
+                            ("rewards_budget", rewards_budget)):
+            setattr(given, name, _whole(name, value, 63))
         self._library = loaded()
         self._handle = self._library.stars_controller_open(ctypes.byref(given))
         if not self._handle:
             check_status(last_status())
+        self._open = True
+        self._max_attempts = max_attempts
         self._decision = _sized("stars_decision")
-        self._room = 0
+        self._room = -1
+        self._make_room(0)
 
     def next(self, most: int) -> list[Drawn]:
         """Up to `most` attempts of the round that begins; none where the request has ended (`finish_reason`)."""
+        most = min(most, self._max_attempts)
         self._make_room(most)
         count = self._library.stars_controller_next(self._handle, self._attempts, most)
         if count < 0:
@@ -101,7 +109,8 @@ class Controller:
         count = len(results)
         self._make_room(count)
         for place, one in enumerate(results):
-            self._scored[place] = _SCORED(one.reward, one.attempt, one.tokens, one.ended)
+            self._scored[place] = _SCORED(one.reward, _whole("attempt", one.attempt, 31),
+                                          _whole("tokens", one.tokens, 31), bool(one.ended))
         decision = self._decision
         status = self._library.stars_controller_feed(self._handle, self._scored, count, self._notes,
                                                      ctypes.byref(decision))
@@ -132,18 +141,25 @@ class Controller:
 
     def close(self) -> None:
         """Ends it; nothing else may be called then. A second call does nothing."""
-        handle, self._handle = self._handle, None
-        if handle:
-            check_status(self._library.stars_controller_close(handle))
+        if self._open:
+            check_status(self._library.stars_controller_close(self._handle))
+            self._open = False
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
+        if getattr(self, "_open", False):
             self._library.stars_controller_close(self._handle)
 
     def _make_room(self, count: int) -> None:
         if count > self._room:
             self._attempts, self._scored, self._notes = ((kind * count)() for kind in (_ATTEMPT, _SCORED, _NOTE))
             self._room = count
+
+
+def _whole(name: str, value: int, bits: int) -> int:
+    """`value`, where it can be handed over: ctypes would cut off what is beyond."""
+    if not -(1 << bits) <= value < 1 << bits:
+        raise ValueError(f"{name} is {value}, it must be a whole number of at most {bits + 1} bits")
+    return value
 
 
 def _sized(name: str) -> Any:

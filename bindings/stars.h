@@ -36,6 +36,7 @@ typedef enum {
   STARS_EXHAUSTED = 3,     /* there are fewer pages than were asked for. Nothing was changed */
   STARS_CLOSED = 4,        /* the handle was closed before, or is none of such an object */
   STARS_BUSY = 5,          /* another thread is at work with the object of the handle */
+  STARS_CORRUPT = 6,       /* the books of a ledger do not balance; stars_last_error has the numbers */
 } stars_status;
 
 /* How a matrix is stored, and how products with it are formed. */
@@ -518,6 +519,113 @@ STARS_API int32_t stars_controller_commit(stars_controller* controller); /* the 
 STARS_API int32_t stars_controller_abort(stars_controller* controller);
 STARS_API int32_t stars_controller_progress(stars_controller* controller, stars_progress* out);
 STARS_API int32_t stars_controller_close(stars_controller* controller);
+
+/* -- The ledger of pages: whose a KV cache's pages are, for hosts that keep keys and values by themselves -------------
+ *
+ * A cache is num_pages pages of page_size positions. The ledger holds numbers alone, 0 .. num_pages - 1: it says which
+ * page may be written, which is shared, and which holds a prefix that was read before. A page is free; or in use, with a
+ * reference for each holder; or cached: nobody refers to it, but it was published, so that another text that begins
+ * alike finds it. Cached pages are handed out when none is free, the one that was given back longest ago first.
+ *
+ * There are two ways in. A host with block tables of its own calls stars_ledger_alloc, _share and _release. Any other
+ * opens a sequence for each text: it keeps the table, and says what must be copied before a shared page is written.
+ *
+ *   stars_sequence* s = stars_sequence_open(ledger, 0, prompt, count);      // shares what is there of the prompt
+ *   at = stars_sequence_length(s);
+ *   stars_sequence_extend(s, count - at, &copy);                            // pages for the rest
+ *   ... run prompt[at .. count - 1], position p in row p % page_size of page pages[p / page_size] ...
+ *   stars_sequence_publish(s, prompt, count);                               // others may share it now
+ *   stars_sequence_extend(s, 32, &copy); ... draft; rejected: stars_sequence_rewind(s, count) ...
+ *   stars_sequence_close(s, text, length);                                  // published, and given back
+ *
+ * `key` keeps texts apart whose keys and values differ for the same tokens: of another model, adapter or cache. Arrays
+ * of pages are int32 [count] in prefix order; tokens of pages are int32 [count, page_size]. All are read or written
+ * during the call alone. A ledger and its sequences have one caller at a time together: another one is STARS_BUSY. What
+ * is refused has changed nothing; STARS_EXHAUSTED is more pages than are free and cached together. */
+typedef struct stars_ledger stars_ledger;
+typedef struct stars_sequence stars_sequence;
+
+typedef struct {
+  int64_t size;
+  int64_t num_pages; /* may be 0; below 2^31 */
+  int64_t page_size; /* positions of a page, at least 1 and below 2^31 */
+} stars_ledger_params;
+
+/* A page. `size` is set by the caller, here and below. */
+typedef struct {
+  int64_t size;
+  int64_t references; /* holders, sequences among them */
+  int32_t published;  /* 1: found by its prefix */
+  int32_t cached;     /* 1: published, without a holder */
+} stars_page;
+
+typedef struct {
+  int64_t size;
+  int64_t free, cached, used; /* pages; together all there are */
+  int64_t published;          /* pages that are found by their prefixes, cached or in use */
+  int64_t sequences;          /* that are open */
+} stars_page_counts;
+
+/* Rows 0 .. rows - 1 of page `source` are to be copied to the same rows of page `target`, in every layer. */
+typedef struct {
+  int64_t size;
+  int32_t source, target, rows;
+  int32_t reserved; /* 0 */
+} stars_page_copy;
+
+/* All memory that the ledger needs, but for sequences: some 90 bytes a page, and its tokens. */
+STARS_API stars_ledger* stars_ledger_open(const stars_ledger_params* params); /* NULL: stars_last_status */
+/* STARS_INVALID while sequences of it are open. Pages that the caller still holds are nobody's afterwards. */
+STARS_API int32_t stars_ledger_close(stars_ledger* ledger);
+/* `count` pages that nobody else refers to, with one reference each, into pages[count]; or STARS_EXHAUSTED. */
+STARS_API int32_t stars_ledger_alloc(stars_ledger* ledger, int64_t count, int32_t* pages);
+/* One reference more to each of `pages`, which are in use or cached; a page may stand there twice. */
+STARS_API int32_t stars_ledger_share(stars_ledger* ledger, const int32_t* pages, int64_t count);
+/* One reference less to each. The last page is released first, hence reused first. References of sequences stay. */
+STARS_API int32_t stars_ledger_release(stars_ledger* ledger, const int32_t* pages, int64_t count);
+/* The pages that hold the longest published prefix of `count` pages of tokens, into pages[count] (or NULL); how many, or
+ * a status times -1. They are not taken: share them before anything else is asked. */
+STARS_API int64_t stars_ledger_match(stars_ledger* ledger, int64_t key, const int32_t* tokens, int64_t count,
+                                     int32_t* pages);
+/* Offers `pages`, all in use and holding `tokens` from position 0 on, for sharing. Where another page is published for
+ * the same prefix, that one stays and continues it; found[count] (or NULL) are the pages that are found now. */
+STARS_API int32_t stars_ledger_publish(stars_ledger* ledger, int64_t key, const int32_t* pages, const int32_t* tokens,
+                                       int64_t count, int32_t* found);
+/* Gives up `pages`, a chain that was matched, from its end on: as far as nobody refers to them and no prefix goes on from
+ * them, they are free. */
+STARS_API int32_t stars_ledger_forget(stars_ledger* ledger, const int32_t* pages, int64_t count);
+/* `page`, and whatever continues it, is not found any more; what of it was cached is free. */
+STARS_API int32_t stars_ledger_unpublish(stars_ledger* ledger, int32_t page);
+/* How many of `pages`, all different, stars_ledger_share would take from what can be handed out; or a status times -1. */
+STARS_API int64_t stars_ledger_cost(stars_ledger* ledger, const int32_t* pages, int64_t count);
+STARS_API int32_t stars_ledger_page(stars_ledger* ledger, int32_t page, stars_page* out);
+STARS_API int32_t stars_ledger_counts(stars_ledger* ledger, stars_page_counts* out);
+/* STARS_OK where all books balance, or STARS_CORRUPT. `holders`: int64 [num_pages], how often the caller holds each page
+ * by stars_ledger_alloc and _share, sequences not counted; NULL is not compared. For tests: it reads everything. */
+STARS_API int32_t stars_ledger_check(stars_ledger* ledger, const int64_t* holders);
+
+/* A sequence that shares the longest published prefix of tokens[count], in whole pages, and takes no page: its length is
+ * what it shares, and at least the last token is left to run. `tokens` may be NULL where count is 0. */
+STARS_API stars_sequence* stars_sequence_open(stars_ledger* ledger, int64_t key, const int32_t* tokens,
+                                              int64_t count); /* NULL: stars_last_status */
+/* Makes the sequence `tokens` positions longer, whose rows the caller then writes. Returns 1 where a page that others
+ * refer to was replaced: `copy` says what to copy before any row is written, of this sequence or another. Else 0, or a
+ * status times -1 (STARS_EXHAUSTED: none of the pages was taken). A published page that is written is not found any
+ * more. */
+STARS_API int32_t stars_sequence_extend(stars_sequence* sequence, int64_t tokens, stars_page_copy* copy);
+/* A second sequence with the same positions. It shares all pages; who writes first to the last one gets a copy. */
+STARS_API stars_sequence* stars_sequence_fork(stars_sequence* sequence); /* NULL: stars_last_status */
+/* Shortens the sequence to `length` positions; pages beyond are given back. */
+STARS_API int32_t stars_sequence_rewind(stars_sequence* sequence, int64_t length);
+/* Offers the whole pages of tokens[count], which its first positions hold, for sharing. Its own pages stay its own. */
+STARS_API int32_t stars_sequence_publish(stars_sequence* sequence, const int32_t* tokens, int64_t count);
+/* Gives all pages back. `tokens`: as of stars_sequence_publish, before that; or NULL with count 0. */
+STARS_API int32_t stars_sequence_close(stars_sequence* sequence, const int32_t* tokens, int64_t count);
+/* Its pages into pages[capacity]; how many, or a status times -1. NULL with capacity 0 only asks how many. */
+STARS_API int64_t stars_sequence_pages(stars_sequence* sequence, int32_t* pages, int64_t capacity);
+STARS_API int64_t stars_sequence_length(stars_sequence* sequence); /* positions, or a status times -1 */
+/* Positions that were there when it was opened or forked, which the caller need not run; or a status times -1. */
+STARS_API int64_t stars_sequence_shared(stars_sequence* sequence);
 
 #ifdef __cplusplus
 }

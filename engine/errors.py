@@ -37,6 +37,10 @@ class EngineDeadError(StarsError):
     """The loop of an AsyncEngine has ended, by a fault that the message names, or since it was shut down."""
 
 
+class ServerError(StarsError):
+    """A server that drafts for us cannot be reached, refuses what it was asked, or cannot do what is needed."""
+
+
 class TraceError(StarsError):
     """A trace file cannot be read: another format, a damaged or missing line. The message names the line."""
 

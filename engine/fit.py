@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from stars.config import MAX_SIZE, EngineConfig
 from stars.device import check_model
 from stars.errors import ModelError, RequestError, text_of
 from stars.kernels.quant import Rounded
+from stars.model.loaded import READABLE, LoadedModel, same
 from stars.model.loader import followed, inspect_model
 from stars.model.quantization import held_bytes, scheme_of
 from stars.model.reader import DTYPES
@@ -34,7 +34,7 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     are held once.
     """
     held = [one.holds(tokenizer, vocab_size, config) for one in (with_parts(reward) if reward is not None else ())]
-    if config.reward_quantization is not None and not any(isinstance(one.model, (str, Path)) for one in held):
+    if config.reward_quantization is not None and not any(isinstance(one.model, READABLE) for one in held):
         raise RequestError(f'reward_quantization is "{config.reward_quantization}", and there is no reward model whose '
                            "weights are read here: leave it out")
     if not config.target.own_memory:
@@ -61,11 +61,6 @@ def fit(config: EngineConfig, model: Any, reward: Reward | None, tokenizer: Toke
     return fit_memory(config, models, sum(one.other_bytes for one in held), free, total)
 
 
-def same(model: Any) -> Any:
-    """What two models have in common that are one: a directory, or the Decoder itself."""
-    return Path(model).resolve() if isinstance(model, (str, Path)) else id(model)
-
-
 def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, reward_head: Any = "auto",
              head: Literal["lm", "reward"] = "reward", read: set[Hashable] | None = None,
              quantization: Rounded | None = None) -> Occupant:
@@ -74,12 +69,15 @@ def occupant(config: EngineConfig, model: Any, slab_len: int, drafts: bool, rewa
     a directory are rounded to."""
     target, dtype, beside = config.target, DTYPES.get(config.dtype, torch.float32), AdapterSizes()
     read = set() if read is None else read
-    if isinstance(model, (str, Path)):
+    if isinstance(model, READABLE):
         summary = inspect_model(model, "lm" if drafts else head, reward_head)
         shape = summary.config
         rounded = {(*key, scheme_of(key[1], quantization, shape.tie_word_embeddings)): info
                    for key, info in summary.tensors.items()}
-        weight_bytes = sum(held_bytes(info, key[2], dtype.itemsize) for key, info in rounded.items() if key not in read)
+        stay = {key for key in rounded if isinstance(model, LoadedModel) and key[2] is None
+                and model.stays(key[1], dtype, config.device, shape.head_order() is not None)}  # and need no more
+        weight_bytes = sum(held_bytes(info, key[2], dtype.itemsize) for key, info in rounded.items()
+                           if key not in read and key not in stay)
         read.update(rounded)
         if summary.adapter is not None:
             beside = AdapterSizes(summary.adapter.products, *summary.adapter.widest)

@@ -6,7 +6,7 @@ numbers of their stores; 0 is the engine's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +22,16 @@ from stars.logprobs import PromptLogprobs
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.files import is_directory, is_file
+from stars.model.loaded import LoadedModel, own_tokenizer, same
 from stars.model.loader import check_rounding, followed, load_model
-from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.model.tokenizer import Tokenizer
 from stars.passes import Passes, Span
 from stars.plan import OWN, Plan
 from stars.request import Drafts, Hypothesis
 from stars.sizes import language_model
 from stars.sources import checked_model
 
-Named = dict[str, str | Path | Decoder]
+Named = dict[str, str | Path | LoadedModel | Decoder]
 
 
 class Member(NamedTuple):
@@ -249,22 +250,19 @@ def check_heads(heads: Any) -> dict[str, Path]:
 
 def load_named(named: Named, own: Any, own_decoder: Decoder, config: EngineConfig) -> dict[str, Decoder]:
     """The decoders of `check_named`'s models: one a directory, the engine's own where it is that. Raises ModelError."""
-    loaded: dict[Path, Decoder] = {}
-    if isinstance(own, (str, Path)):
-        loaded[Path(own).resolve()] = own_decoder
+    loaded: dict[Hashable, Decoder] = {same(own): own_decoder}
     decoders: dict[str, Decoder] = {}
     for name, model in named.items():
         try:
             if isinstance(model, Decoder):
                 decoder = model
             else:
-                path = Path(model).resolve()
-                if path not in loaded:
-                    loaded[path] = load_model(model, dtype=config.dtype, device=config.device, head="lm",
+                if same(model) not in loaded:
+                    loaded[same(model)] = load_model(model, dtype=config.dtype, device=config.device, head="lm",
                                               deterministic=config.deterministic, max_rows=1,
                                               max_model_len=config.max_model_len,
                                               quantization=followed(model, config.quantization))
-                decoder = loaded[path]
+                decoder = loaded[same(model)]
             decoder.check_device(config.device, "the Decoder")
             if config.deterministic and decoder is not own_decoder:
                 check_row_invariance(decoder, config.target)
@@ -279,7 +277,7 @@ def _check_name(argument: str, name: Any) -> None:
         raise RequestError(f"{argument} has the name {shown(name)}, it must be a text that can be printed")
 
 
-def _check_beside(model: str | Path | Decoder, shape: ModelConfig, tokenizer: Tokenizer | None,
+def _check_beside(model: str | Path | LoadedModel | Decoder, shape: ModelConfig, tokenizer: Tokenizer | None,
                   config: EngineConfig) -> None:
     """Raises ModelError unless a model draws from the same tokens as the engine's own does, ends texts by the same and
     reads texts as long."""
@@ -290,9 +288,10 @@ def _check_beside(model: str | Path | Decoder, shape: ModelConfig, tokenizer: To
         if model.head is None:
             raise ModelError("it is a Decoder without a language model head: load it with head='lm'")
     else:
-        theirs, their = load_config(model).reaching(config.max_model_len), load_tokenizer(model)
+        theirs, their = load_config(model).reaching(config.max_model_len), own_tokenizer(model)
         check_rounding(model, "lm", "auto", followed(model, config.quantization), config.device)
-        if (their is None) != (tokenizer is None):
+        unnamed = isinstance(model, LoadedModel) and their is None  # as little is known of it as of a Decoder
+        if (their is None) != (tokenizer is None) and not unnamed:
             side = "it" if their is None else "the engine's own model"
             raise ModelError(f"{side} has no tokenizer.json, so the vocabularies of both cannot be compared: add the "
                              "tokenizer to both directories or to neither")

@@ -30,7 +30,8 @@ class PagePool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently released first
         self._index: dict[tuple[int, tuple[int, ...]], int] = {}
         self._keys: list[tuple[int, tuple[int, ...]] | None] = [None] * num_pages
-        self._children: list[set[int]] = [set() for _ in range(num_pages)]
+        # By page, those published below it, in the order in which they came: `unpublish` frees them by it.
+        self._children: list[dict[int, None]] = [{} for _ in range(num_pages)]
 
     @property
     def num_available(self) -> int:
@@ -125,7 +126,7 @@ class PagePool:
                 self._index[key] = page
                 self._keys[page] = key
                 if parent != ROOT:
-                    self._children[parent].add(page)
+                    self._children[parent][page] = None
                 known = page
             found.append(known)
             parent = known
@@ -153,7 +154,7 @@ class PagePool:
             stack.extend(self._children[page])
             self._children[page].clear()
             if key[0] != ROOT:
-                self._children[key[0]].discard(page)
+                self._children[key[0]].pop(page, None)
             del self._index[key]
             self._keys[page] = None
             if self._references[page] == 0:

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer as Backend
 from stars.errors import ModelError, RewardError, StarsError, TokenizerError
 from stars.model.decoder import Decoder
 from stars.model.files import GGUF, is_gguf, printed
+from stars.model.loaded import LoadedModel, own_tokenizer, taken
 from stars.model.location import located
-from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.model.tokenizer import Tokenizer, from_transformers, load_tokenizer
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
 from stars.reward.implicit import ImplicitReward
@@ -24,11 +25,13 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def checked_model(model: Any) -> Any:
-    """The directory or GGUF file that `model` names, here or in the hub, or the Decoder that it is.
+    """The directory or GGUF file that `model` names, here or in the hub, or the Decoder that it is; of a model of
+    transformers, what reads its weights.
 
     Raises ModelError for anything else, in one sentence for each thing that is often given.
     """
-    if isinstance(model, Decoder):
+    model = taken(model)
+    if isinstance(model, (Decoder, LoadedModel)):
         return model
     if not isinstance(model, (str, Path)):
         raise ModelError(_object("model", model, "a model directory, a GGUF file or a Decoder"))
@@ -40,10 +43,10 @@ def checked_model(model: Any) -> Any:
 def checked_reward(reward: Any) -> Any:
     """`reward`, or the directory or GGUF file that it names, here or in the hub.
 
-    Raises ModelError for a path that is none, RewardError for a model of transformers; the same for the model inside a
-    CausalReward or EncoderReward, and for those of an ImplicitReward.
+    Raises ModelError for a path that is none, RewardError for what transformers has and is no model that can be read;
+    the same for the model inside a CausalReward or EncoderReward, and for those of an ImplicitReward.
     """
-    given = reward = located(reward)
+    given = reward = taken(located(reward))
     if isinstance(reward, ImplicitReward):
         for part in reward.parts:
             assert isinstance(part, LogprobReward)
@@ -85,12 +88,14 @@ def check_directory(name: str, path: str | Path, error: type[StarsError]) -> Non
 
 
 def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
-    """The tokenizer that is meant: an object of ours as it is, the one of a directory, None for that of `model`.
+    """The tokenizer that is meant: an object of ours as it is, a fast one of transformers as one of ours, the one of a
+    directory, None for that of `model`.
 
-    Returns None where none is given and `model` is no directory or has no tokenizer.json. Raises TokenizerError.
+    Returns None where none is given and `model` is no directory, is from none, or that has no tokenizer.json. Raises
+    TokenizerError.
     """
     if tokenizer is None:
-        return load_tokenizer(model) if isinstance(model, (str, Path)) else None
+        return own_tokenizer(model)
     if isinstance(tokenizer, (str, Path)):
         try:
             tokenizer = located(tokenizer, weights=False)
@@ -106,6 +111,8 @@ def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
     if isinstance(tokenizer, Backend):
         raise TokenizerError("tokenizer is a tokenizers.Tokenizer, and only directories are loaded: write it with "
                              "save(DIR + '/tokenizer.json') and give DIR")
+    if hasattr(tokenizer, "save_pretrained") and hasattr(tokenizer, "is_fast"):
+        return from_transformers(tokenizer)
     if hasattr(tokenizer, "save_pretrained") or not all(
             callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
         raise TokenizerError(_object("tokenizer", tokenizer, "a directory with a tokenizer.json"))

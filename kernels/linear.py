@@ -99,14 +99,13 @@ def pack(
     if arithmetic == "bfloat16":
         matrix = matrix.to(torch.bfloat16)
     out_features, in_features = matrix.shape
-    packable = matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) and matrix.numel() > 0
     if matrix.is_cuda:
         bias = None if bias is None else bias.to(matrix.dtype).contiguous()
         return Weight(matrix.contiguous(), bias, out_features, in_features, deterministic=deterministic)
+    if not _packable(matrix):
+        return Weight(matrix, bias, out_features, in_features, deterministic=deterministic)
     from stars.bindings import libstars
 
-    if not (packable and matrix.device.type == "cpu" and libstars.available()):
-        return Weight(matrix, bias, out_features, in_features, deterministic=deterministic)
     stored = matrix if matrix.dtype == torch.bfloat16 else _narrowest(matrix)
     bias = None if bias is None else bias.float().contiguous()
     packed = libstars.pack(stored.contiguous(), arithmetic)
@@ -150,7 +149,17 @@ def _pack_plain(parts: Sequence[Tensor], bias: Tensor | None, deterministic: boo
             bias = None if bias is None else bias.float().contiguous()
             return Weight(packed, bias, sum(part.shape[0] for part in parts), parts[0].shape[1], True, torch.bfloat16,
                           deterministic, arithmetic)
-    return pack(torch.cat(list(parts)), bias, deterministic, arithmetic)
+    # A matrix alone need not be copied for that, unless it would be kept as it is, perhaps in a file.
+    alone = len(parts) == 1 and (parts[0].is_cuda or _packable(parts[0]))
+    return pack(parts[0] if alone else torch.cat(list(parts)), bias, deterministic, arithmetic)
+
+
+def _packable(matrix: Tensor) -> bool:
+    """Whether `pack` makes libstars' layout of a matrix."""
+    from stars.bindings import libstars
+
+    return (matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) and matrix.numel() > 0
+            and matrix.device.type == "cpu" and libstars.available())
 
 
 def _narrowest(matrix: Tensor) -> Tensor:

@@ -385,12 +385,101 @@ Case program_case() {
           [data] { return bytes_of(data->taken); }};
 }
 
+// A ledger and its sequences, from their opening to their end.
+Case ledger_case() {
+  struct Data {
+    std::vector<int32_t> tokens, pages;
+    stars_page_counts counts;
+  };
+  auto data = std::make_shared<Data>();
+  data->tokens.resize(40);
+  for (size_t i = 0; i < data->tokens.size(); ++i) data->tokens[i] = static_cast<int32_t>(i);
+  return {"a ledger",
+          [data]() -> int32_t {
+            const stars_ledger_params params = {sizeof params, 32, 4};
+            stars_ledger* const ledger = stars_ledger_open(&params);
+            if (!ledger) return stars_last_status();
+            stars_sequence* open[2] = {};
+            stars_page_copy copy = {};
+            copy.size = sizeof copy;
+            data->counts = {};
+            data->counts.size = sizeof data->counts;
+            data->pages.assign(16, -1);
+            const int32_t status = [&]() -> int32_t {
+              if (!(open[0] = stars_sequence_open(ledger, 0, nullptr, 0))) return stars_last_status();
+              for (int i = 0; i < 19; ++i)
+                if (const int32_t copies = stars_sequence_extend(open[0], 2, &copy); copies < 0) {
+                  require(stars_sequence_length(open[0]) == 2 * i, "an extension that was refused");
+                  return -copies;
+                }
+              require(stars_sequence_publish(open[0], data->tokens.data(), 38) == STARS_OK, "publish");
+              if (!(open[1] = stars_sequence_fork(open[0]))) return stars_last_status();
+              if (const int32_t copies = stars_sequence_extend(open[1], 2, &copy); copies < 0) return -copies;
+              require(copy.source == 9 && copy.target == 10 && copy.rows == 2, "the copy of a shared page");
+              require(stars_sequence_pages(open[1], data->pages.data(), 16) == 10, "pages");
+              require(stars_ledger_counts(ledger, &data->counts) == STARS_OK, "counts");
+              return stars_ledger_check(ledger, nullptr);
+            }();
+            const int64_t before = left.exchange(-1);
+            require(stars_ledger_check(ledger, nullptr) == STARS_OK, "the books, where memory ran out");
+            for (stars_sequence* one : open)
+              if (one) require(stars_sequence_close(one, nullptr, 0) == STARS_OK, "close");
+            require(stars_ledger_close(ledger) == STARS_OK, "close");
+            left = before;
+            return status;
+          },
+          [data] {
+            std::vector<uint8_t> all = bytes_of(data->pages);
+            const auto* first = reinterpret_cast<const uint8_t*>(&data->counts);
+            all.insert(all.end(), first, first + sizeof data->counts);
+            return all;
+          }};
+}
+
+// A request of the segment controller from its opening to its close.
+Case controller_case() {
+  struct Data {
+    std::vector<stars_note> notes;
+    stars_progress progress;
+  };
+  auto data = std::make_shared<Data>();
+  return {"a controller",
+          [data]() -> int32_t {
+            stars_controller_params params = {};
+            params = {sizeof params, 3, 1.0, 0.5, 0.25, -1.0, 40, 4, 9, 5, 0, 0, 0};
+            data->notes.clear();
+            data->notes.reserve(200);
+            stars_controller* controller = stars_controller_open(&params);
+            if (!controller) return stars_last_status();
+            stars_attempt attempts[5];
+            for (int64_t count; (count = stars_controller_next(controller, attempts, 5)) > 0;) {
+              stars_scored scored[5] = {};
+              stars_note notes[5];
+              stars_decision decision = {sizeof decision, 0, 0, 0, 0};
+              for (int64_t i = 0; i < count; ++i)
+                scored[i] = {0.125 * (attempts[i].attempt * 7 % 11), attempts[i].attempt, attempts[i].max_tokens, 0, 0};
+              require(stars_controller_feed(controller, scored, count, notes, &decision) == STARS_OK, "feed");
+              data->notes.insert(data->notes.end(), notes, notes + decision.read);
+              if (decision.winner) require(stars_controller_commit(controller) == STARS_OK, "commit");
+            }
+            data->progress.size = sizeof data->progress;
+            require(stars_controller_progress(controller, &data->progress) == STARS_OK, "progress");
+            require(data->progress.finish_reason == STARS_LENGTH, "a request that ends");
+            return stars_controller_close(controller);
+          },
+          [data] {
+            std::vector<uint8_t> all = bytes_of(data->notes), more = bytes_of(std::vector<stars_progress>{data->progress});
+            all.insert(all.end(), more.begin(), more.end());
+            return all;
+          }};
+}
+
 std::vector<Case> all_cases() {
   return {linear_case(STARS_F32, 3),       linear_case(STARS_BF16, 70),      linear_case(STARS_BF16_DOT, 1),
           linear_case(STARS_BF16_DOT, 70), attention_case(1, 1300, true),    attention_case(5, 700, false),
           attention_case(2, 3, true),      sample_case(1),                   sample_case(6),
           penalties_case(6),               edits_case(6),                    told_case(6),
-          program_case()};
+          program_case(),                  ledger_case(),                    controller_case()};
 }
 
 // -- what is tried ----------------------------------------------------------------------------------------------------
@@ -468,6 +557,44 @@ void try_threads() {
               static_cast<long long>(changes));
 }
 
+// One ledger for all threads: each call has it to itself, or is told that another one does.
+void try_one_ledger() {
+  const stars_ledger_params params = {sizeof params, 64, 2};
+  stars_ledger* const ledger = stars_ledger_open(&params);
+  std::atomic<int64_t> calls{0}, busy{0};
+  const auto alone = [&](auto&& call) {
+    for (;;) {
+      const int64_t result = call();
+      ++calls;
+      if (result != STARS_BUSY && result != -STARS_BUSY) return result;
+      ++busy;
+      std::this_thread::yield();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int32_t key = 0; key < 4; ++key) {
+    threads.emplace_back([&, key] {
+      const int32_t tokens[6] = {key, 1, 2, 3, 4, 5};
+      stars_page_copy copy = {};
+      copy.size = sizeof copy;
+      for (int turn = 0; turn < 2000; ++turn) {
+        stars_sequence* one = nullptr;
+        alone([&] { return (one = stars_sequence_open(ledger, key, tokens, 6)) ? STARS_OK : stars_last_status(); });
+        const int64_t shared = alone([&] { return stars_sequence_shared(one); });
+        require(shared == (turn ? 4 : 0), "what a sequence shares, beside others");
+        require(alone([&] { return stars_sequence_extend(one, 6 - shared, &copy); }) == 0, "extend, beside others");
+        require(alone([&] { return stars_sequence_close(one, tokens, 6); }) == STARS_OK, "close, beside others");
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const std::vector<int64_t> none(64);
+  require(stars_ledger_check(ledger, none.data()) == STARS_OK, "the books, after several threads");
+  require(stars_ledger_close(ledger) == STARS_OK, "close");
+  std::printf("one ledger: %lld calls, %lld of them told that another thread has it\n",
+              static_cast<long long>(calls), static_cast<long long>(busy));
+}
+
 void try_fork(int children) {
   std::atomic<bool> stop{false};
   const Case own = linear_case(STARS_F32, 9);
@@ -512,6 +639,7 @@ int main(int count, char** arguments) {
     try_memory();
   } else if (what == "threads") {
     try_threads();
+    try_one_ledger();
   } else if (what == "fork") {
     try_fork(50);
   } else {

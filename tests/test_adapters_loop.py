@@ -130,3 +130,77 @@ def test_a_caller_that_stops_early_gives_everything_back():
 def test_policies_of_other_laws_are_refused_by_name(policy):
     with pytest.raises(RequestError, match="policy is|the test"):
         law_of(policy, "the test")
+
+
+class Small(Recomputing):
+    """The same with room for one response at a time."""
+
+    def reserve(self, response):
+        if self.open_sequences == 0:
+            response.sequence, self.open_sequences = object(), 1
+        return response.sequence is not None
+
+    def open(self, responses):
+        assert all(one.sequence is not None for one in responses)
+
+    def draft(self, asked):
+        assert len(asked) == 1
+        return super().draft(asked)
+
+
+def test_who_finds_no_room_waits_and_gets_the_same_text():
+    from stars.reward import FunctionReward
+
+    toy, law = ToyModel(vocab=7, seed=3), law_of(STARS(segment_size=2, reward_threshold=1.0, alpha=1.0), "the test")
+    found = []
+    for kind in (Recomputing, Small):
+        scoring = Scoring(FunctionReward(summed, inputs="ids"), None, 7, max_model_len=64, segment_size=2)
+        stack = kind(toy, Proposal(stop_ids=(EOS,)))
+        responses = [Response(parse_prompt({"prompt_token_ids": ids}, None, 7), 5, 0, 9) for ids in ([1], [2], [3])]
+        for _ in Loop(stack, scoring, law, None, frozenset({EOS}), reserve=getattr(stack, "reserve", None)).run(
+                responses):
+            pass
+        assert stack.open_sequences == 0
+        found.append([one.token_ids for one in responses])
+    assert found[0] == found[1]
+
+
+def test_responses_have_proposals_and_stop_tokens_of_their_own():
+    toy, law = ToyModel(vocab=7, seed=3), law_of(Sample(), "the test")
+    proposals = {1: Proposal(0.5, 3, stop_ids=(EOS, 4)), 2: Proposal(1.3, stop_ids=(EOS,))}
+
+    class Several(Recomputing):
+        def draft(self, asked):
+            self.proposal = [proposals[one.prompt.token_ids[0]] for one, _ in asked]
+            return super().draft(asked)
+
+    def run(*ids):
+        stack = Several(toy, Proposal())
+        responses = [Response(parse_prompt({"prompt_token_ids": [one]}, None, 7), 5, 0, 9) for one in ids]
+        for one in responses:
+            one.stop_ids = frozenset(proposals[one.prompt.token_ids[0]].stop_ids)
+            one.decode = lambda token_ids: " ".join(map(str, token_ids))
+        for _ in Loop(stack, None, law, None).run(responses):
+            pass
+        return [(one.token_ids, one.text) for one in responses]
+
+    together = run(1, 2)
+    assert together == [*run(1), *run(2)]
+    assert together[0][0][-1] == 4 and "4" not in together[0][1] and together[1][0].count(4)
+
+
+def test_what_was_being_opened_is_given_back_when_that_fails():
+    from stars.reward import FunctionReward
+
+    class Fails(Recomputing):
+        def open(self, responses):
+            super().open(responses[:1])
+            raise RuntimeError("the stack fell over")
+
+    toy, law = ToyModel(vocab=7, seed=3), law_of(STARS(segment_size=2, reward_threshold=1.0, alpha=1.0), "the test")
+    scoring = Scoring(FunctionReward(summed, inputs="ids"), None, 7, max_model_len=64, segment_size=2)
+    stack = Fails(toy, Proposal())
+    responses = [Response(parse_prompt({"prompt_token_ids": [1]}, None, 7), 5, 0, 9) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="fell over"):
+        next(Loop(stack, scoring, law, None).run(responses))
+    assert stack.open_sequences == 0 and all(one.session is None and one.controller is None for one in responses)

@@ -58,13 +58,13 @@ def draw(drawn: Case) -> list[stars.CompletionOutput]:
 # -- the exact law ------------------------------------------------------------------------------------------------
 
 
-def segment_law(prefix: Prefix, drawn: Case) -> tuple[dict[Prefix, float], dict[int, float]]:
+def segment_law(prefix: Prefix, drawn: Case, model=MODEL) -> tuple[dict[Prefix, float], dict[int, float]]:
     """(probability of each committed segment, probability of each winning attempt, 0 for the fallback)."""
     policy, params = drawn.policy, drawn.params
     target, most = policy.reward_threshold, policy.max_attempts
     r0 = (1 - policy.alpha) * drawn.reward([]) + policy.alpha * target
     accepted, rejected, rewards = {}, {}, {}
-    for segment, probability in candidates(prefix, min(policy.segment_size, MAX_TOKENS - len(prefix)), params):
+    for segment, probability in candidates(prefix, min(policy.segment_size, MAX_TOKENS - len(prefix)), params, model):
         reward = drawn.reward([token for token in prefix + segment if token != EOS])
         tau = min(target, r0 + (len(prefix) + len(segment)) / MAX_TOKENS * (target - r0))
         if policy.beta == 0:

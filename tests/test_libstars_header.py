@@ -16,6 +16,7 @@ from stars.bindings.layouts import HEADER, HEADER_TEXT, OPERATIONS, STRUCTURES
 
 needs_libstars = pytest.mark.skipif(not libstars.available(), reason="libstars was not built")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+VERSION = HEADER.constants["STARS_ABI_VERSION"]
 
 DRIFTS = {  # text of the header, another in its place, and what must be said of it
     "order": ("float* out;\n  int64_t rows, intermediate;", "int64_t rows, intermediate;\n  float* out;",
@@ -32,7 +33,8 @@ DRIFTS = {  # text of the header, another in its place, and what must be said of
     "number": ("STARS_OP_APPEND_DRAFT = 10", "STARS_OP_APPEND_DRAFT = 12", "STARS_OP_APPEND_DRAFT is 10 here and 12 "
                "there"),
     "status": ("STARS_OUT_OF_MEMORY = 2", "STARS_OUT_OF_MEMORY = 3", "STARS_OUT_OF_MEMORY is 2 here and 3 there"),
-    "version": ("STARS_ABI_VERSION 9", "STARS_ABI_VERSION 10", "STARS_ABI_VERSION is 9 here and 10 there"),
+    "version": (f"STARS_ABI_VERSION {VERSION}", f"STARS_ABI_VERSION {VERSION + 1}",
+                f"STARS_ABI_VERSION is {VERSION} here and {VERSION + 1} there"),
     "argument": ("stars_call(int32_t op,", "stars_call(int64_t op,", "stars_call is int32_t (int32_t op, const void* "
                  "params) here and int32_t (int64_t op, const void* params) there"),
     "result": ("STARS_API double stars_cpu_quota", "STARS_API float stars_cpu_quota",

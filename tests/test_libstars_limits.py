@@ -488,6 +488,8 @@ def test_the_quota_of_a_container(cgroup, mounts, files, quota, tmp_path):
 def test_nothing_of_the_hosts_streams_and_locales_is_needed():
     """The first operation of a process counts the CPUs, whatever C++ library the process has loaded by then."""
     names = library.library_path().read_bytes()
+    if b"libstdc++.so" not in names:
+        pytest.skip("this libstars needs no C++ library of the host's")
     assert b"_ZSt9terminatev" in names  # the names of what is needed do lie in the file, as they are
     assert [name for name in (b"basic_ifstream", b"basic_filebuf", b"stringstream", b"basic_istream", b"_ZNSt6locale")
             if name in names] == []

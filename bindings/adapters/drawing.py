@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,21 +31,32 @@ class Proposal(NamedTuple):
 
 
 class Drawing:
-    """The attempts of a round, each a lane; one token of each is drawn at a time."""
+    """The attempts of a round, each a lane; one token of each is drawn at a time.
 
-    def __init__(self, asked: Sequence[Asked], proposal: Proposal, device: torch.device | str = "cpu"):
+    proposal: of all of them, or a list with one for each of `asked`.
+    """
+
+    def __init__(self, asked: Sequence[Asked], proposal: Proposal | Sequence[Proposal],
+                 device: torch.device | str = "cpu"):
         attempts = [one for _, attempts in asked for one in attempts]
         count, steps = len(attempts), max(one.max_tokens for one in attempts)
         self._counts = [len(attempts) for _, attempts in asked]
-        self._proposal = proposal
+        each = [proposal] * len(asked) if isinstance(proposal, Proposal) else list(proposal)
+        proposals = [one for one, own in zip(each, self._counts, strict=True) for _ in range(own)]  # of each lane
+        self._filters = any(one.filters for one in each)
+        self._stops = [set(one.stop_ids) for one in each]
 
-        def ints(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+        def ints(values: Sequence[Any], dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
         def same(value: float, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full((count,), value, dtype=dtype, device=device)
 
-        stops = sorted(set(proposal.stop_ids)) or [-1]
+        def floats(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        most = max(1, *map(len, self._stops))
+        stops = [sorted(one) + [-1] * (most - len(one)) for one in self._stops]
         self.lanes = LaneState(
             token_ids=same(0), positions=same(0), slots=same(0), slab_used=same(0), steps=same(0),
             max_tokens=ints([one.max_tokens for one in attempts]), done=same(0),
@@ -54,9 +65,10 @@ class Drawing:
             seeds=ints([signed_seed(one.seed) for one in attempts], torch.int64),
             attempts=ints([one.attempt for one in attempts]),
             streams=ints([signed_stream(one.stream) for one in attempts]),
-            temperature=same(proposal.temperature, torch.float32), top_k=same(proposal.top_k),
-            top_p=same(proposal.top_p, torch.float32), min_p=same(proposal.min_p, torch.float32),
-            stop_ids=ints(stops).repeat(count, 1), entropy_cut=same(math.inf, torch.float32), least_tokens=same(0))
+            temperature=floats([one.temperature for one in proposals]), top_k=ints([one.top_k for one in proposals]),
+            top_p=floats([one.top_p for one in proposals]), min_p=floats([one.min_p for one in proposals]),
+            stop_ids=ints([own for own, number in zip(stops, self._counts, strict=True) for _ in range(number)]),
+            entropy_cut=same(math.inf, torch.float32), least_tokens=same(0))
 
     @property
     def done(self) -> list[bool]:
@@ -72,14 +84,14 @@ class Drawing:
     def draw(self, logits: Tensor) -> None:
         """Draws one token of every lane that is not done. logits: float32 [lanes, vocab], contiguous; rows of lanes
         that are done are not read. A row of NaN or of nothing but -inf is found by `drafts`."""
-        sample_step(logits, self.lanes, filters=self._proposal.filters, cuts=False)
+        sample_step(logits, self.lanes, filters=self._filters, cuts=False)
 
     def drafts(self) -> list[list[Draft]]:
         """What was drawn, once all lanes are done: one list a response, in the attempts' order."""
         lanes = self.lanes
         tokens, logprobs, steps = lanes.out_tokens.tolist(), lanes.out_logprobs.double(), lanes.steps.tolist()
-        found, place, stops = [], 0, set(self._proposal.stop_ids)
-        for count in self._counts:
+        found, place = [], 0
+        for count, stops in zip(self._counts, self._stops, strict=True):
             drafts = []
             for lane in range(place, place + count):
                 token_ids = tokens[lane][: steps[lane]]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from stars.adapters.law import Law
 from stars.adapters.scoring import Scoring, usable
 from stars.bindings.controller import Controller, Drawn, Fed, Said, Verdict
-from stars.errors import RequestError, RewardError
+from stars.errors import RequestError, RewardError, StarsError
 from stars.outputs import Attempt, CompletionOutput, Metrics, Segment
 from stars.prompt import Prompt
 from stars.reward.base import Candidate
@@ -51,8 +51,9 @@ class Stack(Protocol):
     def open(self, responses: Sequence[Response]) -> None:
         """Reads the prompts of responses that begin; `response.sequence` is the stack's own."""
 
-    def draft(self, asked: Sequence[Asked]) -> list[list[Draft]]:
-        """Draws the attempts of a round, all from what was committed; one list a response, in the attempts' order."""
+    def draft(self, asked: Sequence[Asked]) -> Sequence[list[Draft] | StarsError]:
+        """Draws the attempts of a round, all from what was committed; one list a response, in the attempts' order, or
+        the error that ends that response."""
 
     def settle(self, settled: Sequence[Settled]) -> None:
         """Keeps winners as history, holds what may still win, and forgets the rest."""
@@ -80,8 +81,10 @@ class Response:
         self.segments: list[Segment] = []
         self.metrics = Metrics()
         self.prompt_reward: float | None = None
+        self.decode: Detokenizes | None = None  # of this one, as its text may depend on its prompt; None: the loop's
+        self.stop_ids: frozenset[int] | None = None  # of this one; None: the loop's
         self.finish_reason: str | None = None
-        self.error: RequestError | RewardError | None = None
+        self.error: StarsError | None = None
         self.sequence: Any = None  # the stack's
         self.session: Any = None  # the reward's
         self.controller: Controller | None = None
@@ -99,19 +102,23 @@ class Response:
 class Loop:
     """Runs responses together, each by a controller of its own; any width gives the same text.
 
-    decode: text of response tokens, where the reward reads text or texts are wanted; None: no text.
+    decode: text of response tokens, where the reward reads text or texts are wanted; None: no text. reserve: takes what
+    the stack needs for a response and tells whether there was room; None: there always is. What is not there for one
+    that would run alone is an error of that response.
     """
 
     def __init__(self, stack: Stack, scoring: Scoring | None, law: Law, decode: Detokenizes | None,
-                 stop_ids: frozenset[int] = frozenset(), width: int | None = None):
+                 stop_ids: frozenset[int] = frozenset(), width: int | None = None,
+                 reserve: Callable[[Response], bool] | None = None):
         self._stack = stack
         self._scoring = scoring
         self._law = law
         self._decode = decode
         self._stop_ids = stop_ids
         self._width = width or law.width
+        self._reserve = reserve
 
-    def run(self, responses: Sequence[Response]) -> Iterator[list[Response]]:
+    def run(self, responses: Sequence[Response]) -> Generator[list[Response], None, None]:
         """Yields after each round those of `responses` that have a new segment or have ended, until all have.
 
         A response whose reward fails ends with finish_reason "error". Who stops early calls `close` of the generator:
@@ -131,7 +138,7 @@ class Loop:
                 running = [one for one in running if one.finish_reason is None]
                 yield changed
         finally:
-            for one in running:
+            for one in responses:  # those that were being opened, too
                 self._close(one)
 
     def _admit(self, waiting: list[Response], running: Sequence[Response]) -> list[Response]:
@@ -139,14 +146,20 @@ class Loop:
         begun: list[Response] = []
         while waiting:
             one = waiting[0]
+            alone = not running and all(other.finish_reason is not None for other in begun)
             try:
                 if self._scoring is not None:
                     one.session = self._scoring.open(one.prompt, one.max_tokens)
                     if one.session is None:
-                        if running or any(other.finish_reason is None for other in begun):
+                        if not alone:
                             break
                         raise RewardError("the reward model's cache is too small for this prompt and max_tokens: raise "
                                           "cache_tokens")
+                if self._reserve is not None and not self._reserve(one):
+                    if alone:
+                        raise RequestError("there is no room for this prompt and max_tokens: shorten one of them")
+                    self._close(one)
+                    break
             except (RequestError, RewardError) as error:
                 self._fail(one, error)
             begun.append(waiting.pop(0))
@@ -186,14 +199,18 @@ class Loop:
         seconds = (time.perf_counter() - begin) / len(asked)
         for (one, attempts), drafts in zip(asked, drafted, strict=True):
             one.metrics.lm_seconds += seconds
+            if isinstance(drafts, StarsError):
+                self._fail(one, drafts)
+                continue
             one.metrics.width = max(one.metrics.width, len(attempts))
             one.metrics.attempts += len(attempts)
             one.metrics.lm_tokens_drawn += sum(len(draft.token_ids) for draft in drafts)
             for attempt, draft in zip(attempts, drafts, strict=True):
                 one.drafts[attempt.attempt] = draft, None, None, None
-        verdicts = self._decide(asked)
+        drawn = [one for one in asked if one.response.finish_reason is None]
+        verdicts = self._decide(drawn)
         settled = []
-        for one, _ in asked:
+        for one, _ in drawn:
             if one.finish_reason is None:
                 verdict, winner, best = verdicts[one]
                 decided = verdict in (Verdict.ACCEPT, Verdict.FALLBACK)
@@ -275,19 +292,23 @@ class Loop:
         """The whole response with a draft, as a reward reads it."""
         assert self._scoring is not None
         token_ids = one.token_ids + draft.token_ids
-        stopped = token_ids[-1] if draft.ended and token_ids[-1] in self._stop_ids else None
+        stopped = token_ids[-1] if draft.ended and token_ids[-1] in self._stops(one) else None
         if draft.content is not None:
             token_ids = one.token_ids + draft.token_ids[: draft.content]
         elif stopped is not None:
             token_ids = token_ids[:-1]
         if not self._scoring.needs_text:
             return Candidate(one.session, token_ids, None, stopped=stopped)
-        return Candidate(one.session, token_ids, self._text(token_ids, draft), False, draft.ended, stopped)
+        return Candidate(one.session, token_ids, self._text(one, token_ids, draft), False, draft.ended, stopped)
 
-    def _text(self, token_ids: list[int], draft: Draft) -> str | None:
+    def _text(self, one: Response, token_ids: list[int], draft: Draft) -> str | None:
         if draft.text is not None:
             return draft.text
-        return None if self._decode is None else self._decode(token_ids)
+        decode = one.decode or self._decode
+        return None if decode is None else decode(token_ids)
+
+    def _stops(self, one: Response) -> frozenset[int]:
+        return self._stop_ids if one.stop_ids is None else one.stop_ids
 
     def _commit(self, one: Response, winner: int, accepted: bool) -> None:
         """The winner becomes history, in the reward's session and in what the user gets."""
@@ -308,11 +329,10 @@ class Loop:
         one.controller.commit()
         content = len(one.token_ids) + (len(draft.token_ids) if draft.content is None else draft.content)
         one.token_ids += draft.token_ids
-        if draft.text is not None or self._decode is not None:
-            shown = one.token_ids[:content]
-            if draft.content is None and draft.ended and shown[-1] in self._stop_ids:
-                shown = shown[:-1]
-            one.text = self._text(shown, draft)
+        shown = one.token_ids[:content]
+        if draft.content is None and draft.ended and shown[-1] in self._stops(one):
+            shown = shown[:-1]
+        one.text = self._text(one, shown, draft)
         one.segments.append(segment)
         one.metrics.keep(segment, in_order=not self._law.best)
         one.finish_reason = one.controller.finish_reason
@@ -327,7 +347,7 @@ class Loop:
         if one.controller is not None and not besides:
             one.drafts = {}
 
-    def _fail(self, one: Response, error: RequestError | RewardError) -> None:
+    def _fail(self, one: Response, error: StarsError) -> None:
         """Ends a response with an error; what was committed stays."""
         one.error, one.finish_reason = error, "error"
         self._close(one)

@@ -16,13 +16,13 @@
 #include "parallel.h"
 #include "sizes.h"
 #include "stars.h"
+#ifdef STARS_X86
+#include "x86.h"
+#endif
 
 namespace stars {
 
 namespace {
-
-thread_local char last_error[256] = "";
-thread_local int32_t last_status = STARS_OK;
 
 struct isa {
   const char* name;
@@ -32,7 +32,6 @@ struct isa {
 isa choose_isa() {
   isa best = {"base", &base::table};
 #ifdef STARS_X86
-  __builtin_cpu_init();
   static const op_table avx512_vnni_table = [] {
     op_table table = avx512::table;
     table.linear_quantised = avx512_vnni::linear_quantised;
@@ -47,12 +46,8 @@ isa choose_isa() {
                        {"avx512", &avx512::table},
                        {"avx512_vnni", &avx512_vnni_table},
                        {"avx512_bf16", &avx512_bf16_table}};
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-  const bool supported[] = {has_avx2, has_avx512, has_vnni, has_vnni && __builtin_cpu_supports("avx512bf16")};
+  const x86_features cpu = features_of_cpu();
+  const bool supported[] = {cpu.avx2, cpu.avx512, cpu.vnni, cpu.bf16};
   const char* wanted = std::getenv("STARS_ISA");  // for tests: the best at most this wide
   for (int i = 0; i < 4 && supported[i]; ++i) {
     if (wanted && std::strcmp(wanted, best.name) == 0) break;
@@ -365,15 +360,6 @@ int32_t with_op(int32_t op, const void* params, Then&& then) {
 
 }  // namespace
 
-int32_t fail(const char* where, const char* what, int32_t status) {
-  std::snprintf(last_error, sizeof last_error, "%s: %s", where, what);
-  return last_status = status;
-}
-
-int32_t fail_for_memory(const char* where) { return fail(where, "out of memory", STARS_OUT_OF_MEMORY); }
-
-void out_of_memory() { throw std::bad_alloc(); }
-
 const op_table& ops() { return *chosen_isa.table; }
 
 }  // namespace stars
@@ -412,8 +398,6 @@ int32_t stars_check_version(int32_t version) {
   return stars::fail("stars_check_version", text);
 }
 
-const char* stars_last_error(void) { return stars::last_error; }
-int32_t stars_last_status(void) { return stars::last_status; }
 const char* stars_isa(void) { return stars::chosen_isa.name; }
 
 int32_t stars_num_threads(void) { return stars::num_threads(); }

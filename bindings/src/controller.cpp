@@ -24,6 +24,8 @@ const char* controller::check(const stars_controller_params& p) {
   if (p.max_tokens < 1 || p.max_tokens > INT32_MAX) return "max_tokens must be between 1 and 2^31 - 1";
   if (p.segment_size < 1 || p.segment_size > INT32_MAX) return "segment_size must be between 1 and 2^31 - 1";
   if (p.max_attempts < 1 || p.max_attempts > kMaxAttempts) return "max_attempts must be between 1 and 2^24 - 1";
+  if ((p.max_tokens - 1) / p.segment_size >= kMaxSegments)
+    return "max_tokens makes more than 2^20 segments of segment_size: make segments longer";
   if (p.sample < 0 || p.sample >= kMaxSamples) return "sample must be between 0 and 4095";
   if (!(p.beta >= 0.0) || std::isinf(p.beta)) return "beta must be a finite number of at least 0";
   if (!(p.alpha >= 0.0 && p.alpha <= 1.0)) return "alpha must be between 0 and 1";
@@ -54,7 +56,7 @@ const char* controller::next(stars_attempt* attempts, int64_t capacity, int64_t&
   if (capacity < 1 || !attempts) return "attempts must not be null and capacity at least 1";
   segment& s = segment_;
   if (done_.finish_reason != STARS_RUNNING) return nullptr;
-  if (s.verdict == STARS_ACCEPT || s.verdict == STARS_FALLBACK) return "the segment is decided: commit it first";
+  if (decided(s)) return "the segment is decided: commit it first";
   if (s.fed < s.drawn) return "attempts of this round have no rewards yet: feed those first";
   if (done_.segments >= kMaxSegments) return "the response has 2^20 segments: make segments longer";
   const int64_t tokens = segment_tokens();
@@ -79,19 +81,19 @@ const char* controller::next(stars_attempt* attempts, int64_t capacity, int64_t&
   return nullptr;
 }
 
-// The law, of the attempt that comes next in order.
-void controller::settle(segment& s, const stars_scored& one, stars_note& note) const {
-  note.threshold = tau(done_.tokens + one.tokens);
-  note.probability = law::accept_probability(one.reward, note.threshold, params_.beta);
+// The law, of the attempt that comes next in order. `note` may be null.
+void controller::settle(segment& s, const stars_scored& one, stars_note* note) const {
+  const double level = tau(done_.tokens + one.tokens);
   const double uniform = stars_accept_uniform(params_.seed, static_cast<uint32_t>(one.attempt),
                                               static_cast<uint32_t>(done_.segments),
                                               static_cast<uint32_t>(params_.sample));
-  note.accepted = law::accepts(uniform, one.reward, note.threshold, params_.beta);
+  const bool accepted = law::accepts(uniform, one.reward, level, params_.beta);
+  if (note) *note = {level, law::accept_probability(one.reward, level, params_.beta), accepted, 0};
   if (!s.best || one.reward > s.leading.reward) {  // of equal ones the earliest stays
     s.best = one.attempt;
     s.leading = one;
   }
-  if (note.accepted) {
+  if (accepted) {
     s.verdict = STARS_ACCEPT;
     s.winner = one.attempt;
     s.winning = one;
@@ -102,52 +104,63 @@ void controller::settle(segment& s, const stars_scored& one, stars_note& note) c
   }
 }
 
+// What is wrong with results; null where nothing is. A reward that is none is one only up to the winner.
+const char* controller::unusable(const stars_scored* scored, int64_t count) const {
+  int64_t usable = count;  // rewards before the first that is none
+  for (int64_t i = count; i-- > 0;) {
+    if (scored[i].attempt != segment_.fed + i + 1)
+      return "rewards are out of order: feed them in the order of the attempts";
+    if (scored[i].tokens < 1 || scored[i].tokens > segment_.tokens)
+      return "tokens must be between 1 and the attempt's max_tokens";
+    if (!(scored[i].reward < law::infinity)) usable = i;
+  }
+  if (usable == count) return nullptr;
+  segment s = segment_;
+  for (int64_t i = 0; i < usable && !decided(s); ++i) settle(s, scored[i], nullptr);
+  if (decided(s)) return nullptr;
+  return std::isnan(scored[usable].reward) ? "a reward is NaN: it must be a number"
+                                           : "a reward is +inf: it must be finite or -inf";
+}
+
 const char* controller::feed(const stars_scored* scored, int64_t count, stars_note* notes, stars_decision& decision) {
   if (count < 0 || (count && !scored)) return "count must be >= 0, and scored not null";
   if (done_.finish_reason != STARS_RUNNING) return "the request has ended: it takes no more rewards";
   if (count > segment_.drawn - segment_.fed) return "there are more rewards than attempts that lack one";
-  segment s = segment_;
-  int64_t read = 0;
-  stars_note note = {};
+  if (const char* wrong = unusable(scored, count)) return wrong;
+  segment& s = segment_;
+  decision.read = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const stars_scored& one = scored[i];
-    if (one.attempt != s.fed + 1) return "rewards are out of order: feed them in the order of the attempts";
-    if (one.tokens < 1 || one.tokens > s.tokens) return "tokens must be between 1 and the attempt's max_tokens";
-    const bool decided = s.verdict == STARS_ACCEPT || s.verdict == STARS_FALLBACK;
-    if (!decided) {
-      if (std::isnan(one.reward)) return "a reward is NaN: it must be a number";
-      if (one.reward == law::infinity) return "a reward is +inf: it must be finite or -inf";
-      note = {};
-      settle(s, one, note);
-      if (notes) notes[i] = note;
-      ++read;
+    const bool counts_only = decided(s);
+    if (!counts_only) {
+      settle(s, scored[i], notes ? notes + i : nullptr);
+      ++decision.read;
     } else if (notes) {
       notes[i] = {};
     }
     ++s.fed;
-    s.fed_tokens += one.tokens;
-    s.rewards += !decided || !std::isnan(one.reward);
+    s.fed_tokens += scored[i].tokens;
+    s.rewards += !counts_only || !std::isnan(scored[i].reward);
   }
   if (s.verdict == STARS_UNDECIDED && s.fed == s.drawn && s.drawn) s.verdict = STARS_RETRY;
-  segment_ = s;
   decision.verdict = s.verdict;
   decision.winner = s.winner;
   decision.best = s.best;
-  decision.read = static_cast<int32_t>(read);
-  if (s.verdict == STARS_RETRY) {  // nothing of the round is outstanding: it is paid
-    done_.tokens_drawn += s.fed_tokens;
-    done_.rewards += s.rewards;
-    segment_.fed_tokens = segment_.rewards = 0;
-  }
+  if (s.verdict == STARS_RETRY) pay();
   return nullptr;
+}
+
+// Counts what was drawn and scored since the last time. Of an attempt that was not fed nobody said how long it became.
+void controller::pay() {
+  segment& s = segment_;
+  done_.tokens_drawn += s.fed_tokens + int64_t{s.drawn - s.fed} * s.tokens;
+  done_.rewards += s.rewards;
+  s.fed_tokens = s.rewards = 0;
 }
 
 const char* controller::commit() {
   segment& s = segment_;
-  if (s.verdict != STARS_ACCEPT && s.verdict != STARS_FALLBACK) return "the segment is not decided: feed rewards first";
-  const int64_t unfed = s.drawn - s.fed;  // nobody said how long they became
-  done_.tokens_drawn += s.fed_tokens + unfed * s.tokens;
-  done_.rewards += s.rewards;
+  if (!decided(s)) return "the segment is not decided: feed rewards first";
+  pay();
   done_.segments += 1;
   done_.tokens += s.winning.tokens;
   done_.reward = s.winning.reward;
@@ -164,6 +177,7 @@ const char* controller::commit() {
 }
 
 void controller::abort() {
+  pay();
   segment_ = {};
   if (done_.finish_reason == STARS_RUNNING) done_.finish_reason = STARS_ABORTED;
 }

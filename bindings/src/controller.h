@@ -23,7 +23,7 @@ class controller {
   void progress(stars_progress& out) const;
 
  private:
-  // Of the segment that is being decided. Copied while results are read, so that what is refused changes nothing.
+  // Of the segment that is being decided.
   struct segment {
     int32_t drawn = 0;  // attempts that were given
     int32_t fed = 0;    // of which the results were given, the first ones
@@ -31,13 +31,16 @@ class controller {
     int32_t verdict = STARS_UNDECIDED;
     int32_t winner = 0, best = 0;  // attempts, from 1; 0: none
     stars_scored winning = {}, leading = {};  // what was said of these
-    int64_t fed_tokens = 0;  // drawn for attempts whose results were given, since they were given
+    int64_t fed_tokens = 0;  // drawn for attempts whose results were given, and not counted in done_ yet
     int64_t rewards = 0;     // computed for them
   };
 
   double tau(int64_t tokens) const;
   int64_t segment_tokens() const;
-  void settle(segment& s, const stars_scored& one, stars_note& note) const;
+  static bool decided(const segment& s) { return s.verdict == STARS_ACCEPT || s.verdict == STARS_FALLBACK; }
+  const char* unusable(const stars_scored* scored, int64_t count) const;
+  void settle(segment& s, const stars_scored& one, stars_note* note) const;
+  void pay();
 
   stars_controller_params params_;
   double start_;

@@ -2,9 +2,9 @@
 //
 // A handle looks like a pointer and is none: it holds the number of a slot, how often that slot was used before, and the
 // kind of object. So a handle that was closed, forged, or made for something else is recognised, whatever has become of
-// its slot. A slot's word holds the same number of uses and whether somebody is at work with the object: one
-// compare-and-swap checks the handle and takes the object for the caller. Nothing here locks, so that a fork in the
-// midst of another thread's call leaves no lock behind.
+// its slot. A slot's word holds the same number of uses, whether somebody is at work with the object, and whether there
+// is one: one compare-and-swap checks the handle and takes the object for the caller. Nothing here locks, so that a fork
+// in the midst of another thread's call leaves no lock behind; an object at work then is busy in the child for ever.
 #pragma once
 
 #include <atomic>
@@ -23,6 +23,8 @@ enum handle_kind : uint64_t { kProgram = 1, kController = 2, kLedger = 3, kSeque
 // All objects of one kind. `Handle` is the opaque struct of stars.h, of which none exists.
 template <class T, class Handle, handle_kind kind>
 class handle_table {
+  struct slot;
+
  public:
   // The object of a handle, taken for the caller until the end of the scope; null where it could not be, and then
   // `status` says why and stars_last_error has its text.
@@ -30,7 +32,7 @@ class handle_table {
    public:
     taken(handle_table& table, const Handle* handle, const char* where) { status = table.take(handle, where, *this); }
     ~taken() {
-      if (slot_) slot_->word.store(free_word_, std::memory_order_release);
+      if (slot_) slot_->word.store(after_, std::memory_order_release);
     }
     taken(const taken&) = delete;
     taken& operator=(const taken&) = delete;
@@ -41,25 +43,23 @@ class handle_table {
 
    private:
     friend handle_table;
-    typename handle_table::slot* slot_ = nullptr;
-    uint64_t free_word_ = 0;
+    slot* slot_ = nullptr;
+    uint64_t after_ = 0;  // the slot's word once it is given back
   };
 
   // A handle for `object`; null and a status where there is no room for one more.
   Handle* open(std::unique_ptr<T> object, const char* where) {
     uint64_t index;
-    slot* place = pop(index);
-    if (!place) {
-      fail_for_memory(where);
-      return nullptr;
-    }
+    slot* place = pop(index, where);
+    if (!place) return nullptr;
     place->object = object.release();
-    const uint64_t uses = place->word.load(std::memory_order_relaxed) >> 1;
-    place->word.store(uses << 1, std::memory_order_release);
+    const uint64_t uses = place->word.load(std::memory_order_relaxed) / kUse;
+    place->word.store(uses * kUse, std::memory_order_release);
     return reinterpret_cast<Handle*>(static_cast<uintptr_t>((uses & kMaxUses) << 24 | index << 4 | kind));
   }
 
-  // Ends the object of a handle. `may_close(object)` is asked first, where it is given: a text refuses.
+  // Ends the object of a handle. `may_close(object)` is asked first, where it is given: a status other than STARS_OK,
+  // of which it has told, refuses.
   template <class MayClose>
   int32_t close(Handle* handle, const char* where, MayClose&& may_close) {
     std::unique_ptr<T> object;
@@ -68,12 +68,12 @@ class handle_table {
     {
       taken held(*this, handle, where);
       if (!held) return held.status;
-      if (const char* refusal = may_close(*held)) return fail(where, refusal);
+      if (const int32_t refusal = may_close(*held); refusal != STARS_OK) return refusal;
       place = held.slot_;
       index = index_of(handle);
       object.reset(place->object);
       place->object = nullptr;
-      held.free_word_ += 2;  // one use more: the handle is of the past once the word is stored
+      held.after_ += kUse | kVacant;  // one use more: the handle is of the past once the word is stored
     }
     object.reset();
     push(place, index);
@@ -81,12 +81,14 @@ class handle_table {
   }
 
   int32_t close(Handle* handle, const char* where) {
-    return close(handle, where, [](T&) -> const char* { return nullptr; });
+    return close(handle, where, [](T&) -> int32_t { return STARS_OK; });
   }
 
  private:
+  // The bits of a slot's word. What is vacant is never taken: whoever opens it next has it to himself.
+  static constexpr uint64_t kTaken = 1, kVacant = 2, kUse = 4;
   struct slot {
-    std::atomic<uint64_t> word{2};  // uses, and in the lowest bit whether a caller has the object
+    std::atomic<uint64_t> word{kUse | kVacant};
     T* object = nullptr;
     std::atomic<uint32_t> next{0};  // of the free list: a slot's index + 1, 0 at its end
   };
@@ -108,25 +110,22 @@ class handle_table {
     if (!value) return fail(where, "the handle must not be null");
     slot* const place = (value & 15) == kind ? find(index_of(handle)) : nullptr;
     if (!place) return fail(where, "this is no handle of such an object", STARS_CLOSED);
-    const uint64_t free_word = place->word.load(std::memory_order_relaxed) & ~uint64_t{1};
-    if ((free_word >> 1 & kMaxUses) != value >> 24) return fail(where, "the handle was closed before", STARS_CLOSED);
-    uint64_t expected = free_word;
-    if (!place->word.compare_exchange_strong(expected, free_word | 1, std::memory_order_acquire,
-                                             std::memory_order_relaxed)) {
-      if ((expected & ~uint64_t{1}) != free_word) return fail(where, "the handle was closed before", STARS_CLOSED);
-      return fail(where, "another thread is at work with the object: it has one caller at a time", STARS_BUSY);
-    }
-    if (!place->object) {  // a handle that nobody was given
-      place->word.store(free_word, std::memory_order_release);
+    const uint64_t idle = place->word.load(std::memory_order_relaxed) & ~kTaken;
+    uint64_t seen = idle;
+    if ((idle & kVacant) || (idle / kUse & kMaxUses) != value >> 24 ||
+        (!place->word.compare_exchange_strong(seen, idle | kTaken, std::memory_order_acquire,
+                                              std::memory_order_relaxed) &&
+         seen != (idle | kTaken)))
       return fail(where, "the handle was closed before", STARS_CLOSED);
-    }
+    if (seen != idle)
+      return fail(where, "another thread is at work with the object: it has one caller at a time", STARS_BUSY);
     out.slot_ = place;
-    out.free_word_ = free_word;
+    out.after_ = idle;
     return STARS_OK;
   }
 
-  // A free slot, or a new one; null where there is no memory, or 2^20 are open.
-  slot* pop(uint64_t& index) {
+  // A free slot, or a new one; null, and an error that is told, where there is no memory, or 2^20 are open.
+  slot* pop(uint64_t& index, const char* where) {
     uint64_t head = free_.load(std::memory_order_acquire);
     while (head & 0xffffffff) {  // above it a count of changes, so that a head which came back is not taken for itself
       index = (head & 0xffffffff) - 1;
@@ -136,12 +135,18 @@ class handle_table {
     }
     index = used_.load(std::memory_order_relaxed);
     do {
-      if (index >= kChunk * kChunks) return nullptr;
+      if (index >= kChunk * kChunks) {
+        fail(where, "2^20 objects of the kind are open: close some first", STARS_OUT_OF_MEMORY);
+        return nullptr;
+      }
       std::atomic<slot*>& chunk = chunks_[index / kChunk];
       if (!chunk.load(std::memory_order_acquire)) {
         slot* fresh = new (std::nothrow) slot[kChunk];
         slot* none = nullptr;
-        if (!fresh) return nullptr;
+        if (!fresh) {
+          fail_for_memory(where);
+          return nullptr;
+        }
         if (!chunk.compare_exchange_strong(none, fresh, std::memory_order_acq_rel)) delete[] fresh;
       }
     } while (!used_.compare_exchange_weak(index, index + 1, std::memory_order_relaxed));

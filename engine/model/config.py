@@ -15,6 +15,7 @@ from stars.model.checkpoint import Checkpoint
 from stars.model.families import FAMILIES, Family, Norms
 from stars.model.files import is_directory, is_file, is_finite, is_gguf, read_json, shown
 from stars.model.gguf_config import gguf_settings
+from stars.model.loaded import LoadedModel
 from stars.model.quantised_config import storage_of
 from stars.model.rope import RopeConfig, check_head_dim, head_order, parse_rope, parse_ropes
 
@@ -112,13 +113,18 @@ class ModelConfig:
         return min(self.rope.context_length(self.max_position_embeddings), MOST)
 
 
-def load_config(directory: str | Path) -> ModelConfig:
+def load_config(directory: str | Path | LoadedModel) -> ModelConfig:
     """Reads DIRECTORY/config.json, and generation_config.json where there is one, or a GGUF file's metadata; of an
-    adapter, its base's.
+    adapter, its base's; of a LoadedModel, what it would write there.
 
     Raises ModelError for a missing or broken file, an unsupported model type, architecture, rope type, activation or
     quantisation, for sizes that do not fit together, and for more layers than the weights' headers hold.
     """
+    if isinstance(directory, LoadedModel):
+        try:
+            return parse_config(directory.settings, directory.generation, f"the config of {directory}")
+        except ModelError as error:
+            raise ModelError(str(error).replace("repair config.json", "correct model.config")) from error
     directory = Path(directory)
     if not is_directory(directory) and not is_gguf(directory):
         raise ModelError(f"{directory} is not a directory: give the path of a model in Hugging Face format")

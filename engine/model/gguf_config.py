@@ -66,7 +66,7 @@ def gguf_settings(path: Path) -> dict[str, Any]:
         "num_key_value_heads": header.integer(f"{architecture}.attention.head_count_kv", heads),
         "rms_norm_eps": header.get(f"{architecture}.attention.layer_norm_rms_epsilon", (float, int), 1e-6),
         "tie_word_embeddings": "output.weight" not in header.tensors, "dtype": _dtype(header),
-        "bos_token_id": header.integer("tokenizer.ggml.bos_token_id"), "eos_token_id": _eos_ids(header),
+        "bos_token_id": header.integer("tokenizer.ggml.bos_token_id"), "eos_token_id": eos_ids(header),
         "attention_bias": "blk.0.attn_q.bias" in header.tensors, "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
         **_rotation(header, architecture, head_dim or 0, settings["max_position_embeddings"]),
         **_windows(header, architecture, settings["num_hidden_layers"]),
@@ -101,7 +101,7 @@ def _dtype(header: Header) -> str:
     return plain.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16"
 
 
-def _eos_ids(header: Header) -> list[int]:
+def eos_ids(header: Header) -> list[int]:
     """Every token that ends a text."""
     ids = [header.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     tokens, kinds = header.get("tokenizer.ggml.tokens", Array), header.numbers("tokenizer.ggml.token_type")

@@ -13,8 +13,9 @@ from torch import Tensor
 from stars.errors import ModelError
 from stars.kernels.linear import Weight, pack
 from stars.model.config import ModelConfig
-from stars.model.files import is_finite, printed, settings_of, shown
+from stars.model.files import is_finite, printed, shown
 from stars.model.heads import Activation, Gate, RewardHead
+from stars.model.loaded import settings_beside
 from stars.model.normalisation import Normalisation, read_normalisation
 from stars.model.source import TensorSource, plain
 
@@ -128,7 +129,7 @@ def head_choice(given: Any) -> HeadChoice:
 
 def has_head(checkpoint: TensorSource) -> bool:
     """Whether there are tensors of a reward head, whatever the architecture's name."""
-    return bool(_found(checkpoint, settings_of(checkpoint.directory)))
+    return bool(_found(checkpoint, settings_beside(checkpoint)))
 
 
 def find_head(checkpoint: TensorSource, config: ModelConfig, choice: HeadChoice, architecture: str) -> HeadForm:
@@ -138,7 +139,7 @@ def find_head(checkpoint: TensorSource, config: ModelConfig, choice: HeadChoice,
     is not. What shapes its tensors have is for the loader to compare.
     """
     where = checkpoint.directory
-    settings = settings_of(where)
+    settings = settings_beside(checkpoint)
     place = _place(checkpoint, settings, choice, architecture)
     if place == "lm_head":
         return _vocabulary(checkpoint, config, choice)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,6 +37,7 @@ from stars.model.head_files import (
     read_head,
 )
 from stars.model.heads import RewardHead
+from stars.model.loaded import READABLE, LoadedModel, place_of, taken
 from stars.model.normalisation import STATISTICS
 from stars.model.quantised_config import storage_of
 from stars.model.quantised_files import QuantisedCheckpoint
@@ -69,7 +70,7 @@ class ModelSummary(NamedTuple):
     reward_head: HeadForm | None  # of a reward model; None where it has none that can be read
     tokenizer: bool
     chat_template: bool
-    tensors: dict[tuple[Path, str], TensorInfo]  # its parameters, by file and name: what several read is held once
+    tensors: dict[tuple[Hashable, str], TensorInfo]  # its parameters, by place and name: what several read is held once
     adapter: AdapterSummary | None = None  # where the directory holds one
 
 
@@ -85,12 +86,13 @@ class AdapterSummary(NamedTuple):
 
 
 def load_model(
-    directory: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu",
+    directory: str | Path | LoadedModel, *, dtype: str = "auto", device: torch.device | str = "cpu",
     head: Literal["lm", "reward"] = "lm", max_rows: int = DEFAULT_MAX_ROWS, deterministic: bool = False,
     max_model_len: int | None = None, reward_head: Any = "auto", quantization: str | None = None,
 ) -> Decoder:
     """The model in DIRECTORY, or in a GGUF file, with the head asked for, its matrices packed one at a time. Of a LoRA
-    adapter it is that of its base, whose weights are packed as they are, with the low-rank products beside them.
+    adapter it is that of its base, whose weights are packed as they are, with the low-rank products beside them. In
+    place of DIRECTORY a PreTrainedModel of transformers is read from memory, see `Engine.from_transformers`.
 
     "auto" and "float32" keep the checkpoint's values exactly, and on the CPU all arithmetic is float32. "bfloat16"
     rounds the matrices to bfloat16 and, on a CPU that multiplies bfloat16 pairs, the activations of every product with
@@ -109,6 +111,7 @@ def load_model(
     Raises ModelError for whatever does not fit: missing, unexpected or misshapen tensors, an absent or ambiguous head,
     labels of unknown meaning, broken files.
     """
+    directory = taken(directory)
     device = _check_device(device)
     if dtype not in _dtypes(device):
         raise ModelError(f"dtype {dtype!r} is not supported: use one of {', '.join(_dtypes(device))}")
@@ -151,8 +154,10 @@ def load_model(
     )
 
 
-def open_checkpoint(directory: str | Path, beside: str | None = None) -> TensorSource:
-    """The tensors of a model directory or GGUF file, or of an adapter and its base; ModelError."""
+def open_checkpoint(directory: str | Path | LoadedModel, beside: str | None = None) -> TensorSource:
+    """The tensors of a model directory, GGUF file or LoadedModel, or of an adapter and its base; ModelError."""
+    if isinstance(directory, LoadedModel):
+        return directory
     directory = Path(directory)
     if is_adapter(directory):
         return AdaptedCheckpoint(directory, open_checkpoint(base_of(directory), beside))
@@ -163,8 +168,8 @@ def open_checkpoint(directory: str | Path, beside: str | None = None) -> TensorS
     return checkpoint if storage is None else QuantisedCheckpoint(checkpoint, storage)
 
 
-def check_rounding(directory: str | Path, head: Literal["lm", "reward"], reward_head: Any, quantization: str | None,
-                   device: str) -> Rounded | None:
+def check_rounding(directory: str | Path | LoadedModel, head: Literal["lm", "reward"], reward_head: Any,
+                   quantization: str | None, device: str) -> Rounded | None:
     """What `load_model` would round to, without reading weights; ModelError where it would refuse."""
     if quantization is None:
         return None
@@ -177,7 +182,7 @@ def check_rounding(directory: str | Path, head: Literal["lm", "reward"], reward_
 def followed(model: Any, quantization: Rounded | None) -> Rounded | None:
     """What a model is rounded to that follows the engine's quantization; a Decoder and a directory whose weights are
     quantised already are left so."""
-    if quantization is None or not isinstance(model, (str, Path)):
+    if quantization is None or not isinstance(model, READABLE):
         return None
     stored = any(info.quantised for info in open_checkpoint(model).tensors.values())
     return None if stored else quantization
@@ -200,12 +205,13 @@ def adapted_config(config: ModelConfig, checkpoint: TensorSource) -> ModelConfig
     return replace(config, num_labels=score.shape[0]) if brought and score is not None and score.shape else config
 
 
-def inspect_model(directory: str | Path, head: Head | None = None, reward_head: Any = "auto") -> ModelSummary:
+def inspect_model(directory: str | Path | LoadedModel, head: Head | None = None, reward_head: Any = "auto",
+                  ) -> ModelSummary:
     """What DIRECTORY holds, without reading weights; raises ModelError where config or headers cannot be read.
 
     head: which it is looked at for; None: whichever it has. reward_head: as `load_model`'s.
     """
-    directory = Path(directory)
+    place = directory.origin if isinstance(directory, LoadedModel) else Path(directory)
     config, choice = load_config(directory), head_choice(reward_head)
     checkpoint = open_checkpoint(directory, None if head == "lm" else VALUE_HEAD_FILE)
     config = adapted_config(config, checkpoint)
@@ -223,10 +229,11 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
             pass
     names, missing, unexpected = _match(checkpoint, config, head, form)
     held = {name: checkpoint.tensors[name] for name in names.values() if name in checkpoint.tensors}
-    tensors = {(checkpoint.file_of(name).resolve(), name): info for name, info in held.items()}
+    tensors: dict[tuple[Hashable, str], TensorInfo] = {
+        (place_of(checkpoint, name), name): info for name, info in held.items()}
     adapter = _adapter_summary(checkpoint, config) if isinstance(checkpoint, AdaptedCheckpoint) else None
-    if adapter is not None:
-        tensors[(directory / ADAPTER_WEIGHTS).resolve(), "low-rank"] = TensorInfo((adapter.elements,), "F32",
+    if isinstance(checkpoint, AdaptedCheckpoint) and adapter is not None:
+        tensors[(checkpoint.adapter / ADAPTER_WEIGHTS).resolve(), "low-rank"] = TensorInfo((adapter.elements,), "F32",
                                                                                   ADAPTER_WEIGHTS)
     return ModelSummary(
         config=config,
@@ -239,8 +246,8 @@ def inspect_model(directory: str | Path, head: Head | None = None, reward_head: 
         missing=missing,
         unexpected=unexpected,
         reward_head=form,
-        tokenizer=has_tokenizer(directory),
-        chat_template=has_chat_template(directory),
+        tokenizer=place is not None and has_tokenizer(place),
+        chat_template=place is not None and has_chat_template(place),
         tensors=tensors,
         adapter=adapter,
     )

@@ -7,7 +7,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from stars.errors import ModelError
-from stars.model.files import settings_of
+from stars.model.loaded import settings_beside
 from stars.model.source import TensorSource, plain
 
 STATISTICS = ("mean", "std")
@@ -31,7 +31,7 @@ def read_normalisation(checkpoint: TensorSource) -> Normalisation | None:
     between the two places.
     """
     where = checkpoint.directory / "config.json"
-    config = settings_of(checkpoint.directory)
+    config = settings_beside(checkpoint)
     wanted = config.get("normalize_reward")
     if wanted is None:
         _warn_if_unused(config, checkpoint)

@@ -18,6 +18,7 @@ from stars.model.adapters import PRODUCTS, AdaptedCheckpoint
 from stars.model.config import ModelConfig
 from stars.model.decoder import LayerWeights
 from stars.model.head_files import LM_HEAD
+from stars.model.loaded import place_of
 from stars.model.low_rank import LayerAdapters, LowRank
 from stars.model.quantization import INT4_GROUP, TIED
 from stars.model.sharing import once
@@ -85,9 +86,9 @@ class Reader:
         return self._once(names, lambda: self._matrix(layers, scheme, order), scheme)
 
     def _once(self, names: Iterable[str], make: Callable[[], T], scheme: Rounded | None = None) -> T:
-        """What is made of these tensors of these files, once in a scope of shared weights."""
+        """What is made of these tensors, once in a scope of shared weights."""
         held = [name for name in names if name in self.names]
-        read = tuple((self.source.file_of(self.names[name]).resolve(), name) for name in held)
+        read = tuple((place_of(self.source, self.names[name]), name) for name in held)
         key: Hashable = (read, self.device, self.kind, self.rounded, self.deterministic, scheme)
         return once(key, make)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from stars.errors import ModelError, TokenizerError
 from stars.model.bases import model_directory
-from stars.model.files import MAX_BYTES, is_file, is_gguf, read_json, read_text
+from stars.model.files import MAX_BYTES, is_file, is_gguf, printed, read_json, read_text
 from stars.model.tokenizer_limits import (
     ConfinedBackend,
     bounded,
@@ -285,6 +286,39 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     directory = tokenizer_directory(directory)
     if is_gguf(directory):
         return _load_gguf(directory)
+    return _load_directory(directory, str(directory))
+
+
+def from_transformers(tokenizer: Any) -> Tokenizer:
+    """A fast tokenizer of transformers as one of ours: what `load_tokenizer` makes of the directory that it saves, with
+    all of its chat templates. A copy: what is added to the one given later does not enter.
+
+    Raises TokenizerError for a slow one and for anything else, and where `load_tokenizer` does.
+    """
+    kind = type(tokenizer).__name__
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Backend):
+        slow = ", a slow one" if hasattr(tokenizer, "save_pretrained") else ""
+        raise TokenizerError(f"tokenizer is {kind}{slow}, it must be a fast tokenizer of transformers: give one that "
+                             "AutoTokenizer.from_pretrained(NAME) has loaded from a tokenizer.json")
+    name = getattr(tokenizer, "name_or_path", None)
+    where = printed(name) if isinstance(name, str) and name else f"a {kind}"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with refusing(f"the tokenizer of {where} cannot be saved"):
+                tokenizer.save_pretrained(folder, legacy_format=False)
+            made = _load_directory(Path(folder), where)
+        except TokenizerError as error:
+            raise TokenizerError(str(error).replace(folder, where)) from error
+    assert made is not None, "save_pretrained has written no tokenizer.json"
+    # Older and newer files have places of their own for several templates.
+    templates = getattr(tokenizer, "chat_template", None)
+    made._templates = dict(templates) if isinstance(templates, dict) else (
+        {} if templates is None else {"default": str(templates)})
+    return made
+
+
+def _load_directory(directory: Path, where: str) -> Tokenizer | None:
+    """As `load_tokenizer`, of a directory that has its own; its errors, once it is loaded, name `where`."""
     path = directory / "tokenizer.json"
     if not is_file(path):
         return None
@@ -299,8 +333,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
         # both may be left in the file from training, and would cut or stretch prompts
         backend.no_truncation()
         backend.no_padding()
-        return Tokenizer(bounded(backend, f"the tokenizer of {directory}"), special_tokens,
-                         _templates(directory, config), str(directory))
+        return Tokenizer(bounded(backend, f"the tokenizer of {where}"), special_tokens,
+                         _templates(directory, config), where)
 
 
 def _load_gguf(path: Path) -> Tokenizer | None:

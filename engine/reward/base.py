@@ -7,7 +7,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from stars.arguments import integer, shown
@@ -15,6 +14,7 @@ from stars.config import EngineConfig
 from stars.errors import RequestError, RewardError, describe
 from stars.kernels.quant import Rounded
 from stars.kernels.types import Draft
+from stars.model.loaded import READABLE
 from stars.model.loader import check_rounding, followed
 from stars.model.tokenizer import Tokenizer
 from stars.prompt import Prompt
@@ -335,7 +335,7 @@ def checked_integer(name: str, value: Any, least: int) -> int:
 
 def check_path(owner: str, model: Any) -> None:
     """RewardError unless `model` may be a directory; objects of transformers get their own sentence from the engine."""
-    if not isinstance(model, (str, Path)) and not hasattr(model, "save_pretrained"):
+    if not isinstance(model, READABLE) and not hasattr(model, "save_pretrained"):
         raise RewardError(f"{owner}.model is {shown(model)}, it must be a model directory")
 
 
@@ -345,7 +345,7 @@ def checked_rounding(owner: str, value: Any, model: Any) -> str | None:
     if value not in (None, "auto", *get_args(Rounded)):
         names = ", ".join(f'"{name}"' for name in get_args(Rounded))
         raise RewardError(f'{owner}.quantization is {shown(value)}, it must be "auto", None, {names}')
-    if value not in (None, "auto") and not isinstance(model, (str, Path)):
+    if value not in (None, "auto") and not isinstance(model, READABLE):
         raise RewardError(f"{owner}.quantization belongs to a directory, and model is a Decoder, whose weights are "
                           "read already: give load_model(DIR, quantization=...) that")
     chosen: str | None = value
@@ -356,7 +356,7 @@ def rounding_of(model: Any, value: str | None, head: Literal["lm", "reward"], re
                 config: EngineConfig) -> Rounded | None:
     """What a reward's model is rounded to: `value`, or with "auto" what the engine says of rewards, unless the model is
     quantised already. ModelError where it cannot be; no weight is read."""
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, READABLE):
         return None
     rounded = followed(model, config.reward_quantization) if value == "auto" else value
     return check_rounding(model, head, reward_head, rounded, config.device)

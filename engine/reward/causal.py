@@ -15,9 +15,10 @@ from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.head_files import HeadChoice, head_choice
 from stars.model.heads import RewardHead
+from stars.model.loaded import LoadedModel, own_tokenizer, taken
 from stars.model.loader import load_model
 from stars.model.location import located
-from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.model.tokenizer import Tokenizer, from_transformers
 from stars.passes import Passes
 from stars.reward.base import Held, check_path, checked_rounding, rounding_of
 from stars.reward.framing import Framing
@@ -31,12 +32,13 @@ REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's
 class CausalReward(ScoringReward):
     """A decoder with a reward head: what the head says of the last token, in float32.
 
-    model: as the engine's, or a Decoder with a reward head. head: which of the files'; "auto" finds it by its
-    tensors. One row gives the raw logit, two labels the probability of the second, ArmoRM's and QRM's objectives their
-    sum by the weights that a gate gives the prompt. A name of a tensor chooses among several, "lm_head" takes its row
-    0, and a dict says more: tensor; rows, one of the reward, or the bad one's and the good one's; activation, "none",
-    "sigmoid" or "softmax"; mean and std of the rewards; sign, -1 where lower is better; prompt_pattern, ids at which a
-    gate reads the prompt, and its temperature.
+    model: as the engine's, or a Decoder with a reward head. One that transformers has loaded needs its `tokenizer`, a
+    fast one, unless it is from a directory here; it is held until an engine has read it. head: which of the files';
+    "auto" finds it by its tensors. One row gives the raw logit, two labels the probability of the second, ArmoRM's and
+    QRM's objectives their sum by the weights that a gate gives the prompt. A name of a tensor chooses among several,
+    "lm_head" takes its row 0, and a dict says more: tensor; rows, one of the reward, or the bad one's and the good
+    one's; activation, "none", "sigmoid" or "softmax"; mean and std of the rewards; sign, -1 where lower is better;
+    prompt_pattern, ids at which a gate reads the prompt, and its temperature.
 
     template: "chat" renders prompt and response with the RM's chat template (a plain prompt becomes one user turn),
     "raw" puts the response right after the prompt, "auto" is "chat" for messages and "raw" for text. The template is
@@ -65,7 +67,7 @@ class CausalReward(ScoringReward):
     def __init__(self, model: Any, *, head: Any = "auto", tokenizer: Any = None,
                  template: Literal["auto", "chat", "raw"] = "auto", close: Literal["none", "template", "eos"] = "none",
                  chat_template_kwargs: dict[str, Any] | None = None, quantization: str | None = "auto"):
-        name = type(self).__name__
+        name, model = type(self).__name__, taken(model)
         if not hasattr(model, "forward"):
             check_path(name, model)
             model = located(model)
@@ -76,6 +78,8 @@ class CausalReward(ScoringReward):
         if chosen and hasattr(model, "forward"):
             raise RewardError(f"{name}.head belongs to a directory, and model is a Decoder, which has its head: "
                               "give load_model(DIR, head='reward', reward_head=…) that head")
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer = from_transformers(tokenizer)
         if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
             raise RewardError(f"{name}.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
                               "stars.model.tokenizer.load_tokenizer(DIR)")
@@ -105,6 +109,8 @@ class CausalReward(ScoringReward):
             self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
                                       deterministic=config.deterministic, max_rows=1, max_model_len=1,
                                       reward_head=self.head, quantization=self._rounding(config))
+            if isinstance(self.model, LoadedModel):
+                self.model = self.decoder  # what was copied of the one given is not kept alive twice
         self.decoder.check_device(config.device, "the reward model")
         self.locks = (self.decoder.lock,)
         if config.deterministic:
@@ -145,6 +151,9 @@ class CausalReward(ScoringReward):
             same = True  # as far as anybody knows
         else:
             side = "reward model" if self.tokenizer is None else "model"
+            if self.tokenizer is None and isinstance(self.model, LoadedModel):
+                raise RewardError("the reward model was given without its tokenizer, so its vocabulary cannot be "
+                                  f"compared with the other's: give {type(self).__name__}(model, tokenizer=tokenizer)")
             raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
                               "other's: add the tokenizer to both directories or to neither")
         if same and shape.vocab_size < vocab_size and self.tokenizer is None:
@@ -154,9 +163,9 @@ class CausalReward(ScoringReward):
                        tokenizer)
 
     def _own_tokenizer(self) -> Tokenizer | None:
-        """The reward model's: given, or its directory's."""
+        """The reward model's: given, its directory's, or of one in memory that of the directory it is from."""
         if self.tokenizer is None and not hasattr(self.model, "forward"):
-            self.tokenizer = load_tokenizer(self.model)
+            self.tokenizer = own_tokenizer(self.model)
         own: Tokenizer | None = self.tokenizer
         return own
 

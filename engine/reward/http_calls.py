@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import logging
 import os
+import re
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
-from stars.errors import describe
+from stars.arguments import real, shown
+from stars.errors import RequestError, describe
 
 MAX_ANSWER = 16 << 20
 """Bytes of an answer at most; what is longer is refused."""
@@ -24,6 +28,9 @@ MAX_PAUSE = 30.0
 FIRST_PAUSE = 0.25
 MAX_SAID = 200  # characters of what an exception says
 TOO_MANY_REQUESTS = 429
+VISIBLE = re.compile("[!-~]+")
+FORM = {"Content-Type": "application/json", "Accept": "application/json"}
+"""Headers of every body."""
 
 logger = logging.getLogger(__name__)
 
@@ -221,3 +228,72 @@ def _seconds(header: str | None) -> float:
         return max(0.0, float(header or 0.0))
     except ValueError:
         return 0.0
+
+
+# -- what users say of an address, and what a server says of an error -------------------------------------------------
+
+
+def address_of(name: str, url: Any, path: str, key_from: str) -> Address:
+    """Where `path` of the server at `url` is, which may end with it; RequestError, about `name`, for anything but a
+    plain address. key_from: what gives a key, in words."""
+    advice = 'it must be an address such as "http://127.0.0.1:8000"'
+    if not isinstance(url, str) or not VISIBLE.fullmatch(url):
+        raise RequestError(f"{name} is {shown(url)}, {advice}")
+    try:
+        parts = urlsplit(url)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+        (host or "").encode("idna")  # as a socket will have it: a UnicodeError is a ValueError
+    except ValueError:
+        raise RequestError(f"{name} is not an address: {advice}") from None
+    if "@" in parts.netloc:  # it is not shown: it may hold a password
+        raise RequestError(f"{name} has a user name: give the key by {key_from}")
+    if scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        raise RequestError(f"{name} is {shown(url)}, {advice}")
+    before = parts.path.rstrip("/").removesuffix(f"/{path}")
+    return Address(scheme, host, port if port is not None else {"http": 80, "https": 443}[scheme], f"{before}/{path}")
+
+
+def headers_of(name: str, given: Mapping[str, str] | None, key: str | None) -> dict[str, str]:
+    """The headers that are nobody's but the user's; RequestError, which shows no value, for what cannot be sent."""
+    headers = {}
+    if given is not None and not isinstance(given, Mapping):
+        raise RequestError(f"{name} is {type(given).__name__}, it must be a dict of texts")
+    for header, value in (given or {}).items():
+        if not isinstance(header, str) or not re.fullmatch(r"[A-Za-z0-9-]+", header):
+            raise RequestError(f"{name} has a name that is none of a header")
+        if not isinstance(value, str) or not re.fullmatch("[ -~]+", value):
+            raise RequestError(f"{name} has a value of {header} that cannot be sent: give plain text")
+        headers[header] = value
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
+def extra_of(name: str, given: Mapping[str, Any] | None, reserved: Sequence[str]) -> dict[str, Any]:
+    """Further fields of a body; RequestError for those that are the caller's own, or no JSON."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or any(not isinstance(field, str) or field in reserved for field in given):
+        raise RequestError(f"{name} must be a dict of fields by name, other than {', '.join(reserved)}")
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(dict(given)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is no JSON ({describe(error)})") from None
+    return copied
+
+
+def seconds_of(name: str, value: Any) -> float:
+    """`value` as seconds; RequestError."""
+    return real(name, value, "seconds, more than 0 and at most 86400", lambda seconds: 0.0 < seconds <= 86400.0)
+
+
+def message_of(body: bytes) -> str:
+    """What a server says about an error, on one line of visible characters; empty where that cannot be told."""
+    try:
+        said = json.loads(body)
+        said = said.get("error", said)
+        if isinstance(said, dict):
+            said = said.get("message", said.get("detail", ""))
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    return "".join(letter if letter.isprintable() else " " for letter in " ".join(str(said).split()))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from stars.arguments import flag, real, shown
 from stars.errors import RequestError, RewardError, StarsError
+from stars.model.loaded import READABLE, taken
 from stars.model.location import located
 from stars.reward.base import Candidate, Scored, checked_rounding
 from stars.reward.composite import CompositeReward
@@ -24,8 +24,9 @@ class ImplicitReward(CompositeReward):
     says. length_normalised: divided by the number of tokens, as SimPO's reward is, which has no reference. Then it is a
     mean and no sum: a long response gains nothing by its length, and a segment may lower what the one before it gave.
 
-    policy, reference: directories of language models, or Decoders, of the engine's vocabulary; each is run over its new
-    tokens alone, in a cache of its own. Both read the engine's prompt ids as they are, and no chat template of theirs.
+    policy, reference: directories of language models, models of transformers, or Decoders, of the engine's vocabulary;
+    each is run over its new tokens alone, in a cache of its own. Both read the engine's prompt ids as they are, and no
+    chat template of theirs.
 
     The EOS or stop token that ended a response counts as a token of it, though `Candidate.token_ids` lack it. The
     tokens that spell a stop string count, too: all that was drawn does. `Scored.per_token` has beta times the
@@ -42,8 +43,9 @@ class ImplicitReward(CompositeReward):
 
     def __init__(self, policy: Any, reference: Any, *, beta: float = 1.0, length_normalised: bool = False,
                  quantization: str | None = "auto"):
+        policy, reference = taken(policy), taken(reference)
         for name, model in zip(NAMES, (policy, reference), strict=True):
-            if not isinstance(model, (str, Path)) and not hasattr(model, "forward"):
+            if not isinstance(model, READABLE) and not hasattr(model, "forward"):
                 raise RewardError(f"ImplicitReward.{name} is {shown(model)}, it must be a model directory, a GGUF file "
                                   "or a Decoder")
             checked_rounding("ImplicitReward", quantization, model)
@@ -57,7 +59,7 @@ class ImplicitReward(CompositeReward):
                           for name, model in zip(NAMES, (policy, reference), strict=True)])
 
     def __repr__(self) -> str:
-        models = ", ".join(repr(str(part.model)) if isinstance(part.model, (str, Path)) else "a Decoder"
+        models = ", ".join(repr(str(part.model)) if isinstance(part.model, READABLE) else "a Decoder"
                            for part in self.parts if isinstance(part, LogprobReward))
         return f"ImplicitReward({models}, beta={self.beta:g}, length_normalised={self.length_normalised})"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from stars.arguments import shown
@@ -17,8 +16,9 @@ from stars.kernels.types import Draft
 from stars.logit_reads import read_bytes
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
+from stars.model.loaded import LoadedModel, own_tokenizer
 from stars.model.loader import load_model
-from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.model.tokenizer import Tokenizer
 from stars.passes import Passes, Span
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Held, Progress, Scored, rounding_of
@@ -104,6 +104,8 @@ class LogprobReward(SlabReward):
             self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="lm",
                                       deterministic=config.deterministic, max_rows=1, max_model_len=1,
                                       quantization=self._rounding(config))
+            if isinstance(self.model, LoadedModel):
+                self.model = self.decoder  # what was copied of the one given is not kept alive twice
         shape = self.decoder.config
         self._check_vocabulary(tokenizer, vocab_size, shape)
         if self.decoder.head is None:
@@ -129,7 +131,7 @@ class LogprobReward(SlabReward):
 
     def _check_vocabulary(self, tokenizer: Tokenizer | None, vocab_size: int, shape: ModelConfig) -> None:
         """RewardError for a model of other tokens than the engine's; without both tokenizers their number says it."""
-        own = load_tokenizer(self.model) if isinstance(self.model, (str, Path)) else None
+        own = own_tokenizer(self.model)
         if own is not None and tokenizer is not None:
             if not tokenizer.same_vocabulary(own):
                 raise RewardError(f"the {self.name}, {shown(str(self.model))}, has another vocabulary than the model "

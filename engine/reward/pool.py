@@ -8,11 +8,10 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stars.beside import USER_CALL_SECONDS, Beside, end
 from stars.errors import RewardError, describe
-from stars.reward.base import Later
 
 
 class Pool:
@@ -25,12 +24,12 @@ class Pool:
         self.max_workers = max_workers
         self._begin()
 
-    def submit(self, call: Callable[[], Sequence[float | RewardError]], count: int) -> list[Later]:
-        """Has `call` made, which returns `count` rewards: a Future of each. Where all were cancelled before, it is not.
-        """
+    def submit(self, call: Callable[[], Sequence[Any]], count: int) -> list[Future[Any]]:
+        """Has `call` made, which returns `count` results, such as rewards: a Future of each, of a RewardError where it
+        raises. Where all were cancelled before, it is not made."""
         if self._process != os.getpid():  # a child has none of its parent's threads
             self._begin()
-        futures: list[Later] = [Future() for _ in range(count)]
+        futures: list[Future[Any]] = [Future() for _ in range(count)]
         self._calls.put(_Call(call, futures))
         with self._lock:
             if self._threads < self.max_workers:
@@ -47,8 +46,8 @@ class Pool:
 
 
 class _Call(NamedTuple):
-    call: Callable[[], Sequence[float | RewardError]]
-    futures: list[Later]
+    call: Callable[[], Sequence[Any]]
+    futures: list[Future[Any]]
 
 
 def _work(calls: queue.SimpleQueue[_Call | None]) -> None:
@@ -56,7 +55,7 @@ def _work(calls: queue.SimpleQueue[_Call | None]) -> None:
     while (asked := calls.get()) is not None:
         wanted = [future for future in asked.futures if future.set_running_or_notify_cancel()]
         if wanted:
-            rewards: Sequence[float | RewardError]
+            rewards: Sequence[Any]
             try:
                 rewards = asked.call()
             except BaseException as error:  # in this thread there is nobody else to take it

@@ -7,18 +7,30 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from stars.arguments import as_float, flag, real, shown
+from stars.arguments import as_float, flag, shown
 from stars.config import EngineConfig
-from stars.errors import RequestError, RewardError, describe
+from stars.errors import RequestError, RewardError
 from stars.model.tokenizer import REPLACEMENT, Tokenizer
 from stars.prompt import Prompt, message_text
 from stars.reward.base import Candidate, ContextFull, Reward, Scored, by_session, checked_batch_size, checked_integer
-from stars.reward.http_calls import MAX_SAID, Address, Answer, Failed, Limits, Poster
+from stars.reward.http_calls import (
+    FORM,
+    MAX_SAID,
+    VISIBLE,
+    Answer,
+    Failed,
+    Limits,
+    Poster,
+    address_of,
+    extra_of,
+    headers_of,
+    message_of,
+    seconds_of,
+)
 from stars.reward.later import Ready
 from stars.reward.pool import Pool
 
@@ -28,9 +40,8 @@ OF_THE_TEXT = (400, 413, 422)
 """Statuses by which a server refuses what it was sent: of several texts, some may be taken."""
 TOO_LONG = re.compile("context length|max_model_len|maximum model length")
 """What servers say of a text that is longer than their model reads."""
-VISIBLE = re.compile("[!-~]+")
-FORM = {"Content-Type": "application/json", "Accept": "application/json"}
 RESERVED = ("input", "messages", "model", "use_activation")  # of a body
+Given = TypeVar("Given")
 
 
 class RemoteReward(Reward):
@@ -74,22 +85,21 @@ class RemoteReward(Reward):
             raise RewardError(f'RemoteReward.template is {shown(template)}, it must be "auto", "chat" or "raw"')
         if model is not None and not isinstance(model, str):
             raise RewardError(f"RemoteReward.model is {shown(model)}, it must be the name the model is served by")
-        self.address = _address(url, api)
+        self.address = _given(address_of, "RemoteReward.url", url, api, "api_key_env, the name of an environment "
+                              "variable that holds it")
         self.model, self.api, self.template = model, api, template
         self.label = None if label is None else checked_integer("RemoteReward.label", label, 0)
         self.batch_size = checked_batch_size("RemoteReward", batch_size)
-        self._total_timeout = _seconds("total_timeout", total_timeout)
-        limits = Limits(_seconds("timeout", timeout), checked_integer("RemoteReward.retries", retries, 0),
-                        self._total_timeout)
+        self._total_timeout = _given(seconds_of, "RemoteReward.total_timeout", total_timeout)
+        limits = Limits(_given(seconds_of, "RemoteReward.timeout", timeout),
+                        checked_integer("RemoteReward.retries", retries, 0), self._total_timeout)
         self._pool = Pool(checked_integer("RemoteReward.max_concurrency", max_concurrency, 1))
         key = _key(api_key_env)
-        try:
-            self._body = _extra(extra_body) | {"use_activation": flag("RemoteReward.use_activation", use_activation)}
-        except RequestError as error:
-            raise RewardError(str(error)) from None
+        self._body = _given(extra_of, "RemoteReward.extra_body", extra_body, RESERVED)
+        self._body["use_activation"] = _given(flag, "RemoteReward.use_activation", use_activation)
         if model is not None:
             self._body["model"] = model
-        given = _headers(headers, key)
+        given = _given(headers_of, "RemoteReward.headers", headers, key)
         self._secrets = [*given.values()] if key is None else [key, *given.values()]
         self._poster = Poster(self.address, FORM | given, limits)
         self._newest: tuple[Prompt, _Session] | None = None
@@ -193,7 +203,7 @@ class RemoteReward(Reward):
 
     def _refusal(self, answer: Answer) -> RewardError:
         """Why a server gave no rewards, as far as it says so."""
-        said = _message(answer.body)
+        said = message_of(answer.body)
         problem = f"answered with status {answer.status}" + (f": {said[:MAX_SAID]}" if said else "")
         if 300 <= answer.status < 400:
             return self._error(f"{problem}: redirects are not followed, give the address that is meant")
@@ -250,24 +260,12 @@ def _turn(message: dict[str, Any]) -> dict[str, str]:
     return {"role": role, "content": message_text(message)}
 
 
-def _address(url: Any, api: str) -> Address:
-    """Where an API of the server at `url` is; RewardError for anything but a plain address."""
-    advice = 'it must be an address such as "http://127.0.0.1:8000"'
-    if not isinstance(url, str) or not VISIBLE.fullmatch(url):
-        raise RewardError(f"RemoteReward.url is {shown(url)}, {advice}")
+def _given(make: Callable[..., Given], *arguments: Any) -> Given:
+    """What `make` makes of something that was typed; RewardError where that cannot be used."""
     try:
-        parts = urlsplit(url)
-        scheme, host, port = parts.scheme, parts.hostname, parts.port
-        (host or "").encode("idna")  # as a socket will have it: a UnicodeError is a ValueError
-    except ValueError:
-        raise RewardError(f"RemoteReward.url is not an address: {advice}") from None
-    if "@" in parts.netloc:  # it is not shown: it may hold a password
-        raise RewardError("RemoteReward.url has a user name: give the key by api_key_env, the name of an environment "
-                          "variable that holds it")
-    if scheme not in ("http", "https") or not host or parts.query or parts.fragment:
-        raise RewardError(f"RemoteReward.url is {shown(url)}, {advice}")
-    path = parts.path.rstrip("/").removesuffix(f"/{api}")
-    return Address(scheme, host, port if port is not None else {"http": 80, "https": 443}[scheme], f"{path}/{api}")
+        return make(*arguments)
+    except RequestError as error:
+        raise RewardError(str(error)) from None
 
 
 def _key(variable: Any) -> str | None:
@@ -282,52 +280,3 @@ def _key(variable: Any) -> str | None:
         raise RewardError("RemoteReward.api_key_env must name an environment variable that holds a key, and "
                           f"{'what it names cannot be sent' if key else 'there is none of that name'}")
     return key
-
-
-def _headers(given: Mapping[str, str] | None, key: str | None) -> dict[str, str]:
-    """The headers that are nobody's but the user's; RewardError, which shows no value, for what cannot be sent."""
-    headers = {}
-    if given is not None and not isinstance(given, Mapping):
-        raise RewardError(f"RemoteReward.headers is {type(given).__name__}, it must be a dict of texts")
-    for name, value in (given or {}).items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9-]+", name):
-            raise RewardError("RemoteReward.headers has a name that is none of a header")
-        if not isinstance(value, str) or not re.fullmatch("[ -~]+", value):
-            raise RewardError(f"RemoteReward.headers has a value of {name} that cannot be sent: give plain text")
-        headers[name] = value
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
-    return headers
-
-
-def _extra(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Further fields of a body; RewardError for those that are the reward's own, or no JSON."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping) or any(not isinstance(name, str) or name in RESERVED for name in given):
-        raise RewardError(f"RemoteReward.extra_body must be a dict of fields by name, other than {', '.join(RESERVED)}")
-    try:
-        copied: dict[str, Any] = json.loads(json.dumps(dict(given)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RewardError(f"RemoteReward.extra_body is no JSON ({describe(error)})") from None
-    return copied
-
-
-def _seconds(name: str, value: Any) -> float:
-    try:
-        return real(f"RemoteReward.{name}", value, "seconds, more than 0 and at most 86400",
-                    lambda seconds: 0.0 < seconds <= 86400.0)
-    except RequestError as error:
-        raise RewardError(str(error)) from None
-
-
-def _message(body: bytes) -> str:
-    """What a server says about an error, on one line of visible characters; empty where that cannot be told."""
-    try:
-        said = json.loads(body)
-        said = said.get("error", said)
-        if isinstance(said, dict):
-            said = said.get("message", said.get("detail", ""))
-    except (ValueError, AttributeError, RecursionError):
-        return ""
-    return "".join(letter if letter.isprintable() else " " for letter in " ".join(str(said).split()))

@@ -10,6 +10,7 @@ from stars.model.bases import is_adapter, is_of_own_model
 from stars.model.families import FAMILIES
 from stars.model.files import is_file, read_json
 from stars.model.head_files import TWO_LABELS
+from stars.model.loaded import LoadedModel, taken
 from stars.model.location import located
 from stars.reward.base import Reward
 from stars.reward.causal import CausalReward
@@ -21,12 +22,20 @@ from stars.reward.process import ProcessReward
 
 def resolve_reward(reward: Any) -> Reward | None:
     """The Reward that `reward` stands for: itself, a callable, or a model directory: an encoder, a model that
-    judges steps, or one that judges responses; or an adapter that makes one of the engine's own model.
+    judges steps, or one that judges responses, of which a model of transformers may be given itself; or an adapter that
+    makes one of the engine's own model.
 
     Raises RewardError for anything else, ModelError for a directory that holds no model.
     """
     if reward is None or isinstance(reward, Reward):
         return reward
+    reward = taken(reward)
+    if isinstance(reward, LoadedModel):
+        kind = reward.settings.get("model_type")
+        if kind not in FAMILIES:
+            raise RewardError(f"reward is a {reward.name} of transformers, and encoders are loaded from directories: "
+                              "write it with save_pretrained(DIR), its tokenizer beside it, and give DIR")
+        return ProcessReward(reward) if reward.name.endswith(TWO_LABELS) else CausalReward(reward)
     if isinstance(reward, (str, Path)):
         reward = located(reward)
         path = Path(reward) / "config.json"
