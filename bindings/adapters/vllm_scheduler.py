@@ -349,10 +349,10 @@ def _with_tokens(output: GrammarOutput | None, forced: Sequence[tuple[str, int]]
     masks = numpy.zeros((len(forced), (vocab_size + 31) // 32), numpy.int32)
     for row, (_, token) in enumerate(forced):
         masks.view(numpy.uint32)[row, token // 32] = 1 << token % 32
-    ids = [request_id for request_id, _ in forced]
-    drafts: list[int] | None = [0] * len(forced)
-    if output is not None:
-        ids = [*output.structured_output_request_ids, *ids]
-        masks = numpy.concatenate([output.grammar_bitmask, masks])
-        drafts = None if output.num_acceptable_drafts is None else [*output.num_acceptable_drafts, *drafts]
-    return GrammarOutput(ids, masks, drafts)
+    ids, drafts = [request_id for request_id, _ in forced], [0] * len(forced)
+    if output is None:
+        return GrammarOutput(ids, masks, drafts)
+    theirs = output.num_acceptable_drafts
+    return GrammarOutput([*output.structured_output_request_ids, *ids],
+                         numpy.concatenate([output.grammar_bitmask, masks]),
+                         None if theirs is None else [*theirs, *drafts])

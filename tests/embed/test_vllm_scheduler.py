@@ -52,8 +52,9 @@ def write(model: ToyModel, directory: Path) -> Path:
         "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
         "intermediate_size": 24, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
         "eos_token_id": EOS, "torch_dtype": "float32", "tie_word_embeddings": False}))
-    names = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"} | {
-        name: f"self_attn.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    names = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    names |= {name: f"self_attn.{name}_proj" for name in "qkvo"}
+    names |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.final_norm,
                "lm_head.weight": model.out}
     tensors |= {f"model.layers.0.{names[name]}.weight": weight for name, weight in model.layers[0].items()}
@@ -66,10 +67,11 @@ def write(model: ToyModel, directory: Path) -> Path:
 def llm(tmp_path_factory):
     """vLLM with the scheduler, and prompts beyond 128 tokens read in chunks beside others."""
     torch.set_num_threads(1)
-    return vllm.LLM(str(write(MODEL, tmp_path_factory.mktemp("toy"))), skip_tokenizer_init=True, enforce_eager=True,
-                    dtype="float32", block_size=BLOCK, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=256, long_prefill_token_threshold=128,
-                    scheduler_cls="stars.adapters.vllm_scheduler.StarsScheduler", seed=0,
-                    additional_config={"stars_reward": "embed.vllm_rewards:by_ids"})
+    return vllm.LLM(
+        str(write(MODEL, tmp_path_factory.mktemp("toy"))), skip_tokenizer_init=True, enforce_eager=True,
+        dtype="float32", seed=0, block_size=BLOCK, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=256,
+        long_prefill_token_threshold=128, scheduler_cls="stars.adapters.vllm_scheduler.StarsScheduler",
+        additional_config={"stars_reward": "embed.vllm_rewards:by_ids"})
 
 
 class Watch:
@@ -132,7 +134,7 @@ def watch(llm, monkeypatch):
     assert watch.pool.get_num_free_blocks() == free
 
 
-def params(stars_args: dict | None, **options) -> "vllm.SamplingParams":
+def params(stars_args: dict | None, **options) -> vllm.SamplingParams:
     """Of a request that asks for the law, or for none."""
     return vllm.SamplingParams(**(dict(
         temperature=1.0, max_tokens=MAX_TOKENS, detokenize=False,
@@ -530,8 +532,9 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     tests = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": tests}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(PAIR / "lm"), "--served-model-name", "lm",
-               "--port", str(port), "--enforce-eager", "--dtype", "float32", "--block-size", "32", "--max-num-seqs", "8",
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(PAIR / "lm"), "--port", str(port),
+               "--served-model-name", "lm", "--enforce-eager", "--dtype", "float32", "--block-size", "32",
+               "--max-num-seqs", "8",
                "--scheduler-cls", "stars.adapters.vllm_scheduler.StarsScheduler",
                "--additional-config", json.dumps({"stars_reward": str(PAIR / "rm")})]
     with log.open("w") as output:
@@ -573,7 +576,7 @@ def test_a_reward_model_judges_behind_the_server(server):
     aligned = [completion(server, asked, seed=seed) for seed in range(6)]
     engine = stars.Engine(PAIR / "lm", reward=PAIR / "rm")
     texts = [answer["choices"][0]["text"] for answer in plain + aligned]
-    scores = [output.outputs[0].reward for output in engine.score([STORY] * 12, texts)]
+    scores = engine.score([STORY] * 12, texts)
     for answer, reward in zip(aligned, scores[6:], strict=True):
         told = answer["kv_transfer_params"]["stars"]
         assert told["attempts"] == 4 * told["segments"]
