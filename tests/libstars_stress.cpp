@@ -464,7 +464,7 @@ Case controller_case() {
             }
             data->progress.size = sizeof data->progress;
             require(stars_controller_progress(controller, &data->progress) == STARS_OK, "progress");
-            require(data->progress.finish_reason == STARS_LENGTH, "a request that ends");
+            require(data->progress.finish_reason == STARS_LENGTH, "its end");  // a text that takes no memory
             return stars_controller_close(controller);
           },
           [data] {
