@@ -49,7 +49,7 @@ class Row(NamedTuple):
     wanted: bool  # whether the logits behind it are
 
 
-class Context:
+class LlamaContext:
     """One context of a model that is loaded already, its cache empty.
 
     model: a llama_model_p. params: llama_context_params, of which a copy is changed: the cache becomes a unified one of

@@ -16,7 +16,7 @@ import torch
 from stars.adapters.asked import refuse_settings
 from stars.adapters.drawing import Proposal
 from stars.adapters.law import law_of
-from stars.adapters.llama_context import Context, load_api
+from stars.adapters.llama_context import LlamaContext, load_api
 from stars.adapters.llama_sequences import SequenceStack
 from stars.adapters.llama_vocabulary import ending_tokens, equal_tokens, vocabulary_of
 from stars.adapters.loop import Loop, Response
@@ -69,7 +69,7 @@ class LlamaCpp:
 
     def __init__(self, llm: Any, reward: Any, policy: Any, *, tokenizer: Any, n_ctx: int | None, n_seq_max: int,
                  n_batch: int, n_threads: int | None):
-        self._context: Context | None = None
+        self._context: LlamaContext | None = None
         self._own_model: Any = None
         self._llama: Any = None
         self._turn = threading.Lock()
@@ -100,7 +100,8 @@ class LlamaCpp:
                 length = min(cells - beside, trained) if self._own_model else cells - beside
             self.max_model_len = length
             cells = -(-cells // 256) * 256  # as llama.cpp rounds it
-            self._context = Context(api, model, params, n_ctx=cells, n_seq_max=n_seq_max, n_batch=n_batch, lora=lora)
+            self._context = LlamaContext(api, model, params, n_ctx=cells, n_seq_max=n_seq_max, n_batch=n_batch,
+                                         lora=lora)
             self.vocab_size = self._context.vocab_size
             self.tokenizer = self._tokenizer_of(tokenizer, path, model)
             self._eos = self._ending(path, model)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stars.adapters.drawing import Drawing, Proposal
-from stars.adapters.llama_context import Context, Row
+from stars.adapters.llama_context import LlamaContext, Row
 from stars.adapters.loop import Asked, Draft, Response, Settled
 
 
@@ -39,7 +39,7 @@ class SequenceStack:
     segment_size: most tokens of an attempt. proposals: what each response draws from; whoever runs the loop fills it.
     """
 
-    def __init__(self, context: Context, *, cells: int, sequences: int, lanes: int, spare: int, segment_size: int,
+    def __init__(self, context: LlamaContext, *, cells: int, sequences: int, lanes: int, spare: int, segment_size: int,
                  proposals: Mapping[Response, Proposal]):
         self._context = context
         self._free = list(range(sequences - 1, -1, -1))

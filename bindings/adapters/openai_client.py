@@ -177,8 +177,8 @@ class OpenAIProposer:
             return
         self.rounds_alike += 1
         if self.rounds_alike == ALIKE:
-            warn(f"all candidates of the first {ALIKE} rounds were equal, as if the server at {self.server.address} did "
-                 "not sample: give what it needs for that in extra_body", stacklevel=2)
+            warn(f"all candidates of the first {ALIKE} rounds were equal, as if the server at {self.server.address} "
+                 "did not sample: give what it needs for that in extra_body", stacklevel=2)
 
     # -- what is asked -------------------------------------------------------------------------------------------
 
