@@ -34,8 +34,8 @@ class Scoring:
     reward: as the Engine takes it. tokenizer: of the drafting model, ours (`stars.model.tokenizer`), or None where
     there is none: then the reward gets token ids alone; `TextOnly()` where it is to get the text. vocab_size: of the
     drafting model. max_model_len: most tokens of a prompt and its response. max_num_seqs, max_num_lanes: responses and
-    attempts at once. segment_size: most tokens of an attempt. cache_tokens: of the reward model's cache; None: 32768, or one whole response where that is
-    more. RewardError and ModelError as from the Engine.
+    attempts at once. segment_size: most tokens of an attempt. cache_tokens: of the reward model's cache; None: 32768,
+    or one whole response where that is more. RewardError and ModelError as from the Engine.
     """
 
     def __init__(self, reward: Any, tokenizer: Any, vocab_size: int, *, max_model_len: int, segment_size: int,
