@@ -24,14 +24,24 @@ from stars.chat import SpecialTokens
 from stars.config import EngineConfig, allocation
 from stars.determinism import check_row_invariance
 from stars.draft import Drafter
-from stars.errors import IntegrityError, RequestError, RewardError, StarsError, describe, log, sentence, warn
+from stars.errors import (
+    IntegrityError,
+    ModelError,
+    RequestError,
+    RewardError,
+    StarsError,
+    describe,
+    log,
+    sentence,
+    warn,
+)
 from stars.fit import fit
 from stars.intake import Asked, Intake, no_params
 from stars.metrics import EngineMetrics
 from stars.model.action_head import load_action_head
 from stars.model.config import load_config
 from stars.model.decoder import Decoder
-from stars.model.loaded import LoadedModel
+from stars.model.loaded import LoadedModel, taken
 from stars.model.loader import load_model
 from stars.model.sharing import SharedWeights
 from stars.models import Member, Models, check_heads, check_named, load_named
@@ -72,14 +82,16 @@ class Engine:
     """A language model and whatever scores it, decoding any number of requests together.
 
     model: a Hugging Face directory, a GGUF file, the name of either in the Hugging Face hub ("org/name@revision",
-        "org/name:FILE.gguf"), or a Decoder (then give `tokenizer` too, if there is one).
-    tokenizer: a directory with a tokenizer.json, or a GGUF file; None: the model's own.
+        "org/name:FILE.gguf"), a model that transformers has loaded (see `from_transformers`), or a Decoder (then give
+        `tokenizer` too, if there is one).
+    tokenizer: a directory with a tokenizer.json, a GGUF file, or a fast tokenizer of transformers; None: the model's
+        own.
     reward: a reward model, given as `model` is, or a LoRA adapter that makes one of `model`, whose weights are then
         held once; a Reward (`CausalReward`, `LoraReward`, `ProcessReward`, `EncoderReward`, `FunctionReward`,
         `ImplicitReward`, `RemoteReward`, or of others `WeightedReward`, `CachedReward`), a callable fn(prompt,
         responses) -> floats, or None for plain sampling only.
     device: "cpu", "cuda", or "auto": an NVIDIA GPU where torch finds one of compute capability 8.0 or more, Triton can
-        be imported and its kernels serve the model, else the CPU; for a Decoder, where that is. A GPU compiles
+        be imported and its kernels serve the model, else the CPU; for a model in memory, where that is. A GPU compiles
         kernels at its first start, and captures graphs at each.
     dtype: "auto", "float32", "bfloat16", or on a GPU "float16"; a torch.dtype, "half" and "float" mean the same. On the
         CPU it is that of the stored matrices. "bfloat16" also rounds the activations of their products where the CPU
@@ -198,6 +210,35 @@ class Engine:
         self._warned: set[Plan] = set()
         logger.info("%r from %s, in %.1f s", self, "a Decoder" if given else model,
                     time.perf_counter() - begin)
+
+    @classmethod
+    def from_transformers(cls, model: Any, reward: Any = None, *, tokenizer: Any = None, **settings: Any) -> Engine:
+        """An engine made of a model that transformers has loaded, with the settings that `Engine` takes.
+
+        model: a PreTrainedModel of a family that is read from directories, with a language model head. reward: as
+            Engine's, or a loaded ...ForSequenceClassification or ...ForTokenClassification, whose tokenizer is that of
+            the directory it was loaded from: else give CausalReward(model, tokenizer=...).
+        tokenizer: a fast tokenizer of transformers, or as Engine's. None: that of the directory that the model was
+            loaded from; where that is no directory here, there is none, and prompts are token ids.
+        device "auto" is where the model is, dtype "auto" the type of its weights, as of a checkpoint in that type.
+
+        On a GPU, matrices that are products by themselves are the model's own memory, where they have the engine's
+        dtype and are on its device: embedding, language model head, o_proj, down_proj; of phi3 also gate_up_proj, and
+        qkv_proj where all dimensions are rotated. Queries, keys and values become one matrix, gates and ups another: a
+        copy. On the CPU every matrix is packed in the order that libstars multiplies in: a copy in bfloat16 where
+        that holds all of its numbers, else in float32. Norms, biases and reward heads are float32 copies
+        everywhere. Copies are made one at a time, and what was copied is not held: its memory is free once the caller
+        lets go of the model. The model is never written to. While the engine lives it must not be trained or written
+        to, as that would reach some of the engine's weights and not others: make an engine anew for new weights.
+
+        Raises ModelError besides for weights that are quantised, on several devices or offloaded, and for adapters that
+        are not merged.
+        """
+        given = taken(model)
+        if not isinstance(given, LoadedModel):
+            raise ModelError(f"model is {type(model).__name__}, it must be a PreTrainedModel of transformers: what "
+                             "Engine takes of models besides is given to Engine")
+        return cls(given, reward, tokenizer=tokenizer, **settings)
 
     def _claim(self, reward: Reward) -> None:
         """Makes `reward` this engine's, where it has a state of its own; RewardError if it is another's."""
@@ -822,6 +863,8 @@ def _name(model: Any) -> str:
     """What a model is called in traces: its name in the hub, its file's or directory's, or its type."""
     if isinstance(model, (str, Path)):
         return Path(model).resolve().name if Path(model).exists() else str(model)
+    if isinstance(model, LoadedModel):
+        return str(model.settings["model_type"])
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 

@@ -290,7 +290,8 @@ def _check_beside(model: str | Path | LoadedModel | Decoder, shape: ModelConfig,
     else:
         theirs, their = load_config(model).reaching(config.max_model_len), own_tokenizer(model)
         check_rounding(model, "lm", "auto", followed(model, config.quantization), config.device)
-        if (their is None) != (tokenizer is None):
+        unnamed = isinstance(model, LoadedModel) and their is None  # as little is known of it as of a Decoder
+        if (their is None) != (tokenizer is None) and not unnamed:
             side = "it" if their is None else "the engine's own model"
             raise ModelError(f"{side} has no tokenizer.json, so the vocabularies of both cannot be compared: add the "
                              "tokenizer to both directories or to neither")

@@ -14,7 +14,7 @@ from stars.model.decoder import Decoder
 from stars.model.files import GGUF, is_gguf, printed
 from stars.model.loaded import LoadedModel, own_tokenizer, taken
 from stars.model.location import located
-from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.model.tokenizer import Tokenizer, from_transformers, load_tokenizer
 from stars.reward.causal import CausalReward
 from stars.reward.encoder import EncoderReward
 from stars.reward.implicit import ImplicitReward
@@ -88,7 +88,8 @@ def check_directory(name: str, path: str | Path, error: type[StarsError]) -> Non
 
 
 def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
-    """The tokenizer that is meant: an object of ours as it is, the one of a directory, None for that of `model`.
+    """The tokenizer that is meant: an object of ours as it is, a fast one of transformers as one of ours, the one of a
+    directory, None for that of `model`.
 
     Returns None where none is given and `model` is no directory, is from none, or that has no tokenizer.json. Raises
     TokenizerError.
@@ -110,6 +111,8 @@ def resolve_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
     if isinstance(tokenizer, Backend):
         raise TokenizerError("tokenizer is a tokenizers.Tokenizer, and only directories are loaded: write it with "
                              "save(DIR + '/tokenizer.json') and give DIR")
+    if hasattr(tokenizer, "save_pretrained") and hasattr(tokenizer, "is_fast"):
+        return from_transformers(tokenizer)
     if hasattr(tokenizer, "save_pretrained") or not all(
             callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
         raise TokenizerError(_object("tokenizer", tokenizer, "a directory with a tokenizer.json"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 import stars
 from apart import is_apart
@@ -24,11 +25,13 @@ from stars import fit, sizes
 from stars.kernels import graph, prefill_attention
 from stars.kernels.linear import pack
 from stars.kernels.triton import tuned
+from stars.model import loaded
 from stars.model.decoder import Decoder
 from stars.model.heads import Gate
 from stars.model.tokenizer import load_tokenizer
 from stars.passes import Passes
 from stars.target import CUDA
+from tiny_models import TinyModel
 from triton_process import needs_triton
 
 FAKED = os.environ.get("STARS_TEST_FAKE_CUDA") == "1"
@@ -462,6 +465,41 @@ if FAKED:
                 assert kept and sum(tensor.nbytes for tensor in kept) < reserved // 100
             decode(engine, 40, 0.2)
             engine.check_integrity()
+
+    @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+    @pytest.mark.parametrize("family", ["llama", "phi3"])
+    def test_a_model_of_transformers_keeps_its_matrices_where_they_are(monkeypatch, tiny_model, family):
+        """Those that are products by themselves; and memory is reckoned for the others alone."""
+        directory = tiny_model(TinyModel(family, hidden=192, heads=2, kv_heads=1, tokenizer=True, dtype="bfloat16"))
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        monkeypatch.setattr(loaded, "PLAIN", (*loaded.PLAIN, fake_cuda.FakeTensor))
+        reckoned = []
+        monkeypatch.setattr(fit, "fit_memory", lambda config, models, *others: reckoned.append(
+            models["the language model"].weight_bytes) or config.fitted(4096))
+        with fake_cuda.gpu():
+            for module in model.modules():
+                for name, one in module._parameters.items():
+                    moved = None if one is None else torch.empty(one.shape, dtype=one.dtype, device="cuda")
+                    module._parameters[name] = moved if moved is None else torch.nn.Parameter(moved)
+            sizes = {"max_num_seqs": 2, "max_num_lanes": 4, "max_segment_size": 8, "tokenizer": directory}
+            engine = stars.Engine.from_transformers(model, **sizes)
+            assert engine.config.device == "cuda" and engine.config.dtype == "bfloat16"
+            stars.Engine.from_transformers(model, dtype="float16", **sizes)
+        decoder = engine._models.own.decoder
+        layers = list(zip(decoder.layers, model.model.layers, strict=True))
+        alone = [(decoder.embedding, model.model.embed_tokens), (decoder.head, model.lm_head)]
+        alone += [pair for ours, theirs in layers
+                  for pair in ((ours.o, theirs.self_attn.o_proj), (ours.down, theirs.mlp.down_proj))]
+        joined = [weight for ours, _ in layers for weight in (ours.qkv, ours.gate_up)]
+        if family == "phi3":
+            alone += [pair for ours, theirs in layers for pair in (
+                (ours.qkv, theirs.self_attn.qkv_proj), (ours.gate_up, theirs.mlp.gate_up_proj))]
+            joined = []
+        for ours, theirs in alone:
+            assert ours.values.untyped_storage()._cdata == theirs.weight.untyped_storage()._cdata
+        norms = sum(one.numel() for name, one in model.named_parameters() if "norm" in name)
+        assert reckoned[0] == 2 * (norms + sum(weight.values.numel() for weight in joined))
+        assert reckoned[1] == 2 * sum(one.numel() for one in model.parameters()), "another type is a copy of all"
 
     def test_an_adapter_is_captured_with_its_base(monkeypatch, tmp_path):
         """As the model that drafts and as a named one: three launches a product beside those of the single operations,

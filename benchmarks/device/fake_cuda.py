@@ -268,6 +268,8 @@ def _to(self: torch.Tensor, *args, copy: bool = False, non_blocking: bool = Fals
         else:
             device = value
     device = self.device if device is None else torch.device(device)
+    if not copy and device.type == self.device.type and dtype in (None, self.dtype):
+        return self
     _note_transfer(device, self.device, non_blocking)
     return torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
 

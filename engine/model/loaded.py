@@ -18,9 +18,12 @@ from stars.errors import ModelError
 from stars.model.files import is_directory, printed, settings_of
 from stars.model.source import TensorInfo, TensorSource, layers_of
 from stars.model.tokenizer import Tokenizer, load_tokenizer
+from stars.target import target_of
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """What numbers a weight may have, by their safetensors names."""
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes of tensors that hold what they stand for: others are quantised or distributed."""
 ALONE = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_head.weight", ".gate_up_proj.weight")
 """Ends of the names of matrices that are products by themselves: of the others several become one, by one below the
 other."""
@@ -77,7 +80,8 @@ class LoadedModel:
         places."""
         tensor = self._tensors[name]
         alone = name.endswith(ALONE) or (name.endswith(".qkv_proj.weight") and not ordered)
-        return alone and tensor.is_cuda and device == "cuda" and tensor.dtype == dtype and tensor.is_contiguous()
+        here = target_of(device).own_memory and tensor.device.type == device
+        return alone and here and tensor.dtype == dtype and tensor.is_contiguous()
 
 
 READABLE = (str, Path, LoadedModel)
@@ -121,8 +125,9 @@ def own_tokenizer(model: Any) -> Tokenizer | None:
 
 def _checked_tensors(model: Any, name: str) -> dict[str, Tensor]:
     """All tensors of a model, detached: the same memory."""
-    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+    stored = getattr(model.config, "quantization_config", None)
+    if getattr(model, "hf_quantizer", None) is not None or stored:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
         scheme = str(getattr(method, "value", method or "an unnamed method"))
         raise ModelError(f"the {name} given is quantised by transformers ({printed(scheme)}), in a layout that is not "
                          "read from memory: load it in bfloat16, with quantization=\"int8\" or \"int4\" here if it is "
@@ -142,8 +147,7 @@ def _checked_tensors(model: Any, name: str) -> dict[str, Tensor]:
     if not devices[0].startswith(("cpu", "cuda")):
         raise ModelError(f"the {name} given is on {devices[0]}, where no engine runs: move it with model.to(\"cpu\")")
     for key, tensor in tensors.items():
-        # Tensors of other classes are quantised or distributed; their numbers are not what they hold.
-        if tensor.dtype not in TYPES or type(tensor) not in (Tensor, torch.nn.Parameter):
+        if tensor.dtype not in TYPES or type(tensor) not in PLAIN:
             what = str(tensor.dtype).removeprefix("torch.") if tensor.dtype not in TYPES else type(tensor).__name__
             raise ModelError(f"the {name} given has {printed(key)} as {what}, which is not read: give a model whose "
                              "weights are plain float32, bfloat16 or float16")

@@ -168,8 +168,8 @@ def open_checkpoint(directory: str | Path | LoadedModel, beside: str | None = No
     return checkpoint if storage is None else QuantisedCheckpoint(checkpoint, storage)
 
 
-def check_rounding(directory: str | Path | LoadedModel, head: Literal["lm", "reward"], reward_head: Any, quantization: str | None,
-                   device: str) -> Rounded | None:
+def check_rounding(directory: str | Path | LoadedModel, head: Literal["lm", "reward"], reward_head: Any,
+                   quantization: str | None, device: str) -> Rounded | None:
     """What `load_model` would round to, without reading weights; ModelError where it would refuse."""
     if quantization is None:
         return None

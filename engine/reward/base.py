@@ -7,7 +7,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from stars.arguments import integer, shown

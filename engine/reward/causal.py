@@ -18,7 +18,7 @@ from stars.model.heads import RewardHead
 from stars.model.loaded import LoadedModel, own_tokenizer, taken
 from stars.model.loader import load_model
 from stars.model.location import located
-from stars.model.tokenizer import Tokenizer
+from stars.model.tokenizer import Tokenizer, from_transformers
 from stars.passes import Passes
 from stars.reward.base import Held, check_path, checked_rounding, rounding_of
 from stars.reward.framing import Framing
@@ -32,12 +32,13 @@ REENCODE_SLACK = 64  # tokens a re-encoded response may run longer than the LM's
 class CausalReward(ScoringReward):
     """A decoder with a reward head: what the head says of the last token, in float32.
 
-    model: as the engine's, one that transformers has loaded included, or a Decoder with a reward head. head: which of the files'; "auto" finds it by its
-    tensors. One row gives the raw logit, two labels the probability of the second, ArmoRM's and QRM's objectives their
-    sum by the weights that a gate gives the prompt. A name of a tensor chooses among several, "lm_head" takes its row
-    0, and a dict says more: tensor; rows, one of the reward, or the bad one's and the good one's; activation, "none",
-    "sigmoid" or "softmax"; mean and std of the rewards; sign, -1 where lower is better; prompt_pattern, ids at which a
-    gate reads the prompt, and its temperature.
+    model: as the engine's, or a Decoder with a reward head. One that transformers has loaded needs its `tokenizer`, a
+    fast one, unless it is from a directory here; it is held until an engine has read it. head: which of the files';
+    "auto" finds it by its tensors. One row gives the raw logit, two labels the probability of the second, ArmoRM's and
+    QRM's objectives their sum by the weights that a gate gives the prompt. A name of a tensor chooses among several,
+    "lm_head" takes its row 0, and a dict says more: tensor; rows, one of the reward, or the bad one's and the good
+    one's; activation, "none", "sigmoid" or "softmax"; mean and std of the rewards; sign, -1 where lower is better;
+    prompt_pattern, ids at which a gate reads the prompt, and its temperature.
 
     template: "chat" renders prompt and response with the RM's chat template (a plain prompt becomes one user turn),
     "raw" puts the response right after the prompt, "auto" is "chat" for messages and "raw" for text. The template is
@@ -77,6 +78,8 @@ class CausalReward(ScoringReward):
         if chosen and hasattr(model, "forward"):
             raise RewardError(f"{name}.head belongs to a directory, and model is a Decoder, which has its head: "
                               "give load_model(DIR, head='reward', reward_head=…) that head")
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer = from_transformers(tokenizer)
         if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
             raise RewardError(f"{name}.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
                               "stars.model.tokenizer.load_tokenizer(DIR)")
@@ -148,6 +151,9 @@ class CausalReward(ScoringReward):
             same = True  # as far as anybody knows
         else:
             side = "reward model" if self.tokenizer is None else "model"
+            if self.tokenizer is None and isinstance(self.model, LoadedModel):
+                raise RewardError("the reward model was given without its tokenizer, so its vocabulary cannot be "
+                                  f"compared with the other's: give {type(self).__name__}(model, tokenizer=tokenizer)")
             raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
                               "other's: add the tokenizer to both directories or to neither")
         if same and shape.vocab_size < vocab_size and self.tokenizer is None:

@@ -24,8 +24,9 @@ class ImplicitReward(CompositeReward):
     says. length_normalised: divided by the number of tokens, as SimPO's reward is, which has no reference. Then it is a
     mean and no sum: a long response gains nothing by its length, and a segment may lower what the one before it gave.
 
-    policy, reference: directories of language models, models of transformers, or Decoders, of the engine's vocabulary; each is run over its new
-    tokens alone, in a cache of its own. Both read the engine's prompt ids as they are, and no chat template of theirs.
+    policy, reference: directories of language models, models of transformers, or Decoders, of the engine's vocabulary;
+    each is run over its new tokens alone, in a cache of its own. Both read the engine's prompt ids as they are, and no
+    chat template of theirs.
 
     The EOS or stop token that ended a response counts as a token of it, though `Candidate.token_ids` lack it. The
     tokens that spell a stop string count, too: all that was drawn does. `Scored.per_token` has beta times the
