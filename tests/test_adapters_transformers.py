@@ -464,6 +464,20 @@ def test_prompts_wait_where_the_reward_has_no_room(tiny, tiny_model):
     assert [a.token_ids for a in again.stars] == [b.token_ids for b in wanted.stars]
 
 
+def test_a_reward_is_bound_anew_where_more_rows_come(tiny, tiny_model):
+    one = tiny(family="llama")
+    judge = str(tiny_model(tokenizer=True, head="reward"))
+    adapter = stars.adapters.transformers(policy=POLICY, reward=judge, tokenizer=one.tokenizer)
+    first = one.generate(adapter=adapter, seed=4, new=6, **SAMPLING)
+    cache = adapter._scoring.reward.cache
+    many = one.generate(adapter=adapter, seed=4, new=6, num_return_sequences=20, **SAMPLING)
+    assert adapter._scoring.reward.cache is not cache
+    assert [facts(a) for a in many.stars[::20]] == [facts(b) for b in first.stars]
+    cache = adapter._scoring.reward.cache
+    one.generate(adapter=adapter, seed=4, new=6, **SAMPLING)
+    assert adapter._scoring.reward.cache is cache
+
+
 # -- streamers ---------------------------------------------------------------------------------------------------------
 
 

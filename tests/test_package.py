@@ -90,6 +90,10 @@ def test_every_file_is_packaged(tmp_path):
     ours = {str(path.relative_to(ROOT / "engine")) for path in files}
     packaged = {str(path.relative_to(tmp_path / "stars")) for path in (tmp_path / "stars").rglob("*") if path.is_file()}
     assert {"serve/http/playground.html", "demo_models/calibration.json"} <= ours <= packaged
+    hub = ROOT / "bindings" / "adapters"
+    pushed = {f"adapters/{path.relative_to(hub)}" for path in (hub / "hub").rglob("*") if path.suffix != ".pyc"
+              and path.is_file()}
+    assert {"adapters/hub/README.md", "adapters/hub/custom_generate/generate.py"} <= pushed <= packaged
 
 
 @pytest.mark.slow

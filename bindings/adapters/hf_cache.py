@@ -11,9 +11,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
 from stars.errors import RequestError
+
+try:
+    from transformers.cache_utils import (
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        StaticCache,
+        StaticLayer,
+    )
+except ImportError as error:
+    raise ImportError("stars.adapters.transformers needs transformers 4.57 or later: pip install -U transformers"
+                      ) from error
 
 SPARE = 256
 """Columns that are allocated beyond those that are needed: what grows doubles, and begins with so many."""
@@ -165,7 +176,8 @@ def growing(given: Any, model: Any, room: int = 0) -> Lanes:
     layers: list[Any] = []
     kinds = given.layers or [DynamicLayer()] * model.config.get_text_config(decoder=True).num_hidden_layers
     for layer in kinds:
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or (
+                type(layer) is StaticLayer and hasattr(layer, "cumulative_length")):
             layers.append(Buffers(room))
         elif type(layer).__name__ == "DummyLayer":  # reads another layer's, in the same pass
             layers.append(type(layer)())
@@ -185,6 +197,6 @@ def drafting(given: Any, model: Any) -> Lanes:
 
 
 def _advice(layer: Any) -> str:
-    if "StaticSliding" in type(layer).__name__:
+    if "Static" in type(layer).__name__:  # with a window, or before transformers 5, where it does not count columns
         return "leave cache_implementation at its default"
     return "the adapter runs models of attention layers that keep every token's keys and values"

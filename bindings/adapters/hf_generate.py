@@ -196,15 +196,16 @@ class AlignedGenerate:
     def _scoring_of(self, model: Any, length: int, rows: int, law: Law) -> Scoring:
         """The reward, bound to sizes in powers of two: what one call needs most others do."""
         device = model.device.type
-        bound = (_vocab_size(model), device, law.segment_size, _power(length, 2048), _power(rows, 64),
-                 _power(rows * law.width, 64))
-        if self._scoring is None or self._bound[:3] != bound[:3] or any(
-                have < want for have, want in zip(self._bound[3:], bound[3:], strict=True)):
+        kind = _vocab_size(model), device
+        sizes = _power(length, 2048), _power(rows, 64), _power(rows * law.width, 64)
+        if self._scoring is not None and self._bound[:2] == kind:
+            sizes = tuple([max(have, want) for have, want in zip(self._bound[2:], sizes, strict=True)])
+        if self._scoring is None or self._bound != (*kind, *sizes):
             self._scoring = None  # before the next: a reward belongs to one at a time
             self._scoring = Scoring(
-                self._reward, self._tokenizer, bound[0], max_model_len=bound[3], segment_size=law.segment_size,
-                max_num_seqs=bound[4], max_num_lanes=bound[5], device=device, cache_tokens=self._cache_tokens)
-            self._bound = bound
+                self._reward, self._tokenizer, kind[0], max_model_len=sizes[0], segment_size=law.segment_size,
+                max_num_seqs=sizes[1], max_num_lanes=sizes[2], device=device, cache_tokens=self._cache_tokens)
+            self._bound = *kind, *sizes
         return self._scoring
 
 
@@ -250,7 +251,7 @@ def _check(model: Any, input_ids: Tensor, config: Any, model_kwargs: Mapping[str
     for name, value in model_kwargs.items():
         if name not in TAKEN and value is not None and value is not False:
             raise RequestError(f"{ADAPTER} reads prompts of token ids alone and does not take {name}: leave it out")
-    if getattr(config, "num_return_sequences", 1) > MAX_SAMPLES:
+    if (config.num_return_sequences or 1) > MAX_SAMPLES:
         raise RequestError(f"num_return_sequences is {config.num_return_sequences}, it must be at most {MAX_SAMPLES}")
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
     filled = any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
