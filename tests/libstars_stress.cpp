@@ -409,13 +409,13 @@ Case ledger_case() {
               if (!(open[0] = stars_sequence_open(ledger, 0, nullptr, 0))) return stars_last_status();
               for (int i = 0; i < 19; ++i)
                 if (const int32_t copies = stars_sequence_extend(open[0], 2, &copy); copies < 0) {
-                  require(stars_sequence_length(open[0]) == 2 * i, "an extension that was refused");
+                  require(stars_sequence_length(open[0]) == 2 * i, "a refusal");
                   return -copies;
                 }
               require(stars_sequence_publish(open[0], data->tokens.data(), 38) == STARS_OK, "publish");
               if (!(open[1] = stars_sequence_fork(open[0]))) return stars_last_status();
               if (const int32_t copies = stars_sequence_extend(open[1], 2, &copy); copies < 0) return -copies;
-              require(copy.source == 9 && copy.target == 10 && copy.rows == 2, "the copy of a shared page");
+              require(copy.source == 9 && copy.target == 10 && copy.rows == 2, "a copy");  // longer texts need memory
               require(stars_sequence_pages(open[1], data->pages.data(), 16) == 10, "pages");
               require(stars_ledger_counts(ledger, &data->counts) == STARS_OK, "counts");
               return stars_ledger_check(ledger, nullptr);
@@ -436,12 +436,50 @@ Case ledger_case() {
           }};
 }
 
+// A request of the segment controller from its opening to its close.
+Case controller_case() {
+  struct Data {
+    std::vector<stars_note> notes;
+    stars_progress progress;
+  };
+  auto data = std::make_shared<Data>();
+  return {"a controller",
+          [data]() -> int32_t {
+            stars_controller_params params = {};
+            params = {sizeof params, 3, 1.0, 0.5, 0.25, -1.0, 40, 4, 9, 5, 0, 0, 0};
+            data->notes.clear();
+            data->notes.reserve(200);
+            stars_controller* controller = stars_controller_open(&params);
+            if (!controller) return stars_last_status();
+            stars_attempt attempts[5];
+            for (int64_t count; (count = stars_controller_next(controller, attempts, 5)) > 0;) {
+              stars_scored scored[5] = {};
+              stars_note notes[5];
+              stars_decision decision = {sizeof decision, 0, 0, 0, 0};
+              for (int64_t i = 0; i < count; ++i)
+                scored[i] = {0.125 * (attempts[i].attempt * 7 % 11), attempts[i].attempt, attempts[i].max_tokens, 0, 0};
+              require(stars_controller_feed(controller, scored, count, notes, &decision) == STARS_OK, "feed");
+              data->notes.insert(data->notes.end(), notes, notes + decision.read);
+              if (decision.winner) require(stars_controller_commit(controller) == STARS_OK, "commit");
+            }
+            data->progress.size = sizeof data->progress;
+            require(stars_controller_progress(controller, &data->progress) == STARS_OK, "progress");
+            require(data->progress.finish_reason == STARS_LENGTH, "its end");  // a text that takes no memory
+            return stars_controller_close(controller);
+          },
+          [data] {
+            std::vector<uint8_t> all = bytes_of(data->notes), more = bytes_of(std::vector<stars_progress>{data->progress});
+            all.insert(all.end(), more.begin(), more.end());
+            return all;
+          }};
+}
+
 std::vector<Case> all_cases() {
   return {linear_case(STARS_F32, 3),       linear_case(STARS_BF16, 70),      linear_case(STARS_BF16_DOT, 1),
           linear_case(STARS_BF16_DOT, 70), attention_case(1, 1300, true),    attention_case(5, 700, false),
           attention_case(2, 3, true),      sample_case(1),                   sample_case(6),
           penalties_case(6),               edits_case(6),                    told_case(6),
-          program_case(),                  ledger_case()};
+          program_case(),                  ledger_case(),                    controller_case()};
 }
 
 // -- what is tried ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {"llama_cpp": "llama_engine"}
+_HOME: dict[str, str] = {"llama_cpp": "llama_engine", "openai": "openai_client", "transformers": "hf_generate",
+                         "vllm_client": "vllm_serving"}
 """The module of each name."""
 
 __all__ = sorted(_HOME)

@@ -1,0 +1,88 @@
+"""What the scheduler for vLLM costs: the same requests under vLLM's own scheduler and under ours, in one process.
+
+    PYTHON benchmarks/vllm_scheduler.py --model DIR [--reward DIR] [--repeats 6] [--out FILE]
+
+PYTHON is the interpreter of an environment that has vLLM and this package (`make embed` makes one). One worker, whose
+scheduler is exchanged between turns, so that weights, caches and threads are the same. CPU seconds of the process are
+compared, on one thread: other programs of the machine hardly count in them. The clock's are in the details.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+               "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+import torch
+from common import RESULTS, compare, describe_machine, interleave, print_table, write_json
+from vllm import LLM, SamplingParams
+from vllm import __version__ as vllm_version
+from vllm.v1.core.sched.scheduler import Scheduler
+
+OURS = "stars.adapters.vllm_scheduler.StarsScheduler"
+PROMPT_TOKENS, SEGMENT = 64, 16
+
+
+def constant(prompt: str, responses: list[str]) -> list[float]:
+    """A reward that costs nothing."""
+    return [0.0] * len(responses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="a directory with a tokenizer")
+    parser.add_argument("--reward", help="a reward model's directory; without, a function that returns 0")
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=RESULTS / "vllm-scheduler.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    llm = LLM(options.model, enforce_eager=True, block_size=32, max_num_seqs=32, max_model_len=512, seed=0,
+              scheduler_cls=OURS,
+              additional_config={"stars_reward": options.reward or f"{Path(__file__).stem}:constant"})
+    core: Any = llm.llm_engine.engine_core.engine_core
+    ours = core.scheduler
+    plain = Scheduler(ours.vllm_config, ours.kv_cache_config, ours.structured_output_manager, ours.block_size)
+
+    def seconds(scheduler: Any, law: dict[str, Any] | None, rows: dict[str, list[tuple[float, int]]], name: str,
+                index: int) -> float:
+        core.scheduler = scheduler
+        generator = torch.Generator().manual_seed(index)
+        prompts = [{"prompt_token_ids": torch.randint(1000, 5000, (PROMPT_TOKENS,), generator=generator).tolist()}
+                   for _ in range(options.requests)]
+        params = [SamplingParams(max_tokens=options.tokens, ignore_eos=True, seed=place,
+                                 extra_args=None if law is None else {"stars": law | {"seed": place}})
+                  for place in range(options.requests)]
+        clock, cpu = time.perf_counter(), time.process_time()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+        drawn = sum(output.kv_transfer_params["stars"]["tokens_drawn"] if law else options.tokens for output in outputs)
+        rows.setdefault(name, []).append((clock, drawn))
+        return cpu
+
+    laws = {"vLLM's scheduler": (plain, None), "ours, nobody asks": (ours, None),
+            "ours, all accepted": (ours, dict(reward_threshold=float("-inf"), segment_size=SEGMENT))}
+    rows: dict[str, list[tuple[float, int]]] = {}
+    found = interleave({name: lambda index, name=name, row=row: seconds(*row, rows, name, index)
+                        for name, row in laws.items()}, options.repeats)
+    total = options.requests * options.tokens
+    against, *others = laws
+    base = [total / one for one in found[against]]
+    figures = [compare(f"{name}: tokens a CPU second", "token/s", [total / one for one in found[name]], against, base,
+                       ">= 0.95", clock_seconds=[clock for clock, _ in rows[name][1:]]) for name in others]
+    figures[0].detail["plain_clock_seconds"] = [clock for clock, _ in rows[against][1:]]
+    print_table(figures)
+    write_json(options.out, describe_machine(), {
+        "vllm": vllm_version, "model": Path(options.model).name, "reward": options.reward and Path(options.reward).name,
+        "requests": options.requests, "tokens": options.tokens, "prompt_tokens": PROMPT_TOKENS, "segment": SEGMENT,
+        "repeats": options.repeats, "threads": 1, "eager": True, "load_average": os.getloadavg()}, figures)
+
+
+if __name__ == "__main__":
+    main()
