@@ -83,10 +83,10 @@ class LlamaCpp:
         most = api.llama_max_parallel_sequences()
         n_seq_max = integer("n_seq_max", n_seq_max, 3 if law.max_attempts > 1 else 2, most)
         n_batch = integer("n_batch", n_batch, n_seq_max)
-        lanes = min(law.width, n_seq_max - 1 - (law.max_attempts > law.width))
-        spare = int(law.max_attempts > lanes)
-        lanes = min(lanes, n_seq_max - 1 - spare)
         path, model, params, lora = self._model(llm)
+        width = law.width if self._pays(law.best) else 1
+        spare = int(law.max_attempts > min(width, n_seq_max - 1))
+        lanes = min(width, n_seq_max - 1 - spare)
         if n_threads is not None:
             params.n_threads = params.n_threads_batch = integer("n_threads", n_threads, 1)
         try:
@@ -146,6 +146,13 @@ class LlamaCpp:
         params.n_ctx = llm.n_ctx()
         lora = getattr(llm, "_lora_adapter", None)
         return (Path(llm.model_path), llm.model, params, None if lora is None else (lora, float(llm.lora_scale)))
+
+    def _pays(self, best: bool) -> bool:
+        """Whether attempts are drawn together that may be in vain. Where the policy leaves that open: on a GPU, as
+        on a CPU a pass of llama.cpp over two lanes takes about as long as two passes. best: all are wanted anyhow."""
+        api = self._api
+        layers = self._llama.model_params.n_gpu_layers if self._llama is not None else -1
+        return best or self.policy.plan().lanes.width is not None or bool(layers and api.llama_supports_gpu_offload())
 
     def _tokenizer_of(self, given: Any, path: Path | None, model: Any) -> Tokenizer | None:
         """The tokenizer given, else the file's by us, else by llama.cpp."""

@@ -221,6 +221,16 @@ def test_room_changes_no_text(written, sizes):
     assert [shown(one) for one in found] == [shown(one) for one in wanted]
 
 
+@pytest.mark.parametrize(("width", "layers", "supported", "lanes"), [
+    (None, -1, False, 1), (None, -1, True, 4), (None, 0, True, 1), (3, 0, False, 3)])
+def test_a_width_that_is_left_open_is_one_where_a_cpu_draws(written, monkeypatch, width, layers, supported, lanes):
+    _, llama = written()
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: supported)
+    monkeypatch.setattr(llama.model_params, "n_gpu_layers", layers)
+    with adapters.llama_cpp(llama, checksum, STARS(**POLICIES["soft"], width=width)) as engine:
+        assert max(one.metrics.width for one in engine.generate(PROMPTS, SamplingParams(max_tokens=8))) == lanes
+
+
 def test_streams_grow_and_end_with_the_whole(written):
     _, llama = written()
     policy = STARS(**POLICIES["hard"], width=3)
