@@ -2,7 +2,7 @@
 
     python benchmarks/ledger.py      writes results/ledger.json; the last column needs a C compiler
 
-2,000 pages of 16 tokens. "A request" looks for its prompt, shares what is there, takes and publishes the rest, and gives
+2,000 pages of 16 tokens. "A request" looks for its prompt, shares what is there, takes and publishes the rest, gives
 all back: 400 prompts in turn, which fill the pool, so that pages are reused. "match" finds what is there. Times are
 those of the one thread that runs, the least of several runs, in microseconds.
 """

@@ -391,7 +391,7 @@ STARS_API int32_t stars_call(int32_t op, const void* params);
 
 /* Programs, controllers, ledgers and sequences are behind handles. A handle is no address: it is looked up at each call,
  * so that one that was closed, or is of something else, is STARS_CLOSED, and one that another thread is at work with is
- * STARS_BUSY. NULL is STARS_INVALID. At most 2^20 of each kind are open at once. */
+ * STARS_BUSY. NULL is STARS_INVALID. At most 2^20 of each kind are open at once; one more is STARS_OUT_OF_MEMORY. */
 typedef struct stars_program stars_program;
 STARS_API stars_program* stars_program_create(void); /* NULL where there is no memory for it */
 STARS_API int32_t stars_program_add(stars_program* program, int32_t op, const void* params); /* copies the parameters */
@@ -434,7 +434,7 @@ typedef struct {
   double alpha;            /* 0 .. 1 */
   double prompt_reward;    /* r(x): of the prompt with an empty response; finite; read unless alpha is 1 or t infinite */
   int64_t max_tokens;      /* N: most tokens of the response, an EOS counted */
-  int64_t segment_size;    /* tokens; of the last segment, what is left of N */
+  int64_t segment_size;    /* tokens; of the last segment, what is left of N. N makes at most 2^20 of them */
   int64_t max_attempts;    /* of a segment, below 2^24 */
   int64_t sample;          /* which of the responses to a prompt that share a seed: 0 .. 4095 */
   /* Of the request; 0: no bound. Attempts drawn; their tokens; rewards computed, the prompt's included. Nothing beyond is
@@ -515,7 +515,8 @@ STARS_API int64_t stars_controller_next(stars_controller* controller, stars_atte
 STARS_API int32_t stars_controller_feed(stars_controller* controller, const stars_scored* scored, int64_t count,
                                         stars_note* notes, stars_decision* decision);
 STARS_API int32_t stars_controller_commit(stars_controller* controller); /* the winner becomes history */
-/* The attempts of the segment being decided are dropped, and the request ends with what was committed. */
+/* The attempts of the segment being decided are dropped, counted as they are, and the request ends with what was
+ * committed. */
 STARS_API int32_t stars_controller_abort(stars_controller* controller);
 STARS_API int32_t stars_controller_progress(stars_controller* controller, stars_progress* out);
 STARS_API int32_t stars_controller_close(stars_controller* controller);

@@ -409,13 +409,13 @@ Case ledger_case() {
               if (!(open[0] = stars_sequence_open(ledger, 0, nullptr, 0))) return stars_last_status();
               for (int i = 0; i < 19; ++i)
                 if (const int32_t copies = stars_sequence_extend(open[0], 2, &copy); copies < 0) {
-                  require(stars_sequence_length(open[0]) == 2 * i, "an extension that was refused");
+                  require(stars_sequence_length(open[0]) == 2 * i, "a refusal");
                   return -copies;
                 }
               require(stars_sequence_publish(open[0], data->tokens.data(), 38) == STARS_OK, "publish");
               if (!(open[1] = stars_sequence_fork(open[0]))) return stars_last_status();
               if (const int32_t copies = stars_sequence_extend(open[1], 2, &copy); copies < 0) return -copies;
-              require(copy.source == 9 && copy.target == 10 && copy.rows == 2, "the copy of a shared page");
+              require(copy.source == 9 && copy.target == 10 && copy.rows == 2, "a copy");  // longer texts need memory
               require(stars_sequence_pages(open[1], data->pages.data(), 16) == 10, "pages");
               require(stars_ledger_counts(ledger, &data->counts) == STARS_OK, "counts");
               return stars_ledger_check(ledger, nullptr);
@@ -464,7 +464,7 @@ Case controller_case() {
             }
             data->progress.size = sizeof data->progress;
             require(stars_controller_progress(controller, &data->progress) == STARS_OK, "progress");
-            require(data->progress.finish_reason == STARS_LENGTH, "a request that ends");
+            require(data->progress.finish_reason == STARS_LENGTH, "its end");  // a text that takes no memory
             return stars_controller_close(controller);
           },
           [data] {

@@ -27,6 +27,7 @@ class Handler(BaseHTTPRequestHandler):
     """Does what the server's script says, one line a call, and then what it usually does."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits for 40 ms behind its headers
 
     def setup(self) -> None:
         super().setup()

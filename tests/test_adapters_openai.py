@@ -22,7 +22,7 @@ from toy import EOS, Digits, ToyModel, toy_pair
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-DRAWS = 320
+DRAWS = 224
 SOFT = STARS(2, 4, 0.2, 0.5, 3.5, 3)
 IDS = FunctionReward(lambda prompt, responses: [REWARD(ids) for ids in responses], inputs="ids")
 
@@ -229,8 +229,8 @@ def test_messages_are_rendered_by_the_given_tokenizer(lm):
         engine = server.engine
         messages = [{"role": "user", "content": "Hello there"}]
         ids = engine.generate({"messages": messages}, SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt_token_ids
-        proposer = openai(server.url, policy=STARS(4, 2, 1.0, 0.5, 1.0, 2), reward=lambda prompt, responses: [0.0] * len(
-            responses), tokenizer=lm)
+        proposer = openai(server.url, policy=STARS(4, 2, 1.0, 0.5, 1.0, 2), tokenizer=lm,
+                          reward=lambda prompt, responses: [0.0] * len(responses))
         output = proposer.chat(messages, SamplingParams(max_tokens=6, seed=1, stop_token_ids=[7]))
         assert output.prompt_token_ids == ids and output.outputs[0].error is None
         assert output.outputs[0].text == engine.tokenizer.decode(output.outputs[0].token_ids)
@@ -270,7 +270,7 @@ def test_fields_that_a_server_does_not_know_are_left_out():
         [output] = openai(server.url, policy=SOFT, reward=by_text).generate("123", SamplingParams(max_tokens=4, seed=1))
         assert output.outputs[0].error is None or "not known" in output.outputs[0].error
         assert "top_k" not in server.bodies[-1] and "logprobs" not in server.bodies[-1]
-    with serving(Others(n=True, refuses=("top_k",))) as server, pytest.raises(ServerError, match=r"unexpected \['top_k"):
+    with serving(Others(n=True, refuses=("top_k",))) as server, pytest.raises(ServerError, match="unexpected .'top_k"):
         openai(server.url, policy=SOFT, reward=by_text).generate("123", SamplingParams(max_tokens=4, top_k=3))
 
 
@@ -355,6 +355,16 @@ def test_what_a_server_does_not_heed_is_said():
             proposer.generate("123", SamplingParams(max_tokens=40, seed=1, ignore_eos=True))
         with pytest.raises(RequestError, match="stop_token_ids need token ids"):
             proposer.generate("123", SamplingParams(max_tokens=4, stop_token_ids=[2]))
+
+
+def test_a_server_that_does_not_sample_is_warned_of():
+    def greedy(handler, body):
+        handler.reply({"choices": [{"index": index, "text": "1" * body["max_tokens"], "finish_reason": "length"}
+                                   for index in range(body["n"])]})
+
+    with serving(greedy) as server, pytest.warns(UserWarning, match="did not sample: give what it needs .*extra_body"):
+        openai(server.url, policy=STARS(4, 3, 1.0, 0.0, 99.0, 3), reward=by_text).generate(
+            "123", SamplingParams(max_tokens=12))
 
 
 @pytest.mark.parametrize("params, message", [

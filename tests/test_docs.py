@@ -24,7 +24,9 @@ PAGES = [*sorted(path.name for path in DOCS.glob("*.md")), "../README.md"]
 NAMED = {"path/to/lm": "lm", "path/to/rm": "rm", "lm": "lm", "rm": "rm", "lm-dpo": "guide", "lm-1b": "small",
          "agent.safetensors": "agent/model.safetensors"}
 """What the paths of examples are, of what ships."""
-ADDRESS = "http://127.0.0.1:8000"
+ADDRESS, ANOTHER = "http://127.0.0.1:8000", "http://127.0.0.1:8001"
+ASKING = ("http.md", "openai.md", "vllm_client.md")
+"""Pages whose examples ask a server."""
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -46,11 +48,12 @@ def models(tmp_path, monkeypatch):
 @pytest.fixture()
 def address(page, tmp_path):
     """Of a server, where the examples of a page ask one."""
-    if page != "http.md":
+    if page not in ASKING:
         yield ADDRESS
         return
     pytest.importorskip("openai")
-    with service_of_pair(ServerSettings("NAME"), **chat_pair(tmp_path / "chat")) as service:
+    settings = ServerSettings("NAME") if page == "http.md" else ServerSettings("NAME", policy="sample")
+    with service_of_pair(settings, **chat_pair(tmp_path / "chat")) as service:
         with running_server(service) as server:
             yield server.url
 
@@ -63,7 +66,7 @@ def test_the_examples_of_a_page_run(page, models, address, capsys):
         warnings.simplefilter("ignore", UserWarning)  # of few attempts accepted, which some examples show
         for index, (language, text) in enumerate(blocks(page)):
             if language == "python":
-                text = text.replace(ADDRESS, address)
+                text = text.replace(ADDRESS, address).replace(ANOTHER, address)
                 exec(compile(text, f"{page}, example {index}", "exec"), names)  # noqa: S102
             for line in text.splitlines() if not language else ():
                 if line.startswith("stars "):

@@ -31,9 +31,9 @@ class Wanted(NamedTuple):
 
     pieces: Sequence[Piece]  # prompt and committed response
     seeds: list[int]  # one for all, or, where each is asked for by itself, one each
-    count: int
+    candidates: int
     max_tokens: int
-    fields: Mapping[str, Any]  # of the body: how tokens are drawn
+    fields: dict[str, Any]  # of the body: how tokens are drawn
 
 
 class Choice(NamedTuple):
@@ -88,7 +88,7 @@ class CompletionsServer:
         self._ways: Ways | None = None
         self.seconds_waited = 0.0  # for answers, of all calls of `ask`
 
-    def ways(self, pieces: Sequence[Piece], fields: Mapping[str, Any]) -> tuple[Ways, Told | None]:
+    def ways(self, pieces: Sequence[Piece], fields: dict[str, Any]) -> tuple[Ways, Told | None]:
         """How the server is asked, and its answer, if it was asked now: one token after `pieces`, drawn by `fields`.
 
         ServerError where it refuses, and where it has no n and nobody wants a request for each candidate.
@@ -112,8 +112,8 @@ class CompletionsServer:
                 raise raw
             found = len(raw["choices"])
             if not self._parallel and found != 2:
-                raise self._error(f"takes no n: asked for 2 choices it answered with {found}; give parallel=True, which "
-                                  "sends a request for each candidate")
+                raise self._error(f"takes no n: asked for 2 choices it answered with {found}; give parallel=True, "
+                                  "which sends a request for each candidate")
             told = self._read(raw, wanted)
             if isinstance(told, ServerError):
                 raise told
@@ -139,8 +139,8 @@ class CompletionsServer:
         self.seconds_waited += time.perf_counter() - begin
         found: list[Told | ServerError] = []
         for one in wanted:
-            parts = [self._told(next(outcomes), one._replace(count=one.count // len(one.seeds))) for _ in one.seeds]
-            found.append(_joined(parts))
+            each = one._replace(candidates=one.candidates // len(one.seeds))
+            found.append(_joined([self._told(next(outcomes), each) for _ in one.seeds]))
         return found
 
     def _all(self, bodies: Sequence[bytes]) -> list[Answer | Failed]:
@@ -160,7 +160,7 @@ class CompletionsServer:
         if ways.extensions:
             body |= UNUSED_EXTENSIONS | {"return_token_ids": True}
         if ways.several:
-            body["n"] = wanted.count
+            body["n"] = wanted.candidates
         if ways.logprobs is not None:
             body["logprobs"] = ways.logprobs
         return json.dumps(body | wanted.fields | self._fields).encode()
@@ -169,8 +169,8 @@ class CompletionsServer:
         raw = self._parsed(outcome)
         if isinstance(raw, ServerError):
             return raw
-        if len(raw["choices"]) != wanted.count:
-            return self._error(f"answered with {len(raw['choices'])} choices where {wanted.count} were asked for")
+        if len(raw["choices"]) != wanted.candidates:
+            return self._error(f"answered with {len(raw['choices'])} choices where {wanted.candidates} were asked for")
         return self._read(raw, wanted)
 
     def _parsed(self, outcome: Answer | Failed) -> dict[str, Any] | ServerError:

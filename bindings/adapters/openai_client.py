@@ -17,7 +17,7 @@ from stars.adapters.loop import Asked, Draft, Loop, Response, Settled
 from stars.adapters.scoring import Scoring, TextOnly
 from stars.arguments import flag, integer, refuse_bare_prompt, shown
 from stars.bindings.controller import Drawn
-from stars.errors import RequestError, ServerError, StarsError
+from stars.errors import RequestError, ServerError, StarsError, warn
 from stars.model.tokenizer import REPLACEMENT, Detokenizer
 from stars.outputs import Metrics, RequestOutput, warn_of_errors
 from stars.plan import Policy
@@ -26,8 +26,8 @@ from stars.reward.http_calls import FORM, VISIBLE, Limits, Poster, address_of, e
 from stars.sampling import RequestOutputKind, SamplingParams
 from stars.sources import checked_reward, resolve_tokenizer
 
-RESERVED = ("model", "prompt", "n", "best_of", "logprobs", "max_tokens", "seed", "stream", "echo", "temperature", "top_p",
-            "return_token_ids", "stop", "stop_token_ids", "ignore_eos")
+RESERVED = ("model", "prompt", "n", "best_of", "logprobs", "max_tokens", "seed", "stream", "echo", "temperature",
+            "top_p", "return_token_ids", "stop", "stop_token_ids", "ignore_eos")
 """Fields of a body that are not the user's."""
 PASSED = ("temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos", "n", "seed", "max_tokens",
           "output_kind")
@@ -35,6 +35,7 @@ PASSED = ("temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eo
 ANY_VOCABULARY = 1 << 31  # the server knows its own
 PROBE = "The quick brown fox"
 """What the given tokenizer and the server's must read alike, where no prompt is a text."""
+ALIKE, LONG = 3, 4  # rounds whose candidates, of so many tokens, are all equal, before that is worth a warning
 SEEDS = 1 << 31  # llama.cpp has 32 bits, and one of those numbers means that there is none
 
 
@@ -122,6 +123,7 @@ class OpenAIProposer:
             [*given.values(), *([] if api_key is None else [api_key])], limits.total_timeout,
             self._max_num_seqs * (self._law.width if parallel else 1), parallel)
         self.traffic = Traffic()
+        self.rounds_alike: int | None = 0  # first rounds of which all candidates were equal; None once some were not
         self._scoring: Scoring | None = None
         self._busy = threading.Lock()
 
@@ -168,6 +170,16 @@ class OpenAIProposer:
             if changed:
                 yield self._output(request, 0)
 
+    def note(self, texts: Sequence[str]) -> None:
+        """Warns, once, of a server whose candidates are all equal, as of one that is greedy unless told otherwise."""
+        if self.rounds_alike is None or len(set(texts)) > 1:
+            self.rounds_alike = None
+            return
+        self.rounds_alike += 1
+        if self.rounds_alike == ALIKE:
+            warn(f"all candidates of the first {ALIKE} rounds were equal, as if the server at {self.server.address} did "
+                 "not sample: give what it needs for that in extra_body", stacklevel=2)
+
     # -- what is asked -------------------------------------------------------------------------------------------
 
     def _request(self, given: Any, params: SamplingParams | None) -> _Request:
@@ -189,8 +201,8 @@ class OpenAIProposer:
                                "a number")
         if len(prompt.token_ids) + params.max_tokens > self._max_model_len:
             raise RequestError(f"the prompt of {len(prompt.token_ids)} tokens and max_tokens={params.max_tokens} are "
-                               f"more than max_model_len={self._max_model_len}: shorten the prompt, lower max_tokens or "
-                               "raise max_model_len")
+                               f"more than max_model_len={self._max_model_len}: shorten the prompt, lower max_tokens "
+                               "or raise max_model_len")
         fields: dict[str, Any] = {"temperature": params.temperature, "top_p": params.top_p}
         for name, unused in (("top_k", 0), ("min_p", 0.0), ("ignore_eos", False), ("stop_token_ids", ())):
             if getattr(params, name) != unused:
@@ -237,10 +249,12 @@ class OpenAIProposer:
         tokenizer = self._tokenizer
         prompt = request.prompt
         pieces = _pieces(prompt, True, tokenizer)
-        text, ids = "", []
+        text, ids = PROBE, prompt.token_ids
         if tokenizer is not None:  # a text is sent whose ids are known
-            plain = isinstance(prompt.given, str) and prompt.special and not prompt.literal
-            text, ids = (prompt.given, prompt.token_ids) if plain else (PROBE, tokenizer.encode(PROBE))
+            if isinstance(prompt.given, str) and prompt.special and not prompt.literal:
+                text = prompt.given
+            else:
+                ids = tokenizer.encode(PROBE)
             pieces = [text]
         ways, told = self.server.ways(pieces, request.fields)
         if told is not None:
@@ -252,11 +266,11 @@ class OpenAIProposer:
             if request.params.stop_token_ids:
                 raise RequestError(f"stop_token_ids need token ids, and the server at {self.server.address} tells "
                                    "none: leave them out")
-        if told is not None and ids and (told.prompt_token_ids not in (None, ids) or
+        if told is not None and tokenizer is not None and (told.prompt_token_ids not in (None, ids) or
                                          told.prompt_tokens not in (0, len(ids))):
             raise ServerError(f"the server at {self.server.address} reads {shown(text)} as "
-                              f"{shown(told.prompt_token_ids or told.prompt_tokens)} and the tokenizer as {shown(ids)}: "
-                              "give the tokenizer of the model that is served")
+                              f"{shown(told.prompt_token_ids or told.prompt_tokens)} and the tokenizer as "
+                              f"{shown(ids)}: give the tokenizer of the model that is served")
         if self._scoring is None and self._law.scores:
             scoring = Scoring(
                 self._reward, tokenizer if tokenizer is not None and ways.tells_ids else TextOnly(), ANY_VOCABULARY,
@@ -264,8 +278,8 @@ class OpenAIProposer:
                 max_num_seqs=self._max_num_seqs, max_num_lanes=self._max_num_seqs * self._law.width,
                 device=self._device, cache_tokens=self._cache_tokens)
             if not scoring.needs_text and not ways.tells_ids:
-                raise ServerError(f"the server at {self.server.address} tells no token ids, and the reward reads those: "
-                                  "give one that reads text")
+                raise ServerError(f"the server at {self.server.address} tells no token ids, and the reward reads "
+                                  "those: give one that reads text")
             self._scoring = scoring
 
     def _loops(self, requests: Sequence[_Request]) -> Iterator[list[Response]]:
@@ -293,7 +307,7 @@ class OpenAIProposer:
 class _Request(NamedTuple):
     prompt: Prompt
     params: SamplingParams
-    fields: Mapping[str, Any]  # of every body
+    fields: dict[str, Any]  # of every body
     seed: int
     responses: list[Response]
 
@@ -369,6 +383,8 @@ class _Drafts:
             sequence.pieces = list(told.prompt_token_ids)
             one.prompt = one.prompt._replace(token_ids=sequence.pieces[:])
             self._decodes(one)
+        if params.temperature > 0.0 and len(told.choices) > 1 and len(told.choices[0].token_ids) >= LONG:
+            proposer.note([choice.text for choice in told.choices])
         drafts = []
         for attempt, choice in zip(attempts, told.choices, strict=True):
             assert one.stop_ids is not None

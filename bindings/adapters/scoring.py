@@ -32,9 +32,9 @@ class Scoring:
     """A reward with pages and slabs of its own, for responses that another stack drafts.
 
     reward: as the Engine takes it. tokenizer: of the drafting model, ours (`stars.model.tokenizer`), or None where
-    there is none: then the reward gets token ids alone; `TextOnly()` where it is to get the text. vocab_size: of the drafting model. max_model_len: most tokens
-    of a prompt and its response. max_num_seqs, max_num_lanes: responses and attempts at once. segment_size: most
-    tokens of an attempt. cache_tokens: of the reward model's cache; None: 32768, or one whole response where that is
+    there is none: then the reward gets token ids alone; `TextOnly()` where it is to get the text. vocab_size: of the
+    drafting model. max_model_len: most tokens of a prompt and its response. max_num_seqs, max_num_lanes: responses and
+    attempts at once. segment_size: most tokens of an attempt. cache_tokens: of the reward model's cache; None: 32768, or one whole response where that is
     more. RewardError and ModelError as from the Engine.
     """
 

@@ -43,7 +43,7 @@ class VLLMClient(OpenAIProposer):
         outputs = super().generate(prompts, sampling_params)
         traffic = self.traffic
         if traffic.cached_tokens == 0 and traffic.prompt_tokens > PREFIX_TOKENS:
-            raise ServerError(f"the server at {self.server.address} found none of {traffic.prompt_tokens} prompt tokens in "
-                              "its cache, so that it reads every prompt again in every round: start it with "
+            raise ServerError(f"the server at {self.server.address} found none of {traffic.prompt_tokens} prompt "
+                              "tokens in its cache, so that it reads every prompt again in every round: start it with "
                               "--enable-prefix-caching, and with a --block-size that prompts are longer than")
         return outputs

@@ -5,7 +5,11 @@ Needs llama-cpp-python: `make embed`.
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +36,8 @@ from toy import facts  # noqa: E402
 
 pytestmark = [pytest.mark.embed, pytest.mark.usefixtures("one_torch_thread")]
 
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = Path(os.environ.get("LLAMA_DIR") or Path(llama_cpp.__file__).parents[1])  # of headers and libraries
 PROMPTS = ["The quick brown", "Once upon a time there was a little girl", "Numbers"]
 CHAT = {"messages": [{"role": "user", "content": "Who lived near the forest?"}]}
 
@@ -463,3 +469,30 @@ def test_a_lora_adapter_of_the_llama_is_on_ours_too(written, tmp_path):
     assert found == greedy
     adapted.close()
 
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(not (LLAMA / "include" / "llama.h").is_file(), reason="no llama.h: LLAMA_DIR names its folder")
+def test_a_cpp_program_links_both(written, tmp_path):
+    """bindings/examples/llama_stars.cpp under ASan and UBSan: the same text at any width, one line where it fails."""
+    libraries = next(LLAMA / name for name in ("lib", "llama_cpp/lib") if (LLAMA / name / "libllama.so").exists())
+    ours, program = ROOT / "bindings" / "lib", tmp_path / "llama_stars"
+    subprocess.run(["c++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
+                    "-fno-sanitize-recover=undefined", f"-I{ROOT / 'bindings'}", f"-isystem{LLAMA / 'include'}",
+                    ROOT / "bindings" / "examples" / "llama_stars.cpp", "-o", program, f"-L{ours}", "-lstars",
+                    f"-L{libraries}", "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{ours}",
+                    f"-Wl,-rpath,{libraries}"], check=True)
+    path, _ = written()
+
+    def run(*given):
+        done = subprocess.run([program, path, PROMPTS[1], *given], capture_output=True, text=True, errors="replace",
+                              env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    texts = [run(width, "5", "40").rpartition("\n40 tokens kept of ")[0] for width in ("1", "3", "8")]
+    assert texts[0] and texts[0] == texts[1] == texts[2] != run("3", "6", "40").rpartition("\n40 tokens kept of ")[0]
+    assert ", the best of all that were rejected" in texts[0]  # by all widths: one attempt was held
+    for given in (["/nowhere.gguf"], [path, ""], [path, "a", "0"]):
+        done = subprocess.run([program, *given], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr

@@ -71,12 +71,14 @@ KINDS = {
     "llama-cpp-python's": Kind(("llama_cpp", "sse_starlette", "starlette_context", "pydantic_settings"),
                                lambda model, gguf, port: [
         sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port),
-        "--n_ctx", "256", "--n_threads", "1", "--logits_all", "true"], n=False, takes_ids=False, ids=False),
+        "--n_ctx", "256", "--n_threads", "1", "--logits_all", "true"],
+        n=False, takes_ids=False, ids=False),
     "transformers serve": Kind(("transformers", "accelerate", "fastapi", "uvicorn", "openai"),
                                lambda model, gguf, port: [
         sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--port", str(port), "--host",
         "127.0.0.1", "--device", "cpu", "--dtype", "float32"], "/health", n=False, logprobs=None, extensions=False,
-        takes_ids=False, ids=False, seeds=False, extra_body={"generation_config": '{"do_sample": true, "top_k": 0}'}, named=True),
+        takes_ids=False, ids=False, seeds=False, named=True,
+        extra_body={"generation_config": '{"do_sample": true, "top_k": 0}'}),
 }
 
 
@@ -92,7 +94,8 @@ class Running(NamedTuple):
 
 
 def stars_policy(**changes: Any) -> STARS:
-    return STARS(**(dict(segment_size=4, max_attempts=6, alpha=0.5, beta=1.0, reward_threshold=14.0, width=3) | changes))
+    given = dict(segment_size=4, max_attempts=6, alpha=0.5, beta=1.0, reward_threshold=14.0, width=3)
+    return STARS(**(given | changes))
 
 
 def letters(prompt: Any, responses: list[str]) -> list[float]:

@@ -3,9 +3,10 @@
 from functools import lru_cache
 from typing import Any
 
+from transformers import StoppingCriteriaList, StopStringCriteria
+
 import stars
 from stars.adapters import transformers as adapter
-from transformers import StopStringCriteria, StoppingCriteriaList
 
 
 def generate(model: Any, stars_reward: Any = None, stars_policy: Any = None, reward_threshold: Any = None,
