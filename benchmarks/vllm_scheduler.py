@@ -11,6 +11,7 @@ machine disturb least; the clock's seconds are in the details.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -103,8 +104,10 @@ def main() -> None:
                         of_a_step=1e6 * sum(found[name]) / len(found[name]) / options.tokens) for name in others]
     figures[0].detail["plain_clock_seconds"] = [clock for clock, _ in rows[against][1:]]
     print_table(figures)
+    config = json.loads((Path(options.model) / "config.json").read_text())
     write_json(options.out, describe_machine(), {
-        "vllm": vllm_version, "model": Path(options.model).name, "reward": options.reward and Path(options.reward).name,
+        "vllm": vllm_version, "model": config.get("_model_name_or_path", Path(options.model).name),
+        "reward": options.reward and Path(options.reward).name,
         "requests": options.requests, "tokens": options.tokens, "prompt_tokens": PROMPT_TOKENS, "segment": SEGMENT,
         "repeats": options.repeats, "threads": 1, "eager": True, "load_average": os.getloadavg()}, figures)
 
