@@ -4,12 +4,14 @@
 
 PYTHON is the interpreter of an environment that has vLLM and this package (`make embed` makes one). One worker, whose
 scheduler is exchanged between turns, so that weights, caches and threads are the same. CPU seconds of the process are
-compared, on one thread: other programs of the machine hardly count in them. The clock's are in the details.
+compared, on one thread. Beside them stands what the scheduler itself takes of each step, which other programs of the
+machine disturb least; the clock's seconds are in the details.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -33,6 +35,25 @@ def constant(prompt: str, responses: list[str]) -> list[float]:
     return [0.0] * len(responses)
 
 
+class Meter:
+    """CPU seconds inside a scheduler, and its steps."""
+
+    def __init__(self, scheduler: Any):
+        self.scheduler, self.seconds, self.steps = scheduler, 0.0, 0
+        for name in ("schedule", "get_grammar_bitmask", "update_from_output"):
+            setattr(scheduler, name, self._timed(getattr(scheduler, name), name == "schedule"))
+
+    def _timed(self, call: Any, is_step: bool) -> Any:
+        def timed(*args: Any) -> Any:
+            begin = time.thread_time()
+            result = call(*args)
+            self.seconds += time.thread_time() - begin
+            self.steps += is_step
+            return result
+
+        return timed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a directory with a tokenizer")
@@ -48,12 +69,13 @@ def main() -> None:
               additional_config={"stars_reward": options.reward or f"{Path(__file__).stem}:constant"})
     core: Any = llm.llm_engine.engine_core.engine_core
     ours = core.scheduler
+    micros: dict[str, list[float]] = {}
     plain = Scheduler(ours.vllm_config, ours.kv_cache_config, ours.structured_output_manager, ours.block_size)
 
-    def seconds(scheduler: Any, law: dict[str, Any] | None, rows: dict[str, list[tuple[float, int]]], name: str,
+    def seconds(meter: Meter, law: dict[str, Any] | None, rows: dict[str, list[tuple[float, int]]], name: str,
                 index: int) -> float:
-        core.scheduler = scheduler
-        generator = torch.Generator().manual_seed(index)
+        core.scheduler, meter.seconds, meter.steps = meter.scheduler, 0.0, 0
+        generator = torch.Generator().manual_seed(3 * index + list(laws).index(name))  # what no cache has
         prompts = [{"prompt_token_ids": torch.randint(1000, 5000, (PROMPT_TOKENS,), generator=generator).tolist()}
                    for _ in range(options.requests)]
         params = [SamplingParams(max_tokens=options.tokens, ignore_eos=True, seed=place,
@@ -64,10 +86,12 @@ def main() -> None:
         cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
         drawn = sum(output.kv_transfer_params["stars"]["tokens_drawn"] if law else options.tokens for output in outputs)
         rows.setdefault(name, []).append((clock, drawn))
+        micros.setdefault(name, []).append(1e6 * meter.seconds / meter.steps)
         return cpu
 
-    laws = {"vLLM's scheduler": (plain, None), "ours, nobody asks": (ours, None),
-            "ours, all accepted": (ours, dict(reward_threshold=float("-inf"), segment_size=SEGMENT))}
+    theirs_metered, ours_metered = Meter(plain), Meter(ours)
+    laws = {"vLLM's scheduler": (theirs_metered, None), "ours, nobody asks": (ours_metered, None),
+            "ours, all accepted": (ours_metered, dict(reward_threshold=float("-inf"), segment_size=SEGMENT))}
     rows: dict[str, list[tuple[float, int]]] = {}
     found = interleave({name: lambda index, name=name, row=row: seconds(*row, rows, name, index)
                         for name, row in laws.items()}, options.repeats)
@@ -76,10 +100,14 @@ def main() -> None:
     base = [total / one for one in found[against]]
     figures = [compare(f"{name}: tokens a CPU second", "token/s", [total / one for one in found[name]], against, base,
                        ">= 0.95", clock_seconds=[clock for clock, _ in rows[name][1:]]) for name in others]
+    figures += [compare(f"{name}: inside the scheduler, a step", "us", micros[name][1:], against, micros[against][1:],
+                        of_a_step=1e6 * sum(found[name]) / len(found[name]) / options.tokens) for name in others]
     figures[0].detail["plain_clock_seconds"] = [clock for clock, _ in rows[against][1:]]
     print_table(figures)
+    config = json.loads((Path(options.model) / "config.json").read_text())
     write_json(options.out, describe_machine(), {
-        "vllm": vllm_version, "model": Path(options.model).name, "reward": options.reward and Path(options.reward).name,
+        "vllm": vllm_version, "model": config.get("_model_name_or_path", Path(options.model).name),
+        "reward": options.reward and Path(options.reward).name,
         "requests": options.requests, "tokens": options.tokens, "prompt_tokens": PROMPT_TOKENS, "segment": SEGMENT,
         "repeats": options.repeats, "threads": 1, "eager": True, "load_average": os.getloadavg()}, figures)
 

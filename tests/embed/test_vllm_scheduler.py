@@ -18,7 +18,6 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,11 +164,10 @@ def drawn(llm, policy: stars.STARS, seeded: bool = False) -> dict:
     return seen
 
 
-def p_value(observed: dict, policy: stars.STARS, monkeypatch) -> float:
+def p_value(observed: dict, policy: stars.STARS) -> float:
     """Against the exact law of test_law.py, of this file's model."""
-    monkeypatch.setattr(test_law, "candidates", partial(law.candidates, model=MODEL))
     case = test_law.Case(policy, stars.SamplingParams(max_tokens=MAX_TOKENS), vllm_rewards.TABLE)
-    return law.p_value(observed, lambda prefix: test_law.segment_law(prefix, case)[0])
+    return law.p_value(observed, lambda prefix: test_law.segment_law(prefix, case, MODEL)[0])
 
 
 LAWS = {
@@ -181,16 +179,16 @@ LAWS = {
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_segments_follow_the_law(llm, watch, monkeypatch, name):
+def test_segments_follow_the_law(llm, watch, name):
     """Accepted, rejected and redrawn, or, where the cap is met, the best one drawn again."""
     observed = drawn(llm, LAWS[name])
-    assert p_value(observed, LAWS[name], monkeypatch) > FALSE_POSITIVE_RATE
+    assert p_value(observed, LAWS[name]) > FALSE_POSITIVE_RATE
 
 
-def test_seeded_requests_follow_the_law_too(llm, watch, monkeypatch):
+def test_seeded_requests_follow_the_law_too(llm, watch):
     """Their generators live in the worker and go on over a rewind: each attempt draws anew."""
     policy = LAWS["soft, capped"]
-    assert p_value(drawn(llm, policy, seeded=True), policy, monkeypatch) > FALSE_POSITIVE_RATE
+    assert p_value(drawn(llm, policy, seeded=True), policy) > FALSE_POSITIVE_RATE
 
 
 def rewards_of_others(scheduler, monkeypatch):
@@ -229,7 +227,7 @@ def test_a_planted_error_is_seen(llm, watch, monkeypatch, error):
     """The test of the law has the power to see it."""
     policy = LAWS["soft, capped"]
     error(watch.scheduler, monkeypatch)
-    assert p_value(drawn(llm, policy), policy, monkeypatch) < FALSE_POSITIVE_RATE
+    assert p_value(drawn(llm, policy), policy) < FALSE_POSITIVE_RATE
 
 
 # -- what is drawn, run, and remembered ---------------------------------------------------------------------------
@@ -570,13 +568,12 @@ def completion(address: str, stars_args: dict | None, **body) -> dict:
 
 
 def test_a_reward_model_judges_behind_the_server(server):
-    """Its rewards are those of the same texts scored from scratch, and higher ones than of plain samples."""
+    """Its rewards are those of the same tokens scored from scratch, and higher ones than of plain samples."""
     asked = dict(reward_threshold=math.inf, segment_size=12, max_attempts=4)
-    plain = [completion(server, None, seed=seed) for seed in range(6)]
-    aligned = [completion(server, asked, seed=seed) for seed in range(6)]
+    plain, aligned = ([completion(server, law, seed=seed, return_token_ids=True) for seed in range(6)]
+                      for law in (None, asked))
     engine = stars.Engine(PAIR / "lm", reward=PAIR / "rm")
-    texts = [answer["choices"][0]["text"] for answer in plain + aligned]
-    scores = engine.score([STORY] * 12, texts)
+    scores = engine.score(STORY, [answer["choices"][0]["token_ids"] for answer in plain + aligned])
     for answer, reward in zip(aligned, scores[6:], strict=True):
         told = answer["kv_transfer_params"]["stars"]
         assert told["attempts"] == 4 * told["segments"]
