@@ -83,6 +83,10 @@ class Pool {
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
     } catch (const std::exception&) {  // no more threads to be had: the others take the missing ones' shares
     }
+    // A process may end right after its first operation. In a program that is linked statically the unwinder ends with
+    // it, and would abort in a worker that is at its first exception then.
+    const uint32_t begun = static_cast<uint32_t>(workers_.size());
+    for (uint32_t ready; (ready = ready_.load()) != begun;) ready_.wait(ready);
   }
 
   ~Pool() {
@@ -138,6 +142,8 @@ class Pool {
       out_of_memory();  // what a thread's first exception needs is made while there is memory for it
     } catch (const std::exception&) {
     }
+    ready_.fetch_add(1);
+    ready_.notify_one();
     const Share& share = shares_[own];
     for (;;) {
       const auto until = std::chrono::steady_clock::now() + kSpin;
@@ -168,6 +174,7 @@ class Pool {
   uint32_t expected_ = 0;                          // of the above, once all tasks offered so far are done
   std::atomic<bool> failed_{false};                // one of this call's tasks threw
   alignas(64) std::atomic<uint32_t> sleepers_{0};
+  std::atomic<uint32_t> ready_{0};  // workers that have begun
   std::atomic<bool> stop_{false};
 };
 
