@@ -64,10 +64,12 @@ def build_wheel(tools: Path, zig: Path, sdist: Path, architecture: str) -> Path:
             STARS_ZIG_TARGET=f"{architecture}-linux-gnu.{GLIBC}", STARS_REQUIRE_LIBSTARS="1")
         [built] = (Path(folder) / "built").glob("*.whl")
         run(tools / "auditwheel", "show", built)
-        platform_tag = f"manylinux_{GLIBC.replace('.', '_')}_{architecture}"
-        run(tools / "auditwheel", "repair", "--plat", platform_tag, "--wheel-dir", FOLDER / "dist", built,
+        run(tools / "auditwheel", "repair", "--wheel-dir", FOLDER / "dist", built,  # by the oldest glibc that will do
             PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
-    [wheel] = (FOLDER / "dist").glob(f"*-py3-none-*{platform_tag}*.whl")
+    [wheel] = (FOLDER / "dist").glob(f"*_{architecture}.whl")
+    promised = f"manylinux_{GLIBC.replace('.', '_')}_{architecture}"
+    if promised not in wheel.name or "-py3-none-" not in wheel.name:
+        raise RuntimeError(f"{wheel.name} needs more than {promised}, or not any Python 3; auditwheel says why above")
     return wheel
 
 

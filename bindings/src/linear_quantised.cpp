@@ -31,7 +31,10 @@ constexpr int64_t kAhead = 8192;                      // bytes of a weight that 
 
 // Both products of 16-bit integers added.
 STARS_INLINE ints dot(ints sum, words a, words b) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && defined(__clang__)
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // of the intrinsic clang makes two instructions again
+  return sum;
+#elif defined(__AVX512VNNI__)
   return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
   return sum + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
@@ -152,6 +155,7 @@ STARS_INLINE void add_pair(ints (&sum)[ROWS][2][kChains<ROWS>], const uint8_t* c
                            int64_t x_stride) {
   words pair[2];
   for (int v = 0; v < 2; ++v) pair[v] = unpack<BITS, T>(codes + 4 * vector_width * v);
+#pragma GCC unroll 8  // clang would leave a loop, over sums in memory
   for (int r = 0; r < ROWS; ++r) {
     const words value = splat(x[r * x_stride].pairs[T]);
     for (int v = 0; v < 2; ++v)
