@@ -262,6 +262,22 @@ def test_llama_cpps_choices_are_read():
     assert completion.token_ids == [4, 2, -1, -1, -1, -1]
 
 
+def test_a_character_that_a_seam_cuts_needs_a_tokenizer_where_ids_are_sent():
+    """vLLM shows the whole text again after a prompt that ends within a character. Of texts alone its bytes are dropped."""
+    def behave(handler, body):
+        handler.reply({"choices": [{"index": 0, "finish_reason": "length", "text": "4\ufffd", "prompt_token_ids": [1],
+                                    "token_ids": [4, 9][: body["max_tokens"]] if ids else None}]})
+
+    for ids in (True, False):
+        with serving(behave) as server:
+            proposer = openai(server.url, policy=STARS(2, 1, 1.0, 0.0, 0.0, 1), reward=by_text)
+            [completion] = next(iter(proposer.stream("1", SamplingParams(max_tokens=6)))).outputs
+            assert completion.text == "4" and completion.reward == REWARD([4])
+            *_, last = proposer.stream("1", SamplingParams(max_tokens=6))
+            assert ("give the tokenizer of the served model" in (last.outputs[0].error or "")) is ids
+            assert last.outputs[0].text == ("4" if ids else "444")
+
+
 # -- what goes wrong --------------------------------------------------------------------------------------------------
 
 

@@ -318,7 +318,8 @@ class _Sequence:
     def __init__(self, number: int, request: _Request, pieces: list[Piece]):
         self.number, self.request, self.pieces = number, request, pieces
         self.text = ""  # committed, as the server sent it
-        self.drafted: dict[int, tuple[Sequence[Piece], str]] = {}  # by attempt: of those that may still win
+        self.cut = False  # whether what is committed ends within a character, whose first bytes are sent as token ids
+        self.drafted: dict[int, tuple[Sequence[Piece], str, bool]] = {}  # by attempt: of those that may still win
 
 
 class _Drafts:
@@ -366,7 +367,7 @@ class _Drafts:
         for one, kept, held in settled:
             sequence = one.sequence
             if kept:
-                pieces, text = sequence.drafted[kept]
+                pieces, text, sequence.cut = sequence.drafted[kept]
                 sequence.pieces += pieces
                 sequence.text += text
             sequence.drafted = {held: sequence.drafted[held]} if held else {}
@@ -385,6 +386,9 @@ class _Drafts:
             self._decodes(one)
         if params.temperature > 0.0 and len(told.choices) > 1 and len(told.choices[0].token_ids) >= LONG:
             proposer.note([choice.text for choice in told.choices])
+        if sequence.cut and one.decode is None:
+            return ServerError(f"a segment ended within a character, and what the server at {self._server.address} "
+                               "shows after that is not the text: give the tokenizer of the served model")
         drafts = []
         for attempt, choice in zip(attempts, told.choices, strict=True):
             assert one.stop_ids is not None
@@ -400,7 +404,7 @@ class _Drafts:
                 one.stop_ids |= {choice.token_ids[-1]}
             # A character that the segment cuts in two is not shown before it is whole.
             text = choice.text if choice.ended else choice.text.rstrip(REPLACEMENT)
-            sequence.drafted[attempt.attempt] = choice.pieces, text
+            sequence.drafted[attempt.attempt] = choice.pieces, text, self._ways.tells_ids and text != choice.text
             drafts.append(Draft(choice.token_ids, choice.ended, choice.logprob,
                                 text=None if one.decode is not None and choice.told else sequence.text + text))
         return drafts
