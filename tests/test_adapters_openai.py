@@ -263,7 +263,7 @@ def test_llama_cpps_choices_are_read():
 
 
 def test_a_character_that_a_seam_cuts_needs_a_tokenizer_where_ids_are_sent():
-    """vLLM shows the whole text again after a prompt that ends within a character. Of texts alone its bytes are dropped."""
+    """vLLM shows the whole text again after a prompt that ends so. Of texts alone the character's bytes are dropped."""
     def behave(handler, body):
         handler.reply({"choices": [{"index": 0, "finish_reason": "length", "text": "4\ufffd", "prompt_token_ids": [1],
                                     "token_ids": [4, 9][: body["max_tokens"]] if ids else None}]})
