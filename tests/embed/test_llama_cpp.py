@@ -335,6 +335,10 @@ def test_what_it_cannot_do_is_refused_by_name(written, tmp_path):
     with adapters.llama_cpp(llama, n_ctx=256) as engine:
         with pytest.raises(RequestError, match="max_tokens=300 make 3.., the limit is"):
             engine.generate("The dog", SamplingParams(max_tokens=300))
+        with pytest.raises(RequestError, match="outside the model's vocabulary"):
+            engine.generate(["a", {"prompt_token_ids": [9999]}])
+        engine.stream("a")  # which nobody asks for anything
+        assert not engine._proposals
         with pytest.raises(RequestError, match="2 prompts and 1 sampling_params"):
             engine.generate(["a", "b"], [SamplingParams()])
         with pytest.raises(RequestError, match="must be a stars.SamplingParams"):
