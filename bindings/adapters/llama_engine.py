@@ -201,7 +201,7 @@ class LlamaCpp:
         else:
             each = [sampling_params] * len(given)
         asked = [self._parse(prompt, params) for prompt, params in zip(given, each, strict=True)]
-        for _ in self._run([one for request in asked for one in request.responses]):
+        for _ in self._run(asked):
             pass
         outputs = [request.output() for request in asked]
         warn_of_errors(outputs, stacklevel=3)
@@ -216,14 +216,17 @@ class LlamaCpp:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[RequestOutput]:
-        for changed in self._run(request.responses):
+        for changed in self._run([request]):
             if changed and (request.finished or request.params.output_kind is RequestOutputKind.CUMULATIVE):
                 yield request.output()
 
-    def _run(self, responses: Sequence[Response]) -> Iterator[list[Response]]:
+    def _run(self, requests: Sequence[Request]) -> Iterator[list[Response]]:
+        proposals = {one: request.proposal for request in requests for one in request.responses}
+        responses = list(proposals)
         loop = Loop(self.stack, self._scoring, self._law, None, width=self._width, reserve=self.stack.reserve)
         rounds = loop.run(responses)
         try:
+            self._proposals.update(proposals)
             while True:
                 with self._taking_turns():
                     self._check_open()
@@ -263,13 +266,13 @@ class LlamaCpp:
             self._scoring.reward.check(prompt, max_tokens)
         stops = tuple(dict.fromkeys((*(() if params.ignore_eos else self._eos), *(params.stop_token_ids or ()))))
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(str(next(self._ids)), prompt, params, self.policy, seed, self._eos, [])
+        proposal = Proposal(params.temperature, params.top_k, params.top_p, params.min_p, stops)
+        request = Request(str(next(self._ids)), prompt, params, self.policy, seed, proposal, self._eos, [])
         for sample in range(params.n):
             one = Response(prompt, seed, sample, max_tokens)
             one.stop_ids = frozenset(stops)
             if self.tokenizer is not None:
                 one.decode = Detokenizer(self.tokenizer, prompt.token_ids).decode
-            self._proposals[one] = Proposal(params.temperature, params.top_k, params.top_p, params.min_p, stops)
             request.responses.append(one)
         return request
 
@@ -332,6 +335,7 @@ class Request:
     params: SamplingParams
     policy: Any
     seed: int
+    proposal: Proposal
     eos: tuple[int, ...]
     responses: list[Response]
 

@@ -6,6 +6,7 @@ Needs llama-cpp-python: `make embed`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -334,6 +335,10 @@ def test_what_it_cannot_do_is_refused_by_name(written, tmp_path):
     with adapters.llama_cpp(llama, n_ctx=256) as engine:
         with pytest.raises(RequestError, match="max_tokens=300 make 3.., the limit is"):
             engine.generate("The dog", SamplingParams(max_tokens=300))
+        with pytest.raises(RequestError, match="outside the model's vocabulary"):
+            engine.generate(["a", {"prompt_token_ids": [9999]}])
+        engine.stream("a")  # which nobody asks for anything
+        assert not engine._proposals
         with pytest.raises(RequestError, match="2 prompts and 1 sampling_params"):
             engine.generate(["a", "b"], [SamplingParams()])
         with pytest.raises(RequestError, match="must be a stars.SamplingParams"):
@@ -503,6 +508,22 @@ def test_a_cpp_program_links_both(written, tmp_path):
     texts = [run(width, "5", "40").rpartition("\n40 tokens kept of ")[0] for width in ("1", "3", "8")]
     assert texts[0] and texts[0] == texts[1] == texts[2] != run("3", "6", "40").rpartition("\n40 tokens kept of ")[0]
     assert ", the best of all that were rejected" in texts[0]  # by all widths: one attempt was held
-    for given in (["/nowhere.gguf"], [path, ""], [path, "a", "0"]):
-        done = subprocess.run([program, *given], capture_output=True, text=True)
+    for given in (["/nowhere.gguf"], [path, "a", "0"]):
+        done = subprocess.run([program, *given], capture_output=True, text=True, errors="replace")
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_examples_of_the_page_run(written, tiny_model, tmp_path, monkeypatch, capsys):
+    """In order and in one namespace, as a reader would type them."""
+    path, _ = written()
+    page = (ROOT / "docs" / "llama_cpp.md").read_text(encoding="utf8")
+    (tmp_path / "model.gguf").symlink_to(path)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "rm").symlink_to(tiny_model(head="reward", tokenizer=True, chat_template=True))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    examples = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    for text in examples:
+        exec(text, names)  # noqa: S102
+    assert capsys.readouterr().out.count("\n") >= 5
