@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 
@@ -12,6 +17,7 @@ from stars.adapters.loop import Loop, Response
 from stars.adapters.scoring import Scoring
 from stars.errors import RequestError
 from stars.prompt import parse_prompt
+from stars.reward import FunctionReward
 from toy import EOS, ToyModel
 
 
@@ -58,8 +64,6 @@ def summed(prompt, responses):
     STARS(segment_size=4, max_attempts=3, beta=0.0, reward_threshold=0.5, alpha=1.0),
     BlockwiseBestOfK(k=4, segment_size=3), Sample()], ids=["soft", "hard", "best_of_k", "sample"])
 def test_the_loop_makes_the_engines_texts(policy, width):
-    from stars.reward import FunctionReward
-
     toy = ToyModel(vocab=7, seed=3)
     params = [SamplingParams(max_tokens=11, seed=seed, temperature=0.9, top_k=5) for seed in range(4)]
     prompts = [[1, 2, 3], [4], [5, 6, 1, 2, 2], [3, 3]]
@@ -99,8 +103,6 @@ def test_a_failing_reward_ends_its_own_response_alone():
             raise RuntimeError("no reward today")
         return summed(prompt, responses)
 
-    from stars.reward import FunctionReward
-
     toy, law = ToyModel(vocab=7, seed=3), law_of(STARS(segment_size=3, reward_threshold=1.0, alpha=1.0), "the test")
     scoring = Scoring(FunctionReward(fails, inputs="ids"), None, 7, max_model_len=64, segment_size=3)
     stack = Recomputing(toy, Proposal(stop_ids=(EOS,)))
@@ -113,8 +115,6 @@ def test_a_failing_reward_ends_its_own_response_alone():
 
 
 def test_a_caller_that_stops_early_gives_everything_back():
-    from stars.reward import FunctionReward
-
     toy, law = ToyModel(vocab=7, seed=3), law_of(STARS(segment_size=2, reward_threshold=1.0, alpha=1.0), "the test")
     scoring = Scoring(FunctionReward(summed, inputs="ids"), None, 7, max_model_len=64, segment_size=2)
     stack = Recomputing(toy, Proposal())
@@ -149,8 +149,6 @@ class Small(Recomputing):
 
 
 def test_who_finds_no_room_waits_and_gets_the_same_text():
-    from stars.reward import FunctionReward
-
     toy, law = ToyModel(vocab=7, seed=3), law_of(STARS(segment_size=2, reward_threshold=1.0, alpha=1.0), "the test")
     found = []
     for kind in (Recomputing, Small):
@@ -190,8 +188,6 @@ def test_responses_have_proposals_and_stop_tokens_of_their_own():
 
 
 def test_what_was_being_opened_is_given_back_when_that_fails():
-    from stars.reward import FunctionReward
-
     class Fails(Recomputing):
         def open(self, responses):
             super().open(responses[:1])
@@ -204,3 +200,95 @@ def test_what_was_being_opened_is_given_back_when_that_fails():
     with pytest.raises(RuntimeError, match="fell over"):
         next(Loop(stack, scoring, law, None).run(responses))
     assert stack.open_sequences == 0 and all(one.session is None and one.controller is None for one in responses)
+
+
+def engines_and_ours(policy, params, fn=summed, prompts=([1, 2], [4], [3, 5])):
+    """Outputs of the engine, and of the loop over the stack that recomputes, of the same prompts."""
+    toy, law = ToyModel(vocab=7, seed=3), law_of(policy, "the test")
+    engine = Engine(toy.decoder(), FunctionReward(fn, inputs="ids"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of requests that end with an error
+        wanted = [one.outputs[0] for one in engine.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], params, policy=policy, use_tqdm=False)]
+    scoring = Scoring(FunctionReward(fn, inputs="ids"), None, 7, max_model_len=64, segment_size=law.segment_size)
+    stack = Recomputing(toy, Proposal(params.temperature, stop_ids=(EOS,)))
+    responses = [Response(parse_prompt({"prompt_token_ids": ids}, None, 7), params.seed, 0, params.max_tokens,
+                          params.temperature == 0.0) for ids in prompts]
+    for _ in Loop(stack, scoring, law, None, frozenset({EOS})).run(responses):
+        pass
+    assert stack.open_sequences == 0
+    return wanted, [one.output() for one in responses]
+
+
+def test_greedy_responses_draw_one_attempt_a_segment_as_the_engine_does():
+    policy = STARS(segment_size=3, max_attempts=9, beta=0.4, reward_threshold=1.5)
+    wanted, found = engines_and_ours(policy, SamplingParams(max_tokens=9, seed=1, temperature=0.0))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert [(len(one.attempts), one.accepted) for one in mine.segments] == [
+            (len(one.attempts), one.accepted) for one in theirs.segments]
+        assert {len(one.attempts) for one in mine.segments} == {1}
+
+
+class Raises(FunctionReward):
+    """Of a call that has a candidate after the prompt [4]."""
+
+    def score(self, candidates):
+        if any(one.session.prompt == [4] for one in candidates):
+            raise RuntimeError("boom")
+        return super().score(candidates)
+
+
+def test_a_reward_that_raises_in_a_common_call_ends_its_own_response_alone():
+    toy, law = ToyModel(vocab=7, seed=3), law_of(STARS(segment_size=3, reward_threshold=1.0, alpha=1.0), "the test")
+    outputs = {}
+    for reward in (Raises(summed, inputs="ids"), FunctionReward(summed, inputs="ids")):
+        stack = Recomputing(toy, Proposal(stop_ids=(EOS,)))
+        responses = [Response(parse_prompt({"prompt_token_ids": ids}, None, 7), 5, 0, 9) for ids in ([1, 2], [4], [3])]
+        scoring = Scoring(reward, None, 7, max_model_len=64, segment_size=3)
+        for _ in Loop(stack, scoring, law, None, frozenset({EOS})).run(responses):
+            pass
+        outputs[type(reward)] = [one.output() for one in responses]
+        assert stack.open_sequences == 0
+    raised, fine = outputs[Raises], outputs[FunctionReward]
+    assert [one.error for one in raised] == [None, "the reward raised RuntimeError: boom", None]
+    assert [raised[place].token_ids for place in (0, 2)] == [fine[place].token_ids for place in (0, 2)]
+
+
+def test_logits_that_are_none_end_their_own_response_alone():
+    """As in the engine, with its words."""
+
+    class Broken(ToyModel):
+        def logits(self, text):
+            found = super().logits(text)
+            return found * float("nan") if text[0] == 4 else found - float("inf") if text[0] == 3 else found
+
+    toy, law = Broken(vocab=7, seed=3), law_of(STARS(segment_size=3, reward_threshold=1.0, alpha=1.0), "the test")
+    stack = Recomputing(toy, Proposal(stop_ids=(EOS,)))
+    responses = [Response(parse_prompt({"prompt_token_ids": ids}, None, 7), 5, 0, 9) for ids in ([1, 2], [4], [3])]
+    scoring = Scoring(FunctionReward(summed, inputs="ids"), None, 7, max_model_len=64, segment_size=3)
+    for _ in Loop(stack, scoring, law, None, frozenset({EOS})).run(responses):
+        pass
+    assert [one.finish_reason == "error" for one in responses] == [False, True, True]
+    assert "NaN" in str(responses[1].error) and "no token" in str(responses[2].error)
+    assert stack.open_sequences == 0
+
+
+def test_an_output_stays_as_it_was():
+    """Metrics go on counting while a response grows; those of an output that was handed out do not."""
+    toy, law = ToyModel(vocab=7, seed=3), law_of(STARS(segment_size=2, reward_threshold=1.0, alpha=1.0), "the test")
+    scoring = Scoring(FunctionReward(summed, inputs="ids"), None, 7, max_model_len=64, segment_size=2)
+    response = Response(parse_prompt({"prompt_token_ids": [1]}, None, 7), 5, 0, 9)
+    outputs = []
+    for changed in Loop(Recomputing(toy, Proposal()), scoring, law, None).run([response]):
+        outputs += [one.output() for one in changed]
+    assert [one.metrics.segments for one in outputs] == [1, 2, 3, 4, 5]
+
+
+def test_another_vllm_is_refused_by_name(tmp_path):
+    """Before anything is imported that another version may not have."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("__version__ = '0.99.1'\n")
+    done = subprocess.run([sys.executable, "-c", "import stars.adapters; stars.adapters.vllm_scheduler"], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and "StarsError" in done.stderr and "0.99.1" in done.stderr.splitlines()[-1], done.stderr

@@ -11,8 +11,9 @@ from typing import Any
 _HOME: dict[str, str] = {"llama_cpp": "llama_engine", "openai": "openai_client", "transformers": "hf_generate",
                          "vllm_client": "vllm_serving"}
 """The module of each name."""
+_MODULES = ("vllm_scheduler",)  # named to vLLM by its path
 
-__all__ = sorted(_HOME)
+__all__ = sorted((*_HOME, *_MODULES))
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"stars.adapters.{_HOME[name]}"), name)
         globals()[name] = value
         return value
+    if name in _MODULES:
+        return import_module(f"stars.adapters.{name}")
     raise AttributeError(f"module 'stars.adapters' has no attribute {name!r}")
 
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from stars.adapters.loop import Asked, Draft
+from stars.edits import NOTHING_LEFT
+from stars.errors import ModelError, RequestError, StarsError
 from stars.kernels.philox import signed_seed, signed_stream
 from stars.kernels.sample_step import sample_step
 from stars.kernels.types import LaneState
+from stars.proposer import NAN_LOGITS
 
 
 class Proposal(NamedTuple):
@@ -86,18 +89,21 @@ class Drawing:
         that are done are not read. A row of NaN or of nothing but -inf is found by `drafts`."""
         sample_step(logits, self.lanes, filters=self._filters, cuts=False)
 
-    def drafts(self) -> list[list[Draft]]:
-        """What was drawn, once all lanes are done: one list a response, in the attempts' order."""
+    def drafts(self) -> list[list[Draft] | StarsError]:
+        """What was drawn, once all lanes are done: one list a response, in the attempts' order. A response whose logits
+        were no distribution, or left no token, has an error in its place: ModelError or RequestError."""
         lanes = self.lanes
         tokens, logprobs, steps = lanes.out_tokens.tolist(), lanes.out_logprobs.double(), lanes.steps.tolist()
-        found, place = [], 0
+        found: list[list[Draft] | StarsError] = []
+        place = 0
         for count, stops in zip(self._counts, self._stops, strict=True):
             drafts = []
+            fault: StarsError | None = None
             for lane in range(place, place + count):
-                token_ids = tokens[lane][: steps[lane]]
+                token_ids, logprob = tokens[lane][: steps[lane]], float(logprobs[lane, : steps[lane]].sum())
                 if token_ids[-1] < 0:
-                    raise ValueError("the model's logits are NaN or forbid every token: no token can be drawn")
-                drafts.append(Draft(token_ids, token_ids[-1] in stops, float(logprobs[lane, : steps[lane]].sum())))
-            found.append(drafts)
+                    fault = RequestError(NOTHING_LEFT) if logprob == -math.inf else ModelError(NAN_LOGITS)
+                drafts.append(Draft(token_ids, token_ids[-1] in stops, logprob))
+            found.append(fault or drafts)
             place += count
         return found

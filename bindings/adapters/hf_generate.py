@@ -141,9 +141,9 @@ class AlignedGenerate:
             raise RequestError(f"the prompt has {length} tokens and max_length is {limit}: raise it, or set "
                                "max_new_tokens")
         proposal, law = _proposal(config, stops, model), self._law
-        if proposal.temperature == 0:  # all attempts of a segment are equal
-            law = law._replace(max_attempts=1, width=1)
         responses = self._responses(model, inputs, limit - length, seed, messages)
+        for one in responses:
+            one.greedy = proposal.temperature == 0
         scoring = self._scoring_of(model, limit, rows, law) if law.scores else None
         stack = HFStack(model, inputs, {one: row for row, one in enumerate(responses)}, proposal,
                         _edits(processors, criteria, config, inputs))

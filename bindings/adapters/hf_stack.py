@@ -12,6 +12,7 @@ from torch import Tensor
 from stars.adapters.drawing import Drawing, Proposal
 from stars.adapters.hf_cache import History, Lanes, drafting, growing
 from stars.adapters.loop import Asked, Draft, Response, Settled
+from stars.errors import StarsError
 from stars.stops import find_stop
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -100,7 +101,7 @@ class HFStack:
             one.sequence = _Sequence(row, history, ahead)
             self._running.add(one)
 
-    def draft(self, asked: Sequence[Asked]) -> list[list[Draft]]:
+    def draft(self, asked: Sequence[Asked]) -> Sequence[list[Draft] | StarsError]:
         """Draws all attempts, as rows of one batch."""
         assert self._lanes is not None
         sequences: list[_Sequence] = [one.response.sequence for one in asked]
@@ -274,15 +275,17 @@ class HFStack:
         """Of `ids`, where this step's token is."""
         return ids.shape[1] - self._steps + step
 
-    def _drafts(self, asked: Sequence[Asked], drafted: list[list[Draft]], stopped: set[int]) -> list[list[Draft]]:
+    def _drafts(self, asked: Sequence[Asked], drafted: Sequence[list[Draft] | StarsError], stopped: set[int],
+                ) -> Sequence[list[Draft] | StarsError]:
         """What was drawn, and what the stack remembers of it."""
         first = 0
         for one, drafts in zip(asked, drafted, strict=True):
-            for place, (attempt, draft) in enumerate(zip(one.attempts, drafts, strict=True)):
-                one.response.sequence.drafted[attempt.attempt] = first + place, len(draft.token_ids)
-                if first + place in stopped and not draft.ended:
-                    drafts[place] = draft._replace(ended=True, text=self._text(one.response, draft.token_ids))
-            first += len(drafts)
+            if not isinstance(drafts, StarsError):
+                for place, (attempt, draft) in enumerate(zip(one.attempts, drafts, strict=True)):
+                    one.response.sequence.drafted[attempt.attempt] = first + place, len(draft.token_ids)
+                    if first + place in stopped and not draft.ended:
+                        drafts[place] = draft._replace(ended=True, text=self._text(one.response, draft.token_ids))
+            first += len(one.attempts)
         return drafted
 
     def _text(self, response: Response, token_ids: list[int]) -> str | None:

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from stars.arguments import shown
+from stars.bindings.controller import Controller
 from stars.errors import RequestError
 from stars.exhaustions import BestSeen
 from stars.plan import Fixed, Sampled
@@ -31,6 +32,15 @@ class Law(NamedTuple):
     def reads_prompt(self) -> bool:
         """Whether the reward of the prompt alone is asked for."""
         return self.scores and self.alpha != 1.0 and math.isfinite(self.reward_threshold)
+
+    def controller(self, *, seed: int, sample: int, max_tokens: int, prompt_reward: float | None,
+                   greedy: bool = False) -> Controller:
+        """Of one response. prompt_reward: r(x), where `reads_prompt`. greedy: the proposal has temperature 0: all
+        attempts at a segment would be equal, so that one is drawn."""
+        return Controller(
+            max_tokens=max_tokens, reward_threshold=self.reward_threshold, seed=seed, beta=self.beta, alpha=self.alpha,
+            prompt_reward=prompt_reward or 0.0, segment_size=self.segment_size,
+            max_attempts=1 if greedy else self.max_attempts, sample=sample)
 
 
 def law_of(policy: Any, adapter: str) -> Law:

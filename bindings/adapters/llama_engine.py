@@ -269,7 +269,7 @@ class LlamaCpp:
         proposal = Proposal(params.temperature, params.top_k, params.top_p, params.min_p, stops)
         request = Request(str(next(self._ids)), prompt, params, self.policy, seed, proposal, self._eos, [])
         for sample in range(params.n):
-            one = Response(prompt, seed, sample, max_tokens)
+            one = Response(prompt, seed, sample, max_tokens, params.temperature == 0.0)
             one.stop_ids = frozenset(stops)
             if self.tokenizer is not None:
                 one.decode = Detokenizer(self.tokenizer, prompt.token_ids).decode
@@ -354,7 +354,7 @@ class Request:
                              self.finished, self.seed, self.policy, self.responses[0].prompt_reward, metrics)
 
     def _completion(self, one: Response) -> CompletionOutput:
-        output = dataclasses.replace(one.output(), metrics=dataclasses.replace(one.metrics))
+        output = one.output()
         if output.text is None and one.decode is not None:
             output.text = ""
         if output.finish_reason is None and output.text is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from stars.adapters.drawing import Drawing, Proposal
 from stars.adapters.llama_context import LlamaContext, Row
 from stars.adapters.loop import Asked, Draft, Response, Settled
+from stars.errors import StarsError
 
 
 @dataclass(eq=False)
@@ -111,7 +112,7 @@ class SequenceStack:
             if best == len(ids):
                 own.prompt_logits = other.prompt_logits
 
-    def draft(self, asked: Sequence[Asked]) -> list[list[Draft]]:
+    def draft(self, asked: Sequence[Asked]) -> Sequence[list[Draft] | StarsError]:
         """Draws the attempts, one pass over all lanes a token; of lanes that have ended nothing is run."""
         if self._context.window:
             for one, _ in asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from stars.adapters.law import Law
@@ -71,11 +72,12 @@ class Detokenizes(Protocol):
 class Response:
     """One response while it is made. Stacks read what is committed here and keep their own in `sequence`."""
 
-    def __init__(self, prompt: Prompt, seed: int, sample: int, max_tokens: int):
+    def __init__(self, prompt: Prompt, seed: int, sample: int, max_tokens: int, greedy: bool = False):
         self.prompt = prompt
         self.seed = seed
         self.sample = sample  # which of the responses to this prompt
         self.max_tokens = max_tokens
+        self.greedy = greedy  # whether its proposal has temperature 0: one attempt of each segment is drawn then
         self.token_ids: list[int] = []  # committed, the EOS included
         self.text: str | None = None
         self.segments: list[Segment] = []
@@ -96,7 +98,7 @@ class Response:
         return CompletionOutput(
             self.sample, self.text, list(self.token_ids), math.fsum(one.logprob for one in self.segments),
             self.finish_reason, reward=last.reward if last else None, segments=list(self.segments),
-            metrics=self.metrics, error=None if self.error is None else str(self.error))
+            metrics=replace(self.metrics), error=None if self.error is None else str(self.error))
 
 
 class Loop:
@@ -164,29 +166,26 @@ class Loop:
                 self._fail(one, error)
             begun.append(waiting.pop(0))
         opened = [one for one in begun if one.finish_reason is None]
-        if self._scoring is not None and opened:
-            self._scoring.start([one.session for one in opened])
+        if self._scoring is not None:
             for one in opened:
-                self._ask_prompt_reward(one)
+                self._start(self._scoring, one)
         opened = [one for one in opened if one.finish_reason is None]
-        law = self._law
         for one in opened:
-            one.controller = Controller(
-                max_tokens=one.max_tokens, reward_threshold=law.reward_threshold, seed=one.seed, beta=law.beta,
-                alpha=law.alpha, prompt_reward=one.prompt_reward or 0.0, segment_size=law.segment_size,
-                max_attempts=law.max_attempts, sample=one.sample)
+            one.controller = self._law.controller(seed=one.seed, sample=one.sample, max_tokens=one.max_tokens,
+                                                  prompt_reward=one.prompt_reward, greedy=one.greedy)
         if opened:
             self._stack.open(opened)
         return begun
 
-    def _ask_prompt_reward(self, one: Response) -> None:
-        assert self._scoring is not None
-        if self._law.reads_prompt:
-            try:
-                one.prompt_reward = self._scoring.prompt_reward(one.session)
+    def _start(self, scoring: Scoring, one: Response) -> None:
+        """The reward reads its prompt, and scores that alone where the law asks for it."""
+        try:
+            scoring.start(one.session)
+            if self._law.reads_prompt:
                 one.metrics.rm_calls += 1
-            except RewardError as error:
-                self._fail(one, error)
+                one.prompt_reward = scoring.prompt_reward(one.session)
+        except RewardError as error:
+            self._fail(one, error)
 
     def _round(self, running: Sequence[Response]) -> list[Response]:
         """Drafts, scores and decides once; returns those that have a new segment or have ended."""

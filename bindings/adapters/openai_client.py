@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from stars.adapters.completions import CompletionsServer, Piece, Told, Wanted
-from stars.adapters.law import Law, law_of
+from stars.adapters.law import law_of
 from stars.adapters.loop import Asked, Draft, Loop, Response, Settled
 from stars.adapters.scoring import Scoring, TextOnly
 from stars.arguments import flag, integer, refuse_bare_prompt, shown
@@ -209,7 +209,7 @@ class OpenAIProposer:
                 fields[name] = getattr(params, name)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return _Request(prompt, params, fields, seed, [
-            Response(prompt, seed, sample, params.max_tokens) for sample in range(params.n)])
+            Response(prompt, seed, sample, params.max_tokens, params.temperature == 0.0) for sample in range(params.n)])
 
     def _prompt(self, given: Any) -> Prompt:
         if self._tokenizer is not None:
@@ -283,14 +283,9 @@ class OpenAIProposer:
             self._scoring = scoring
 
     def _loops(self, requests: Sequence[_Request]) -> Iterator[list[Response]]:
-        """Greedy requests draw one attempt a segment, as all are equal; the others come after them."""
-        for greedy in (True, False):
-            chosen = [one for one in requests if (one.params.temperature == 0.0) == greedy]
-            if chosen:
-                law = self._law._replace(max_attempts=1, width=1) if greedy else self._law
-                stack = _Drafts(self, chosen, law)
-                loop = Loop(stack, self._scoring, law, None, reserve=stack.reserve)
-                yield from loop.run([response for one in chosen for response in one.responses])
+        stack = _Drafts(self, requests)
+        loop = Loop(stack, self._scoring, self._law, None, reserve=stack.reserve)
+        yield from loop.run([response for one in requests for response in one.responses])
 
     def _output(self, request: _Request, number: int) -> RequestOutput:
         prompt, responses = request.prompt, request.responses
@@ -325,8 +320,8 @@ class _Sequence:
 class _Drafts:
     """The loop's stack: all requests of a round are in flight together."""
 
-    def __init__(self, proposer: OpenAIProposer, requests: Sequence[_Request], law: Law):
-        self._proposer, self._server, self._law = proposer, proposer.server, law
+    def __init__(self, proposer: OpenAIProposer, requests: Sequence[_Request]):
+        self._proposer, self._server = proposer, proposer.server
         self._ways, _ = self._server.ways([], {})
         self._requests = {response: one for one in requests for response in one.responses}
         self._numbers = {response: number for number, response in enumerate(self._requests)}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from stars.config import DEFAULT_CACHE_TOKENS, EngineConfig
-from stars.errors import RewardError
+from stars.errors import IntegrityError, RewardError, describe, log
 from stars.prompt import Prompt
-from stars.reward.base import Candidate, Reward, Scored, reward_problem, settled, with_parts
+from stars.reward.base import Candidate, Reward, Scored, by_session, reward_problem, settled, with_parts
 from stars.reward.resolve import resolve_reward
 from stars.sources import checked_reward
 from stars.target import target_of
@@ -85,15 +85,20 @@ class Scoring:
             return None
         return session
 
-    def start(self, sessions: Sequence[Any]) -> None:
-        """Reads the prompts of sessions that were opened."""
-        for session in sessions:  # equal prompts share pages once the first has read them
+    def start(self, session: Any) -> None:
+        """Reads the prompt of a session that was opened: one at a time, so that equal prompts share pages. RewardError
+        for whatever the reward raises."""
+        try:
             with self._alone():
                 self.reward.start([session])
+        except (RewardError, IntegrityError):
+            raise
+        except Exception as error:
+            raise _raised(error) from error
 
     def prompt_reward(self, session: Any) -> float:
         """r(x): of the prompt with an empty response; RewardError where it is not finite."""
-        [result] = self._score([Candidate(session, [], "")])
+        [result] = self.score([Candidate(session, [], "")])
         if result.handle is not None:
             self.reward.discard(result.handle)
         reward = usable(result)
@@ -106,8 +111,20 @@ class Scoring:
         return max(1, self.reward.lanes_per_pass(tokens, responses))
 
     def score(self, candidates: list[Candidate]) -> list[Scored]:
-        """One score a candidate, in order; a handle is for `commit` or `discard`."""
-        return self._score(candidates)
+        """One score a candidate, in order; a handle is for `commit` or `discard`. Where the reward raises, those of one
+        response at a time are asked for, so that who raises then is a RewardError of that response alone."""
+        try:
+            return self._score(candidates)
+        except IntegrityError:
+            raise
+        except Exception as error:
+            groups = by_session(candidates)
+            if len(groups) == 1:
+                return [Scored(_raised(error))] * len(candidates)
+        results: dict[int, Scored] = {}
+        for places in groups:
+            results.update(zip(places, self.score([candidates[place] for place in places]), strict=True))
+        return [results[place] for place in range(len(candidates))]
 
     def _score(self, candidates: list[Candidate]) -> list[Scored]:
         with self._alone():
@@ -139,6 +156,15 @@ class Scoring:
             for lock in self.reward.locks:
                 stack.enter_context(lock)
             yield
+
+
+def _raised(error: Exception) -> RewardError:
+    """What a reward raised, as the error of the response that it was asked for."""
+    if isinstance(error, RewardError):
+        return error
+    failure = RewardError(f"the reward raised {describe(error)}")
+    log(str(failure), error)  # with the place in the user's code
+    return failure
 
 
 def usable(result: Scored) -> float:

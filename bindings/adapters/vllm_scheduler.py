@@ -14,6 +14,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm import __version__ as vllm_version
+
+from stars.adapters.vllm_hook import check_setting, check_version, open_judge, unsupported
+
+check_version(vllm_version)  # before what another version may lack
+
+# ruff: noqa: E402
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -24,14 +30,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from stars.adapters.scoring import usable
-from stars.adapters.vllm_hook import check_setting, check_version, open_judge, unsupported
 from stars.adapters.vllm_request import Asked, Draft, Held, asked_of, joined, sample_of
 from stars.bindings.controller import Controller, Fed, Verdict
-from stars.errors import RequestError, RewardError, StarsError, log, sentence
+from stars.errors import RequestError, RewardError, StarsError, sentence
 from stars.prompt import parse_prompt
 from stars.reward.base import Candidate, Scored
 
-check_version(vllm_version)
 logger = init_logger("vllm.stars")
 
 
@@ -75,8 +79,6 @@ class StarsScheduler(Scheduler):  # type: ignore[misc]  # no types where vLLM is
             if asked.law.segment_size > self._max_segment_size:
                 raise RequestError(f"segment_size is {asked.law.segment_size} and the reward has room for "
                                    f"{self._max_segment_size} tokens: raise stars_max_segment_size")
-            if params.sampling_type == SamplingType.GREEDY:
-                asked = asked._replace(law=asked.law._replace(max_attempts=1))  # all attempts would be equal
         except StarsError as error:
             super().add_request(request)
             self._fail(request, error)
@@ -193,25 +195,18 @@ class StarsScheduler(Scheduler):  # type: ignore[misc]  # no types where vLLM is
         for held in begun:
             law = held.asked.law
             try:
-                self._scoring.start([held.session])
+                self._scoring.start(held.session)
                 prompt_reward = self._scoring.prompt_reward(held.session) if law.reads_prompt else 0.0
-                held.controller = Controller(
-                    max_tokens=held.request.max_tokens, reward_threshold=law.reward_threshold, seed=held.asked.seed,
-                    beta=law.beta, alpha=law.alpha, prompt_reward=prompt_reward, segment_size=law.segment_size,
-                    max_attempts=law.max_attempts, sample=sample_of(held.request.request_id))
+                held.controller = law.controller(
+                    seed=held.asked.seed, sample=sample_of(held.request.request_id), max_tokens=held.request.max_tokens,
+                    prompt_reward=prompt_reward,
+                    greedy=held.request.sampling_params.sampling_type == SamplingType.GREEDY)
                 held.drawn = held.controller.next(1)[0]
             except Exception as error:  # a fault of the reward ends this request and no other
                 self._fail(held.request, error)
 
     def _score(self, fresh: Sequence[Held]) -> list[Scored]:
-        if not fresh:
-            return []
-        candidates = [self._candidate(held) for held in fresh]
-        try:
-            return self._scoring.score(candidates)
-        except Exception as error:
-            log("the reward raised", error)
-            return [Scored(RewardError(f"the reward raised {sentence(error)}"))] * len(fresh)
+        return self._scoring.score([self._candidate(held) for held in fresh]) if fresh else []
 
     def _candidate(self, held: Held) -> Candidate:
         """The whole response with what was drafted, as a reward reads it: without the token that ended it."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stars.adapters.loop import Response
 from stars.adapters.openai_client import OpenAIProposer
 from stars.arguments import flag
 from stars.errors import ServerError
-from stars.outputs import RequestOutput
 from stars.plan import Policy
 
 PREFIX_TOKENS = 2048
@@ -38,12 +38,11 @@ def vllm_client(base_url: str, model: str | None = None, *, policy: Policy, rewa
 class VLLMClient(OpenAIProposer):
     """See `vllm_client`."""
 
-    def generate(self, prompts: Any, sampling_params: Any = None) -> list[RequestOutput]:
-        """As OpenAIProposer's."""
-        outputs = super().generate(prompts, sampling_params)
-        traffic = self.traffic
-        if traffic.cached_tokens == 0 and traffic.prompt_tokens > PREFIX_TOKENS:
-            raise ServerError(f"the server at {self.server.address} found none of {traffic.prompt_tokens} prompt "
-                              "tokens in its cache, so that it reads every prompt again in every round: start it with "
-                              "--enable-prefix-caching, and with a --block-size that prompts are longer than")
-        return outputs
+    def _run(self, requests: Any) -> Iterator[list[Response]]:
+        for changed in super()._run(requests):
+            traffic = self.traffic
+            if traffic.cached_tokens == 0 and traffic.prompt_tokens > PREFIX_TOKENS:
+                raise ServerError(f"the server at {self.server.address} found none of {traffic.prompt_tokens} prompt "
+                                  "tokens in its cache, so that it reads every prompt again in every round: start it "
+                                  "with --enable-prefix-caching, and with a --block-size that prompts are longer than")
+            yield changed
