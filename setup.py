@@ -96,7 +96,7 @@ setup(
         # Extras, since no torch has wheels of both: without them prefill runs through torch's attention or our own.
         "flash": ["flash-attn>=2.6"],  # where there is no wheel for the installed torch, pip compiles it for long
         "flash4": ["flash-attn-4>=4.0.0b4"],  # there are pre-releases only; naming one lets pip take them
-        "hf": ["transformers>=4.51"],
+        "hf": ["transformers>=4.57"],
         "structured": ["llguidance>=1.9"],
         "otel": ["opentelemetry-api>=1.30"],
         "serve": SERVE,

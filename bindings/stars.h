@@ -199,26 +199,33 @@ typedef struct {
   float softcap; /* 0: none */
 } stars_attention_params;
 
-/* One draw for every lane; see kernels/types.py, LaneState, and kernels/sample_step.py, which these mirror. */
+/* One draw for every lane that is not done. With z = logits / temperature, filters in this order: min_p keeps z >= max
+ * z + log(min_p), top_k the k largest, top_p the smallest set of the most probable whose share reaches it. The token
+ * is the argmax of z + noise (stars_gumbel's, at position `steps` of the segment); of a temperature of 0 that of the
+ * logits. Its log-probability is log_softmax(logits)'s, nats. It goes to column `steps` of out_tokens and
+ * out_logprobs, and steps grows by one. A lane whose token is one of its stop_ids, or that has max_tokens, is done; of
+ * others token_ids is the token, and positions, slots and slab_used grow by one: what the next forward pass reads.
+ * Logits of NaN or +inf, or nothing but -inf, give the token -1, of log-probability NaN or -inf, and the lane is done.
+ * All arrays are [lanes]. */
 typedef struct {
   int64_t size;
   const float* logits; /* [lanes, vocab] */
-  int32_t* token_ids;
-  int32_t* positions;
-  int32_t* slots;
-  int32_t* slab_used;
-  int32_t* steps;
+  int32_t* token_ids; /* in and out: the token that was drawn last */
+  int32_t* positions; /* in and out: its position in the text */
+  int32_t* slots;     /* in and out: the row of the slabs that its key goes to; hosts without slabs pass zeros */
+  int32_t* slab_used; /* in and out: rows of its slab that are written; zeros, likewise */
+  int32_t* steps;     /* in and out: tokens drawn so far */
   const int32_t* max_tokens; /* after so many a lane is done */
-  int32_t* done;
+  int32_t* done;             /* in and out: 0 or 1 */
   int32_t* out_tokens; /* [lanes, max_steps] */
   float* out_logprobs; /* [lanes, max_steps] */
-  const int64_t* seeds;
-  const int32_t* attempts;
-  const int32_t* streams;
+  const int64_t* seeds;    /* the bits of the unsigned key */
+  const int32_t* attempts; /* from 1 */
+  const int32_t* streams;  /* segment index + 2^20 times the sample index */
   const float* temperature;
-  const int32_t* top_k;
-  const float* top_p;
-  const float* min_p;
+  const int32_t* top_k; /* 0: off */
+  const float* top_p;   /* 1: off */
+  const float* min_p;   /* 0: off */
   const int32_t* stop_ids; /* [lanes, max_stop_ids], padded with -1 */
   int64_t lanes, vocab, max_steps, max_stop_ids;
   /* Since version 6; both may be NULL: no lane is cut. Where the entropy in nats of softmax(logits), at temperature 1 and
@@ -380,7 +387,10 @@ STARS_API int32_t stars_pack_quant(const void* values, const void* scales, const
 STARS_API int32_t stars_unpack_quant(const void* packed, int64_t out_features, int64_t in_features, int32_t dtype,
                                      float* matrix);
 
-/* The uniforms and words of the counter-based generator; see kernels/philox.py for the law. */
+/* The uniforms and words of the counter-based generator, Philox4x32-10. The key is the seed, its low word first. Of
+ * token noise c0 is the block of four tokens, c1 the position in the segment, c2 the attempt, c3 segment + 2^20 *
+ * sample; of the accept uniform c0 = c1 = 0 and c2 = attempt + 2^24, word 0. A word w is the uniform ((w >> 8) + 0.5)
+ * / 2^24, and noise is -log(-log u). */
 STARS_API int32_t stars_philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]);
 STARS_API double stars_accept_uniform(uint64_t seed, uint32_t attempt, uint32_t segment, uint32_t sample);
 /* float32 Gumbel noise of tokens 0 .. vocab - 1 of one draw, as sample_step uses it. */
@@ -481,7 +491,7 @@ typedef struct {
   int32_t verdict; /* stars_verdict */
   int32_t winner;  /* its attempt; 0: none yet */
   int32_t best;    /* the attempt of the best reward so far, which may win in the end: keep it until then. 0: none */
-  int32_t read;    /* how many of the attempts that were fed the law has read: those up to the winner */
+  int32_t read;    /* how many of those fed by this call the law has read: those up to the winner */
 } stars_decision;
 
 typedef enum {

@@ -33,6 +33,6 @@ def generate(model: Any, stars_reward: Any = None, stars_policy: Any = None, rew
                           stopping_criteria=stopping_criteria, **arguments)
 
 
-@lru_cache(maxsize=1)  # a reward model is loaded once, not at every call
+@lru_cache(maxsize=1)  # a reward model is not loaded at every call, but where a setting is another
 def _adapter(reward: Any, policy: Any, tokenizer: Any) -> Any:
     return adapter(reward=reward, policy=policy, tokenizer=tokenizer)
