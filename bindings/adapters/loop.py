@@ -14,7 +14,7 @@ from stars.bindings.controller import Controller, Drawn, Fed, Said, Verdict
 from stars.errors import RequestError, RewardError, StarsError
 from stars.outputs import Attempt, CompletionOutput, Metrics, Segment
 from stars.prompt import Prompt
-from stars.reward.base import Candidate
+from stars.reward.base import Candidate, Scored
 
 
 class Draft(NamedTuple):
@@ -267,23 +267,21 @@ class Loop:
             return [[0.0] * len(numbers) for _, numbers in batch]
         candidates = [self._candidate(one, one.drafts[number][0]) for one, numbers in batch for number in numbers]
         begin = time.perf_counter()
-        results = iter(self._scoring.score(candidates))
+        results = self._scoring.score(candidates)
+        settled = iter([(result, _reward_of(result)) for result in results])  # waits for those that come later
         seconds = (time.perf_counter() - begin) / len(candidates)
         rewards: list[list[float | RewardError]] = []
         for one, numbers in batch:
             found: list[float | RewardError] = []
             for number in numbers:
-                result = next(results)
+                result, reward = next(settled)
                 draft = one.drafts[number][0]
                 one.drafts[number] = draft, None, None, result.handle
                 one.metrics.rm_calls += 1
                 one.metrics.rm_seconds += seconds
                 one.metrics.rm_tokens_scored += result.tokens_run
                 one.metrics.rm_tokens_full_rescore += result.tokens_full
-                try:
-                    found.append(usable(result))
-                except RewardError as error:
-                    found.append(error)
+                found.append(reward)
             rewards.append(found)
         return rewards
 
@@ -364,6 +362,13 @@ class Loop:
         if one.controller is not None:
             one.controller.close()
             one.controller = None
+
+
+def _reward_of(result: Scored) -> float | RewardError:
+    try:
+        return usable(result)
+    except RewardError as error:
+        return error
 
 
 def _attempt(draft: Draft, reward: float | None, said: Said | None) -> Attempt:
