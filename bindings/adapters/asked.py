@@ -12,8 +12,9 @@ from stars.sampling import SamplingParams
 
 def refuse_settings(params: SamplingParams, taken: Collection[str], adapter: str) -> None:
     """RequestError for a setting that is not among `taken` and asks for something."""
+    neutral = SamplingParams()
     for field in dataclasses.fields(params):
-        value, neutral = getattr(params, field.name), getattr(SamplingParams(), field.name)
-        if field.name not in taken and value != neutral:
+        value = getattr(params, field.name)
+        if field.name not in taken and value != getattr(neutral, field.name):
             raise RequestError(f"{adapter} has no SamplingParams.{field.name}, which is {shown(value)}: leave it out, "
                                "or use stars.Engine")
