@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -304,6 +305,48 @@ def test_servers_that_cannot_serve_are_refused_by_name(server, options, message)
     with serving(server) as running, pytest.raises(ServerError, match=message) as error:
         openai(running.url, **options).generate("123", SamplingParams(max_tokens=4))
     assert running.url in str(error.value)
+
+
+def answer_of(body, **changes):
+    """Choices of text that end by their length, and what is wrong with them: by name of the answer's or a choice's."""
+    answer = {"usage": {"prompt_tokens": 3}} | {name: changes.pop(name) for name in ("usage",) if name in changes}
+    choice = {"text": "1" * body["max_tokens"], "finish_reason": "length",
+              "logprobs": {"token_logprobs": [-1.0] * body["max_tokens"]}} | changes
+    return answer | {"choices": [choice | {"index": index} for index in range(body.get("n", 1))]}
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["n", "parallel"])
+@pytest.mark.parametrize("wrong, message", [
+    ({"usage": [3]}, "cannot be read"),
+    ({"usage": {"prompt_tokens": math.inf}}, "cannot be read"),
+    ({"usage": {"prompt_tokens_details": {"cached_tokens": "all"}}}, "cannot be read"),
+    ({"logprobs": {"token_logprobs": [10**400]}}, "cannot be read"),
+    ({"token_ids": "12"}, "token_ids='12', where a list of token ids is expected"),
+    ({"token_ids": {"1": 2}}, "a list of token ids is expected"),
+    ({"token_ids": [[1], [2]]}, "a list of token ids is expected"),
+    ({"token_ids": [-7, 1]}, "a list of token ids is expected"),
+    ({"token_ids": [1] * 9}, "answered with 9 tokens where max_tokens is"),
+    ({"token_ids": [1], "prompt_token_ids": 5}, "prompt_token_ids=5, where a list"),
+], ids=lambda value: None if isinstance(value, str) else json.dumps(value)[:40])
+def test_what_cannot_be_read_of_an_answer_ends_its_own_response(wrong, message, parallel):
+    """First by the first answer, where it is raised; then by one of three responses, which the others outlive."""
+    def behave(handler, body):
+        handler.reply(answer_of(body, **(wrong if body["prompt"].startswith("3") else {})))
+
+    with serving(behave) as server:
+        proposer = openai(server.url, policy=SOFT, reward=by_text, parallel=parallel)
+        if "tokens where" not in message:
+            with pytest.raises(ServerError, match=message):
+                proposer.generate("321", SamplingParams(max_tokens=4))
+        with pytest.warns(UserWarning, match="1 of 3 requests ended with an error"):
+            outputs = proposer.generate(["123", "321", "213"], SamplingParams(max_tokens=4, seed=1))
+        assert [one.outputs[0].finish_reason for one in outputs] == ["length", "error", "length"]
+        assert re.search(message, outputs[1].outputs[0].error)
+
+
+def test_a_first_answer_of_no_choices_is_refused():
+    with serving(says({"choices": []})) as server, pytest.raises(ServerError, match="cannot be read"):
+        openai(server.url, policy=SOFT, reward=by_text, parallel=True).generate("123", SamplingParams(max_tokens=4))
 
 
 def test_a_server_that_tells_no_ids_is_none_for_the_vllm_client():

@@ -17,6 +17,7 @@ from stars.reward.pool import Pool
 
 UNKNOWN = -1
 """In the place of a token id that the server does not tell."""
+MAX_IDS = 1 << 31
 UNUSED_EXTENSIONS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Filters switched off, which some servers have on unless they are told: llama.cpp's top_k is 40, vLLM reads the
 model's generation_config.json."""
@@ -188,18 +189,18 @@ class CompletionsServer:
         return self._error("answered without choices[].text: is it a server of OpenAI's completions API?")
 
     def _read(self, raw: dict[str, Any], wanted: Wanted) -> Told | ServerError:
-        usage = raw.get("usage") or {}
-        single = usage.get("completion_tokens") if len(raw["choices"]) == 1 else None
         try:
+            usage = raw.get("usage") or {}
+            single = usage.get("completion_tokens") if len(raw["choices"]) == 1 else None
             choices = [_choice(one, wanted.max_tokens, single)
                        for one in sorted(raw["choices"], key=lambda one: one.get("index", 0))]
-            prompt_ids = raw["choices"][0].get("prompt_token_ids")
+            prompt_ids = _ids("prompt_token_ids", raw["choices"][0].get("prompt_token_ids"))
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            return Told(choices, prompt_ids, int(usage.get("prompt_tokens") or 0), cached,
-                        sum(len(choice.token_ids) for choice in choices))
+            return Told(choices, prompt_ids, int(usage.get("prompt_tokens") or 0),
+                        None if cached is None else int(cached), sum(len(choice.token_ids) for choice in choices))
         except _Untold as error:
             return self._error(str(error))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, LookupError, ValueError, AttributeError, OverflowError) as error:
             return self._error(f"answered with a choice that cannot be read ({type(error).__name__}: {shown(error)})")
 
     def _refusal(self, answer: Answer) -> ServerError:
@@ -229,6 +230,15 @@ def _prompt(pieces: Sequence[Piece]) -> Any:
     return joined
 
 
+def _ids(name: str, given: Any) -> list[int] | None:
+    """Token ids that a server tells; None for none of them."""
+    if not given:
+        return None
+    if not isinstance(given, list) or not all(type(one) is int and 0 <= one < MAX_IDS for one in given):
+        raise _Untold(f"answered with {name}={shown(given)}, where a list of token ids is expected")
+    return given
+
+
 def _choice(raw: dict[str, Any], max_tokens: int, single: int | None) -> Choice:
     """single: the tokens that the answer counts, if this is its only choice."""
     text, reason, logprobs = raw["text"], raw.get("finish_reason"), raw.get("logprobs") or {}
@@ -238,10 +248,12 @@ def _choice(raw: dict[str, Any], max_tokens: int, single: int | None) -> Choice:
     entries = logprobs.get("content")  # llama.cpp's: tokens of one character are one entry, with the last one's id
     values = logprobs.get("token_logprobs") if entries is None else [entry.get("logprob") for entry in entries]
     logprob = math.fsum(values) if values and None not in values else math.nan
-    ids: list[int] | None = raw.get("token_ids") or None
+    ids = _ids("token_ids", raw.get("token_ids"))
     if ids is None and entries and not ended and len(entries) == max_tokens:
-        ids = [entry["id"] for entry in entries]
+        ids = _ids("logprobs.content[].id", [entry["id"] for entry in entries])
     if ids is not None:
+        if len(ids) > max_tokens:
+            raise _Untold(f"answered with {len(ids)} tokens where max_tokens is {max_tokens}")
         return Choice(text, ids, ids, logprob, ended)
     if not ended:
         count = max_tokens  # that is what "length" means
