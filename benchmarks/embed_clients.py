@@ -260,7 +260,8 @@ def instant_server() -> Iterator[str]:
             count = body["max_tokens"]
             logprobs = {"tokens": ["a"] * count, "token_logprobs": [-1.0] * count}
             data = json.dumps({"choices": [
-                {"index": index, "text": chr(97 + index) * count, "token_ids": [index + 3] * count, "finish_reason": "length",
+                {"index": index, "text": chr(97 + index) * count, "token_ids": [index + 3] * count,
+                 "finish_reason": "length",
                  "logprobs": logprobs, "prompt_token_ids": None} for index in range(body["n"])],
                 "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": count,
                           "prompt_tokens_details": {"cached_tokens": len(body["prompt"]) - 1}}}).encode()

@@ -291,4 +291,5 @@ def test_another_vllm_is_refused_by_name(tmp_path):
     (tmp_path / "vllm" / "__init__.py").write_text("__version__ = '0.99.1'\n")
     done = subprocess.run([sys.executable, "-c", "import stars.adapters; stars.adapters.vllm_scheduler"], text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 1 and "StarsError" in done.stderr and "0.99.1" in done.stderr.splitlines()[-1], done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "StarsError" in last and "0.99.1" in last, done.stderr
