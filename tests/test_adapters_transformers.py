@@ -365,16 +365,26 @@ def test_stop_strings_end_a_segment_and_the_text(llama):
     assert found.stars[3].finish_reason == "stop" and found.stars[3].stop_reason == stop
 
 
-def test_criteria_of_a_user_end_lanes(llama):
+@pytest.mark.parametrize("of_rows", [lambda ids, ends: torch.full((len(ids),), ends), lambda ids, ends: ends],
+                         ids=["by row", "of all"])
+def test_criteria_of_a_user_end_lanes(llama, of_rows):
     class After(transformers.StoppingCriteria):
         def __call__(self, ids, scores, **kwargs):
-            return torch.full((len(ids),), ids.shape[1] >= length + 6)
+            return of_rows(ids, ids.shape[1] >= length + 6)
 
     length = llama.inputs()["input_ids"].shape[1]
     criteria = transformers.StoppingCriteriaList([After()])
     found = llama.generate(reward=reward(), stopping_criteria=criteria, eos_token_id=None, **SAMPLING)
     assert [(len(one.token_ids), one.finish_reason) for one in found.stars] == [(6, "stop")] * 4
     assert found.sequences.shape[1] == length + 6
+
+
+def test_ends_that_no_token_is_end_nothing(llama):
+    """-1 is how some switch the end off."""
+    wanted = llama.generate(reward=reward(), seed=5, eos_token_id=None, **SAMPLING)
+    for eos in (-1, [2**40, -1]):
+        found = llama.generate(reward=reward(), seed=5, eos_token_id=eos, pad_token_id=0, **SAMPLING)
+        assert [facts(one) for one in found.stars] == [facts(one) for one in wanted.stars]
 
 
 def test_seeds(llama):
@@ -446,6 +456,61 @@ def test_encoders_and_decoders_are_refused():
     adapter = stars.adapters.transformers(policy=POLICY, reward=reward())
     with pytest.raises(RequestError, match="T5ForConditionalGeneration is an encoder and a decoder"):
         model.generate(torch.tensor([[1, 5, 6]]), custom_generate=adapter, max_new_tokens=4)
+
+
+def counting_columns():
+    """A decoder whose positions are columns of its cache."""
+    return transformers.BartForCausalLM(transformers.BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, is_decoder=True, is_encoder_decoder=False,
+        forced_eos_token_id=None)).eval()
+
+
+@pytest.mark.parametrize("options", [
+    dict(num_return_sequences=2), dict(input_ids=torch.tensor([[3, 5], [4, 6]])),
+    dict(attention_mask=torch.tensor([[0, 1]])),
+], ids=["responses", "prompts", "padding"])
+def test_positions_that_are_columns_are_refused_where_columns_move(options):
+    """Of several responses each goes on at a place of its own, and their columns with them."""
+    adapter = stars.adapters.transformers(policy=POLICY, reward=reward())
+    inputs = dict(input_ids=torch.tensor([[3, 5]]), attention_mask=None, do_sample=True) | options
+    with pytest.raises(RequestError, match="BartForCausalLM takes no position_ids and counts columns"):
+        counting_columns().generate(**inputs, custom_generate=adapter, max_new_tokens=4)
+
+
+def test_positions_that_are_columns_stay_those_of_one_response():
+    model, ids = counting_columns(), torch.tensor([[3, 5, 7]])
+    adapter = stars.adapters.transformers(policy=POLICY, reward=reward())
+    settings = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(ids, custom_generate=adapter, **settings), model.generate(ids, **settings))
+
+
+def test_positions_that_are_distances_need_no_ids():
+    """Bloom's: rows that are padded and go on at different places say what each says alone."""
+    torch.manual_seed(0)
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2))
+    ids, mask = torch.tensor([[0, 0, 5], [7, 8, 9]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+
+    def says(ids, mask, seed):
+        adapter = stars.adapters.transformers(policy=POLICY, reward=reward())
+        return [one.token_ids for one in model.generate(
+            ids, attention_mask=mask, custom_generate=adapter, max_new_tokens=NEW, seed=seed, eos_token_id=None,
+            pad_token_id=0, return_dict_in_generate=True, **SAMPLING).stars]
+
+    assert says(ids, mask, [1, 2]) == says(ids[:1, 2:], mask[:1, 2:], 1) + says(ids[1:], mask[1:], 2)
+
+
+@pytest.mark.parametrize("model, match", [
+    (lambda: transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2)), "OpenAIGPTLMHeadModel does not use the cache"),
+    (lambda: transformers.CpmAntForCausalLM(transformers.CpmAntConfig(
+        vocab_size=40, hidden_size=16, num_attention_heads=2, dim_head=8, dim_ff=16, num_hidden_layers=1)),
+     "appends more keys than it was given tokens"),
+], ids=["no cache", "more keys"])
+def test_caches_that_are_no_histories_are_refused(model, match):
+    adapter = stars.adapters.transformers(policy=POLICY, reward=reward())
+    with pytest.raises(RequestError, match=match):
+        model().eval().generate(torch.tensor([[3, 5, 7]]), custom_generate=adapter, max_new_tokens=4, pad_token_id=0)
 
 
 def test_prompts_wait_where_the_reward_has_no_room(tiny, tiny_model):
@@ -538,7 +603,11 @@ def test_a_streamer_ends_where_generate_fails(llama):
     (dict(typical_p=0.9, do_sample=True), "typical_p=0.9"), (dict(penalty_alpha=0.6, top_k=4), "penalty_alpha=0.6"),
     (dict(cache=transformers.DynamicCache()), "does not take a cache"), (dict(synced_gpus=True), "synced_gpus=True"),
     (dict(inputs_embeds=torch.zeros(4, 14, 36)), "inputs_embeds|token ids"),
-    (dict(attention_mask=torch.tensor([[1] * 13 + [0]] * 4)), "pad on the left"),
+    (dict(attention_mask=torch.tensor([[1] * 27 + [0]] * 4)), "pad on the left"),
+    (dict(attention_mask=torch.ones(4, 2)), "attention_mask has 2 columns and the prompts have 28"),
+    (dict(position_ids=torch.zeros(1, 1, dtype=torch.int64)),
+     "position_ids or attention_mask has 1 columns and the prompts have 28"),
+    (dict(input_ids=torch.zeros(0, 28, dtype=torch.int64), attention_mask=None), "the prompt is empty"),
     (dict(num_return_sequences=5000, do_sample=True), "at most 4096"),
 ])
 def test_what_cannot_be_done_is_refused_by_name(llama, options, match):

@@ -47,6 +47,9 @@ class Buffers(DynamicLayer):  # type: ignore[misc]  # transformers' types are no
         if not self.buffers:
             self.allocate((key_states, value_states), rows, self.room)
         begin = self.get_seq_length()
+        if begin + new > self.buffers[0].shape[2]:
+            raise RequestError("the model appends more keys than it was given tokens, so that its cache cannot be "
+                               "rewound by tokens: use another model")
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, begin : begin + new] = states
         self.show(rows, begin + new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,8 @@ SAMPLED: dict[str, tuple[tuple[Any, ...], str]] = {
 WARPERS = {"TemperatureLogitsWarper": "temperature", "TopKLogitsWarper": "top_k", "TopPLogitsWarper": "top_p",
            "MinPLogitsWarper": "min_p"}
 """Processors that generate makes of its settings, and the setting: the sampler does the same."""
+DISTANCES = ("bloom", "mpt")
+"""Models that take no position_ids and need none: what they read of positions are distances."""
 TAKEN = ("attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
 """What generate hands on to a model's forward pass and the adapter gives, or leaves out, by itself."""
 
@@ -135,7 +138,7 @@ class AlignedGenerate:
                                "num_return_sequences=1, or leave streamer out")
         inputs = _inputs(model, input_ids, config, model_kwargs)
         rows, length = inputs.token_ids.shape
-        stops = _stop_ids(criteria)
+        stops = _stop_ids(criteria, _vocab_size(model))
         limit = min([one.max_length for one in criteria if hasattr(one, "max_length")], default=config.max_length)
         if limit <= length:
             raise RequestError(f"the prompt has {length} tokens and max_length is {limit}: raise it, or set "
@@ -266,7 +269,7 @@ def _check(model: Any, input_ids: Tensor, config: Any, model_kwargs: Mapping[str
         if config.max_length > known:
             raise RequestError(f"{kind} rotates anew once a text passes {known} tokens ({rope['rope_type']}), so that "
                                f"its cache cannot be rewound: keep prompt and max_new_tokens below that")
-    if input_ids.shape[1] == 0:
+    if input_ids.numel() == 0:
         raise RequestError("the prompt is empty: give at least one token")
 
 
@@ -287,7 +290,15 @@ def _inputs(model: Any, input_ids: Tensor, config: Any, model_kwargs: Mapping[st
     if positions.dim() != 2:
         raise RequestError(f"the positions of {type(model).__name__} have {positions.dim()} dimensions: {ADAPTER} runs "
                            "models whose tokens have one position each")
+    if positions.shape[1] < length:
+        raise RequestError(f"position_ids or attention_mask has {positions.shape[1]} columns and the prompts have "
+                           f"{length} tokens: give one for each token, or leave it out")
     positions = positions.to(model.device).expand(rows, -1)[:, -length:]
+    counts = "position_ids" not in inspect.signature(model.forward).parameters
+    if counts and (rows > 1 or any(padding)) and model.config.model_type not in DISTANCES:
+        raise RequestError(f"{type(model).__name__} takes no position_ids and counts columns, which move where several "
+                           "responses go on at different places: give one prompt without padding, and "
+                           "num_return_sequences=1")
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
     return Inputs(ids, padding, positions, [one + 1 for one in positions[:, -1].tolist()],
                   config.num_return_sequences or 1, getattr(config, "prefill_chunk_size", None), cache)
@@ -302,13 +313,13 @@ def _proposal(config: Any, stops: Sequence[int], model: Any) -> Proposal:
                     float(config.min_p or 0.0), tuple(stops))
 
 
-def _stop_ids(criteria: Sequence[Any]) -> list[int]:
+def _stop_ids(criteria: Sequence[Any], vocab_size: int) -> list[int]:
     """Token ids that end a response."""
     found: set[int] = set()
     for one in criteria:
         if isinstance(one, stopping_criteria.EosTokenCriteria):
             found.update(torch.as_tensor(one.eos_token_id).flatten().tolist())
-    return sorted(found)
+    return sorted([one for one in found if 0 <= one < vocab_size])  # -1, and what is beyond, is never drawn
 
 
 def _stop_strings(criteria: Sequence[Any]) -> list[str]:

@@ -12,13 +12,13 @@ from torch import Tensor
 from stars.adapters.drawing import Drawing, Proposal
 from stars.adapters.hf_cache import History, Lanes, drafting, growing
 from stars.adapters.loop import Asked, Draft, Response, Settled
-from stars.errors import StarsError
+from stars.errors import RequestError, StarsError
 from stars.stops import find_stop
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(token ids [lanes, length], float32 logits [lanes, vocab]) -> logits, as transformers' LogitsProcessor."""
-Criterion = Callable[[Tensor, Any], Tensor]
-"""(token ids [lanes, length], None) -> bool [lanes], as transformers' StoppingCriteria."""
+Criterion = Callable[[Tensor, Any], Tensor | bool]
+"""(token ids [lanes, length], None) -> bool [lanes] or one for all, as transformers' StoppingCriteria."""
 
 
 class ForwardTokens(NamedTuple):
@@ -206,6 +206,9 @@ class HFStack:
             stop = min(begin + size, length)
             logits = self._forward(lanes, ids[:, begin:stop], None if mask is None else mask[:, :stop],
                                    positions[:, begin:stop])
+            if not any(layer.buffers for layer in lanes.layers):
+                raise RequestError(f"{type(self._model).__name__} does not use the cache that it is given, which the "
+                                   "adapter would rewind: use a model of attention layers")
         for place, prompt in enumerate(prompts):
             self._read[prompt] = History(lanes, place, padding[place], length), logits[place], inputs.responses
         self.forward_tokens = self.forward_tokens._replace(prompt=self.forward_tokens.prompt + ids.numel())
@@ -264,7 +267,7 @@ class HFStack:
             ids = one.ids[:, : self._column(one.ids, step) + 1]
             ends = torch.zeros(count, dtype=torch.bool, device=ids.device)
             for criterion in self._edits.criteria:
-                ends |= criterion(ids, None).to(ends)
+                ends |= torch.as_tensor(criterion(ids, None)).to(ends)  # some return a bool for all rows
             for lane in ends.nonzero().flatten().tolist():
                 if not before[first + lane]:
                     stopped.add(first + lane)
