@@ -30,7 +30,7 @@ from stars.kernels.types import Batch, LaneState, LayerKV, SplitSpace, Stream
 from test_libstars_verdict import VOCAB, make_draft, make_trailing
 
 ROWS = sorted(OPERATIONS)
-MAY_IMPORT = {"kernels": ("stars.kernels", "stars.bindings"), "bindings": ("stars.bindings", "stars.kernels.types")}
+MAY_IMPORT = {"kernels": ("stars.kernels", "stars.bindings"), "bindings": ("stars.bindings", "stars.kernels.types", "stars.errors")}
 
 
 # -- the rows -----------------------------------------------------------------------------------------------------
