@@ -30,7 +30,8 @@ from stars.kernels.types import Batch, LaneState, LayerKV, SplitSpace, Stream
 from test_libstars_verdict import VOCAB, make_draft, make_trailing
 
 ROWS = sorted(OPERATIONS)
-MAY_IMPORT = {"kernels": ("stars.kernels", "stars.bindings"), "bindings": ("stars.bindings", "stars.kernels.types", "stars.errors")}
+MAY_IMPORT = {"kernels": ("stars.kernels", "stars.bindings"),
+              "bindings": ("stars.bindings", "stars.kernels.types", "stars.errors")}
 
 
 # -- the rows -----------------------------------------------------------------------------------------------------
