@@ -259,20 +259,11 @@ def instant_server() -> Iterator[str]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             count = body["max_tokens"]
             logprobs = {"tokens": ["a"] * count, "token_logprobs": [-1.0] * count}
-<<<<<<< HEAD
-            data = json.dumps({"choices": [
-                {"index": index, "text": chr(97 + index) * count, "token_ids": [index + 3] * count,
-                 "finish_reason": "length",
-                 "logprobs": logprobs, "prompt_token_ids": None} for index in range(body["n"])],
-                "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": count,
-                          "prompt_tokens_details": {"cached_tokens": len(body["prompt"]) - 1}}}).encode()
-=======
             choices = [{"index": index, "text": chr(97 + index) * count, "token_ids": [index + 3] * count,
                         "finish_reason": "length", "logprobs": logprobs} for index in range(body["n"])]
             data = json.dumps({"choices": choices, "usage": {
                 "prompt_tokens": len(body["prompt"]), "completion_tokens": count,
                 "prompt_tokens_details": {"cached_tokens": len(body["prompt"]) - 1}}}).encode()
->>>>>>> part-clients
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
