@@ -49,20 +49,17 @@ def draw(drawn: Case, policy=None) -> list[stars.CompletionOutput]:
     return law.draw(policy or drawn.policy, drawn.params, drawn.reward, tokenizer=LETTERS)
 
 
-def p(drawn: Case, language: Language, outputs: list[stars.CompletionOutput], monkeypatch) -> float:
+def p(drawn: Case, language: Language, outputs: list[stars.CompletionOutput]) -> float:
     """p of the committed segments under the law of the constrained proposal."""
     constrained = Constrained(MODEL, language, len(PROMPT))
-    with monkeypatch.context() as patch:
-        patch.setattr("test_law.candidates",
-                      lambda prefix, size, params: law.candidates(prefix, size, params, constrained))
-        return p_value(followers(outputs), lambda prefix: segment_law(prefix, drawn)[0])
+    return p_value(followers(outputs), lambda prefix: segment_law(prefix, drawn, constrained)[0])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_committed_segments_follow_the_law_of_the_constrained_proposal(name, monkeypatch):
+def test_committed_segments_follow_the_law_of_the_constrained_proposal(name):
     drawn, language = CASES[name]
     outputs = draw(drawn)
-    assert p(drawn, language, outputs, monkeypatch) > FALSE_POSITIVE_RATE
+    assert p(drawn, language, outputs) > FALSE_POSITIVE_RATE
     for output in outputs:
         text = LETTERS.decode(output.token_ids)
         assert output.finish_reason in ("stop", "length")
@@ -153,4 +150,4 @@ def test_the_law_sees_errors(error, monkeypatch):
         outputs = draw(drawn)
     except AssertionError:
         return
-    assert p(drawn, language, outputs, monkeypatch) < FALSE_POSITIVE_RATE
+    assert p(drawn, language, outputs) < FALSE_POSITIVE_RATE
