@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stars.adapters.asked import refuse_settings
+from stars.adapters.asked import checked_params, paired, refuse_settings
 from stars.adapters.drawing import Proposal
 from stars.adapters.law import law_of
 from stars.adapters.llama_context import LlamaContext, load_api
@@ -192,15 +192,7 @@ class LlamaCpp:
         the adapter cannot do of them is refused by name. Every input is checked before any work (RequestError).
         """
         refuse_bare_prompt(prompts)
-        given = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
-        if isinstance(sampling_params, (list, tuple)):
-            if len(sampling_params) != len(given):
-                raise RequestError(f"there are {len(given)} prompts and {len(sampling_params)} sampling_params: give "
-                                   "one for all, or one for each")
-            each = list(sampling_params)
-        else:
-            each = [sampling_params] * len(given)
-        asked = [self._parse(prompt, params) for prompt, params in zip(given, each, strict=True)]
+        asked = [self._parse(prompt, params) for prompt, params in paired(prompts, sampling_params)]
         for _ in self._run(asked):
             pass
         outputs = [request.output() for request in asked]
@@ -248,9 +240,7 @@ class LlamaCpp:
     def _parse(self, given: Any, params: SamplingParams | None) -> Request:
         self._check_open()
         refuse_bare_prompt(given)
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params is {type(params).__name__}, it must be a stars.SamplingParams")
+        params = checked_params(params)
         refuse_settings(params, TAKEN, NAME)
         if params.output_kind is RequestOutputKind.DELTA:
             raise RequestError(f"{NAME} has no RequestOutputKind.DELTA: take CUMULATIVE, or FINAL_ONLY")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import secrets
 import struct
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from stars.adapters.asked import checked_params, paired, refuse_settings
 from stars.adapters.completions import CompletionsServer, Piece, Told, Wanted
 from stars.adapters.law import law_of
 from stars.adapters.loop import Asked, Draft, Loop, Response, Settled
@@ -140,13 +140,7 @@ class OpenAIProposer:
         says of how many.
         """
         refuse_bare_prompt(prompts)
-        prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
-        params = [sampling_params] * len(prompts) if sampling_params is None or isinstance(
-            sampling_params, SamplingParams) else list(sampling_params)
-        if len(params) != len(prompts):
-            raise RequestError(f"there are {len(params)} sampling_params for {len(prompts)} prompts: give one for all, "
-                               "or one for each")
-        requests = [self._request(*one) for one in zip(prompts, params, strict=True)]
+        requests = [self._request(*one) for one in paired(prompts, sampling_params)]
         for _ in self._run(requests):
             pass
         outputs = [self._output(one, number) for number, one in enumerate(requests)]
@@ -184,13 +178,8 @@ class OpenAIProposer:
 
     def _request(self, given: Any, params: SamplingParams | None) -> _Request:
         """A checked request; RequestError."""
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params is {type(params).__name__}, it must be a stars.SamplingParams")
-        for field in dataclasses.fields(params):
-            if field.name not in PASSED and getattr(params, field.name) != getattr(SamplingParams(), field.name):
-                raise RequestError(f"SamplingParams.{field.name} is {shown(getattr(params, field.name))}, and "
-                                   f"{self._name} has not got it: leave it out, or use stars.Engine")
+        params = checked_params(params)
+        refuse_settings(params, PASSED, self._name)
         if params.output_kind != RequestOutputKind.CUMULATIVE:
             raise RequestError(f"{self._name} has cumulative outputs alone: leave output_kind out")
         prompt = self._prompt(given)
