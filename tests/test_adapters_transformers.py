@@ -21,7 +21,7 @@ import stars
 import stars.adapters
 from stars import CARDS, STARS, BlockwiseBestOfK, Engine, RequestError, RewardError, Sample, SamplingParams
 from stars.adapters import hf_generate, hf_stack
-from stars.reward import FunctionReward
+from stars.reward import FunctionReward, causal
 from test_law import case, segment_law
 from tiny_models import MAX_POSITIONS
 from toy import EOS
@@ -153,6 +153,41 @@ def test_tokens_are_run_once(tiny):
             wanted += len(segment.attempts) * (size - 1) + (width if place else 0)
         assert output.metrics.attempts > len(output.segments)
         assert found.forward_tokens.drafts == wanted
+
+
+@pytest.mark.parametrize("edits", [{}, {"repetition_penalty": 1.4}], ids=["plain", "edited"])
+def test_no_response_runs_a_committed_token_twice_whatever_its_company_does(llama, monkeypatch, edits):
+    """In a round of those that retry and those that have committed, the first draw a pass earlier."""
+    ran, first, mixed = Counter(), [], []
+    draft, forward = hf_stack.HFStack.draft, hf_stack.HFStack._forward
+
+    def noted_forward(self, lanes, token_ids, mask, positions):
+        first.append(positions[:, 0].tolist())
+        return forward(self, lanes, token_ids, mask, positions)
+
+    def noted(self, asked):
+        first.clear()
+        drafted = draft(self, asked)
+        if not first:  # one token each, from logits that were there
+            return drafted
+        place, kinds = 0, set()
+        for one, attempts in asked:
+            last = self._inputs.after[one.sequence.row] + len(one.token_ids) - 1  # position of its last token
+            again = first[0][place] == last
+            assert first[0][place : place + len(attempts)] == [last if again else last + 1] * len(attempts)
+            ran[one, last] += again
+            kinds.add(again)
+            place += len(attempts)
+        mixed.append(len(kinds) > 1)
+        return drafted
+
+    monkeypatch.setattr(hf_stack.HFStack, "draft", noted)
+    monkeypatch.setattr(hf_stack.HFStack, "_forward", noted_forward)
+    policy = STARS(segment_size=4, max_attempts=7, beta=0.4, reward_threshold=1.0, alpha=0.5, width=2)
+    wanted = llama.engine_says(reward=reward(), seed=9, n=2, temperature=0.9, top_k=50, **edits)
+    found = llama.generate(policy=policy, reward=reward(), seed=9, num_return_sequences=2, **SAMPLING, **edits)
+    assert_same(found.stars, wanted)
+    assert any(mixed) and max(ran.values()) == 1
 
 
 @pytest.mark.parametrize("policy", [
@@ -698,6 +733,25 @@ def test_a_repository_of_generate_runs_the_adapter(llama, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="reward_threshold is missing"):
         llama.model.generate(**llama.inputs(TEXTS[:1]), stars_reward=reward(), **options)
     assert (repository / "custom_generate" / "requirements.txt").read_text().split() == ["stars-engine"]
+
+
+def test_a_reward_model_is_loaded_once_whatever_the_settings_and_sizes(llama, tiny_model, tmp_path, monkeypatch):
+    loaded = []
+    load = causal.load_model
+    monkeypatch.setattr(causal, "load_model", lambda directory, **given: loaded.append(directory) or load(
+        directory, **given))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    repository = shutil.copytree(Path(hf_generate.__file__).parent / "hub", tmp_path / "stars-generate")
+    judge = str(tiny_model(tokenizer=True, head="reward"))
+    texts = {}
+    for size, rows in ((4, 1), (3, 1), (4, 70)):  # another policy, and more rows than there was room for
+        found = llama.model.generate(
+            **llama.inputs(TEXTS[:1]), custom_generate=str(repository), trust_remote_code=True, stars_reward=judge,
+            reward_threshold=1.0, segment_size=size, num_return_sequences=rows, seed=5, max_new_tokens=8,
+            tokenizer=llama.tokenizer, return_dict_in_generate=True, **SAMPLING)
+        texts[size, rows] = found.stars[0].text
+    assert loaded == [Path(judge)] or loaded == [judge]
+    assert texts[4, 1] == texts[4, 70]
 
 
 def test_the_limit_of_a_prompt(llama):

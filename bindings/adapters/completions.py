@@ -79,7 +79,7 @@ class CompletionsServer:
     parallel: a request for each candidate, in place of one with n.
     """
 
-    def __init__(self, poster: Poster, address: str, fields: Mapping[str, Any], secrets: Sequence[str],
+    def __init__(self, poster: Poster, address: str, *, fields: Mapping[str, Any], secrets: Sequence[str],
                  total_timeout: float, max_concurrency: int, parallel: bool):
         self.address = address
         self._poster, self._fields, self._secrets = poster, dict(fields), secrets

@@ -122,15 +122,17 @@ class AlignedGenerate:
                     raise _refusal("synced_gpus", True, "processes would have to agree on every attempt")
                 if assistant is not None:
                     raise _refusal("assistant_model", type(assistant), "assisted generation drafts by itself")
-                return self._generate(model, input_ids, logits_processor or [], stopping_criteria or [],
-                                      generation_config, streamer, seed, messages, model_kwargs)
+                return self._generate(
+                    model, input_ids, processors=logits_processor or [], criteria=stopping_criteria or [],
+                    config=generation_config, streamer=streamer, seed=seed, messages=messages,
+                    model_kwargs=model_kwargs)
             finally:
                 self._busy = False
                 if streamer is not None:  # who reads it in another thread does not wait for ever
                     streamer.end()
 
-    def _generate(self, model: Any, input_ids: Tensor, processors: Sequence[Any], criteria: Sequence[Any], config: Any,
-                  streamer: Any, seed: Any, messages: Any, model_kwargs: Mapping[str, Any],
+    def _generate(self, model: Any, input_ids: Tensor, *, processors: Sequence[Any], criteria: Sequence[Any],
+                  config: Any, streamer: Any, seed: Any, messages: Any, model_kwargs: Mapping[str, Any],
                   ) -> Tensor | StarsGenerateOutput:
         _check(model, input_ids, config, model_kwargs)
         if streamer is not None and len(input_ids) > 1:

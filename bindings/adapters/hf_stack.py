@@ -58,6 +58,7 @@ class _Sequence:
         self.row = row  # of generate's
         self.history = history  # of all tokens where `ahead` is there, else of all but the last
         self.ahead: Tensor | None = ahead  # float32 [vocab], the next token's logits
+        self.stop = history.stop  # column behind the last committed token, once that has run
         self.drafted: dict[int, tuple[int, int]] = {}  # row and tokens of each attempt of the round
         self.held: list[list[Tensor]] | None = None  # keys and values of the held attempt's tokens but the last
         self.ids: Tensor | None = None  # int64 [lanes, length], where processors or criteria read it
@@ -75,16 +76,12 @@ class HFStack:
         self._edits = edits
         self._device = model.device
         self._read: dict[int, tuple[History, Tensor, int]] = {}  # prompts, while responses to them are to come
-        self._running: set[Response] = set()
         takes = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"
         self._takes_mask, self._takes_positions = "attention_mask" in takes, "position_ids" in takes
         self._fixed: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in takes else {})
         self._lanes: Lanes | None = drafting(inputs.cache, model)
-        self._stop = 0  # column behind the last committed token, in the round
-        self._known = False  # whether the round began with logits that were there
         self._steps = 0  # most tokens of an attempt of the round
-        self._begun: Tensor | None = None  # float32 [lanes, vocab], the logits of its first tokens
         self.forward_tokens = ForwardTokens(0, 0)
 
     def open(self, responses: Sequence[Response]) -> None:
@@ -99,27 +96,21 @@ class HFStack:
             if left > 1:
                 self._read[row // count] = history, ahead, left - 1
             one.sequence = _Sequence(row, history, ahead)
-            self._running.add(one)
 
     def draft(self, asked: Sequence[Asked]) -> Sequence[list[Draft] | StarsError]:
-        """Draws all attempts, as rows of one batch."""
+        """Draws all attempts, as rows of one batch. Where the next token's logits are there, lanes draw a pass earlier
+        than those whose last committed token is still to be run."""
         assert self._lanes is not None
         sequences: list[_Sequence] = [one.response.sequence for one in asked]
         counts = [len(one.attempts) for one in asked]
         self._steps = steps = max([attempt.max_tokens for one in asked for attempt in one.attempts])
-        ahead = [one.ahead for one in sequences if one.ahead is not None]
-        self._known = len(ahead) == len(sequences)
-        if not self._known:  # then all begin with their last token
-            for one in sequences:
-                if one.ahead is not None:
-                    one.ahead, one.history = None, one.history.cut(one.history.stop - 1)
+        late = [int(one.ahead is None) for one in sequences]
         for one, history in zip(sequences, self._lanes.place([one.history for one in sequences], counts, steps),
                                 strict=True):
-            one.history = history
+            one.history, one.stop = history, history.stop
         end = sequences[0].history.stop
-        self._stop = end if self._known else end + 1
-        begin = [self._inputs.after[one.response.sequence.row] + len(one.response.token_ids) - (not self._known)
-                 for one in asked]  # the position of the first token that is run
+        begin = [self._inputs.after[one.response.sequence.row] + len(one.response.token_ids) - behind
+                 for one, behind in zip(asked, late, strict=True)]  # the position of the first token that is run
         positions = self._lane_wise(begin, counts)[:, None] + torch.arange(steps, device=self._device)
         mask = None
         if any(one.history.start for one in sequences):
@@ -129,30 +120,27 @@ class HFStack:
         drawing = Drawing(asked, self._proposal, self._device)
         if self._edits:
             self._begin_ids(asked)
-        lanes, stopped, ran = drawing.lanes, set[int](), 0
-        if self._known:
-            logits = torch.stack(ahead).repeat_interleave(torch.tensor(counts, device=self._device), dim=0)
-            token_ids = lanes.token_ids
-        else:
-            logits = None
-            token_ids = self._lane_wise([_last(one.response) for one in asked], counts)
-        for step in range(steps):
-            if step or logits is None:
-                logits = self._forward(self._lanes, token_ids[:, None].long(),
-                                       None if mask is None else mask[:, : end + ran + 1], positions[:, ran : ran + 1])
-                ran += 1
-            if not step:
-                self._begun = logits
-            if self._edits.processors is not None:
-                logits = self._edited(asked, logits, step)
-            before = lanes.done.tolist() if self._edits.criteria else ()
-            drawing.draw(logits)
-            if self._edits:
-                self._note(sequences, counts, lanes.out_tokens[:, step], step)
-            if self._edits.criteria:
-                self._end(sequences, counts, step, before, stopped, lanes.done)
-            if bool(lanes.done.all()):
-                break
+        lanes, stopped = drawing.lanes, set[int]()
+        token_ids = self._lane_wise([_last(one.response) for one in asked], counts)
+        ahead = next((one.ahead for one in sequences if one.ahead is not None), None)
+        if ahead is not None:
+            rows = torch.stack([ahead if one.ahead is None else one.ahead for one in sequences])
+            waiting = self._lane_wise(late, counts).to(lanes.done)
+            lanes.done.copy_(waiting)  # those do not draw now
+            self._draw(asked, drawing, rows.repeat_interleave(torch.tensor(counts, device=self._device), dim=0),
+                       [0 - behind for behind in late], stopped)
+            lanes.done.sub_(waiting)
+            token_ids = torch.where(waiting.bool(), token_ids, lanes.token_ids)
+        ran = 0
+        while not bool(lanes.done.all()):
+            logits = self._forward(self._lanes, token_ids[:, None].long(),
+                                   None if mask is None else mask[:, : end + ran + 1], positions[:, ran : ran + 1])
+            ran += 1
+            if ran == 1:
+                for one, behind in zip(sequences, late, strict=True):
+                    if behind:
+                        one.stop, one.ahead = end + 1, logits[one.history.first]
+            self._draw(asked, drawing, logits, [ran - behind for behind in late], stopped)
             token_ids = lanes.token_ids
         self.forward_tokens = self.forward_tokens._replace(drafts=self.forward_tokens.drafts + ran * sum(counts))
         return self._drafts(asked, drawing.drafts(), stopped)
@@ -162,31 +150,27 @@ class HFStack:
         assert self._lanes is not None
         for response, kept, held in settled:
             one: _Sequence = response.sequence
-            history, ahead = one.history._replace(stop=self._stop), None
+            history = one.history._replace(stop=one.stop)
             if kept in one.drafted:
                 row, tokens = one.drafted[kept]
-                history = history._replace(row=row, stop=self._stop + tokens - 1)
+                history = history._replace(row=row, stop=one.stop + tokens - 1)
             elif kept:
                 assert one.held is not None
-                self._lanes.put(history.row, self._stop, one.held)
-                history = history._replace(stop=self._stop + _columns(one.held))
-            else:
-                assert self._begun is not None
-                ahead = self._begun[history.first]
-                if len(one.drafted) >= history.rows:  # all of them have run the last token
-                    history = history._replace(known=self._stop)
+                self._lanes.put(history.row, one.stop, one.held)
+                history = history._replace(stop=one.stop + _columns(one.held))
+            elif len(one.drafted) >= history.rows:  # all of them have run the last token
+                history = history._replace(known=one.stop)
             if held in one.drafted:
                 row, tokens = one.drafted[held]
-                one.held = self._lanes.take(row, self._stop, self._stop + tokens - 1)
+                one.held = self._lanes.take(row, one.stop, one.stop + tokens - 1)
             elif not held:
                 one.held = None
-            one.history, one.ahead, one.drafted = history, ahead, {}
+            one.history, one.drafted = history, {}
+            if kept:
+                one.ahead = None
 
     def close(self, response: Response) -> None:
-        """Forgets the response; with the last one its caches are gone."""
-        self._running.discard(response)
-        if not self._running:
-            self._begun = None
+        """Nothing is held but what `response.sequence` was: its rows are written anew by the next round."""
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -238,45 +222,39 @@ class HFStack:
             committed = history.new_tensor(one.response.token_ids + [0] * self._steps)
             sequence.ids = torch.cat([history, committed]).repeat(len(one.attempts), 1)
 
-    def _edited(self, asked: Sequence[Asked], logits: Tensor, step: int) -> Tensor:
-        """The logits of each response's lanes, by the processors of its row."""
-        assert self._edits.processors is not None
-        edited, first = logits.clone(), 0
-        for one in asked:
-            sequence, stop = one.response.sequence, first + len(one.attempts)
-            scores = edited[first:stop].clone()
-            for processor in self._edits.processors(sequence.row):
-                scores = processor(sequence.ids[:, : self._column(sequence.ids, step)], scores)
-            edited[first:stop] = scores
-            first = stop
-        return edited
-
-    def _note(self, sequences: Sequence[_Sequence], counts: Sequence[int], drawn: Tensor, step: int) -> None:
-        first = 0
-        for one, count in zip(sequences, counts, strict=True):
-            assert one.ids is not None
-            ids, first = drawn[first : first + count], first + count
-            one.ids[:, self._column(one.ids, step)] = ids.clamp(min=0).to(one.ids)
-
-    def _end(self, sequences: Sequence[_Sequence], counts: Sequence[int], step: int, before: Sequence[int],
-             stopped: set[int], done: Tensor) -> None:
-        """Ends the lanes for which a criterion says so."""
-        first = 0
-        for one, count in zip(sequences, counts, strict=True):
-            assert one.ids is not None
-            ids = one.ids[:, : self._column(one.ids, step) + 1]
-            ends = torch.zeros(count, dtype=torch.bool, device=ids.device)
+    def _draw(self, asked: Sequence[Asked], drawing: Drawing, logits: Tensor, steps: Sequence[int],
+              stopped: set[int]) -> None:
+        """Draws from `logits` [lanes, vocab] what is edited of them. steps: of each response, which of its attempts'
+        tokens this is; one that there is not: they wait, or are done. stopped: gets the lanes that a criterion ends."""
+        if not self._edits:
+            drawing.draw(logits)
+            return
+        lanes, first = drawing.lanes, 0
+        spans: list[tuple[Asked, slice, Tensor, int, int]] = []
+        for one, step in zip(asked, steps, strict=True):
+            if 0 <= step < self._steps:
+                ids = one.response.sequence.ids
+                column = ids.shape[1] - self._steps + step
+                spans.append((one, slice(first, first + len(one.attempts)), ids, column, step))
+            first += len(one.attempts)
+        if self._edits.processors is not None:
+            logits = logits.clone()
+            for one, rows, ids, column, _ in spans:
+                scores = logits[rows].clone()
+                for processor in self._edits.processors(one.response.sequence.row):
+                    scores = processor(ids[:, :column], scores)
+                logits[rows] = scores
+        before = lanes.done.tolist()
+        drawing.draw(logits)
+        for _, rows, ids, column, step in spans:
+            ids[:, column] = lanes.out_tokens[rows, step].clamp(min=0).to(ids)
+            ends = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
             for criterion in self._edits.criteria:
-                ends |= torch.as_tensor(criterion(ids, None)).to(ends)  # some return a bool for all rows
+                ends |= torch.as_tensor(criterion(ids[:, : column + 1], None)).to(ends)  # some: a bool for all rows
             for lane in ends.nonzero().flatten().tolist():
-                if not before[first + lane]:
-                    stopped.add(first + lane)
-                    done[first + lane] = 1
-            first += count
-
-    def _column(self, ids: Tensor, step: int) -> int:
-        """Of `ids`, where this step's token is."""
-        return ids.shape[1] - self._steps + step
+                if not before[rows.start + lane]:
+                    stopped.add(rows.start + lane)
+                    lanes.done[rows.start + lane] = 1
 
     def _drafts(self, asked: Sequence[Asked], drafted: Sequence[list[Draft] | StarsError], stopped: set[int],
                 ) -> Sequence[list[Draft] | StarsError]:

@@ -27,6 +27,15 @@ class Draft(NamedTuple):
     text: str | None = None  # of the whole response with it, where the stack knows it; None: the loop decodes
 
 
+class Drafted(NamedTuple):
+    """An attempt at the segment that is being made, with what is known of it by now."""
+
+    draft: Draft
+    reward: float | None = None
+    said: Said | None = None
+    handle: Any = None  # the reward's, of what it has read of the attempt
+
+
 class Asked(NamedTuple):
     """What is to be drafted for one response in a round."""
 
@@ -90,7 +99,7 @@ class Response:
         self.sequence: Any = None  # the stack's
         self.session: Any = None  # the reward's
         self.controller: Controller | None = None
-        self.drafts: dict[int, tuple[Draft, float | None, Said | None, Any]] = {}  # of the segment, by attempt
+        self.drafts: dict[int, Drafted] = {}  # of the segment, by attempt
 
     def output(self) -> CompletionOutput:
         """What the user gets of it so far."""
@@ -205,7 +214,7 @@ class Loop:
             one.metrics.attempts += len(attempts)
             one.metrics.lm_tokens_drawn += sum(len(draft.token_ids) for draft in drafts)
             for attempt, draft in zip(attempts, drafts, strict=True):
-                one.drafts[attempt.attempt] = draft, None, None, None
+                one.drafts[attempt.attempt] = Drafted(draft)
         drawn = [one for one in asked if one.response.finish_reason is None]
         verdicts = self._decide(drawn)
         settled = []
@@ -233,7 +242,7 @@ class Loop:
             for one, numbers in left.items():
                 count = len(numbers)
                 if self._scoring is not None:
-                    tokens = len(one.drafts[numbers[0]][0].token_ids)
+                    tokens = len(one.drafts[numbers[0]].draft.token_ids)
                     count = min(count, self._scoring.lanes_per_pass(tokens, len(left)))
                 batch.append((one, numbers[:count]))
                 del numbers[:count]
@@ -246,12 +255,11 @@ class Loop:
                     if isinstance(reward, RewardError):
                         fault = reward  # an error, unless one before it is accepted
                         break
-                    draft = one.drafts[number][0]
+                    draft = one.drafts[number].draft
                     results.append(Fed(number, len(draft.token_ids), draft.ended, reward))
                 decided = one.controller.feed(results)
                 for result, said in zip(results, decided.said, strict=False):
-                    draft, _, _, handle = one.drafts[result.attempt]
-                    one.drafts[result.attempt] = draft, result.reward, said, handle
+                    one.drafts[result.attempt] = one.drafts[result.attempt]._replace(reward=result.reward, said=said)
                 verdicts[one] = decided.verdict, decided.winner, decided.best
                 if decided.verdict in (Verdict.ACCEPT, Verdict.FALLBACK):
                     left.pop(one)
@@ -265,7 +273,7 @@ class Loop:
     def _rewards(self, batch: Sequence[tuple[Response, list[int]]]) -> list[list[float | RewardError]]:
         if self._scoring is None:  # a policy that asks for none: what is drawn is accepted
             return [[0.0] * len(numbers) for _, numbers in batch]
-        candidates = [self._candidate(one, one.drafts[number][0]) for one, numbers in batch for number in numbers]
+        candidates = [self._candidate(one, one.drafts[number].draft) for one, numbers in batch for number in numbers]
         begin = time.perf_counter()
         results = self._scoring.score(candidates)
         settled = iter([(result, _reward_of(result)) for result in results])  # waits for those that come later
@@ -275,8 +283,7 @@ class Loop:
             found: list[float | RewardError] = []
             for number in numbers:
                 result, reward = next(settled)
-                draft = one.drafts[number][0]
-                one.drafts[number] = draft, None, None, result.handle
+                one.drafts[number] = one.drafts[number]._replace(handle=result.handle)
                 one.metrics.rm_calls += 1
                 one.metrics.rm_seconds += seconds
                 one.metrics.rm_tokens_scored += result.tokens_run
@@ -310,18 +317,18 @@ class Loop:
     def _commit(self, one: Response, winner: int, accepted: bool) -> None:
         """The winner becomes history, in the reward's session and in what the user gets."""
         assert one.controller is not None
-        draft, reward, said, handle = one.drafts[winner]
+        draft = one.drafts[winner].draft
         if self._law.best or self._scoring is None:  # then no threshold is behind it
-            attempts = [Attempt(found.token_ids, one_reward if self._scoring else None, None, None, number == winner,
-                                found.logprob) for number, (found, one_reward, _, _) in one.drafts.items()]
+            attempts = [Attempt(found.draft.token_ids, found.reward if self._scoring else None, None, None,
+                                number == winner, found.draft.logprob) for number, found in one.drafts.items()]
         else:
-            attempts = [_attempt(found, one_reward, told) for found, one_reward, told, _ in one.drafts.values()]
+            attempts = [_attempt(found) for found in one.drafts.values()]
         place = list(one.drafts).index(winner)
         segment = Segment(draft.token_ids, attempts[place].reward, attempts[place].threshold, accepted, attempts, place,
                           draft.logprob)
         if self._scoring is not None:
-            self._scoring.commit(one.session, handle)
-            one.drafts[winner] = draft, reward, said, None
+            self._scoring.commit(one.session, one.drafts[winner].handle)
+            one.drafts[winner] = one.drafts[winner]._replace(handle=None)
         self._forget(one)
         one.controller.commit()
         content = len(one.token_ids) + (len(draft.token_ids) if draft.content is None else draft.content)
@@ -336,11 +343,11 @@ class Loop:
 
     def _forget(self, one: Response, besides: int = 0) -> None:
         """What the reward holds of attempts is given back, but for one that may still win."""
-        for number, (draft, reward, said, handle) in one.drafts.items():
-            if handle is not None and number != besides:
+        for number, drafted in one.drafts.items():
+            if drafted.handle is not None and number != besides:
                 assert self._scoring is not None
-                self._scoring.discard(handle)
-                one.drafts[number] = draft, reward, said, None
+                self._scoring.discard(drafted.handle)
+                one.drafts[number] = drafted._replace(handle=None)
         if one.controller is not None and not besides:
             one.drafts = {}
 
@@ -371,7 +378,8 @@ def _reward_of(result: Scored) -> float | RewardError:
         return error
 
 
-def _attempt(draft: Draft, reward: float | None, said: Said | None) -> Attempt:
+def _attempt(drafted: Drafted) -> Attempt:
+    draft, said = drafted.draft, drafted.said
     if said is None:
         return Attempt(draft.token_ids, None, None, None, False, draft.logprob)
-    return Attempt(draft.token_ids, reward, said.threshold, said.probability, said.accepted, draft.logprob)
+    return Attempt(draft.token_ids, drafted.reward, said.threshold, said.probability, said.accepted, draft.logprob)

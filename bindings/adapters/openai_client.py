@@ -85,18 +85,20 @@ def openai(base_url: str, model: str | None = None, *, policy: Policy, reward: A
     The server is first asked by the first call. ServerError there: it cannot be reached, takes no n, tells neither
     token ids nor how many tokens a candidate has, or reads the probe otherwise than `tokenizer` does.
     """
-    return OpenAIProposer("stars.adapters.openai", base_url, model, policy, reward, tokenizer, api_key, headers,
-                          extra_body, parallel, max_num_seqs, max_model_len, timeout, retries, total_timeout, device,
-                          cache_tokens)
+    return OpenAIProposer(
+        "stars.adapters.openai", base_url, model, policy=policy, reward=reward, tokenizer=tokenizer, api_key=api_key,
+        headers=headers, extra_body=extra_body, parallel=parallel, max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len, timeout=timeout, retries=retries, total_timeout=total_timeout, device=device,
+        cache_tokens=cache_tokens)
 
 
 class OpenAIProposer:
     """See `openai`. One call at a time; give it many prompts."""
 
-    def __init__(self, name: str, base_url: str, model: str | None, policy: Policy, reward: Any, tokenizer: Any,
+    def __init__(self, name: str, base_url: str, model: str | None, *, policy: Policy, reward: Any, tokenizer: Any,
                  api_key: str | None, headers: Mapping[str, str] | None, extra_body: Mapping[str, Any] | None,
                  parallel: bool, max_num_seqs: int, max_model_len: int, timeout: float, retries: int,
-                 total_timeout: float, device: str, cache_tokens: int | None, *, needs_ids: bool = False,
+                 total_timeout: float, device: str, cache_tokens: int | None, needs_ids: bool = False,
                  priority: bool = False):
         self._name, self._policy, self._law = name, policy, law_of(policy, name)
         self._reward = checked_reward(reward)
@@ -119,9 +121,9 @@ class OpenAIProposer:
         address = address_of("base_url", base_url, "completions" if place else "v1/completions", "api_key")
         fields = extra_of("extra_body", extra_body, RESERVED) | ({} if model is None else {"model": model})
         self.server = CompletionsServer(
-            Poster(address, FORM | given, limits), str(address), fields,
-            [*given.values(), *([] if api_key is None else [api_key])], limits.total_timeout,
-            self._max_num_seqs * (self._law.width if parallel else 1), parallel)
+            Poster(address, FORM | given, limits), str(address), fields=fields,
+            secrets=[*given.values(), *([] if api_key is None else [api_key])], total_timeout=limits.total_timeout,
+            max_concurrency=self._max_num_seqs * (self._law.width if parallel else 1), parallel=parallel)
         self.traffic = Traffic()
         self.rounds_alike: int | None = 0  # first rounds of which all candidates were equal; None once some were not
         self._scoring: Scoring | None = None

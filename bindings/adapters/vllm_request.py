@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from stars.adapters.law import Law, law_of
-from stars.arguments import integer, known_keywords, shown
+from stars.arguments import integer, shown
 from stars.bindings.controller import Controller, Drawn
 from stars.errors import RequestError
 from stars.policies import STARS
@@ -21,14 +21,18 @@ _CHILD = re.compile(r"(\d+)_")
 _MAX_SAMPLE = 4095
 
 
-class Asked(NamedTuple):
+FIELDS = ("reward_threshold", "segment_size", "max_attempts", "alpha", "beta", "seed")
+"""Of what stands under KEY: those of the policy STARS, whose defaults they have, and the law's seed."""
+
+
+class Terms(NamedTuple):
     """What one request asks."""
 
     law: Law
     seed: int
 
 
-def asked_of(extra_args: Mapping[str, Any] | None, sampling_seed: int | None) -> Asked | None:
+def terms_of(extra_args: Mapping[str, Any] | None, sampling_seed: int | None) -> Terms | None:
     """What stands under KEY: a dictionary, or the same as JSON text, for servers that take flat values only.
 
     None where nothing does. A seed that is not given is the sampling seed, or else drawn. RequestError names what is
@@ -46,17 +50,13 @@ def asked_of(extra_args: Mapping[str, Any] | None, sampling_seed: int | None) ->
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise RequestError(f'extra_args["{KEY}"] is {shown(given)}, it must be a dictionary such as '
                            '{"reward_threshold": 1.0}')
-    known_keywords(f'extra_args["{KEY}"]', given, _asked, {})
-    return _asked(**{"seed": sampling_seed, **given})
-
-
-def _asked(reward_threshold: Any = None, segment_size: Any = 16, max_attempts: Any = 20, alpha: Any = 0.5,
-           beta: Any = 0.7, seed: Any = None) -> Asked:
-    policy = STARS(segment_size=segment_size, max_attempts=max_attempts, alpha=alpha, beta=beta,
-                   reward_threshold=reward_threshold)
-    law = law_of(policy, "stars.adapters.vllm_scheduler")
-    seed = random.getrandbits(64) if seed is None else integer("seed", seed, -(1 << 63), (1 << 64) - 1)
-    return Asked(law, seed)
+    unknown = next((name for name in given if name not in FIELDS), None)
+    if unknown is not None:
+        raise RequestError(f'extra_args["{KEY}"] has no {shown(unknown)}, it takes {", ".join(FIELDS)}')
+    settings = {"reward_threshold": None, **given}
+    seed = settings.pop("seed", sampling_seed)
+    law = law_of(STARS(**settings), "stars.adapters.vllm_scheduler")
+    return Terms(law, random.getrandbits(64) if seed is None else integer("seed", seed, -(1 << 63), (1 << 64) - 1))
 
 
 def sample_of(request_id: str) -> int:
@@ -65,8 +65,8 @@ def sample_of(request_id: str) -> int:
     return int(found[1]) % (_MAX_SAMPLE + 1) if found else 0
 
 
-class Draft(NamedTuple):
-    """An attempt whose tokens are complete."""
+class Complete(NamedTuple):
+    """An attempt whose tokens are all there."""
 
     attempt: int
     token_ids: list[int]
@@ -79,13 +79,13 @@ class Held:
     """One aligned request, from its arrival to its end."""
 
     request: Any  # vLLM's
-    asked: Asked
+    terms: Terms
     session: Any  # of the reward
     controller: Controller | None = None  # from the first token on
     drawn: Drawn | None = None  # the attempt that is being drafted
     committed: int = 0  # response tokens
     logprobs: list[Any] = field(default_factory=list)  # of the tokens that are withheld
-    best: Draft | None = None  # of the attempts so far, which may win in the end
+    best: Complete | None = None  # of the attempts so far, which may win in the end
     replay: list[int] | None = None  # the tokens of the best, while the worker draws them again
     stopped: Any = None  # the status that vLLM's own checks gave it with the latest token
     stop_reason: Any = None

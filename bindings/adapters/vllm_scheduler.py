@@ -30,7 +30,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from stars.adapters.scoring import usable
-from stars.adapters.vllm_request import Asked, Draft, Held, asked_of, joined, sample_of
+from stars.adapters.vllm_request import Complete, Held, Terms, joined, sample_of, terms_of
 from stars.bindings.controller import Controller, Fed, Verdict
 from stars.errors import RequestError, RewardError, StarsError, sentence
 from stars.prompt import parse_prompt
@@ -56,7 +56,7 @@ class StarsScheduler(Scheduler):  # type: ignore[misc]  # no types where vLLM is
         self._vocab_size: int = self.vllm_config.model_config.get_vocab_size()
         self._scoring, self._max_segment_size = open_judge(self.vllm_config)
         self._held: dict[str, Held] = {}
-        self._later: deque[tuple[Request, Asked]] = deque()  # for which the reward has no room yet
+        self._later: deque[tuple[Request, Terms]] = deque()  # for which the reward has no room yet
         self._advanced: list[Held] = []  # that have a token more since the last settlement
         self._told: list[tuple[int, EngineCoreOutput]] = []
         _withhold(self.kv_cache_manager, self._held)
@@ -66,24 +66,24 @@ class StarsScheduler(Scheduler):  # type: ignore[misc]  # no types where vLLM is
     def add_request(self, request: Request) -> None:
         """As vLLM's; a request whose "stars" cannot be had ends at once with the finish reason "error"."""
         params = request.sampling_params
-        asked = None
+        terms = None
         try:
             if params is not None:
-                asked = asked_of(params.extra_args, params.seed)
-            if asked is None:
+                terms = terms_of(params.extra_args, params.seed)
+            if terms is None:
                 super().add_request(request)
                 return
             fault = unsupported(request)
             if fault is not None:
                 raise RequestError(f"this request cannot be aligned, as {fault}")
-            if asked.law.segment_size > self._max_segment_size:
-                raise RequestError(f"segment_size is {asked.law.segment_size} and the reward has room for "
+            if terms.law.segment_size > self._max_segment_size:
+                raise RequestError(f"segment_size is {terms.law.segment_size} and the reward has room for "
                                    f"{self._max_segment_size} tokens: raise stars_max_segment_size")
         except StarsError as error:
             super().add_request(request)
             self._fail(request, error)
             return
-        self._later.append((request, asked))
+        self._later.append((request, terms))
         self._admit()
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
@@ -148,7 +148,7 @@ class StarsScheduler(Scheduler):  # type: ignore[misc]  # no types where vLLM is
     def _admit(self) -> None:
         """Hands over what waits for room in the reward's cache, the first ones first, as far as there is some."""
         while self._later:
-            request, asked = self._later[0]
+            request, terms = self._later[0]
             try:
                 prompt = parse_prompt({"prompt_token_ids": request.prompt_token_ids}, self._scoring.tokenizer,
                                       self._vocab_size)
@@ -164,7 +164,7 @@ class StarsScheduler(Scheduler):  # type: ignore[misc]  # no types where vLLM is
                 self._fail(request, error)
                 continue
             self._later.popleft()
-            self._held[request.request_id] = Held(request, asked, session)
+            self._held[request.request_id] = Held(request, terms, session)
             super().add_request(request)
 
     def _settle(self, runner_output: ModelRunnerOutput) -> None:
@@ -193,12 +193,12 @@ class StarsScheduler(Scheduler):  # type: ignore[misc]  # no types where vLLM is
     def _start(self, begun: Sequence[Held]) -> None:
         """Their prompts are read by the reward, and their laws begin."""
         for held in begun:
-            law = held.asked.law
+            law = held.terms.law
             try:
                 self._scoring.start(held.session)
                 prompt_reward = self._scoring.prompt_reward(held.session) if law.reads_prompt else 0.0
                 held.controller = law.controller(
-                    seed=held.asked.seed, sample=sample_of(held.request.request_id), max_tokens=held.request.max_tokens,
+                    seed=held.terms.seed, sample=sample_of(held.request.request_id), max_tokens=held.request.max_tokens,
                     prompt_reward=prompt_reward,
                     greedy=held.request.sampling_params.sampling_type == SamplingType.GREEDY)
                 held.drawn = held.controller.next(1)[0]
@@ -220,7 +220,7 @@ class StarsScheduler(Scheduler):  # type: ignore[misc]  # no types where vLLM is
     def _decide(self, held: Held, reward: float, handle: Any) -> None:
         controller, drawn = held.controller, held.drawn
         assert controller is not None and drawn is not None
-        draft = Draft(drawn.attempt, held.drafted, held.logprobs, handle)
+        draft = Complete(drawn.attempt, held.drafted, held.logprobs, handle)
         decided = controller.feed([Fed(drawn.attempt, len(draft.token_ids), held.stopped is not None, reward)])
         done = decided.verdict in (Verdict.ACCEPT, Verdict.FALLBACK)
         if decided.best == drawn.attempt or done and decided.winner == drawn.attempt:

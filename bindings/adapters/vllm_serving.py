@@ -7,7 +7,6 @@ from typing import Any
 
 from stars.adapters.loop import Response
 from stars.adapters.openai_client import OpenAIProposer
-from stars.arguments import flag
 from stars.errors import ServerError
 from stars.plan import Policy
 
@@ -30,9 +29,11 @@ def vllm_client(base_url: str, model: str | None = None, *, policy: Policy, rewa
     ServerError, besides, where the server tells no token ids, and where it says that it found nothing in its cache
     though it should have: it was started without prefix caching.
     """
-    return VLLMClient("stars.adapters.vllm_client", base_url, model, policy, reward, tokenizer, api_key, headers,
-                      extra_body, False, max_num_seqs, max_model_len, timeout, retries, total_timeout, device,
-                      cache_tokens, needs_ids=True, priority=flag("priority", priority))
+    return VLLMClient(
+        "stars.adapters.vllm_client", base_url, model, policy=policy, reward=reward, tokenizer=tokenizer,
+        api_key=api_key, headers=headers, extra_body=extra_body, parallel=False, max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len, timeout=timeout, retries=retries, total_timeout=total_timeout, device=device,
+        cache_tokens=cache_tokens, needs_ids=True, priority=priority)
 
 
 class VLLMClient(OpenAIProposer):

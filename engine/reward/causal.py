@@ -94,6 +94,7 @@ class CausalReward(ScoringReward):
         self.close_policy = close
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.tokenizer = tokenizer
+        self._given: dict[str, Any] | None = None  # what `decoder` was loaded with, where `model` is no Decoder
 
     def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
         """The model, and slabs for what its vocabulary makes of a segment."""
@@ -102,13 +103,16 @@ class CausalReward(ScoringReward):
                     reward_head=self.head, quantization=self._rounding(config))
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
-        """Loads the model, compares vocabularies, allocates the cache."""
+        """Loads the model, unless that was done alike before, compares vocabularies, allocates the cache."""
         if hasattr(self.model, "forward"):
             self.decoder: Decoder = self.model
         else:
-            self.decoder = load_model(self.model, dtype=config.dtype, device=config.device, head="reward",
-                                      deterministic=config.deterministic, max_rows=1, max_model_len=1,
-                                      reward_head=self.head, quantization=self._rounding(config))
+            given: dict[str, Any] = dict(dtype=config.dtype, device=config.device, deterministic=config.deterministic,
+                                         quantization=self._rounding(config))
+            if self._given != given:
+                self.decoder = load_model(self.model, head="reward", max_rows=1, max_model_len=1,
+                                          reward_head=self.head, **given)
+                self._given = given
             if isinstance(self.model, LoadedModel):
                 self.model = self.decoder  # what was copied of the one given is not kept alive twice
         self.decoder.check_device(config.device, "the reward model")
