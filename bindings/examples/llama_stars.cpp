@@ -5,6 +5,7 @@
 // Candidates are sequences of one unified KV cache. Sequence 0 is the history; each lane shares its cells, so that
 // rejecting a candidate takes its own cells away, and committing one gives its cells to all. The same seed gives the
 // same text at any width, but for what the order of sums in llama.cpp's products does to the last bits of logits.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -151,72 +152,96 @@ struct drafted {
   llama_seq_id lane;
 };
 
-// Draws one token of each lane at a time; `first` are the logits behind the history.
+// Draws a token of every attempt at a time from logits, with the attempts' own random numbers.
+class sampler {
+ public:
+  explicit sampler(const std::vector<stars_attempt>& attempts, int32_t vocab)
+      : logits(attempts.size() * static_cast<size_t>(vocab)), out_(attempts.size() * SEGMENT, -1),
+        logprobs_(attempts.size() * SEGMENT), counters_(4 * attempts.size()), steps_(attempts.size()),
+        done_(attempts.size()), no_stop_(attempts.size(), -1), top_k_(attempts.size(), 40),
+        temperature_(attempts.size(), 0.8f), top_p_(attempts.size(), 1.0f), min_p_(attempts.size(), 0.0f) {
+    for (const stars_attempt& one : attempts) {
+      seeds_.push_back(static_cast<int64_t>(one.seed));
+      numbers_.push_back(one.attempt);
+      streams_.push_back(one.stream);
+      most_.push_back(one.max_tokens);
+    }
+    step_.logits = logits.data();
+    step_.token_ids = counters_.data();
+    step_.positions = counters_.data() + attempts.size();
+    step_.slots = counters_.data() + 2 * attempts.size();
+    step_.slab_used = counters_.data() + 3 * attempts.size();
+    step_.steps = steps_.data();
+    step_.max_tokens = most_.data();
+    step_.done = done_.data();
+    step_.out_tokens = out_.data();
+    step_.out_logprobs = logprobs_.data();
+    step_.seeds = seeds_.data();
+    step_.attempts = numbers_.data();
+    step_.streams = streams_.data();
+    step_.temperature = temperature_.data();
+    step_.top_k = top_k_.data();
+    step_.top_p = top_p_.data();
+    step_.min_p = min_p_.data();
+    step_.stop_ids = no_stop_.data();  // which tokens end a text llama.cpp says
+    step_.lanes = static_cast<int64_t>(attempts.size());
+    step_.vocab = vocab;
+    step_.max_steps = SEGMENT;
+    step_.max_stop_ids = 1;
+  }
+  sampler(const sampler&) = delete;  // the struct points into the vectors
+  sampler& operator=(const sampler&) = delete;
+
+  // Draws from `logits`; rows of attempts that are done are not read.
+  void draw() { check(stars_call(STARS_OP_SAMPLE_STEP, &step_)); }
+  void end(size_t lane) { done_[lane] = 1; }
+  bool done(size_t lane) const { return done_[lane] != 0; }
+  tokens drawn(size_t lane) const {
+    const auto begin = out_.begin() + static_cast<std::ptrdiff_t>(lane * SEGMENT);
+    return {begin, begin + steps_[lane]};
+  }
+
+  std::vector<float> logits;  // [attempts, vocab]
+
+ private:
+  tokens out_;
+  std::vector<float> logprobs_;
+  std::vector<int32_t> counters_, steps_, done_, no_stop_, top_k_, most_, numbers_, streams_;
+  std::vector<float> temperature_, top_p_, min_p_;
+  std::vector<int64_t> seeds_;
+  stars_sample_step_params step_ = sized<stars_sample_step_params>();
+};
+
+// Drafts an attempt in each of the `free` lanes; `first` are the logits behind the history.
 std::vector<drafted> draft(runner& lm, const std::vector<stars_attempt>& attempts, const std::vector<float>& first,
                            const std::vector<llama_seq_id>& free) {
-  const size_t count = attempts.size(), vocab = static_cast<size_t>(lm.vocab_size);
-  std::vector<int32_t> zero(4 * count), steps(count), done(count), most, numbers, streams, tokens_(count * SEGMENT, -1);
-  std::vector<int32_t> no_stop(count, -1), top_k(count, 40);
-  std::vector<int64_t> seeds;
-  std::vector<float> logprobs(count * SEGMENT), temperature(count, 0.8f), top_p(count, 1.0f), min_p(count, 0.0f);
-  for (const stars_attempt& one : attempts) {
-    seeds.push_back(static_cast<int64_t>(one.seed));
-    numbers.push_back(one.attempt);
-    streams.push_back(one.stream);
-    most.push_back(one.max_tokens);
-  }
-  std::vector<float> logits(count * vocab);
-  for (size_t lane = 0; lane < count; ++lane)
-    std::copy(first.begin(), first.end(), logits.begin() + static_cast<std::ptrdiff_t>(lane * vocab));
-  auto step = sized<stars_sample_step_params>();
-  step.logits = logits.data();
-  step.token_ids = zero.data();
-  step.positions = zero.data() + count;
-  step.slots = zero.data() + 2 * count;
-  step.slab_used = zero.data() + 3 * count;
-  step.steps = steps.data();
-  step.max_tokens = most.data();
-  step.done = done.data();
-  step.out_tokens = tokens_.data();
-  step.out_logprobs = logprobs.data();
-  step.seeds = seeds.data();
-  step.attempts = numbers.data();
-  step.streams = streams.data();
-  step.temperature = temperature.data();
-  step.top_k = top_k.data();
-  step.top_p = top_p.data();
-  step.min_p = min_p.data();
-  step.stop_ids = no_stop.data();
-  step.lanes = static_cast<int64_t>(count);
-  step.vocab = lm.vocab_size;
-  step.max_steps = SEGMENT;
-  step.max_stop_ids = 1;
+  sampler lanes(attempts, lm.vocab_size);
+  const auto row = [&](size_t lane) { return lanes.logits.begin() + static_cast<std::ptrdiff_t>(lane * first.size()); };
+  for (size_t lane = 0; lane < attempts.size(); ++lane) std::copy(first.begin(), first.end(), row(lane));
   for (int32_t position = static_cast<int32_t>(lm.history.size());; ++position) {
-    check(stars_call(STARS_OP_SAMPLE_STEP, &step));
+    lanes.draw();
     std::vector<size_t> active;
-    for (size_t lane = 0; lane < count; ++lane) {
-      const int32_t token = tokens_[lane * SEGMENT + static_cast<size_t>(steps[lane]) - 1];
+    for (size_t lane = 0; lane < attempts.size(); ++lane) {
+      const llama_token token = lanes.drawn(lane).back();
       if (token < 0) fail("the model's logits are NaN");
-      if (lm.ends(token)) done[lane] = 1;
-      if (!done[lane]) active.push_back(lane);
+      if (lm.ends(token)) lanes.end(lane);
+      if (lanes.done(lane)) continue;
+      active.push_back(lane);
+      lm.add(token, position, {free[lane]}, true);
     }
     if (active.empty()) break;
-    for (const size_t lane : active) lm.add(step.token_ids[lane], position, {free[lane]}, true);
     const float* found = lm.run();
     for (const size_t lane : active) {
-      std::copy(found, found + vocab, logits.begin() + static_cast<std::ptrdiff_t>(lane * vocab));
-      found += vocab;
+      std::copy(found, found + first.size(), row(lane));
+      found += first.size();
     }
   }
   std::vector<drafted> made;
-  for (size_t lane = 0; lane < count; ++lane) {
-    const auto begin = tokens_.begin() + static_cast<std::ptrdiff_t>(lane * SEGMENT);
-    made.push_back({tokens(begin, begin + steps[lane]), free[lane]});
-  }
+  for (size_t lane = 0; lane < attempts.size(); ++lane) made.push_back({lanes.drawn(lane), free[lane]});
   return made;
 }
 
-void respond(const char* path, const std::string& prompt, int32_t width, uint64_t seed, int32_t max_tokens) {
+controller_ptr opened(uint64_t seed, int32_t max_tokens) {
   auto params = sized<stars_controller_params>();
   params.seed = seed;
   params.reward_threshold = -3.5;
@@ -225,73 +250,114 @@ void respond(const char* path, const std::string& prompt, int32_t width, uint64_
   params.max_tokens = max_tokens;
   params.segment_size = SEGMENT;
   params.max_attempts = MAX_ATTEMPTS;
-  const controller_ptr controller(stars_controller_open(&params));
-  if (!controller) fail(stars_last_error());
+  controller_ptr made(stars_controller_open(&params));
+  if (!made) fail(stars_last_error());
+  return made;
+}
 
-  const int32_t lanes = width + 1;  // one may hold the best so far while others are drawn
-  runner lm(path, lanes, max_tokens, prompt);
-  std::vector<llama_seq_id> all = {0};
-  for (int32_t lane = 1; lane <= lanes; ++lane) all.push_back(lane);
-  for (size_t place = 0; place + 1 < lm.history.size(); ++place)
-    lm.add(lm.history[place], static_cast<int32_t>(place), {0}, false);
-  if (lm.history.size() > 1) lm.run();
-  for (int32_t lane = 1; lane <= lanes; ++lane) lm.fork(0, lane, 0);
+// One response: its lanes in llama.cpp, and its controller.
+class response {
+ public:
+  response(runner& lm, int32_t width, uint64_t seed, int32_t max_tokens)
+      : lm_(lm), controller_(opened(seed, max_tokens)), attempts_(static_cast<size_t>(width)) {
+    for (int32_t lane = 0; lane <= width + 1; ++lane) all_.push_back(lane);  // the history, lanes, one that is held
+    for (size_t place = 0; place + 1 < lm.history.size(); ++place)
+      lm.add(lm.history[place], static_cast<int32_t>(place), {0}, false);
+    if (lm.history.size() > 1) lm.run();
+    for (const llama_seq_id lane : all_)
+      if (lane) lm.fork(0, lane, 0);
+  }
 
-  tokens response;
-  std::vector<float> logits;  // behind the history; empty: its last token was not run yet
-  std::map<int32_t, drafted> drafts;  // of this segment, by attempt: those of this round, and the one that is held
-  std::vector<stars_attempt> attempts(static_cast<size_t>(width));
-  for (;;) {
-    const int64_t count = stars_controller_next(controller.get(), attempts.data(), width);
+  // Drafts, scores and decides once; false: the response has ended.
+  bool round() {
+    const int64_t count =
+        stars_controller_next(controller_.get(), attempts_.data(), static_cast<int64_t>(attempts_.size()));
     if (count < 0) fail(stars_last_error());
-    if (count == 0) break;
-    const int32_t end = static_cast<int32_t>(lm.history.size());
-    if (logits.empty()) {
-      lm.add(lm.history.back(), end - 1, all, true);  // once for all lanes
-      const float* row = lm.run();
-      logits.assign(row, row + lm.vocab_size);
+    if (count == 0) return false;
+    const std::vector<stars_attempt> asked(attempts_.begin(), attempts_.begin() + count);
+    const stars_decision decision = decide(asked);
+    const bool decided = decision.verdict == STARS_ACCEPT || decision.verdict == STARS_FALLBACK;
+    forget_all_but(decided ? decision.winner : decision.best);
+    if (decided) commit(decision);
+    return true;
+  }
+
+  const tokens& ids() const { return ids_; }
+  stars_progress progress() const {
+    auto made = sized<stars_progress>();
+    check(stars_controller_progress(controller_.get(), &made));
+    return made;
+  }
+
+ private:
+  int32_t end() const { return static_cast<int32_t>(lm_.history.size()); }
+
+  stars_decision decide(const std::vector<stars_attempt>& asked) {
+    if (ahead_.empty()) {
+      lm_.add(lm_.history.back(), end() - 1, all_, true);  // once for all lanes
+      const float* row = lm_.run();
+      ahead_.assign(row, row + lm_.vocab_size);
     }
     std::vector<llama_seq_id> free;
-    for (int32_t lane = 1; lane <= lanes; ++lane)
-      if (drafts.empty() || drafts.begin()->second.lane != lane) free.push_back(lane);
-    const std::vector<stars_attempt> asked(attempts.begin(), attempts.begin() + count);
-    std::vector<drafted> made = draft(lm, asked, logits, free);
+    for (const llama_seq_id lane : all_)
+      if (lane && (drafts_.empty() || drafts_.begin()->second.lane != lane)) free.push_back(lane);
+    std::vector<drafted> made = draft(lm_, asked, ahead_, free);
     std::vector<stars_scored> scored;
     for (size_t place = 0; place < made.size(); ++place) {
-      tokens whole = response;
+      tokens whole = ids_;
       whole.insert(whole.end(), made[place].ids.begin(), made[place].ids.end());
-      scored.push_back({reward_of(lm.text(whole)), asked[place].attempt, static_cast<int32_t>(made[place].ids.size()),
-                        lm.ends(made[place].ids.back()), 0});
-      drafts[asked[place].attempt] = std::move(made[place]);
+      scored.push_back({reward_of(lm_.text(whole)), asked[place].attempt, static_cast<int32_t>(made[place].ids.size()),
+                        lm_.ends(made[place].ids.back()), 0});
+      drafts_[asked[place].attempt] = std::move(made[place]);
     }
     auto decision = sized<stars_decision>();
-    check(stars_controller_feed(controller.get(), scored.data(), count, nullptr, &decision));
-    const bool decided = decision.verdict == STARS_ACCEPT || decision.verdict == STARS_FALLBACK;
-    const int32_t kept = decided ? decision.winner : decision.best;
-    for (auto one = drafts.begin(); one != drafts.end();) {  // rejected: each loses its own cells
+    check(stars_controller_feed(controller_.get(), scored.data(), static_cast<int64_t>(scored.size()), nullptr,
+                                &decision));
+    return decision;
+  }
+
+  // Rejected: each loses its own cells.
+  void forget_all_but(int32_t kept) {
+    for (auto one = drafts_.begin(); one != drafts_.end();) {
       if (one->first == kept) {
         ++one;
         continue;
       }
-      lm.cut(one->second.lane, end);
-      one = drafts.erase(one);
+      lm_.cut(one->second.lane, end());
+      one = drafts_.erase(one);
     }
-    if (!decided) continue;
-    const drafted winner = drafts.at(kept);
-    drafts.clear();
-    for (int32_t lane = 0; lane <= lanes; ++lane)
-      if (lane != winner.lane) lm.fork(winner.lane, lane, end);
-    lm.history.insert(lm.history.end(), winner.ids.begin(), winner.ids.end());
-    response.insert(response.end(), winner.ids.begin(), winner.ids.end());
-    logits.clear();
-    check(stars_controller_commit(controller.get()));
+  }
+
+  void commit(const stars_decision& decision) {
+    const drafted winner = drafts_.at(decision.winner);
+    drafts_.clear();
+    for (const llama_seq_id lane : all_)
+      if (lane != winner.lane) lm_.fork(winner.lane, lane, end());
+    lm_.history.insert(lm_.history.end(), winner.ids.begin(), winner.ids.end());
+    ids_.insert(ids_.end(), winner.ids.begin(), winner.ids.end());
+    ahead_.clear();
+    check(stars_controller_commit(controller_.get()));
     std::printf("[attempt %d%s, reward %.2f] %s\n", static_cast<int>(decision.winner),
                 decision.verdict == STARS_ACCEPT ? "" : ", the best of all that were rejected",
-                reward_of(lm.text(response)), lm.text(winner.ids).c_str());
+                reward_of(lm_.text(ids_)), lm_.text(winner.ids).c_str());
   }
-  auto progress = sized<stars_progress>();
-  check(stars_controller_progress(controller.get(), &progress));
-  std::printf("%s\n%lld tokens kept of %lld drawn, %lld rows run, prompt included\n", lm.text(response).c_str(),
+
+  runner& lm_;
+  controller_ptr controller_;
+  std::vector<stars_attempt> attempts_;  // room for a round's
+  std::vector<llama_seq_id> all_;
+  tokens ids_;  // committed
+  std::vector<float> ahead_;  // logits behind the history; empty: its last token was not run yet
+  std::map<int32_t, drafted> drafts_;  // of this segment, by attempt: those of this round, and the one that is held
+};
+
+void respond(const char* path, const std::string& prompt, int32_t width, uint64_t seed, int32_t max_tokens) {
+  runner lm(path, width + 1, max_tokens, prompt);
+  response made(lm, width, seed, max_tokens);
+  while (made.round()) {
+  }
+  const stars_progress progress = made.progress();
+  std::printf("%s\n%lld tokens kept of %lld drawn, %lld rows run, prompt included\n", lm.text(made.ids()).c_str(),
               static_cast<long long>(progress.tokens), static_cast<long long>(progress.tokens_drawn),
               static_cast<long long>(lm.rows));
 }
@@ -309,6 +375,7 @@ int main(int count, char** given) {
   try {
     const std::string prompt = count > 2 ? given[2] : "Once upon a time";
     const int32_t width = count > 3 ? std::atoi(given[3]) : 3;
+    check(stars_check_version(STARS_ABI_VERSION));
     if (width < 1 || width > 64) fail("width is 1 to 64");
     respond(given[1], prompt, width, count > 4 ? std::strtoull(given[4], nullptr, 10) : 7,
             count > 5 ? std::atoi(given[5]) : 40);
