@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from stars.adapters.law import Law, law_of
-from stars.arguments import integer, shown
+from stars.arguments import integer, refuse_unknown, shown
 from stars.bindings.controller import Controller, Drawn
 from stars.errors import RequestError
 from stars.policies import STARS
@@ -50,9 +50,9 @@ def terms_of(extra_args: Mapping[str, Any] | None, sampling_seed: int | None) ->
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise RequestError(f'extra_args["{KEY}"] is {shown(given)}, it must be a dictionary such as '
                            '{"reward_threshold": 1.0}')
-    unknown = next((name for name in given if name not in FIELDS), None)
-    if unknown is not None:
-        raise RequestError(f'extra_args["{KEY}"] has no {shown(unknown)}, it takes {", ".join(FIELDS)}')
+    for name, value in given.items():
+        if name not in FIELDS:
+            refuse_unknown(f'extra_args["{KEY}"]', name, value, FIELDS, {})
     settings = {"reward_threshold": None, **given}
     seed = settings.pop("seed", sampling_seed)
     law = law_of(STARS(**settings), "stars.adapters.vllm_scheduler")

@@ -10,8 +10,9 @@ from stars.adapters.openai_client import OpenAIProposer
 from stars.errors import ServerError
 from stars.plan import Policy
 
-PREFIX_TOKENS = 2048
-"""Tokens of prompts after which a server that finds none in its cache is said to have none."""
+PREFIX_TOKENS, LEAST_PREFIX = 2048, 64
+"""Tokens of prompts after which a server that finds none in its cache is said to have none, where prompts have so many
+in the mean: a cache of blocks finds nothing of those that are shorter than one, nor is it needed for them."""
 
 
 def vllm_client(base_url: str, model: str | None = None, *, policy: Policy, reward: Any = None, tokenizer: Any = None,
@@ -42,7 +43,8 @@ class VLLMClient(OpenAIProposer):
     def _run(self, requests: Any) -> Iterator[list[Response]]:
         for changed in super()._run(requests):
             traffic = self.traffic
-            if traffic.cached_tokens == 0 and traffic.prompt_tokens > PREFIX_TOKENS:
+            if traffic.cached_tokens == 0 and traffic.prompt_tokens > max(
+                    PREFIX_TOKENS, LEAST_PREFIX * traffic.requests):
                 raise ServerError(f"the server at {self.server.address} found none of {traffic.prompt_tokens} prompt "
                                   "tokens in its cache, so that it reads every prompt again in every round: start it "
                                   "with --enable-prefix-caching, and with a --block-size that prompts are longer than")

