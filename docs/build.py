@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import stars
+import stars.adapters
 from stars.bench.plot import Panel, Series, even_axis, log_axis, svg
 
 DOCS = Path(__file__).resolve().parent
@@ -32,6 +32,10 @@ SECTIONS = {
                 "RewardGuidedSpeculation"),
     "Rewards": ("Reward", "CausalReward", "LoraReward", "ProcessReward", "EncoderReward", "FunctionReward",
                 "CachedReward", "RemoteReward", "ImplicitReward", "WeightedReward"),
+    "Adapters": ("adapters.transformers", "adapters.hf_generate.AlignedGenerate",
+                 "adapters.hf_generate.StarsGenerateOutput", "adapters.hf_stack.ForwardTokens", "adapters.llama_cpp",
+                 "adapters.llama_engine.LlamaCpp", "adapters.openai", "adapters.openai_client.OpenAIProposer",
+                 "adapters.openai_client.Traffic", "adapters.vllm_client"),
     "Outputs": ("RequestOutput", "CompletionOutput", "Segment", "Attempt", "Logprob", "Metrics", "outputs.Times",
                 "Rewards",
                 "Calibration"),
@@ -41,8 +45,14 @@ SECTIONS = {
 }
 """What is exported, by what it is for. A name that is in none of them ends up under "More"."""
 BEYOND = {"serve.async_engine.RequestStream": ("request_id", "aclose"), "outputs.Times": ("phases",),
-          "metrics.EngineMetrics": ("text", "snapshot"), "exposition.Histogram": ("total",)}
-"""What is not exported, as nobody makes one, but is handed out; and what its users call."""
+          "metrics.EngineMetrics": ("text", "snapshot"), "exposition.Histogram": ("total",),
+          "adapters.transformers": (), "adapters.llama_cpp": (), "adapters.openai": (), "adapters.vllm_client": (),
+          "adapters.hf_generate.AlignedGenerate": ("__call__",), "adapters.hf_generate.StarsGenerateOutput": (),
+          "adapters.hf_stack.ForwardTokens": (), "adapters.openai_client.Traffic": ("forward_tokens",),
+          "adapters.llama_engine.LlamaCpp": ("generate", "stream", "forward_tokens", "close"),
+          "adapters.openai_client.OpenAIProposer": ("generate", "chat", "stream")}
+"""What `stars` does not export, as nobody makes one, but it is handed out, or as it needs another stack; and what its
+users call."""
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -90,9 +100,9 @@ def _entry(name: str, value: Any) -> Iterator[str]:
     yield _doc(value)
     for method, member in vars(value).items():
         called = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
-        if method.startswith("_") or not getattr(called, "__doc__", None) or method in {field.name for field in fields}:
+        if not getattr(called, "__doc__", None) or method in {field.name for field in fields}:
             continue
-        if method not in BEYOND.get(name, (method,)):
+        if method not in BEYOND[name] if name in BEYOND else method.startswith("_"):
             continue
         if isinstance(called, property):
             yield f"**`{name}.{method}`** (property)\n\n{_doc(called)}"
