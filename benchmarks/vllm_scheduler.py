@@ -6,14 +6,19 @@ PYTHON is the interpreter of an environment that has vLLM and this package (`mak
 scheduler is exchanged between turns, so that weights, caches and threads are the same. CPU seconds of the process are
 compared, on one thread. Beside them stands what the scheduler itself takes of each step, which other programs of the
 machine disturb least; the clock's seconds are in the details.
+
+"3 in 10 accepted" is the law with a reward that costs nothing and a threshold that this share passes. The engine runs
+the same requests, in turns with vLLM, on as many threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +31,13 @@ from vllm import LLM, SamplingParams
 from vllm import __version__ as vllm_version
 from vllm.v1.core.sched.scheduler import Scheduler
 
+import stars
+
 OURS = "stars.adapters.vllm_scheduler.StarsScheduler"
 PROMPT_TOKENS, SEGMENT = 64, 16
+ACCEPT_RATE, BETA = 0.3, 0.7
+REJECTING = dict(reward_threshold=-BETA * math.log(ACCEPT_RATE), alpha=1.0, beta=BETA, segment_size=SEGMENT)
+"""A law that accepts ACCEPT_RATE of the attempts whose reward is 0."""
 
 
 def constant(prompt: str, responses: list[str]) -> list[float]:
@@ -54,6 +64,27 @@ class Meter:
         return timed
 
 
+def prompts_of(requests: int, seed: int) -> list[dict[str, list[int]]]:
+    """Prompts that no cache has."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"prompt_token_ids": torch.randint(1000, 5000, (PROMPT_TOKENS,), generator=generator).tolist()}
+            for _ in range(requests)]
+
+
+def engine_seconds(model: str, requests: int, tokens: int, policy: stars.STARS | None,
+                   ) -> Callable[[int], float]:
+    """Turns of the engine: CPU seconds of one."""
+    engine = stars.Engine(model, reward=stars.FunctionReward(constant) if policy else None, dtype="bfloat16")
+    params = [stars.SamplingParams(max_tokens=tokens, ignore_eos=True, seed=place) for place in range(requests)]
+
+    def turn(index: int) -> float:
+        prompts, cpu = prompts_of(requests, 1000 + index), time.process_time()
+        engine.generate(prompts, params, policy=policy or stars.Sample(), use_tqdm=False)
+        return time.process_time() - cpu
+
+    return turn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a directory with a tokenizer")
@@ -70,14 +101,13 @@ def main() -> None:
     core: Any = llm.llm_engine.engine_core.engine_core
     ours = core.scheduler
     micros: dict[str, list[float]] = {}
+    steps: dict[str, list[int]] = {}
     plain = Scheduler(ours.vllm_config, ours.kv_cache_config, ours.structured_output_manager, ours.block_size)
 
     def seconds(meter: Meter, law: dict[str, Any] | None, rows: dict[str, list[tuple[float, int]]], name: str,
                 index: int) -> float:
         core.scheduler, meter.seconds, meter.steps = meter.scheduler, 0.0, 0
-        generator = torch.Generator().manual_seed(3 * index + list(laws).index(name))  # what no cache has
-        prompts = [{"prompt_token_ids": torch.randint(1000, 5000, (PROMPT_TOKENS,), generator=generator).tolist()}
-                   for _ in range(options.requests)]
+        prompts = prompts_of(options.requests, len(laws) * index + list(laws).index(name))
         params = [SamplingParams(max_tokens=options.tokens, ignore_eos=True, seed=place,
                                  extra_args=None if law is None else {"stars": law | {"seed": place}})
                   for place in range(options.requests)]
@@ -87,21 +117,31 @@ def main() -> None:
         drawn = sum(output.kv_transfer_params["stars"]["tokens_drawn"] if law else options.tokens for output in outputs)
         rows.setdefault(name, []).append((clock, drawn))
         micros.setdefault(name, []).append(1e6 * meter.seconds / meter.steps)
+        steps.setdefault(name, []).append(meter.steps)
         return cpu
 
     theirs_metered, ours_metered = Meter(plain), Meter(ours)
     laws = {"vLLM's scheduler": (theirs_metered, None), "ours, nobody asks": (ours_metered, None),
-            "ours, all accepted": (ours_metered, dict(reward_threshold=float("-inf"), segment_size=SEGMENT))}
+            "ours, all accepted": (ours_metered, dict(reward_threshold=float("-inf"), segment_size=SEGMENT)),
+            "ours, 3 in 10 accepted": (ours_metered, REJECTING)}
+    engines = {"engine, plain": None, "engine, 3 in 10 accepted": stars.STARS(**REJECTING)}
     rows: dict[str, list[tuple[float, int]]] = {}
     found = interleave({name: lambda index, name=name, row=row: seconds(*row, rows, name, index)
-                        for name, row in laws.items()}, options.repeats)
+                        for name, row in laws.items()}
+                       | {name: engine_seconds(options.model, options.requests, options.tokens, policy)
+                          for name, policy in engines.items()}, options.repeats)
     total = options.requests * options.tokens
     against, *others = laws
     base = [total / one for one in found[against]]
     figures = [compare(f"{name}: tokens a CPU second", "token/s", [total / one for one in found[name]], against, base,
-                       ">= 0.95", clock_seconds=[clock for clock, _ in rows[name][1:]]) for name in others]
+                       "" if name.endswith("in 10 accepted") else ">= 0.95",
+                       drawn=[drawn for _, drawn in rows[name][1:]],
+                       clock_seconds=[clock for clock, _ in rows[name][1:]]) for name in others]
     figures += [compare(f"{name}: inside the scheduler, a step", "us", micros[name][1:], against, micros[against][1:],
-                        of_a_step=1e6 * sum(found[name]) / len(found[name]) / options.tokens) for name in others]
+                        of_a_step=1e6 * sum(found[name]) / sum(steps[name][1:])) for name in others]
+    figures += [compare(f"{name}: tokens a CPU second", "token/s", [total / one for one in found[name]], other,
+                        [total / one for one in found[other]])
+                for name, other in zip(engines, (against, "ours, 3 in 10 accepted"), strict=True)]
     figures[0].detail["plain_clock_seconds"] = [clock for clock, _ in rows[against][1:]]
     print_table(figures)
     config = json.loads((Path(options.model) / "config.json").read_text())
