@@ -45,7 +45,7 @@ from gguf_types import rewrite
 from real import bfloat16_directory, common_beginning, random_reward
 
 import stars
-from stars.adapters.llama_context import Context, Row
+from stars.adapters.llama_context import LlamaContext, Row
 
 PROMPT = "The capital of France is Paris. It lies on the Seine, and for those who see it for the first time,"
 TEMPERATURE, TOP_K, SEGMENT, ATTEMPTS = 0.8, 40, 16, 20
@@ -227,7 +227,7 @@ def forks(bench: Bench) -> Iterator[Figure]:
     params.n_threads = params.n_threads_batch = 1
     contexts = (128, 1024, 4096) if bench.quick else (128, 512, 2048, 8192, 16384)
     for cells in (contexts[-1] + 1024, *(() if bench.quick else (4 * contexts[-1],))):
-        context = Context(api, model, params, n_ctx=cells, n_seq_max=16, n_batch=512)
+        context = LlamaContext(api, model, params, n_ctx=cells, n_seq_max=16, n_batch=512)
         length, base = 0, None
         for target in contexts:
             while length < target:
@@ -303,7 +303,7 @@ def _lanes(bench: Bench, kind: str) -> Iterator[Figure]:
         params = api.llama_context_default_params()
         params.n_threads = params.n_threads_batch = bench.threads
         params.flash_attn_type, params.no_perf = flash, True
-        context = Context(api, model, params, n_ctx=contexts[-1] + 1024, n_seq_max=32, n_batch=512)
+        context = LlamaContext(api, model, params, n_ctx=contexts[-1] + 1024, n_seq_max=32, n_batch=512)
         length = 0
         for one in (20, 21):  # a short text of its own, before and behind the long one
             context.decode([Row(100 + place, place, [one], False) for place in range(64)])
