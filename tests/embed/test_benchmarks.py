@@ -1,4 +1,4 @@
-"""The benchmarks that need another stack: each is read where its stack is, so that none falls behind what it measures."""
+"""The benchmarks that need another stack are read where that is, so that none falls behind what it measures."""
 
 from __future__ import annotations
 
