@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stars.bindings.header import difference, parse
@@ -101,6 +103,17 @@ def set_num_threads(count: int) -> None:
     if not 0 <= count < 2**31:
         raise ValueError(f"set_num_threads: count is {count}, expected 0 (the default) or a number of threads")
     check_status(loaded().stars_set_num_threads(count))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, what this thread asks for runs in it and in no other. For small operations beside another library, whose
+    threads wait on the CPUs for their next work."""
+    before = loaded().stars_set_alone(1)
+    try:
+        yield
+    finally:
+        loaded().stars_set_alone(before)
 
 
 def usable_cpus() -> int:

@@ -4,7 +4,7 @@ Any thread may call. Without the library, `available` is False and nothing else 
 """
 
 from stars.bindings.draws import accept_uniform, gumbel, philox
-from stars.bindings.library import available, isa, library_path, num_threads, set_num_threads, usable_cpus
+from stars.bindings.library import alone, available, isa, library_path, num_threads, set_num_threads, usable_cpus
 from stars.bindings.matrices import format_of, pack, pack_quant, pack_rows, quant_bytes, unpack, unpack_quant
 from stars.bindings.operations import (
     append_draft,
@@ -27,7 +27,7 @@ from stars.bindings.operations import (
 from stars.bindings.recording import Program, leave_out, record
 
 __all__ = [
-    "Program", "accept_uniform", "append_draft", "apply_penalties", "attention", "available", "blend_logits",
+    "Program", "accept_uniform", "alone", "append_draft", "apply_penalties", "attention", "available", "blend_logits",
     "copy_rows", "edit_logits", "embedding", "format_of", "gumbel", "isa", "leave_out", "library_path", "linear",
     "linear_into", "num_threads", "pack", "pack_quant", "pack_rows", "philox", "quant_bytes", "record", "rescale",
     "rms_norm", "rope_write", "sample_step", "set_num_threads", "swiglu", "take_rows", "top_logprobs", "unpack",

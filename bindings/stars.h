@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define STARS_ABI_VERSION 10
+#define STARS_ABI_VERSION 11
 
 typedef enum {
   STARS_OK = 0,
@@ -362,6 +362,10 @@ STARS_API int32_t stars_num_threads(void);
 /* `count` threads from the next operation on, at most one for every usable CPU (more of them wait for each other's
  * CPUs); 0 restores the default. Operations that run meanwhile, in other threads, end as they began. */
 STARS_API int32_t stars_set_num_threads(int32_t count);
+/* Whether operations of the calling thread run in it alone, on no other, from the next one on: 1, or 0 as ever. Returns
+ * what was. For a small operation beside another library whose threads still wait on the CPUs for their next work: to
+ * wake one for it takes longer than the operation. */
+STARS_API int32_t stars_set_alone(int32_t alone);
 
 /* CPUs that this process may use: those of its affinity mask, or what the quotas of its cgroups allow, rounded up,
  * where that is less. STARS_USABLE_CPUS in the environment is believed instead. Asked of the system at every call.

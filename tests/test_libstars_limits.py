@@ -286,6 +286,40 @@ def test_out_of_memory_is_an_error_and_the_next_call_is_right():
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+ALONE_SCRIPT = """
+import os
+import threading
+import torch
+from stars import kernels
+from stars.bindings import libstars
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+x, weight = torch.randn(64, 512), kernels.pack(torch.randn(1024, 512))
+out, alone = torch.empty(64, 1024), torch.empty(64, 1024)
+libstars.set_num_threads(3)
+before = tasks()
+with libstars.alone():
+    with libstars.alone():
+        pass
+    with libstars.record() as program:
+        kernels.linear(x, weight, alone)
+    program.run(1, torch.zeros(1, dtype=torch.int32))
+    assert tasks() == before  # no worker was woken, of a call or of a program
+    other = threading.Thread(target=kernels.linear, args=(x, weight, out))  # of another thread nothing was said
+    other.start(), other.join()
+    assert tasks() >= before + 2 and torch.equal(out, alone)
+"""
+
+
+@linux_only
+def test_a_thread_may_keep_to_itself():
+    result = subprocess.run([sys.executable, "-c", ALONE_SCRIPT], capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "STARS_USABLE_CPUS": "3", "STARS_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_a_status_of_memory_is_a_memory_error(monkeypatch):
     with pytest.raises(MemoryError):
         check_status(2)

@@ -402,6 +402,8 @@ const char* stars_isa(void) { return stars::chosen_isa.name; }
 
 int32_t stars_num_threads(void) { return stars::num_threads(); }
 
+int32_t stars_set_alone(int32_t alone) { return stars::set_alone(alone != 0); }
+
 int32_t stars_set_num_threads(int32_t count) {
   if (count < 0) return stars::fail("stars_set_num_threads", "count must be >= 0 (0: the default)");
   stars::set_num_threads(count);

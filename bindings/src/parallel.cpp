@@ -7,6 +7,7 @@
 #include <exception>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpus.h"
@@ -231,6 +232,8 @@ Pool* pool_of(int threads) {
   return state.pool;
 }
 
+thread_local bool keeps_to_itself = false;
+
 }  // namespace
 
 int num_threads() {
@@ -250,8 +253,10 @@ void set_num_threads(int count) {
   if (const Turn turn; turn && state.pool && state.pool->threads() != threads) drop_pool();
 }
 
+bool set_alone(bool alone) { return std::exchange(keeps_to_itself, alone); }
+
 void parallel_for(int64_t count, const Body& body) {
-  if (const int threads = num_threads(); count > 1 && count <= UINT32_MAX && threads > 1) {
+  if (const int threads = num_threads(); count > 1 && count <= UINT32_MAX && threads > 1 && !keeps_to_itself) {
     if (const Turn turn; turn) {
       if (Pool* pool = pool_of(threads)) return pool->run(static_cast<uint32_t>(count), body);
     }

@@ -23,6 +23,7 @@ void parallel_for(int64_t count, const Body& body);
 
 int num_threads();
 void set_num_threads(int count);  // >= 0; from the next call of parallel_for on
+bool set_alone(bool alone);       // whether parallel_for keeps to its caller's thread, of this thread; what was
 
 // As parallel_for. What `f` captures is copied if it is small, so that a worker need not fetch it from the caller's
 // stack: capture values then, not references to locals.
