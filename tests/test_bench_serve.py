@@ -502,7 +502,8 @@ def test_who_waits_for_a_turn_of_a_closed_loop_is_not_late(capsys):
         assert main(["bench", "serve", "--base-url", served.address, "--num-prompts", "4", "--model", "toy",
                      "--max-concurrency", "1"]) == 0
     told = capsys.readouterr()
-    assert "event loop" in told.out and ", requests " not in told.out and "late" not in told.err
+    assert "event loop" in told.out and ", requests " not in told.out
+    assert "sent late" not in told.err  # its event loop may be, where the machine has much to do
 
 
 def test_the_command_sends_a_trace(tmp_path, capsys):
