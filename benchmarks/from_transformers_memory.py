@@ -1,10 +1,10 @@
 """What Engine.from_transformers takes of memory on the CPU: a random model of SmolLM2-135M's shape, in transformers and
 then in an engine beside it, by the process' own account of its pages.
 
-    python benchmarks/from_transformers_memory.py [float32|bfloat16]
+    python benchmarks/from_transformers_memory.py        writes results/from-transformers-memory.json
 
-Prints MB: what the weights are, what the process had grown by at each stage, and how high it had been meanwhile. The
-engine's caches are small and said apart. Numbers need not be bfloat16's here: float32 is packed as such.
+MB of a process for each dtype: what the weights are, what it had grown by at each stage, and how high it had been
+meanwhile. The engine's caches are small. Numbers need not be bfloat16's here: float32 is packed as such.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from common import RESULTS, describe_machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import stars
@@ -38,8 +40,8 @@ def settled() -> float:
     return status("VmRSS")
 
 
-def main(dtype: str) -> None:
-    """Prints one line of JSON."""
+def measure(dtype: str) -> None:
+    """Prints one line of JSON; once a process."""
     torch.manual_seed(0)
     tiny = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 576}))
     stars.Engine.from_transformers(tiny, **SMALL)  # whatever is imported and allocated once
@@ -59,5 +61,16 @@ def main(dtype: str) -> None:
                       "engine alone": round(alone - begin, 1)}))
 
 
+def main() -> None:
+    """Each dtype in a process of its own."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        told = subprocess.run([sys.executable, __file__, dtype], check=True, capture_output=True, text=True).stdout
+        print(told.strip())
+        rows.append(json.loads(told))
+    (RESULTS / "from-transformers-memory.json").write_text(
+        json.dumps({"machine": describe_machine(), "unit": "MB", "rows": rows}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "float32")
+    measure(sys.argv[1]) if len(sys.argv) > 1 else main()

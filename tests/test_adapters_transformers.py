@@ -7,6 +7,7 @@ its seed.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import threading
 from collections import Counter
@@ -757,3 +758,19 @@ def test_a_reward_model_is_loaded_once_whatever_the_settings_and_sizes(llama, ti
 def test_the_limit_of_a_prompt(llama):
     with pytest.raises(ValueError, match="max_length"):
         llama.generate(["a " * (MAX_POSITIONS // 2)], reward=reward(), max_length=5, new=None)
+
+
+def test_the_examples_of_the_page_run(tiny_model, tmp_path, monkeypatch, capsys):
+    """In order and in one namespace, as a reader would type them."""
+    for name, head in (("lm", "lm"), ("rm", "reward")):
+        folder = tmp_path / "path" / "to" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(tiny_model(tokenizer=True, head=head))
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "transformers.md").read_text(encoding="utf8")
+    examples = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    names: dict = {}
+    for text in examples:
+        exec(text, names)  # noqa: S102
+    assert "ForwardTokens(" in capsys.readouterr().out and names["engine"].has_unfinished_requests() is False
