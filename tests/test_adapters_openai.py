@@ -144,6 +144,25 @@ def test_runs_repeat_and_retries_draw_anew(ours):
     assert len(seeds) == len(many)  # of one response and of all
 
 
+def test_a_server_that_aligns_by_itself_is_refused():
+    """As `stars serve` says of what it makes by the name of its own policy."""
+    class Aligning(Others):
+        policy = "stars"
+
+        def __call__(self, handler: Handler, body: dict) -> None:
+            reply, said = type(handler).reply.__get__(handler), {"stars": {"policy": {"name": self.policy}}}
+            handler.reply = lambda answer, *more: reply(answer | said, *more)  # type: ignore[method-assign]
+            super().__call__(handler, body)
+
+    kind = Aligning(n=True)
+    with serving(kind) as server:
+        proposer = openai(server.url, policy=SOFT, reward=by_text)
+        with pytest.raises(ServerError, match="aligns by itself .its policy is stars.*NAME:plain"):
+            proposer.generate("012")
+        kind.policy = "sample"
+        assert proposer.generate("012")[0].outputs[0].error is None
+
+
 @pytest.mark.parametrize("policy", [Sample(), BlockwiseBestOfK(4, 3)], ids=["sample", "best of 4"])
 def test_edges_of_the_law(ours, policy):
     proposer = openai(ours.url, policy=policy, reward=None if isinstance(policy, Sample) else IDS)

@@ -7,7 +7,6 @@ its seed.
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import threading
 from collections import Counter
@@ -755,22 +754,21 @@ def test_a_reward_model_is_loaded_once_whatever_the_settings_and_sizes(llama, ti
     assert texts[4, 1] == texts[4, 70]
 
 
+def test_a_reward_model_in_memory_has_the_tokenizer_of_its_directory(llama, tiny_model):
+    """In either place a tokenizer may be: the directory it was loaded from, or a path that is given."""
+    directory = tiny_model(tokenizer=True, head="reward")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+    given = [str(directory), loaded, stars.CausalReward(loaded, tokenizer=str(directory))]
+    found = [llama.generate(TEXTS[:2], reward=one, seed=3, **SAMPLING).stars for one in given]
+    assert [[facts(one)[:2] for one in output] for output in found[1:]] == [[facts(one)[:2] for one in found[0]]] * 2
+
+
+def test_what_a_reward_wants_of_the_tokenizer_is_named_as_the_adapter_takes_it(llama, tiny_model):
+    for one in (str(tiny_model(tokenizer=True, head="reward")), lambda prompt, responses: [0.0] * len(responses)):
+        with pytest.raises(RewardError, match=r"given to the adapter, as tokenizer="):
+            llama.generate(TEXTS[:1], reward=one, tokenizer=False, seed=3, **SAMPLING)
+
+
 def test_the_limit_of_a_prompt(llama):
     with pytest.raises(ValueError, match="max_length"):
         llama.generate(["a " * (MAX_POSITIONS // 2)], reward=reward(), max_length=5, new=None)
-
-
-def test_the_examples_of_the_page_run(tiny_model, tmp_path, monkeypatch, capsys):
-    """In order and in one namespace, as a reader would type them."""
-    for name, head in (("lm", "lm"), ("rm", "reward")):
-        folder = tmp_path / "path" / "to" / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.symlink_to(tiny_model(tokenizer=True, head=head))
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).resolve().parents[1] / "docs" / "transformers.md").read_text(encoding="utf8")
-    examples = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 2
-    names: dict = {}
-    for text in examples:
-        exec(text, names)  # noqa: S102
-    assert "ForwardTokens(" in capsys.readouterr().out and names["engine"].has_unfinished_requests() is False

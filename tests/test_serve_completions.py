@@ -229,7 +229,7 @@ def asked_of(server: Server, monkeypatch) -> list:
 
 def test_what_is_cached_is_counted(server):
     prompt = " ".join(["This film was long, and the plot was thin."] * 8)
-    body = {"prompt": prompt, "max_tokens": 4, "model": "toy:plain"}
+    body = {"prompt": prompt, "max_tokens": 4, "model": "toy:plain", "ignore_eos": True}
     server.post(PATH, body)
     usage = server.post(PATH, body).json["usage"]
     assert 0 < usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]

@@ -72,6 +72,14 @@ class Ways(NamedTuple):
     tells_ids: bool = False  # of every choice, all of them
 
 
+def _own_policy(raw: dict[str, Any]) -> str | None:
+    """The policy by which `stars serve` says that it made an answer; None of other servers."""
+    said = raw.get("stars")
+    policy = said.get("policy") if isinstance(said, dict) else None
+    name = policy.get("name") if isinstance(policy, dict) else None
+    return name if isinstance(name, str) else None
+
+
 class CompletionsServer:
     """A server's /v1/completions. Any thread may ask.
 
@@ -118,6 +126,10 @@ class CompletionsServer:
             told = self._read(raw, wanted)
             if isinstance(told, ServerError):
                 raise told
+            own = _own_policy(raw)
+            if own not in (None, "sample"):
+                raise self._error(f"aligns by itself (its policy is {own}), so that its texts would be aligned twice: "
+                                  "ask for the model as NAME:plain")
             takes = any(choice.told for choice in told.choices)
             tells = bool(raw["choices"][0].get("token_ids"))
             logprobs = ways.logprobs if math.isfinite(told.choices[0].logprob) else None

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -209,7 +210,8 @@ class AlignedGenerate:
             self._scoring = None  # before the next: a reward belongs to one at a time
             self._scoring = Scoring(
                 self._reward, self._tokenizer, kind[0], max_model_len=sizes[0], segment_size=law.segment_size,
-                max_num_seqs=sizes[1], max_num_lanes=sizes[2], device=device, cache_tokens=self._cache_tokens)
+                max_num_seqs=sizes[1], max_num_lanes=sizes[2], device=device, cache_tokens=self._cache_tokens,
+                own=_directory(model))
             self._bound = *kind, *sizes
         return self._scoring
 
@@ -378,6 +380,12 @@ def _conversations(messages: Any, count: int) -> list[Any]:
     if not isinstance(messages, (list, tuple)) or len(messages) != count:
         raise RequestError(f"messages must be one conversation for each of the {count} prompts")
     return list(messages)
+
+
+def _directory(model: Any) -> Path | None:
+    """Where the model was loaded from, if it is a directory here."""
+    name = getattr(model, "name_or_path", None)
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 def _vocab_size(model: Any) -> int:

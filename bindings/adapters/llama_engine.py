@@ -107,7 +107,7 @@ class LlamaCpp:
             self._eos = self._ending(path, model)
             self._scoring = None if not law.scores else Scoring(
                 reward, self.tokenizer, self.vocab_size, max_model_len=length, segment_size=law.segment_size,
-                max_num_seqs=n_seq_max, max_num_lanes=n_seq_max)
+                max_num_seqs=n_seq_max, max_num_lanes=n_seq_max, own=path)
         except BaseException:
             self.close()
             raise

@@ -6,10 +6,12 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from stars.config import DEFAULT_CACHE_TOKENS, EngineConfig
 from stars.errors import IntegrityError, RewardError, describe, log
+from stars.model.sharing import SharedWeights
 from stars.prompt import Prompt
 from stars.reward.base import Candidate, Reward, Scored, by_session, reward_problem, settled, with_parts
 from stars.reward.resolve import resolve_reward
@@ -35,13 +37,16 @@ class Scoring:
     there is none: then the reward gets token ids alone; `TextOnly()` where it is to get the text. vocab_size: of the
     drafting model. max_model_len: most tokens of a prompt and its response. max_num_seqs, max_num_lanes: responses and
     attempts at once. segment_size: most tokens of an attempt. cache_tokens: of the reward model's cache; None: 32768,
-    or one whole response where that is more. RewardError and ModelError as from the Engine.
+    or one whole response where that is more. own: the drafting model's directory or GGUF file, for an adapter that is
+    one of it. RewardError and ModelError as from the Engine.
     """
 
     def __init__(self, reward: Any, tokenizer: Any, vocab_size: int, *, max_model_len: int, segment_size: int,
                  max_num_seqs: int = 64, max_num_lanes: int = 64, device: str = "cpu",
-                 cache_tokens: int | None = None):
-        found = resolve_reward(checked_reward(reward))
+                 cache_tokens: int | None = None, own: Path | None = None):
+        scope = SharedWeights(own)
+        with scope:
+            found = resolve_reward(checked_reward(reward))
         if found is None:
             raise RewardError("reward is None, and the policy asks for rewards: give a model directory, a callable or "
                               "a stars.Reward")
@@ -63,7 +68,14 @@ class Scoring:
                 if part.engine is not None and part.engine() is not None:
                     raise RewardError(f"this {type(part).__name__} belongs to another engine: make one for each")
                 part.engine = weakref.ref(self)
-        self.reward.bind(tokenizer, vocab_size, config)
+        try:
+            with scope:
+                self.reward.bind(tokenizer, vocab_size, config)
+        except RewardError as error:
+            if tokenizer is None and "tokenizer" in str(error):
+                raise RewardError(f"{error} (that of the model that drafts is given to the adapter, as tokenizer=)"
+                                  ) from error
+            raise
         self.calls = self.tokens_run = self.tokens_full = 0  # candidates scored, what that ran, from scratch would run
 
     @property

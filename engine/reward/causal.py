@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from stars.arguments import shown
@@ -18,7 +19,7 @@ from stars.model.heads import RewardHead
 from stars.model.loaded import LoadedModel, own_tokenizer, taken
 from stars.model.loader import load_model
 from stars.model.location import located
-from stars.model.tokenizer import Tokenizer, from_transformers
+from stars.model.tokenizer import Tokenizer, from_transformers, load_tokenizer
 from stars.passes import Passes
 from stars.reward.base import Held, check_path, checked_rounding, rounding_of
 from stars.reward.framing import Framing
@@ -80,6 +81,8 @@ class CausalReward(ScoringReward):
                               "give load_model(DIR, head='reward', reward_head=…) that head")
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer = from_transformers(tokenizer)
+        elif isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(tokenizer)
         if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
             raise RewardError(f"{name}.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
                               "stars.model.tokenizer.load_tokenizer(DIR)")
@@ -104,6 +107,7 @@ class CausalReward(ScoringReward):
 
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, unless that was done alike before, compares vocabularies, allocates the cache."""
+        self._own_tokenizer()  # of the directory that a model in memory is from, which it forgets below
         if hasattr(self.model, "forward"):
             self.decoder: Decoder = self.model
         else:

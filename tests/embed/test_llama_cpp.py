@@ -32,6 +32,7 @@ from stars import (  # noqa: E402
     adapters,
 )
 from stars.adapters import llama_sequences  # noqa: E402
+from stars.demo_chat import chat_model  # noqa: E402
 from stars.errors import ModelError, RewardError, TokenizerError  # noqa: E402
 from tiny_models import TinyModel  # noqa: E402
 from toy import facts  # noqa: E402
@@ -499,6 +500,20 @@ def test_a_lora_adapter_of_the_llama_is_on_ours_too(written, tmp_path):
     assert found == greedy
     adapted.close()
 
+
+
+def test_an_adapter_over_the_same_file_is_its_reward():
+    """The shipped one, whose base is the chat model: as of the engine, the weights are those of the file."""
+    try:
+        path = chat_model()
+    except stars.StarsError as error:
+        pytest.skip(str(error))
+    judge, policy = str(Path(stars.__file__).parent / "demo_models" / "smollm2_reward"), stars.STARS(
+        8, 3, beta=1.0, reward_threshold=0.0, width=1)
+    with adapters.llama_cpp(path, judge, policy, n_ctx=512, n_seq_max=4) as engine:
+        [one] = engine.generate(CHAT, SamplingParams(max_tokens=16, seed=1))[0].outputs
+    [wanted] = Engine(path, judge, max_model_len=512).score([CHAT], [one.token_ids])
+    assert one.reward == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")

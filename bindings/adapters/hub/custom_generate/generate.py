@@ -23,7 +23,8 @@ def generate(model: Any, stars_reward: Any = None, stars_policy: Any = None, rew
     """
     if stars_policy is None:
         if reward_threshold is None:
-            raise ValueError("reward_threshold is missing: give what `stars calibrate` suggests, or stars_policy")
+            raise ValueError(f"reward_threshold is missing beside {', '.join(sorted(arguments))}: give what `stars "
+                             "calibrate` suggests, or stars_policy")
         given = dict(segment_size=segment_size, max_attempts=max_attempts, beta=beta, alpha=alpha, width=width)
         stars_policy = stars.STARS(reward_threshold=reward_threshold,
                                    **{name: value for name, value in given.items() if value is not None})
