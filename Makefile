@@ -92,8 +92,9 @@ device:
 # races in the driver that is C++ throughout. Needs g++, as LD_PRELOAD names its libraries.
 SANITIZERS = $(subst $() ,:,$(foreach name,libasan libubsan libstdc++,$(shell g++ -print-file-name=$(name).so)))
 
+# -Xlinker, as -Wl would split the folder's name at its comma.
 EXAMPLE = -g -fsanitize=$$kind -fno-sanitize-recover=all -Ibindings -Lbuild/sanitize/$$kind -lstars \
-  -Wl,-rpath,$(abspath build)/sanitize/$$kind
+  -Xlinker -rpath -Xlinker $(abspath build)/sanitize/$$kind
 
 sanitize: install
 	export PATH="$(abspath $(BIN)):$$PATH"; command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet cmake; \
