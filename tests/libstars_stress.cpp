@@ -69,6 +69,7 @@ void* operator new[](size_t size) { return allocate_or_throw(size, 1); }
 void* operator new(size_t size, std::align_val_t to) { return allocate_or_throw(size, static_cast<size_t>(to)); }
 void* operator new[](size_t size, std::align_val_t to) { return allocate_or_throw(size, static_cast<size_t>(to)); }
 void* operator new(size_t size, const std::nothrow_t&) noexcept { return allocate(size, 1); }
+void* operator new[](size_t size, const std::nothrow_t&) noexcept { return allocate(size, 1); }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete[](void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
