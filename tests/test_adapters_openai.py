@@ -157,7 +157,7 @@ def test_a_server_that_aligns_by_itself_is_refused():
     kind = Aligning(n=True)
     with serving(kind) as server:
         proposer = openai(server.url, policy=SOFT, reward=by_text)
-        with pytest.raises(ServerError, match="aligns by itself .its policy is stars.*NAME:plain"):
+        with pytest.raises(ServerError, match="aligns by itself .its policy is .stars.*NAME:plain"):
             proposer.generate("012")
         kind.policy = "sample"
         assert proposer.generate("012")[0].outputs[0].error is None

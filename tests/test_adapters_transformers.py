@@ -452,11 +452,13 @@ def test_padding_and_prompts_in_chunks(llama):
 # -- caches ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("chunk", [None, 2], ids=["whole", "in_chunks"])  # for which generate makes its memory at once
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["one", "several"])
-def test_a_static_cache_is_rewound_too(llama, texts):
+def test_a_static_cache_is_rewound_too(llama, texts, chunk):
     policy = STARS(segment_size=4, max_attempts=5, beta=0.4, reward_threshold=2.5, alpha=1.0, width=2)
     wanted = llama.generate(texts, policy=policy, reward=reward(), seed=7, **SAMPLING)
-    found = llama.generate(texts, policy=policy, reward=reward(), seed=7, cache_implementation="static", **SAMPLING)
+    found = llama.generate(texts, policy=policy, reward=reward(), seed=7, cache_implementation="static",
+                           prefill_chunk_size=chunk, **SAMPLING)
     assert_same(found.stars, wanted.stars)
     assert any(not segment.accepted for one in found.stars for segment in one.segments), "no held attempt wins"
 
@@ -729,6 +731,11 @@ def test_a_repository_of_generate_runs_the_adapter(llama, tmp_path, monkeypatch)
     assert sum(streamer.puts[1:], []) == free.token_ids
     found = llama.model.generate(**llama.inputs(TEXTS[:1]), stars_reward=reward(), stop_strings=[stop], **options)
     assert found.stars[0].stop_reason == stop and found.stars[0].text == free.text[: free.text.index(stop)]
+    for wrong, said in (({"reward_treshold": 1.0}, "did you mean reward_threshold"),
+                        ({"stars_policy": policy}, "has its own reward_threshold, segment_size"),
+                        ({"stars_reward": [1]}, "reward is list")):
+        with pytest.raises((ValueError, RewardError), match=said):
+            llama.model.generate(**llama.inputs(TEXTS[:1]), **{"stars_reward": reward(), **options, **wrong})
     options.pop("reward_threshold")
     with pytest.raises(ValueError, match="reward_threshold is missing"):
         llama.model.generate(**llama.inputs(TEXTS[:1]), stars_reward=reward(), **options)
@@ -761,6 +768,23 @@ def test_a_reward_model_in_memory_has_the_tokenizer_of_its_directory(llama, tiny
     given = [str(directory), loaded, stars.CausalReward(loaded, tokenizer=str(directory))]
     found = [llama.generate(TEXTS[:2], reward=one, seed=3, **SAMPLING).stars for one in given]
     assert [[facts(one)[:2] for one in output] for output in found[1:]] == [[facts(one)[:2] for one in found[0]]] * 2
+
+
+def test_a_reward_model_in_memory_is_not_taken_for_another_rounding(llama, tiny_model):
+    """What an engine has rounded is not what a later one, or an adapter, asks for: its weights are there no more."""
+    directory = tiny_model(tokenizer=True, head="reward")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+    judge = stars.CausalReward(loaded)
+    engine = Engine(str(llama.directory), judge, dtype="float32", reward_quantization="int8")
+    del engine
+    with pytest.raises(RewardError, match="quantization='int8'.*make another one"):
+        llama.generate(TEXTS[:1], reward=judge, seed=3, **SAMPLING)
+    nameless = transformers.AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+    nameless.config._name_or_path = ""
+    with pytest.raises(RewardError, match=r"CausalReward\(model, tokenizer=tokenizer\)"):
+        llama.generate(TEXTS[:1], reward=nameless, seed=3, **SAMPLING)
+    with pytest.raises(RewardError, match="/nowhere.*where no tokenizer.json is"):
+        stars.CausalReward(loaded, tokenizer="/nowhere")
 
 
 def test_what_a_reward_wants_of_the_tokenizer_is_named_as_the_adapter_takes_it(llama, tiny_model):

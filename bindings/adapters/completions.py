@@ -128,8 +128,8 @@ class CompletionsServer:
                 raise told
             own = _own_policy(raw)
             if own not in (None, "sample"):
-                raise self._error(f"aligns by itself (its policy is {own}), so that its texts would be aligned twice: "
-                                  "ask for the model as NAME:plain")
+                raise self._error(f"aligns by itself (its policy is {shown(own)}), so that its texts would be aligned "
+                                  "twice: ask for the model as NAME:plain")
             takes = any(choice.told for choice in told.choices)
             tells = bool(raw["choices"][0].get("token_ids"))
             logprobs = ways.logprobs if math.isfinite(told.choices[0].logprob) else None

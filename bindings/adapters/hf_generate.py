@@ -261,7 +261,9 @@ def _check(model: Any, input_ids: Tensor, config: Any, model_kwargs: Mapping[str
     if (config.num_return_sequences or 1) > MAX_SAMPLES:
         raise RequestError(f"num_return_sequences is {config.num_return_sequences}, it must be at most {MAX_SAMPLES}")
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
-    filled = any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
+    # An empty one may have its memory: for prefill_chunk_size generate makes a static cache's at once.
+    filled = any(getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0
+                 for layer in getattr(cache, "layers", ()))
     if filled or getattr(cache, "_is_user_defined", False):
         raise RequestError(f"{ADAPTER} rewinds a cache of its own and does not take a cache: leave it out, or choose "
                            "its kind by cache_implementation")

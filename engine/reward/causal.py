@@ -82,7 +82,10 @@ class CausalReward(ScoringReward):
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer = from_transformers(tokenizer)
         elif isinstance(tokenizer, (str, Path)):
-            tokenizer = load_tokenizer(tokenizer)
+            path, tokenizer = tokenizer, load_tokenizer(tokenizer)
+            if tokenizer is None:
+                raise RewardError(f"{name}.tokenizer is {shown(str(path))}, where no tokenizer.json is: give the "
+                                  "directory of a fast tokenizer")
         if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
             raise RewardError(f"{name}.tokenizer is {shown(tokenizer)}, it must be a stars tokenizer, as of "
                               "stars.model.tokenizer.load_tokenizer(DIR)")
@@ -97,7 +100,8 @@ class CausalReward(ScoringReward):
         self.close_policy = close
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.tokenizer = tokenizer
-        self._given: dict[str, Any] | None = None  # what `decoder` was loaded with, where `model` is no Decoder
+        self._in_memory = isinstance(model, LoadedModel)
+        self._given: dict[str, Any] | None = None  # what `decoder` was loaded with, where `model` was no Decoder
 
     def holds(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> Held:
         """The model, and slabs for what its vocabulary makes of a segment."""
@@ -108,16 +112,18 @@ class CausalReward(ScoringReward):
     def bind(self, tokenizer: Tokenizer | None, vocab_size: int, config: EngineConfig) -> None:
         """Loads the model, unless that was done alike before, compares vocabularies, allocates the cache."""
         self._own_tokenizer()  # of the directory that a model in memory is from, which it forgets below
+        given: dict[str, Any] = dict(dtype=config.dtype, device=config.device, deterministic=config.deterministic,
+                                     quantization=self._rounding(config))
         if hasattr(self.model, "forward"):
+            if self._given not in (None, given):
+                raise RewardError(f"the model of this {type(self).__name__} was in memory and has been read with "
+                                  f"{_settings(self._given)}, not with {_settings(given)}: make another one of it")
             self.decoder: Decoder = self.model
-        else:
-            given: dict[str, Any] = dict(dtype=config.dtype, device=config.device, deterministic=config.deterministic,
-                                         quantization=self._rounding(config))
-            if self._given != given:
-                self.decoder = load_model(self.model, head="reward", max_rows=1, max_model_len=1,
-                                          reward_head=self.head, **given)
-                self._given = given
-            if isinstance(self.model, LoadedModel):
+        elif self._given != given:
+            self.decoder = load_model(self.model, head="reward", max_rows=1, max_model_len=1, reward_head=self.head,
+                                      **given)
+            self._given = given
+            if self._in_memory:
                 self.model = self.decoder  # what was copied of the one given is not kept alive twice
         self.decoder.check_device(config.device, "the reward model")
         self.locks = (self.decoder.lock,)
@@ -159,7 +165,7 @@ class CausalReward(ScoringReward):
             same = True  # as far as anybody knows
         else:
             side = "reward model" if self.tokenizer is None else "model"
-            if self.tokenizer is None and isinstance(self.model, LoadedModel):
+            if self.tokenizer is None and self._in_memory:
                 raise RewardError("the reward model was given without its tokenizer, so its vocabulary cannot be "
                                   f"compared with the other's: give {type(self).__name__}(model, tokenizer=tokenizer)")
             raise RewardError(f"the {side} has no tokenizer.json, so its vocabulary cannot be compared with the "
@@ -179,3 +185,7 @@ class CausalReward(ScoringReward):
 
     def _slab_length(self, framing: Framing, config: EngineConfig) -> int:
         return slab_length(config, framing.encoder is not None, framing.closing_room)
+
+
+def _settings(given: dict[str, Any] | None) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in (given or {}).items())

@@ -1,5 +1,6 @@
 """Decoding with a reward model: segments that it rejects are drawn anew (STARS). Needs the package stars-engine."""
 
+import difflib
 from functools import lru_cache
 from typing import Any
 
@@ -21,19 +22,29 @@ def generate(model: Any, stars_reward: Any = None, stars_policy: Any = None, rew
     the model's, for rewards that read text and for stop_strings. seed, messages and all arguments of generate: as with
     stars.adapters.transformers.
     """
+    settings = dict(reward_threshold=reward_threshold, segment_size=segment_size, max_attempts=max_attempts, beta=beta,
+                    alpha=alpha, width=width)
+    for name in arguments:
+        meant = difflib.get_close_matches(name, ("stars_reward", "stars_policy", *settings), 1, 0.8)
+        if meant:
+            raise ValueError(f"generate has no {name}: did you mean {meant[0]}?")
+    given = {name: value for name, value in settings.items() if value is not None}
     if stars_policy is None:
         if reward_threshold is None:
-            raise ValueError(f"reward_threshold is missing beside {', '.join(sorted(arguments))}: give what `stars "
-                             "calibrate` suggests, or stars_policy")
-        given = dict(segment_size=segment_size, max_attempts=max_attempts, beta=beta, alpha=alpha, width=width)
-        stars_policy = stars.STARS(reward_threshold=reward_threshold,
-                                   **{name: value for name, value in given.items() if value is not None})
+            raise ValueError("reward_threshold is missing: give what `stars calibrate` suggests, or stars_policy")
+        stars_policy = stars.STARS(**given)
+    elif given:
+        raise ValueError(f"stars_policy has its own {', '.join(given)}: give one or the other")
     if stop_strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings are found in the text: give tokenizer too")
         stopping_criteria = StoppingCriteriaList([*(stopping_criteria or ()),
                                                   StopStringCriteria(tokenizer, stop_strings)])
-    return model.generate(custom_generate=_adapter(_reward(stars_reward), stars_policy, tokenizer),
+    try:
+        reward = _reward(stars_reward)
+    except TypeError:  # it cannot be kept by what it is; what is wrong with it says its own error
+        reward = resolve_reward(stars_reward)
+    return model.generate(custom_generate=_adapter(reward, stars_policy, tokenizer),
                           stopping_criteria=stopping_criteria, **arguments)
 
 
