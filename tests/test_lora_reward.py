@@ -124,6 +124,18 @@ def test_it_works_inside_of_other_rewards(base, adapter):
     assert math.isclose(scored(stars.Engine(base, weighted)).reward, 2 * plain + 1, rel_tol=1e-6)
 
 
+def test_another_engine_has_another_base(base, adapter, tiny_model):
+    """A reward that is handed on reads the weights of whose it is now."""
+    other = tiny_model(tokenizer=True, chat_template=True, family="llama", vocab=311, dtype="bfloat16", seed=9)
+    judge = LoraReward(str(adapter))
+    first = stars.Engine(base, judge, dtype="float32")
+    before = first.score([CHAT], [[5, 6, 7]])
+    del first
+    after = stars.Engine(other, judge, dtype="float32").score([CHAT], [[5, 6, 7]])
+    fresh = stars.Engine(other, LoraReward(str(adapter)), dtype="float32").score([CHAT], [[5, 6, 7]])
+    assert list(after) == list(fresh) != list(before)
+
+
 @pytest.mark.parametrize("given", [None, "int8"])
 def test_what_the_engine_rounds_the_reward_reads(base, adapter, given):
     """Its weights are still held once, and its rewards are those of the rounded weights."""

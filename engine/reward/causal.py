@@ -12,6 +12,7 @@ from stars.determinism import check_row_invariance
 from stars.errors import ModelError, RewardError
 from stars.kernels.quant import Rounded
 from stars.kernels.types import Draft
+from stars.model.bases import is_adapter
 from stars.model.config import ModelConfig, load_config
 from stars.model.decoder import Decoder
 from stars.model.head_files import HeadChoice, head_choice
@@ -119,7 +120,7 @@ class CausalReward(ScoringReward):
                 raise RewardError(f"the model of this {type(self).__name__} was in memory and has been read with "
                                   f"{_settings(self._given)}, not with {_settings(given)}: make another one of it")
             self.decoder: Decoder = self.model
-        elif self._given != given:
+        elif self._given != given or is_adapter(Path(self.model)):  # whose base may be another engine's own by now
             self.decoder = load_model(self.model, head="reward", max_rows=1, max_model_len=1, reward_head=self.head,
                                       **given)
             self._given = given
