@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +23,7 @@ from stars.adapters.scoring import Scoring
 from stars.arguments import integer, shown
 from stars.chat import continued, parse_chat
 from stars.errors import RequestError, RewardError, warn
+from stars.model.loaded import origin_of
 from stars.model.tokenizer import Detokenizer, Tokenizer, from_transformers
 from stars.outputs import CompletionOutput
 from stars.prompt import Prompt, parse_prompt
@@ -211,7 +211,7 @@ class AlignedGenerate:
             self._scoring = Scoring(
                 self._reward, self._tokenizer, kind[0], max_model_len=sizes[0], segment_size=law.segment_size,
                 max_num_seqs=sizes[1], max_num_lanes=sizes[2], device=device, cache_tokens=self._cache_tokens,
-                own=_directory(model))
+                own=origin_of(model))
             self._bound = *kind, *sizes
         return self._scoring
 
@@ -382,12 +382,6 @@ def _conversations(messages: Any, count: int) -> list[Any]:
     if not isinstance(messages, (list, tuple)) or len(messages) != count:
         raise RequestError(f"messages must be one conversation for each of the {count} prompts")
     return list(messages)
-
-
-def _directory(model: Any) -> Path | None:
-    """Where the model was loaded from, if it is a directory here."""
-    name = getattr(model, "name_or_path", None)
-    return Path(name) if name and Path(name).is_dir() else None
 
 
 def _vocab_size(model: Any) -> int:

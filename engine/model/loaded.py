@@ -29,6 +29,12 @@ ALONE = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_head.we
 other."""
 
 
+def origin_of(model: Any) -> Path | None:
+    """Where a PreTrainedModel was loaded from, if that is a directory here."""
+    path = getattr(model.config, "_name_or_path", None)
+    return Path(path) if isinstance(path, str) and path and is_directory(Path(path)) else None
+
+
 class LoadedModel:
     """The tensors of a PreTrainedModel of transformers, where they lie: none is copied here, and none is written to.
 
@@ -50,8 +56,7 @@ class LoadedModel:
         self.settings |= {"architectures": [self.name], "dtype": str(model.dtype).removeprefix("torch.")}
         generation = getattr(model, "generation_config", None)
         self.generation: dict[str, Any] = {} if generation is None else generation.to_dict()
-        path = getattr(model.config, "_name_or_path", None)
-        self.origin = Path(path) if isinstance(path, str) and path and is_directory(Path(path)) else None
+        self.origin = origin_of(model)
 
     def __str__(self) -> str:
         return str(self.directory)
